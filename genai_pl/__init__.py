@@ -1,0 +1,1 @@
+"""The whole life of a language model in one Lightning Trainer."""

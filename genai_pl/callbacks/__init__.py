@@ -1,0 +1,22 @@
+"""What Lightning lacks: exact checkpoints, clean interruption, one row of metrics for everyone, samples."""
+
+from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, step_of
+from genai_pl.callbacks.console import Console, duration
+from genai_pl.callbacks.interrupt import Interrupt
+from genai_pl.callbacks.metrics_csv import MetricsCSV
+from genai_pl.callbacks.monitor import Monitor, memory_gib
+from genai_pl.callbacks.samples import Samples
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Console",
+    "Interrupt",
+    "MetricsCSV",
+    "Monitor",
+    "Samples",
+    "StepCheckpoint",
+    "duration",
+    "memory_gib",
+    "newest_checkpoints",
+    "step_of",
+]

@@ -1,0 +1,124 @@
+"""Checkpoints by step that resume exactly: written whole or not at all, with everything that the next step depends on."""
+
+import logging
+import os
+import random
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's reading and writing through ours: temporary name, flush, rename; and data only on the way in."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, map_location: object = None, weights_only: bool | None = None) -> dict:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class StepCheckpoint(Checkpoint):
+    """Writes `step=000200.ckpt` every n optimizer steps, keeps the newest few, and points `last.ckpt` at the newest."""
+
+    def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
+        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
+        self.last_step = -1
+        self._rng: list[dict] | None = None
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        step = trainer.global_step
+        if step and step != self.last_step and step % self.every_n_steps == 0 and not module.window:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step and trainer.global_step != self.last_step:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the checkpoint of the current step, then forget the oldest."""
+        self.last_step = trainer.global_step
+        path = self.folder / f"step={trainer.global_step:06d}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            _link(path, self.last)
+            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        states = [None] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, _rng_state())
+        else:
+            states = [_rng_state()]
+        checkpoint[MARK] = {"format": 1, "rng": states, **self.contents}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        self.last_step = checkpoint["global_step"]
+        self._rng = checkpoint[MARK]["rng"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # the data iterators exist by now: nothing draws between here and the next step
+        if self._rng is not None and len(self._rng) == trainer.world_size:
+            _set_rng(self._rng[trainer.global_rank])
+        self._rng = None
+
+
+def newest_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = {path.resolve(): path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")]}
+    return sorted(found.values(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step at which a checkpoint was written."""
+    return read_checkpoint(path)["global_step"]
+
+
+def _link(path: Path, link: Path) -> None:
+    """A second name for the file, swapped in one rename (a copy where the disk has no hard links)."""
+    temporary = link.with_name(f".{link.name}.tmp{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        temporary.write_bytes(path.read_bytes())
+    os.replace(temporary, link)
+
+
+def _rng_state() -> dict[str, object]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_rng(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])

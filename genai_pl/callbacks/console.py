@@ -1,0 +1,90 @@
+"""What the person in front of the run sees: one aligned line per log interval, and on a terminal a bar with the time left."""
+
+import sys
+import time
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+
+COLUMNS = (  # metric, heading, format
+    ("train/loss", "loss", "{:8.4f}"),
+    ("train/lr", "lr", "{:8.2e}"),
+    ("train/grad_norm", "grad norm", "{:9.3f}"),
+    ("train/tokens_per_sec", "tok/s", "{:9,.0f}"),
+    ("train/mfu", "MFU", "{:6.1%}"),
+    ("train/memory_gib", "GiB", "{:6.2f}"),
+    ("train/data_wait", "wait", "{:6.1%}"),
+)
+
+
+class Console(ProgressBar):
+    """Prints rows that the Monitor hands over, validation results, and a bar where stdout is a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = None
+        self._rows = 0
+        self._start = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._start, self._first_step = time.perf_counter(), trainer.global_step
+        if sys.stdout.isatty() and trainer.is_global_zero:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Print one row of training metrics, the headings before every twentieth."""
+        shown = [c for c in COLUMNS if c[0] in metrics]
+        if self._rows % 20 == 0:
+            widths = [len(form.format(0)) for _, _, form in shown]
+            names = [name.rjust(width) for (_, name, _), width in zip(shown, widths, strict=True)]
+            self.say("  ".join(["    step", *names, "    left"]))
+        self._rows += 1
+        cells = [form.format(metrics[key]) for key, _, form in shown]
+        self.say("  ".join([f"{step:8d}", *cells, f"{self._left(step):>8}"]))
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        text = "  ".join(f"{k} {float(v):.4f}" for k, v in values.items())
+        self.say(f"{trainer.global_step:8d}  {text}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def print(self, *args: object, **_: object) -> None:
+        """Lightning's own messages."""
+        self.say(" ".join(str(a) for a in args))
+
+    def _left(self, step: int) -> str:
+        done = step - self._first_step
+        total = self.trainer.max_steps
+        if total < 0 or done <= 0:
+            return ""
+        return duration((time.perf_counter() - self._start) / done * (total - step))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 42s, 3m05s, 2h10m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

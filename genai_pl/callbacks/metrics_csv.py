@@ -1,0 +1,62 @@
+"""Every logged scalar by step in one CSV file, which a resumed run continues as if it had never stopped."""
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from genai_pl.files import write_atomic
+
+
+class MetricsCSV(Logger):
+    """Rows of step and metrics; a new column rewrites the file, anything else is appended and flushed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.columns: list[str] = ["step"]
+        self.rows: list[dict[str, str]] = []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def resume(self, step: int) -> None:
+        """Keep what an earlier part of the run wrote up to this step."""
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                # a row that the crash cut short has no step or misses columns
+                self.rows = [r for r in reader if (r["step"] or "").isdigit() and int(r["step"]) <= step and None not in r.values()]
+                self.columns = list(reader.fieldnames or ["step"])
+            self._rewrite()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": str(step or 0), **{k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}}
+        new = [k for k in row if k not in self.columns]
+        merged = bool(self.rows) and self.rows[-1]["step"] == row["step"]
+        if merged:
+            row = {**{k: v for k, v in self.rows.pop().items() if v}, **row}
+        self.rows.append(row)
+        self.columns += new
+        if new or merged or not self.path.exists():
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+    def log_hyperparams(self, *_: object, **__: object) -> None:
+        """The configuration lies in .hydra; the table holds numbers only."""
+
+    def _rewrite(self) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, restval="")
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_atomic(self.path, write)

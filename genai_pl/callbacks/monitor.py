@@ -1,0 +1,99 @@
+"""What a run is doing, measured at every log interval and written to all loggers under the documented names."""
+
+import time
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+
+class Monitor(L.Callback):
+    """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
+
+    `listeners` are called with (step, metrics) for every row, so that the console prints what the files hold.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.flops_per_token = 0.0
+        self.tokens_seen, self.listeners = 0, []
+        self._peak_flops: float | None = None
+        self._step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"tokens_seen": self.tokens_seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.tokens_seen = state["tokens_seen"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._peak_flops = peak_flops(module.device)
+        self._step = trainer.global_step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = self._batch_end = time.perf_counter()
+        self._tokens, self._waited, self._paused = 0, 0.0, 0.0
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._batch_end
+
+    def on_validation_start(self, *_: object) -> None:
+        self._pause_start = time.perf_counter()
+
+    def on_validation_end(self, *_: object) -> None:
+        self._paused += time.perf_counter() - self._pause_start
+        self._batch_end = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: dict, batch_idx: int
+    ) -> None:
+        n_tokens = batch["input_ids"].numel() * trainer.world_size
+        self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            if self._step == 1 or self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
+                self._log(trainer, module)
+        self._batch_end = time.perf_counter()
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = module.step_metrics()  # waits for the device
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rate = self._tokens / seconds
+        metrics |= {
+            "train/lr": module.lr,
+            "train/grad_norm": module.grad_norm.item(),
+            "train/tokens_per_sec": rate,
+            "train/data_wait": self._waited / seconds,
+            "train/tokens_seen": self.tokens_seen,
+            "train/memory_gib": memory_gib(module.device),
+        }
+        if self._peak_flops:
+            metrics["train/mfu"] = rate * self.flops_per_token / (self._peak_flops * trainer.world_size)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self._step)
+        for listener in self.listeners:
+            listener(self._step, metrics)
+        self._reset()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: on the device, or resident in RAM on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that the device can reach: from Lightning's table for GPUs, measured by a matrix product on CPU."""
+    if device.type != "cpu":
+        return get_available_flops(device, torch.bfloat16)
+    a = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best

@@ -1,0 +1,132 @@
+"""Configuration: typed nodes for what we own, and commands that answer a mistake in one line.
+
+Nothing heavy is imported here, so that `--help` and a typo are answered in about a second.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from genai_pl.config_errors import explain
+from genai_pl.errors import UserError
+from genai_pl.specs import GenerationConfig, ModelConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass
+class Root:
+    """What every training command takes beside its groups."""
+
+    seed: int = 0
+    output_dir: str = MISSING
+    init_from: str | None = None
+    resume: str | None = None
+    compile: bool = False
+    dry_run: bool = False
+    model: Any = None
+    objective: Any = None
+    data: Any = None
+    tokenizer: Any = None
+    peft: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    precision: Any = None
+    strategy: Any = None
+    trainer: Any = None
+    callbacks: Any = None
+    logger: Any = None
+    generation: Any = None
+
+
+@dataclass
+class Data:
+    """Text to train and validate on."""
+
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    column: str = "text"
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
+    streaming: bool = False
+    block_rows: int = 1024
+    val_documents: int = 100
+
+
+@dataclass
+class Generate:
+    """What `generate.py` takes."""
+
+    checkpoint: str = "auto"
+    prompt: str | None = None
+    prompt_file: str | None = None
+    num_samples: int = 1
+    stream: bool = True
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "fp32"
+    generation: Any = None
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    nodes = {"root": Root, "model": ModelConfig, "data": Data, "generation": GenerationConfig}
+    for name, node in {**nodes, "generate": Generate}.items():
+        store.store(group="schema", name=name, node=node)
+
+
+def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+    """A decorator that turns `main(config) -> exit status` into a Hydra command with one-line errors.
+
+    `prepare` may rewrite the command line before Hydra reads it.
+    """
+
+    def decorate(main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
+        def task(config: DictConfig) -> None:
+            status = _guarded(main, config)
+            if status:
+                sys.exit(status)  # not an Exception: Hydra lets it pass without printing
+
+        def run() -> None:
+            _register()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
+            hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+            try:
+                sys.argv[1:] = prepare(sys.argv[1:])
+                hydrated()
+            except KeyboardInterrupt:
+                sys.exit(130)
+            except Exception as error:
+                line = explain(error, CONF, config_name, sys.argv[1:])
+                if line is None:
+                    raise
+                fail(line, 2)
+
+        return run
+
+    return decorate
+
+
+def _guarded(main: Callable[[DictConfig], int | None], config: DictConfig) -> int:
+    try:
+        return main(config) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+
+
+def fail(line: str, status: int) -> None:
+    """Print the line as an error and end the process with the status."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,112 @@
+"""What Hydra and OmegaConf raise, said in one line that names the option and the nearest one that exists."""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genai_pl.errors import UserError
+
+
+def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
+    """One line for a mistake in the configuration, or None for an error of another kind."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not understood; write key=value, and quote values with spaces or brackets"
+    if isinstance(error, MissingConfigException) and (found := re.search(r"find '([^']*)'", str(error))):
+        line = _no_such_option(found[1], conf)
+        if line:
+            return line
+    message = f"{error}\n{error.__cause__ or ''}"
+    if found := re.search(r"(?:Could not override|Could not delete|Could not append to config.*?key) '([^']+)'", message):
+        return _no_such_key(found[1], message, conf, config_name, arguments)
+    if found := re.search(r"full_key: (\S+)", message):
+        reason = next((line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0])
+        return f"{found[1]}: {reason.strip()}"
+    return " ".join(message.split())
+
+
+def _no_such_option(name: str, conf: Path) -> str | None:
+    group, _, option = name.rpartition("/")
+    options = sorted(path.stem for path in (conf / group).glob("*.yaml")) if group else []
+    if not options:
+        return None
+    return f"{group}={option}: no such option{_meant(option, options)}; {group} is one of {', '.join(options)}"
+
+
+def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments: list[str]) -> str:
+    if "Value" in message:  # the key is there, the value is not of its type
+        reason = next(line for line in message.splitlines() if "Value" in line)
+        return f"{key}: {reason.strip()}"
+    config = _compose(conf, config_name, [a for a in arguments if _is_group(a, conf)])
+    if config is None:
+        return f"{key}: no such option"
+    parent, _, leaf = key.rpartition(".")
+    siblings = [path.rpartition(".")[2] for path in _paths(config) if path.rpartition(".")[0] == parent]
+    if meant := _meant(leaf, siblings) or _meant(key, list(_paths(config))):
+        return f"{key}: no such option{meant}"
+    return f"{key}: no such option; {parent or 'the top level'} has {', '.join(siblings) or 'no fields'}"
+
+
+def _meant(name: str, candidates: list[str]) -> str:
+    near = get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _is_group(argument: str, conf: Path) -> bool:
+    name, equals, _ = argument.partition("=")
+    return bool(equals) and (conf / name.split("@")[0]).is_dir()
+
+
+def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig | None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            return compose(config_name, overrides=[o for o in overrides if "," not in o])
+    except HydraException:
+        return None
+
+
+def _paths(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        yield f"{prefix}{key}"
+        value = config._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def check_types(config: DictConfig, overrides: list[str], conf: Path, config_name: str) -> None:
+    """UserError where an override's value is of another type than the value it replaces (untyped YAML lets it pass)."""
+    values = [o for o in OverridesParser.create().parse_overrides(overrides) if not (conf / o.get_key_element()).is_dir()]
+    if not values:
+        return
+    base = _compose(conf, config_name, [o for o in overrides if _is_group(o, conf)])
+    for override in values:
+        key = override.get_key_element()
+        before = OmegaConf.select(base, key) if base is not None and override.is_add() is False else None
+        after = OmegaConf.select(config, key)
+        if before is not None and after is not None and not _same_kind(before, after):
+            raise UserError(f"{key}={after}: expected {_kind(before)}, like {before}")
+
+
+def _same_kind(before: object, after: object) -> bool:
+    return _kind(before) == _kind(after) or isinstance(before, str)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "text" if isinstance(value, str) else type(value).__name__.removesuffix("Config").lower()

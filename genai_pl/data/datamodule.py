@@ -1,0 +1,145 @@
+"""Text for a run: documents are found, split, tokenized and packed once; loaders hand out batches that can be resumed."""
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from genai_pl.data import sources
+from genai_pl.data.documents import n_characters, split_text, tokenize
+from genai_pl.data.loader import Collate, EpochLoader, Plan
+from genai_pl.data.packing import PackedRows
+from genai_pl.data.stream import StreamLoader, StreamRows
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class TextDataModule(L.LightningDataModule):
+    """Training and validation batches of packed text."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None,
+        val_fraction: float,
+        column: str,
+        seq_len: int,
+        batch_size: int,
+        val_batch_size: int | None,
+        workers: int,
+        shuffle: bool,
+        streaming: bool,
+        block_rows: int,
+        val_documents: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
+        self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
+        self.workers, self.shuffle, self.seed = workers, shuffle, seed
+        self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        self.source = sources.find(path)
+        self.val_source = sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+        self.n_batches = 0  # how many training batches a stream is asked for
+        self._tables: tuple[Table, Table] | None = None
+
+    def documents(self) -> tuple["Table", "Table"]:
+        """Training and validation documents; streamed ones are read as they come."""
+        if self._tables is None:
+            table = sources.read(self.source, self.column, streaming=self.streaming)
+            if self.val_source:
+                self._tables = table, sources.read(self.val_source, self.column)
+            elif self.streaming:
+                from datasets import Dataset
+
+                held = list(table.take(self.val_documents))
+                self._tables = table.skip(self.val_documents), Dataset.from_list(held)
+            else:
+                self._tables = split_text(table, self.val_fraction)
+        return self._tables
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        """A byte-pair tokenizer learned from the training documents (of a stream: from the first ones)."""
+        table, _ = self.documents()
+        texts = table.take(20_000) if self.streaming else table
+        return train_bpe((example["text"] or "" for example in texts), vocab_size)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        """Tokenize and pack."""
+        self.tokenizer, self.collate = tokenizer, collate
+        train, val = self.documents()
+        if not self.streaming:
+            self.train_rows = self._rows(train, self.source, "train")
+            if not len(self.train_rows):
+                raise DataError(
+                    f"data.path={self.path}: {self.train_rows.n_tokens} tokens are too few for one row of "
+                    f"{self.seq_len + 1}; give more text or lower model.max_seq_len"
+                )
+        packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
+        tail = packed.tail()
+        self.val_rows: Dataset = ConcatDataset([packed, [tail]]) if tail else packed
+        if not len(self.val_rows):
+            raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
+
+    def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
+        split = part if source is self.source and not (part == "train" and self.val_source) else "all"
+        fraction = self.val_fraction if split != "all" else ""
+        content = f"{sources.content_hash(source)}/{self.column}/{split}/{fraction}"
+        return PackedRows(tokenize(table, self.tokenizer, content=content), self.seq_len)
+
+    def summary(self) -> str:
+        """One line that says what the data are."""
+        if self.streaming:
+            return f"{self.path}, streamed, rows of {self.seq_len} tokens"
+        train, val = self.documents()
+        return (
+            f"{self.path}, {n_characters(train):,} characters = {self.train_rows.n_tokens:,} tokens for training, "
+            f"{n_characters(val):,} for validation"
+        )
+
+    def plan(self) -> Plan:
+        """How rows are dealt to this process."""
+        trainer = self.trainer
+        ranks = trainer.strategy.distributed_sampler_kwargs if trainer and trainer.world_size > 1 else {}
+        return Plan(
+            batch_size=self.batch_size,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
+            rank=ranks.get("rank", 0),
+            world_size=ranks.get("num_replicas", 1),
+            workers=self.workers,
+            seed=self.seed,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> EpochLoader | StreamLoader:
+        plan = self.plan()
+        if not self.streaming:
+            return EpochLoader(self.train_rows, self.collate, plan, shuffle=self.shuffle)
+        train, _ = self.documents()
+        build = partial(StreamRows, seq_len=self.seq_len, block_rows=self.block_rows if self.shuffle else plan.batch_size)
+        rows = build(train, self.tokenizer, self.collate, plan, continuous=self.source.builder == "text")
+        return StreamLoader(rows, self.n_batches)
+
+    def val_dataloader(self) -> DataLoader:
+        plan = self.plan()
+        rows = Subset(self.val_rows, range(plan.rank, len(self.val_rows), plan.world_size))
+        # validation draws nothing from the global generator, so that it cannot change the training
+        return DataLoader(
+            rows, batch_size=self.val_batch_size, collate_fn=self.collate, generator=torch.Generator().manual_seed(0)
+        )
+
+    def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
+        """Optimizer steps of one pass over the data."""
+        return -(-max(1, len(self.train_rows) // (self.batch_size * world_size)) // accumulate)

@@ -1,0 +1,113 @@
+"""Batches in an order that can be stopped anywhere and taken up again: it is a pure function of seed, epoch and position."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from genai_pl.errors import DataError
+
+Batch = dict[str, Tensor]
+Collate = Callable[[list], Batch]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rows a step takes, and which of them are this rank's."""
+
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    seed: int = 0
+    pin_memory: bool = False
+
+
+def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[Batch]:
+    """The batches, each with `window_targets`: the targets of its whole optimizer step, by which the loss is divided.
+
+    The step's batches are fetched before its first one is handed out, so that every one of them knows the sum.
+    """
+    window: list[Batch] = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == accumulate:
+            yield from _stamp(window)
+            window = []
+    yield from _stamp(window)
+
+
+def _stamp(window: list[Batch]) -> list[Batch]:
+    total = sum((batch["targets"] for batch in window), torch.zeros(()))
+    return [{**batch, "window_targets": total} for batch in window]
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Lists of row numbers; the rows of a step are the same for any split into ranks and accumulated batches."""
+
+    def __init__(self, n_rows: int, plan: Plan, *, shuffle: bool) -> None:
+        self.n_rows, self.plan, self.shuffle = n_rows, plan, shuffle
+        self.epoch, self.first = 0, 0
+
+    def __len__(self) -> int:
+        return max(1, self.n_rows // (self.plan.batch_size * self.plan.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.epoch)
+        rows = torch.randperm(self.n_rows, generator=generator) if self.shuffle else torch.arange(self.n_rows)
+        size, world_size = self.plan.batch_size, self.plan.world_size
+        for batch in range(self.first, len(self)):
+            start = (batch * world_size + self.plan.rank) * size
+            yield rows[start : start + size].tolist()
+
+
+class EpochLoader:
+    """One epoch of batches per `iter`; `state_dict` says how far it is, for any number of workers and ranks."""
+
+    def __init__(self, rows: Dataset, collate: Collate, plan: Plan, *, shuffle: bool = True) -> None:
+        if len(rows) < plan.world_size:
+            raise DataError(f"data: {len(rows)} rows cannot be shared by {plan.world_size} processes")
+        self.plan = plan
+        self.sampler = EpochSampler(len(rows), plan, shuffle=shuffle)
+        self.loader = DataLoader(
+            rows,
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=plan.workers,
+            pin_memory=plan.pin_memory,
+            persistent_workers=False,
+            generator=torch.Generator().manual_seed(plan.seed),  # else it would draw from the global generator
+        )
+        self.epoch, self.position = -1, 0
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch, self.position = self._resume or (self.epoch + 1, 0)
+        self._resume = None
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        self.sampler.epoch, self.sampler.first = self.epoch, self.position
+        for batch in with_window_targets(iter(self.loader), self.plan.accumulate):
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and rows taken in it by all ranks together."""
+        per_batch = self.plan.batch_size * self.plan.world_size
+        return {"epoch": self.epoch, "rows": self.position * per_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next `iter` goes on after the rows that were taken."""
+        per_batch = self.plan.batch_size * self.plan.world_size
+        if state["rows"] % per_batch:
+            raise DataError(
+                f"data.batch_size: the checkpoint stands at row {state['rows']} of its epoch, which batches of "
+                f"{per_batch} rows do not reach; resume with the batch size and processes it was trained with"
+            )
+        self._resume = (state["epoch"], state["rows"] // per_batch)

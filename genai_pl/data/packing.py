@@ -1,0 +1,92 @@
+"""Token documents become rows of one length, without padding and without one document seeing another."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    import datasets
+
+Row = dict[str, np.ndarray]
+
+
+class PackedRows(Dataset):
+    """Row r is tokens r*T .. r*T+T of all documents end to end, T+1 of them, so that every token is once a target.
+
+    Rows are cut out of the memory-mapped table when asked for; nothing is copied or written.
+    """
+
+    def __init__(self, documents: "datasets.Dataset", seq_len: int) -> None:
+        self.seq_len = seq_len
+        column = documents.with_format("arrow")[:]["input_ids"] if len(documents) else []
+        chunks = [chunk for chunk in getattr(column, "chunks", []) if len(chunk)]
+        self.values = [chunk.flatten().to_numpy() for chunk in chunks]
+        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
+        self.chunk_starts = np.cumsum([0, *(len(v) for v in self.values)])
+        self.document_ends = np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]), dtype=np.int64)
+        self.n_tokens = int(self.chunk_starts[-1])
+
+    def __len__(self) -> int:
+        return max(0, self.n_tokens - 1) // self.seq_len
+
+    def __getitem__(self, index: int) -> Row:
+        start = index * self.seq_len
+        stop = start + self.seq_len + 1
+        ends = np.searchsorted(self.document_ends, np.arange(start, stop), side="right")
+        return {"input_ids": self._tokens(start, stop), "segment_ids": ends - ends[0] + 1}
+
+    def tail(self) -> Row | None:
+        """What is left after the last full row, a shorter one, or None: validation counts every token."""
+        start = len(self) * self.seq_len
+        if self.n_tokens - start < 2:
+            return None
+        ends = np.searchsorted(self.document_ends, np.arange(start, self.n_tokens), side="right")
+        return {"input_ids": self._tokens(start, self.n_tokens), "segment_ids": ends - ends[0] + 1}
+
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
+        first = int(np.searchsorted(self.chunk_starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            base = self.chunk_starts[first]
+            part = self.values[first][start - base : stop - base]
+            parts.append(part)
+            start += len(part)
+            first += 1
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class Packer:
+    """The same rows from a stream: push documents in, take rows out; the state is what has not filled a row yet."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self.tokens = np.zeros(0, np.int32)
+        self.segments = np.zeros(0, np.int64)
+        self.document = 0
+
+    def push(self, ids: np.ndarray, *, ends: bool = True) -> list[Row]:
+        """Rows that the new tokens complete; `ends` says that the document is over with them."""
+        self.tokens = np.concatenate([self.tokens, ids])
+        self.segments = np.concatenate([self.segments, np.full(len(ids), self.document)])
+        self.document += ends
+        rows = []
+        while len(self.tokens) > self.seq_len:
+            segments = self.segments[: self.seq_len + 1]
+            rows.append({"input_ids": self.tokens[: self.seq_len + 1], "segment_ids": segments - segments[0] + 1})
+            self.tokens, self.segments = self.tokens[self.seq_len :], self.segments[self.seq_len :]
+        return rows
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain values that `load_state_dict` takes."""
+        return {
+            "tokens": torch.from_numpy(self.tokens.copy()),
+            "segments": torch.from_numpy(self.segments.copy()),
+            "document": self.document,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken."""
+        self.tokens, self.segments = state["tokens"].numpy(), state["segments"].numpy()
+        self.document = state["document"]

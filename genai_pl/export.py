@@ -1,0 +1,35 @@
+"""A trained model as a folder that transformers, PEFT and vLLM can load."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genai_pl.files import write_atomic
+from genai_pl.models import Decoder, n_parameters, save_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def export_model(model: Decoder, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, card: dict[str, str]) -> str:
+    """Write the folder whole or not at all; returns the name of the class that reads it.
+
+    card: headings and paragraphs of the model card.
+    """
+    token_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    reader = []
+
+    def write(temporary: Path) -> None:
+        reader.append(save_pretrained(model, temporary, token_ids=token_ids))
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
+
+    write_atomic(folder, write)
+    return reader[0]
+
+
+def _model_card(model: Decoder, reader: str, card: dict[str, str]) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Language model", ""]
+    lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]
+    for heading, paragraph in card.items():
+        lines += [f"## {heading}", "", paragraph, ""]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Writing so that a reader sees the old file or the new one, never half of one."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file or folder beside `path`, flush it and rename it; on failure it is removed.
+
+    What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
+    renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = _beside(path, "tmp")
+    try:
+        write(temporary)
+        for part in [temporary, *temporary.rglob("*")]:
+            _sync(part)
+        _replace(path, temporary)
+        _sync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    if not path.is_dir() or path.is_symlink():
+        os.replace(temporary, path)
+        return
+    old = path.rename(_beside(path, "old"))
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    _remove(old)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{_prefix(path, kind)}{os.getpid()}")
+
+
+def _prefix(path: Path, kind: str) -> str:
+    return f".{path.name}.{kind}-{socket.gethostname()}-"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Undo what killed writers of `path` left: give a folder back its name, remove temporaries."""
+    for kind in ("old", "tmp"):
+        prefix = _prefix(path, kind)
+        for leftover in [p for p in path.parent.iterdir() if p.name.startswith(prefix)]:
+            pid = leftover.name.removeprefix(prefix)
+            if not pid.isdigit() or _is_running(int(pid)):
+                continue
+            if kind == "old" and not path.exists():
+                leftover.rename(path)
+            else:
+                _remove(leftover)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process has this id; ours is free: a dead one had it before us."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
+
+import errno
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
+from genai_pl.data.datamodule import TextDataModule
+from genai_pl.errors import TrainingError
+from genai_pl.export import export_model
+from genai_pl.modules import BaseModule
+from genai_pl.summary import closing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Parts:
+    """The objects of one run."""
+
+    run: Path
+    trainer: L.Trainer
+    module: BaseModule
+    data: TextDataModule
+    tokenizer: "PreTrainedTokenizerBase"
+    monitor: Monitor
+    console: Console
+    interrupt: Interrupt
+    checkpoints: StepCheckpoint
+    samples: Samples | None = None
+
+
+def fit(parts: Parts, checkpoint: Path | None) -> None:
+    """Train to the end or to the first signal; validate once more if the last step was not."""
+    with _explained(parts):
+        parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        if parts.interrupt.signum is None and parts.module.validated_at != parts.trainer.global_step:
+            parts.trainer.validate(parts.module, parts.data, verbose=False)
+
+
+def finish(parts: Parts, *, prompt: str, flat: dict[str, object], export: bool) -> int:
+    """Export, say where everything lies, and return the exit status."""
+    metrics = {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith("val/")}
+    with _explained(parts):
+        for logger in parts.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and metrics:
+                logger.log_hyperparams(flat, metrics, step=parts.trainer.global_step)
+            logger.finalize("success")
+        if export and parts.trainer.is_global_zero:
+            card = _card(parts, flat, metrics)
+            export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card)
+    done = parts.trainer.global_step >= parts.module.total_steps
+    if parts.trainer.is_global_zero:
+        print(*closing(parts.run, exported=export, finished=done, prompt=prompt), sep="\n", flush=True)
+    return 130 if parts.interrupt.signum == signal.SIGINT else 0
+
+
+def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
+    overrides = parts.run / ".hydra" / "overrides.yaml"
+    given = " ".join(line.removeprefix("- ") for line in overrides.read_text().splitlines() if line != "[]")
+    return {
+        "Training": f"`python train.py {given}`".replace(" `", "`") + f", {parts.trainer.global_step} steps.",
+        "Data": f"{flat['data.path']}, {parts.monitor.tokens_seen:,} tokens seen.",
+        "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",
+    }
+
+
+@contextmanager
+def _explained(parts: Parts) -> Iterator[None]:
+    """What ends a run by no fault of the code is told in one line, with the last good checkpoint."""
+    try:
+        yield
+    except (TrainingError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not isinstance(error, TrainingError):
+            raise
+        what = f"the disk is full ({error.filename or parts.run})" if full else str(error)
+        last = parts.checkpoints.last
+        saved = f"last good checkpoint: {last}" if last.exists() else "no checkpoint was written yet"
+        raise TrainingError(f"{what}; {saved}") from None

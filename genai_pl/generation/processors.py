@@ -1,0 +1,64 @@
+"""How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.specs import GenerationConfig
+
+EXCLUDED = -float("inf")
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of tokens in `seen` (B, V) divided by the penalty, or times it if negative (Keskar et al. 2019, 4.1)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    """Logits divided by the temperature: below 1 sharpens, above 1 flattens (Ackley et al. 1985)."""
+    return logits / value
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Logits of the k likeliest tokens and of those that tie with the k-th (Fan et al. 2018)."""
+    least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < least, EXCLUDED)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Logits of the smallest set of tokens that holds at least probability p (Holtzman et al. 2020, eq. 2)."""
+    ascending, order = logits.sort()
+    removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    removed[..., -1] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), EXCLUDED)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Logits of the tokens at least p times as likely as the likeliest (Nguyen et al. 2024, eq. 2)."""
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), EXCLUDED)
+
+
+def process(logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None) -> Tensor:
+    """Logits (B, V) whose softmax is sampled from, in float32; `seen` (B, V) marks the tokens to penalize."""
+    logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
+    if seen is not None:
+        logits = repetition_penalty(logits, seen, config.repetition_penalty)
+    if config.temperature not in (0.0, 1.0):
+        logits = temperature(logits, config.temperature)
+    if config.top_k is not None:
+        logits = top_k(logits, config.top_k)
+    if config.top_p is not None and config.top_p < 1:
+        logits = top_p(logits, config.top_p)
+    if config.min_p is not None:
+        logits = min_p(logits, config.min_p)
+    return logits
+
+
+def sample(
+    logits: Tensor, config: GenerationConfig, generator: torch.Generator | None = None, *, seen: Tensor | None = None
+) -> Tensor:
+    """The next tokens (B,): drawn from the processed logits, or the likeliest where temperature is 0."""
+    logits = process(logits, config, seen=seen)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

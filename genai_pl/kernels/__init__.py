@@ -1,0 +1,16 @@
+"""Attention and cross entropy: what every model computes with."""
+
+from genai_pl.kernels.attention import BACKENDS, attention, choose_backend
+from genai_pl.kernels.cross_entropy import linear_cross_entropy
+from genai_pl.kernels.logprobs import linear_logprobs
+from genai_pl.kernels.mask import AttentionMask, positions_from_segments
+
+__all__ = [
+    "BACKENDS",
+    "AttentionMask",
+    "attention",
+    "choose_backend",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "positions_from_segments",
+]

@@ -1,0 +1,93 @@
+"""Cross entropy of a linear layer whose gradients are made in the forward pass, chunk by chunk.
+
+The logits of 4096 tokens and GPT-2's vocabulary take 785 MiB, and autograd keeps three of them; here one chunk exists.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from genai_pl.kernels.projection import Projection, chunks, exp_, matmul_dtype
+
+
+class _Options(NamedTuple):
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+    ignore_index: int
+    chunk_tokens: int | None
+    with_gradients: bool
+
+
+@torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Sum over labelled tokens of the cross entropy of hidden @ weight.T (+ bias), plus z_loss * logsumexp**2.
+
+    hidden is (..., C), weight (V, C), labels (...); the sum is float32 at least. Gradients exist once the loss does,
+    so backward runs once, and not a second time over the same graph.
+    """
+    # inside the Function grad mode is always off, and inputs look as if they needed gradients under no_grad too
+    with_gradients = torch.is_grad_enabled()
+    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients)
+    hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1), options)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
+    ) -> Tensor:
+        projection = Projection(hidden, weight, bias, softcap=options.softcap, matmul_dtype=matmul_dtype(hidden))
+        if options.with_gradients:
+            projection.track(ctx.needs_input_grad)
+        total = hidden.new_zeros((), dtype=projection.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(
+                labels,
+                vocab_size=weight.shape[0],
+                ignore_index=options.ignore_index,
+                chunk_tokens=options.chunk_tokens,
+            ):
+                logits = projection.logits(rows)
+                total += _loss_(logits, labels[rows], label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+                if projection.tracks:
+                    projection.add_gradients(rows, logits)
+        ctx.gradients = projection.gradients()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaling in place spares a second (V, C), and leaves nothing to give to a second backward.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("linear_cross_entropy gives its gradients once: call it again for a second backward")
+        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None, None
+
+
+def _loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
+    """The summed loss of a chunk; its logits (n, V) become their own gradient."""
+    n, V = logits.shape
+    goal = logits.gather(1, labels[:, None])  # (n, 1)
+    if label_smoothing:
+        goal = torch.lerp(goal, logits.mean(-1, keepdim=True), label_smoothing)
+    logsumexp, total = exp_(logits)
+    logits.mul_((1 + 2 * z_loss * logsumexp) / total)
+    logits[torch.arange(n, device=labels.device), labels] -= 1 - label_smoothing
+    if label_smoothing:
+        logits.sub_(label_smoothing / V)
+    return (logsumexp - goal + z_loss * logsumexp.square()).sum()

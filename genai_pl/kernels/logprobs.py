@@ -1,0 +1,69 @@
+"""Log-probabilities of given tokens under a linear layer, with a backward pass that makes the logits again."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from genai_pl.kernels.projection import Projection, chunks, exp_, matmul_dtype
+
+
+@torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """log p(label) of hidden @ weight.T (+ bias) for every token, 0 where the label is ignored, in float32 at least.
+
+    hidden is (..., C), weight (V, C), labels (...). The weight of each token is known only in the backward pass,
+    which therefore costs one more forward pass than `linear_cross_entropy`.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    logprobs = _LinearLogprobs.apply(flat, weight, bias, labels.reshape(-1), softcap, ignore_index, chunk_tokens)
+    return logprobs.view(labels.shape)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        ignore_index: int,
+        chunk_tokens: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.projection = {"softcap": softcap, "matmul_dtype": matmul_dtype(hidden)}
+        ctx.chunks = {"vocab_size": weight.shape[0], "ignore_index": ignore_index, "chunk_tokens": chunk_tokens}
+        projection = Projection(hidden, weight, bias, **ctx.projection)
+        logprobs = hidden.new_zeros(labels.shape, dtype=projection.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(labels, **ctx.chunks):
+                logits = projection.logits(rows)
+                target = logits.gather(1, labels[rows][:, None])
+                logsumexp, _ = exp_(logits)
+                logprobs[rows] = (target - logsumexp).squeeze(1)
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_logprobs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        projection = Projection(hidden, weight, bias, **ctx.projection)
+        projection.track(ctx.needs_input_grad)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in chunks(labels, **ctx.chunks):
+                logits, d = projection.logits(rows), d_logprobs[rows]
+                _, total = exp_(logits)
+                logits.mul_(-d[:, None] / total)
+                logits[torch.arange(d.numel(), device=d.device), labels[rows]] += d
+                projection.add_gradients(rows, logits)
+        return *projection.gradients(), None, None, None, None

@@ -1,0 +1,105 @@
+"""Who sees whom: the one definition that every attention backend follows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Visibility of S keys to T queries, where query i stands at key position S - T + i.
+
+    causal    keys up to the query's own position
+    window    keys fewer than `window` positions away; with causal, the last `window` keys, the query's own included
+    prefix    the first `prefix` keys ((B,) if they differ) are visible whatever causal and window say
+    segments  (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments` (B, T)
+    order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`
+
+    Everything given must hold at once; only `prefix` widens.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    segments: Tensor | None = None
+    query_segments: Tensor | None = None
+    order: Tensor | None = None
+    strict: bool = False
+    prefix: int | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window ({self.window}) must be at least 1: a query's own position is in it")
+        if self.query_segments is not None and self.segments is None:
+            raise ValueError("query_segments needs segments: they are compared with each other")
+        if self.strict and self.order is None:
+            raise ValueError("strict needs order: it says how ranks are compared")
+
+    def dense(self, T: int, S: int, device: torch.device | None = None) -> Tensor:
+        """True where a query sees a key, (B or 1, 1, T, S)."""
+        visible = self._by_position(T, S, device)
+        if self.segments is not None:
+            key = self.segments[:, None, None, :]  # (B, 1, 1, S)
+            query = self._query_segments(T, S)[:, None, :, None]  # (B, 1, T, 1)
+            visible = visible & (query == key) & (key != 0)
+        if self.order is not None:
+            key = self.order[:, None, None, :]  # (B, 1, 1, S)
+            query = _last(self.order, T, S, name="order")[:, None, :, None]  # (B, 1, T, 1)
+            visible = visible & (key < query if self.strict else key <= query)
+        return visible
+
+    def sees_all(self, T: int, S: int) -> bool:
+        """Whether every query certainly sees every key, so that a backend can drop the mask."""
+        if self._reads_tensors():
+            return False
+        if self.prefix is not None and self.prefix >= S:
+            return True
+        return not self._window_hides(T, S) and (not self.causal or T == 1)
+
+    def is_plain_causal(self, T: int, S: int) -> bool:
+        """Whether this is the lower triangle of a square and nothing else."""
+        has_prefix = self.prefix is not None
+        return self.causal and T == S and not (has_prefix or self._reads_tensors() or self._window_hides(T, S))
+
+    def _by_position(self, T: int, S: int, device: torch.device | None) -> Tensor:
+        """What causal, window and prefix allow, (B or 1, 1, T, S)."""
+        key = torch.arange(S, device=device)  # (S,)
+        query = torch.arange(S - T, S, device=device)[:, None]  # (T, 1)
+        visible = torch.ones(T, S, dtype=torch.bool, device=device)
+        if self.causal:
+            visible = visible & (key <= query)
+        if self.window is not None:
+            visible = visible & ((query - key).abs() < self.window)
+        if self.prefix is not None:
+            length = self.prefix.view(-1, 1, 1) if isinstance(self.prefix, Tensor) else self.prefix
+            visible = visible | (key < length)  # (T, S), or (B, T, S) if lengths differ
+        return visible.view(-1, 1, T, S)
+
+    def _query_segments(self, T: int, S: int) -> Tensor:
+        if self.query_segments is not None:
+            return self.query_segments
+        return _last(self.segments, T, S, name="segments")
+
+    def _reads_tensors(self) -> bool:
+        return self.segments is not None or self.order is not None or isinstance(self.prefix, Tensor)
+
+    def _window_hides(self, T: int, S: int) -> bool:
+        return self.window is not None and self.window < max(T, S)
+
+
+EVERYTHING = AttentionMask()
+
+
+def _last(values: Tensor, T: int, S: int, *, name: str) -> Tensor:
+    """The entries of the queries, (B, S) -> (B, T)."""
+    if values.shape[-1] != S or T > S:
+        raise ValueError(f"{name} has {values.shape[-1]} entries, which cannot describe {T} queries and {S} keys")
+    return values[:, S - T :]
+
+
+def positions_from_segments(segments: Tensor) -> Tensor:
+    """Positions that restart at 0 wherever the segment id changes, (B, S) -> (B, S)."""
+    index = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - index.masked_fill(~starts, 0).cummax(-1).values

@@ -1,0 +1,56 @@
+"""Attention through torch's scaled_dot_product_attention, which picks the fused kernel of the device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.kernels.alibi import alibi_bias
+from genai_pl.kernels.mask import AttentionMask
+
+
+def sdpa_lacks(*, softcap: float | None = None) -> str | None:
+    """Why scaled_dot_product_attention cannot do this, or None where it can."""
+    return None if softcap is None else f"scaled_dot_product_attention has no softcap ({softcap})"
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """What `reference_attention` gives without softcap, (B, H, T, D); no (T, S) mask is built where none is needed."""
+    T, S = q.shape[2], k.shape[2]
+    unbiased = bias is None and alibi is None
+    # torch aligns is_causal at the top left: only on a square is that our bottom right
+    is_causal = unbiased and mask.is_plain_causal(T, S)
+    attn_mask = None
+    if not is_causal and not (unbiased and mask.sees_all(T, S)):
+        attn_mask = mask.dense(T, S, q.device) if unbiased else _additive_mask(q, S, mask, bias, alibi)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _additive_mask(q: Tensor, S: int, mask: AttentionMask, bias: Tensor | None, alibi: Tensor | None) -> Tensor:
+    """bias + alibi, and -inf where the mask hides, broadcastable to (B, H, T, S), in the dtype of the queries."""
+    T = q.shape[2]
+    terms = [] if bias is None else [bias]
+    if alibi is not None:
+        terms.append(alibi_bias(alibi, T, S))
+    total = sum(terms[1:], terms[0]).to(q.dtype)
+    if mask.sees_all(T, S):
+        return total
+    return torch.where(mask.dense(T, S, q.device), total, float("-inf"))

@@ -1,0 +1,21 @@
+"""Transformers: one configuration, one block, wired as the shape says."""
+
+from genai_pl.models.block import Block
+from genai_pl.models.cache import KVCache
+from genai_pl.models.counts import MemoryEstimate, flops_per_token, memory_estimate, n_parameters
+from genai_pl.models.decoder import Decoder
+from genai_pl.models.pretrained import load_pretrained, save_pretrained
+from genai_pl.specs import ModelConfig
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "KVCache",
+    "MemoryEstimate",
+    "ModelConfig",
+    "flops_per_token",
+    "load_pretrained",
+    "memory_estimate",
+    "n_parameters",
+    "save_pretrained",
+]

@@ -1,0 +1,57 @@
+"""The keys and values of the past, in buffers of fixed size."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.specs import ModelConfig
+
+
+class KVCache:
+    """Keys and values of every layer for up to `max_length` tokens; the model advances it, the caller passes it."""
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_length: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        size = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k = torch.zeros(size, device=device, dtype=dtype)
+        self.v = torch.zeros(size, device=device, dtype=dtype)
+        self.length = 0
+        self.max_length = max_length
+        self._segments: Tensor | None = None
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, S, D) of the past and of the T new tokens, which are stored."""
+        end = self._end(k.shape[2])
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def segments(self, new: Tensor | None, n_new: int) -> Tensor | None:
+        """Segment ids (B, S) of the past and of the new tokens, or None as long as no call has given any.
+
+        New tokens without ids belong to the document that each row ended in.
+        """
+        if new is None and self._segments is None:
+            return None
+        if self._segments is None:
+            size = (self.k.shape[1], self.max_length)
+            self._segments = torch.ones(size, device=self.k.device, dtype=torch.long)
+        end = self._end(n_new)
+        last = self._segments[:, self.length - 1 : self.length]  # (B, 1)
+        self._segments[:, self.length : end] = last if new is None else new
+        return self._segments[:, :end]
+
+    def advance(self, n_new: int) -> None:
+        """Count the new tokens as past, once every layer has stored them."""
+        self.length += n_new
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Reorder or drop rows of the batch, (B',) indices."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if self._segments is not None:
+            self._segments = self._segments[rows]
+
+    def _end(self, n_new: int) -> int:
+        if self.length + n_new > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")
+        return self.length + n_new

@@ -1,0 +1,49 @@
+"""Reading and writing training checkpoints: data only, never code."""
+
+from pathlib import Path
+
+import torch
+
+from genai_pl.errors import CheckpointError, TrainingError
+from genai_pl.files import write_atomic
+
+MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The contents of a checkpoint; CheckpointError if it is truncated, foreign, or holds anything but data."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises whatever its unpickler meets in a broken file
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            reason = "it holds objects that are not data, and would run code to load"
+        raise CheckpointError(f"{path}: refused, {reason}") from None
+    if not isinstance(contents, dict) or MARK not in contents:
+        raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
+    if _names_code(contents):
+        raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
+    return contents
+
+
+def write_checkpoint(contents: dict, path: Path) -> None:
+    """Save under a temporary name, flush, rename; TrainingError when the disk is full."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(contents, file)
+
+    try:
+        write_atomic(path, save)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]})") from error
+
+
+def _names_code(value: object) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(_names_code(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return any(_names_code(v) for v in value)
+    return False

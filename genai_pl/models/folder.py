@@ -1,0 +1,71 @@
+"""The files of a model folder; what cannot be read is a CheckpointError of one line."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from genai_pl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: no {path.name} in it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: an object is needed, not {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: dict[str, object]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to the tensor, over one safetensors file or the shards of an index."""
+    files = _files_by_tensor(folder)
+    # a file of the headless model leaves out the prefix that the model with a head puts before its names
+    known = {f"{prefix}{name}": name for prefix in ("transformer.", "model.", "") for name in files}
+
+    def read(name: str) -> Tensor:
+        if name not in known:
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+        with _opened(files[known[name]]) as file:
+            return file.get_tensor(known[name])
+
+    return read
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX).get("weight_map", {})
+        return {name: folder / file for name, file in shards.items()}
+    if not (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder}: no {WEIGHTS} in it (other formats: convert them with transformers)")
+    with _opened(folder / WEIGHTS) as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS)
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[safe_open]":
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None

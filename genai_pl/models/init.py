@@ -1,0 +1,29 @@
+"""Initial weights.
+
+| parameter                                | distribution                                                |
+|------------------------------------------|-------------------------------------------------------------|
+| embed, position, lm_head                 | normal(0, init_std)                                         |
+| q_proj k_proj v_proj gate_proj up_proj   | normal(0, init_std)                                         |
+| o_proj down_proj (write to the residual) | normal(0, init_std / sqrt(2 n_layer)) (Radford et al. 2019) |
+| biases                                   | 0                                                           |
+| norm weights; norm biases                | 1; 0                                                        |
+"""
+
+import math
+
+from torch import nn
+
+from genai_pl.specs import ModelConfig
+
+
+def init_weights(model: nn.Module, config: ModelConfig) -> None:
+    """Draw every parameter from the table above, in the order of `named_modules`, from torch's global generator."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith(("o_proj", "down_proj"))
+            std = config.init_std / math.sqrt(2 * config.n_layer) if residual else config.init_std
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.reset_parameters()

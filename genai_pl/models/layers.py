@@ -1,0 +1,66 @@
+"""The small parts of a block: normalization and the two MLPs."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genai_pl.specs import Activation, ModelConfig, Norm
+
+
+class ReLU2(nn.Module):
+    """max(0, x)^2 (So et al. 2021)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last channels, in the precision of the weight (Zhang and Sennrich 2019, eq. 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # under autocast a projection hands over bf16: torch fuses one dtype only, and warns of two
+        return super().forward(x.to(self.weight.dtype))
+
+
+def build_norm(config: ModelConfig, size: int) -> nn.Module:
+    """The normalization that the configuration names, over the last `size` channels."""
+    if config.norm is Norm.rmsnorm:
+        return RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def build_activation(activation: Activation) -> nn.Module:
+    """The nonlinearity of that name."""
+    return {
+        Activation.relu: nn.ReLU,
+        Activation.relu2: ReLU2,
+        Activation.gelu: nn.GELU,
+        Activation.gelu_tanh: lambda: nn.GELU(approximate="tanh"),
+        Activation.silu: nn.SiLU,
+    }[activation]()
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), (B, T, C) -> (B, T, C) (Vaswani et al. 2017, eq. 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.activation = build_activation(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.activation = build_activation(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,67 @@
+"""Weights in and out: a Hugging Face folder becomes our model, our model becomes a Hugging Face folder."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import CheckpointError
+from genai_pl.models.decoder import Decoder
+from genai_pl.models.families import Weight
+from genai_pl.models.folder import WEIGHTS, tensor_reader, write_json
+from genai_pl.models.hf_config import read_config, write_config
+
+
+def load_pretrained(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model in evaluation mode that a Hugging Face folder holds; CheckpointError if it cannot be read."""
+    config, table = read_config(folder / "config.json")
+    read = tensor_reader(folder)
+    with torch.device("meta"):  # weights are drawn and stored nowhere: one tensor at a time is in memory twice
+        model = Decoder(config)
+    for row in table:
+        try:
+            _assign(model, row, read(row.theirs).to(dtype))
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+    model.tie_weights()
+    return model.eval()
+
+
+def save_pretrained(model: Decoder, folder: Path, *, token_ids: dict[str, int | None]) -> str:
+    """Write config.json, generation_config.json and model.safetensors; returns the name of the class that reads them.
+
+    token_ids: bos_token_id, eos_token_id, pad_token_id. A folder that must appear whole is written by `write_atomic`.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    values, table, reader = write_config(model.config)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**values, "dtype": dtype, **token_ids})
+    write_json(folder / "generation_config.json", {k: v for k, v in token_ids.items() if v is not None})
+    state = model.state_dict()
+    save_file({row.theirs: _join(state, row) for row in table}, folder / WEIGHTS, metadata={"format": "pt"})
+    return reader
+
+
+def _assign(model: Decoder, row: Weight, tensor: Tensor) -> None:
+    """Put one tensor of theirs where ours are; ValueError if it has another shape than the configuration asks for."""
+    tensor = tensor.T.contiguous() if row.transposed else tensor
+    shapes = [model.get_parameter(name).shape for name in row.ours]
+    rows = [shape[0] for shape in shapes]
+    if tensor.shape != (sum(rows), *shapes[0][1:]):
+        asked = [sum(rows), *shapes[0][1:]][:: -1 if row.transposed else 1]
+        found = list(tensor.shape)[:: -1 if row.transposed else 1]
+        raise ValueError(f"tensor {row.theirs} has shape {found}, config.json asks for {asked}")
+    for name, part in zip(row.ours, tensor.split(rows), strict=True):
+        module, _, leaf = name.rpartition(".")
+        # a part must not keep the whole alive, nor share its memory
+        part = part.clone() if len(rows) > 1 else part
+        setattr(model.get_submodule(module), leaf, nn.Parameter(part))
+
+
+def _join(state: dict[str, Tensor], row: Weight) -> Tensor:
+    """The tensor of theirs that holds these of ours."""
+    parts = [state[name].detach().cpu() for name in row.ours]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (tensor.T if row.transposed else tensor).contiguous()

@@ -1,0 +1,105 @@
+"""What every objective shares: exact normalization by tokens, one optimizer and schedule, gradient norm, validation sums."""
+
+from collections.abc import Callable, Iterable
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from genai_pl.errors import TrainingError
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+
+
+class BaseModule(L.LightningModule):
+    """A model and its training; a subclass says in `step` what one batch costs.
+
+    `step` returns sums over the batch's targets: `loss` is differentiable, everything else is for the logs. The loss of an
+    optimizer step is that sum over all ranks and accumulated batches, divided by all their targets: a mean of means
+    would weigh a token by how full its batch is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Callable[..., float],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.make_optimizer, self.schedule = optimizer, schedule
+        self.total_steps = 0  # set once the length of the data is known
+        self.validated_at = -1  # step of the last validation
+        self.val_sums: Metrics = {}
+        self.window: Metrics = {}  # sums of the optimizer step under way
+        self.finished: Metrics = {}  # sums of the last complete step
+        self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
+        self._targets = torch.ones(())
+
+    def step(self, batch: Batch) -> Metrics:
+        """Sums over the targets of one batch."""
+        raise NotImplementedError
+
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """Metrics from sums: by default each sum per target."""
+        return {name: value / targets for name, value in sums.items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        first = not self.window
+        if first:
+            self._targets = self._over_ranks(batch["window_targets"])
+        sums = self.step(batch)
+        for name, value in sums.items():
+            self.window[name] = self.window.get(name, 0) + value.detach()
+        # Lightning divides by the accumulated batches and the strategy by the ranks
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return sums["loss"] * (scale / self._targets.clamp(min=1))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        self.grad_norm, self.lr = torch.nn.utils.get_total_norm(grads), optimizer.param_groups[0]["lr"]
+        self.finished, self.window = self.window, {}
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and not torch.isfinite(self.grad_norm + self.finished["loss"]):
+            what = "gradient" if torch.isfinite(self.finished["loss"]) else "loss"
+            raise TrainingError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(
+                [p for p in self.parameters() if p.grad is not None], gradient_clip_val, self.grad_norm
+            )
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of the last optimizer step, over all ranks."""
+        sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
+        return {f"train/{k}": v.item() for k, v in self.summarize(sums, self._targets).items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name, value in {**self.step(batch), "targets": batch["targets"]}.items():
+            self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
+
+    def on_validation_epoch_end(self) -> None:
+        sums = {name: self._over_ranks(value) for name, value in self.val_sums.items()}
+        self.val_sums = {}
+        self.validated_at = self.trainer.global_step
+        metrics = self.summarize(sums, sums.pop("targets"))
+        self.log_dict({f"val/{k}": v.float() for k, v in metrics.items()}, rank_zero_only=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer(self.model.named_parameters())
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total_steps=self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")

@@ -1,0 +1,66 @@
+"""Adam with decoupled (AdamW) and with L2 weight decay (Adam), on torch's fused kernel where there is one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from genai_pl.optim.checks import check
+from genai_pl.optim.groups import NamedParameters, decay_groups, trainable
+
+
+def adamw(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:
+    """AdamW, whose decay of lr * weight_decay a step stays out of the moments (Loshchilov and Hutter 2019)."""
+    return _build(torch.optim.AdamW, named_parameters, lr, betas, eps, weight_decay, fused)
+
+
+def adam(
+    named_parameters: NamedParameters,
+    *,
+    lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> torch.optim.Adam:
+    """Adam, whose decay is part of the gradient: grad + weight_decay * weight (Kingma and Ba 2015)."""
+    return _build(torch.optim.Adam, named_parameters, lr, betas, eps, weight_decay, fused)
+
+
+def has_fused_kernel(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether torch can step these parameters in one kernel, which takes no mixture of sharded and whole tensors.
+
+    On two CPU cores a step of a GPT takes 0.8, 3.1 and 4.2 ms (1.4M parameters) or 5.8, 19.7 and 17.5 ms (10.8M):
+    fused, foreach and for-loop.
+    """
+    kinds = {type(parameter) for parameter in parameters}  # tensor parallelism leaves norms whole beside DTensors
+    return len(kinds) == 1 and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+
+
+def _build(
+    kind: type[torch.optim.Adam],
+    named_parameters: NamedParameters,
+    lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    fused: bool | None,
+) -> torch.optim.Adam:
+    check("optimizer", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    named = trainable(named_parameters)
+    if fused is None:
+        fused = has_fused_kernel([parameter for _, parameter in named])
+    # a list from YAML becomes a tuple: its own class would make the checkpoint unreadable with weights_only=True
+    optimizer = kind(decay_groups(named, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    # A fused step would unscale fp16 gradients itself, after clipping has seen them scaled; Lightning refuses to clip
+    # then, in bf16 too. Let GradScaler unscale first, as for every other optimizer.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer

@@ -1,0 +1,36 @@
+"""Which parameters are trained, and which of them decay."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from genai_pl.errors import ConfigError
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+Group = dict[str, object]
+
+
+def trainable(named_parameters: NamedParameters) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that want a gradient, a tied one once, under its first name."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            names.setdefault(parameter, name)
+    if not names:
+        raise ConfigError("nothing to train: every parameter is frozen; check peft and the layers it targets")
+    return [(name, parameter) for parameter, name in names.items()]
+
+
+def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> list[Group]:
+    """Optimizer groups: matrices, embeddings among them, decay; biases and the gains of norms do not (as in nanoGPT).
+
+    Parameters go in with their names, which torch keeps as `param_names`.
+    """
+    named = trainable(named_parameters)
+    matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
+    vectors = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
+    groups: list[Group] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,91 @@
+"""Taking up a run again: which run, with which settings, from which checkpoint."""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from genai_pl.errors import CheckpointError, UserError
+
+ROOTS = ("outputs",)
+
+
+def replay(arguments: list[str]) -> list[str]:
+    """The command line that continues the run which `resume=` names: its own overrides first, then the new ones.
+
+    Without `resume=`, or for a sweep, the arguments come back as they are.
+    """
+    reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
+    if reference in ("null", "None", "") or {"-m", "--multirun"} & set(arguments):
+        return arguments
+    run = _run_folder(reference, arguments)
+    if run is None:
+        if reference == "auto":
+            print("resume=auto: no run to continue, starting a new one", flush=True)
+            return [a for a in arguments if not a.startswith("resume=")]
+        return arguments
+    saved = _saved_overrides(run)
+    given = {_key(a) for a in arguments}
+    kept = [o for o in saved if _key(o) not in given | {"resume", "dry_run"}]
+    unsafe = next((o for o in kept if "_target_" in o), None)
+    if unsafe:
+        raise UserError(f"{run}/.hydra/overrides.yaml: {unsafe} names code to run; give it on the command line to allow it")
+    if "hydra.run.dir" not in given:
+        kept.append(f"hydra.run.dir='{run}'")
+    return kept + arguments
+
+
+def _run_folder(reference: str, arguments: list[str]) -> Path | None:
+    if reference == "auto":
+        chosen = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")), None)
+        found = [p for root in ([chosen] if chosen else ROOTS) for p in Path(root).rglob("checkpoints/*.ckpt")]
+        return max(found, key=lambda p: p.stat().st_mtime_ns).parent.parent if found else None
+    path = Path(reference)
+    if path.is_dir():
+        if not any(path.glob("checkpoints/*.ckpt")):
+            raise CheckpointError(f"resume={reference}: no checkpoint in {path / 'checkpoints'}")
+        return path
+    if not path.is_file():
+        raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file")
+    run = path.parent.parent
+    return run if (run / ".hydra" / "overrides.yaml").exists() else None
+
+
+def _saved_overrides(run: Path) -> list[str]:
+    path = run / ".hydra" / "overrides.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return [str(o) for o in saved or []]
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def choose_checkpoint(reference: str, run: Path) -> Path:
+    """The checkpoint to go on from: the newest valid one for `auto`; otherwise the one named, or an error that offers another."""
+    from genai_pl.callbacks import newest_checkpoints
+    from genai_pl.models.checkpoint import read_checkpoint
+
+    path = Path(reference)
+    folder = run / "checkpoints" if reference == "auto" else path / "checkpoints" if path.is_dir() else path.parent
+    candidates = newest_checkpoints(folder)
+    if path.is_file():
+        candidates = [path, *(c for c in candidates if not c.samefile(path))]
+    broken: CheckpointError | None = None
+    for candidate in candidates:
+        try:
+            read_checkpoint(candidate)
+        except CheckpointError as error:
+            if reference == "auto":
+                print(f"{error}; taking the one before it", file=sys.stderr, flush=True)
+            broken = broken or error
+            continue
+        if broken is None or reference == "auto":
+            return candidate
+        raise CheckpointError(f"{broken}; the newest valid one is resume={candidate}")
+    raise broken or CheckpointError(f"resume={reference}: no checkpoint in {folder}")

@@ -1,0 +1,234 @@
+"""Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl import callbacks as cb
+from genai_pl.config import CONF
+from genai_pl.config_errors import check_types
+from genai_pl.data import byte_tokenizer, pretrained_tokenizer, token_bytes
+from genai_pl.data.datamodule import TextDataModule
+from genai_pl.data.tokenizer import files_of
+from genai_pl.errors import ConfigError
+from genai_pl.fit import Parts, finish, fit
+from genai_pl.load import load
+from genai_pl.models import Decoder, ModelConfig, flops_per_token
+from genai_pl.modules import BaseModule
+from genai_pl.resume import choose_checkpoint
+from genai_pl.specs import GenerationConfig
+from genai_pl.summary import describe_memory, describe_model, describe_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def train(config: DictConfig) -> int:
+    """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C."""
+    quiet()
+    check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
+    torch.set_float32_matmul_precision(config.precision.matmul)
+    L.seed_everything(config.seed, verbose=False)
+    if config.dry_run:
+        return dry_run(config)
+    run = Path(config.output_dir)
+    checkpoint = choose_checkpoint(config.resume, run) if config.resume else None
+    parts = build(config, run)
+    if checkpoint:
+        print(f"resuming from {checkpoint}", flush=True)
+    connect(config, parts, checkpoint)
+    announce(config, parts)
+    fit(parts, checkpoint)
+    return finish(parts, prompt=config.callbacks.samples.prompts[0], flat=flatten(config), export=config.callbacks.export)
+
+
+def build(config: DictConfig, run: Path) -> Parts:
+    """Every object of the run."""
+    data = TextDataModule(**config.data, seed=config.seed)
+    if config.init_from:
+        loaded = load(config.init_from, **{k: config.model[k] for k in ("attention", "dropout")})
+        model, tokenizer = loaded.model.train(), loaded.tokenizer
+        data.seq_len = min(data.seq_len, model.config.max_seq_len)
+    else:
+        tokenizer = build_tokenizer(config, data)
+        model = Decoder(model_config(config, len(tokenizer)))
+    module = build_module(config, model, tokenizer)
+    trainer, callbacks = build_trainer(config, run)
+    data.prepare(tokenizer, module.collator)
+    steps = count_steps(config, data, trainer.world_size)
+    module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
+    data.n_batches = steps * trainer.accumulate_grad_batches
+    return Parts(run, trainer, module, data, tokenizer, **callbacks)
+
+
+def build_tokenizer(config: DictConfig, data: TextDataModule) -> "PreTrainedTokenizerBase":
+    """The tokenizer that the group names; bpe learns from the training text."""
+    if config.tokenizer.kind == "byte":
+        return byte_tokenizer()
+    if config.tokenizer.kind == "bpe":
+        return data.train_tokenizer(config.tokenizer.vocab_size)
+    return pretrained_tokenizer(config.tokenizer.name)
+
+
+def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
+    """The model's configuration with the vocabulary of the tokenizer."""
+    found: ModelConfig = OmegaConf.to_object(config.model)
+    if found.vocab_size is None:
+        found.vocab_size = n_tokens
+    if found.vocab_size < n_tokens:
+        raise ConfigError(f"model.vocab_size ({found.vocab_size}) is below the tokenizer's {n_tokens} tokens")
+    return found
+
+
+def build_module(config: DictConfig, model: Decoder, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
+    """The LightningModule of the objective, around the model."""
+    make = instantiate(config.objective)
+    module = make(
+        model,
+        token_bytes=token_bytes(tokenizer, model.config.vocab_size),
+        pad_token_id=tokenizer.pad_token_id or 0,
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.scheduler),
+    )
+    if model.config.shape.value not in module.shapes:
+        name = HydraConfig.get().runtime.choices.objective
+        raise ConfigError(f"objective={name} needs a model of shape {' or '.join(module.shapes)}, not {model.config.shape.value}")
+    module.make_optimizer(module.model.named_parameters())  # its mistakes are told before the data are read
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    return module
+
+
+def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L.Callback]]:
+    """The Trainer and our callbacks by name."""
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    interval = options.pop("val_check_interval") * options["accumulate_grad_batches"]
+    options |= {"max_steps": -1, "max_epochs": -1, "val_check_interval": interval, "check_val_every_n_epoch": None}
+    settings, every = config.callbacks, options["log_every_n_steps"]
+    callbacks = {
+        "monitor": cb.Monitor(every),
+        "console": cb.Console(),
+        "interrupt": cb.Interrupt(),
+        "checkpoints": cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint),
+    }
+    if settings.samples.every_n_steps:
+        sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
+        prompts = list(settings.samples.prompts)
+        callbacks["samples"] = cb.Samples(every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling)
+    try:
+        trainer = L.Trainer(
+            **options,
+            precision=config.precision.lightning,
+            strategy=config.strategy.lightning,
+            logger=[instantiate(node) for node in OmegaConf.to_container(config.logger, resolve=True)],
+            callbacks=[*callbacks.values(), *instantiate(config.callbacks.extra).values()],
+            plugins=[cb.AtomicCheckpointIO()],
+            default_root_dir=str(run),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's checks of its own arguments
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    return trainer, callbacks
+
+
+def count_steps(config: DictConfig, data: TextDataModule, world_size: int) -> int:
+    """Optimizer steps of the run, from our own numbers: max_epochs wins over max_steps."""
+    if config.trainer.max_epochs is None:
+        if config.trainer.max_steps < 1:
+            raise ConfigError(f"trainer.max_steps={config.trainer.max_steps}: set it, or trainer.max_epochs")
+        return config.trainer.max_steps
+    if config.data.streaming:
+        raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
+    return config.trainer.max_epochs * data.steps_per_epoch(config.trainer.accumulate_grad_batches, world_size)
+
+
+def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+    """Tell the callbacks and loggers about each other and about what is trained."""
+    model, monitor = parts.module.model, parts.monitor
+    monitor.flops_per_token = flops_per_token(model, model.config, parts.data.seq_len)
+    monitor.listeners.append(parts.console.show)
+    parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
+    if parts.samples:
+        parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
+    step = cb.step_of(checkpoint) if checkpoint else 0
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, cb.MetricsCSV):
+            logger.resume(step)
+        if isinstance(logger, TensorBoardLogger) and checkpoint:
+            logger._kwargs["purge_step"] = step + 1
+    parts.trainer.strategy.connect(parts.module)
+
+
+def announce(config: DictConfig, parts: Parts) -> None:
+    """Print what is about to be trained, on what, with which attention."""
+    trainer, model = parts.trainer, parts.module.model
+    device = trainer.strategy.root_device
+    step = describe_step(
+        model,
+        rows=parts.data.batch_size,
+        seq_len=parts.data.seq_len,
+        accumulate=trainer.accumulate_grad_batches,
+        devices=trainer.world_size,
+        total_steps=parts.module.total_steps,
+    )
+    if trainer.is_global_zero:
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        print(f"run         {parts.run}")
+        print(f"data        {parts.data.summary()}")
+        print(*describe_model(model, device), step, sep="\n")
+        print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
+
+
+def dry_run(config: DictConfig) -> int:
+    """Print what the run would cost, from a model that takes no memory."""
+    n_tokens = {"byte": 258, "bpe": config.tokenizer.get("vocab_size")}.get(config.tokenizer.kind)
+    if n_tokens is None:
+        n_tokens = len(pretrained_tokenizer(config.tokenizer.name))
+    with torch.device("meta"):
+        model = Decoder(model_config(config, n_tokens))
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    devices = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
+    shape = {"rows": config.data.batch_size, "seq_len": config.data.seq_len}
+    steps = max(config.trainer.max_steps, 0)
+    accumulate = config.trainer.accumulate_grad_batches
+    print(*describe_model(model, device), sep="\n")
+    print(describe_step(model, **shape, accumulate=accumulate, devices=devices * config.trainer.num_nodes, total_steps=steps))
+    name = config.optimizer._target_.rpartition(".")[2]
+    print(*describe_memory(model, **shape, optimizer=name, precision=config.precision.lightning), sep="\n", flush=True)
+    return 0
+
+
+def quiet() -> None:
+    """Silence what Lightning and datasets say that a user cannot act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for text in ("does not have many workers", "Checkpoint directory", "GPU available but not", "treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{text}.*")
+
+
+def flatten(config: DictConfig) -> dict[str, object]:
+    """The resolved configuration as one level of dotted names: what TensorBoard's HParams shows."""
+    flat: dict[str, object] = {}
+
+    def walk(value: object, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else str(key))
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+
+    walk(OmegaConf.to_container(config, resolve=True, enum_to_str=True), "")
+    return flat

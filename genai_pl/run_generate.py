@@ -1,0 +1,79 @@
+"""The generate command: a resolved configuration in, text on stdout out."""
+
+import sys
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl.config import CONF
+from genai_pl.config_errors import check_types
+from genai_pl.errors import ConfigError, DataError
+from genai_pl.generation import generate_text
+from genai_pl.load import load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def generate(config: DictConfig) -> int:
+    """Print continuations of the prompts; a single one is printed while it grows."""
+    check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
+    if config.precision not in DTYPES:
+        raise ConfigError(f"precision={config.precision}: no such precision; one of {', '.join(DTYPES)}")
+    if config.num_samples < 1:
+        raise ConfigError(f"num_samples={config.num_samples} must be at least 1")
+    prompts = read_prompts(config)
+    device = choose_device(config.device)
+    loaded = load(config.checkpoint, dtype=DTYPES[config.precision])
+    model = loaded.model.to(device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    single = len(prompts) * config.num_samples == 1
+    streaming = config.stream and single
+    if single:
+        print(prompts[0], end="", flush=True)
+    with torch.inference_mode():
+        texts = generate_text(
+            model,
+            loaded.tokenizer,
+            prompts,
+            OmegaConf.to_object(config.generation),
+            generator=generator,
+            num_samples=config.num_samples,
+            on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
+        )
+    if single:
+        print("" if streaming else texts[0][0], flush=True)
+        return 0
+    for prompt, samples in zip(prompts, texts, strict=True):
+        for text in samples:
+            print(f"{prompt}{text}\n{'-' * 40}", flush=True)
+    return 0
+
+
+def read_prompts(config: DictConfig) -> list[str]:
+    """The prompt given, the lines of prompt_file, or all of stdin."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompt_file is None:
+        return [sys.stdin.read()]
+    path = Path(config.prompt_file)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt_file={path}: cannot be read ({error})") from None
+    if not lines:
+        raise DataError(f"prompt_file={path}: empty")
+    return lines
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from None
+    return device

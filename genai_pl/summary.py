@@ -1,0 +1,66 @@
+"""What a run says before it starts and after it ends."""
+
+from pathlib import Path
+
+import torch
+
+from genai_pl.kernels import choose_backend
+from genai_pl.models import Decoder, flops_per_token, memory_estimate, n_parameters
+
+MOMENTS = {"adamw": 2.0, "adam": 2.0, "muon": 1.1, "sgd": 1.0, "adafactor": 0.01}  # float32 numbers per weight
+
+
+def describe_model(model: Decoder, device: torch.device) -> list[str]:
+    """Lines on size and attention."""
+    c = model.config
+    backend, why = choose_backend(device, softcap=c.softcap, backend=c.attention.value)
+    return [
+        f"model       {n_parameters(model):,} parameters ({n_parameters(model, trainable=True):,} trainable): "
+        f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, {c.vocab_size:,} tokens, context {c.max_seq_len}",
+        f"attention   {backend}: {why}",
+    ]
+
+
+def describe_step(model: Decoder, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int) -> str:
+    """One line on what an optimizer step takes."""
+    tokens = rows * seq_len * accumulate * devices
+    flops = flops_per_token(model, model.config, seq_len) * tokens
+    return (
+        f"step        {tokens:,} tokens ({rows} rows x {seq_len} x {accumulate} batches x {devices} devices), "
+        f"{flops:.3g} FLOPs; {total_steps:,} steps = {tokens * total_steps:,} tokens"
+    )
+
+
+def describe_memory(model: Decoder, *, rows: int, seq_len: int, optimizer: str, precision: str) -> list[str]:
+    """A table of the bytes that a step needs on one device."""
+    half = precision != "32-true"
+    estimate = memory_estimate(
+        model,
+        model.config,
+        tokens=rows * seq_len,
+        weight_bytes=2 if precision == "bf16-true" else 4,
+        activation_bytes=2 if half else 4,
+        moments=MOMENTS.get(optimizer, 2.0),
+    )
+    parts = ("weights", "gradients", "optimizer", "activations", "total")
+    return ["memory      per device, estimated"] + [f"  {p:<12}{human(getattr(estimate, p)):>10}" for p in parts]
+
+
+def human(n_bytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.4g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} TiB"
+
+
+def closing(run: Path, *, exported: bool, finished: bool, prompt: str) -> list[str]:
+    """Where everything lies, and the next command to type."""
+    lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
+    if exported:
+        lines += [f"model       {run / 'model'}"]
+    lines += [f"curves      tensorboard --logdir {run}"]
+    if finished:
+        return [*lines, f"next        python generate.py checkpoint={run} prompt={prompt!r}"]
+    return [*lines, f"next        python train.py resume={run}"]

@@ -1,0 +1,91 @@
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from genai_pl.generation import process, sample
+from genai_pl.generation.processors import min_p, repetition_penalty, temperature, top_k, top_p
+from genai_pl.specs import GenerationConfig
+
+NO_IDS = torch.zeros(1, 0, dtype=torch.long)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(5, 50, generator=generator)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.0, 5.0])
+def test_temperature_equals_transformers(logits, value):
+    torch.testing.assert_close(
+        temperature(logits, value), transformers.TemperatureLogitsWarper(value)(NO_IDS, logits), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 1000])
+def test_top_k_equals_transformers(logits, k):
+    logits[:, 3] = logits[:, 4]  # ties
+    assert torch.equal(top_k(logits, k), transformers.TopKLogitsWarper(k)(NO_IDS, logits))
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_equals_transformers(logits, p):
+    assert torch.equal(top_p(logits, p), transformers.TopPLogitsWarper(p)(NO_IDS, logits))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
+def test_min_p_equals_transformers(logits, p):
+    assert torch.equal(min_p(logits, p), transformers.MinPLogitsWarper(p)(NO_IDS, logits))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_repetition_penalty_equals_transformers(logits, penalty):
+    ids = torch.randint(0, 50, (5, 12), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(5, 50, dtype=torch.bool).scatter(1, ids, True)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    assert torch.equal(repetition_penalty(logits, seen, penalty), theirs)
+
+
+def test_processors_run_in_the_order_of_transformers(logits):
+    ids = torch.randint(0, 50, (5, 12), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(5, 50, dtype=torch.bool).scatter(1, ids, True)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50))
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}
+    theirs, _ = model._prepare_generation_config(None, do_sample=True, **options)
+    expected = model._get_logits_processor(theirs, input_ids_seq_length=12, device="cpu")(ids, logits)
+    ours = process(logits, GenerationConfig(**options), seen=seen)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert 1 < ours[0].isfinite().sum() < 20
+
+
+def test_temperature_zero_and_top_k_one_are_the_argmax(logits):
+    for config in (GenerationConfig(temperature=0), GenerationConfig(top_k=1), GenerationConfig(top_p=1e-9)):
+        assert torch.equal(sample(logits, config), logits.argmax(-1))
+
+
+def test_greedy_decoding_is_penalized_too():
+    logits = torch.tensor([[2.0, 1.5, -1.0]])
+    seen = torch.tensor([[True, False, False]])
+    assert sample(logits, GenerationConfig(temperature=0, repetition_penalty=2.0), seen=seen) == 1
+
+
+def test_low_precision_logits_are_processed_in_float32():
+    assert process(torch.randn(2, 10).bfloat16(), GenerationConfig(top_p=0.9)).dtype == torch.float32
+
+
+def test_samples_have_the_frequencies_of_the_processed_probabilities():
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
+    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.95}
+    scores = transformers.TemperatureLogitsWarper(0.8)(NO_IDS, logits[None])
+    scores = transformers.TopPLogitsWarper(0.95)(NO_IDS, transformers.TopKLogitsWarper(9)(NO_IDS, scores))
+    expected = scores.softmax(-1)[0].double()
+    n = 20_000
+    tokens = sample(logits.expand(n, -1), GenerationConfig(**options), torch.Generator().manual_seed(0))
+    counts = tokens.bincount(minlength=12).double()
+    possible = expected > 0
+    assert 3 < possible.sum() < 10
+    assert counts[~possible].sum() == 0
+    statistic = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum()
+    freedom = torch.tensor((possible.sum().item() - 1) / 2, dtype=torch.float64)
+    assert torch.special.gammaincc(freedom, statistic / 2) > 1e-3  # the chance of a worse fit

@@ -1,0 +1,109 @@
+import itertools
+
+import pytest
+import torch
+from brute_force import visible
+
+from genai_pl.kernels import AttentionMask, positions_from_segments
+
+B = 2
+SIZES = [(1, 1), (5, 5), (1, 6), (4, 6), (6, 4)]
+
+
+def every_mask(T: int, S: int) -> list[AttentionMask]:
+    """Every combination of features that can describe T queries and S keys."""
+    generator = torch.Generator().manual_seed(T * 10 + S)
+
+    def draw(high: int, length: int) -> torch.Tensor:
+        return torch.randint(high, (B, length), generator=generator)
+
+    segments = [{}, {"segments": draw(3, S), "query_segments": draw(3, T)}]
+    orders = [{}]
+    if T <= S:
+        segments.append({"segments": draw(3, S)})
+        orders += [{"order": draw(S, S)}, {"order": draw(S, S), "strict": True}]
+    prefixes = [None, 0, 2, S, torch.tensor([1, 3])]
+    return [
+        AttentionMask(causal=causal, window=window, prefix=prefix, **segment, **order)
+        for causal, window, prefix, segment, order in itertools.product(
+            (False, True), (None, 1, 3, 100), prefixes, segments, orders
+        )
+    ]
+
+
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_every_combination_of_features_shows_what_its_words_say(T: int, S: int):
+    for mask in every_mask(T, S):
+        dense = mask.dense(T, S)
+        assert dense.shape in [(1, 1, T, S), (B, 1, T, S)]
+        assert torch.equal(dense.expand(B, 1, T, S), visible(mask, B, T, S)), mask
+
+
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_a_mask_that_says_it_sees_all_or_is_plain_causal_does_so(T: int, S: int):
+    for mask in every_mask(T, S):
+        dense = visible(mask, B, T, S)
+        if mask.sees_all(T, S):
+            assert dense.all(), mask
+        if mask.is_plain_causal(T, S):
+            assert torch.equal(dense, torch.ones_like(dense).tril()), mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "T", "S", "expected"),
+    [
+        (AttentionMask(), 3, 5, True),
+        (AttentionMask(causal=True), 1, 9, True),
+        (AttentionMask(window=9), 9, 9, True),
+        (AttentionMask(causal=True, window=9), 1, 9, True),
+        (AttentionMask(causal=True, window=8), 1, 9, False),
+        (AttentionMask(causal=True, prefix=9), 4, 9, True),
+        (AttentionMask(causal=True), 2, 9, False),
+        (AttentionMask(segments=torch.ones(1, 9, dtype=torch.long)), 9, 9, False),
+    ],
+)
+def test_backends_learn_that_no_mask_is_needed(mask: AttentionMask, T: int, S: int, expected: bool):
+    assert mask.sees_all(T, S) is expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "T", "S", "expected"),
+    [
+        (AttentionMask(causal=True), 9, 9, True),
+        (AttentionMask(causal=True, window=9), 9, 9, True),
+        (AttentionMask(causal=True, window=8), 9, 9, False),
+        (AttentionMask(causal=True), 4, 9, False),
+        (AttentionMask(causal=True, prefix=1), 9, 9, False),
+        (AttentionMask(causal=True, order=torch.arange(9)[None]), 9, 9, False),
+        (AttentionMask(), 9, 9, False),
+    ],
+)
+def test_backends_learn_that_the_mask_is_a_plain_triangle(mask: AttentionMask, T: int, S: int, expected: bool):
+    assert mask.is_plain_causal(T, S) is expected
+
+
+def test_positions_restart_at_each_document_and_in_the_padding():
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [0, 0, 5, 5, 1, 1, 5]])
+    expected = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0]])
+    assert torch.equal(positions_from_segments(segments), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"window": 0}, "window"),
+        ({"strict": True}, "order"),
+        ({"query_segments": torch.ones(1, 2, dtype=torch.long)}, "segments"),
+    ],
+)
+def test_fields_that_mean_nothing_together_are_refused(fields: dict, word: str):
+    with pytest.raises(ValueError, match=word):
+        AttentionMask(**fields)
+
+
+def test_segments_of_another_length_are_refused_rather_than_broadcast():
+    one = torch.ones(1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="segments has 1 entries, which cannot describe 4 queries and 4 keys"):
+        AttentionMask(segments=one).dense(4, 4)
+    with pytest.raises(ValueError, match="cannot describe 6 queries and 4 keys"):
+        AttentionMask(order=torch.arange(4)[None]).dense(6, 4)

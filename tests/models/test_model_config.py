@@ -1,0 +1,153 @@
+"""Every option of ModelConfig does what it says, and says so when it cannot."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.models import Decoder, ModelConfig
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 53, "max_seq_len": 24}
+ROTARY = {**SIZES, "position": "rotary"}
+
+# option -> (the rest, another value)
+CHANGE_PARAMETERS = {
+    "n_layer": (SIZES, 3),
+    "n_kv_head": (SIZES, 2),
+    "n_embd": (SIZES, 64),
+    "head_dim": (SIZES, 16),
+    "intermediate_size": (SIZES, 40),
+    "vocab_size": (SIZES, 54),
+    "max_seq_len": (SIZES, 25),
+    "position": (SIZES, "rotary"),
+    "norm": (SIZES, "rmsnorm"),
+    "norm_order": (SIZES, "post"),
+    "gated_mlp": (SIZES, True),
+    "bias": (SIZES, False),
+    "qkv_bias": (SIZES, False),
+    "qk_norm": (SIZES, True),
+    "tie_embeddings": (SIZES, False),
+}
+CHANGE_LOGITS = {
+    "n_head": (SIZES, 2),
+    "rope_theta": (ROTARY, 50.0),
+    "norm_eps": (SIZES, 0.1),
+    "activation": (SIZES, "relu2"),
+    "window": (SIZES, 3),
+    "softcap": (SIZES, 1.0),
+    "logit_softcap": (SIZES, 1.0),
+    "dropout": (SIZES, 0.5),
+}
+CHANGE_NEITHER = {"shape": (SIZES, "decoder"), "attention": (SIZES, "reference")}
+CHANGE_INITIAL_WEIGHTS = {"init_std": (SIZES, 0.1)}
+
+
+def build(values: dict) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(ModelConfig(**{"init_std": 0.3, **values}))
+
+
+def shapes(model: Decoder) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def logits(model: Decoder) -> Tensor:
+    return model(torch.arange(12)[None])
+
+
+@pytest.mark.parametrize(("option", "case"), CHANGE_PARAMETERS.items(), ids=CHANGE_PARAMETERS)
+def test_options_of_the_architecture_change_the_parameters(option: str, case: tuple[dict, object]):
+    rest, value = case
+    assert shapes(build(rest)) != shapes(build({**rest, option: value}))
+
+
+@pytest.mark.parametrize(("option", "case"), CHANGE_LOGITS.items(), ids=CHANGE_LOGITS)
+def test_options_of_the_arithmetic_change_the_logits_of_the_same_weights(option: str, case: tuple[dict, object]):
+    rest, value = case
+    model, other = build(rest), build({**rest, option: value})
+    other.load_state_dict(model.state_dict())
+    assert (logits(model) - logits(other)).abs().max() > 1e-2
+
+
+def test_backends_change_nothing():
+    rest, value = CHANGE_NEITHER["attention"]
+    torch.testing.assert_close(logits(build(rest)), logits(build({**rest, "attention": value})))
+
+
+def test_init_std_scales_the_initial_weights():
+    small, large = build({**SIZES, "init_std": 0.02}), build({**SIZES, "init_std": 0.2})
+    torch.testing.assert_close(large.embed.weight, 10 * small.embed.weight)
+
+
+def test_every_option_is_tested_here():
+    tested = [*CHANGE_PARAMETERS, *CHANGE_LOGITS, *CHANGE_NEITHER, *CHANGE_INITIAL_WEIGHTS]
+    assert sorted(tested) == sorted(ModelConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("values", "derived"),
+    [
+        ({}, {"n_kv_head": 12, "head_dim": 64, "intermediate_size": 3072, "qkv_bias": True}),
+        ({"gated_mlp": True}, {"intermediate_size": 2048}),  # 8/3 of 768
+        ({"gated_mlp": True, "n_embd": 576, "n_head": 9}, {"intermediate_size": 1536, "head_dim": 64}),  # SmolLM-135M
+        ({"gated_mlp": True, "n_embd": 100, "n_head": 4}, {"intermediate_size": 288}),
+        ({"bias": False}, {"qkv_bias": False}),
+        ({"bias": False, "qkv_bias": True}, {"qkv_bias": True}),
+    ],
+)
+def test_sizes_left_out_are_derived(values: dict, derived: dict):
+    config = ModelConfig(**values)
+    assert {name: getattr(config, name) for name in derived} == derived
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_embd": 30, "n_head": 4}, r"model.n_embd \(30\) must be divisible by model.n_head \(4\).*model.head_dim"),
+        ({"n_head": 4, "n_kv_head": 3}, r"model.n_head \(4\) must be a multiple of model.n_kv_head \(3\)"),
+        ({"n_head": 0}, "model.n_head must be a number above 0, not 0"),
+        ({"n_kv_head": 0}, "model.n_kv_head must be a number above 0"),
+        ({"n_layer": -1}, "model.n_layer must be a number above 0, not -1"),
+        ({"n_embd": "64"}, "model.n_embd must be a number above 0, not '64'"),
+        ({"vocab_size": 0}, "model.vocab_size"),
+        ({"max_seq_len": 0}, "model.max_seq_len"),
+        ({"window": 0}, "model.window"),
+        ({"softcap": 0.0}, "model.softcap"),
+        ({"logit_softcap": -1.0}, "model.logit_softcap"),
+        ({"rope_theta": 0.0}, "model.rope_theta"),
+        ({"norm_eps": 0.0}, "model.norm_eps"),
+        ({"init_std": 0.0}, "model.init_std"),
+        ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), not 1.0"),
+        ({"dropout": -0.1}, "model.dropout"),
+        ({"position": "rotary", "head_dim": 7}, r"model.head_dim \(7\) must be even for model.position=rotary"),
+        ({"position": "rotray"}, "model.position=rotray is not one of learned, sinusoidal, rotary, alibi"),
+        ({"activation": "swiglu"}, "model.activation=swiglu is not one of relu, relu2, gelu"),
+        ({"attention": "sdpa", "softcap": 5.0}, "model.attention=sdpa has no softcap"),
+    ],
+)
+def test_what_cannot_work_is_an_error_that_names_the_option(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**values)
+
+
+def test_a_configuration_makes_a_round_trip_through_json():
+    config = ModelConfig(n_kv_head=4, position="alibi", norm="rmsnorm", norm_order="post", activation="relu2", window=7)
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.position is config.position
+    assert set(config.to_dict()) == set(ModelConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_layers": 2}, "unknown model field 'n_layers'"),
+        ({"n_layer": [2]}, "model.n_layer"),
+        ({"dropout": "x"}, "'str'"),
+    ],
+)
+def test_a_foreign_dictionary_is_an_error(values: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_dict(values)
