@@ -107,6 +107,8 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
                 hydrated()
             except KeyboardInterrupt:
                 sys.exit(130)
+            except UserError as error:
+                fail(str(error), error.status)
             except Exception as error:
                 line = explain(error, CONF, config_name, sys.argv[1:])
                 if line is None:

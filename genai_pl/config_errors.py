@@ -15,8 +15,6 @@ from genai_pl.errors import UserError
 
 def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
     """One line for a mistake in the configuration, or None for an error of another kind."""
-    if isinstance(error, UserError):
-        return str(error)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     if isinstance(error, OverrideParseException):

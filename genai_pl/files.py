@@ -27,7 +27,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    if not path.is_dir() or path.is_symlink():
+    if not path.is_dir():
         os.replace(temporary, path)
         return
     old = path.rename(_beside(path, "old"))

@@ -46,7 +46,7 @@ def fit(parts: Parts, checkpoint: Path | None) -> None:
             parts.trainer.validate(parts.module, parts.data, verbose=False)
 
 
-def finish(parts: Parts, *, prompt: str, flat: dict[str, object], export: bool) -> int:
+def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
     """Export, say where everything lies, and return the exit status."""
     metrics = {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith("val/")}
     with _explained(parts):
@@ -59,7 +59,7 @@ def finish(parts: Parts, *, prompt: str, flat: dict[str, object], export: bool) 
             export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card)
     done = parts.trainer.global_step >= parts.module.total_steps
     if parts.trainer.is_global_zero:
-        print(*closing(parts.run, exported=export, finished=done, prompt=prompt), sep="\n", flush=True)
+        print(*closing(parts.run, exported=export, finished=done, prompt=parts.data.prompt()), sep="\n", flush=True)
     return 130 if parts.interrupt.signum == signal.SIGINT else 0
 
 

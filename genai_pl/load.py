@@ -1,5 +1,6 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +11,7 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.pretrained import load_pretrained
-from genai_pl.specs import ModelConfig
+from genai_pl.specs import AttentionBackend, ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,16 +25,24 @@ class Loaded(NamedTuple):
     path: Path
 
 
-def load(reference: str, *, dtype: torch.dtype = torch.float32) -> Loaded:
+def load(
+    reference: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: AttentionBackend = AttentionBackend.auto,
+    dropout: float = 0.0,
+) -> Loaded:
     """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had."""
     path = resolve(reference)
     if path.is_dir():
-        return Loaded(load_pretrained(path, dtype=dtype), pretrained_tokenizer(str(path)), path)
+        model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
+        return Loaded(model, pretrained_tokenizer(str(path)), path)
     contents = read_checkpoint(path)
     ours = contents[MARK]
     try:
         with torch.device("meta"):
-            model = Decoder(ModelConfig.from_dict(ours["model"]))
+            config = ModelConfig.from_dict(ours["model"])
+            model = Decoder(replace(config, attention=attention, dropout=dropout))
         prefix = "model."
         state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
         model.load_state_dict(state, assign=True)

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,7 +41,7 @@ def train(config: DictConfig) -> int:
     L.seed_everything(config.seed, verbose=False)
     if config.dry_run:
         return dry_run(config)
-    run = Path(config.output_dir)
+    run = relative(Path(config.output_dir))
     checkpoint = choose_checkpoint(config.resume, run) if config.resume else None
     parts = build(config, run)
     if checkpoint:
@@ -48,7 +49,7 @@ def train(config: DictConfig) -> int:
     connect(config, parts, checkpoint)
     announce(config, parts)
     fit(parts, checkpoint)
-    return finish(parts, prompt=config.callbacks.samples.prompts[0], flat=flatten(config), export=config.callbacks.export)
+    return finish(parts, flat=flatten(config), export=config.callbacks.export)
 
 
 def build(config: DictConfig, run: Path) -> Parts:
@@ -113,8 +114,8 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
     """The Trainer and our callbacks by name."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
     interval = options.pop("val_check_interval") * options["accumulate_grad_batches"]
-    options |= {"max_steps": -1, "max_epochs": -1, "val_check_interval": interval, "check_val_every_n_epoch": None}
-    settings, every = config.callbacks, options["log_every_n_steps"]
+    options |= {"max_steps": -1, "max_epochs": -1, "val_check_interval": interval, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+    settings, every = config.callbacks, options.pop("log_every_n_steps")
     callbacks = {
         "monitor": cb.Monitor(every),
         "console": cb.Console(),
@@ -123,7 +124,7 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
     }
     if settings.samples.every_n_steps:
         sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
-        prompts = list(settings.samples.prompts)
+        prompts = list(settings.samples.prompts or ())
         callbacks["samples"] = cb.Samples(every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling)
     try:
         trainer = L.Trainer(
@@ -138,7 +139,7 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
-    except (TypeError, ValueError, RuntimeError) as error:  # Lightning's checks of its own arguments
+    except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
     return trainer, callbacks
 
@@ -162,6 +163,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
+        parts.samples.prompts = parts.samples.prompts or [parts.data.prompt()]
     step = cb.step_of(checkpoint) if checkpoint else 0
     for logger in parts.trainer.loggers:
         if isinstance(logger, cb.MetricsCSV):
@@ -208,6 +210,11 @@ def dry_run(config: DictConfig) -> int:
     name = config.optimizer._target_.rpartition(".")[2]
     print(*describe_memory(model, **shape, optimizer=name, precision=config.precision.lightning), sep="\n", flush=True)
     return 0
+
+
+def relative(path: Path) -> Path:
+    """The path as a person would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def quiet() -> None:

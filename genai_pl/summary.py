@@ -1,5 +1,6 @@
 """What a run says before it starts and after it ends."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -62,5 +63,5 @@ def closing(run: Path, *, exported: bool, finished: bool, prompt: str) -> list[s
         lines += [f"model       {run / 'model'}"]
     lines += [f"curves      tensorboard --logdir {run}"]
     if finished:
-        return [*lines, f"next        python generate.py checkpoint={run} prompt={prompt!r}"]
+        return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
     return [*lines, f"next        python train.py resume={run}"]

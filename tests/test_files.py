@@ -159,9 +159,21 @@ def test_the_temporary_of_a_running_writer_is_left_alone(tmp_path: Path):
     assert text_of(tmp_path / "model") == "second"
 
 
-def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path):
-    put_folder("kept")(tmp_path / "target")
+@pytest.mark.parametrize(("kind", "target"), [("file", "file"), ("file", "folder"), ("folder", "folder")])
+def test_a_link_is_replaced_and_what_it_points_to_stays(kind: str, target: str, tmp_path: Path):
+    PUT[target]("kept")(tmp_path / "target")
     (tmp_path / "last").symlink_to("target")
-    write_atomic(tmp_path / "last", put_file("new"))
+    write_atomic(tmp_path / "last", PUT[kind]("new"))
     assert text_of(tmp_path / "last") == "new"
     assert text_of(tmp_path / "target") == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["last", "target"]
+
+
+def test_what_a_dead_process_of_the_same_id_left_is_not_mixed_in(tmp_path: Path):
+    names = []
+    write_atomic(tmp_path / "model", lambda path: (names.append(path.name), path.touch()))
+    (tmp_path / names[0]).mkdir()
+    (tmp_path / names[0] / "stale").touch()
+    (tmp_path / "model").unlink()
+    write_atomic(tmp_path / "model", put_folder("new"))
+    assert os.listdir(tmp_path / "model") == ["deep"]

@@ -33,7 +33,9 @@ class Interrupt(L.Callback):
         stop = self.signum is not None
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        trainer.should_stop = trainer.should_stop or stop
+        if stop:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops, and the grace period is short
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for signum, handler in self._old.items():

@@ -109,6 +109,11 @@ class TextDataModule(L.LightningDataModule):
             f"{n_characters(val):,} for validation"
         )
 
+    def prompt(self) -> str:
+        """The first words of the validation text: something the model should be able to continue."""
+        _, val = self.documents()
+        return " ".join(next((line for line in val[0]["text"].splitlines() if line.strip()), "").split()[:6])
+
     def plan(self) -> Plan:
         """How rows are dealt to this process."""
         trainer = self.trainer

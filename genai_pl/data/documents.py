@@ -23,16 +23,14 @@ def split_text(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datas
     lengths = _lengths(documents)
     cut = int(lengths.sum() * (1 - fraction))
     border = int(np.searchsorted(np.cumsum(lengths), cut, side="right"))
-    if border >= len(documents):
-        raise DataError("data: nothing is left for validation; set data.val_path")
-    inside = cut - int(lengths[:border].sum())
+    if border >= len(documents) or not cut:
+        raise DataError("data.path: too little text to hold some back for validation; set data.val_path")
     text = documents[border]["text"]
-    parts = [Dataset.from_dict({"text": [t]}) for t in (text[:inside], text[inside:])]
-    before, after = documents.select(range(border)), documents.select(range(border + 1, len(documents)))
-    return (
-        concatenate_datasets([before, parts[0]]) if inside else before,
-        concatenate_datasets([parts[1], after]),
-    )
+    inside = cut - int(lengths[:border].sum())
+    ranges = (0, border), (border + 1, len(documents))
+    whole = [[documents.select(range(start, stop))] if start < stop else [] for start, stop in ranges]
+    halves = [[Dataset.from_dict({"text": [part]})] if part else [] for part in (text[:inside], text[inside:])]
+    return concatenate_datasets([*whole[0], *halves[0]]), concatenate_datasets([*halves[1], *whole[1]])
 
 
 def n_characters(documents: "Dataset") -> int:

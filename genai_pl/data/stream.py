@@ -109,13 +109,15 @@ class _Stream:
     def _read(self, state: dict | None = None) -> Iterator[str]:
         index, count = self.share
         while True:
+            self.data.source.set_epoch(self.epoch)
             if state is not None:
                 self.data.source.load_state_dict(state)
                 state = None
-            for example in self.data.source:
+            # in batches of one: a plain loop would deal the files to the workers a second time
+            for batch in self.data.source.iter(batch_size=1):
                 self.seen += 1
                 if (self.seen - 1) % count == index:
-                    yield example["text"]
+                    yield batch["text"][0]
             if not self.seen:
                 raise DataError("data.path: no document in it")
             self.epoch, self.seen = self.epoch + 1, 0

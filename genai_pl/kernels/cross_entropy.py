@@ -55,17 +55,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=projection.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(
-                labels,
-                vocab_size=weight.shape[0],
-                ignore_index=options.ignore_index,
-                chunk_tokens=options.chunk_tokens,
-            ):
-                logits = projection.logits(rows)
-                total += _loss_(logits, labels[rows], label_smoothing=options.label_smoothing, z_loss=options.z_loss)
-                if projection.tracks:
-                    projection.add_gradients(rows, logits)
+        for rows in chunks(
+            labels,
+            vocab_size=weight.shape[0],
+            ignore_index=options.ignore_index,
+            chunk_tokens=options.chunk_tokens,
+        ):
+            logits = projection.logits(rows)
+            total += _loss_(logits, labels[rows], label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+            if projection.tracks:
+                projection.add_gradients(rows, logits)
         ctx.gradients = projection.gradients()
         return total
 

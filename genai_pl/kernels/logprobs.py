@@ -45,12 +45,11 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.chunks = {"vocab_size": weight.shape[0], "ignore_index": ignore_index, "chunk_tokens": chunk_tokens}
         projection = Projection(hidden, weight, bias, **ctx.projection)
         logprobs = hidden.new_zeros(labels.shape, dtype=projection.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(labels, **ctx.chunks):
-                logits = projection.logits(rows)
-                target = logits.gather(1, labels[rows][:, None])
-                logsumexp, _ = exp_(logits)
-                logprobs[rows] = (target - logsumexp).squeeze(1)
+        for rows in chunks(labels, **ctx.chunks):
+            logits = projection.logits(rows)
+            target = logits.gather(1, labels[rows][:, None])
+            logsumexp, _ = exp_(logits)
+            logprobs[rows] = (target - logsumexp).squeeze(1)
         return logprobs
 
     @staticmethod
@@ -59,11 +58,10 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, labels = ctx.saved_tensors
         projection = Projection(hidden, weight, bias, **ctx.projection)
         projection.track(ctx.needs_input_grad)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(labels, **ctx.chunks):
-                logits, d = projection.logits(rows), d_logprobs[rows]
-                _, total = exp_(logits)
-                logits.mul_(-d[:, None] / total)
-                logits[torch.arange(d.numel(), device=d.device), labels[rows]] += d
-                projection.add_gradients(rows, logits)
+        for rows in chunks(labels, **ctx.chunks):
+            logits, d = projection.logits(rows), d_logprobs[rows]
+            _, total = exp_(logits)
+            logits.mul_(-d[:, None] / total)
+            logits[torch.arange(d.numel(), device=d.device), labels[rows]] += d
+            projection.add_gradients(rows, logits)
         return *projection.gradients(), None, None, None, None

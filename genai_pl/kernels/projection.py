@@ -56,7 +56,7 @@ class Projection:
             logits.add_(self.bias)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_()
-            self.slope = 1 - logits.square() if self.tracks else None
+            self.slope = logits.square().neg_().add_(1) if self.tracks else None
             logits.mul_(self.softcap)
         return logits
 

@@ -44,6 +44,6 @@ def reference_attention(
 def _visible_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible entries of each row, and zeros for a row without any, (B, H, T, S)."""
     blind = ~visible.any(-1, keepdim=True)  # (B or 1, 1, T, 1)
-    # A row of nothing but -inf would be NaN in the softmax and in its gradient: let it see all, then erase it.
+    # A row of nothing but -inf is NaN in the softmax, and anomaly detection stops at it: let it see all, then erase it.
     weights = scores.masked_fill(~(visible | blind), float("-inf")).softmax(-1)
     return weights.masked_fill(~visible, 0.0)

@@ -1,5 +1,6 @@
 """Weights in and out: a Hugging Face folder becomes our model, our model becomes a Hugging Face folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,22 @@ from genai_pl.models.decoder import Decoder
 from genai_pl.models.families import Weight
 from genai_pl.models.folder import WEIGHTS, tensor_reader, write_json
 from genai_pl.models.hf_config import read_config, write_config
+from genai_pl.specs import AttentionBackend
 
 
-def load_pretrained(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model in evaluation mode that a Hugging Face folder holds; CheckpointError if it cannot be read."""
+def load_pretrained(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: AttentionBackend = AttentionBackend.auto,
+    dropout: float = 0.0,
+) -> Decoder:
+    """The model in evaluation mode that a Hugging Face folder holds; CheckpointError if it cannot be read.
+
+    attention and dropout are how it is to be run, which the folder does not say.
+    """
     config, table = read_config(folder / "config.json")
+    config = replace(config, attention=attention, dropout=dropout)
     read = tensor_reader(folder)
     with torch.device("meta"):  # weights are drawn and stored nowhere: one tensor at a time is in memory twice
         model = Decoder(config)

@@ -94,7 +94,8 @@ class BaseModule(L.LightningModule):
         self.val_sums = {}
         self.validated_at = self.trainer.global_step
         metrics = self.summarize(sums, sums.pop("targets"))
-        self.log_dict({f"val/{k}": v.float() for k, v in metrics.items()}, rank_zero_only=False)
+        step = torch.tensor(float(self.trainer.global_step))  # else Lightning counts the last step of a fit as not yet done
+        self.log_dict({"step": step, **{f"val/{k}": v.float() for k, v in metrics.items()}})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.model.named_parameters())

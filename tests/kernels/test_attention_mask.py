@@ -58,6 +58,7 @@ def test_a_mask_that_says_it_sees_all_or_is_plain_causal_does_so(T: int, S: int)
         (AttentionMask(causal=True, window=9), 1, 9, True),
         (AttentionMask(causal=True, window=8), 1, 9, False),
         (AttentionMask(causal=True, prefix=9), 4, 9, True),
+        (AttentionMask(causal=True, prefix=8), 4, 9, False),
         (AttentionMask(causal=True), 2, 9, False),
         (AttentionMask(segments=torch.ones(1, 9, dtype=torch.long)), 9, 9, False),
     ],

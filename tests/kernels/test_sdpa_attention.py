@@ -83,7 +83,9 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention,
     segments[0, 5:9] = 0
     segments[1] = 0  # a row of nothing but padding
     options = {"bias": torch.zeros(1, H, T, S, dtype=dtype)} if biased else {}
-    results = run(attention, inputs(T, S, dtype=dtype), AttentionMask(causal=True, segments=segments), **options)
+    mask = AttentionMask(causal=True, segments=segments)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        results = run(attention, inputs(T, S, dtype=dtype), mask, **options)
     assert all(x.isfinite().all() for x in results)
     out, d_q, d_k, d_v, *_ = results
     padding = (segments == 0)[:, None, :, None]

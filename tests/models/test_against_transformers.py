@@ -96,6 +96,16 @@ def test_imported_models_give_the_logits_of_transformers(values: dict, tmp_path:
     assert not ours.training
 
 
+@pytest.mark.parametrize("values", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_imported_parameters_own_their_memory_and_know_how_they_were_drawn(values: dict, tmp_path: Path):
+    build_theirs({**values, "initializer_range": 0.07}).save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert ours.config.init_std == 0.07
+    for name, parameter in ours.named_parameters():
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
+        assert parameter.requires_grad, name
+
+
 @pytest.mark.parametrize(("architecture", "values"), OURS.items(), ids=OURS)
 def test_transformers_gives_the_logits_of_exported_models(
     architecture: str, values: dict, tmp_path: Path, input_ids: Tensor
@@ -149,10 +159,9 @@ def test_the_rotary_base_is_written_where_old_and_new_transformers_read_it(tmp_p
 
 
 def test_missing_keys_mean_what_they_mean_to_transformers(tmp_path: Path, input_ids: Tensor):
-    needed = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
-    for kind in ("llama", "mistral", "qwen2", "qwen3"):
-        values = {k: v for k, v in LLAMA.items() if k in needed | {"max_position_embeddings"}}
-        values |= {"num_attention_heads": 32, "hidden_size": 64, "model_type": kind}
+    needed = ("num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings")
+    llama = {**{key: LLAMA[key] for key in needed}, "num_attention_heads": 64, "hidden_size": 128}
+    for values in (GPT2, *({**llama, "model_type": kind} for kind in ("llama", "mistral", "qwen2", "qwen3"))):
         theirs = build_theirs(values)
         theirs.save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(values))
@@ -176,6 +185,7 @@ def test_shards_are_read(tmp_path: Path, input_ids: Tensor):
 def test_weights_keep_the_dtype_that_is_asked_for_and_written(tmp_path: Path):
     ours = build_ours(OURS["LlamaForCausalLM"]).to(torch.bfloat16)
     save_pretrained(ours, tmp_path, token_ids=TOKENS)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16

@@ -165,6 +165,16 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(input_ids), without)
 
 
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_dropout_acts_on_the_embeddings_and_before_every_residual_sum(order: str):
+    model, places = Decoder(ModelConfig(**SIZES, norm_order=order, dropout=0.5)), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: places.append(name))
+    model(tokens(1, 6))
+    assert places == ["dropout", *["blocks.0.dropout"] * 2, *["blocks.1.dropout"] * 2]
+
+
 def test_a_model_is_built_on_the_meta_device_and_filled_later():
     config = ModelConfig(**MODERN)
     with torch.device("meta"):

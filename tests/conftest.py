@@ -1,0 +1,61 @@
+"""Shared by all tests: one thread, no network, a cache of their own, and commands run as a user would."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "model.n_layer=1",
+    "model.n_embd=32",
+    "model.max_seq_len=32",
+    "tokenizer=byte",
+    "data.batch_size=4",
+    "trainer.max_steps=4",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.samples.every_n_steps=null",
+)
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Result]:
+    """`command("train", *arguments)` runs train.py in an empty folder: exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def call(name: str, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        status = 0
+        capfd.readouterr()
+        try:
+            importlib.import_module(name).main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return Result(status, *capfd.readouterr())
+
+    return call

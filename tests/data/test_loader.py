@@ -1,0 +1,112 @@
+"""The order of batches: a function of seed, epoch and position, for any split into ranks and accumulated batches."""
+
+from itertools import islice
+
+import pytest
+import torch
+from datasets import Dataset
+
+from genai_pl.data import byte_tokenizer
+from genai_pl.data.loader import EpochLoader, Plan, with_window_targets
+from genai_pl.data.stream import StreamLoader, StreamRows
+from genai_pl.errors import DataError
+from genai_pl.objectives import CausalLMCollator
+
+
+def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+    return {"rows": torch.tensor(rows), "targets": torch.tensor(float(sum(rows)))}
+
+
+def seen(loader) -> list[list[int]]:
+    return [batch["rows"].tolist() for batch in loader]
+
+
+def loader(**plan) -> EpochLoader:
+    return EpochLoader(list(range(50)), collate, Plan(**{"batch_size": 4, "seed": 1, **plan}))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1, 5, 11, 12, 13, 20])
+def test_a_resumed_loader_gives_the_rest_of_the_epoch_and_the_next(stop: int, workers: int) -> None:
+    whole, first = loader(), loader(workers=workers)
+    expected = [*seen(whole), *seen(whole), *seen(whole)]
+    got, iterator = [], iter(first)
+    for _ in range(stop):
+        batch = next(iterator, None)
+        if batch is None:
+            iterator = iter(first)
+            batch = next(iterator)
+        got.append(batch["rows"].tolist())
+    second = loader(workers=workers)
+    second.load_state_dict(first.state_dict()) if stop else None
+    while len(got) < len(expected):
+        got += seen(second)
+    assert got[: len(expected)] == expected
+
+
+def test_epochs_differ_and_every_row_comes_once() -> None:
+    data = loader(batch_size=5)
+    first, second = seen(data), seen(data)
+    assert first != second
+    assert sorted(sum(first, [])) == list(range(50)) == sorted(sum(second, []))
+
+
+def test_two_ranks_share_the_rows_of_the_big_batch() -> None:
+    big = seen(loader(batch_size=8))
+    ranks = [seen(loader(batch_size=4, rank=r, world_size=2)) for r in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == big
+
+
+def test_a_run_of_two_ranks_goes_on_with_one() -> None:
+    two = loader(batch_size=4, rank=1, world_size=2)
+    list(islice(iter(two), 3))
+    one = loader(batch_size=8)
+    one.load_state_dict(two.state_dict())
+    assert seen(one) == seen(loader(batch_size=8))[3:]
+
+
+def test_another_batch_size_that_misses_the_position_is_an_error() -> None:
+    first = loader(batch_size=4)
+    list(islice(iter(first), 3))
+    with pytest.raises(DataError, match=r"data\.batch_size"):
+        loader(batch_size=8).load_state_dict(first.state_dict())
+
+
+def test_every_batch_of_a_step_knows_the_targets_of_the_step() -> None:
+    batches = [{"targets": torch.tensor(float(n))} for n in (3, 1, 4, 1, 5)]
+    assert [b["window_targets"].item() for b in with_window_targets(iter(batches), 2)] == [4, 4, 5, 5, 5]
+
+
+def stream(stop: int | None = None, *, workers: int = 0, state: dict | None = None, n_batches: int = 40, accumulate: int = 2):
+    texts = [f"document {i} " * (i % 7 + 1) for i in range(30)]
+    source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
+    plan = Plan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
+    rows = StreamRows(source, byte_tokenizer(), CausalLMCollator(), plan, seq_len=16, block_rows=10, continuous=False)
+    data = StreamLoader(rows, n_batches)
+    if state is not None:
+        data.load_state_dict(state)
+    batches = [batch["input_ids"].tolist() for batch in islice(iter(data), stop)]
+    return batches, data.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [2, 8, 30])
+def test_a_stream_goes_on_exactly_where_it_stopped_also_in_its_later_epochs(stop: int, workers: int) -> None:
+    expected, _ = stream(workers=workers, n_batches=80)
+    first, state = stream(stop, workers=workers, n_batches=80)
+    rest, _ = stream(workers=workers, n_batches=80, state=state)
+    assert first + rest == expected
+
+
+def test_a_stream_resumed_twice_is_still_exact() -> None:
+    expected, _ = stream()
+    first, state = stream(6)
+    second, state = stream(10, state=state)
+    third, _ = stream(state=state)
+    assert first + second + third == expected
+
+
+def test_workers_of_a_stream_share_its_documents() -> None:
+    one, two = (sum(sum(stream(workers=w)[0], []), []) for w in (0, 2))
+    assert len(one) == len(two)
+    assert one != two

@@ -1,0 +1,217 @@
+"""The commands as a user runs them: train, resume, generate, and the folder that transformers loads."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY
+
+SAME = ("train/loss", "train/grad_norm", "train/lr", "train/tokens_seen", "val/loss", "val/bpb")
+
+
+def table(run: Path) -> dict[int, dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): {k: row.get(k, "") for k in SAME} for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def trained(command, tmp_path: Path) -> Path:
+    result = command("train", *TINY, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    return tmp_path / "run"
+
+
+def test_a_run_leaves_what_the_documentation_says(trained: Path) -> None:
+    for name in (
+        ".hydra/config.yaml", "train.log", "metrics.csv", "tensorboard", "checkpoints/last.ckpt",
+        "checkpoints/step=000004.ckpt", "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+        "model/tokenizer_config.json", "model/generation_config.json", "model/README.md",
+    ):  # fmt: skip
+        assert (trained / name).exists(), name
+    with (trained / "metrics.csv").open() as file:
+        columns = next(csv.reader(file))
+    for name in ("loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "data_wait", "tokens_seen", "memory_gib"):
+        assert f"train/{name}" in columns
+    assert {"val/loss", "val/perplexity", "val/bpb"} <= set(columns)
+    assert not list(trained.rglob("*.tmp*"))
+
+
+def test_a_run_says_where_everything_lies_and_what_to_type_next(command) -> None:
+    result = command("train", *TINY, "hydra.run.dir=run")
+    for said in ("parameters", "attention   sdpa: ", "tok/s", "val/loss", "run/model", "python generate.py checkpoint=run"):
+        assert said in result.out
+    assert result.err == ""
+
+
+@pytest.mark.parametrize("model", ["model=gpt_nano", "model=gpt", "model=llama"])
+def test_transformers_loads_the_exported_folder_with_our_logits(model: str, command, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from genai_pl.load import load
+
+    sizes = ("model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64") if model == "model=llama" else ("model.n_head=4",)
+    assert command("train", model, *TINY, *sizes, "tokenizer=bpe", "tokenizer.vocab_size=300", "hydra.run.dir=run").status == 0
+    folder = tmp_path / "run" / "model"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load("run")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder).encode("Two households, both alike")[:20]])
+    assert ids[0].tolist() == ours.tokenizer.encode("Two households, both alike")[:20]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    of_checkpoint = load("run/checkpoints/last.ckpt")
+    assert torch.equal(of_checkpoint.model(ids), ours.model(ids))
+
+
+def test_generate_writes_the_prompt_and_a_continuation(trained: Path, command) -> None:
+    arguments = ("generate", "checkpoint=run", "prompt=ROMEO:", "generation.max_new_tokens=8")
+    first, again = command(*arguments), command(*arguments)
+    assert first.status == 0
+    assert first.err == ""
+    assert first.out.startswith("ROMEO:")
+    assert first.out == again.out
+    assert command(*arguments, "seed=1").out != first.out
+    assert command(*arguments, "stream=false").out == first.out
+    (trained.parent / "prompts.txt").write_text("one\ntwo words\n")
+    many = command("generate", "checkpoint=run", "prompt_file=prompts.txt", "num_samples=2", "generation.max_new_tokens=4")
+    assert many.out.count("one") >= 2
+    assert many.out.count("-" * 40) == 4
+
+
+@pytest.mark.parametrize("mistake", ["checkpoint=nowhere", "checkpoint=.", "generation.top_p=2", "prompt_file=none.txt", "device=tpu9"])
+def test_a_mistake_of_generate_is_one_line(mistake: str, command) -> None:
+    result = command("generate", "prompt=x", "checkpoint=auto", mistake)
+    assert result.status in (1, 2)
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+
+
+def test_a_sweep_leaves_runs_that_differ(command, tmp_path: Path) -> None:
+    assert command("train", "-m", *TINY, "optimizer.lr=1e-2,1e-4", "hydra.sweep.dir=sweep").status == 0
+    first, second = (table(tmp_path / "sweep" / str(i)) for i in range(2))
+    assert first[4]["train/loss"] != second[4]["train/loss"]
+
+
+def test_training_starts_from_a_model_and_its_tokenizer(trained: Path, command) -> None:
+    result = command("train", *TINY, "init_from=run", "hydra.run.dir=second")
+    assert result.status == 0, result.err
+    before, after = table(trained), table(trained.parent / "second")
+    assert float(after[1]["train/loss"]) < float(before[1]["train/loss"])
+
+
+LONG = (*TINY, "trainer.max_steps=24", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=5", "model.dropout=0.1",
+        "trainer.val_check_interval=10")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
+    runs: dict[tuple[str, ...], dict] = {}
+
+    def get(*options: str) -> dict:
+        if options not in runs:
+            run = tmp_path_factory.mktemp("runs") / "whole"
+            subprocess.run(
+                [sys.executable, ROOT / "train.py", *LONG, *options, f"hydra.run.dir={run}"], check=True, capture_output=True
+            )
+            runs[options] = table(run)
+        return runs[options]
+
+    return get
+
+
+def start(run: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(command, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
+    while process.poll() is None:
+        if (run / "metrics.csv").exists() and max(table(run), default=0) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"ended too early: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize("options", [(), ("data.workers=2", "data.streaming=true", "data.block_rows=9")], ids=["table", "stream"])
+def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], uninterrupted, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, *LONG, *options, f"hydra.run.dir={run}")
+    wait_for_step(run, process, 13)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out, _ = start(run, f"resume={run}").communicate()
+    assert f"resuming from {run}/checkpoints/" in out
+    assert table(run) == uninterrupted(*options)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_exports_and_the_run_can_go_on(signum: int, status: int, uninterrupted, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, *LONG, f"hydra.run.dir={run}")
+    wait_for_step(run, process, 8)
+    process.send_signal(signum)
+    out, _ = process.communicate()
+    assert process.returncode == status, out
+    assert (run / "model" / "config.json").exists()
+    assert "python train.py resume=run" in out
+    start(run, f"resume={run}").communicate()
+    assert table(run) == uninterrupted()
+
+
+def test_a_truncated_checkpoint_is_refused_and_auto_takes_the_one_before(command, tmp_path: Path) -> None:
+    assert command("train", *TINY, "callbacks.checkpoint.every_n_steps=2", "hydra.run.dir=outputs/run").status == 0
+    folder = tmp_path / "outputs" / "run" / "checkpoints"
+    newest = folder / "step=000004.ckpt"
+    (folder / "last.ckpt").unlink()
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    refused = command("train", "resume=outputs/run")
+    assert refused.status == 1
+    assert refused.err.count("\n") == 1
+    assert "step=000004.ckpt: refused" in refused.err
+    assert "step=000002.ckpt" in refused.err
+    taken = command("train", "resume=auto")
+    assert taken.status == 0
+    assert "step=000004.ckpt: refused" in taken.err
+    assert "resuming from" in taken.out
+    assert "step=000002.ckpt" in taken.out
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_a_checkpoint_that_names_code_runs_nothing(trained: Path, command) -> None:
+    contents = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    contents["genai_pl"]["model"]["_target_"] = "os.system"
+    torch.save(contents, trained / "target.ckpt")
+    torch.save({"state_dict": {}, "genai_pl": Evil()}, trained / "pickle.ckpt")
+    (trained / "foreign.ckpt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, trained / "other.ckpt")
+    for name in ("target", "pickle", "foreign", "other"):
+        for arguments in (("generate", f"checkpoint=run/{name}.ckpt", "prompt=x"), ("train", *TINY, f"resume=run/{name}.ckpt")):
+            result = command(*arguments)
+            assert result.status == 1
+            assert result.err.startswith("error: ")
+            assert result.err.count("\n") == 1
+            assert "refused" in result.err
+    assert not list(trained.parent.rglob("owned"))
+
+
+def test_a_run_folder_that_names_code_is_not_replayed(trained: Path, command) -> None:
+    (trained / ".hydra" / "overrides.yaml").write_text(json.dumps(["+callbacks.extra.x._target_=os.getcwd"]))
+    result = command("train", "resume=run")
+    assert result.status == 1
+    assert "names code to run" in result.err
+
+
+def test_auto_without_a_run_starts_a_new_one(command) -> None:
+    result = command("train", *TINY, "resume=auto", "hydra.run.dir=fresh")
+    assert result.status == 0
+    assert "no run to continue" in result.out

@@ -1,0 +1,118 @@
+"""Every option composes and builds; every mistake is one line that names the option and the fix."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from genai_pl.config import CONF, _register
+from tests.conftest import TINY
+
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("schema", "hydra")
+)
+
+
+def composed(*overrides: str):
+    _register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=["output_dir=out", *overrides])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_with_the_defaults(option: str) -> None:
+    needed = ["tokenizer.name=somewhere"] if option == "tokenizer=pretrained" else []
+    assert OmegaConf.to_container(composed(option, *needed), resolve=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("model/*.yaml")), ids=lambda p: p.stem)
+def test_every_model_builds_on_the_meta_device(path: Path) -> None:
+    import torch
+
+    from genai_pl.models import Decoder
+    from genai_pl.run import model_config
+
+    with torch.device("meta"):
+        Decoder(model_config(composed(f"model={path.stem}"), 1000))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_every_option_is_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    body = "\n".join(lines).split("\nhydra:")[0].splitlines()
+    plain = path.parent.name in ("model", "generation", "logger", "experiment")  # their fields are explained in specs.py
+    silent = [
+        line for line in body
+        if not plain and ":" in line and not line.lstrip().startswith(("#", "-", "_")) and "#" not in line and not line.endswith(":")
+    ]  # fmt: skip
+    assert not silent
+
+
+def test_an_experiment_beats_the_defaults_and_the_command_line_beats_it() -> None:
+    assert composed().trainer.devices == 1
+    assert composed("trainer=ddp").strategy.lightning == "ddp"
+    assert composed("trainer=ddp", "strategy=auto").strategy.lightning == "auto"
+    assert composed("trainer=ddp", "trainer.devices=3").trainer.devices == 3
+
+
+MISTAKES = {
+    "model=gptt": "did you mean gpt?",
+    "model.n_layr=3": "model.n_layr: no such option, did you mean n_layer?",
+    "modle.n_layer=3": "did you mean model.n_layer?",
+    "model.n_layer=two": "model.n_layer",
+    "model.position=sideways": "model.position",
+    "optimizer.lr=fast": "optimizer.lr=fast: expected a number",
+    "optimizer.lr=-1": "optimizer.lr",
+    "trainer.max_steps=many": "trainer.max_steps=many: expected a number",
+    "trainer.max_steps=0": "trainer.max_steps=0",
+    "model.n_embd=33": "model.n_embd (33) must be divisible by model.n_head (4)",
+    "model.vocab_size=100": "model.vocab_size (100) is below the tokenizer's 258 tokens",
+    "data.path=nowhere.txt": "data.path=nowhere.txt: no such file",
+    "data.val_path=nowhere.txt": "data.val_path=nowhere.txt: no such file",
+    "data.val_fraction=2": "data.val_fraction",
+    "tokenizer.name=x tokenizer=pretrained": "x: no tokenizer could be read",
+    "init_from=nowhere": "nowhere: no such run folder",
+    "resume=nowhere": "resume=nowhere: no such run folder or .ckpt file",
+    "model.attention=sdpa model.softcap=30": "model.attention",
+    "trainer.accelerator=gpu": "trainer",
+    "broken[": "not understood",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake: str, command) -> None:
+    result = command("train", *TINY, *mistake.split())
+    assert result.status in (1, 2)
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: ")
+    assert MISTAKES[mistake] in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "said"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", b"line one\nna\xefve" * 100, "not UTF-8 at byte 11 (line 2)"),
+        ("short.txt", b"too short", "too few for one row of 33"),
+        ("rows.jsonl", b'{"body": "x", "title": "y"}\n', "no column 'text'; found: body, title"),
+        ("broken.jsonl", b'{"text": "x"\nnonsense', "cannot be read as json"),
+        ("odd.xyz", b"something", "unknown kind of file"),
+    ],
+)
+def test_bad_data_is_one_line(name: str, contents: bytes, said: str, command, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(contents)
+    result = command("train", *TINY, f"data.path={name}")
+    assert result.status in (1, 2)
+    assert result.err.count("\n") == 1
+    assert said in result.err
+
+
+def test_a_dry_run_prints_costs_and_trains_nothing(command, tmp_path: Path) -> None:
+    result = command("train", "dry_run=true", "model=gpt", "tokenizer.vocab_size=50257")
+    assert result.status == 0
+    assert "124,439,808 parameters" in result.out  # Radford et al. 2019, as published weights count
+    for part in ("weights", "gradients", "optimizer", "activations", "FLOPs"):
+        assert part in result.out
+    assert not list(tmp_path.rglob("*.ckpt"))
