@@ -8,6 +8,10 @@ from genai_pl.resume import replay
 
 @command("config", prepare=replay)
 def main(config: DictConfig) -> int:
+    if config.dry_run:
+        from genai_pl.dry_run import dry_run
+
+        return dry_run(config)
     from genai_pl.run import train
 
     return train(config)

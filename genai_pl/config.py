@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from genai_pl.config_errors import explain
-from genai_pl.errors import UserError
+from genai_pl.errors import DISK_FULL, UserError
 from genai_pl.specs import GenerationConfig, ModelConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -86,13 +86,16 @@ def _register() -> None:
         store.store(group="schema", name=name, node=node)
 
 
-def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+Main = Callable[[DictConfig], int | None]
+
+
+def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) -> Callable[[Main], Callable[[], None]]:
     """A decorator that turns `main(config) -> exit status` into a Hydra command with one-line errors.
 
     `prepare` may rewrite the command line before Hydra reads it.
     """
 
-    def decorate(main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
+    def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> None:
             status = _guarded(main, config)
             if status:
@@ -120,12 +123,17 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
     return decorate
 
 
-def _guarded(main: Callable[[DictConfig], int | None], config: DictConfig) -> int:
+def _guarded(main: Main, config: DictConfig) -> int:
     try:
         return main(config) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: the disk is full ({error.filename or 'writing the run'})", file=sys.stderr)
+        return 1
 
 
 def fail(line: str, status: int) -> None:

@@ -24,10 +24,14 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
         if line:
             return line
     message = f"{error}\n{error.__cause__ or ''}"
-    if found := re.search(r"(?:Could not override|Could not delete|Could not append to config.*?key) '([^']+)'", message):
+    if found := re.search(
+        r"(?:Could not override|Could not delete|Could not append to config.*?key) '([^']+)'", message
+    ):
         return _no_such_key(found[1], message, conf, config_name, arguments)
     if found := re.search(r"full_key: (\S+)", message):
-        reason = next((line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0])
+        reason = next(
+            (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
+        )
         return f"{found[1]}: {reason.strip()}"
     return " ".join(message.split())
 
@@ -86,7 +90,9 @@ def _paths(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def check_types(config: DictConfig, overrides: list[str], conf: Path, config_name: str) -> None:
     """UserError where an override's value is of another type than the value it replaces (untyped YAML lets it pass)."""
-    values = [o for o in OverridesParser.create().parse_overrides(overrides) if not (conf / o.get_key_element()).is_dir()]
+    values = [
+        o for o in OverridesParser.create().parse_overrides(overrides) if not (conf / o.get_key_element()).is_dir()
+    ]
     if not values:
         return
     base = _compose(conf, config_name, [o for o in overrides if _is_group(o, conf)])

@@ -1,5 +1,9 @@
 """The errors that a user can cause: each is one line that names the option or file and the fix."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a write says when no room, or no share of it, is left
+
 
 class UserError(Exception):
     """A mistake the user can mend; commands print it as `error: ...` and exit with `status`, without a traceback."""

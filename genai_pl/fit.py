@@ -1,6 +1,5 @@
 """Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
 
-import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.data.datamodule import TextDataModule
-from genai_pl.errors import TrainingError
+from genai_pl.errors import DISK_FULL, TrainingError
 from genai_pl.export import export_model
 from genai_pl.modules import BaseModule
 from genai_pl.summary import closing
@@ -79,7 +78,7 @@ def _explained(parts: Parts) -> Iterator[None]:
     try:
         yield
     except (TrainingError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
         if not full and not isinstance(error, TrainingError):
             raise
         what = f"the disk is full ({error.filename or parts.run})" if full else str(error)

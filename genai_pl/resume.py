@@ -29,7 +29,9 @@ def replay(arguments: list[str]) -> list[str]:
     kept = [o for o in saved if _key(o) not in given | {"resume", "dry_run"}]
     unsafe = next((o for o in kept if "_target_" in o), None)
     if unsafe:
-        raise UserError(f"{run}/.hydra/overrides.yaml: {unsafe} names code to run; give it on the command line to allow it")
+        raise UserError(
+            f"{run}/.hydra/overrides.yaml: {unsafe} names code to run; give it on the command line to allow it"
+        )
     if "hydra.run.dir" not in given:
         kept.append(f"hydra.run.dir='{run}'")
     return kept + arguments

@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from genai_pl.models import Decoder, ModelConfig, flops_per_token
 from genai_pl.modules import BaseModule
 from genai_pl.resume import choose_checkpoint
 from genai_pl.specs import GenerationConfig
-from genai_pl.summary import describe_memory, describe_model, describe_step
+from genai_pl.summary import describe_model, describe_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +38,6 @@ def train(config: DictConfig) -> int:
     check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
     torch.set_float32_matmul_precision(config.precision.matmul)
     L.seed_everything(config.seed, verbose=False)
-    if config.dry_run:
-        return dry_run(config)
     run = relative(Path(config.output_dir))
     checkpoint = choose_checkpoint(config.resume, run) if config.resume else None
     parts = build(config, run)
@@ -102,7 +99,9 @@ def build_module(config: DictConfig, model: Decoder, tokenizer: "PreTrainedToken
     )
     if model.config.shape.value not in module.shapes:
         name = HydraConfig.get().runtime.choices.objective
-        raise ConfigError(f"objective={name} needs a model of shape {' or '.join(module.shapes)}, not {model.config.shape.value}")
+        raise ConfigError(
+            f"objective={name} needs a model of shape {' or '.join(module.shapes)}, not {model.config.shape.value}"
+        )
     module.make_optimizer(module.model.named_parameters())  # its mistakes are told before the data are read
     if config.compile:
         for block in model.blocks:
@@ -113,9 +112,11 @@ def build_module(config: DictConfig, model: Decoder, tokenizer: "PreTrainedToken
 def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer and our callbacks by name."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
-    interval = options.pop("val_check_interval") * options["accumulate_grad_batches"]
-    options |= {"max_steps": -1, "max_epochs": -1, "val_check_interval": interval, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
-    settings, every = config.callbacks, options.pop("log_every_n_steps")
+    every = options.pop("log_every_n_steps")
+    # ours count optimizer steps, across epochs; Lightning counts batches
+    options["val_check_interval"] *= options["accumulate_grad_batches"]
+    options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
+    settings = config.callbacks
     callbacks = {
         "monitor": cb.Monitor(every),
         "console": cb.Console(),
@@ -125,7 +126,9 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
     if settings.samples.every_n_steps:
         sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
         prompts = list(settings.samples.prompts or ())
-        callbacks["samples"] = cb.Samples(every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling)
+        callbacks["samples"] = cb.Samples(
+            every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling
+        )
     try:
         trainer = L.Trainer(
             **options,
@@ -191,25 +194,6 @@ def announce(config: DictConfig, parts: Parts) -> None:
         print(f"data        {parts.data.summary()}")
         print(*describe_model(model, device), step, sep="\n")
         print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
-
-
-def dry_run(config: DictConfig) -> int:
-    """Print what the run would cost, from a model that takes no memory."""
-    n_tokens = {"byte": 258, "bpe": config.tokenizer.get("vocab_size")}.get(config.tokenizer.kind)
-    if n_tokens is None:
-        n_tokens = len(pretrained_tokenizer(config.tokenizer.name))
-    with torch.device("meta"):
-        model = Decoder(model_config(config, n_tokens))
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-    devices = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
-    shape = {"rows": config.data.batch_size, "seq_len": config.data.seq_len}
-    steps = max(config.trainer.max_steps, 0)
-    accumulate = config.trainer.accumulate_grad_batches
-    print(*describe_model(model, device), sep="\n")
-    print(describe_step(model, **shape, accumulate=accumulate, devices=devices * config.trainer.num_nodes, total_steps=steps))
-    name = config.optimizer._target_.rpartition(".")[2]
-    print(*describe_memory(model, **shape, optimizer=name, precision=config.precision.lightning), sep="\n", flush=True)
-    return 0
 
 
 def relative(path: Path) -> Path:

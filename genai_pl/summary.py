@@ -61,7 +61,8 @@ def closing(run: Path, *, exported: bool, finished: bool, prompt: str) -> list[s
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"model       {run / 'model'}"]
-    lines += [f"curves      tensorboard --logdir {run}"]
+    if (run / "tensorboard").exists():
+        lines += [f"curves      tensorboard --logdir {run}"]
     if finished:
         return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
     return [*lines, f"next        python train.py resume={run}"]

@@ -46,7 +46,14 @@ def test_a_run_leaves_what_the_documentation_says(trained: Path) -> None:
 
 def test_a_run_says_where_everything_lies_and_what_to_type_next(command) -> None:
     result = command("train", *TINY, "hydra.run.dir=run")
-    for said in ("parameters", "attention   sdpa: ", "tok/s", "val/loss", "run/model", "python generate.py checkpoint=run"):
+    for said in (
+        "parameters",
+        "attention   sdpa: ",
+        "tok/s",
+        "val/loss",
+        "run/model",
+        "python generate.py checkpoint=run",
+    ):
         assert said in result.out
     assert result.err == ""
 
@@ -57,8 +64,15 @@ def test_transformers_loads_the_exported_folder_with_our_logits(model: str, comm
 
     from genai_pl.load import load
 
-    sizes = ("model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64") if model == "model=llama" else ("model.n_head=4",)
-    assert command("train", model, *TINY, *sizes, "tokenizer=bpe", "tokenizer.vocab_size=300", "hydra.run.dir=run").status == 0
+    sizes = (
+        ("model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64")
+        if model == "model=llama"
+        else ("model.n_head=4",)
+    )
+    assert (
+        command("train", model, *TINY, *sizes, "tokenizer=bpe", "tokenizer.vocab_size=300", "hydra.run.dir=run").status
+        == 0
+    )
     folder = tmp_path / "run" / "model"
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load("run")
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder).encode("Two households, both alike")[:20]])
@@ -79,12 +93,16 @@ def test_generate_writes_the_prompt_and_a_continuation(trained: Path, command) -
     assert command(*arguments, "seed=1").out != first.out
     assert command(*arguments, "stream=false").out == first.out
     (trained.parent / "prompts.txt").write_text("one\ntwo words\n")
-    many = command("generate", "checkpoint=run", "prompt_file=prompts.txt", "num_samples=2", "generation.max_new_tokens=4")
+    many = command(
+        "generate", "checkpoint=run", "prompt_file=prompts.txt", "num_samples=2", "generation.max_new_tokens=4"
+    )
     assert many.out.count("one") >= 2
     assert many.out.count("-" * 40) == 4
 
 
-@pytest.mark.parametrize("mistake", ["checkpoint=nowhere", "checkpoint=.", "generation.top_p=2", "prompt_file=none.txt", "device=tpu9"])
+@pytest.mark.parametrize(
+    "mistake", ["checkpoint=nowhere", "checkpoint=.", "generation.top_p=2", "prompt_file=none.txt", "device=tpu9"]
+)
 def test_a_mistake_of_generate_is_one_line(mistake: str, command) -> None:
     result = command("generate", "prompt=x", "checkpoint=auto", mistake)
     assert result.status in (1, 2)
@@ -105,8 +123,14 @@ def test_training_starts_from_a_model_and_its_tokenizer(trained: Path, command) 
     assert float(after[1]["train/loss"]) < float(before[1]["train/loss"])
 
 
-LONG = (*TINY, "trainer.max_steps=24", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=5", "model.dropout=0.1",
-        "trainer.val_check_interval=10")  # fmt: skip
+LONG = (
+    *TINY,
+    "trainer.max_steps=24",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=10",
+    "callbacks.checkpoint.every_n_steps=5",
+    "model.dropout=0.1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +141,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
         if options not in runs:
             run = tmp_path_factory.mktemp("runs") / "whole"
             subprocess.run(
-                [sys.executable, ROOT / "train.py", *LONG, *options, f"hydra.run.dir={run}"], check=True, capture_output=True
+                [sys.executable, ROOT / "train.py", *LONG, *options, f"hydra.run.dir={run}"],
+                check=True,
+                capture_output=True,
             )
             runs[options] = table(run)
         return runs[options]
@@ -138,7 +164,9 @@ def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
     raise AssertionError(f"ended too early: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("options", [(), ("data.workers=2", "data.streaming=true", "data.block_rows=9")], ids=["table", "stream"])
+@pytest.mark.parametrize(
+    "options", [(), ("data.workers=2", "data.streaming=true", "data.block_rows=9")], ids=["table", "stream"]
+)
 def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, *LONG, *options, f"hydra.run.dir={run}")
@@ -195,7 +223,10 @@ def test_a_checkpoint_that_names_code_runs_nothing(trained: Path, command) -> No
     (trained / "foreign.ckpt").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, trained / "other.ckpt")
     for name in ("target", "pickle", "foreign", "other"):
-        for arguments in (("generate", f"checkpoint=run/{name}.ckpt", "prompt=x"), ("train", *TINY, f"resume=run/{name}.ckpt")):
+        for arguments in (
+            ("generate", f"checkpoint=run/{name}.ckpt", "prompt=x"),
+            ("train", *TINY, f"resume=run/{name}.ckpt"),
+        ):
             result = command(*arguments)
             assert result.status == 1
             assert result.err.startswith("error: ")

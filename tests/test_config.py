@@ -42,10 +42,16 @@ def test_every_option_is_explained(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     body = "\n".join(lines).split("\nhydra:")[0].splitlines()
-    plain = path.parent.name in ("model", "generation", "logger", "experiment")  # their fields are explained in specs.py
+    plain = path.parent.name in (
+        "model",
+        "generation",
+        "logger",
+        "experiment",
+    )  # their fields are explained in specs.py
     silent = [
         line for line in body
-        if not plain and ":" in line and not line.lstrip().startswith(("#", "-", "_")) and "#" not in line and not line.endswith(":")
+        if not plain and ":" in line and "#" not in line
+        and not line.lstrip().startswith(("-", "_")) and not line.endswith(":")
     ]  # fmt: skip
     assert not silent
 

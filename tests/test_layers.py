@@ -24,9 +24,13 @@ LAYERS = [
     {"config_errors"},
     {"config"},
     {"run", "run_generate"},
+    {"dry_run"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-HEAVY = {"hydra": {"config", "config_errors", "run", "run_generate"}, "lightning": {"modules", "callbacks", "run", "fit", "data"}}
+HEAVY = {
+    "hydra": {"config", "config_errors", "run", "run_generate", "dry_run"},
+    "lightning": {"modules", "callbacks", "run", "fit", "data"},
+}
 HEAVY["omegaconf"] = HEAVY["hydra"]
 
 

@@ -82,8 +82,8 @@ class StepCheckpoint(Checkpoint):
 
 def newest_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = {path.resolve(): path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")]}
-    return sorted(found.values(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    found = {path.stat().st_ino: path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")]}
+    return sorted(found.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def step_of(path: Path) -> int:

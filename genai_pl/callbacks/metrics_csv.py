@@ -31,7 +31,11 @@ class MetricsCSV(Logger):
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 # a row that the crash cut short has no step or misses columns
-                self.rows = [r for r in reader if (r["step"] or "").isdigit() and int(r["step"]) <= step and None not in r.values()]
+                self.rows = [
+                    r
+                    for r in reader
+                    if (r["step"] or "").isdigit() and int(r["step"]) <= step and None not in r.values()
+                ]
                 self.columns = list(reader.fieldnames or ["step"])
             self._rewrite()
 

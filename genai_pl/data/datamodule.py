@@ -51,7 +51,9 @@ class TextDataModule(L.LightningDataModule):
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.source = sources.find(path)
-        self.val_source = sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+        self.val_source = (
+            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+        )
         self.n_batches = 0  # how many training batches a stream is asked for
         self._tables: tuple[Table, Table] | None = None
 
@@ -133,7 +135,9 @@ class TextDataModule(L.LightningDataModule):
         if not self.streaming:
             return EpochLoader(self.train_rows, self.collate, plan, shuffle=self.shuffle)
         train, _ = self.documents()
-        build = partial(StreamRows, seq_len=self.seq_len, block_rows=self.block_rows if self.shuffle else plan.batch_size)
+        build = partial(
+            StreamRows, seq_len=self.seq_len, block_rows=self.block_rows if self.shuffle else plan.batch_size
+        )
         rows = build(train, self.tokenizer, self.collate, plan, continuous=self.source.builder == "text")
         return StreamLoader(rows, self.n_batches)
 

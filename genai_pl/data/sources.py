@@ -47,7 +47,9 @@ def find(path: str, *, option: str = "data.path") -> Source:
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix:
         return Source(path)
     shipped = ", ".join(sorted(p.name for p in CORPUS.iterdir() if p.is_dir()))
-    raise DataError(f"{option}={path}: no such file or folder (shipped sets: {shipped}; hub names look like owner/name)")
+    raise DataError(
+        f"{option}={path}: no such file or folder (shipped sets: {shipped}; hub names look like owner/name)"
+    )
 
 
 def shipped_validation(path: str) -> Source | None:

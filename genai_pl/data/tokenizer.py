@@ -110,7 +110,9 @@ def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        return {
+            path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()
+        }
 
 
 def from_files(files: dict[str, str]) -> "PreTrainedTokenizerBase":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from genai_pl.errors import CheckpointError, TrainingError
+from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.files import write_atomic
 
 MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
@@ -38,7 +38,10 @@ def write_checkpoint(contents: dict, path: Path) -> None:
     try:
         write_atomic(path, save)
     except (OSError, RuntimeError) as error:
-        raise TrainingError(f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]})") from error
+        causes = [error, error.__context__]  # torch's zip writer hides the system's error behind its own
+        full = any(isinstance(e, OSError) and e.errno in DISK_FULL for e in causes)
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise TrainingError(f"{path}: the checkpoint could not be written, {reason}") from error
 
 
 def _names_code(value: object) -> bool:

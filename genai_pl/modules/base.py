@@ -94,7 +94,9 @@ class BaseModule(L.LightningModule):
         self.val_sums = {}
         self.validated_at = self.trainer.global_step
         metrics = self.summarize(sums, sums.pop("targets"))
-        step = torch.tensor(float(self.trainer.global_step))  # else Lightning counts the last step of a fit as not yet done
+        step = torch.tensor(
+            float(self.trainer.global_step)
+        )  # else Lightning counts the last step of a fit as not yet done
         self.log_dict({"step": step, **{f"val/{k}": v.float() for k, v in metrics.items()}})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,6 +1,6 @@
 """The order of batches: a function of seed, epoch and position, for any split into ranks and accumulated batches."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_epochs_differ_and_every_row_comes_once() -> None:
     data = loader(batch_size=5)
     first, second = seen(data), seen(data)
     assert first != second
-    assert sorted(sum(first, [])) == list(range(50)) == sorted(sum(second, []))
+    assert sorted(chain(*first)) == list(range(50)) == sorted(chain(*second))
 
 
 def test_two_ranks_share_the_rows_of_the_big_batch() -> None:
@@ -77,7 +77,9 @@ def test_every_batch_of_a_step_knows_the_targets_of_the_step() -> None:
     assert [b["window_targets"].item() for b in with_window_targets(iter(batches), 2)] == [4, 4, 5, 5, 5]
 
 
-def stream(stop: int | None = None, *, workers: int = 0, state: dict | None = None, n_batches: int = 40, accumulate: int = 2):
+def stream(
+    stop: int | None = None, *, workers: int = 0, state: dict | None = None, n_batches: int = 40, accumulate: int = 2
+):
     texts = [f"document {i} " * (i % 7 + 1) for i in range(30)]
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
     plan = Plan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
@@ -107,6 +109,6 @@ def test_a_stream_resumed_twice_is_still_exact() -> None:
 
 
 def test_workers_of_a_stream_share_its_documents() -> None:
-    one, two = (sum(sum(stream(workers=w)[0], []), []) for w in (0, 2))
+    one, two = (list(chain(*chain(*stream(workers=w)[0]))) for w in (0, 2))
     assert len(one) == len(two)
     assert one != two

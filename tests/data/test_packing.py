@@ -15,7 +15,7 @@ def table(*documents: list[int]) -> Dataset:
 def test_rows_overlap_by_one_token_so_that_every_token_is_once_a_target() -> None:
     rows = PackedRows(table(list(range(10)), list(range(10, 25))), seq_len=6)
     assert [r["input_ids"].tolist() for r in (rows[i] for i in range(len(rows)))] == [
-        list(range(0, 7)),
+        list(range(7)),
         list(range(6, 13)),
         list(range(12, 19)),
         list(range(18, 25)),

@@ -17,10 +17,10 @@ WILD = "naïve — 日本語 \x00 tab\t\r\n  two  spaces\n\n\n🙂 end"
 
 
 def module(path: Path | str, **options) -> TextDataModule:
-    defaults = dict(
-        path=str(path), val_path=None, val_fraction=0.1, column="text", seq_len=16, batch_size=2, val_batch_size=None,
-        workers=0, shuffle=True, streaming=False, block_rows=8, val_documents=2, seed=0,
-    )  # fmt: skip
+    defaults = {
+        "path": str(path), "val_path": None, "val_fraction": 0.1, "column": "text", "seq_len": 16, "batch_size": 2, "val_batch_size": None,
+        "workers": 0, "shuffle": True, "streaming": False, "block_rows": 8, "val_documents": 2, "seed": 0,
+    }  # fmt: skip
     return TextDataModule(**{**defaults, **options})
 
 
@@ -53,7 +53,9 @@ def test_a_tokenizer_survives_its_files_and_transformers_reads_them(tmp_path: Pa
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
-@pytest.mark.parametrize("texts", [["abcdefghij" * 10], ["ab", "cdef", "", "ghijklmnop", "q" * 50], ["é" * 11, "b" * 9]])
+@pytest.mark.parametrize(
+    "texts", [["abcdefghij" * 10], ["ab", "cdef", "", "ghijklmnop", "q" * 50], ["é" * 11, "b" * 9]]
+)
 def test_the_last_fraction_of_the_characters_validates(texts: list[str], fraction: float) -> None:
     train, val = split_text(Dataset.from_dict({"text": texts}), fraction)
     joined = "".join(texts)
@@ -81,7 +83,7 @@ def test_tokens_are_found_again_by_content_and_not_after_a_change() -> None:
     again = tokenize(Dataset.from_dict({"text": ["one", "two"]}), byte_tokenizer(), content="a")
     other = tokenize(Dataset.from_dict({"text": ["three"]}), byte_tokenizer(), content="b")
     assert first.cache_files == again.cache_files != other.cache_files
-    assert other[0]["input_ids"] == list(b"three") + [256]
+    assert other[0]["input_ids"] == [*b"three", 256]
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "parquet", "folder", "glob"])
@@ -97,7 +99,9 @@ def test_every_kind_of_file_gives_the_same_documents(kind: str, tmp_path: Path) 
     else:
         for i, text in enumerate(texts):
             (tmp_path / f"{i}.txt").write_text(text)
-    where = {"txt": tmp_path / "0.txt", "folder": tmp_path, "glob": tmp_path / "*.txt"}.get(kind, tmp_path / f"t.{kind}")
+    where = {"txt": tmp_path / "0.txt", "folder": tmp_path, "glob": tmp_path / "*.txt"}.get(
+        kind, tmp_path / f"t.{kind}"
+    )
     found = sources.read(sources.find(str(where)), "text")
     assert found["text"][:] == (texts[:1] if kind == "txt" else texts)
 
@@ -127,7 +131,9 @@ def test_validation_counts_every_token_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 1000)
     data = module(tmp_path / "a.txt", seq_len=16)
     data.prepare(byte_tokenizer(), CausalLMCollator())
-    assert sum(batch["targets"].item() for batch in data.val_dataloader()) == 100  # 100 bytes and the end, less the first
+    assert (
+        sum(batch["targets"].item() for batch in data.val_dataloader()) == 100
+    )  # 100 bytes and the end, less the first
 
 
 def test_an_edited_file_is_tokenized_anew(tmp_path: Path) -> None:

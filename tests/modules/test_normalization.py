@@ -41,8 +41,8 @@ def trained(batch_size: int, accumulate: int, steps: int = 3, clip: float | None
     ours = module(**options)
     loader = EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=batch_size, accumulate=accumulate, seed=0))
     trainer = L.Trainer(
-        max_steps=steps, limit_val_batches=0, accumulate_grad_batches=accumulate, gradient_clip_val=clip, logger=False, accelerator="cpu",
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=steps, limit_val_batches=0, accumulate_grad_batches=accumulate, gradient_clip_val=clip, logger=False,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(ours, loader)
     return ours
