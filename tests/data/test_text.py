@@ -18,8 +18,9 @@ WILD = "naïve — 日本語 \x00 tab\t\r\n  two  spaces\n\n\n🙂 end"
 
 def module(path: Path | str, **options) -> TextDataModule:
     defaults = {
-        "path": str(path), "val_path": None, "val_fraction": 0.1, "column": "text", "seq_len": 16, "batch_size": 2, "val_batch_size": None,
-        "workers": 0, "shuffle": True, "streaming": False, "block_rows": 8, "val_documents": 2, "seed": 0,
+        "path": str(path), "val_path": None, "val_fraction": 0.1, "column": "text", "seq_len": 16, "batch_size": 2,
+        "val_batch_size": None, "workers": 0, "shuffle": True, "streaming": False, "block_rows": 8, "val_documents": 2,
+        "seed": 0,
     }  # fmt: skip
     return TextDataModule(**{**defaults, **options})
 

@@ -32,11 +32,3 @@ def test_every_scheduler_option_warms_up_to_one_and_stays_within_it(option: str)
     multipliers = [curve(step) for step in range(1500)]
     assert multipliers[config.warmup_steps] == max(multipliers) == 1.0
     assert min(multipliers) >= 0.0
-
-
-@pytest.mark.parametrize(
-    "path", sorted((CONF / "optimizer").glob("*.yaml")) + sorted((CONF / "scheduler").glob("*.yaml"))
-)
-def test_every_option_in_yaml_has_a_comment(path: Path):
-    options = [line for line in path.read_text().splitlines() if not line.startswith("_")]
-    assert all(" # " in line for line in options)
