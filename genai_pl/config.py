@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from genai_pl.config_errors import explain
 from genai_pl.errors import DISK_FULL, UserError
@@ -81,6 +81,7 @@ class Generate:
 
 def _register() -> None:
     store = ConfigStore.instance()
+    OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     nodes = {"root": Root, "model": ModelConfig, "data": Data, "generation": GenerationConfig}
     for name, node in {**nodes, "generate": Generate}.items():
         store.store(group="schema", name=name, node=node)

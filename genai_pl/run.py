@@ -211,7 +211,7 @@ def quiet() -> None:
 
 
 def flatten(config: DictConfig) -> dict[str, object]:
-    """The resolved configuration as one level of dotted names: what TensorBoard's HParams shows."""
+    """What shapes the result, resolved, as one level of dotted names: what TensorBoard's HParams shows."""
     flat: dict[str, object] = {}
 
     def walk(value: object, name: str) -> None:
@@ -221,5 +221,6 @@ def flatten(config: DictConfig) -> dict[str, object]:
         else:
             flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
 
-    walk(OmegaConf.to_container(config, resolve=True, enum_to_str=True), "")
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    walk({k: v for k, v in values.items() if k not in ("callbacks", "logger", "generation", "output_dir", "dry_run")}, "")
     return flat

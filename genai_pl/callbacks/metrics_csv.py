@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from genai_pl.files import write_atomic
 
@@ -25,6 +26,7 @@ class MetricsCSV(Logger):
     def version(self) -> str:
         return ""
 
+    @rank_zero_only
     def resume(self, step: int) -> None:
         """Keep what an earlier part of the run wrote up to this step."""
         if self.path.exists():
@@ -39,6 +41,7 @@ class MetricsCSV(Logger):
                 self.columns = list(reader.fieldnames or ["step"])
             self._rewrite()
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": str(step or 0), **{k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}}
         new = [k for k in row if k not in self.columns]

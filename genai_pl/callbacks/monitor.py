@@ -70,10 +70,11 @@ class Monitor(L.Callback):
         }
         if self._peak_flops:
             metrics["train/mfu"] = rate * self.flops_per_token / (self._peak_flops * trainer.world_size)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self._step)
-        for listener in self.listeners:
-            listener(self._step, metrics)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=self._step)
+            for listener in self.listeners:
+                listener(self._step, metrics)
         self._reset()
 
 

@@ -114,7 +114,8 @@ class TextDataModule(L.LightningDataModule):
     def prompt(self) -> str:
         """The first words of the validation text: something the model should be able to continue."""
         _, val = self.documents()
-        return " ".join(next((line for line in val[0]["text"].splitlines() if line.strip()), "").split()[:6])
+        lines = [line.strip() for line in val[0]["text"][:2000].splitlines()]
+        return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])
 
     def plan(self) -> Plan:
         """How rows are dealt to this process."""
