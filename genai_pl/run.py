@@ -203,10 +203,11 @@ def relative(path: Path) -> Path:
 
 def quiet() -> None:
     """Silence what Lightning and datasets say that a user cannot act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("datasets").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    for text in ("does not have many workers", "Checkpoint directory", "GPU available but not", "treespec, LeafSpec"):
+    for text in ("does not have many workers", "Checkpoint directory", "GPU available but not", "treespec, LeafSpec", "sync_dist=True"):
         warnings.filterwarnings("ignore", f".*{text}.*")
 
 

@@ -246,3 +246,17 @@ def test_auto_without_a_run_starts_a_new_one(command) -> None:
     result = command("train", *TINY, "resume=auto", "hydra.run.dir=fresh")
     assert result.status == 0
     assert "no run to continue" in result.out
+
+
+def test_two_processes_give_the_losses_of_one(command, tmp_path: Path) -> None:
+    assert command("train", *TINY, "hydra.run.dir=one").status == 0
+    two = start(
+        tmp_path / "two", *TINY, "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2",
+        "hydra.run.dir=two",
+    )  # fmt: skip
+    out, _ = two.communicate()
+    assert two.returncode == 0, out
+    for step, row in table(tmp_path / "one").items():
+        for name, value in row.items():
+            found = table(tmp_path / "two")[step][name]
+            assert found == value or float(found) == pytest.approx(float(value), rel=1e-5), (step, name)

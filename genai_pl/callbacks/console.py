@@ -27,6 +27,9 @@ class Console(ProgressBar):
         self._start = 0.0
         self._first_step = 0
 
+    def disable(self) -> None:
+        """Lightning's word to the ranks that are not to print: each method here asks for the rank itself."""
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start, self._first_step = time.perf_counter(), trainer.global_step
         if sys.stdout.isatty() and trainer.is_global_zero:
