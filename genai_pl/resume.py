@@ -91,3 +91,14 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
             return candidate
         raise CheckpointError(f"{broken}; the newest valid one is resume={candidate}")
     raise broken or CheckpointError(f"resume={reference}: no checkpoint in {folder}")
+
+
+def describe_resume(checkpoint: Path) -> str:
+    """One line on where the run goes on and what comes back."""
+    from genai_pl.models.checkpoint import read_checkpoint
+
+    contents = read_checkpoint(checkpoint)
+    return (
+        f"resuming    {checkpoint}: step {contents['global_step']}, epoch {contents['epoch']}; "
+        "weights, optimizer, schedule, random numbers and data position restored"
+    )

@@ -24,7 +24,7 @@ from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
 from genai_pl.models import Decoder, ModelConfig, flops_per_token
 from genai_pl.modules import BaseModule
-from genai_pl.resume import choose_checkpoint
+from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.specs import GenerationConfig
 from genai_pl.summary import describe_model, describe_step
 
@@ -41,10 +41,8 @@ def train(config: DictConfig) -> int:
     run = relative(Path(config.output_dir))
     checkpoint = choose_checkpoint(config.resume, run) if config.resume else None
     parts = build(config, run)
-    if checkpoint:
-        print(f"resuming from {checkpoint}", flush=True)
     connect(config, parts, checkpoint)
-    announce(config, parts)
+    announce(config, parts, checkpoint)
     fit(parts, checkpoint)
     return finish(parts, flat=flatten(config), export=config.callbacks.export)
 
@@ -117,6 +115,7 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
     settings = config.callbacks
+    loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
     callbacks = {
         "monitor": cb.Monitor(every),
         "console": cb.Console(),
@@ -134,7 +133,7 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
             **options,
             precision=config.precision.lightning,
             strategy=config.strategy.lightning,
-            logger=[instantiate(node) for node in OmegaConf.to_container(config.logger, resolve=True)],
+            logger=[instantiate(node) for node in loggers],
             callbacks=[*callbacks.values(), *instantiate(config.callbacks.extra).values()],
             plugins=[cb.AtomicCheckpointIO()],
             default_root_dir=str(run),
@@ -176,7 +175,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     parts.trainer.strategy.connect(parts.module)
 
 
-def announce(config: DictConfig, parts: Parts) -> None:
+def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Print what is about to be trained, on what, with which attention."""
     trainer, model = parts.trainer, parts.module.model
     device = trainer.strategy.root_device
@@ -191,6 +190,8 @@ def announce(config: DictConfig, parts: Parts) -> None:
     if trainer.is_global_zero:
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         print(f"run         {parts.run}")
+        if checkpoint:
+            print(describe_resume(checkpoint))
         print(f"data        {parts.data.summary()}")
         print(*describe_model(model, device), step, sep="\n")
         print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
@@ -207,7 +208,13 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("datasets").setLevel(logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    for text in ("does not have many workers", "Checkpoint directory", "GPU available but not", "treespec, LeafSpec", "sync_dist=True"):
+    for text in (
+        "does not have many workers",
+        "Checkpoint directory",
+        "GPU available but not",
+        "treespec, LeafSpec",
+        "sync_dist=True",
+    ):
         warnings.filterwarnings("ignore", f".*{text}.*")
 
 
@@ -223,5 +230,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
             flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    walk({k: v for k, v in values.items() if k not in ("callbacks", "logger", "generation", "output_dir", "dry_run")}, "")
+    walk(
+        {k: v for k, v in values.items() if k not in ("callbacks", "logger", "generation", "output_dir", "dry_run")}, ""
+    )
     return flat

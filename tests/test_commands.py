@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], unint
     process.send_signal(signal.SIGKILL)
     process.communicate()
     out, _ = start(run, f"resume={run}").communicate()
-    assert f"resuming from {run}/checkpoints/" in out
+    assert "resuming    run/checkpoints/" in out
     assert table(run) == uninterrupted(*options)
 
 
@@ -206,7 +206,7 @@ def test_a_truncated_checkpoint_is_refused_and_auto_takes_the_one_before(command
     taken = command("train", "resume=auto")
     assert taken.status == 0
     assert "step=000004.ckpt: refused" in taken.err
-    assert "resuming from" in taken.out
+    assert "resuming    outputs/run" in taken.out
     assert "step=000002.ckpt" in taken.out
 
 
