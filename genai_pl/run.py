@@ -39,7 +39,7 @@ def train(config: DictConfig) -> int:
     torch.set_float32_matmul_precision(config.precision.matmul)
     L.seed_everything(config.seed, verbose=False)
     run = relative(Path(config.output_dir))
-    checkpoint = choose_checkpoint(config.resume, run) if config.resume else None
+    checkpoint = relative(choose_checkpoint(config.resume, run)) if config.resume else None
     parts = build(config, run)
     connect(config, parts, checkpoint)
     announce(config, parts, checkpoint)
