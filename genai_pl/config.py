@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` and a typo are answered in abou
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,6 +133,9 @@ def _guarded(main: Main, config: DictConfig) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # whoever read stdout has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

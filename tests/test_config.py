@@ -57,7 +57,14 @@ def test_every_option_is_explained(path: Path) -> None:
 
 
 def test_an_experiment_beats_the_defaults_and_the_command_line_beats_it() -> None:
-    assert composed().trainer.devices == 1
+    chosen = composed("experiment=smoke")
+    assert (chosen.trainer.max_steps, chosen.tokenizer.kind, chosen.model.n_layer) == (20, "byte", 2)
+    chosen = composed("experiment=smoke", "trainer.max_steps=7", "tokenizer=bpe", "optimizer=sgd")
+    assert (chosen.trainer.max_steps, chosen.tokenizer.kind, chosen.optimizer.lr) == (7, "bpe", 0.1)
+
+
+def test_a_preset_of_the_trainer_picks_a_strategy_that_can_be_overridden() -> None:
+    assert composed().strategy.lightning == "auto"
     assert composed("trainer=ddp").strategy.lightning == "ddp"
     assert composed("trainer=ddp", "strategy=auto").strategy.lightning == "auto"
     assert composed("trainer=ddp", "trainer.devices=3").trainer.devices == 3

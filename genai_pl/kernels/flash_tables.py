@@ -1,0 +1,92 @@
+"""What the flash attention kernels read of a mask beyond `causal` and `window`: integers per query and per key."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.kernels.mask import AttentionMask
+
+# rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows
+SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX = range(7)
+Interval = tuple[Tensor, Tensor]
+
+
+def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Tables (B or 1, 7, T) of the queries and (B or 1, 7, S) of the keys; None twice for a mask that needs none."""
+    if mask.prefix is None and mask.segments is None and mask.order is None:
+        return None, None
+    return mask.remember("tables", (T, S, device), lambda: _build(mask, T, S, device))
+
+
+def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    prefix = torch.as_tensor(0 if mask.prefix is None else mask.prefix, device=device).clamp(0, S).view(-1, 1)  # (B, 1)
+    seen, full = _keys_by_position(mask, prefix, T, S)
+    seen_by = full_by = _queries_by_position(mask, prefix, T, S)
+    key_segment = query_segment = key_rank = query_rank = torch.zeros_like(prefix)
+    if mask.segments is not None:
+        key_segment, query_segment = mask.segments, mask.segments_of_queries(T, S)
+        seen, full = _meet(seen, full, *_runs(query_segment, key_segment))
+        seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
+    if mask.order is not None:
+        key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
+    queries = _stack([*seen, *full, query_segment, query_rank, prefix], T)
+    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, prefix], S)
+
+
+def _stack(rows: list[Tensor], length: int) -> Tensor:
+    """(B or 1, 7, length) of rows that broadcast to (B, length)."""
+    n = max(row.shape[0] for row in rows)
+    return torch.stack([row.to(torch.int32).expand(n, length) for row in rows], dim=1)
+
+
+def _keys_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) -> tuple[Interval, Interval]:
+    """The keys that causal, window and prefix let each query see, and a part of them without a gap, (B or 1, T)."""
+    query = torch.arange(S - T, S, device=prefix.device)[None]  # (1, T)
+    start, end = torch.zeros_like(query), torch.full_like(query, S)
+    if mask.window is not None:
+        start, end = query - mask.window + 1, query + mask.window
+    if mask.causal:
+        end = query + 1
+    start, end = start.clamp(0, S), end.clamp(0, S)
+    joins = start <= prefix  # else a gap lies between prefix and window
+    longer = torch.maximum(end, prefix)
+    seen = torch.where(prefix > 0, 0, start), longer
+    return seen, (torch.where(joins, 0, start) if mask.prefix is not None else start, torch.where(joins, longer, end))
+
+
+def _queries_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) -> Interval:
+    """The queries that see each key as far as causal, window and prefix go, (B or 1, S)."""
+    key = torch.arange(T - S, T, device=prefix.device)[None]  # (1, S): where a query at the key's position stands
+    start, end = torch.zeros_like(key), torch.full_like(key, T)
+    if mask.window is not None:
+        start, end = key - mask.window + 1, key + mask.window
+    if mask.causal:
+        start = key
+    free = key + (S - T) < prefix
+    return torch.where(free, 0, start.clamp(0, T)), torch.where(free, T, end.clamp(0, T))
+
+
+def _runs(ids: Tensor, others: Tensor) -> tuple[Interval, Interval]:
+    """Of each id, (B, N), the span of its occurrences in others, (B, M); twice, the second empty if the span has gaps."""
+    ids, others = (x.contiguous() for x in _same_batch(ids, others))
+    M = others.shape[1]
+    ordered, index = others.sort(stable=True)
+    left, right = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
+    start = index.gather(1, left.clamp(max=M - 1))
+    end = index.gather(1, (right - 1).clamp(min=0)) + 1
+    found = (right > left) & (ids != 0)
+    whole = found & (end - start == right - left)
+    spans = [(torch.where(here, start, M), torch.where(here, end, 0)) for here in (found, whole)]
+    return spans[0], spans[1]
+
+
+def _same_batch(a: Tensor, b: Tensor) -> Interval:
+    n = max(a.shape[0], b.shape[0])
+    return a.expand(n, -1), b.expand(n, -1)
+
+
+def _meet(seen: Interval, full: Interval, seen_too: Interval, full_too: Interval) -> tuple[Interval, Interval]:
+    """The intersections of two pairs of intervals."""
+    (a, b), (c, d) = (
+        (torch.maximum(x[0], y[0]), torch.minimum(x[1], y[1])) for x, y in ((seen, seen_too), (full, full_too))
+    )
+    return (a, b), (c, d)
