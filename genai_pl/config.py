@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` and a typo are answered in abou
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
-                sys.argv[1:] = prepare(sys.argv[1:])
+                sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
                 hydrated()
             except KeyboardInterrupt:
                 sys.exit(130)
@@ -125,6 +126,16 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
         return run
 
     return decorate
+
+
+def quoted(argument: str) -> str:
+    """The argument with quotes where Hydra's grammar would stumble over plain text: a prompt, or a value with `=` in it."""
+    key, equals, value = argument.partition("=")
+    done = value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
+    if not equals or done or not (key == "prompt" or ("=" in value and value[0] not in "'\"[{")):
+        return argument
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"{key}='{text.replace('${', chr(92) + '${')}'"
 
 
 def _guarded(main: Main, config: DictConfig) -> int:

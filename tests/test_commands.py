@@ -101,6 +101,33 @@ def test_generate_writes_the_prompt_and_a_continuation(trained: Path, command) -
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [
+        "To be, or not to be: (that)",
+        "it's a \\ 'test'\\",
+        "x=1; y={2}",
+        "${oc.env:HOME} a",
+        "two\nlines\t.",
+        "[1, 2",
+        "# %",
+        "''",
+    ],
+)
+def test_a_prompt_may_be_any_text(prompt: str, trained: Path, command) -> None:
+    result = command("generate", "checkpoint=run", f"prompt={prompt}", "generation.max_new_tokens=1")
+    assert result.status == 0, result.err
+    assert result.out.startswith(prompt if prompt != "''" else "")
+
+
+def test_a_checkpoint_file_with_its_step_in_the_name_needs_no_quotes(trained: Path, command) -> None:
+    path = "run/checkpoints/step=000004.ckpt"
+    assert command("generate", f"checkpoint={path}", "prompt=x", "generation.max_new_tokens=1").status == 0
+    result = command("train", f"resume={path}", "trainer.max_steps=6")
+    assert result.status == 0, result.err
+    assert list(table(trained)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
     "mistake", ["checkpoint=nowhere", "checkpoint=.", "generation.top_p=2", "prompt_file=none.txt", "device=tpu9"]
 )
 def test_a_mistake_of_generate_is_one_line(mistake: str, command) -> None:
