@@ -1,5 +1,6 @@
 """What every objective shares: exact normalization by tokens, one optimizer and schedule, gradient norm, validation sums."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 import lightning as L
@@ -16,7 +17,7 @@ Metrics = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 
 
-class BaseModule(L.LightningModule):
+class BaseModule(L.LightningModule, ABC):
     """A model and its training; a subclass says in `step` what one batch costs.
 
     `step` returns sums over the batch's targets: `loss` is differentiable, everything else is for the logs. The loss of an
@@ -42,9 +43,9 @@ class BaseModule(L.LightningModule):
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self._targets = torch.ones(())
 
+    @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch."""
-        raise NotImplementedError
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """Metrics from sums: by default each sum per target."""
