@@ -14,9 +14,10 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from genai_pl.config_errors import explain
+from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import DISK_FULL, UserError
 from genai_pl.specs import GenerationConfig, ModelConfig
 
@@ -140,6 +141,7 @@ def quoted(argument: str) -> str:
 
 def _guarded(main: Main, config: DictConfig) -> int:
     try:
+        check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
         return main(config) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,8 @@
 """What a run would cost: the configuration in, a table of parameters, FLOPs and memory out; nothing is trained."""
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from genai_pl.config import CONF
-from genai_pl.config_errors import check_types
 from genai_pl.data import pretrained_tokenizer
 from genai_pl.models import Decoder
 from genai_pl.run import model_config
@@ -14,7 +11,6 @@ from genai_pl.summary import describe_memory, describe_model, describe_step
 
 def dry_run(config: DictConfig) -> int:
     """Print what the run would cost, from a model that takes no memory."""
-    check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
     n_tokens = {"byte": 258, "bpe": config.tokenizer.get("vocab_size")}.get(config.tokenizer.kind)
     if n_tokens is None:
         n_tokens = len(pretrained_tokenizer(config.tokenizer.name))

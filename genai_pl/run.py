@@ -14,8 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
-from genai_pl.config import CONF
-from genai_pl.config_errors import check_types
 from genai_pl.data import byte_tokenizer, pretrained_tokenizer, token_bytes
 from genai_pl.data.datamodule import TextDataModule
 from genai_pl.data.tokenizer import files_of
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 def train(config: DictConfig) -> int:
     """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C."""
     quiet()
-    check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
     torch.set_float32_matmul_precision(config.precision.matmul)
     L.seed_everything(config.seed, verbose=False)
     run = relative(Path(config.output_dir))

@@ -4,11 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.config import CONF
-from genai_pl.config_errors import check_types
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import generate_text
 from genai_pl.load import load
@@ -18,7 +15,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def generate(config: DictConfig) -> int:
     """Print continuations of the prompts; a single one is printed while it grows."""
-    check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
     if config.precision not in DTYPES:
         raise ConfigError(f"precision={config.precision}: no such precision; one of {', '.join(DTYPES)}")
     if config.num_samples < 1:
