@@ -49,6 +49,7 @@ class AttentionBackend(str, Enum):
     """Who computes attention; auto picks by device and says why."""
 
     auto = "auto"
+    triton = "triton"
     sdpa = "sdpa"
     reference = "reference"
 

@@ -1,7 +1,9 @@
 """The one attention function, shared by every module of every model."""
 
 import functools
+import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ from genai_pl.kernels.sdpa import sdpa_attention, sdpa_lacks
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "reference")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_HEAD_DIM = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
 def attention(
@@ -39,26 +44,60 @@ def attention(
     A query that sees no key gets zeros and gives zero gradient.
     """
     _check_shapes(q, k, v)
-    chosen, reason = choose_backend(q.device, softcap=softcap, backend=backend)
+    chosen, reason = choose_backend(
+        q.device, softcap=softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
+    )
     if backend == "auto" and chosen == "reference" and not torch.compiler.is_compiling():
         _log_once(f"attention: {chosen}, because {reason}")
+    options = {"scale": scale, "bias": bias, "alibi": alibi, "dropout_p": dropout_p}
+    if chosen == "triton":
+        from genai_pl.kernels.flash_attention import flash_attention
+
+        return flash_attention(q, k, v, mask, softcap=softcap, **options)[0]
     if chosen == "sdpa":
-        return sdpa_attention(q, k, v, mask, scale=scale, bias=bias, alibi=alibi, dropout_p=dropout_p)
-    return reference_attention(q, k, v, mask, scale=scale, bias=bias, alibi=alibi, softcap=softcap, dropout_p=dropout_p)
+        return sdpa_attention(q, k, v, mask, **options)
+    return reference_attention(q, k, v, mask, softcap=softcap, **options)
 
 
-def choose_backend(device: torch.device, *, softcap: float | None = None, backend: str = "auto") -> tuple[str, str]:
+def choose_backend(
+    device: torch.device,
+    *,
+    softcap: float | None = None,
+    head_dim: int = 1,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[str, str]:
     """The backend that `attention` will run, and why; ConfigError if the one asked for cannot."""
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
-    lack = sdpa_lacks(softcap=softcap)
-    if backend == "sdpa" and lack:
-        raise ConfigError(f"model.attention=sdpa cannot run this model: {lack}; set model.attention=auto")
+    lacks = {"triton": triton_lacks(device, head_dim=head_dim, dtype=dtype), "sdpa": sdpa_lacks(softcap=softcap)}
     if backend != "auto":
+        if lacks.get(backend):
+            raise ConfigError(
+                f"model.attention={backend} cannot run this model: {lacks[backend]}; set model.attention=auto"
+            )
         return backend, f"model.attention={backend} asks for it"
-    if lack:
-        return "reference", lack
-    return "sdpa", f"it is the fastest that runs on {device.type}"
+    if device.type == "cuda" and lacks["triton"] is None:
+        return "triton", "it is the fastest that runs on a GPU"
+    if lacks["sdpa"]:
+        return "reference", lacks["sdpa"]
+    slower = f", where {lacks['triton']}" if device.type == "cuda" else ""
+    return "sdpa", f"it is the fastest that runs on {device.type}{slower}"
+
+
+def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot do this, or None where they can; ROCm calls its devices cuda too."""
+    if not HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"triton needs a GPU, not {device.type}, unless TRITON_INTERPRET=1 is set from the start (slow: for tests)"
+        )
+    if head_dim > TRITON_HEAD_DIM:
+        return f"its heads may have {TRITON_HEAD_DIM} dimensions, not {head_dim}"
+    if dtype not in TRITON_DTYPES:
+        return f"triton has no kernels for {dtype}"
+    return None
 
 
 @functools.cache

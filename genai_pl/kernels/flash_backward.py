@@ -4,21 +4,33 @@ import triton
 import triton.language as tl
 
 from genai_pl.kernels.flash_blocks import key_blocks, query_blocks, step_to, walk
-from genai_pl.kernels.flash_common import LOG2E, base, head_inputs, keep, load_tile, logits, marks, offsets, product
-from genai_pl.kernels.flash_common import store_tile, visible
-from genai_pl.kernels.flash_forward import _column, _row
+from genai_pl.kernels.flash_common import (
+    LOG2E,
+    as_column,
+    as_row,
+    base,
+    head_inputs,
+    keep,
+    load_tile,
+    logits,
+    marks,
+    offsets,
+    product,
+    store_tile,
+    visible,
+)
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def row_sums(O, D_O, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HAS_D_LSE: tl.constexpr, F: tl.constexpr):
+@triton.jit
+def row_sums(OUT, D_OUT, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HAS_D_LSE: tl.constexpr, F: tl.constexpr):
     """delta = sum(o * d_o) - d_lse, and lse in log2 units; rows that see nothing or do not exist get +inf: no weight."""
     n_blocks = sizes.padded // F.BLOCK_M
     bh = tl.program_id(0) // n_blocks
     i0 = tl.program_id(0) % n_blocks * F.BLOCK_M
     b, h = bh // sizes.H, bh % sizes.H
     i = i0 + tl.arange(0, F.BLOCK_M)
-    o_tile = base(O, b, h, i0, o_stride) + offsets(o_stride, F.BLOCK_M, F.BLOCK_D_V)
-    do_tile = base(D_O, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
+    o_tile = base(OUT, b, h, i0, o_stride) + offsets(o_stride, F.BLOCK_M, F.BLOCK_D_V)
+    do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
     o = load_tile(o_tile, i, sizes.T, True, F.D_V, F.BLOCK_D_V).to(tl.float32)
     d_o = load_tile(do_tile, i, sizes.T, True, F.D_V, F.BLOCK_D_V).to(tl.float32)
     delta = tl.sum(o * d_o, 1)
@@ -31,9 +43,9 @@ def row_sums(O, D_O, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HAS_D_
     tl.store(LSE2 + out, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
 
 
-@triton.jit(do_not_specialize=["sizes", "n_heads"])
+@triton.jit
 def key_value_gradients(
-    Q, K, V, D_O, LSE2, DELTA, D_K, D_V,
+    Q, K, V, D_OUT, LSE2, DELTA, D_K, D_V,
     extras, q_stride, k_stride, v_stride, do_stride, dk_stride, dv_stride, bias_stride, sizes, scalars, n_heads,
     F: tl.constexpr,
 ):  # fmt: skip
@@ -54,11 +66,11 @@ def key_value_gradients(
     blocks = query_blocks(j0, k_table, sizes, F)
 
     sums = tl.zeros([F.BLOCK_N, F.BLOCK_D], tl.float32), tl.zeros([F.BLOCK_N, F.BLOCK_D_V], tl.float32)
-    for g in range(0, n_heads):
+    for g in range(n_heads):
         h = h_out * n_heads + g
         head = head_inputs(extras, b, h, bias_stride, sizes, F)
         row = (b * sizes.H + h).to(tl.int64) * sizes.padded
-        q_head, do_head = base(Q, b, h, b * 0, q_stride), base(D_O, b, h, b * 0, do_stride)
+        q_head, do_head = base(Q, b, h, b * 0, q_stride), base(D_OUT, b, h, b * 0, do_stride)
         if F.hides or not F.even_m:  # edges first: the loop without masks then keeps its registers to the end
             sums = _keys_of(
                 sums, k, v, q_head, do_head, LSE2 + row, DELTA + row, j, q_table, k_table, head, blocks, q_stride,
@@ -85,12 +97,12 @@ def _keys_of(
     """(dK, dV) with the share of one head's full blocks of queries, or of its edges; tiles are keys by queries."""
     dk, dv = sums
     CHECK: tl.constexpr = EDGES and not F.even_m
-    of_key = _column(marks(k_table, j, sizes.S, F)) if EDGES else 0
+    of_key = as_column(marks(k_table, j, sizes.S, F)) if EDGES else 0
     if F.bias and not EDGES:
         j = tl.minimum(j, sizes.S - 1)
     q_tile, do_tile = offsets(q_stride, F.BLOCK_M, F.BLOCK_D), offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
     path = walk(blocks, F.BLOCK_M, EDGES)
-    for step in range(0, path[1]):
+    for step in range(path[1]):
         i0 = step_to(path, step, F.BLOCK_M, EDGES)
         i = i0 + tl.arange(0, F.BLOCK_M)
         q = load_tile(q_head + i0.to(tl.int64) * q_stride.t + q_tile, i, sizes.T, CHECK, F.D, F.BLOCK_D)
@@ -98,7 +110,7 @@ def _keys_of(
         x, ratio = logits(scores, i[None, :], j[:, None], head, bias_stride, sizes, scalars, EDGES, F)
         weights = tl.exp2(x - tl.load(lse2 + i)[None, :])
         if EDGES and F.hides:
-            of_query = _row(marks(q_table, i, sizes.T, F))
+            of_query = as_row(marks(q_table, i, sizes.T, F))
             weights = tl.where(visible(i[None, :], j[:, None], of_query, of_key, head[4], sizes, F), weights, 0.0)
         d_o = load_tile(do_head + i0.to(tl.int64) * do_stride.t + do_tile, i, sizes.T, CHECK, F.D_V, F.BLOCK_D_V)
         d_weights = product(v, tl.trans(d_o), tl.zeros([F.BLOCK_N, F.BLOCK_M], tl.float32), F)
@@ -115,9 +127,9 @@ def _keys_of(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def query_gradient(
-    Q, K, V, D_O, LSE2, DELTA, D_Q,
+    Q, K, V, D_OUT, LSE2, DELTA, D_Q,
     extras, q_stride, k_stride, v_stride, do_stride, dq_stride, bias_stride, sizes, scalars,
     F: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +143,7 @@ def query_gradient(
     k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
     head = head_inputs(extras, b, h, bias_stride, sizes, F)
     q_tile = base(Q, b, h, i0, q_stride) + offsets(q_stride, F.BLOCK_M, F.BLOCK_D)
-    do_tile = base(D_O, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
+    do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
     q = load_tile(q_tile, i, sizes.T, not F.even_m, F.D, F.BLOCK_D)
     d_o = load_tile(do_tile, i, sizes.T, not F.even_m, F.D_V, F.BLOCK_D_V)
     row = bh.to(tl.int64) * sizes.padded + i
@@ -161,12 +173,12 @@ def _queries_of(
 ):  # fmt: skip
     """dQ with the share of the full blocks of keys, or of the edges."""
     CHECK: tl.constexpr = EDGES and not F.even_n
-    of_query = _column(marks(q_table, i, sizes.T, F)) if EDGES else 0
+    of_query = as_column(marks(q_table, i, sizes.T, F)) if EDGES else 0
     if F.bias and not EDGES:
         i = tl.minimum(i, sizes.T - 1)
     k_tile, v_tile = offsets(k_stride, F.BLOCK_N, F.BLOCK_D), offsets(v_stride, F.BLOCK_N, F.BLOCK_D_V)
     path = walk(blocks, F.BLOCK_N, EDGES)
-    for step in range(0, path[1]):
+    for step in range(path[1]):
         j0 = step_to(path, step, F.BLOCK_N, EDGES)
         j = j0 + tl.arange(0, F.BLOCK_N)
         k = load_tile(k_head + j0.to(tl.int64) * k_stride.t + k_tile, j, sizes.S, CHECK, F.D, F.BLOCK_D)
@@ -190,7 +202,7 @@ def score_gradient(
     x, ratio = logits(scores, i[:, None], j[None, :], head, bias_stride, sizes, scalars, EDGES, F)
     weights = tl.exp2(x - lse2[:, None])
     if EDGES:
-        of_key = _row(marks(k_table, j, sizes.S, F))
+        of_key = as_row(marks(k_table, j, sizes.S, F))
         weights = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head[4], sizes, F), weights, 0.0)
     d_weights = product(d_o, tl.trans(v), tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32), F)
     if F.dropout:
@@ -199,9 +211,9 @@ def score_gradient(
     return weights * (d_weights - delta[:, None]), ratio
 
 
-@triton.jit(do_not_specialize=["sizes", "n_bias_heads", "n_sequences", "n_heads"])
+@triton.jit
 def bias_gradient(
-    Q, K, V, D_O, LSE2, DELTA, D_BIAS,
+    Q, K, V, D_OUT, LSE2, DELTA, D_BIAS,
     extras, q_stride, k_stride, v_stride, do_stride, bias_stride, sizes, scalars, n_bias_heads, n_sequences, n_heads,
     F: tl.constexpr,
 ):  # fmt: skip
@@ -211,13 +223,13 @@ def bias_gradient(
     i0, j0 = tile // n_j * F.BLOCK_M, tile % n_j * F.BLOCK_N
     i, j = i0 + tl.arange(0, F.BLOCK_M), j0 + tl.arange(0, F.BLOCK_N)
     total = tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32)
-    for step in range(0, n_sequences * n_heads):
+    for step in range(n_sequences * n_heads):
         b, h = out // n_bias_heads + step // n_heads, out % n_bias_heads + step % n_heads
         q_table = extras.queries + b.to(tl.int64) * sizes.query_table if F.tables or F.order > 0 else 0
         k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
         head = head_inputs(extras, b, h, bias_stride, sizes, F)
         q_tile = base(Q, b, h, i0, q_stride) + offsets(q_stride, F.BLOCK_M, F.BLOCK_D)
-        do_tile = base(D_O, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
+        do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
         k_tile = base(K, b, h // sizes.group, j0, k_stride) + offsets(k_stride, F.BLOCK_N, F.BLOCK_D)
         v_tile = base(V, b, h // sizes.group, j0, v_stride) + offsets(v_stride, F.BLOCK_N, F.BLOCK_D_V)
         q = load_tile(q_tile, i, sizes.T, True, F.D, F.BLOCK_D)
@@ -225,7 +237,7 @@ def bias_gradient(
         k = load_tile(k_tile, j, sizes.S, True, F.D, F.BLOCK_D)
         v = load_tile(v_tile, j, sizes.S, True, F.D_V, F.BLOCK_D_V)
         row = (b * sizes.H + h).to(tl.int64) * sizes.padded + i
-        of_query = _column(marks(q_table, i, sizes.T, F))
+        of_query = as_column(marks(q_table, i, sizes.T, F))
         d_scores, _ = score_gradient(
             q, d_o, tl.load(LSE2 + row), tl.load(DELTA + row), k, v, i, j, of_query, k_table, head, bias_stride, sizes,
             scalars, True, F,

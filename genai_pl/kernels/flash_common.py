@@ -188,13 +188,20 @@ def marks(table, index, length, F: tl.constexpr):
 
 
 @triton.jit
+def as_column(pair):
+    return pair[0][:, None], pair[1][:, None]
+
+
+@triton.jit
+def as_row(pair):
+    return pair[0][None, :], pair[1][None, :]
+
+
+@triton.jit
 def visible(i, j, of_query, of_key, prefix, sizes, F: tl.constexpr):
     """`AttentionMask.dense` at queries i and keys j, which broadcast; rows past the last query are arbitrary."""
     position = i + (sizes.S - sizes.T)
-    if F.causal:
-        ok = j <= position
-    else:
-        ok = j < sizes.S
+    ok = j <= position if F.causal else j < sizes.S
     if F.window:
         ok = ok & (tl.abs(position - j) < sizes.window)
     if F.prefix:
@@ -219,10 +226,7 @@ def logits(scores, i, j, head, bias_stride, sizes, scalars, CHECK: tl.constexpr,
         out = scores * scalars.scale_log2
     if F.bias:
         pointers = head[0] + i.to(tl.int64) * bias_stride.t + j.to(tl.int64) * bias_stride.s
-        if CHECK:
-            bias = tl.load(pointers, mask=(i < sizes.T) & (j < sizes.S), other=0.0)
-        else:
-            bias = tl.load(pointers)
+        bias = tl.load(pointers, mask=(i < sizes.T) & (j < sizes.S), other=0.0) if CHECK else tl.load(pointers)
         out += bias.to(tl.float32) * LOG2E
     if F.alibi:
         out -= tl.abs(i + (sizes.S - sizes.T) - j).to(tl.float32) * head[1]

@@ -4,13 +4,26 @@ import triton
 import triton.language as tl
 
 from genai_pl.kernels.flash_blocks import clip, key_blocks, step_to, walk
-from genai_pl.kernels.flash_common import LN2, base, head_inputs, keep, load_tile, logits, marks, offsets, product
-from genai_pl.kernels.flash_common import store_tile, visible
+from genai_pl.kernels.flash_common import (
+    LN2,
+    as_column,
+    as_row,
+    base,
+    head_inputs,
+    keep,
+    load_tile,
+    logits,
+    marks,
+    offsets,
+    product,
+    store_tile,
+    visible,
+)
 
 
-@triton.jit(do_not_specialize=["sizes", "split_size"])
+@triton.jit(do_not_specialize=["split_size"])
 def forward(
-    Q, K, V, O, LSE,
+    Q, K, V, OUT, LSE,
     extras, q_stride, k_stride, v_stride, o_stride, bias_stride, sizes, scalars, split_size,
     SPLIT: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +67,7 @@ def forward(
         out_b = b + tl.program_id(1) * (tl.num_programs(0) // n_blocks // sizes.H)
     out_row = (out_b.to(tl.int64) * sizes.H + h) * sizes.rows
     tl.store(LSE + out_row + row, (peak + tl.log2(total)) * LN2, mask=row < sizes.rows)
-    o_tile = base(O, out_b, h, i0, o_stride) + offsets(o_stride, F.BLOCK_M, F.BLOCK_D_V)
+    o_tile = base(OUT, out_b, h, i0, o_stride) + offsets(o_stride, F.BLOCK_M, F.BLOCK_D_V)
     store_tile(o_tile, acc / total[:, None], row, sizes.rows, F.D_V, F.BLOCK_D_V)
 
 
@@ -66,12 +79,12 @@ def _attend(
     """The running (numerator, denominator, maximum) after the full blocks, or after the edges."""
     acc, total, peak = state
     CHECK: tl.constexpr = EDGES and not F.even_n
-    of_query = _column(marks(q_table, i, sizes.T, F)) if EDGES else 0
+    of_query = as_column(marks(q_table, i, sizes.T, F)) if EDGES else 0
     if F.bias and not EDGES:
         i = tl.minimum(i, sizes.T - 1)  # rows past the end must not read past the bias
     k_tile, v_tile = offsets(k_stride, F.BLOCK_N, F.BLOCK_D), offsets(v_stride, F.BLOCK_N, F.BLOCK_D_V)
     path = walk(blocks, F.BLOCK_N, EDGES)
-    for step in range(0, path[1]):
+    for step in range(path[1]):
         j0 = step_to(path, step, F.BLOCK_N, EDGES)
         j = j0 + tl.arange(0, F.BLOCK_N)
         k = load_tile(k_head + j0.to(tl.int64) * k_stride.t + k_tile, j, sizes.S, CHECK, F.D, F.BLOCK_D)
@@ -83,7 +96,7 @@ def _attend(
         else:
             x, _ = logits(scores, i[:, None], j[None, :], head, bias_stride, sizes, scalars, EDGES, F)
             if EDGES:
-                of_key = _row(marks(k_table, j, sizes.S, F))
+                of_key = as_row(marks(k_table, j, sizes.S, F))
                 x = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head[4], sizes, F), x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 1))
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row may have seen nothing yet
@@ -98,34 +111,24 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
-def _column(pair):
-    return pair[0][:, None], pair[1][:, None]
-
-
-@triton.jit
-def _row(pair):
-    return pair[0][None, :], pair[1][None, :]
-
-
-@triton.jit(do_not_specialize=["sizes", "n_splits", "n_heads"])
-def combine(PARTS, PARTS_LSE, O, LSE, o_stride, sizes, n_splits, n_heads, F: tl.constexpr):
+@triton.jit(do_not_specialize=["n_splits"])
+def combine(PARTS, PARTS_LSE, OUT, LSE, o_stride, sizes, n_splits, n_heads, F: tl.constexpr):
     """The output (B, H, T, D) and log-sum-exp of one (batch row, key head, row) from those of each part of the keys."""
     row = tl.program_id(0).to(tl.int64)
     n_rows = tl.num_programs(0)
     d = tl.arange(0, F.BLOCK_D_V)
     peak = tl.full([], float("-inf"), tl.float32)
-    for split in range(0, n_splits):
+    for split in range(n_splits):
         peak = tl.maximum(peak, tl.load(PARTS_LSE + split * n_rows + row))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     acc = tl.zeros([F.BLOCK_D_V], tl.float32)
     total = tl.zeros([], tl.float32)
-    for split in range(0, n_splits):
+    for split in range(n_splits):
         weight = tl.exp(tl.load(PARTS_LSE + split * n_rows + row) - safe)
         acc += weight * tl.load(PARTS + (split * n_rows + row) * F.D_V + d, mask=d < F.D_V, other=0.0)
         total += weight
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(LSE + row, peak + tl.log(total))
     bh = row // sizes.T  # rows of a key head are its query heads' rows, one head after the other
-    o = base(O, bh // n_heads, bh % n_heads, row % sizes.T, o_stride)
-    tl.store(o + d, (acc / total).to(O.dtype.element_ty), mask=d < F.D_V)
+    o = base(OUT, bh // n_heads, bh % n_heads, row % sizes.T, o_stride)
+    tl.store(o + d, (acc / total).to(OUT.dtype.element_ty), mask=d < F.D_V)

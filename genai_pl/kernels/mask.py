@@ -1,9 +1,13 @@
 """Who sees whom: the one definition that every attention backend follows."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +20,8 @@ class AttentionMask:
     segments  (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments` (B, T)
     order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`
 
-    Everything given must hold at once; only `prefix` widens.
+    Everything given must hold at once; only `prefix` widens. What is derived from a mask is kept with it, so its tensors
+    must not change any more.
     """
 
     causal: bool = False
@@ -26,6 +31,7 @@ class AttentionMask:
     order: Tensor | None = None
     strict: bool = False
     prefix: int | Tensor | None = None
+    _memory: dict[str, tuple[Hashable, object]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -36,15 +42,35 @@ class AttentionMask:
             raise ValueError("strict needs order: it says how ranks are compared")
 
     def dense(self, T: int, S: int, device: torch.device | None = None) -> Tensor:
-        """True where a query sees a key, (B or 1, 1, T, S)."""
+        """True where a query sees a key, (B or 1, 1, T, S); built once for all layers that share the mask."""
+        return self.remember("dense", (T, S, device), lambda: self._build_dense(T, S, device))
+
+    def additive(self, T: int, S: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """0 where a query sees a key and -inf elsewhere, (B or 1, 1, T, S); built once, as `dense` is."""
+
+        def build() -> Tensor:
+            hidden = ~self._build_dense(T, S, device)
+            return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+        return self.remember("additive", (T, S, dtype, device), build)
+
+    def remember(self, name: str, key: Hashable, build: Callable[[], Built]) -> Built:
+        """What `build` gives, kept until the same name is asked for with another key."""
+        # autograd refuses tensors made in inference mode, about which torch.compile cannot ask
+        key = (key, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
+        if name not in self._memory or self._memory[name][0] != key:
+            self._memory[name] = (key, build())
+        return self._memory[name][1]
+
+    def _build_dense(self, T: int, S: int, device: torch.device | None) -> Tensor:
         visible = self._by_position(T, S, device)
         if self.segments is not None:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
-            query = self._query_segments(T, S)[:, None, :, None]  # (B, 1, T, 1)
+            query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (query == key) & (key != 0)
         if self.order is not None:
             key = self.order[:, None, None, :]  # (B, 1, 1, S)
-            query = _last(self.order, T, S, name="order")[:, None, :, None]  # (B, 1, T, 1)
+            query = self.order_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (key < query if self.strict else key <= query)
         return visible
 
@@ -75,10 +101,15 @@ class AttentionMask:
             visible = visible | (key < length)  # (T, S), or (B, T, S) if lengths differ
         return visible.view(-1, 1, T, S)
 
-    def _query_segments(self, T: int, S: int) -> Tensor:
+    def segments_of_queries(self, T: int, S: int) -> Tensor:
+        """The segment of each query, (B, T)."""
         if self.query_segments is not None:
             return self.query_segments
         return _last(self.segments, T, S, name="segments")
+
+    def order_of_queries(self, T: int, S: int) -> Tensor:
+        """The rank of each query, (B, T)."""
+        return _last(self.order, T, S, name="order")
 
     def _reads_tensors(self) -> bool:
         return self.segments is not None or self.order is not None or isinstance(self.prefix, Tensor)

@@ -29,14 +29,15 @@ def sdpa_attention(
     unbiased = bias is None and alibi is None
     # torch aligns is_causal at the top left: only on a square is that our bottom right
     is_causal = unbiased and mask.is_plain_causal(T, S)
-    attn_mask = None
+    additive = None
     if not is_causal and not (unbiased and mask.sees_all(T, S)):
-        attn_mask = mask.dense(T, S, q.device) if unbiased else _additive_mask(q, S, mask, bias, alibi)
+        # torch turns a mask of booleans into one of numbers in every layer and keeps each for backward: give it numbers
+        additive = mask.additive(T, S, q.dtype, q.device) if unbiased else _biased_mask(q, S, mask, bias, alibi)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=attn_mask,
+        attn_mask=additive,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
@@ -44,7 +45,7 @@ def sdpa_attention(
     )
 
 
-def _additive_mask(q: Tensor, S: int, mask: AttentionMask, bias: Tensor | None, alibi: Tensor | None) -> Tensor:
+def _biased_mask(q: Tensor, S: int, mask: AttentionMask, bias: Tensor | None, alibi: Tensor | None) -> Tensor:
     """bias + alibi, and -inf where the mask hides, broadcastable to (B, H, T, S), in the dtype of the queries."""
     T = q.shape[2]
     terms = [] if bias is None else [bias]

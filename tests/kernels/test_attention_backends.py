@@ -53,7 +53,7 @@ def test_sdpa_with_softcap_is_refused_with_the_option_and_the_fix():
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_backends():
-    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, sdpa, reference"):
+    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, triton, sdpa, reference"):
         attention(*inputs(), backend="flash")
 
 

@@ -1,10 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from brute_force import visible
 
-from genai_pl.kernels import AttentionMask, positions_from_segments
+from genai_pl.kernels import AttentionMask, attention, positions_from_segments
+from genai_pl.kernels.flash_tables import mask_tables
 
 B = 2
 SIZES = [(1, 1), (5, 5), (1, 6), (4, 6), (6, 4)]
@@ -47,6 +49,53 @@ def test_a_mask_that_says_it_sees_all_or_is_plain_causal_does_so(T: int, S: int)
             assert dense.all(), mask
         if mask.is_plain_causal(T, S):
             assert torch.equal(dense, torch.ones_like(dense).tril()), mask
+
+
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_tables_bound_what_is_visible_from_outside_and_inside(T: int, S: int):
+    for mask in every_mask(T, S):
+        dense = visible(replace(mask, order=None, strict=False), B, T, S)[:, 0]
+        tables = mask_tables(mask, T, S, dense.device)
+        for table, rows in zip(tables, (dense, dense.mT), strict=True):
+            if table is None:
+                continue
+            index = torch.arange(rows.shape[-1])
+            bounds = table.expand(B, 7, -1)[..., None]
+            seen = (index >= bounds[:, 0]) & (index < bounds[:, 1])
+            full = (index >= bounds[:, 2]) & (index < bounds[:, 3])
+            assert (seen | ~rows).all(), mask
+            assert (~full | rows).all(), mask
+
+
+def test_tables_of_packed_documents_are_exact():
+    segments = torch.tensor([[2, 2, 1, 1, 1, 3, 0, 0], [5, 5, 5, 5, 5, 5, 5, 5]])
+    mask = AttentionMask(causal=True, segments=segments)
+    starts = [[0, 0, 2, 2, 2, 5, 8, 8], [0] * 8]
+    ends = [[1, 2, 3, 4, 5, 6, 0, 0], list(range(1, 9))]
+    queries, _ = mask_tables(mask, 8, 8, segments.device)
+    for first in (0, 2):  # the seen and the full part
+        assert queries[:, first].tolist() == starts
+        assert queries[:, first + 1].tolist() == ends
+
+
+def test_layers_that_share_a_mask_build_it_once():
+    mask = AttentionMask(causal=True, segments=torch.tensor([[1, 1, 2, 0]]))
+    assert mask.dense(4, 4) is mask.dense(4, 4)
+    additive = mask.additive(2, 4, torch.bfloat16)
+    assert additive is mask.additive(2, 4, torch.bfloat16)
+    assert torch.equal(additive == 0, mask.dense(2, 4))
+    assert torch.equal(additive.isneginf(), ~mask.dense(2, 4))
+    assert mask.dense(2, 4).shape[2] == 2
+    assert mask.additive(2, 4, torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_mask_first_used_in_inference_mode_can_be_trained_with(backend: str):
+    mask = AttentionMask(causal=True, segments=torch.tensor([[1, 1, 2, 0]]))
+    x = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with torch.inference_mode():
+        attention(x, x, x, mask, backend=backend)
+    attention(x, x, x, mask, backend=backend).sum().backward()
 
 
 @pytest.mark.parametrize(

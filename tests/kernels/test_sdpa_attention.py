@@ -123,7 +123,7 @@ def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(attention, features: str)
     ],
 )
 def test_sdpa_builds_no_mask_where_none_is_needed(monkeypatch, mask: AttentionMask, T: int, S: int):
-    monkeypatch.setattr(AttentionMask, "dense", lambda *_: pytest.fail("a (T, S) mask was built"))
+    monkeypatch.setattr(AttentionMask, "_build_dense", lambda *_: pytest.fail("a (T, S) mask was built"))
     q, k, v, _ = inputs(T, S)
     assert sdpa_attention(q, k, v, mask).shape == q.shape
 
