@@ -78,7 +78,7 @@ def choose_backend(
             )
         return backend, f"model.attention={backend} asks for it"
     if device.type == "cuda" and lacks["triton"] is None:
-        return "triton", "it is the fastest that runs on a GPU"
+        return "triton", "its kernels run every mask and option on a GPU"
     if lacks["sdpa"]:
         return "reference", lacks["sdpa"]
     slower = f", where {lacks['triton']}" if device.type == "cuda" else ""

@@ -17,6 +17,7 @@ from genai_pl.kernels.flash_common import (
     offsets,
     product,
     store_tile,
+    table_of,
     visible,
 )
 
@@ -56,8 +57,8 @@ def key_value_gradients(
     b, h_out = out // n_out, out % n_out
     j0 = tl.program_id(0) % n_blocks * F.BLOCK_N
     j = j0 + tl.arange(0, F.BLOCK_N)
-    q_table = extras.queries + b.to(tl.int64) * sizes.query_table if F.tables or F.order > 0 else 0
-    k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
+    q_table = table_of(extras.queries, b, sizes.query_table, F)
+    k_table = table_of(extras.keys, b, sizes.key_table, F)
     h_key = h_out * n_heads // sizes.group
     k_tile = base(K, b, h_key, j0, k_stride) + offsets(k_stride, F.BLOCK_N, F.BLOCK_D)
     v_tile = base(V, b, h_key, j0, v_stride) + offsets(v_stride, F.BLOCK_N, F.BLOCK_D_V)
@@ -139,8 +140,8 @@ def query_gradient(
     b, h = bh // sizes.H, bh % sizes.H
     i0 = (n_blocks - 1 - tl.program_id(0) % n_blocks) * F.BLOCK_M
     i = i0 + tl.arange(0, F.BLOCK_M)
-    q_table = extras.queries + b.to(tl.int64) * sizes.query_table if F.tables or F.order > 0 else 0
-    k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
+    q_table = table_of(extras.queries, b, sizes.query_table, F)
+    k_table = table_of(extras.keys, b, sizes.key_table, F)
     head = head_inputs(extras, b, h, bias_stride, sizes, F)
     q_tile = base(Q, b, h, i0, q_stride) + offsets(q_stride, F.BLOCK_M, F.BLOCK_D)
     do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
@@ -225,8 +226,8 @@ def bias_gradient(
     total = tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32)
     for step in range(n_sequences * n_heads):
         b, h = out // n_bias_heads + step // n_heads, out % n_bias_heads + step % n_heads
-        q_table = extras.queries + b.to(tl.int64) * sizes.query_table if F.tables or F.order > 0 else 0
-        k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
+        q_table = table_of(extras.queries, b, sizes.query_table, F)
+        k_table = table_of(extras.keys, b, sizes.key_table, F)
         head = head_inputs(extras, b, h, bias_stride, sizes, F)
         q_tile = base(Q, b, h, i0, q_stride) + offsets(q_stride, F.BLOCK_M, F.BLOCK_D)
         do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)

@@ -176,6 +176,12 @@ def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
 
 
 @triton.jit
+def table_of(table, b, stride, F: tl.constexpr):
+    """The table of one batch row, or 0 where the mask needs none."""
+    return table + b.to(tl.int64) * stride if F.tables or F.order > 0 else 0
+
+
+@triton.jit
 def marks(table, index, length, F: tl.constexpr):
     """(segment, rank) of each index, segment 0 past the end."""
     segment = index

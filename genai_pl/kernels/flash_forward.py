@@ -17,6 +17,7 @@ from genai_pl.kernels.flash_common import (
     offsets,
     product,
     store_tile,
+    table_of,
     visible,
 )
 
@@ -34,8 +35,8 @@ def forward(
     i0 = (n_blocks - 1 - tl.program_id(0) % n_blocks) * F.BLOCK_M  # the last rows see most: they go first
     row = i0 + tl.arange(0, F.BLOCK_M)
     i = row % sizes.T if F.packed else row
-    q_table = extras.queries + b.to(tl.int64) * sizes.query_table if F.tables or F.order > 0 else 0
-    k_table = extras.keys + b.to(tl.int64) * sizes.key_table if F.tables or F.order > 0 else 0
+    q_table = table_of(extras.queries, b, sizes.query_table, F)
+    k_table = table_of(extras.keys, b, sizes.key_table, F)
     head = head_inputs(extras, b, h, bias_stride, sizes, F)
     blocks = key_blocks(i0, q_table, sizes, F)
     if SPLIT:

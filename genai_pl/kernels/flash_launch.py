@@ -27,9 +27,6 @@ class Launch:
     args: tuple
     options: dict[str, Any]
 
-    def __call__(self) -> None:
-        self.kernel[self.grid](*self.args, **self.options)
-
 
 def forward_launches(p: Problem) -> tuple[list[Launch], Tensor, Tensor]:
     """The kernels of the forward pass, and the output (B, H, T, D) and log-sum-exp (B, H, T) that they fill."""
@@ -54,9 +51,8 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
     blocks = blocks._replace(BLOCK_M=min(64, max(16, triton.next_power_of_2(sizes.rows))))
     n_programs = triton.cdiv(sizes.rows, blocks.BLOCK_M) * p.B * sizes.H
     n_blocks = triton.cdiv(p.S, blocks.BLOCK_N)
-    split_size = (
-        triton.cdiv(n_blocks, min(n_blocks, triton.cdiv(2 * n_processors(p.device), n_programs))) * blocks.BLOCK_N
-    )
+    wanted = triton.cdiv(2 * n_processors(p.device), n_programs)
+    split_size = triton.cdiv(n_blocks, min(n_blocks, wanted)) * blocks.BLOCK_N
     n_splits = triton.cdiv(p.S, split_size)
     parts, parts_lse = p.empty(n_splits * p.B, sizes.H, sizes.rows, f.D_V), p.empty(n_splits, p.B, p.H, p.T)
     # even blocks are not worth a second kernel here: S changes with every token
@@ -132,8 +128,7 @@ def _bias_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -> tup
 def run_forward(q: Tensor, k: Tensor, v: Tensor, extras: Extras, case: Case) -> tuple[Tensor, Tensor]:
     """The output (B, H, T, D) and log-sum-exp (B, H, T)."""
     launches, o, lse = forward_launches(Problem(q, k, v, extras, case, architecture(q.device)))
-    for launch in launches:
-        launch()
+    _run(launches, q)
     return o.to(q.dtype), lse
 
 
@@ -144,13 +139,18 @@ def run_backward(
     """The gradients of q, k, v and of the bias, in their dtypes and shapes."""
     p = Problem(q, k, v, extras, case, architecture(q.device))
     launches, (dq, dk, dv, d_bias) = backward_launches(p, d_o, d_lse, o, lse, need_bias=need_bias)
-    for launch in launches:
-        launch()
+    _run(launches, q)
     if dk.shape[1] > p.K:
         dk, dv = (x.unflatten(1, (p.K, -1)).sum(2) for x in (dk, dv))
     if d_bias is not None:
         d_bias = d_bias.sum_to_size(extras.bias.shape).to(extras.bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_bias
+
+
+def _run(launches: list[Launch], q: Tensor) -> None:
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which may be another
+        for launch in launches:
+            launch.kernel[launch.grid](*launch.args, **launch.options)
 
 
 def _strides(*tensors: Tensor) -> tuple[Strides, ...]:

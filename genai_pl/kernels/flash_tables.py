@@ -18,7 +18,7 @@ def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tu
 
 
 def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    prefix = torch.as_tensor(0 if mask.prefix is None else mask.prefix, device=device).clamp(0, S).view(-1, 1)  # (B, 1)
+    prefix = _prefix(mask, S, device)  # (B or 1, 1)
     seen, full = _keys_by_position(mask, prefix, T, S)
     seen_by = full_by = _queries_by_position(mask, prefix, T, S)
     key_segment = query_segment = key_rank = query_rank = torch.zeros_like(prefix)
@@ -30,6 +30,12 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
     queries = _stack([*seen, *full, query_segment, query_rank, prefix], T)
     return queries, _stack([*seen_by, *full_by, key_segment, key_rank, prefix], S)
+
+
+def _prefix(mask: AttentionMask, S: int, device: torch.device) -> Tensor:
+    if isinstance(mask.prefix, Tensor):
+        return mask.prefix.clamp(0, S).view(-1, 1)
+    return torch.full((1, 1), max(0, min(mask.prefix or 0, S)), device=device)  # no copy that a GPU would wait for
 
 
 def _stack(rows: list[Tensor], length: int) -> Tensor:

@@ -33,6 +33,8 @@ def sdpa_attention(
     if not is_causal and not (unbiased and mask.sees_all(T, S)):
         # torch turns a mask of booleans into one of numbers in every layer and keeps each for backward: give it numbers
         additive = mask.additive(T, S, q.dtype, q.device) if unbiased else _biased_mask(q, S, mask, bias, alibi)
+    # under torch.compile the comparison may be symbolic, which the argument may not be
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -41,7 +43,7 @@ def sdpa_attention(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
 
 

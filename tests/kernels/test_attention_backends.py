@@ -85,3 +85,19 @@ def test_attention_compiles_to_one_graph_with_the_same_result(documents: bool, s
     torch.testing.assert_close(
         torch.autograd.grad(ours.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v))
     )
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
+def test_one_graph_serves_every_length(backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton")
+
+    def step(q: Tensor, k: Tensor, v: Tensor, segments: Tensor) -> Tensor:
+        return attention(q, k, v, AttentionMask(causal=True, segments=segments), backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (6, 9):
+        tensors = (*inputs(T=T, S=T), torch.arange(T).expand(2, T) // 4)
+        with torch.compiler.set_stance("default" if T == 6 else "fail_on_recompile"):
+            torch.testing.assert_close(compiled(*tensors), step(*tensors))

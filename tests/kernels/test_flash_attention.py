@@ -152,6 +152,20 @@ def test_inputs_are_read_where_they_lie(monkeypatch):
     assert torch.equal(o, flash_attention(*turned, AttentionMask(causal=True))[0])
 
 
+@pytest.mark.parametrize(("T", "S"), [(3, 50), (50, 50)])
+@pytest.mark.parametrize("mask", [AttentionMask(), AttentionMask(causal=True, window=20)])
+def test_what_lies_past_the_end_of_a_cache_is_not_read(mask: AttentionMask, T: int, S: int):
+    def view(n: int, seed: int) -> Tensor:
+        buffer = torch.full((1, 2, 128, 40), float("nan"), device=DEVICE)
+        buffer[:, :, :n, :24] = draw(1, 2, n, 24, seed=seed).float()
+        return buffer[:, :, :n, :24].requires_grad_()
+
+    leaves = [view(n, seed) for seed, n in enumerate((T, S, S))]
+    o, lse = flash_attention(*leaves, mask)
+    d_o = view(T, 3).detach()
+    assert all(x.isfinite().all() for x in (o, lse, *torch.autograd.grad(o, leaves, d_o)))
+
+
 @pytest.mark.parametrize("sizes", [{"T": 0, "S": 3}, {"B": 0}])
 def test_empty_inputs_give_empty_outputs(sizes: dict):
     q, k, v, _ = inputs(**{"T": 4, **sizes}) if sizes.get("T") != 0 else [draw(2, 2, n, 16) for n in (0, 3, 3, 0)]
