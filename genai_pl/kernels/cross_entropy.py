@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk_tokens=options.chunk_tokens,
         ):
             logits = projection.logits(rows)
-            total += _loss_(logits, labels[rows], label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+            total += _loss_(projection, logits, labels[rows], options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
         ctx.gradients = projection.gradients()
@@ -78,7 +78,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None, None
 
 
-def _loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
+def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
+    """The summed loss of a chunk; its logits (n, V) become their own gradient if the projection tracks any."""
+    smoothing, z_loss = options.label_smoothing, options.z_loss
+    if not projection.fused:
+        return _eager_loss_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
+    return projection.cross_entropy_(
+        logits, labels, label_smoothing=smoothing, z_loss=z_loss, with_gradients=projection.tracks
+    ).sum()
+
+
+def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
     """The summed loss of a chunk; its logits (n, V) become their own gradient."""
     n, V = logits.shape
     goal = logits.gather(1, labels[:, None])  # (n, 1)

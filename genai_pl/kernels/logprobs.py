@@ -47,9 +47,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs = hidden.new_zeros(labels.shape, dtype=projection.dtype)
         for rows in chunks(labels, **ctx.chunks):
             logits = projection.logits(rows)
-            target = logits.gather(1, labels[rows][:, None])
-            logsumexp, _ = exp_(logits)
-            logprobs[rows] = (target - logsumexp).squeeze(1)
+            logprobs[rows] = _logprobs_(projection, logits, labels[rows])
         return logprobs
 
     @staticmethod
@@ -60,8 +58,25 @@ class _LinearLogprobs(torch.autograd.Function):
         projection.track(ctx.needs_input_grad)
         for rows in chunks(labels, **ctx.chunks):
             logits, d = projection.logits(rows), d_logprobs[rows]
-            _, total = exp_(logits)
-            logits.mul_(-d[:, None] / total)
-            logits[torch.arange(d.numel(), device=d.device), labels[rows]] += d
+            _gradients_(projection, logits, labels[rows], d)
             projection.add_gradients(rows, logits)
         return *projection.gradients(), None, None, None, None
+
+
+def _logprobs_(projection: Projection, logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) of each row of a chunk, (n,); its logits (n, V) are lost."""
+    if projection.fused:
+        return -projection.cross_entropy_(logits, labels, with_gradients=False)
+    target = logits.gather(1, labels[:, None])
+    logsumexp, _ = exp_(logits)
+    return (target - logsumexp).squeeze(1)
+
+
+def _gradients_(projection: Projection, logits: Tensor, labels: Tensor, d_logprobs: Tensor) -> None:
+    """Turn the logits of a chunk into their gradient."""
+    if projection.fused:
+        projection.cross_entropy_(logits, labels, weights=-d_logprobs)
+        return
+    _, total = exp_(logits)
+    logits.mul_(-d_logprobs[:, None] / total)
+    logits[torch.arange(labels.numel(), device=labels.device), labels] += d_logprobs

@@ -1,11 +1,21 @@
 """The projection onto the vocabulary, a chunk of tokens at a time: (tokens, V) logits never exist at once."""
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from genai_pl.kernels.attention import HAS_TRITON
+
+log = logging.getLogger(__name__)
+
+# Of float32 logits. Of 128k words a GPU gets 1000 tokens at a time, where products with the weight run at full speed; a
+# CPU is as fast with 200, and its memory is not worth more.
 CHUNK_BYTES = 100 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+FUSED_DEVICES = {"cuda"}  # tests add cpu, for Triton's interpreter
 
 Rows = slice | Tensor  # the tokens of a chunk
 
@@ -13,7 +23,8 @@ Rows = slice | Tensor  # the tokens of a chunk
 class Projection:
     """softcap(hidden @ weight.T + bias) for hidden (N, C) and weight (V, C), and the gradients of those three.
 
-    Products run in `matmul_dtype`, everything else in float32 (float64 if that is what comes in).
+    Products run in `matmul_dtype`, everything else in float32 (float64 if that is what comes in). Where it is `fused`,
+    one kernel does all but the products: `logits` are bare products then, which only `cross_entropy_` understands.
     """
 
     def __init__(
@@ -23,7 +34,8 @@ class Projection:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.matmul_weight = weight.to(matmul_dtype)
         self.softcap = softcap
-        self.buffer = hidden.new_empty(0, dtype=self.dtype)
+        self.fused = fuses(hidden.device, matmul_dtype)
+        self.buffer = hidden.new_empty(0, weight.shape[0], dtype=matmul_dtype if self.fused else self.dtype)
         self.slope: Tensor | None = None
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
@@ -44,14 +56,24 @@ class Projection:
     def logits(self, rows: Rows) -> Tensor:
         """The logits of some tokens, (n, V), in memory that the next call overwrites."""
         hidden = self.hidden[rows].to(self.matmul_weight.dtype)  # (n, C)
-        n, V = hidden.shape[0], self.weight.shape[0]
-        if self.buffer.shape[0] < n:
-            self.buffer = self.buffer.new_empty(n, V)
-        logits = self.buffer[:n]
-        if hidden.dtype == self.dtype:
+        logits = self._room(hidden.shape[0])
+        if hidden.dtype == logits.dtype:
             torch.mm(hidden, self.matmul_weight.t(), out=logits)
         else:
             logits.copy_(hidden @ self.matmul_weight.t())
+        return logits if self.fused else self._cap_(logits)
+
+    def _room(self, n: int) -> Tensor:
+        """An empty (n, V), part of the buffer."""
+        V = self.weight.shape[0]
+        if self.buffer.shape[0] < n:
+            # a vocabulary of odd length would misalign every row but the first: 2 bytes per load, not 16
+            width = -(-V // 64) * 64 if self.fused else V
+            self.buffer = self.buffer.new_empty(n, width)
+        return self.buffer[:n, :V]
+
+    def _cap_(self, logits: Tensor) -> Tensor:
+        """What bias and softcap make of products, in place."""
         if self.bias is not None:
             logits.add_(self.bias)
         if self.softcap is not None:
@@ -60,12 +82,30 @@ class Projection:
             logits.mul_(self.softcap)
         return logits
 
+    def cross_entropy_(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        weights: Tensor | None = None,
+        with_gradients: bool = True,
+    ) -> Tensor:
+        """The loss of each row of fused `logits` (n, V), which become their gradient times `weights` (n,)."""
+        from genai_pl.kernels import softmax_triton
+
+        options = softmax_triton.Softmax(
+            self.bias, self.softcap, label_smoothing, z_loss, weights=weights, with_gradients=with_gradients
+        )
+        return softmax_triton.cross_entropy_(logits, labels, options)
+
     def add_gradients(self, rows: Rows, d_logits: Tensor) -> None:
         """Add what the tokens of the latest `logits` give to the gradients; `d_logits` (n, V) is overwritten."""
         if self.slope is not None:
             d_logits.mul_(self.slope)
         if self.d_bias is not None:
-            self.d_bias.add_(d_logits.sum(0))
+            self.d_bias.add_(d_logits.sum(0, dtype=self.dtype))
         d_logits = d_logits.to(self.matmul_weight.dtype)
         if self.d_hidden is not None:
             self.d_hidden[rows] = (d_logits @ self.matmul_weight).to(self.d_hidden.dtype)
@@ -91,12 +131,32 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def fuses(device: torch.device, matmul_dtype: torch.dtype) -> bool:
+    """Whether everything between the products is one Triton kernel; eager code passes over the logits seven times and more."""
+    if device.type not in FUSED_DEVICES or matmul_dtype == torch.float64:
+        return False
+    if not HAS_TRITON:
+        _log_once("cross entropy: in eager mode, because triton is not installed (pip install triton)")
+    return HAS_TRITON
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)
+
+
+def tokens_at_once(vocab_size: int, device: torch.device) -> int:
+    """How many tokens the logits of one chunk belong to by default."""
+    budget = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, budget // (4 * vocab_size))
+
+
 def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: int | None) -> Iterator[Rows]:
-    """The tokens that have a label, a chunk at a time; by default a chunk of float32 logits takes about 100 MiB.
+    """The tokens that have a label, `chunk_tokens` or `tokens_at_once` of them at a time.
 
     Finding them waits for the device once, which costs less than multiplying the others: 85 % in masked LM.
     """
-    size = chunk_tokens or max(1, CHUNK_BYTES // (4 * vocab_size))
+    size = chunk_tokens or tokens_at_once(vocab_size, labels.device)
     N = labels.numel()
     kept = (labels != ignore_index).nonzero().squeeze(-1)
     if kept.numel() < N:

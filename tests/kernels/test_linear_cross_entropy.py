@@ -5,6 +5,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from genai_pl.kernels import linear_cross_entropy
+from genai_pl.kernels.projection import tokens_at_once
 
 N, C, V = 23, 8, 37
 
@@ -65,6 +66,12 @@ def test_the_chunk_size_changes_nothing(chunk_tokens: int, ignored: float):
     hidden, weight, _, labels = inputs(ignored=ignored)
     ours = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
     assert_same(ours, full_logits(hidden, weight, labels), [hidden, weight])
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 204), ("cuda", 1046)])
+def test_a_gpu_takes_larger_chunks_of_a_vocabulary_of_128k(device: str, tokens: int):
+    assert tokens_at_once(128256, torch.device(device)) == tokens
+    assert tokens_at_once(10**9, torch.device(device)) == 1
 
 
 def test_batches_of_sequences_and_another_ignore_index_are_taken():
