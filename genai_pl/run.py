@@ -34,6 +34,8 @@ def train(config: DictConfig) -> int:
     """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C."""
     quiet()
     torch.set_float32_matmul_precision(config.precision.matmul)
+    # model.attention=sdpa: cuDNN's kernel gives NaN gradients under a dense mask (pytorch/pytorch 196678, on H100)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
     run = relative(Path(config.output_dir))
     checkpoint = relative(choose_checkpoint(config.resume, run)) if config.resume else None
