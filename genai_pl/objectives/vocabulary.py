@@ -1,0 +1,19 @@
+"""What an objective must know of a tokenizer: plain numbers, so that objectives need no tokenizer."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Vocabulary(NamedTuple):
+    """Token ids with a meaning, and what each of the `size` ids stands for; a token that does not exist is None."""
+
+    size: int  # of the model, which may exceed the tokenizer's
+    pad: int = 0
+    end: int | None = None  # closes a document
+    mask: int | None = None
+    sentinels: tuple[int, ...] = ()  # <extra_id_0>, <extra_id_1>, ...
+    fim: tuple[int, int, int] | None = None  # prefix, middle, suffix
+    special: np.ndarray = np.zeros(0, bool)  # (size,) True where a token is no text
+    starts_word: np.ndarray = np.zeros(0, bool)  # (size,) True where a token begins a word
+    n_bytes: np.ndarray = np.zeros(0, np.int64)  # (size,) UTF-8 bytes of text that a token stands for
