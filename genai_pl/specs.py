@@ -4,54 +4,29 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from genai_pl.errors import ConfigError
+from genai_pl.names import Activation, AttentionBackend, AttentionKind, Head, Norm, NormOrder, Position, RopeKind, Shape
 
 
-class Shape(str, Enum):
-    """How blocks are wired."""
+@dataclass
+class RopeScaling:
+    """Rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
 
-    decoder = "decoder"
+    kind: RopeKind = RopeKind.linear
+    factor: float = 1.0  # how many times longer
+    original_max_seq_len: int = 8192  # llama3, yarn: the length of the training
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
 
-
-class Position(str, Enum):
-    """Where a token learns its place."""
-
-    learned = "learned"
-    sinusoidal = "sinusoidal"
-    rotary = "rotary"
-    alibi = "alibi"
-
-
-class Norm(str, Enum):
-    """Normalization of the residual stream."""
-
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class NormOrder(str, Enum):
-    """Before each sub-layer (GPT-2, Llama) or after each residual sum (Vaswani et al. 2017)."""
-
-    pre = "pre"
-    post = "post"
-
-
-class Activation(str, Enum):
-    """The nonlinearity of the MLP; relu2 is the square of ReLU (So et al. 2021)."""
-
-    relu = "relu"
-    relu2 = "relu2"
-    gelu = "gelu"
-    gelu_tanh = "gelu_tanh"
-    silu = "silu"
-
-
-class AttentionBackend(str, Enum):
-    """Who computes attention; auto picks by device and says why."""
-
-    auto = "auto"
-    triton = "triton"
-    sdpa = "sdpa"
-    reference = "reference"
+    def __post_init__(self) -> None:
+        kinds = [kind.value for kind in RopeKind]
+        if self.kind not in kinds:
+            raise ConfigError(f"model.rope_scaling.kind={self.kind} is not one of {', '.join(kinds)}")
+        self.kind = RopeKind(self.kind)
+        if not self.factor >= 1.0:
+            raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
 
 
 @dataclass
@@ -60,25 +35,47 @@ class ModelConfig:
 
     shape: Shape = Shape.decoder
     n_layer: int = 12
+    n_decoder_layer: int | None = None  # of an encoder_decoder; null: n_layer
     n_head: int = 12
     n_kv_head: int | None = None  # null: n_head (no grouping)
     n_embd: int = 768
+    embedding_size: int | None = None  # narrower embeddings, projected to n_embd (Lan et al. 2020); null: n_embd
     head_dim: int | None = None  # null: n_embd / n_head
     intermediate_size: int | None = None  # null: 4 n_embd, or 8/3 n_embd to a multiple of 32 when gated
     vocab_size: int | None = None  # null: the tokenizer's
     max_seq_len: int = 1024
+    n_token_types: int = 0  # kinds of segments that an encoder tells apart (BERT: 2)
+    share_layers: bool = False  # one block, used n_layer times (Lan et al. 2020)
     position: Position = Position.learned
     rope_theta: float = 10000.0
+    rope_theta_local: float | None = None  # of layers with a window, never scaled; null: as all the others
+    rope_scaling: RopeScaling | None = None
+    relative_buckets: int = 32  # of position=relative
+    relative_max_distance: int = 128
     norm: Norm = Norm.layernorm
     norm_order: NormOrder = NormOrder.pre
     norm_eps: float = 1e-5
+    embed_norm: bool = False  # normalize the sum of the embeddings
+    scale_embeddings: bool = False  # by sqrt(n_embd)
     activation: Activation = Activation.gelu_tanh
     gated_mlp: bool = False
     bias: bool = True  # in every linear layer and LayerNorm
     qkv_bias: bool | None = None  # null: as bias
+    o_bias: bool | None = None  # null: as bias
     qk_norm: bool = False
+    head: Head = Head.linear
+    head_bias: bool = False
+    scale_head: bool = False  # hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
-    window: int | None = None  # a token sees this many, itself included
+    attention_kind: AttentionKind = AttentionKind.full
+    attention_scale: float | None = None  # of scores; null: 1/sqrt(head_dim)
+    window: int | None = None  # a token sees this many, itself included (in an encoder: to either side)
+    full_every: int | None = None  # every so many layers there is no window (Gemma 3: 6)
+    n_global: int = 0  # attention_kind=window: the first tokens, which see all and are seen by all
+    linformer_rank: int = 64  # keys that the positions are projected to
+    performer_features: int = 128  # random features per head
+    reformer_hashes: int = 2
+    reformer_bucket: int = 64  # positions per chunk
     softcap: float | None = None  # of attention scores
     logit_softcap: float | None = None
     dropout: float = 0.0
@@ -87,8 +84,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self._parse_enums()
-        self._check_positive("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size", "vocab_size")
-        self._check_positive("max_seq_len", "rope_theta", "norm_eps", "window", "softcap", "logit_softcap", "init_std")
+        self._check_positive("n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim")
+        self._check_positive("intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local")
+        self._check_positive("relative_buckets", "relative_max_distance", "norm_eps", "attention_scale", "window")
+        self._check_positive("full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket")
+        self._check_positive("softcap", "logit_softcap", "init_std")
         self._derive()
         self._check_pairs()
 
@@ -100,6 +100,8 @@ class ModelConfig:
                 if value not in names:
                     raise ConfigError(f"model.{option.name}={value} is not one of {', '.join(names)}")
                 setattr(self, option.name, option.type(value))
+        if isinstance(self.rope_scaling, dict):
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -110,8 +112,14 @@ class ModelConfig:
     def _derive(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
+        if self.n_decoder_layer is None and self.shape is Shape.encoder_decoder:
+            self.n_decoder_layer = self.n_layer
+        if self.embedding_size is None:
+            self.embedding_size = self.n_embd
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
+        if self.o_bias is None:
+            self.o_bias = self.bias
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ConfigError(
@@ -127,6 +135,16 @@ class ModelConfig:
             raise ConfigError(f"model.n_head ({self.n_head}) must be a multiple of model.n_kv_head ({self.n_kv_head})")
         if self.position is Position.rotary and self.head_dim % 2:
             raise ConfigError(f"model.head_dim ({self.head_dim}) must be even for model.position=rotary")
+        if self.position is Position.xl and self.shape is not Shape.encoder:
+            raise ConfigError("model.position=xl needs model.shape=encoder")
+        if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
+            raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
+        if self.full_every and self.window is None:
+            raise ConfigError("model.full_every needs model.window: without one every layer is full already")
+        if self.attention_kind is AttentionKind.window and self.window is None:
+            raise ConfigError("model.attention_kind=window needs model.window")
+        if self.tie_embeddings and self.head is Head.linear and self.embedding_size != self.n_embd:
+            raise ConfigError("model.embedding_size below n_embd needs model.head=transform or tie_embeddings=false")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout must be in [0, 1), not {self.dropout}")
         if self.attention is AttentionBackend.sdpa and self.softcap is not None:
@@ -134,7 +152,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""
-        return {k: v.value if isinstance(v, Enum) else v for k, v in vars(self).items()}
+        return _plain(vars(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
@@ -146,6 +164,11 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"bad model configuration: {error}") from None
+
+
+def _plain(values: dict[str, object]) -> dict[str, object]:
+    named = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    return {k: _plain(vars(v)) if isinstance(v, RopeScaling) else v for k, v in named.items()}
 
 
 @dataclass

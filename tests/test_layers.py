@@ -12,23 +12,24 @@ PACKAGE = ROOT / "genai_pl"
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
     {"errors", "files"},
+    {"names"},
     {"specs"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
     {"generation", "data"},
-    {"modules"},
+    {"modules", "evaluation"},
     {"callbacks"},
     {"export", "load", "summary"},
     {"fit", "resume"},
     {"config_errors"},
     {"config"},
     {"run", "run_generate"},
-    {"dry_run"},
+    {"dry_run", "run_evaluate"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
-    "hydra": {"config", "config_errors", "run", "run_generate", "dry_run"},
+    "hydra": {"config", "config_errors", "run", "run_generate", "run_evaluate", "dry_run"},
     "lightning": {"modules", "callbacks", "run", "fit", "data"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]

@@ -18,7 +18,8 @@ class AttentionMask:
     window    keys fewer than `window` positions away; with causal, the last `window` keys, the query's own included
     prefix    the first `prefix` keys ((B,) if they differ) are visible whatever causal and window say
     segments  (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments` (B, T)
-    order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`
+    order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`; queries are the
+              last T unless `query_order` (B, T)
 
     Everything given must hold at once; only `prefix` widens. What is derived from a mask is kept with it, so its tensors
     must not change any more.
@@ -29,6 +30,7 @@ class AttentionMask:
     segments: Tensor | None = None
     query_segments: Tensor | None = None
     order: Tensor | None = None
+    query_order: Tensor | None = None
     strict: bool = False
     prefix: int | Tensor | None = None
     _memory: dict[str, tuple[Hashable, object]] = field(default_factory=dict, init=False, repr=False)
@@ -38,6 +40,8 @@ class AttentionMask:
             raise ValueError(f"window ({self.window}) must be at least 1: a query's own position is in it")
         if self.query_segments is not None and self.segments is None:
             raise ValueError("query_segments needs segments: they are compared with each other")
+        if self.query_order is not None and self.order is None:
+            raise ValueError("query_order needs order: they are compared with each other")
         if self.strict and self.order is None:
             raise ValueError("strict needs order: it says how ranks are compared")
 
@@ -109,6 +113,8 @@ class AttentionMask:
 
     def order_of_queries(self, T: int, S: int) -> Tensor:
         """The rank of each query, (B, T)."""
+        if self.query_order is not None:
+            return self.query_order
         return _last(self.order, T, S, name="order")
 
     def _reads_tensors(self) -> bool:

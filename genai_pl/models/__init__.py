@@ -1,18 +1,26 @@
 """Transformers: one configuration, one block, wired as the shape says."""
 
 from genai_pl.models.block import Block
+from genai_pl.models.build import Model, build_model
 from genai_pl.models.cache import KVCache
 from genai_pl.models.counts import MemoryEstimate, flops_per_token, memory_estimate, n_parameters
 from genai_pl.models.decoder import Decoder
+from genai_pl.models.encoder import Encoder
+from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
 from genai_pl.models.pretrained import load_pretrained, save_pretrained
 from genai_pl.specs import ModelConfig
 
 __all__ = [
     "Block",
     "Decoder",
+    "Encoder",
+    "EncoderDecoder",
     "KVCache",
     "MemoryEstimate",
+    "Model",
     "ModelConfig",
+    "Reader",
+    "build_model",
     "flops_per_token",
     "load_pretrained",
     "memory_estimate",

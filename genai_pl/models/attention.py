@@ -1,16 +1,27 @@
-"""Multi-head attention over (B, T, C), with grouped keys, QK-norm, rotary positions and a cache."""
+"""Multi-head attention over (B, T, C), with grouped keys, QK-norm, positions of every kind and a cache."""
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
 from genai_pl.kernels import AttentionMask, attention
 from genai_pl.models.cache import KVCache
 from genai_pl.models.layers import build_norm
 from genai_pl.models.positions import alibi_slopes, rotate
-from genai_pl.specs import ModelConfig, Position
+from genai_pl.models.relative import XLPositions
+from genai_pl.names import Position
+from genai_pl.specs import ModelConfig
+
+Rotary = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(D)) v per head, joined by `o_proj` (Vaswani et al. 2017, eq. 1)."""
+    """softmax(q k' / sqrt(D)) v per head, joined by `o_proj` (Vaswani et al. 2017, eq. 1).
+
+    Keys and values are made of the same text as the queries, or of `source` (B, S, C): an encoder's output, or the
+    content stream of permutation language modelling.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -19,37 +30,62 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.bias)
+        self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.o_bias)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.dropout, self.softcap, self.backend = config.dropout, config.softcap, config.attention.value
+        self.dropout, self.softcap = config.dropout, config.softcap
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.n_alibi = config.n_head if config.position is Position.alibi else 0
+        self.xl = XLPositions(config) if config.position is Position.xl else None
+        self.attend = partial(attention, backend=config.attention.value)
 
     def forward(
         self,
         x: Tensor,
         mask: AttentionMask,
         *,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Rotary | None = None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+        other: Tensor | None = None,
+        source: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        y = attention(
+        q = q if rotary is None else rotate(q, rotary)
+        k, v = self._keys_and_values(x if source is None else source, rotary, cache)  # (B, K, S, D)
+        q = q.to(v.dtype)  # under autocast norms give float32
+        if self.xl is not None:
+            places = torch.arange(T, device=x.device)[None] if places is None else places
+            q, bias = self.xl(q, places, k.shape[2], scale=self.scale, other=other)
+        y = self.attend(
             q,
             k,
             v,
             mask,
+            scale=self.scale,
+            bias=bias,
             alibi=alibi_slopes(self.n_alibi, device=x.device) if self.n_alibi else None,
             softcap=self.softcap,
             dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+    def _keys_and_values(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        B, T, _ = x.shape
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = (k if rotary is None else rotate(k, rotary)).to(v.dtype)
+        return (k, v) if cache is None else cache.update(self.layer, k, v)
+
+
+class CrossAttention(Attention):
+    """Attention to a text that does not grow: its keys and values are made once per cache."""
+
+    def _keys_and_values(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        if cache is None:
+            return super()._keys_and_values(x, None, None)
+        if self.layer not in cache.source:
+            cache.source[self.layer] = super()._keys_and_values(x, None, None)
+        return cache.source[self.layer]

@@ -1,36 +1,62 @@
-"""One layer: attention and MLP, each with its residual and norm."""
+"""One layer: attention, in a decoder that reads a source also attention to that, and MLP; each with residual and norm."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from genai_pl.kernels import AttentionMask
-from genai_pl.models.attention import Attention
+from genai_pl.models.attention import Attention, CrossAttention, Rotary
 from genai_pl.models.cache import KVCache
 from genai_pl.models.layers import MLP, GatedMLP, build_norm
-from genai_pl.specs import ModelConfig, NormOrder
+from genai_pl.names import AttentionKind, NormOrder, Position
+from genai_pl.specs import ModelConfig
 
 
 class Block(nn.Module):
-    """Twice x + f(norm(x)) (pre-norm), or norm(x + f(x)) (post-norm, Vaswani et al. 2017), on (B, T, C)."""
+    """x + f(norm(x)) for each part f (pre-norm), norm(x + f(x)) (post-norm), or x + norm(f(norm(x))), on (B, T, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
+        self.pre_norm = config.norm_order is not NormOrder.post
+        sandwich = config.norm_order is NormOrder.sandwich
         self.norm1 = build_norm(config, config.n_embd)
         self.attention = Attention(config, layer)
+        self.norm1_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
+        self.cross = None
+        if cross:  # the other text has places of its own
+            plain = replace(config, position=Position.learned, attention_kind=AttentionKind.full)
+            self.norm_cross = build_norm(config, config.n_embd)
+            self.cross = CrossAttention(plain, layer)
         self.norm2 = build_norm(config, config.n_embd)
         self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
+        self.norm2_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.pre_norm = config.norm_order is NormOrder.pre
 
     def forward(
         self,
         x: Tensor,
         mask: AttentionMask,
         *,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Rotary | None = None,
+        bias: Tensor | None = None,
+        places: Tensor | None = None,
+        other: Tensor | None = None,
+        content: Tensor | None = None,
+        source: Tensor | None = None,
+        source_mask: AttentionMask | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        """The next layer's x; keys come from `content` where x is the query stream of it, and `source` is another text."""
+        if content is not None and self.pre_norm:
+            content = self.norm1(content)
+        given = {"rotary": rotary, "bias": bias, "places": places, "other": other, "source": content, "cache": cache}
+        x = self._add(x, self.norm1, lambda y: self.norm1_after(self.attention(y, mask, **given)))
+        if self.cross is not None:
+            x = self._add(x, self.norm_cross, lambda y: self.cross(y, source_mask, source=source, cache=cache))
+        return self._add(x, self.norm2, lambda y: self.norm2_after(self.mlp(y)))
+
+    def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm1(x), mask, rotary=rotary, cache=cache))
-            return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, mask, rotary=rotary, cache=cache)))
-        return self.norm2(x + self.dropout(self.mlp(x)))
+            return x + self.dropout(part(norm(x)))
+        return norm(x + self.dropout(part(x)))

@@ -12,11 +12,12 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, max_length: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        size = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
+        size = (config.n_decoder_layer or config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.zeros(size, device=device, dtype=dtype)
         self.v = torch.zeros(size, device=device, dtype=dtype)
         self.length = 0
         self.max_length = max_length
+        self.source: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, of the text that a decoder reads beside its own
         self._segments: Tensor | None = None
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,7 @@ class KVCache:
     def keep_rows(self, rows: Tensor) -> None:
         """Reorder or drop rows of the batch, (B',) indices."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.source = {layer: (k[rows], v[rows]) for layer, (k, v) in self.source.items()}
         if self._segments is not None:
             self._segments = self._segments[rows]
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from genai_pl.kernels.projection import CHUNK_BYTES
-from genai_pl.specs import Activation, ModelConfig, Norm, Position
+from genai_pl.names import Activation, Norm, Position
+from genai_pl.specs import ModelConfig
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

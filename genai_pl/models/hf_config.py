@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.decoder import Decoder
+from genai_pl.models.build import build_model
 from genai_pl.models.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.folder import read_json
-from genai_pl.specs import AttentionBackend, ModelConfig
+from genai_pl.names import AttentionBackend, Head
+from genai_pl.specs import ModelConfig
 
 NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
-PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
 def read_config(file: Path) -> tuple[ModelConfig, list[Weight]]:
@@ -30,9 +30,10 @@ def write_config(config: ModelConfig) -> tuple[dict[str, object], list[Weight], 
     """What to write in config.json, where to write each tensor, and the name of the class that reads both."""
     family = family_of(config)
     if family is None:
-        values = {"model_type": NATIVE, "architectures": [Decoder.__name__], "model": config.to_dict()}
+        name = type(_shell(config)).__name__
+        values = {"model_type": NATIVE, "architectures": [name], "model": config.to_dict()}
         return values, _native_table(config), NATIVE
-    return _to_family(family, config), family.table(config), family.architecture
+    return _to_family(family, config), family.table(config), family.architectures[config.head][0]
 
 
 def family_of(config: ModelConfig) -> Family | None:
@@ -41,16 +42,27 @@ def family_of(config: ModelConfig) -> Family | None:
 
 
 def _expresses(family: Family, config: ModelConfig) -> bool:
+    if config.head not in family.architectures:
+        return False
     try:
         read_back = _from_family(family, _to_family(family, config))
-    except ConfigError:  # a size that the family derives, and derives otherwise
+    except (ConfigError, StopIteration):  # what the family cannot say, or a size that it derives otherwise
         return False
     return _arithmetic(read_back) == _arithmetic(config)
 
 
 def _arithmetic(config: ModelConfig) -> ModelConfig:
     """The configuration without what does not change the logits of given weights."""
-    return replace(config, attention=AttentionBackend.auto, dropout=0.0, init_std=1.0)
+    same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0}
+    if config.full_every and config.full_every > config.n_layer:
+        same["full_every"] = None
+    if config.head is Head.none:
+        same |= {"tie_embeddings": True, "head_bias": False}
+    if config.attention_scale == config.head_dim**-0.5:
+        same["attention_scale"] = None
+    if config.rope_theta_local == config.rope_theta and config.rope_scaling is None:
+        same["rope_theta_local"] = None
+    return replace(config, **same)
 
 
 def _from_any(values: dict) -> tuple[ModelConfig, list[Weight]]:
@@ -67,37 +79,39 @@ def _from_any(values: dict) -> tuple[ModelConfig, list[Weight]]:
 
 
 def _from_family(family: Family, values: dict) -> ModelConfig:
-    values = {**family.defaults, **values, "rope_theta": _rope_theta(values, family.defaults.get("rope_theta"))}
+    values = {**family.defaults, **values}
     for key, needed in {**family.constants, "quantization_config": None}.items():
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
     ours = {name: values[key] for name, key in family.fields.items()}
-    if ours["activation"] not in ACTIVATIONS:
-        raise ConfigError(f"activation {ours['activation']!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    return ModelConfig(**{**family.fixed, **ours, "activation": ACTIVATIONS[ours["activation"]]})
-
-
-def _rope_theta(values: dict, default: float | None) -> float | None:
-    """The base of the rotary frequencies: in rope_parameters (transformers 5), or beside rope_scaling (before)."""
-    rope = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if key in values}
-    rope |= values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.pop("rope_theta", default)
-    strange = [f"{k}={v!r}" for k, v in rope.items() if v is not None and v != PLAIN_ROPE.get(k)]
-    if strange:
-        raise ConfigError(f"rotary positions with {', '.join(strange)} are not supported")
-    return theta
+    if "activation" in ours:
+        if ours["activation"] not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation {ours['activation']!r} is not supported; supported: {supported}")
+        ours["activation"] = ACTIVATIONS[ours["activation"]]
+    for codec in family.codecs:
+        ours |= codec.read(values)
+    head = family.head_of(values)
+    return ModelConfig(**{**family.fixed, "head": head, "head_bias": family.head_bias and head is not Head.none, **ours})
 
 
 def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     values = {key: getattr(config, name) for name, key in family.fields.items()}
-    activation = next(name for name, ours in ACTIVATIONS.items() if ours is config.activation)
-    values |= {family.fields["activation"]: activation, **dict.fromkeys(family.dropouts, config.dropout)}
-    if "rope_theta" in values:  # said twice: transformers 5 reads the second, transformers 4 the first
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {"model_type": family.model_type, "architectures": [family.architecture], **family.constants, **values}
+    if "activation" in family.fields:
+        name = next(name for name, ours in ACTIVATIONS.items() if ours is config.activation)
+        values[family.fields["activation"]] = name
+    for codec in family.codecs:
+        values |= codec.write(config)
+    values |= dict.fromkeys(family.dropouts, config.dropout)
+    name = family.architectures[config.head][0]
+    return {"model_type": family.model_type, "architectures": [name], **family.constants, **values}
+
+
+def _shell(config: ModelConfig) -> torch.nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config)
 
 
 def _native_table(config: ModelConfig) -> list[Weight]:
-    with torch.device("meta"):
-        names = Decoder(config).state_dict()
-    return [Weight(n, (n,)) for n in names if not (config.tie_embeddings and n == "lm_head.weight")]
+    return [Weight(name, (name,)) for name, _ in _shell(config).named_parameters()]  # what is shared appears once

@@ -2,7 +2,8 @@
 
 | parameter                                | distribution                                                |
 |------------------------------------------|-------------------------------------------------------------|
-| embed, position, lm_head                 | normal(0, init_std)                                         |
+| embed, position, types, relative, lm_head| normal(0, init_std)                                         |
+| XLNet's position and type parameters     | normal(0, init_std)                                         |
 | q_proj k_proj v_proj gate_proj up_proj   | normal(0, init_std)                                         |
 | o_proj down_proj (write to the residual) | normal(0, init_std / sqrt(2 n_layer)) (Radford et al. 2019) |
 | biases                                   | 0                                                           |
@@ -13,6 +14,7 @@ import math
 
 from torch import nn
 
+from genai_pl.models.relative import XLPositions
 from genai_pl.specs import ModelConfig
 
 
@@ -23,6 +25,9 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
             residual = name.endswith(("o_proj", "down_proj"))
             std = config.init_std / math.sqrt(2 * config.n_layer) if residual else config.init_std
             nn.init.normal_(module.weight, std=std)
+        if isinstance(module, XLPositions):
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=config.init_std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.specs import Activation, ModelConfig, Norm
+from genai_pl.names import Activation, Norm
+from genai_pl.specs import ModelConfig
 
 
 class ReLU2(nn.Module):
@@ -64,3 +65,16 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HeadTransform(nn.Module):
+    """norm(act(dense(x))), (..., C) to the width of the embeddings: what BERT does before its head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.n_embd, config.embedding_size)
+        self.activation = build_activation(config.activation)
+        self.norm = build_norm(config, config.embedding_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x)))

@@ -1,7 +1,12 @@
 """Where a token learns its place: functions of integer positions, so that any length and any packing works."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from genai_pl.names import RopeKind
+from genai_pl.specs import RopeScaling
 
 
 def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
@@ -11,13 +16,50 @@ def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :n_embd]
 
 
-def rotary(positions: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34)."""
-    channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].float() * theta ** (-channel / head_dim)  # (..., T, D/2)
+    frequency, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
+    angle = positions[..., None].float() * frequency  # (..., T, D/2)
     angle = torch.cat([angle, angle], dim=-1)
     angle = angle[:, None] if angle.dim() == 3 else angle[None, None]
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> tuple[Tensor, float]:
+    """Radians per position of each pair of channels (D/2,), and what cosines and sines are multiplied by."""
+    channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequency = theta ** (-channel / head_dim)
+    if scaling is None:
+        return frequency, 1.0
+    if scaling.kind is RopeKind.linear:  # positions closer together (Chen et al. 2023)
+        return frequency / scaling.factor, 1.0
+    kept = _llama3(frequency, scaling) if scaling.kind is RopeKind.llama3 else _yarn(head_dim, theta, scaling, device)
+    factor = 1.0
+    if scaling.kind is RopeKind.yarn:
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0  # Peng et al. 2023, eq. 22
+    return frequency * (kept + (1.0 - kept) / scaling.factor), factor
+
+
+def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """How far each frequency keeps its value, (D/2,): by the turns it makes in the training's length (Llama 3.1)."""
+    turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+
+
+def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
+    """How far each frequency keeps its value, (D/2,): a ramp over channels (Peng et al. 2023, eq. 18)."""
+
+    def pair_that_turns(times: float) -> float:
+        return head_dim * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_dim - 1)
+    pair = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+    return 1.0 - ((pair - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

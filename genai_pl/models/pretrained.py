@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError
-from genai_pl.models.decoder import Decoder
+from genai_pl.models.build import Model, build_model
 from genai_pl.models.families import Weight
-from genai_pl.models.folder import WEIGHTS, tensor_reader, write_json
+from genai_pl.models.folder import tensor_reader, write_json, write_tensors
 from genai_pl.models.hf_config import read_config, write_config
-from genai_pl.specs import AttentionBackend
+from genai_pl.names import AttentionBackend
+
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_pretrained(
@@ -20,7 +22,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     attention: AttentionBackend = AttentionBackend.auto,
     dropout: float = 0.0,
-) -> Decoder:
+) -> Model:
     """The model in evaluation mode that a Hugging Face folder holds; CheckpointError if it cannot be read.
 
     attention and dropout are how it is to be run, which the folder does not say.
@@ -29,51 +31,49 @@ def load_pretrained(
     config = replace(config, attention=attention, dropout=dropout)
     read = tensor_reader(folder)
     with torch.device("meta"):  # weights are drawn and stored nowhere: one tensor at a time is in memory twice
-        model = Decoder(config)
+        model = build_model(config)
     for row in table:
         try:
-            _assign(model, row, read(row.theirs).to(dtype))
+            _assign(model, row, read(row.theirs, row.instead).to(dtype))
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from None
     model.tie_weights()
     return model.eval()
 
 
-def save_pretrained(model: Decoder, folder: Path, *, token_ids: dict[str, int | None]) -> str:
+def save_pretrained(
+    model: Model, folder: Path, *, token_ids: dict[str, int | None], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> str:
     """Write config.json, generation_config.json and model.safetensors; returns the name of the class that reads them.
 
     token_ids: bos_token_id, eos_token_id, pad_token_id. A folder that must appear whole is written by `write_atomic`.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     values, table, reader = write_config(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**values, "dtype": dtype, **token_ids})
     write_json(folder / "generation_config.json", {k: v for k, v in token_ids.items() if v is not None})
     state = model.state_dict()
-    save_file({row.theirs: _join(state, row) for row in table}, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = ((row.theirs, _join(state, row)) for row in table)
+    write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
     return reader
 
 
-def _assign(model: Decoder, row: Weight, tensor: Tensor) -> None:
+def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
     """Put one tensor of theirs where ours are; ValueError if it has another shape than the configuration asks for."""
-    tensor = tensor.T.contiguous() if row.transposed else tensor
     shapes = [model.get_parameter(name).shape for name in row.ours]
     rows = [shape[0] for shape in shapes]
-    if tensor.shape != (sum(rows), *shapes[0][1:]):
-        asked = [sum(rows), *shapes[0][1:]][:: -1 if row.transposed else 1]
-        found = list(tensor.shape)[:: -1 if row.transposed else 1]
-        raise ValueError(f"tensor {row.theirs} has shape {found}, config.json asks for {asked}")
-    for name, part in zip(row.ours, tensor.split(rows), strict=True):
+    asked = row.write(torch.empty(sum(rows), *shapes[0][1:], device="meta")).shape
+    if tensor.shape != asked:
+        raise ValueError(f"tensor {row.theirs} has shape {list(tensor.shape)}, config.json asks for {list(asked)}")
+    for name, part in zip(row.ours, row.read(tensor).split(rows), strict=True):
         module, _, leaf = name.rpartition(".")
         # a part must not keep the whole alive, nor share its memory
-        part = part.clone() if len(rows) > 1 else part
+        part = part.clone() if len(rows) > 1 or row.skipped else part
         setattr(model.get_submodule(module), leaf, nn.Parameter(part))
 
 
 def _join(state: dict[str, Tensor], row: Weight) -> Tensor:
     """The tensor of theirs that holds these of ours."""
     parts = [state[name].detach().cpu() for name in row.ours]
-    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (tensor.T if row.transposed else tensor).contiguous()
+    return row.write(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -25,6 +25,14 @@ LLAMA = {
     "rope_theta": 500.0,
     "vocab_size": 61,
 }
+GEMMA3 = {
+    **{k: v for k, v in LLAMA.items() if k != "rope_theta"},
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 2,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 24,
+    "pad_token_id": 0,
+}
 THEIRS = {
     "gpt2": GPT2,
     "gpt2_untied": {**GPT2, "tie_word_embeddings": False, "n_inner": 48, "activation_function": "gelu"},
@@ -34,6 +42,39 @@ THEIRS = {
     "mistral_without_window": {**LLAMA, "model_type": "mistral", "sliding_window": None},
     "qwen2": {**LLAMA, "model_type": "qwen2", "head_dim": 8},
     "qwen3": {**LLAMA, "model_type": "qwen3"},
+    "llama_linear": {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "llama_3_1": {
+        **LLAMA,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 500.0,
+        },
+    },
+    "qwen3_yarn": {
+        **LLAMA,
+        "model_type": "qwen3",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "rope_theta": 500.0,
+            "beta_fast": 20.0,
+        },
+    },
+    "gemma3": GEMMA3,
+    "gemma3_one_in_two": {
+        **GEMMA3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
     "qwen3_relu2": {**LLAMA, "model_type": "qwen3", "hidden_act": "relu2", "tie_word_embeddings": True},
 }
 
@@ -45,6 +86,21 @@ OURS = {
     "MistralForCausalLM": {**MODERN, "n_kv_head": 2, "head_dim": 16, "window": 5},
     "Qwen2ForCausalLM": {**MODERN, "n_kv_head": 2, "qkv_bias": True},
     "Qwen3ForCausalLM": {**MODERN, "n_kv_head": 1, "qk_norm": True, "activation": "relu2"},
+}
+GEMMA = {
+    **MODERN,
+    "activation": "gelu_tanh",
+    "norm_order": "sandwich",
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "window": 5,
+    "full_every": 2,
+    "rope_theta_local": 50.0,
+}
+OURS |= {
+    "Gemma3ForCausalLM": GEMMA,
+    "LlamaForCausalLM ": {**MODERN, "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 16}},
+    "Qwen3ForCausalLM ": {**MODERN, "qk_norm": True, "rope_scaling": {"kind": "yarn", "factor": 4.0}},
 }
 NATIVE = {
     "alibi": {**SIZES, "position": "alibi"},
@@ -110,7 +166,7 @@ def test_imported_parameters_own_their_memory_and_know_how_they_were_drawn(value
 def test_transformers_gives_the_logits_of_exported_models(
     architecture: str, values: dict, tmp_path: Path, input_ids: Tensor
 ):
-    ours = build_ours(values)
+    ours, architecture = build_ours(values), architecture.strip()
     assert save_pretrained(ours, tmp_path, token_ids=TOKENS) == architecture
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(theirs).__name__ == architecture
@@ -138,7 +194,7 @@ def test_what_no_family_expresses_makes_a_round_trip_in_our_own_layout(values: d
 
 
 def test_no_family_claims_what_it_would_change():
-    assert family_of(ModelConfig(**{**MODERN, "head_dim": 6, "n_head": 5})).architecture == "LlamaForCausalLM"
+    assert family_of(ModelConfig(**{**MODERN, "head_dim": 6, "n_head": 5})).model_type == "llama"
     assert family_of(ModelConfig(**{**SIZES, "head_dim": 6, "n_head": 5})) is None  # GPT-2 divides n_embd by n_head
 
 

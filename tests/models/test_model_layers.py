@@ -16,7 +16,7 @@ from genai_pl.models.attention import Attention
 from genai_pl.models.families import ACTIVATIONS
 from genai_pl.models.layers import build_activation, build_norm
 from genai_pl.models.positions import alibi_slopes, rotary, rotate, sinusoidal
-from genai_pl.specs import Activation
+from genai_pl.names import Activation
 
 CAUSAL = AttentionMask(causal=True)
 

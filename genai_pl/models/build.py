@@ -1,0 +1,15 @@
+"""A model of the shape that its configuration names."""
+
+from genai_pl.models.decoder import Decoder
+from genai_pl.models.encoder import Encoder
+from genai_pl.models.encoder_decoder import EncoderDecoder
+from genai_pl.names import Shape
+from genai_pl.specs import ModelConfig
+
+Model = Decoder | Encoder | EncoderDecoder
+SHAPES = {Shape.decoder: Decoder, Shape.encoder: Encoder, Shape.encoder_decoder: EncoderDecoder}
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A model with new weights from torch's global generator; nothing is stored under `torch.device("meta")`."""
+    return SHAPES[config.shape](config)

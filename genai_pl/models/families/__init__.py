@@ -1,0 +1,11 @@
+"""How families of Hugging Face models are written in our terms: tables, read in both directions."""
+
+from genai_pl.models.families.decoders import GEMMA3, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3
+from genai_pl.models.families.encoders import ALBERT, BERT, ROBERTA
+from genai_pl.models.families.family import ACTIVATIONS, Family, Weight
+from genai_pl.models.families.t5 import T5
+from genai_pl.models.families.xlnet import XLNET
+
+FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, BERT, ROBERTA, ALBERT, T5, XLNET)
+
+__all__ = ["ACTIVATIONS", "FAMILIES", "Family", "Weight"]
