@@ -56,11 +56,12 @@ class Clock:
 def ours(args: argparse.Namespace) -> float:
     """A run of our CausalLMModule in Lightning's Trainer."""
     import lightning as L
+    import numpy as np
 
     from genai_pl.data.loader import EpochLoader, Plan
     from genai_pl.models import Decoder, ModelConfig
     from genai_pl.modules import CausalLMModule
-    from genai_pl.objectives import CausalLMCollator
+    from genai_pl.objectives import CausalLMCollator, Vocabulary
     from genai_pl.optim import adamw, constant
     from genai_pl.run import quiet
 
@@ -78,8 +79,8 @@ def ours(args: argparse.Namespace) -> float:
             block.compile()
     module = CausalLMModule(
         model,
-        token_bytes=[1] * args.vocab_size,
-        pad_token_id=0,
+        vocabulary=Vocabulary(size=args.vocab_size, n_bytes=np.ones(args.vocab_size, np.int64)),
+        seed=0,
         optimizer=lambda named: adamw(named, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
         schedule=lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
     )

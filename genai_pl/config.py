@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Data:
     streaming: bool = False
     block_rows: int = 1024
     val_documents: int = 100
+    separate_documents: bool = True
 
 
 @dataclass
@@ -82,11 +83,35 @@ class Generate:
     generation: Any = None
 
 
+@dataclass
+class EvaluateData:
+    """Text, or prompts and completions, to be predicted."""
+
+    path: str = MISSING
+    column: str | None = None
+    seq_len: int | None = None
+    stride: int | None = None
+    bos: bool | None = None
+
+
+@dataclass
+class Evaluate:
+    """What `evaluate.py` takes."""
+
+    checkpoint: str = "auto"
+    limit: int | None = None
+    batch_tokens: int = 4096
+    out: str | None = None
+    device: str = "auto"
+    precision: Any = None
+    data: EvaluateData = field(default_factory=EvaluateData)
+
+
 def _register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     nodes = {"root": Root, "model": ModelConfig, "data": Data, "generation": GenerationConfig}
-    for name, node in {**nodes, "generate": Generate}.items():
+    for name, node in {**nodes, "generate": Generate, "evaluate": Evaluate}.items():
         store.store(group="schema", name=name, node=node)
 
 

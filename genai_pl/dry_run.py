@@ -4,7 +4,7 @@ import torch
 from omegaconf import DictConfig
 
 from genai_pl.data import pretrained_tokenizer
-from genai_pl.models import Decoder
+from genai_pl.models import build_model
 from genai_pl.run import model_config
 from genai_pl.summary import describe_memory, describe_model, describe_step
 
@@ -15,7 +15,7 @@ def dry_run(config: DictConfig) -> int:
     if n_tokens is None:
         n_tokens = len(pretrained_tokenizer(config.tokenizer.name))
     with torch.device("meta"):
-        model = Decoder(model_config(config, n_tokens))
+        model = build_model(model_config(config, n_tokens))
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     devices = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     shape = {"rows": config.data.batch_size, "seq_len": config.data.seq_len}

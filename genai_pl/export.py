@@ -4,13 +4,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genai_pl.files import write_atomic
-from genai_pl.models import Decoder, n_parameters, save_pretrained
+from genai_pl.models import Model, n_parameters, save_pretrained
+from genai_pl.names import Head, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TASKS = {
+    (Shape.decoder, True): "text-generation",
+    (Shape.encoder, True): "fill-mask",
+    (Shape.encoder_decoder, True): "text2text-generation",
+    (Shape.decoder, False): "feature-extraction",
+    (Shape.encoder, False): "feature-extraction",
+}
 
-def export_model(model: Decoder, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, card: dict[str, str]) -> str:
+
+def export_model(model: Model, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, card: dict[str, str]) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
 
     card: headings and paragraphs of the model card.
@@ -27,8 +36,9 @@ def export_model(model: Decoder, tokenizer: "PreTrainedTokenizerBase", folder: P
     return reader[0]
 
 
-def _model_card(model: Decoder, reader: str, card: dict[str, str]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", "# Language model", ""]
+def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
+    task = TASKS[model.config.shape, model.config.head is not Head.none]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
     lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]
     for heading, paragraph in card.items():
         lines += [f"## {heading}", "", paragraph, ""]

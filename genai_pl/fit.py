@@ -58,7 +58,8 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card)
     done = parts.trainer.global_step >= parts.module.total_steps
     if parts.trainer.is_global_zero:
-        print(*closing(parts.run, exported=export, finished=done, prompt=parts.data.prompt()), sep="\n", flush=True)
+        prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
+        print(*closing(parts.run, exported=export, finished=done, prompt=prompt), sep="\n", flush=True)
     return 130 if parts.interrupt.signum == signal.SIGINT else 0
 
 

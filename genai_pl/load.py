@@ -8,10 +8,11 @@ import torch
 
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
-from genai_pl.models.decoder import Decoder
 from genai_pl.models.pretrained import load_pretrained
-from genai_pl.specs import AttentionBackend, ModelConfig
+from genai_pl.names import AttentionBackend
+from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Loaded(NamedTuple):
     """A model in evaluation mode, its tokenizer, and the file or folder they were read from."""
 
-    model: Decoder
+    model: Model
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
 
@@ -42,7 +43,7 @@ def load(
     try:
         with torch.device("meta"):
             config = ModelConfig.from_dict(ours["model"])
-            model = Decoder(replace(config, attention=attention, dropout=dropout))
+            model = build_model(replace(config, attention=attention, dropout=dropout))
         prefix = "model."
         state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
         model.load_state_dict(state, assign=True)

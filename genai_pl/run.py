@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
-from genai_pl.data import byte_tokenizer, pretrained_tokenizer, token_bytes
+from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer, vocabulary
 from genai_pl.data.datamodule import TextDataModule
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
-from genai_pl.models import Decoder, ModelConfig, flops_per_token
+from genai_pl.models import Model, ModelConfig, build_model, flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.specs import GenerationConfig
@@ -52,12 +52,19 @@ def build(config: DictConfig, run: Path) -> Parts:
     if config.init_from:
         loaded = load(config.init_from, **{k: config.model[k] for k in ("attention", "dropout")})
         model, tokenizer = loaded.model.train(), loaded.tokenizer
+        add_missing(tokenizer, get_class(config.objective._target_).needs)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ConfigError(
+                f"init_from={config.init_from}: its tokenizer lacks tokens that the objective needs, and its vocabulary "
+                f"of {model.config.vocab_size} has no room for them; choose another objective or model"
+            )
         data.seq_len = min(data.seq_len, model.config.max_seq_len)
     else:
         tokenizer = build_tokenizer(config, data)
-        model = Decoder(model_config(config, len(tokenizer)))
+        add_missing(tokenizer, get_class(config.objective._target_).needs)
+        model = build_model(model_config(config, len(tokenizer)))
     module = build_module(config, model, tokenizer)
-    trainer, callbacks = build_trainer(config, run)
+    trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
     steps = count_steps(config, data, trainer.world_size)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
@@ -84,21 +91,19 @@ def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
     return found
 
 
-def build_module(config: DictConfig, model: Decoder, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
+def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
     """The LightningModule of the objective, around the model."""
-    make = instantiate(config.objective)
-    module = make(
+    shapes = get_class(config.objective._target_).shapes
+    if model.config.shape.value not in shapes:
+        name = HydraConfig.get().runtime.choices.objective
+        raise ConfigError(f"objective={name} needs a model of shape {' or '.join(shapes)}, not {model.config.shape.value}")
+    module = instantiate(config.objective)(
         model,
-        token_bytes=token_bytes(tokenizer, model.config.vocab_size),
-        pad_token_id=tokenizer.pad_token_id or 0,
+        vocabulary=vocabulary(tokenizer, model.config.vocab_size),
+        seed=config.seed,
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.scheduler),
     )
-    if model.config.shape.value not in module.shapes:
-        name = HydraConfig.get().runtime.choices.objective
-        raise ConfigError(
-            f"objective={name} needs a model of shape {' or '.join(module.shapes)}, not {model.config.shape.value}"
-        )
     module.make_optimizer(module.model.named_parameters())  # its mistakes are told before the data are read
     if config.compile:
         for block in model.blocks:
@@ -106,7 +111,7 @@ def build_module(config: DictConfig, model: Decoder, tokenizer: "PreTrainedToken
     return module
 
 
-def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L.Callback]]:
+def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer and our callbacks by name."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
     every = options.pop("log_every_n_steps")
@@ -121,7 +126,7 @@ def build_trainer(config: DictConfig, run: Path) -> tuple[L.Trainer, dict[str, L
         "interrupt": cb.Interrupt(),
         "checkpoints": cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint),
     }
-    if settings.samples.every_n_steps:
+    if samples and settings.samples.every_n_steps:
         sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
         prompts = list(settings.samples.prompts or ())
         callbacks["samples"] = cb.Samples(
@@ -159,12 +164,12 @@ def count_steps(config: DictConfig, data: TextDataModule, world_size: int) -> in
 def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Tell the callbacks and loggers about each other and about what is trained."""
     model, monitor = parts.module.model, parts.monitor
-    monitor.flops_per_token = flops_per_token(model, model.config, parts.data.seq_len)
+    monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
     monitor.listeners.append(parts.console.show)
     parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
-        parts.samples.prompts = parts.samples.prompts or [parts.data.prompt()]
+        parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
     step = cb.step_of(checkpoint) if checkpoint else 0
     for logger in parts.trainer.loggers:
         if isinstance(logger, cb.MetricsCSV):

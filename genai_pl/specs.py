@@ -150,6 +150,11 @@ class ModelConfig:
         if self.attention is AttentionBackend.sdpa and self.softcap is not None:
             raise ConfigError("model.attention=sdpa has no softcap: set model.attention=auto, or model.softcap=null")
 
+    @property
+    def writes(self) -> bool:
+        """Whether a model of this shape continues text, token by token."""
+        return self.shape is not Shape.encoder and self.head is not Head.none
+
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""
         return _plain(vars(self))

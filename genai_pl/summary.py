@@ -6,23 +6,26 @@ from pathlib import Path
 import torch
 
 from genai_pl.kernels import choose_backend
-from genai_pl.models import Decoder, flops_per_token, memory_estimate, n_parameters
+from genai_pl.names import AttentionKind, Shape
+from genai_pl.models import Model, flops_per_token, memory_estimate, n_parameters
 
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "muon": 1.1, "sgd": 1.0, "adafactor": 0.01}  # float32 numbers per weight
 
 
-def describe_model(model: Decoder, device: torch.device) -> list[str]:
+def describe_model(model: Model, device: torch.device) -> list[str]:
     """Lines on size and attention."""
     c = model.config
     backend, why = choose_backend(device, softcap=c.softcap, backend=c.attention.value)
+    layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"
+    kind = "" if c.attention_kind is AttentionKind.full else f", kind {c.attention_kind.value}"
     return [
         f"model       {n_parameters(model):,} parameters ({n_parameters(model, trainable=True):,} trainable): "
-        f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, {c.vocab_size:,} tokens, context {c.max_seq_len}",
-        f"attention   {backend}: {why}",
+        f"{c.shape.value}, {layers}, {c.n_embd} wide, {c.n_head} heads, {c.vocab_size:,} tokens, context {c.max_seq_len}",
+        f"attention   {backend}: {why}{kind}",
     ]
 
 
-def describe_step(model: Decoder, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int) -> str:
+def describe_step(model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int) -> str:
     """One line on what an optimizer step takes."""
     tokens = rows * seq_len * accumulate * devices
     flops = flops_per_token(model, model.config, seq_len) * tokens
@@ -32,7 +35,7 @@ def describe_step(model: Decoder, *, rows: int, seq_len: int, accumulate: int, d
     )
 
 
-def describe_memory(model: Decoder, *, rows: int, seq_len: int, optimizer: str, precision: str) -> list[str]:
+def describe_memory(model: Model, *, rows: int, seq_len: int, optimizer: str, precision: str) -> list[str]:
     """A table of the bytes that a step needs on one device."""
     half = precision != "32-true"
     estimate = memory_estimate(
@@ -56,13 +59,15 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.4g} TiB"
 
 
-def closing(run: Path, *, exported: bool, finished: bool, prompt: str) -> list[str]:
+def closing(run: Path, *, exported: bool, finished: bool, prompt: str | None) -> list[str]:
     """Where everything lies, and the next command to type."""
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"model       {run / 'model'}"]
     if (run / "tensorboard").exists():
         lines += [f"curves      tensorboard --logdir {run}"]
+    if finished and prompt is None:  # it embeds, and writes nothing
+        return [*lines, f"next        python train.py init_from={run}"]
     if finished:
         return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
     return [*lines, f"next        python train.py resume={run}"]

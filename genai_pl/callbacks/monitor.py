@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from genai_pl.models import FlopRates
+
 
 class Monitor(L.Callback):
     """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
@@ -15,7 +17,7 @@ class Monitor(L.Callback):
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
-        self.flops_per_token = 0.0
+        self.flops = FlopRates(0.0, 0.0, 0.0)
         self.tokens_seen, self.listeners = 0, []
         self._peak_flops: float | None = None
         self._step = 0
@@ -33,7 +35,8 @@ class Monitor(L.Callback):
 
     def _reset(self) -> None:
         self._start = self._batch_end = time.perf_counter()
-        self._tokens, self._waited, self._paused = 0, 0.0, 0.0
+        self._tokens, self._written, self._targets = 0, 0, torch.zeros(())
+        self._waited, self._paused = 0.0, 0.0
 
     def on_train_batch_start(self, *_: object) -> None:
         self._waited += time.perf_counter() - self._batch_end
@@ -50,6 +53,8 @@ class Monitor(L.Callback):
     ) -> None:
         n_tokens = batch["input_ids"].numel() * trainer.world_size
         self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
+        self._targets = self._targets + batch["targets"]
+        self._written += batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else 0
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._step == 1 or self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
@@ -69,7 +74,10 @@ class Monitor(L.Callback):
             "train/memory_gib": memory_gib(module.device),
         }
         if self._peak_flops:
-            metrics["train/mfu"] = rate * self.flops_per_token / (self._peak_flops * trainer.world_size)
+            # of this process: the others do as much
+            read = self._tokens / trainer.world_size
+            done = self.flops.total(read=read, written=self._written, predicted=float(self._targets))
+            metrics["train/mfu"] = done / seconds / self._peak_flops
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=self._step)

@@ -1,5 +1,21 @@
 """Text in, batches out; the DataModule lies in `genai_pl.data.datamodule`, since it alone needs Lightning."""
 
-from genai_pl.data.tokenizer import byte_tokenizer, fingerprint, pretrained_tokenizer, token_bytes, train_bpe
+from genai_pl.data.tokenizer import (
+    add_missing,
+    byte_tokenizer,
+    fingerprint,
+    pretrained_tokenizer,
+    token_bytes,
+    train_bpe,
+    vocabulary,
+)
 
-__all__ = ["byte_tokenizer", "fingerprint", "pretrained_tokenizer", "token_bytes", "train_bpe"]
+__all__ = [
+    "add_missing",
+    "byte_tokenizer",
+    "fingerprint",
+    "pretrained_tokenizer",
+    "token_bytes",
+    "train_bpe",
+    "vocabulary",
+]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.documents import n_characters, split_text, tokenize
 from genai_pl.data.loader import Collate, EpochLoader, Plan
-from genai_pl.data.packing import PackedRows
+from genai_pl.data.packing import NumberedRows, PackedRows, Packer
 from genai_pl.data.stream import StreamLoader, StreamRows
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
@@ -41,6 +41,7 @@ class TextDataModule(L.LightningDataModule):
         streaming: bool,
         block_rows: int,
         val_documents: int,
+        separate_documents: bool,
         seed: int,
     ) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class TextDataModule(L.LightningDataModule):
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
         self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
+        self.apart = separate_documents
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.source = sources.find(path)
@@ -81,13 +83,15 @@ class TextDataModule(L.LightningDataModule):
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         """Tokenize and pack."""
         self.tokenizer, self.collate = tokenizer, collate
+        self.packing = {"overlap": collate.overlap, "apart": self.apart}
+        self.row_length = collate.row_length(self.seq_len)
         train, val = self.documents()
         if not self.streaming:
             self.train_rows = self._rows(train, self.source, "train")
             if not len(self.train_rows):
                 raise DataError(
                     f"data.path={self.path}: {self.train_rows.n_tokens} tokens are too few for one row of "
-                    f"{self.seq_len + 1}; give more text or lower model.max_seq_len"
+                    f"{self.row_length}; give more text or lower model.max_seq_len"
                 )
         packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
         tail = packed.tail()
@@ -99,7 +103,7 @@ class TextDataModule(L.LightningDataModule):
         split = part if source is self.source and not (part == "train" and self.val_source) else "all"
         fraction = self.val_fraction if split != "all" else ""
         content = f"{sources.content_hash(source)}/{self.column}/{split}/{fraction}"
-        return PackedRows(tokenize(table, self.tokenizer, content=content), self.seq_len)
+        return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
         """One line that says what the data are."""
@@ -136,18 +140,27 @@ class TextDataModule(L.LightningDataModule):
         if not self.streaming:
             return EpochLoader(self.train_rows, self.collate, plan, shuffle=self.shuffle)
         train, _ = self.documents()
-        build = partial(
-            StreamRows, seq_len=self.seq_len, block_rows=self.block_rows if self.shuffle else plan.batch_size
+        rows = StreamRows(
+            train,
+            self.tokenizer,
+            self.collate,
+            plan,
+            build_packer=partial(Packer, self.row_length, **self.packing),
+            block_rows=self.block_rows if self.shuffle else plan.batch_size,
+            continuous=self.source.builder == "text",
         )
-        rows = build(train, self.tokenizer, self.collate, plan, continuous=self.source.builder == "text")
         return StreamLoader(rows, self.n_batches)
 
     def val_dataloader(self) -> DataLoader:
         plan = self.plan()
-        rows = Subset(self.val_rows, range(plan.rank, len(self.val_rows), plan.world_size))
+        keys = [(0, row) for row in range(plan.rank, len(self.val_rows), plan.world_size)]
         # validation draws nothing from the global generator, so that it cannot change the training
         return DataLoader(
-            rows, batch_size=self.val_batch_size, collate_fn=self.collate, generator=torch.Generator().manual_seed(0)
+            NumberedRows(self.val_rows),
+            sampler=keys,
+            batch_size=self.val_batch_size,
+            collate_fn=self.collate,
+            generator=torch.Generator().manual_seed(0),
         )
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:

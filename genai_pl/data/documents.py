@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genai_pl.data.tokenizer import fingerprint
+from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def tokenize(
 
     `content` names what the documents say: the cache is found again by it, the tokenizer and these options.
     """
-    end = [tokenizer.eos_token_id] if end_of_text and tokenizer.eos_token_id is not None else []
+    end = [end_token(tokenizer)] if end_of_text and end_token(tokenizer) is not None else []
     name = hashlib.blake2b(f"2/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
     return documents.map(
         encode_batch,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from genai_pl.data.packing import NumberedRows
 from genai_pl.errors import DataError
 
 Batch = dict[str, Tensor]
@@ -45,8 +46,8 @@ def _stamp(window: list[Batch]) -> list[Batch]:
     return [{**batch, "window_targets": total} for batch in window]
 
 
-class EpochSampler(Sampler[list[int]]):
-    """Lists of row numbers; the rows of a step are the same for any split into ranks and accumulated batches."""
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Lists of (epoch, row number); the rows of a step are the same for any split into ranks and accumulated batches."""
 
     def __init__(self, n_rows: int, plan: Plan, *, shuffle: bool) -> None:
         self.n_rows, self.plan, self.shuffle = n_rows, plan, shuffle
@@ -55,13 +56,13 @@ class EpochSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return max(1, self.n_rows // (self.plan.batch_size * self.plan.world_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.epoch)
         rows = torch.randperm(self.n_rows, generator=generator) if self.shuffle else torch.arange(self.n_rows)
         size, world_size = self.plan.batch_size, self.plan.world_size
         for batch in range(self.first, len(self)):
             start = (batch * world_size + self.plan.rank) * size
-            yield rows[start : start + size].tolist()
+            yield [(self.epoch, row) for row in rows[start : start + size].tolist()]
 
 
 class EpochLoader:
@@ -73,7 +74,7 @@ class EpochLoader:
         self.plan = plan
         self.sampler = EpochSampler(len(rows), plan, shuffle=shuffle)
         self.loader = DataLoader(
-            rows,
+            NumberedRows(rows),
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=plan.workers,

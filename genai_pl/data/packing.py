@@ -13,13 +13,15 @@ Row = dict[str, np.ndarray]
 
 
 class PackedRows(Dataset):
-    """Row r is tokens r*T .. r*T+T of all documents end to end, T+1 of them, so that every token is once a target.
+    """Row r is `length` tokens from r * (length - overlap) on, of all documents end to end.
 
-    Rows are cut out of the memory-mapped table when asked for; nothing is copied or written.
+    With an overlap of 1, every token but the first is once a target of next-token prediction. Rows are cut out of the
+    memory-mapped table when asked for; nothing is copied or written. Documents of a row are numbered, unless they are
+    not to be kept `apart`.
     """
 
-    def __init__(self, documents: "datasets.Dataset", seq_len: int) -> None:
-        self.seq_len = seq_len
+    def __init__(self, documents: "datasets.Dataset", length: int, *, overlap: int = 1, apart: bool = True) -> None:
+        self.length, self.overlap, self.apart = length, overlap, apart
         column = documents.with_format("arrow")[:]["input_ids"] if len(documents) else []
         chunks = [chunk for chunk in getattr(column, "chunks", []) if len(chunk)]
         self.values = [chunk.flatten().to_numpy() for chunk in chunks]
@@ -29,21 +31,23 @@ class PackedRows(Dataset):
         self.n_tokens = int(self.chunk_starts[-1])
 
     def __len__(self) -> int:
-        return max(0, self.n_tokens - 1) // self.seq_len
+        return max(0, self.n_tokens - self.overlap) // (self.length - self.overlap)
 
     def __getitem__(self, index: int) -> Row:
-        start = index * self.seq_len
-        stop = start + self.seq_len + 1
-        ends = np.searchsorted(self.document_ends, np.arange(start, stop), side="right")
-        return {"input_ids": self._tokens(start, stop), "segment_ids": ends - ends[0] + 1}
+        start = index * (self.length - self.overlap)
+        return self._row(start, start + self.length)
 
     def tail(self) -> Row | None:
         """What is left after the last full row, a shorter one, or None: validation counts every token."""
-        start = len(self) * self.seq_len
-        if self.n_tokens - start < 2:
-            return None
-        ends = np.searchsorted(self.document_ends, np.arange(start, self.n_tokens), side="right")
-        return {"input_ids": self._tokens(start, self.n_tokens), "segment_ids": ends - ends[0] + 1}
+        start = len(self) * (self.length - self.overlap)
+        return None if self.n_tokens - start < 2 else self._row(start, self.n_tokens)
+
+    def _row(self, start: int, stop: int) -> Row:
+        segments = np.ones(stop - start, np.int64)
+        if self.apart:
+            ends = np.searchsorted(self.document_ends, np.arange(start, stop), side="right")
+            segments = ends - ends[0] + 1
+        return {"input_ids": self._tokens(start, stop), "segment_ids": segments}
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         first = int(np.searchsorted(self.chunk_starts, start, side="right")) - 1
@@ -60,8 +64,8 @@ class PackedRows(Dataset):
 class Packer:
     """The same rows from a stream: push documents in, take rows out; the state is what has not filled a row yet."""
 
-    def __init__(self, seq_len: int) -> None:
-        self.seq_len = seq_len
+    def __init__(self, length: int, *, overlap: int = 1, apart: bool = True) -> None:
+        self.length, self.overlap, self.apart = length, overlap, apart
         self.tokens = np.zeros(0, np.int32)
         self.segments = np.zeros(0, np.int64)
         self.document = 0
@@ -70,12 +74,12 @@ class Packer:
         """Rows that the new tokens complete; `ends` says that the document is over with them."""
         self.tokens = np.concatenate([self.tokens, ids])
         self.segments = np.concatenate([self.segments, np.full(len(ids), self.document)])
-        self.document += ends
-        rows = []
-        while len(self.tokens) > self.seq_len:
-            segments = self.segments[: self.seq_len + 1]
-            rows.append({"input_ids": self.tokens[: self.seq_len + 1], "segment_ids": segments - segments[0] + 1})
-            self.tokens, self.segments = self.tokens[self.seq_len :], self.segments[self.seq_len :]
+        self.document += ends and self.apart
+        rows, step = [], self.length - self.overlap
+        while len(self.tokens) >= self.length:
+            segments = self.segments[: self.length]
+            rows.append({"input_ids": self.tokens[: self.length], "segment_ids": segments - segments[0] + 1})
+            self.tokens, self.segments = self.tokens[step:], self.segments[step:]
         return rows
 
     def state_dict(self) -> dict[str, object]:
@@ -90,3 +94,16 @@ class Packer:
         """Go on where `state_dict` was taken."""
         self.tokens, self.segments = state["tokens"].numpy(), state["segments"].numpy()
         self.document = state["document"]
+
+
+class NumberedRows(Dataset):
+    """The rows of another data set, asked for by (epoch, index) and told it as `key`: noise is drawn from it."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> Row:
+        return {**self.rows[key[1]], "key": key}

@@ -1,6 +1,6 @@
 """Training rows from data that is larger than memory: read, tokenized, packed and shuffled as they come, exactly resumable."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from genai_pl.data.documents import encode_batch
 from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
 from genai_pl.data.packing import Packer, Row
+from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ class StreamRows(IterableDataset):
         collate: Collate,
         plan: Plan,
         *,
-        seq_len: int,
+        build_packer: Callable[[], Packer],
         block_rows: int,
         continuous: bool,
     ) -> None:
         self.source, self.tokenizer, self.collate, self.plan = source, tokenizer, collate, plan
-        self.seq_len, self.block_rows = seq_len, block_rows
+        self.build_packer, self.block_rows = build_packer, block_rows
         self.continuous = continuous  # the pieces of the source are lines of one text
-        self.end = [] if continuous or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.end = [] if continuous or end_token(tokenizer) is None else [end_token(tokenizer)]
         self.states: dict[int, dict] = {}
         self.first = 0  # the worker whose turn it is
 
@@ -59,7 +60,7 @@ class _Stream:
 
     def __init__(self, data: StreamRows, share: tuple[int, int]) -> None:
         self.data, self.share = data, share
-        self.packer = Packer(data.seq_len)
+        self.packer = data.build_packer()
         self.epoch, self.block, self.position, self.seen = 0, 0, 0, 0
         self.rows: list[Row] = []
         self.order: list[int] = []
@@ -74,7 +75,7 @@ class _Stream:
             self._fill()
         row = self.rows[self.order[self.position]]
         self.position += 1
-        return row
+        return {**row, "key": (self.share[0], self.block * 1_000_003 + self.position)}
 
     def state_dict(self) -> dict:
         """Where the block began, which one it is, and how many of its rows are gone."""

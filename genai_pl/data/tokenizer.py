@@ -5,13 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.objectives.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-END, PAD = "<|endoftext|>", "<|pad|>"
+END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # as T5 names them
+FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as Qwen2.5 names them
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
@@ -75,6 +80,53 @@ def _wrap(tokenizer: "Tokenizer", *, use_regex: bool) -> "PreTrainedTokenizerBas
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def add_missing(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str]) -> None:
+    """Give the tokenizer the tokens of these kinds (mask, sentinels, fim) that it lacks."""
+    names = {"sentinels": SENTINELS, "fim": FIM}
+    for kind in needs:
+        if kind == "mask" and tokenizer.mask_token is None:
+            tokenizer.add_special_tokens({"mask_token": MASK})
+        elif kind in names:
+            vocab = tokenizer.get_vocab()
+            missing = [name for name in names[kind] if name not in vocab]
+            tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
+    """What objectives must know of a tokenizer whose model has `size` ids."""
+    vocab = tokenizer.get_vocab()
+    wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
+    special = np.ones(size, bool)  # ids beyond the tokenizer's are no text
+    starts_word = np.zeros(size, bool)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token, i in vocab.items():
+        special[i] = i in added
+        starts_word[i] = _starts_word(token, wordpiece=wordpiece)
+    return Vocabulary(
+        size=size,
+        pad=tokenizer.pad_token_id or 0,
+        end=end_token(tokenizer),
+        mask=tokenizer.mask_token_id,
+        sentinels=tuple(vocab[name] for name in SENTINELS if name in vocab),
+        fim=tuple(vocab[name] for name in FIM) if all(name in vocab for name in FIM) else None,
+        special=special,
+        starts_word=starts_word,
+        n_bytes=np.asarray(token_bytes(tokenizer, size)),
+    )
+
+
+def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that closes a document: BERT's is its separator."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def _starts_word(token: str, *, wordpiece: bool) -> bool:
+    """Whether a word begins with the token: WordPiece marks the others, the rest a space (Ġ, ▁) or a line break (Ċ)."""
+    if wordpiece:
+        return not token.startswith("##")
+    return token[:1] in ("Ġ", "▁", "Ċ") or not token[:1].isalnum()
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -5,12 +5,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation.decode import decode
+from genai_pl.generation.decode import decode, evaluating
 from genai_pl.generation.stream import TextStream
-from genai_pl.models import Decoder
+from genai_pl.models import Encoder, EncoderDecoder, Model
 from genai_pl.specs import GenerationConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def left_pad(
 
 
 def generate_text(
-    model: Decoder,
+    model: Model,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     config: GenerationConfig,
@@ -51,7 +51,7 @@ def generate_text(
 
 
 def continue_rows(
-    model: Decoder,
+    model: Model,
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Sequence[int]],
     config: GenerationConfig,
@@ -61,13 +61,16 @@ def continue_rows(
 ) -> list[str]:
     """The text that follows each row of tokens, up to a stop string, eos or max_new_tokens.
 
-    The generator lives on the model's device.
+    An encoder-decoder reads the row and writes a text of its own. The generator lives on the model's device.
     """
     if not rows:
         return []
     _check_rows(model, rows)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    input_ids, segment_ids = left_pad(rows, pad, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    if isinstance(model, EncoderDecoder):
+        model, rows = _read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
+    input_ids, segment_ids = left_pad(rows, pad, device=device)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=input_ids.device)
     ends = end_tokens(tokenizer, config.stop)
     streams = [TextStream(tokenizer, row, stop=config.stop, end_tokens=ends) for row in rows]
@@ -85,6 +88,16 @@ def continue_rows(
     for row, stream in enumerate(streams):
         show(row, stream.close())
     return [stream.text for stream in streams]
+
+
+def _read_source(
+    model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
+) -> nn.Module:
+    """The decoder after the encoder has read the rows, each closed by the end token; it begins with the pad token."""
+    end = tokenizer.eos_token_id
+    closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
+    with torch.no_grad(), evaluating(model):
+        return model.reading(*left_pad(closed, pad, device=next(model.parameters()).device))
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -105,7 +118,9 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> set
     return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
 
 
-def _check_rows(model: Decoder, rows: Sequence[Sequence[int]]) -> None:
+def _check_rows(model: Model, rows: Sequence[Sequence[int]]) -> None:
+    if isinstance(model, Encoder):
+        raise ConfigError("this model is an encoder: it reads text and writes none")
     if not all(rows):
         raise ConfigError("a prompt has no tokens: give each at least one")
     largest, size = max(max(row) for row in rows), model.config.vocab_size

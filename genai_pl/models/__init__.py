@@ -3,7 +3,7 @@
 from genai_pl.models.block import Block
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.cache import KVCache
-from genai_pl.models.counts import MemoryEstimate, flops_per_token, memory_estimate, n_parameters
+from genai_pl.models.counts import FlopRates, MemoryEstimate, flop_rates, flops_per_token, memory_estimate, n_parameters
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
@@ -15,12 +15,14 @@ __all__ = [
     "Decoder",
     "Encoder",
     "EncoderDecoder",
+    "FlopRates",
     "KVCache",
     "MemoryEstimate",
     "Model",
     "ModelConfig",
     "Reader",
     "build_model",
+    "flop_rates",
     "flops_per_token",
     "load_pretrained",
     "memory_estimate",

@@ -1,11 +1,12 @@
 """What a model costs: parameters, arithmetic and memory, from its configuration alone."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from genai_pl.kernels.projection import CHUNK_BYTES
-from genai_pl.names import Activation, Norm, Position
+from genai_pl.names import Activation, Head, Norm, Shape
 from genai_pl.specs import ModelConfig
 
 
@@ -14,18 +15,43 @@ def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def flops_per_token(model: nn.Module, config: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs per token, forward and backward: 6 N + 12 L H D T (Chowdhery et al. 2022, appendix B).
+class FlopRates(NamedTuple):
+    """Training FLOPs, forward and backward, of each token of a kind."""
+
+    read: float  # of an encoder or decoder
+    written: float  # of the decoder beside an encoder
+    predicted: float  # by the head
+
+    def total(self, *, read: float, predicted: float, written: float = 0.0) -> float:
+        """FLOPs of so many tokens of each kind."""
+        return self.read * read + self.written * written + self.predicted * predicted
+
+
+def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates:
+    """6 N + 12 L H D T, split by the part of the model that does it (Chowdhery et al. 2022, appendix B).
 
     N counts matrices that multiply. T is the keys that a query is compared with: all of the row, as in the paper,
     though a causal kernel skips half of them; the window where there is one.
     """
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
-    lookups = config.max_seq_len * config.n_embd if config.position is Position.learned else 0
-    if not config.tie_embeddings:
-        lookups += config.vocab_size * config.n_embd
+    head = 0 if config.head is Head.none else 6.0 * config.vocab_size * config.embedding_size
     span = min(seq_len, config.window or seq_len)
-    return 6.0 * (matrices - lookups) + 12.0 * config.n_layer * config.n_head * config.head_dim * span
+    scores = 12.0 * config.n_head * config.head_dim * span  # of one attention
+    if config.shape is not Shape.encoder_decoder:
+        return FlopRates(6.0 * _multiplied(model) + scores * config.n_layer, 0.0, head)
+    encoder = 6.0 * _multiplied(model.encoder) + scores * config.n_layer
+    decoder = 6.0 * _multiplied(model.decoder) + 2 * scores * config.n_decoder_layer
+    return FlopRates(encoder, decoder, head)
+
+
+def flops_per_token(model: nn.Module, config: ModelConfig, seq_len: int) -> float:
+    """Training FLOPs of a token that every part of the model works on."""
+    return flop_rates(model, config, seq_len).total(read=1, written=1, predicted=1)
+
+
+def _multiplied(model: nn.Module) -> int:
+    """Numbers in the matrices that multiply each token, the head's left out."""
+    inside = [*model.blocks, model.transform, model.embed_proj]
+    return sum(p.numel() for part in inside for p in part.parameters() if p.dim() >= 2)  # a shared block counts again
 
 
 @dataclass(frozen=True)

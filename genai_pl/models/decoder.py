@@ -31,7 +31,7 @@ class Decoder(Stack):
 
         The first `prefix` (B,) tokens of a row see each other; `source` (B, S, C) is another text that all read.
         """
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         past = 0 if cache is None else cache.length
         self.check_length(past + T)
         if cache is not None:

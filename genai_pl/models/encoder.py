@@ -60,10 +60,8 @@ class Encoder(Stack):
         """The input of the first block and the positions."""
         T = input_ids.shape[1]
         self.check_length(T)
-        if segment_ids is None:
-            positions = torch.arange(T, device=input_ids.device)
-        else:
-            positions = positions_from_segments(segment_ids)
+        plain = segment_ids is None
+        positions = torch.arange(T, device=input_ids.device) if plain else positions_from_segments(segment_ids)
         return self.embedded(input_ids, positions, types), positions
 
     def _other(self, types: Tensor | None) -> Tensor | None:

@@ -56,9 +56,7 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) of the decoder; documents of equal segment ids read each other."""
         source = self.encoder.features(input_ids, segment_ids)
-        return self.decoder.features(
-            decoder_input_ids, decoder_segment_ids, source=source, source_segments=segment_ids
-        )
+        return self.decoder.features(decoder_input_ids, decoder_segment_ids, source=source, source_segments=segment_ids)
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What the head multiplies, of hidden states of the decoder."""

@@ -92,7 +92,9 @@ def _from_family(family: Family, values: dict) -> ModelConfig:
     for codec in family.codecs:
         ours |= codec.read(values)
     head = family.head_of(values)
-    return ModelConfig(**{**family.fixed, "head": head, "head_bias": family.head_bias and head is not Head.none, **ours})
+    return ModelConfig(
+        **{**family.fixed, "head": head, "head_bias": family.head_bias and head is not Head.none, **ours}
+    )
 
 
 def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:

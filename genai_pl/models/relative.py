@@ -21,9 +21,7 @@ class RelativeBias(nn.Module):
         """The bias (1, H, T, S) of the last T of S positions."""
         device = self.table.weight.device
         distance = torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]  # (T, S)
-        bucket = relative_bucket(
-            distance, causal=self.causal, n_buckets=self.n_buckets, max_distance=self.max_distance
-        )
+        bucket = relative_bucket(distance, causal=self.causal, n_buckets=self.n_buckets, max_distance=self.max_distance)
         return self.table(bucket).permute(2, 0, 1)[None]
 
 
@@ -57,7 +55,9 @@ class XLPositions(nn.Module):
         self.type_bias = nn.Parameter(torch.empty(H, D))
         self.type_embed = nn.Parameter(torch.empty(2, H, D))  # of keys in the query's segment, and in another
 
-    def forward(self, q: Tensor, places: Tensor, S: int, *, scale: float, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, places: Tensor, S: int, *, scale: float, other: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The queries (B, H, T, D) to multiply keys with, and what is added to the scaled scores, (B, H, T, S).
 
         places (B or 1, T) are the queries' positions among the S keys; other (B, T, S) is True where a key is of

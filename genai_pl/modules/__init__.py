@@ -1,6 +1,19 @@
 """LightningModules: one `step` each."""
 
 from genai_pl.modules.base import BaseModule
-from genai_pl.modules.clm import CausalLMModule
+from genai_pl.modules.clm import CausalLMModule, FimModule, PrefixLMModule
+from genai_pl.modules.mlm import MaskedLMModule
+from genai_pl.modules.permutation import PermutationModule
+from genai_pl.modules.span_corruption import SpanCorruptionModule
+from genai_pl.modules.tokens import TokenModule
 
-__all__ = ["BaseModule", "CausalLMModule"]
+__all__ = [
+    "BaseModule",
+    "CausalLMModule",
+    "FimModule",
+    "MaskedLMModule",
+    "PermutationModule",
+    "PrefixLMModule",
+    "SpanCorruptionModule",
+    "TokenModule",
+]

@@ -25,6 +25,10 @@ class BaseModule(L.LightningModule, ABC):
     would weigh a token by how full its batch is.
     """
 
+    shapes: tuple[str, ...] = ()  # of models that it can train
+    needs: tuple[str, ...] = ()  # kinds of tokens that the tokenizer must have: mask, sentinels, fim
+    sparse = False  # whether most tokens are not predicted
+
     def __init__(
         self,
         model: nn.Module,
@@ -46,6 +50,10 @@ class BaseModule(L.LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch."""
+
+    def make_prompt(self, text: str) -> str:
+        """What to show the model while it trains, from words of the validation text."""
+        return text
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """Metrics from sums: by default each sum per target."""

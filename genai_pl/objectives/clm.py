@@ -4,50 +4,32 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from genai_pl.kernels import linear_cross_entropy
+from genai_pl.objectives.rows import Batch, Collator, Row, pad_rows, with_segments
+from genai_pl.objectives.tokens import IGNORED, token_loss
+from genai_pl.objectives.vocabulary import Vocabulary
 
-IGNORED = -100
-
-
-def causal_lm_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    *,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
-    """-sum_t log P(x_t | x_<t) over the targets, in nats, of hidden (B, T, C), head (V, C) and labels (B, T).
-
-    labels[t] is what position t should predict (-100: nothing); z_loss adds z (log Z)^2 (Chowdhery et al. 2022, 5).
-    """
-    return linear_cross_entropy(
-        hidden, head, labels, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=IGNORED
-    )
+ANY = Vocabulary(size=0)
+causal_lm_loss = token_loss  # labels[t] is what position t should predict
 
 
-class CausalLMCollator:
+class CausalLMCollator(Collator):
     """Rows of T + 1 tokens become input_ids and labels (B, T); segment_ids only where a row has padding or two documents."""
 
-    def __init__(self, pad_token_id: int = 0) -> None:
-        self.pad_token_id = pad_token_id
+    overlap = 1
 
-    def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        tokens = torch.stack([_pad(row["input_ids"], length, self.pad_token_id) for row in rows])
-        segments = torch.stack([_pad(row["segment_ids"], length, 0) for row in rows])
-        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        labels = torch.where(same, tokens[:, 1:], IGNORED)
-        batch = {"input_ids": tokens[:, :-1], "labels": labels, "targets": same.sum().float()}
-        if not bool((segments[:, :-1] == 1).all()):  # a plain causal mask costs less
-            batch["segment_ids"] = segments[:, :-1]
-        return batch
+    def __init__(self, *, vocabulary: Vocabulary = ANY, seed: int = 0) -> None:
+        self.pad = vocabulary.pad  # and nothing is drawn
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
+        return next_token_batch(ids, segments, pad=self.pad)
 
 
-def _pad(values: np.ndarray, length: int, fill: int) -> Tensor:
-    padded = np.full(length, fill, dtype=np.int64)
-    padded[: len(values)] = values
-    return torch.from_numpy(padded)
+def next_token_batch(ids: Sequence[np.ndarray], segments: Sequence[np.ndarray], *, pad: int) -> Batch:
+    """Position t of T predicts token t + 1 of T + 1, unless that belongs to another document."""
+    tokens, documents = pad_rows(ids, pad), pad_rows(segments, 0)  # (B, T + 1)
+    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] > 0)
+    labels = torch.where(same, tokens[:, 1:], IGNORED)
+    batch = {"input_ids": tokens[:, :-1], "labels": labels, "targets": same.sum().float()}
+    return with_segments(batch, documents[:, :-1])

@@ -1,5 +1,6 @@
 """The order of batches: a function of seed, epoch and position, for any split into ranks and accumulated batches."""
 
+from functools import partial
 from itertools import chain, islice
 
 import pytest
@@ -8,13 +9,19 @@ from datasets import Dataset
 
 from genai_pl.data import byte_tokenizer
 from genai_pl.data.loader import EpochLoader, Plan, with_window_targets
+from genai_pl.data.packing import Packer
 from genai_pl.data.stream import StreamLoader, StreamRows
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator
 
 
-def collate(rows: list[int]) -> dict[str, torch.Tensor]:
-    return {"rows": torch.tensor(rows), "targets": torch.tensor(float(sum(rows)))}
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    numbers = [row["number"] for row in rows]
+    return {
+        "rows": torch.tensor(numbers),
+        "keys": torch.tensor([row["key"] for row in rows]),
+        "targets": torch.tensor(float(sum(numbers))),
+    }
 
 
 def seen(loader) -> list[list[int]]:
@@ -22,7 +29,7 @@ def seen(loader) -> list[list[int]]:
 
 
 def loader(**plan) -> EpochLoader:
-    return EpochLoader(list(range(50)), collate, Plan(**{"batch_size": 4, "seed": 1, **plan}))
+    return EpochLoader([{"number": i} for i in range(50)], collate, Plan(**{"batch_size": 4, "seed": 1, **plan}))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -49,6 +56,14 @@ def test_epochs_differ_and_every_row_comes_once() -> None:
     first, second = seen(data), seen(data)
     assert first != second
     assert sorted(chain(*first)) == list(range(50)) == sorted(chain(*second))
+
+
+def test_rows_know_the_epoch_and_their_number_whatever_the_workers() -> None:
+    for workers in (0, 2):
+        data = loader(workers=workers)
+        for epoch in range(2):
+            for batch in data:
+                assert batch["keys"].tolist() == [[epoch, row] for row in batch["rows"].tolist()]
 
 
 def test_two_ranks_share_the_rows_of_the_big_batch() -> None:
@@ -83,7 +98,10 @@ def stream(
     texts = [f"document {i} " * (i % 7 + 1) for i in range(30)]
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
     plan = Plan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
-    rows = StreamRows(source, byte_tokenizer(), CausalLMCollator(), plan, seq_len=16, block_rows=10, continuous=False)
+    pack = partial(Packer, 17)
+    rows = StreamRows(
+        source, byte_tokenizer(), CausalLMCollator(), plan, build_packer=pack, block_rows=10, continuous=False
+    )
     data = StreamLoader(rows, n_batches)
     if state is not None:
         data.load_state_dict(state)

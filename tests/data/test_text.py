@@ -20,7 +20,7 @@ def module(path: Path | str, **options) -> TextDataModule:
     defaults = {
         "path": str(path), "val_path": None, "val_fraction": 0.1, "column": "text", "seq_len": 16, "batch_size": 2,
         "val_batch_size": None, "workers": 0, "shuffle": True, "streaming": False, "block_rows": 8, "val_documents": 2,
-        "seed": 0,
+        "separate_documents": True, "seed": 0,
     }  # fmt: skip
     return TextDataModule(**{**defaults, **options})
 

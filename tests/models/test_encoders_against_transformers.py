@@ -184,7 +184,9 @@ def test_a_flan_export_keeps_its_own_head(tmp_path: Path, input_ids: Tensor):
     ours = shaken(build_model(ModelConfig(**values, gated_mlp=True)))
     save_pretrained(ours, tmp_path, token_ids=TOKENS)
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert_equal(theirs(input_ids, decoder_input_ids=input_ids).logits, ours(input_ids, decoder_input_ids=input_ids), 5e-5)
+    assert_equal(
+        theirs(input_ids, decoder_input_ids=input_ids).logits, ours(input_ids, decoder_input_ids=input_ids), 5e-5
+    )
 
 
 @pytest.mark.parametrize("shape", ["encoder", "encoder_decoder"])

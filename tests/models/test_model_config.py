@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.models import Decoder, ModelConfig
+from genai_pl.models import Model, ModelConfig, build_model
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 53, "max_seq_len": 24}
 ROTARY = {**SIZES, "position": "rotary"}
+RELATIVE = {**SIZES, "position": "relative", "relative_buckets": 8}
+BOTH = {**SIZES, "shape": "encoder_decoder"}
+WINDOW = {**ROTARY, "window": 3}
 
 # option -> (the rest, another value)
 CHANGE_PARAMETERS = {
@@ -29,6 +32,15 @@ CHANGE_PARAMETERS = {
     "qkv_bias": (SIZES, False),
     "qk_norm": (SIZES, True),
     "tie_embeddings": (SIZES, False),
+    "n_decoder_layer": (BOTH, 3),
+    "embedding_size": ({**SIZES, "head": "transform"}, 16),
+    "n_token_types": (SIZES, 2),
+    "share_layers": (SIZES, True),
+    "relative_buckets": (RELATIVE, 16),
+    "embed_norm": (SIZES, True),
+    "o_bias": (SIZES, False),
+    "head": (SIZES, "transform"),
+    "head_bias": (SIZES, True),
 }
 CHANGE_LOGITS = {
     "n_head": (SIZES, 2),
@@ -39,21 +51,29 @@ CHANGE_LOGITS = {
     "softcap": (SIZES, 1.0),
     "logit_softcap": (SIZES, 1.0),
     "dropout": (SIZES, 0.5),
+    "shape": (SIZES, "encoder"),
+    "rope_theta_local": (WINDOW, 50.0),
+    "rope_scaling": (ROTARY, {"kind": "linear", "factor": 4.0}),
+    "relative_max_distance": (RELATIVE, 8),
+    "scale_embeddings": (SIZES, True),
+    "scale_head": (SIZES, True),
+    "attention_scale": (SIZES, 1.0),
+    "full_every": (WINDOW, 2),
 }
-CHANGE_NEITHER = {"shape": (SIZES, "decoder"), "attention": (SIZES, "reference")}
+CHANGE_NEITHER = {"attention": (SIZES, "reference")}
 CHANGE_INITIAL_WEIGHTS = {"init_std": (SIZES, 0.1)}
 
 
-def build(values: dict) -> Decoder:
+def build(values: dict) -> Model:
     torch.manual_seed(0)
-    return Decoder(ModelConfig(**{"init_std": 0.3, **values}))
+    return build_model(ModelConfig(**{"init_std": 0.3, **values}))
 
 
-def shapes(model: Decoder) -> dict[str, torch.Size]:
+def shapes(model: Model) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def logits(model: Decoder) -> Tensor:
+def logits(model: Model) -> Tensor:
     return model(torch.arange(12)[None])
 
 
@@ -93,7 +113,8 @@ def test_every_option_is_tested_here():
         ({"gated_mlp": True}, {"intermediate_size": 2048}),  # 8/3 of 768
         ({"gated_mlp": True, "n_embd": 576, "n_head": 9}, {"intermediate_size": 1536, "head_dim": 64}),  # SmolLM-135M
         ({"gated_mlp": True, "n_embd": 100, "n_head": 4}, {"intermediate_size": 288}),
-        ({"bias": False}, {"qkv_bias": False}),
+        ({"bias": False}, {"qkv_bias": False, "o_bias": False}),
+        ({"shape": "encoder_decoder", "n_layer": 3}, {"n_decoder_layer": 3, "embedding_size": 768}),
         ({"bias": False, "qkv_bias": True}, {"qkv_bias": True}),
     ],
 )
@@ -125,6 +146,12 @@ def test_sizes_left_out_are_derived(values: dict, derived: dict):
         ({"position": "rotray"}, "model.position=rotray is not one of learned, sinusoidal, rotary, alibi"),
         ({"activation": "swiglu"}, "model.activation=swiglu is not one of relu, relu2, gelu"),
         ({"attention": "sdpa", "softcap": 5.0}, "model.attention=sdpa has no softcap"),
+        ({"position": "xl"}, "model.position=xl needs model.shape=encoder"),
+        ({"n_decoder_layer": 2}, "model.n_decoder_layer needs model.shape=encoder_decoder"),
+        ({"full_every": 2}, "model.full_every needs model.window"),
+        ({"embedding_size": 16}, "model.embedding_size below n_embd needs model.head=transform"),
+        ({"rope_scaling": {"kind": "dynamic"}}, "model.rope_scaling.kind=dynamic is not one of linear, llama3, yarn"),
+        ({"rope_scaling": {"factor": 0.5}}, "model.rope_scaling.factor must be at least 1, not 0.5"),
     ],
 )
 def test_what_cannot_work_is_an_error_that_names_the_option(values: dict, message: str):
@@ -133,7 +160,15 @@ def test_what_cannot_work_is_an_error_that_names_the_option(values: dict, messag
 
 
 def test_a_configuration_makes_a_round_trip_through_json():
-    config = ModelConfig(n_kv_head=4, position="alibi", norm="rmsnorm", norm_order="post", activation="relu2", window=7)
+    config = ModelConfig(
+        n_kv_head=4,
+        position="alibi",
+        norm="rmsnorm",
+        norm_order="post",
+        activation="relu2",
+        window=7,
+        rope_scaling={"factor": 2.0},
+    )
     again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.position is config.position

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +11,10 @@ from genai_pl.data.loader import EpochLoader, Plan
 from genai_pl.errors import TrainingError
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import CausalLMModule
-from genai_pl.objectives import CausalLMCollator
+from genai_pl.objectives import CausalLMCollator, Vocabulary
 from genai_pl.optim import sgd
+
+VOCABULARY = Vocabulary(size=50, n_bytes=np.ones(50, np.int64))
 
 
 def rows(n: int = 24, seed: int = 0) -> list[dict]:
@@ -29,8 +32,8 @@ def module(**options) -> CausalLMModule:
     model = Decoder(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=50, max_seq_len=20))
     return CausalLMModule(
         model,
-        token_bytes=[1] * 50,
-        pad_token_id=0,
+        vocabulary=VOCABULARY,
+        seed=0,
         optimizer=lambda named: sgd(named, lr=0.5, momentum=0.0, nesterov=False, weight_decay=0.0),
         schedule=lambda step, total_steps: 1.0,
         **options,

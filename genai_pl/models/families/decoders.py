@@ -224,7 +224,13 @@ GEMMA3 = replace(
         Codec(
             _read_gemma3,
             _write_gemma3,
-            ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "layer_types", "query_pre_attn_scalar"),
+            (
+                "sliding_window",
+                "sliding_window_pattern",
+                "_sliding_window_pattern",
+                "layer_types",
+                "query_pre_attn_scalar",
+            ),
         ),
     ),
 )

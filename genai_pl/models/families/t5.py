@@ -100,7 +100,9 @@ T5 = Family(
     },
     weights=_t5,
     codecs=(
-        Codec(_read, _write, ("feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs", "num_decoder_layers")),
+        Codec(
+            _read, _write, ("feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs", "num_decoder_layers")
+        ),
     ),
     dropouts=("dropout_rate",),
 )

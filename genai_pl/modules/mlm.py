@@ -1,0 +1,19 @@
+"""Pretraining an encoder on hidden tokens."""
+
+from torch import Tensor
+
+from genai_pl.modules.base import Batch
+from genai_pl.modules.tokens import TokenModule
+from genai_pl.objectives import MaskedLMCollator
+
+
+class MaskedLMModule(TokenModule):
+    """Masked tokens are predicted from both sides; perplexity is over masked tokens (pseudo-perplexity)."""
+
+    shapes = ("encoder",)
+    needs = ("mask",)
+    sparse = True
+    make_collator = MaskedLMCollator
+
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.model.features(batch["input_ids"], batch.get("segment_ids"))

@@ -1,0 +1,19 @@
+"""Pretraining an encoder with two streams on tokens in a random order."""
+
+from torch import Tensor
+
+from genai_pl.modules.base import Batch
+from genai_pl.modules.tokens import TokenModule
+from genai_pl.objectives import PermutationCollator
+
+
+class PermutationModule(TokenModule):
+    """Some tokens are predicted one after the other in a drawn order, from all others and those before in it."""
+
+    shapes = ("encoder",)
+    make_collator = PermutationCollator
+
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.model.permuted_features(
+            batch["input_ids"], batch["order"], batch["target_positions"], batch.get("segment_ids")
+        )

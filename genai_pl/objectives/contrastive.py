@@ -1,0 +1,89 @@
+"""Contrastive embeddings: a text lies closer to its partner than to the other texts of the batch."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+
+
+def info_nce(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    offset: int = 0,
+    text_ids: Tensor | None = None,
+) -> Tensor:
+    """-sum_i log softmax_j(cos(a_i, c_j) / temperature) at the anchor's own positive (van den Oord et al. 2018, eq. 4).
+
+    anchors are (B, C). The candidates c are the positives (N, C), of which offset + i belongs to anchor i (N > B if
+    they come from several processes), then the negatives (M, C). Where text_ids (N + M,) are equal, candidates are the
+    same text, and none is held against its double. SimCSE is this with the same text twice, under other dropout, at
+    temperature 0.05 (Gao et al. 2021, eq. 1).
+    """
+    candidates = positives if negatives is None else torch.cat([positives, negatives])
+    similarity, own = _similarity(anchors, candidates, offset=offset, text_ids=text_ids)
+    return F.cross_entropy(similarity / temperature, own, reduction="sum")
+
+
+def symmetric_info_nce(
+    anchors: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float | Tensor,
+    rows: slice = slice(None),
+    text_ids: Tensor | None = None,
+) -> Tensor:
+    """Half of info_nce from anchors (N, C) to positives (N, C) plus half of the way back (Radford et al. 2021, fig. 3).
+
+    The sum runs over `rows`: those of this process, where both come from several. text_ids (N,) as in info_nce.
+    """
+    options = {"temperature": temperature, "offset": rows.start or 0, "text_ids": text_ids}
+    return (info_nce(anchors[rows], positives, **options) + info_nce(positives[rows], anchors, **options)) / 2
+
+
+def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int]) -> Callable[..., Tensor]:
+    """A loss that is the mean of `loss` over the first d dimensions of the embeddings, its positional arguments.
+
+    Kusupati et al. 2022, eq. 1, where all weights are 1; the mean keeps the size of the gradient.
+    """
+
+    def mean_loss(*embeddings: Tensor | None, **options: object) -> Tensor:
+        n_embd = embeddings[0].shape[-1]
+        if not dims or min(dims) < 1 or max(dims) > n_embd:
+            raise ConfigError(f"matryoshka dims ({list(dims)}) must lie between 1 and n_embd ({n_embd})")
+        shorter = ([None if e is None else e[..., :dim] for e in embeddings] for dim in dims)
+        return sum(loss(*cut, **options) for cut in shorter) / len(dims)
+
+    return mean_loss
+
+
+@torch.no_grad()
+def recall_at_k(
+    anchors: Tensor, positives: Tensor, k: int, *, offset: int = 0, text_ids: Tensor | None = None
+) -> Tensor:
+    """How many anchors have their own positive among the k most similar ones; the other arguments as in info_nce.
+
+    A candidate that is as similar as the own one stands before it: embeddings that are all the same find nothing.
+    """
+    similarity, own = _similarity(anchors, positives, offset=offset, text_ids=text_ids)
+    before = (similarity >= similarity.gather(1, own[:, None])).sum(-1) - 1
+    return (before < k).sum()
+
+
+def _similarity(anchors: Tensor, candidates: Tensor, *, offset: int, text_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines (B, N), -inf where a candidate is the own one's double, and the column of the own one (B,)."""
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    with torch.autocast(anchors.device.type, enabled=False):  # at temperature 0.05, bf16 would be off by 0.08
+        similarity = F.normalize(anchors.to(dtype), dim=-1) @ F.normalize(candidates.to(dtype), dim=-1).t()
+    row = torch.arange(len(anchors), device=anchors.device)
+    own = row + offset
+    if text_ids is not None:
+        double = text_ids[own, None] == text_ids
+        double[row, own] = False
+        similarity = similarity.masked_fill(double, float("-inf"))
+    return similarity, own

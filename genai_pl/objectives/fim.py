@@ -1,0 +1,64 @@
+"""Fill in the middle: documents rearranged so that next-token prediction learns to insert (Bavarian et al. 2022, 3)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from genai_pl.errors import ConfigError
+from genai_pl.objectives.clm import next_token_batch
+from genai_pl.objectives.rows import Batch, Collator, Row, missing, noise
+from genai_pl.objectives.vocabulary import Vocabulary
+
+N_SENTINELS = 3
+SHORTEST = 4  # tokens of a document that is worth cutting in three
+
+
+class FimCollator(Collator):
+    """A causal batch in which each document of a row is, with probability fim_rate, cut in three and rearranged.
+
+    Prefix, suffix, middle (PSM) or, with probability spm_rate, suffix first (SPM); a document's end token stays last.
+    The documents are those of the packed row (their "context-level FIM"), so none is torn after its rearrangement: the
+    row's end gives way instead, by three tokens per rearranged document, before the document there is cut.
+    """
+
+    overlap = 1
+
+    def __init__(self, *, vocabulary: Vocabulary, seed: int, fim_rate: float = 0.5, spm_rate: float = 0.5) -> None:
+        if vocabulary.fim is None:
+            raise missing("fim", "prefix, middle and suffix tokens (<|fim_prefix|>, ...)")
+        for name, rate in (("fim_rate", fim_rate), ("spm_rate", spm_rate)):
+            if not 0 <= rate <= 1:
+                raise ConfigError(f"objective.{name} is a probability, not {rate}")
+        self.vocabulary, self.seed = vocabulary, seed
+        self.fim_rate, self.spm_rate = fim_rate, spm_rate
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        rearranged = [self._rearrange(row) for row in rows]
+        ids = [np.concatenate(documents) for documents in rearranged]
+        segments = [np.repeat(np.arange(len(row)) + 1, [len(d) for d in row]) for row in rearranged]
+        return next_token_batch(ids, segments, pad=self.vocabulary.pad)
+
+    def _rearrange(self, row: Row) -> list[np.ndarray]:
+        """The row's documents, some of them rearranged, in as many tokens as before."""
+        rng = noise(self.seed, row)
+        ids, borders = row["input_ids"].astype(np.int64), np.flatnonzero(np.diff(row["segment_ids"])) + 1
+        room, documents = len(ids), []
+        for document in np.split(ids, borders):
+            if room == 0:
+                break
+            fits = min(len(document), room - N_SENTINELS) >= SHORTEST
+            if rng.random() < self.fim_rate and fits:
+                document = self._transform(document[: room - N_SENTINELS], rng)
+            documents.append(document[:room])
+            room -= len(documents[-1])
+        return documents
+
+    def _transform(self, document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The document with its middle last; both cuts fall anywhere between two tokens, with equal chances."""
+        PREFIX, MIDDLE, SUFFIX = ([token] for token in self.vocabulary.fim)
+        ended = document[-1] == self.vocabulary.end
+        body, end = (document[:-1], document[-1:]) if ended else (document, document[:0])
+        prefix, middle, suffix = np.split(body, np.sort(rng.integers(0, len(body), size=2, endpoint=True)))
+        if rng.random() < self.spm_rate:
+            return np.concatenate([PREFIX, SUFFIX, suffix, MIDDLE, prefix, middle, end])
+        return np.concatenate([PREFIX, prefix, SUFFIX, suffix, MIDDLE, middle, end])

@@ -1,0 +1,91 @@
+"""Masked language modelling: say what stood where tokens are hidden, from both sides (Devlin et al. 2019, 3.1)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from genai_pl.errors import ConfigError
+from genai_pl.objectives.rows import Batch, Collator, Row, missing, noise, pad_rows, with_segments
+from genai_pl.objectives.tokens import IGNORED
+from genai_pl.objectives.vocabulary import Vocabulary
+
+
+class MaskedLMCollator(Collator):
+    """input_ids (B, T) with noise, labels (B, T) where there is some; new noise in every epoch (Liu et al. 2019, 4.1).
+
+    A row has mask_probability of its text tokens as targets, rounded, and one at least; special tokens are never among
+    them. With `whole_word` all tokens of a word are hidden or none: the count then varies by half a word.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: Vocabulary,
+        seed: int,
+        mask_probability: float = 0.15,
+        whole_word: bool = False,
+        replace_with_mask: float = 0.8,
+        replace_with_random: float = 0.1,
+    ) -> None:
+        if vocabulary.mask is None:
+            raise missing("mlm", "a mask token")
+        if whole_word and not vocabulary.starts_word.any():
+            raise ConfigError("objective.whole_word: no token of the tokenizer begins a word; set it to false")
+        if not 0 < mask_probability <= 1:
+            raise ConfigError(f"objective.mask_probability must lie in (0, 1], not {mask_probability}")
+        if min(replace_with_mask, replace_with_random) < 0 or replace_with_mask + replace_with_random > 1:
+            raise ConfigError(
+                f"objective.replace_with_mask ({replace_with_mask}) and replace_with_random ({replace_with_random}) "
+                "are shares of the chosen tokens: at least 0 each and at most 1 together"
+            )
+        self.vocabulary, self.seed = vocabulary, seed
+        self.mask_probability, self.whole_word = mask_probability, whole_word
+        self.replace_with_mask, self.replace_with_random = replace_with_mask, replace_with_random
+        self.text_tokens = np.flatnonzero(~vocabulary.special)  # what a random replacement may be
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        noised = [self._noise(row) for row in rows]
+        labels = pad_rows([labels for _, labels in noised], IGNORED)
+        batch = {
+            "input_ids": pad_rows([ids for ids, _ in noised], self.vocabulary.pad),
+            "labels": labels,
+            "targets": (labels != IGNORED).sum().float(),
+        }
+        return with_segments(batch, pad_rows([row["segment_ids"] for row in rows], 0))
+
+    def _noise(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        rng = noise(self.seed, row)
+        original = row["input_ids"]
+        chosen = self._choose(original, row["segment_ids"], rng)  # (n,) positions
+        draw = rng.random(len(chosen))
+        masked = chosen[draw < self.replace_with_mask]
+        random = chosen[(draw >= self.replace_with_mask) & (draw < self.replace_with_mask + self.replace_with_random)]
+        ids, labels = original.copy(), np.full(len(original), IGNORED)
+        labels[chosen] = original[chosen]
+        ids[masked] = self.vocabulary.mask
+        ids[random] = rng.choice(self.text_tokens, len(random))
+        return ids, labels
+
+    def _choose(self, ids: np.ndarray, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Positions of the targets: words in random order, up to the one whose middle passes the share of tokens."""
+        text = np.flatnonzero(~self.vocabulary.special[ids])
+        if len(text) == 0:
+            return text
+        word = self._words(ids, segments, text)
+        sizes = np.bincount(word)
+        order = rng.permutation(len(sizes))
+        taken = np.cumsum(sizes[order]) - sizes[order] / 2 <= self.mask_probability * len(text)
+        taken[0] = True
+        chosen = np.zeros(len(sizes), bool)
+        chosen[order[taken]] = True
+        return text[chosen[word]]
+
+    def _words(self, ids: np.ndarray, segments: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """The number of the word that each text token belongs to."""
+        if not self.whole_word:
+            return np.arange(len(text))
+        starts = self.vocabulary.starts_word[ids[text]].copy()
+        # a special token or the border of a document ends a word as well
+        starts[1:] |= (np.diff(text) > 1) | (np.diff(segments[text]) != 0)
+        starts[0] = True
+        return np.cumsum(starts) - 1

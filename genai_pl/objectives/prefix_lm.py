@@ -1,0 +1,36 @@
+"""Prefix language modelling: read the beginning from both sides, predict the rest (Raffel et al. 2020, 3.2)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from genai_pl.objectives.clm import next_token_batch
+from genai_pl.objectives.rows import Batch, Collator, Row, noise
+from genai_pl.objectives.tokens import IGNORED
+from genai_pl.objectives.vocabulary import Vocabulary
+
+
+class PrefixLMCollator(Collator):
+    """A causal batch plus prefix (B,): so many tokens see each other, and labels begin with the token after them.
+
+    The prefix is that of the row's first document, 1 to n - 1 of its n tokens with equal chances, so that one target is
+    left at least. Documents that follow in the row have no prefix: all their tokens are predicted, from those before.
+    """
+
+    overlap = 1
+
+    def __init__(self, *, vocabulary: Vocabulary, seed: int) -> None:
+        self.vocabulary, self.seed = vocabulary, seed
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
+        batch = next_token_batch(ids, segments, pad=self.vocabulary.pad)
+        prefix = torch.tensor([self._prefix(row) for row in rows])
+        position = torch.arange(batch["labels"].shape[1])
+        known = position < prefix[:, None] - 1  # (B, T); the last token of the prefix predicts the first target
+        labels = batch["labels"].masked_fill(known, IGNORED)
+        return {**batch, "labels": labels, "prefix": prefix, "targets": (labels != IGNORED).sum().float()}
+
+    def _prefix(self, row: Row) -> int:
+        n = int((row["segment_ids"] == row["segment_ids"][0]).sum())
+        return int(noise(self.seed, row).integers(1, max(n, 2)))  # 1 sees what a causal row sees
