@@ -16,6 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import DISK_FULL, UserError
@@ -53,6 +54,7 @@ class Root:
 class Data:
     """Text to train and validate on."""
 
+    _target_: str = "genai_pl.data.text.TextDataModule"
     path: str = MISSING
     val_path: str | None = None
     val_fraction: float = 0.1
@@ -66,6 +68,24 @@ class Data:
     block_rows: int = 1024
     val_documents: int = 100
     separate_documents: bool = True
+
+
+@dataclass
+class Pairs:
+    """Pairs of texts to train and validate embeddings on."""
+
+    _target_: str = "genai_pl.data.pairs.PairsDataModule"
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    anchor: str = "anchor"
+    positive: str | None = "positive"
+    negative: str | None = None
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
 
 
 @dataclass
@@ -110,7 +130,7 @@ class Evaluate:
 def _register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
-    nodes = {"root": Root, "model": ModelConfig, "data": Data, "generation": GenerationConfig}
+    nodes = {"root": Root, "model": ModelConfig, "data": Data, "pairs": Pairs, "generation": GenerationConfig}
     for name, node in {**nodes, "generate": Generate, "evaluate": Evaluate}.items():
         store.store(group="schema", name=name, node=node)
 
@@ -171,6 +191,9 @@ def _guarded(main: Main, config: DictConfig) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except MissingMandatoryValue as error:
+        print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

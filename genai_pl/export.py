@@ -1,5 +1,6 @@
 """A trained model as a folder that transformers, PEFT and vLLM can load."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,17 @@ TASKS = {
 }
 
 
-def export_model(model: Model, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, card: dict[str, str]) -> str:
+def export_model(
+    model: Model,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    *,
+    card: dict[str, str],
+    files: dict[str, object] | None = None,
+) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
 
-    card: headings and paragraphs of the model card.
+    card: headings and paragraphs of the model card. files: JSON values of further files, by path.
     """
     token_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     reader = []
@@ -30,6 +38,9 @@ def export_model(model: Model, tokenizer: "PreTrainedTokenizerBase", folder: Pat
     def write(temporary: Path) -> None:
         reader.append(save_pretrained(model, temporary, token_ids=token_ids))
         tokenizer.save_pretrained(temporary)
+        for name, values in (files or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
 
     write_atomic(folder, write)

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
-from genai_pl.data.datamodule import TextDataModule
+from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import DISK_FULL, TrainingError
 from genai_pl.export import export_model
 from genai_pl.modules import BaseModule
@@ -28,7 +28,7 @@ class Parts:
     run: Path
     trainer: L.Trainer
     module: BaseModule
-    data: TextDataModule
+    data: RowsDataModule
     tokenizer: "PreTrainedTokenizerBase"
     monitor: Monitor
     console: Console
@@ -55,7 +55,8 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             logger.finalize("success")
         if export and parts.trainer.is_global_zero:
             card = _card(parts, flat, metrics)
-            export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card)
+            files = parts.module.export_files()
+            export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card, files=files)
     done = parts.trainer.global_step >= parts.module.total_steps
     if parts.trainer.is_global_zero:
         prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None

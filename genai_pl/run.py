@@ -3,11 +3,12 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer, vocabulary
-from genai_pl.data.datamodule import TextDataModule
+from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, UserError
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
 from genai_pl.models import Model, ModelConfig, build_model, flop_rates
@@ -48,11 +49,15 @@ def train(config: DictConfig) -> int:
 
 def build(config: DictConfig, run: Path) -> Parts:
     """Every object of the run."""
-    data = TextDataModule(**config.data, seed=config.seed)
+    data = make(config.data, seed=config.seed)
+    objective = get_class(config.objective._target_)
+    if data.kind != objective.data_kind:
+        names = HydraConfig.get().runtime.choices
+        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
     if config.init_from:
         loaded = load(config.init_from, **{k: config.model[k] for k in ("attention", "dropout")})
         model, tokenizer = loaded.model.train(), loaded.tokenizer
-        add_missing(tokenizer, get_class(config.objective._target_).needs)
+        add_missing(tokenizer, objective.needs)
         if len(tokenizer) > model.config.vocab_size:
             raise ConfigError(
                 f"init_from={config.init_from}: its tokenizer lacks tokens that the objective needs, and its vocabulary "
@@ -61,8 +66,10 @@ def build(config: DictConfig, run: Path) -> Parts:
         data.seq_len = min(data.seq_len, model.config.max_seq_len)
     else:
         tokenizer = build_tokenizer(config, data)
-        add_missing(tokenizer, get_class(config.objective._target_).needs)
+        add_missing(tokenizer, objective.needs)
         model = build_model(model_config(config, len(tokenizer)))
+    if not objective.uses_head:
+        model.drop_head()
     module = build_module(config, model, tokenizer)
     trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
@@ -72,7 +79,17 @@ def build(config: DictConfig, run: Path) -> Parts:
     return Parts(run, trainer, module, data, tokenizer, **callbacks)
 
 
-def build_tokenizer(config: DictConfig, data: TextDataModule) -> "PreTrainedTokenizerBase":
+def make(node: DictConfig, **given: object) -> Any:
+    """The object that a node's `_target_` names; a mistake of the user keeps its own line."""
+    try:
+        return instantiate(node, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedTokenizerBase":
     """The tokenizer that the group names; bpe learns from the training text."""
     if config.tokenizer.kind == "byte":
         return byte_tokenizer()
@@ -96,15 +113,17 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     shapes = get_class(config.objective._target_).shapes
     if model.config.shape.value not in shapes:
         name = HydraConfig.get().runtime.choices.objective
-        raise ConfigError(f"objective={name} needs a model of shape {' or '.join(shapes)}, not {model.config.shape.value}")
-    module = instantiate(config.objective)(
+        raise ConfigError(
+            f"objective={name} needs a model of shape {' or '.join(shapes)}, not {model.config.shape.value}"
+        )
+    module = make(config.objective)(
         model,
         vocabulary=vocabulary(tokenizer, model.config.vocab_size),
         seed=config.seed,
-        optimizer=instantiate(config.optimizer),
-        schedule=instantiate(config.scheduler),
+        optimizer=make(config.optimizer),
+        schedule=make(config.scheduler),
     )
-    module.make_optimizer(module.model.named_parameters())  # its mistakes are told before the data are read
+    module.make_optimizer(module.trained())  # its mistakes are told before the data are read
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -137,8 +156,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
             **options,
             precision=config.precision.lightning,
             strategy=config.strategy.lightning,
-            logger=[instantiate(node) for node in loggers],
-            callbacks=[*callbacks.values(), *instantiate(config.callbacks.extra).values()],
+            logger=[make(node) for node in loggers],
+            callbacks=[*callbacks.values(), *make(config.callbacks.extra).values()],
             plugins=[cb.AtomicCheckpointIO()],
             default_root_dir=str(run),
             num_sanity_val_steps=0,
@@ -150,13 +169,13 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
     return trainer, callbacks
 
 
-def count_steps(config: DictConfig, data: TextDataModule, world_size: int) -> int:
+def count_steps(config: DictConfig, data: RowsDataModule, world_size: int) -> int:
     """Optimizer steps of the run, from our own numbers: max_epochs wins over max_steps."""
     if config.trainer.max_epochs is None:
         if config.trainer.max_steps < 1:
             raise ConfigError(f"trainer.max_steps={config.trainer.max_steps}: set it, or trainer.max_epochs")
         return config.trainer.max_steps
-    if config.data.streaming:
+    if data.streaming:
         raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
     return config.trainer.max_epochs * data.steps_per_epoch(config.trainer.accumulate_grad_batches, world_size)
 

@@ -1,125 +1,51 @@
-"""Text for a run: documents are found, split, tokenized and packed once; loaders hand out batches that can be resumed."""
+"""What every kind of data shares: loaders whose order can be resumed, and a validation set in fixed order."""
 
-import logging
-from functools import partial
+from collections.abc import Sized
 from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from genai_pl.data import sources
-from genai_pl.data.documents import n_characters, split_text, tokenize
 from genai_pl.data.loader import Collate, EpochLoader, Plan
-from genai_pl.data.packing import NumberedRows, PackedRows, Packer
-from genai_pl.data.stream import StreamLoader, StreamRows
-from genai_pl.data.tokenizer import train_bpe
-from genai_pl.errors import ConfigError, DataError
+from genai_pl.data.packing import NumberedRows
 
 if TYPE_CHECKING:
-    from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
 
+class RowsDataModule(L.LightningDataModule):
+    """Training and validation batches of `train_rows` and `val_rows`, which `prepare` of a subclass makes."""
 
-class TextDataModule(L.LightningDataModule):
-    """Training and validation batches of packed text."""
+    kind = "text"  # the option of the group `data` that makes it
+    streaming = False
+    train_rows: Dataset
+    val_rows: Dataset
+    collate: Collate
 
     def __init__(
-        self,
-        *,
-        path: str,
-        val_path: str | None,
-        val_fraction: float,
-        column: str,
-        seq_len: int,
-        batch_size: int,
-        val_batch_size: int | None,
-        workers: int,
-        shuffle: bool,
-        streaming: bool,
-        block_rows: int,
-        val_documents: int,
-        separate_documents: bool,
-        seed: int,
+        self, *, seq_len: int, batch_size: int, val_batch_size: int | None, workers: int, shuffle: bool, seed: int
     ) -> None:
         super().__init__()
-        self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
-        self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
-        self.apart = separate_documents
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
-        self.source = sources.find(path)
-        self.val_source = (
-            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
-        )
         self.n_batches = 0  # how many training batches a stream is asked for
-        self._tables: tuple[Table, Table] | None = None
-
-    def documents(self) -> tuple["Table", "Table"]:
-        """Training and validation documents; streamed ones are read as they come."""
-        if self._tables is None:
-            table = sources.read(self.source, self.column, streaming=self.streaming)
-            if self.val_source:
-                self._tables = table, sources.read(self.val_source, self.column)
-            elif self.streaming:
-                from datasets import Dataset
-
-                held = list(table.take(self.val_documents))
-                self._tables = table.skip(self.val_documents), Dataset.from_list(held)
-            else:
-                self._tables = split_text(table, self.val_fraction)
-        return self._tables
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
-        """A byte-pair tokenizer learned from the training documents (of a stream: from the first ones)."""
-        table, _ = self.documents()
-        texts = table.take(20_000) if self.streaming else table
-        return train_bpe((example["text"] or "" for example in texts), vocab_size)
+        """A byte-pair tokenizer learned from the training text."""
+        raise NotImplementedError
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        """Tokenize and pack."""
-        self.tokenizer, self.collate = tokenizer, collate
-        self.packing = {"overlap": collate.overlap, "apart": self.apart}
-        self.row_length = collate.row_length(self.seq_len)
-        train, val = self.documents()
-        if not self.streaming:
-            self.train_rows = self._rows(train, self.source, "train")
-            if not len(self.train_rows):
-                raise DataError(
-                    f"data.path={self.path}: {self.train_rows.n_tokens} tokens are too few for one row of "
-                    f"{self.row_length}; give more text or lower model.max_seq_len"
-                )
-        packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
-        tail = packed.tail()
-        self.val_rows: Dataset = ConcatDataset([packed, [tail]]) if tail else packed
-        if not len(self.val_rows):
-            raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
-
-    def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
-        split = part if source is self.source and not (part == "train" and self.val_source) else "all"
-        fraction = self.val_fraction if split != "all" else ""
-        content = f"{sources.content_hash(source)}/{self.column}/{split}/{fraction}"
-        return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
+        """Tokenize, and make the rows."""
+        raise NotImplementedError
 
     def summary(self) -> str:
         """One line that says what the data are."""
-        if self.streaming:
-            return f"{self.path}, streamed, rows of {self.seq_len} tokens"
-        train, val = self.documents()
-        return (
-            f"{self.path}, {n_characters(train):,} characters = {self.train_rows.n_tokens:,} tokens for training, "
-            f"{n_characters(val):,} for validation"
-        )
+        raise NotImplementedError
 
     def prompt(self) -> str:
-        """The first words of the validation text: something the model should be able to continue."""
-        _, val = self.documents()
-        lines = [line.strip() for line in val[0]["text"][:2000].splitlines()]
-        return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])
+        """Words of the validation text: something the model should be able to continue."""
+        raise NotImplementedError
 
     def plan(self) -> Plan:
         """How rows are dealt to this process."""
@@ -135,21 +61,8 @@ class TextDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def train_dataloader(self) -> EpochLoader | StreamLoader:
-        plan = self.plan()
-        if not self.streaming:
-            return EpochLoader(self.train_rows, self.collate, plan, shuffle=self.shuffle)
-        train, _ = self.documents()
-        rows = StreamRows(
-            train,
-            self.tokenizer,
-            self.collate,
-            plan,
-            build_packer=partial(Packer, self.row_length, **self.packing),
-            block_rows=self.block_rows if self.shuffle else plan.batch_size,
-            continuous=self.source.builder == "text",
-        )
-        return StreamLoader(rows, self.n_batches)
+    def train_dataloader(self) -> EpochLoader:
+        return EpochLoader(self.train_rows, self.collate, self.plan(), shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader:
         plan = self.plan()
@@ -165,4 +78,5 @@ class TextDataModule(L.LightningDataModule):
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
         """Optimizer steps of one pass over the data."""
-        return -(-max(1, len(self.train_rows) // (self.batch_size * world_size)) // accumulate)
+        rows: Sized = self.train_rows
+        return -(-max(1, len(rows) // (self.batch_size * world_size)) // accumulate)

@@ -73,6 +73,14 @@ def _local(path: str, files: list[Path], option: str) -> Source:
 
 def read(source: Source, column: str, *, streaming: bool = False) -> "Dataset | IterableDataset":
     """The documents of a source in a column `text`; a streamed .txt comes line by line, else a file is one document."""
+    table = read_table(source, streaming=streaming)
+    check_columns(source, table, {"data.column": column})
+    table = table.select_columns([column])
+    return table if column == "text" else table.rename_column(column, "text")
+
+
+def read_table(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":
+    """All columns of a source."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -83,16 +91,20 @@ def read(source: Source, column: str, *, streaming: bool = False) -> "Dataset | 
         options |= {"sample_by": "line" if streaming else "document", "keep_linebreaks": True}
     show_progress()
     try:
-        table = load_dataset(source.builder, split=source.split, streaming=streaming, **options)
+        return load_dataset(source.builder, split=source.split, streaming=streaming, **options)
     except (DatasetGenerationError, UnicodeDecodeError) as error:
         raise DataError(_why_unreadable(source, error)) from None
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.path={source.name}: {str(error).splitlines()[0]}") from None
+
+
+def check_columns(source: Source, table: "Dataset | IterableDataset", wanted: dict[str, str]) -> None:
+    """DataError for a column that is not there; `wanted` maps the option that names a column to the column."""
     columns = table.column_names or list(next(iter(table), {}))
-    if column not in columns:
-        raise DataError(f"data.path={source.name}: no column {column!r}; found: {', '.join(columns)} (set data.column)")
-    table = table.select_columns([column])
-    return table if column == "text" else table.rename_column(column, "text")
+    for option, column in wanted.items():
+        if column not in columns:
+            found = ", ".join(columns)
+            raise DataError(f"data.path={source.name}: no column {column!r}; found: {found} (set {option})")
 
 
 def show_progress() -> None:

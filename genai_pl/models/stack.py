@@ -1,6 +1,7 @@
 """What decoder and encoder share: embeddings, a stack of blocks, and a head."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -60,6 +61,11 @@ class Stack(nn.Module):
         """Make the head share the embedding's weight where the configuration says so."""
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.embed.weight
+
+    def drop_head(self) -> None:
+        """Forget the head: what is left embeds text."""
+        self.config = replace(self.config, head=Head.none, head_bias=False)
+        self.transform, self.lm_head = nn.Identity(), None
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What `lm_head` multiplies, (..., C or embedding_size), of hidden states (..., C)."""

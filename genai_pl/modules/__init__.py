@@ -2,6 +2,7 @@
 
 from genai_pl.modules.base import BaseModule
 from genai_pl.modules.clm import CausalLMModule, FimModule, PrefixLMModule
+from genai_pl.modules.contrastive import ContrastiveModule
 from genai_pl.modules.mlm import MaskedLMModule
 from genai_pl.modules.permutation import PermutationModule
 from genai_pl.modules.span_corruption import SpanCorruptionModule
@@ -10,6 +11,7 @@ from genai_pl.modules.tokens import TokenModule
 __all__ = [
     "BaseModule",
     "CausalLMModule",
+    "ContrastiveModule",
     "FimModule",
     "MaskedLMModule",
     "PermutationModule",

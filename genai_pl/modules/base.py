@@ -1,7 +1,7 @@
 """What every objective shares: exact normalization by tokens, one optimizer and schedule, gradient norm, validation sums."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import lightning as L
 import torch
@@ -26,8 +26,10 @@ class BaseModule(L.LightningModule, ABC):
     """
 
     shapes: tuple[str, ...] = ()  # of models that it can train
+    data_kind = "text"  # the data that it reads
     needs: tuple[str, ...] = ()  # kinds of tokens that the tokenizer must have: mask, sentinels, fim
     sparse = False  # whether most tokens are not predicted
+    uses_head = True  # whether it trains the language-model head
 
     def __init__(
         self,
@@ -50,6 +52,18 @@ class BaseModule(L.LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch."""
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimizer is given."""
+        yield from self.model.named_parameters()
+
+    def held_metrics(self) -> Metrics:
+        """Metrics of a whole validation that are no sums over its batches."""
+        return {}
+
+    def export_files(self) -> dict[str, object]:
+        """JSON values to write beside the exported model, by path."""
+        return {}
 
     def make_prompt(self, text: str) -> str:
         """What to show the model while it trains, from words of the validation text."""
@@ -102,14 +116,14 @@ class BaseModule(L.LightningModule, ABC):
         sums = {name: self._over_ranks(value) for name, value in self.val_sums.items()}
         self.val_sums = {}
         self.validated_at = self.trainer.global_step
-        metrics = self.summarize(sums, sums.pop("targets"))
+        metrics = self.summarize(sums, sums.pop("targets")) | self.held_metrics()
         step = torch.tensor(
             float(self.trainer.global_step)
         )  # else Lightning counts the last step of a fit as not yet done
         self.log_dict({"step": step, **{f"val/{k}": v.float() for k, v in metrics.items()}})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.model.named_parameters())
+        optimizer = self.make_optimizer(self.trained())
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total_steps=self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

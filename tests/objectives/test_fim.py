@@ -81,6 +81,8 @@ def test_a_row_keeps_its_length_whatever_its_documents(documents: tuple[int, ...
         for sentinel in (PREFIX, MIDDLE, SUFFIX):
             where = segments[0][ids[0] == sentinel]
             assert len(where) == len(set(where.tolist()))  # one of a kind in a document
+            # four tokens at least, and the sentinels: less is not worth cutting
+            assert all((segments == document).sum() >= 7 for document in where)
 
 
 def test_all_tokens_of_a_rearranged_document_are_predicted() -> None:

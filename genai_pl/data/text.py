@@ -1,0 +1,138 @@
+"""Text for a run: documents are found, split, tokenized and packed once, or streamed."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch.utils.data import ConcatDataset, Dataset
+
+from genai_pl.data import sources
+from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.documents import n_characters, split_text, tokenize
+from genai_pl.data.loader import Collate, EpochLoader
+from genai_pl.data.packing import PackedRows, Packer
+from genai_pl.data.stream import StreamLoader, StreamRows
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextDataModule(RowsDataModule):
+    """Training and validation batches of packed text."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None,
+        val_fraction: float,
+        column: str,
+        seq_len: int,
+        batch_size: int,
+        val_batch_size: int | None,
+        workers: int,
+        shuffle: bool,
+        streaming: bool,
+        block_rows: int,
+        val_documents: int,
+        separate_documents: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            workers=workers,
+            shuffle=shuffle,
+            seed=seed,
+        )
+        self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
+        self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
+        self.apart = separate_documents
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        self.source = sources.find(path)
+        self.val_source = (
+            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+        )
+        self._tables: tuple[Table, Table] | None = None
+
+    def documents(self) -> tuple["Table", "Table"]:
+        """Training and validation documents; streamed ones are read as they come."""
+        if self._tables is None:
+            table = sources.read(self.source, self.column, streaming=self.streaming)
+            if self.val_source:
+                self._tables = table, sources.read(self.val_source, self.column)
+            elif self.streaming:
+                from datasets import Dataset
+
+                held = list(table.take(self.val_documents))
+                self._tables = table.skip(self.val_documents), Dataset.from_list(held)
+            else:
+                self._tables = split_text(table, self.val_fraction)
+        return self._tables
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        """A byte-pair tokenizer learned from the training documents (of a stream: from the first ones)."""
+        table, _ = self.documents()
+        texts = table.take(20_000) if self.streaming else table
+        return train_bpe((example["text"] or "" for example in texts), vocab_size)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        """Tokenize and pack."""
+        self.tokenizer, self.collate = tokenizer, collate
+        self.packing = {"overlap": collate.overlap, "apart": self.apart}
+        self.row_length = collate.row_length(self.seq_len)
+        train, val = self.documents()
+        if not self.streaming:
+            self.train_rows = self._rows(train, self.source, "train")
+            if not len(self.train_rows):
+                raise DataError(
+                    f"data.path={self.path}: {self.train_rows.n_tokens} tokens are too few for one row of "
+                    f"{self.row_length}; give more text or lower model.max_seq_len"
+                )
+        packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
+        tail = packed.tail()
+        self.val_rows: Dataset = ConcatDataset([packed, [tail]]) if tail else packed
+        if not len(self.val_rows):
+            raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
+
+    def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
+        split = part if source is self.source and not (part == "train" and self.val_source) else "all"
+        fraction = self.val_fraction if split != "all" else ""
+        content = f"{sources.content_hash(source)}/{self.column}/{split}/{fraction}"
+        return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
+
+    def summary(self) -> str:
+        """One line that says what the data are."""
+        if self.streaming:
+            return f"{self.path}, streamed, rows of {self.seq_len} tokens"
+        train, val = self.documents()
+        return (
+            f"{self.path}, {n_characters(train):,} characters = {self.train_rows.n_tokens:,} tokens for training, "
+            f"{n_characters(val):,} for validation"
+        )
+
+    def prompt(self) -> str:
+        """The first words of the validation text: something the model should be able to continue."""
+        _, val = self.documents()
+        lines = [line.strip() for line in val[0]["text"][:2000].splitlines()]
+        return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])
+
+    def train_dataloader(self) -> EpochLoader | StreamLoader:
+        if not self.streaming:
+            return super().train_dataloader()
+        plan = self.plan()
+        train, _ = self.documents()
+        rows = StreamRows(
+            train,
+            self.tokenizer,
+            self.collate,
+            plan,
+            build_packer=partial(Packer, self.row_length, **self.packing),
+            block_rows=self.block_rows if self.shuffle else plan.batch_size,
+            continuous=self.source.builder == "text",
+        )
+        return StreamLoader(rows, self.n_batches)
