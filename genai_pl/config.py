@@ -99,7 +99,7 @@ class Generate:
     stream: bool = True
     seed: int = 0
     device: str = "auto"
-    precision: str = "fp32"
+    precision: Any = None
     generation: Any = None
 
 

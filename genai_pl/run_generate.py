@@ -6,29 +6,28 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import generate_text
 from genai_pl.load import load
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def generate(config: DictConfig) -> int:
     """Print continuations of the prompts; a single one is printed while it grows."""
-    if config.precision not in DTYPES:
-        raise ConfigError(f"precision={config.precision}: no such precision; one of {', '.join(DTYPES)}")
     if config.num_samples < 1:
         raise ConfigError(f"num_samples={config.num_samples} must be at least 1")
     prompts = read_prompts(config)
     device = choose_device(config.device)
-    loaded = load(config.checkpoint, dtype=DTYPES[config.precision])
+    weights, products = DTYPES[config.precision.lightning]
+    loaded = load(config.checkpoint, dtype=weights)
     model = loaded.model.to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     single = len(prompts) * config.num_samples == 1
     streaming = config.stream and single
     if single:
         print(prompts[0], end="", flush=True)
-    with torch.inference_mode():
+    mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
+    with torch.inference_mode(), mixed:
         texts = generate_text(
             model,
             loaded.tokenizer,
@@ -61,15 +60,3 @@ def read_prompts(config: DictConfig) -> list[str]:
     if not lines:
         raise DataError(f"prompt_file={path}: empty")
     return lines
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from None
-    return device

@@ -84,7 +84,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self._parse_enums()
-        self._check_positive("n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim")
+        self._check_positive(
+            "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim"
+        )
         self._check_positive("intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local")
         self._check_positive("relative_buckets", "relative_max_distance", "norm_eps", "attention_scale", "window")
         self._check_positive("full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket")

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from genai_pl.kernels import choose_backend
-from genai_pl.names import AttentionKind, Shape
 from genai_pl.models import Model, flops_per_token, memory_estimate, n_parameters
+from genai_pl.names import AttentionKind
 
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "muon": 1.1, "sgd": 1.0, "adafactor": 0.01}  # float32 numbers per weight
 

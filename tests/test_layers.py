@@ -24,13 +24,14 @@ LAYERS = [
     {"fit", "resume"},
     {"config_errors"},
     {"config"},
+    {"devices", "trainer"},
     {"run", "run_generate"},
     {"dry_run", "run_evaluate"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
-    "hydra": {"config", "config_errors", "run", "run_generate", "run_evaluate", "dry_run"},
-    "lightning": {"modules", "callbacks", "run", "fit", "data"},
+    "hydra": {"config", "config_errors", "trainer", "run", "run_generate", "run_evaluate", "dry_run"},
+    "lightning": {"modules", "callbacks", "trainer", "run", "fit", "data"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]
 

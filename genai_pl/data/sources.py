@@ -90,6 +90,7 @@ def read_table(source: Source, *, streaming: bool = False) -> "Dataset | Iterabl
     if source.builder == "text":
         options |= {"sample_by": "line" if streaming else "document", "keep_linebreaks": True}
     show_progress()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised too
     try:
         return load_dataset(source.builder, split=source.split, streaming=streaming, **options)
     except (DatasetGenerationError, UnicodeDecodeError) as error:

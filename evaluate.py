@@ -1,0 +1,16 @@
+"""python evaluate.py: how well a trained model predicts a text or completions; `--help` lists the options."""
+
+from omegaconf import DictConfig
+
+from genai_pl.config import command
+
+
+@command("evaluate")
+def main(config: DictConfig) -> int:
+    from genai_pl.run_evaluate import evaluate
+
+    return evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Where a command runs a model, and in which numbers."""
+
+import torch
+
+from genai_pl.errors import ConfigError
+
+# Lightning's name of a precision: the dtype of weights, and of products where that is another
+DTYPES = {
+    "32-true": (torch.float32, None),
+    "bf16-true": (torch.bfloat16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; auto is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,96 @@
+"""The log-likelihood of the scored part of each row, and how much of it greedy decoding would have said."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.evaluation.rows import Row
+from genai_pl.kernels.projection import tokens_at_once
+from genai_pl.models import Decoder
+
+IGNORED = -100
+
+
+class Scores(NamedTuple):
+    """Sums over the scored tokens of each row, (R,), on the CPU."""
+
+    nll: Tensor  # negative log-likelihood in nats, float64
+    hits: Tensor  # tokens that are the most likely ones
+
+
+@torch.inference_mode()
+def score(
+    model: Decoder, rows: Sequence[Row], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
+) -> Scores:
+    """The scores of the rows in their order; `on_batch` hears of every batch how many rows it had.
+
+    Rows of like length share a batch of at most `batch_tokens` tokens, padding included.
+    """
+    _check_vocabulary(model, rows)
+    nll = torch.zeros(len(rows), dtype=torch.float64)
+    hits = torch.zeros(len(rows), dtype=torch.long)
+    for batch in batches([len(row.tokens) - 1 for row in rows], batch_tokens):
+        nll[batch], hits[batch] = _score_batch(model, [rows[i] for i in batch])
+        if on_batch is not None:
+            on_batch(len(batch))
+    return Scores(nll, hits)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    first = 0
+    while first < len(order):
+        size = max(1, batch_tokens // lengths[order[first]])
+        yield order[first : first + size]
+        first += size
+
+
+def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input_ids, labels and segment_ids (B, T), padded on the right; segment_ids is None where nothing is padded."""
+    lengths = [len(row.tokens) - 1 for row in rows]
+    B, T = len(rows), max(lengths)
+    input_ids = torch.zeros(B, T, dtype=torch.long)
+    labels = torch.full((B, T), IGNORED)
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        tokens = torch.from_numpy(row.tokens).long()
+        input_ids[b, :length] = tokens[:-1]
+        labels[b, row.n_given - 1 : length] = tokens[row.n_given :]
+    padded = min(lengths) < T
+    segments = (torch.arange(T) < torch.tensor(lengths)[:, None]).long().to(device) if padded else None
+    return input_ids.to(device), labels.to(device), segments
+
+
+def _score_batch(model: Decoder, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and hits of each row, (B,)."""
+    input_ids, labels, segment_ids = collate(rows, model.embed.weight.device)
+    hidden = model.features(input_ids, segment_ids)  # (B, T, C)
+    scored = labels != IGNORED
+    nll = torch.zeros(labels.shape, dtype=torch.float64)
+    hits = torch.zeros(labels.shape, dtype=torch.long)
+    nll[scored.cpu()], hits[scored.cpu()] = _score_tokens(model, hidden[scored], labels[scored])
+    return nll.sum(1), hits.sum(1)
+
+
+def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and hits (N,) of hidden states (N, C), with the logits of a chunk at a time.
+
+    One product gives both; `linear_logprobs` would leave the most likely token to a second one.
+    """
+    size = tokens_at_once(model.config.vocab_size, hidden.device)
+    nll, hits = [], []
+    for part, goal in zip(hidden.split(size), labels.split(size), strict=True):
+        logits = model.logits(part).float()  # (n, V); bf16 keeps 8 bits: too few for the tail of a wide softmax
+        nll.append(F.cross_entropy(logits, goal, reduction="none"))
+        hits.append(logits.argmax(-1) == goal)
+    return torch.cat(nll).double().cpu(), torch.cat(hits).long().cpu()
+
+
+def _check_vocabulary(model: Decoder, rows: Sequence[Row]) -> None:
+    largest, size = max((int(row.tokens.max()) for row in rows), default=0), model.config.vocab_size
+    if largest >= size:
+        raise ConfigError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")

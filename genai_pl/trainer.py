@@ -1,0 +1,97 @@
+"""The Trainer of a run, with its callbacks and loggers, from the configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl import callbacks as cb
+from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.tokenizer import files_of
+from genai_pl.errors import ConfigError, UserError
+from genai_pl.fit import Parts
+from genai_pl.models import flop_rates
+from genai_pl.specs import GenerationConfig
+
+
+def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
+    """The Trainer and our callbacks by name."""
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    every = options.pop("log_every_n_steps")
+    # ours count optimizer steps, across epochs; Lightning counts batches
+    options["val_check_interval"] *= options["accumulate_grad_batches"]
+    options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
+    settings = config.callbacks
+    loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
+    callbacks = {
+        "monitor": cb.Monitor(every),
+        "console": cb.Console(),
+        "interrupt": cb.Interrupt(),
+        "checkpoints": cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint),
+    }
+    if samples and settings.samples.every_n_steps:
+        sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
+        prompts = list(settings.samples.prompts or ())
+        callbacks["samples"] = cb.Samples(
+            every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling
+        )
+    try:
+        trainer = L.Trainer(
+            **options,
+            precision=config.precision.lightning,
+            strategy=config.strategy.lightning,
+            logger=[make(node) for node in loggers],
+            callbacks=[*callbacks.values(), *make(config.callbacks.extra).values()],
+            plugins=[cb.AtomicCheckpointIO()],
+            default_root_dir=str(run),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    return trainer, callbacks
+
+
+def count_steps(config: DictConfig, data: RowsDataModule, world_size: int) -> int:
+    """Optimizer steps of the run, from our own numbers: max_epochs wins over max_steps."""
+    if config.trainer.max_epochs is None:
+        if config.trainer.max_steps < 1:
+            raise ConfigError(f"trainer.max_steps={config.trainer.max_steps}: set it, or trainer.max_epochs")
+        return config.trainer.max_steps
+    if data.streaming:
+        raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
+    return config.trainer.max_epochs * data.steps_per_epoch(config.trainer.accumulate_grad_batches, world_size)
+
+
+def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+    """Tell the callbacks and loggers about each other and about what is trained."""
+    model, monitor = parts.module.model, parts.monitor
+    monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
+    monitor.listeners.append(parts.console.show)
+    parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
+    if parts.samples:
+        parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
+        parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
+    step = cb.step_of(checkpoint) if checkpoint else 0
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, cb.MetricsCSV):
+            logger.resume(step)
+        if isinstance(logger, TensorBoardLogger) and checkpoint:
+            logger._kwargs["purge_step"] = step + 1
+    parts.trainer.strategy.connect(parts.module)
+
+
+def make(node: DictConfig, **given: object) -> Any:
+    """The object that a node's `_target_` names; a mistake of the user keeps its own line."""
+    try:
+        return instantiate(node, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,249 @@
+"""`python evaluate.py`: the figures of a plain loop over transformers' model, however rows are batched and padded."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from genai_pl.config import CONF, _register
+from genai_pl.data import byte_tokenizer, train_bpe
+from genai_pl.data.sources import CORPUS
+from genai_pl.evaluation import completion_rows, score, text_rows
+from genai_pl.evaluation.rows import windows
+from genai_pl.load import load
+
+CONTEXT = 24
+TEXTS = ["Two households, both alike in dignity, in fair Verona", "short", "x", ""]
+PROMPTS = ["Where is the", "ends in spaces  ", "longer than the context of the model is, so it is cut", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of random weights over bytes whose most likely token is always a small letter."""
+    path = tmp_path_factory.mktemp("evaluate") / "model"
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 258}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, tie_word_embeddings=False))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    with torch.no_grad():
+        theirs.lm_head.weight[: ord("a")] = 0
+        theirs.lm_head.weight[ord("z") + 1 :] = 0
+    theirs.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def plain(theirs: nn.Module, given: list[int], scored: list[int]) -> tuple[float, list[bool]]:
+    """Negative log-likelihood of the tokens `scored` after `given`, and which of them are the most likely ones."""
+    logits = theirs(torch.tensor([(given + scored)[:-1]])).logits[0, -len(scored) :].double()
+    goal = torch.tensor(scored)
+    nll = -logits.log_softmax(-1).gather(1, goal[:, None]).sum().item()
+    return nll, (logits.argmax(-1) == goal).tolist()
+
+
+@torch.no_grad()
+def continued(theirs: nn.Module, text: str, n: int) -> str:
+    """The n most likely next bytes."""
+    ids = list(text.encode())
+    for _ in range(n):
+        ids.append(int(theirs(torch.tensor([ids[-CONTEXT:]])).logits[0, -1].argmax()))
+    return bytes(ids[len(ids) - n :]).decode()
+
+
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 5, 6, 7, 10, 11, 12, 40])
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+def test_windows_score_each_token_but_the_first_once_with_the_context_that_the_stride_promises(
+    n_tokens: int, stride: int
+) -> None:
+    tokens, scored = np.arange(n_tokens), []
+    for row in windows(tokens, seq_len=5, stride=stride):
+        assert len(row.tokens) <= 6
+        assert row.n_scored >= 1
+        assert row.n_given >= min(int(row.tokens[row.n_given]), 6 - stride)
+        scored += row.tokens[row.n_given :].tolist()
+    assert scored == list(range(1, n_tokens))
+
+
+def test_a_text_gets_the_figures_of_transformers_window_by_window(
+    folder: Path, theirs, command, tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "texts.jsonl", [{"body": text, "other": 1} for text in TEXTS])
+    arguments = ("evaluate", f"checkpoint={folder}", f"data.path={data}", "data.column=body", "data.stride=7")
+    result = command(*arguments, "data.seq_len=10", "out=figures/all.json")
+    assert result.status == 0, result.err
+    assert result.err == ""
+    total, hits = 0.0, []
+    for ids in (list(text.encode()) for text in TEXTS):
+        for n, token in list(enumerate(ids))[1:]:
+            window = max(0, -(-(n - 10) // 7))  # the first one that reaches as far as token n
+            nll, hit = plain(theirs, ids[7 * window : n], [token])
+            total, hits = total + nll, hits + hit
+    figures = json.loads((tmp_path / "figures" / "all.json").read_text())
+    assert (figures["rows"], figures["tokens"], figures["cut"]) == (4, len(hits), 0)
+    loss = total / len(hits)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert figures["bpb"] == pytest.approx(loss / math.log(2), rel=1e-5)  # a token is a byte
+    assert figures["token_accuracy"] == sum(hits) / len(hits)
+    assert "accuracy" not in figures
+    assert figures["config"]["data"]["stride"] == 7
+    printed = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert float(printed["loss"]) == pytest.approx(loss, abs=1e-4)
+    assert printed["n"] == f"4 rows, {len(hits)} tokens"
+
+
+def test_completions_get_the_figures_of_transformers_one_by_one(folder: Path, theirs, command, tmp_path: Path) -> None:
+    completions = [continued(theirs, PROMPTS[0], 3), "word", continued(theirs, PROMPTS[2], 2), "ab"]
+    rows = [{"prompt": p, "completion": c} for p, c in zip(PROMPTS, completions, strict=True)]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    result = command("evaluate", f"checkpoint={folder}", f"data.path={path}", "batch_tokens=40", "out=figures.json")
+    assert result.status == 0, result.err
+    scored = [plain(theirs, list(b"Where is the"), list(completions[0].encode()))]
+    scored += [plain(theirs, list(b"ends in spaces"), list(b"  word"))]
+    scored += [plain(theirs, list(PROMPTS[2].encode())[-(CONTEXT - 1) :], list(completions[2].encode()))]
+    scored += [plain(theirs, [byte_tokenizer().bos_token_id], list(completions[3].encode()))]
+    nlls, hits = [nll for nll, _ in scored], [hit for _, row in scored for hit in row]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["loss"] == pytest.approx(sum(nlls) / len(hits), rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(sum(nlls) / len(hits)), rel=1e-5)
+    assert figures["completion_perplexity"] == pytest.approx(math.exp(sum(nlls) / 4), rel=1e-4)
+    assert figures["accuracy"] == sum(all(row) for _, row in scored) / 4
+    assert figures["accuracy"] > 0
+    assert figures["token_accuracy"] == sum(hits) / len(hits)
+    assert (figures["rows"], figures["tokens"], figures["cut"]) == (4, len(hits), 1)
+    assert f"1 prompts, on the left, to the context of {CONTEXT} tokens" in result.out
+
+
+def test_batches_padding_and_chunks_of_logits_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = load(str(folder))
+    pairs = [prompt or "a" for prompt in PROMPTS], [" b", " longer", " c d", " e"]
+    rows = completion_rows(*pairs, ours.tokenizer, seq_len=CONTEXT) + text_rows(TEXTS, ours.tokenizer, seq_len=CONTEXT)
+    seen: list[int] = []
+    alone = score(ours.model, rows, batch_tokens=1, on_batch=seen.append)
+    assert seen == [1] * len(rows)
+    together = score(ours.model, rows, batch_tokens=100, on_batch=seen.append)
+    assert max(seen) > 1
+    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 258 * 3)  # three tokens
+    for found in (together, score(ours.model, rows, batch_tokens=100)):
+        torch.testing.assert_close(found.nll, alone.nll, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.hits, alone.hits)
+
+
+def test_the_first_token_is_scored_only_after_a_bos() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    bos = tokenizer.bos_token_id
+    (plainly,) = text_rows(["abc"], tokenizer, seq_len=8)
+    (asked,) = text_rows(["abc"], tokenizer, seq_len=8, bos=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    (by_itself,) = text_rows(["abc"], tokenizer, seq_len=8)
+    (refused,) = text_rows(["abc"], tokenizer, seq_len=8, bos=False)
+    for row in (plainly, refused):
+        assert (row.tokens.tolist(), row.n_given) == ([97, 98, 99], 1)
+    for row in (asked, by_itself):
+        assert (row.tokens.tolist(), row.n_given) == ([bos, 97, 98, 99], 1)
+    (pair,) = completion_rows(["ab"], ["c"], tokenizer, seq_len=8)
+    assert (pair.tokens.tolist(), pair.n_given) == ([bos, 97, 98, 99], 3)
+
+
+def test_a_prompt_and_its_completion_are_encoded_together_and_the_space_between_them_is_the_completions() -> None:
+    tokenizer = train_bpe(["the sign the signs the sign" * 10], 300)
+    whole, prompt = tokenizer.encode("the sign"), tokenizer.encode("the")
+    for pair in (("the", " sign"), ("the ", "sign")):
+        (row,) = completion_rows([pair[0]], [pair[1]], tokenizer, seq_len=64)
+        assert row.tokens.tolist() == whole
+        assert row.n_given == len(prompt)
+
+
+PAIR = {"prompt": "a", "completion": "b"}
+MISTAKES = {
+    "no column 'text', nor 'prompt' and 'completion'; found: body, title": ({"body": "x", "title": "y"}, ()),
+    "no column 'nope'; found: prompt, completion": (PAIR, ("data.column=nope",)),
+    "row 1: completion is empty": ({**PAIR, "completion": ""}, ()),
+    "row 1: prompt is NoneType, not text": ({**PAIR, "prompt": None}, ()),
+    "row 1: completion has 30 tokens, more than the context of 24": ({**PAIR, "completion": "b" * 30}, ()),
+    "there is no token to score": ({"text": "x"}, ()),
+    "data.stride=25 must lie between 1 and the window, 24 tokens": ({"text": "xy"}, ("data.stride=25",)),
+    "data.stride=2: prompts and completions have no windows": (PAIR, ("data.stride=2",)),
+    "where learned positions end": ({"text": "x" * 99}, ("data.seq_len=90",)),
+    "limit=0 must be at least 1": (PAIR, ("limit=0",)),
+    "out=.: a folder": (PAIR, ("out=.",)),
+    "out=data.jsonl/x: cannot be written": (PAIR, ("out=data.jsonl/x",)),
+    "precision=fp64: no such option, did you mean fp16?": (PAIR, ("precision=fp64",)),
+    "data.strid: no such option, did you mean stride?": (PAIR, ("data.strid=1",)),
+}
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_a_mistake_of_evaluate_is_one_line(said: str, folder: Path, command, tmp_path: Path) -> None:
+    row, options = MISTAKES[said]
+    write_lines(tmp_path / "data.jsonl", [row])
+    result = command("evaluate", f"checkpoint={folder}", "data.path=data.jsonl", *options)
+    assert result.status in (1, 2)
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: ")
+    assert said in result.err
+
+
+def test_data_that_cannot_be_read_are_one_line(folder: Path, command, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text": "x"\nnonsense')
+    result = command("evaluate", f"checkpoint={folder}", "data.path=broken.jsonl")
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert "broken.jsonl: cannot be read as json" in result.err
+
+
+def test_a_completion_that_has_no_token_of_its_own_is_named() -> None:
+    tokenizer = train_bpe(["signs signs signs"] * 10, 300)
+    with pytest.raises(Exception, match="row 2: no token is the completion's alone"):
+        completion_rows(["x", "sign"], [" y", "s"], tokenizer, seq_len=64)
+
+
+def test_a_model_that_does_not_predict_the_next_token_is_refused(command, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = AutoConfig.for_model("bert", **sizes, vocab_size=258)
+    AutoModelForMaskedLM.from_config(bert).save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    write_lines(tmp_path / "data.jsonl", [PAIR])
+    result = command("evaluate", "checkpoint=bert", "data.path=data.jsonl")
+    assert result.status == 2
+    assert result.err == "error: checkpoint=bert: evaluate needs a model of shape decoder, not encoder\n"
+
+
+def test_of_a_shipped_set_the_validation_part_is_taken(folder: Path, command) -> None:
+    options = ("data.path=devil", "data.column=completion", "limit=3", "precision=bf16")
+    result = command("evaluate", f"checkpoint={folder}", *options)
+    assert result.status == 0, result.err
+    rows = [json.loads(line) for line in (CORPUS / "devil" / "val.jsonl").read_text().splitlines()[:3]]
+    n_tokens = sum(len(row["completion"].encode()) - 1 for row in rows)
+    assert f"3 rows, {n_tokens} tokens" in result.out
+
+
+@pytest.mark.parametrize("precision", sorted(path.stem for path in CONF.glob("precision/*.yaml")))
+def test_every_precision_is_known(precision: str) -> None:
+    from genai_pl.run_evaluate import DTYPES
+
+    _register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("evaluate", overrides=[f"precision={precision}"]).precision.lightning in DTYPES
