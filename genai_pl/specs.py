@@ -145,6 +145,10 @@ class ModelConfig:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
         if self.attention_kind is AttentionKind.window and self.window is None:
             raise ConfigError("model.attention_kind=window needs model.window")
+        if self.attention_kind is AttentionKind.linformer and self.shape is not Shape.encoder:
+            raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
+        if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
+            raise ConfigError("model.attention_kind=reformer has its queries for keys: set model.n_kv_head=null")
         if self.tie_embeddings and self.head is Head.linear and self.embedding_size != self.n_embd:
             raise ConfigError("model.embedding_size below n_embd needs model.head=transform or tie_embeddings=false")
         if not 0.0 <= self.dropout < 1.0:

@@ -1,16 +1,18 @@
 """Multi-head attention over (B, T, C), with grouped keys, QK-norm, positions of every kind and a cache."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from genai_pl.kernels import AttentionMask, attention
+from genai_pl.kernels.efficient import Linformer, Performer, Reformer, WindowAttention
 from genai_pl.models.cache import KVCache
 from genai_pl.models.layers import build_norm
 from genai_pl.models.positions import alibi_slopes, rotate
 from genai_pl.models.relative import XLPositions
-from genai_pl.names import Position
+from genai_pl.names import AttentionKind, Position
 from genai_pl.specs import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]
@@ -28,16 +30,18 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
+        # the Reformer's keys are its queries
+        shared = config.attention_kind is AttentionKind.reformer
+        self.k_proj = None if shared else nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.o_bias)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm and not shared else nn.Identity()
         self.dropout, self.softcap = config.dropout, config.softcap
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.n_alibi = config.n_head if config.position is Position.alibi else 0
         self.xl = XLPositions(config) if config.position is Position.xl else None
-        self.attend = partial(attention, backend=config.attention.value)
+        self.attend = build_attend(config, layer)
 
     def forward(
         self,
@@ -54,7 +58,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         q = q if rotary is None else rotate(q, rotary)
-        k, v = self._keys_and_values(x if source is None else source, rotary, cache)  # (B, K, S, D)
+        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q)  # (B, K, S, D)
         q = q.to(v.dtype)  # under autocast norms give float32
         if self.xl is not None:
             places = torch.arange(T, device=x.device)[None] if places is None else places
@@ -72,20 +76,42 @@ class Attention(nn.Module):
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
-    def _keys_and_values(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor
+    ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = (k if rotary is None else rotate(k, rotary)).to(v.dtype)
+        if self.k_proj is None:
+            k = q
+        else:
+            k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+            k = k if rotary is None else rotate(k, rotary)
+        k = k.to(v.dtype)
         return (k, v) if cache is None else cache.update(self.layer, k, v)
 
 
 class CrossAttention(Attention):
     """Attention to a text that does not grow: its keys and values are made once per cache."""
 
-    def _keys_and_values(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if cache is None:
-            return super()._keys_and_values(x, None, None)
+            return super()._keys_and_values(x, None, None, q)
         if self.layer not in cache.source:
-            cache.source[self.layer] = super()._keys_and_values(x, None, None)
+            cache.source[self.layer] = super()._keys_and_values(x, None, None, q)
         return cache.source[self.layer]
+
+
+def build_attend(config: ModelConfig, layer: int) -> Callable[..., Tensor]:
+    """What turns queries, keys, values and a mask into outputs, called as `attention` is."""
+    kind, backend = config.attention_kind, config.attention.value
+    if kind is AttentionKind.window:
+        return WindowAttention(window=config.window, n_global=config.n_global, backend=backend)
+    if kind is AttentionKind.linformer:
+        return Linformer(max_seq_len=config.max_seq_len, rank=config.linformer_rank, n_kv_head=config.n_kv_head)
+    if kind is AttentionKind.performer:
+        return Performer(head_dim=config.head_dim, n_features=config.performer_features, seed=layer)
+    if kind is AttentionKind.reformer:
+        return Reformer(n_hashes=config.reformer_hashes, bucket_size=config.reformer_bucket, seed=layer)
+    return partial(attention, backend=backend)

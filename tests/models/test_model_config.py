@@ -13,6 +13,7 @@ SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 53, "max_seq_len
 ROTARY = {**SIZES, "position": "rotary"}
 RELATIVE = {**SIZES, "position": "relative", "relative_buckets": 8}
 BOTH = {**SIZES, "shape": "encoder_decoder"}
+ENCODER = {**SIZES, "shape": "encoder"}
 WINDOW = {**ROTARY, "window": 3}
 
 # option -> (the rest, another value)
@@ -41,6 +42,7 @@ CHANGE_PARAMETERS = {
     "o_bias": (SIZES, False),
     "head": (SIZES, "transform"),
     "head_bias": (SIZES, True),
+    "linformer_rank": ({**ENCODER, "attention_kind": "linformer"}, 8),
 }
 CHANGE_LOGITS = {
     "n_head": (SIZES, 2),
@@ -59,7 +61,12 @@ CHANGE_LOGITS = {
     "scale_head": (SIZES, True),
     "attention_scale": (SIZES, 1.0),
     "full_every": (WINDOW, 2),
+    "attention_kind": (SIZES, "performer"),
+    "n_global": ({**WINDOW, "attention_kind": "window"}, 2),
+    "reformer_hashes": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4, "reformer_hashes": 1}, 3),
+    "reformer_bucket": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4}, 8),
 }
+CHANGE_BUFFERS = {"performer_features": ({**SIZES, "attention_kind": "performer"}, 32)}
 CHANGE_NEITHER = {"attention": (SIZES, "reference")}
 CHANGE_INITIAL_WEIGHTS = {"init_std": (SIZES, 0.1)}
 
@@ -87,7 +94,7 @@ def test_options_of_the_architecture_change_the_parameters(option: str, case: tu
 def test_options_of_the_arithmetic_change_the_logits_of_the_same_weights(option: str, case: tuple[dict, object]):
     rest, value = case
     model, other = build(rest), build({**rest, option: value})
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(model.state_dict(), strict=option != "attention_kind")  # Performer's features are kept
     assert (logits(model) - logits(other)).abs().max() > 1e-2
 
 
@@ -96,13 +103,18 @@ def test_backends_change_nothing():
     torch.testing.assert_close(logits(build(rest)), logits(build({**rest, "attention": value})))
 
 
+def test_more_features_make_another_performer():
+    rest, value = CHANGE_BUFFERS["performer_features"]
+    assert (logits(build(rest)) - logits(build({**rest, "performer_features": value}))).abs().max() > 1e-3
+
+
 def test_init_std_scales_the_initial_weights():
     small, large = build({**SIZES, "init_std": 0.02}), build({**SIZES, "init_std": 0.2})
     torch.testing.assert_close(large.embed.weight, 10 * small.embed.weight)
 
 
 def test_every_option_is_tested_here():
-    tested = [*CHANGE_PARAMETERS, *CHANGE_LOGITS, *CHANGE_NEITHER, *CHANGE_INITIAL_WEIGHTS]
+    tested = [*CHANGE_PARAMETERS, *CHANGE_LOGITS, *CHANGE_NEITHER, *CHANGE_BUFFERS, *CHANGE_INITIAL_WEIGHTS]
     assert sorted(tested) == sorted(ModelConfig.__dataclass_fields__)
 
 
@@ -148,6 +160,9 @@ def test_sizes_left_out_are_derived(values: dict, derived: dict):
         ({"attention": "sdpa", "softcap": 5.0}, "model.attention=sdpa has no softcap"),
         ({"position": "xl"}, "model.position=xl needs model.shape=encoder"),
         ({"n_decoder_layer": 2}, "model.n_decoder_layer needs model.shape=encoder_decoder"),
+        ({"attention_kind": "linformer"}, "model.attention_kind=linformer .* needs model.shape=encoder"),
+        ({"attention_kind": "reformer", "n_kv_head": 4}, "model.attention_kind=reformer .* model.n_kv_head=null"),
+        ({"attention_kind": "window"}, "model.attention_kind=window needs model.window"),
         ({"full_every": 2}, "model.full_every needs model.window"),
         ({"embedding_size": 16}, "model.embedding_size below n_embd needs model.head=transform"),
         ({"rope_scaling": {"kind": "dynamic"}}, "model.rope_scaling.kind=dynamic is not one of linear, llama3, yarn"),

@@ -1,0 +1,152 @@
+"""Attention whose weights are products of positive features, by states that pass from block to block.
+
+Exponents stay logarithms beside sums whose largest term is near 1, so that nothing overflows, and nothing that a query
+does not see moves its sums.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.kernels.efficient.blocks import cut
+from genai_pl.kernels.mask import AttentionMask
+
+BLOCK = 128
+NOTHING = float("-inf")
+
+
+class Sums(NamedTuple):
+    """exp(log) * total: the sums over some keys of weight * (value, 1)."""
+
+    log: Tensor  # (...)
+    total: Tensor  # (..., D + 1)
+
+
+def attend_without_mask(log_q: Tensor, log_k: Tensor, values: Tensor) -> Tensor:
+    """Means of values (..., S, D) with the weights sum_m exp(log_q[..., t, m] + log_k[..., s, m]), (..., T, D)."""
+    return _divide([_read(log_q, _state(log_k, _with_ones(values)))])
+
+
+def attend_by_features(log_q: Tensor, log_k: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    """The same means over the keys that `causal` and `segments` of the mask show, or zeros where there are none.
+
+    log_q (B, K, G, T, M), log_k (B, K, 1, S, M) and values (B, K, 1, S, D): (B, K, G, T, D). Memory is linear in T and
+    S: only blocks of queries meet blocks of keys, and the rest of the row is a state of M * (D + 1) numbers per block.
+    """
+    T, S = log_q.shape[-2], log_k.shape[-2]
+    length = max(T, S)
+    block = min(BLOCK, length)
+    documents, query_documents = _documents(mask, T, S, log_q.device)  # (B, 1, 1, S, 1), (B, 1, 1, T, 1)
+    queries, query_documents = (_blocks(x, T, block) for x in (log_q, query_documents))  # the last n of the N blocks
+    keys, values, documents = (_blocks(x, length, block) for x in (log_k, _with_ones(values), documents))
+    documents, query_documents = documents[..., 0], query_documents[..., 0]  # (B, 1, 1, N or n, block)
+    n = queries.shape[3]
+    visible = _visible(query_documents, documents[:, :, :, -n:], causal=mask.causal)
+    parts = [_within(queries, keys[:, :, :, -n:], values[:, :, :, -n:], visible)]
+    parts.append(_from_states(queries, query_documents, _states_before(keys, values, documents)))
+    if not mask.causal:  # what comes after is what comes before in the row turned round
+        last = documents.amax() + 1
+        turned = torch.where(documents == 0, 0, last - documents).flip(3)
+        state, document = _states_before(keys.flip(3), values.flip(3), turned)
+        after = Sums(state.log.flip(3), state.total.flip(3)), last - document.flip(3)
+        parts.append(_from_states(queries, query_documents, after))
+    return _divide(parts).flatten(3, 4)[:, :, :, -T:]
+
+
+def _with_ones(values: Tensor) -> Tensor:
+    """(..., D) -> (..., D + 1): a last entry of 1, whose weighted sum is the sum of the weights."""
+    return F.pad(values, (0, 1), value=1.0)
+
+
+def _documents(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The document of each key (B or 1, 1, 1, S, 1) and of each query (B or 1, 1, 1, T, 1)."""
+    if mask.segments is None:
+        keys, queries = (torch.ones(1, length, dtype=torch.long, device=device) for length in (S, T))
+    else:
+        keys, queries = mask.segments, mask.segments_of_queries(T, S)
+    return keys[:, None, None, :, None], queries[:, None, None, :, None]
+
+
+def _blocks(x: Tensor, length: int, block: int) -> Tensor:
+    """Zeros before the first position up to whole blocks that hold `length`, (..., L, D) -> (..., N, block, D)."""
+    missing = length + -length % block - x.shape[-2]
+    return cut(F.pad(x, (0, 0, missing, 0)) if missing else x, block)
+
+
+def _visible(query_documents: Tensor, documents: Tensor, *, causal: bool) -> Tensor:
+    """True where a query sees a key of its own block, (B, 1, 1, n, block, block)."""
+    queries, keys = query_documents[..., :, None], documents[..., None, :]
+    visible = (queries == keys) & (keys != 0)
+    return visible.tril() if causal else visible
+
+
+def _within(log_q: Tensor, log_k: Tensor, values: Tensor, visible: Tensor) -> Sums:
+    """The sums of each query over the visible keys of its own block, (B, K, G, n, block, D + 1).
+
+    Keys are scaled one by one, so that a later one cannot drown an earlier one, whose query does not see the later.
+    """
+    top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (log_q, log_k))
+    products = torch.exp(log_q - top_q) @ torch.exp(log_k - top_k).transpose(-2, -1)  # (B, K, G, n, block, block)
+    sizes = top_k.transpose(-2, -1).masked_fill(~visible, NOTHING)  # (B, K, 1, n, block, block)
+    top = sizes.amax(-1, keepdim=True)
+    weights = products * torch.exp(sizes - _finite(top))
+    return Sums((top_q + top).squeeze(-1), weights @ values)
+
+
+def _state(log_k: Tensor, values: Tensor) -> Sums:
+    """The sums over keys for each feature, (..., S, M) and (..., S, D + 1) -> (..., M, D + 1)."""
+    top = log_k.detach().amax(-2)  # (..., M)
+    return Sums(top, torch.exp(log_k - _finite(top)[..., None, :]).transpose(-2, -1) @ values)
+
+
+def _read(log_q: Tensor, state: Sums) -> Sums:
+    """The sums of each query (..., T, M) over the keys of a state, (..., T, D + 1)."""
+    exponents = log_q + state.log[..., None, :]
+    top = exponents.detach().amax(-1, keepdim=True)  # (..., T, 1)
+    return Sums(top.squeeze(-1), torch.exp(exponents - _finite(top)) @ state.total)
+
+
+def _states_before(log_k: Tensor, values: Tensor, documents: Tensor) -> tuple[Sums, Tensor]:
+    """The state that reaches each block, (B, K, 1, N, M, D + 1), and the document that it is of, (B, 1, 1, N).
+
+    It is the one document that may go on: the last that began. 0 stands before the first.
+    """
+    newest = documents.amax(-1).cummax(-1).values  # (B, 1, 1, N)
+    elsewhere = documents != newest[..., None]
+    blocks = _state(log_k.masked_fill(elsewhere[..., None], NOTHING), values)
+    newest = F.pad(newest, (1, 0))  # (B, 1, 1, N + 1)
+    goes_on = newest[..., 1:] == newest[..., :-1]
+    state = Sums(torch.full_like(blocks.log[:, :, :, 0], NOTHING), torch.zeros_like(blocks.total[:, :, :, 0]))
+    states = [state]
+    for i in range(documents.shape[3] - 1):
+        past = state.log.masked_fill(~goes_on[..., i, None], NOTHING)
+        top = torch.maximum(past, blocks.log[:, :, :, i])
+        old, new = (torch.exp(log - _finite(top))[..., None] for log in (past, blocks.log[:, :, :, i]))
+        state = Sums(top, state.total * old + blocks.total[:, :, :, i] * new)
+        states.append(state)
+    logs, totals = zip(*states, strict=True)
+    return Sums(torch.stack(logs, 3), torch.stack(totals, 3)), newest[..., :-1]
+
+
+def _from_states(log_q: Tensor, query_documents: Tensor, states: tuple[Sums, Tensor]) -> Sums:
+    """The sums of each query over the state that reaches its block, if that is of its document."""
+    n = log_q.shape[3]
+    state, document = states
+    sums = _read(log_q, Sums(state.log[:, :, :, -n:], state.total[:, :, :, -n:]))
+    other = (query_documents != document[..., -n:, None]) | (query_documents == 0)  # (B, 1, 1, n, block)
+    return Sums(sums.log.masked_fill(other, NOTHING), sums.total)
+
+
+def _divide(parts: list[Sums]) -> Tensor:
+    """The mean of the values over all parts, (..., D)."""
+    top = _finite(torch.stack([part.log for part in parts]).amax(0))
+    total = sum(torch.exp(part.log - top)[..., None] * part.total for part in parts)
+    weight = total[..., -1:]
+    return total[..., :-1] / torch.where(weight > 0, weight, 1.0)
+
+
+def _finite(log: Tensor) -> Tensor:
+    """Something that can be subtracted: 0 where nothing was seen."""
+    return log.masked_fill(log == NOTHING, 0.0)
