@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import DISK_FULL, UserError
+from genai_pl.names import AttentionBackend
 from genai_pl.specs import GenerationConfig, ModelConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -48,6 +49,15 @@ class Root:
     callbacks: Any = None
     logger: Any = None
     generation: Any = None
+
+
+@dataclass
+class Wrapped:
+    """A causal language model of transformers."""
+
+    name: str = MISSING
+    max_seq_len: int = 1024
+    attention: AttentionBackend = AttentionBackend.auto
 
 
 @dataclass
@@ -130,7 +140,14 @@ class Evaluate:
 def _register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
-    nodes = {"root": Root, "model": ModelConfig, "data": Data, "pairs": Pairs, "generation": GenerationConfig}
+    nodes = {
+        "root": Root,
+        "model": ModelConfig,
+        "wrapped": Wrapped,
+        "data": Data,
+        "pairs": Pairs,
+        "generation": GenerationConfig,
+    }
     for name, node in {**nodes, "generate": Generate, "evaluate": Evaluate}.items():
         store.store(group="schema", name=name, node=node)
 

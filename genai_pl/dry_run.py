@@ -4,6 +4,7 @@ import torch
 from omegaconf import DictConfig
 
 from genai_pl.data import pretrained_tokenizer
+from genai_pl.errors import ConfigError
 from genai_pl.models import build_model
 from genai_pl.run import model_config
 from genai_pl.summary import describe_memory, describe_model, describe_step
@@ -11,6 +12,8 @@ from genai_pl.summary import describe_memory, describe_model, describe_step
 
 def dry_run(config: DictConfig) -> int:
     """Print what the run would cost, from a model that takes no memory."""
+    if "name" in config.model:
+        raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     n_tokens = {"byte": 258, "bpe": config.tokenizer.get("vocab_size")}.get(config.tokenizer.kind)
     if n_tokens is None:
         n_tokens = len(pretrained_tokenizer(config.tokenizer.name))

@@ -10,7 +10,9 @@ from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
+from genai_pl.models.hf_config import is_supported
 from genai_pl.models.pretrained import load_pretrained
+from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.names import AttentionBackend
 from genai_pl.specs import ModelConfig
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 class Loaded(NamedTuple):
     """A model in evaluation mode, its tokenizer, and the file or folder they were read from."""
 
-    model: Model
+    model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
 
@@ -32,18 +34,22 @@ def load(
     dtype: torch.dtype = torch.float32,
     attention: AttentionBackend = AttentionBackend.auto,
     dropout: float = 0.0,
+    wrap: bool = True,
 ) -> Loaded:
-    """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had."""
+    """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
+
+    With `wrap`, a folder of no family of ours is run by transformers, with our attention.
+    """
     path = resolve(reference)
+    if path.is_dir() and wrap and not is_supported(path / "config.json"):
+        return Loaded(load_wrapped(str(path), dtype=dtype, attention=attention), pretrained_tokenizer(str(path)), path)
     if path.is_dir():
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
         return Loaded(model, pretrained_tokenizer(str(path)), path)
     contents = read_checkpoint(path)
     ours = contents[MARK]
     try:
-        with torch.device("meta"):
-            config = ModelConfig.from_dict(ours["model"])
-            model = build_model(replace(config, attention=attention, dropout=dropout))
+        model = _shell(ours["model"], attention, dropout)
         prefix = "model."
         state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
         model.load_state_dict(state, assign=True)
@@ -51,6 +57,14 @@ def load(
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     model.tie_weights()
     return Loaded(model.eval(), from_files(ours["tokenizer"]), path)
+
+
+def _shell(stored: dict, attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
+    """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""
+    if "wrapped" in stored:
+        return build_wrapped(stored["wrapped"], attention=attention)
+    with torch.device("meta"):
+        return build_model(replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout))
 
 
 def resolve(reference: str) -> Path:

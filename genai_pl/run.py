@@ -16,7 +16,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
-from genai_pl.models import Model, ModelConfig, build_model
+from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.modules import BaseModule
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.summary import describe_model, describe_step
@@ -49,20 +49,7 @@ def build(config: DictConfig, run: Path) -> Parts:
     if data.kind != objective.data_kind:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
-    if config.init_from:
-        loaded = load(config.init_from, **{k: config.model[k] for k in ("attention", "dropout")})
-        model, tokenizer = loaded.model.train(), loaded.tokenizer
-        add_missing(tokenizer, objective.needs)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ConfigError(
-                f"init_from={config.init_from}: its tokenizer lacks tokens that the objective needs, and its vocabulary "
-                f"of {model.config.vocab_size} has no room for them; choose another objective or model"
-            )
-        data.seq_len = min(data.seq_len, model.config.max_seq_len)
-    else:
-        tokenizer = build_tokenizer(config, data)
-        add_missing(tokenizer, objective.needs)
-        model = build_model(model_config(config, len(tokenizer)))
+    model, tokenizer = start(config, data, objective)
     if not objective.uses_head:
         model.drop_head()
     module = build_module(config, model, tokenizer)
@@ -72,6 +59,33 @@ def build(config: DictConfig, run: Path) -> Parts:
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
     return Parts(run, trainer, module, data, tokenizer, **callbacks)
+
+
+def start(
+    config: DictConfig, data: RowsDataModule, objective: type[BaseModule]
+) -> "tuple[Model | WrappedDecoder, PreTrainedTokenizerBase]":
+    """The model before its first step, with the tokenizer that it reads by; both know the tokens that are needed."""
+    wrapped = "name" in config.model
+    if not (config.init_from or wrapped):
+        tokenizer = build_tokenizer(config, data)
+        add_missing(tokenizer, objective.needs)
+        return build_model(model_config(config, len(tokenizer))), tokenizer
+    if config.init_from:
+        options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
+        name = f"init_from={config.init_from}"
+        model, tokenizer, _ = load(config.init_from, wrap=wrapped, **options)
+    else:
+        name = f"model.name={config.model.name}"
+        model = load_wrapped(config.model.name, attention=config.model.attention)
+        tokenizer = pretrained_tokenizer(config.model.name)
+    data.seq_len = min(data.seq_len, model.config.max_seq_len)
+    add_missing(tokenizer, objective.needs)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"{name}: its tokenizer lacks tokens that the objective needs, and its vocabulary of "
+            f"{model.config.vocab_size} has no room for them; choose another objective or model"
+        )
+    return model.train(), tokenizer
 
 
 def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedTokenizerBase":

@@ -8,6 +8,7 @@ from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
 from genai_pl.models.pretrained import load_pretrained, save_pretrained
+from genai_pl.models.wrapped import WrappedDecoder, load_wrapped
 from genai_pl.specs import ModelConfig
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Reader",
+    "WrappedDecoder",
     "build_model",
     "flop_rates",
     "flops_per_token",
     "load_pretrained",
+    "load_wrapped",
     "memory_estimate",
     "n_parameters",
     "save_pretrained",

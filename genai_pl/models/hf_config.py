@@ -26,6 +26,11 @@ def read_config(file: Path) -> tuple[ModelConfig, list[Weight]]:
         raise CheckpointError(f"{file}: {error}") from None
 
 
+def is_supported(file: Path) -> bool:
+    """Whether a config.json is of a family that our own models can be."""
+    return read_json(file).get("model_type") in {NATIVE, *(family.model_type for family in FAMILIES)}
+
+
 def write_config(config: ModelConfig) -> tuple[dict[str, object], list[Weight], str]:
     """What to write in config.json, where to write each tensor, and the name of the class that reads both."""
     family = family_of(config)
@@ -75,7 +80,7 @@ def _from_any(values: dict) -> tuple[ModelConfig, list[Weight]]:
             config = _from_family(family, values)
             return config, family.table(config)
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise ConfigError(f"model_type {kind!r} is not supported; supported: {known}")
+    raise ConfigError(f"model_type {kind!r} is not supported; supported: {known} (others: model=hf model.name=...)")
 
 
 def _from_family(family: Family, values: dict) -> ModelConfig:
@@ -116,4 +121,8 @@ def _shell(config: ModelConfig) -> torch.nn.Module:
 
 
 def _native_table(config: ModelConfig) -> list[Weight]:
-    return [Weight(name, (name,)) for name, _ in _shell(config).named_parameters()]  # what is shared appears once
+    model = _shell(config)
+    kept = model.state_dict()
+    buffers = [name for name, _ in model.named_buffers() if name in kept]
+    names = [name for name, _ in model.named_parameters()]  # what is shared appears once
+    return [Weight(name, (name,)) for name in names + buffers]

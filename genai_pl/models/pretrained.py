@@ -11,6 +11,7 @@ from genai_pl.models.build import Model, build_model
 from genai_pl.models.families import Weight
 from genai_pl.models.folder import tensor_reader, write_json, write_tensors
 from genai_pl.models.hf_config import read_config, write_config
+from genai_pl.models.wrapped import WrappedDecoder, save_wrapped
 from genai_pl.names import AttentionBackend
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -42,13 +43,19 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: Model, folder: Path, *, token_ids: dict[str, int | None], max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Model | WrappedDecoder,
+    folder: Path,
+    *,
+    token_ids: dict[str, int | None],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
     """Write config.json, generation_config.json and model.safetensors; returns the name of the class that reads them.
 
     token_ids: bos_token_id, eos_token_id, pad_token_id. A folder that must appear whole is written by `write_atomic`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, WrappedDecoder):
+        return save_wrapped(model, folder)
     values, table, reader = write_config(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**values, "dtype": dtype, **token_ids})
@@ -61,16 +68,18 @@ def save_pretrained(
 
 def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
     """Put one tensor of theirs where ours are; ValueError if it has another shape than the configuration asks for."""
-    shapes = [model.get_parameter(name).shape for name in row.ours]
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in row.ours]
+    leaves = [name.rpartition(".")[2] for name in row.ours]
+    before = [getattr(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True)]
+    shapes = [tensor.shape for tensor in before]
     rows = [shape[0] for shape in shapes]
     asked = row.write(torch.empty(sum(rows), *shapes[0][1:], device="meta")).shape
     if tensor.shape != asked:
         raise ValueError(f"tensor {row.theirs} has shape {list(tensor.shape)}, config.json asks for {list(asked)}")
-    for name, part in zip(row.ours, row.read(tensor).split(rows), strict=True):
-        module, _, leaf = name.rpartition(".")
+    for owner, leaf, old, part in zip(owners, leaves, before, row.read(tensor).split(rows), strict=True):
         # a part must not keep the whole alive, nor share its memory
         part = part.clone() if len(rows) > 1 or row.skipped else part
-        setattr(model.get_submodule(module), leaf, nn.Parameter(part))
+        setattr(owner, leaf, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
 def _join(state: dict[str, Tensor], row: Weight) -> Tensor:

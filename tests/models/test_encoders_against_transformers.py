@@ -198,6 +198,13 @@ def test_what_no_family_expresses_makes_a_round_trip(shape: str, tmp_path: Path,
     assert torch.equal(load_pretrained(tmp_path)(input_ids, **given), ours(input_ids, **given))
 
 
+def test_the_features_of_a_performer_are_kept(tmp_path: Path, input_ids: Tensor):
+    ours = shaken(build_model(ModelConfig(**SIZES, attention_kind="performer", performer_features=16)))
+    ours.blocks[0].attention.attend.redraw(torch.Generator().manual_seed(5))
+    save_pretrained(ours, tmp_path, token_ids=TOKENS)
+    assert torch.equal(load_pretrained(tmp_path)(input_ids), ours(input_ids))
+
+
 def test_large_models_are_written_in_shards_that_transformers_reads(tmp_path: Path, input_ids: Tensor):
     ours = shaken(build_model(ModelConfig(**OURS["BertForMaskedLM"])))
     save_pretrained(ours, tmp_path, token_ids=TOKENS, max_shard_bytes=20_000)
