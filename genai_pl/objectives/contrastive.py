@@ -26,8 +26,10 @@ def info_nce(
     temperature 0.05 (Gao et al. 2021, eq. 1).
     """
     candidates = positives if negatives is None else torch.cat([positives, negatives])
-    similarity, own = _similarity(anchors, candidates, offset=offset, text_ids=text_ids)
-    return F.cross_entropy(similarity / temperature, own, reduction="sum")
+    similarity, own, doubles = _similarity(anchors, candidates, offset=offset, text_ids=text_ids)
+    # masked last: an infinite cosine would give the temperature a gradient that is not a number
+    logits = (similarity / temperature).masked_fill(doubles, float("-inf"))
+    return F.cross_entropy(logits, own, reduction="sum")
 
 
 def symmetric_info_nce(
@@ -70,20 +72,23 @@ def recall_at_k(
 
     A candidate that is as similar as the own one stands before it: embeddings that are all the same find nothing.
     """
-    similarity, own = _similarity(anchors, positives, offset=offset, text_ids=text_ids)
+    similarity, own, doubles = _similarity(anchors, positives, offset=offset, text_ids=text_ids)
+    similarity = similarity.masked_fill(doubles, float("-inf"))
     before = (similarity >= similarity.gather(1, own[:, None])).sum(-1) - 1
     return (before < k).sum()
 
 
-def _similarity(anchors: Tensor, candidates: Tensor, *, offset: int, text_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosines (B, N), -inf where a candidate is the own one's double, and the column of the own one (B,)."""
+def _similarity(
+    anchors: Tensor, candidates: Tensor, *, offset: int, text_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines (B, N), the column of the own candidate (B,), and where a candidate is that one's double (B, N)."""
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     with torch.autocast(anchors.device.type, enabled=False):  # at temperature 0.05, bf16 would be off by 0.08
         similarity = F.normalize(anchors.to(dtype), dim=-1) @ F.normalize(candidates.to(dtype), dim=-1).t()
     row = torch.arange(len(anchors), device=anchors.device)
     own = row + offset
+    doubles = torch.zeros_like(similarity, dtype=torch.bool)
     if text_ids is not None:
-        double = text_ids[own, None] == text_ids
-        double[row, own] = False
-        similarity = similarity.masked_fill(double, float("-inf"))
-    return similarity, own
+        doubles = text_ids[own, None] == text_ids
+        doubles[row, own] = False
+    return similarity, own, doubles

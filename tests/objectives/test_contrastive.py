@@ -111,3 +111,14 @@ def test_recall_finds_nothing_in_collapsed_embeddings_and_forgives_doubles_of_th
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert recall_at_k(texts, texts, 1) == 1
     assert recall_at_k(texts, texts, 1, text_ids=torch.tensor([4, 5, 4])) == 3
+
+
+def test_doubles_leave_the_gradient_of_the_temperature_finite():
+    generator = torch.Generator().manual_seed(0)
+    anchors, positives = (torch.randn(4, 8, generator=generator) for _ in range(2))
+    ids = torch.tensor([0, 1, 0, 2])
+    temperature = torch.tensor(0.1, requires_grad=True)
+    info_nce(anchors, positives, temperature=temperature, text_ids=ids).backward()
+    step = 1e-3
+    above, below = (info_nce(anchors, positives, temperature=0.1 + d, text_ids=ids) for d in (step, -step))
+    torch.testing.assert_close(temperature.grad, (above - below) / (2 * step), rtol=1e-2, atol=0)
