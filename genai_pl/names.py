@@ -77,6 +77,7 @@ class AttentionBackend(str, Enum):
 class RopeKind(str, Enum):
     """How rotary positions reach beyond the length they were trained on."""
 
+    none = "none"
     linear = "linear"
     llama3 = "llama3"
     yarn = "yarn"

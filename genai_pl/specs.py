@@ -11,7 +11,7 @@ from genai_pl.names import Activation, AttentionBackend, AttentionKind, Head, No
 class RopeScaling:
     """Rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
 
-    kind: RopeKind = RopeKind.linear
+    kind: RopeKind = RopeKind.none
     factor: float = 1.0  # how many times longer
     original_max_seq_len: int = 8192  # llama3, yarn: the length of the training
     low_freq_factor: float = 1.0  # llama3
@@ -49,7 +49,7 @@ class ModelConfig:
     position: Position = Position.learned
     rope_theta: float = 10000.0
     rope_theta_local: float | None = None  # of layers with a window, never scaled; null: as all the others
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     relative_buckets: int = 32  # of position=relative
     relative_max_distance: int = 128
     norm: Norm = Norm.layernorm
@@ -102,8 +102,8 @@ class ModelConfig:
                 if value not in names:
                     raise ConfigError(f"model.{option.name}={value} is not one of {', '.join(names)}")
                 setattr(self, option.name, option.type(value))
-        if isinstance(self.rope_scaling, dict):
-            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        if not isinstance(self.rope_scaling, RopeScaling):
+            self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

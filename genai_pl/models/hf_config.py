@@ -9,7 +9,7 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
 from genai_pl.models.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.folder import read_json
-from genai_pl.names import AttentionBackend, Head
+from genai_pl.names import AttentionBackend, Head, RopeKind
 from genai_pl.specs import ModelConfig
 
 NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
@@ -65,7 +65,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
         same |= {"tie_embeddings": True, "head_bias": False}
     if config.attention_scale == config.head_dim**-0.5:
         same["attention_scale"] = None
-    if config.rope_theta_local == config.rope_theta and config.rope_scaling is None:
+    if config.rope_theta_local == config.rope_theta and config.rope_scaling.kind is RopeKind.none:
         same["rope_theta_local"] = None
     return replace(config, **same)
 

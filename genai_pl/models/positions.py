@@ -8,6 +8,8 @@ from torch import Tensor
 from genai_pl.names import RopeKind
 from genai_pl.specs import RopeScaling
 
+UNSCALED = RopeScaling()
+
 
 def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
     """Encodings (..., C) of positions (...): sine on even, cosine on odd channels (Vaswani et al. 2017, 3.5)."""
@@ -17,7 +19,7 @@ def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
 
 
 def rotary(
-    positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = UNSCALED
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34)."""
     frequency, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
@@ -28,12 +30,12 @@ def rotary(
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+    head_dim: int, theta: float, scaling: RopeScaling, device: torch.device
 ) -> tuple[Tensor, float]:
     """Radians per position of each pair of channels (D/2,), and what cosines and sines are multiplied by."""
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     frequency = theta ** (-channel / head_dim)
-    if scaling is None:
+    if scaling.kind is RopeKind.none:
         return frequency, 1.0
     if scaling.kind is RopeKind.linear:  # positions closer together (Chen et al. 2023)
         return frequency / scaling.factor, 1.0

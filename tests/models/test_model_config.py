@@ -165,7 +165,7 @@ def test_sizes_left_out_are_derived(values: dict, derived: dict):
         ({"attention_kind": "window"}, "model.attention_kind=window needs model.window"),
         ({"full_every": 2}, "model.full_every needs model.window"),
         ({"embedding_size": 16}, "model.embedding_size below n_embd needs model.head=transform"),
-        ({"rope_scaling": {"kind": "dynamic"}}, "model.rope_scaling.kind=dynamic is not one of linear, llama3, yarn"),
+        ({"rope_scaling": {"kind": "dynamic"}}, "model.rope_scaling.kind=dynamic is not one of none, linear, llama3, yarn"),
         ({"rope_scaling": {"factor": 0.5}}, "model.rope_scaling.factor must be at least 1, not 0.5"),
     ],
 )

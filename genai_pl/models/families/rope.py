@@ -25,7 +25,7 @@ PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with t
 THETA = 10000.0
 
 
-def read_rope(rope: Values, *, max_seq_len: object = None) -> tuple[float, RopeScaling | None]:
+def read_rope(rope: Values, *, max_seq_len: object = None) -> tuple[float, RopeScaling]:
     """The base of the frequencies and how they are scaled."""
     rope = {key: value for key, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", THETA)
@@ -40,16 +40,16 @@ def read_rope(rope: Values, *, max_seq_len: object = None) -> tuple[float, RopeS
     if strange:
         raise ConfigError(f"rotary positions with {', '.join(strange)} are not supported")
     if kind is None:
-        return theta, None
+        return theta, RopeScaling()
     given = {field: rope[key] for field, key in keys.items() if key in rope}
     if kind is RopeKind.yarn and max_seq_len is not None:
         given.setdefault("original_max_seq_len", max_seq_len)
     return theta, RopeScaling(kind=kind, **given)
 
 
-def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, object]:
+def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
     """One entry of rope_parameters."""
-    if scaling is None:
+    if scaling.kind is RopeKind.none:
         return {"rope_type": "default", "rope_theta": theta}
     said = {key: getattr(scaling, field) for field, key in THEIRS[scaling.kind].items()}
     return {"rope_type": scaling.kind.value, "rope_theta": theta, **{k: v for k, v in said.items() if v is not None}}
@@ -65,13 +65,13 @@ def _read(values: Values) -> dict[str, object]:
 def _write(config: ModelConfig) -> dict[str, object]:
     rope = write_rope(config.rope_theta, config.rope_scaling)
     said = {"rope_theta": config.rope_theta, "rope_parameters": rope}  # transformers 4 reads the first, 5 the second
-    if config.rope_scaling is not None:
+    if config.rope_scaling.kind is not RopeKind.none:
         said["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return said
 
 
 def _kinds() -> str:
-    return ", ".join(["default", *(kind.value for kind in RopeKind)])
+    return ", ".join(["default", *(kind.value for kind in THEIRS)])
 
 
 ROPE = Codec(_read, _write, ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"))
@@ -86,7 +86,7 @@ def _read_two(values: Values) -> dict[str, object]:
     full = {"rope_theta": 1e6, **{k: v for k, v in rope["full_attention"].items() if v is not None}}
     theta, scaling = read_rope(full)
     local, local_scaling = read_rope(rope["sliding_attention"])
-    if local_scaling is not None:
+    if local_scaling.kind is not RopeKind.none:
         raise ConfigError("scaled rotary positions in windowed layers are not supported")
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_theta_local": local}
 
@@ -94,7 +94,7 @@ def _read_two(values: Values) -> dict[str, object]:
 def _write_two(config: ModelConfig) -> dict[str, object]:
     local = config.rope_theta if config.rope_theta_local is None else config.rope_theta_local
     full = write_rope(config.rope_theta, config.rope_scaling)
-    rope = {"full_attention": full, "sliding_attention": write_rope(local, None)}
+    rope = {"full_attention": full, "sliding_attention": write_rope(local, RopeScaling())}
     return {"rope_theta": config.rope_theta, "rope_local_base_freq": local, "rope_parameters": rope}
 
 
