@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
-    {"generation", "data"},
+    {"generation", "data", "peft"},
     {"modules", "evaluation"},
     {"callbacks"},
     {"export", "load", "summary"},

@@ -1,0 +1,56 @@
+"""What adapters share: a switch for all layers of one, and how to turn them off, mix them, or choose one for each row."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model: which method with which options made it, and how much of it counts now."""
+
+    method: str  # the option of the group `peft`
+    options: dict[str, object]
+    weight: float = 1.0  # 0: the base alone
+    rows: Tensor | None = field(default=None, repr=False)  # (B,) weights, one per row of the batch, instead
+
+    @property
+    def is_off(self) -> bool:
+        return self.rows is None and self.weight == 0.0
+
+    def strength(self, like: Tensor) -> Tensor | float:
+        """What a layer multiplies its share by, shaped to broadcast over `like` (B, ...)."""
+        if self.rows is None:
+            return self.weight
+        return self.rows.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+class AdapterLayer(nn.Module):
+    """A part of a model that belongs to an adapter; what it wraps, if anything, is its `base`."""
+
+    adapter: Adapter
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """The adapters of a model, the first one first."""
+    found: dict[int, Adapter] = {}
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            found[id(module.adapter)] = module.adapter
+    return list(found.values())
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone inside: the reference policy of preference learning, without a second copy of it."""
+    adapters = adapters_of(model)
+    before = [(adapter.weight, adapter.rows) for adapter in adapters]
+    for adapter in adapters:
+        adapter.weight, adapter.rows = 0.0, None
+    try:
+        yield
+    finally:
+        for adapter, (weight, rows) in zip(adapters, before, strict=True):
+            adapter.weight, adapter.rows = weight, rows
