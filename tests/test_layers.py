@@ -22,15 +22,15 @@ LAYERS = [
     {"callbacks"},
     {"export", "load", "summary"},
     {"fit", "resume"},
-    {"config_errors"},
+    {"config_errors", "nodes"},
     {"config"},
     {"devices", "trainer"},
     {"run", "run_generate"},
-    {"dry_run", "run_evaluate"},
+    {"dry_run", "run_evaluate", "run_export"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
-    "hydra": {"config", "config_errors", "trainer", "run", "run_generate", "run_evaluate", "dry_run"},
+    "hydra": {"config", "nodes", "config_errors", "trainer", "run", "run_generate", "run_evaluate", "run_export", "dry_run"},
     "lightning": {"modules", "callbacks", "trainer", "run", "fit", "data"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]

@@ -8,7 +8,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.documents import cache_folder
 from genai_pl.data.loader import Collate
 from genai_pl.data.tokenizer import end_token, fingerprint, train_bpe
-from genai_pl.errors import ConfigError, DataError
+from genai_pl.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,10 +50,7 @@ class PairsDataModule(RowsDataModule):
             if self.val_source:
                 self._texts = table, self._read(self.val_source)
             else:
-                if len(table) < 2:
-                    raise DataError(f"data.path={self.path}: one pair cannot be split; set data.val_path")
-                parts = table.train_test_split(self.val_fraction, seed=self.seed)
-                self._texts = parts["train"], parts["test"]
+                self._texts = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
         return self._texts
 
     def _read(self, source: sources.Source) -> "Dataset":

@@ -108,6 +108,14 @@ def check_columns(source: Source, table: "Dataset | IterableDataset", wanted: di
             raise DataError(f"data.path={source.name}: no column {column!r}; found: {found} (set {option})")
 
 
+def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "tuple[Dataset, Dataset]":
+    """All rows but a drawn fraction, and that."""
+    if len(table) < 2:
+        raise DataError(f"data.path={path}: one row cannot be split; set data.val_path")
+    parts = table.train_test_split(fraction, seed=seed)
+    return parts["train"], parts["test"]
+
+
 def show_progress() -> None:
     """Let `datasets` draw its bars on a terminal only: in a file they are noise."""
     from datasets import disable_progress_bars, enable_progress_bars

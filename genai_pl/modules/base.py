@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -80,8 +81,8 @@ class BaseModule(L.LightningModule, ABC):
         sums = self.step(batch)
         for name, value in sums.items():
             self.window[name] = self.window.get(name, 0) + value.detach()
-        # Lightning divides by the accumulated batches and the strategy by the ranks
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # Lightning divides by the accumulated batches and the strategy by the ranks that see different ones
+        scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
         return sums["loss"] * (scale / self._targets.clamp(min=1))
 
     def configure_gradient_clipping(
@@ -92,16 +93,16 @@ class BaseModule(L.LightningModule, ABC):
     ) -> None:
         """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        self.grad_norm, self.lr = torch.nn.utils.get_total_norm(grads), optimizer.param_groups[0]["lr"]
+        self.grad_norm, self.lr = global_norm(grads), optimizer.param_groups[0]["lr"]
         self.finished, self.window = self.window, {}
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None and not torch.isfinite(self.grad_norm + self.finished["loss"]):
-            what = "gradient" if torch.isfinite(self.finished["loss"]) else "loss"
+        loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
+        if scaler is None and not torch.isfinite(self.grad_norm + loss):
+            what = "gradient" if torch.isfinite(loss) else "loss"
             raise TrainingError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
         if gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for p in self.parameters() if p.grad is not None], gradient_clip_val, self.grad_norm
-            )
+            scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([_local(grad) for grad in grads], scale)
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last optimizer step, over all ranks."""
@@ -128,4 +129,25 @@ class BaseModule(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        """The sum over all batches of one moment; ranks that share a batch count once."""
+        copies = self.trainer.world_size // n_replicas(self.trainer)
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum") / copies
+
+
+def n_replicas(trainer: L.Trainer) -> int:
+    """How many processes see different batches."""
+    return 1 if trainer.world_size == 1 else trainer.strategy.distributed_sampler_kwargs["num_replicas"]
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, pieces of which may lie on several meshes of processes."""
+    meshes: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

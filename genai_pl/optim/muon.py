@@ -12,7 +12,9 @@ from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import Group, NamedParameters, decay_groups, trainable
 
-NOT_HIDDEN = ("embed", "lm_head", "position")
+# tables that are looked up, and parameters of scores that no hidden state is multiplied with
+NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
+NOT_HIDDEN += ("content_bias", "position_bias", "type_bias", "type_embed")
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 rather than convergent (Jordan 2024)
 ADJUST_LR: dict[str, Callable[[int, int], float]] = {

@@ -1,0 +1,149 @@
+"""Examples to imitate, packed whole into rows: prompts and completions, or conversations."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from genai_pl.data import sources
+from genai_pl.data.chat import Example, encode_completion, encode_messages, ensure_template
+from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.loader import Collate
+from genai_pl.data.packing import Row
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import ConfigError, DataError
+from genai_pl.objectives.sft import pack
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class ChatDataModule(RowsDataModule):
+    """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
+
+    kind = "chat"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None,
+        val_fraction: float,
+        messages: str,
+        prompt: str,
+        completion: str,
+        packing: bool,
+        **loading: object,
+    ) -> None:
+        super().__init__(**loading)
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        self.path, self.val_fraction, self.packing = path, val_fraction, packing
+        self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
+        self.source = sources.find(path)
+        self.val_source = sources.find(val_path, option="data.val_path") if val_path else None
+        self._tables: tuple[Table, Table] | None = None
+        self.dropped: dict[str, int] = {}
+
+    def tables(self) -> tuple["Table", "Table"]:
+        """Training and validation examples; without data.val_path a drawn part of them validates."""
+        if self._tables is None:
+            table = sources.read_table(self.source)
+            if self.val_source:
+                self._tables = table, sources.read_table(self.val_source)
+            else:
+                self._tables = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
+        return self._tables
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        return train_bpe((text for row in train for text in _texts(row, self._roles(train))), vocab_size)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        ensure_template(tokenizer)
+        self.tokenizer, self.collate = tokenizer, collate
+        self.room = collate.row_length(self.seq_len)
+        train, val = self.tables()
+        self.train_rows = self._rows(train, "training")
+        self.val_rows = self._rows(val, "validation")
+
+    def _roles(self, table: "Table") -> dict[str, str]:
+        """The columns that are there, by role: messages, or prompt and completion."""
+        found = table.column_names
+        if self.columns["messages"] in found:
+            return {"messages": self.columns["messages"]}
+        roles = {role: self.columns[role] for role in ("prompt", "completion")}
+        sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
+        return roles
+
+    def _rows(self, table: "Table", part: str) -> Dataset:
+        roles = self._roles(table)
+        examples = []
+        cut = silent = 0
+        for row in table:
+            example = self._encode({role: row[column] for role, column in roles.items()})
+            cut += len(example.input_ids) > self.room
+            example = Example(*(x[: self.room] for x in example))
+            if example.loss_mask[1:].any():  # the first token of a row is predicted by nothing
+                examples.append(example)
+            else:
+                silent += 1
+        if not examples:
+            raise DataError(f"data.path={self.path}: no {part} example has anything to learn in its first {self.room} tokens")
+        for n, what in ((cut, f"are longer than {self.room} tokens and were cut"), (silent, "have nothing to learn: left out")):
+            if n:
+                log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
+        return PackedExamples(examples, self.room if self.packing else 0)
+
+    def _encode(self, row: dict[str, object]) -> Example:
+        if "messages" in row:
+            return encode_messages(self.tokenizer, row["messages"])
+        return encode_completion(self.tokenizer, row["prompt"], row["completion"])
+
+    def summary(self) -> str:
+        train, val = self.tables()
+        rows = f"{len(self.train_rows):,} rows of at most {self.room - 1} tokens"
+        return f"{self.path}, {len(train):,} examples for training in {rows}, {len(val):,} held"
+
+    def prompt(self) -> str:
+        _, val = self.tables()
+        return _opening(val[0], self._roles(val), self.tokenizer)
+
+
+class PackedExamples(Dataset):
+    """Rows of examples that fit into `room` tokens together; one example a row where it is 0."""
+
+    def __init__(self, examples: list[Example], room: int) -> None:
+        self.examples = examples
+        lengths = [len(example.input_ids) for example in examples]
+        self.bins = pack(lengths, room) if room else [[n] for n in range(len(examples))]
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> Row:
+        chosen = [self.examples[n] for n in self.bins[index]]
+        lengths = [len(example.input_ids) for example in chosen]
+        return {
+            "input_ids": np.concatenate([example.input_ids for example in chosen]),
+            "segment_ids": np.repeat(np.arange(len(chosen)) + 1, lengths),
+            "loss_mask": np.concatenate([example.loss_mask for example in chosen]),
+        }
+
+
+def _texts(row: dict, roles: dict[str, str]) -> list[str]:
+    values = [row[column] for column in roles.values()]
+    return [text for value in values for text in ([value] if isinstance(value, str) else [m["content"] for m in value])]
+
+
+def _opening(row: dict, roles: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What stands before the first answer, as text."""
+    given = row[roles["messages"]] if "messages" in roles else row[roles["prompt"]]
+    if isinstance(given, str):
+        return given
+    before = given[: next((n for n, m in enumerate(given) if m["role"] == "assistant"), len(given))]
+    return tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,90 @@
+"""Policy optimization without a value model: a completion is judged against others of the same prompt.
+
+Tensors are (B, T) and aligned with labels, as in `ppo`; rewards and advantages are (B,), the completions of a prompt
+next to each other.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate
+
+EPSILON = 1e-4  # rewards of 0 and 1 differ by far more, or not at all
+
+
+@torch.no_grad()
+def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std") -> Tensor:
+    """Rewards minus the mean of their group, over its standard deviation (Shao et al. 2024, 4.1.2).
+
+    scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025, 3.1).
+    """
+    if scale not in ("std", "none"):
+        raise ConfigError(f"advantages cannot be scaled by {scale!r}; choose std or none")
+    groups = _groups(rewards, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (groups.std(1, keepdim=True) + EPSILON)
+    return advantages.flatten()
+
+
+@torch.no_grad()
+def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Rewards minus the mean of the others in their group (Ahmadian et al. 2024, eq. 6)."""
+    groups = _groups(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    """The rewards of one prompt in a row, (N / group_size, group_size)."""
+    if group_size < 2:
+        raise ConfigError(f"a group must have at least 2 completions to compare, not {group_size}")
+    return rewards.view(-1, group_size)
+
+
+def completion_weights(
+    mask: Tensor, *, normalization: Literal["sequence", "token", "constant"], length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What each token weighs, (B, T), and by what the sum over all batches is divided.
+
+    sequence: the mean over completions of their means (Shao et al. 2024, eq. 3); token: the mean over all tokens (Yu et
+    al. 2025, eq. 12); constant: every sum over `length`, the greatest that a completion may have (Liu et al. 2025, 3.1).
+    """
+    B, ones = mask.shape[0], mask.float()
+    if normalization == "sequence":
+        return ones / ones.sum(-1, keepdim=True).clamp(min=1), ones.new_tensor(B)
+    if normalization == "token":
+        return ones, ones.sum()
+    if normalization == "constant" and length is not None:
+        return ones / length, ones.new_tensor(B)
+    raise ConfigError(
+        f"there is no normalization {normalization!r}; choose sequence, token or constant (with a length)"
+    )
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    reference_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """The clipped surrogate plus beta KL(policy || reference) by k3, summed with weights (Shao et al. 2024, eq. 3 and 4).
+
+    advantages are (B,); weights come from `completion_weights`, and a token of weight 0 counts nowhere.
+    """
+    mask = weights > 0
+    losses = clipped_surrogate(
+        logprobs, old_logprobs, advantages[:, None], mask, clip_range=clip_range, clip_range_high=clip_range_high
+    )
+    if reference_logprobs is not None:
+        log_ratio = torch.where(mask, logprobs - reference_logprobs, 0)
+        losses = losses + beta * kl_estimate(log_ratio, torch.zeros_like(log_ratio), "k3")
+    return (weights * losses).sum()

@@ -1,0 +1,155 @@
+"""Proximal policy optimization on tokens: the state is what was read, the action the next token.
+
+Everything is (B, T) and aligned with labels: position t holds the value before its label is chosen, the log-probability
+of that label and the reward for it. The mask is True where the label is a token of a completion; what is not, prompts,
+padding and the words of others, counts nowhere.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.kernels.projection import chunks, matmul_dtype
+from genai_pl.objectives.tokens import IGNORED
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
+    """An estimate of KL(policy || reference) for each token that the policy drew (Schulman 2020).
+
+    k1 is unbiased, k2 has little variance and a bias, k3 is unbiased, has little variance and is never negative.
+    """
+    log_ratio = logprobs - reference_logprobs
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio.square() / 2
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ConfigError(f"there is no KL estimator {kind!r}; choose k1, k2 or k3")
+
+
+def kl_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """-kl_coef kl for each token, and the score (B,) of the completion at its last one (Ziegler et al. 2019, eq. 2)."""
+    is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+    return torch.where(mask, -kl_coef * kl, 0) + torch.where(is_last, scores[:, None], 0)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, n_steps: int) -> float:
+    """The coefficient after n_steps samples of divergence kl, drawn towards the target (Ziegler et al. 2019, 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * n_steps / horizon)
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns, 0 outside the mask (Schulman et al. 2016, eq. 16).
+
+    What the mask leaves out takes no time, and nothing is worth anything after the last token.
+    """
+    advantages = torch.zeros_like(values)
+    next_value, next_advantage = values.new_zeros(len(values)), values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """How many masked values there are, their sum and their sum of squares, (3,): what ranks may add up for `whiten`."""
+    kept = torch.where(mask, values, 0).double()  # the variance is a difference of these
+    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+
+
+def whiten(values: Tensor, mask: Tensor, *, sums: Tensor | None = None) -> Tensor:
+    """Masked values shifted to mean 0 and scaled to variance 1, and 0 elsewhere; `sums` are those of all ranks."""
+    count, total, squares = moment_sums(values, mask) if sums is None else sums
+    mean = total / count.clamp(min=1)
+    variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)
+    whitened = (values - mean) * (variance + 1e-8).rsqrt()
+    return torch.where(mask, whitened, 0)
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Tensor:
+    """-min(ratio A, clip(ratio) A) for each token, 0 outside the mask (Schulman et al. 2017, eq. 7).
+
+    With clip_range_high the ratio may rise further than it may fall (Yu et al. 2025, eq. 10).
+    """
+    ratio = _ratio(logprobs, old_logprobs, mask)
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+    return torch.where(mask, -torch.minimum(ratio * advantages, clipped * advantages), 0)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_range: float
+) -> Tensor:
+    """The clipped surrogate summed over tokens."""
+    return clipped_surrogate(logprobs, old_logprobs, advantages, mask, clip_range=clip_range).sum()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float) -> Tensor:
+    """Half the squared error summed over tokens: of the value or of its clip to old_values +- clip_range, if that is worse."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    errors = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return torch.where(mask, errors, 0).sum() / 2
+
+
+@torch.no_grad()
+def policy_metrics(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> dict[str, Tensor]:
+    """Sums over tokens: KL(old || new) by k3, the ratio, and how many tokens the clipping keeps from teaching."""
+    ratio = _ratio(logprobs, old_logprobs, mask)
+    high = 1 + (clip_range if clip_range_high is None else clip_range_high)
+    clipped = torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))
+    return {
+        "policy/approxkl": torch.where(mask, kl_estimate(old_logprobs, logprobs, "k3"), 0).sum(),
+        "policy/clipfrac": (mask & clipped).sum(),
+        "policy/ratio": torch.where(mask, ratio, 0).sum(),
+    }
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """New over old probability of each token, 1 outside the mask."""
+    # masked before exp: what overflows where nothing counts would turn a gradient of 0 into NaN
+    return torch.where(mask, logprobs - old_logprobs, 0).exp()
+
+
+@torch.no_grad()
+def token_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """Entropy in nats of what each labelled position predicts, 0 elsewhere: hidden (..., C), head (V, C), labels (...).
+
+    A measurement, without gradient; the logits exist a chunk of tokens at a time.
+    """
+    flat, dtype = hidden.reshape(-1, hidden.shape[-1]), matmul_dtype(hidden)  # (N, C)
+    head = head.to(dtype)
+    entropy = flat.new_zeros(len(flat), dtype=torch.promote_types(dtype, torch.float32))
+    for rows in chunks(labels.reshape(-1), vocab_size=len(head), ignore_index=IGNORED, chunk_tokens=None):
+        logits = (flat[rows].to(dtype) @ head.t()).to(entropy.dtype)  # (n, V)
+        if bias is not None:
+            logits = logits + bias
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logprobs = logits.log_softmax(-1)
+        entropy[rows] = -(logprobs.exp() * logprobs).sum(-1)
+    return entropy.view(labels.shape)

@@ -1,0 +1,74 @@
+"""Preferences become batches: two completions of a prompt, or one that was liked or not."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from genai_pl.errors import DataError
+from genai_pl.objectives.rows import Batch, Collator, pad_rows
+from genai_pl.objectives.tokens import IGNORED
+from genai_pl.objectives.vocabulary import Vocabulary
+
+TextRow = dict[str, np.ndarray]  # token ids by role
+
+
+class PreferenceCollator(Collator):
+    """One row for each pair, prompt and chosen as segment 1, prompt and rejected as segment 2; targets are the pairs.
+
+    Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
+    completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
+    token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`.
+    """
+
+    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+        self.pad = vocabulary.pad  # and nothing is drawn
+
+    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+        batch = _completions_batch(
+            [[(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])] for row in rows], self.pad
+        )
+        margins = [float(row["margin"]) for row in rows if "margin" in row]
+        if len(margins) not in (0, len(rows)):
+            raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
+        return {**batch, **({"margin": torch.tensor(margins)} if margins else {}), "targets": _count(rows)}
+
+
+class UnpairedPreferenceCollator(Collator):
+    """Prompts and completions (B, T), then the prompts again with the completion of the next row: (2B, T) in all.
+
+    Rows are {"prompt": ids, "completion": ids, "label": bool}. The mismatched half is for the reference point of KTO,
+    and needs no gradient; a batch of one row has nobody else's completion in it. `desirable` (B,) are the labels.
+    """
+
+    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+        self.pad = vocabulary.pad  # and nothing is drawn
+
+    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+        following = [*rows[1:], *rows[:1]]
+        own = [[(row["prompt"], row["completion"])] for row in rows]
+        mismatched = [[(row["prompt"], other["completion"])] for row, other in zip(rows, following, strict=True)]
+        desirable = torch.tensor([bool(row["label"]) for row in rows])
+        return {**_completions_batch(own + mismatched, self.pad), "desirable": desirable, "targets": _count(rows)}
+
+
+def _count(rows: Sequence[TextRow]) -> torch.Tensor:
+    return torch.tensor(float(len(rows)))
+
+
+def _completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], pad: int) -> Batch:
+    """input_ids, labels and segment_ids (B, T) of rows of (prompt, completion), which are numbered from 1."""
+    ids = [np.concatenate([part for pair in row for part in pair]) for row in rows]
+    labels = [np.concatenate([_labels(*pair) for pair in row]) for row in rows]
+    segments = [np.repeat(np.arange(len(row)) + 1, [len(p) + len(c) for p, c in row]) for row in rows]
+    return {
+        "input_ids": pad_rows(ids, pad),
+        "labels": pad_rows(labels, IGNORED),
+        "segment_ids": pad_rows(segments, 0),
+    }
+
+
+def _labels(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
+    """The token after each, where it belongs to the completion; a completion without a prompt is predicted from its second."""
+    following = [np.full(len(prompt), IGNORED), completion, np.full(1, IGNORED)]
+    return np.concatenate(following)[1:]
