@@ -30,7 +30,7 @@ def losses(run: Path) -> list[tuple[str, str]]:
 
 def test_every_objective_of_text_is_tried_here() -> None:
     options = {path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml")}
-    assert options == {*OBJECTIVES, "clm", "contrastive"}
+    assert options == {*OBJECTIVES, "clm", "contrastive", "sft"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
