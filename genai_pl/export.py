@@ -48,7 +48,8 @@ def export_model(
 
 
 def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
-    task = TASKS[model.config.shape, model.config.head is not Head.none]
+    scores = model.config.head is Head.score
+    task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
     lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]
     for heading, paragraph in card.items():

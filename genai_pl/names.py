@@ -48,11 +48,12 @@ class Activation(str, Enum):
 
 
 class Head(str, Enum):
-    """What makes logits of hidden states: nothing, a linear layer, or BERT's dense layer and norm before it."""
+    """What makes logits of hidden states: nothing, a linear layer, or BERT's dense layer and norm before it; or one score."""
 
     none = "none"
     linear = "linear"
     transform = "transform"
+    score = "score"
 
 
 class AttentionKind(str, Enum):

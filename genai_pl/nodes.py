@@ -101,6 +101,42 @@ class Chat:
 
 
 @dataclass
+class Preference:
+    """Prompts with a chosen and a rejected completion."""
+
+    _target_: str = "genai_pl.data.preferences.PreferenceDataModule"
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    margin: str | None = None
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
+
+
+@dataclass
+class Prompts:
+    """Prompts that the model answers in training."""
+
+    _target_: str = "genai_pl.data.preferences.PromptsDataModule"
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    prompt: str = "prompt"
+    max_prompt_len: int = MISSING
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
+
+
+@dataclass
 class Generate:
     """What `generate.py` takes."""
 
@@ -157,6 +193,8 @@ NODES = {
     "data": Data,
     "pairs": Pairs,
     "chat": Chat,
+    "preference": Preference,
+    "prompts": Prompts,
     "generation": GenerationConfig,
     "generate": Generate,
     "evaluate": Evaluate,

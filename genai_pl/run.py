@@ -13,12 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer, vocabulary
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.modules import BaseModule
+from genai_pl.modules.base import n_replicas
+from genai_pl.modules.rl import RLModule
 from genai_pl.resume import choose_checkpoint, describe_resume
+from genai_pl.rewards import load_rewards
+from genai_pl.strategies import launched
 from genai_pl.summary import describe_model, describe_step
 from genai_pl.trainer import build_trainer, connect, count_steps, make
 
@@ -38,8 +43,9 @@ def train(config: DictConfig) -> int:
     parts = build(config, run)
     connect(config, parts, checkpoint)
     announce(config, parts, checkpoint)
-    fit(parts, checkpoint)
-    return finish(parts, flat=flatten(config), export=config.callbacks.export)
+    with launched(parts.trainer):
+        fit(parts, checkpoint)
+        return finish(parts, flat=flatten(config), export=config.callbacks.export)
 
 
 def build(config: DictConfig, run: Path) -> Parts:
@@ -50,12 +56,14 @@ def build(config: DictConfig, run: Path) -> Parts:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
     model, tokenizer = start(config, data, objective)
-    if not objective.uses_head:
-        model.drop_head()
+    if objective.head is not None:
+        model.set_head(objective.head)
     module = build_module(config, model, tokenizer)
+    if objective.needs_reward:
+        connect_reward(config, module, tokenizer)
     trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
-    steps = count_steps(config, data, trainer.world_size)
+    steps = count_steps(config, data, n_replicas(trainer))
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
     return Parts(run, trainer, module, data, tokenizer, **callbacks)
@@ -129,6 +137,18 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
+def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give a module that is judged in training its judges, and the clipping that Lightning leaves to it."""
+    if config.trainer.accumulate_grad_batches != 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
+        )
+    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
+    module.reward = load_rewards(module.reward_names, module.reward_weights, device=device)
+    module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None
+
+
 def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Print what is about to be trained, on what, with which attention."""
     trainer, model = parts.trainer, parts.module.model
@@ -138,7 +158,7 @@ def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         rows=parts.data.batch_size,
         seq_len=parts.data.seq_len,
         accumulate=trainer.accumulate_grad_batches,
-        devices=trainer.world_size,
+        devices=n_replicas(trainer),
         total_steps=parts.module.total_steps,
     )
     if trainer.is_global_zero:

@@ -159,7 +159,7 @@ class ModelConfig:
     @property
     def writes(self) -> bool:
         """Whether a model of this shape continues text, token by token."""
-        return self.shape is not Shape.encoder and self.head is not Head.none
+        return self.shape is not Shape.encoder and self.head in (Head.linear, Head.transform)
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""

@@ -19,9 +19,9 @@ LAYERS = [
     {"models"},
     {"generation", "data", "peft"},
     {"modules", "evaluation"},
-    {"callbacks"},
+    {"callbacks", "strategies"},
     {"export", "load", "summary"},
-    {"fit", "resume"},
+    {"fit", "resume", "rewards"},
     {"config_errors", "nodes"},
     {"config"},
     {"devices", "trainer"},
@@ -30,8 +30,18 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
-    "hydra": {"config", "nodes", "config_errors", "trainer", "run", "run_generate", "run_evaluate", "run_export", "dry_run"},
-    "lightning": {"modules", "callbacks", "trainer", "run", "fit", "data"},
+    "hydra": {
+        "config",
+        "nodes",
+        "config_errors",
+        "trainer",
+        "run",
+        "run_generate",
+        "run_evaluate",
+        "run_export",
+        "dry_run",
+    },
+    "lightning": {"modules", "callbacks", "strategies", "trainer", "run", "fit", "data"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]
 

@@ -50,7 +50,9 @@ def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages) ->
     return _encode(tokenizer, text, spans)
 
 
-def encode_completion(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages) -> Example:
+def encode_completion(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages
+) -> Example:
     """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
     if not isinstance(prompt, str):
         return encode_messages(tokenizer, [*prompt, *_as_messages(completion)])

@@ -93,8 +93,13 @@ class ChatDataModule(RowsDataModule):
             else:
                 silent += 1
         if not examples:
-            raise DataError(f"data.path={self.path}: no {part} example has anything to learn in its first {self.room} tokens")
-        for n, what in ((cut, f"are longer than {self.room} tokens and were cut"), (silent, "have nothing to learn: left out")):
+            raise DataError(
+                f"data.path={self.path}: no {part} example has anything to learn in its first {self.room} tokens"
+            )
+        for n, what in (
+            (cut, f"are longer than {self.room} tokens and were cut"),
+            (silent, "have nothing to learn: left out"),
+        ):
             if n:
                 log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
         return PackedExamples(examples, self.room if self.packing else 0)

@@ -33,7 +33,7 @@ def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates
     N counts matrices that multiply. T is the keys that a query is compared with: all of the row, as in the paper,
     though a causal kernel skips half of them; the window where there is one.
     """
-    head = 0 if config.head is Head.none else 6.0 * config.vocab_size * config.embedding_size
+    head = 0 if config.head in (Head.none, Head.score) else 6.0 * config.vocab_size * config.embedding_size
     span = min(seq_len, config.window or seq_len)
     scores = 12.0 * config.n_head * config.head_dim * span  # of one attention
     if config.shape is not Shape.encoder_decoder:

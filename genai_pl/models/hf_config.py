@@ -61,7 +61,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
     same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0}
     if config.full_every and config.full_every > config.n_layer:
         same["full_every"] = None
-    if config.head is Head.none:
+    if config.head in (Head.none, Head.score):
         same |= {"tie_embeddings": True, "head_bias": False}
     if config.attention_scale == config.head_dim**-0.5:
         same["attention_scale"] = None
@@ -97,6 +97,8 @@ def _from_family(family: Family, values: dict) -> ModelConfig:
     for codec in family.codecs:
         ours |= codec.read(values)
     head = family.head_of(values)
+    if head is Head.score and len(values.get("id2label", ())) > 1:
+        raise ConfigError("a model that scores texts has one label here")
     return ModelConfig(
         **{**family.fixed, "head": head, "head_bias": family.head_bias and head is not Head.none, **ours}
     )
@@ -111,6 +113,8 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
         values |= codec.write(config)
     values |= dict.fromkeys(family.dropouts, config.dropout)
     name = family.architectures[config.head][0]
+    if config.head is Head.score:
+        values |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
     return {"model_type": family.model_type, "architectures": [name], **family.constants, **values}
 
 

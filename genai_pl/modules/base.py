@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
+from genai_pl.names import Head
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -30,7 +31,8 @@ class BaseModule(L.LightningModule, ABC):
     data_kind = "text"  # the data that it reads
     needs: tuple[str, ...] = ()  # kinds of tokens that the tokenizer must have: mask, sentinels, fim
     sparse = False  # whether most tokens are not predicted
-    uses_head = True  # whether it trains the language-model head
+    needs_reward = False  # whether completions are judged in training
+    head: Head | None = None  # what it trains instead of the language-model head
 
     def __init__(
         self,
@@ -107,7 +109,8 @@ class BaseModule(L.LightningModule, ABC):
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last optimizer step, over all ranks."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
-        return {f"train/{k}": v.item() for k, v in self.summarize(sums, self._targets).items()}
+        metrics = self.summarize(sums, self._targets)
+        return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}  # rewards/chosen has a name
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for name, value in {**self.step(batch), "targets": batch["targets"]}.items():

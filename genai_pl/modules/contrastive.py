@@ -10,6 +10,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS, pool
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.names import Head
 from genai_pl.objectives import PairCollator, Vocabulary, info_nce, matryoshka, recall_at_k
 
 RECALLS = (1, 5, 10)
@@ -20,7 +21,7 @@ class ContrastiveModule(BaseModule):
 
     shapes = ("encoder", "decoder")
     data_kind = "pairs"
-    uses_head = False
+    head = Head.none
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ EPSILON = 1e-4  # rewards of 0 and 1 differ by far more, or not at all
 def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std") -> Tensor:
     """Rewards minus the mean of their group, over its standard deviation (Shao et al. 2024, 4.1.2).
 
-    scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025, 3.1).
+    scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025).
     """
     if scale not in ("std", "none"):
         raise ConfigError(f"advantages cannot be scaled by {scale!r}; choose std or none")
@@ -32,17 +32,21 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", 
 
 @torch.no_grad()
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards minus the mean of the others in their group (Ahmadian et al. 2024, eq. 6)."""
+    """Rewards minus the mean of the others in their group (Ahmadian et al. 2024)."""
     groups = _groups(rewards, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    """The rewards of one prompt in a row, (N / group_size, group_size)."""
+    """The rewards of one prompt in a row, as differences to its first: (N / group_size, group_size).
+
+    Only differences count, and equal rewards then have a mean without rounding, which EPSILON would blow up.
+    """
     if group_size < 2:
         raise ConfigError(f"a group must have at least 2 completions to compare, not {group_size}")
-    return rewards.view(-1, group_size)
+    groups = rewards.view(-1, group_size)
+    return groups - groups[:, :1]
 
 
 def completion_weights(
@@ -51,7 +55,7 @@ def completion_weights(
     """What each token weighs, (B, T), and by what the sum over all batches is divided.
 
     sequence: the mean over completions of their means (Shao et al. 2024, eq. 3); token: the mean over all tokens (Yu et
-    al. 2025, eq. 12); constant: every sum over `length`, the greatest that a completion may have (Liu et al. 2025, 3.1).
+    al. 2025, eq. 12); constant: every sum over `length`, the greatest that a completion may have (Liu et al. 2025).
     """
     B, ones = mask.shape[0], mask.float()
     if normalization == "sequence":

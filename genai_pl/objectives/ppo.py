@@ -133,6 +133,7 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, logprobs - old_logprobs, 0).exp()
 
 
+@torch.compiler.disable(reason="its loop over chunks depends on the labels, as that of linear_cross_entropy does")
 @torch.no_grad()
 def token_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float | None = None

@@ -72,7 +72,7 @@ def hinge_loss(policy_margin: Tensor, reference_margin: Tensor, *, beta: float) 
 def orpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
     """-sum of the mean chosen logprob + beta log sigmoid(log odds ratio) (Hong et al. 2024, eq. 6 and 7; beta is lambda).
 
-    Both terms are per token of a completion, as the paper's P(y | x) is (eq. 2).
+    Both terms are per token of a completion, as the paper's P(y | x) is (eq. 3).
     """
     means = logprobs / lengths.clamp(min=1)  # (B, 2)
     # an empty completion is certain, but has to have odds

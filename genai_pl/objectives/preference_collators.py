@@ -25,7 +25,7 @@ class PreferenceCollator(Collator):
         self.pad = vocabulary.pad  # and nothing is drawn
 
     def __call__(self, rows: Sequence[TextRow]) -> Batch:
-        batch = _completions_batch(
+        batch = completions_batch(
             [[(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])] for row in rows], self.pad
         )
         margins = [float(row["margin"]) for row in rows if "margin" in row]
@@ -49,14 +49,14 @@ class UnpairedPreferenceCollator(Collator):
         own = [[(row["prompt"], row["completion"])] for row in rows]
         mismatched = [[(row["prompt"], other["completion"])] for row, other in zip(rows, following, strict=True)]
         desirable = torch.tensor([bool(row["label"]) for row in rows])
-        return {**_completions_batch(own + mismatched, self.pad), "desirable": desirable, "targets": _count(rows)}
+        return {**completions_batch(own + mismatched, self.pad), "desirable": desirable, "targets": _count(rows)}
 
 
 def _count(rows: Sequence[TextRow]) -> torch.Tensor:
     return torch.tensor(float(len(rows)))
 
 
-def _completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], pad: int) -> Batch:
+def completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], pad: int) -> Batch:
     """input_ids, labels and segment_ids (B, T) of rows of (prompt, completion), which are numbered from 1."""
     ids = [np.concatenate([part for pair in row for part in pair]) for row in rows]
     labels = [np.concatenate([_labels(*pair) for pair in row]) for row in rows]

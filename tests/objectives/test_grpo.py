@@ -56,8 +56,9 @@ def test_the_gradient_is_the_slope_along_any_direction(normalization: str) -> No
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_padding_and_what_stands_in_it_change_nothing(normalization: str) -> None:
-    garbage = torch.where(MASK, NEW, 1e3).requires_grad_()
+@pytest.mark.parametrize("filler", [1e3, -1e3])
+def test_padding_and_what_stands_in_it_change_nothing(normalization: str, filler: float) -> None:
+    garbage = torch.where(MASK, NEW, filler).requires_grad_()
     found = loss(garbage, normalization)
     torch.testing.assert_close(found, loss(NEW, normalization))
     (gradient,) = torch.autograd.grad(found, garbage)
@@ -105,11 +106,11 @@ def test_a_completion_is_no_baseline_of_its_own() -> None:
     torch.testing.assert_close(found, centered * 4 / 3)
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -7.3])
+@pytest.mark.parametrize("reward", [0.0, 0.1, -7.3, 1000.1])
 def test_a_group_of_equal_rewards_teaches_nothing(reward: float) -> None:
     rewards = torch.full((6,), reward)
-    assert group_advantages(rewards, 3).abs().max() < 1e-2
-    assert rloo_advantages(rewards, 3).abs().max() < 1e-6
+    assert not group_advantages(rewards, 3).any()
+    assert not rloo_advantages(rewards, 3).any()
 
 
 def test_a_group_of_one_and_an_unknown_scale_are_errors() -> None:

@@ -11,6 +11,8 @@ from genai_pl.specs import ModelConfig
 
 
 def _head(config: ModelConfig) -> tuple[Weight, ...]:
+    if config.head is Head.score:
+        return (one("score", "score"),)
     return () if config.tie_embeddings else (one("lm_head", "lm_head"),)
 
 
@@ -71,9 +73,13 @@ def _gemma3(config: ModelConfig) -> Iterator[Weight]:
     yield from _head(config)
 
 
+def _classes(causal: str, scoring: str) -> dict[Head, tuple[str, ...]]:
+    return {Head.linear: (causal,), Head.score: (scoring,)}
+
+
 GPT2 = Family(
     model_type="gpt2",
-    architectures={Head.linear: ("GPT2LMHeadModel",)},
+    architectures=_classes("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     fixed={},
     fields={
         "n_layer": "n_layer",
@@ -100,7 +106,7 @@ GPT2 = Family(
 )
 LLAMA = Family(
     model_type="llama",
-    architectures={Head.linear: ("LlamaForCausalLM",)},
+    architectures=_classes("LlamaForCausalLM", "LlamaForSequenceClassification"),
     fixed={
         "position": Position.rotary,
         "norm": Norm.rmsnorm,
@@ -137,7 +143,7 @@ LLAMA = Family(
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
-    architectures={Head.linear: ("MistralForCausalLM",)},
+    architectures=_classes("MistralForCausalLM", "MistralForSequenceClassification"),
     fields={**LLAMA.fields, "window": "sliding_window"},
     constants={},
     defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -145,7 +151,7 @@ MISTRAL = replace(
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    architectures={Head.linear: ("Qwen2ForCausalLM",)},
+    architectures=_classes("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
     fixed={**LLAMA.fixed, "qkv_bias": True},
     constants={"use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32},
@@ -153,7 +159,7 @@ QWEN2 = replace(
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
-    architectures={Head.linear: ("Qwen3ForCausalLM",)},
+    architectures=_classes("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     fixed={**LLAMA.fixed, "qk_norm": True},
     constants={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},

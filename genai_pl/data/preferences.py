@@ -1,0 +1,130 @@
+"""Prompts with two completions, of which people preferred one; and prompts alone, to be answered in training."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from genai_pl.data import sources
+from genai_pl.data.chat import encode_completion, encode_prompt, ensure_template
+from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.loader import Collate
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+
+class _TableDataModule(RowsDataModule):
+    """Rows of a table, one example each."""
+
+    def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
+        super().__init__(**loading)
+        if not 0 < val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        self.path, self.val_fraction = path, val_fraction
+        self.source = sources.find(path)
+        self.val_source = sources.find(val_path, option="data.val_path") if val_path else None
+        self._tables: tuple[Table, Table] | None = None
+
+    def tables(self) -> tuple["Table", "Table"]:
+        """Training and validation rows; without data.val_path a drawn part of them validates."""
+        if self._tables is None:
+            table = sources.read_table(self.source)
+            sources.check_columns(self.source, table, self.wanted())
+            if self.val_source:
+                self._tables = table, sources.read_table(self.val_source)
+            else:
+                self._tables = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
+        return self._tables
+
+    def wanted(self) -> dict[str, str]:
+        """The columns that must be there, by the option that names them."""
+        raise NotImplementedError
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        ensure_template(tokenizer)
+        self.tokenizer, self.collate = tokenizer, collate
+        self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
+
+    def rows(self, table: "Table") -> Dataset:
+        """The tokenized rows."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        return f"{self.path}, {len(self.train_rows):,} rows for training, {len(self.val_rows):,} held"
+
+    def _text(self, value: object) -> str:
+        """A prompt as text, conversations rendered."""
+        if isinstance(value, str):
+            return value
+        return self.tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+
+
+class PreferenceDataModule(_TableDataModule):
+    """Rows of token ids: prompt, chosen, rejected, and a margin where there is one."""
+
+    kind = "preference"
+
+    def __init__(self, *, prompt: str, chosen: str, rejected: str, margin: str | None, **rest: object) -> None:
+        super().__init__(**rest)
+        self.columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        self.columns |= {"margin": margin} if margin else {}
+
+    def wanted(self) -> dict[str, str]:
+        return {f"data.{role}": column for role, column in self.columns.items()}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        names = [self.columns[role] for role in ("prompt", "chosen")]
+        return train_bpe((text for row in train for name in names if isinstance(text := row[name], str)), vocab_size)
+
+    def rows(self, table: "Table") -> Dataset:
+        return [self._encode({role: row[column] for role, column in self.columns.items()}) for row in table]
+
+    def _encode(self, row: dict[str, object]) -> dict[str, object]:
+        """The longer completion is cut to half of the row at most, the prompt on its left to what is left."""
+        prompt = encode_prompt(self.tokenizer, row["prompt"])
+        completions = {}
+        for role in ("chosen", "rejected"):
+            example = encode_completion(self.tokenizer, row["prompt"], row[role])
+            completions[role] = example.input_ids[example.loss_mask]
+        longest = max(len(ids) for ids in completions.values())
+        kept = min(longest, max(self.seq_len // 2, self.seq_len - len(prompt)))
+        completions = {role: ids[:kept] for role, ids in completions.items()}
+        extra = {"margin": row["margin"]} if "margin" in row else {}
+        return {"prompt": prompt[max(len(prompt) + kept - self.seq_len, 0) :], **completions, **extra}
+
+    def prompt(self) -> str:
+        return self._text(self.tables()[1][0][self.columns["prompt"]])
+
+
+class PromptsDataModule(_TableDataModule):
+    """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
+
+    kind = "prompts"
+
+    def __init__(self, *, prompt: str, max_prompt_len: int, **rest: object) -> None:
+        super().__init__(**rest)
+        self.column, self.max_prompt_len = prompt, max_prompt_len
+
+    def wanted(self) -> dict[str, str]:
+        return {"data.prompt": self.column}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        return train_bpe((row[self.column] for row in train), vocab_size)
+
+    def rows(self, table: "Table") -> Dataset:
+        rows = []
+        for row in table:
+            ids = encode_prompt(self.tokenizer, row[self.column])
+            if len(ids) == 0:
+                raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
+            rows.append({"prompt_ids": np.asarray(ids[-self.max_prompt_len :]), "columns": row})
+        return rows
+
+    def prompt(self) -> str:
+        return self._text(self.tables()[1][0][self.column])

@@ -1,0 +1,64 @@
+"""Policy optimization against the other completions of the same prompt: GRPO, RLOO, Dr. GRPO."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.modules.base import Metrics
+from genai_pl.modules.preference import token_logprobs
+from genai_pl.modules.rl import Experience, RLModule
+from genai_pl.modules.rollout import Rollout
+from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
+from genai_pl.objectives.ppo import kl_estimate, policy_metrics
+
+ADVANTAGES = ("group", "rloo")
+
+
+class GRPOModule(RLModule):
+    """The advantage of a completion is its score against its group's; no value model (Shao et al. 2024)."""
+
+    def __init__(
+        self,
+        *args: object,
+        beta: float,
+        clip_range: float,
+        clip_range_high: float | None,
+        advantage: str,
+        scale: str,
+        normalization: str,
+        **rl: object,
+    ) -> None:
+        super().__init__(*args, **rl)
+        if advantage not in ADVANTAGES:
+            raise ConfigError(f"objective.advantage={advantage} is not one of {', '.join(ADVANTAGES)}")
+        if self.group_size < 2:
+            raise ConfigError("objective.group_size must be at least 2: completions are compared with each other")
+        self.beta, self.clip = beta, {"clip_range": clip_range, "clip_range_high": clip_range_high}
+        self.advantage, self.scale, self.normalization = advantage, scale, normalization
+
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
+        old, reference = self.logprobs(rollout)
+        if self.advantage == "rloo":
+            advantages = rloo_advantages(scores, self.group_size)
+        else:
+            advantages = group_advantages(scores, self.group_size, scale=self.scale)
+        mask = rollout.mask
+        kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0)
+        means = {
+            "objective/scores": scores.mean(),
+            "objective/kl": kl.sum(1).mean(),
+            "objective/response_length": mask.sum(1).float().mean(),
+            "objective/ended": rollout.ended.float().mean(),
+        }
+        experience = {**rollout.batch, "mask": mask, "old": old, "reference": reference, "advantages": advantages}
+        return experience, means
+
+    def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
+        logprobs = token_logprobs(self.model, part)
+        mask, old, advantages = part["mask"], part["old"], part["advantages"]
+        weights, divisor = completion_weights(
+            mask, normalization=self.normalization, length=self.sampling.max_new_tokens
+        )
+        kl = {"reference_logprobs": part["reference"], "beta": self.beta} if self.beta else {}
+        loss = grpo_loss(logprobs, old, advantages, weights, **self.clip, **kl)
+        return loss, divisor, policy_metrics(logprobs.detach(), old, advantages[:, None], mask, **self.clip)

@@ -1,0 +1,99 @@
+"""Learning from pairs: the policy prefers what people preferred, by the log-probabilities of whole completions."""
+
+from torch import Tensor, nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.kernels import linear_logprobs
+from genai_pl.models import Model
+from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.reference import Reference
+from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
+from genai_pl.objectives import preference as losses
+
+WITH_REFERENCE = ("sigmoid", "ipo", "hinge", "robust")
+WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
+
+
+class PreferenceModule(BaseModule):
+    """DPO and its siblings; the reference is the model without its adapters, or else a frozen copy of its beginning."""
+
+    shapes = ("decoder",)
+    data_kind = "preference"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        vocabulary: Vocabulary,
+        seed: int,
+        optimizer: object,
+        schedule: object,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        target_margin: float = 0.5,
+        nll_coef: float = 1.0,
+    ) -> None:
+        super().__init__(model, optimizer=optimizer, schedule=schedule)
+        if loss not in WITH_REFERENCE + WITHOUT_REFERENCE:
+            known = ", ".join(WITH_REFERENCE + WITHOUT_REFERENCE)
+            raise ConfigError(f"objective.loss={loss} is not one of {known}")
+        if not beta > 0:
+            raise ConfigError(f"objective.beta must be above 0, not {beta}")
+        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed)
+        self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
+        self.target_margin, self.nll_coef = target_margin, nll_coef
+        self.reference = Reference(model) if loss in WITH_REFERENCE else None
+
+    def on_fit_start(self) -> None:
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    def step(self, batch: Batch) -> Metrics:
+        policy = completion_logprobs(self.model, batch)  # (B, 2): chosen, rejected
+        lengths = losses.segment_sums(batch["labels"] != IGNORED, batch["segment_ids"], 2)
+        if self.kind in WITHOUT_REFERENCE:
+            loss, rewards = self._alone(policy, lengths), self.beta * policy.detach()
+        else:
+            with self.reference.of(self.model) as model:
+                reference = completion_logprobs(model, batch)
+            loss, rewards = self._against(policy, reference, lengths), self.beta * (policy - reference).detach()
+        sums = {"loss": loss, "logps/chosen": policy[:, 0].sum(), "logps/rejected": policy[:, 1].sum()}
+        return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
+
+    def _against(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        if self.kind == "ipo":
+            policy, reference = policy / lengths, reference / lengths
+        margins = [logprobs[:, 0] - logprobs[:, 1] for logprobs in (policy, reference)]
+        if self.kind == "ipo":
+            return losses.ipo_loss(*margins, beta=self.beta)
+        if self.kind == "hinge":
+            return losses.hinge_loss(*margins, beta=self.beta)
+        if self.kind == "robust":
+            return losses.robust_dpo_loss(*margins, beta=self.beta, label_smoothing=self.label_smoothing)
+        return losses.dpo_loss(*margins, beta=self.beta, label_smoothing=self.label_smoothing)
+
+    def _alone(self, policy: Tensor, lengths: Tensor) -> Tensor:
+        if self.kind == "orpo":
+            return losses.orpo_loss(policy, lengths, beta=self.beta)
+        if self.kind == "simpo":
+            return losses.simpo_loss(policy, lengths, beta=self.beta, target_margin=self.target_margin)
+        return losses.cpo_loss(policy, lengths, beta=self.beta, nll_coef=self.nll_coef)
+
+
+def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = None) -> Tensor:
+    """Log-probability of each label (B, T), 0 where there is none; full logits never exist.
+
+    hidden (B, T, C) are the features of the batch, if somebody has them.
+    """
+    if hidden is None:
+        hidden = model.features(batch["input_ids"], batch["segment_ids"])
+    hidden, head = model.to_head(hidden), model.lm_head
+    return linear_logprobs(
+        hidden, head.weight, batch["labels"], bias=head.bias, softcap=model.config.logit_softcap, ignore_index=IGNORED
+    )
+
+
+def completion_logprobs(model: nn.Module, batch: Batch, n: int = 2) -> Tensor:
+    """Log-probability of the completion in each of the n segments of a row, (B, n)."""
+    return losses.segment_sums(token_logprobs(model, batch), batch["segment_ids"], n)

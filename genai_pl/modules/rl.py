@@ -1,0 +1,166 @@
+"""Reinforcement learning on completions: write, judge, learn from it in minibatches, write again."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from genai_pl.errors import ConfigError
+from genai_pl.models import Model
+from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.preference import token_logprobs
+from genai_pl.modules.reference import Reference
+from genai_pl.modules.rollout import Reward, Rollout, write
+from genai_pl.objectives import Vocabulary
+from genai_pl.objectives.prompts import PromptCollator
+from genai_pl.specs import GenerationConfig
+
+Experience = dict[str, Tensor]  # what minibatches are cut from, (N, ...) each
+
+
+class RLModule(BaseModule):
+    """One batch of prompts is one rollout and `epochs` passes over it, each of as many optimizer steps as it has minibatches.
+
+    What is drawn depends on the seed, the step and the rank alone, so that a resumed run draws the same.
+    """
+
+    shapes = ("decoder",)
+    data_kind = "prompts"
+    needs_reward = True
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        vocabulary: Vocabulary,
+        seed: int,
+        optimizer: object,
+        schedule: object,
+        reward: str | list[str] | None,
+        reward_weights: list[float] | None,
+        group_size: int,
+        epochs: int,
+        minibatch_size: int | None,
+        max_new_tokens: int,
+        temperature: float,
+        missing_eos_penalty: float,
+    ) -> None:
+        super().__init__(model, optimizer=optimizer, schedule=schedule)
+        if vocabulary.end is None:
+            raise ConfigError("the tokenizer has no end token: completions could not end")
+        for name, value in {"group_size": group_size, "epochs": epochs, "max_new_tokens": max_new_tokens}.items():
+            if value < 1:
+                raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        self.automatic_optimization = False
+        self.collator = PromptCollator(vocabulary=vocabulary, seed=seed)
+        self.vocabulary, self.seed = vocabulary, seed
+        self.group_size, self.epochs, self.minibatch_size = group_size, epochs, minibatch_size
+        self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
+        self.missing_eos_penalty = missing_eos_penalty
+        self.reference = Reference(model)
+        self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
+        self.reward_weights = reward_weights
+        self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
+        self.reward: Reward  # set by whoever builds the run
+        self.decode: object  # tokens to text, likewise
+        self.shown: list[tuple[str, str, float]] = []  # the last prompts, completions and scores
+
+    @abstractmethod
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
+        """What minibatches are made of, and means to be logged."""
+
+    @abstractmethod
+    def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
+        """The loss of a minibatch as a sum, by what it is divided over all ranks, and sums over its tokens."""
+
+    def on_fit_start(self) -> None:
+        self.reference.to(self.device)
+
+    def step(self, batch: Batch) -> Metrics:
+        raise NotImplementedError("rollouts are learned from in training_step")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        rollout, scores = self.write_and_judge(batch, self.group_size, self._generator())
+        batch["input_ids"] = rollout.batch["input_ids"]  # what the monitor counts
+        experience, means = self.learn(rollout, scores)
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        sums: Metrics = {}
+        for part in self._minibatches(experience):
+            loss, divisor, found = self.loss(part)
+            divisor = self._over_ranks(divisor.float()).clamp(min=1)
+            optimizer.zero_grad()
+            self.manual_backward(loss * (self.trainer.world_size / divisor))
+            self.finished = {"loss": loss.detach()}
+            self._clip(optimizer.optimizer)
+            optimizer.step()
+            schedule.step()
+            found |= {"loss": loss.detach() / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
+            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        self._log_later(means, sums)
+
+    def _clip(self, optimizer: Optimizer) -> None:
+        """The norm is kept for the logs, and what is not finite stops the run."""
+        self.window = self.finished
+        self.configure_gradient_clipping(optimizer, self.clip_norm)
+
+    def _log_later(self, means: Metrics, sums: Metrics) -> None:
+        tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
+        self.means = {**means, **{name: value / tokens for name, value in sums.items()}, "loss": loss / updates}
+
+    def step_metrics(self) -> dict[str, float]:
+        """Means over the last rollout, over all ranks."""
+        n = self.trainer.world_size
+        means = {
+            name: self._over_ranks(torch.as_tensor(value, device=self.device)) / n for name, value in self.means.items()
+        }
+        return {k if "/" in k else f"train/{k}": float(v) for k, v in means.items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
+        rollout, scores = self.write_and_judge(batch, 1, generator)
+        found = {
+            "scores": scores.sum(),
+            "response_length": rollout.mask.sum(),
+            "ended": rollout.ended.sum(),
+            "targets": batch["targets"],
+        }
+        for name, value in found.items():
+            self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
+
+    def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> tuple[Rollout, Tensor]:
+        """Completions of each prompt, next to each other, and their scores (N,)."""
+        prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
+        columns = [row for row in batch["columns"] for _ in range(copies)]
+        ends = {"end": self.vocabulary.end, "pad": self.vocabulary.pad}
+        rollout = write(self.model, prompts, self.sampling, generator=generator, **ends)
+        asked, said = ([self.decode(row) for row in rows] for rows in (prompts, rollout.completions))
+        extra = {name: [row[name] for row in columns] for name in columns[0] if name not in ("prompt", "completions")}
+        given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
+        if given.shape != (len(prompts),):
+            raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
+        self.shown = list(zip(asked, said, given.tolist(), strict=True))[:4]
+        scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        return rollout, scores
+
+    def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Those of the policy and of the reference for each token that was drawn, (N, T)."""
+        with torch.no_grad():
+            policy = token_logprobs(self.model, rollout.batch)
+        with self.reference.of(self.model) as model:
+            return policy, token_logprobs(model, rollout.batch)
+
+    def _generator(self) -> torch.Generator:
+        number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
+        return torch.Generator(self.device).manual_seed(number)
+
+    def _minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """`epochs` passes in drawn orders, the same on every rank."""
+        n = len(experience["mask"])
+        size = self.minibatch_size or n
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
+        for _ in range(self.epochs):
+            for rows in torch.randperm(n, generator=generator).split(size):
+                rows = rows.to(self.device)
+                yield {name: x[rows] for name, x in experience.items()}

@@ -1,0 +1,73 @@
+"""Rewards of completions: any Python function, or a reward model trained here; several with weights."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.load import load
+from genai_pl.modules.reward import scores
+from genai_pl.names import Head
+from genai_pl.objectives.rows import pad_rows
+
+Reward = Callable[..., Sequence[float]]
+
+
+def load_rewards(names: Sequence[str], weights: Sequence[float] | None, *, device: torch.device) -> Reward:
+    """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder."""
+    if not names:
+        raise ConfigError("objective.reward is not set: name a function as module:function, or a reward model")
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names):
+        raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
+    rewards = [_function(name) if _names_function(name) else _model(name, device) for name in names]
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        found = [function(prompts, completions, **columns) for function in rewards]
+        return [sum(w * float(x) for w, x in zip(weights, row, strict=True)) for row in zip(*found, strict=True)]
+
+    return reward
+
+
+def _names_function(name: str) -> bool:
+    return ":" in name and not Path(name).exists()
+
+
+def _function(name: str) -> Reward:
+    """The function `module:function`, from the working folder or the environment."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"objective.reward={name}: cannot be imported ({error})") from None
+    if not callable(function):
+        raise ConfigError(f"objective.reward={name}: not a function")
+    return function
+
+
+def _model(name: str, device: torch.device) -> Reward:
+    """The scores of a reward model, which reads prompt and completion in its own tokens."""
+    loaded = load(name)
+    if loaded.model.config.head is not Head.score:
+        raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
+    model, tokenizer = loaded.model.to(device).requires_grad_(False), loaded.tokenizer
+    limit = model.config.max_seq_len
+
+    @torch.no_grad()
+    def reward(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        rows = [
+            [*tokenizer(p)["input_ids"], *tokenizer(c, add_special_tokens=False)["input_ids"], *end][-limit:]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        ids = pad_rows(rows, tokenizer.pad_token_id or 0).to(device)
+        segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
+        return scores(model, ids, segments, 1)[:, 0].tolist()
+
+    return reward
