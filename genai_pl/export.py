@@ -47,6 +47,14 @@ def export_model(
     return reader[0]
 
 
+def adapter_card(base: str, card: dict[str, str]) -> str:
+    """The README of an adapter folder."""
+    lines = ["---", f"base_model: {base}", "library_name: peft", "---", "", "# Adapter", ""]
+    for heading, paragraph in card.items():
+        lines += [f"## {heading}", "", paragraph, ""]
+    return "\n".join(lines)
+
+
 def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
     scores = model.config.head is Head.score
     task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]

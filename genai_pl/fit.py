@@ -13,8 +13,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import DISK_FULL, TrainingError
-from genai_pl.export import export_model
+from genai_pl.export import adapter_card, export_model
+from genai_pl.files import write_atomic
 from genai_pl.modules import BaseModule
+from genai_pl.peft import adapters_of, save_adapter
+from genai_pl.strategies import gather
 from genai_pl.summary import closing
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Parts:
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
+    base: str | None = None  # where the model can be had as it began
 
 
 def fit(parts: Parts, checkpoint: Path | None) -> None:
@@ -53,15 +57,27 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             if isinstance(logger, TensorBoardLogger) and metrics:
                 logger.log_hyperparams(flat, metrics, step=parts.trainer.global_step)
             logger.finalize("success")
+        if export:
+            gather(parts.module.model)
         if export and parts.trainer.is_global_zero:
-            card = _card(parts, flat, metrics)
-            files = parts.module.export_files()
-            export_model(parts.module.model, parts.tokenizer, parts.run / "model", card=card, files=files)
+            export_run(parts, _card(parts, flat, metrics))
     done = parts.trainer.global_step >= parts.module.total_steps
     if parts.trainer.is_global_zero:
         prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
-        print(*closing(parts.run, exported=export, finished=done, prompt=prompt), sep="\n", flush=True)
+        name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
+        print(*closing(parts.run, exported=name, finished=done, prompt=prompt), sep="\n", flush=True)
     return 130 if parts.interrupt.signum == signal.SIGINT else 0
+
+
+def export_run(parts: Parts, card: dict[str, str]) -> None:
+    """Write the model, or the adapter with the name of its base."""
+    model, tokenizer, run = parts.module.model, parts.tokenizer, parts.run
+    if not adapters_of(model):
+        export_model(model, tokenizer, run / "model", card=card, files=parts.module.export_files())
+        return
+    save_adapter(model, run / "adapter", base=parts.base)
+    tokenizer.save_pretrained(run / "adapter")
+    write_atomic(run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8"))
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:

@@ -1,15 +1,18 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from genai_pl import peft
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
+from genai_pl.models.folder import read_json
 from genai_pl.models.hf_config import is_supported
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
@@ -18,6 +21,17 @@ from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ADAPTER = "adapter_config.json"
+METHODS = {  # what a checkpoint may ask for
+    "lora": peft.lora,
+    "dora": peft.lora,
+    "ia3": peft.ia3,
+    "bottleneck": peft.bottleneck,
+    "bitfit": peft.bitfit,
+    "prompt": peft.prompt,
+    "prefix": peft.prefix,
+}
 
 
 class Loaded(NamedTuple):
@@ -35,28 +49,68 @@ def load(
     attention: AttentionBackend = AttentionBackend.auto,
     dropout: float = 0.0,
     wrap: bool = True,
+    adapters: Sequence[str] = (),
 ) -> Loaded:
     """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
 
-    With `wrap`, a folder of no family of ours is run by transformers, with our attention.
+    With `wrap`, a folder of no family of ours is run by transformers, with our attention. A run or folder with an
+    adapter gives its base with the adapter; further `adapters` are put on top in their order.
     """
+    options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     path = resolve(reference)
-    if path.is_dir() and wrap and not is_supported(path / "config.json"):
-        return Loaded(load_wrapped(str(path), dtype=dtype, attention=attention), pretrained_tokenizer(str(path)), path)
-    if path.is_dir():
-        model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
-        return Loaded(model, pretrained_tokenizer(str(path)), path)
+    if path.is_file():
+        loaded = _load_checkpoint(path, **options)
+    elif (path / ADAPTER).is_file():
+        loaded = _load_with_adapter(path, **options)
+    else:
+        loaded = _load_folder(path, **options)
+    for name in adapters:
+        peft.load_adapter(loaded.model, resolve_adapter(name))
+    return loaded._replace(model=loaded.model.eval())
+
+
+def _load_folder(
+    path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool
+) -> Loaded:
+    tokenizer = pretrained_tokenizer(str(path))
+    if wrap and not is_supported(path / "config.json"):
+        return Loaded(load_wrapped(str(path), dtype=dtype, attention=attention), tokenizer, path)
+    return Loaded(load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout), tokenizer, path)
+
+
+def _load_with_adapter(path: Path, **options: object) -> Loaded:
+    """The base that an adapter folder names, with the adapter and its tokenizer."""
+    base = load(_base_of(path), **options)
+    tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
+    return Loaded(peft.load_adapter(base.model, path), tokenizer, path)
+
+
+def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Loaded:
     contents = read_checkpoint(path)
     ours = contents[MARK]
+    prefix = "model."
+    state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
+    base, adapter = ours.get("base"), ours.get("peft")
     try:
-        model = _shell(ours["model"], attention, dropout)
-        prefix = "model."
-        state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
-        model.load_state_dict(state, assign=True)
-    except (ConfigError, KeyError, RuntimeError, AttributeError) as error:
+        if base is not None:  # the checkpoint holds the adapter alone
+            model = load(base, dtype=dtype, **options).model
+        else:
+            model = _shell(ours["model"], options["attention"], options["dropout"])
+        if adapter is not None:
+            model = METHODS[adapter["method"]](model, **adapter["options"])
+        model.load_state_dict(state, assign=True, strict=base is None)
+    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     model.tie_weights()
-    return Loaded(model.eval(), from_files(ours["tokenizer"]), path)
+    return Loaded(model, from_files(ours["tokenizer"]), path)
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter belongs to, as its folder names it; a relative one is looked for beside the folder too."""
+    name = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
+    if not name:
+        raise CheckpointError(f"{folder}: {ADAPTER} names no base_model_name_or_path: give the base as checkpoint=")
+    return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
 def _shell(stored: dict, attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
@@ -74,7 +128,7 @@ def resolve(reference: str) -> Path:
     path = Path(reference)
     if path.is_file():
         return path
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.is_dir():
         return _of_run(path)
@@ -83,19 +137,29 @@ def resolve(reference: str) -> Path:
     raise CheckpointError(f"checkpoint={reference}: no such run folder, .ckpt file or Hugging Face folder")
 
 
+def resolve_adapter(reference: str) -> Path:
+    """The adapter folder that a folder or a run stands for."""
+    for path in (Path(reference), Path(reference) / "adapter"):
+        if (path / ADAPTER).is_file():
+            return path
+    raise CheckpointError(f"adapter={reference}: no {ADAPTER} in this folder, nor in its adapter/")
+
+
 def newest_run(*roots: Path) -> Path:
     """The run folder under the roots whose model or checkpoint was written last."""
-    found = [p for root in roots for name in ("checkpoints/last.ckpt", "model/config.json") for p in root.rglob(name)]
+    names = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
+    found = [p for root in roots for name in names for p in root.rglob(name)]
     if not found:
         raise CheckpointError(f"checkpoint=auto: no finished run under {' or '.join(map(str, roots))}; train one first")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
 
 
 def _of_run(folder: Path) -> Path:
-    """The exported model, unless the run has gone on since."""
-    exported, last = folder / "model" / "config.json", folder / "checkpoints" / "last.ckpt"
-    if exported.exists() and not (last.exists() and last.stat().st_mtime > exported.stat().st_mtime + 60):
-        return exported.parent
+    """The exported adapter or model, unless the run has gone on since."""
+    last = folder / "checkpoints" / "last.ckpt"
+    for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
+        if exported.exists() and not (last.exists() and last.stat().st_mtime > exported.stat().st_mtime + 60):
+            return exported.parent
     if last.exists():
         return last
     raise CheckpointError(f"checkpoint={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder")

@@ -9,18 +9,21 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer, vocabulary
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
+from genai_pl.export import export_model
 from genai_pl.fit import Parts, finish, fit
-from genai_pl.load import load
+from genai_pl.load import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
+from genai_pl.peft import adapters_of, describe, load_adapter
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
 from genai_pl.strategies import launched
@@ -58,6 +61,8 @@ def build(config: DictConfig, run: Path) -> Parts:
     model, tokenizer = start(config, data, objective)
     if objective.head is not None:
         model.set_head(objective.head)
+    base = keep_base(config, run, model, tokenizer)
+    model = adapt(config.peft, model, tokenizer)
     module = build_module(config, model, tokenizer)
     if objective.needs_reward:
         connect_reward(config, module, tokenizer)
@@ -66,7 +71,7 @@ def build(config: DictConfig, run: Path) -> Parts:
     steps = count_steps(config, data, n_replicas(trainer))
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
-    return Parts(run, trainer, module, data, tokenizer, **callbacks)
+    return Parts(run, trainer, module, data, tokenizer, **callbacks, base=base)
 
 
 def start(
@@ -94,6 +99,35 @@ def start(
             f"{model.config.vocab_size} has no room for them; choose another objective or model"
         )
     return model.train(), tokenizer
+
+
+def adapt(peft: DictConfig, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase") -> Model | WrappedDecoder:
+    """The model with the adapter that the group `peft` asks for, if any; only that is trained then."""
+    if peft.init_from:
+        return load_adapter(model, resolve_adapter(peft.init_from))
+    if peft._target_ is None:
+        return model
+    node = OmegaConf.to_container(peft, resolve=True)
+    node.pop("init_from")
+    if "init_text" in node:
+        text = node.pop("init_text")
+        node["init_ids"] = tokenizer.encode(text, add_special_tokens=False) if text else None
+    return make(node)(model)
+
+
+def keep_base(
+    config: DictConfig, run: Path, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase"
+) -> str | None:
+    """Where the model can be had again as it begins, from any folder; random weights under an adapter are written down."""
+    name = config.init_from or config.model.get("name")
+    if name is not None:
+        return str(resolve(name).resolve()) if Path(name).exists() or name == "auto" else name
+    if config.peft._target_ is None and config.peft.init_from is None:
+        return None
+    folder = run / "base"
+    if rank_zero_only.rank == 0 and not folder.exists():
+        export_model(model, tokenizer, folder, card={"Base": f"Random weights of seed {config.seed}, under an adapter."})
+    return str(folder.resolve())
 
 
 def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedTokenizerBase":
@@ -168,6 +202,8 @@ def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
             print(describe_resume(checkpoint))
         print(f"data        {parts.data.summary()}")
         print(*describe_model(model, device), step, sep="\n")
+        if adapters_of(model):
+            print(*describe(model), sep="\n")
         print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
 
 

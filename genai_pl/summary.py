@@ -59,11 +59,11 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.4g} TiB"
 
 
-def closing(run: Path, *, exported: bool, finished: bool, prompt: str | None) -> list[str]:
+def closing(run: Path, *, exported: str | None, finished: bool, prompt: str | None) -> list[str]:
     """Where everything lies, and the next command to type."""
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
-        lines += [f"model       {run / 'model'}"]
+        lines += [f"{exported:<12}{run / exported}"]
     if (run / "tensorboard").exists():
         lines += [f"curves      tensorboard --logdir {run}"]
     if finished and prompt is None:  # it embeds, and writes nothing

@@ -1,28 +1,37 @@
 """The Trainer of a run, with its callbacks and loggers, from the configuration."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
+from genai_pl.config import CONF
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.fit import Parts
 from genai_pl.models import flop_rates
+from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
+from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
 
 
 def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer and our callbacks by name."""
+    follow_launcher()
     options = OmegaConf.to_container(config.trainer, resolve=True)
     every = options.pop("log_every_n_steps")
+    del options["recompute_every"]  # ours
+    strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
     # ours count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
@@ -34,7 +43,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         "interrupt": cb.Interrupt(),
         "checkpoints": cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint),
     }
-    if samples and settings.samples.every_n_steps:
+    # text is written by one process, which must hold the whole model
+    if samples and settings.samples.every_n_steps and not isinstance(strategy, ShardedStrategy):
         sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
         prompts = list(settings.samples.prompts or ())
         callbacks["samples"] = cb.Samples(
@@ -44,7 +54,7 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         trainer = L.Trainer(
             **options,
             precision=config.precision.lightning,
-            strategy=config.strategy.lightning,
+            strategy=strategy,
             logger=[make(node) for node in loggers],
             callbacks=[*callbacks.values(), *make(config.callbacks.extra).values()],
             plugins=[cb.AtomicCheckpointIO()],
@@ -55,7 +65,23 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         )
     except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
     return trainer, callbacks
+
+
+def rank_command(config: DictConfig) -> list[str]:
+    """The command line by which another process joins this run: its own overrides, without the sweep it may belong to."""
+    hydra = HydraConfig.get()
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [
+        *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
+        *(part for folder in folders for part in ("--config-dir", folder)),
+        *(override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath")),
+        *hydra.overrides.task,
+        # the first process writes the run folder and its log
+        *(f"hydra.run.dir='{config.output_dir}'", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
+    ]
 
 
 def count_steps(config: DictConfig, data: RowsDataModule, world_size: int) -> int:
@@ -75,6 +101,9 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
     monitor.listeners.append(parts.console.show)
     parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
+    for adapter in adapters_of(model):
+        parts.checkpoints.contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": parts.base}
+        parts.checkpoints.trained_only = parts.base is not None
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
         parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
@@ -84,7 +113,12 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
             logger.resume(step)
         if isinstance(logger, TensorBoardLogger) and checkpoint:
             logger._kwargs["purge_step"] = step + 1
-    parts.trainer.strategy.connect(parts.module)
+    strategy = parts.trainer.strategy
+    strategy.connect(parts.module)
+    if isinstance(strategy, ShardedStrategy):
+        strategy.check(parts.module)
+    if config.trainer.recompute_every is not None:
+        recompute(model, config.trainer.recompute_every)
 
 
 def make(node: DictConfig, **given: object) -> Any:

@@ -113,7 +113,9 @@ def test_conversations_train_and_their_template_is_saved(command, tmp_path: Path
     from transformers import AutoTokenizer
 
     write(tmp_path / "talk.jsonl", [{"messages": TALK}, {"messages": TALK[1:3]}] * 6)
-    result = command("train", "objective=sft", *TINY, "model.max_seq_len=160", "data.path=talk.jsonl", "hydra.run.dir=run")
+    result = command(
+        "train", "objective=sft", *TINY, "model.max_seq_len=160", "data.path=talk.jsonl", "hydra.run.dir=run"
+    )
     assert result.status == 0, result.err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert tokenizer.chat_template == TEMPLATE

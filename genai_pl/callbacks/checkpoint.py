@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from genai_pl.errors import CheckpointError
 from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class StepCheckpoint(Checkpoint):
     def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
         self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
+        self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
         self._rng: list[dict] | None = None
 
@@ -67,10 +69,18 @@ class StepCheckpoint(Checkpoint):
             torch.distributed.all_gather_object(states, _rng_state())
         else:
             states = [_rng_state()]
+        if self.trained_only:
+            frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: x for name, x in state.items() if name not in frozen}
         checkpoint[MARK] = {"format": 1, "rng": states, **self.contents}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         self.last_step = checkpoint["global_step"]
+        missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
+        module.strict_loading = not self.trained_only
         self._rng = checkpoint[MARK]["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash_blocks import key_blocks, query_blocks, step_to, walk
+from genai_pl.kernels.flash_blocks import key_blocks, query_blocks, split_shared, step_to, walk
 from genai_pl.kernels.flash_common import (
     LOG2E,
     as_column,
@@ -112,7 +112,7 @@ def _keys_of(
         weights = tl.exp2(x - tl.load(lse2 + i)[None, :])
         if EDGES and F.hides:
             of_query = as_row(marks(q_table, i, sizes.T, F))
-            weights = tl.where(visible(i[None, :], j[:, None], of_query, of_key, head[4], sizes, F), weights, 0.0)
+            weights = tl.where(visible(i[None, :], j[:, None], of_query, of_key, head, sizes, F), weights, 0.0)
         d_o = load_tile(do_head + i0.to(tl.int64) * do_stride.t + do_tile, i, sizes.T, CHECK, F.D_V, F.BLOCK_D_V)
         d_weights = product(v, tl.trans(d_o), tl.zeros([F.BLOCK_N, F.BLOCK_M], tl.float32), F)
         kept = weights
@@ -153,6 +153,12 @@ def query_gradient(
     blocks = key_blocks(i0, q_table, sizes, F)
 
     dq = tl.zeros([F.BLOCK_M, F.BLOCK_D], tl.float32)
+    if F.shared:
+        first, blocks = split_shared(blocks, head[5], F.BLOCK_N)
+        dq = _queries_of(
+            dq, q, d_o, lse2, delta, k_head, v_head, i, q_table, k_table, head, first, k_stride, v_stride, bias_stride,
+            sizes, scalars, True, F,
+        )  # fmt: skip
     if F.order == 0:
         dq = _queries_of(
             dq, q, d_o, lse2, delta, k_head, v_head, i, q_table, k_table, head, blocks, k_stride, v_stride, bias_stride,
@@ -204,7 +210,7 @@ def score_gradient(
     weights = tl.exp2(x - lse2[:, None])
     if EDGES:
         of_key = as_row(marks(k_table, j, sizes.S, F))
-        weights = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head[4], sizes, F), weights, 0.0)
+        weights = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head, sizes, F), weights, 0.0)
     d_weights = product(d_o, tl.trans(v), tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32), F)
     if F.dropout:
         mask = keep(i[:, None], j[None, :], head, scalars)

@@ -18,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 SEEN_START, SEEN_END = tl.constexpr(flash_tables.SEEN_START), tl.constexpr(flash_tables.SEEN_END)
 FULL_START, FULL_END = tl.constexpr(flash_tables.FULL_START), tl.constexpr(flash_tables.FULL_END)
 SEGMENT, RANK = tl.constexpr(flash_tables.SEGMENT), tl.constexpr(flash_tables.RANK)
-PREFIX = tl.constexpr(flash_tables.PREFIX)
+PREFIX, SHARED = tl.constexpr(flash_tables.PREFIX), tl.constexpr(flash_tables.SHARED)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
 
@@ -34,6 +34,7 @@ class Features:
     window: bool = False
     prefix: bool = False
     segments: bool = False
+    shared: bool = False
     order: int = 0  # 1: keys of the query's rank or lower, 2: lower only
     bias: bool = False
     alibi: bool = False
@@ -50,7 +51,7 @@ class Features:
     @property
     def tables(self) -> bool:
         """Whether the blocks to visit are read from tables rather than computed."""
-        return self.prefix or self.segments
+        return self.prefix or self.segments or self.shared
 
     @property
     def plain(self) -> bool:
@@ -159,11 +160,12 @@ def product(a, b, acc, F: tl.constexpr):
 
 @triton.jit
 def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
-    """(bias, slope, seed, row of the dropout counter, prefix) of one head; 0 where the case has none."""
+    """(bias, slope, seed, row of the dropout counter, prefix, shared) of one head; 0 where the case has none."""
     bias = 0
     slope = 0.0
     seed = 0
     prefix = 0
+    shared = 0
     if F.bias:
         bias = extras.bias + b.to(tl.int64) * bias_stride.b + h.to(tl.int64) * bias_stride.h
     if F.alibi:
@@ -172,7 +174,9 @@ def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
         seed = tl.load(extras.seed)
     if F.prefix:
         prefix = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + PREFIX * sizes.T)
-    return bias, slope, seed, b * sizes.H + h, prefix
+    if F.shared:
+        shared = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + SHARED * sizes.T)
+    return bias, slope, seed, b * sizes.H + h, prefix, shared
 
 
 @triton.jit
@@ -204,16 +208,18 @@ def as_row(pair):
 
 
 @triton.jit
-def visible(i, j, of_query, of_key, prefix, sizes, F: tl.constexpr):
+def visible(i, j, of_query, of_key, head, sizes, F: tl.constexpr):
     """`AttentionMask.dense` at queries i and keys j, which broadcast; rows past the last query are arbitrary."""
     position = i + (sizes.S - sizes.T)
     ok = j <= position if F.causal else j < sizes.S
     if F.window:
         ok = ok & (tl.abs(position - j) < sizes.window)
     if F.prefix:
-        ok = ok | (j < prefix)
+        ok = ok | (j < head[4])
     if F.segments:
         ok = ok & (of_query[0] == of_key[0]) & (of_key[0] != 0)
+    if F.shared:
+        ok = ok | ((j < head[5]) & (j <= position if F.causal else j < sizes.S))
     if F.order == 1:
         ok = ok & (of_key[1] <= of_query[1])
     if F.order == 2:

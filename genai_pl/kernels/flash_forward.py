@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash_blocks import clip, key_blocks, step_to, walk
+from genai_pl.kernels.flash_blocks import clip, key_blocks, split_shared, step_to, walk
 from genai_pl.kernels.flash_common import (
     LN2,
     as_column,
@@ -50,6 +50,14 @@ def forward(
         tl.zeros([F.BLOCK_M], tl.float32),
         tl.full([F.BLOCK_M], float("-inf"), tl.float32),
     )
+    if F.shared:
+        first, blocks = split_shared(blocks, head[5], F.BLOCK_N)
+        if SPLIT:
+            first = clip(first, tl.program_id(1) * split_size, (tl.program_id(1) + 1) * split_size)
+        state = _attend(
+            state, q, k_head, v_head, i, q_table, k_table, head, first, k_stride, v_stride, bias_stride, sizes, scalars,
+            True, F,
+        )  # fmt: skip
     if F.order == 0:
         state = _attend(
             state, q, k_head, v_head, i, q_table, k_table, head, blocks, k_stride, v_stride, bias_stride, sizes, scalars,
@@ -98,7 +106,7 @@ def _attend(
             x, _ = logits(scores, i[:, None], j[None, :], head, bias_stride, sizes, scalars, EDGES, F)
             if EDGES:
                 of_key = as_row(marks(k_table, j, sizes.S, F))
-                x = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head[4], sizes, F), x, float("-inf"))
+                x = tl.where(visible(i[:, None], j[None, :], of_query, of_key, head, sizes, F), x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 1))
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row may have seen nothing yet
             weights = tl.exp2(x - safe[:, None])

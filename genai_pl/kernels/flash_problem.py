@@ -26,6 +26,7 @@ class Case(NamedTuple):
     scale: float
     softcap: float
     dropout_p: float
+    shared: bool
 
 
 class Problem:
@@ -48,6 +49,7 @@ class Problem:
             window=case.window > 0,
             prefix=case.prefix,
             segments=case.segments,
+            shared=case.shared,
             order=case.order,
             bias=extras.bias is not None,
             alibi=extras.alibi is not None,

@@ -5,20 +5,24 @@ from torch import Tensor
 
 from genai_pl.kernels.mask import AttentionMask
 
-# rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows
-SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX = range(7)
+# rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows;
+# of a query, [seen) leaves out the first SHARED keys
+SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, SHARED = range(8)
 Interval = tuple[Tensor, Tensor]
 
 
 def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Tables (B or 1, 7, T) of the queries and (B or 1, 7, S) of the keys; None twice for a mask that needs none."""
-    if mask.prefix is None and mask.segments is None and mask.order is None:
+    """Tables (B or 1, rows, T) of the queries and (B or 1, rows, S) of the keys; None twice for a mask that needs none.
+
+    The row SHARED is there only if the mask has such keys.
+    """
+    if mask.prefix is None and mask.segments is None and mask.order is None and mask.shared is None:
         return None, None
     return mask.remember("tables", (T, S, device), lambda: _build(mask, T, S, device))
 
 
 def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    prefix = _prefix(mask, S, device)  # (B or 1, 1)
+    prefix = _length(mask.prefix, S, device)  # (B or 1, 1)
     seen, full = _keys_by_position(mask, prefix, T, S)
     seen_by = full_by = _queries_by_position(mask, prefix, T, S)
     key_segment = query_segment = key_rank = query_rank = torch.zeros_like(prefix)
@@ -28,18 +32,36 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
         seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
-    queries = _stack([*seen, *full, query_segment, query_rank, prefix], T)
-    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, prefix], S)
+    rest = [prefix]
+    if mask.shared is not None:
+        shared = _length(mask.shared, S, device)
+        rest.append(shared)
+        seen_by, full_by = _by_all(seen_by, full_by, mask, shared, T, S)
+    queries = _stack([*seen, *full, query_segment, query_rank, *rest], T)
+    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *rest], S)
 
 
-def _prefix(mask: AttentionMask, S: int, device: torch.device) -> Tensor:
-    if isinstance(mask.prefix, Tensor):
-        return mask.prefix.clamp(0, S).view(-1, 1)
-    return torch.full((1, 1), max(0, min(mask.prefix or 0, S)), device=device)  # no copy that a GPU would wait for
+def _length(given: int | Tensor | None, S: int, device: torch.device) -> Tensor:
+    """How many of S keys, (B or 1, 1)."""
+    if isinstance(given, Tensor):
+        return given.clamp(0, S).view(-1, 1)
+    return torch.full((1, 1), max(0, min(given or 0, S)), device=device)  # no copy that a GPU would wait for
+
+
+def _by_all(
+    seen_by: Interval, full_by: Interval, mask: AttentionMask, shared: Tensor, T: int, S: int
+) -> tuple[Interval, Interval]:
+    """The same intervals where the first `shared` keys are seen by all queries, or by all from their own position on."""
+    key = torch.arange(S, device=shared.device)[None]  # (1, S)
+    start = (key - (S - T)).clamp(0, T) if mask.causal else torch.zeros_like(key)
+    free = key < shared  # (B or 1, S)
+    first = torch.where(free, torch.minimum(start, seen_by[0]), seen_by[0])  # a prefix may reach further
+    end, full_end = (torch.where(free, T, interval[1]) for interval in (seen_by, full_by))
+    return (first, end), (torch.where(free, start, full_by[0]), full_end)
 
 
 def _stack(rows: list[Tensor], length: int) -> Tensor:
-    """(B or 1, 7, length) of rows that broadcast to (B, length)."""
+    """(B or 1, rows, length) of rows that broadcast to (B, length)."""
     n = max(row.shape[0] for row in rows)
     return torch.stack([row.to(torch.int32).expand(n, length) for row in rows], dim=1)
 

@@ -20,9 +20,10 @@ class AttentionMask:
     segments  (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments` (B, T)
     order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`; queries are the
               last T unless `query_order` (B, T)
+    shared    the first `shared` keys ((B,) if they differ) are visible whatever window and segments say, to padding too
 
-    Everything given must hold at once; only `prefix` widens. What is derived from a mask is kept with it, so its tensors
-    must not change any more.
+    Everything given must hold at once; only `prefix` and `shared` widen. What is derived from a mask is kept with it, so
+    its tensors must not change any more.
     """
 
     causal: bool = False
@@ -33,6 +34,7 @@ class AttentionMask:
     query_order: Tensor | None = None
     strict: bool = False
     prefix: int | Tensor | None = None
+    shared: int | Tensor | None = None
     _memory: dict[str, tuple[Hashable, object]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,12 @@ class AttentionMask:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
             query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (query == key) & (key != 0)
+        if self.shared is not None:
+            key = torch.arange(S, device=device)  # (S,)
+            seen = key < (self.shared.view(-1, 1, 1, 1) if isinstance(self.shared, Tensor) else self.shared)
+            if self.causal:
+                seen = seen & (key <= torch.arange(S - T, S, device=device)[:, None])
+            visible = visible | seen
         if self.order is not None:
             key = self.order[:, None, None, :]  # (B, 1, 1, S)
             query = self.order_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
@@ -89,7 +97,9 @@ class AttentionMask:
     def is_plain_causal(self, T: int, S: int) -> bool:
         """Whether this is the lower triangle of a square and nothing else."""
         has_prefix = self.prefix is not None
-        return self.causal and T == S and not (has_prefix or self._reads_tensors() or self._window_hides(T, S))
+        if T != S:  # under torch.compile the comparison may be symbolic, which no function of torch takes for False
+            return False
+        return self.causal and not (has_prefix or self._reads_tensors() or self._window_hides(T, S))
 
     def _by_position(self, T: int, S: int, device: torch.device | None) -> Tensor:
         """What causal, window and prefix allow, (B or 1, 1, T, S)."""

@@ -53,12 +53,13 @@ class Attention(nn.Module):
         places: Tensor | None = None,
         other: Tensor | None = None,
         source: Tensor | None = None,
+        virtual: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         q = q if rotary is None else rotate(q, rotary)
-        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q)  # (B, K, S, D)
+        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q, virtual)  # (B, K, S, D)
         q = q.to(v.dtype)  # under autocast norms give float32
         if self.xl is not None:
             places = torch.arange(T, device=x.device)[None] if places is None else places
@@ -70,14 +71,15 @@ class Attention(nn.Module):
             mask,
             scale=self.scale,
             bias=bias,
-            alibi=alibi_slopes(self.n_alibi, device=x.device) if self.n_alibi else None,
+            # a bias has the distances in it
+            alibi=alibi_slopes(self.n_alibi, device=x.device) if self.n_alibi and bias is None else None,
             softcap=self.softcap,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor, virtual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -87,6 +89,10 @@ class Attention(nn.Module):
             k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
             k = k if rotary is None else rotate(k, rotary)
         k = k.to(v.dtype)
+        if virtual is not None:  # (2, K, P, D), in front of all others
+            k, v = (
+                torch.cat([new.to(v.dtype).expand(B, -1, -1, -1), y], 2) for new, y in zip(virtual, (k, v), strict=True)
+            )
         return (k, v) if cache is None else cache.update(self.layer, k, v)
 
 
@@ -94,7 +100,7 @@ class CrossAttention(Attention):
     """Attention to a text that does not grow: its keys and values are made once per cache."""
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor, virtual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if cache is None:
             return super()._keys_and_values(x, None, None, q)

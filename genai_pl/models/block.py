@@ -45,12 +45,17 @@ class Block(nn.Module):
         content: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: AttentionMask | None = None,
+        virtual: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The next layer's x; keys come from `content` where x is the query stream of it, and `source` is another text."""
+        """The next layer's x; keys come from `content` where x is the query stream of it, and `source` is another text.
+
+        virtual (2, K, P, D) are keys and values before those of the text.
+        """
         if content is not None and self.pre_norm:
             content = self.norm1(content)
         given = {"rotary": rotary, "bias": bias, "places": places, "other": other, "source": content, "cache": cache}
+        given["virtual"] = virtual
         x = self._add(x, self.norm1, lambda y: self.norm1_after(self.attention(y, mask, **given)))
         if self.cross is not None:
             x = self._add(x, self.norm_cross, lambda y: self.cross(y, source_mask, source=source, cache=cache))

@@ -16,9 +16,15 @@ class KVCache:
         self.k = torch.zeros(size, device=device, dtype=dtype)
         self.v = torch.zeros(size, device=device, dtype=dtype)
         self.length = 0
+        self.n_virtual = 0  # of them, in front, tokens that are no text
         self.max_length = max_length
         self.source: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, of the text that a decoder reads beside its own
         self._segments: Tensor | None = None
+
+    @property
+    def n_text(self) -> int:
+        """Tokens of the text that it holds."""
+        return self.length - self.n_virtual
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, S, D) of the past and of the T new tokens, which are stored."""
@@ -28,7 +34,7 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def segments(self, new: Tensor | None, n_new: int) -> Tensor | None:
-        """Segment ids (B, S) of the past and of the new tokens, or None as long as no call has given any.
+        """Segment ids (B, S) of the past and of the new text, or None as long as no call has given any.
 
         New tokens without ids belong to the document that each row ended in.
         """
@@ -37,14 +43,16 @@ class KVCache:
         if self._segments is None:
             size = (self.k.shape[1], self.max_length)
             self._segments = torch.ones(size, device=self.k.device, dtype=torch.long)
-        end = self._end(n_new)
-        last = self._segments[:, self.length - 1 : self.length]  # (B, 1)
-        self._segments[:, self.length : end] = last if new is None else new
+        self._end(n_new)
+        start, end = self.n_text, self.n_text + n_new
+        last = self._segments[:, start - 1 : start]  # (B, 1)
+        self._segments[:, start:end] = last if new is None else new
         return self._segments[:, :end]
 
-    def advance(self, n_new: int) -> None:
-        """Count the new tokens as past, once every layer has stored them."""
-        self.length += n_new
+    def advance(self, n_new: int, n_virtual: int = 0) -> None:
+        """Count the new tokens, and virtual ones before them, as past, once every layer has stored them."""
+        self.length += n_virtual + n_new
+        self.n_virtual += n_virtual
 
     def keep_rows(self, rows: Tensor) -> None:
         """Reorder or drop rows of the batch, (B',) indices."""

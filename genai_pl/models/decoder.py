@@ -32,22 +32,25 @@ class Decoder(Stack):
         The first `prefix` (B,) tokens of a row see each other; `source` (B, S, C) is another text that all read.
         """
         T = input_ids.shape[1]
-        past = 0 if cache is None else cache.length
-        self.check_length(past + T)
+        past = 0 if cache is None else cache.n_text
+        enters = cache is None or cache.length == 0
+        front = self.front(enters=enters)
+        self.check_length(front.n + past + T)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, T)
         if segment_ids is None:
-            positions = torch.arange(past, past + T, device=input_ids.device)  # (T,)
+            positions = torch.arange(past + T, device=input_ids.device)  # (S,)
         else:
-            positions = positions_from_segments(segment_ids)[:, -T:]  # (B, T)
-        x = self.embedded(input_ids, positions)
-        given = {"cache": cache, "prefix": prefix}
+            positions = positions_from_segments(segment_ids)  # (B, S)
+        segments, positions = front.before(segment_ids, positions, explicit=prefix is not None)
+        x = self.embedded(input_ids, positions[..., -T - front.n_queries :], put=front.put)
+        given = {"cache": cache, "prefix": None if prefix is None else prefix + front.n}
         if source is not None:
             queries = torch.ones_like(input_ids) if segment_ids is None else segment_ids[:, -T:]
             unmasked = source_segments is None
             mask = AttentionMask() if unmasked else AttentionMask(segments=source_segments, query_segments=queries)
             given |= {"source": source, "source_mask": mask}
-        x = self.run(x, positions, segment_ids, S=past + T, **given)
+        x = self.run(x, positions, segments, front=front, **given)
         if cache is not None:
-            cache.advance(T)
-        return x
+            cache.advance(T, front.n if enters else 0)
+        return x[:, front.n_queries :]

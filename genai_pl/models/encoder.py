@@ -1,10 +1,13 @@
 """The encoder: BERT, RoBERTa, ALBERT, and XLNet with its second stream, by configuration."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from genai_pl.kernels import AttentionMask, positions_from_segments
 from genai_pl.models.stack import Stack
+from genai_pl.models.virtual import NOTHING, Front, Interleaved, interleave
 from genai_pl.names import Position
 from genai_pl.specs import ModelConfig
 
@@ -29,9 +32,30 @@ class Encoder(Stack):
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """Hidden states (B, T, C); token_type_ids (B, T) tell the parts of a document apart."""
-        x, positions = self._begin(input_ids, segment_ids, token_type_ids)
-        other = self._other(token_type_ids)
-        return self.run(x, positions, segment_ids, S=input_ids.shape[1], other=other)
+        hidden, _, interleaved = self.read(input_ids, segment_ids, token_type_ids=token_type_ids)
+        return hidden if interleaved is None else interleaved.text(hidden)
+
+    def read(
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, *, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Interleaved | None]:
+        """Hidden states (B, S, C), those of virtual tokens among them, their segments, and where the text is."""
+        front = self.front(enters=True)
+        if front.embeddings is not None:
+            return self._read_interleaved(input_ids, segment_ids, token_type_ids, front)
+        x, positions, segments = self._begin(input_ids, segment_ids, token_type_ids, front)
+        hidden = self.run(x, positions, segments, front=front, other=self._other(token_type_ids))
+        return hidden, segment_ids, None
+
+    def _read_interleaved(
+        self, input_ids: Tensor, segment_ids: Tensor | None, types: Tensor | None, front: Front
+    ) -> tuple[Tensor, Tensor | None, Interleaved]:
+        rows = interleave(segment_ids, front, *input_ids.shape, input_ids.device)
+        segments, S = rows.segments, rows.index.shape[1]
+        self.check_length(front.n + input_ids.shape[1])
+        positions = _positions(segments, S, input_ids.device)
+        types = None if types is None else types.new_zeros(rows.index.shape).scatter(1, rows.places, types)
+        x = self.embedded(input_ids, positions, types, put=partial(rows.put, front.embeddings))
+        return self.run(x, positions, segments), segments, rows
 
     def permuted_features(
         self, input_ids: Tensor, order: Tensor, targets: Tensor, segment_ids: Tensor | None = None
@@ -40,7 +64,7 @@ class Encoder(Stack):
 
         A token sees those of its rank in `order` (B, T) or lower; a target only lower ones (Yang et al. 2019, 2.3).
         """
-        x, _ = self._begin(input_ids, segment_ids, None)
+        x, _, _ = self._begin(input_ids, segment_ids, None, NOTHING)
         content = AttentionMask(segments=segment_ids, order=order)
         query_segments = None if segment_ids is None else segment_ids.gather(1, targets)
         query = AttentionMask(
@@ -56,16 +80,23 @@ class Encoder(Stack):
             x = block(x, content) if n < len(self.blocks) else x  # the last content is read by nobody
         return self.norm(unseen)
 
-    def _begin(self, input_ids: Tensor, segment_ids: Tensor | None, types: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The input of the first block and the positions."""
+    def _begin(
+        self, input_ids: Tensor, segment_ids: Tensor | None, types: Tensor | None, front: Front
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input of the first block (B, T, C), and positions and segments of all keys."""
         T = input_ids.shape[1]
-        self.check_length(T)
-        plain = segment_ids is None
-        positions = torch.arange(T, device=input_ids.device) if plain else positions_from_segments(segment_ids)
-        return self.embedded(input_ids, positions, types), positions
+        self.check_length(front.n + T)
+        positions = _positions(segment_ids, T, input_ids.device)
+        segments, positions = front.before(segment_ids, positions, explicit=False)
+        return self.embedded(input_ids, positions[..., -T:], types), positions, segments
 
     def _other(self, types: Tensor | None) -> Tensor | None:
         """Where a key (second) is of another token type than the query (first), (B, T, T), if scores depend on it."""
         if types is None or self.unseen is None:
             return None
         return types[:, :, None] != types[:, None, :]
+
+
+def _positions(segments: Tensor | None, T: int, device: torch.device) -> Tensor:
+    """Of each token in its document, (T,) or (B, T)."""
+    return torch.arange(T, device=device) if segments is None else positions_from_segments(segments)

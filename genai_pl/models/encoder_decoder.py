@@ -55,8 +55,9 @@ class EncoderDecoder(nn.Module):
         decoder_segment_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) of the decoder; documents of equal segment ids read each other."""
-        source = self.encoder.features(input_ids, segment_ids)
-        return self.decoder.features(decoder_input_ids, decoder_segment_ids, source=source, source_segments=segment_ids)
+        source, source_segments, _ = self.encoder.read(input_ids, segment_ids)
+        given = {"source": source, "source_segments": source_segments}
+        return self.decoder.features(decoder_input_ids, decoder_segment_ids, **given)
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What the head multiplies, of hidden states of the decoder."""
@@ -68,7 +69,7 @@ class EncoderDecoder(nn.Module):
 
     def reading(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> "Reader":
         """The decoder with one source (B, S), to decode from as from a decoder alone."""
-        return Reader(self, self.encoder.features(input_ids, segment_ids), segment_ids)
+        return Reader(self, *self.encoder.read(input_ids, segment_ids)[:2])
 
 
 class Reader(nn.Module):

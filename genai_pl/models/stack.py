@@ -1,6 +1,7 @@
 """What decoder and encoder share: embeddings, a stack of blocks, and a head."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from genai_pl.models.init import init_weights
 from genai_pl.models.layers import HeadTransform, build_norm
 from genai_pl.models.positions import rotary, sinusoidal
 from genai_pl.models.relative import RelativeBias
+from genai_pl.models.virtual import NOTHING, Front, VirtualTokens, distance_bias, front_of
 from genai_pl.names import Head, NormOrder, Position
 from genai_pl.specs import ModelConfig
 
@@ -39,6 +41,8 @@ class Stack(nn.Module):
         self.rotary, self.rotary_local = _build_rotary(config)
         self.relative = RelativeBias(config, causal=self.causal) if config.position is Position.relative else None
         self.max_length = config.max_seq_len if config.position is Position.learned else None
+        self.n_alibi = config.n_head if config.position is Position.alibi else 0
+        self.virtual: VirtualTokens | None = None
         self.dropout = nn.Dropout(config.dropout)
         if config.share_layers:
             self.blocks = nn.ModuleList([Block(config, 0, cross=cross)] * config.n_layer)
@@ -51,7 +55,8 @@ class Stack(nn.Module):
         self.head_scale = config.n_embd**-0.5 if config.scale_head else None
         self.logit_softcap = config.logit_softcap
         self.lm_head = None
-        if config.head is not Head.none:
+        self.score = nn.Linear(config.n_embd, 1, bias=False) if config.head is Head.score else None
+        if config.head in (Head.linear, Head.transform):
             width = E if config.head is Head.transform else config.n_embd
             self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
         init_weights(self, config)
@@ -62,15 +67,18 @@ class Stack(nn.Module):
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.embed.weight
 
-    def drop_head(self) -> None:
-        """Forget the head: what is left embeds text."""
-        self.config = replace(self.config, head=Head.none, head_bias=False)
+    def set_head(self, head: Head) -> None:
+        """Another head instead of the language model's: none, or a new one that scores whole texts."""
+        self.config = replace(self.config, head=head, head_bias=False)
         self.transform, self.lm_head = nn.Identity(), None
+        if head is Head.score and self.score is None:
+            self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
+            nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.config.n_embd + 1))  # Stiennon et al. 2020, appendix B
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What `lm_head` multiplies, (..., C or embedding_size), of hidden states (..., C)."""
         if self.lm_head is None:
-            raise ConfigError("this model has no language-model head (model.head=none): it only embeds text")
+            raise ConfigError("this model has no language-model head: it embeds or scores text")
         hidden = self.transform(hidden)
         return hidden if self.head_scale is None else hidden * self.head_scale
 
@@ -82,15 +90,28 @@ class Stack(nn.Module):
             return logits
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def embedded(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """The input of the first block, (B, T, C); positions are (T,) or (B, T), token types 0 where none are given."""
+    def embedded(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        put: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The input of the first block, (B, T, C); positions are (T,) or (B, T), token types 0 where none are given.
+
+        `put` adds virtual tokens to the embeddings: then there are more positions and types than input_ids.
+        """
         x = self.embed(input_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded to it, as Gemma's code does
+        if put is not None:
+            x = put(x)
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
         if self.types is not None:
-            x = x + self.types(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+            zeros = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            x = x + self.types(zeros if token_type_ids is None else token_type_ids)
         return self.embed_proj(self.dropout(self.embed_norm(x)))
 
     def run(
@@ -99,21 +120,35 @@ class Stack(nn.Module):
         positions: Tensor,
         segments: Tensor | None,
         *,
-        S: int,
         prefix: Tensor | None = None,
+        front: Front = NOTHING,
         **given: object,
     ) -> Tensor:
-        """Hidden states (B, T, C) after all blocks and the last norm; S keys, of which x are the last T."""
+        """Hidden states (B, T, C) after all blocks and the last norm; the S positions are the keys', x are the last T."""
+        T = x.shape[1]
         rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
-        masks = {w: AttentionMask(window=w, **rules) for w in set(self.windows)}
-        tables = {w: self._rotary_table(w, positions) for w in set(self.windows)}
-        given["bias"] = None if self.relative is None else self.relative(x.shape[1], S)
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            x = block(x, masks[window], rotary=tables[window], **given)
+        # where nothing is hidden from later tokens, they see what is in front anyway
+        masks = {
+            w: AttentionMask(window=w, shared=None if w is None and segments is None else front.shared, **rules)
+            for w in set(self.windows)
+        }
+        tables = {w: self._rotary_table(w, positions[..., -T:]) for w in set(self.windows)}
+        given["bias"] = self._bias(T, positions, by_position=front.n > 0 and segments is not None)
+        for n, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            virtual = None if front.layers is None else front.layers[n]
+            x = block(x, masks[window], rotary=tables[window], virtual=virtual, **given)
         return self.norm(x)
 
+    def front(self, *, enters: bool) -> Front:
+        """The virtual tokens before each row, whose embeddings or keys and values are needed if it enters with this call."""
+        return front_of(self.virtual, enters=enters)
+
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for this model's device and dtype, autocast's where that is on."""
+        """An empty cache for this model's device and dtype, autocast's where that is on; virtual tokens have room too."""
+        n_virtual = self.front(enters=False).n
+        if n_virtual:
+            longest = max_length + n_virtual
+            max_length = longest if self.max_length is None else min(longest, max(max_length, self.max_length))
         weight = self.embed.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -127,6 +162,15 @@ class Stack(nn.Module):
                 f"{length} tokens are more than model.max_seq_len ({self.max_length}), where learned positions end: "
                 "shorten the text, or train with a greater model.max_seq_len or with model.position=rotary"
             )
+
+    def _bias(self, T: int, positions: Tensor, *, by_position: bool) -> Tensor | None:
+        """What is added to the scores of the last T of S keys, (B or 1, H, T, S); None where nothing is, or slopes do it.
+
+        by_position: tokens may lie elsewhere in the row than their positions say.
+        """
+        if not by_position:
+            return None if self.relative is None else self.relative(T, positions.shape[-1])
+        return distance_bias(self.relative, self.n_alibi, positions, T)
 
     def _rotary_table(self, window: int | None, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         table = self.rotary if window is None else self.rotary_local

@@ -24,12 +24,14 @@ def sees(mask: AttentionMask, b: int, i: int, j: int, T: int, S: int) -> bool:
     if mask.prefix is not None:
         length = mask.prefix if isinstance(mask.prefix, int) else int(mask.prefix[b])
         near = near or j < length
-    if not near:
-        return False
     if mask.segments is not None:
         own = value(mask.segments, b, position) if mask.query_segments is None else value(mask.query_segments, b, i)
-        if own == 0 or own != value(mask.segments, b, j):
-            return False
+        near = near and own != 0 and own == value(mask.segments, b, j)
+    if mask.shared is not None:
+        length = mask.shared if isinstance(mask.shared, int) else int(mask.shared[b])
+        near = near or (j < length and not (mask.causal and j > position))
+    if not near:
+        return False
     if mask.order is not None:
         own, other = value(mask.order, b, position), value(mask.order, b, j)
         if other > own or (mask.strict and other == own):

@@ -26,6 +26,7 @@ def documents(*rows: str) -> Tensor:
 PACKED = documents("25a 10b 5.", "3a 36b 1c")
 LONG = documents("3a 100b 26c")
 WILD = integers(4, 2, 40)  # the same id many times, with others and padding between
+SHARED = documents("5. 20a 12b 3.", "5. 2. 33a")  # the first 5 keys belong to no document
 RANKS = integers(12, 2, 40)  # with ties
 
 MASKS = {
@@ -64,6 +65,23 @@ MASKS = {
     "prefix": (AttentionMask(causal=True, prefix=11), {}),
     "prefix of each row": (AttentionMask(causal=True, prefix=torch.tensor([0, 35])), {}),
     "prefix and a window away from it": (AttentionMask(causal=True, prefix=5, window=9), {"T": 70, "B": 1}),
+    "shared keys, packed": (AttentionMask(causal=True, shared=5, segments=SHARED), {"T": 35, "S": 40}),
+    "shared keys, packed, both ways": (AttentionMask(shared=5, segments=SHARED), {"T": 35, "S": 40}),
+    "shared keys among the queries": (AttentionMask(causal=True, shared=5, segments=SHARED), {}),
+    "shared keys of each row": (AttentionMask(causal=True, shared=torch.tensor([0, 5]), segments=SHARED), {}),
+    "shared keys away from the documents": (
+        AttentionMask(causal=True, shared=3, segments=documents("3. 90a 36b")),
+        {"B": 1, "H": 1, "K": 1, "T": 129},
+    ),
+    "shared keys and a window": (AttentionMask(causal=True, shared=5, window=9), {"T": 70, "S": 75, "B": 1}),
+    "shared keys, window both ways": (AttentionMask(shared=40, window=9), {"T": 70, "B": 1}),
+    "shared keys, window and packed": (AttentionMask(causal=True, shared=5, window=4, segments=SHARED), {}),
+    "shared keys, prefix and order": (AttentionMask(causal=True, shared=5, prefix=9, segments=WILD, order=RANKS), {}),
+    "shared keys of few queries": (
+        AttentionMask(causal=True, shared=5, segments=documents("5. 80a 30b")),
+        {"B": 1, "H": 4, "K": 1, "T": 3, "S": 115},
+    ),
+    "more shared keys than there are": (AttentionMask(shared=99, segments=SHARED), {}),
     "prefix longer than the keys": (AttentionMask(causal=True, prefix=99, segments=PACKED), {}),
 }  # fmt: skip
 
@@ -208,7 +226,9 @@ def test_a_step_along_the_gradient_changes_the_output_as_it_says():
 
 
 @pytest.mark.parametrize("blocks", [(16, 64, 4, 1), (64, 16, 4, 1)])
-@pytest.mark.parametrize("name", ["packed", "prefix of each row", "causal window", "segments in any order, causal"])
+@pytest.mark.parametrize(
+    "name", ["packed", "prefix of each row", "causal window", "segments in any order, causal", "shared keys, packed"]
+)
 def test_results_do_not_depend_on_the_blocks(monkeypatch, blocks: tuple, name: str):
     from genai_pl.kernels.flash_config import Blocks
 

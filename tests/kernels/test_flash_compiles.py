@@ -18,10 +18,10 @@ from genai_pl.kernels.flash_source import launches, source
 
 capability, D, featured = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "featured"
 q, k, v = (torch.empty(2, 256, 4, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-tables = [torch.zeros(2, 7, 256, dtype=torch.int32) for _ in range(2)]
+tables = [torch.zeros(2, 8, 256, dtype=torch.int32) for _ in range(2)]
 seed = torch.zeros(1, dtype=torch.int64)
 extras = Extras(torch.empty(1, 4, 256, 256), torch.empty(4), *tables, seed) if featured else Extras()
-case = Case(True, 100 * featured, featured, featured, 0, 0.1, 30.0 * featured, 0.1 * featured)
+case = Case(True, 100 * featured, featured, featured, 0, 0.1, 30.0 * featured, 0.1 * featured, featured)
 for launch in launches(q, k, v, extras, case, f"sm{capability}"):
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:

@@ -1,0 +1,16 @@
+"""python export.py: a trained model as a folder for transformers, PEFT or vLLM, or as ONNX; `--help` lists the options."""
+
+from omegaconf import DictConfig
+
+from genai_pl.config import command
+
+
+@command("export")
+def main(config: DictConfig) -> int:
+    from genai_pl.run_export import export
+
+    return export(config)
+
+
+if __name__ == "__main__":
+    main()

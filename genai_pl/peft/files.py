@@ -1,0 +1,108 @@
+"""Adapter folders: PEFT's layout, written and read; adapter_config.json and adapter_model.safetensors, never code."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.files import write_atomic
+from genai_pl.models.folder import read_json, write_json
+from genai_pl.peft.adapters import Adapter, AdapterLayer, adapters_of
+from genai_pl.peft.bitfit import bitfit
+from genai_pl.peft.bottleneck import bottleneck
+from genai_pl.peft.contents import Contents
+from genai_pl.peft.file_ia3 import read_ia3, write_ia3
+from genai_pl.peft.file_lora import read_lora, write_lora
+from genai_pl.peft.file_own import read_own, write_own
+from genai_pl.peft.prefix import read_prefix, write_prefix
+from genai_pl.peft.prompt import read_prompt, write_prompt
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
+
+
+class Format(NamedTuple):
+    """How adapters of a kind are written and read."""
+
+    write: Callable[[nn.Module, Adapter], Contents]
+    read: Callable[[nn.Module, Contents], nn.Module]
+
+
+FORMATS = {  # by PEFT's name of the kind
+    "LORA": Format(write_lora, read_lora),
+    "IA3": Format(write_ia3, read_ia3),
+    "BOTTLENECK": Format(write_own, partial(read_own, method=bottleneck)),
+    "BITFIT": Format(write_own, partial(read_own, method=bitfit)),
+    "PROMPT_TUNING": Format(write_prompt, read_prompt),
+    "PREFIX_TUNING": Format(write_prefix, read_prefix),
+}
+KINDS = {  # by method
+    "lora": "LORA",
+    "dora": "LORA",
+    "ia3": "IA3",
+    "bottleneck": "BOTTLENECK",
+    "bitfit": "BITFIT",
+    "prompt": "PROMPT_TUNING",
+    "prefix": "PREFIX_TUNING",
+}
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter | None = None) -> None:
+    """Write an adapter, by default the one that is trained, so that PEFT and `load_adapter` read it.
+
+    base: the folder or hub id of the model without adapters.
+    """
+    from safetensors.torch import save_file
+
+    adapter = _the_trained_one(model) if adapter is None else adapter
+    contents = FORMATS[KINDS[adapter.method]].write(model, adapter)
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in contents.tensors.items()}
+    metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
+    config = {**contents.config, "base_model_name_or_path": base}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomic(folder / CONFIG, lambda path: write_json(path, config))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapter of a folder around its layers, ours or PEFT's; CheckpointError if it cannot be."""
+    try:
+        config = read_json(folder / CONFIG)
+        kind = str(config.get("peft_type"))
+        if kind not in FORMATS:
+            raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}")
+        contents = _contents(folder / WEIGHTS, config)
+        return FORMATS[kind].read(model, contents)
+    except (CheckpointError, ConfigError) as error:
+        said = str(error)
+        raise CheckpointError(said if said.startswith(str(folder)) else f"{folder}: {said}") from None
+
+
+def _the_trained_one(model: nn.Module) -> Adapter:
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    trained = [layer.adapter for layer in layers if any(_is_trained(name, p) for name, p in layer.named_parameters())]
+    found = {id(adapter): adapter for adapter in trained} or {id(a): a for a in adapters_of(model)}
+    if len(found) != 1:
+        raise ConfigError(f"the model has {len(found)} adapters to choose from: name the one to write")
+    return next(iter(found.values()))
+
+
+def _is_trained(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and not name.startswith("base.")
+
+
+def _contents(file: Path, config: dict[str, object]) -> Contents:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        raise CheckpointError(f"no {file.name} in it (other formats: let PEFT save it again)")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            options = json.loads((opened.metadata() or {}).get(OPTIONS, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file.name} cannot be read ({error})") from None
+    return Contents(config, tensors, options)

@@ -1,0 +1,73 @@
+"""IA3 (Liu et al. 2022, section 3.3): keys, values and the inside of the MLP are scaled by learned vectors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.peft.adapters import Adapter
+from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
+from genai_pl.peft.targets import listed, match
+
+FEEDFORWARD = ("down_proj",)
+TARGETS = ("k_proj", "v_proj", *FEEDFORWARD)
+
+
+class IA3Linear(WeightAdapter):
+    """scale * base(x), or base(scale * x) where it is on the input; (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter, *, on_input: bool) -> None:
+        super().__init__(base, adapter)
+        self.on_input = on_input
+        self.scale = new_parameter(self.weight, self.weight.shape[1 if on_input else 0])
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.adapter.is_off:
+            return self.base(x)
+        if self.on_input:
+            return self.base(self._scaled(x))
+        return self._scaled(self.base(x))
+
+    def folded(self, state: State) -> State:
+        scale = 1 + self.adapter.weight * (self.scale - 1)
+        if self.on_input:
+            return {**state, "weight": state["weight"] * scale}
+        # a bias is scaled with the rest of the output
+        return {name: value * (scale[:, None] if value.dim() == 2 else scale) for name, value in state.items()}
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * (1 + self.adapter.strength(x) * (self.scale - 1)).to(x.dtype)
+
+
+def ia3(
+    model: nn.Module,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    feedforward_modules: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> nn.Module:
+    """The model, frozen, with a learned scale on each target; on the input of those that are feedforward_modules.
+
+    None means k_proj, v_proj and down_proj, and down_proj; modules_to_save are trained whole.
+    """
+    named = {"target_modules": target_modules, "feedforward_modules": feedforward_modules}
+    options = {name: listed(value) for name, value in (named | {"modules_to_save": modules_to_save}).items()}
+    adapter = Adapter("ia3", options)
+    targets = match(model, target_modules, default=TARGETS)
+    inner = FEEDFORWARD if feedforward_modules is None else options["feedforward_modules"]
+    for name in options["feedforward_modules"] or []:
+        if not any(site.is_called(name) for site in targets):
+            leaves = ", ".join(dict.fromkeys(site.leaf for site in targets))
+            raise ConfigError(f"peft.feedforward_modules: {name} is none of peft.target_modules: {leaves}")
+    model.requires_grad_(False)
+    for site in targets:
+        site.put(IA3Linear(site.module, adapter, on_input=any(map(site.is_called, inner))))
+    train_whole(model, options["modules_to_save"] or [], adapter)
+    return model
+
+
+def ones_like_output(module: nn.Module) -> Tensor:
+    """The scale that changes nothing, (out,)."""
+    return torch.ones_like(module.weight[:, 0])

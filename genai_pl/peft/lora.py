@@ -1,0 +1,165 @@
+"""LoRA (Hu et al. 2022), with rsLoRA, PiSSA and DoRA: a weight changes by a product of two thin matrices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.peft.adapters import Adapter
+from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
+from genai_pl.peft.targets import Site, listed, match
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+INITS = ("default", "pissa")
+
+
+class LoRALinear(WeightAdapter):
+    """base(x) + scaling B A x, (..., in) -> (..., out), A (R, in), B (out, R).
+
+    DoRA scales each row of the changed weight to a learned length (Liu et al. 2024, eq. 5). PiSSA starts A and B at the
+    principal part of the weight, and takes from the output what that part does: so the base is never changed.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapter: Adapter,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        rslora: bool,
+        dora: bool,
+        init: str,
+    ) -> None:
+        super().__init__(base, adapter)
+        out_features, in_features = self.weight.shape
+        self.rank, self.scaling = rank, alpha / (math.sqrt(rank) if rslora else rank)
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = new_parameter(self.weight, rank, in_features)
+        self.lora_B = new_parameter(self.weight, out_features, rank)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        if init == "pissa":
+            self._start_at_principal_part()
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(self.norms()) if dora else None  # (out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.adapter.is_off:
+            return y
+        strength = self.adapter.strength(x)
+        dropped = self.dropout(x)
+        if self.magnitude is None:
+            return y + self._change(x, dropped, strength * self.scaling).to(y.dtype)
+        scale = self.magnitude / self.norms()  # the norms count as constants (section 4.3)
+        if self.training and self.dropout.p > 0.0:
+            straight = F.linear(dropped, self.weight.to(dropped.dtype))
+        else:
+            straight = y if self.bias is None else y - self.bias
+        change = (scale - 1) * straight + scale * self._change(x, dropped, self.scaling)
+        return y + (strength * change).to(y.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(R, in) and (out, R) whose product, times `scaling`, is all that is added to the weight."""
+        if self.start_A is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """The lengths (out,) of the rows of the changed weight."""
+        A, B = self.factors()
+        return (self.weight.to(A.dtype) + self.scaling * (B @ A)).norm(dim=1)
+
+    def folded(self, state: State) -> State:
+        A, B = self.factors()
+        weight, share = state["weight"], self.adapter.weight
+        change = self.scaling * (B @ A)
+        if self.magnitude is None:
+            return {**state, "weight": weight + share * change}
+        scale = (self.magnitude / self.norms())[:, None]
+        new = {**state, "weight": weight + share * ((scale - 1) * weight + scale * change)}
+        if self.bias is not None:
+            new["bias"] = state["bias"] + share * (scale[:, 0] - 1) * (state["bias"] - self.bias)
+        return new
+
+    def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float) -> Tensor:
+        """factor (B A dropped - B0 A0 x), multiplied where it is thinnest."""
+        change = F.linear(F.linear(self._cast(dropped), self.lora_A) * factor, self.lora_B)
+        if self.start_A is None:
+            return change
+        return change - F.linear(F.linear(self._cast(x), self.start_A) * factor, self.start_B)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+
+    @torch.no_grad()
+    def _start_at_principal_part(self) -> None:
+        """scaling B A is the part of the weight with the greatest singular values (Meng et al. 2024, eq. 2 and 3)."""
+        U, S, Vh = torch.linalg.svd(self.weight.to(self.lora_A.dtype), full_matrices=False)
+        if self.rank > S.shape[0]:
+            shape = " x ".join(map(str, self.weight.shape))
+            raise ConfigError(f"peft.init=pissa: peft.rank={self.rank} is more than a weight of {shape} has")
+        root = (S[: self.rank] / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * Vh[: self.rank])
+        self.lora_B.copy_(U[:, : self.rank] * root)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+
+def lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+    init: str = "default",
+    target_modules: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> nn.Module:
+    """The model, frozen, with a LoRALinear around each target; None targets q_proj, k_proj, v_proj and o_proj.
+
+    modules_to_save are trained whole. A pattern {name: value} gives some targets another rank or alpha.
+    """
+    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    _check({rank, *ranks.values()}, {alpha, *alphas.values()}, dropout=dropout, init=init)
+    common = {"dropout": dropout, "rslora": rslora, "dora": dora, "init": init}
+    names = {"target_modules": listed(target_modules), "modules_to_save": listed(modules_to_save)}
+    options = {"rank": rank, "alpha": alpha, **common, **names, "rank_pattern": ranks, "alpha_pattern": alphas}
+    adapter = Adapter("dora" if dora else "lora", options)
+    targets = match(model, target_modules, default=TARGETS)
+    rank_of = partial(_by_pattern, "rank_pattern", ranks, targets, rank)
+    alpha_of = partial(_by_pattern, "alpha_pattern", alphas, targets, alpha)
+    model.requires_grad_(False)
+    for site in targets:
+        site.put(LoRALinear(site.module, adapter, rank=rank_of(site), alpha=alpha_of(site), **common))
+    train_whole(model, names["modules_to_save"] or [], adapter)
+    return model
+
+
+def _by_pattern(option: str, pattern: dict[str, float], targets: list[Site], default: float, site: Site) -> float:
+    for name in pattern:
+        if not any(target.is_called(name) for target in targets):
+            raise ConfigError(f"peft.{option}: no target is called {name}")
+    return next((value for name, value in pattern.items() if site.is_called(name)), default)
+
+
+def _check(ranks: set[int], alphas: set[float], *, dropout: float, init: str) -> None:
+    if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+        raise ConfigError(f"peft.rank must be a whole number above 0, not {min(ranks)}")
+    if any(alpha <= 0 for alpha in alphas):
+        raise ConfigError(f"peft.alpha must be above 0, not {min(alphas)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"peft.dropout must be in [0, 1), not {dropout}")
+    if init not in INITS:
+        raise ConfigError(f"peft.init={init} is not one of {', '.join(INITS)}")

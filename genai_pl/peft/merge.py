@@ -1,0 +1,55 @@
+"""Adapters folded into the weights they adapt: a plain model again, as fast as its base."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.models import EncoderDecoder, WrappedDecoder
+from genai_pl.peft.adapters import AdapterLayer
+from genai_pl.peft.layers import WeightAdapter
+from genai_pl.peft.targets import innermost, layers_at, sites
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The model without adapter layers, doing what it did with them; ConfigError for adapters that are no weights."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
+            raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
+    for site in sites(model):
+        layers = layers_at(site.module)
+        if layers:
+            site.put(_folded(layers))
+    _settle_ties(model)
+    return model.requires_grad_(True)
+
+
+@torch.no_grad()
+def _folded(layers: list[WeightAdapter]) -> nn.Module:
+    """The innermost module with new parameters where they change."""
+    module = innermost(layers[0])
+    old = dict(module.named_parameters())
+    state = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in old.items()}
+    before = dict(state)
+    for layer in reversed(layers):
+        state = layer.folded(state)
+    for name, value in state.items():
+        if value is not before[name]:
+            setattr(module, name, nn.Parameter(value.to(old[name].dtype)))
+    return module
+
+
+def _settle_ties(model: nn.Module) -> None:
+    """Tie the head to the embedding again, or, where they have come apart, let the configuration say so."""
+    inner = model.inner.config if isinstance(model, WrappedDecoder) else None
+    tied = inner.tie_word_embeddings if inner else model.config.tie_embeddings
+    if not tied or model.lm_head is None or model.lm_head.weight is model.embed.weight:
+        return
+    if torch.equal(model.lm_head.weight, model.embed.weight):
+        model.tie_weights()
+    elif inner:
+        inner.tie_word_embeddings = model.config.values["tie_word_embeddings"] = False
+    else:
+        for part in (model, model.decoder) if isinstance(model, EncoderDecoder) else (model,):
+            part.config = replace(part.config, tie_embeddings=False)

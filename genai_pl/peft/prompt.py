@@ -1,0 +1,88 @@
+"""Prompt tuning (Lester et al. 2021): only embeddings that stand in front of every document are trained."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.models.stack import Stack
+from genai_pl.peft.adapters import Adapter
+from genai_pl.peft.contents import Contents, fill
+from genai_pl.peft.layers import new_parameter
+from genai_pl.peft.virtual import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
+
+INITS = ("random", "text", "vocabulary")
+
+
+class Prompt(VirtualAdapter):
+    """Embeddings (P, E), which enter where those of the tokens do, before positions are added."""
+
+    def __init__(self, adapter: Adapter, first: Tensor) -> None:
+        super().__init__(adapter, first.shape[0])
+        self.weight = new_parameter(first, *first.shape)
+        self.weight.data.copy_(first)
+
+    def embeddings(self) -> Tensor:
+        return self.weight
+
+
+def prompt(
+    model: nn.Module,
+    *,
+    n_tokens: int = 20,
+    init: str = "random",
+    init_text: str | None = None,
+    init_ids: Sequence[int] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The model, frozen, with n_tokens learned embeddings before every document: in an encoder-decoder, of the source.
+
+    init    random: as the model draws its embeddings; vocabulary: those of tokens drawn at random; text: those of
+            init_ids, the tokens of init_text, from the start again where they are fewer
+
+    They change the model from the first step on: no prompt is nothing.
+    """
+    stack = stack_for(model, "prompt", n_tokens, reads=True)
+    if init not in INITS:
+        raise ConfigError(f"peft.init={init} is not one of {', '.join(INITS)}")
+    if (init == "text") != bool(init_ids):
+        fix = "set peft.init_text" if init == "text" else "set peft.init=text, or peft.init_text=null"
+        raise ConfigError(f"peft.init={init} and peft.init_text={init_text} do not fit: {fix}")
+    adapter = Adapter("prompt", {"n_tokens": n_tokens, "init": init, "init_text": init_text, "seed": seed})
+    return install(model, stack, Prompt(adapter, _first(stack, n_tokens, init, init_ids, seed)))
+
+
+def write_prompt(model: nn.Module, adapter: Adapter) -> Contents:
+    """The adapter in PEFT's layout."""
+    tokens = virtual_of(model)
+    config = config_of(model, "PROMPT_TUNING", tokens) | {
+        "token_dim": tokens.weight.shape[1],
+        "num_attention_heads": model.config.n_head,
+        "num_transformer_submodules": 1,
+    }
+    return Contents(config, {KEY: tokens.weight.detach()}, dict(adapter.options))
+
+
+def read_prompt(model: nn.Module, contents: Contents) -> nn.Module:
+    """The model with the prompt, ours or one that PEFT has written."""
+    table, n_tokens = table_in(contents)
+    model = prompt(model, n_tokens=n_tokens)
+    # PEFT has more for an encoder-decoder, and does not use them
+    fill(virtual_of(model).weight, table[:n_tokens], KEY)
+    return model
+
+
+@torch.no_grad()
+def _first(stack: Stack, n_tokens: int, init: str, init_ids: Sequence[int] | None, seed: int) -> Tensor:
+    """The initial embeddings, (P, E)."""
+    generator, table = torch.Generator().manual_seed(seed), stack.embed.weight
+    if init == "random":
+        drawn = torch.empty(n_tokens, table.shape[1]).normal_(std=stack.config.init_std, generator=generator)
+        return drawn.to(table)
+    if init == "vocabulary":
+        ids = torch.randint(table.shape[0], (n_tokens,), generator=generator)
+    else:
+        ids = torch.tensor(init_ids).repeat(-(-n_tokens // len(init_ids)))[:n_tokens]
+    rows = table[ids.to(table.device)]
+    return rows if stack.embed_scale is None else rows * stack.embed_scale  # the prompt is not scaled any more

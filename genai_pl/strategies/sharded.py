@@ -1,0 +1,165 @@
+"""FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+
+from genai_pl.errors import ConfigError
+from genai_pl.strategies.pieces import piece, whole
+from genai_pl.strategies.tensor_parallel import check_heads, split_heads
+
+# what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
+FORWARDS = {"features", "permuted_features"}
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Parameters, gradients and optimizer states in pieces over a (data_parallel, tensor_parallel) mesh of processes.
+
+    The processes of a tensor-parallel group see the same batch. A size of None is what the other leaves. Checkpoints are
+    those of one process, so that a run goes on with any number of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_parallel_size: int | None = None,
+        tensor_parallel_size: int | None = 1,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+    ) -> None:
+        backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
+        self._given = data_parallel_size, tensor_parallel_size
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self._is_split = False
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many processes see different batches, and how many share a batch."""
+        data, tensor = self._given
+        n_processes = self.num_processes * self.num_nodes
+        if tensor is None:
+            tensor = n_processes // (data or 1)
+        return data or n_processes // tensor, tensor
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        data, tensor = self.sizes
+        return {"num_replicas": data, "rank": self.global_rank // tensor}
+
+    def check(self, module: L.LightningModule) -> None:
+        """ConfigError for a model or sizes that do not fit, before any process is started."""
+        data, tensor = self.sizes
+        n_processes = self.num_processes * self.num_nodes
+        if data * tensor != n_processes:
+            raise ConfigError(
+                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be the number of "
+                f"processes, trainer.devices x trainer.num_nodes ({n_processes})"
+            )
+        if tensor > 1:
+            check_heads(module.model, tensor)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.sizes
+        super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        if not self._is_split:  # a validation after the fit sets up again
+            self.model = self.precision_plugin.convert_module(self.model)
+            self._split(self.lightning_module)
+            self._is_split = True
+        super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
+
+    def _split(self, module: L.LightningModule) -> None:
+        data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        if tensor.size() > 1:
+            split_heads(module.model, tensor)
+        if data.size() > 1 or tensor.size() == 1:
+            self._shard(module.model, data)
+        for name, parameter in module.named_parameters():
+            if not name.startswith("model.") and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: _average(p.grad, data))
+
+    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        mixed = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        # inputs keep their precision: positions in bfloat16 would be rounded
+        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"mesh": mesh, "mp_policy": policy}
+        if self.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        for block in dict.fromkeys(model.blocks):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        # embeddings, last norm and head stay whole until the backward pass: losses read the head's weight
+        fully_shard(model, reshard_after_forward=False, **options)
+        for name in FORWARDS.intersection(dir(model)):
+            register_fsdp_forward_method(model, name)
+
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if not isinstance(tensor, DTensor):  # pieces travel when they are needed
+                tensor.data = tensor.data.to(self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        state = self.lightning_module.state_dict(keep_vars=True)
+        full: dict[Tensor, Tensor] = {}
+        for value in dict.fromkeys(state.values()):  # a tied weight stays tied
+            gathered = whole(value.detach())
+            if self.is_global_zero:
+                full[value] = gathered
+        return {name: full[value] for name, value in state.items()} if self.is_global_zero else {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = inner.state_dict()
+        full = {n: {name: whole(value) for name, value in kept.items()} for n, kept in state["state"].items()}
+        return {**state, "state": full}
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
+        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        module = self.lightning_module
+        own = module.state_dict(keep_vars=True)
+        state = {k: piece(v, own[k]) if k in own else v for k, v in checkpoint["state_dict"].items()}
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [n for group in saved["param_groups"] for n in group["params"]]
+            owners = dict(zip(numbers, parameters, strict=True))
+            state = {n: {k: _like(v, owners[n]) for k, v in kept.items()} for n, kept in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def _like(value: object, parameter: Tensor) -> object:
+    """A value of an optimizer's state as the parameter lies: in pieces if it has its shape, else whole on all processes."""
+    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    if value.shape == parameter.shape:
+        return piece(value, parameter)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(value.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _average(gradient: Tensor, mesh: DeviceMesh) -> None:
+    """The mean over the processes that see different batches, in place."""
+    dist.all_reduce(gradient, group=mesh.get_group())
+    gradient /= mesh.size()
