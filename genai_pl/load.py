@@ -101,7 +101,7 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
         model.load_state_dict(state, assign=True, strict=base is None)
     except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
-    model.tie_weights()
+    peft.tie_weights(model)
     return Loaded(model, from_files(ours["tokenizer"]), path)
 
 

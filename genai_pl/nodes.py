@@ -141,6 +141,8 @@ class Generate:
     """What `generate.py` takes."""
 
     checkpoint: str = "auto"
+    adapter: Any = None
+    adapter_weights: Any = None
     prompt: str | None = None
     prompt_file: str | None = None
     num_samples: int = 1

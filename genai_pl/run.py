@@ -20,6 +20,7 @@ from genai_pl.export import export_model
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
+from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
@@ -63,6 +64,9 @@ def build(config: DictConfig, run: Path) -> Parts:
         model.set_head(objective.head)
     base = keep_base(config, run, model, tokenizer)
     model = adapt(config.peft, model, tokenizer)
+    # virtual tokens of an adapter take their places from the text
+    virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
+    data.seq_len = min(data.seq_len, model.config.max_seq_len - virtual)
     module = build_module(config, model, tokenizer)
     if objective.needs_reward:
         connect_reward(config, module, tokenizer)

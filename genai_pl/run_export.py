@@ -1,6 +1,8 @@
 """The export command: a model in, a folder for others out."""
 
+import logging
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -76,6 +78,8 @@ def write_onnx(model: nn.Module, out: Path) -> str:
         raise ConfigError("format=onnx writes decoders")
     example = torch.zeros(2, 8, dtype=torch.long)
     sizes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.config.max_seq_len)}}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     program = torch.onnx.export(_Logits(model.eval()), (example,), dynamo=True, dynamic_shapes=sizes, verbose=False)
     write_atomic(out, lambda path: program.save(str(path)))
     return "ONNX Runtime"

@@ -5,24 +5,27 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import generate_text
 from genai_pl.load import load
+from genai_pl.peft import adapters_of
 
 
 def generate(config: DictConfig) -> int:
     """Print continuations of the prompts; a single one is printed while it grows."""
     if config.num_samples < 1:
         raise ConfigError(f"num_samples={config.num_samples} must be at least 1")
-    prompts = read_prompts(config)
+    prompts, names = read_prompts(config), adapter_names(config)
     device = choose_device(config.device)
     weights, products = DTYPES[config.precision.lightning]
-    loaded = load(config.checkpoint, dtype=weights)
+    loaded = load(config.checkpoint, dtype=weights, adapters=names)
     model = loaded.model.to(device)
+    choices = choose_adapters(model, names, config.adapter_weights, len(prompts), config.num_samples)
     generator = torch.Generator(device).manual_seed(config.seed)
-    single = len(prompts) * config.num_samples == 1
+    single = len(prompts) * config.num_samples * choices == 1
     streaming = config.stream and single
     if single:
         print(prompts[0], end="", flush=True)
@@ -31,7 +34,7 @@ def generate(config: DictConfig) -> int:
         texts = generate_text(
             model,
             loaded.tokenizer,
-            prompts,
+            prompts * choices,
             OmegaConf.to_object(config.generation),
             generator=generator,
             num_samples=config.num_samples,
@@ -40,10 +43,37 @@ def generate(config: DictConfig) -> int:
     if single:
         print("" if streaming else texts[0][0], flush=True)
         return 0
-    for prompt, samples in zip(prompts, texts, strict=True):
+    for n, (prompt, samples) in enumerate(zip(prompts * choices, texts, strict=True)):
         for text in samples:
-            print(f"{prompt}{text}\n{'-' * 40}", flush=True)
+            heading = f"[{names[n // len(prompts)]}] " if choices > 1 else ""
+            print(f"{heading}{prompt}{text}\n{'-' * 40}", flush=True)
     return 0
+
+
+def adapter_names(config: DictConfig) -> list[str]:
+    """The adapters asked for: one, several, or none."""
+    if config.adapter is None:
+        return []
+    return [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
+
+
+def choose_adapters(
+    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int, num_samples: int
+) -> int:
+    """Set how much of each adapter counts for each row, and return how often every prompt is continued."""
+    found = adapters_of(model)[-len(names) :] if names else []
+    if weights is not None:
+        if len(weights) != len(names):
+            raise ConfigError(f"adapter_weights has {len(weights)} numbers for {len(names)} adapters")
+        for adapter, weight in zip(found, weights, strict=True):
+            adapter.weight = float(weight)
+        return 1
+    if len(names) < 2:
+        return 1
+    rows = torch.arange(len(names)).repeat_interleave(n_prompts * num_samples)  # the adapter of each row
+    for n, adapter in enumerate(found):
+        adapter.rows = (rows == n).float().to(next(model.parameters()).device)
+    return len(names)
 
 
 def read_prompts(config: DictConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """The Trainer of a run, with its callbacks and loggers, from the configuration."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
     options = OmegaConf.to_container(config.trainer, resolve=True)
     every = options.pop("log_every_n_steps")
     del options["recompute_every"]  # ours
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+        options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
     strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
     # ours count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
@@ -104,6 +107,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     for adapter in adapters_of(model):
         parts.checkpoints.contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": parts.base}
         parts.checkpoints.trained_only = parts.base is not None
+        parts.module.strict_loading = parts.base is None  # the base is there already
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
         parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]

@@ -80,7 +80,6 @@ class StepCheckpoint(Checkpoint):
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
-        module.strict_loading = not self.trained_only
         self._rng = checkpoint[MARK]["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

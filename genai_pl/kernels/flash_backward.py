@@ -65,7 +65,6 @@ def key_value_gradients(
     k = load_tile(k_tile, j, sizes.S, not F.even_n, F.D, F.BLOCK_D)
     v = load_tile(v_tile, j, sizes.S, not F.even_n, F.D_V, F.BLOCK_D_V)
     blocks = query_blocks(j0, k_table, sizes, F)
-
     sums = tl.zeros([F.BLOCK_N, F.BLOCK_D], tl.float32), tl.zeros([F.BLOCK_N, F.BLOCK_D_V], tl.float32)
     for g in range(n_heads):
         h = h_out * n_heads + g
@@ -82,12 +81,10 @@ def key_value_gradients(
                 sums, k, v, q_head, do_head, LSE2 + row, DELTA + row, j, q_table, k_table, head, blocks, q_stride,
                 do_stride, bias_stride, sizes, scalars, False, F,
             )  # fmt: skip
-
-    dk, dv = sums
     dk_tile = base(D_K, b, h_out, j0, dk_stride) + offsets(dk_stride, F.BLOCK_N, F.BLOCK_D)
     dv_tile = base(D_V, b, h_out, j0, dv_stride) + offsets(dv_stride, F.BLOCK_N, F.BLOCK_D_V)
-    store_tile(dk_tile, dk * scalars.scale, j, sizes.S, F.D, F.BLOCK_D)
-    store_tile(dv_tile, dv, j, sizes.S, F.D_V, F.BLOCK_D_V)
+    store_tile(dk_tile, sums[0] * scalars.scale, j, sizes.S, F.D, F.BLOCK_D)
+    store_tile(dv_tile, sums[1], j, sizes.S, F.D_V, F.BLOCK_D_V)
 
 
 @triton.jit
@@ -151,7 +148,6 @@ def query_gradient(
     lse2, delta = tl.load(LSE2 + row), tl.load(DELTA + row)
     k_head, v_head = base(K, b, h // sizes.group, b * 0, k_stride), base(V, b, h // sizes.group, b * 0, v_stride)
     blocks = key_blocks(i0, q_table, sizes, F)
-
     dq = tl.zeros([F.BLOCK_M, F.BLOCK_D], tl.float32)
     if F.shared:
         first, blocks = split_shared(blocks, head[5], F.BLOCK_N)

@@ -7,7 +7,10 @@ after are edges. Start and the bounds of the full part are multiples of the bloc
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash_common import FULL_END, FULL_START, SEEN_END, SEEN_START
+from genai_pl.kernels import flash_tables
+
+SEEN_START, SEEN_END = tl.constexpr(flash_tables.SEEN_START), tl.constexpr(flash_tables.SEEN_END)
+FULL_START, FULL_END = tl.constexpr(flash_tables.FULL_START), tl.constexpr(flash_tables.FULL_END)
 
 
 @triton.jit

@@ -15,8 +15,6 @@ from genai_pl.kernels import flash_tables
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SEEN_START, SEEN_END = tl.constexpr(flash_tables.SEEN_START), tl.constexpr(flash_tables.SEEN_END)
-FULL_START, FULL_END = tl.constexpr(flash_tables.FULL_START), tl.constexpr(flash_tables.FULL_END)
 SEGMENT, RANK = tl.constexpr(flash_tables.SEGMENT), tl.constexpr(flash_tables.RANK)
 PREFIX, SHARED = tl.constexpr(flash_tables.PREFIX), tl.constexpr(flash_tables.SHARED)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
@@ -220,10 +218,8 @@ def visible(i, j, of_query, of_key, head, sizes, F: tl.constexpr):
         ok = ok & (of_query[0] == of_key[0]) & (of_key[0] != 0)
     if F.shared:
         ok = ok | ((j < head[5]) & (j <= position if F.causal else j < sizes.S))
-    if F.order == 1:
-        ok = ok & (of_key[1] <= of_query[1])
-    if F.order == 2:
-        ok = ok & (of_key[1] < of_query[1])
+    if F.order > 0:
+        ok = ok & (of_key[1] <= of_query[1] if F.order == 1 else of_key[1] < of_query[1])
     return ok
 
 

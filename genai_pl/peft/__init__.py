@@ -5,6 +5,7 @@ from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
 from genai_pl.peft.files import load_adapter, save_adapter
 from genai_pl.peft.ia3 import ia3
+from genai_pl.peft.layers import tie_weights
 from genai_pl.peft.lora import lora
 from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
@@ -26,4 +27,5 @@ __all__ = [
     "prefix",
     "prompt",
     "save_adapter",
+    "tie_weights",
 ]

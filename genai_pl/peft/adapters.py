@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ class Adapter:
     options: dict[str, object]
     weight: float = 1.0  # 0: the base alone
     rows: Tensor | None = field(default=None, repr=False)  # (B,) weights, one per row of the batch, instead
+    number: int = field(default_factory=count().__next__, repr=False, compare=False)  # later ones are greater
 
     @property
     def is_off(self) -> bool:
@@ -39,7 +41,7 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
     for module in model.modules():
         if isinstance(module, AdapterLayer):
             found[id(module.adapter)] = module.adapter
-    return list(found.values())
+    return sorted(found.values(), key=lambda adapter: adapter.number)  # the outermost, the last, is met first
 
 
 @contextmanager

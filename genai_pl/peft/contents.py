@@ -43,6 +43,7 @@ class Tensors:
     def __init__(self, contents: Contents, modules: list[Module], kinds: tuple[str, ...]) -> None:
         self.names: dict[Key, str] = {}
         self.tensors = contents.tensors
+        self.filled: dict[nn.Parameter, Tensor] = {}
         for name in contents.tensors:
             plain = name.removeprefix(PREFIX)
             kind = next((kind for kind in kinds if plain.endswith(f".{kind}")), None)

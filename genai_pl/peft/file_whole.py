@@ -33,11 +33,20 @@ def write_whole(module: Module, layers: Layers) -> dict[str, Tensor]:
 def fill_whole(module: Module, layers: Layers, tensors: Tensors) -> None:
     """Put what `write_whole` wrote into the copies."""
     for row in module.rows:
-        kind = _kind(row.theirs)
+        kind, ours = _kind(row.theirs), _kind(row.ours[0])
         parts = module.split(row.read(tensors.take(module.name, kind)))
-        for (name, holder), layer, part in zip(_holders(module, layers, row), layers, parts, strict=True):
+        for (_, holder), layer, part in zip(_holders(module, layers, row), layers, parts, strict=True):
             if layer is not None:
-                fill(_parameter(holder, name), part, f"{kind} of {module.name}")
+                _fill(holder, ours, part, tensors.filled, f"{kind} of {module.name}")
+
+
+def _fill(holder: nn.Module, kind: str, part: Tensor, filled: dict[nn.Parameter, Tensor], what: str) -> None:
+    """Fill a parameter of a copy; one that another copy shares, and has filled otherwise, comes apart."""
+    parameter = _parameter(holder, kind)
+    if not torch.equal(filled.setdefault(parameter, part), part):
+        parameter = nn.Parameter(torch.empty_like(parameter))
+        setattr(holder, kind, parameter)
+    fill(parameter, part, what)
 
 
 def _holders(module: Module, layers: Layers, row: Weight) -> list[tuple[str, nn.Module]]:

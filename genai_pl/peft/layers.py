@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.models import WrappedDecoder
 from genai_pl.names import Head
 from genai_pl.peft.adapters import Adapter, AdapterLayer
 from genai_pl.peft.targets import innermost, layers_at, sites
@@ -113,6 +114,20 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
         for name, parameter in innermost(layer).named_parameters():
             setattr(layer.copy, name, shared.setdefault(parameter, getattr(layer.copy, name)))
         site.put(layer)
+
+
+def tie_weights(model: nn.Module) -> None:
+    """What `model.tie_weights` does, around adapters: tie the base's head again, and copies that are still equal."""
+    wrapped = isinstance(model, WrappedDecoder)
+    tied = model.inner.config.tie_word_embeddings if wrapped else model.config.tie_embeddings
+    if not tied or model.lm_head is None:
+        return
+    innermost(model.lm_head).weight = innermost(model.embed).weight
+    copies = {id(layer.adapter): layer.copy for layer in layers_at(model.embed) if isinstance(layer, TrainedCopy)}
+    for layer in layers_at(model.lm_head):
+        twin = copies.get(id(layer.adapter)) if isinstance(layer, TrainedCopy) else None
+        if twin is not None and torch.equal(twin.weight, layer.copy.weight):
+            layer.copy.weight = twin.weight
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:

@@ -177,4 +177,4 @@ def _shape(module: nn.Module | None) -> str:
 
 
 def _options(options: dict[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+    return " ".join(f"{name}={value}" for name, value in options.items() if value not in (None, {}))

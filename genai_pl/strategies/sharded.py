@@ -1,5 +1,6 @@
 """FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,6 +82,8 @@ class ShardedStrategy(ModelParallelStrategy):
         super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
 
     def _split(self, module: L.LightningModule) -> None:
+        # it warns that a tensor cut twice is put together in two steps, as it must be
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         if tensor.size() > 1:
             split_heads(module.model, tensor)
@@ -146,7 +149,12 @@ class ShardedStrategy(ModelParallelStrategy):
             numbers = [n for group in saved["param_groups"] for n in group["params"]]
             owners = dict(zip(numbers, parameters, strict=True))
             state = {n: {k: _like(v, owners[n]) for k, v in kept.items()} for n, kept in saved["state"].items()}
-            optimizer.load_state_dict({**saved, "state": state})
+            # which kernel steps the parameters depends on how they lie here
+            groups = [
+                {**group, **{k: own[k] for k in ("fused", "foreach") if k in own}}
+                for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+            ]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _like(value: object, parameter: Tensor) -> object:

@@ -176,39 +176,6 @@ def test_training_follows_the_peft_library(way: dict, tmp_path):
             torch.testing.assert_close(mine.magnitude, other.lora_magnitude_vector["default"].weight, rtol=0, atol=1e-4)
 
 
-def test_layers_trained_whole_stay_tied_if_they_were():
-    model = lora(build("gpt2"), modules_to_save=["embed", "lm_head"])
-    assert model.lm_head.copy.weight is model.embed.copy.weight
-    assert model.lm_head.weight is model.embed.copy.weight
-    train(model)
-    merge(model)
-    assert model.lm_head.weight is model.embed.weight
-    assert model.config.tie_embeddings
-    apart = lora(build("gpt2"), modules_to_save=["embed"])
-    train(apart)
-    merge(apart)
-    assert not apart.config.tie_embeddings
-
-
-def test_the_head_that_the_loss_reads_follows_the_switch():
-    base = build("bert")
-    weight, bias = base.lm_head.weight.clone(), base.lm_head.bias.clone()
-    model = shaken(lora(base, modules_to_save=["lm_head"]), of="trained")
-    adapter = adapters_of(model)[0]
-    copied = model.lm_head.copy
-    assert model.lm_head.weight is copied.weight
-    assert model.lm_head.bias is copied.bias
-    adapter.weight = 0.5
-    torch.testing.assert_close(model.lm_head.weight, (weight + copied.weight) / 2)
-    torch.testing.assert_close(model.lm_head.bias, (bias + copied.bias) / 2)
-    with adapters_disabled(model):
-        assert torch.equal(model.lm_head.weight, weight)
-        assert torch.equal(model.lm_head.bias, bias)
-    adapter.rows = torch.ones(2)
-    with pytest.raises(ConfigError, match="adapters by row"):
-        _ = model.lm_head.weight
-
-
 def test_dropout_rests_in_evaluation_and_in_a_model_that_is_evaluated():
     model = shaken(lora(build("gpt2"), dropout=0.5), of="trained")
     assert torch.equal(said(model), said(model))

@@ -1,0 +1,106 @@
+"""Every file of conf/peft in a run: it starts at the base, trains only itself, goes on exactly, and comes back."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from genai_pl.load import load
+from genai_pl.peft import adapters_disabled
+from tests.conftest import ROOT, TINY
+
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "peft").glob("*.yaml") if path.stem != "none")
+MERGED = {"lora", "dora", "ia3", "bitfit"}
+GPT = ("model=gpt", *TINY, "model.n_head=4", "model.max_seq_len=64", "optimizer.lr=1e-2")
+IDS = torch.arange(40, 60)[None]
+
+
+def losses(run: Path) -> list[tuple[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_path: Path) -> None:
+    given = ("train", *GPT, f"peft={method}", "callbacks.checkpoint.every_n_steps=2")
+    result = command(*given, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    assert "trainable params: " in result.out
+    run = tmp_path / "run"
+    assert not (run / "model").exists()
+    adapted, of_checkpoint, base = load("run").model, load("run/checkpoints/last.ckpt").model, load("run/base").model
+    assert torch.equal(logits(adapted), logits(of_checkpoint))
+    assert (logits(adapted) - logits(base)).abs().max() > 1e-6
+    with adapters_disabled(adapted):
+        assert torch.equal(logits(adapted), logits(base))
+    # the checkpoint: adapter, its two moments, and what every run has (tokenizer, random numbers, position)
+    adapter_bytes = (run / "adapter/adapter_model.safetensors").stat().st_size
+    assert (run / "checkpoints/last.ckpt").stat().st_size <= 3 * adapter_bytes + 60_000
+    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command("train", "resume=half/checkpoints/step=000002.ckpt").status == 0
+    assert losses(tmp_path / "half") == losses(run)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_generates_and_merges_where_it_can(method: str, command, tmp_path: Path) -> None:
+    assert command("train", *GPT, f"peft={method}", "hydra.run.dir=run").status == 0
+    text = command("generate", "checkpoint=run", "prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    assert text.status == 0, text.err
+    again = command("generate", "checkpoint=run/base", "adapter=run", "prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    assert again.out == text.out
+    merged = command("export", "checkpoint=run", "format=merged", "out=merged")
+    if method in MERGED:
+        assert merged.status == 0, merged.err
+        torch.testing.assert_close(logits(load("merged").model), logits(load("run").model), rtol=0, atol=1e-5)
+    else:
+        assert merged.status == 2
+        assert f"peft={method} cannot be merged" in merged.err
+        assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize(
+    "option", ["precision=bf16", "trainer.accumulate_grad_batches=2", "trainer.recompute_every=1", "optimizer=muon"]
+)
+def test_an_adapter_goes_with_the_rest(method: str, option: str, command) -> None:
+    result = command("train", *GPT, f"peft={method}", option)
+    assert result.status == 0, result.err
+
+
+def test_several_adapters_answer_in_one_batch_or_together(command) -> None:
+    for method in ("lora", "ia3"):
+        assert command("train", *GPT, f"peft={method}", f"hydra.run.dir={method}", "seed=0").status == 0
+    one = [
+        command("generate", "checkpoint=lora/base", f"adapter={m}", "prompt=A", "generation=greedy",
+                "generation.max_new_tokens=4").out.strip()
+        for m in ("lora", "ia3")
+    ]  # fmt: skip
+    both = command("generate", "checkpoint=lora/base", "adapter=[lora,ia3]", "prompt=A", "generation=greedy",
+                   "generation.max_new_tokens=4")  # fmt: skip
+    assert both.status == 0, both.err
+    for name, text in zip(("lora", "ia3"), one, strict=True):
+        assert f"[{name}] {text}" in both.out
+    alone = command("generate", "checkpoint=lora/base", "adapter=[lora,ia3]", "adapter_weights=[1,0]", "prompt=A",
+                    "generation=greedy", "generation.max_new_tokens=4")  # fmt: skip
+    assert alone.out.strip() == one[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("peft=lora", "peft.target_modules=[nothing]"), "no module is called nothing; there are: q_proj"),
+        (("peft=bitfit", "model.bias=false"), "bias"),
+        (("peft.init_from=nowhere",), "adapter=nowhere: no adapter_config.json in this folder"),
+    ],
+)
+def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command) -> None:
+    result = command("train", *GPT, *given)
+    assert result.status in (1, 2)
+    assert message in result.err
+    assert result.err.count("\n") == 1
