@@ -1,0 +1,75 @@
+"""Runs of train.py in processes of their own, and how far two of them are apart."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+
+SMALL = (
+    "model.n_layer=2",
+    "model.n_embd=32",
+    "model.max_seq_len=32",
+    "tokenizer=byte",
+    "data.path=documents.jsonl",
+    "optimizer=sgd",
+    "optimizer.lr=0.3",
+    "scheduler=constant",
+    "scheduler.warmup_steps=0",
+    "trainer.max_steps=4",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.samples.every_n_steps=null",
+    "logger=csv",
+)
+SAME = ("train/loss", "train/grad_norm", "val/loss", "val/accuracy")
+
+
+def write_documents(folder: Path) -> None:
+    """Short documents of very different lengths: rows of them predict different numbers of tokens."""
+    words, draw = "to be or not that is the question".split(), random.Random(0)
+    texts = [" ".join(draw.choices(words, k=draw.choice((1, 2, 40)))) for _ in range(400)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def start(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> subprocess.Popen:
+    """train.py with the arguments, in the folder."""
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def train(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> str:
+    """What train.py prints."""
+    process = start(folder, *arguments, launch=launch)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    return out
+
+
+def table(run: Path) -> dict[int, dict[str, str]]:
+    """The logged metrics by step."""
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+def assert_same(run: Path, reference: Path, names: tuple[str, ...] = SAME) -> None:
+    """Losses, norms of gradients and exported weights agree to 1e-5."""
+    expected, found = table(reference), table(run)
+    assert found.keys() == expected.keys()
+    for step, row in expected.items():
+        for name in names:
+            a, b = float(found[step][name] or 0), float(row[name] or 0)
+            assert abs(a - b) <= 1e-5 * abs(b), (step, name, a, b)
+    weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (run, reference))
+    assert weights.keys() == others.keys()
+    for name, value in others.items():
+        assert (weights[name] - value).abs().max() <= 1e-5, name

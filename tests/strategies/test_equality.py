@@ -1,0 +1,75 @@
+"""Two processes take the steps of one on the same batches, however the model is spread over them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.strategies.processes import SMALL, assert_same, train, write_documents
+
+HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"  # rows per process that sees batches of its own
+OBJECTIVES = {
+    # tied embeddings, norms of single heads, rows of many documents, four batches to a step, a gradient far too long
+    "clm": ("trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"),
+    "mlm": ("model=encoder_nano", "objective=mlm"),
+    "relative": ("model=t5_nano", "objective=span_corruption", "model.n_head=4"),
+    "alibi": ("model.position=alibi", "model.qk_norm=false", "optimizer=muon", "optimizer.lr=1e-3"),
+}
+STRATEGIES = {
+    "ddp": ("trainer=ddp", HALF),
+    "fsdp": ("trainer=fsdp", HALF),
+    "tensor_parallel": ("strategy=tensor_parallel", WHOLE),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_documents(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path):
+    """The run of one process for an objective, trained once."""
+
+    def get(objective: str) -> Path:
+        run = folder / f"{objective}-one"
+        if not run.exists():
+            train(folder, *SMALL, *OBJECTIVES[objective], WHOLE, f"hydra.run.dir={run}")
+        return run
+
+    return get
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_two_processes_give_the_losses_and_weights_of_one(
+    objective: str, strategy: str, folder: Path, reference
+) -> None:
+    expected, run = reference(objective), folder / f"{objective}-{strategy}"
+    options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir={run}")
+    train(folder, *SMALL, *options)
+    assert_same(run, expected)
+
+
+@pytest.mark.parametrize("objective", ["relative", "alibi"])
+def test_heads_take_their_own_positions_along(objective: str, folder: Path, reference) -> None:
+    expected, run = reference(objective), folder / f"{objective}-tensor_parallel"
+    options = (*OBJECTIVES[objective], "strategy=tensor_parallel", "trainer.devices=2", WHOLE, f"hydra.run.dir={run}")
+    train(folder, *SMALL, *options)
+    assert_same(run, expected)
+
+
+@pytest.mark.slow
+def test_four_processes_divide_heads_and_shard_what_they_hold(folder: Path, reference) -> None:
+    expected, run = reference("clm"), folder / "clm-4"
+    options = ("strategy=tensor_parallel", "strategy.data_parallel_size=2", "trainer.devices=4", HALF)
+    train(folder, *SMALL, *OBJECTIVES["clm"], *options, f"hydra.run.dir={run}")
+    assert_same(run, expected)
+
+
+def test_a_block_that_runs_twice_gives_the_same_losses(folder: Path, reference) -> None:
+    run = folder / "clm-recompute"
+    options = ("trainer=fsdp", "trainer.devices=1", "trainer.recompute_every=1", WHOLE)
+    train(folder, *SMALL, *OBJECTIVES["clm"], *options, f"hydra.run.dir={run}")
+    assert_same(run, reference("clm"))

@@ -1,0 +1,85 @@
+"""The processes of a run: resumed in other numbers, started by torchrun or by a sweep, ended together."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.strategies.processes import SMALL, assert_same, start, table, train, write_documents
+
+HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
+TWO = ("trainer=fsdp", "trainer.devices=2", HALF)
+ONE = ("trainer=default", "strategy=auto", "trainer.devices=1", WHOLE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_documents(path)
+    train(path, *SMALL, WHOLE, "hydra.run.dir=one")
+    return path
+
+
+@pytest.mark.parametrize(("before", "after"), [(TWO, ONE), (ONE, TWO), (TWO, ())], ids=["2to1", "1to2", "2to2"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: tuple[str, ...], after: tuple[str, ...], folder: Path, request: pytest.FixtureRequest
+) -> None:
+    run = f"run-{request.node.callspec.id}"
+    train(folder, *SMALL, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
+    out = train(folder, f"resume={run}", *after, "trainer.max_steps=4")
+    assert f"resuming    {run}/checkpoints" in out
+    # the run that stopped half-way has a validation more
+    assert_same(folder / run, folder / "one", names=("train/loss", "train/grad_norm"))
+
+
+def test_torchrun_starts_the_processes(folder: Path) -> None:
+    options = ("trainer=fsdp", HALF, "hydra.run.dir=torchrun")
+    train(folder, *SMALL, *options, launch=("-m", "torch.distributed.run", "--nproc-per-node=2"))
+    assert_same(folder / "torchrun", folder / "one")
+
+
+def test_a_sweep_of_two_processes_leaves_a_folder_per_job(folder: Path) -> None:
+    options = ("trainer=ddp", "trainer.devices=2", HALF, "trainer.max_steps=2", "callbacks.export=false")
+    train(folder, "-m", *SMALL, *options, "model.n_layer=1,2", "hydra.sweep.dir=sweep")
+    assert sorted(path.name for path in (folder / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+    assert not (folder / "outputs").exists()
+    assert not (folder / "multirun").exists()
+    first, second = (table(folder / "sweep" / name) for name in "01")
+    assert first[1]["train/loss"] != second[1]["train/loss"]
+    # the second job is the run of one process
+    assert float(second[1]["train/loss"]) == pytest.approx(float(table(folder / "one")[1]["train/loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("lost", ["first", "second"])
+def test_when_one_process_is_killed_the_others_end(lost: str, folder: Path) -> None:
+    process = start(folder, *SMALL, *TWO, "trainer.max_steps=100000", f"hydra.run.dir=lost-{lost}")
+    log = folder / f"lost-{lost}" / "metrics.csv"
+    while not log.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    other = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()[0])
+    os.kill(process.pid if lost == "first" else other, signal.SIGKILL)
+    process.communicate(timeout=10)  # the pipe closes when the last of them has gone
+    assert process.returncode != 0
+
+
+MISTAKES = {
+    "strategy=tensor_parallel trainer.devices=2 model.n_head=1": "model.n_head (1) must be divisible by",
+    "strategy=tensor_parallel trainer.devices=2 strategy.tensor_parallel_size=3": "must be the number of processes",
+    "strategy=tensor_parallel trainer.devices=2 model.attention_kind=performer": "attention_kind=performer",
+    "trainer=fsdp precision=fp16": "does not support",
+    "strategy=deepspeed": "strategy=deepspeed: the package is not installed",
+    "trainer.recompute_every=0": "trainer.recompute_every=0",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake: str, command, tmp_path: Path) -> None:
+    write_documents(tmp_path)
+    result = command("train", *SMALL, *mistake.split())
+    assert result.status in (1, 2)
+    assert result.err.count("\n") == 1
+    assert MISTAKES[mistake] in result.err
