@@ -120,6 +120,24 @@ class Preference:
 
 
 @dataclass
+class Unpaired:
+    """Completions that were liked or not."""
+
+    _target_: str = "genai_pl.data.preferences.UnpairedDataModule"
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    prompt: str = "prompt"
+    completion: str = "completion"
+    label: str = "label"
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
+
+
+@dataclass
 class Prompts:
     """Prompts that the model answers in training."""
 
@@ -196,6 +214,7 @@ NODES = {
     "pairs": Pairs,
     "chat": Chat,
     "preference": Preference,
+    "unpaired": Unpaired,
     "prompts": Prompts,
     "generation": GenerationConfig,
     "generate": Generate,

@@ -59,6 +59,21 @@ def test_every_preference_loss_learns_what_was_preferred(loss: str, pairs: str, 
         assert float(rows[0]["rewards/margins"]) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_kto_learns_what_was_liked(command, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{i} is", "completion": " good" if i % 2 else " bad", "label": bool(i % 2)} for i in range(64)
+    ]
+    write(tmp_path / "liked.jsonl", rows)
+    result = command(
+        "train", "objective=kto", *LLAMA, "data.path=liked.jsonl", "trainer.max_steps=20", "optimizer.lr=3e-3",
+        "hydra.run.dir=run",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = table(tmp_path / "run")
+    assert float(rows[0]["train/loss"]) == pytest.approx(0.5, abs=1e-5)  # sigmoid(0): policy and reference are the same
+    assert float(rows[-1]["val/rewards/margins"]) > 0.1
+
+
 def test_log_probabilities_of_completions_are_those_of_transformers(pairs: str, command, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

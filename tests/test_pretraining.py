@@ -30,7 +30,7 @@ def losses(run: Path) -> list[tuple[str, str]]:
 
 def test_every_objective_of_text_is_tried_here() -> None:
     options = {path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml")}
-    assert options == {*OBJECTIVES, "clm", "contrastive", "sft", "reward", "dpo", "grpo", "ppo"}
+    assert options == {*OBJECTIVES, "clm", "contrastive", "sft", "reward", "dpo", "kto", "grpo", "ppo"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

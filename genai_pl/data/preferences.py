@@ -101,6 +101,38 @@ class PreferenceDataModule(_TableDataModule):
         return self._text(self.tables()[1][0][self.columns["prompt"]])
 
 
+class UnpairedDataModule(_TableDataModule):
+    """Rows of token ids of a prompt and a completion, and whether that was liked."""
+
+    kind = "unpaired"
+
+    def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
+        super().__init__(**rest)
+        self.columns = {"prompt": prompt, "completion": completion, "label": label}
+
+    def wanted(self) -> dict[str, str]:
+        return {f"data.{role}": column for role, column in self.columns.items()}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        return train_bpe((row[self.columns[role]] for row in train for role in ("prompt", "completion")), vocab_size)
+
+    def rows(self, table: "Table") -> Dataset:
+        return [self._encode({role: row[column] for role, column in self.columns.items()}) for row in table]
+
+    def _encode(self, row: dict[str, object]) -> dict[str, object]:
+        """The completion is cut to half of the row at most, the prompt on its left to what is left."""
+        prompt = encode_prompt(self.tokenizer, row["prompt"])
+        example = encode_completion(self.tokenizer, row["prompt"], row["completion"])
+        completion = example.input_ids[example.loss_mask]
+        completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
+        kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
+        return {"prompt": kept, "completion": completion, "label": bool(row["label"])}
+
+    def prompt(self) -> str:
+        return self._text(self.tables()[1][0][self.columns["prompt"]])
+
+
 class PromptsDataModule(_TableDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 

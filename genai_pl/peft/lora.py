@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.peft.adapters import Adapter
 from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
+from genai_pl.peft.quantize import quantize as quantize_blocks
 from genai_pl.peft.targets import Site, listed, match
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -126,16 +127,21 @@ def lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] | None = None,
+    quantize: str | None = None,
 ) -> nn.Module:
     """The model, frozen, with a LoRALinear around each target; None targets q_proj, k_proj, v_proj and o_proj.
 
-    modules_to_save are trained whole. A pattern {name: value} gives some targets another rank or alpha.
+    modules_to_save are trained whole. A pattern {name: value} gives some targets another rank or alpha. With quantize, the
+    frozen layers of the blocks are kept in fewer bits (QLoRA).
     """
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     _check({rank, *ranks.values()}, {alpha, *alphas.values()}, dropout=dropout, init=init)
     common = {"dropout": dropout, "rslora": rslora, "dora": dora, "init": init}
     names = {"target_modules": listed(target_modules), "modules_to_save": listed(modules_to_save)}
     options = {"rank": rank, "alpha": alpha, **common, **names, "rank_pattern": ranks, "alpha_pattern": alphas}
+    options["quantize"] = quantize
+    if quantize is not None:
+        quantize_blocks(model, kind=quantize, keep=names["modules_to_save"] or [])
     adapter = Adapter("dora" if dora else "lora", options)
     targets = match(model, target_modules, default=TARGETS)
     rank_of = partial(_by_pattern, "rank_pattern", ranks, targets, rank)

@@ -9,6 +9,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import EncoderDecoder, WrappedDecoder
 from genai_pl.peft.adapters import AdapterLayer
 from genai_pl.peft.layers import WeightAdapter
+from genai_pl.peft.quantize import dequantize
 from genai_pl.peft.targets import innermost, layers_at, sites
 
 
@@ -17,7 +18,7 @@ def merge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
             raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
-    for site in sites(model):
+    for site in sites(dequantize(model)):
         layers = layers_at(site.module)
         if layers:
             site.put(_folded(layers))

@@ -1,0 +1,81 @@
+"""Learning from completions that were liked or not, each alone."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.models import Model
+from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.preference import completion_logprobs
+from genai_pl.modules.reference import Reference
+from genai_pl.objectives import UnpairedPreferenceCollator, Vocabulary, kto_loss
+
+
+class KTOModule(BaseModule):
+    """KTO: gains and losses against the divergence of mismatched completions (Ethayarajh et al. 2024)."""
+
+    shapes = ("decoder",)
+    data_kind = "unpaired"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        vocabulary: Vocabulary,
+        seed: int,
+        optimizer: object,
+        schedule: object,
+        beta: float,
+        desirable_weight: float,
+        undesirable_weight: float,
+    ) -> None:
+        super().__init__(model, optimizer=optimizer, schedule=schedule)
+        if not beta > 0:
+            raise ConfigError(f"objective.beta must be above 0, not {beta}")
+        self.collator = UnpairedPreferenceCollator(vocabulary=vocabulary, seed=seed)
+        self.beta = beta
+        self.weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        self.reference = Reference(model)
+
+    def on_fit_start(self) -> None:
+        self.reference.to(self.device)
+
+    def step(self, batch: Batch) -> Metrics:
+        liked = batch["desirable"]
+        B = len(liked)
+        own, mismatched = ({k: x[rows] for k, x in _texts(batch).items()} for rows in (slice(B), slice(B, None)))
+        ratios = self._ratios(own)
+        with torch.no_grad():
+            kl = self._mean(self._ratios(mismatched)).clamp(min=0)
+        loss = kto_loss(ratios, liked, kl, beta=self.beta, **self.weights)
+        rewards = self.beta * ratios.detach()
+        return {
+            "loss": loss,
+            "rewards/chosen": rewards[liked].sum(),
+            "rewards/rejected": rewards[~liked].sum(),
+            "kl": kl * B,
+            "desirable": liked.sum().float(),
+        }
+
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """Means over all completions; rewards over those that were liked, and over the others."""
+        n = sums["desirable"]
+        chosen = sums["rewards/chosen"] / n.clamp(min=1)
+        rejected = sums["rewards/rejected"] / (targets - n).clamp(min=1)
+        means = {"loss": sums["loss"] / targets, "kl": sums["kl"] / targets}
+        return {**means, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+
+    def _ratios(self, batch: Batch) -> Tensor:
+        """Log-probability under the policy minus that under the reference, (B,)."""
+        policy = completion_logprobs(self.model, batch, 1)[:, 0]
+        with self.reference.of(self.model) as model:
+            reference = completion_logprobs(model, batch, 1)[:, 0]
+        return policy - reference
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Over all ranks."""
+        return self._over_ranks(values.sum()) / (len(values) * self.trainer.world_size)
+
+
+def _texts(batch: Batch) -> Batch:
+    return {name: batch[name] for name in ("input_ids", "labels", "segment_ids")}

@@ -1,0 +1,176 @@
+"""A frozen base in 4 or 8 bits a weight (QLoRA, Dettmers et al. 2023): less memory, and every multiplication dequantizes."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from genai_pl.errors import ConfigError
+from genai_pl.peft.targets import ALL_LINEAR, Site, layers_at, match, sites
+
+BLOCK = 64  # weights that share a scale in nf4
+aten = torch.ops.aten
+
+
+@cache
+def nf4_levels() -> Tensor:
+    """The 16 values of a 4-bit NormalFloat, rising from -1 to 1: quantiles of a normal, and zero (appendix E)."""
+    outermost = 1 - (1 / 30 + 1 / 32) / 2  # a probability, whose quantile is scaled to 1
+    below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64))[:-1] for n in (8, 9))
+    levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
+    return (levels / levels[-1]).float()
+
+
+def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (N / 2,) of two weights each, and the greatest magnitude (N / 64,) of each block, over the flat weight."""
+    blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    levels = nf4_levels().to(weight.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo().tiny)[:, None], between, out_int32=True)
+    codes = codes.to(torch.uint8).flatten()
+    return codes[::2] << 4 | codes[1::2], scales
+
+
+def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+    """The weight in float32."""
+    levels = nf4_levels().to(codes.device)
+    values = levels[torch.stack([codes >> 4, codes & 15], dim=1).int()]  # (N / 2, 2)
+    return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (out, in), and the scale (out,) that brings the greatest magnitude of each row to 127."""
+    scales = weight.float().abs().amax(dim=1) / 127
+    return (weight.float() / scales.clamp_min(torch.finfo().tiny)[:, None]).round().to(torch.int8), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+    """The weight in float32."""
+    return (codes.float() * scales[:, None]).view(shape)
+
+
+KINDS = {"nf4": (to_nf4, from_nf4), "int8": (to_int8, from_int8)}
+
+
+class Quantized(Tensor):
+    """A weight (out, in) held as codes and scales; whatever is computed with it gets the dequantized weight."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, kind: str, shape: torch.Size, dtype: torch.dtype) -> "Quantized":
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scales: Tensor, kind: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.codes, self.scales, self.kind = codes, scales, kind
+
+    def __repr__(self) -> str:
+        return f"Quantized({self.kind}, {list(self.shape)}, {self.dtype})"
+
+    def dense(self) -> Tensor:
+        """The weight as it was before but for what quantization lost, (out, in)."""
+        return KINDS[self.kind][1](self.codes, self.scales, self.shape).to(self.dtype)
+
+    def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Quantized":
+        """The same weight with something done to codes and scales."""
+        held = (change(self.codes), change(self.scales))
+        return Quantized(*held, self.kind, self.shape, self.dtype if dtype is None else dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:
+        return ["codes", "scales"], (self.kind, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        held: dict[str, Tensor], given: tuple[str, torch.dtype], shape: torch.Size, stride: tuple[int, ...]
+    ) -> "Quantized":
+        return Quantized(held["codes"], held["scales"], given[0], torch.Size(shape), given[1])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if function in (aten.detach.default, aten.alias.default):
+            return args[0].each(function)
+        if function is aten.clone.default:
+            return args[0].each(torch.clone)
+        if function is aten._to_copy.default and kwargs.get("dtype", torch.float32).is_floating_point:
+            device = kwargs.get("device")
+            return args[0].each(lambda held: held.to(device, copy=True), kwargs.get("dtype"))
+        if function is aten.copy_.default and isinstance(args[0], cls):  # processes agree on their weights at the start
+            codes, scales = quantized(args[1], args[0].kind)
+            args[0].codes.copy_(codes)
+            args[0].scales.copy_(scales)
+            return args[0]
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight; of one that was quantized like this before, the same."""
+    return KINDS[kind][0](weight.dense() if isinstance(weight, Quantized) else weight)
+
+
+class Product(torch.autograd.Function):
+    """x W^T that keeps for the backward pass what is quantized, not the weight; the gradient goes to x alone."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Quantized) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return F.linear(x, weight.dense())
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ ctx.weight.dense().to(gradient.dtype)).to(ctx.dtype), None
+
+
+class QuantizedLinear(nn.Linear):
+    """x W^T + b, (..., in) -> (..., out), with a quantized W."""
+
+    def __init__(self, base: nn.Linear, kind: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        weight = base.weight.detach()
+        held = Quantized(*quantized(weight, kind), kind, weight.shape, weight.dtype)
+        self.weight = nn.Parameter(held, requires_grad=False)
+        self.bias = base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = Product.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def quantize(model: nn.Module, *, kind: str, keep: Sequence[str] = ()) -> nn.Module:
+    """The model with the linear layers of its blocks quantized, but for those named in `keep`."""
+    if kind not in KINDS:
+        raise ConfigError(f"peft.quantize={kind} is not one of {', '.join(KINDS)}")
+    for site in match(model, ALL_LINEAR, default=()):
+        if isinstance(site.inner, QuantizedLinear):
+            if site.inner.weight.kind != kind:
+                raise ConfigError(f"peft.quantize={kind}: this model is quantized to {site.inner.weight.kind} already")
+        elif not any(map(site.is_called, keep)):
+            _replace(site, QuantizedLinear(site.inner, kind))
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """The model with plain linear layers in place of the quantized ones."""
+    for site in sites(model):
+        if isinstance(site.inner, QuantizedLinear):
+            plain = nn.Linear(site.inner.in_features, site.inner.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = nn.Parameter(site.inner.weight.dense(), requires_grad=False), site.inner.bias
+            _replace(site, plain)
+    return model
+
+
+def _replace(site: Site, module: nn.Module) -> None:
+    """Let a module stand in the innermost place, inside whatever adapters are there."""
+    layers = layers_at(site.module)
+    if layers:
+        layers[-1].base = module.train(layers[-1].training)
+    else:
+        site.put(module)
