@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from genai_pl.data import pretrained_tokenizer
 from genai_pl.errors import ConfigError
 from genai_pl.models import build_model
-from genai_pl.run import model_config
+from genai_pl.start import model_config
 from genai_pl.summary import describe_memory, describe_model, describe_step
 
 

@@ -77,7 +77,9 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
         return
     save_adapter(model, run / "adapter", base=parts.base)
     tokenizer.save_pretrained(run / "adapter")
-    write_atomic(run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8"))
+    write_atomic(
+        run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8")
+    )
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:

@@ -69,13 +69,12 @@ def load(
     return loaded._replace(model=loaded.model.eval())
 
 
-def _load_folder(
-    path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool
-) -> Loaded:
-    tokenizer = pretrained_tokenizer(str(path))
+def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
     if wrap and not is_supported(path / "config.json"):
-        return Loaded(load_wrapped(str(path), dtype=dtype, attention=attention), tokenizer, path)
-    return Loaded(load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout), tokenizer, path)
+        model = load_wrapped(str(path), dtype=dtype, attention=attention)
+    else:
+        model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
+    return Loaded(model, pretrained_tokenizer(str(path)), path)
 
 
 def _load_with_adapter(path: Path, **options: object) -> Loaded:

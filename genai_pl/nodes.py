@@ -44,19 +44,25 @@ class Wrapped:
 
 
 @dataclass
-class Data:
-    """Text to train and validate on."""
+class Rows:
+    """What every kind of data takes."""
 
-    _target_: str = "genai_pl.data.text.TextDataModule"
     path: str = MISSING
     val_path: str | None = None
     val_fraction: float = 0.1
-    column: str = "text"
     seq_len: int = MISSING
     batch_size: int = MISSING
     val_batch_size: int | None = None
     workers: int = 0
     shuffle: bool = True
+
+
+@dataclass
+class Data(Rows):
+    """Text to train and validate on."""
+
+    _target_: str = "genai_pl.data.text.TextDataModule"
+    column: str = "text"
     streaming: bool = False
     block_rows: int = 1024
     val_documents: int = 100
@@ -64,94 +70,54 @@ class Data:
 
 
 @dataclass
-class Pairs:
+class Pairs(Rows):
     """Pairs of texts to train and validate embeddings on."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
-    path: str = MISSING
-    val_path: str | None = None
-    val_fraction: float = 0.1
     anchor: str = "anchor"
     positive: str | None = "positive"
     negative: str | None = None
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    val_batch_size: int | None = None
-    workers: int = 0
-    shuffle: bool = True
 
 
 @dataclass
-class Chat:
+class Chat(Rows):
     """Examples to imitate."""
 
     _target_: str = "genai_pl.data.conversations.ChatDataModule"
-    path: str = MISSING
-    val_path: str | None = None
-    val_fraction: float = 0.1
     messages: str = "messages"
     prompt: str = "prompt"
     completion: str = "completion"
     packing: bool = True
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    val_batch_size: int | None = None
-    workers: int = 0
-    shuffle: bool = True
 
 
 @dataclass
-class Preference:
+class Preference(Rows):
     """Prompts with a chosen and a rejected completion."""
 
     _target_: str = "genai_pl.data.preferences.PreferenceDataModule"
-    path: str = MISSING
-    val_path: str | None = None
-    val_fraction: float = 0.1
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     margin: str | None = None
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    val_batch_size: int | None = None
-    workers: int = 0
-    shuffle: bool = True
 
 
 @dataclass
-class Unpaired:
+class Unpaired(Rows):
     """Completions that were liked or not."""
 
     _target_: str = "genai_pl.data.preferences.UnpairedDataModule"
-    path: str = MISSING
-    val_path: str | None = None
-    val_fraction: float = 0.1
     prompt: str = "prompt"
     completion: str = "completion"
     label: str = "label"
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    val_batch_size: int | None = None
-    workers: int = 0
-    shuffle: bool = True
 
 
 @dataclass
-class Prompts:
+class Prompts(Rows):
     """Prompts that the model answers in training."""
 
     _target_: str = "genai_pl.data.preferences.PromptsDataModule"
-    path: str = MISSING
-    val_path: str | None = None
-    val_fraction: float = 0.1
     prompt: str = "prompt"
     max_prompt_len: int = MISSING
-    seq_len: int = MISSING
-    batch_size: int = MISSING
-    val_batch_size: int | None = None
-    workers: int = 0
-    shuffle: bool = True
 
 
 @dataclass
@@ -206,6 +172,37 @@ class Evaluate:
     data: EvaluateData = field(default_factory=EvaluateData)
 
 
+@dataclass
+class FeedbackData:
+    """The prompts that `feedback.py` works on."""
+
+    path: str = MISSING
+    prompt: str = "prompt"
+    first: str = "chosen"
+    second: str = "rejected"
+
+
+@dataclass
+class Feedback:
+    """What `feedback.py` takes."""
+
+    task: str = "label"
+    checkpoint: str = "auto"
+    judge: str | None = None
+    judge_model: str = "default"
+    key_variable: str = "OPENAI_API_KEY"
+    retries: int = 4
+    workers: int = 8
+    rubric: str = ""
+    constitution: str | None = None
+    limit: int | None = None
+    out: str = "feedback.jsonl"
+    seed: int = 0
+    device: str = "auto"
+    data: FeedbackData = field(default_factory=FeedbackData)
+    generation: Any = None
+
+
 NODES = {
     "root": Root,
     "model": ModelConfig,
@@ -220,4 +217,5 @@ NODES = {
     "generate": Generate,
     "evaluate": Evaluate,
     "export": Export,
+    "feedback": Feedback,
 }

@@ -149,6 +149,8 @@ class ModelConfig:
             raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
         if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
             raise ConfigError("model.attention_kind=reformer has its queries for keys: set model.n_kv_head=null")
+        if self.share_layers and self.shape is not Shape.encoder:
+            raise ConfigError("model.share_layers needs model.shape=encoder: a cache has one place per layer")
         if self.tie_embeddings and self.head is Head.linear and self.embedding_size != self.n_embd:
             raise ConfigError("model.embedding_size below n_embd needs model.head=transform or tie_embeddings=false")
         if not 0.0 <= self.dropout < 1.0:

@@ -105,7 +105,10 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     monitor.listeners.append(parts.console.show)
     parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
     for adapter in adapters_of(model):
-        parts.checkpoints.contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": parts.base}
+        parts.checkpoints.contents |= {
+            "peft": {"method": adapter.method, "options": adapter.options},
+            "base": parts.base,
+        }
         parts.checkpoints.trained_only = parts.base is not None
         parts.module.strict_loading = parts.base is None  # the base is there already
     if parts.samples:

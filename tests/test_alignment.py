@@ -60,9 +60,7 @@ def test_every_preference_loss_learns_what_was_preferred(loss: str, pairs: str, 
 
 
 def test_kto_learns_what_was_liked(command, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"{i} is", "completion": " good" if i % 2 else " bad", "label": bool(i % 2)} for i in range(64)
-    ]
+    rows = [{"prompt": f"{i} is", "completion": " good" if i % 2 else " bad", "label": bool(i % 2)} for i in range(64)]
     write(tmp_path / "liked.jsonl", rows)
     result = command(
         "train", "objective=kto", *LLAMA, "data.path=liked.jsonl", "trainer.max_steps=20", "optimizer.lr=3e-3",

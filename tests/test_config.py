@@ -37,7 +37,7 @@ def test_every_model_builds_on_the_meta_device(path: Path) -> None:
     import torch
 
     from genai_pl.models import build_model
-    from genai_pl.run import model_config
+    from genai_pl.start import model_config
 
     with torch.device("meta"):
         build_model(model_config(composed(f"model={path.stem}"), 1000))

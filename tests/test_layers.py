@@ -21,12 +21,13 @@ LAYERS = [
     {"modules", "evaluation"},
     {"callbacks", "strategies"},
     {"export", "load", "summary"},
-    {"fit", "resume", "rewards"},
+    {"fit", "resume", "rewards", "feedback"},
     {"config_errors", "nodes"},
     {"config"},
     {"devices", "trainer"},
+    {"start"},
     {"run", "run_generate"},
-    {"dry_run", "run_evaluate", "run_export"},
+    {"dry_run", "run_evaluate", "run_export", "run_feedback"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
@@ -39,9 +40,11 @@ HEAVY = {
         "run_generate",
         "run_evaluate",
         "run_export",
+        "run_feedback",
+        "start",
         "dry_run",
     },
-    "lightning": {"modules", "callbacks", "strategies", "trainer", "run", "fit", "data"},
+    "lightning": {"modules", "callbacks", "strategies", "trainer", "start", "run", "fit", "data"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]
 

@@ -50,9 +50,10 @@ def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_generates_and_merges_where_it_can(method: str, command, tmp_path: Path) -> None:
     assert command("train", *GPT, f"peft={method}", "hydra.run.dir=run").status == 0
-    text = command("generate", "checkpoint=run", "prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    asked = ("prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    text = command("generate", "checkpoint=run", *asked)
     assert text.status == 0, text.err
-    again = command("generate", "checkpoint=run/base", "adapter=run", "prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    again = command("generate", "checkpoint=run/base", "adapter=run", *asked)
     assert again.out == text.out
     merged = command("export", "checkpoint=run", "format=merged", "out=merged")
     if method in MERGED:

@@ -114,7 +114,12 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     values |= dict.fromkeys(family.dropouts, config.dropout)
     name = family.architectures[config.head][0]
     if config.head is Head.score:
-        values |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
+        values |= {
+            "num_labels": 1,
+            "id2label": {"0": "reward"},
+            "label2id": {"reward": 0},
+            "problem_type": "regression",
+        }
     return {"model_type": family.model_type, "architectures": [name], **family.constants, **values}
 
 

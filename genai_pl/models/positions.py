@@ -18,9 +18,7 @@ def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :n_embd]
 
 
-def rotary(
-    positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = UNSCALED
-) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = UNSCALED) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34)."""
     frequency, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angle = positions[..., None].float() * frequency  # (..., T, D/2)
@@ -29,9 +27,7 @@ def rotary(
     return angle.cos() * factor, angle.sin() * factor
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling, device: torch.device
-) -> tuple[Tensor, float]:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> tuple[Tensor, float]:
     """Radians per position of each pair of channels (D/2,), and what cosines and sines are multiplied by."""
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     frequency = theta ** (-channel / head_dim)

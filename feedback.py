@@ -1,0 +1,16 @@
+"""python feedback.py: let a model judge or improve answers, and write what the others train on; `--help` lists the options."""
+
+from omegaconf import DictConfig
+
+from genai_pl.config import command
+
+
+@command("feedback")
+def main(config: DictConfig) -> int:
+    from genai_pl.run_feedback import feedback
+
+    return feedback(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A base in few bits: the paper's levels, known errors, and an adapter that does not notice how its base is held."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft_models import KINDS, build, frozen, said, tokens, train
+from torch import nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.load import load
+from genai_pl.models import n_parameters
+from genai_pl.peft import adapters_disabled, adapters_of, load_adapter, lora, merge, save_adapter
+from genai_pl.peft.quantize import Quantized, QuantizedLinear, dequantize, nf4_levels, quantize
+from tests.conftest import TINY
+
+PAPER = [  # appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+GPT = ("model=gpt", *TINY, "model.n_head=4", "model.max_seq_len=64", "optimizer.lr=1e-2")
+
+
+def layer(kind: str, out_features: int = 256, in_features: int = 512) -> tuple[QuantizedLinear, nn.Linear]:
+    torch.manual_seed(0)
+    base = nn.Linear(in_features, out_features)
+    nn.init.normal_(base.weight, std=0.02)
+    return QuantizedLinear(base, kind), base
+
+
+def stored(weight: Quantized) -> int:
+    return sum(held.numel() * held.element_size() for held in (weight.codes, weight.scales))
+
+
+def test_the_levels_are_the_paper_s():
+    torch.testing.assert_close(nf4_levels(), torch.tensor(PAPER), rtol=0, atol=3e-7)
+
+
+def test_every_weight_becomes_the_nearest_level_of_its_block():
+    quantized, base = layer("nf4", 3, 50)  # the last of three blocks is not full
+    flat = torch.cat([base.weight.detach().flatten(), torch.zeros(3 * 64 - 150)]).view(3, 64)
+    scales = flat.abs().amax(1, keepdim=True)
+    nearest = (flat / scales)[..., None].sub(torch.tensor(PAPER)).abs().argmin(-1)
+    expected = (torch.tensor(PAPER)[nearest] * scales).flatten()[:150].view(3, 50)
+    torch.testing.assert_close(quantized.weight.dense(), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "error", "size"), [("nf4", 0.1, 0.6), ("int8", 0.01, 1.01)])
+def test_normal_weights_lose_little_and_shrink(kind: str, error: float, size: float):
+    quantized, base = layer(kind)
+    lost = (quantized.weight.dense() - base.weight).norm() / base.weight.norm()
+    assert error / 3 < lost < error
+    assert stored(quantized.weight) <= size * base.weight.numel()
+    assert quantized.weight.numel() == base.weight.numel()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_is_quantized_twice_is_what_it_was_and_zeros_stay(kind: str):
+    quantized, _ = layer(kind)
+    again = QuantizedLinear(quantized, kind)
+    assert torch.equal(again.weight.codes, quantized.weight.codes)
+    zeros = nn.Linear(64, 2)
+    nn.init.zeros_(zeros.weight)
+    assert torch.equal(QuantizedLinear(zeros, kind).weight.dense(), torch.zeros(2, 64))
+
+
+def test_a_layer_can_be_copied_moved_and_cast_and_keeps_no_dense_weight_for_the_backward_pass():
+    quantized, base = layer("nf4")
+    assert torch.equal(copy.deepcopy(quantized).weight.dense(), quantized.weight.dense())
+    half = copy.deepcopy(quantized).bfloat16()
+    assert isinstance(half.weight, Quantized)
+    assert half.weight.scales.dtype == torch.float32
+    assert torch.equal(half.weight.dense(), quantized.weight.dense().bfloat16())
+    assert copy.deepcopy(quantized).to("meta").weight.codes.is_meta
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        quantized(torch.randn(2, 3, 512, requires_grad=True)).sum().backward()
+    assert sum(kept) < base.weight.numel()
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"target_modules": "all-linear"}], ids=str)
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_does_what_it_does_on_the_dequantized_model(kind: str, bits: str, options: dict[str, object]):
+    base = quantize(build(kind), kind=bits)
+    dense = dequantize(copy.deepcopy(base))
+    model = build(kind)
+    torch.manual_seed(1)
+    on_dense = lora(dense, **options)
+    torch.manual_seed(1)
+    model = lora(model, quantize=bits, **options)
+    assert torch.equal(said(model), said(on_dense))
+    assert n_parameters(model) == n_parameters(on_dense)
+    before = frozen(model)
+    losses = train(model, 4)
+    assert losses == train(on_dense, 4)
+    assert losses[-1] < losses[0]
+    for ours, theirs in zip(model.parameters(), on_dense.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    for old, new in zip(before, frozen(model), strict=True):
+        assert torch.equal(old + 0, new + 0)
+    with adapters_disabled(model.eval()):
+        assert torch.equal(said(model), said(base))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_gives_plain_layers(kind: str):
+    model = lora(build(kind), quantize="nf4")
+    train(model)
+    model.eval()
+    merged = merge(copy.deepcopy(model))
+    assert not any(isinstance(module, QuantizedLinear) for module in merged.modules())
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in merged.parameters())
+    assert merged.state_dict().keys() == build(kind).state_dict().keys()
+    torch.testing.assert_close(said(merged), said(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_file_holds_the_adapter_alone_and_quantizes_the_base_again(kind: str, tmp_path: Path):
+    model = lora(build(kind), quantize="nf4", dora=True)
+    train(model)
+    save_adapter(model, tmp_path, base="base")
+    back = load_adapter(build(kind), tmp_path)
+    assert torch.equal(said(back.eval()), said(model.eval()))
+    assert adapters_of(back)[0].options["quantize"] == "nf4"
+    size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2 * size + 20_000  # parts joined get zeros
+
+
+def test_only_the_linear_layers_of_the_blocks_are_quantized_and_none_that_is_trained_whole():
+    model = lora(build("llama"), quantize="int8", target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head"])
+    held = {name.removesuffix(".base") for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    parts = (
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    )
+    assert held == {f"blocks.{i}.{part}" for i in range(2) for part in parts}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+
+
+def test_a_second_adapter_finds_the_base_quantized():
+    model = lora(lora(build("gpt2"), quantize="nf4"), quantize="nf4", rank=2)
+    assert math.isfinite(train(model)[-1])
+    late = lora(lora(build("gpt2")), quantize="nf4")
+    assert sum(isinstance(m, QuantizedLinear) for m in late.modules()) == 12
+    with pytest.raises(ConfigError, match=r"peft\.quantize=int8: this model is quantized to nf4 already"):
+        lora(model, quantize="int8")
+    with pytest.raises(ConfigError, match=r"peft\.quantize=nf5 is not one of nf4, int8"):
+        lora(build("gpt2"), quantize="nf5")
+
+
+@torch.no_grad()
+def logits(path: str) -> torch.Tensor:
+    return load(path).model(tokens())
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_run_on_a_quantized_base_goes_on_exactly_and_comes_back(bits: str, command, tmp_path: Path):
+    given = ("train", *GPT, "peft=lora", f"peft.quantize={bits}", "callbacks.checkpoint.every_n_steps=2")
+    result = command(*given, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    assert f"quantize={bits}" in result.out
+    run = tmp_path / "run"
+    assert torch.equal(logits("run"), logits("run/checkpoints/last.ckpt"))
+    with adapters_disabled(adapted := load("run").model), torch.no_grad():
+        assert torch.equal(adapted(tokens()), quantize(load("run/base").model, kind=bits)(tokens()))
+    adapter_bytes = (run / "adapter/adapter_model.safetensors").stat().st_size
+    assert (run / "checkpoints/last.ckpt").stat().st_size <= 3 * adapter_bytes + 60_000
+    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command("train", "resume=half/checkpoints/step=000002.ckpt").status == 0
+    assert (tmp_path / "half/metrics.csv").read_text().count("\n") >= 4
+    assert torch.equal(logits("half"), logits("run"))
+    text = command("generate", "checkpoint=run", "prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    assert text.status == 0, text.err
+    assert command("export", "checkpoint=run", "format=merged", "out=merged").status == 0
+    torch.testing.assert_close(logits("merged"), logits("run"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["precision=bf16", "trainer.recompute_every=1", "compile=true", "peft.dora=true"])
+def test_it_goes_with_the_rest(option: str, command):
+    result = command("train", *GPT, "peft=lora", "peft.quantize=nf4", option)
+    assert result.status == 0, result.err
