@@ -143,6 +143,13 @@ class QuantizedLinear(nn.Linear):
         y = Product.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        # torch would swap the weight's contents, which it refuses once the layer has been compiled
+        weight = self._parameters.pop("weight")
+        super()._apply(fn, recurse)
+        self.weight = nn.Parameter(fn(weight), requires_grad=False)
+        return self
+
 
 def quantize(model: nn.Module, *, kind: str, keep: Sequence[str] = ()) -> nn.Module:
     """The model with the linear layers of its blocks quantized, but for those named in `keep`."""

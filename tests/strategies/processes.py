@@ -33,7 +33,7 @@ SAME = ("train/loss", "train/grad_norm", "val/loss", "val/accuracy")
 
 def write_documents(folder: Path) -> None:
     """Short documents of very different lengths: rows of them predict different numbers of tokens."""
-    words, draw = "to be or not that is the question".split(), random.Random(0)
+    words, draw = ["to", "be", "or", "not", "that", "is", "the", "question"], random.Random(0)
     texts = [" ".join(draw.choices(words, k=draw.choice((1, 2, 40)))) for _ in range(400)]
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
