@@ -131,7 +131,7 @@ def test_an_exported_encoder_embeds_as_transformers_with_mean_pooling(command, t
     ("given", "message"),
     [
         (("objective=mlm",), "objective=mlm needs a model of shape encoder, not decoder"),
-        (("objective=contrastive", "model=bert_nano"), "objective=contrastive needs data=pairs, not data=text"),
+        (("objective=contrastive", "data=text", "model=bert_nano"), "objective=contrastive needs data=pairs, not data=text"),
         (("data=pairs", "data.path=pairs.jsonl"), "objective=clm needs data=text, not data=pairs"),
         (("objective=contrastive", "data=pairs", "model=bert_nano"), "data.path is not set"),
         ((*PAIRS, "model=bert_nano", "data.anchor=q"), "no column 'q'; found: anchor, positive, negative (set data.anchor)"),

@@ -7,12 +7,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import Example, encode_completion, encode_messages, ensure_template
-from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.chat import Example, encode_completion, encode_messages
 from genai_pl.data.loader import Collate
 from genai_pl.data.packing import Row
+from genai_pl.data.table import TableDataModule
 from genai_pl.data.tokenizer import train_bpe
-from genai_pl.errors import ConfigError, DataError
+from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
 
 if TYPE_CHECKING:
@@ -22,54 +22,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class ChatDataModule(RowsDataModule):
+class ChatDataModule(TableDataModule):
     """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
 
     kind = "chat"
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        val_path: str | None,
-        val_fraction: float,
-        messages: str,
-        prompt: str,
-        completion: str,
-        packing: bool,
-        **loading: object,
-    ) -> None:
-        super().__init__(**loading)
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
-        self.path, self.val_fraction, self.packing = path, val_fraction, packing
+    def __init__(self, *, messages: str, prompt: str, completion: str, packing: bool, **rest: object) -> None:
+        super().__init__(**rest)
+        self.packing = packing
         self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
-        self.source = sources.find(path)
-        self.val_source = sources.find(val_path, option="data.val_path") if val_path else None
-        self._tables: tuple[Table, Table] | None = None
-        self.dropped: dict[str, int] = {}
 
-    def tables(self) -> tuple["Table", "Table"]:
-        """Training and validation examples; without data.val_path a drawn part of them validates."""
-        if self._tables is None:
-            table = sources.read_table(self.source)
-            if self.val_source:
-                self._tables = table, sources.read_table(self.val_source)
-            else:
-                self._tables = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
-        return self._tables
+    def wanted(self) -> dict[str, str]:
+        return {}  # which ones, depends on what is there
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
         return train_bpe((text for row in train for text in _texts(row, self._roles(train))), vocab_size)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        ensure_template(tokenizer)
-        self.tokenizer, self.collate = tokenizer, collate
         self.room = collate.row_length(self.seq_len)
-        train, val = self.tables()
-        self.train_rows = self._rows(train, "training")
-        self.val_rows = self._rows(val, "validation")
+        super().prepare(tokenizer, collate)
 
     def _roles(self, table: "Table") -> dict[str, str]:
         """The columns that are there, by role: messages, or prompt and completion."""
@@ -80,7 +52,8 @@ class ChatDataModule(RowsDataModule):
         sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
         return roles
 
-    def _rows(self, table: "Table", part: str) -> Dataset:
+    def rows(self, table: "Table") -> Dataset:
+        part = "training" if table is self.tables()[0] else "validation"
         roles = self._roles(table)
         examples = []
         cut = silent = 0

@@ -5,65 +5,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
-from genai_pl.data import sources
-from genai_pl.data.chat import encode_completion, encode_prompt, ensure_template
-from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.loader import Collate
+from genai_pl.data.chat import encode_completion, encode_prompt
+from genai_pl.data.table import TableDataModule
 from genai_pl.data.tokenizer import train_bpe
-from genai_pl.errors import ConfigError, DataError
+from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
 
-class _TableDataModule(RowsDataModule):
-    """Rows of a table, one example each."""
-
-    def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
-        super().__init__(**loading)
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
-        self.path, self.val_fraction = path, val_fraction
-        self.source = sources.find(path)
-        self.val_source = sources.find(val_path, option="data.val_path") if val_path else None
-        self._tables: tuple[Table, Table] | None = None
-
-    def tables(self) -> tuple["Table", "Table"]:
-        """Training and validation rows; without data.val_path a drawn part of them validates."""
-        if self._tables is None:
-            table = sources.read_table(self.source)
-            sources.check_columns(self.source, table, self.wanted())
-            if self.val_source:
-                self._tables = table, sources.read_table(self.val_source)
-            else:
-                self._tables = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
-        return self._tables
-
-    def wanted(self) -> dict[str, str]:
-        """The columns that must be there, by the option that names them."""
-        raise NotImplementedError
-
-    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        ensure_template(tokenizer)
-        self.tokenizer, self.collate = tokenizer, collate
-        self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
-
-    def rows(self, table: "Table") -> Dataset:
-        """The tokenized rows."""
-        raise NotImplementedError
-
-    def summary(self) -> str:
-        return f"{self.path}, {len(self.train_rows):,} rows for training, {len(self.val_rows):,} held"
-
-    def _text(self, value: object) -> str:
-        """A prompt as text, conversations rendered."""
-        if isinstance(value, str):
-            return value
-        return self.tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-
-
-class PreferenceDataModule(_TableDataModule):
+class PreferenceDataModule(TableDataModule):
     """Rows of token ids: prompt, chosen, rejected, and a margin where there is one."""
 
     kind = "preference"
@@ -101,7 +53,7 @@ class PreferenceDataModule(_TableDataModule):
         return self._text(self.tables()[1][0][self.columns["prompt"]])
 
 
-class UnpairedDataModule(_TableDataModule):
+class UnpairedDataModule(TableDataModule):
     """Rows of token ids of a prompt and a completion, and whether that was liked."""
 
     kind = "unpaired"
@@ -133,7 +85,7 @@ class UnpairedDataModule(_TableDataModule):
         return self._text(self.tables()[1][0][self.columns["prompt"]])
 
 
-class PromptsDataModule(_TableDataModule):
+class PromptsDataModule(TableDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 
     kind = "prompts"

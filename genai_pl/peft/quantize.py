@@ -1,7 +1,6 @@
 """A frozen base in 4 or 8 bits a weight (QLoRA, Dettmers et al. 2023): less memory, and every multiplication dequantizes."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +14,22 @@ BLOCK = 64  # weights that share a scale in nf4
 aten = torch.ops.aten
 
 
-@cache
-def nf4_levels() -> Tensor:
+def nf4_levels() -> list[float]:
     """The 16 values of a 4-bit NormalFloat, rising from -1 to 1: quantiles of a normal, and zero (appendix E)."""
     outermost = 1 - (1 / 30 + 1 / 32) / 2  # a probability, whose quantile is scaled to 1
-    below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64))[:-1] for n in (8, 9))
-    levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
-    return (levels / levels[-1]).float()
+    below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)) for n in (8, 9))
+    levels = torch.cat([-below, above.flip(0)[1:]])
+    return (levels / levels[-1]).tolist()
+
+
+NF4 = nf4_levels()
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (N / 2,) of two weights each, and the greatest magnitude (N / 64,) of each block, over the flat weight."""
     blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
-    levels = nf4_levels().to(weight.device)
+    levels = torch.tensor(NF4, device=weight.device)
     between = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo().tiny)[:, None], between, out_int32=True)
     codes = codes.to(torch.uint8).flatten()
@@ -37,7 +38,7 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
     """The weight in float32."""
-    levels = nf4_levels().to(codes.device)
+    levels = torch.tensor(NF4, device=codes.device)
     values = levels[torch.stack([codes >> 4, codes & 15], dim=1).int()]  # (N / 2, 2)
     return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
 

@@ -13,7 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.load import load
 from genai_pl.models import n_parameters
 from genai_pl.peft import adapters_disabled, adapters_of, load_adapter, lora, merge, save_adapter
-from genai_pl.peft.quantize import Quantized, QuantizedLinear, dequantize, nf4_levels, quantize
+from genai_pl.peft.quantize import NF4, Quantized, QuantizedLinear, dequantize, quantize
 from tests.conftest import TINY
 
 PAPER = [  # appendix E
@@ -36,7 +36,7 @@ def stored(weight: Quantized) -> int:
 
 
 def test_the_levels_are_the_paper_s():
-    torch.testing.assert_close(nf4_levels(), torch.tensor(PAPER), rtol=0, atol=3e-7)
+    torch.testing.assert_close(torch.tensor(NF4), torch.tensor(PAPER), rtol=0, atol=3e-7)
 
 
 def test_every_weight_becomes_the_nearest_level_of_its_block():

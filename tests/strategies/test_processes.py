@@ -1,6 +1,7 @@
 """The processes of a run: resumed in other numbers, started by torchrun or by a sweep, ended together."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -23,16 +24,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("before", "after"), [(TWO, ONE), (ONE, TWO), (TWO, ())], ids=["2to1", "1to2", "2to2"])
-def test_a_run_goes_on_with_another_number_of_processes(
-    before: tuple[str, ...], after: tuple[str, ...], folder: Path, request: pytest.FixtureRequest
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Path:
+    """A run of two processes that stopped half-way."""
+    train(folder, *SMALL, *TWO, "trainer.max_steps=2", "hydra.run.dir=stopped")
+    return folder / "stopped"
+
+
+@pytest.mark.parametrize("after", [ONE, ()], ids=["one", "two"])
+def test_a_run_of_two_processes_goes_on_with_any_number(
+    after: tuple[str, ...], stopped: Path, request: pytest.FixtureRequest
 ) -> None:
-    run = f"run-{request.node.callspec.id}"
-    train(folder, *SMALL, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
-    out = train(folder, f"resume={run}", *after, "trainer.max_steps=4")
-    assert f"resuming    {run}/checkpoints" in out
+    run = stopped.with_name(request.node.callspec.id + "-more")
+    shutil.copytree(stopped, run)
+    out = train(run.parent, f"resume={run.name}", *after, "trainer.max_steps=4")
+    assert f"resuming    {run.name}/checkpoints" in out
     # the run that stopped half-way has a validation more
-    assert_same(folder / run, folder / "one", names=("train/loss", "train/grad_norm"))
+    assert_same(run, run.with_name("one"), names=("train/loss", "train/grad_norm"))
+
+
+def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
+    train(folder, *SMALL, *ONE, "trainer.max_steps=2", "hydra.run.dir=grown")
+    train(folder, "resume=grown", *TWO, "trainer.max_steps=4")
+    assert_same(folder / "grown", folder / "one", names=("train/loss", "train/grad_norm"))
 
 
 def test_torchrun_starts_the_processes(folder: Path) -> None:
