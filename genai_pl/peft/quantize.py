@@ -39,7 +39,8 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
     """The weight in float32."""
     levels = torch.tensor(NF4, device=codes.device)
-    values = levels[torch.stack([codes >> 4, codes & 15], dim=1).int()]  # (N / 2, 2)
+    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): what each byte says
+    values = F.embedding(codes.int(), pairs)  # (N / 2, 2)
     return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
 
 
