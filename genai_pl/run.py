@@ -149,6 +149,7 @@ def quiet() -> None:
         "GPU available but not",
         "treespec, LeafSpec",
         "sync_dist=True",
+        "FSDP2-wrapped module",
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")
 

@@ -1,0 +1,67 @@
+"""Peak memory of one training job with each way of saving it: python benchmarks/memory.py [OVERRIDE ...]
+
+Every row is train.py in processes of its own on the CPU: the largest resident size of any of its processes (ru_maxrss),
+what of it is above a job of almost no size, and the seconds of the command. All rows take the same steps.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+JOB = (
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=3",
+    "trainer.limit_val_batches=0",
+    "callbacks.samples.every_n_steps=null",
+    "callbacks.export=false",
+    "tokenizer=byte",
+    "logger=[]",
+)
+MODEL = ("model.n_layer=12", "model.n_embd=256", "model.n_head=4", "data.batch_size=32")
+NOTHING = ("model.n_layer=1", "model.n_embd=32", "data.batch_size=1")
+SAVERS = {
+    "nothing saved": (),
+    "recompute every 2nd block": ("trainer.recompute_every=2",),
+    "recompute every block": ("trainer.recompute_every=1",),
+    "4 batches of a quarter": ("trainer.accumulate_grad_batches=4", "data.batch_size=8"),
+    "bf16 arithmetic": ("precision=bf16",),
+    "LoRA": ("peft=lora",),
+    "2 processes, ddp": ("trainer=ddp", "trainer.devices=2", "data.batch_size=16"),
+    "2 processes, fsdp": ("trainer=fsdp", "trainer.devices=2", "data.batch_size=16"),
+    "2 processes, heads divided": ("strategy=tensor_parallel", "trainer.devices=2"),
+    "2 processes, fsdp, recompute": (
+        "trainer=fsdp",
+        "trainer.devices=2",
+        "data.batch_size=16",
+        "trainer.recompute_every=1",
+    ),
+}
+
+
+def main() -> None:
+    floor, _ = measure(*JOB, *NOTHING)
+    print(f"{'saver':30s} {'GiB':>6s} {'of the job':>10s} {'seconds':>8s}")
+    for name, options in SAVERS.items():
+        peak, seconds = measure(*JOB, *MODEL, *sys.argv[1:], *options)
+        print(f"{name:30s} {peak:6.2f} {peak - floor:10.2f} {seconds:8.1f}", flush=True)
+
+
+def measure(*options: str) -> tuple[float, float]:
+    """The largest resident size of a process of the run in GiB, and the seconds that it took."""
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
+        command = [sys.executable, str(ROOT / "train.py"), *options, f"hydra.run.dir={folder}/run"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # counts the processes that it has waited for
+        if status:
+            log.seek(0)
+            sys.exit(f"{' '.join(options)}\n{log.read()[-1000:]}")
+        return usage.ru_maxrss / 2**20, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
