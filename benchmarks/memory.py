@@ -14,29 +14,28 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 JOB = (
     "trainer.accelerator=cpu",
-    "trainer.max_steps=3",
+    "trainer.max_steps=2",
     "trainer.limit_val_batches=0",
     "callbacks.samples.every_n_steps=null",
     "callbacks.export=false",
     "tokenizer=byte",
     "logger=[]",
 )
-MODEL = ("model.n_layer=12", "model.n_embd=256", "model.n_head=4", "data.batch_size=32")
+MODEL = ("model.n_layer=8", "model.n_embd=256", "data.batch_size=16")
 NOTHING = ("model.n_layer=1", "model.n_embd=32", "data.batch_size=1")
 SAVERS = {
     "nothing saved": (),
     "recompute every 2nd block": ("trainer.recompute_every=2",),
     "recompute every block": ("trainer.recompute_every=1",),
-    "4 batches of a quarter": ("trainer.accumulate_grad_batches=4", "data.batch_size=8"),
-    "bf16 arithmetic": ("precision=bf16",),
+    "4 batches of a quarter": ("trainer.accumulate_grad_batches=4", "data.batch_size=4"),
     "LoRA": ("peft=lora",),
-    "2 processes, ddp": ("trainer=ddp", "trainer.devices=2", "data.batch_size=16"),
-    "2 processes, fsdp": ("trainer=fsdp", "trainer.devices=2", "data.batch_size=16"),
+    "2 processes, ddp": ("trainer=ddp", "trainer.devices=2", "data.batch_size=8"),
+    "2 processes, fsdp": ("trainer=fsdp", "trainer.devices=2", "data.batch_size=8"),
     "2 processes, heads divided": ("strategy=tensor_parallel", "trainer.devices=2"),
     "2 processes, fsdp, recompute": (
         "trainer=fsdp",
         "trainer.devices=2",
-        "data.batch_size=16",
+        "data.batch_size=8",
         "trainer.recompute_every=1",
     ),
 }
