@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
+from genai_pl.peft.quantize import QuantizedLinear
+from genai_pl.modules.tokens import TokenModule
 from genai_pl.strategies.pieces import piece, whole
 from genai_pl.strategies.tensor_parallel import check_heads, split_heads
 
@@ -59,7 +61,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": data, "rank": self.global_rank // tensor}
 
     def check(self, module: L.LightningModule) -> None:
-        """ConfigError for a model or sizes that do not fit, before any process is started."""
+        """ConfigError for an objective, a model or sizes that do not fit, before any process is started."""
         data, tensor = self.sizes
         n_processes = self.num_processes * self.num_nodes
         if data * tensor != n_processes:
@@ -67,6 +69,15 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be the number of "
                 f"processes, trainer.devices x trainer.num_nodes ({n_processes})"
             )
+        if not module.automatic_optimization:
+            # their processes write texts of different lengths: one would wait for pieces that no other sends
+            raise ConfigError("an objective that writes while it trains needs the whole model per process: strategy=ddp")
+        if tensor > 1 and not isinstance(module, TokenModule):
+            raise ConfigError(
+                f"strategy.tensor_parallel_size ({tensor}) is for objectives that predict tokens; use strategy=fsdp here"
+            )
+        if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
+            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
         if tensor > 1:
             check_heads(module.model, tensor)
 
