@@ -35,13 +35,13 @@ class Decoder(Stack):
         past = 0 if cache is None else cache.n_text
         enters = cache is None or cache.length == 0
         front = self.front(enters=enters)
-        self.check_length(front.n + past + T)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, T)
         if segment_ids is None:
             positions = torch.arange(past + T, device=input_ids.device)  # (S,)
         else:
             positions = positions_from_segments(segment_ids)  # (B, S)
+        self.check_length(front.n + self._longest(positions))
         segments, positions = front.before(segment_ids, positions, explicit=prefix is not None)
         x = self.embedded(input_ids, positions[..., -T - front.n_queries :], put=front.put)
         given = {"cache": cache, "prefix": None if prefix is None else prefix + front.n}
@@ -54,3 +54,10 @@ class Decoder(Stack):
         if cache is not None:
             cache.advance(T, front.n if enters else 0)
         return x[:, front.n_queries :]
+
+    def _longest(self, positions: Tensor) -> int:
+        """The length of the row or, where learned positions may end before it, of its longest document."""
+        length = positions.shape[-1]
+        if positions.dim() == 1 or self.max_length is None or length <= self.max_length:
+            return length
+        return int(positions.max()) + 1  # waits for the device, in this case only

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
-from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.modules.tokens import TokenModule
+from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.pieces import piece, whole
 from genai_pl.strategies.tensor_parallel import check_heads, split_heads
 
@@ -71,7 +71,9 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         if not module.automatic_optimization:
             # their processes write texts of different lengths: one would wait for pieces that no other sends
-            raise ConfigError("an objective that writes while it trains needs the whole model per process: strategy=ddp")
+            raise ConfigError(
+                "an objective that writes while it trains needs the whole model per process: strategy=ddp"
+            )
         if tensor > 1 and not isinstance(module, TokenModule):
             raise ConfigError(
                 f"strategy.tensor_parallel_size ({tensor}) is for objectives that predict tokens; use strategy=fsdp here"

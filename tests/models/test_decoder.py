@@ -206,3 +206,16 @@ def test_autocast_reaches_the_cache():
         whole = model(input_ids)
     assert cache.k.dtype is torch.bfloat16
     torch.testing.assert_close(logits, whole, rtol=0.05, atol=0.1)
+
+
+def test_documents_of_a_row_may_be_longer_together_than_learned_positions_reach():
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=20, max_seq_len=6)).eval()
+    ids = torch.arange(10)[None]
+    together = model(ids, torch.tensor([[1] * 6 + [2] * 4]))
+    alone = torch.cat([model(ids[:, :6]), model(ids[:, 6:])], dim=1)
+    torch.testing.assert_close(together, alone)
+    with pytest.raises(ConfigError, match="10 tokens are more"):
+        model(ids)
+    with pytest.raises(ConfigError, match="7 tokens are more"):
+        model(ids, torch.tensor([[1] * 7 + [2] * 3]))
