@@ -65,12 +65,10 @@ def test_an_adapter_generates_and_merges_where_it_can(method: str, command, tmp_
         assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
-@pytest.mark.parametrize(
-    "option", ["precision=bf16", "trainer.accumulate_grad_batches=2", "trainer.recompute_every=1", "optimizer=muon"]
-)
-def test_an_adapter_goes_with_the_rest(method: str, option: str, command) -> None:
-    result = command("train", *GPT, f"peft={method}", option)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_goes_with_the_rest(method: str, command) -> None:
+    options = ("precision=bf16", "trainer.accumulate_grad_batches=2", "trainer.recompute_every=1", "optimizer=muon")
+    result = command("train", *GPT, f"peft={method}", *options)
     assert result.status == 0, result.err
 
 
