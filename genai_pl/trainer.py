@@ -1,5 +1,6 @@
 """The Trainer of a run, with its callbacks and loggers, from the configuration."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from genai_pl.models import flop_rates
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
@@ -53,6 +56,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         callbacks["samples"] = cb.Samples(
             every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling
         )
+    elif samples and settings.samples.every_n_steps:
+        log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
     try:
         trainer = L.Trainer(
             **options,

@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from genai_pl.models import FlopRates
+from genai_pl.modules.base import n_replicas
 
 
 class Monitor(L.Callback):
@@ -51,7 +52,7 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
-        n_tokens = batch["input_ids"].numel() * trainer.world_size
+        n_tokens = batch["input_ids"].numel() * n_replicas(trainer)
         self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
         self._targets = self._targets + batch["targets"]
         self._written += batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else 0
@@ -74,10 +75,9 @@ class Monitor(L.Callback):
             "train/memory_gib": memory_gib(module.device),
         }
         if self._peak_flops:
-            # of this process: the others do as much
-            read = self._tokens / trainer.world_size
-            done = self.flops.total(read=read, written=self._written, predicted=float(self._targets))
-            metrics["train/mfu"] = done / seconds / self._peak_flops
+            n = n_replicas(trainer)  # processes that see other batches; those that share one share its work
+            done = self.flops.total(read=self._tokens, written=n * self._written, predicted=n * float(self._targets))
+            metrics["train/mfu"] = done / seconds / (self._peak_flops * trainer.world_size)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=self._step)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.models import ModelConfig, build_model
+from genai_pl.names import Shape
 from genai_pl.strategies import recompute
 
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 7 + [0] * 4, [1] * 20])
@@ -26,7 +27,9 @@ def gradients(every: int | None, *, compiled: bool = False, **options: object) -
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"share_layers": True}], ids=["dropout", "shared"])
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.2}, {"share_layers": True, "shape": Shape.encoder}], ids=["dropout", "shared"]
+)
 def test_recomputed_packed_rows_give_the_same_gradients(every: int, options: dict) -> None:
     (logits, expected), (found, again) = gradients(None, **options), gradients(every, **options)
     assert torch.equal(found, logits)
