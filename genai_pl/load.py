@@ -17,12 +17,12 @@ from genai_pl.models.hf_config import is_supported
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.names import AttentionBackend
+from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTER = "adapter_config.json"
 METHODS = {  # what a checkpoint may ask for
     "lora": peft.lora,
     "dora": peft.lora,

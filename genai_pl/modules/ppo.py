@@ -52,11 +52,11 @@ class PPOModule(RLModule):
         yield from self.value_head.named_parameters(prefix="value_head")
 
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
-        old, reference = self.logprobs(rollout)
         mask = rollout.mask
         with torch.no_grad():
             hidden = self.model.features(rollout.batch["input_ids"], rollout.batch["segment_ids"])
             values = torch.where(mask, self.value_head(hidden).squeeze(-1).float(), 0)
+        old, reference = self.logprobs(rollout, hidden=hidden)
         kl = torch.where(mask, kl_estimate(old, reference, self.kl_estimator), 0)
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
@@ -65,7 +64,6 @@ class RLModule(BaseModule):
         self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
         self.reward: Reward  # set by whoever builds the run
         self.decode: object  # tokens to text, likewise
-        self.shown: list[tuple[str, str, float]] = []  # the last prompts, completions and scores
 
     @abstractmethod
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
@@ -92,18 +90,13 @@ class RLModule(BaseModule):
             divisor = self._over_ranks(divisor.float()).clamp(min=1)
             optimizer.zero_grad()
             self.manual_backward(loss * (self.trainer.world_size / divisor))
-            self.finished = {"loss": loss.detach()}
-            self._clip(optimizer.optimizer)
+            self.window = {"loss": loss.detach()}  # with the norm of the gradient, what must be finite
+            self.configure_gradient_clipping(optimizer.optimizer, self.clip_norm)
             optimizer.step()
             schedule.step()
             found |= {"loss": loss.detach() / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         self._log_later(means, sums)
-
-    def _clip(self, optimizer: Optimizer) -> None:
-        """The norm is kept for the logs, and what is not finite stops the run."""
-        self.window = self.finished
-        self.configure_gradient_clipping(optimizer, self.clip_norm)
 
     def _log_later(self, means: Metrics, sums: Metrics) -> None:
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
@@ -140,14 +133,16 @@ class RLModule(BaseModule):
         given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
         if given.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
-        self.shown = list(zip(asked, said, given.tolist(), strict=True))[:4]
         scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
         return rollout, scores
 
-    def logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Those of the policy and of the reference for each token that was drawn, (N, T)."""
+    def logprobs(self, rollout: Rollout, *, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Those of the policy and of the reference for each token that was drawn, (N, T).
+
+        hidden (N, T, C) are the policy's features, if somebody has them.
+        """
         with torch.no_grad():
-            policy = token_logprobs(self.model, rollout.batch)
+            policy = token_logprobs(self.model, rollout.batch, hidden=hidden)
         with self.reference.of(self.model) as model:
             return policy, token_logprobs(model, rollout.batch)
 
