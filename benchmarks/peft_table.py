@@ -74,10 +74,10 @@ class Ours:
         self.model: nn.Module = load_pretrained(Path(folder))
 
     def adapt(self, method: str) -> None:
-        from genai_pl.load import METHODS
+        from genai_pl.peft import METHODS
 
         name, options = VARIANTS.get(method, (method, {"dora": True} if method == "dora" else {}))
-        self.model = METHODS[name](self.model, **options)
+        self.model = METHODS[name].make(self.model, **options)
 
     def loss(self, ids: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self.model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -21,6 +21,7 @@ from genai_pl.errors import DISK_FULL, UserError
 from genai_pl.nodes import NODES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+TEXTS = ("prompt", "generation.prefix", "generation.regex", "generation.json_schema")  # options that are never YAML
 
 
 def _register() -> None:
@@ -73,7 +74,7 @@ def quoted(argument: str) -> str:
     """The argument with quotes where Hydra's grammar would stumble over plain text: a prompt, or a value with `=` in it."""
     key, equals, value = argument.partition("=")
     done = value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
-    if not equals or done or not (key == "prompt" or ("=" in value and value[0] not in "'\"[{")):
+    if not equals or done or not (key in TEXTS or ("=" in value and value[0] not in "'\"[{")):
         return argument
     text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"{key}='{text.replace('${', chr(92) + '${')}'"

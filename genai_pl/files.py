@@ -7,23 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a training checkpoint, by its looks: a file, or a folder of pieces."""
+    return path.is_file() or (path / CONTENTS).is_file()
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file or folder beside `path`, flush it and rename it; on failure it is removed.
 
     What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
     renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = _beside(path, "tmp")
+    temporary = start_writing(path)
     try:
         write(temporary)
-        for part in [temporary, *temporary.rglob("*")]:
-            _sync(part)
-        _replace(path, temporary)
-        _sync(path.parent)
+        put_in_place(temporary, path)
     finally:
         _remove(temporary)
+
+
+def start_writing(path: Path) -> Path:
+    """A name beside `path` for what is to take its place; what killed writers left there is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    return _beside(path, "tmp")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Flush the file or folder and give it the name of `path`."""
+    for part in [temporary, *temporary.rglob("*")]:
+        _sync(part)
+    _replace(path, temporary)
+    _sync(path.parent)
 
 
 def _replace(path: Path, temporary: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from genai_pl import peft
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.files import is_checkpoint
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.folder import read_json
@@ -22,16 +23,6 @@ from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-METHODS = {  # what a checkpoint may ask for
-    "lora": peft.lora,
-    "dora": peft.lora,
-    "ia3": peft.ia3,
-    "bottleneck": peft.bottleneck,
-    "bitfit": peft.bitfit,
-    "prompt": peft.prompt,
-    "prefix": peft.prefix,
-}
 
 
 class Loaded(NamedTuple):
@@ -58,7 +49,7 @@ def load(
     """
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     path = resolve(reference)
-    if path.is_file():
+    if is_checkpoint(path):
         loaded = _load_checkpoint(path, **options)
     elif (path / ADAPTER).is_file():
         loaded = _load_with_adapter(path, **options)
@@ -96,7 +87,7 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
         else:
             model = _shell(ours["model"], options["attention"], options["dropout"])
         if adapter is not None:
-            model = METHODS[adapter["method"]](model, **adapter["options"])
+            model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
         model.load_state_dict(state, assign=True, strict=base is None)
     except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
@@ -121,11 +112,11 @@ def _shell(stored: dict, attention: AttentionBackend, dropout: float) -> Model |
 
 
 def resolve(reference: str) -> Path:
-    """The .ckpt file or Hugging Face folder that a reference stands for."""
+    """The .ckpt or Hugging Face folder that a reference stands for."""
     if reference == "auto":
         return resolve(str(newest_run(Path("outputs"), Path("multirun"))))
     path = Path(reference)
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     if (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path

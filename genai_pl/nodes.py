@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from genai_pl.names import AttentionBackend
+from genai_pl.serving.node import Serve
 from genai_pl.specs import GenerationConfig, ModelConfig
 
 
@@ -32,6 +33,24 @@ class Root:
     callbacks: Any = None
     logger: Any = None
     generation: Any = None
+    plan: Any = None
+    optimized_metric: str | None = None
+
+
+@dataclass
+class Plan:
+    """A device that `dry_run=true` reckons with."""
+
+    gpu: str = MISSING
+    bf16: float | None = None
+    fp8: float | None = None
+    tf32: float | None = None
+    fp32: float | None = None
+    memory: float | None = None
+    link: float = MISSING
+    network: float = MISSING
+    per_node: int = 8
+    efficiency: float = 0.4
 
 
 @dataclass
@@ -98,6 +117,7 @@ class Preference(Rows):
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    completions: str = "completions"
     margin: str | None = None
 
 
@@ -131,6 +151,11 @@ class Generate:
     prompt_file: str | None = None
     num_samples: int = 1
     stream: bool = True
+    logprobs: bool = False
+    embed: bool = False
+    pooling: str | None = None
+    score: bool = False
+    top_k: int = 5
     seed: int = 0
     device: str = "auto"
     precision: Any = None
@@ -206,6 +231,7 @@ class Feedback:
 NODES = {
     "root": Root,
     "model": ModelConfig,
+    "plan": Plan,
     "wrapped": Wrapped,
     "data": Data,
     "pairs": Pairs,
@@ -218,4 +244,5 @@ NODES = {
     "evaluate": Evaluate,
     "export": Export,
     "feedback": Feedback,
+    "serve": Serve,
 }

@@ -1,11 +1,13 @@
 """Taking up a run again: which run, with which settings, from which checkpoint."""
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import yaml
 
 from genai_pl.errors import CheckpointError, UserError
+from genai_pl.files import is_checkpoint
 
 ROOTS = ("outputs",)
 
@@ -40,17 +42,21 @@ def replay(arguments: list[str]) -> list[str]:
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:
     if reference == "auto":
         chosen = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")), None)
-        found = [p for root in ([chosen] if chosen else ROOTS) for p in Path(root).rglob("checkpoints/*.ckpt")]
+        found = [p for root in ([chosen] if chosen else ROOTS) for p in _checkpoints(Path(root).rglob)]
         return max(found, key=lambda p: p.stat().st_mtime_ns).parent.parent if found else None
     path = Path(reference)
-    if path.is_dir():
-        if not any(path.glob("checkpoints/*.ckpt")):
+    if path.is_dir() and not is_checkpoint(path):
+        if not _checkpoints(path.glob):
             raise CheckpointError(f"resume={reference}: no checkpoint in {path / 'checkpoints'}")
         return path
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file")
     run = path.parent.parent
     return run if (run / ".hydra" / "overrides.yaml").exists() else None
+
+
+def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
+    return [path for path in search("checkpoints/*.ckpt") if is_checkpoint(path)]
 
 
 def _saved_overrides(run: Path) -> list[str]:
@@ -71,17 +77,18 @@ def _key(argument: str) -> str:
 def choose_checkpoint(reference: str, run: Path) -> Path:
     """The checkpoint to go on from: the newest valid one for `auto`; otherwise the one named, or an error that offers another."""
     from genai_pl.callbacks import newest_checkpoints
-    from genai_pl.models.checkpoint import read_checkpoint
+    from genai_pl.models.checkpoint import read_contents
 
     path = Path(reference)
-    folder = run / "checkpoints" if reference == "auto" else path / "checkpoints" if path.is_dir() else path.parent
+    named = is_checkpoint(path)
+    folder = run / "checkpoints" if reference == "auto" else path.parent if named else path / "checkpoints"
     candidates = newest_checkpoints(folder)
-    if path.is_file():
+    if named:
         candidates = [path, *(c for c in candidates if not c.samefile(path))]
     broken: CheckpointError | None = None
     for candidate in candidates:
         try:
-            read_checkpoint(candidate)
+            read_contents(candidate)
         except CheckpointError as error:
             if reference == "auto":
                 print(f"{error}; taking the one before it", file=sys.stderr, flush=True)
@@ -95,9 +102,9 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
 
 def describe_resume(checkpoint: Path) -> str:
     """One line on where the run goes on and what comes back."""
-    from genai_pl.models.checkpoint import read_checkpoint
+    from genai_pl.models.checkpoint import read_contents
 
-    contents = read_checkpoint(checkpoint)
+    contents = read_contents(checkpoint)
     return (
         f"resuming    {checkpoint}: step {contents['global_step']}, epoch {contents['epoch']}; "
         "weights, optimizer, schedule, random numbers and data position restored"

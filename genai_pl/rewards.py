@@ -7,24 +7,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.load import load
-from genai_pl.modules.reward import scores
+from genai_pl.models.scores import scores
 from genai_pl.names import Head
 from genai_pl.objectives.rows import pad_rows
+from genai_pl.peft import share_frozen
 
 Reward = Callable[..., Sequence[float]]
 
 
-def load_rewards(names: Sequence[str], weights: Sequence[float] | None, *, device: torch.device) -> Reward:
-    """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder."""
+def load_rewards(
+    names: Sequence[str], weights: Sequence[float] | None, *, policy: nn.Module, device: torch.device
+) -> Reward:
+    """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder.
+
+    A reward model that is an adapter on the frozen base of the policy is held in memory as its adapter alone.
+    """
     if not names:
         raise ConfigError("objective.reward is not set: name a function as module:function, or a reward model")
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
-    rewards = [_function(name) if _names_function(name) else _model(name, device) for name in names]
+    rewards = [_function(name) if _names_function(name) else _model(name, policy, device) for name in names]
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
         found = [function(prompts, completions, **columns) for function in rewards]
@@ -51,12 +58,13 @@ def _function(name: str) -> Reward:
     return function
 
 
-def _model(name: str, device: torch.device) -> Reward:
+def _model(name: str, policy: nn.Module, device: torch.device) -> Reward:
     """The scores of a reward model, which reads prompt and completion in its own tokens."""
     loaded = load(name)
     if loaded.model.config.head is not Head.score:
         raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
-    model, tokenizer = loaded.model.to(device).requires_grad_(False), loaded.tokenizer
+    share_frozen(loaded.model, policy)
+    model, tokenizer = loaded.model.to(device), loaded.tokenizer
     limit = model.config.max_seq_len
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts, finish, fit
+from genai_pl.load import load
 from genai_pl.models import Model
 from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
@@ -56,10 +57,11 @@ def build(config: DictConfig, run: Path) -> Parts:
     if data.kind != objective.data_kind:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
-    model, tokenizer = start(config, data, objective)
+    begun = start(config, data, objective)
+    model, tokenizer, _ = begun
     if objective.head is not None:
         model.set_head(objective.head)
-    base = keep_base(config, run, model, tokenizer)
+    base = keep_base(config, run, begun)
     model = adapt(config.peft, model, tokenizer)
     # virtual tokens of an adapter take their places from the text
     virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
@@ -98,13 +100,15 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
 
 
 def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a module that is judged in training its judges, and the clipping that Lightning leaves to it."""
+    """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
     device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
-    module.reward = load_rewards(module.reward_names, module.reward_weights, device=device)
+    module.reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+    if module.critic_name is not None:
+        module.use_critic(load(module.critic_name).model)
     module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None
 
@@ -166,7 +170,6 @@ def flatten(config: DictConfig) -> dict[str, object]:
             flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    walk(
-        {k: v for k, v in values.items() if k not in ("callbacks", "logger", "generation", "output_dir", "dry_run")}, ""
-    )
+    aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    walk({k: v for k, v in values.items() if k not in aside}, "")
     return flat

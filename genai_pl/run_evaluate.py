@@ -12,15 +12,28 @@ from tqdm import tqdm
 from genai_pl.data import sources, token_bytes
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import DISK_FULL, ConfigError, DataError
-from genai_pl.evaluation import Row, completion_metrics, completion_rows, score, text_metrics, text_rows
+from genai_pl.evaluation import (
+    Row,
+    completion_metrics,
+    completion_rows,
+    judge,
+    pair_metrics,
+    pair_rows,
+    score,
+    share,
+    text_metrics,
+    text_rows,
+)
 from genai_pl.files import write_atomic
 from genai_pl.load import Loaded, load
+from genai_pl.names import Head
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PAIR = ("prompt", "completion")
+PREFERENCE = ("prompt", "chosen", "rejected")
 
 
 def evaluate(config: DictConfig) -> int:
@@ -31,7 +44,8 @@ def evaluate(config: DictConfig) -> int:
     table = read(config.data.path, config.data.column)
     if config.limit is not None:
         table = table.select(range(min(config.limit, len(table))))
-    loaded = load_decoder(config)
+    compared = set(PREFERENCE) <= set(table.column_names)
+    loaded = load_model(config, judges=compared)
     model = loaded.model.to(device)
     rows = build_rows(config.data, table, loaded.tokenizer, model.config.max_seq_len)
     products = DTYPES[config.precision.lightning][1]
@@ -39,9 +53,8 @@ def evaluate(config: DictConfig) -> int:
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
-        scores = score(model, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
-    measure = completion_metrics if is_paired(table) else text_metrics
-    metrics = measure(scores, rows, token_bytes(loaded.tokenizer, model.config.vocab_size))
+        measure = compare if compared else predict
+        metrics = measure(loaded, table, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
     counts = {"rows": len(table), "tokens": sum(row.n_scored for row in rows), "cut": sum(row.cut for row in rows)}
     report(metrics, counts, config.data, model.config.max_seq_len)
     if config.out:
@@ -63,22 +76,49 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
 
 
-def load_decoder(config: DictConfig) -> Loaded:
-    """The model and its tokenizer; ConfigError if it does not predict the next token."""
+def predict(loaded: Loaded, table: "Dataset", rows: list[Row], **scoring: object) -> dict[str, float]:
+    """What the model's predictions of texts or completions are worth."""
+    scores = score(loaded.model, rows, **scoring)
+    measure = completion_metrics if is_paired(table) else text_metrics
+    return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
+
+
+def compare(loaded: Loaded, table: "Dataset", rows: list[Row], **scoring: object) -> dict[str, float]:
+    """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
+    n = len(rows) // 2  # the chosen ones, then the rejected ones
+    lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
+    judges = loaded.model.config.head is Head.score
+    found = judge(loaded.model, rows, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
+    metrics = pair_metrics(found[:n], found[n:], lengths)
+    if judges:
+        return metrics
+    means = (found.view(2, n).T / lengths).unbind(1)
+    return {**metrics, "accuracy_per_token": share(means[0] - means[1])}
+
+
+def load_model(config: DictConfig, *, judges: bool) -> Loaded:
+    """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts."""
     loaded = load(config.checkpoint, dtype=DTYPES[config.precision.lightning][0])
-    shape = loaded.model.config.shape.value
-    if shape != "decoder":
-        raise ConfigError(f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {shape}")
+    found = loaded.model.config
+    if found.head is Head.score and not judges:
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: a reward model compares; give data.path= with prompt, chosen and rejected"
+        )
+    if found.head is not Head.score and found.shape.value != "decoder":
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {found.shape.value}"
+        )
     return loaded
 
 
 def read(path: str, column: str | None) -> "Dataset":
-    """The rows of the data with their column `text`, or `prompt` and `completion`."""
+    """The rows of the data with their column `text`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`."""
     source = sources.shipped_validation(path) or sources.find(path)
     table = sources.read_table(source)
     found = set(table.column_names)
-    if column is None and set(PAIR) <= found:
-        return table.select_columns(PAIR)
+    for columns in (PREFERENCE, PAIR):
+        if column is None and set(columns) <= found:
+            return table.select_columns(columns)
     if column is None and "text" not in found:
         names = ", ".join(table.column_names)
         raise DataError(
@@ -100,14 +140,18 @@ def build_rows(
 ) -> list[Row]:
     """What the model reads and what of it is scored."""
     seq_len = options.seq_len or max_seq_len
-    if not is_paired(table):
+    compared = set(PREFERENCE) <= set(table.column_names)
+    if not (is_paired(table) or compared):
         rows = text_rows(table["text"][:], tokenizer, seq_len=seq_len, stride=options.stride, bos=options.bos)
     elif options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
     else:
-        columns = [table[name][:] for name in PAIR]
+        prompts, *said = ([*table[name]] for name in (PREFERENCE if compared else PAIR))
         try:
-            rows = completion_rows(*columns, tokenizer, seq_len=seq_len, bos=options.bos)
+            if compared:
+                rows = pair_rows(prompts * 2, said[0] + said[1], tokenizer, seq_len=seq_len)
+            else:
+                rows = completion_rows(prompts, *said, tokenizer, seq_len=seq_len, bos=options.bos)
         except DataError as error:
             raise DataError(f"data.path={options.path}: {error}") from None
     if not rows:

@@ -1,5 +1,7 @@
-"""The generate command: a resolved configuration in, text on stdout out."""
+"""The generate command: a resolved configuration in, text or lines of JSON on stdout out."""
 
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -9,45 +11,150 @@ from torch import nn
 
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
-from genai_pl.generation import generate_text
-from genai_pl.load import load
+from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
+from genai_pl.generation.fill import fill
+from genai_pl.load import Loaded, load
+from genai_pl.models import Decoder, Encoder
+from genai_pl.names import Head, Shape
 from genai_pl.peft import adapters_of
+from genai_pl.specs import GenerationConfig
 
 
 def generate(config: DictConfig) -> int:
-    """Print continuations of the prompts; a single one is printed while it grows."""
-    if config.num_samples < 1:
-        raise ConfigError(f"num_samples={config.num_samples} must be at least 1")
-    prompts, names = read_prompts(config), adapter_names(config)
+    """Continue the prompts, fill in their masks, embed or score them, as the options and the model say."""
+    check(config)
+    prompts = read_prompts(config)
     device = choose_device(config.device)
     weights, products = DTYPES[config.precision.lightning]
-    loaded = load(config.checkpoint, dtype=weights, adapters=names)
-    model = loaded.model.to(device)
-    choices = choose_adapters(model, names, config.adapter_weights, len(prompts), config.num_samples)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    single = len(prompts) * config.num_samples * choices == 1
+    loaded = load(config.checkpoint, dtype=weights, adapters=adapter_names(config))
+    loaded.model.to(device)
+    mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
+    with torch.inference_mode(), mixed:
+        if config.embed:
+            print_embeddings(loaded, prompts, config.pooling)
+        elif config.score:
+            print_scores(loaded, prompts)
+        elif isinstance(loaded.model, Encoder):
+            print_candidates(loaded, prompts, config.top_k)
+        else:
+            write(config, loaded, prompts, device)
+    return 0
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for values that cannot work, before anything is read."""
+    for name in ("num_samples", "top_k"):
+        if config[name] < 1:
+            raise ConfigError(f"{name}={config[name]} must be at least 1")
+    if config.embed and config.score:
+        raise ConfigError("embed=true and score=true: choose one of them")
+
+
+def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
+    """Print continuations of the prompts; a single one is printed while it grows."""
+    options: GenerationConfig = OmegaConf.to_object(config.generation)
+    names = adapter_names(config)
+    choices = choose_adapters(loaded.model, names, config.adapter_weights, len(prompts), config.num_samples)
+    if choices > 1 and (options.num_beams > 1 or options.speculates):
+        raise ConfigError("several adapters side by side go with sampling: give one, or adapter_weights")
+    n = options.num_return if options.num_beams > 1 else config.num_samples
+    single = len(prompts) * n * choices == 1 and not config.logprobs
     streaming = config.stream and single
     if single:
         print(prompts[0], end="", flush=True)
-    mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
-    with torch.inference_mode(), mixed:
-        texts = generate_text(
-            model,
-            loaded.tokenizer,
-            prompts * choices,
-            OmegaConf.to_object(config.generation),
-            generator=generator,
-            num_samples=config.num_samples,
-            on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
-        )
+    rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * choices
+    if choices > 1:  # an adapter for each row: no two share one that is read once
+        rows = [row for row in rows for _ in range(n)]
+    acceptance = Acceptance()
+    found = complete(
+        loaded.model,
+        loaded.tokenizer,
+        rows,
+        options,
+        generator=torch.Generator(device).manual_seed(config.seed),
+        num_samples=1 if choices > 1 else config.num_samples,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
+        logprobs=config.logprobs,
+        draft=load_draft(options.draft, loaded, device),
+        acceptance=acceptance,
+    )
+    completions = [completion for of_row in found for completion in of_row]
     if single:
-        print("" if streaming else texts[0][0], flush=True)
-        return 0
-    for n, (prompt, samples) in enumerate(zip(prompts * choices, texts, strict=True)):
-        for text in samples:
-            heading = f"[{names[n // len(prompts)]}] " if choices > 1 else ""
-            print(f"{heading}{prompt}{text}\n{'-' * 40}", flush=True)
-    return 0
+        print("" if streaming else completions[0].text, flush=True)
+    else:
+        for i, completion in enumerate(completions):
+            name = names[i // (len(prompts) * n)] if choices > 1 else None
+            show(loaded, prompts[i // n % len(prompts)], completion, name, as_json=config.logprobs)
+    if options.speculates:
+        print(f"speculation: {acceptance}", file=sys.stderr)
+
+
+def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool) -> None:
+    """Print one of several completions, or all that is known of it."""
+    if not as_json:
+        heading = "" if adapter is None else f"[{adapter}] "
+        print(f"{heading}{prompt}{completion.text}\n{'-' * 40}", flush=True)
+        return
+    pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
+    line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
+    line |= {} if completion.score is None else {"score": completion.score}
+    print_json(line if adapter is None else {"adapter": adapter, **line})
+
+
+def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
+    """Print what may stand in place of each mask, with probabilities."""
+    for prompt in prompts:
+        print(prompt)
+        for n, candidates in enumerate(fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k), start=1):
+            for candidate in candidates:
+                print(f"{n:>4}  {candidate.probability:.4f}  {candidate.text}", flush=True)
+
+
+def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
+    """Print one line of JSON for each prompt with its unit vector."""
+    from genai_pl.serving.vectors import embed, encode_whole, find_pooling
+
+    shape = loaded.model.config.shape
+    if shape is Shape.encoder_decoder:
+        raise ConfigError("embed=true needs an encoder or a decoder, this is an encoder-decoder")
+    kind = find_pooling(pooling, loaded.path, shape)
+    limit = loaded.model.config.max_seq_len
+    rows = [row[:limit] for row in encode_whole(loaded.tokenizer, prompts)]
+    for prompt, vector in zip(prompts, embed(loaded.model, rows, kind).tolist(), strict=True):
+        print_json({"prompt": prompt, "embedding": vector})
+
+
+def print_scores(loaded: Loaded, prompts: list[str]) -> None:
+    """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
+    from genai_pl.serving.vectors import encode_whole, logprobs, rewards
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if model.config.head is Head.score:
+        rows = [row[-model.config.max_seq_len :] for row in encode_whole(tokenizer, prompts)]
+        for prompt, reward in zip(prompts, rewards(model, rows), strict=True):
+            print_json({"prompt": prompt, "score": reward})
+        return
+    if model.config.shape is not Shape.decoder or not model.config.writes:
+        raise ConfigError("score=true needs a decoder that predicts the next token, or a reward model")
+    for prompt, (total, n) in zip(prompts, logprobs(model, tokenizer, None, prompts), strict=True):
+        mean = total / n if n else None  # nothing precedes the first token of a text without a bos
+        perplexity = None if mean is None else math.exp(-mean)
+        print_json({"prompt": prompt, "logprob": total, "mean": mean, "perplexity": perplexity, "tokens": n})
+
+
+def print_json(line: dict[str, object]) -> None:
+    """Print one line."""
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def load_draft(name: str | None, loaded: Loaded, device: torch.device) -> Decoder | None:
+    """The model that proposes tokens; ConfigError if its tokens are others."""
+    if name is None:
+        return None
+    draft = load(name, dtype=loaded.model.embed.weight.dtype)
+    if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise ConfigError(f"generation.draft={name}: its tokenizer is another one than that of the checkpoint")
+    return draft.model.to(device)
 
 
 def adapter_names(config: DictConfig) -> list[str]:

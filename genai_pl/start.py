@@ -1,7 +1,8 @@
 """The model before its first step, and the tokenizer that it reads by."""
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.export import export_model
 from genai_pl.load import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
+from genai_pl.models.resize import resize_vocabulary
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.trainer import make
@@ -20,31 +22,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def start(
-    config: DictConfig, data: RowsDataModule, objective: type[BaseModule]
-) -> "tuple[Model | WrappedDecoder, PreTrainedTokenizerBase]":
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """A model before its first step, its tokenizer, and whether it is one that lies nowhere yet."""
+
+    model: Model | WrappedDecoder
+    tokenizer: "PreTrainedTokenizerBase"
+    is_new: bool
+
+
+def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> Start:
     """The model before its first step, with the tokenizer that it reads by; both know the tokens that are needed."""
     wrapped = "name" in config.model
     if not (config.init_from or wrapped):
         tokenizer = build_tokenizer(config, data)
         add_missing(tokenizer, objective.needs)
-        return build_model(model_config(config, len(tokenizer))), tokenizer
+        return Start(build_model(model_config(config, len(tokenizer))), tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        name = f"init_from={config.init_from}"
         model, tokenizer, _ = load(config.init_from, wrap=wrapped, **options)
     else:
-        name = f"model.name={config.model.name}"
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer = pretrained_tokenizer(config.model.name)
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
     add_missing(tokenizer, objective.needs)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ConfigError(
-            f"{name}: its tokenizer lacks tokens that the objective needs, and its vocabulary of "
-            f"{model.config.vocab_size} has no room for them; choose another objective or model"
-        )
-    return model.train(), tokenizer
+    n_tokens, room = len(tokenizer), model.config.vocab_size
+    if n_tokens > room:
+        resize_vocabulary(model, n_tokens)
+        log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
+    return Start(model.train(), tokenizer, n_tokens > room)
 
 
 def adapt(
@@ -63,20 +71,17 @@ def adapt(
     return make(node)(model)
 
 
-def keep_base(
-    config: DictConfig, run: Path, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase"
-) -> str | None:
-    """Where the model can be had again as it begins, from any folder; random weights under an adapter are written down."""
+def keep_base(config: DictConfig, run: Path, begun: Start) -> str | None:
+    """Where the model can be had again as it begins, from any folder; a new one under an adapter is written down."""
     name = config.init_from or config.model.get("name")
-    if name is not None:
+    if not begun.is_new:
         return str(resolve(name).resolve()) if Path(name).exists() or name == "auto" else name
     if config.peft._target_ is None and config.peft.init_from is None:
         return None
     folder = run / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
-        export_model(
-            model, tokenizer, folder, card={"Base": f"Random weights of seed {config.seed}, under an adapter."}
-        )
+        what = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
+        export_model(begun.model, begun.tokenizer, folder, card={"Base": f"{what}, under an adapter."})
     return str(folder.resolve())
 
 

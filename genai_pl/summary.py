@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 
 from genai_pl.kernels import choose_backend
-from genai_pl.models import Model, flops_per_token, memory_estimate, n_parameters
+from genai_pl.models import Model, flops_per_token, n_parameters
 from genai_pl.names import AttentionKind
-
-MOMENTS = {"adamw": 2.0, "adam": 2.0, "muon": 1.1, "sgd": 1.0, "adafactor": 0.01}  # float32 numbers per weight
 
 
 def describe_model(model: Model, device: torch.device) -> list[str]:
@@ -33,21 +31,6 @@ def describe_step(model: Model, *, rows: int, seq_len: int, accumulate: int, dev
         f"step        {tokens:,} tokens ({rows} rows x {seq_len} x {accumulate} batches x {devices} devices), "
         f"{flops:.3g} FLOPs; {total_steps:,} steps = {tokens * total_steps:,} tokens"
     )
-
-
-def describe_memory(model: Model, *, rows: int, seq_len: int, optimizer: str, precision: str) -> list[str]:
-    """A table of the bytes that a step needs on one device."""
-    half = precision != "32-true"
-    estimate = memory_estimate(
-        model,
-        model.config,
-        tokens=rows * seq_len,
-        weight_bytes=2 if precision == "bf16-true" else 4,
-        activation_bytes=2 if half else 4,
-        moments=MOMENTS.get(optimizer, 2.0),
-    )
-    parts = ("weights", "gradients", "optimizer", "activations", "total")
-    return ["memory      per device, estimated"] + [f"  {p:<12}{human(getattr(estimate, p)):>10}" for p in parts]
 
 
 def human(n_bytes: float) -> str:

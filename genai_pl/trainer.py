@@ -28,13 +28,16 @@ from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, 
 
 log = logging.getLogger(__name__)
 
+OURS = ("recompute", "recompute_every", "optimizer_in_backward")  # fields of `trainer` that Lightning does not know
+
 
 def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer and our callbacks by name."""
     follow_launcher()
     options = OmegaConf.to_container(config.trainer, resolve=True)
     every = options.pop("log_every_n_steps")
-    del options["recompute_every"]  # ours
+    for name in OURS:
+        del options[name]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
     strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
@@ -43,11 +46,12 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
     settings = config.callbacks
     loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
+    checkpoints = cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint)
     callbacks = {
         "monitor": cb.Monitor(every),
         "console": cb.Console(),
         "interrupt": cb.Interrupt(),
-        "checkpoints": cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint),
+        "checkpoints": checkpoints,
     }
     # text is written by one process, which must hold the whole model
     if samples and settings.samples.every_n_steps and not isinstance(strategy, ShardedStrategy):
@@ -65,7 +69,7 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
             strategy=strategy,
             logger=[make(node) for node in loggers],
             callbacks=[*callbacks.values(), *make(config.callbacks.extra).values()],
-            plugins=[cb.AtomicCheckpointIO()],
+            plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
             default_root_dir=str(run),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -129,8 +133,27 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     strategy.connect(parts.module)
     if isinstance(strategy, ShardedStrategy):
         strategy.check(parts.module)
-    if config.trainer.recompute_every is not None:
-        recompute(model, config.trainer.recompute_every)
+    if config.trainer.optimizer_in_backward:
+        check_in_backward(config, parts)
+        parts.module.steps_in_backward = True
+    kind, every = config.trainer.recompute, config.trainer.recompute_every
+    if kind is not None or every is not None:
+        recompute(model, 1 if every is None else every, kind=kind or "full")
+
+
+def check_in_backward(config: DictConfig, parts: Parts) -> None:
+    """ConfigError for what needs all gradients of a step at once."""
+    name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, parts.trainer
+    if options.gradient_clip_val is not None:
+        raise ConfigError(f"{name} cannot clip the norm of all gradients: set trainer.gradient_clip_val=null")
+    if options.accumulate_grad_batches != 1:
+        raise ConfigError(f"{name} keeps no gradients to add to: set trainer.accumulate_grad_batches=1")
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
+    if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
+        raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
+    if not parts.module.automatic_optimization:
+        raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
 
 
 def make(node: DictConfig, **given: object) -> Any:

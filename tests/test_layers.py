@@ -13,7 +13,7 @@ PACKAGE = ROOT / "genai_pl"
 LAYERS = [
     {"errors", "files"},
     {"names"},
-    {"specs"},
+    {"specs", "devices"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -22,12 +22,13 @@ LAYERS = [
     {"callbacks", "strategies"},
     {"export", "load", "summary"},
     {"fit", "resume", "rewards", "feedback"},
+    {"serving"},
     {"config_errors", "nodes"},
     {"config"},
-    {"devices", "trainer"},
+    {"trainer"},
     {"start"},
     {"run", "run_generate"},
-    {"dry_run", "run_evaluate", "run_export", "run_feedback"},
+    {"dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
@@ -41,6 +42,7 @@ HEAVY = {
         "run_evaluate",
         "run_export",
         "run_feedback",
+        "run_serve",
         "start",
         "dry_run",
     },

@@ -103,3 +103,30 @@ def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command) ->
     assert result.status in (1, 2)
     assert message in result.err
     assert result.err.count("\n") == 1
+
+
+def test_tokens_that_a_model_lacked_come_with_its_adapter(command, tmp_path: Path) -> None:
+    """The base is written down with more rows, of which the adapter holds the trained ones."""
+    assert command("train", *GPT, "tokenizer=byte", "callbacks.export=true", "hydra.run.dir=gpt").status == 0
+    given = ("objective=fim", "init_from=gpt", "peft=lora", "peft.modules_to_save=[embed,lm_head]")
+    result = command("train", *GPT, *given, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    before, base, adapted = (load(name).model for name in ("gpt", "run/base", "run"))
+    n = before.config.vocab_size
+    assert adapted.config.vocab_size == base.config.vocab_size == n + 3
+    torch.testing.assert_close(logits(base)[..., :n], logits(before))
+    with adapters_disabled(adapted):
+        assert torch.equal(logits(adapted), logits(base))
+    assert (logits(adapted)[..., n:] - logits(base)[..., n:]).abs().max() > 1e-6
+    assert torch.equal(logits(load("run/checkpoints/last.ckpt").model), logits(adapted))
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in ("lora", "prefix") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+def test_an_adapter_on_two_processes_is_that_of_one(method: str, command, tmp_path: Path) -> None:
+    given = ("train", *GPT, f"peft={method}", "data.batch_size=2", "data.val_batch_size=2")
+    assert command(*given, "trainer.accumulate_grad_batches=2", "hydra.run.dir=one").status == 0
+    result = command(*given, "trainer=ddp", "trainer.devices=2", "hydra.run.dir=two")
+    assert result.status == 0, result.err
+    torch.testing.assert_close(logits(load("two").model), logits(load("one").model), rtol=0, atol=1e-5)

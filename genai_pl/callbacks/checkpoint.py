@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -11,8 +13,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from genai_pl.callbacks.due import passed
 from genai_pl.errors import CheckpointError
-from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
+from genai_pl.files import CONTENTS, is_checkpoint
+from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +24,12 @@ log = logging.getLogger(__name__)
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's reading and writing through ours: temporary name, flush, rename; and data only on the way in."""
 
+    def __init__(self, written: Callable[[Path], None]) -> None:
+        self.written = written  # told of each checkpoint that is whole
+
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         write_checkpoint(checkpoint, Path(path))
+        self.written(Path(path))
 
     def load_checkpoint(self, path: str | Path, map_location: object = None, weights_only: bool | None = None) -> dict:
         return read_checkpoint(Path(path))
@@ -38,6 +46,7 @@ class StepCheckpoint(Checkpoint):
         self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
         self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
+        self._seen = 0
         self._rng: list[dict] | None = None
 
     @property
@@ -45,8 +54,8 @@ class StepCheckpoint(Checkpoint):
         return self.folder / "last.ckpt"
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        step = trainer.global_step
-        if step and step != self.last_step and step % self.every_n_steps == 0 and not module.window:
+        before, self._seen = self._seen, trainer.global_step
+        if passed(before, self._seen, self.every_n_steps) and not module.window:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -54,14 +63,17 @@ class StepCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of the current step, then forget the oldest."""
+        """Write the checkpoint of the current step."""
         self.last_step = trainer.global_step
-        path = self.folder / f"step={trainer.global_step:06d}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            _link(path, self.last)
-            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                old.unlink()
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step:06d}.ckpt")
+
+    def written(self, path: Path) -> None:
+        """Point `last.ckpt` at the checkpoint if it is one of ours, and forget the oldest."""
+        if path.parent != self.folder or not path.name.startswith("step="):
+            return
+        _link(path, self.last)
+        for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+            _forget(old)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         states = [None] * trainer.world_size
@@ -83,6 +95,7 @@ class StepCheckpoint(Checkpoint):
         self._rng = checkpoint[MARK]["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
         # the data iterators exist by now: nothing draws between here and the next step
         if self._rng is not None and len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
@@ -91,24 +104,36 @@ class StepCheckpoint(Checkpoint):
 
 def newest_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = {path.stat().st_ino: path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")]}
+    paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
+    found = {path.stat().st_ino: path for path in paths}
     return sorted(found.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
-    return read_checkpoint(path)["global_step"]
+    return read_contents(path)["global_step"]
 
 
 def _link(path: Path, link: Path) -> None:
-    """A second name for the file, swapped in one rename (a copy where the disk has no hard links)."""
+    """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
     temporary = link.with_name(f".{link.name}.tmp{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        if path.is_dir():
+            temporary.symlink_to(path.name)
+        else:
+            os.link(path, temporary)
     except OSError:
         temporary.write_bytes(path.read_bytes())
     os.replace(temporary, link)
+
+
+def _forget(path: Path) -> None:
+    if path.is_dir():
+        (path / CONTENTS).unlink(missing_ok=True)  # half a folder is no checkpoint
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _rng_state() -> dict[str, object]:

@@ -10,6 +10,7 @@ COLUMNS = (  # metric, heading, format
     ("train/loss", "loss", "{:8.4f}"),
     ("train/lr", "lr", "{:8.2e}"),
     ("train/grad_norm", "grad norm", "{:9.3f}"),
+    ("train/skipped_steps", "skipped", "{:7.0f}"),  # with fp16
     ("train/tokens_per_sec", "tok/s", "{:9,.0f}"),
     ("train/mfu", "MFU", "{:6.1%}"),
     ("train/memory_gib", "GiB", "{:6.2f}"),

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from genai_pl.callbacks.due import passed
 from genai_pl.models import FlopRates
 from genai_pl.modules.base import n_replicas
 
@@ -57,8 +58,9 @@ class Monitor(L.Callback):
         self._targets = self._targets + batch["targets"]
         self._written += batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else 0
         if trainer.global_step != self._step:
-            self._step = trainer.global_step
-            if self._step == 1 or self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
+            before, self._step = self._step, trainer.global_step
+            due = passed(before, self._step, self.every_n_steps)
+            if due or self._step in (1, trainer.max_steps):
                 self._log(trainer, module)
         self._batch_end = time.perf_counter()
 
@@ -66,9 +68,7 @@ class Monitor(L.Callback):
         metrics = module.step_metrics()  # waits for the device
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rate = self._tokens / seconds
-        metrics |= {
-            "train/lr": module.lr,
-            "train/grad_norm": module.grad_norm.item(),
+        metrics |= module.update_metrics() | {
             "train/tokens_per_sec": rate,
             "train/data_wait": self._waited / seconds,
             "train/tokens_seen": self.tokens_seen,

@@ -1,15 +1,23 @@
 """Text written by the model while it learns, in the console and in TensorBoard."""
 
+from collections.abc import Sequence
+
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from genai_pl.callbacks.due import passed
 from genai_pl.generation import generate_text
+from genai_pl.modules.rl import RLModule
+from genai_pl.modules.rollout import Example
 from genai_pl.specs import GenerationConfig
 
 
 class Samples(L.Callback):
-    """Continues each prompt every n optimizer steps, from a generator of its own, so that training draws the same numbers."""
+    """Continues each prompt every n optimizer steps, from a generator of its own, so that training draws the same numbers.
+
+    A policy that is judged in training shows what it wrote there and in validation, with scores and distances instead.
+    """
 
     def __init__(self, *, every_n_steps: int, prompts: list[str], config: GenerationConfig, seed: int = 0) -> None:
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
@@ -20,18 +28,41 @@ class Samples(L.Callback):
         self._last = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and step != self._last and trainer.is_global_zero:
-            self._last = step
-            self._show(trainer, module, step)
+        step, before = trainer.global_step, self._last
+        due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
+        self._last = step
+        if due and step != before and trainer.is_global_zero:
+            if isinstance(module, RLModule):
+                self._judged(trainer, module.examples, "training", step)
+            else:
+                self._continued(trainer, module, step)
 
-    def _show(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if isinstance(module, RLModule) and trainer.is_global_zero:
+            self._judged(trainer, module.examples, "validation", trainer.global_step)
+
+    def _continued(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         generator = torch.Generator(module.device).manual_seed(self.seed)
         texts = generate_text(module.model, self.tokenizer, self.prompts, self.config, generator=generator)
         for prompt, (text, *_) in zip(self.prompts, texts, strict=True):
             self.say(f"--- step {step} ---\n{prompt}{text}\n---")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    quoted = "\n".join(f"    {line}" for line in (prompt + text).splitlines())
-                    logger.experiment.add_text(f"samples/{prompt.strip() or 'empty'}", quoted, step)
+            quoted = "\n".join(f"    {line}" for line in (prompt + text).splitlines())
+            _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
+
+    def _judged(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:
+        for prompt, completion, score, kl in examples:
+            self.say(f"--- step {step}, {part}: score {score:.3f}, KL {kl:.3f} ---\n{prompt}{completion}\n---")
+        rows = [f"| {_cell(e.prompt)} | {_cell(e.completion)} | {e.score:.3f} | {e.kl:.3f} |" for e in examples]
+        table = ["| prompt | completion | score | KL |", "|---|---|---|---|", *rows]
+        _add_text(trainer, f"samples/{part}", "\n".join(table), step)
+
+
+def _add_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, text, step)
+
+
+def _cell(text: str) -> str:
+    """The text in a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", "<br>")

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
+from genai_pl.data import sources
 from genai_pl.data.chat import encode_completion, encode_prompt
+from genai_pl.data.loader import Collate
 from genai_pl.data.table import TableDataModule
 from genai_pl.data.tokenizer import train_bpe
-from genai_pl.errors import DataError
+from genai_pl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -16,41 +18,69 @@ if TYPE_CHECKING:
 
 
 class PreferenceDataModule(TableDataModule):
-    """Rows of token ids: prompt, chosen, rejected, and a margin where there is one."""
+    """Rows of token ids: prompt, chosen, rejected, and a margin where there is one; or prompt and completions, ranked."""
 
     kind = "preference"
 
-    def __init__(self, *, prompt: str, chosen: str, rejected: str, margin: str | None, **rest: object) -> None:
+    def __init__(
+        self, *, prompt: str, chosen: str, rejected: str, completions: str, margin: str | None, **rest: object
+    ) -> None:
         super().__init__(**rest)
         self.columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         self.columns |= {"margin": margin} if margin else {}
+        self.ranking = {"prompt": prompt, "completions": completions}
 
     def wanted(self) -> dict[str, str]:
-        return {f"data.{role}": column for role, column in self.columns.items()}
+        return {}  # which ones, depends on what is there
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        names = [self.columns[role] for role in ("prompt", "chosen")]
-        return train_bpe((text for row in train for name in names if isinstance(text := row[name], str)), vocab_size)
+        roles = self._roles(train)
+        texts = (text for row in train for role in ("prompt", "chosen", "completions") if role in roles
+                 for text in _listed(row[roles[role]]) if isinstance(text, str))  # fmt: skip
+        return train_bpe(texts, vocab_size)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        if "completions" in self._roles(self.tables()[0]) and not collate.ranks:
+            raise ConfigError(
+                f"data.path={self.path}: ranked completions are for objective=reward; give pairs, chosen and rejected"
+            )
+        super().prepare(tokenizer, collate)
+
+    def _roles(self, table: "Table") -> dict[str, str]:
+        """The columns that are there, by role: those of pairs, or prompt and ranked completions."""
+        found = table.column_names
+        ranked = self.ranking["completions"] in found and self.columns["chosen"] not in found
+        roles = self.ranking if ranked else self.columns
+        sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
+        return roles
 
     def rows(self, table: "Table") -> Dataset:
-        return [self._encode({role: row[column] for role, column in self.columns.items()}) for row in table]
+        roles = self._roles(table)
+        return [self._encode({role: row[column] for role, column in roles.items()}) for row in table]
 
     def _encode(self, row: dict[str, object]) -> dict[str, object]:
-        """The longer completion is cut to half of the row at most, the prompt on its left to what is left."""
+        """The longest completion is cut to half of the row at most, the prompt on its left to what is left."""
         prompt = encode_prompt(self.tokenizer, row["prompt"])
-        completions = {}
-        for role in ("chosen", "rejected"):
-            example = encode_completion(self.tokenizer, row["prompt"], row[role])
-            completions[role] = example.input_ids[example.loss_mask]
-        longest = max(len(ids) for ids in completions.values())
+        ranked = "completions" in row
+        given = row["completions"] if ranked else [row["chosen"], row["rejected"]]
+        if len(given) < 2:
+            raise DataError(f"data.path={self.path}: a prompt with {len(given)} completions has nothing to compare")
+        examples = [encode_completion(self.tokenizer, row["prompt"], said) for said in given]
+        said = [example.input_ids[example.loss_mask] for example in examples]
+        longest = max(map(len, said))
         kept = min(longest, max(self.seq_len // 2, self.seq_len - len(prompt)))
-        completions = {role: ids[:kept] for role, ids in completions.items()}
+        said = [ids[:kept] for ids in said]
+        found = {"completions": said} if ranked else dict(zip(("chosen", "rejected"), said, strict=True))
         extra = {"margin": row["margin"]} if "margin" in row else {}
-        return {"prompt": prompt[max(len(prompt) + kept - self.seq_len, 0) :], **completions, **extra}
+        return {"prompt": prompt[max(len(prompt) + kept - self.seq_len, 0) :], **found, **extra}
 
     def prompt(self) -> str:
         return self._text(self.tables()[1][0][self.columns["prompt"]])
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 class UnpairedDataModule(TableDataModule):

@@ -1,15 +1,26 @@
 """Decoding: tokens and text out of a model."""
 
-from genai_pl.generation.decode import Context, decode, evaluating, generate
+from genai_pl.generation.beam import Hypothesis, beam_search
+from genai_pl.generation.context import Context
+from genai_pl.generation.decode import decode, evaluating, generate
+from genai_pl.generation.limits import Limits, limits_of
 from genai_pl.generation.processors import process, sample
+from genai_pl.generation.speculative import Acceptance
 from genai_pl.generation.stream import Detokenizer, StopFilter, TextStream
-from genai_pl.generation.text import continue_rows, encode_prompt, generate_text, left_pad
+from genai_pl.generation.text import complete, continue_rows, encode_prompt, generate_text
+from genai_pl.generation.writer import Completion, left_pad
 
 __all__ = [
+    "Acceptance",
+    "Completion",
     "Context",
     "Detokenizer",
+    "Hypothesis",
+    "Limits",
     "StopFilter",
     "TextStream",
+    "beam_search",
+    "complete",
     "continue_rows",
     "decode",
     "encode_prompt",
@@ -17,6 +28,7 @@ __all__ = [
     "generate",
     "generate_text",
     "left_pad",
+    "limits_of",
     "process",
     "sample",
 ]

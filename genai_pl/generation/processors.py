@@ -1,4 +1,9 @@
-"""How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions."""
+"""How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions.
+
+The order is: repetition penalty; then what excludes tokens (no-repeat n-grams, bad words, min_new_tokens, the prefix and
+the constraint: `rules.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search applies the
+first two to log-probabilities, as transformers does.
+"""
 
 import torch
 from torch import Tensor
@@ -38,11 +43,24 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), EXCLUDED)
 
 
-def process(logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None) -> Tensor:
-    """Logits (B, V) whose softmax is sampled from, in float32; `seen` (B, V) marks the tokens to penalize."""
+def penalize(
+    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, excluded: Tensor | None = None
+) -> Tensor:
+    """Logits or log-probabilities (B, V) before any temperature, in float32.
+
+    `seen` (B, V) marks the tokens to penalize, `excluded` (B, V) those that must not come.
+    """
     logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
     if seen is not None:
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
+    return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
+
+
+def process(
+    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, excluded: Tensor | None = None
+) -> Tensor:
+    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `excluded` are those of `penalize`."""
+    logits = penalize(logits, config, seen=seen, excluded=excluded)
     if config.temperature not in (0.0, 1.0):
         logits = temperature(logits, config.temperature)
     if config.top_k is not None:
@@ -55,10 +73,20 @@ def process(logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = N
 
 
 def sample(
-    logits: Tensor, config: GenerationConfig, generator: torch.Generator | None = None, *, seen: Tensor | None = None
+    logits: Tensor,
+    config: GenerationConfig,
+    generator: torch.Generator | None = None,
+    *,
+    seen: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """The next tokens (B,): drawn from the processed logits, or the likeliest where temperature is 0."""
-    logits = process(logits, config, seen=seen)
+    logits = process(logits, config, seen=seen, excluded=excluded)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The model's own log-probability (B,) of each token (B,), before any processing."""
+    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)

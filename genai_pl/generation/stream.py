@@ -1,6 +1,7 @@
 """Text out of tokens, as they come."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -101,6 +102,13 @@ class TextStream:
         self.ended = self.filter.found
         self.text += piece
         return piece
+
+    def fork(self) -> "TextStream":
+        """A stream of the same text, which may go on with other tokens."""
+        other = copy(self)
+        other.detokenizer, other.filter = copy(self.detokenizer), copy(self.filter)
+        other.detokenizer.tokens = list(self.detokenizer.tokens)
+        return other
 
     def close(self) -> str:
         """The rest, once no token will come."""

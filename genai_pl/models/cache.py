@@ -61,6 +61,18 @@ class KVCache:
         if self._segments is not None:
             self._segments = self._segments[rows]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let each row go on from another one that reads the same source, (B,) indices; no memory is added."""
+        end = self.length
+        self.k[:, :, :, :end] = self.k[:, rows, :, :end]
+        self.v[:, :, :, :end] = self.v[:, rows, :, :end]
+        if self._segments is not None:
+            self._segments = self._segments[rows]
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens; fewer than it has of text."""
+        self.length -= n
+
     def _end(self, n_new: int) -> int:
         if self.length + n_new > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")

@@ -5,15 +5,26 @@ from pathlib import Path
 import torch
 
 from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
-from genai_pl.files import write_atomic
+from genai_pl.files import CONTENTS, write_atomic
 
 MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
 
 
 def read_checkpoint(path: Path) -> dict:
     """The contents of a checkpoint; CheckpointError if it is truncated, foreign, or holds anything but data."""
+    contents = read_contents(path)
+    if path.is_dir():
+        from genai_pl.models import pieces  # DCP takes half a second to import
+
+        return pieces.join(path, contents, {})
+    return contents
+
+
+def read_contents(path: Path) -> dict:
+    """The same, but of a checkpoint in pieces the names of its tensors only."""
+    in_pieces = path.is_dir()
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(path / CONTENTS if in_pieces else path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises whatever its unpickler meets in a broken file
@@ -25,6 +36,10 @@ def read_checkpoint(path: Path) -> dict:
         raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
     if _names_code(contents):
         raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
+    if in_pieces:
+        from genai_pl.models import pieces
+
+        pieces.check(path, contents)
     return contents
 
 

@@ -1,5 +1,6 @@
 """The encoder-decoder: Vaswani et al. 2017 and T5, by configuration."""
 
+from copy import copy
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -85,6 +86,13 @@ class Reader(nn.Module):
         return self.decoder.features(
             input_ids, segment_ids, cache=cache, source=self.source, source_segments=self.source_segments
         )
+
+    def keep_rows(self, rows: Tensor) -> "Reader":
+        """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
+        kept = copy(self)
+        kept.source = self.source[rows]
+        kept.source_segments = None if self.source_segments is None else self.source_segments[rows]
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V)."""

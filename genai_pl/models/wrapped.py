@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels import AttentionMask, attention, positions_from_segments
+from genai_pl.models.virtual import NOTHING, Front, VirtualTokens, front_of
+from genai_pl.models.wrapped_cache import WrappedCache
 from genai_pl.names import AttentionBackend, AttentionKind, Head, Shape
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ class Packing(NamedTuple):
 
     segments: Tensor | None  # (B, S)
     backend: str
+    front: Front = NOTHING
 
 
 @dataclass
@@ -33,7 +36,9 @@ class WrappedConfig:
     n_layer: int
     n_head: int
     n_embd: int
+    n_kv_head: int
     head_dim: int
+    init_std: float
     values: dict[str, object]  # transformers' configuration
     attention: AttentionBackend = AttentionBackend.auto
     dropout: float = 0.0
@@ -63,13 +68,16 @@ class WrappedDecoder(nn.Module):
         super().__init__()
         self.inner = inner
         self.transform, self.embed_proj = nn.Identity(), nn.Identity()
-        values = inner.config
+        self.virtual: VirtualTokens | None = None
+        self.max_length, self.embed_scale, values = None, None, inner.config
         self.config = WrappedConfig(
             vocab_size=inner.get_input_embeddings().weight.shape[0],
             max_seq_len=values.max_position_embeddings,
             n_layer=values.num_hidden_layers,
             n_head=values.num_attention_heads,
             n_embd=values.hidden_size,
+            n_kv_head=getattr(values, "num_key_value_heads", None) or values.num_attention_heads,
+            init_std=getattr(values, "initializer_range", 0.02),
             head_dim=getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads,
             values=values.to_dict(),
             attention=attention,
@@ -96,29 +104,38 @@ class WrappedDecoder(nn.Module):
         return self.logits(self.features(input_ids, segment_ids, **given))
 
     def features(
-        self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: "WrappedCache | None" = None
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: WrappedCache | None = None
     ) -> Tensor:
         """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances."""
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
+        front = self._front(enters=past == 0)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, B, T, input_ids.device)
         if segment_ids is None:
-            positions = torch.arange(past, past + T, device=input_ids.device).expand(B, T)
+            positions = torch.arange(past + T, device=input_ids.device).expand(B, -1)
         else:
-            positions = positions_from_segments(segment_ids)[:, -T:]
+            positions = positions_from_segments(segment_ids)
+        segments, positions = front.before(segment_ids, positions, explicit=False)
+        x = front.put(self.embed(input_ids))
+        n_keys = past + T + (0 if front.layers is not None else front.n)
         hidden = self.inner.base_model(
-            input_ids,
+            inputs_embeds=x,
             # ones: else transformers looks for packed documents in the positions, and builds masks of its own
-            attention_mask=torch.ones(B, past + T, dtype=torch.long, device=input_ids.device),
-            position_ids=positions,
+            attention_mask=torch.ones(B, n_keys, dtype=torch.long, device=input_ids.device),
+            position_ids=positions[:, -x.shape[1] :],
             past_key_values=None if cache is None else cache.inner,
             use_cache=cache is not None,
-            packing=Packing(segment_ids, self.config.attention.value),
+            packing=Packing(segments, self.config.attention.value, front),
         ).last_hidden_state
         if cache is not None:
             cache.length += T
-        return hidden
+        return hidden[:, front.n_queries :]
+
+    def _front(self, *, enters: bool) -> Front:
+        """The virtual tokens: embeddings enter once, keys and values are given again, as transformers' cache has only its own."""
+        front = front_of(self.virtual, enters=True)
+        return front if enters else front._replace(embeddings=None)
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What `lm_head` multiplies."""
@@ -134,30 +151,9 @@ class WrappedDecoder(nn.Module):
         """As transformers ties them."""
         self.inner.tie_weights()
 
-    def new_cache(self, batch_size: int, max_length: int) -> "WrappedCache":
+    def new_cache(self, batch_size: int, max_length: int) -> WrappedCache:
         """An empty cache."""
         return WrappedCache(max_length)
-
-
-class WrappedCache:
-    """A cache of transformers that grows, with the segments of what it holds."""
-
-    def __init__(self, max_length: int) -> None:
-        from transformers import DynamicCache
-
-        self.inner = DynamicCache()  # without the configuration: it keeps all keys, and the mask hides old ones
-        self.max_length, self.length = max_length, 0
-        self._segments: Tensor | None = None
-
-    def segments(self, new: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
-        """Segment ids (B, S) of the past and of the new tokens, or None as long as none were given."""
-        if new is None and self._segments is None:
-            return None
-        if self._segments is None:
-            self._segments = torch.ones(B, self.length, dtype=torch.long, device=device)
-        new = self._segments[:, -1:].expand(B, T) if new is None else new
-        self._segments = torch.cat([self._segments, new], dim=1)
-        return self._segments
 
 
 def load_wrapped(
@@ -244,6 +240,11 @@ def _attend(
     """(B, T, H, D), as transformers' attention functions give it."""
     if packing is None or not isinstance(attention_mask, AttentionMask):
         raise ConfigError("model=hf: this architecture does not hand its arguments on to attention")
-    mask = AttentionMask(causal=attention_mask.causal, window=attention_mask.window, segments=packing.segments)
-    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": packing.backend}
-    return attention(q, k, v, mask, **options).transpose(1, 2), None
+    front, window = packing.front, attention_mask.window
+    if front.layers is not None:
+        new = front.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
+        k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
+    shared = None if window is None and packing.segments is None else front.shared
+    mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
+    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None

@@ -1,5 +1,6 @@
 """What every objective shares: exact normalization by tokens, one optimizer and schedule, gradient norm, validation sums."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,7 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
 from genai_pl.names import Head
+from genai_pl.optim import StepInBackward
 
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 100  # fp16 steps in a row: the scale has fallen by 2^100, and no scale will help
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
@@ -50,6 +55,10 @@ class BaseModule(L.LightningModule, ABC):
         self.window: Metrics = {}  # sums of the optimizer step under way
         self.finished: Metrics = {}  # sums of the last complete step
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
+        self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
+        self.steps_in_backward = False  # whether weights move during the backward pass
+        self._stepper: StepInBackward | None = None
+        self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
         self._targets = torch.ones(())
 
     @abstractmethod
@@ -94,23 +103,49 @@ class BaseModule(L.LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        self.grad_norm, self.lr = global_norm(grads), optimizer.param_groups[0]["lr"]
+        groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+        norms = [global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
+        self.grad_norm, self.lr = torch.stack(norms).norm(), optimizer.param_groups[0]["lr"]
+        self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         self.finished, self.window = self.window, {}
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
-        if scaler is None and not torch.isfinite(self.grad_norm + loss):
+        if (scaler := self._scaler()) is not None:
+            self._count_skipped(scaler)
+        elif not torch.isfinite(self.grad_norm + loss):
             what = "gradient" if torch.isfinite(loss) else "loss"
             raise TrainingError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
         if gradient_clip_val:
             scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([_local(grad) for grad in grads], scale)
+            torch._foreach_mul_([_local(grad) for group in groups for grad in group], scale)
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss of fp16, and skips a step whose gradients are not finite at that scale."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _count_skipped(self, scaler: torch.amp.GradScaler) -> None:
+        if torch.isfinite(self.grad_norm):
+            self._in_a_row = 0
+            return
+        self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
+        step, scale = self.trainer.global_step + 1, scaler.get_scale()
+        log.info("fp16        step %d skipped: a gradient overflows at loss scale %g, which is lowered", step, scale)
+        if self._in_a_row == MAX_SKIPPED:
+            raise TrainingError(
+                f"precision=fp16: {MAX_SKIPPED} steps in a row skipped up to step {step}, at any loss scale; "
+                "take precision=bf16 or fp32"
+            )
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last optimizer step, over all ranks."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
         metrics = self.summarize(sums, self._targets)
         return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}  # rewards/chosen has a name
+
+    def update_metrics(self) -> dict[str, float]:
+        """How the weights were last moved: learning rate, norm of the gradient, of each group where there are several."""
+        metrics = {"train/lr": self.lr, "train/grad_norm": self.grad_norm.item()}
+        metrics |= {f"train/grad_norm/{name}": norm.item() for name, norm in self.group_norms.items()}
+        return metrics if self._scaler() is None else {**metrics, "train/skipped_steps": self.skipped}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for name, value in {**self.step(batch), "targets": batch["targets"]}.items():
@@ -128,6 +163,9 @@ class BaseModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.trained())
+        self._group_names = [group.get("name", str(n)) for n, group in enumerate(optimizer.param_groups)]
+        if self.steps_in_backward:
+            self._stepper = StepInBackward(optimizer)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total_steps=self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -144,6 +182,8 @@ def n_replicas(trainer: L.Trainer) -> int:
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """The norm of all gradients together, pieces of which may lie on several meshes of processes."""
+    if not gradients:
+        return torch.zeros(())
     meshes: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)

@@ -9,7 +9,7 @@ from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.rl import Experience, RLModule
 from genai_pl.modules.rollout import Rollout
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
-from genai_pl.objectives.ppo import kl_estimate, policy_metrics
+from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
 
 ADVANTAGES = ("group", "rloo")
 
@@ -37,21 +37,18 @@ class GRPOModule(RLModule):
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
 
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
-        old, reference = self.logprobs(rollout)
+        hidden = self.features(rollout)
+        old, reference = self.logprobs(rollout, hidden=hidden)
         if self.advantage == "rloo":
             advantages = rloo_advantages(scores, self.group_size)
         else:
             advantages = group_advantages(scores, self.group_size, scale=self.scale)
         mask = rollout.mask
-        kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0)
-        means = {
-            "objective/scores": scores.mean(),
-            "objective/kl": kl.sum(1).mean(),
-            "objective/response_length": mask.sum(1).float().mean(),
-            "objective/ended": rollout.ended.float().mean(),
-        }
-        experience = {**rollout.batch, "mask": mask, "old": old, "reference": reference, "advantages": advantages}
-        return experience, means
+        kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
+        means = self.describe(rollout, scores, kl, hidden)
+        means["objective/rlhf_reward"] = (scores - self.beta * kl).mean()
+        experience = {"mask": mask, "old": old, "reference": reference, "advantages": advantages, "kl": kl}
+        return {**rollout.batch, **experience}, means
 
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
         logprobs = token_logprobs(self.model, part)
@@ -61,4 +58,6 @@ class GRPOModule(RLModule):
         )
         kl = {"reference_logprobs": part["reference"], "beta": self.beta} if self.beta else {}
         loss = grpo_loss(logprobs, old, advantages, weights, **self.clip, **kl)
-        return loss, divisor, policy_metrics(logprobs.detach(), old, advantages[:, None], mask, **self.clip)
+        given = (logprobs.detach(), old, advantages[:, None], mask)
+        policy = clipped_surrogate(*given, **self.clip).sum()
+        return loss, divisor, policy_metrics(*given, **self.clip) | {"loss/policy": policy}

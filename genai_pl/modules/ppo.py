@@ -1,12 +1,15 @@
-"""Proximal policy optimization with a value head on the policy's own hidden states."""
+"""Proximal policy optimization; a value head sits on the policy's own hidden states, or on a critic's."""
 
 import torch
 from torch import Tensor, nn
 
-from genai_pl.modules.base import Metrics
+from genai_pl.errors import ConfigError
+from genai_pl.models import Decoder
+from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.rl import Experience, RLModule
 from genai_pl.modules.rollout import Rollout
+from genai_pl.names import Head
 from genai_pl.objectives.ppo import (
     adapt_kl_coef,
     gae,
@@ -15,7 +18,6 @@ from genai_pl.objectives.ppo import (
     moment_sums,
     policy_loss,
     policy_metrics,
-    token_entropy,
     value_loss,
     whiten,
 )
@@ -36,6 +38,8 @@ class PPOModule(RLModule):
         clip_range: float,
         value_clip_range: float,
         value_coef: float,
+        entropy_coef: float,
+        critic: str | None,
         **rl: object,
     ) -> None:
         super().__init__(*args, group_size=1, **rl)
@@ -43,42 +47,62 @@ class PPOModule(RLModule):
         self.kl_target, self.kl_horizon, self.kl_estimator = kl_target, kl_horizon, kl_estimator
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.clip_range, self.value_clip_range, self.value_coef = clip_range, value_clip_range, value_coef
-        self.value_head = nn.Linear(self.model.config.n_embd, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.entropy_coef = entropy_coef
+        self.critic_name, self.critic = critic, None
+        self._make_head(self.model.config.n_embd)
 
     def trained(self):
         yield from super().trained()
         yield from self.value_head.named_parameters(prefix="value_head")
+        if self.critic is not None:
+            yield from self.critic.named_parameters(prefix="critic")
+
+    def use_critic(self, critic: nn.Module) -> None:
+        """Let a model of its own, trained with the policy, say what states are worth instead of the policy's features."""
+        if not isinstance(critic, Decoder) or critic.config.vocab_size != self.model.config.vocab_size:
+            raise ConfigError(
+                f"objective.critic={self.critic_name}: not a decoder of ours with the policy's vocabulary"
+            )
+        self._make_head(critic.config.n_embd)
+        if critic.score is not None:  # a reward model: values begin as its scores
+            self.value_head.weight.data.copy_(critic.score.weight)
+            critic.score = None
+        critic.set_head(Head.none)
+        self.critic = critic
+
+    def _make_head(self, width: int) -> None:
+        self.value_head = nn.Linear(width, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def _values(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """What each state is worth, (N, T); hidden are the policy's features."""
+        if self.critic is not None:
+            hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
+        return self.value_head(hidden).squeeze(-1).float()
 
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
-        mask = rollout.mask
+        mask, hidden = rollout.mask, self.features(rollout)
         with torch.no_grad():
-            hidden = self.model.features(rollout.batch["input_ids"], rollout.batch["segment_ids"])
-            values = torch.where(mask, self.value_head(hidden).squeeze(-1).float(), 0)
+            values = torch.where(mask, self._values(rollout.batch, hidden), 0)
         old, reference = self.logprobs(rollout, hidden=hidden)
         kl = torch.where(mask, kl_estimate(old, reference, self.kl_estimator), 0)
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
-        means = {
-            "objective/scores": scores.mean(),
-            "objective/kl": kl.sum(1).mean(),
-            "objective/rlhf_reward": rewards.sum(1).mean(),
-            "objective/entropy": self._entropy(hidden, rollout),
-            "objective/kl_coef": self.kl_coef.clone(),
-            "objective/response_length": mask.sum(1).float().mean(),
-            "objective/ended": rollout.ended.float().mean(),
-        }
+        kl = kl.sum(1)
+        means = self.describe(rollout, scores, kl, hidden)
+        means |= {"objective/rlhf_reward": rewards.sum(1).mean(), "objective/kl_coef": self.kl_coef.clone()}
         self._adapt(means["objective/kl"], len(scores))
-        experience = {"old": old, "values": values, "advantages": advantages, "returns": returns, "mask": mask}
+        experience = {
+            "old": old,
+            "values": values,
+            "advantages": advantages,
+            "returns": returns,
+            "mask": mask,
+            "kl": kl,
+        }
         return {**rollout.batch, **experience}, means
-
-    def _entropy(self, hidden: Tensor, rollout: Rollout) -> Tensor:
-        head, model = self.model.lm_head, self.model
-        options = {"bias": head.bias, "softcap": model.config.logit_softcap}
-        entropy = token_entropy(model.to_head(hidden), head.weight, rollout.batch["labels"], **options)
-        return entropy.sum() / rollout.mask.sum().clamp(min=1)
 
     def _adapt(self, kl: Tensor, n: int) -> None:
         if self.kl_target is None:
@@ -91,10 +115,13 @@ class PPOModule(RLModule):
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
         mask, old = part["mask"], part["old"]
         hidden = self.model.features(part["input_ids"], part["segment_ids"])
-        values = self.value_head(hidden).squeeze(-1).float()
+        values = self._values(part, hidden)
         logprobs = token_logprobs(self.model, part, hidden=hidden)
         policy = policy_loss(logprobs, old, part["advantages"], mask, clip_range=self.clip_range)
         value = value_loss(values, part["values"], part["returns"], mask, clip_range=self.value_clip_range)
         metrics = policy_metrics(logprobs.detach(), old, part["advantages"], mask, clip_range=self.clip_range)
         metrics |= {"loss/policy": policy.detach(), "loss/value": value.detach()}
-        return policy + self.value_coef * value, mask.sum(), metrics
+        loss = policy + self.value_coef * value
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * self.entropy(hidden, part["labels"])
+        return loss, mask.sum(), metrics

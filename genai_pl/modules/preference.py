@@ -1,11 +1,14 @@
 """Learning from pairs: the policy prefers what people preferred, by the log-probabilities of whole completions."""
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_logprobs
 from genai_pl.models import Model
-from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
+from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
 from genai_pl.objectives import preference as losses
@@ -33,6 +36,8 @@ class PreferenceModule(BaseModule):
         label_smoothing: float = 0.0,
         target_margin: float = 0.5,
         nll_coef: float = 1.0,
+        precompute_reference: bool = False,
+        reference_cache: str | None = None,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if loss not in WITH_REFERENCE + WITHOUT_REFERENCE:
@@ -44,10 +49,36 @@ class PreferenceModule(BaseModule):
         self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.target_margin, self.nll_coef = target_margin, nll_coef
         self.reference = Reference(model) if loss in WITH_REFERENCE else None
+        self.precompute_reference, self.reference_cache = precompute_reference, reference_cache
 
     def on_fit_start(self) -> None:
         if self.reference is not None:
             self.reference.to(self.device)
+            if self.precompute_reference:
+                self._precompute()
+
+    def _precompute(self) -> None:
+        """Ask the reference about every pair now, and let go of it."""
+        data, trainer = self.trainer.datamodule, self.trainer
+        reference, folder = self.reference, self.reference_cache
+        with reference.of(self.model) as model:
+            name = fingerprint(model, trainer.precision)
+        ranks = trainer.strategy.distributed_sampler_kwargs if n_replicas(trainer) > 1 else {}
+        annotate(
+            [*data.train_rows, *data.val_rows],
+            self._reference_logprobs,
+            file=(Path(folder) if folder else default_cache()) / f"{name}.npz",
+            batch_size=data.val_batch_size,
+            rank=ranks.get("rank", 0),
+            world_size=n_replicas(trainer),
+            over_ranks=lambda found: self._over_ranks(found.to(self.device)).cpu(),
+        )
+        self.reference = None
+
+    def _reference_logprobs(self, rows: list[dict[str, object]]) -> Tensor:
+        batch = {name: x.to(self.device) for name, x in self.collator(rows).items()}
+        with self.trainer.precision_plugin.forward_context():
+            return self._ask_reference(batch)
 
     def step(self, batch: Batch) -> Metrics:
         policy = completion_logprobs(self.model, batch)  # (B, 2): chosen, rejected
@@ -55,11 +86,14 @@ class PreferenceModule(BaseModule):
         if self.kind in WITHOUT_REFERENCE:
             loss, rewards = self._alone(policy, lengths), self.beta * policy.detach()
         else:
-            with self.reference.of(self.model) as model:
-                reference = completion_logprobs(model, batch)
+            reference = batch["reference"] if self.reference is None else self._ask_reference(batch)
             loss, rewards = self._against(policy, reference, lengths), self.beta * (policy - reference).detach()
         sums = {"loss": loss, "logps/chosen": policy[:, 0].sum(), "logps/rejected": policy[:, 1].sum()}
         return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
+
+    def _ask_reference(self, batch: Batch) -> Tensor:
+        with self.reference.of(self.model) as model:
+            return completion_logprobs(model, batch)
 
     def _against(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
         if self.kind == "ipo":

@@ -1,17 +1,26 @@
 """Training a reward model: the answer that people preferred gets the higher score."""
 
-import torch
-from torch import Tensor, nn
-
+from genai_pl.errors import ConfigError
 from genai_pl.models import Model
+from genai_pl.models.scores import scores
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.names import Head, Shape
-from genai_pl.objectives import PreferenceCollator, Vocabulary, pairwise_reward_loss, reward_accuracy
-from genai_pl.objectives.preference import segment_ends
+from genai_pl.names import Head
+from genai_pl.objectives import (
+    RankingCollator,
+    Vocabulary,
+    centering_penalty,
+    pairwise_reward_loss,
+    plackett_luce_loss,
+    ranking_accuracy,
+    ranking_loss,
+    reward_accuracy,
+)
+
+RANKING = {"pairs": ranking_loss, "plackett_luce": plackett_luce_loss}  # losses of more than two completions
 
 
 class RewardModule(BaseModule):
-    """One score for a prompt with its answer, read at the last token (of an encoder: at the first)."""
+    """One score for a prompt with its answer."""
 
     shapes = ("decoder", "encoder")
     data_kind = "preference"
@@ -26,12 +35,17 @@ class RewardModule(BaseModule):
         optimizer: object,
         schedule: object,
         centering: float = 0.0,
+        ranking: str = "pairs",
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
-        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed)
-        self.centering = centering
+        if ranking not in RANKING:
+            raise ConfigError(f"objective.ranking={ranking} is not one of {', '.join(RANKING)}")
+        self.collator = RankingCollator(vocabulary=vocabulary, seed=seed)
+        self.centering, self.ranking = centering, RANKING[ranking]
 
     def step(self, batch: Batch) -> Metrics:
+        if "sizes" in batch:
+            return self._ranked(batch)
         chosen, rejected = scores(self.model, batch["input_ids"], batch["segment_ids"], 2).unbind(1)
         loss = pairwise_reward_loss(chosen, rejected, margin=batch.get("margin"), centering=self.centering)
         difference = (chosen - rejected).detach()
@@ -43,14 +57,20 @@ class RewardModule(BaseModule):
             "rewards/rejected": rejected.detach().sum(),
         }
 
-
-def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int) -> Tensor:
-    """The scores (B, n) of segments 1 .. n of each row, in float32."""
-    hidden = model.features(input_ids, segment_ids)  # (B, T, C)
-    if model.config.shape is Shape.encoder:
-        numbers = torch.arange(1, n + 1, device=hidden.device)
-        places = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first of each
-    else:
-        places = segment_ends(segment_ids, n)  # (B, n)
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return model.score(hidden[rows, places]).squeeze(-1).float()
+    def _ranked(self, batch: Batch) -> Metrics:
+        """Sums over prompts; chosen is the best of its completions, rejected the worst."""
+        sizes = batch["sizes"]
+        found = scores(self.model, batch["input_ids"], batch["segment_ids"], int(sizes.max()))
+        sums: Metrics = {}
+        for k in sizes.unique().tolist():
+            rewards = found[sizes == k, :k]  # (b, k)
+            best, worst = rewards.detach()[:, 0], rewards.detach()[:, -1]
+            part = {
+                "loss": self.ranking(rewards) + self.centering * centering_penalty(rewards),
+                "accuracy": ranking_accuracy(rewards),
+                "margin": (best - worst).sum(),
+                "rewards/chosen": best.sum(),
+                "rewards/rejected": worst.sum(),
+            }
+            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+        return sums

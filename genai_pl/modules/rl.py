@@ -11,12 +11,13 @@ from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.reference import Reference
-from genai_pl.modules.rollout import Reward, Rollout, write
-from genai_pl.objectives import Vocabulary
+from genai_pl.modules.rollout import Example, Judged, Reward, Rollout, write
+from genai_pl.objectives import Vocabulary, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 from genai_pl.specs import GenerationConfig
 
 Experience = dict[str, Tensor]  # what minibatches are cut from, (N, ...) each
+SHOWN = 4  # completions of a rollout that people may read
 
 
 class RLModule(BaseModule):
@@ -28,6 +29,7 @@ class RLModule(BaseModule):
     shapes = ("decoder",)
     data_kind = "prompts"
     needs_reward = True
+    critic_name: str | None = None  # a model of its own that judges states; set by whoever builds the run
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class RLModule(BaseModule):
         max_new_tokens: int,
         temperature: float,
         missing_eos_penalty: float,
+        max_kl: float | None,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if vocabulary.end is None:
@@ -52,12 +55,15 @@ class RLModule(BaseModule):
         for name, value in {"group_size": group_size, "epochs": epochs, "max_new_tokens": max_new_tokens}.items():
             if value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        if max_kl is not None and not max_kl > 0:
+            raise ConfigError(f"objective.max_kl must be above 0, not {max_kl}")
         self.automatic_optimization = False
         self.collator = PromptCollator(vocabulary=vocabulary, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.epochs, self.minibatch_size = group_size, epochs, minibatch_size
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
-        self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_penalty, self.max_kl = missing_eos_penalty, max_kl
+        self.examples: list[Example] = []  # of the last rollout
         self.reference = Reference(model)
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
         self.reward_weights = reward_weights
@@ -67,7 +73,7 @@ class RLModule(BaseModule):
 
     @abstractmethod
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
-        """What minibatches are made of, and means to be logged."""
+        """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
 
     @abstractmethod
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
@@ -80,13 +86,16 @@ class RLModule(BaseModule):
         raise NotImplementedError("rollouts are learned from in training_step")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        rollout, scores = self.write_and_judge(batch, self.group_size, self._generator())
-        batch["input_ids"] = rollout.batch["input_ids"]  # what the monitor counts
-        experience, means = self.learn(rollout, scores)
+        judged = self.write_and_judge(batch, self.group_size, self._generator())
+        batch["input_ids"] = judged.rollout.batch["input_ids"]  # what the monitor counts
+        experience, means = self.learn(judged.rollout, judged.scores)
+        self.examples = judged.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         sums: Metrics = {}
         for part in self._minibatches(experience):
             loss, divisor, found = self.loss(part)
+            if sums and self._too_far(found["policy/approxkl"], part["mask"]):
+                break
             divisor = self._over_ranks(divisor.float()).clamp(min=1)
             optimizer.zero_grad()
             self.manual_backward(loss * (self.trainer.world_size / divisor))
@@ -101,6 +110,13 @@ class RLModule(BaseModule):
     def _log_later(self, means: Metrics, sums: Metrics) -> None:
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
         self.means = {**means, **{name: value / tokens for name, value in sums.items()}, "loss": loss / updates}
+        self.means["policy/updates"] = updates
+
+    def _too_far(self, kl: Tensor, mask: Tensor) -> bool:
+        """Whether the policy has moved so far from the one that wrote that the rollout teaches it no more."""
+        if self.max_kl is None:
+            return False
+        return bool(self._over_ranks(kl) > self.max_kl * self._over_ranks(mask.sum()))
 
     def step_metrics(self) -> dict[str, float]:
         """Means over the last rollout, over all ranks."""
@@ -112,9 +128,13 @@ class RLModule(BaseModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        rollout, scores = self.write_and_judge(batch, 1, generator)
+        judged = self.write_and_judge(batch, 1, generator)
+        rollout, kl = judged.rollout, self.distance(judged.rollout)
+        if batch_idx == 0:
+            self.examples = judged.examples(kl, SHOWN)
         found = {
-            "scores": scores.sum(),
+            "scores": judged.scores.sum(),
+            "kl": kl.sum(),
             "response_length": rollout.mask.sum(),
             "ended": rollout.ended.sum(),
             "targets": batch["targets"],
@@ -122,7 +142,7 @@ class RLModule(BaseModule):
         for name, value in found.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
-    def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> tuple[Rollout, Tensor]:
+    def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> Judged:
         """Completions of each prompt, next to each other, and their scores (N,)."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
@@ -134,7 +154,34 @@ class RLModule(BaseModule):
         if given.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
         scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
-        return rollout, scores
+        return Judged(rollout, asked, said, scores)
+
+    def distance(self, rollout: Rollout) -> Tensor:
+        """Log-probability of each completion under the policy minus that under the reference, (N,)."""
+        policy, reference = self.logprobs(rollout)
+        return torch.where(rollout.mask, policy - reference, 0).sum(1)
+
+    @torch.no_grad()
+    def features(self, rollout: Rollout) -> Tensor:
+        """What the policy makes of the rows, (N, T, C)."""
+        return self.model.features(rollout.batch["input_ids"], rollout.batch["segment_ids"])
+
+    def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of what the policy predicts at each label, summed; hidden (N, T, C) are its features."""
+        head, model = self.model.lm_head, self.model
+        options = {"bias": head.bias, "softcap": model.config.logit_softcap}
+        return token_entropy(model.to_head(hidden), head.weight, labels, **options).sum()
+
+    @torch.no_grad()
+    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, hidden: Tensor) -> Metrics:
+        """Means over a rollout: kl is (N,), hidden (N, T, C) are the policy's features."""
+        return {
+            "objective/scores": scores.mean(),
+            "objective/kl": kl.mean(),
+            "objective/entropy": self.entropy(hidden, rollout.batch["labels"]) / rollout.mask.sum().clamp(min=1),
+            "objective/response_length": rollout.mask.sum(1).float().mean(),
+            "objective/ended": rollout.ended.float().mean(),
+        }
 
     def logprobs(self, rollout: Rollout, *, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Those of the policy and of the reference for each token that was drawn, (N, T).

@@ -30,6 +30,29 @@ class Rollout(NamedTuple):
         return self.batch["labels"] != IGNORED
 
 
+class Example(NamedTuple):
+    """One completion as people read it."""
+
+    prompt: str
+    completion: str
+    score: float
+    kl: float  # distance to the reference, summed over its tokens
+
+
+class Judged(NamedTuple):
+    """A rollout with its texts and what they are worth."""
+
+    rollout: Rollout
+    prompts: list[str]
+    completions: list[str]
+    scores: Tensor  # (N,)
+
+    def examples(self, kl: Tensor, n: int) -> list[Example]:
+        """The first n of them; kl is (N,)."""
+        columns = (self.prompts[:n], self.completions[:n], self.scores[:n].tolist(), kl[:n].tolist())
+        return [Example(*row) for row in zip(*columns, strict=True)]
+
+
 @torch.no_grad()
 def write(
     model: nn.Module,

@@ -35,9 +35,20 @@ from genai_pl.objectives.preference import (
     sequence_logprobs,
     simpo_loss,
 )
-from genai_pl.objectives.preference_collators import PreferenceCollator, UnpairedPreferenceCollator
+from genai_pl.objectives.preference_collators import (
+    PreferenceCollator,
+    RankingCollator,
+    UnpairedPreferenceCollator,
+)
 from genai_pl.objectives.prefix_lm import PrefixLMCollator
-from genai_pl.objectives.reward import pairwise_reward_loss, plackett_luce_loss, ranking_loss, reward_accuracy
+from genai_pl.objectives.reward import (
+    centering_penalty,
+    pairwise_reward_loss,
+    plackett_luce_loss,
+    ranking_accuracy,
+    ranking_loss,
+    reward_accuracy,
+)
 from genai_pl.objectives.rows import Collator
 from genai_pl.objectives.sft import SFTCollator, pack
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
@@ -54,12 +65,14 @@ __all__ = [
     "PermutationCollator",
     "PreferenceCollator",
     "PrefixLMCollator",
+    "RankingCollator",
     "SFTCollator",
     "SpanCorruptionCollator",
     "UnpairedPreferenceCollator",
     "Vocabulary",
     "adapt_kl_coef",
     "causal_lm_loss",
+    "centering_penalty",
     "clipped_surrogate",
     "completion_weights",
     "cpo_loss",
@@ -84,6 +97,7 @@ __all__ = [
     "policy_loss",
     "policy_metrics",
     "preference_metrics",
+    "ranking_accuracy",
     "ranking_loss",
     "recall_at_k",
     "reward_accuracy",

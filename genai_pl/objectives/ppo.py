@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.projection import chunks, matmul_dtype
@@ -134,23 +135,27 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.compiler.disable(reason="its loop over chunks depends on the labels, as that of linear_cross_entropy does")
-@torch.no_grad()
 def token_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
     """Entropy in nats of what each labelled position predicts, 0 elsewhere: hidden (..., C), head (V, C), labels (...).
 
-    A measurement, without gradient; the logits exist a chunk of tokens at a time.
+    The logits exist a chunk of tokens at a time, and are made again in the backward pass.
     """
     flat, dtype = hidden.reshape(-1, hidden.shape[-1]), matmul_dtype(hidden)  # (N, C)
-    head = head.to(dtype)
     entropy = flat.new_zeros(len(flat), dtype=torch.promote_types(dtype, torch.float32))
     for rows in chunks(labels.reshape(-1), vocab_size=len(head), ignore_index=IGNORED, chunk_tokens=None):
-        logits = (flat[rows].to(dtype) @ head.t()).to(entropy.dtype)  # (n, V)
-        if bias is not None:
-            logits = logits + bias
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        logprobs = logits.log_softmax(-1)
-        entropy[rows] = -(logprobs.exp() * logprobs).sum(-1)
+        part = (flat[rows], head, bias, softcap, dtype)
+        entropy[rows] = checkpoint(_entropy, *part, use_reentrant=False, preserve_rng_state=False)
     return entropy.view(labels.shape)
+
+
+def _entropy(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    """Of the predictions of hidden (n, C), (n,)."""
+    logits = (hidden.to(dtype) @ head.to(dtype).t()).to(torch.promote_types(dtype, torch.float32))  # (n, V)
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)

@@ -18,8 +18,11 @@ class PreferenceCollator(Collator):
 
     Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
-    token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`.
+    token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
+    "reference" (2,), which is handed on.
     """
+
+    ranks = False  # whether it takes more than two completions
 
     def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn
@@ -31,7 +34,26 @@ class PreferenceCollator(Collator):
         margins = [float(row["margin"]) for row in rows if "margin" in row]
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
-        return {**batch, **({"margin": torch.tensor(margins)} if margins else {}), "targets": _count(rows)}
+        batch |= {"margin": torch.tensor(margins)} if margins else {}
+        if "reference" in rows[0]:  # log-probabilities that were made before
+            batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        return {**batch, "targets": _count(rows)}
+
+
+class RankingCollator(PreferenceCollator):
+    """Pairs, or one row for each prompt with its completions as segments 1, 2, ..., the best first, and `sizes` (B,).
+
+    Rows are pairs, or {"prompt": ids, "completions": [ids, ids, ...]}.
+    """
+
+    ranks = True
+
+    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+        if "completions" not in rows[0]:
+            return super().__call__(rows)
+        batch = completions_batch([[(row["prompt"], said) for said in row["completions"]] for row in rows], self.pad)
+        sizes = torch.tensor([len(row["completions"]) for row in rows])
+        return {**batch, "sizes": sizes, "targets": _count(rows)}
 
 
 class UnpairedPreferenceCollator(Collator):

@@ -14,7 +14,13 @@ def pairwise_reward_loss(
     al. 2023, eq. 2).
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    return (centering * (chosen + rejected).square() - F.logsigmoid(difference)).sum()
+    pairs = torch.stack([chosen, rejected], dim=-1)
+    return centering * centering_penalty(pairs) - F.logsigmoid(difference).sum()
+
+
+def centering_penalty(rewards: Tensor) -> Tensor:
+    """The square of twice the mean reward of each row (B, k), summed: for pairs (chosen + rejected)^2."""
+    return (2 * rewards.mean(-1)).square().sum()
 
 
 def ranking_loss(rewards: Tensor) -> Tensor:
@@ -39,3 +45,10 @@ def plackett_luce_loss(rewards: Tensor) -> Tensor:
 def reward_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """How many chosen completions have the higher reward; a tie is none."""
     return (chosen > rejected).sum()
+
+
+@torch.no_grad()
+def ranking_accuracy(rewards: Tensor) -> Tensor:
+    """The share of pairs in the right order of each row (B, k), the best first, summed over rows; a tie is none."""
+    better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1, device=rewards.device)
+    return (rewards[:, better] > rewards[:, worse]).float().mean(1).sum()

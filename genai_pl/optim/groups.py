@@ -24,13 +24,13 @@ def trainable(named_parameters: NamedParameters) -> list[tuple[str, nn.Parameter
 def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> list[Group]:
     """Optimizer groups: matrices, embeddings among them, decay; biases and the gains of norms do not (as in nanoGPT).
 
-    Parameters go in with their names, which torch keeps as `param_names`.
+    Parameters go in with their names, which torch keeps as `param_names`; groups have a `name` for the logs.
     """
     named = trainable(named_parameters)
     matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
     vectors = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
     groups: list[Group] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
+        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
     ]
     return [group for group in groups if group["params"]]

@@ -49,9 +49,10 @@ def muon(
     others = {"lr": adam_lr, "betas": tuple(betas), "eps": eps, "fused": fused}
     groups: list[Group] = []
     if hidden:
-        groups.append({"params": hidden, "algorithm": "muon", "weight_decay": weight_decay, **matrices})
-    if rest:
-        groups += [{**group, "algorithm": "adamw", **others} for group in decay_groups(rest, weight_decay)]
+        matrices |= {"algorithm": "muon", "name": "matrices", "weight_decay": weight_decay}
+        groups.append({"params": hidden, **matrices})
+    for group in decay_groups(rest, weight_decay) if rest else []:
+        groups.append({**group, "algorithm": "adamw", "name": f"other_{group['name']}", **others})
     return MuonAdamW(groups)
 
 

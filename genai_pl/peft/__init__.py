@@ -3,20 +3,24 @@
 from genai_pl.peft.adapters import Adapter, AdapterLayer, adapters_disabled, adapters_of
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
-from genai_pl.peft.files import load_adapter, save_adapter
+from genai_pl.peft.files import METHODS, load_adapter, save_adapter
 from genai_pl.peft.ia3 import ia3
 from genai_pl.peft.layers import tie_weights
 from genai_pl.peft.lora import lora
 from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
 from genai_pl.peft.prompt import prompt
+from genai_pl.peft.quantize import quantize
+from genai_pl.peft.shared import base_tensors, share_frozen
 from genai_pl.peft.targets import describe
 
 __all__ = [
     "Adapter",
     "AdapterLayer",
+    "METHODS",
     "adapters_disabled",
     "adapters_of",
+    "base_tensors",
     "bitfit",
     "bottleneck",
     "describe",
@@ -26,6 +30,8 @@ __all__ = [
     "merge",
     "prefix",
     "prompt",
+    "quantize",
     "save_adapter",
+    "share_frozen",
     "tie_weights",
 ]

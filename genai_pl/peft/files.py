@@ -18,8 +18,10 @@ from genai_pl.peft.contents import Contents
 from genai_pl.peft.file_ia3 import read_ia3, write_ia3
 from genai_pl.peft.file_lora import read_lora, write_lora
 from genai_pl.peft.file_own import read_own, write_own
-from genai_pl.peft.prefix import read_prefix, write_prefix
-from genai_pl.peft.prompt import read_prompt, write_prompt
+from genai_pl.peft.ia3 import ia3
+from genai_pl.peft.lora import lora
+from genai_pl.peft.prefix import prefix, read_prefix, write_prefix
+from genai_pl.peft.prompt import prompt, read_prompt, write_prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
@@ -32,6 +34,13 @@ class Format(NamedTuple):
     read: Callable[[nn.Module, Contents], nn.Module]
 
 
+class Method(NamedTuple):
+    """How an adapter is made, and which kind of file holds it."""
+
+    make: Callable[..., nn.Module]
+    kind: str
+
+
 FORMATS = {  # by PEFT's name of the kind
     "LORA": Format(write_lora, read_lora),
     "IA3": Format(write_ia3, read_ia3),
@@ -40,14 +49,14 @@ FORMATS = {  # by PEFT's name of the kind
     "PROMPT_TUNING": Format(write_prompt, read_prompt),
     "PREFIX_TUNING": Format(write_prefix, read_prefix),
 }
-KINDS = {  # by method
-    "lora": "LORA",
-    "dora": "LORA",
-    "ia3": "IA3",
-    "bottleneck": "BOTTLENECK",
-    "bitfit": "BITFIT",
-    "prompt": "PROMPT_TUNING",
-    "prefix": "PREFIX_TUNING",
+METHODS = {  # what a checkpoint may ask for: the function, and PEFT's name of its kind
+    "lora": Method(lora, "LORA"),
+    "dora": Method(lora, "LORA"),
+    "ia3": Method(ia3, "IA3"),
+    "bottleneck": Method(bottleneck, "BOTTLENECK"),
+    "bitfit": Method(bitfit, "BITFIT"),
+    "prompt": Method(prompt, "PROMPT_TUNING"),
+    "prefix": Method(prefix, "PREFIX_TUNING"),
 }
 
 
@@ -59,7 +68,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
     from safetensors.torch import save_file
 
     adapter = _the_trained_one(model) if adapter is None else adapter
-    contents = FORMATS[KINDS[adapter.method]].write(model, adapter)
+    contents = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in contents.tensors.items()}
     metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
     config = {**contents.config, "base_model_name_or_path": base}

@@ -32,17 +32,15 @@ class VirtualAdapter(AdapterLayer, VirtualTokens):
         return None if weights is None else weights == 1
 
 
-def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Stack:
+def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Stack | WrappedDecoder:
     """Where virtual tokens go, in an encoder-decoder the half that reads or the one that writes; ConfigError if nowhere."""
-    if isinstance(model, WrappedDecoder):
-        raise ConfigError(f"peft={method} needs a model of ours: model=hf keeps its layers to itself; choose peft=lora")
     stack = model
     if isinstance(model, EncoderDecoder):
         stack = model.encoder if reads else model.decoder
     config = stack.config
     if config.attention_kind is not AttentionKind.full:
         raise ConfigError(f"peft={method} needs model.attention_kind=full, not {config.attention_kind.value}")
-    if config.position is Position.xl:
+    if isinstance(stack, Stack) and config.position is Position.xl:
         raise ConfigError(f"peft={method} has no place for its tokens in model.position=xl: choose peft=lora")
     if stack.virtual is not None:
         raise ConfigError(

@@ -16,7 +16,7 @@ def whole(value: object) -> object:
 
 def piece(full: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is to be cut as `like` is."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(full, DTensor):  # it need not be, or is cut already
         return full
     mesh, local = like.device_mesh, full
     # tensor parallelism, the last dimension of the mesh, cuts first, and sharding cuts its pieces

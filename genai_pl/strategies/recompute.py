@@ -2,18 +2,45 @@
 
 from functools import partial
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import genai_pl.kernels.flash_attention  # noqa: F401  defines its operator
 from genai_pl.errors import ConfigError
 
+KINDS = ("full", "selective")
 
-def recompute(model: nn.Module, every: int) -> None:
+
+def recompute(model: nn.Module, every: int, *, kind: str = "full") -> None:
     """Make every n-th block keep only its input, and run again in the backward pass (Chen et al. 2016), in place.
 
-    Losses and gradients stay as they are: dropout draws the same numbers the second time.
+    `selective` also keeps what matrix products and attention give, so that only cheap operations run again
+    (Korthikanti et al. 2022, section 5). Losses and gradients stay as they are: dropout draws the same numbers the
+    second time.
     """
     if every < 1:
         raise ConfigError(f"trainer.recompute_every={every}: 1 is every block, n every n-th, null none")
+    if kind not in KINDS:
+        raise ConfigError(f"trainer.recompute={kind}: full, selective, or null for none")
+    options = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept_operations())
     for block in list(dict.fromkeys(model.blocks))[every - 1 :: every]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def kept_operations() -> list[torch._ops.OpOverload]:
+    """The operations that multiply matrices, whose results selective recomputation keeps."""
+    aten = torch.ops.aten
+    return [
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.genai_pl.flash_forward.default,
+    ]

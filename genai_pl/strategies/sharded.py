@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
+from genai_pl.models.checkpoint import read_contents
 from genai_pl.modules.tokens import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.pieces import piece, whole
@@ -39,12 +40,17 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: int | None = 1,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        sharded_checkpoints: bool = False,
+        async_checkpoints: bool = False,
     ) -> None:
+        if async_checkpoints and not sharded_checkpoints:
+            raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
         self._given = data_parallel_size, tensor_parallel_size
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
-        self._is_split = False
+        self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
+        self._is_split, self._saver = False, None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -92,7 +98,16 @@ class ShardedStrategy(ModelParallelStrategy):
             self.model = self.precision_plugin.convert_module(self.model)
             self._split(self.lightning_module)
             self._is_split = True
+        if self.sharded_checkpoints and self._saver is None:
+            from genai_pl.strategies.saving import PieceSaver  # DCP takes half a second to import
+
+            self._saver = PieceSaver(later=self.async_checkpoints)
         super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
+
+    def teardown(self) -> None:
+        if self._saver is not None:
+            self._saver.wait()
+        super().teardown()
 
     def _split(self, module: L.LightningModule) -> None:
         # it warns that a tensor cut twice is put together in two steps, as it must be
@@ -130,6 +145,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         state = self.lightning_module.state_dict(keep_vars=True)
+        if self._saver is not None:
+            return state
         full: dict[Tensor, Tensor] = {}
         for value in dict.fromkeys(state.values()):  # a tied weight stays tied
             gathered = whole(value.detach())
@@ -140,15 +157,36 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = inner.state_dict()
-        full = {n: {name: whole(value) for name, value in kept.items()} for n, kept in state["state"].items()}
-        return {**state, "state": full}
+        owners = [parameter for group in inner.param_groups for parameter in group["params"]]
+        kept = {
+            # what is not cut as its parameter is small: one value per row or column
+            n: {k: v if self._saver and _is_cut(v, owners[n]) else whole(v) for k, v in values.items()}
+            for n, values in state["state"].items()
+        }
+        return {**state, "state": kept}
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
+        if self._saver is None:
+            super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath)
+        else:
+            self._saver.save(checkpoint, Path(filepath), self.checkpoint_io.written)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
-        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
+        path = Path(checkpoint_path)
+        if not path.is_dir():
+            return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only)
+        from genai_pl.models.pieces import join
+
+        contents, own = read_contents(path), self.lightning_module.state_dict(keep_vars=True)
+        places = {key: own[name] for name, key in contents["state_dict"].items() if name in own}
+        for optimizer, saved in zip(self.optimizers, contents["optimizer_states"], strict=True):
+            owners = _owners(optimizer, saved)
+            places |= {key: owners[n] for n, kept in saved["state"].items() for key in kept.values()}
+        return join(path, contents, places)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         module = self.lightning_module
@@ -158,9 +196,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            numbers = [n for group in saved["param_groups"] for n in group["params"]]
-            owners = dict(zip(numbers, parameters, strict=True))
+            owners = _owners(optimizer, saved)
             state = {n: {k: _like(v, owners[n]) for k, v in kept.items()} for n, kept in saved["state"].items()}
             # which kernel steps the parameters depends on how they lie here
             groups = [
@@ -170,9 +206,22 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def _owners(optimizer: Optimizer, saved: dict) -> dict[int, Tensor]:
+    """The parameters of an optimizer by the numbers that its saved state knows them by."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in saved["param_groups"] for n in group["params"]]
+    return dict(zip(numbers, parameters, strict=True))
+
+
+def _is_cut(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, DTensor) and value.shape == parameter.shape and value.placements == parameter.placements
+
+
 def _like(value: object, parameter: Tensor) -> object:
     """A value of an optimizer's state as the parameter lies: in pieces if it has its shape, else whole on all processes."""
-    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.ndim == 0:
+    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
         return value
     if value.shape == parameter.shape:
         return piece(value, parameter)

@@ -4,12 +4,13 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_method
 from omegaconf import OmegaConf
-from peft_models import build, said
+from peft_models import build, logits, said, shaken
 
 from genai_pl.config import CONF
-from genai_pl.peft import adapters_of, lora
+from genai_pl.peft import METHODS, adapters_of, lora
 
 OPTIONS = sorted(path for path in CONF.glob("peft/*.yaml") if path.stem not in ("none", "dora"))
 
@@ -31,6 +32,21 @@ def test_its_name_is_the_adapter_s(path: Path):
     model = get_method(chosen._target_)(build("qwen2"))
     assert [adapter.method for adapter in adapters_of(model)] == [path.stem]
     assert said(model).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_blocks_give_the_same_logits_and_gradients(method: str):
+    options = {"dora": True} if method == "dora" else {}
+    model = shaken(METHODS[method].make(build("qwen2"), **options), of="trained")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = logits(model)
+    gradients = torch.autograd.grad(expected.sum(), trained)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    found = logits(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), trained), gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_dora_is_lora_with_one_option_more():

@@ -16,7 +16,7 @@ from genai_pl.peft.contents import Contents
 from genai_pl.peft.prefix import read_prefix, write_prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
-KINDS = ["gpt2", "llama", "qwen3", "gemma3", "bert", "t5", "t5_three_layers"]
+KINDS = ["gpt2", "llama", "qwen3", "gemma3", "bert", "t5", "t5_three_layers", "olmo2"]
 
 
 @pytest.mark.parametrize("hidden_size", [None, 8])

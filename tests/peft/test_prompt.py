@@ -16,7 +16,7 @@ from genai_pl.peft.contents import Contents
 from genai_pl.peft.prompt import read_prompt, write_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
-KINDS = ["gpt2", "llama", "qwen3", "gemma3", "bert", "t5"]
+KINDS = ["gpt2", "llama", "qwen3", "gemma3", "bert", "t5", "olmo2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -127,6 +127,27 @@ def test_each_row_of_a_batch_has_the_tokens_or_not(method: str, kind: str, packe
 
 
 @every_method
+@torch.no_grad()
+def test_a_model_of_transformers_has_them_packed_cached_and_by_rows_too(method: str):
+    model, input_ids = shaken(METHODS[method](build("wrapped")), of="trained", std=0.5, seed=1), tokens(3)
+    segments = torch.tensor([[1] * 17, [0] * 4 + [1] * 6 + [2] * 7, [1] * 9 + [2] * 8])
+    whole = model(input_ids, segments)
+    for row, place in ((0, slice(0, 17)), (1, slice(4, 10)), (1, slice(10, 17)), (2, slice(9, 17))):
+        assert_equal(whole[row, place], model(input_ids[row : row + 1, place])[0])
+    with adapters_disabled(model):
+        base = model(input_ids, segments)
+        assert (base - whole)[0].abs().max() > 1e-2
+    adapters_of(model)[0].rows = torch.tensor([1.0, 0.0, 1.0])
+    cache = model.new_cache(3, 17)
+    parts = [
+        model(ids, part, cache=cache)
+        for ids, part in zip(input_ids.split([6, 1, 10], 1), segments.split([6, 1, 10], 1), strict=True)
+    ]
+    said, seen = torch.cat(parts, dim=1), segments > 0
+    assert_equal(said[seen], torch.stack([whole[0], base[1], whole[2]])[seen])
+
+
+@every_method
 @pytest.mark.parametrize("kind", ["bert", "relative"])
 def test_each_row_of_an_encoders_batch_has_the_tokens_or_not(method: str, kind: str):
     model, input_ids = adapted(ENCODERS[kind], method), tokens()
@@ -251,7 +272,6 @@ def test_a_weight_between_0_and_1_is_refused(method: str):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("wrapped", {}, "needs a model of ours: model=hf"),
         ("reformer", {}, "needs model.attention_kind=full, not reformer"),
         ("xlnet", {}, "no place for its tokens in model.position=xl"),
         ("gpt2", {"n_tokens": 24}, r"at least 1 and below model.max_seq_len \(24\)"),

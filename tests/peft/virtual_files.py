@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from genai_pl.models import load_pretrained
+from genai_pl.models import load_pretrained, load_wrapped
 from genai_pl.peft import adapters_of
 from genai_pl.peft.contents import Contents
 
@@ -30,6 +30,7 @@ THEIRS = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "vocab_size": 61},
     "llama": LLAMA,
     "qwen3": {**LLAMA, "model_type": "qwen3"},
+    "olmo2": {**LLAMA, "model_type": "olmo2", "pad_token_id": 0},
     "gemma3": {**LLAMA, "model_type": "gemma3_text", "pad_token_id": 0, "sliding_window": 40},
     "bert": {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "head_dim")} | {"model_type": "bert"},
     "t5": {**T5, "decoder_start_token_id": 0, "pad_token_id": 0},
@@ -45,6 +46,8 @@ def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     theirs = shaken(CLASSES.get(kind, AutoModelForCausalLM).from_config(config))
     theirs.save_pretrained(folder / "base")
+    if kind == "olmo2":  # no family of ours
+        return theirs, load_wrapped(str(folder / "base"))
     return theirs, load_pretrained(folder / "base")
 
 

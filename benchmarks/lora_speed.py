@@ -1,0 +1,168 @@
+"""LoRA fine-tuning on real examples against peft in transformers' Trainer: python benchmarks/lora_speed.py MODEL DATA.jsonl
+
+Both sides train the same adapter (rank 8 on q, k, v, o) with AdamW on the same tokenized examples, and predict completions
+only, in float32. The peer pads a batch to its longest example, as its documentation sets it up; ours packs examples
+into rows, as `objective=sft` does. The figure is examples per second and peak memory, in turns, each side in a process
+of its own. `--equal` gives both sides the same padded batches.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a Hugging Face folder of the Llama kind")
+    parser.add_argument("data", help="lines of JSON with prompt and completion, or messages")
+    parser.add_argument("--examples", type=int, default=12, help="of a batch of the peer")
+    parser.add_argument("--seq-len", type=int, default=512, help="the longest example, and our row")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--equal", action="store_true", help="no packing: a row is an example on both sides")
+    parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Clock:
+    """Examples per second between the end of the first step and the end of the last."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.examples: list[int] = []
+
+    def tick(self, examples: int) -> None:
+        self.times.append(time.perf_counter())
+        self.examples.append(examples)
+
+    def figures(self) -> dict[str, float]:
+        rate = sum(self.examples[1:]) / (self.times[-1] - self.times[0])
+        return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
+    """Our data module over the file."""
+    from genai_pl.data.conversations import ChatDataModule
+
+    columns = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
+    return ChatDataModule(
+        path=args.data, val_path=None, val_fraction=0.02, seq_len=args.seq_len, batch_size=batch_size, seed=0,
+        val_batch_size=None, workers=0, shuffle=True, packing=packing, **columns,
+    )  # fmt: skip
+
+
+def ours(args: argparse.Namespace) -> dict[str, float]:
+    """A run of our SFTModule in Lightning's Trainer."""
+    import lightning as L
+
+    from genai_pl.data import vocabulary
+    from genai_pl.load import load
+    from genai_pl.modules.sft import SFTModule
+    from genai_pl.optim import adamw, constant
+    from genai_pl.peft import lora
+    from genai_pl.run import quiet
+
+    quiet()
+    clock = Clock()
+
+    class Ticks(L.Callback):
+        def on_train_batch_end(self, trainer: object, module: object, outputs: object, batch: dict, *_: object) -> None:
+            clock.tick(int(batch["segment_ids"].amax(dim=1).sum()))
+
+    model, tokenizer, _ = load(args.model)
+    module = SFTModule(
+        lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
+        optimizer=lambda named: adamw(named, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0),
+        schedule=lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
+    )  # fmt: skip
+    data = chat(args, packing=not args.equal, batch_size=args.examples if args.equal else 2)
+    data.prepare(tokenizer, module.collator)
+    trainer = L.Trainer(
+        max_steps=args.steps + 1, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return clock.figures()
+
+
+def peft(args: argparse.Namespace) -> dict[str, float]:
+    """A run of peft's LoRA in transformers' Trainer on the examples that ours would pack."""
+    import peft as library
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from genai_pl.data import vocabulary
+    from genai_pl.objectives.sft import SFTCollator
+
+    clock = Clock()
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            clock.tick(args.examples)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    data = chat(args, packing=False, batch_size=1)
+    data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, model.config.vocab_size)))
+    rows = []
+    for n in range(min(len(data.train_rows), args.examples * (args.steps + 1))):
+        row = data.train_rows[n]
+        labels = torch.where(torch.as_tensor(row["loss_mask"]), torch.as_tensor(row["input_ids"]), -100)
+        rows.append({"input_ids": row["input_ids"].tolist(), "labels": labels.tolist()})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder, max_steps=args.steps + 1, per_device_train_batch_size=args.examples, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, max_grad_norm=0.0,
+            learning_rate=3e-4, dataloader_pin_memory=False,
+        )  # fmt: skip
+        model = library.get_peft_model(model, library.LoraConfig(**PEFT))
+        collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks()]).train()
+    return clock.figures()
+
+
+def measured(side: str) -> dict[str, float]:
+    """The figures of one side, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {side} failed: {done.stderr.strip().splitlines()[-1]} (pip install -e '.[dev,bench]')")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    args = parse()
+    if not (Path(args.model) / "config.json").is_file() or not Path(args.data).is_file():
+        sys.exit(f"error: no model in {args.model}, or no file {args.data}")
+    if args.side:
+        print(json.dumps({"ours": ours, "peft": peft}[args.side](args)))
+        return
+    ratios = []
+    for pair in range(args.pairs):
+        mine, theirs = measured("ours"), measured("peft")
+        ratios.append(mine["rate"] / theirs["rate"])
+        print(
+            f"pair {pair + 1}: ours {mine['rate']:.2f} examples/s, {mine['gib']:.2f} GiB   peft {theirs['rate']:.2f}, "
+            f"{theirs['gib']:.2f} GiB   ratio {ratios[-1]:.2f}",
+            flush=True,
+        )
+    print(f"median ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

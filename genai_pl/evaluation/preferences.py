@@ -1,0 +1,96 @@
+"""How often a model prefers what people preferred, how sure that figure is, and what length has to do with it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genai_pl.data.chat import encode_completion, ensure_template
+from genai_pl.errors import DataError
+from genai_pl.evaluation.rows import Row
+from genai_pl.evaluation.scoring import batches
+from genai_pl.models.scores import scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Z = 1.959964  # of 95 %
+
+
+def pair_rows(
+    prompts: Sequence[object], completions: Sequence[object], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
+) -> list[Row]:
+    """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left."""
+    ensure_template(tokenizer)
+    rows = []
+    for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
+        example = encode_completion(tokenizer, prompt, completion)
+        n_given = int(example.loss_mask.argmax())
+        if n_given < 1:
+            raise DataError(f"row {n}: an empty prompt")
+        n_scored = len(example.input_ids) - n_given
+        if n_scored > seq_len:
+            raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
+        kept = example.input_ids[-(seq_len + 1) :]
+        rows.append(Row(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
+    return rows
+
+
+@torch.inference_mode()
+def judge(
+    model: nn.Module, rows: Sequence[Row], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
+) -> Tensor:
+    """The scores (R,) that a reward model gives to rows, float64 on the CPU."""
+    found = torch.zeros(len(rows), dtype=torch.float64)
+    device = model.embed.weight.device
+    for batch in batches([len(row.tokens) for row in rows], batch_tokens):
+        lengths = torch.tensor([len(rows[i].tokens) for i in batch])
+        input_ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+        for b, i in enumerate(batch):
+            input_ids[b, : lengths[b]] = torch.from_numpy(rows[i].tokens).long()
+        segment_ids = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        found[batch] = scores(model, input_ids.to(device), segment_ids.to(device), 1)[:, 0].double().cpu()
+        if on_batch is not None:
+            on_batch(len(batch))
+    return found
+
+
+def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Of what (N,) a model gives to both completions of a pair, whose lengths are (N, 2).
+
+    accuracy: the share of pairs in which the chosen one gets more, with Wilson's 95 % interval; a tie is half a pair.
+    longer_is_better: the accuracy of length alone. length_correlation: of differences in score with those in length.
+    """
+    n = len(chosen)
+    accuracy = share(chosen - rejected)
+    low, high = wilson(accuracy, n)
+    longer = (lengths[:, 0] - lengths[:, 1]).double()
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "margin": (chosen - rejected).mean().item(),
+        "longer_is_better": share(longer),
+        "length_correlation": correlation(chosen - rejected, longer),
+    }
+
+
+def share(difference: Tensor) -> float:
+    """How many differences (N,) are positive, as a share; 0 counts half."""
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    middle, width = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return (middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of (N,) and (N,); not a number where one of them never changes."""
+    if len(a) < 2 or float(a.std()) == 0 or float(b.std()) == 0:
+        return math.nan
+    return float(np.corrcoef(a.numpy(), b.numpy())[0, 1])

@@ -1,0 +1,60 @@
+"""What an encoder puts where words are masked."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.generation.decode import evaluating
+from genai_pl.models import Encoder
+from genai_pl.names import Position
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Candidate(NamedTuple):
+    """A token for a masked place, as text, and its probability."""
+
+    text: str
+    probability: float
+
+
+@torch.no_grad()
+def fill(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str, *, top_k: int) -> list[list[Candidate]]:
+    """The `top_k` likeliest tokens for each mask token of the text, the likeliest first; ConfigError without a mask."""
+    input_ids = torch.tensor([_encode(model, tokenizer, text)], device=model.embed.weight.device)
+    places = (input_ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # (M,)
+    with evaluating(model):
+        hidden = _hidden(model, input_ids, places)  # (M, C)
+        best = model.logits(hidden).float().softmax(dim=-1).topk(min(top_k, model.config.vocab_size))
+    return [
+        [Candidate(tokenizer.decode([token]).strip(), p) for token, p in zip(tokens, probabilities, strict=True)]
+        for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    if model.lm_head is None:
+        raise ConfigError("this encoder has no language-model head to fill masks with: set embed=true")
+    if tokenizer.mask_token_id is None:
+        raise ConfigError("this encoder's tokenizer has no mask token: set embed=true")
+    row = tokenizer.encode(text, verbose=False)
+    if tokenizer.mask_token_id not in row:
+        raise ConfigError(f"prompt: no {tokenizer.mask_token} in it for this encoder to fill in; or set embed=true")
+    if len(row) > model.config.max_seq_len:
+        raise ConfigError(
+            f"prompt: {len(row)} tokens are more than the {model.config.max_seq_len} that the model reads "
+            "(model.max_seq_len): shorten it"
+        )
+    return row
+
+
+def _hidden(model: Encoder, input_ids: Tensor, places: Tensor) -> Tensor:
+    """Hidden states (M, C) at the masks; permutation LM has a stream for places that it knows nothing of."""
+    if model.config.position is not Position.xl:
+        return model.features(input_ids)[0, places]
+    order = torch.zeros_like(input_ids)
+    order[0, places] = 1  # all else comes before them
+    return model.permuted_features(input_ids, order, places[None])[0]

@@ -1,0 +1,55 @@
+"""What the user's words ask of a continuation, in tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from genai_pl.generation.constraints import Constraint, build_constraint
+from genai_pl.specs import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a continuation must be like, whatever the model says."""
+
+    ends: frozenset[int] = frozenset()  # tokens that end a row
+    prefix: tuple[int, ...] = ()  # what it begins with
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that it must not have
+    constraint: Constraint | None = None  # a grammar that it follows, after the prefix
+
+    def and_end(self, token: int | None) -> "Limits":
+        """The same with one more token that ends a row."""
+        return self if token is None else replace(self, ends=self.ends | {token})
+
+
+NO_LIMITS = Limits()
+
+
+def limits_of(tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig) -> Limits:
+    """What the options that are text ask for."""
+    words = [spelling for word in config.bad_words if word for spelling in (word, f" {word}")]
+    return Limits(
+        ends=frozenset(end_tokens(tokenizer, config.stop)),
+        prefix=inner_tokens(tokenizer, config.prefix),
+        bad_words=tuple(dict.fromkeys(inner_tokens(tokenizer, word) for word in words)),
+        constraint=build_constraint(tokenizer, json_schema=config.json_schema, regex=config.regex),
+    )
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> set[int]:
+    """Tokens that end a row: eos, and stop strings that are special tokens, which have no text to search."""
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {special[s] for s in stop if s in special}
+    return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
+
+
+def inner_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
+    """The tokens of a text that is not the beginning of one: without special tokens or a space put before it."""
+    line = tokenizer.encode("\n", add_special_tokens=False)
+    both = tokenizer.encode(f"\n{text}", add_special_tokens=False)
+    if both[: len(line)] == line:
+        return tuple(both[len(line) :])
+    return tuple(tokenizer.encode(text, add_special_tokens=False))

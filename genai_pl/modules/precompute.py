@@ -1,0 +1,108 @@
+"""What a reference model says about the rows of a data set, asked once and kept on disk by what it is of."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from genai_pl.files import write_atomic
+from genai_pl.peft import base_tensors
+
+log = logging.getLogger(__name__)
+ROLES = ("prompt", "chosen", "rejected")
+
+Row = dict[str, object]
+Kept = dict[bytes, np.ndarray]  # (2,) by the key of a row
+
+
+def annotate(
+    rows: Sequence[Row],
+    logprobs: Callable[[list[Row]], Tensor],
+    *,
+    file: Path,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    over_ranks: Callable[[Tensor], Tensor],
+) -> None:
+    """Give each pair `reference`, what `logprobs` (rows -> (B, 2)) says of it: from the file, or asked and written there.
+
+    Every rank asks for its share in as many batches as the others, and over_ranks adds up what they found.
+    """
+    known = read(file)
+    keys = [row_key(row) for row in rows]
+    first = {key: n for n, key in reversed(list(enumerate(keys)))}  # of equal rows the first is asked for
+    missing = sorted((n for key, n in first.items() if key not in known), key=lambda n: -_length(rows[n]))
+    log.info("reference   %s of %s pairs are in %s", f"{len(rows) - len(missing):,}", f"{len(rows):,}", file)
+    found = torch.zeros(len(missing), 2, dtype=torch.float64)
+    batches = [range(i, min(i + batch_size, len(missing))) for i in range(0, len(missing), batch_size)]
+    for first_batch in range(0, len(batches), world_size):
+        own = first_batch + rank
+        batch = batches[min(own, len(batches) - 1)]
+        values = logprobs([rows[missing[i]] for i in batch])
+        if own < len(batches):
+            found[batch.start : batch.stop] = values.double().cpu()
+    if missing:
+        values = over_ranks(found).float().numpy()
+        known |= {keys[n]: value for n, value in zip(missing, values, strict=True)}
+        if rank == 0:
+            write(file, known)
+    for key, row in zip(keys, rows, strict=True):
+        row["reference"] = known[key]
+
+
+def default_cache() -> Path:
+    """The folder of these files, where `datasets` keeps what it has made."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "reference_logprobs"
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, *more: str) -> str:
+    """A name for a model without its adapters, by its configuration and weights, and for what else matters."""
+    digest = hashlib.sha256("\n".join([repr(sorted(model.config.to_dict().items())), *more]).encode())
+    for name, _, _, tensor in base_tensors(model):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def row_key(row: Row) -> bytes:
+    """A name for a pair by its tokens."""
+    digest = hashlib.sha256()
+    for role in ROLES:
+        tokens = np.asarray(row[role], dtype=np.int64)
+        digest.update(len(tokens).to_bytes(8, "little"))
+        digest.update(tokens.tobytes())
+    return digest.digest()
+
+
+def read(file: Path) -> Kept:
+    """What the file holds; nothing if it is not there."""
+    if not file.exists():
+        return {}
+    with np.load(file) as found:
+        return {key.tobytes(): value for key, value in zip(found["keys"], found["values"], strict=True)}
+
+
+def write(file: Path, known: Kept) -> None:
+    """Write the file whole, or not at all."""
+    keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in known])  # (n, 32)
+    values = np.stack(list(known.values()))
+
+    def save(path: Path) -> None:
+        with path.open("wb") as opened:
+            np.savez(opened, keys=keys, values=values)
+
+    write_atomic(file, save)
+
+
+def _length(row: Row) -> int:
+    return sum(len(row[role]) for role in ROLES)

@@ -1,0 +1,31 @@
+"""Weights that are stepped while the backward pass goes on, so that no two gradients need to exist at once."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class StepInBackward:
+    """Steps each parameter of an optimizer as soon as its gradient is complete, and forgets the gradient (Lv et al. 2024).
+
+    The optimizer stays one, with its state, groups and schedule: where only one parameter has a gradient, `step` moves
+    that one alone. `norms` takes what each group's gradients measured.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._measured: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+        for n, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(lambda p, n=n: self._step(p, n))
+
+    def _step(self, parameter: Tensor, n: int) -> None:
+        self._measured[n].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+        self.optimizer.step()
+        parameter.grad = None
+
+    def norms(self) -> list[Tensor]:
+        """The norm of the gradients of each group since the last call."""
+        found = [torch.stack(norms).norm() if norms else torch.zeros(()) for norms in self._measured]
+        self._measured = [[] for _ in self._measured]
+        return found

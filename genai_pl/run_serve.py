@@ -1,0 +1,50 @@
+"""The serve command: a resolved configuration in, a server until a signal."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl.errors import ConfigError
+
+NEEDS = ("fastapi", "uvicorn", "prometheus_client", "httpx")
+
+
+def serve(config: DictConfig) -> int:
+    """Serve the model that the configuration names."""
+    check_installed(config.cache)
+    from genai_pl.serving.server import serve as run
+
+    return run(read_settings(config))
+
+
+def check_installed(cache: str | None) -> None:
+    """ConfigError that names what is missing and how it is installed."""
+    needs = [*NEEDS, "redis"] if cache not in (None, "memory") else NEEDS
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve needs {', '.join(missing)}: pip install -e '.[serve]'")
+
+
+def read_settings(config: DictConfig):
+    """The settings of the server; ConfigError where they cannot be."""
+    from genai_pl.serving.settings import Limits, Settings
+
+    values = OmegaConf.to_container(config, resolve=True)
+    limits = Limits(**{name: values.pop(name) for name in Limits.__dataclass_fields__})
+    return Settings(adapters=name_adapters(values.pop("adapter")), limits=limits, **values)
+
+
+def name_adapters(given: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+    """Each adapter's folder by its name: the name given, or the folder's."""
+    if isinstance(given, dict):
+        return given
+    paths = [] if given is None else [given] if isinstance(given, str) else given
+    named: dict[str, str] = {}
+    for path in paths:
+        place = Path(path).resolve()
+        name = place.parent.name if place.name in ("adapter", "model") else place.name
+        if name in named:
+            raise ConfigError(f"adapter: two are called {name}; name them: adapter={{one:{named[name]},other:{path}}}")
+        named[name] = path
+    return named

@@ -1,0 +1,1 @@
+"""Serving: requests become batches of a model, and answers over HTTP."""

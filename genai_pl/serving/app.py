@@ -1,0 +1,63 @@
+"""The application: routes, what every request passes, and a life from ready to drained."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from genai_pl.serving.errors import install
+from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.middleware import Guard
+from genai_pl.serving.openai_api import openai_routes
+from genai_pl.serving.plain_api import plain_routes, state_routes
+from genai_pl.serving.proxy_api import proxy_routes
+from genai_pl.serving.service import Service
+from genai_pl.serving.settings import Settings
+from genai_pl.serving.upstream import Upstream
+
+REFRESH_SECONDS = 1.0  # between two looks at what is a state: queues, memory
+
+
+def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics, keys: Sequence[str] = ()) -> FastAPI:
+    """The application in front of a model, or of another server; `keys` empty asks for none."""
+    is_ready = False
+
+    def refresh() -> None:
+        metrics.refresh(behind.engine if isinstance(behind, Service) else behind)
+
+    async def refreshing() -> None:
+        while True:
+            refresh()
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        nonlocal is_ready
+        behind.start()
+        is_ready = True
+        task = asyncio.ensure_future(refreshing())
+        try:
+            yield
+        finally:
+            is_ready = False
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await behind.stop()
+
+    app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
+    install(app)
+    app.include_router(state_routes(metrics, refresh, lambda: is_ready))
+    if isinstance(behind, Service):
+        app.include_router(plain_routes(behind))
+        app.include_router(openai_routes(behind))
+    else:
+        app.include_router(proxy_routes(behind))
+    app.add_middleware(Guard, metrics=metrics, keys=keys, max_body=int(settings.limits.max_body_mib * 2**20))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app

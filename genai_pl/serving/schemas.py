@@ -1,0 +1,204 @@
+"""What requests may say: pydantic's models, from which the OpenAPI description is made."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from genai_pl.serving.errors import ApiError
+
+SEEDS = 2**63
+NEUTRAL: dict[str, tuple[object, ...]] = {  # options of OpenAI's that are not ours, with what they may be
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+Seed = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """A request; fields that it does not have are kept, to be refused by name or handed on."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    def refuse_unknown(self) -> None:
+        """ApiError for an option that would have changed the answer."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in IGNORED and value is not None and value not in NEUTRAL.get(name, ()):
+                raise ApiError(422, f"{name}: no such option of this server", param=name)
+
+
+class Sampling(Body):
+    """How tokens are chosen; what is left out is as the server was started with."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: the likeliest token")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Seed | None = Field(None, description="the same seed gives the same answer")
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(None, description="seconds; the server has a limit")
+
+
+class GenerateBody(Sampling):
+    """POST /generate."""
+
+    prompt: Text
+    max_new_tokens: Count | None = None
+    stop: Stop = []
+    adapter: Text | None = None
+    stream: bool = False
+
+
+class GenerateAnswer(BaseModel):
+    """The prompt with its continuation, and the continuation alone."""
+
+    response: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class StreamOptions(BaseModel):
+    """What a stream says beside its pieces."""
+
+    include_usage: bool = False
+
+
+class OpenAISampling(Sampling):
+    """What OpenAI's two ways to ask for text share."""
+
+    model: Text | None = Field(None, description="the model's name, or an adapter's")
+    max_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=2**31)] = 1
+    stop: Stop | Annotated[Text, Field(min_length=1, max_length=256)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(OpenAISampling):
+    """POST /v1/completions."""
+
+    prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else list(self.prompt)
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is read."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """The turn as chat templates read it."""
+        whole = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": whole}
+
+
+class ChatBody(OpenAISampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+    model: Text | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Count | None = Field(None, description="the first so many numbers, again of length 1")
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        single = isinstance(self.input, str) or isinstance(self.input[0], int)
+        return [self.input] if single else list(self.input)
+
+
+class ScoreBody(Body):
+    """POST /score."""
+
+    text: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="what each text follows")
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def prompts(self) -> list[str] | None:
+        return [self.prompt] * len(self.texts) if isinstance(self.prompt, str) else self.prompt
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "ScoreBody":
+        if isinstance(self.prompt, list) and len(self.prompt) != len(self.texts):
+            raise ValueError(f"{len(self.prompt)} prompts for {len(self.texts)} texts")
+        return self
+
+
+class Score(BaseModel):
+    """Of one text."""
+
+    score: float
+    n_tokens: int
+
+
+class ScoreAnswer(BaseModel):
+    """kind: reward, or log_probability in nats."""
+
+    model: str
+    kind: str
+    scores: list[Score]

@@ -1,0 +1,102 @@
+"""Texts become embeddings or scores in one pass of the model, batch by batch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.data.tokenizer import end_token
+from genai_pl.errors import ConfigError
+from genai_pl.evaluation import completion_rows, score, text_rows
+from genai_pl.models import Model
+from genai_pl.models.pooling import POOLINGS, pool
+from genai_pl.names import Shape
+from genai_pl.objectives.rows import pad_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 8192  # padding included
+MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls"}
+Rows = Sequence[Sequence[int]]
+
+
+def find_pooling(wanted: str | None, path: Path, shape: Shape) -> str:
+    """How hidden states become one vector: as asked, as the folder says to sentence-transformers, or as the shape suggests."""
+    if wanted is not None:
+        if wanted not in POOLINGS:
+            raise ConfigError(f"pooling={wanted} is not one of {', '.join(POOLINGS)}")
+        return wanted
+    file = path / "1_Pooling" / "config.json"
+    if file.is_file():
+        modes = json.loads(file.read_text(encoding="utf-8"))
+        found = [kind for mode, kind in MODES.items() if modes.get(mode)]
+        if len(found) != 1:
+            raise ConfigError(f"{file}: no pooling of ours; choose pooling={'|'.join(POOLINGS)}")
+        return found[0]
+    return "mean" if shape is Shape.encoder else "last"
+
+
+def encode_whole(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text with an end token, as embeddings and rewards are trained on them."""
+    end = end_token(tokenizer)
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    return [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
+
+
+@torch.inference_mode()
+def embed(model: Model, rows: Rows, pooling: str) -> Tensor:
+    """Unit vectors (N, C) of rows of tokens, float32 on the CPU."""
+    found = torch.empty(len(rows), model.config.n_embd)
+    for batch, input_ids, segment_ids in _batches(model, rows):
+        hidden = model.features(input_ids, segment_ids).float()
+        found[batch] = F.normalize(pool(hidden, segment_ids, pooling), dim=-1).cpu()
+    return found
+
+
+@torch.inference_mode()
+def rewards(model: Model, rows: Rows) -> list[float]:
+    """A reward model's score of each row."""
+    from genai_pl.modules.reward import scores
+
+    found = torch.empty(len(rows))
+    for batch, input_ids, segment_ids in _batches(model, rows):
+        found[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].cpu()
+    return found.tolist()
+
+
+def logprobs(
+    model: Model, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str] | None, texts: Sequence[str]
+) -> list[tuple[float, int]]:
+    """Log-probability in nats of each text, and of how many tokens: after its prompt, or after a bos if the tokenizer has one."""
+    seq_len = model.config.max_seq_len
+    if prompts is not None:
+        rows = completion_rows(prompts, texts, tokenizer, seq_len=seq_len)
+        owners = range(len(rows))
+    else:
+        per_text = [text_rows([text], tokenizer, seq_len=seq_len) for text in texts]
+        rows = [row for one in per_text for row in one]
+        owners = [n for n, one in enumerate(per_text) for _ in one]
+    totals, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
+    found = score(model, rows, batch_tokens=BATCH_TOKENS)
+    for n, row, nll in zip(owners, rows, found.nll.tolist(), strict=True):
+        totals[n] -= nll
+        counts[n] += row.n_scored
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+def _batches(model: Model, rows: Rows):
+    """Which rows, and input_ids and segment_ids (B, T) of them, the longest first."""
+    device = model.embed.weight.device
+    order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
+    while order:
+        size = max(1, BATCH_TOKENS // len(rows[order[0]]))
+        batch, order = order[:size], order[size:]
+        chosen = [rows[n] for n in batch]
+        segments = [np.ones(len(row), dtype=np.int64) for row in chosen]
+        yield batch, pad_rows(chosen, 0).to(device), pad_rows(segments, 0).to(device)

@@ -1,0 +1,83 @@
+"""The application of one worker process, which finds its settings in the environment."""
+
+import os
+import sys
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from genai_pl.errors import ConfigError, UserError
+from genai_pl.serving.app import create_app
+from genai_pl.serving.metrics import FOLDER, Metrics
+from genai_pl.serving.service import Service, open_service
+from genai_pl.serving.settings import VARIABLE, Settings, read_keys
+from genai_pl.serving.upstream import Upstream
+
+STARTUP_FAILURE = 3  # by which uvicorn and gunicorn know that another try would fail too
+
+
+def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
+    """What answers, and the application in front of it."""
+    metrics = Metrics()
+    keys = read_keys(settings.api_keys)
+    behind = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
+    return behind, create_app(behind, settings, metrics, keys)
+
+
+def create() -> FastAPI:
+    """The application of a worker of several; a mistake of the user is one line, and ends the server."""
+    try:
+        if VARIABLE not in os.environ:
+            raise ConfigError(f"{VARIABLE} is not set: start with serve.py, or with deploy/gunicorn.conf.py")
+        settings = Settings.from_json(os.environ[VARIABLE])
+        behind, app = build(settings)
+    except UserError as error:
+        if first_to("fail"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(STARTUP_FAILURE)
+    if first_to("describe"):
+        print(description(behind, settings, settings.port), flush=True)
+    return app
+
+
+def first_to(what: str) -> bool:
+    """Whether this process is the first worker of its server to say something; one alone always is."""
+    if FOLDER not in os.environ:
+        return True
+    try:
+        (Path(os.environ[FOLDER]) / f".{what}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def description(behind: Service | Upstream, settings: Settings, port: int) -> str:
+    """What is served, where, and a command to try."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{port}"
+    lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
+    if isinstance(behind, Upstream):
+        lines["serving"] = f"what {settings.url} serves"
+    else:
+        kind = "a reward model" if behind.is_reward else "a language model" if behind.engine else "an encoder"
+        lines["serving"] = f"{behind.name}, {kind}"
+        lines["context"] = f"{behind.context:,} tokens"
+        if behind.engine is not None:
+            lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
+        lines["adapters"] = ", ".join(settings.adapters) or "none"
+    lines["workers"] = f"{settings.workers}"
+    lines["cache"] = settings.cache or "none"
+    lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
+    lines["try"] = curl(behind, address)
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+
+
+def curl(behind: Service | Upstream, address: str) -> str:
+    """A command that shows the server at work."""
+    if isinstance(behind, Upstream) or behind.engine is not None:
+        path, body = "/generate", '{"prompt": "Once upon a time", "max_new_tokens": 20}'
+    elif behind.is_reward:
+        path, body = "/score", '{"text": "Once upon a time"}'
+    else:
+        path, body = "/v1/embeddings", '{"input": "Once upon a time"}'
+    return f"curl {address}{path} -H 'Content-Type: application/json' -d '{body}'"

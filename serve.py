@@ -1,0 +1,16 @@
+"""python serve.py: a trained model over HTTP; `--help` lists the options."""
+
+from omegaconf import DictConfig
+
+from genai_pl.config import command
+
+
+@command("serve")
+def main(config: DictConfig) -> int:
+    from genai_pl.run_serve import serve
+
+    return serve(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""An engine whose answers a test writes, token by token."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from genai_pl.serving.requests import Busy, Piece, Request
+
+
+class FakeStream:
+    """Gives the pieces, then ends as it is told; without an end it goes on until it is cancelled."""
+
+    def __init__(self, texts: list[str], finish: str | None) -> None:
+        self.texts, self.ending = texts, finish
+        self.finish: str | None = None
+        self.n_generated = 0
+        self.cancelled = threading.Event()
+        self.released = threading.Event()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        for text in self.texts:
+            self.n_generated += 1
+            yield Piece(text, 65, None, ())
+        while self.ending is None and not self.cancelled.is_set() and not self.released.is_set():
+            await asyncio.sleep(0.002)
+        if self.released.is_set():
+            self.n_generated += 1
+            yield Piece("!", 33, None, ())
+        self.finish = self.ending or ("stop" if self.released.is_set() else "cancelled")
+
+
+class FakeEngine:
+    """Answers every request with the same stream, or is busy."""
+
+    def __init__(self, texts: list[str], finish: str | None = "stop", *, room: int = 100) -> None:
+        self.make: Callable[[], FakeStream] = lambda: FakeStream(texts, finish)
+        self.room = room
+        self.requests: list[Request] = []
+        self.streams: list[FakeStream] = []
+        self.n_waiting = 0
+
+    @property
+    def n_running(self) -> int:
+        return len([s for s in self.streams if s.finish is None and not s.cancelled.is_set()])
+
+    def start(self) -> None:
+        """It always runs."""
+
+    def stop(self, drain: bool = True, timeout: float = 30) -> None:
+        """It never did anything."""
+
+    def submit(self, request: Request) -> FakeStream:
+        if len(self.streams) >= self.room:
+            raise Busy(2.5)
+        self.requests.append(request)
+        self.streams.append(self.make())
+        return self.streams[-1]

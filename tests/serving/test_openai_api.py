@@ -1,0 +1,175 @@
+"""OpenAI's own client against the server: what it asks for it gets, and its errors are those it knows."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+openai = pytest.importorskip("openai", reason="needs pip install openai")
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def ai(client) -> "Iterator[openai.OpenAI]":
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as ai:
+        yield ai
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+
+
+def test_the_model_is_listed(ai) -> None:
+    assert [model.id for model in ai.models.list()] == ["tiny"]
+    assert ai.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="there is tiny"):
+        ai.models.retrieve("other")
+
+
+def test_a_completion_has_what_the_client_reads(ai) -> None:
+    found = ai.completions.create(model="tiny", prompt="Once", max_tokens=5, temperature=0)
+    assert found.object == "text_completion"
+    assert found.choices[0].finish_reason == "length"
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (4, 5, 9)
+
+
+def test_several_prompts_and_answers_are_numbered_in_order(ai) -> None:
+    options = {"model": "tiny", "max_tokens": 8, "temperature": 1.3, "seed": 5}
+    found = ai.completions.create(prompt=["Once", "Twice"], n=2, **options)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in found.choices]
+    assert len(set(texts)) == 4
+    assert found.usage.prompt_tokens == 9
+    alone = ai.completions.create(prompt="Twice", n=2, **options)
+    assert [choice.text for choice in alone.choices] == texts[2:]
+
+
+def test_tokens_may_be_given_for_text(ai) -> None:
+    options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    as_text = ai.completions.create(prompt="Once", **options).choices[0].text
+    assert ai.completions.create(prompt=list(b"Once"), **options).choices[0].text == as_text
+    assert ai.completions.create(prompt=[list(b"Once")], **options).choices[0].text == as_text
+    with pytest.raises(openai.UnprocessableEntityError, match="token 999"):
+        ai.completions.create(prompt=[999], **options)
+
+
+def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
+    found = ai.completions.create(model="tiny", prompt="Once", max_tokens=4, temperature=0, logprobs=3)
+    model, _ = theirs
+    ids = list(b"Once")
+    for chosen, top in zip(found.choices[0].logprobs.token_logprobs, found.choices[0].logprobs.top_logprobs, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert chosen == pytest.approx(float(expected.max()), abs=1e-4)
+        assert sorted(top.values(), reverse=True)[0] == pytest.approx(chosen)
+        ids.append(int(expected.argmax()))
+
+
+def test_a_conversation_is_rendered_by_the_template(ai, theirs) -> None:
+    _, tokenizer = theirs
+    text = tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
+    chat = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6, temperature=0)
+    plain = ai.completions.create(model="tiny", prompt=text, max_tokens=6, temperature=0)
+    assert chat.object == "chat.completion"
+    assert chat.choices[0].message.role == "assistant"
+    assert chat.choices[0].message.content == plain.choices[0].text
+    assert chat.usage.prompt_tokens == len(text)
+    parts = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    again = ai.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=6, temperature=0)
+    assert again.choices[0].message.content == chat.choices[0].message.content
+
+
+def test_a_stream_adds_up_to_the_answer_and_ends_with_its_cost(ai) -> None:
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 1.0, "seed": 2, "n": 2}
+    whole = ai.chat.completions.create(**options)
+    chunks = list(ai.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    for choice in whole.choices:
+        own = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in own) == choice.message.content
+        assert [c.finish_reason for c in own if c.finish_reason] == [choice.finish_reason]
+
+
+def test_logprobs_of_a_conversation_stream_like_they_come_whole(ai) -> None:
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    whole = ai.chat.completions.create(**options).choices[0].logprobs.content
+    assert [len(entry.top_logprobs) for entry in whole] == [2] * len(whole)
+    chunks = ai.chat.completions.create(**options, stream=True)
+    streamed = [e for chunk in chunks for c in chunk.choices if c.logprobs for e in c.logprobs.content]
+    assert [entry.logprob for entry in streamed] == [entry.logprob for entry in whole]
+    assert [entry.token for entry in streamed] == [entry.token for entry in whole]
+
+
+def test_a_stop_string_ends_the_answer(ai) -> None:
+    options = {"model": "tiny", "prompt": "Once", "max_tokens": 30, "seed": 3, "temperature": 1.0}
+    text = ai.completions.create(**options).choices[0].text
+    stop = next(c for c in text[3:] if ord(c) < 128)
+    for given in (stop, [stop, "never said"]):
+        found = ai.completions.create(**options, stop=given).choices[0]
+        assert (found.text, found.finish_reason) == (text.split(stop)[0], "stop")
+
+
+def test_embeddings_are_unit_vectors_whatever_their_encoding(ai, client) -> None:
+    found = ai.embeddings.create(model="tiny", input=["one text", "another"])  # the client asks for base64
+    vectors = np.array([entry.embedding for entry in found.data])
+    assert vectors.shape == (2, 32)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5)
+    plain = client.post("/v1/embeddings", json={"input": "another"}).json()
+    assert plain["data"][0]["embedding"] == pytest.approx(vectors[1].tolist(), abs=1e-6)
+    encoded = client.post("/v1/embeddings", json={"input": "another", "encoding_format": "base64"}).json()
+    assert np.frombuffer(base64.b64decode(encoded["data"][0]["embedding"]), "<f4") == pytest.approx(vectors[1])
+    short = ai.embeddings.create(model="tiny", input="another", dimensions=4).data[0].embedding
+    assert short == pytest.approx((vectors[1, :4] / np.linalg.norm(vectors[1, :4])).tolist(), abs=1e-5)
+
+
+WRONG = {
+    "model": (openai.NotFoundError, {"model": "gpt-5"}),
+    "max_tokens": (openai.UnprocessableEntityError, {"max_tokens": 10**6}),
+    "temperature": (openai.UnprocessableEntityError, {"temperature": -1}),
+    "n": (openai.UnprocessableEntityError, {"n": 1000}),
+    "tools": (openai.UnprocessableEntityError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+    "presence_penalty": (openai.UnprocessableEntityError, {"presence_penalty": 1.0}),
+}
+
+
+@pytest.mark.parametrize("param", WRONG)
+def test_errors_are_those_that_the_client_knows(param: str, ai) -> None:
+    kind, option = WRONG[param]
+    with pytest.raises(kind) as raised:
+        ai.chat.completions.create(**{"model": "tiny", "messages": HELLO, **option})
+    assert raised.value.param == param
+    assert raised.value.body["message"]
+
+
+def test_options_that_change_nothing_are_taken(ai) -> None:
+    neutral = {"presence_penalty": 0, "tools": [], "user": "me", "store": False, "response_format": {"type": "text"}}
+    assert ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, **neutral).choices
+
+
+def test_a_message_without_text_is_refused_by_its_place(client) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    reply = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": image}]})
+    assert reply.status_code == 422
+    assert reply.json()["error"]["param"].startswith("messages.0.content")
+
+
+def test_a_tokenizer_without_a_template_is_said(tmp_path: Path) -> None:
+    from tests.serving.servers import make_service, serving, write_model
+
+    with serving(make_service(write_model(tmp_path / "plain", template=False))) as client:
+        reply = client.post("/v1/chat/completions", json={"messages": HELLO})
+        assert reply.status_code == 400
+        assert "no chat template" in reply.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200

@@ -1,0 +1,263 @@
+"""What alignment takes beside its defaults: critics, shared bases, early ends, references kept on disk, rankings, figures."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from genai_pl.load import load
+from genai_pl.models.scores import scores
+from tests.conftest import TINY
+
+LLAMA = (
+    *TINY, "model=llama", "model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64", "optimizer=adamw",
+    "scheduler.warmup_steps=2",
+)  # fmt: skip
+PPO = (
+    "objective=ppo", "objective.max_new_tokens=8", "data.path=prompts.jsonl", "objective.epochs=2",
+    "objective.minibatch_size=2",
+)  # fmt: skip
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(run: str) -> list[dict[str, str]]:
+    with Path(run, "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(run: str, name: str) -> list[float]:
+    return [float(row[name]) for row in table(run) if row.get(name)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", [{"prompt": f"{i} is", "chosen": " good", "rejected": " bad"} for i in range(32)])
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} is "} for i in range(32)])
+    (tmp_path / "rewards.py").write_text("def e(prompts, completions):\n    return [c.count('e') for c in completions]\n")
+
+
+@pytest.fixture
+def base(files: None, command) -> str:
+    """A small model in the folder `base`."""
+    result = command("train", *LLAMA, "trainer.max_steps=1", "data.path=prompts.jsonl", "data.column=prompt",
+                     "hydra.run.dir=base")  # fmt: skip
+    assert result.status == 0, result.err
+    return "init_from=base/model"
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo"])
+def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective: str, files: None, command) -> None:
+    own = PPO if objective == "ppo" else ("objective=grpo", "objective.max_new_tokens=8", "data.path=prompts.jsonl")
+    given = (*own, *LLAMA, "objective.reward=rewards:e", "callbacks.samples.every_n_steps=3", "hydra.run.dir=run")
+    result = command("train", *given)
+    assert result.status == 0, result.err
+    names = ["kl", "entropy", "scores", "rlhf_reward", "response_length"]
+    names = [f"objective/{name}" for name in names] + ["policy/approxkl", "policy/clipfrac", "policy/ratio"]
+    names += ["loss/policy", "val/response_length", "val/scores", "val/kl"] + ["loss/value"] * (objective == "ppo")
+    assert all(column("run", name) for name in names)
+    # random weights over 258 bytes say anything with about the same probability
+    assert column("run", "objective/entropy")[0] == pytest.approx(math.log(258), abs=0.1)
+    events = EventAccumulator(str(next(Path("run/tensorboard").rglob("events*"))), size_guidance={"tensors": 0}).Reload()
+    texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    for part in ("training", "validation"):
+        header, _, *rows = texts[f"samples/{part}/text_summary"].splitlines()
+        assert header == "| prompt | completion | score | KL |"
+        assert len(rows) == 4
+        for row in rows:
+            prompt, rest = row.removeprefix("| ").split(" | ", 1)
+            completion, score, _ = rest.removesuffix(" |").rsplit(" | ", 2)
+            assert prompt.rstrip().endswith("is")
+            assert float(score) == completion.count("e")
+
+
+def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command) -> None:
+    given = (*PPO, *LLAMA, "objective.reward=rewards:e", "objective.epochs=4", "optimizer.lr=1e-2", "scheduler=constant",
+             "scheduler.warmup_steps=0", "trainer.max_steps=24")  # fmt: skip
+    assert command("train", *given, "hydra.run.dir=free").status == 0
+    assert command("train", *given, "objective.max_kl=1e-4", "hydra.run.dir=held").status == 0
+    assert set(column("free", "policy/updates")) == {8.0}  # 4 passes, two minibatches each
+    assert all(updates < 8 for updates in column("held", "policy/updates"))
+    result = command("train", *given, "objective.max_kl=0")
+    assert result.err == "error: objective.max_kl must be above 0, not 0.0\n"
+
+
+def test_an_entropy_bonus_keeps_entropy_up(files: None, command) -> None:
+    given = (*PPO, *LLAMA, "objective.reward=rewards:e", "optimizer.lr=1e-2", "trainer.max_steps=24")
+    for name, coef in (("plain", 0.0), ("bonus", 1.0)):
+        assert command("train", *given, f"objective.entropy_coef={coef}", f"hydra.run.dir={name}").status == 0
+    assert column("bonus", "objective/entropy")[-1] > column("plain", "objective/entropy")[-1] + 0.05
+
+
+def test_a_critic_of_its_own_is_trained_and_resumed_exactly(base: str, command) -> None:
+    reward = ("train", "objective=reward", *LLAMA, base, "data.path=pairs.jsonl", "hydra.run.dir=judge")
+    assert command(*reward).status == 0
+    given = ("train", *PPO, *LLAMA, base, "objective.reward=judge", "objective.critic=judge", "trainer.max_steps=8",
+             "callbacks.checkpoint.every_n_steps=4")  # fmt: skip
+    result = command(*given, "hydra.run.dir=whole")
+    assert result.status == 0, result.err
+    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command("train", "resume=half/checkpoints/step=000004.ckpt").status == 0
+    same = ("train/loss", "loss/value", "objective/scores", "train/grad_norm", "val/scores")
+    assert [column("whole", name) for name in same] == [column("half", name) for name in same]
+    state = torch.load("whole/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    judge = load("judge").model.state_dict()
+    trained = state["critic.blocks.0.attention.q_proj.weight"]
+    assert trained.shape == judge["blocks.0.attention.q_proj.weight"].shape
+    assert not torch.equal(trained, judge["blocks.0.attention.q_proj.weight"])
+    assert not any("lm_head" in name for name in state if name.startswith("critic."))
+    result = command("train", *PPO, *LLAMA, base, "objective.reward=judge", "objective.critic=nowhere")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+
+
+def test_values_begin_as_the_scores_of_the_critic(base: str, command) -> None:
+    from genai_pl.config import _register
+    from genai_pl.modules.ppo import PPOModule
+
+    _register()
+    reward = ("train", "objective=reward", *LLAMA, base, "data.path=pairs.jsonl", "hydra.run.dir=judge")
+    assert command(*reward).status == 0
+    judge, policy = load("judge"), load("base")
+    expected_of = torch.tensor([judge.tokenizer("3 is good")["input_ids"]])
+    with torch.no_grad():
+        expected = scores(judge.model, expected_of, torch.ones_like(expected_of), 1)
+    module = PPOModule.__new__(PPOModule)
+    torch.nn.Module.__init__(module)
+    module.model, module.critic_name = policy.model, "judge"
+    module.use_critic(judge.model)
+    with torch.no_grad():
+        values = module._values({"input_ids": expected_of, "segment_ids": torch.ones_like(expected_of)}, None)
+    torch.testing.assert_close(values[:, -1], expected[:, 0] + module.value_head.bias, atol=1e-6, rtol=0)
+
+
+def test_a_reward_adapter_on_the_policys_base_shares_its_weights_and_scores_as_before(base: str, command) -> None:
+    from genai_pl.peft import base_tensors, lora
+    from genai_pl.rewards import load_rewards
+
+    reward = ("train", "objective=reward", "peft=lora", *LLAMA, base, "data.path=pairs.jsonl", "optimizer.lr=1e-2",
+              "hydra.run.dir=judge")  # fmt: skip
+    assert command(*reward).status == 0
+    asked, said = ["3 is", "4 is"], [" good", " bad"]
+    alone = load_rewards(["judge"], None, policy=torch.nn.Module(), device=torch.device("cpu"))(asked, said)
+    policy = lora(load("base").model, rank=2)
+    judge = load_rewards(["judge"], None, policy=policy, device=torch.device("cpu"))
+    assert judge(asked, said) == pytest.approx(alone, abs=1e-7)
+    frozen = {x.data_ptr() for _, _, _, x in base_tensors(policy) if isinstance(x, torch.nn.Parameter)}
+    for x in frozen_parameters(policy):
+        x.data.zero_()  # if it is one memory, the judge loses its base too
+    assert len(frozen) > 5
+    assert judge(asked, said) != pytest.approx(alone, abs=1e-4)
+    result = command("train", *PPO, *LLAMA, base, "peft=lora", "objective.reward=judge", "hydra.run.dir=run")
+    assert result.status == 0, result.err
+
+
+def frozen_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [x for x in model.parameters() if not x.requires_grad]
+
+
+def test_references_kept_on_disk_give_the_same_losses_and_are_used_again(base: str, command, tmp_path: Path) -> None:
+    for peft in ("none", "lora"):
+        given = ("train", "objective=dpo", *LLAMA, base, f"peft={peft}", "data.path=pairs.jsonl", "optimizer.lr=3e-3")
+        kept = (*given, "objective.precompute_reference=true", f"objective.reference_cache={tmp_path}/kept")
+        assert command(*given, f"hydra.run.dir=asked_{peft}").status == 0
+        result = command(*kept, f"hydra.run.dir=kept_{peft}")
+        assert result.status == 0, result.err
+        for name in ("train/loss", "rewards/margins", "val/loss", "val/rewards/chosen"):
+            expected = column(f"asked_{peft}", name)
+            np.testing.assert_allclose(column(f"kept_{peft}", name), expected, atol=2e-6)
+    # the base of the adapter is the model itself: one file for both
+    (file,) = Path("kept").glob("*.npz")
+    written = file.stat().st_mtime_ns
+    # other rates of learning need no new answers; another row does
+    assert command(*kept, "optimizer.lr=1e-3").status == 0
+    assert file.stat().st_mtime_ns == written
+    rows = [{"prompt": "a row", "chosen": " that is", "rejected": " new"}]
+    write(tmp_path / "more.jsonl", rows + [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()])
+    assert command(*kept, "data.path=more.jsonl").status == 0
+    with np.load(file) as found:
+        assert len(found["keys"]) == 33
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett_luce"])
+def test_a_reward_model_learns_rankings_of_any_length(loss: str, command, tmp_path: Path) -> None:
+    words = [" best", " good", " bad", " worst"]
+    rows = [{"prompt": f"{i} is", "completions": [words[0], *words[1 + i % 2 :]]} for i in range(32)]
+    write(tmp_path / "ranked.jsonl", rows)
+    result = command("train", "objective=reward", f"objective.ranking={loss}", *LLAMA, "data.path=ranked.jsonl",
+                     "objective.centering=0.01", "trainer.max_steps=25", "optimizer.lr=3e-3", "hydra.run.dir=judge")  # fmt: skip
+    assert result.status == 0, result.err
+    assert column("judge", "val/accuracy")[-1] == 1.0
+    judge = load("judge")
+    found = []
+    for word in words:
+        ids = torch.tensor([[*judge.tokenizer(f"3 is{word}")["input_ids"], judge.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            found.append(scores(judge.model, ids, torch.ones_like(ids), 1).item())
+    assert found == sorted(found, reverse=True)
+    result = command("train", "objective=dpo", *LLAMA, "data.path=ranked.jsonl")
+    assert result.err == (
+        "error: data.path=ranked.jsonl: ranked completions are for objective=reward; give pairs, chosen and rejected\n"
+    )
+
+
+def test_evaluate_says_how_often_a_reward_model_is_right_and_what_length_has_to_do_with_it(
+    base: str, command, tmp_path: Path
+) -> None:
+    given = ("train", "objective=reward", *LLAMA, base, "data.path=pairs.jsonl", "optimizer.lr=3e-3")
+    assert command(*given, "trainer.max_steps=15", "hydra.run.dir=judge").status == 0
+    # the judge prefers " good": right three times in four; the longer one is right in one of three, once they are equal
+    rows = [
+        {"prompt": "1 is", "chosen": " good", "rejected": " bad"},
+        {"prompt": "2 is", "chosen": " good", "rejected": " bad"},
+        {"prompt": "3 is", "chosen": " good", "rejected": " good"},
+        {"prompt": "4 is", "chosen": " bad", "rejected": " good"},
+    ]
+    write(tmp_path / "held.jsonl", rows)
+    result = command("evaluate", "checkpoint=judge", "data.path=held.jsonl", "out=figures.json")
+    assert result.status == 0, result.err
+    found = json.loads(Path("figures.json").read_text())
+    assert found["accuracy"] == found["longer_is_better"] == pytest.approx(2.5 / 4)
+    assert found["length_correlation"] == pytest.approx(1.0, abs=0.05)
+    assert found["rows"] == 4
+    assert found["accuracy_low"] < 0.3
+    assert found["accuracy_high"] > 0.85
+    result = command("evaluate", "checkpoint=judge", "data.path=prompts.jsonl", "data.column=prompt")
+    assert "a reward model compares" in result.err
+
+
+def test_evaluate_compares_log_probabilities_of_a_language_model(base: str, command) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("base/model"), AutoTokenizer.from_pretrained("base/model")
+
+    def logprob(prompt: str, completion: str) -> float:
+        given, said = tokenizer(prompt)["input_ids"], [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([given + said])).logits[0, :-1].log_softmax(-1)
+        return logprobs[torch.arange(len(given) - 1, len(given + said) - 1), torch.tensor(said)].sum().item()
+
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    margins = [logprob(row["prompt"], row["chosen"]) - logprob(row["prompt"], row["rejected"]) for row in rows]
+    result = command("evaluate", "checkpoint=base", "data.path=pairs.jsonl", "out=figures.json")
+    assert result.status == 0, result.err
+    found = json.loads(Path("figures.json").read_text())
+    assert found["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
+    assert found["margin"] == pytest.approx(np.mean(margins), abs=1e-4)
+    assert found["longer_is_better"] == 1.0
+
+
+def test_wilsons_interval_is_the_published_one() -> None:
+    from genai_pl.evaluation.preferences import wilson
+
+    # Newcombe 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+    for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+                               (1, 29, 0.0061, 0.1718)):  # fmt: skip
+        assert wilson(hits / n, n) == pytest.approx((low, high), abs=5e-5)
