@@ -19,6 +19,7 @@ class Root:
     init_from: str | None = None
     resume: str | None = None
     compile: bool = False
+    profile: bool = False
     dry_run: bool = False
     model: Any = None
     objective: Any = None

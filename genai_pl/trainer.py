@@ -62,13 +62,14 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         )
     elif samples and settings.samples.every_n_steps:
         log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
+    further = [*make(config.callbacks.extra).values(), *([cb.Profile(run)] if config.profile else [])]
     try:
         trainer = L.Trainer(
             **options,
             precision=config.precision.lightning,
             strategy=strategy,
             logger=[make(node) for node in loggers],
-            callbacks=[*callbacks.values(), *make(config.callbacks.extra).values()],
+            callbacks=[*callbacks.values(), *further],
             plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
             default_root_dir=str(run),
             num_sanity_val_steps=0,

@@ -5,6 +5,7 @@ from genai_pl.callbacks.console import Console, duration
 from genai_pl.callbacks.interrupt import Interrupt
 from genai_pl.callbacks.metrics_csv import MetricsCSV
 from genai_pl.callbacks.monitor import Monitor, memory_gib
+from genai_pl.callbacks.profile import Profile
 from genai_pl.callbacks.samples import Samples
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Interrupt",
     "MetricsCSV",
     "Monitor",
+    "Profile",
     "Samples",
     "StepCheckpoint",
     "duration",

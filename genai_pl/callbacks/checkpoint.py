@@ -17,6 +17,7 @@ from genai_pl.callbacks.due import passed
 from genai_pl.errors import CheckpointError
 from genai_pl.files import CONTENTS, is_checkpoint
 from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
+from genai_pl.modules.base import n_replicas
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class StepCheckpoint(Checkpoint):
         self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
         self._seen = 0
-        self._rng: list[dict] | None = None
+        self._rng: list[dict] = []  # of the run that goes on, by rank
 
     @property
     def last(self) -> Path:
@@ -85,21 +86,26 @@ class StepCheckpoint(Checkpoint):
             frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: x for name, x in state.items() if name not in frozen}
-        checkpoint[MARK] = {"format": 1, "rng": states, **self.contents}
+        checkpoint[MARK] = {"format": 1, "rng": states, "replicas": n_replicas(trainer), **self.contents}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         self.last_step = checkpoint["global_step"]
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
-        self._rng = checkpoint[MARK]["rng"]
+        ours = checkpoint[MARK]
+        if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
+            self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._seen = trainer.global_step
         # the data iterators exist by now: nothing draws between here and the next step
-        if self._rng is not None and len(self._rng) == trainer.world_size:
+        if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
-        self._rng = None
+        elif n_replicas(trainer) > 1:  # dropout differs where batches do
+            replica = trainer.strategy.distributed_sampler_kwargs["rank"]
+            torch.manual_seed(hash((torch.initial_seed(), self._seen, replica)))
+        self._rng = []
 
 
 def newest_checkpoints(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ class Interrupt(L.Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
+            self.signum = self.signum or signal.SIGTERM  # that another process was sent
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate before it stops, and the grace period is short
 
