@@ -1,0 +1,56 @@
+"""What the documentation says can be typed: every command of README and docs composes, and the option tables are current."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from genai_pl.config import CONF, _register, quoted
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = {name: name for name in ("generate", "evaluate", "export", "feedback", "serve")} | {"train": "config"}
+COMMAND = re.compile(
+    r"(?<!\$ )(?:torchrun [^\n`]*? |python )(train|generate|evaluate|export|feedback|serve)\.py([^`\n]*)"
+)
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Page, command and arguments of everything that is written as a command."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("\\|", "|")
+        for name, rest in COMMAND.findall(text):
+            found.append((page.name, name, re.split(r"\s[#|]|\s{3,}| *&", rest)[0].strip()))
+    return list(dict.fromkeys(found))
+
+
+def overrides(arguments: str) -> list[str]:
+    """The words of a command line, quotes and brackets kept together."""
+    words = re.findall(r"(?:\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^\s\"'\[])+", arguments)
+    return [word.replace('"', "").replace("'", "") if "," not in word else word for word in words]
+
+
+@pytest.mark.parametrize(("page", "name", "arguments"), commands(), ids=lambda x: str(x)[:60])
+def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, name: str, arguments: str) -> None:
+    given = [word for word in overrides(arguments) if "=" in word and not word.startswith("-")]
+    if any(word.startswith(("hydra/launcher", "hydra/sweeper")) for word in given):
+        pytest.skip("its plugin is an extra")
+    sweep = "-m" in arguments.split()
+    _register()
+    GlobalHydra.instance().clear()
+    values = [w if not sweep or "[" in w else w.partition(",")[0] for w in given]
+    values = [quoted(w) for w in values if not w.startswith("hydra.")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose(NAMES[name], overrides=values)
+
+
+def test_the_tables_of_options_are_current() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "make_configuration.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
