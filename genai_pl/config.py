@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import hydra
@@ -21,14 +22,31 @@ from genai_pl.errors import DISK_FULL, UserError
 from genai_pl.nodes import NODES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
 TEXTS = ("prompt", "generation.prefix", "generation.regex", "generation.json_schema")  # options that are never YAML
 
 
 def _register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
+    OmegaConf.register_new_resolver("unused", unused_folder, replace=True, use_cache=True)
     for name, node in NODES.items():
         store.store(group="schema", name=name, node=node)
+
+
+def unused_folder(path: str) -> str:
+    """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
+    if RANKS & os.environ.keys():  # all processes of a run that torchrun or Slurm has started must find the same
+        return path
+    for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
+        try:
+            Path(name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            continue
+        except OSError:
+            break  # Hydra cannot make it either, and says so
+    return path
 
 
 Main = Callable[[DictConfig], int | None]

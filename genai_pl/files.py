@@ -6,7 +6,6 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
 
 

@@ -17,8 +17,9 @@ from genai_pl.export import adapter_card, export_model
 from genai_pl.files import write_atomic
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
-from genai_pl.strategies import gather
+from genai_pl.strategies import PipelineStrategy, gather
 from genai_pl.summary import closing
+from genai_pl.sweeps import write_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +60,14 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             logger.finalize("success")
         if export:
             gather(parts.module.model)
+            if isinstance(parts.trainer.strategy, PipelineStrategy):
+                parts.trainer.strategy.gather()
         if export and parts.trainer.is_global_zero:
             export_run(parts, _card(parts, flat, metrics))
     done = parts.trainer.global_step >= parts.module.total_steps
     if parts.trainer.is_global_zero:
+        if done:
+            write_results(parts.run, parts.trainer.global_step, metrics)
         prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
         print(*closing(parts.run, exported=name, finished=done, prompt=prompt), sep="\n", flush=True)

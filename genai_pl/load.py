@@ -17,7 +17,7 @@ from genai_pl.models.folder import read_json
 from genai_pl.models.hf_config import is_supported
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
-from genai_pl.names import AttentionBackend
+from genai_pl.names import AttentionBackend, Head
 from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.specs import ModelConfig
 
@@ -71,6 +71,8 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
 def _load_with_adapter(path: Path, **options: object) -> Loaded:
     """The base that an adapter folder names, with the adapter and its tokenizer."""
     base = load(_base_of(path), **options)
+    if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
+        _score(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
     return Loaded(peft.load_adapter(base.model, path), tokenizer, path)
 
@@ -84,6 +86,8 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
     try:
         if base is not None:  # the checkpoint holds the adapter alone
             model = load(base, dtype=dtype, **options).model
+            if ours["model"].get("head") == Head.score.value:
+                _score(model)
         else:
             model = _shell(ours["model"], options["attention"], options["dropout"])
         if adapter is not None:
@@ -93,6 +97,13 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     peft.tie_weights(model)
     return Loaded(model, from_files(ours["tokenizer"]), path)
+
+
+def _score(model: Model | WrappedDecoder) -> None:
+    """Give a base the head that its adapter brings the weights of; the generator of the run draws nothing for it."""
+    if not isinstance(model, WrappedDecoder) and model.config.head is not Head.score:
+        with torch.random.fork_rng(devices=[]):
+            model.set_head(Head.score)
 
 
 def _base_of(folder: Path) -> str:

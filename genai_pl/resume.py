@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from genai_pl.errors import CheckpointError, UserError
+from genai_pl.sweeps import replay_sweep
 from genai_pl.files import is_checkpoint
 
 ROOTS = ("outputs",)
@@ -15,11 +16,13 @@ ROOTS = ("outputs",)
 def replay(arguments: list[str]) -> list[str]:
     """The command line that continues the run which `resume=` names: its own overrides first, then the new ones.
 
-    Without `resume=`, or for a sweep, the arguments come back as they are.
+    Without `resume=` the arguments come back as they are; a sweep goes on with `resume=auto`.
     """
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
-    if reference in ("null", "None", "") or {"-m", "--multirun"} & set(arguments):
+    if reference in ("null", "None", ""):
         return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        return replay_sweep(arguments) if reference == "auto" else arguments
     run = _run_folder(reference, arguments)
     if run is None:
         if reference == "auto":

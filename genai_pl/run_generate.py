@@ -104,8 +104,9 @@ def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | Non
 def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
     """Print what may stand in place of each mask, with probabilities."""
     for prompt in prompts:
+        found = fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k)
         print(prompt)
-        for n, candidates in enumerate(fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k), start=1):
+        for n, candidates in enumerate(found, start=1):
             for candidate in candidates:
                 print(f"{n:>4}  {candidate.probability:.4f}  {candidate.text}", flush=True)
 

@@ -47,7 +47,7 @@ def files(tmp_path: Path) -> None:
 @pytest.fixture
 def base(files: None, command) -> str:
     """A small model in the folder `base`."""
-    result = command("train", *LLAMA, "trainer.max_steps=1", "data.path=prompts.jsonl", "data.column=prompt",
+    result = command("train", *LLAMA, "trainer.max_steps=12", "optimizer.lr=1e-2", "data.path=prompts.jsonl", "data.column=prompt",
                      "hydra.run.dir=base")  # fmt: skip
     assert result.status == 0, result.err
     return "init_from=base/model"
@@ -65,8 +65,10 @@ def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective
     assert all(column("run", name) for name in names)
     # random weights over 258 bytes say anything with about the same probability
     assert column("run", "objective/entropy")[0] == pytest.approx(math.log(258), abs=0.1)
-    events = EventAccumulator(str(next(Path("run/tensorboard").rglob("events*"))), size_guidance={"tensors": 0}).Reload()
-    texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    texts = {}
+    for file in Path("run/tensorboard").rglob("events*"):
+        events = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
+        texts |= {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     for part in ("training", "validation"):
         header, _, *rows = texts[f"samples/{part}/text_summary"].splitlines()
         assert header == "| prompt | completion | score | KL |"
@@ -84,16 +86,17 @@ def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command
     assert command("train", *given, "hydra.run.dir=free").status == 0
     assert command("train", *given, "objective.max_kl=1e-4", "hydra.run.dir=held").status == 0
     assert set(column("free", "policy/updates")) == {8.0}  # 4 passes, two minibatches each
-    assert all(updates < 8 for updates in column("held", "policy/updates"))
+    assert max(column("held", "policy/updates")[1:]) < 8
     result = command("train", *given, "objective.max_kl=0")
     assert result.err == "error: objective.max_kl must be above 0, not 0.0\n"
 
 
-def test_an_entropy_bonus_keeps_entropy_up(files: None, command) -> None:
-    given = (*PPO, *LLAMA, "objective.reward=rewards:e", "optimizer.lr=1e-2", "trainer.max_steps=24")
-    for name, coef in (("plain", 0.0), ("bonus", 1.0)):
-        assert command("train", *given, f"objective.entropy_coef={coef}", f"hydra.run.dir={name}").status == 0
-    assert column("bonus", "objective/entropy")[-1] > column("plain", "objective/entropy")[-1] + 0.05
+def test_an_entropy_bonus_raises_entropy(base: str, command) -> None:
+    given = (*PPO, *LLAMA, base, "objective.reward=rewards:e", "objective.entropy_coef=1.0", "optimizer.lr=3e-3")
+    assert command("train", *given, "trainer.max_steps=12", "hydra.run.dir=run").status == 0
+    first, *_, last = column("run", "objective/entropy")
+    assert first < 5.0  # of at most log 258 = 5.55
+    assert last > first + 0.1
 
 
 def test_a_critic_of_its_own_is_trained_and_resumed_exactly(base: str, command) -> None:

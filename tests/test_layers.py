@@ -21,7 +21,7 @@ LAYERS = [
     {"modules", "evaluation"},
     {"callbacks", "strategies"},
     {"planning"},
-    {"counting", "export", "load", "summary"},
+    {"counting", "export", "load", "summary", "sweeps"},
     {"compare", "fit", "resume", "rewards", "feedback"},
     {"serving"},
     {"config_errors", "nodes"},

@@ -93,18 +93,24 @@ class Follower:
 
     def room(self, text: list[int]) -> int:
         """How many tokens after the text could be read with it without a restart."""
-        kept = common_length(self.text, text)
-        return max(0, self.context.room + len(self.text) - kept - (len(text) - kept))
+        if self._kept(text, 1):
+            return max(0, self.context.room + len(self.text) - len(text))
+        return max(0, min(self.n_tokens, self.model.config.max_seq_len) - len(text))
 
     def read(self, text: list[int], n: int) -> Tensor:
         """Logits (n, V) of what follows each of the last n tokens of the text, of which there must be room for n - 1."""
-        kept = min(common_length(self.text, text), len(text) - n)
-        back = len(self.text) - kept
-        if back and back >= self.context.n_tokens:  # a restart has dropped what the texts have in common
-            self.context, kept, back = Context(self.model, 1, self.n_tokens), 0, 0
-        self.context.rewind(back)
+        kept = self._kept(text, n)
+        if kept:
+            self.context.rewind(len(self.text) - kept)
+        elif self.text:
+            self.context = Context(self.model, 1, self.n_tokens)
         self.text = list(text)
         return self.context.read_last(torch.tensor([text[kept:]], device=self.device), n)[0]
+
+    def _kept(self, text: list[int], n: int) -> int:
+        """How many of the tokens that it has read serve for all but the last n of the text; a restart may have dropped them."""
+        kept = min(common_length(self.text, text), len(text) - n)
+        return kept if len(self.text) - kept < self.context.n_tokens else 0
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

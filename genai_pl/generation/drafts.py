@@ -46,7 +46,9 @@ class DraftModel:
 
     @torch.no_grad()
     def propose(self, text: list[int], n: int, generator: torch.Generator | None) -> tuple[list[int], Tensor | None]:
-        """Tokens that the draft writes, as it would alone."""
+        """Tokens that the draft writes, as it would alone; none after a token that it does not know."""
+        if max(text) >= self.follower.model.config.vocab_size:
+            return [], None
         tokens: list[int] = []
         drawn = []
         for _ in range(min(n, 1 + self.follower.room(text))):

@@ -77,7 +77,7 @@ def complete(
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if isinstance(model, EncoderDecoder):
-        model, rows = _read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
+        model, rows = read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
     writer = Writer(model, tokenizer, rows, config, limits_of(tokenizer, config), **options)
     if config.num_beams > 1:
@@ -87,7 +87,7 @@ def complete(
     return writer.samples(num_samples, generator)
 
 
-def _read_source(
+def read_source(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
 ) -> Reader:
     """The decoder after the encoder has read the rows, each closed by the end token; it begins with the pad token."""

@@ -3,7 +3,7 @@
 from genai_pl.models.block import Block
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.cache import KVCache
-from genai_pl.models.counts import FlopRates, MemoryEstimate, flop_rates, flops_per_token, memory_estimate, n_parameters
+from genai_pl.models.counts import FlopRates, flop_rates, flops_per_token, n_parameters
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
@@ -18,7 +18,6 @@ __all__ = [
     "EncoderDecoder",
     "FlopRates",
     "KVCache",
-    "MemoryEstimate",
     "Model",
     "ModelConfig",
     "Reader",
@@ -28,7 +27,6 @@ __all__ = [
     "flops_per_token",
     "load_pretrained",
     "load_wrapped",
-    "memory_estimate",
     "n_parameters",
     "save_pretrained",
 ]

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
 from genai_pl.names import Head
+from genai_pl.optim.sharding import local
 from genai_pl.optim import StepInBackward
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class BaseModule(L.LightningModule, ABC):
         self.finished: Metrics = {}  # sums of the last complete step
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
+        self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
         self.steps_in_backward = False  # whether weights move during the backward pass
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
@@ -86,15 +88,23 @@ class BaseModule(L.LightningModule, ABC):
         return {name: value / targets for name, value in sums.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        first = not self.window
-        if first:
-            self._targets = self._over_ranks(batch["window_targets"])
+        targets = self.begin(batch)
         sums = self.step(batch)
-        for name, value in sums.items():
-            self.window[name] = self.window.get(name, 0) + value.detach()
+        self.count(sums)
         # Lightning divides by the accumulated batches and the strategy by the ranks that see different ones
         scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
-        return sums["loss"] * (scale / self._targets.clamp(min=1))
+        return sums["loss"] * (scale / targets)
+
+    def begin(self, batch: Batch) -> Tensor:
+        """All targets of the optimizer step that the batch belongs to, at least 1."""
+        if not self.window:
+            self._targets = self._over_ranks(batch["window_targets"])
+        return self._targets.clamp(min=1)
+
+    def count(self, sums: Metrics) -> None:
+        """Add a batch to the optimizer step under way."""
+        for name, value in sums.items():
+            self.window[name] = self.window.get(name, 0) + value.detach()
 
     def configure_gradient_clipping(
         self,
@@ -104,7 +114,7 @@ class BaseModule(L.LightningModule, ABC):
     ) -> None:
         """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
         groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-        norms = [global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
+        norms = [self.global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
         self.grad_norm, self.lr = torch.stack(norms).norm(), optimizer.param_groups[0]["lr"]
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         self.finished, self.window = self.window, {}
@@ -116,7 +126,7 @@ class BaseModule(L.LightningModule, ABC):
             raise TrainingError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
         if gradient_clip_val:
             scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([_local(grad) for group in groups for grad in group], scale)
+            torch._foreach_mul_([local(grad) for group in groups for grad in group], scale)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         """What scales the loss of fp16, and skips a step whose gradients are not finite at that scale."""
@@ -148,7 +158,11 @@ class BaseModule(L.LightningModule, ABC):
         return metrics if self._scaler() is None else {**metrics, "train/skipped_steps": self.skipped}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for name, value in {**self.step(batch), "targets": batch["targets"]}.items():
+        self.count_validated(batch, self.step(batch))
+
+    def count_validated(self, batch: Batch, sums: Metrics) -> None:
+        """Add a batch to the validation under way."""
+        for name, value in {**sums, "targets": batch["targets"]}.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def on_validation_epoch_end(self) -> None:
@@ -190,7 +204,3 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -68,7 +68,7 @@ class PPOModule(RLModule):
             self.value_head.weight.data.copy_(critic.score.weight)
             critic.score = None
         critic.set_head(Head.none)
-        self.critic = critic
+        self.critic = critic.train(self.training)
 
     def _make_head(self, width: int) -> None:
         self.value_head = nn.Linear(width, 1)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from genai_pl.optim.checks import check
-from genai_pl.optim.groups import NamedParameters, decay_groups, trainable
+from genai_pl.optim.groups import NamedParameters, decay_groups
 
 
 def adamw(
@@ -35,12 +34,13 @@ def adam(
     return _build(torch.optim.Adam, named_parameters, lr, betas, eps, weight_decay, fused)
 
 
-def has_fused_kernel(parameters: Sequence[nn.Parameter]) -> bool:
+def has_fused_kernel(named_parameters: NamedParameters) -> bool:
     """Whether torch can step these parameters in one kernel, which takes no mixture of sharded and whole tensors.
 
     On two CPU cores a step of a GPT takes 0.8, 3.1 and 4.2 ms (1.4M parameters) or 5.8, 19.7 and 17.5 ms (10.8M):
     fused, foreach and for-loop.
     """
+    parameters = [parameter for _, parameter in named_parameters]
     kinds = {type(parameter) for parameter in parameters}  # tensor parallelism leaves norms whole beside DTensors
     return len(kinds) == 1 and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
@@ -55,11 +55,11 @@ def _build(
     fused: bool | None,
 ) -> torch.optim.Adam:
     check("optimizer", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    named = trainable(named_parameters)
-    if fused is None:
-        fused = has_fused_kernel([parameter for _, parameter in named])
+    groups = decay_groups(named_parameters, weight_decay)
+    for group in groups:
+        group["fused"] = has_fused_kernel(group["params"]) if fused is None else fused
     # a list from YAML becomes a tuple: its own class would make the checkpoint unreadable with weights_only=True
-    optimizer = kind(decay_groups(named, weight_decay), lr=lr, betas=tuple(betas), eps=eps, fused=fused)
+    optimizer = kind(groups, lr=lr, betas=tuple(betas), eps=eps)
     # A fused step would unscale fp16 gradients itself, after clipping has seen them scaled; Lightning refuses to clip
     # then, in bf16 too. Let GradScaler unscale first, as for every other optimizer.
     optimizer._step_supports_amp_scaling = False

@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import Group, NamedParameters, decay_groups, trainable
+from genai_pl.optim.sharding import local, piece, share_out
 
 # tables that are looked up, and parameters of scores that no hidden state is multiplied with
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
@@ -45,14 +48,14 @@ def muon(
     hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
     rest = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
     matrices = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr": adjust_lr}
-    fused = has_fused_kernel([parameter for _, parameter in rest])
-    others = {"lr": adam_lr, "betas": tuple(betas), "eps": eps, "fused": fused}
+    others = {"algorithm": "adamw", "lr": adam_lr, "betas": tuple(betas), "eps": eps}
     groups: list[Group] = []
     if hidden:
         matrices |= {"algorithm": "muon", "name": "matrices", "weight_decay": weight_decay}
         groups.append({"params": hidden, **matrices})
     for group in decay_groups(rest, weight_decay) if rest else []:
-        groups.append({**group, "algorithm": "adamw", "name": f"other_{group['name']}", **others})
+        fused = has_fused_kernel(group["params"])
+        groups.append({**group, **others, "name": f"other_{group['name']}", "fused": fused})
     return MuonAdamW(groups)
 
 
@@ -101,20 +104,35 @@ class MuonAdamW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                for parameter in group["params"]:
-                    self._step_matrix(parameter, group)
+                self._step_matrices([p for p in group["params"] if p.grad is not None], group)
         if self._adamw is not None:
             self._adamw.step()
         return loss
 
-    def _step_matrix(self, parameter: Tensor, group: Group) -> None:
-        if parameter.grad is None:
-            return
+    def _step_matrices(self, parameters: list[Tensor], group: Group) -> None:
+        meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+        for parameter in parameters:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            meshes.setdefault(mesh, []).append(parameter)
+        for mesh, some in meshes.items():
+            n_at_once = 1 if mesh is None else mesh.size()  # whole matrices in memory
+            for first in range(0, len(some), n_at_once):
+                self._step_some(some[first : first + n_at_once], group, mesh)
+
+    def _step_some(self, parameters: list[Tensor], group: Group, mesh: DeviceMesh | None) -> None:
+        updates = [self._update(parameter, group) for parameter in parameters]
+        # Newton-Schulz on pieces would send them around in each of its steps
+        directions = map(orthogonalize, updates) if mesh is None else share_out(orthogonalize, updates, mesh)
+        for parameter, direction in zip(parameters, directions, strict=True):
+            scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape)
+            own = local(parameter)
+            own.mul_(1.0 - group["lr"] * group["weight_decay"])
+            own.add_(local(piece(direction, parameter)), alpha=-group["lr"] * scale)
+
+    def _update(self, parameter: Tensor, group: Group) -> Tensor:
+        """The momentum of a matrix after this step; with `nesterov`, a step ahead."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         mean = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - group["momentum"])
-        update = parameter.grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-        scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape)
-        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonalize(update), alpha=-group["lr"] * scale)
+        return parameter.grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean

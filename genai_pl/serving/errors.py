@@ -92,7 +92,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()
         return ApiError(422, f"{where or 'body'}: {first['msg']}", param=where or None).response()
@@ -101,6 +101,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UserError, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _names_a_type(part: str | int) -> bool:
+    """Whether pydantic means a member of a union, not a field."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, object]]:

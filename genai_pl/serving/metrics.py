@@ -2,7 +2,6 @@
 
 import os
 import resource
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -11,15 +10,11 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
+from genai_pl.serving.settings import FOLDER
+
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-def share_between_processes() -> str:
-    """A folder for the numbers of all workers, named to those that are started from here."""
-    return os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="genai_pl-metrics-"))
 
 
 class Occupied(Protocol):

@@ -2,43 +2,47 @@
 
 import errno
 import os
+import signal
 import socket
+from dataclasses import replace
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from genai_pl.errors import ConfigError
-from genai_pl.serving.metrics import share_between_processes
-from genai_pl.serving.settings import VARIABLE, Settings
+from genai_pl.serving.settings import VARIABLE, Settings, share_between_processes
 
-HEALTH_SECONDS = 60  # for a worker to say that it lives: loading a large model holds it up
+HEALTH_SECONDS = 15  # for a worker to say that it lives, from a thread of its own
 
 
 def serve(settings: Settings) -> int:
     """Serve until a signal, then finish what runs; exit status 0."""
-    listener = bind(settings.host, settings.port)
-    port = listener.getsockname()[1]
     options = {
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
         "timeout_graceful_shutdown": max(1, round(settings.drain)),
     }
-    if settings.workers == 1:
-        from genai_pl.serving.worker import build, description
-
-        behind, app = build(settings)
-        print(description(behind, settings, port), flush=True)
-        uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
-        return 0
-    return _serve_several(settings, listener, port, options)
+    with bind(settings.host, settings.port) as listener:
+        settings = replace(settings, port=listener.getsockname()[1])
+        return (_serve_alone if settings.workers == 1 else _serve_together)(settings, listener, options)
 
 
-def _serve_several(settings: Settings, listener: socket.socket, port: int, options: dict[str, object]) -> int:
-    from dataclasses import replace
+def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
+    from genai_pl.serving.worker import build, description
 
+    behind, app = build(settings)
+    print(description(behind, settings), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn has one of its own, and sends the signal on when it is done
+    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
+    return 0
+
+
+def _serve_together(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
+    """Worker processes read their settings from the environment; the first one says what is served."""
     share_between_processes()
-    os.environ[VARIABLE] = replace(settings, port=port).to_json()
+    os.environ[VARIABLE] = settings.to_json()
     config = uvicorn.Config(
         "genai_pl.serving.worker:create",
         factory=True,
@@ -48,7 +52,7 @@ def _serve_several(settings: Settings, listener: socket.socket, port: int, optio
     )
     supervisor = Multiprocess(config, sockets=[listener])
     supervisor.run()
-    return 1 if any(process.exitcode not in (0, None) for process in supervisor.processes) else 0
+    return 1 if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes) else 0
 
 
 def bind(host: str, port: int) -> socket.socket:

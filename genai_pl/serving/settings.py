@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from genai_pl.specs import GenerationConfig
 
 VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
 KEYS = "GENAI_PL_API_KEYS"  # keys of clients, separated by commas
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "openai")
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -105,3 +107,8 @@ def read_keys(path: str | None) -> list[str]:
     if path is not None and not keys:
         raise ConfigError(f"api_keys={path}: no key in it; write one a line")
     return keys
+
+
+def share_between_processes() -> str:
+    """A folder for the numbers of all workers, named to those that are started from here."""
+    return os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="genai_pl-metrics-"))

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
 
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.serving.app import create_app
-from genai_pl.serving.metrics import FOLDER, Metrics
+from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
-from genai_pl.serving.settings import VARIABLE, Settings, read_keys
+from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 from genai_pl.serving.upstream import Upstream
 
-STARTUP_FAILURE = 3  # by which uvicorn and gunicorn know that another try would fail too
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
@@ -34,9 +34,9 @@ def create() -> FastAPI:
     except UserError as error:
         if first_to("fail"):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(STARTUP_FAILURE)
+        sys.exit(STARTUP_FAILURE)  # another try would fail too
     if first_to("describe"):
-        print(description(behind, settings, settings.port), flush=True)
+        print(description(behind, settings), flush=True)
     return app
 
 
@@ -51,10 +51,10 @@ def first_to(what: str) -> bool:
     return True
 
 
-def description(behind: Service | Upstream, settings: Settings, port: int) -> str:
+def description(behind: Service | Upstream, settings: Settings) -> str:
     """What is served, where, and a command to try."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{port}"
+    address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{settings.port}"
     lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
     if isinstance(behind, Upstream):
         lines["serving"] = f"what {settings.url} serves"

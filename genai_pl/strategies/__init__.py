@@ -3,10 +3,12 @@
 from genai_pl.strategies.deepspeed import deepspeed
 from genai_pl.strategies.launcher import RankLauncher, follow_launcher, launched
 from genai_pl.strategies.pieces import gather
+from genai_pl.strategies.pipeline import PipelineStrategy
 from genai_pl.strategies.recompute import kept_operations, recompute
 from genai_pl.strategies.sharded import ShardedStrategy
 
 __all__ = [
+    "PipelineStrategy",
     "RankLauncher",
     "ShardedStrategy",
     "deepspeed",

@@ -44,6 +44,15 @@ class RankLauncher(_SubprocessScriptLauncher):
             self.procs.append(subprocess.Popen(self.command, env=variables))
         threading.Thread(target=_watch, args=(self.procs,), daemon=True).start()
 
+    def explain(self) -> None:
+        """End the run with one line if a process was killed: what this one met is that the other no longer answers."""
+        deadline = time.monotonic() + PERIOD
+        while time.monotonic() < deadline:
+            for rank, process in enumerate(self.procs, 1):
+                if (process.poll() or 0) < 0:
+                    _end(self.procs, rank)
+            time.sleep(PERIOD / 10)
+
     def close(self, *, failed: bool) -> None:
         """End what was started, so that this process can start another run."""
         for process in self.procs:
@@ -67,10 +76,12 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
         yield
         if dist.is_initialized():
             trainer.strategy.barrier()
-    except BaseException:
+    except BaseException as error:
         if MARK in os.environ:
             time.sleep(GRACE / 2)  # the first process tells what all of them met
         if isinstance(launcher, RankLauncher):
+            if isinstance(error, Exception):
+                launcher.explain()
             launcher.close(failed=True)
         raise
     if dist.is_initialized():
@@ -88,6 +99,8 @@ def follow_launcher() -> None:
 def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(PERIOD)
+    if os.environ["LOCAL_RANK"] == "1":  # one tells for all
+        print("error: process 0 of the run was lost; all end here", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -99,9 +112,16 @@ def _watch(processes: list[subprocess.Popen]) -> None:
         lost = [(rank, process.poll()) for rank, process in enumerate(processes, 1) if process.poll()]
     if not lost:
         return
-    rank, status = lost[0]
+    rank, status = min(lost, key=lambda found: found[1])  # one that was killed made the others fail
     if status > 0:  # it has told why, and this process may be about to
         time.sleep(GRACE)
+    _end(processes, rank)
+
+
+def _end(processes: list[subprocess.Popen], rank: int) -> None:
+    status = processes[rank - 1].poll()
+    for process in processes:
+        process.kill()
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     print(f"error: process {rank} of the run {how}; all end here", file=sys.stderr, flush=True)
     sys.stdout.flush()

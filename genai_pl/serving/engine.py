@@ -1,0 +1,251 @@
+"""Continuous batching (Yu et al. 2022): one thread owns the model, and requests join and leave between two of its steps."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+
+from genai_pl.errors import ConfigError
+from genai_pl.generation import limits_of
+from genai_pl.models import Model, WrappedDecoder
+from genai_pl.names import AttentionKind
+from genai_pl.serving.batch import Adapters, Apart, Together, why_apart
+from genai_pl.serving.choosing import choose
+from genai_pl.serving.requests import Busy, Observer, Request, Stream
+from genai_pl.serving.row import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("genai_pl.serving")
+
+
+class Engine:
+    """Answers requests, up to `slots` of them at once, while up to `queue_size` wait.
+
+    Prompts are read in chunks of at most `prefill_chunk` tokens, one chunk between two steps, so that a long one keeps
+    nobody waiting. max_length bounds prompt and answer together; `adapters` are folders by the names that requests use.
+    """
+
+    def __init__(
+        self,
+        model: Model | WrappedDecoder,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
+        queue_size: int = 64,
+        prefill_chunk: int = 512,
+        adapters: Mapping[str, str] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        for name, value in {"slots": slots, "queue_size": queue_size, "prefill_chunk": prefill_chunk}.items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        self.model = model.eval()
+        self.tokenizer = deepcopy(
+            tokenizer
+        )  # it is used in another thread, and tokenizers change state while they work
+        self.slots, self.queue_size = slots, queue_size
+        self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
+        self.observer = observer or Observer()
+        self.adapters = Adapters(model, adapters or {})
+        self.device = self.adapters.device
+        self.batch = self._make_batch()
+        self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
+        self.waiting: deque[Row] = deque()
+        self.reading: Row | None = None  # its prompt is read in part
+        self.seconds = 1.0  # that a request takes, on average
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    def _make_batch(self) -> Together | Apart:
+        reason = why_apart(self.model)
+        if reason is None:
+            return Together(self.model, self.adapters, self.slots)
+        log.info("serving: a pass of the model for each row, because %s", reason)
+        return Apart(self.adapters, whole_prompts=self.model.config.attention_kind is not AttentionKind.full)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests with one."""
+        return len(self.batch.rows) + (self.reading is not None)
+
+    def start(self) -> None:
+        """Begin to answer what is submitted, or was."""
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, *, drain: bool = True, timeout: float = 30) -> None:
+        """Take no more requests, finish those that are there (not without `drain`, nor after `timeout`), and end."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        if self._thread is not None and drain:
+            self._thread.join(timeout)
+        self._cancel_all()
+        if self._thread is not None:
+            self._thread.join()  # the step that it is in
+            self._thread = None
+        self._sweep()
+
+    def submit(self, request: Request) -> Stream:
+        """The answer, which begins as soon as a slot is free; Busy if too many wait, ConfigError for what cannot work."""
+        self._check(request)
+        if self.n_waiting >= self.queue_size or self._is_stopping:  # before any work
+            raise Busy(self._wait())
+        limits = limits_of(self.tokenizer, request.config)
+        row = Row(request, Stream(self._notify), limits=limits, model=self.model, tokenizer=self.tokenizer)
+        with self._changed:
+            if self.n_waiting >= self.queue_size or self._is_stopping:
+                raise Busy(self._wait())
+            self.waiting.append(row)
+            self._changed.notify_all()
+        self.observer.queued()
+        return row.stream
+
+    def _check(self, request: Request) -> None:
+        ids, config = request.input_ids, request.config
+        if not ids:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if len(ids) > self.max_length:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, the model reads at most {self.max_length}: shorten the prompt"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+            raise ConfigError(f"the prompt has tokens that are not among the model's {self.model.config.vocab_size}")
+        if request.adapter is not None and request.adapter not in self.adapters.adapters:
+            known = ", ".join(self.adapters.adapters) or "none"
+            raise ConfigError(f"adapter={request.adapter} is not loaded; there is: {known}")
+        if config.num_beams > 1 or config.speculates:
+            raise ConfigError("serving draws one token at a time: no num_beams, draft or prompt_lookup in generation")
+
+    def _wait(self) -> float:
+        """Seconds until a place in the queue is likely to be free."""
+        return max(1.0, self.seconds / self.slots)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self.waiting or self.n_running or self._is_stopping)
+                if not (self.waiting or self.n_running):
+                    return
+                self._turn()
+
+    def _turn(self) -> None:
+        """End what is over, read a chunk of prompts, and give every row its next token."""
+        self._sweep()
+        self._read_prompts()
+        try:
+            if self.batch.rows:
+                self._step()
+        except Exception:
+            log.exception("a step failed: the answers in it end")
+            for row in self.batch.clear():
+                self._end(row, "error")
+
+    def _sweep(self) -> None:
+        """End the answers that are over, or that nobody waits for."""
+        now = time.monotonic()
+        with self._changed:
+            for row in self.waiting:
+                row.check(now)
+            over = [row for row in self.waiting if row.ending]
+            self.waiting = deque(row for row in self.waiting if not row.ending)
+        for row in over:
+            self._end(row)
+        if self.reading is not None:
+            self.reading.check(now)
+            if self.reading.ending:
+                self._end(self.reading)
+                self.reading = None
+        for row in self.batch.rows:
+            row.check(now)
+        self._leave()
+
+    def _read_prompts(self) -> None:
+        """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins."""
+        left = self.chunk
+        while left > 0 and (self.reading is not None or self._admit()):
+            row = self.reading
+            try:
+                n = min(left, self.chunk)
+                before = row.n_read
+                self.adapters.choose([row.request.adapter])
+                logits = row.read(n, self.device)
+                left -= row.n_read - before
+                if logits is None:
+                    continue
+                self._take(logits, [row])
+                if row.ending is None:
+                    self.batch.join(row)
+                else:
+                    self._end(row)
+            except Exception:
+                log.exception("a prompt cannot be read: its answer ends")
+                self._end(row, "error")
+            self.reading = None
+
+    def _admit(self) -> bool:
+        """Whether the next request has begun to be read."""
+        with self._changed:
+            if not self.waiting or self.n_running >= self.slots:
+                return False
+            self.reading = self.waiting.popleft()
+        row = self.reading
+        self.observer.started(time.monotonic() - row.submitted)
+        try:
+            row.open(self.model, self.tokenizer, room=self.batch.room(row, self.max_length), device=self.device)
+        except Exception:
+            log.exception("a request cannot begin")
+            self._end(row, "error")
+            self.reading = None
+            return self._admit()
+        return True
+
+    def _step(self) -> None:
+        """One more token for every row."""
+        rows = list(self.batch.rows)
+        self._take(self.batch.read(), rows)
+        self.observer.step(len(rows))
+        self._leave()
+
+    def _take(self, logits: torch.Tensor, rows: list[Row]) -> None:
+        for row, chosen in zip(rows, choose(logits, rows), strict=True):
+            if chosen is not None:
+                row.take(*chosen, max_length=self.max_length)
+                row.tell(self.observer)
+
+    def _leave(self) -> None:
+        for n in reversed(range(len(self.batch.rows))):
+            if self.batch.rows[n].ending:
+                self._end(self.batch.leave(n))
+
+    def _end(self, row: Row, reason: str | None = None) -> None:
+        row.ending = reason or row.ending
+        self.seconds += 0.1 * (time.monotonic() - row.submitted - self.seconds)
+        row.end(self.observer)
+
+    def _cancel_all(self) -> None:
+        with self._changed:
+            rows = [*self.waiting, *self.batch.rows] + ([self.reading] if self.reading else [])
+            for row in rows:
+                row.stream.is_cancelled = True
+            self._changed.notify_all()

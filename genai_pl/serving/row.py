@@ -1,0 +1,107 @@
+"""One request while it is being answered."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from genai_pl.generation import Limits, TextStream
+from genai_pl.generation.rules import Rules, build_rules
+from genai_pl.generation.text import read_source
+from genai_pl.models import Decoder, EncoderDecoder, KVCache, Model, Reader, WrappedDecoder
+from genai_pl.serving.requests import Observer, Piece, Request, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from genai_pl.models.wrapped_cache import WrappedCache
+
+
+class Row:
+    """Its prompt, what it has written, and all that its next token depends on; `ending` says why it is over."""
+
+    def __init__(
+        self,
+        request: Request,
+        stream: Stream,
+        *,
+        limits: Limits,
+        model: Model | WrappedDecoder,
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> None:
+        self.request, self.config, self.stream = request, request.config, stream
+        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # an encoder-decoder reads the prompt beside the text that it begins
+        self.prompt = [pad] if isinstance(model, EncoderDecoder) else list(request.input_ids)
+        vocab_size = model.config.vocab_size
+        self.rules: Rules | None = build_rules(self.config, limits, torch.tensor([self.prompt]), None, vocab_size)
+        self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(limits.ends))
+        self.written: list[int] = []
+        self.ending: str | None = None
+        self.submitted = self.told = time.monotonic()
+        self.n_read = 0  # of the prompt
+        self.model: Decoder | WrappedDecoder | Reader | None = None
+        self.cache: KVCache | WrappedCache | None = None
+        self.generator: torch.Generator | None = None
+        self.seen: Tensor | None = None  # (V,) what the repetition penalty counts
+
+    def open(
+        self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", *, room: int, device: torch.device
+    ) -> None:
+        """Get ready to read the prompt, with a cache of so many tokens."""
+        if isinstance(model, EncoderDecoder):
+            model = read_source(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
+        self.model, self.cache = model, model.new_cache(1, room)
+        if self.config.temperature > 0:
+            self.generator = torch.Generator(device)
+            if self.request.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.request.seed)
+        if self.config.repetition_penalty != 1:
+            self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+            self.seen[self.prompt] = True
+
+    def read(self, limit: int, device: torch.device) -> Tensor | None:
+        """Read at most `limit` more tokens of the prompt; the logits (1, V) of what follows it once it is read."""
+        new = self.prompt[self.n_read : self.n_read + limit]
+        hidden = self.model.features(torch.tensor([new], device=device), cache=self.cache)
+        self.n_read += len(new)
+        return self.model.logits(hidden[:, -1]) if self.n_read == len(self.prompt) else None
+
+    def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int) -> None:
+        """Write a token; the last one brings the text that was held back."""
+        self.written.append(token)
+        if self.seen is not None:
+            self.seen[token] = True
+        text = self.text.push(token)
+        n = len(self.written)
+        if self.text.ended:
+            self.ending = "stop"
+        elif n >= self.config.max_new_tokens or len(self.prompt) + n > max_length:
+            self.ending = "length"
+            text += self.text.close()
+        self.stream.put(Piece(text, token, logprob, top))
+
+    def tell(self, observer: Observer) -> None:
+        """Say how long its newest token took."""
+        now = time.monotonic()
+        if len(self.written) == 1:
+            observer.first_token(now - self.submitted)
+        else:
+            observer.token(now - self.told)
+        self.told = now
+
+    def check(self, now: float) -> None:
+        """Set `ending` for an answer that nobody waits for any more."""
+        if self.stream.is_cancelled:
+            self.ending = "cancelled"
+        elif self.request.deadline is not None and now > self.request.deadline:
+            self.ending = "deadline"
+
+    def end(self, observer: Observer) -> None:
+        """Tell reader and observer why there is no more, and let go of all memory."""
+        observer.finished(self.ending, len(self.request.input_ids), len(self.written))
+        self.cache = self.model = self.seen = None
+        self.stream.end(self.ending)

@@ -1,0 +1,214 @@
+"""Pipeline parallelism: each process holds neighbouring blocks, and microbatches travel from one process to the next."""
+
+from collections.abc import Callable, Mapping
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.stack import Stack
+from genai_pl.modules.base import BaseModule, Batch, global_norm
+from genai_pl.modules.tokens import TokenModule
+from genai_pl.names import Position
+from genai_pl.peft.quantize import QuantizedLinear
+from genai_pl.strategies.sharded import ShardedStrategy
+from genai_pl.strategies.stages import SCHEDULES, Pipeline, Stage, find_holders, release
+from genai_pl.strategies.states import find_owners, restore_state
+
+
+class PipelineStrategy(ShardedStrategy):
+    """The blocks of a model divided among processes (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019).
+
+    The processes of a pipeline are given the same batch. The optimizer knows all parameters on all of them, and a
+    checkpoint is that of one process, so that a run goes on with any number of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: str = "1f1b",
+        microbatches: int = 4,
+        data_parallel_size: int | None = 1,
+        pipeline_parallel_size: int | None = None,
+    ) -> None:
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"strategy.schedule={schedule}: {' or '.join(SCHEDULES)}")
+        if microbatches < 1:
+            raise ConfigError(f"strategy.microbatches={microbatches}: at least 1")
+        super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=pipeline_parallel_size)
+        self.schedule, self.microbatches = schedule, microbatches
+        self._holders: dict[nn.Parameter, tuple[int, ...]] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of processes that hold the same parameters
+        self._batch: Batch = {}
+
+    @property
+    def stage(self) -> int:
+        """The place of this process in its pipeline."""
+        return self.global_rank % self.sizes[1]
+
+    def check(self, module: BaseModule) -> None:
+        """ConfigError for an objective, a model or sizes that do not fit, before any process is started."""
+        data, stages = self.sizes
+        n_processes = self.num_processes * self.num_nodes
+        if data * stages != n_processes:
+            raise ConfigError(
+                f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be the number "
+                f"of processes, trainer.devices x trainer.num_nodes ({n_processes})"
+            )
+        model, instead = module.model, "use strategy=fsdp here"
+        if not isinstance(module, TokenModule):
+            raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
+        if not isinstance(model, Stack) or model.config.position is Position.xl:
+            raise ConfigError(f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}")
+        if model.config.share_layers or model.config.n_layer < stages:
+            raise ConfigError(
+                f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "
+                f"needs layers of their own for each of {stages} processes"
+            )
+        if model.virtual is not None:
+            raise ConfigError(f"strategy=pipeline: virtual tokens (peft=prompt, peft=prefix) belong to no stage; {instead}")
+        if any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
+        if self.precision_plugin.precision == "16-mixed":
+            raise ConfigError("precision=fp16: strategy=pipeline does not scale losses; precision=bf16")
+
+    def check_rows(self, rows: int) -> None:
+        """ConfigError for batches that cannot be divided, or are too few for all processes to be busy."""
+        if rows % self.microbatches:
+            raise ConfigError(f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})")
+        if self.schedule == "1f1b" and self.microbatches < self.sizes[1]:
+            raise ConfigError(
+                f"strategy.microbatches ({self.microbatches}) must be at least strategy.pipeline_parallel_size "
+                f"({self.sizes[1]}) under schedule=1f1b"
+            )
+
+    def _split(self, module: L.LightningModule) -> None:
+        """Keep the blocks of this process's stage, in place."""
+        n_stages, stage = self.sizes[1], self.stage
+        self._holders = find_holders(module.model, n_stages)
+        for parameter, stages in self._holders.items():
+            if stage not in stages:
+                release(parameter, parameter.device)
+        pipelines = self.device_mesh.mesh.tolist()  # (data, stages) ranks
+        shared = sorted({stages for stages in self._holders.values() if len(stages) > 1})
+        for stages in shared:
+            self._groups[stages] = self._own_group([[ranks[s] for s in stages] for ranks in pipelines])
+        self._cpu_group = self._own_group(pipelines, backend="gloo")
+        torch.manual_seed(torch.initial_seed() + stage)  # dropout differs from block to block
+        group = self.device_mesh["tensor_parallel"].get_group()
+        part = Stage(module, stage, n_stages, self.precision_plugin.forward_context)
+        self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, microbatches=self.microbatches)
+        module.global_norm = self._global_norm
+
+    def _own_group(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:
+        """That of the groups which this process is in; all processes make all of them."""
+        made = [dist.new_group(ranks, **options) for ranks in groups]
+        return next((group for group, ranks in zip(made, groups, strict=True) if self.global_rank in ranks), None)
+
+    def _holds(self, parameter: Tensor) -> bool:
+        return self.stage in self._holders[parameter]
+
+    def model_to_device(self) -> None:
+        for parameter in self._holders:
+            if self._holds(parameter):
+                parameter.data = parameter.data.to(self.root_device)
+            else:
+                release(parameter, self.root_device)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+
+    def training_step(self, batch: Batch, *_: object) -> Tensor:
+        self._batch = batch
+        return torch.zeros((), device=self.root_device)  # the first backward passes come before the last forward passes
+
+    def backward(self, closure_loss: Tensor, *_: object, **__: object) -> Tensor:
+        module = self.lightning_module
+        sums = self._pipeline.run(self._batch, 1 / module.begin(self._batch), train=True)
+        module.count(sums)
+        return closure_loss
+
+    def validation_step(self, batch: Batch, *_: object) -> None:
+        module = self.lightning_module
+        module.count_validated(batch, self._pipeline.run(batch, torch.ones((), device=self.root_device), train=False))
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **given: object
+    ) -> object:
+        def complete() -> object:
+            loss = closure()
+            self._sum_gradients()
+            return loss
+
+        return super().optimizer_step(optimizer, complete, model, **given)
+
+    def _sum_gradients(self) -> None:
+        """Add up what the stages that hold a parameter, and pipelines that see other batches, say about it."""
+        data = self.device_mesh["data_parallel"]
+        for parameter, stages in self._holders.items():
+            if not parameter.requires_grad or not self._holds(parameter):
+                continue
+            if parameter.grad is None and len(stages) > 1:
+                parameter.grad = torch.zeros_like(parameter)
+            if len(stages) > 1:
+                dist.all_reduce(parameter.grad, group=self._groups[stages])
+            if data.size() > 1 and parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=data.get_group())
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm over all stages, in which what several hold counts once."""
+        again = {id(p.grad) for p, stages in self._holders.items() if self.stage in stages[1:]}
+        own = global_norm([gradient for gradient in gradients if id(gradient) not in again])
+        square = own.to(self.root_device).double() ** 2
+        dist.all_reduce(square, group=self._pipeline.group)
+        return square.sqrt().to(own.dtype)
+
+    def _collect(self, own: dict) -> dict:
+        """On the first process the values of all stages of its pipeline, by name or number; nothing on others."""
+        if self.global_rank >= self.sizes[1]:
+            return {}
+        parts: list[dict] | None = [{}] * self.sizes[1] if self.is_global_zero else None
+        dist.gather_object(own, parts, group=self._cpu_group, group_dst=0)
+        return {key: value for part in reversed(parts or []) for key, value in part.items()}
+
+    def gather(self) -> None:
+        """Give the first process all parameters, in place and on the CPU; all processes must call it."""
+        named = dict(self.lightning_module.named_parameters())
+        found = self._collect({name: p.detach().cpu() for name, p in named.items() if self._holds(p)})
+        for name, value in found.items():
+            named[name].data = value
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        state = self.lightning_module.state_dict(keep_vars=True)
+        copies = {value: value.detach().cpu() for value in state.values() if self._keeps(value)}  # a tied weight stays tied
+        found = self._collect({name: copies[value] for name, value in state.items() if value in copies})
+        return {name: found[name] for name in state} if self.is_global_zero else {}
+
+    def _keeps(self, value: Tensor) -> bool:
+        """Whether it is a parameter of this stage, or a buffer, which all have."""
+        return value not in self._holders or self._holds(value)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        module, saved = self.lightning_module, checkpoint["state_dict"]
+        own = module.state_dict(keep_vars=True)
+        if strict and (differing := own.keys() ^ saved.keys()):
+            raise CheckpointError(f"the checkpoint is of another model: only one of them has {min(differing)}")
+        kept = {name: value for name, value in saved.items() if name in own and self._keeps(own[name])}
+        module.load_state_dict(kept, strict=False)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
+        state = super().optimizer_state(optimizer)
+        own = {n: {k: _on_cpu(v) for k, v in values.items()} for n, values in state["state"].items()}
+        return {**state, "state": dict(sorted(self._collect(own).items()))}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            owners = find_owners(optimizer, saved)
+            kept = {n: values for n, values in saved["state"].items() if self._holds(owners[n])}
+            restore_state(optimizer, {**saved, "state": kept})
+
+
+def _on_cpu(value: object) -> object:
+    return value.cpu() if isinstance(value, Tensor) else value

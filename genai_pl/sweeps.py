@@ -1,0 +1,81 @@
+"""Sweeps that go on: which one, with which settings, and what each of its jobs still has to do."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from genai_pl.errors import UserError
+from genai_pl.files import write_atomic
+
+RESULTS = "results.json"  # in the folder of a run that reached its end: its last step and what it measured there
+ROOT, SAVED = "multirun", "multirun.yaml"
+
+
+def replay_sweep(arguments: list[str]) -> list[str]:
+    """The command line that goes on with the newest sweep, or that of hydra.sweep.dir: its own overrides, then the new ones."""
+    given = {_key(a): a for a in arguments}
+    chosen = given.get("hydra.sweep.dir")
+    folder = _newest(Path(_value(chosen) if chosen else ROOT))
+    if folder is None:
+        print("resume=auto: no sweep to continue, starting a new one", flush=True)
+        return [a for a in arguments if _key(a) != "resume"]
+    saved = _saved_overrides(folder)
+    ours = {_key(o): o for o in saved if _key(o) not in ("resume", "dry_run", "hydra.mode")}
+    for key, argument in given.items():
+        before = ours.get(key)
+        if before != argument and (_sweeps(argument) or (before is not None and _sweeps(before))):
+            had = f"was started with {before}" if before else f"was started without {key}"
+            raise UserError(f"resume=auto: the sweep {folder} {had}, not {argument}; leave out resume to start another")
+    unsafe = next((o for o in ours.values() if "_target_" in o and _key(o) not in given), None)
+    if unsafe:
+        raise UserError(f"{folder}/{SAVED}: {unsafe} names code to run; give it on the command line to allow it")
+    sweeper = ours.get("hydra/sweeper", given.get("hydra/sweeper"))
+    if sweeper and _value(sweeper) != "basic":
+        raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
+    kept = [o for key, o in ours.items() if key not in given]
+    print(f"resume=auto: going on with the sweep {folder}", flush=True)
+    return [*kept, *arguments, *([] if chosen else [f"hydra.sweep.dir='{folder}'"])]
+
+
+def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
+    """Say that the run reached its end, and with which figures."""
+    text = json.dumps({"step": step, **metrics}, indent=2) + "\n"
+    write_atomic(run / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def finished(run: Path, max_steps: int) -> dict[str, float] | None:
+    """The results of a run that reached its end, unless it is to take more steps now."""
+    try:
+        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return results if results["step"] >= max_steps else None
+
+
+def _newest(root: Path) -> Path | None:
+    found = [root / SAVED] if (root / SAVED).exists() else list(root.rglob(SAVED))
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
+
+
+def _saved_overrides(folder: Path) -> list[str]:
+    path = folder / SAVED
+    try:
+        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["overrides"]
+        return [str(o) for kind in ("hydra", "task") for o in overrides[kind]]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _value(argument: str) -> str:
+    return argument.partition("=")[2].strip("'\"")
+
+
+def _sweeps(argument: str) -> bool:
+    value = argument.partition("=")[2]
+    return bool(re.match(r"(choice|range|interval|glob)\(", value)) or ("," in value and value[0] not in "[{'\"")

@@ -1,0 +1,153 @@
+"""Requests that nobody would send, made from our own OpenAPI description: each is answered, and never by a failure."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+hypothesis = pytest.importorskip("hypothesis", reason="needs pip install hypothesis")
+httpx = pytest.importorskip("httpx")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from genai_pl.serving.app import create_app
+from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.settings import Limits
+from tests.serving.servers import make_service, running, serving
+
+EXAMPLES = 200
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-3, 3),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=30),
+    st.sampled_from(["\ud800", "\x00", "🙂", "", "true", "x" * 5000, "../../etc/passwd", "{{ 7 * 7 }}"]),
+)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+)
+
+
+def fitting(schema: dict, parts: dict) -> st.SearchStrategy:
+    """Values that a schema of the description allows, more or less."""
+    if "$ref" in schema:
+        return fitting(parts[schema["$ref"].rpartition("/")[2]], parts)
+    if "anyOf" in schema:
+        return st.one_of([fitting(one, parts) for one in schema["anyOf"]])
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    kind = schema.get("type")
+    if kind == "object":
+        known = {"model": st.just("tiny"), "adapter": st.none(), "timeout": st.just(20)}
+        fields = {
+            name: known[name] if name in known else fitting(one, parts)
+            for name, one in schema.get("properties", {}).items()
+        }
+        required = {name: fields.pop(name) for name in schema.get("required", [])}
+        return st.fixed_dictionaries(required, optional=fields)
+    if kind == "array":
+        return st.lists(fitting(schema.get("items", {}), parts), min_size=schema.get("minItems", 0), max_size=3)
+    if kind == "integer":
+        low = schema.get("minimum", 0)
+        return st.integers(low, low + 2)
+    if kind == "number":
+        return st.floats(max(schema.get("minimum", 0), schema.get("exclusiveMinimum", 0)), 2, exclude_min=True)
+    return {"boolean": st.booleans(), "null": st.none(), "string": st.text(min_size=1, max_size=20)}.get(kind, ANYTHING)
+
+
+def bodies(schema: dict, parts: dict) -> st.SearchStrategy:
+    """Bodies that are right, wrong in one field, wrong in many, or no JSON at all."""
+    right = fitting(schema, parts)
+    names = [*parts[schema["$ref"].rpartition("/")[2]]["properties"], "tools", "logit_bias", "best_of"]
+    spoiled = st.tuples(right, st.sampled_from(names), ANYTHING).map(lambda t: {**t[0], t[1]: t[2]})
+    wrong = st.dictionaries(st.sampled_from(names) | st.text(max_size=10), ANYTHING, max_size=5)
+    as_bytes = st.one_of(right, spoiled, spoiled, wrong, ANYTHING).map(lambda value: json.dumps(value).encode())
+    return st.one_of(as_bytes, as_bytes, as_bytes, st.binary(max_size=60), as_bytes.map(lambda body: body[: len(body) // 2]))
+
+
+def requests(description: dict) -> st.SearchStrategy:
+    """Path, body and kind of content."""
+    parts = description["components"]["schemas"]
+    posts = []
+    for path, methods in description["paths"].items():
+        if "post" in methods:
+            schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+            posts.append(st.tuples(st.just(path), bodies(schema, parts)))
+    kinds = st.sampled_from(["application/json"] * 8 + ["text/plain", "", "multipart/form-data", "application/json; charset=x"])
+    return st.tuples(st.one_of(posts), kinds)
+
+
+LENGTHS = {"/generate": "max_new_tokens", "/v1/completions": "max_tokens", "/v1/chat/completions": "max_tokens"}
+
+
+def shorten(path: str, body: bytes) -> bytes:
+    """The body with few tokens to write where it does not say how many: what is tried here comes before the model."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(found, dict) or path not in LENGTHS:
+        return body
+    return json.dumps({LENGTHS[path]: 3, **found}).encode()
+
+
+def test_no_request_makes_the_server_fail(tiny: Path) -> None:
+    service = make_service(tiny, limits=Limits(max_tokens=8, max_n=3, max_inputs=4, max_body_mib=0.1, timeout=20))
+    app = create_app(service, service.settings, Metrics())
+    description = app.openapi()
+    statuses: Counter[int] = Counter()
+    with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(requests(description))
+        def send(request) -> None:
+            (path, body), kind = request
+            reply = client.post(path, content=shorten(path, body), headers={"content-type": kind} if kind else {})
+            assert reply.status_code < 500, (path, body, reply.text)
+            assert "Traceback" not in reply.text
+            if reply.status_code >= 400:
+                assert set(reply.json()["error"]) == {"message", "type", "param", "code"}, reply.text
+            statuses[reply.status_code] += 1
+
+        send()
+        assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1}).status_code == 200
+        assert service.engine.n_running == service.engine.n_waiting == 0
+    assert statuses[200] > EXAMPLES / 20, statuses  # and not because everything is refused
+    assert statuses[422] > EXAMPLES / 20, statuses
+
+
+PATHS = ("/generate/", "/%00", "/v1", "/v1/models/%F0%9F%99%82", "/../serve.py", "/static/../app.py", "/v1/models/")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_strange_paths_are_not_found(path: str, client) -> None:
+    reply = client.get(path)
+    assert reply.status_code in (307, 404, 405)
+    if reply.status_code != 307:
+        assert reply.json()["error"]["message"]
+
+
+def test_a_description_of_the_proxy_is_the_same(tiny: Path) -> None:
+    from genai_pl.serving.settings import Settings
+    from genai_pl.serving.upstream import Upstream
+
+    proxied = Settings(backend="openai", url="http://elsewhere/v1")
+    metrics = Metrics()
+    theirs = create_app(Upstream(proxied, metrics), proxied, metrics).openapi()
+    with serving(make_service(tiny)) as client:
+        ours = client.get("/openapi.json").json()
+    assert set(theirs["paths"]) == set(ours["paths"])
+    for path, methods in ours["paths"].items():
+        for method, operation in methods.items():
+            assert theirs["paths"][path][method].get("requestBody") == operation.get("requestBody")

@@ -1,0 +1,131 @@
+"""What Prometheus reads, and that the dashboard asks for what there is."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+pytest.importorskip("prometheus_client", reason="needs pip install -e '.[serve]'")
+httpx = pytest.importorskip("httpx")
+
+from genai_pl.serving.metrics import Metrics, forget_dead
+from genai_pl.serving.server import bind
+from tests.conftest import ROOT
+from tests.serving.servers import eventually
+
+DEPLOY = ROOT / "deploy"
+PROMETHEUS = shutil.which("prometheus", path="/usr/bin:/usr/local/bin")
+
+
+def families(text: str) -> dict[str, float]:
+    """The value of every series."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {
+        f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_request_and_token_is_counted(client) -> None:
+    before = families(client.get("/metrics").text)
+    body = {"prompt": "Once", "max_new_tokens": 7, "temperature": 1, "repetition_penalty": 1.01}
+    for _ in range(3):
+        client.post("/generate", json=body)
+    client.post("/generate", json={})
+    client.get("/nowhere/at/all")
+    after = families(client.get("/metrics").text)
+
+    def more(name: str, **labels: str) -> float:
+        key = f"genai_pl_{name}{json.dumps(labels, sort_keys=True)}"
+        return after.get(key, 0.0) - before.get(key, 0.0)
+
+    assert more("requests_total", route="/generate", status="200") == 3
+    assert more("requests_total", route="/generate", status="422") == 1
+    assert more("requests_total", route="other", status="404") == 1
+    assert more("prompt_tokens_total") == 12
+    written = more("generated_tokens_total")
+    assert 3 <= written <= 21
+    assert more("first_token_seconds_count") == 3
+    assert more("inter_token_seconds_count") == written - 3
+    assert more("request_seconds_count", route="/generate") == 4
+    assert more("batch_size_count") >= 1
+    assert after['genai_pl_memory_bytes{"kind": "resident"}'] > 2**20
+    assert after["genai_pl_queue_running{}"] == after["genai_pl_queue_waiting{}"] == 0
+
+
+def test_the_dashboard_asks_for_what_there_is(client) -> None:
+    client.post("/generate", json={"prompt": "Once", "max_new_tokens": 2})
+    there = {key.split("{")[0] for key in families(client.get("/metrics").text)}
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for expression in asked for name in re.findall(r"genai_pl_\w+", expression)}
+    assert len(asked) > 10
+    assert names <= there
+    declared = {family.name for family in Metrics().registry.collect()}
+    shown = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in names}
+    assert shown == declared
+
+
+def test_files_of_the_deployment_can_be_read_and_name_each_other() -> None:
+    import yaml
+
+    found = {path.name: yaml.safe_load(path.read_text()) for path in DEPLOY.rglob("*.y*ml")}
+    services = found["compose.yaml"]["services"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            if volume.startswith("./"):
+                assert (DEPLOY / volume.split(":")[0]).exists(), volume
+    [job] = found["prometheus.yml"]["scrape_configs"]
+    host, port = job["static_configs"][0]["targets"][0].split(":")
+    assert host in services
+    assert f"{port}:{port}" in services[host]["ports"]
+    assert (ROOT / services["server"]["build"]["dockerfile"]).exists()
+
+
+def test_the_gauges_of_a_dead_worker_are_taken_out(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    import os
+
+    dead, alive = (tmp_path / f"gauge_livesum_{pid}.db" for pid in (process.pid, os.getpid()))
+    for path in (dead, alive):
+        path.touch()
+    forget_dead(tmp_path)
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed (apt-get install prometheus)")
+def test_a_real_prometheus_reads_the_numbers(client, tmp_path: Path) -> None:
+    client.post("/generate", json={"prompt": "Once", "max_new_tokens": 2})
+    config = (DEPLOY / "prometheus.yml").read_text()
+    config = config.replace("server:8000", f"127.0.0.1:{client.base_url.port}").replace("5s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [
+        PROMETHEUS,
+        f"--config.file={tmp_path}/prometheus.yml",
+        f"--storage.tsdb.path={tmp_path}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        question = {"query": 'genai_pl_requests_total{route="/generate",status="200"}'}
+
+        def known() -> bool:
+            try:
+                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params=question).json()
+            except (httpx.HTTPError, ValueError):
+                return False
+            return any(float(row["value"][1]) >= 1 for row in found.get("data", {}).get("result", []))
+
+        assert eventually(known, seconds=40)
+    finally:
+        process.kill()
+        process.wait()

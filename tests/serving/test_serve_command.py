@@ -1,0 +1,203 @@
+"""serve.py as a user starts and stops it: one process, several, and under gunicorn."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+httpx = pytest.importorskip("httpx")
+
+from genai_pl.serving.server import bind
+from tests.conftest import ROOT
+from tests.serving.servers import eventually
+
+
+class Server:
+    """A process, and what it printed."""
+
+    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+            )
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, url: str) -> str:
+        assert eventually(lambda: self.process.poll() is not None or is_ready(url), seconds=90), self.printed
+        assert self.process.poll() is None, self.printed
+        return url
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`start(command, NAME=value)` runs a server in an empty folder; it ends with the test."""
+    servers = []
+
+    def go(*command: str, **environment: str) -> Server:
+        servers.append(Server(list(command), tmp_path / f"log{len(servers)}.txt", **environment))
+        return servers[-1]
+
+    yield go
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def free_port() -> int:
+    with bind("127.0.0.1", 0) as listener:
+        return listener.getsockname()[1]
+
+
+SERVE = (sys.executable, str(ROOT / "serve.py"))
+
+
+def test_a_server_says_what_it_serves_and_finishes_its_streams_when_it_is_stopped(start, tiny: Path) -> None:
+    server = start(*SERVE, f"checkpoint={tiny}", "port=0", "slots=3", "generation.max_new_tokens=100")
+    assert eventually(lambda: "try " in server.printed or server.process.poll() is not None, seconds=90), server.printed
+    url = server.wait_for(re.search(r"http://127.0.0.1:\d+", server.printed)[0])
+    for said in ("tiny, a language model", "128 tokens", "3 answers at once", "none", f"curl {url}/generate"):
+        assert said in server.printed
+    words = re.search(r"-d '(.*)'", server.printed)[1]
+    assert httpx.post(f"{url}/generate", json=json.loads(words)).status_code == 200
+    body = {"prompt": "x", "stream": True, "max_new_tokens": 100, "temperature": 2}
+    with httpx.stream("POST", f"{url}/generate", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.printed
+
+
+def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start, tiny: Path) -> None:
+    port = free_port()
+    server = start(*SERVE, f"checkpoint={tiny}", f"port={port}", "workers=2", "cache=null")
+    url = server.wait_for(f"http://127.0.0.1:{port}")
+    body = {"prompt": "x", "max_new_tokens": 1}
+
+    def ask(n: int) -> None:
+        for _ in range(n):  # a new connection each time: either worker may take it
+            assert httpx.post(f"{url}/generate", json=body).status_code == 200
+
+    def counted() -> float:
+        return sum(
+            float(found) for found in re.findall(r'requests_total{route="/generate",status="200"} (\S+)', numbers(url))
+        )
+
+    ask(20)
+    assert counted() == 20
+    assert counted() == 20  # whichever worker answers
+    children = [int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert eventually(lambda: not Path(f"/proc/{workers[0]}").exists(), seconds=30)
+    ask(5)
+    assert counted() == 25
+    assert server.printed.count("serving     tiny") == 1
+    assert server.stop() == 0
+
+
+def numbers(url: str) -> str:
+    return httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.slow
+def test_gunicorn_runs_it_with_the_shipped_configuration(start, tiny: Path) -> None:
+    pytest.importorskip("gunicorn", reason="needs pip install gunicorn uvicorn-worker")
+    pytest.importorskip("uvicorn_worker", reason="needs pip install gunicorn uvicorn-worker")
+    port = free_port()
+    settings = json.dumps({"checkpoint": str(tiny), "port": port, "workers": 2})
+    command = (sys.executable, "-m", "gunicorn", "-c", str(ROOT / "deploy" / "gunicorn.conf.py"))
+    server = start(*command, GENAI_PL_SERVE=settings)
+    url = server.wait_for(f"http://127.0.0.1:{port}")
+    assert httpx.post(f"{url}/generate", json={"prompt": "x", "max_new_tokens": 2}).status_code == 200
+    assert "genai_pl_generated_tokens_total 2.0" in numbers(url)
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_load_its_model_ends_the_server_in_one_line(start, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    server = start(*SERVE, "checkpoint=broken", f"port={free_port()}", "workers=2")
+    assert server.process.wait(90) == 1
+    assert server.printed.count("error: ") == 1
+    assert "Traceback" not in server.printed
+
+
+MISTAKES = {
+    "checkpoint=nowhere": "checkpoint=nowhere: no such run folder",
+    "checkpoint=tiny adapter=nothing": "adapter=nothing: no adapter_config.json",
+    "checkpoint=tiny api_keys=none.txt": "api_keys=none.txt: cannot be read",
+    "checkpoint=tiny cache=disk": "cache=disk is not null, memory or redis://",
+    "checkpoint=tiny dtype=fp64": "dtype=fp64 is not one of fp32, bf16, fp16",
+    "checkpoint=tiny host=256.0.0.1": "host=256.0.0.1",
+    "checkpoint=tiny timeout=0": "timeout=0",
+    "checkpoint=tiny pooling=max": "pooling=max is not one of mean, last, cls",
+    "checkpoint=tiny device=tpu9": "device=tpu9",
+    "backend=openai": "backend=openai needs url=",
+    "prt=1": "did you mean port?",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake: str, command, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").symlink_to(tiny)
+    result = command("serve", "port=0", *mistake.split())
+    assert result.status in (1, 2)
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert MISTAKES[mistake] in result.err
+
+
+def test_a_port_that_is_taken_is_one_line(command, tiny: Path) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        result = command("serve", f"checkpoint={tiny}", f"port={port}")
+    assert result.status == 2
+    assert result.err == f"error: port={port}: another program listens there on 127.0.0.1; choose another, or 0 for any\n"
+
+
+def test_a_missing_library_is_one_line(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import genai_pl.run_serve
+
+    monkeypatch.setattr(genai_pl.run_serve, "find_spec", lambda name: None)
+    result = command("serve", "checkpoint=tiny")
+    assert result.status == 2
+    assert result.err == "error: serve needs fastapi, uvicorn, prometheus_client, httpx: pip install -e '.[serve]'\n"
+
+
+def test_adapters_are_called_by_their_folders_or_as_they_are_named() -> None:
+    from genai_pl.errors import ConfigError
+    from genai_pl.run_serve import name_adapters
+
+    assert name_adapters(None) == {}
+    assert name_adapters("runs/polite/adapter") == {"polite": "runs/polite/adapter"}
+    assert name_adapters(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert name_adapters({"mine": "a/x"}) == {"mine": "a/x"}
+    with pytest.raises(ConfigError, match="two are called x"):
+        name_adapters(["a/x", "b/x"])

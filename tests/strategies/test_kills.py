@@ -1,0 +1,120 @@
+"""Runs that lose a process: the others end, and the run goes on as if nothing had happened, to the last bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.strategies.processes import SMALL, start, table, train, write_documents
+
+RUN = (*SMALL, "trainer.max_steps=40", "model.dropout=0.1", "optimizer=adamw", "callbacks.checkpoint.every_n_steps=2")
+HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
+PIECES = "strategy.sharded_checkpoints=true"
+STRATEGIES = {
+    "ddp": ("trainer=ddp", "trainer.devices=2", HALF),
+    "fsdp": ("trainer=fsdp", "trainer.devices=2", HALF),
+    "accumulate": ("trainer=fsdp", "trainer.devices=2", HALF, "trainer.accumulate_grad_batches=3"),
+    "lora": ("trainer=fsdp", "trainer.devices=2", HALF, "peft=lora"),
+    "tensor_parallel": ("strategy=tensor_parallel", "trainer.devices=2", WHOLE),
+    "four": ("strategy=tensor_parallel", "strategy.data_parallel_size=2", "trainer.devices=4", HALF),
+}
+# the strategy, how its checkpoints are written, the process that is killed
+SLOW = [
+    ("ddp", (), 1),
+    ("fsdp", (), 0),
+    ("fsdp", (PIECES,), 0),
+    ("accumulate", (), 1),
+    ("accumulate", (PIECES, "strategy.async_checkpoints=true"), 0),
+    ("lora", (PIECES,), 1),
+    ("four", (PIECES, "strategy.async_checkpoints=true"), 3),
+    ("tensor_parallel", (PIECES,), 1),
+]
+FAST = [("fsdp", (PIECES, "strategy.async_checkpoints=true"), 1), ("tensor_parallel", (), 0)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_documents(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path):
+    """The run of a strategy that nobody kills, trained once."""
+
+    def get(strategy: str) -> Path:
+        run = folder / f"{strategy}-undisturbed"
+        if not run.exists():
+            train(folder, *RUN, *STRATEGIES[strategy], f"hydra.run.dir={run}")
+        return run
+
+    return get
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.csv").exists() or max(table(run), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes(first: subprocess.Popen) -> list[int]:
+    """The ids of a run's processes, by rank."""
+    return [first.pid, *map(int, subprocess.check_output(["pgrep", "-P", str(first.pid)]).split())]
+
+
+def assert_equal_to_the_last_bit(run: Path, expected: Path, exported: str) -> None:
+    found, right = table(run), table(expected)
+    assert found.keys() == right.keys()
+    for step, row in right.items():
+        for name in ("train/loss", "train/grad_norm", "val/loss"):
+            assert found[step][name] == row[name], (step, name)
+    weights, others = (load_file(path / exported) for path in (run, expected))
+    for name, value in others.items():
+        assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "saved", "lost"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_a_run_that_lost_a_process_goes_on_exactly(
+    strategy: str, saved: tuple[str, ...], lost: int, folder: Path, undisturbed, request: pytest.FixtureRequest
+) -> None:
+    expected = undisturbed(strategy)
+    run = folder / request.node.callspec.id
+    process = start(folder, *RUN, *STRATEGIES[strategy], *saved, f"hydra.run.dir='{run}'")
+    wait_for_step(process, run, 5)
+    os.kill(processes(process)[lost], signal.SIGKILL)
+    out, _ = process.communicate(timeout=30)  # the pipe closes when the last of them has gone
+    assert process.returncode != 0
+    how = "killed by signal 9" if lost else "lost"
+    assert f"error: process {lost} of the run was {how}; all end here" in out
+    assert "Traceback" not in out
+    out = train(folder, "resume=auto", f"hydra.run.dir='{run}'")
+    assert "resuming" in out
+    exported = "adapter/adapter_model.safetensors" if strategy == "lora" else "model/model.safetensors"
+    assert_equal_to_the_last_bit(run, expected, exported)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["last.ckpt", "step=000038.ckpt", "step=000040.ckpt"]
+
+
+def test_sigterm_to_one_process_saves_for_all(folder: Path, undisturbed) -> None:
+    expected, run = undisturbed("fsdp"), folder / "sigterm"
+    options = (*STRATEGIES["fsdp"], PIECES, "callbacks.checkpoint.every_n_steps=1000")
+    process = start(folder, *RUN, *options, f"hydra.run.dir={run}")
+    wait_for_step(process, run, 3)
+    os.kill(processes(process)[1], signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert [path.name for path in (run / "checkpoints").glob("step=*.ckpt")] == [f"step={max(table(run)):06d}.ckpt"]
+    shutil.rmtree(run / "model")
+    train(folder, f"resume={run}")
+    assert_equal_to_the_last_bit(run, expected, "model/model.safetensors")

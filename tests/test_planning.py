@@ -1,0 +1,199 @@
+"""Costs of a step against published figures, formulas written out by hand, and what autograd really keeps."""
+
+import pytest
+import torch
+
+from genai_pl.counting import activation_bytes, moments, part_of, training_flops, weightless
+from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
+from genai_pl.models.saved import saved_bytes
+from genai_pl.optim import muon
+from genai_pl.peft import lora
+from genai_pl.planning import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
+from genai_pl.strategies import recompute
+
+GPT = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 200, "max_seq_len": 32}
+LLAMA = {
+    **GPT,
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "bias": False,
+    "n_kv_head": 2,
+    "tie_embeddings": False,
+}
+MODELS = {
+    "gpt2": GPT,
+    "llama": LLAMA,
+    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 32},
+    "the seed": {**GPT, "norm_order": "post", "activation": "relu", "position": "sinusoidal"},
+    "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative"},
+}
+PLAIN = {"product": None, "every": None, "kind": "full", "fused": False}
+A100 = Machine("a100", flops=312e12, memory=80e9, link=300e9, network=25e9)
+
+
+def config_of(values: dict) -> ModelConfig:
+    return ModelConfig.from_dict(ModelConfig(**values).to_dict()) if "shape" not in values else ModelConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("zero", "published"),
+    [(0, (15, 15, 90)), (1, (15, 15, 1.4)), (2, (15, 0.23, 1.4)), (3, (0.23, 0.23, 1.4))],
+)
+def test_zero_divides_what_the_paper_says(zero: int, published: tuple[float, ...]):
+    # Rajbhandari et al. 2020, figure 1: 7.5B parameters, 64 devices, 2 + 2 + 12 bytes: 120, 31.4, 16.6 and 1.9 GB
+    n = 7_500_000_000
+    found = states(n, n, Layout(data=64, zero=zero), weight_bytes=2, gradient_bytes=2, optimizer_bytes=12)
+    assert [size / 1e9 for size in found] == pytest.approx(published, rel=0.03)
+    assert sum(found) / 1e9 == pytest.approx((120, 31.4, 16.6, 1.9)[zero], rel=0.03)
+
+
+def test_mixed_precision_adam_takes_sixteen_bytes_a_parameter():
+    found = memory(Share(weights=1000, trained=1000, largest=100), Layout(), activations=0, loss=0)
+    assert found.total == 16 * 1000
+
+
+def test_frozen_weights_have_neither_gradients_nor_states_and_steps_in_backward_keep_one_gradient():
+    share = Share(weights=1000, trained=10, largest=100)
+    found = memory(share, Layout(), activations=7, loss=5)
+    assert (found.weights, found.gradients, found.optimizer, found.total) == (4000, 40, 80, 4132)
+    share = Share(weights=1000, trained=1000, largest=100, largest_gradient=50)
+    assert memory(share, Layout(), activations=0, loss=0).gradients == 200
+
+
+def test_data_parallelism_sends_twice_the_gradients_and_fsdp_three_times_the_weights():
+    # Rajbhandari et al. 2020, section 7: 2 Psi and 3 Psi, for many devices
+    share, n = Share(weights=1_000_000, trained=1_000_000, largest=1, weight_bytes=2, compute_bytes=2), 1024
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    for zero, times in ((0, 2), (3, 3)):
+        sent = traffic(share, Layout(data=n, zero=zero), **sizes)
+        assert sum(t.n_bytes for t in sent) == pytest.approx(times * 2e6 * (n - 1) / n)
+    kept = traffic(share, Layout(data=n, zero=3, regathers=False), **sizes)
+    assert sum(t.n_bytes for t in kept) == pytest.approx(2 * 2e6 * (n - 1) / n)
+
+
+def test_tensor_parallelism_sums_hidden_states_four_times_a_layer():
+    # Shoeybi et al. 2019, section 3: two all-reduces forward and two backward, of (B, T, C), each 2 (n - 1) / n on a ring
+    share = Share(weights=1, trained=1, largest=1, compute_bytes=2)
+    sizes = {"tokens": 2048, "n_layer": 24, "n_embd": 1024, "passes": 3}
+    (sent,) = traffic(share, Layout(tensor=8), **sizes, again=0.0)
+    assert sent.n_bytes == 3 * 24 * 4 * (2 * 7 / 8) * 2048 * 1024 * 2
+    (again,) = traffic(share, Layout(tensor=8), **sizes, again=1.0)
+    assert again.n_bytes == pytest.approx(1.5 * sent.n_bytes)
+
+
+def test_a_step_waits_for_what_is_slowest():
+    share = Share(weights=10**9, trained=10**9, largest=1)
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    for per_node, where, seconds in ((8, "computing", 1.0), (4, "over the network", 8e9 * 7 / 8 / 25e9)):
+        layout = Layout(data=8, per_node=per_node)
+        flops = A100.flops * A100.efficiency * (1.0 if per_node == 8 else 0.01)
+        time = step_time(A100, layout, traffic(share, layout, **sizes), flops=flops)
+        assert time.step == pytest.approx(seconds)
+        assert where in time.bottleneck
+    # Narayanan et al. 2021, section 2.2: (p - 1) / m of the work is waited for
+    assert step_time(A100, Layout(stages=4, microbatches=8), [], flops=A100.flops).compute == pytest.approx(
+        (1 + 3 / 8) / A100.efficiency
+    )
+
+
+def test_llama_2_7b_takes_the_hours_that_meta_counted():
+    # Touvron et al. 2023, table 2: 184,320 hours of an A100 for 2.0T tokens of context 4096
+    values = {**LLAMA, "n_layer": 32, "n_head": 32, "n_kv_head": 32, "n_embd": 4096, "intermediate_size": 11008}
+    values |= {"vocab_size": 32000, "max_seq_len": 4096}
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**values))
+    assert n_parameters(model) == 6_738_415_616
+    flops = training_flops(model, model.config, 4096, again=0.0)
+    matrices = n_parameters(model) - 32000 * 4096
+    assert flops == pytest.approx(6 * matrices + 12 * 32 * 4096 * 4096, rel=1e-4)  # 6 N + 12 L C T
+    hours = step_time(A100, Layout(), [], flops=flops * 2.0e12).step / 3600
+    assert hours == pytest.approx(184_320, rel=0.15)
+
+
+def test_a_layer_keeps_what_korthikanti_counted():
+    # 34 s b h bytes in 16 bits (Korthikanti et al. 2022, section 4.1) without its two dropout masks of one byte each;
+    # fused attention keeps no scores, and beside that a float32 log-sum-exp a head and two statistics a norm
+    B, T, C, H = 2, 32, 64, 4
+    sizes = []
+    for n_layer in (1, 2):
+        with weightless(torch.bfloat16):
+            model = Decoder(ModelConfig(**{**GPT, "n_layer": n_layer}))
+            sizes.append(activation_bytes(model, rows=B, seq_len=T, **PLAIN))
+    assert sizes[1] - sizes[0] == pytest.approx(32 * B * T * C + B * T * 4 * (H + 2 * 2), rel=0.02)
+
+
+@pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "lora"])
+def test_counting_without_memory_finds_what_autograd_holds(values: dict, adapter: bool):
+    def build():
+        model = build_model(ModelConfig.from_dict(ModelConfig.from_dict(values).to_dict()))
+        return lora(model) if adapter else model
+
+    with weightless(torch.float32):
+        counted = activation_bytes(build(), rows=4, seq_len=32, **PLAIN)
+    model, ids = build(), torch.zeros(4, 32, dtype=torch.long)
+    target = {"decoder_input_ids": ids} if values.get("shape") == "encoder_decoder" else {}
+    assert counted == saved_bytes(model, lambda: model.features(ids, **target))
+
+
+def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():
+    def count(every: int | None, kind: str = "full") -> float:
+        with weightless(torch.float32):
+            return activation_bytes(Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **{**PLAIN, "every": every, "kind": kind})
+
+    def alive(every: int) -> int:
+        model, ids = Decoder(ModelConfig(**GPT)), torch.zeros(2, 32, dtype=torch.long)
+        recompute(model, every)
+        return saved_bytes(model, lambda: model.features(ids))
+
+    everything = count(None)
+    one_block = (everything - alive(1)) / 3
+    assert count(1) == pytest.approx(alive(1) + one_block)
+    assert count(3) == pytest.approx(alive(3) + one_block, rel=0.01)
+    # q, k, v, o of C each, 4 C and C of the MLP, and the attention's output, of 2 x 32 tokens in 3 layers
+    products = 3 * 2 * 32 * 64 * (4 + 4 + 1 + 1) * 4
+    assert alive(1) + products < count(1, "selective") < everything
+
+
+def test_states_are_counted_by_what_the_optimizer_makes():
+    model = Decoder(ModelConfig(**GPT))
+    options = {"adam_lr": None, "momentum": 0.9, "nesterov": True, "adjust_lr": "match_rms_adamw"}
+    optimizer = muon(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, **options)
+    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    held = sum(x.numel() for state in optimizer.state.values() for x in state.values() if x.ndim)
+    assert moments("muon", model) * n_parameters(model) == pytest.approx(held)
+
+
+def test_a_device_of_a_tensor_parallel_group_holds_its_heads_and_channels():
+    config = ModelConfig(**LLAMA)
+    part = part_of(config, Layout(tensor=2))
+    with torch.device("meta"):
+        whole, half = Decoder(config), Decoder(part)
+    blocks = sum(p.numel() for p in whole.blocks.parameters() if p.ndim > 1)
+    assert n_parameters(half) == n_parameters(whole) - blocks // 2
+
+
+def test_the_loss_holds_a_chunk_twice_and_the_gradients_of_head_and_hidden_states():
+    sizes = {"tokens": 1000, "vocab_size": 500, "n_embd": 10, "compute_bytes": 2, "chunk_bytes": 10**9}
+    assert loss_bytes(**sizes, head_learns=True) == 2 * 1000 * 500 * 4 + 10 * 500 * 4 + 10 * 1000 * 2
+    assert loss_bytes(**{**sizes, "chunk_bytes": 100}, head_learns=False) == 200 + 20000
+
+
+PLANS = {
+    "fsdp": ("strategy=fsdp", "all-gather of weights", "reduce-scatter of gradients", "across nodes"),
+    "ddp": ("strategy=ddp", "all-reduce of gradients", "DOES NOT FIT"),
+    "tensor_parallel": ("strategy=tensor_parallel", "all-reduce of hidden states", "among 32"),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_dry_run_plans_a_model_that_no_process_here_could_hold(plan: str, command):
+    strategy, *said = PLANS[plan]
+    devices = "trainer.devices=32" if plan == "tensor_parallel" else "trainer.devices=64"
+    result = command("train", "dry_run=true", strategy, devices, "model=llama_7b", "tokenizer=byte", "plan=a100")
+    assert result.status == 0, result.err
+    for words in (*said, "bottleneck: ", "tokens per second", "500 steps in", "total", "74.51 GiB of a100"):
+        assert words in result.out
