@@ -4,10 +4,11 @@ from omegaconf import DictConfig
 
 from genai_pl.config import command
 from genai_pl.resume import replay
+from genai_pl.sweeps import Outcome
 
 
 @command("config", prepare=replay)
-def main(config: DictConfig) -> int:
+def main(config: DictConfig) -> int | Outcome:
     if config.dry_run:
         from genai_pl.dry_run import dry_run
 

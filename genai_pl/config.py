@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that `--help` and a typo are answered in about a second.
 """
 
+import math
 import os
 import re
 import signal
@@ -14,12 +15,14 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from genai_pl.config_errors import check_types, explain
-from genai_pl.errors import DISK_FULL, UserError
+from genai_pl.errors import DISK_FULL, TrainingError, UserError
 from genai_pl.nodes import NODES
+from genai_pl.sweeps import Outcome
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
@@ -49,7 +52,7 @@ def unused_folder(path: str) -> str:
     return path
 
 
-Main = Callable[[DictConfig], int | None]
+Main = Callable[[DictConfig], int | Outcome | None]
 
 
 def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) -> Callable[[Main], Callable[[], None]]:
@@ -59,10 +62,11 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
     """
 
     def decorate(main: Main) -> Callable[[], None]:
-        def task(config: DictConfig) -> None:
-            status = _guarded(main, config)
-            if status:
+        def task(config: DictConfig) -> float | None:
+            status, value = _guarded(main, config)
+            if status and not (searches() and value is not None):
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
+            return value
 
         def run() -> None:
             _register()
@@ -98,24 +102,32 @@ def quoted(argument: str) -> str:
     return f"{key}='{text.replace('${', chr(92) + '${')}'"
 
 
-def _guarded(main: Main, config: DictConfig) -> int:
+def searches() -> bool:
+    """Whether this is a job of a sweep whose sweeper chooses the next values by what a job gives back."""
+    hydra = HydraConfig.get()
+    return hydra.mode is RunMode.MULTIRUN and not hydra.sweeper._target_.endswith(".BasicSweeper")
+
+
+def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
         check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
-        return main(config) or 0
+        result = main(config)
+        return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.status
+        # a trial of a search that diverged is one more result
+        return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
     except MissingMandatoryValue as error:
         print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
-        return 2
+        return Outcome(2)
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return Outcome(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         print(f"error: the disk is full ({error.filename or 'writing the run'})", file=sys.stderr)
-        return 1
+        return Outcome(1)
 
 
 def fail(line: str, status: int) -> None:

@@ -13,6 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 from genai_pl.errors import UserError
 
 
+PLUGINS = {  # of Hydra
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/launcher/ray": "hydra-ray-launcher",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+}
+
+
 def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
     """One line for a mistake in the configuration, or None for an error of another kind."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -20,6 +29,9 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not understood; write key=value, and quote values with spaces or brackets"
     if isinstance(error, MissingConfigException) and (found := re.search(r"find '([^']*)'", str(error))):
+        if package := PLUGINS.get(found[1]):
+            group, _, option = found[1].rpartition("/")
+            return f"{group}={option}: not installed; pip install {package}"
         line = _no_such_option(found[1], conf)
         if line:
             return line

@@ -129,6 +129,17 @@ def find_layout(config: DictConfig) -> planning.Layout:
             )
         again = strategy.reshard_after_forward
         return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again)
+    if target == "PipelineStrategy":
+        data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
+        stages = strategy.pipeline_parallel_size or n // data
+        if data * stages != n:
+            raise ConfigError(
+                f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
+                "number of devices"
+            )
+        micro = strategy.microbatches
+        under_way = micro if strategy.schedule == "gpipe" else min(stages, micro)
+        return planning.Layout(data=data, stages=stages, per_node=per_node, microbatches=micro, under_way=under_way)
     zero = strategy.stage if target == "deepspeed" else 0
     return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
 

@@ -100,6 +100,16 @@ class Pairs(Rows):
 
 
 @dataclass
+class Seq2Seq(Rows):
+    """Sources and targets for an encoder-decoder."""
+
+    _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
+    source: str = "source"
+    target: str = "target"
+    packing: bool = True
+
+
+@dataclass
 class Chat(Rows):
     """Examples to imitate."""
 
@@ -236,6 +246,7 @@ NODES = {
     "wrapped": Wrapped,
     "data": Data,
     "pairs": Pairs,
+    "seq2seq": Seq2Seq,
     "chat": Chat,
     "preference": Preference,
     "unpaired": Unpaired,

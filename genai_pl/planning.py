@@ -17,6 +17,7 @@ class Layout:
     tensor: int = 1
     stages: int = 1
     microbatches: int = 1  # of a batch, in a pipeline
+    under_way: int = 1  # of them that a stage holds at once: 1F1B no more than there are stages (Narayanan et al. 2019)
     zero: int = 0
     per_node: int = 8
     regathers: bool = True  # weights are gathered a second time for the backward pass
@@ -79,8 +80,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float) -> 
         optimizer_bytes=share.weight_bytes * share.moments,
     )
     gathered = 0.0
-    # a stage has at most as many microbatches under way as there are stages (1F1B, Narayanan et al. 2019)
-    activations *= min(1.0, layout.stages / layout.microbatches)
+    activations *= layout.under_way / layout.microbatches
     if layout.zero == 3 and layout.data > 1:
         # the block at work and the next, which is fetched meanwhile, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes

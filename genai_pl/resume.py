@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from genai_pl.errors import CheckpointError, UserError
-from genai_pl.sweeps import replay_sweep
 from genai_pl.files import is_checkpoint
+from genai_pl.sweeps import replay_sweep
 
 ROOTS = ("outputs",)
 

@@ -1,6 +1,7 @@
 """Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,9 +9,11 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.config import searches
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
@@ -25,29 +28,49 @@ from genai_pl.peft import adapters_of, describe
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
 from genai_pl.start import adapt, keep_base, start
-from genai_pl.strategies import launched
+from genai_pl.strategies import float8, launched
 from genai_pl.summary import describe_model, describe_step
+from genai_pl.sweeps import Outcome, finished
 from genai_pl.trainer import build_trainer, connect, count_steps, make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def train(config: DictConfig) -> int:
-    """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C."""
+def train(config: DictConfig) -> Outcome:
+    """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C; the value is that of optimized_metric."""
+    run = relative(Path(config.output_dir))
+    goes_on = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
+    if goes_on and (results := finished(run, config.trainer.max_steps)):
+        print(f"run         {run} is finished: skipped", flush=True)
+        return Outcome(0, results.get(config.optimized_metric))
     quiet()
     torch.set_float32_matmul_precision(config.precision.matmul)
     # model.attention=sdpa: cuDNN's kernel gives NaN gradients under a dense mask (pytorch/pytorch 196678, on H100)
     torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
-    run = relative(Path(config.output_dir))
-    checkpoint = relative(choose_checkpoint(config.resume, run)) if config.resume else None
+    begun = config.resume and (not goes_on or any((run / "checkpoints").glob("*.ckpt")))
+    checkpoint = relative(choose_checkpoint(config.resume, run)) if begun else None
     parts = build(config, run)
     connect(config, parts, checkpoint)
     announce(config, parts, checkpoint)
     with launched(parts.trainer):
         fit(parts, checkpoint)
-        return finish(parts, flat=flatten(config), export=config.callbacks.export)
+        status = finish(parts, flat=flatten(config), export=config.callbacks.export)
+    if parts.interrupt.signum == signal.SIGTERM and HydraConfig.get().mode is RunMode.MULTIRUN:
+        status = 128 + signal.SIGTERM  # else the sweep would begin its next job
+    return Outcome(status, optimized(config.optimized_metric, parts.trainer))
+
+
+def optimized(name: str | None, trainer: L.Trainer) -> float | None:
+    """The last value of the metric, for a sweeper that needs it."""
+    metrics = trainer.callback_metrics
+    if name in metrics:
+        return float(metrics[name])
+    if searches():
+        known = ", ".join(sorted(k for k in metrics if k.startswith("val/"))) or "none: trainer.limit_val_batches=0"
+        raise ConfigError(f"optimized_metric={name}: no such metric; validation measures {known}")
+    return None
 
 
 def build(config: DictConfig, run: Path) -> Parts:
@@ -85,6 +108,8 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         raise ConfigError(
             f"objective={name} needs a model of shape {' or '.join(shapes)}, not {model.config.shape.value}"
         )
+    if config.precision.get("float8"):
+        float8(model)
     module = make(config.objective)(
         model,
         vocabulary=vocabulary(tokenizer, model.config.vocab_size),
@@ -154,6 +179,7 @@ def quiet() -> None:
         "treespec, LeafSpec",
         "sync_dist=True",
         "FSDP2-wrapped module",
+        "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")
 

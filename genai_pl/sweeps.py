@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -11,6 +12,13 @@ from genai_pl.files import write_atomic
 
 RESULTS = "results.json"  # in the folder of a run that reached its end: its last step and what it measured there
 ROOT, SAVED = "multirun", "multirun.yaml"
+
+
+class Outcome(NamedTuple):
+    """How a command ended: its exit status, and the figure that a sweeper which searches is given."""
+
+    status: int
+    value: float | None = None
 
 
 def replay_sweep(arguments: list[str]) -> list[str]:
@@ -36,7 +44,9 @@ def replay_sweep(arguments: list[str]) -> list[str]:
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
     kept = [o for key, o in ours.items() if key not in given]
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
-    return [*kept, *arguments, *([] if chosen else [f"hydra.sweep.dir='{folder}'"])]
+    flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
+    new = [a for a in arguments if not a.startswith("-")]
+    return [*flags, *kept, *new, *([] if chosen else [f"hydra.sweep.dir='{folder}'"])]
 
 
 def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:

@@ -192,3 +192,27 @@ def test_a_mistake_with_rewards_is_one_line(given: tuple[str, ...], message: str
     assert message in result.err
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+def test_the_commands_of_the_documentation_work_as_written(command, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} is", "completion": " good", "chosen": " good", "rejected": " bad"} for i in range(16)]
+    for name, columns in (
+        ("chat", ("prompt", "completion")),
+        ("pairs", ("prompt", "chosen", "rejected")),
+        ("prompts", ("prompt",)),
+    ):
+        write(tmp_path / f"{name}.jsonl", [{column: row[column] for column in columns} for row in rows])
+    assert command("train", "data.path=chat.jsonl", "data.column=prompt", *LLAMA, "hydra.run.dir=first").status == 0
+    text = (Path(__file__).parent.parent / "docs" / "alignment.md").read_text()
+    lines = [line.partition("#")[0] for line in text.split("```")[1].strip().splitlines()]
+    assert len(lines) == 7
+    small = ("data.batch_size=2", "trainer.max_steps=2", "callbacks.samples.every_n_steps=null")
+    for line in lines:
+        script, *given = line.replace("BASE", "first").split()[1:]
+        extra = small if script == "train.py" else ()
+        extra += ("objective.max_new_tokens=4", "objective.minibatch_size=2") if "objective=ppo" in given else ()
+        result = command(script.removesuffix(".py"), *given, *extra)
+        assert result.status == 0, f"{line}: {result.err}"
+    rows = table(tmp_path / "ppo")
+    assert rows[-1]["val/scores"]
+    assert "length_correlation" in result.out

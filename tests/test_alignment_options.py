@@ -41,14 +41,16 @@ def column(run: str, name: str) -> list[float]:
 def files(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", [{"prompt": f"{i} is", "chosen": " good", "rejected": " bad"} for i in range(32)])
     write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} is "} for i in range(32)])
-    (tmp_path / "rewards.py").write_text("def e(prompts, completions):\n    return [c.count('e') for c in completions]\n")
+    (tmp_path / "rewards.py").write_text(
+        "def e(prompts, completions):\n    return [c.count('e') for c in completions]\n"
+    )
 
 
 @pytest.fixture
 def base(files: None, command) -> str:
     """A small model in the folder `base`."""
-    result = command("train", *LLAMA, "trainer.max_steps=12", "optimizer.lr=1e-2", "data.path=prompts.jsonl", "data.column=prompt",
-                     "hydra.run.dir=base")  # fmt: skip
+    given = ("data.path=prompts.jsonl", "data.column=prompt", "trainer.max_steps=12", "optimizer.lr=1e-2")
+    result = command("train", *LLAMA, *given, "hydra.run.dir=base")
     assert result.status == 0, result.err
     return "init_from=base/model"
 
@@ -88,7 +90,7 @@ def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command
     assert set(column("free", "policy/updates")) == {8.0}  # 4 passes, two minibatches each
     assert max(column("held", "policy/updates")[1:]) < 8
     result = command("train", *given, "objective.max_kl=0")
-    assert result.err == "error: objective.max_kl must be above 0, not 0.0\n"
+    assert result.err == "error: objective.max_kl must be above 0, not 0\n"
 
 
 def test_an_entropy_bonus_raises_entropy(base: str, command) -> None:
@@ -122,23 +124,21 @@ def test_a_critic_of_its_own_is_trained_and_resumed_exactly(base: str, command) 
 
 
 def test_values_begin_as_the_scores_of_the_critic(base: str, command) -> None:
-    from genai_pl.config import _register
     from genai_pl.modules.ppo import PPOModule
 
-    _register()
     reward = ("train", "objective=reward", *LLAMA, base, "data.path=pairs.jsonl", "hydra.run.dir=judge")
     assert command(*reward).status == 0
     judge, policy = load("judge"), load("base")
-    expected_of = torch.tensor([judge.tokenizer("3 is good")["input_ids"]])
+    ids = torch.tensor([judge.tokenizer("3 is good")["input_ids"]])
     with torch.no_grad():
-        expected = scores(judge.model, expected_of, torch.ones_like(expected_of), 1)
+        expected = scores(judge.model, ids, torch.ones_like(ids), 1)
     module = PPOModule.__new__(PPOModule)
     torch.nn.Module.__init__(module)
     module.model, module.critic_name = policy.model, "judge"
     module.use_critic(judge.model)
     with torch.no_grad():
-        values = module._values({"input_ids": expected_of, "segment_ids": torch.ones_like(expected_of)}, None)
-    torch.testing.assert_close(values[:, -1], expected[:, 0] + module.value_head.bias, atol=1e-6, rtol=0)
+        values = module._values({"input_ids": ids, "segment_ids": torch.ones_like(ids)}, None)
+    torch.testing.assert_close(values[:, -1], expected[:, 0], atol=1e-6, rtol=0)
 
 
 def test_a_reward_adapter_on_the_policys_base_shares_its_weights_and_scores_as_before(base: str, command) -> None:
@@ -153,17 +153,11 @@ def test_a_reward_adapter_on_the_policys_base_shares_its_weights_and_scores_as_b
     policy = lora(load("base").model, rank=2)
     judge = load_rewards(["judge"], None, policy=policy, device=torch.device("cpu"))
     assert judge(asked, said) == pytest.approx(alone, abs=1e-7)
-    frozen = {x.data_ptr() for _, _, _, x in base_tensors(policy) if isinstance(x, torch.nn.Parameter)}
-    for x in frozen_parameters(policy):
-        x.data.zero_()  # if it is one memory, the judge loses its base too
-    assert len(frozen) > 5
+    for _, _, _, x in base_tensors(policy):
+        x.data.zero_()  # it is one memory: the judge loses its base too
     assert judge(asked, said) != pytest.approx(alone, abs=1e-4)
     result = command("train", *PPO, *LLAMA, base, "peft=lora", "objective.reward=judge", "hydra.run.dir=run")
     assert result.status == 0, result.err
-
-
-def frozen_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [x for x in model.parameters() if not x.requires_grad]
 
 
 def test_references_kept_on_disk_give_the_same_losses_and_are_used_again(base: str, command, tmp_path: Path) -> None:
@@ -216,7 +210,7 @@ def test_evaluate_says_how_often_a_reward_model_is_right_and_what_length_has_to_
 ) -> None:
     given = ("train", "objective=reward", *LLAMA, base, "data.path=pairs.jsonl", "optimizer.lr=3e-3")
     assert command(*given, "trainer.max_steps=15", "hydra.run.dir=judge").status == 0
-    # the judge prefers " good": right three times in four; the longer one is right in one of three, once they are equal
+    # the judge prefers " good", which is the longer one: two right, one wrong, one tie
     rows = [
         {"prompt": "1 is", "chosen": " good", "rejected": " bad"},
         {"prompt": "2 is", "chosen": " good", "rejected": " bad"},

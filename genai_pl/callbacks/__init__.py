@@ -2,6 +2,7 @@
 
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, step_of
 from genai_pl.callbacks.console import Console, duration
+from genai_pl.callbacks.ema import EMA
 from genai_pl.callbacks.interrupt import Interrupt
 from genai_pl.callbacks.metrics_csv import MetricsCSV
 from genai_pl.callbacks.monitor import Monitor, memory_gib
@@ -11,6 +12,7 @@ from genai_pl.callbacks.samples import Samples
 __all__ = [
     "AtomicCheckpointIO",
     "Console",
+    "EMA",
     "Interrupt",
     "MetricsCSV",
     "Monitor",

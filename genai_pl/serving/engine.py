@@ -16,8 +16,8 @@ from genai_pl.models import Model, WrappedDecoder
 from genai_pl.names import AttentionKind
 from genai_pl.serving.batch import Adapters, Apart, Together, why_apart
 from genai_pl.serving.choosing import choose
-from genai_pl.serving.requests import Busy, Observer, Request, Stream
-from genai_pl.serving.row import Row
+from genai_pl.serving.requests import Busy, Observer, Request, Stream, check_request
+from genai_pl.serving.row import Row, n_together, read_whole, share_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ class Engine:
         self.batch = self._make_batch()
         self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
         self.waiting: deque[Row] = deque()
-        self.reading: Row | None = None  # its prompt is read in part
+        self.reading: list[Row] = []  # one whose prompt is read in part, or some that are read whole in one pass
         self.seconds = 1.0  # that a request takes, on average
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -80,7 +80,7 @@ class Engine:
     @property
     def n_running(self) -> int:
         """Requests with one."""
-        return len(self.batch.rows) + (self.reading is not None)
+        return len(self.batch.rows) + len(self.reading)
 
     def start(self) -> None:
         """Begin to answer what is submitted, or was."""
@@ -103,7 +103,8 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """The answer, which begins as soon as a slot is free; Busy if too many wait, ConfigError for what cannot work."""
-        self._check(request)
+        vocab_size, adapters = self.model.config.vocab_size, self.adapters.adapters
+        check_request(request, max_length=self.max_length, vocab_size=vocab_size, adapters=adapters)
         if self.n_waiting >= self.queue_size or self._is_stopping:  # before any work
             raise Busy(self._wait())
         limits = limits_of(self.tokenizer, request.config)
@@ -115,22 +116,6 @@ class Engine:
             self._changed.notify_all()
         self.observer.queued()
         return row.stream
-
-    def _check(self, request: Request) -> None:
-        ids, config = request.input_ids, request.config
-        if not ids:
-            raise ConfigError("the prompt is empty: give at least one token")
-        if len(ids) > self.max_length:
-            raise ConfigError(
-                f"the prompt has {len(ids)} tokens, the model reads at most {self.max_length}: shorten the prompt"
-            )
-        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
-            raise ConfigError(f"the prompt has tokens that are not among the model's {self.model.config.vocab_size}")
-        if request.adapter is not None and request.adapter not in self.adapters.adapters:
-            known = ", ".join(self.adapters.adapters) or "none"
-            raise ConfigError(f"adapter={request.adapter} is not loaded; there is: {known}")
-        if config.num_beams > 1 or config.speculates:
-            raise ConfigError("serving draws one token at a time: no num_beams, draft or prompt_lookup in generation")
 
     def _wait(self) -> float:
         """Seconds until a place in the queue is likely to be free."""
@@ -147,19 +132,19 @@ class Engine:
                     self._changed.wait_for(lambda: self.waiting or self.n_running or self._is_stopping)
                 if not (self.waiting or self.n_running):
                     return
-                self._turn()
+                try:
+                    self._turn()
+                except Exception:
+                    log.exception("a step failed: the answers in it end")
+                    for row in self.batch.clear():
+                        self._end(row, "error")
 
     def _turn(self) -> None:
         """End what is over, read a chunk of prompts, and give every row its next token."""
         self._sweep()
         self._read_prompts()
-        try:
-            if self.batch.rows:
-                self._step()
-        except Exception:
-            log.exception("a step failed: the answers in it end")
-            for row in self.batch.clear():
-                self._end(row, "error")
+        if self.batch.rows:
+            self._step()
 
     def _sweep(self) -> None:
         """End the answers that are over, or that nobody waits for."""
@@ -171,11 +156,11 @@ class Engine:
             self.waiting = deque(row for row in self.waiting if not row.ending)
         for row in over:
             self._end(row)
-        if self.reading is not None:
-            self.reading.check(now)
-            if self.reading.ending:
-                self._end(self.reading)
-                self.reading = None
+        for row in list(self.reading):
+            row.check(now)
+            if row.ending:
+                self.reading.remove(row)
+                self._end(row)
         for row in self.batch.rows:
             row.check(now)
         self._leave()
@@ -183,41 +168,53 @@ class Engine:
     def _read_prompts(self) -> None:
         """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins."""
         left = self.chunk
-        while left > 0 and (self.reading is not None or self._admit()):
-            row = self.reading
+        while left > 0 and (self.reading or self._admit(left)):
+            rows, before = list(self.reading), sum(row.n_read for row in self.reading)
             try:
-                n = min(left, self.chunk)
-                before = row.n_read
-                self.adapters.choose([row.request.adapter])
-                logits = row.read(n, self.device)
-                left -= row.n_read - before
+                self.adapters.choose([rows[0].request.adapter])
+                logits = read_whole(rows, self.device) if len(rows) > 1 else rows[0].read(left, self.device)
+                left -= sum(row.n_read for row in rows) - before
                 if logits is None:
                     continue
-                self._take(logits, [row])
-                if row.ending is None:
-                    self.batch.join(row)
-                else:
-                    self._end(row)
+                self._take(logits, rows)
+                self._join(rows)
             except Exception:
                 log.exception("a prompt cannot be read: its answer ends")
-                self._end(row, "error")
-            self.reading = None
+                for row in self.reading:
+                    self._end(row, "error")
+            self.reading = []
 
-    def _admit(self) -> bool:
-        """Whether the next request has begun to be read."""
+    def _join(self, rows: list[Row]) -> None:
+        """Let rows that are read take part in steps, unless they are over."""
+        for row in rows:
+            if row.ending is None:
+                self.batch.join(row)
+            else:
+                self._end(row)
+            self.reading.remove(row)
+
+    def _admit(self, left: int) -> bool:
+        """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
         with self._changed:
-            if not self.waiting or self.n_running >= self.slots:
-                return False
-            self.reading = self.waiting.popleft()
-        row = self.reading
-        self.observer.started(time.monotonic() - row.submitted)
+            free = self.slots - self.n_running
+            n = n_together(self.waiting, free, left if self.batch.packs else 0)
+            self.reading = [self.waiting.popleft() for _ in range(n)]
+        if not self.reading:
+            return False
         try:
-            row.open(self.model, self.tokenizer, room=self.batch.room(row, self.max_length), device=self.device)
+            self.adapters.choose([self.reading[0].request.adapter])  # virtual tokens have room where they are on
+            for row in self.reading:
+                self.observer.started(time.monotonic() - row.submitted)
+                row.open(self.model, self.tokenizer, self.device)
+            several, first = len(self.reading) > 1, self.reading[0]
+            n_tokens = sum(len(row.prompt) for row in self.reading)
+            share_cache(self.reading, n_tokens if several else self.batch.room(first, self.max_length))
         except Exception:
             log.exception("a request cannot begin")
-            self._end(row, "error")
-            self.reading = None
-            return self._admit()
+            for row in self.reading:
+                self._end(row, "error")
+            self.reading = []
+            return self._admit(left)
         return True
 
     def _step(self) -> None:
@@ -245,7 +242,7 @@ class Engine:
 
     def _cancel_all(self) -> None:
         with self._changed:
-            rows = [*self.waiting, *self.batch.rows] + ([self.reading] if self.reading else [])
+            rows = [*self.waiting, *self.batch.rows, *self.reading]
             for row in rows:
                 row.stream.is_cancelled = True
             self._changed.notify_all()

@@ -95,6 +95,10 @@ def install(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()
+        if not where and "json" not in request.headers.get(
+            "content-type", ""
+        ):  # other kinds could come from any web page
+            return ApiError(422, "send JSON, with the header Content-Type: application/json").response()
         return ApiError(422, f"{where or 'body'}: {first['msg']}", param=where or None).response()
 
     app.add_exception_handler(ApiError, known)

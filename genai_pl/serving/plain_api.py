@@ -41,7 +41,8 @@ def plain_routes(service: Service) -> APIRouter:
             return await stream_events(request, pieces_of(answers, len(prompt)))
         [pieces] = await while_connected(request.receive, collect(answers))
         text = "".join(piece.text for piece in pieces)
-        return json_response({"response": body.prompt + text, "text": text, **ending(answers[0], len(prompt))})
+        whole = text if service.has_two_stacks else body.prompt + text
+        return json_response({"response": whole, "text": text, **ending(answers[0], len(prompt))})
 
     @router.post("/score", response_model=ScoreAnswer)
     async def score(body: ScoreBody, request: Request) -> Response:

@@ -3,11 +3,12 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
+from genai_pl.errors import ConfigError
 from genai_pl.specs import GenerationConfig
 
 
@@ -31,6 +32,21 @@ class Piece:
     token: int
     logprob: float | None  # the model's own, before temperature and the like
     top: tuple[tuple[int, float], ...]  # the likeliest tokens, the likeliest first
+
+
+def check_request(request: Request, *, max_length: int, vocab_size: int, adapters: Collection[str]) -> None:
+    """ConfigError for what no engine of this context, vocabulary and these adapters can answer."""
+    ids, config = request.input_ids, request.config
+    if not ids:
+        raise ConfigError("the prompt is empty: give at least one token")
+    if len(ids) > max_length:
+        raise ConfigError(f"the prompt has {len(ids)} tokens, the model reads at most {max_length}: shorten the prompt")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ConfigError(f"the prompt has tokens that are not among the model's {vocab_size}")
+    if request.adapter is not None and request.adapter not in adapters:
+        raise ConfigError(f"adapter={request.adapter} is not loaded; there is: {', '.join(adapters) or 'none'}")
+    if config.num_beams > 1 or config.speculates:
+        raise ConfigError("serving draws one token at a time: no num_beams, draft or prompt_lookup in generation")
 
 
 class Busy(Exception):

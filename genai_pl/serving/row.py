@@ -1,6 +1,8 @@
 """One request while it is being answered."""
 
 import time
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,18 +43,17 @@ class Row:
         self.ending: str | None = None
         self.submitted = self.told = time.monotonic()
         self.n_read = 0  # of the prompt
+        self.begin = 0  # where the prompt begins in the cache, which several prompts may share while they are read
         self.model: Decoder | WrappedDecoder | Reader | None = None
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
         self.seen: Tensor | None = None  # (V,) what the repetition penalty counts
 
-    def open(
-        self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", *, room: int, device: torch.device
-    ) -> None:
-        """Get ready to read the prompt, with a cache of so many tokens."""
+    def open(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
+        """Get ready to read the prompt."""
         if isinstance(model, EncoderDecoder):
             model = read_source(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
-        self.model, self.cache = model, model.new_cache(1, room)
+        self.model = model
         if self.config.temperature > 0:
             self.generator = torch.Generator(device)
             if self.request.seed is None:
@@ -69,6 +70,11 @@ class Row:
         hidden = self.model.features(torch.tensor([new], device=device), cache=self.cache)
         self.n_read += len(new)
         return self.model.logits(hidden[:, -1]) if self.n_read == len(self.prompt) else None
+
+    @property
+    def end_of_prompt(self) -> int:
+        """Where it ends in the cache."""
+        return self.begin + len(self.prompt)
 
     def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int) -> None:
         """Write a token; the last one brings the text that was held back."""
@@ -105,3 +111,39 @@ class Row:
         observer.finished(self.ending, len(self.request.input_ids), len(self.written))
         self.cache = self.model = self.seen = None
         self.stream.end(self.ending)
+
+
+def n_together(waiting: Iterable[Row], free: int, limit: int) -> int:
+    """How many of those that wait are read next, of one adapter: with at most `limit` tokens in all, but one anyhow."""
+    n, total, adapter = 0, 0, None
+    for row in islice(waiting, max(0, free)):
+        total += len(row.prompt)
+        if n > 0 and (row.request.adapter != adapter or total > limit):
+            break
+        n, adapter = n + 1, row.request.adapter
+    return n
+
+
+def share_cache(rows: list[Row], room: int) -> None:
+    """Give rows one cache for so many tokens, in which their prompts stand one after the other."""
+    cache, begin = rows[0].model.new_cache(1, room), 0
+    for row in rows:
+        row.cache, row.begin = cache, begin
+        begin = row.end_of_prompt
+
+
+def read_whole(rows: list[Row], device: torch.device) -> Tensor:
+    """The logits (B, V) of what follows each prompt, all of them read as the documents of one packed row."""
+    input_ids = torch.tensor([[token for row in rows for token in row.prompt]], device=device)
+    documents = [[n + 1] * len(row.prompt) for n, row in enumerate(rows)]
+    segment_ids = torch.tensor([[n for document in documents for n in document]], device=device)
+    hidden = rows[0].model.features(input_ids, segment_ids, cache=rows[0].cache)
+    for row in rows:
+        row.n_read = len(row.prompt)
+    logits = rows[0].model.logits(hidden[0, [row.end_of_prompt - 1 for row in rows]])
+    if logits.amax().isfinite():
+        return logits
+    for row in rows:  # what is no number reaches all of a pass: each alone
+        row.n_read = 0
+        share_cache([row], len(row.prompt))
+    return torch.cat([row.read(len(row.prompt), device) for row in rows])

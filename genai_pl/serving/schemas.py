@@ -57,7 +57,7 @@ class Sampling(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Seed | None = Field(None, description="the same seed gives the same answer")
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(None, description="seconds; the server has a limit")
 
@@ -73,7 +73,7 @@ class GenerateBody(Sampling):
 
 
 class GenerateAnswer(BaseModel):
-    """The prompt with its continuation, and the continuation alone."""
+    """The prompt with its continuation (of an encoder-decoder: what it wrote), and what was written alone."""
 
     response: str
     text: str

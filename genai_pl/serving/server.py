@@ -34,7 +34,9 @@ def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str,
 
     behind, app = build(settings)
     print(description(behind, settings), flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn has one of its own, and sends the signal on when it is done
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # uvicorn has one of its own, and sends the signal on when it is done
     uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
     return 0
 

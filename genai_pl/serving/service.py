@@ -17,7 +17,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt
 from genai_pl.load import Loaded, load, resolve_adapter
-from genai_pl.names import Head
+from genai_pl.names import Head, Shape
 from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, request_key
 from genai_pl.serving.cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.engine import Engine
@@ -42,6 +42,7 @@ class Service:
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = config.head is Head.score
+        self.has_two_stacks = config.shape is Shape.encoder_decoder
         self.pooling = find_pooling(settings.pooling, loaded.path, config.shape)
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
@@ -157,6 +158,7 @@ class Service:
         """Unit vectors (N, C), and how many tokens were read."""
         if self.is_reward:
             raise ApiError(400, f"{self.name} is a reward model: it gives scores at /score")
+        self._check_one_stack("embeddings")
         texts = [text for text in inputs if isinstance(text, str)]
         encoded = iter(await self._read(encode_whole, texts) if texts else [])
         rows = [next(encoded) if isinstance(item, str) else list(self._known(item)) for item in inputs]
@@ -168,12 +170,19 @@ class Service:
         """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
         if not (self.is_reward or self.engine is not None):
             raise ApiError(400, f"{self.name} gives no scores: it is for embeddings")
+        self._check_one_stack("scores")
         if not self.is_reward:
             return await self._pass(logprobs, self.model, self.tokenizer, prompts, texts)
         whole = texts if prompts is None else [p + t for p, t in zip(prompts, texts, strict=True)]
         rows = await self._read(encode_whole, whole)
         self._check_rows(rows)
         return list(zip(await self._pass(rewards, self.model, rows), map(len, rows), strict=True))
+
+    def _check_one_stack(self, what: str) -> None:
+        if self.has_two_stacks:
+            raise ApiError(
+                400, f"{self.name} gives no {what}: it is an encoder-decoder, which reads one text and writes another"
+            )
 
     def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
         for n, row in enumerate(rows):

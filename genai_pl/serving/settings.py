@@ -1,7 +1,9 @@
 """What a server is told, as plain data that worker processes read from their environment."""
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -109,6 +111,13 @@ def read_keys(path: str | None) -> list[str]:
     return keys
 
 
-def share_between_processes() -> str:
-    """A folder for the numbers of all workers, named to those that are started from here."""
-    return os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="genai_pl-metrics-"))
+def share_between_processes() -> None:
+    """Make a folder for the numbers of all workers, named to those that are started from here; it goes when this process does."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="genai_pl-metrics-")
+        atexit.register(_remove_for, os.getpid(), os.environ[FOLDER])
+
+
+def _remove_for(process: int, folder: str) -> None:
+    if os.getpid() == process:  # a worker that was forked inherits what is to be done at the end
+        shutil.rmtree(folder, ignore_errors=True)

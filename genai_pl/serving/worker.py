@@ -15,7 +15,6 @@ from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 from genai_pl.serving.upstream import Upstream
 
 
-
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     """What answers, and the application in front of it."""
     metrics = Metrics()

@@ -1,6 +1,7 @@
 """How a run is spread over processes: sharded, divided by heads, started and ended together."""
 
 from genai_pl.strategies.deepspeed import deepspeed
+from genai_pl.strategies.float8 import float8
 from genai_pl.strategies.launcher import RankLauncher, follow_launcher, launched
 from genai_pl.strategies.pieces import gather
 from genai_pl.strategies.pipeline import PipelineStrategy
@@ -12,6 +13,7 @@ __all__ = [
     "RankLauncher",
     "ShardedStrategy",
     "deepspeed",
+    "float8",
     "follow_launcher",
     "gather",
     "kept_operations",

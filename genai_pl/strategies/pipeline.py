@@ -62,14 +62,18 @@ class PipelineStrategy(ShardedStrategy):
         if not isinstance(module, TokenModule):
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
         if not isinstance(model, Stack) or model.config.position is Position.xl:
-            raise ConfigError(f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}")
+            raise ConfigError(
+                f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}"
+            )
         if model.config.share_layers or model.config.n_layer < stages:
             raise ConfigError(
                 f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "
                 f"needs layers of their own for each of {stages} processes"
             )
         if model.virtual is not None:
-            raise ConfigError(f"strategy=pipeline: virtual tokens (peft=prompt, peft=prefix) belong to no stage; {instead}")
+            raise ConfigError(
+                f"strategy=pipeline: virtual tokens (peft=prompt, peft=prefix) belong to no stage; {instead}"
+            )
         if any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
             raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
         if self.precision_plugin.precision == "16-mixed":
@@ -78,7 +82,9 @@ class PipelineStrategy(ShardedStrategy):
     def check_rows(self, rows: int) -> None:
         """ConfigError for batches that cannot be divided, or are too few for all processes to be busy."""
         if rows % self.microbatches:
-            raise ConfigError(f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})")
+            raise ConfigError(
+                f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})"
+            )
         if self.schedule == "1f1b" and self.microbatches < self.sizes[1]:
             raise ConfigError(
                 f"strategy.microbatches ({self.microbatches}) must be at least strategy.pipeline_parallel_size "
@@ -182,7 +188,9 @@ class PipelineStrategy(ShardedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         state = self.lightning_module.state_dict(keep_vars=True)
-        copies = {value: value.detach().cpu() for value in state.values() if self._keeps(value)}  # a tied weight stays tied
+        copies = {
+            value: value.detach().cpu() for value in state.values() if self._keeps(value)
+        }  # a tied weight stays tied
         found = self._collect({name: copies[value] for name, value in state.items() if value in copies})
         return {name: found[name] for name in state} if self.is_global_zero else {}
 

@@ -38,6 +38,7 @@ def kept_operations() -> list[torch._ops.OpOverload]:
         aten.addmm.default,
         aten.bmm.default,
         aten.baddbmm.default,
+        aten._scaled_mm.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,

@@ -85,9 +85,7 @@ class Stage(nn.Module):
 class Pipeline:
     """The passes of a batch through all stages, one of which lies on this process."""
 
-    def __init__(
-        self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int
-    ) -> None:
+    def __init__(self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int) -> None:
         self.stage, self.index, self.group = stage, index, group
         self.schedule, self.microbatches = schedule, microbatches
         self._built: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}

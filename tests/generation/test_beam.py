@@ -8,7 +8,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Limits, beam_search, complete, generate_text, left_pad
 from genai_pl.generation.beam import Hypothesis
-from genai_pl.models import Decoder
+from genai_pl.models import Decoder, load_wrapped
 from genai_pl.specs import GenerationConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [12, 13, 14, 15]]
@@ -203,3 +203,19 @@ def test_one_beam_is_greedy(small_model, byte_tokenizer):
 def test_options_that_do_not_fit_are_named(options, said):
     with pytest.raises(ConfigError, match=said):
         GenerationConfig(**options)
+
+
+def test_a_model_that_transformers_runs_searches_and_speculates_too(pair, tmp_path, byte_tokenizer):
+    theirs, _ = pair
+    theirs.save_pretrained(tmp_path)
+    model = load_wrapped(str(tmp_path))
+    input_ids, segment_ids = left_pad(PROMPTS, 0)
+    expected = theirs.generate(
+        input_ids, attention_mask=segment_ids, max_new_tokens=12, do_sample=False, pad_token_id=0, num_beams=3,
+        eos_token_id=None, num_return_sequences=3, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert_equal_theirs(beam_search(model, input_ids, beams(12, 3), segment_ids=segment_ids), expected, 7)
+    greedy = {"max_new_tokens": 20, "temperature": 0}
+    [[plain, again]] = complete(model, byte_tokenizer, [[5, 6, 5]], GenerationConfig(**greedy), num_samples=2)
+    [[fast]] = complete(model, byte_tokenizer, [[5, 6, 5]], GenerationConfig(**greedy, prompt_lookup=2))
+    assert plain == again == fast

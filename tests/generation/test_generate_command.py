@@ -117,9 +117,9 @@ def test_options_that_are_text_need_no_quotes(folder, command):
     pytest.importorskip("llguidance")
     options = ("checkpoint=model", "prompt=x", "generation.max_new_tokens=20")
     assert command("generate", *options, "generation.regex=(yes|no)[0-9]{1}").out[1:-2] in ("yes", "no")
-    schema = 'generation.json_schema={"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], ' \
-        '"additionalProperties": false}'  # fmt: skip
-    result = command("generate", *options, schema, 'generation.bad_words=["\\n", " ", "\\t", "\\r"]')
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    schema["x-guidance"] = {"whitespace_flexible": False}
+    result = command("generate", *options, f"generation.json_schema={json.dumps(schema)}")
     assert json.loads(result.out[1:]) == {"a": 1}
 
 

@@ -247,3 +247,17 @@ def test_entropy_is_that_of_the_distribution_at_each_label(monkeypatch: pytest.M
             assert found[row, t].item() == pytest.approx(expected if labels[row, t] != IGNORED else 0)
     flat = token_entropy(torch.zeros(1, 4), torch.ones(11, 4), torch.tensor([3]))
     assert flat.item() == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_the_gradient_of_entropy_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 11 * 3)  # three tokens a chunk
+    hidden, head = normal(2, 5, 4).requires_grad_(), normal(11, 4).requires_grad_()
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    labels[1, 3:] = IGNORED
+    (token_entropy(hidden, head, labels, softcap=2.0).sum()).backward()
+    found = [hidden.grad, head.grad]
+    again = [x.detach().clone().requires_grad_() for x in (hidden, head)]
+    logits = 2 * torch.tanh(again[0] @ again[1].t() / 2)
+    (torch.distributions.Categorical(logits=logits).entropy() * (labels != IGNORED)).sum().backward()
+    for ours, theirs in zip(found, again, strict=True):
+        torch.testing.assert_close(ours, theirs.grad)

@@ -11,6 +11,7 @@ from genai_pl.models import Decoder, ModelConfig
 from genai_pl.objectives import (
     IGNORED,
     PreferenceCollator,
+    RankingCollator,
     UnpairedPreferenceCollator,
     segment_ends,
     segment_sums,
@@ -120,3 +121,27 @@ def test_sums_over_an_unpaired_batch_are_the_logprobs_of_each_completion_alone(m
     expected += [logprob_alone(model, rows[i]["prompt"], rows[(i + 1) % 3]["completion"]) for i in range(3)]
     assert sums.tolist() == pytest.approx(expected, rel=1e-5)
     assert lengths.tolist() == [5, 1, 4, 1, 4, 5]
+
+
+def test_a_ranking_is_a_row_with_a_segment_for_each_completion() -> None:
+    rows = [
+        {"prompt": text(1, 2), "completions": [text(3), text(4, 5), text(6)]},
+        {"prompt": text(7), "completions": [text(8), text(9)]},
+    ]
+    batch = RankingCollator(vocabulary=VOCABULARY)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 2, 4, 5, 1, 2, 6], [7, 8, 7, 9, *[PAD] * 6]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 2, 2, 3, 3, 3], [1, 1, 2, 2, *[0] * 6]]
+    assert batch["sizes"].tolist() == [3, 2]
+    assert batch["targets"].item() == 2
+    plain = pair((1, 2), (3, 4), (5,))
+    paired = RankingCollator(vocabulary=VOCABULARY)([plain])
+    assert paired["input_ids"].tolist() == PAIRED([plain])["input_ids"].tolist()
+    assert "sizes" not in paired
+
+
+def test_what_a_reference_said_before_goes_with_its_pair() -> None:
+    rows = [
+        {**pair((1,), (2,), (3,)), "reference": np.array([-1.0, -2.0], np.float32)},
+        {**pair((4,), (5,), (6,)), "reference": np.array([-3.0, -4.0], np.float32)},
+    ]
+    assert PAIRED(rows)["reference"].tolist() == [[-1, -2], [-3, -4]]

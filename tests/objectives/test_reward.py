@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from genai_pl.objectives import pairwise_reward_loss, plackett_luce_loss, ranking_loss, reward_accuracy
+from genai_pl.objectives import (
+    centering_penalty,
+    pairwise_reward_loss,
+    plackett_luce_loss,
+    ranking_accuracy,
+    ranking_loss,
+    reward_accuracy,
+)
 
 RNG = np.random.default_rng(1)
 CHOSEN, REJECTED, MARGIN = RNG.normal(size=(3, 8))
@@ -80,3 +87,13 @@ def test_rewards_far_apart_do_not_overflow() -> None:
 
 def test_accuracy_counts_pairs_and_no_ties() -> None:
     assert reward_accuracy(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])) == 1
+
+
+def test_the_accuracy_of_a_ranking_is_the_share_of_its_pairs_in_order() -> None:
+    rewards = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 2.0], [2.0, 3.0, 1.0]])
+    assert ranking_accuracy(rewards).item() == pytest.approx(1 + 0 + 2 / 3)
+
+
+def test_centering_of_a_ranking_is_that_of_its_mean_and_of_pairs_the_published_one() -> None:
+    assert centering_penalty(torch.tensor([[1.0, 2.0], [-1.0, 1.0]])).item() == pytest.approx((1 + 2) ** 2)
+    assert centering_penalty(torch.tensor([[3.0, 0.0, 3.0]])).item() == pytest.approx(16.0)

@@ -1,4 +1,5 @@
 """Answers that are kept: which, for how long, and what happens when Redis goes away."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import asyncio
 import logging

@@ -71,7 +71,9 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(client) -> 
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(client) -> None:
-    text = client.post("/generate", json={"prompt": "Once", "max_new_tokens": 30, "seed": 3, "temperature": 1.0}).json()["text"]
+    text = client.post(
+        "/generate", json={"prompt": "Once", "max_new_tokens": 30, "seed": 3, "temperature": 1.0}
+    ).json()["text"]
     stop = next(c for c in text[3:] if ord(c) < 128)
     found = client.post(
         "/generate", json={"prompt": "Once", "max_new_tokens": 30, "seed": 3, "temperature": 1.0, "stop": [stop]}
@@ -112,6 +114,13 @@ def test_a_missing_prompt_and_a_body_that_is_no_json_are_refused(client) -> None
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_json_that_is_not_called_json_is_refused_with_the_header_that_is_missing(client) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # what a page of another origin may send unasked
+        reply = client.post("/generate", content=b'{"prompt": "x"}', headers={"content-type": kind})
+        assert reply.status_code == 422
+        assert "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(client) -> None:
     reply = client.post("/generate", json={"prompt": "x" * 200})
     assert reply.status_code == 400
@@ -146,7 +155,23 @@ def test_other_paths_and_methods_have_errors_of_the_same_shape(client) -> None:
 def test_the_description_names_every_option(client) -> None:
     schema = client.get("/openapi.json").json()
     fields = schema["components"]["schemas"]["GenerateBody"]["properties"]
-    assert {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed", "adapter", "stream"} <= set(fields)
+    assert {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed", "adapter", "stream"} <= set(
+        fields
+    )
     assert {"/generate", "/score", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/health"} <= set(
         schema["paths"]
     )
+
+
+def test_characters_of_several_tokens_are_never_cut(tiny: Path) -> None:
+    from tests.serving.servers import GREEDY, make_service, serving
+
+    begun = "né 日本 🙂 "  # of 1, 2, 3 and 4 bytes, each of them a token
+    with serving(make_service(tiny, generation={**GREEDY, "prefix": begun, "max_new_tokens": 30})) as client:
+        pieces = [event["text"] for event in stream(client, {"prompt": "x"})]
+        talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30}
+        said = [
+            event["choices"][0]["delta"].get("content", "") for event in stream(client, talk, "/v1/chat/completions")
+        ]
+    for found in (pieces, [piece for piece in said if piece]):
+        assert found[: len(begun)] == list(begun)

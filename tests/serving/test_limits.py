@@ -1,4 +1,5 @@
 """What a server refuses, gives up or cancels; an engine that the tests play in stands in for the model's."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import asyncio
 import json

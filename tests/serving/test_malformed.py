@@ -1,4 +1,5 @@
 """Requests that nobody would send, made from our own OpenAPI description: each is answered, and never by a failure."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
 from collections import Counter
@@ -29,7 +30,9 @@ SCALARS = st.one_of(
     st.sampled_from(["\ud800", "\x00", "🙂", "", "true", "x" * 5000, "../../etc/passwd", "{{ 7 * 7 }}"]),
 )
 ANYTHING = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
 
 
@@ -67,7 +70,9 @@ def bodies(schema: dict, parts: dict) -> st.SearchStrategy:
     spoiled = st.tuples(right, st.sampled_from(names), ANYTHING).map(lambda t: {**t[0], t[1]: t[2]})
     wrong = st.dictionaries(st.sampled_from(names) | st.text(max_size=10), ANYTHING, max_size=5)
     as_bytes = st.one_of(right, spoiled, spoiled, wrong, ANYTHING).map(lambda value: json.dumps(value).encode())
-    return st.one_of(as_bytes, as_bytes, as_bytes, st.binary(max_size=60), as_bytes.map(lambda body: body[: len(body) // 2]))
+    return st.one_of(
+        as_bytes, as_bytes, as_bytes, st.binary(max_size=60), as_bytes.map(lambda body: body[: len(body) // 2])
+    )
 
 
 def requests(description: dict) -> st.SearchStrategy:
@@ -78,7 +83,9 @@ def requests(description: dict) -> st.SearchStrategy:
         if "post" in methods:
             schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
             posts.append(st.tuples(st.just(path), bodies(schema, parts)))
-    kinds = st.sampled_from(["application/json"] * 8 + ["text/plain", "", "multipart/form-data", "application/json; charset=x"])
+    kinds = st.sampled_from(
+        ["application/json"] * 8 + ["text/plain", "", "multipart/form-data", "application/json; charset=x"]
+    )
     return st.tuples(st.one_of(posts), kinds)
 
 

@@ -65,7 +65,9 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
     found = ai.completions.create(model="tiny", prompt="Once", max_tokens=4, temperature=0, logprobs=3)
     model, _ = theirs
     ids = list(b"Once")
-    for chosen, top in zip(found.choices[0].logprobs.token_logprobs, found.choices[0].logprobs.top_logprobs, strict=True):
+    for chosen, top in zip(
+        found.choices[0].logprobs.token_logprobs, found.choices[0].logprobs.top_logprobs, strict=True
+    ):
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         assert chosen == pytest.approx(float(expected.max()), abs=1e-4)
@@ -82,7 +84,10 @@ def test_a_conversation_is_rendered_by_the_template(ai, theirs) -> None:
     assert chat.choices[0].message.role == "assistant"
     assert chat.choices[0].message.content == plain.choices[0].text
     assert chat.usage.prompt_tokens == len(text)
-    parts = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    parts = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
     again = ai.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=6, temperature=0)
     assert again.choices[0].message.content == chat.choices[0].message.content
 
@@ -103,7 +108,14 @@ def test_a_stream_adds_up_to_the_answer_and_ends_with_its_cost(ai) -> None:
 
 
 def test_logprobs_of_a_conversation_stream_like_they_come_whole(ai) -> None:
-    options = {"model": "tiny", "messages": HELLO, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    options = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 5,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     whole = ai.chat.completions.create(**options).choices[0].logprobs.content
     assert [len(entry.top_logprobs) for entry in whole] == [2] * len(whole)
     chunks = ai.chat.completions.create(**options, stream=True)

@@ -1,4 +1,5 @@
 """backend=openai: another server answers, ours checks, counts and remembers."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
 from collections.abc import Iterator
@@ -104,7 +105,10 @@ STRANGE = {
     "no JSON": (lambda request: httpx.Response(200, text="<html>"), 502),
     "a failure": (lambda request: httpx.Response(503, text="no"), 502),
     "a wrong key": (lambda request: httpx.Response(401, json={"error": {"message": "key sk-secret is wrong"}}), 502),
-    "too busy": (lambda request: httpx.Response(429, json={"error": {"message": "wait"}}, headers={"retry-after": "7"}), 429),
+    "too busy": (
+        lambda request: httpx.Response(429, json={"error": {"message": "wait"}}, headers={"retry-after": "7"}),
+        429,
+    ),
     "an error that is text": (lambda request: httpx.Response(400, json={"error": "bad"}), 400),
     "a list": (lambda request: httpx.Response(200, json=[1]), 502),
 }
@@ -155,7 +159,9 @@ def test_too_many_at_once_are_told_to_come_again() -> None:
         await asyncio.sleep(30)
         return httpx.Response(200, json={})
 
-    with proxy("http://elsewhere/v1", name="m", transport=httpx.MockTransport(slow), limits=Limits(queue_size=1)) as front:
+    with proxy(
+        "http://elsewhere/v1", name="m", transport=httpx.MockTransport(slow), limits=Limits(queue_size=1)
+    ) as front:
         with pytest.raises(httpx.ReadTimeout):
             front.post("/v1/completions", json={"prompt": "x"}, timeout=0.2)
         # whoever left has freed the place

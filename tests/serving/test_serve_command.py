@@ -1,4 +1,5 @@
 """serve.py as a user starts and stops it: one process, several, and under gunicorn."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
 import os
@@ -92,9 +93,9 @@ def test_a_server_says_what_it_serves_and_finishes_its_streams_when_it_is_stoppe
     assert "Traceback" not in server.printed
 
 
-def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start, tiny: Path) -> None:
+def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start, tiny: Path, tmp_path: Path) -> None:
     port = free_port()
-    server = start(*SERVE, f"checkpoint={tiny}", f"port={port}", "workers=2", "cache=null")
+    server = start(*SERVE, f"checkpoint={tiny}", f"port={port}", "workers=2", "cache=null", TMPDIR=str(tmp_path))
     url = server.wait_for(f"http://127.0.0.1:{port}")
     body = {"prompt": "x", "max_new_tokens": 1}
 
@@ -110,7 +111,9 @@ def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start
     ask(20)
     assert counted() == 20
     assert counted() == 20  # whichever worker answers
-    children = [int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    ]
     workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
@@ -119,6 +122,7 @@ def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start
     assert counted() == 25
     assert server.printed.count("serving     tiny") == 1
     assert server.stop() == 0
+    assert not list(tmp_path.glob("genai_pl-metrics-*"))
 
 
 def numbers(url: str) -> str:
@@ -179,7 +183,9 @@ def test_a_port_that_is_taken_is_one_line(command, tiny: Path) -> None:
         port = taken.getsockname()[1]
         result = command("serve", f"checkpoint={tiny}", f"port={port}")
     assert result.status == 2
-    assert result.err == f"error: port={port}: another program listens there on 127.0.0.1; choose another, or 0 for any\n"
+    assert (
+        result.err == f"error: port={port}: another program listens there on 127.0.0.1; choose another, or 0 for any\n"
+    )
 
 
 def test_a_missing_library_is_one_line(command, monkeypatch: pytest.MonkeyPatch) -> None:

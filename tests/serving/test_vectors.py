@@ -53,13 +53,19 @@ def test_the_folder_says_how_its_embeddings_are_made(pooling: str, tmp_path: Pat
     folder = encoder(tmp_path / "bert")
     assert make_service(folder).pooling == "mean"
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({name: kind == pooling for kind, name in PLACES.items()}))
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({name: kind == pooling for kind, name in PLACES.items()})
+    )
     assert make_service(folder).pooling == pooling
 
 
 def test_an_encoder_writes_nothing_and_says_so(tmp_path: Path) -> None:
     with serving(make_service(encoder(tmp_path / "bert"))) as client:
-        for path, body in (("/generate", {"prompt": "x"}), ("/v1/completions", {"prompt": "x"}), ("/score", {"text": "x"})):
+        for path, body in (
+            ("/generate", {"prompt": "x"}),
+            ("/v1/completions", {"prompt": "x"}),
+            ("/score", {"text": "x"}),
+        ):
             reply = client.post(path, json=body)
             assert reply.status_code == 400
             assert "embeddings" in reply.json()["error"]["message"]

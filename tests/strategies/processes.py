@@ -50,7 +50,7 @@ def start(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> subpro
 def train(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> str:
     """What train.py prints."""
     process = start(folder, *arguments, launch=launch)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
 

@@ -60,11 +60,26 @@ def test_heads_take_their_own_positions_along(objective: str, folder: Path, refe
     assert_same(run, expected)
 
 
+def test_muon_steps_whole_matrices_that_lie_in_pieces(folder: Path, reference) -> None:
+    expected, run = reference("alibi"), folder / "alibi-fsdp"
+    train(folder, *SMALL, *OBJECTIVES["alibi"], *STRATEGIES["fsdp"], "trainer.devices=2", f"hydra.run.dir={run}")
+    assert_same(run, expected)
+
+
+FOUR = {
+    "heads divided, and shards of them": ("strategy=tensor_parallel", "strategy.data_parallel_size=2", HALF),
+    "two copies, each in two shards": ("trainer=fsdp", "strategy.replicate_size=2", "data.batch_size=1"),
+}
+
+
 @pytest.mark.slow
-def test_four_processes_divide_heads_and_shard_what_they_hold(folder: Path, reference) -> None:
-    expected, run = reference("clm"), folder / "clm-4"
-    options = ("strategy=tensor_parallel", "strategy.data_parallel_size=2", "trainer.devices=4", HALF)
-    train(folder, *SMALL, *OBJECTIVES["clm"], *options, f"hydra.run.dir={run}")
+@pytest.mark.parametrize("layout", FOUR)
+@pytest.mark.parametrize("objective", ["clm", "alibi"])
+def test_four_processes_give_the_losses_and_weights_of_one(
+    objective: str, layout: str, folder: Path, reference
+) -> None:
+    expected, run = reference(objective), folder / f"{objective}-{list(FOUR).index(layout)}"
+    train(folder, *SMALL, *OBJECTIVES[objective], *FOUR[layout], "trainer.devices=4", f"hydra.run.dir={run}")
     assert_same(run, expected)
 
 

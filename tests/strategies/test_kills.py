@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.strategies.processes import SMALL, start, table, train, write_documents
 
-RUN = (*SMALL, "trainer.max_steps=40", "model.dropout=0.1", "optimizer=adamw", "callbacks.checkpoint.every_n_steps=2")
+RUN = (*SMALL, "trainer.max_steps=20", "model.dropout=0.1", "optimizer=adamw", "callbacks.checkpoint.every_n_steps=2")
 HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
 PIECES = "strategy.sharded_checkpoints=true"
 STRATEGIES = {
@@ -59,7 +59,7 @@ def undisturbed(folder: Path):
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "metrics.csv").exists() or max(table(run), default=0) < step:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -103,7 +103,7 @@ def test_a_run_that_lost_a_process_goes_on_exactly(
     exported = "adapter/adapter_model.safetensors" if strategy == "lora" else "model/model.safetensors"
     assert_equal_to_the_last_bit(run, expected, exported)
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert kept == ["last.ckpt", "step=000038.ckpt", "step=000040.ckpt"]
+    assert kept == ["last.ckpt", "step=000018.ckpt", "step=000020.ckpt"]
 
 
 def test_sigterm_to_one_process_saves_for_all(folder: Path, undisturbed) -> None:

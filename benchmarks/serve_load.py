@@ -1,0 +1,180 @@
+"""Tokens per second and waiting times of a server under load: python benchmarks/serve_load.py checkpoint=MODEL [options].
+
+Clients ask one after another, each for the next request of one list, over HTTP and as a stream. Lengths are drawn as in
+ShareGPT's conversations, which are close to log-normal (Kwon et al. 2023, figure 11: 161 tokens in and 338 out on
+average): prompts have a median of 80 and answers of 180 tokens, both with sigma 1.1, at most 512 and 1024, times --scale.
+
+The same requests go to serve.py and, with --simple, to a lock around transformers' generate (serve_simple.py). With
+--minutes there is one run of that length instead, with the memory of the server at its start and end, and the errors.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+SEED = 0
+
+
+@dataclass
+class Outcome:
+    """What the clients saw."""
+
+    n_tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # seconds to the first text of each answer
+    between: list[float] = field(default_factory=list)  # seconds from one text to the next
+    seconds: float = 0.0
+
+
+def draw(n: int, *, scale: float, vocab_size: int = 10_000) -> Iterator[tuple[list[int], int]]:
+    """Prompts and the lengths of their answers, n of them and always the same."""
+    rng = random.Random(SEED)
+
+    def length(median: float, most: int) -> int:
+        return max(4, min(int(most * scale), int(scale * median * rng.lognormvariate(0, 1.1))))
+
+    for _ in range(n):
+        yield [rng.randrange(1000, vocab_size) for _ in range(length(80, 512))], length(180, 1024)
+
+
+async def ask(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, outcome: Outcome) -> None:
+    """One request; what it took goes to the outcome."""
+    body = {"prompt": prompt, "max_tokens": n, "temperature": 0.8, "seed": seed, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    last = begun = time.monotonic()
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                raise httpx.HTTPError(f"{response.status_code} {response.text[:100]}")
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event, now = json.loads(line.removeprefix("data: ")), time.monotonic()
+                if "error" in event:
+                    raise httpx.HTTPError(str(event["error"])[:100])
+                if event["choices"] and event["choices"][0].get("text"):
+                    (outcome.first if last == begun else outcome.between).append(now - last)
+                    last = now
+                if event.get("usage"):
+                    outcome.n_tokens += event["usage"]["completion_tokens"]
+    except httpx.HTTPError as error:
+        outcome.errors.append(repr(error))
+        await asyncio.sleep(0.2)  # a server that is down would be asked for ever
+
+
+async def load(url: str, n_clients: int, requests: list[tuple[list[int], int]], *, until: float | None) -> Outcome:
+    """Let the clients ask until the list is over or, with a time, over and over until then."""
+    outcome, begun, number = Outcome(), time.monotonic(), iter(range(sys.maxsize))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        while True:
+            n = next(number)
+            if n >= len(requests) if until is None else time.monotonic() > until:
+                return
+            await ask(client, *requests[n % len(requests)], seed=n, outcome=outcome)
+
+    limits = httpx.Limits(max_connections=n_clients, max_keepalive_connections=n_clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+        await asyncio.gather(*(work(client) for _ in range(n_clients)))
+    outcome.seconds = time.monotonic() - begun
+    return outcome
+
+
+@contextmanager
+def server(command: list[str]) -> Iterator[subprocess.Popen]:
+    """The server, once it listens."""
+    port = int(command[-1].rpartition("=")[2])
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with status {process.returncode}")
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def resident(process: subprocess.Popen) -> float:
+    """MiB of memory that a process has now (Linux)."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def row(name: str, clients: int, outcome: Outcome) -> str:
+    """One line of the table."""
+
+    def percentiles(seconds: list[float]) -> str:
+        if not seconds:
+            return "-".rjust(8) * 2
+        cuts = statistics.quantiles(seconds * 2, n=20, method="inclusive")  # twice: one value alone has no quantiles
+        return f"{cuts[9] * 1e3:8.0f}{cuts[18] * 1e3:8.0f}"
+
+    rate = outcome.n_tokens / outcome.seconds
+    waits = percentiles(outcome.first) + percentiles(outcome.between)
+    return f"{name:<8}{clients:>8}{rate:>10.1f}{waits}{len(outcome.errors):>8}"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=lambda value: value.removeprefix("checkpoint="))
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, default=4, help="for each client")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--simple", action="store_true", help="the simple server too")
+    parser.add_argument("--minutes", type=float)
+    options = parser.parse_args()
+    checkpoint = str(Path(options.checkpoint).resolve()) if Path(options.checkpoint).exists() else options.checkpoint
+    ours = ["serve.py", f"checkpoint={checkpoint}", f"slots={options.slots}", "queue_size=256", "timeout=600"]
+    servers = {"ours": [*ours, "cache=null", f"port={free_port()}"]}
+    if options.simple:
+        servers["simple"] = ["benchmarks/serve_simple.py", checkpoint, str(free_port())]
+    print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seed {SEED}")
+    print("server   clients  tokens/s  first p50, p95  between p50, p95 (ms)  errors")
+    for name, command in servers.items():
+        with server([sys.executable, *command]) as process:
+            url = f"http://127.0.0.1:{command[-1].rpartition('=')[2]}"
+            asyncio.run(load(url, 1, [([1000, 1001], 4)], until=None))  # what is slow once
+            for clients in options.clients:
+                requests = list(draw(clients * options.requests, scale=options.scale))
+                before, until = resident(process), None
+                if options.minutes is not None:
+                    until = time.monotonic() + 60 * options.minutes
+                outcome = asyncio.run(load(url, clients, requests, until=until))
+                print(row(name, clients, outcome), flush=True)
+                if options.minutes is not None:
+                    print(f"memory of the server: {before:.0f} MiB before, {resident(process):.0f} MiB after")
+                for error in sorted(set(outcome.errors)):
+                    print(f"  {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Sequence to sequence: an encoder reads the source, a decoder writes the target."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from genai_pl.objectives.rows import Batch, Collator, Row, missing, pad_rows
+from genai_pl.objectives.tokens import IGNORED
+from genai_pl.objectives.vocabulary import Vocabulary
+
+
+class Seq2SeqCollator(Collator):
+    """input_ids (B, S), decoder_input_ids and labels (B, T) of rows of one pair, or of several that do not see each other.
+
+    Rows are {"source": (S,), "source_segments": (S,), "target": (T,), "target_segments": (T,)}; texts are closed by the
+    end token, and the decoder begins each target with the pad token, as T5 does (Raffel et al. 2020). segment_ids and
+    decoder_segment_ids are there only where a row has padding or two pairs.
+    """
+
+    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+        if vocabulary.end is None:
+            raise missing("seq2seq", "an end-of-text token")
+        self.pad = vocabulary.pad  # and nothing is drawn
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        labels = pad_rows([row["target"] for row in rows], IGNORED)
+        segments = pad_rows([row["source_segments"] for row in rows], 0)
+        decoder_segments = pad_rows([row["target_segments"] for row in rows], 0)
+        batch = {
+            "input_ids": pad_rows([row["source"] for row in rows], self.pad),
+            "decoder_input_ids": pad_rows([self._shifted(row) for row in rows], self.pad),
+            "labels": labels,
+            "targets": (labels != IGNORED).sum().float(),
+        }
+        if (segments == 1).all() and (decoder_segments == 1).all():
+            return batch
+        return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
+
+    def _shifted(self, row: Row) -> np.ndarray:
+        """What the decoder reads: each target one place later, behind the pad token."""
+        target, segments = row["target"], row["target_segments"]
+        first = np.diff(segments, prepend=0) > 0
+        return np.where(first, self.pad, np.roll(target, 1))

@@ -1,0 +1,73 @@
+"""Functions of the standard library of the Python that runs: a model completes code, and writes bodies for docstrings."""
+
+import ast
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from genai_pl.files import write_atomic
+
+from genai_pl.recipes.fetch import Row, Write, read_rows, write_parts
+
+N_HELD = 400
+SHORTEST, LONGEST = 80, 1200  # characters of a function
+ASIDE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"}
+
+
+def find(work: Path) -> list[Path]:
+    """The library's files, without its tests; nothing is downloaded."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [p for p in sorted(root.rglob("*.py")) if not ASIDE & set(p.relative_to(root).parts)]
+
+
+def functions(text: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function and method of a module, as text that begins at the margin, and parsed."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+            yield textwrap.dedent("\n".join(lines)), node
+
+
+def prepare(files: list[Path], out: Path) -> str:
+    """Write each function as a text."""
+    found: dict[str, None] = {}
+    for path in files:
+        try:
+            found |= {text: None for text, _ in functions(path.read_text(encoding="utf-8"))}
+        except (SyntaxError, UnicodeDecodeError):  # examples of what Python refuses
+            continue
+    kept = [text for text in found if SHORTEST < len(text) < LONGEST]
+    rows: list[Row] = [{"text": kept[n] + "\n"} for n in np.random.default_rng(0).permutation(len(kept))]
+    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+
+
+def show(write: Write, data: Path, out: Path) -> list[str]:
+    """Held functions with bodies by the model as code.py, and how many of them are Python."""
+    heads = [head for row in read_rows(data / "val.jsonl") if (head := head_of(row["text"]))][:40]
+    bodies = [text.split("<|endoftext|>")[0].rstrip() for text in write(heads, 120)]
+    written = [head + body for head, body in zip(heads, bodies, strict=True)]
+    whole = [is_python(text) for text in written]
+    text = "\n\n\n".join(written) + "\n"
+    write_atomic(out / "code.py", lambda part: part.write_text(text, encoding="utf-8"))
+    return [f"{out / 'code.py'}: {len(heads)} bodies for held docstrings", *written[:6], f"{sum(whole)} of {len(heads)} parse"]
+
+
+def head_of(text: str) -> str | None:
+    """The first lines of a function, up to the end of its docstring; None if it has none of its own lines."""
+    node = ast.parse(text).body[0]
+    first = node.body[0]
+    if ast.get_docstring(node) is None or first.lineno == node.lineno or first.end_lineno > 12:
+        return None
+    return "\n".join(text.splitlines()[: first.end_lineno]) + "\n"
+
+
+def is_python(text: str) -> bool:
+    """Whether Python would read the text."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True

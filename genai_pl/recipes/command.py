@@ -1,0 +1,130 @@
+"""The command `recipes.py`: list the applications, make their data, copy their settings, show what a run learned."""
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import yaml
+
+from genai_pl.errors import ConfigError, DataError, UserError
+from genai_pl.files import write_atomic
+from genai_pl.recipes import RECIPES
+
+CONF = Path(__file__).resolve().parent.parent.parent / "conf" / "experiment"
+HELP = """python recipes.py                           the applications, and what each took
+python recipes.py NAME [out=data/NAME]      make its data from a package registry; then: python train.py experiment=NAME
+python recipes.py show RUN                  write what a run learned into RUN/shown: pictures, tunes, translations, figures
+python recipes.py copy NAME [out=my_conf]   copy its settings to out/experiment/my_NAME.yaml, to edit;
+                                            then: python train.py --config-dir my_conf experiment=my_NAME"""
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says; the exit status."""
+    try:
+        print(answer(arguments), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+def answer(arguments: list[str]) -> str:
+    """What to print; files are written on the way."""
+    words = [a for a in arguments if "=" not in a]
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    unknown = set(options) - {"out"}
+    if unknown:
+        raise ConfigError(f"{min(unknown)}: no such option; only out= is known")
+    match words:
+        case ["--help" | "-h"]:
+            return HELP
+        case []:
+            return listing()
+        case ["show", run]:
+            return show(Path(run))
+        case ["copy", name]:
+            return copy(checked(name), Path(options.get("out", "my_conf")))
+        case [name]:
+            return prepare(checked(name), Path(options.get("out", f"data/{name}")))
+    raise ConfigError(f"recipes.py {' '.join(words)}: not understood; python recipes.py --help")
+
+
+def checked(name: str) -> str:
+    """The name, if there is such a recipe."""
+    if name not in RECIPES:
+        raise ConfigError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
+    return name
+
+
+def listing() -> str:
+    """Each recipe with what its file says of it, and what it took."""
+    lines = []
+    for name in RECIPES:
+        comments = [line[2:] for line in (CONF / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
+        _, what, *measured = comments
+        lines += [f"{name:<15}{what}", *(f"{'':15}{line}" for line in measured)]
+    return "\n".join([*lines, "", HELP])
+
+
+def module_of(name: str) -> ModuleType:
+    """What makes the data of a recipe and shows its results."""
+    return importlib.import_module(f"genai_pl.recipes.{name}")
+
+
+def prepare(name: str, out: Path) -> str:
+    """Make the data; a line on what was made, and the next command."""
+    module = module_of(name)
+    given = "" if out == Path("data") / name else f" data.path={out}/train.jsonl data.val_path={out}/val.jsonl"
+    done = "its text is shipped: nothing to make"
+    if hasattr(module, "prepare"):
+        with tempfile.TemporaryDirectory() as work:
+            done = module.prepare(module.find(Path(work)), out)
+    return f"{done}\nnext        python train.py experiment={name}{given if done.endswith('jsonl') else ''}"
+
+
+def copy(name: str, out: Path) -> str:
+    """Copy the settings under a name of their own; a name that Hydra finds twice means the shipped one."""
+    path = out / "experiment" / f"my_{name}.yaml"
+    if path.exists():
+        raise ConfigError(f"{path} is there already; remove it, or give out=")
+    write_atomic(path, lambda part: part.write_text((CONF / f"{name}.yaml").read_text()))
+    return f"{path}: edit it, then\nnext        python train.py --config-dir {out} experiment=my_{name}"
+
+
+def show(run: Path) -> str:
+    """Let the model of the run write what its recipe shows, into the run folder."""
+    saved = run / ".hydra" / "config.yaml"
+    try:
+        config = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"{run}: no run folder (it has no .hydra/config.yaml)") from None
+    data = Path(config["data"]["path"])
+    name = data.name if data.name in RECIPES else data.parent.name
+    if name not in RECIPES:
+        raise ConfigError(f"{run}: trained on {data}, which is no recipe's data; there are {', '.join(RECIPES)}")
+    out = run / "shown"
+    return "\n".join(module_of(name).show(writer(run, config["generation"]), data.parent, out))
+
+
+def writer(run: Path, options: dict[str, object]):
+    """A function that continues prompts with the run's model, as its settings say, in batches."""
+    import torch
+
+    from genai_pl.generation import generate_text
+    from genai_pl.load import load
+    from genai_pl.specs import GenerationConfig
+
+    model, tokenizer, _ = load(str(run))
+    generator = torch.Generator().manual_seed(0)
+
+    def write(prompts: list[str], max_new_tokens: int) -> list[str]:
+        config = GenerationConfig(**{**options, "max_new_tokens": max_new_tokens})
+        written = []
+        for n in range(0, len(prompts), 50):
+            found = generate_text(model, tokenizer, prompts[n : n + 50], config, generator=generator)
+            written += [texts[0] for texts in found]
+        return written
+
+    return write

@@ -1,0 +1,80 @@
+"""Dances and airs in ABC notation out of music21's corpus (O'Neill, Ryan, Aird, 1778 to 1907): a model writes tunes."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from genai_pl.files import write_atomic
+
+from genai_pl.recipes import abc
+from genai_pl.recipes.fetch import Row, Write, from_pip, read_rows, write_parts
+from genai_pl.recipes.midi import midi
+
+BOOKS = "music21/corpus/{book}/*.abc"
+N_HELD = 150
+LONGEST = 700  # characters of a tune
+KEPT = re.compile(r"[A-Ga-gz][,']*[0-9/]*|[\^_=]+|\(3|[|:\[\]12 ><\-\n]")  # what a melody is written with
+HEADER = ("R", "M", "L", "K")
+KINDS = (("jig", "6/8"), ("reel", "C|"), ("hornpipe", "C|"), ("air", "3/4"))  # what `show` asks for
+
+
+def find(work: Path) -> list[Path]:
+    """The books of tunes."""
+    books = ("oneills1850", "airdsAirs", "ryansMammoth")
+    return [path for book in books for path in from_pip("music21>=9", "music21", BOOKS.format(book=book), work)]
+
+
+def tunes(text: str) -> Iterator[str]:
+    """Each tune of a file: its kind, metre, unit and key on a line each, then the melody, without ornaments."""
+    for part in re.split(r"(?m)^X:", text.replace("\r", ""))[1:]:
+        lines = [line for line in part.split("\n")[1:] if line and not line.startswith("%")]
+        fields = {line[0]: line[2:].split("%")[0].strip() for line in reversed(lines) if re.match("[A-Z]:", line)}
+        melody = [clean(line) for line in lines if not re.match("[A-Za-z]:", line)]
+        if {"M", "K"} <= set(fields) and any(melody):
+            fields = {"R": kind(fields), "M": fields["M"], "L": fields.get("L", "1/8"), "K": fields["K"]}
+            header = "".join(f"{name}:{fields[name]}\n" for name in HEADER)
+            yield header + "\n".join(line for line in melody if line) + "\n"
+
+
+def kind(fields: dict[str, str]) -> str:
+    """What is danced to the tune: reel, jig, hornpipe, ..., or air where the book does not say."""
+    return (re.findall("[a-z]+", fields.get("R", "").lower()) or ["air"])[-1]
+
+
+def clean(line: str) -> str:
+    """A line of a melody without chords, fingerings, grace notes, slurs and marks."""
+    line = re.sub(r'"[^"]*"|\{[^}]*\}|![^!]*!|%.*|\[[A-Z]:[^]]*\]', "", line)
+    line = re.sub(r"\((?!3)", "", line)
+    return re.sub(" +", " ", "".join(KEPT.findall(line))).strip()
+
+
+def prepare(files: list[Path], out: Path) -> str:
+    """Write each tune as a text."""
+    found = {tune for path in files for tune in tunes(path.read_text(encoding="latin-1"))}
+    kept = sorted(tune for tune in found if 100 < len(tune) < LONGEST)
+    rows: list[Row] = [{"text": kept[n]} for n in np.random.default_rng(0).permutation(len(kept))]
+    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+
+
+def show(write: Write, data: Path, out: Path) -> list[str]:
+    """Tunes as tune1.abc, tune1.mid, ..., and how many of their bars are as long as the metre wants."""
+    headers = [f"R:{name}\nM:{metre}\nL:1/8\nK:{key}\n" for name, metre in KINDS for key in ("G", "D")]
+    written = [header + text for header, text in zip(headers, write(headers, 250), strict=True)]
+    for n, tune in enumerate(written, start=1):
+        text = f"X:{n}\nT:{abc.header(tune)['R'].capitalize()} {n}\n{tune.rstrip()}\n"
+        write_atomic(out / f"tune{n}.abc", lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        write_atomic(out / f"tune{n}.mid", lambda part, tune=tune: part.write_bytes(midi(abc.played(tune))))
+    real = [row["text"] for row in read_rows(data / "val.jsonl")]
+    return [
+        f"{out}/tune1.abc, .mid, ... tune{len(written)}: play them, or print them with an ABC program",
+        *written[:3],
+        f"{full_bars(written):.0%} of the inner bars fill the metre (of real tunes, {full_bars(real):.0%})",
+    ]
+
+
+def full_bars(texts: list[str]) -> float:
+    """The share of bars, the first and last of a tune apart, that are as long as the metre says."""
+    inner = [sum(note.length for note in bar) == abc.metre(tune) for tune in texts for bar in abc.bars(tune)[1:-1]]
+    return sum(inner) / max(1, len(inner))

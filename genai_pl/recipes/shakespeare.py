@@ -1,0 +1,17 @@
+"""The shipped plays of Shakespeare: a GPT continues them."""
+
+from pathlib import Path
+
+from genai_pl.files import write_atomic
+from genai_pl.recipes.fetch import Write
+
+SPEAKERS = ("ROMEO", "JULIET", "KING RICHARD", "FIRST CITIZEN")
+
+
+def show(write: Write, data: Path, out: Path) -> list[str]:
+    """Speeches as speeches.txt."""
+    prompts = [f"{speaker}:\n" for speaker in SPEAKERS]
+    speeches = [prompt + text for prompt, text in zip(prompts, write(prompts, 150), strict=True)]
+    text = "\n\n----\n\n".join(speeches) + "\n"
+    write_atomic(out / "speeches.txt", lambda part: part.write_text(text, encoding="utf-8"))
+    return [f"{out / 'speeches.txt'}", text]

@@ -1,0 +1,8 @@
+"""python recipes.py: applications on real data, from the registry to something to look at; `--help` says how."""
+
+import sys
+
+from genai_pl.recipes.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

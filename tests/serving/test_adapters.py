@@ -1,0 +1,71 @@
+"""Adapters of one base, chosen by name."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+peft = pytest.importorskip("peft", reason="needs pip install peft")
+
+from tests.serving.servers import make_service, serving
+
+
+def write_adapter(base: Path, folder: Path, seed: int) -> Path:
+    """A LoRA adapter of PEFT's with random weights, strong enough to change every token."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def greedy(base: Path, adapter: Path | None, prompt: bytes, n: int) -> list[int]:
+    """The tokens that transformers and PEFT write."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
+def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
+    folders = {name: write_adapter(tiny, tmp_path / name, seed) for seed, name in enumerate(("polite", "rude"), 1)}
+    service = make_service(tiny, adapters={name: str(path) for name, path in folders.items()})
+    body = {"prompt": "Once upon", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    with serving(service) as client:
+        models = {entry["id"]: entry for entry in client.get("/v1/models").json()["data"]}
+        assert [(name, entry["parent"]) for name, entry in models.items()] == [
+            ("tiny", None),
+            ("polite", "tiny"),
+            ("rude", "tiny"),
+        ]
+        for name, folder in {"tiny": None, **folders}.items():
+            expected = greedy(tiny, folder, b"Once upon", 8)
+            for _ in range(2):  # the second time from the cache, which tells adapters apart
+                found = client.post("/v1/completions", json={**body, "model": name}).json()
+                assert found["model"] == name
+                tokens = found["choices"][0]["logprobs"]["tokens"]
+                known = [(i, token) for i, token in zip(expected, tokens, strict=False) if i < 128]
+                assert [chr(i) for i, _ in known] == [token for _, token in known]
+                assert len(tokens) == len(expected) or 256 in expected
+            if folder is not None:
+                ours = client.post(
+                    "/generate", json={"prompt": "Once upon", "max_new_tokens": 8, "adapter": name}
+                ).json()
+                assert ours["text"] == found["choices"][0]["text"]
+        reply = client.post("/v1/embeddings", json={"input": "x"})
+        assert reply.status_code == 400
+        assert "serve the model alone" in reply.json()["error"]["message"]

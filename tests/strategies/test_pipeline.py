@@ -1,0 +1,148 @@
+"""Processes that hold some blocks each take the steps of one that holds them all, and go on where it stopped."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genai_pl.errors import ConfigError
+from genai_pl.strategies import PipelineStrategy
+from genai_pl.strategies.stages import stage_of
+from tests.strategies.processes import SMALL, assert_same, start, table, train, write_documents
+from tests.strategies.test_kills import processes, wait_for_step
+
+HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
+TWO = ("strategy=pipeline", "trainer.devices=2", WHOLE)
+FOUR = ("strategy=pipeline", "strategy.data_parallel_size=2", "strategy.microbatches=2", "trainer.devices=4", HALF)
+GPIPE = (*TWO, "strategy.schedule=gpipe")
+ADAMW = ("optimizer=adamw", "optimizer.lr=1e-3")
+OBJECTIVES = {
+    # tied embeddings, rows of unequal numbers of targets, four batches to a step, a gradient far too long
+    "clm": ("trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"),
+    # a table that all stages look up, a head of its own
+    "prefix_lm": ("objective=prefix_lm", "model.position=relative", "model.tie_embeddings=false"),
+    "mlm": ("model=encoder_nano", "objective=mlm"),
+    "fim": ("objective=fim",),
+    "muon": ("optimizer=muon", "optimizer.lr=1e-3"),
+    "adafactor": ("optimizer=adafactor", "trainer.recompute_every=1"),
+}
+SLOW = [("clm", GPIPE), ("clm", FOUR), ("mlm", TWO), ("fim", GPIPE), ("muon", TWO), ("adafactor", TWO)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_documents(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path):
+    """The run of one process for an objective, trained once."""
+
+    def get(objective: str) -> Path:
+        run = folder / f"{objective}-one"
+        if not run.exists():
+            train(folder, *SMALL, *OBJECTIVES[objective], WHOLE, f"hydra.run.dir={run}")
+        return run
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [("clm", TWO), ("prefix_lm", GPIPE), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_a_pipeline_gives_the_losses_and_weights_of_one_process(
+    objective: str, options: tuple[str, ...], folder: Path, reference, request: pytest.FixtureRequest
+) -> None:
+    run = folder / request.node.callspec.id
+    train(folder, *SMALL, *OBJECTIVES[objective], *options, f"hydra.run.dir='{run}'")
+    assert_same(run, reference(objective))
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_the_same_in_a_pipeline(folder: Path) -> None:
+    options = (*SMALL, *ADAMW, "peft=lora", "trainer.gradient_clip_val=0.05")
+    one, two = folder / "lora-one", folder / "lora-two"
+    train(folder, *options, WHOLE, f"hydra.run.dir={one}")
+    train(folder, *options, *TWO, f"hydra.run.dir={two}")
+    weights, others = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (two, one))
+    assert weights.keys() == others.keys()
+    for name, value in others.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(TWO, (WHOLE,)), ((WHOLE,), TWO)], ids=["two_to_one", "one_to_two"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: tuple[str, ...], after: tuple[str, ...], folder: Path, request: pytest.FixtureRequest
+) -> None:
+    options = (*SMALL, *ADAMW)
+    whole = folder / "whole"
+    if not whole.exists():
+        train(folder, *options, WHOLE, f"hydra.run.dir={whole}")
+    run = folder / request.node.callspec.id
+    train(folder, *options, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
+    back = () if after == TWO else ("strategy=auto", "trainer.devices=1")
+    train(folder, f"resume={run}", "trainer.max_steps=4", *after, *back)
+    found, expected = table(run), table(whole)
+    for step in (3, 4):
+        assert float(found[step]["train/loss"]) == pytest.approx(float(expected[step]["train/loss"]), rel=1e-5)
+    weights, others = (load_file(path / "model" / "model.safetensors") for path in (run, whole))
+    for name, value in others.items():
+        # where a gradient is rounding, AdamW moves a weight by up to a step of 1e-3
+        assert (weights[name] - value).abs().max() <= 1e-4, name
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_ends_the_others(folder: Path) -> None:
+    run = folder / "killed"
+    process = start(folder, *SMALL, *TWO, "trainer.max_steps=1000", f"hydra.run.dir={run}")
+    wait_for_step(process, run, 2)
+    os.kill(processes(process)[1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "error: process 1 of the run was killed by signal 9; all end here" in out
+
+
+@pytest.mark.parametrize(("n_blocks", "n_stages"), [(2, 2), (3, 2), (7, 3), (12, 5), (4, 4)])
+def test_stages_are_neighbours_and_differ_by_one_block_at_most(n_blocks: int, n_stages: int) -> None:
+    stages = [stage_of(block, n_blocks, n_stages) for block in range(n_blocks)]
+    assert stages == sorted(stages)
+    sizes = [stages.count(stage) for stage in range(n_stages)]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "zigzag"}, "strategy.schedule"),
+        ({"microbatches": 0}, "strategy.microbatches"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PipelineStrategy(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("strategy.microbatches=3",), "data.batch_size"),
+        (("model.n_layer=1",), "model.n_layer"),
+        (("peft=prompt",), "virtual tokens"),
+        (("model=t5_nano", "objective=span_corruption"), "decoders and encoders"),
+    ],
+)
+def test_what_no_pipeline_can_do_is_told_in_one_line(options: tuple[str, ...], said: str, folder: Path) -> None:
+    process = start(folder, *SMALL, *TWO, *options, f"hydra.run.dir={folder / 'refused'}")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert said in out
+    assert "Traceback" not in out

@@ -1,0 +1,141 @@
+"""Sweeps that are killed go on where they were, and a sweeper that searches is given the metric it optimizes."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from genai_pl.errors import UserError
+from genai_pl.sweeps import finished, replay_sweep, write_results
+from tests.conftest import TINY
+from tests.test_commands import start, table, wait_for_step
+
+JOB = (*TINY, "callbacks.export=false", "callbacks.checkpoint.every_n_steps=2", "trainer.limit_val_batches=1")
+SWEEP = (*JOB, "optimizer.lr=1e-2,1e-3,1e-4")
+
+
+def test_a_killed_sweep_skips_what_is_done_resumes_what_was_not_and_starts_the_rest(command, tmp_path: Path) -> None:
+    longer = ("trainer.max_steps=60", "trainer.val_check_interval=60")
+    assert command("train", "-m", *SWEEP, *longer, "hydra.sweep.dir=whole").status == 0
+    sweep = tmp_path / "multirun" / "one"
+    process = start(sweep.parent, "-m", *SWEEP, *longer, f"hydra.sweep.dir={sweep}")
+    wait_for_step(sweep / "1", process, 10)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {p: p.stat().st_mtime_ns for p in (sweep / "0").rglob("*") if p.suffix in (".csv", ".ckpt")}
+    assert not (sweep / "2").exists()
+    result = command("train", "-m", "resume=auto")
+    assert result.status == 0, result.err
+    assert "multirun/one/0 is finished: skipped" in result.out
+    assert "resuming    multirun/one/1/checkpoints/" in result.out
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    for job in "012":
+        assert table(sweep / job) == table(tmp_path / "whole" / job)
+        steps = json.loads((sweep / job / "results.json").read_text())
+        assert steps["step"] == 60
+        assert steps["val/loss"] == float(table(sweep / job)[60]["val/loss"])
+    again = command("train", "-m", "resume=auto", "trainer.max_steps=62")
+    assert again.status == 0, again.err
+    assert "skipped" not in again.out
+    assert max(table(sweep / "2")) == 62
+
+
+def saved(folder: Path, *overrides: str, hydra: tuple[str, ...] = ()) -> None:
+    folder.mkdir(parents=True)
+    contents = {"hydra": {"overrides": {"task": list(overrides), "hydra": ["hydra.mode=MULTIRUN", *hydra]}}}
+    (folder / "multirun.yaml").write_text(yaml.safe_dump(contents))
+
+
+def test_the_newest_sweep_goes_on_with_its_own_settings_and_new_ones(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert replay_sweep(["-m", "resume=auto", "seed=1,2"]) == ["-m", "seed=1,2"]
+    saved(tmp_path / "multirun" / "a", "seed=1,2")
+    saved(tmp_path / "multirun" / "b", "optimizer.lr=1e-3,1e-2", "trainer.max_steps=5", hydra=("hydra/launcher=joblib",))
+    os.utime(tmp_path / "multirun" / "a" / "multirun.yaml", (1, 1))
+    assert replay_sweep(["-m", "resume=auto", "trainer.max_steps=9"]) == [
+        *("-m", "hydra/launcher=joblib", "optimizer.lr=1e-3,1e-2", "resume=auto", "trainer.max_steps=9"),
+        "hydra.sweep.dir='multirun/b'",
+    ]
+    assert "seed=1,2" in replay_sweep(["-m", "resume=auto", "hydra.sweep.dir=multirun/a"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "said"),
+    [
+        (["seed=1,2"], "seed=1,2,3", "was started with seed=1,2, not seed=1,2,3"),
+        (["seed=1,2"], "optimizer.lr=1,2", "was started without optimizer.lr"),
+        (["+callbacks.extra.x._target_=os.getcwd"], "seed=1", "names code to run"),
+    ],
+)
+def test_what_would_mix_two_sweeps_up_is_one_line(overrides, given, said, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "multirun" / "a", *overrides)
+    with pytest.raises(UserError, match=said) as error:
+        replay_sweep(["-m", "resume=auto", given])
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_run_is_one_that_took_all_its_steps(tmp_path: Path) -> None:
+    assert finished(tmp_path, 4) is None
+    write_results(tmp_path, 4, {"val/loss": 1.5})
+    assert finished(tmp_path, 4) == finished(tmp_path, -1) == {"step": 4, "val/loss": 1.5}
+    assert finished(tmp_path, 5) is None
+
+
+class Pick(Sweeper):
+    """Runs three jobs, one of which diverges, and keeps what they gave back."""
+
+    found: list[object] = []
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        jobs = [[*arguments, f"optimizer.lr={lr}"] for lr in ("1e-3", "1e-2", "1e30")]
+        Pick.found = [job.return_value for job in self.launcher.launch(jobs, initial_job_idx=0)]
+
+
+@dataclass
+class PickConfig:
+    """Of the sweeper above."""
+
+    _target_: str = "tests.test_sweeps.Pick"
+
+
+@pytest.fixture
+def _pick() -> None:
+    Plugins.instance().register(Pick)
+    ConfigStore.instance().store(group="hydra/sweeper", name="pick", node=PickConfig)
+
+
+@pytest.mark.usefixtures("_pick")
+def test_a_sweeper_is_given_the_metric_and_a_diverged_job_is_not_a_number(command, tmp_path: Path) -> None:
+    options = ("scheduler=constant", "scheduler.warmup_steps=0", "optimizer=sgd", "hydra/sweeper=pick", "hydra.sweep.dir=s")
+    result = command("train", "-m", *JOB, *options)
+    assert result.status == 0, result.err
+    first, second, third = Pick.found
+    assert [first, second] == [float(table(tmp_path / "s" / job)[4]["val/loss"]) for job in "01"]
+    assert math.isnan(third)
+    assert "is not finite" in result.err
+    wrong = command("train", "-m", *JOB, *options, "optimized_metric=val/lss")
+    assert wrong.status == 2
+    assert "optimized_metric=val/lss: no such metric; validation measures val/accuracy, val/bpb, val/loss" in wrong.err
+
+
+@pytest.mark.parametrize("plugin", ["hydra/launcher=joblib", "hydra/sweeper=optuna", "hydra/launcher=submitit_slurm"])
+def test_a_plugin_that_is_not_installed_is_one_line(plugin: str, command) -> None:
+    result = command("train", "-m", plugin, "seed=1,2")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"{plugin}: not installed; pip install hydra-" in result.err
