@@ -48,7 +48,13 @@ SAVERS = {
 CHECKED = {
     "plain": (),
     "AdamW, twice as wide": ("optimizer=adamw", "model.n_embd=512", "data.batch_size=8"),
-    "GPT-2's vocabulary": ("model=gpt", "model.n_layer=4", "model.n_embd=256", "model.n_head=4", "model.vocab_size=50257"),
+    "GPT-2's vocabulary": (
+        "model=gpt",
+        "model.n_layer=4",
+        "model.n_embd=256",
+        "model.n_head=4",
+        "model.vocab_size=50257",
+    ),
     "4 batches of a quarter": ("trainer.accumulate_grad_batches=4", "data.batch_size=4"),
     "recompute every block": ("trainer.recompute=full",),
     "recompute cheap operations": ("trainer.recompute=selective",),

@@ -32,11 +32,10 @@ def export_model(
 
     card: headings and paragraphs of the model card. files: JSON values of further files, by path.
     """
-    token_ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     reader = []
 
     def write(temporary: Path) -> None:
-        reader.append(save_pretrained(model, temporary, token_ids=token_ids))
+        reader.append(save_pretrained(model, temporary, token_ids=token_ids(tokenizer)))
         tokenizer.save_pretrained(temporary)
         for name, values in (files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -45,6 +44,11 @@ def export_model(
 
     write_atomic(folder, write)
     return reader[0]
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:
+    """bos_token_id, eos_token_id and pad_token_id, as config.json has them."""
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
 def adapter_card(base: str, card: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.folder import read_json
 from genai_pl.models.hf_config import is_supported
+from genai_pl.models.onnx_model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.names import AttentionBackend, Head
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class Loaded(NamedTuple):
     """A model in evaluation mode, its tokenizer, and the file or folder they were read from."""
 
-    model: Model | WrappedDecoder
+    model: Model | WrappedDecoder | OnnxDecoder | OnnxEncoderDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
 
@@ -41,14 +42,18 @@ def load(
     dropout: float = 0.0,
     wrap: bool = True,
     adapters: Sequence[str] = (),
+    onnx: bool = False,
 ) -> Loaded:
     """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
 
     With `wrap`, a folder of no family of ours is run by transformers, with our attention. A run or folder with an
-    adapter gives its base with the adapter; further `adapters` are put on top in their order.
+    adapter gives its base with the adapter; further `adapters` are put on top in their order. `onnx` takes ONNX graphs
+    too, which can write and no more.
     """
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     path = resolve(reference)
+    if is_onnx(path):
+        return _load_onnx(path, allowed=onnx, adapters=adapters)
     if is_checkpoint(path):
         loaded = _load_checkpoint(path, **options)
     elif (path / ADAPTER).is_file():
@@ -58,6 +63,14 @@ def load(
     for name in adapters:
         peft.load_adapter(loaded.model, resolve_adapter(name))
     return loaded._replace(model=loaded.model.eval())
+
+
+def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
+    if not allowed:
+        raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")
+    if adapters:
+        raise ConfigError(f"{path}: an ONNX model takes no adapters; export it with one: format=onnx adapter=...")
+    return Loaded(load_onnx(path), pretrained_tokenizer(str(path)), path)
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:

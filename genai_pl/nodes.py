@@ -181,6 +181,7 @@ class Export:
     adapter: str | None = None
     format: str = "hf"
     dtype: str | None = None
+    quantize: str | None = None
     out: str = MISSING
 
 

@@ -32,6 +32,8 @@ def replay(arguments: list[str]) -> list[str]:
     saved = _saved_overrides(run)
     given = {_key(a) for a in arguments}
     kept = [o for o in saved if _key(o) not in given | {"resume", "dry_run"}]
+    if "strategy" in given:  # another one has not the options of the old
+        kept = [o for o in kept if not _key(o).startswith("strategy.")]
     unsafe = next((o for o in kept if "_target_" in o), None)
     if unsafe:
         raise UserError(

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.config import searches
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, DataError
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.load import load
 from genai_pl.models import Model
@@ -25,6 +25,7 @@ from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
 from genai_pl.peft import adapters_of, describe
+from genai_pl.recipes import RECIPES
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
 from genai_pl.start import adapt, keep_base, start
@@ -75,6 +76,7 @@ def optimized(name: str | None, trainer: L.Trainer) -> float | None:
 
 def build(config: DictConfig, run: Path) -> Parts:
     """Every object of the run."""
+    check_made(config.data.path)
     data = make(config.data, seed=config.seed)
     objective = get_class(config.objective._target_)
     if data.kind != objective.data_kind:
@@ -98,6 +100,13 @@ def build(config: DictConfig, run: Path) -> Parts:
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
     return Parts(run, trainer, module, data, tokenizer, **callbacks, base=base)
+
+
+def check_made(path: str) -> None:
+    """DataError that names the command which makes a recipe's data, where they have not been made."""
+    name = Path(path).parent.name
+    if name in RECIPES and not Path(path).exists():
+        raise DataError(f"data.path={path}: not made yet; make it with: python recipes.py {name}")
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:

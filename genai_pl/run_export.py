@@ -1,19 +1,24 @@
 """The export command: a model in, a folder for others out."""
 
-import logging
 import shutil
-import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.export import export_model
+from genai_pl.export import export_model, token_ids
 from genai_pl.files import write_atomic
 from genai_pl.load import load, resolve, resolve_adapter
+from genai_pl.models.onnx_export import write_description, write_graphs
+from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMATS = ("hf", "merged", "peft", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +30,10 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
+    if config.quantize not in (None, "int8"):
+        raise ConfigError(f"quantize={config.quantize} is not null or int8")
+    if config.quantize and config.format != "onnx":
+        raise ConfigError("quantize=int8 goes with format=onnx")
     out = Path(config.out)
     if out.exists():
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")
@@ -40,7 +49,7 @@ def export(config: DictConfig) -> int:
         model = merge(model)
     model = model.to(DTYPES[config.dtype]) if config.dtype else model
     if config.format == "onnx":
-        reader = write_onnx(model, out)
+        reader = write_onnx(model, loaded.tokenizer, config)
     else:
         card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
         reader = export_model(model, loaded.tokenizer, out, card=card)
@@ -57,29 +66,21 @@ def copy_adapter(config: DictConfig, out: Path) -> int:
     return 0
 
 
-class _Logits(nn.Module):
-    """input_ids (B, T) to logits (B, T, V) and nothing else."""
+def write_onnx(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: DictConfig) -> str:
+    """Write ONNX graphs with configuration and tokenizer beside them; returns what reads them."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"format=onnx needs {', '.join(missing)}: pip install -e '.[onnx]'")
+    if config.dtype == "bf16":
+        raise ConfigError("format=onnx: ONNX Runtime multiplies no bf16 on a CPU: leave dtype out, or dtype=fp16")
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        files = write_graphs(model, folder)
+        write_description(model, folder, token_ids=token_ids(tokenizer))
+        tokenizer.save_pretrained(folder)
+        for file in files if config.quantize else ():
+            print(f"{file.stem:<12}{quantize_graph(file, vocab_size=model.config.vocab_size)}")
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids)
-
-
-def write_onnx(model: nn.Module, out: Path) -> str:
-    """Write logits as an ONNX graph over batches and lengths of any size."""
-    try:
-        import onnxscript  # noqa: F401  torch's exporter asks for it much later, and in many lines
-    except ImportError:
-        raise ConfigError("format=onnx needs onnx and onnxscript: pip install -e '.[onnx]'") from None
-    if not model.config.writes or model.config.n_decoder_layer:
-        raise ConfigError("format=onnx writes decoders")
-    example = torch.zeros(2, 8, dtype=torch.long)
-    sizes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.config.max_seq_len)}}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    program = torch.onnx.export(_Logits(model.eval()), (example,), dynamo=True, dynamic_shapes=sizes, verbose=False)
-    write_atomic(out, lambda path: program.save(str(path)))
-    return "ONNX Runtime"
+    write_atomic(Path(config.out), write)
+    return "ONNX Runtime, generate.py and serve.py" if model.config.writes else "ONNX Runtime"

@@ -26,7 +26,9 @@ def generate(config: DictConfig) -> int:
     prompts = read_prompts(config)
     device = choose_device(config.device)
     weights, products = DTYPES[config.precision.lightning]
-    loaded = load(config.checkpoint, dtype=weights, adapters=adapter_names(config))
+    loaded = load(
+        config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
+    )
     loaded.model.to(device)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
@@ -61,7 +63,7 @@ def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.
     single = len(prompts) * n * choices == 1 and not config.logprobs
     streaming = config.stream and single
     if single:
-        print(prompts[0], end="", flush=True)
+        print(prompts[0], end=joint(loaded), flush=True)
     rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * choices
     if choices > 1:  # an adapter for each row: no two share one that is read once
         rows = [row for row in rows for _ in range(n)]
@@ -93,12 +95,17 @@ def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | Non
     """Print one of several completions, or all that is known of it."""
     if not as_json:
         heading = "" if adapter is None else f"[{adapter}] "
-        print(f"{heading}{prompt}{completion.text}\n{'-' * 40}", flush=True)
+        print(f"{heading}{prompt}{joint(loaded)}{completion.text}\n{'-' * 40}", flush=True)
         return
     pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
     line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
     line |= {} if completion.score is None else {"score": completion.score}
     print_json(line if adapter is None else {"adapter": adapter, **line})
+
+
+def joint(loaded: Loaded) -> str:
+    """What stands between prompt and completion: an encoder-decoder does not continue, it answers on a line of its own."""
+    return "\n" if loaded.model.config.shape is Shape.encoder_decoder else ""
 
 
 def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:

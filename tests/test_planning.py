@@ -141,7 +141,9 @@ def test_counting_without_memory_finds_what_autograd_holds(values: dict, adapter
 def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():
     def count(every: int | None, kind: str = "full") -> float:
         with weightless(torch.float32):
-            return activation_bytes(Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **{**PLAIN, "every": every, "kind": kind})
+            return activation_bytes(
+                Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **{**PLAIN, "every": every, "kind": kind}
+            )
 
     def alive(every: int) -> int:
         model, ids = Decoder(ModelConfig(**GPT)), torch.zeros(2, 32, dtype=torch.long)

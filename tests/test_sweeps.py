@@ -60,7 +60,9 @@ def test_the_newest_sweep_goes_on_with_its_own_settings_and_new_ones(tmp_path: P
     monkeypatch.chdir(tmp_path)
     assert replay_sweep(["-m", "resume=auto", "seed=1,2"]) == ["-m", "seed=1,2"]
     saved(tmp_path / "multirun" / "a", "seed=1,2")
-    saved(tmp_path / "multirun" / "b", "optimizer.lr=1e-3,1e-2", "trainer.max_steps=5", hydra=("hydra/launcher=joblib",))
+    saved(
+        tmp_path / "multirun" / "b", "optimizer.lr=1e-3,1e-2", "trainer.max_steps=5", hydra=("hydra/launcher=joblib",)
+    )
     os.utime(tmp_path / "multirun" / "a" / "multirun.yaml", (1, 1))
     assert replay_sweep(["-m", "resume=auto", "trainer.max_steps=9"]) == [
         *("-m", "hydra/launcher=joblib", "optimizer.lr=1e-3,1e-2", "resume=auto", "trainer.max_steps=9"),
@@ -111,18 +113,25 @@ class Pick(Sweeper):
 class PickConfig:
     """Of the sweeper above."""
 
-    _target_: str = "tests.test_sweeps.Pick"
+    _target_: str = f"{__name__}.Pick"
 
 
 @pytest.fixture
-def _pick() -> None:
+def _pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plugins, "is_in_toplevel_plugins_module", staticmethod(lambda name: True))
     Plugins.instance().register(Pick)
     ConfigStore.instance().store(group="hydra/sweeper", name="pick", node=PickConfig)
 
 
 @pytest.mark.usefixtures("_pick")
 def test_a_sweeper_is_given_the_metric_and_a_diverged_job_is_not_a_number(command, tmp_path: Path) -> None:
-    options = ("scheduler=constant", "scheduler.warmup_steps=0", "optimizer=sgd", "hydra/sweeper=pick", "hydra.sweep.dir=s")
+    options = (
+        "scheduler=constant",
+        "scheduler.warmup_steps=0",
+        "optimizer=sgd",
+        "hydra/sweeper=pick",
+        "hydra.sweep.dir=s",
+    )
     result = command("train", "-m", *JOB, *options)
     assert result.status == 0, result.err
     first, second, third = Pick.found

@@ -10,6 +10,7 @@ from genai_pl.callbacks.due import passed
 from genai_pl.generation import generate_text
 from genai_pl.modules.rl import RLModule
 from genai_pl.modules.rollout import Example
+from genai_pl.names import Shape
 from genai_pl.specs import GenerationConfig
 
 
@@ -44,9 +45,11 @@ class Samples(L.Callback):
     def _continued(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         generator = torch.Generator(module.device).manual_seed(self.seed)
         texts = generate_text(module.model, self.tokenizer, self.prompts, self.config, generator=generator)
+        apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # it does not continue, it answers
         for prompt, (text, *_) in zip(self.prompts, texts, strict=True):
-            self.say(f"--- step {step} ---\n{prompt}{text}\n---")
-            quoted = "\n".join(f"    {line}" for line in (prompt + text).splitlines())
+            shown = f"{prompt}{apart}{text}"
+            self.say(f"--- step {step} ---\n{shown}\n---")
+            quoted = "\n".join(f"    {line}" for line in shown.splitlines())
             _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
 
     def _judged(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:

@@ -75,7 +75,9 @@ class PackedPairs(Dataset):
 
     def __init__(self, pairs: "Table", room: int) -> None:
         self.pairs = pairs
-        lengths = [max(len(source), len(target)) for source, target in zip(pairs["source"], pairs["target"], strict=True)]
+        lengths = [
+            max(len(source), len(target)) for source, target in zip(pairs["source"], pairs["target"], strict=True)
+        ]
         self.bins = pack(lengths, room) if room else [[n] for n in range(len(pairs))]
 
     def __len__(self) -> int:

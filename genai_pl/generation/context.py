@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder, Reader
+from genai_pl.names import Shape
 
 
 class Context:
@@ -52,7 +53,7 @@ class Context:
             return
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(n)
         self.cache.keep_rows(rows)
-        if isinstance(self.model, Reader):
+        if self.model.config.shape is Shape.encoder_decoder:
             self.model = self.model.keep_rows(rows)
         self._select(rows)
 

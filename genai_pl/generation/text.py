@@ -11,6 +11,7 @@ from genai_pl.generation.limits import limits_of
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.generation.writer import Completion, OnText, Writer, left_pad
 from genai_pl.models import Decoder, Encoder, EncoderDecoder, Model, Reader
+from genai_pl.names import Shape
 from genai_pl.specs import GenerationConfig
 
 if TYPE_CHECKING:
@@ -73,10 +74,10 @@ def complete(
     _check_rows(model, rows)
     if config.num_beams > 1 and num_samples > 1:
         raise ConfigError(f"num_samples={num_samples} has no use with beams: set generation.num_return")
-    if config.speculates and isinstance(model, EncoderDecoder):
+    if config.speculates and model.config.shape is Shape.encoder_decoder:
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if isinstance(model, EncoderDecoder):
+    if model.config.shape is Shape.encoder_decoder:
         model, rows = read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
     writer = Writer(model, tokenizer, rows, config, limits_of(tokenizer, config), **options)

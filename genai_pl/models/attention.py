@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor, virtual: Tensor | None = None
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor | None, virtual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -100,13 +100,17 @@ class CrossAttention(Attention):
     """Attention to a text that does not grow: its keys and values are made once per cache."""
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor, virtual: Tensor | None = None
+        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor | None, virtual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if cache is None:
-            return super()._keys_and_values(x, None, None, q)
+            return self.keys_and_values(x)
         if self.layer not in cache.source:
-            cache.source[self.layer] = super()._keys_and_values(x, None, None, q)
+            cache.source[self.layer] = self.keys_and_values(x)
         return cache.source[self.layer]
+
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a text (B, S, C), each (B, K, S, D)."""
+        return super()._keys_and_values(source, None, None, None)
 
 
 def build_attend(config: ModelConfig, layer: int) -> Callable[..., Tensor]:

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
 from genai_pl.names import Head
-from genai_pl.optim.sharding import local
 from genai_pl.optim import StepInBackward
+from genai_pl.optim.sharding import local
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.files import write_atomic
-
 from genai_pl.recipes.fetch import Row, Write, read_rows, write_parts
 
 N_HELD = 400
@@ -52,7 +51,11 @@ def show(write: Write, data: Path, out: Path) -> list[str]:
     whole = [is_python(text) for text in written]
     text = "\n\n\n".join(written) + "\n"
     write_atomic(out / "code.py", lambda part: part.write_text(text, encoding="utf-8"))
-    return [f"{out / 'code.py'}: {len(heads)} bodies for held docstrings", *written[:6], f"{sum(whole)} of {len(heads)} parse"]
+    return [
+        f"{out / 'code.py'}: {len(heads)} bodies for held docstrings",
+        *written[:6],
+        f"{sum(whole)} of {len(heads)} parse",
+    ]
 
 
 def head_of(text: str) -> str | None:

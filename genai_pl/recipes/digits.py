@@ -60,4 +60,6 @@ def recognised(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]]) -> st
     judge = SVC(gamma=0.001).fit(x, y)
     shown = [(picture.ravel(), digit) for picture, digit in drawn if picture is not None and picture.size == SIZE**2]
     right = sum(judge.predict([p])[0] == digit for p, digit in shown)
-    return f"{right} of {len(drawn)} recognised by an SVM that is right on {judge.score(held_x, held_y):.1%} of real ones"
+    return (
+        f"{right} of {len(drawn)} recognised by an SVM that is right on {judge.score(held_x, held_y):.1%} of real ones"
+    )

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.files import write_atomic
-
 from genai_pl.recipes import abc
 from genai_pl.recipes.fetch import Row, Write, from_pip, read_rows, write_parts
 from genai_pl.recipes.midi import midi
@@ -44,8 +43,9 @@ def kind(fields: dict[str, str]) -> str:
 
 
 def clean(line: str) -> str:
-    """A line of a melody without chords, fingerings, grace notes, slurs and marks."""
+    """A line of a melody without chord names, fingerings, grace notes, slurs and marks."""
     line = re.sub(r'"[^"]*"|\{[^}]*\}|![^!]*!|%.*|\[[A-Z]:[^]]*\]', "", line)
+    line = re.sub(r"\[(?=[\^_=A-Ga-g])([\^_=]*[A-Ga-g][,']*[0-9/]*)[^]|]*\]", r"\1", line)  # of a chord, its first note
     line = re.sub(r"\((?!3)", "", line)
     return re.sub(" +", " ", "".join(KEPT.findall(line))).strip()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.files import write_atomic
-
 from genai_pl.recipes.fetch import Row, Write, from_apt, read_rows, write_parts
 
 N_HELD = 80
@@ -55,9 +54,7 @@ def prepare(files: list[Path], out: Path) -> str:
     """Write questions as prompts and answers as completions; other questions are held back."""
     found = [pair for path in files for pair in questions(path.name, path.read_text(encoding="latin-1"))]
     order = np.random.default_rng(0).permutation(len(found))
-    rows: list[Row] = [
-        {"prompt": f"Question: {found[n][0]}\nAnswer:", "completion": f" {found[n][1]}"} for n in order
-    ]
+    rows: list[Row] = [{"prompt": f"Question: {found[n][0]}\nAnswer:", "completion": f" {found[n][1]}"} for n in order]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
@@ -72,4 +69,8 @@ def show(write: Write, data: Path, out: Path) -> list[str]:
         for good, row, answer, text in zip(right, rows, answers, wanted, strict=True)
     ]
     write_atomic(out / "answers.txt", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    return [f"{out / 'answers.txt'}: held questions", *lines[:16], f"{sum(right)} of {len(rows)} answered as the quiz wants it"]
+    return [
+        f"{out / 'answers.txt'}: held questions",
+        *lines[:16],
+        f"{sum(right)} of {len(rows)} answered as the quiz wants it",
+    ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.models import Decoder, Model, WrappedDecoder
+from genai_pl.models.onnx_model import OnnxDecoder
 from genai_pl.models.slots import SlotCache
 from genai_pl.names import AttentionKind
 from genai_pl.peft import Adapter, adapters_of, load_adapter
@@ -119,6 +120,8 @@ def why_apart(model: Model | WrappedDecoder) -> str | None:
     """Why rows of this model cannot share a cache; None where they can."""
     if isinstance(model, WrappedDecoder):
         return "transformers runs the model"
+    if isinstance(model, OnnxDecoder):
+        return "ONNX Runtime runs the model"
     if not isinstance(model, Decoder):
         return "each row reads a text of its own"
     if model.config.attention_kind is not AttentionKind.full:

@@ -11,7 +11,8 @@ from torch import Tensor
 from genai_pl.generation import Limits, TextStream
 from genai_pl.generation.rules import Rules, build_rules
 from genai_pl.generation.text import read_source
-from genai_pl.models import Decoder, EncoderDecoder, KVCache, Model, Reader, WrappedDecoder
+from genai_pl.models import Decoder, KVCache, Model, Reader, WrappedDecoder
+from genai_pl.names import Shape
 from genai_pl.serving.requests import Observer, Piece, Request, Stream
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Row:
         self.request, self.config, self.stream = request, request.config, stream
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # an encoder-decoder reads the prompt beside the text that it begins
-        self.prompt = [pad] if isinstance(model, EncoderDecoder) else list(request.input_ids)
+        self.prompt = [pad] if model.config.shape is Shape.encoder_decoder else list(request.input_ids)
         vocab_size = model.config.vocab_size
         self.rules: Rules | None = build_rules(self.config, limits, torch.tensor([self.prompt]), None, vocab_size)
         self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(limits.ends))
@@ -51,7 +52,7 @@ class Row:
 
     def open(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Get ready to read the prompt."""
-        if isinstance(model, EncoderDecoder):
+        if model.config.shape is Shape.encoder_decoder:
             model = read_source(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
         self.model = model
         if self.config.temperature > 0:

@@ -17,6 +17,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt
 from genai_pl.load import Loaded, load, resolve_adapter
+from genai_pl.models.onnx_model import is_onnx
 from genai_pl.names import Head, Shape
 from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, request_key
 from genai_pl.serving.cache import Cache, folder_hash, make_cache, model_hash
@@ -37,7 +38,7 @@ class Service:
     def __init__(self, settings: Settings, loaded: Loaded, metrics: Metrics) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, metrics
         self.model = loaded.model.to(choose_device(settings.device))
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
@@ -195,6 +196,8 @@ class Service:
 
     async def _pass(self, work: Callable[..., T], *arguments: object) -> T:
         """Run one pass of the model beside the engine, one after the other, and not too many of them."""
+        if is_onnx(self.path):
+            raise ApiError(400, f"{self.name} is an ONNX model, which writes only: serve the one it was made of")
         if self.settings.adapters:
             raise ApiError(
                 400, "with adapters loaded this server writes only: serve the model alone for vectors and scores"
@@ -230,4 +233,7 @@ def name_of(checkpoint: str, path: Path) -> str:
 
 def open_service(settings: Settings, metrics: Metrics) -> Service:
     """The model that the settings name, loaded."""
-    return Service(settings, load(settings.checkpoint, dtype=WEIGHTS[settings.dtype]), metrics)
+    loaded = load(settings.checkpoint, dtype=WEIGHTS[settings.dtype], onnx=True)
+    if settings.backend == "onnx" and not is_onnx(loaded.path):
+        raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
+    return Service(settings, loaded, metrics)

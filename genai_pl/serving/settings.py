@@ -14,7 +14,7 @@ from genai_pl.specs import GenerationConfig
 VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
 KEYS = "GENAI_PL_API_KEYS"  # keys of clients, separated by commas
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
-BACKENDS = ("local", "openai")
+BACKENDS = ("local", "onnx", "openai")
 DTYPES = ("fp32", "bf16", "fp16")
 
 

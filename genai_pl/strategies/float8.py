@@ -31,6 +31,8 @@ def fits_float8(module: nn.Module) -> bool:
 def check_float8() -> None:
     """ConfigError where the GPU or the package is missing."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY:
-        raise ConfigError("precision=fp8 needs a GPU that multiplies in it (L4, RTX 4090, H100 or newer): precision=bf16")
+        raise ConfigError(
+            "precision=fp8 needs a GPU that multiplies in it (L4, RTX 4090, H100 or newer): precision=bf16"
+        )
     if find_spec("torchao") is None:
         raise ConfigError("precision=fp8: the package torchao is not installed; pip install torchao, or precision=bf16")

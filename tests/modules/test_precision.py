@@ -19,7 +19,6 @@ from genai_pl.run import quiet
 from tests.modules.test_normalization import module, rows, weights
 
 
-
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     quiet()

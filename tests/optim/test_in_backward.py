@@ -19,7 +19,9 @@ def test_a_run_gives_the_losses_weights_and_states_of_the_plain_one(optimizer: s
     for name, options in (("plain", ()), ("early", ("trainer.optimizer_in_backward=true",))):
         result = command("train", *PLAIN, f"optimizer={optimizer}", *options, f"hydra.run.dir={name}")
         assert result.status == 0, result.err
-    plain, early = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("plain", "early"))
+    plain, early = (
+        torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("plain", "early")
+    )
     for name, value in plain["state_dict"].items():
         assert torch.equal(early["state_dict"][name], value), name
     theirs, ours = (run["optimizer_states"][0]["state"] for run in (plain, early))
@@ -49,7 +51,9 @@ def test_no_two_gradients_exist_at_once() -> None:
     most = []
     stepper = StepInBackward(optimizer)
     for parameter in model.parameters():  # after the stepper's own hook
-        parameter.register_post_accumulate_grad_hook(lambda _: most.append(sum(p.grad is not None for p in model.parameters())))
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(p.grad is not None for p in model.parameters()))
+        )
     model(torch.ones(2, 4)).sum().backward()
     assert most == [0, 0, 0, 0]
     assert len(stepper.norms()) == 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ class Server:
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+                command,
+                cwd=log.parent,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
             )
 
     @property
@@ -62,9 +68,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield go
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)  # and the workers of a server that failed
+        server.process.wait()
 
 
 def free_port() -> int:

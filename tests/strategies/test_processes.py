@@ -52,7 +52,7 @@ def test_a_run_of_two_processes_goes_on_with_any_number(
 
 def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
     train(folder, *SMALL, *ONE, "trainer.max_steps=2", "hydra.run.dir=grown")
-    train(folder, "resume=grown", *TWO, PIECES, "trainer.max_steps=4")
+    train(folder, "resume=grown", *TWO, "strategy=fsdp", PIECES, "trainer.max_steps=4")
     run = folder / "grown"
     assert_same(run, folder / "one", names=("train/loss", "train/grad_norm"))
     # the checkpoint in pieces is read wherever a model is
