@@ -46,7 +46,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
 
     from genai_pl.data import vocabulary
     from genai_pl.data.preferences import PreferenceDataModule
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
     from genai_pl.optim import adamw, constant
     from genai_pl.peft import lora

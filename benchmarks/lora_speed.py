@@ -66,7 +66,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     import lightning as L
 
     from genai_pl.data import vocabulary
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
     from genai_pl.optim import adamw, constant
     from genai_pl.peft import lora

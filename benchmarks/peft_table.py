@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     kind, method = args.side
     torch.manual_seed(0)
     *train, held_out = batches(args)
-    importlib.import_module("genai_pl.load" if kind == "ours" else "peft")  # before the memory is read
+    importlib.import_module("genai_pl.loading" if kind == "ours" else "peft")  # before the memory is read
     before = resident("VmRSS")
     side = {"ours": Ours, "peft": Peft}[kind](args.model)
     base_s = _per_token(side, held_out[:1, :16])

@@ -29,7 +29,7 @@ RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
 TEXTS = ("prompt", "generation.prefix", "generation.regex", "generation.json_schema")  # options that are never YAML
 
 
-def _register() -> None:
+def register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     OmegaConf.register_new_resolver("unused", unused_folder, replace=True, use_cache=True)
@@ -69,7 +69,7 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
             return value
 
         def run() -> None:
-            _register()
+            register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
             # threads that wait sleep instead of spinning: 5 % slower alone, 25 times faster beside two busy processes
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -18,7 +18,7 @@ import torch
 from genai_pl.errors import ConfigError
 from genai_pl.generation import generate_text
 from genai_pl.kernels import linear_logprobs
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.specs import GenerationConfig
 
 COMPARISON = """Which answer to the request is better? {rubric}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.models.scores import scores
 from genai_pl.names import Head
 from genai_pl.objectives.rows import pad_rows

@@ -18,7 +18,7 @@ from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.fit import Parts, finish, fit
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule

@@ -25,7 +25,7 @@ from genai_pl.evaluation import (
     text_rows,
 )
 from genai_pl.files import write_atomic
-from genai_pl.load import Loaded, load
+from genai_pl.loading import Loaded, load
 from genai_pl.names import Head
 
 if TYPE_CHECKING:

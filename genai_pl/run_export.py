@@ -12,7 +12,7 @@ from torch import nn
 from genai_pl.errors import ConfigError
 from genai_pl.export import export_model, token_ids
 from genai_pl.files import write_atomic
-from genai_pl.load import load, resolve, resolve_adapter
+from genai_pl.loading import load, resolve, resolve_adapter
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge

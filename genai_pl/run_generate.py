@@ -13,7 +13,7 @@ from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill import fill
-from genai_pl.load import Loaded, load
+from genai_pl.loading import Loaded, load
 from genai_pl.models import Decoder, Encoder
 from genai_pl.names import Head, Shape
 from genai_pl.peft import adapters_of

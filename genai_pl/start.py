@@ -11,7 +11,7 @@ from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import ConfigError
 from genai_pl.export import export_model
-from genai_pl.load import load, resolve, resolve_adapter
+from genai_pl.loading import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import resize_vocabulary
 from genai_pl.modules import BaseModule

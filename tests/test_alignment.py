@@ -100,7 +100,7 @@ def test_a_reward_model_learns_and_transformers_gives_its_scores(
 ) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.modules.reward import scores
 
     extra = LLAMA if model == "llama" else (*SMALL, f"model={model}", "model.max_seq_len=64")

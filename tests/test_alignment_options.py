@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.models.scores import scores
 from tests.conftest import TINY
 

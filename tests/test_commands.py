@@ -62,7 +62,7 @@ def test_a_run_says_where_everything_lies_and_what_to_type_next(command) -> None
 def test_transformers_loads_the_exported_folder_with_our_logits(model: str, command, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from genai_pl.load import load
+    from genai_pl.loading import load
 
     sizes = (
         ("model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64")

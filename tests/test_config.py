@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from genai_pl.config import CONF, _register
+from genai_pl.config import CONF, register
 from tests.conftest import TINY
 
 OPTIONS = sorted(
@@ -15,7 +15,7 @@ OPTIONS = sorted(
 
 
 def composed(*overrides: str):
-    _register()
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=["output_dir=out", *overrides])
 

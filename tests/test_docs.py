@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from genai_pl.config import CONF, _register, quoted
+from genai_pl.config import CONF, register, quoted
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +41,7 @@ def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, n
     if any(word.startswith(("hydra/launcher", "hydra/sweeper")) for word in given):
         pytest.skip("its plugin is an extra")
     sweep = "-m" in arguments.split()
-    _register()
+    register()
     GlobalHydra.instance().clear()
     values = [w if not sweep or "[" in w else w.partition(",")[0] for w in given]
     values = [quoted(w) for w in values if not w.startswith("hydra.")]

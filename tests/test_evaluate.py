@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from genai_pl.config import CONF, _register
+from genai_pl.config import CONF, register
 from genai_pl.data import byte_tokenizer, train_bpe
 from genai_pl.data.sources import CORPUS
 from genai_pl.evaluation import completion_rows, score, text_rows
 from genai_pl.evaluation.rows import windows
-from genai_pl.load import load
+from genai_pl.loading import load
 
 CONTEXT = 24
 TEXTS = ["Two households, both alike in dignity, in fair Verona", "short", "x", ""]
@@ -244,6 +244,6 @@ def test_of_a_shipped_set_the_validation_part_is_taken(folder: Path, command) ->
 def test_every_precision_is_known(precision: str) -> None:
     from genai_pl.run_evaluate import DTYPES
 
-    _register()
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert compose("evaluate", overrides=[f"precision={precision}"]).precision.lightning in DTYPES

@@ -21,15 +21,15 @@ LAYERS = [
     {"modules", "evaluation"},
     {"callbacks", "strategies"},
     {"planning"},
-    {"counting", "export", "load", "summary", "sweeps"},
-    {"compare", "fit", "resume", "rewards", "feedback"},
+    {"counting", "export", "loading", "summary", "sweeps"},
+    {"compare", "fit", "recipes", "resume", "rewards", "feedback"},
     {"serving"},
     {"config_errors", "nodes"},
     {"config"},
     {"trainer"},
     {"start"},
     {"run", "run_generate"},
-    {"dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
+    {"api", "dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {

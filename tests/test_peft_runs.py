@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.peft import adapters_disabled
 from tests.conftest import ROOT, TINY
 

@@ -37,7 +37,7 @@ def test_every_objective_of_text_is_tried_here() -> None:
 def test_an_objective_trains_and_exports_what_transformers_loads(objective: str, command, tmp_path: Path) -> None:
     import transformers
 
-    from genai_pl.load import load
+    from genai_pl.loading import load
 
     result = command("train", *arguments(objective), "hydra.run.dir=run")
     assert result.status == 0, result.err
@@ -111,7 +111,7 @@ def test_embeddings_train_on_pairs(model: str, options: tuple[str, ...], command
 def test_an_exported_encoder_embeds_as_transformers_with_mean_pooling(command, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.models.pooling import pool
 
     write_pairs(tmp_path / "pairs.jsonl")

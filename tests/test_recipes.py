@@ -315,7 +315,7 @@ def test_missing_data_name_the_command_that_makes_them(command) -> None:
 
 
 def test_copied_settings_are_edited_trained_and_shown(command, digits_file: Path, tmp_path: Path) -> None:
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.recipes.command import answer
 
     digits.prepare([digits_file], Path("data/digits"))

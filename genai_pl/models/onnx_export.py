@@ -46,7 +46,9 @@ def check_exportable(model: nn.Module) -> None:
     if not isinstance(model, Model):
         raise ConfigError("format=onnx writes our own families; optimum exports this one")
     if model.config.attention_kind is not AttentionKind.full:
-        raise ConfigError(f"format=onnx writes full attention, not model.attention_kind={model.config.attention_kind}")
+        raise ConfigError(
+            f"format=onnx writes full attention, not model.attention_kind={model.config.attention_kind.value}"
+        )
     parts = (model.encoder, model.decoder) if model.config.shape is Shape.encoder_decoder else (model,)
     if any(part.virtual is not None for part in parts):
         raise ConfigError("format=onnx: prompt and prefix tuning cannot be merged into weights: use another adapter")

@@ -113,7 +113,7 @@ def writer(run: Path, options: dict[str, object]):
     import torch
 
     from genai_pl.generation import generate_text
-    from genai_pl.load import load
+    from genai_pl.loading import load
     from genai_pl.specs import GenerationConfig
 
     model, tokenizer, _ = load(str(run))

@@ -16,7 +16,7 @@ from genai_pl.data.chat import encode_prompt as encode_messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt
-from genai_pl.load import Loaded, load, resolve_adapter
+from genai_pl.loading import Loaded, load, resolve_adapter
 from genai_pl.models.onnx_model import is_onnx
 from genai_pl.names import Head, Shape
 from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, request_key

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from genai_pl.load import Loaded
+from genai_pl.loading import Loaded
 from genai_pl.models import Decoder, save_pretrained
 from genai_pl.names import Head
 from genai_pl.run_generate import print_scores

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.models.wrapped import build_wrapped, load_wrapped, save_wrapped
 
 SIZES = {

@@ -10,7 +10,7 @@ from peft_models import KINDS, build, frozen, said, tokens, train
 from torch import nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.load import load
+from genai_pl.loading import load
 from genai_pl.models import n_parameters
 from genai_pl.peft import adapters_disabled, adapters_of, load_adapter, lora, merge, save_adapter
 from genai_pl.peft.quantize import NF4, Quantized, QuantizedLinear, dequantize, quantize

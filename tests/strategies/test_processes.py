@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.load import load
+from genai_pl.loading import load
 from tests.strategies.processes import SMALL, assert_same, table, train, write_documents
 
 HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"

@@ -1,0 +1,68 @@
+"""The commands as functions, for notebooks and scripts: the same configuration, errors as exceptions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from genai_pl.config import CONF, quoted, register
+from genai_pl.config_errors import check_types, explain
+from genai_pl.errors import ConfigError, TrainingError
+from genai_pl.generation import generate_text
+from genai_pl.loading import Loaded, load
+from genai_pl.resume import replay
+from genai_pl.specs import GenerationConfig
+
+
+def train(*overrides: str) -> Path:
+    """The run folder that `python train.py OVERRIDES` makes, trained in this process; UserError for a mistake."""
+    from genai_pl.run import train as run
+
+    config = _composed([quoted(override) for override in replay(list(overrides))])
+    folder = Path(config.output_dir)
+    status = run(config)
+    if status:
+        raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
+    return folder
+
+
+def generate(
+    model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0, **settings: object
+) -> str | list[str]:
+    """The continuation of a prompt, or of each; `settings` are the fields of GenerationConfig.
+
+    The model is what `load` gives, or what it takes: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto.
+    """
+    loaded = load(model) if isinstance(model, str) else model
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    generator = torch.Generator(loaded.model.embed.weight.device).manual_seed(seed)
+    config = GenerationConfig(**settings)
+    texts = [rows[0] for rows in generate_text(loaded.model, loaded.tokenizer, prompts, config, generator=generator)]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    """The configuration of a run, its folder made and its overrides written as Hydra's command does."""
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+            config = compose("config", overrides=overrides, return_hydra_config=True)
+    except Exception as error:
+        line = explain(error, CONF, "config", overrides)
+        if line is None:
+            raise
+        raise ConfigError(line) from None
+    folder = Path(config.hydra.run.dir).resolve()
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+        HydraConfig.instance().set_config(config)
+        given = [o for o in overrides if not o.startswith("hydra.")]
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(given), folder / ".hydra" / "overrides.yaml")
+        config.pop("hydra")
+        OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    check_types(config, given, CONF, "config")
+    return config
