@@ -23,15 +23,12 @@ def train(*overrides: str) -> Path:
 
     config = _composed([quoted(override) for override in replay(list(overrides))])
     folder = Path(config.output_dir)
-    status = run(config)
-    if status:
+    if run(config).status:
         raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
     return folder
 
 
-def generate(
-    model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0, **settings: object
-) -> str | list[str]:
+def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0, **settings: object) -> str | list[str]:
     """The continuation of a prompt, or of each; `settings` are the fields of GenerationConfig.
 
     The model is what `load` gives, or what it takes: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto.

@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai_pl.errors import UserError
 
-
 PLUGINS = {  # of Hydra
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",

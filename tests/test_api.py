@@ -36,7 +36,10 @@ def test_a_run_goes_on_where_it_stood(command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("model.n_layr=3", "model.n_layr: no such option, did you mean n_layer?"), ("data.path=nowhere.txt", "nowhere.txt")],
+    [
+        ("model.n_layr=3", "model.n_layr: no such option, did you mean n_layer?"),
+        ("data.path=nowhere.txt", "nowhere.txt"),
+    ],
 )
 def test_a_mistake_is_an_exception_with_the_line_of_the_command(given: str, message: str, command) -> None:
     from genai_pl.errors import UserError

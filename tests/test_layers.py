@@ -34,6 +34,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "hydra": {
+        "api",
         "config",
         "nodes",
         "config_errors",

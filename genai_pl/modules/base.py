@@ -115,6 +115,7 @@ class BaseModule(L.LightningModule, ABC):
         """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
         groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
         norms = [self.global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
+        norms = [norm.to(self.device) for norm in norms]  # a group without gradients has its 0 on the CPU
         self.grad_norm, self.lr = torch.stack(norms).norm(), optimizer.param_groups[0]["lr"]
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         self.finished, self.window = self.window, {}
