@@ -33,7 +33,7 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
 
     The model is what `load` gives, or what it takes: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto.
     """
-    loaded = load(model) if isinstance(model, str) else model
+    loaded = load(model, onnx=True) if isinstance(model, str) else model
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     generator = torch.Generator(loaded.model.embed.weight.device).manual_seed(seed)
     config = GenerationConfig(**settings)

@@ -79,8 +79,9 @@ def write_onnx(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: D
         files = write_graphs(model, folder)
         write_description(model, folder, token_ids=token_ids(tokenizer))
         tokenizer.save_pretrained(folder)
+        sizes = {name: getattr(model.config, name) for name in ("vocab_size", "max_seq_len")}
         for file in files if config.quantize else ():
-            print(f"{file.stem:<12}{quantize_graph(file, vocab_size=model.config.vocab_size)}")
+            print(f"{file.stem:<12}{quantize_graph(file, **sizes)}")
 
     write_atomic(Path(config.out), write)
     return "ONNX Runtime, generate.py and serve.py" if model.config.writes else "ONNX Runtime"

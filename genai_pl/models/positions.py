@@ -19,12 +19,15 @@ def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
 
 
 def rotary(positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = UNSCALED) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34)."""
+    """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34).
+
+    The first half of the sines has the other sign, which `rotate` needs there.
+    """
     frequency, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angle = positions[..., None].float() * frequency  # (..., T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)
     angle = angle[:, None] if angle.dim() == 3 else angle[None, None]
-    return angle.cos() * factor, angle.sin() * factor
+    cos, sin = angle.cos() * factor, angle.sin() * factor
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> tuple[Tensor, float]:
@@ -63,8 +66,7 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.devic
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """The vectors (B, H, T, D) turned by their positions; channel i is paired with channel i + D/2, as Llama does."""
     cos, sin = (t.to(x.dtype) for t in table)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def alibi_slopes(n_head: int, *, device: torch.device | None = None) -> Tensor:

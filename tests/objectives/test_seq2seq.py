@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from genai_pl.data.seq2seq import PackedPairs
 from genai_pl.errors import ConfigError
 from genai_pl.models import ModelConfig, build_model, save_pretrained
 from genai_pl.modules.seq2seq import Seq2SeqModule
@@ -115,7 +116,14 @@ def test_an_encoder_decoder_learns_pairs_and_writes_them(command, tmp_path: Path
     result = command(
         *("train", "objective=seq2seq", "model=t5_nano", "tokenizer=byte", "model.n_embd=64", "model.max_seq_len=32"),
         *("model.n_layer=1", "model.n_decoder_layer=1", "data.path=train.jsonl", "data.val_path=val.jsonl"),
-        *("data.source=de", "data.target=en", "data.batch_size=8", "trainer.max_steps=80", "scheduler.warmup_steps=5"),
+        *(
+            "data.source=de",
+            "data.target=en",
+            "data.batch_size=8",
+            "trainer.max_steps=120",
+            "optimizer.lr=1e-2",
+            "scheduler.warmup_steps=5",
+        ),
         *("callbacks.samples.every_n_steps=null", "hydra.run.dir=run"),
     )
     assert (result.status, result.err) == (0, "")
@@ -128,3 +136,20 @@ def test_a_column_that_is_not_there_is_named(command, tmp_path: Path) -> None:
     result = command("train", "objective=seq2seq", "model=t5_nano", "data.path=pairs.jsonl")
     assert "no column 'source'; found: de, en (set data.source)" in result.err
     assert result.err.count("\n") == 1
+
+
+def test_every_pair_stands_in_one_row_where_both_its_texts_have_room() -> None:
+    from datasets import Dataset
+
+    sources, targets = zip(*pairs(20), strict=True)
+    table = Dataset.from_dict({"source": list(sources), "target": list(targets)}).with_format("numpy")
+    packed = PackedPairs(table, 16)
+    texts = {role: [] for role in ("source", "target")}
+    for n in range(len(packed)):
+        for role, found in texts.items():
+            assert len(packed[n][role]) <= 16
+            found += np.split(packed[n][role], np.flatnonzero(np.diff(packed[n][f"{role}_segments"])) + 1)
+    assert len(packed) < 20
+    key = {tuple(s): t.tolist() for s, t in zip(sources, targets, strict=True)}
+    assert {tuple(s): t.tolist() for s, t in zip(*texts.values(), strict=True)} == key
+    assert len(PackedPairs(table, 0)) == 20

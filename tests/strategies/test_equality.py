@@ -42,7 +42,7 @@ def reference(folder: Path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("objective", ["clm", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_and_weights_of_one(
     objective: str, strategy: str, folder: Path, reference
 ) -> None:
@@ -52,7 +52,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     assert_same(run, expected)
 
 
-@pytest.mark.parametrize("objective", ["relative", "alibi"])
+@pytest.mark.parametrize("objective", [pytest.param("relative", marks=pytest.mark.slow), "alibi"])
 def test_heads_take_their_own_positions_along(objective: str, folder: Path, reference) -> None:
     expected, run = reference(objective), folder / f"{objective}-tensor_parallel"
     options = (*OBJECTIVES[objective], "strategy=tensor_parallel", "trainer.devices=2", WHOLE, f"hydra.run.dir={run}")
@@ -83,6 +83,7 @@ def test_four_processes_give_the_losses_and_weights_of_one(
     assert_same(run, expected)
 
 
+@pytest.mark.slow
 def test_a_block_that_runs_twice_gives_the_same_losses(folder: Path, reference) -> None:
     run = folder / "clm-recompute"
     options = ("trainer=fsdp", "trainer.devices=1", "trainer.recompute_every=1", WHOLE)

@@ -34,8 +34,9 @@ SLOW = [
     ("lora", (PIECES,), 1),
     ("four", (PIECES, "strategy.async_checkpoints=true"), 3),
     ("tensor_parallel", (PIECES,), 1),
+    ("tensor_parallel", (), 0),
 ]
-FAST = [("fsdp", (PIECES, "strategy.async_checkpoints=true"), 1), ("tensor_parallel", (), 0)]
+FAST = [("fsdp", (PIECES, "strategy.async_checkpoints=true"), 1)]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,9 @@ def stopped(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("saved", "after"), [((), ONE), ((PIECES,), ONE), ((PIECES,), ())], ids=["file-one", "pieces-one", "pieces-two"]
+    ("saved", "after"),
+    [((), ONE), pytest.param((PIECES,), ONE, marks=pytest.mark.slow), ((PIECES,), ())],
+    ids=["file-one", "pieces-one", "pieces-two"],
 )
 def test_a_run_of_two_processes_goes_on_with_any_number(
     saved: tuple[str, ...], after: tuple[str, ...], stopped, request: pytest.FixtureRequest
@@ -50,6 +52,7 @@ def test_a_run_of_two_processes_goes_on_with_any_number(
     assert_same(run, run.with_name("one"), names=("train/loss", "train/grad_norm"))
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
     train(folder, *SMALL, *ONE, "trainer.max_steps=2", "hydra.run.dir=grown")
     train(folder, "resume=grown", *TWO, "strategy=fsdp", PIECES, "trainer.max_steps=4")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from genai_pl.load import load
 
 from genai_pl.data import byte_tokenizer
 from genai_pl.errors import ConfigError
+from genai_pl.loading import load
 from genai_pl.models.onnx_export import write_description, write_graphs
 from tests.serving.servers import make_service, serving
 
