@@ -260,7 +260,7 @@ def test_modules_become_functions_and_summaries(tmp_path: Path) -> None:
     assert len(texts) == 2
     text = next(text for text in texts if "queue is" in text)
     assert text.startswith('def is_empty(self):\n    """Return True')
-    assert code.head_of(text) == text[: text.index("    return")]
+    assert code.head_of(text) == text[: text.index("\n    return")]
     assert code.is_python(text)
     assert not code.is_python(text + ")")
     summarization.prepare(files, tmp_path / "summaries")

@@ -1,11 +1,16 @@
-"""ONNX graphs with weights in 8 bits, and what that costs."""
+"""ONNX graphs with matrices in 8 bits, and what that costs."""
 
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 SEEN = 64  # tokens that the comparison reads
+BLOCK = 32  # weights of a row that share a scale
 
 
 class Cost(NamedTuple):
@@ -22,21 +27,43 @@ class Cost(NamedTuple):
 
 
 def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
-    """Put 8-bit weights in the place of a graph's matrices and embeddings; products quantize their inputs as they come."""
-    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+    """Put 8-bit weights in the place of a graph's matrices; the inputs of products are rounded as they come, by blocks too.
 
-    small, folded = (file.with_name(f"{kind}-{file.name}") for kind in ("int8", "folded"))
-    # a transposed weight is no constant before it is folded, and would stay as it is
-    quant_pre_process(file, folded, skip_symbolic_shape=True)
-    # x86 without VNNI adds two products in 16 bits: unsigned weights of 7 bits do not overflow
-    quantize_dynamic(folded, small, weight_type=QuantType.QUInt8, per_channel=True, reduce_range=True)
+    One scale for a whole input, as quantize_dynamic has, loses a language model: few of its channels are far above all others.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(
+        logging.WARNING
+    )  # a line for each node
     n = min(SEEN, max_seq_len)
-    before, after = (first_output(graph, vocab_size, n) for graph in (file, small))
-    sizes = (_size(file), _size(small))
-    for part in [*_parts(file), *_parts(folded)]:
+    exact, before = first_output(file, vocab_size, n), _size(file)
+    model = onnx.load(file)
+    fold_transposes(model)
+    quantizer = MatMulNBitsQuantizer(model, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    for part in _parts(file):
         part.unlink()
-    small.rename(file)
-    return Cost(*sizes, float(np.abs(after - before).mean()), float(before.std()))
+    quantizer.model.save_model_to_file(str(file), use_external_data_format=before > 2**31)
+    found = first_output(file, vocab_size, n)
+    return Cost(before, _size(file), float(np.abs(found - exact).mean()), float(exact.std()))
+
+
+def fold_transposes(model: "ModelProto") -> None:
+    """Store the weights that the graph transposes as it needs them: only a constant can be quantized."""
+    from onnx import numpy_helper
+
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
+        order = next(list(attribute.ints) for attribute in node.attribute if attribute.name == "perm")
+        turned = numpy_helper.to_array(weights[node.input[0]]).transpose(order)
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned), node.output[0]))
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for weight in [weight for weight in graph.initializer if weight.name not in used]:
+        graph.initializer.remove(weight)
 
 
 def first_output(file: Path, vocab_size: int, n: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def head_of(text: str) -> str | None:
     first = node.body[0]
     if ast.get_docstring(node) is None or first.lineno == node.lineno or first.end_lineno > 12:
         return None
-    return "\n".join(text.splitlines()[: first.end_lineno]) + "\n"
+    return "\n".join(text.splitlines()[: first.end_lineno])  # a line break and the indent after it are one token
 
 
 def is_python(text: str) -> bool:

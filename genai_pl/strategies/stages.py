@@ -4,17 +4,19 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from genai_pl.models import Model
 from genai_pl.modules.tokens import TokenModule
 
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+if TYPE_CHECKING:
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+SCHEDULES = ("gpipe", "1f1b")
 FIRST = ("embed", "position", "types", "embed_norm", "embed_proj")  # what makes the input of the first block
 LAST = ("norm", "transform", "lm_head")  # what follows the last one
 Batch = dict[str, Tensor]
@@ -105,12 +107,15 @@ class Pipeline:
             schedule.step(*given, target=target, return_outputs=False, **rows)
         return self._told(train)
 
-    def _schedule(self, input_ids: Tensor, train: bool) -> PipelineScheduleSingle:
+    def _schedule(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
         if train not in self._built or self._built[train][0] != input_ids.shape:
             self._built[train] = (input_ids.shape, self._build(input_ids, train))
         return self._built[train][1]
 
-    def _build(self, input_ids: Tensor, train: bool) -> PipelineScheduleSingle:
+    def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
+        # a third of a second that other runs need not wait
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
         B, T = input_ids.shape
         n_stages, n = self.group.size(), math.gcd(B, self.microbatches)
         model = self.stage.module.model
@@ -127,7 +132,7 @@ class Pipeline:
             group=self.group,
         )
         # 1F1B wants a microbatch for every stage, which the last rows of an epoch may not be
-        kind = SCHEDULES[self.schedule] if train and n >= n_stages else ScheduleGPipe
+        kind = Schedule1F1B if self.schedule == "1f1b" and train and n >= n_stages else ScheduleGPipe
         return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
 
     def _told(self, train: bool) -> Sums:
