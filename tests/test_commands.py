@@ -192,7 +192,9 @@ def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("data.workers=2", "data.streaming=true", "data.block_rows=9")], ids=["table", "stream"]
+    "options",
+    [(), pytest.param(("data.workers=2", "data.streaming=true", "data.block_rows=9"), marks=pytest.mark.slow)],
+    ids=["table", "stream"],
 )
 def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"

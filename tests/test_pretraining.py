@@ -30,7 +30,7 @@ def losses(run: Path) -> list[tuple[str, str]]:
 
 def test_every_objective_of_text_is_tried_here() -> None:
     options = {path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml")}
-    assert options == {*OBJECTIVES, "clm", "contrastive", "sft", "reward", "dpo", "kto", "grpo", "ppo"}
+    assert options == {*OBJECTIVES, "clm", "seq2seq", "contrastive", "sft", "reward", "dpo", "kto", "grpo", "ppo"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -78,7 +78,7 @@ def test_an_encoder_says_that_it_does_not_write(command) -> None:
     assert command("train", *arguments("mlm"), "hydra.run.dir=run").status == 0
     result = command("generate", "checkpoint=run", "prompt=O")
     assert result.status != 0
-    assert result.err == "error: this model is an encoder: it reads text and writes none\n"
+    assert result.err == "error: prompt: no <|mask|> in it for this encoder to fill in; or set embed=true\n"
 
 
 def write_pairs(path: Path, n: int = 24) -> None:

@@ -24,6 +24,7 @@ class RankLauncher(_SubprocessScriptLauncher):
     def __init__(self, replaced: _SubprocessScriptLauncher, command: list[str]) -> None:
         super().__init__(replaced.cluster_environment, replaced.num_processes, replaced.num_nodes)
         self.command = command
+        self._has_started = False
 
     def launch(self, function: Callable, *args: object, trainer: L.Trainer | None = None, **given: object) -> object:
         environment = self.cluster_environment
@@ -33,6 +34,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         return function(*args, **given)
 
     def _start(self) -> None:
+        self._has_started = True
         environment = self.cluster_environment
         values = (environment.main_address, environment.main_port, environment.node_rank(), 0)
         os.environ.update(zip(VARIABLES, map(str, (*values, self.num_processes * self.num_nodes)), strict=True))
@@ -62,7 +64,7 @@ class RankLauncher(_SubprocessScriptLauncher):
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
-        if self.procs:
+        if self._has_started:  # a run of one process has set them too
             for name in VARIABLES:
                 os.environ.pop(name, None)
         self.procs.clear()

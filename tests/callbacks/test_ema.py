@@ -38,7 +38,7 @@ def test_the_mean_is_saved_validated_and_exported_beside_the_weights_of_a_plain_
     assert evaluated.status == 0, evaluated.err
 
 
-@pytest.mark.parametrize("peft", [(), ("peft=lora",)], ids=["whole", "lora"])
+@pytest.mark.parametrize("peft", [(), pytest.param(("peft=lora",), marks=pytest.mark.slow)], ids=["whole", "lora"])
 def test_a_resumed_mean_is_that_of_a_run_that_never_stopped(peft: tuple[str, ...], command, tmp_path: Path) -> None:
     assert command("train", *JOB, *EMA, *peft, "hydra.run.dir=whole").status == 0
     assert command("train", *JOB, *EMA, *peft, "trainer.max_steps=3", "hydra.run.dir=halves").status == 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from genai_pl.models import Decoder, EncoderDecoder, load_pretrained
+from genai_pl.names import Shape
 from genai_pl.specs import ModelConfig
 
 
@@ -62,7 +63,7 @@ class Scripted(nn.Module):
     def __init__(self, script: list[list[int]], vocab_size: int = 512) -> None:
         super().__init__()
         self.embed = nn.Embedding(1, 1)
-        self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=100_000)
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=100_000, shape=Shape.decoder)
         self.script, self.n_read = script, 0
 
     def new_cache(self, batch_size: int, max_length: int) -> SimpleNamespace:

@@ -87,7 +87,7 @@ def test_attention_compiles_to_one_graph_with_the_same_result(documents: bool, s
     )
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("reference", marks=pytest.mark.slow), "triton"])
 def test_one_graph_serves_every_length(backend: str):
     if backend == "triton":
         pytest.importorskip("triton", reason="the kernels need triton")

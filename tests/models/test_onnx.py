@@ -87,7 +87,7 @@ def close(found: Tensor | np.ndarray, expected: Tensor) -> bool:
     return torch.allclose(torch.as_tensor(found), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_the_graph_of_a_decoder_gives_the_logits_of_transformers_token_by_token(theirs, kind: str):
     model, ours, folder = theirs(kind)
     input_ids = tokens(3, 9)
@@ -158,6 +158,7 @@ def test_text_that_outgrows_the_context_goes_on_as_torch_does(theirs):
     assert found.tolist() == generate(ours, tokens(1, 12), config).tolist()
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_writes_the_text_that_torch_writes_greedily_and_with_beams(tmp_path: Path):
     tokenizer = byte_tokenizer()
     sizes = {**SIZES, "n_layer": 1, "vocab_size": len(tokenizer)}

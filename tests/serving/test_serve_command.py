@@ -99,6 +99,7 @@ def test_a_server_says_what_it_serves_and_finishes_its_streams_when_it_is_stoppe
     assert "Traceback" not in server.printed
 
 
+@pytest.mark.slow
 def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start, tiny: Path, tmp_path: Path) -> None:
     port = free_port()
     server = start(*SERVE, f"checkpoint={tiny}", f"port={port}", "workers=2", "cache=null", TMPDIR=str(tmp_path))

@@ -52,7 +52,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     assert_same(run, expected)
 
 
-@pytest.mark.parametrize("objective", [pytest.param("relative", marks=pytest.mark.slow), "alibi"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["relative", "alibi"])
 def test_heads_take_their_own_positions_along(objective: str, folder: Path, reference) -> None:
     expected, run = reference(objective), folder / f"{objective}-tensor_parallel"
     options = (*OBJECTIVES[objective], "strategy=tensor_parallel", "trainer.devices=2", WHOLE, f"hydra.run.dir={run}")

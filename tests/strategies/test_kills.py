@@ -107,6 +107,7 @@ def test_a_run_that_lost_a_process_goes_on_exactly(
     assert kept == ["last.ckpt", "step=000018.ckpt", "step=000020.ckpt"]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_for_all(folder: Path, undisturbed) -> None:
     expected, run = undisturbed("fsdp"), folder / "sigterm"
     options = (*STRATEGIES["fsdp"], PIECES, "callbacks.checkpoint.every_n_steps=1000")

@@ -38,7 +38,11 @@ def stopped(folder: Path):
 
 @pytest.mark.parametrize(
     ("saved", "after"),
-    [((), ONE), pytest.param((PIECES,), ONE, marks=pytest.mark.slow), ((PIECES,), ())],
+    [
+        ((), ONE),
+        pytest.param((PIECES,), ONE, marks=pytest.mark.slow),
+        pytest.param((PIECES,), (), marks=pytest.mark.slow),
+    ],
     ids=["file-one", "pieces-one", "pieces-two"],
 )
 def test_a_run_of_two_processes_goes_on_with_any_number(
@@ -70,6 +74,7 @@ def test_torchrun_starts_the_processes(folder: Path) -> None:
     assert_same(folder / "torchrun", folder / "one")
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_leaves_a_folder_per_job(folder: Path) -> None:
     options = ("trainer=ddp", "trainer.devices=2", HALF, "trainer.max_steps=2", "callbacks.export=false")
     train(folder, "-m", *SMALL, *options, "model.n_layer=1,2", "hydra.sweep.dir=sweep")
