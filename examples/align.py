@@ -18,7 +18,9 @@ def vowels(prompts: list[str], completions: list[str], **columns: object) -> lis
 def main(*overrides: str) -> list[float]:
     """The mean reward of each rollout that was logged."""
     base = train(*SIZES, "trainer.max_steps=60", *overrides)
-    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}: "}) + "\n" for n in range(64)), encoding="utf-8")
+    Path("prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}: "}) + "\n" for n in range(64)), encoding="utf-8"
+    )
     given = ("objective=grpo", f"init_from={base}", "data.path=prompts.jsonl", "data.batch_size=8")
     asked = (f"objective.reward={Path(__file__).stem}:vowels", "objective.max_new_tokens=8", "objective.group_size=4")
     run = train(*SIZES, *given, *asked, "trainer.max_steps=40", "optimizer.lr=1e-3", *overrides)

@@ -12,7 +12,7 @@ SIZES = ("model.n_layer=2", "model.n_embd=64", "model.max_seq_len=64", "tokenize
 
 def examples(path: Path) -> Path:
     """A file of prompts and completions: single digits spelled out."""
-    names = "zero one two three four five six seven eight nine".split()
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     rows = [{"prompt": f"{n}=", "completion": name} for n, name in enumerate(names)] * 20
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -22,7 +22,9 @@ def main(*overrides: str) -> dict[str, str]:
     """The answers of the base, of the adapter, and of the merged model."""
     base = train(*SIZES, *overrides)
     given = ("objective=sft", f"init_from={base}", "peft=lora", f"data.path={examples(Path('digits.jsonl'))}")
-    run = train(*SIZES, *given, "peft.target_modules=all-linear", "optimizer.lr=1e-2", "trainer.max_steps=150", *overrides)
+    run = train(
+        *SIZES, *given, "peft.target_modules=all-linear", "optimizer.lr=1e-2", "trainer.max_steps=150", *overrides
+    )
     loaded = load(str(run))
     options = {"max_new_tokens": 8, "temperature": 0.0}
     with adapters_disabled(loaded.model):
