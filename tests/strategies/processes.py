@@ -28,6 +28,7 @@ SMALL = (
     "callbacks.samples.every_n_steps=null",
     "logger=csv",
 )
+HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"  # rows per process that sees batches of its own, or all
 SAME = ("train/loss", "train/grad_norm", "val/loss", "val/accuracy")
 
 

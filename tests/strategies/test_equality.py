@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.strategies.processes import SMALL, assert_same, train, write_documents
+from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, train
 
-HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"  # rows per process that sees batches of its own
 OBJECTIVES = {
     # tied embeddings, norms of single heads, rows of many documents, four batches to a step, a gradient far too long
     "clm": ("trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"),
@@ -19,26 +18,6 @@ STRATEGIES = {
     "fsdp": ("trainer=fsdp", HALF),
     "tensor_parallel": ("strategy=tensor_parallel", WHOLE),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    write_documents(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path):
-    """The run of one process for an objective, trained once."""
-
-    def get(objective: str) -> Path:
-        run = folder / f"{objective}-one"
-        if not run.exists():
-            train(folder, *SMALL, *OBJECTIVES[objective], WHOLE, f"hydra.run.dir={run}")
-        return run
-
-    return get
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

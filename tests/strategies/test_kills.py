@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.strategies.processes import SMALL, start, table, train, write_documents
+from tests.strategies.processes import HALF, SMALL, WHOLE, start, table, train
 
 RUN = (*SMALL, "trainer.max_steps=20", "model.dropout=0.1", "optimizer=adamw", "callbacks.checkpoint.every_n_steps=2")
-HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
 PIECES = "strategy.sharded_checkpoints=true"
 STRATEGIES = {
     "ddp": ("trainer=ddp", "trainer.devices=2", HALF),
@@ -37,13 +36,6 @@ SLOW = [
     ("tensor_parallel", (), 0),
 ]
 FAST = [("fsdp", (PIECES, "strategy.async_checkpoints=true"), 1)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    write_documents(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from genai_pl.errors import ConfigError
 from genai_pl.strategies import PipelineStrategy
 from genai_pl.strategies.stages import stage_of
-from tests.strategies.processes import SMALL, assert_same, start, table, train, write_documents
+from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, start, table, train
 from tests.strategies.test_kills import processes, wait_for_step
 
-HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
 TWO = ("strategy=pipeline", "trainer.devices=2", WHOLE)
 FOUR = ("strategy=pipeline", "strategy.data_parallel_size=2", "strategy.microbatches=2", "trainer.devices=4", HALF)
 GPIPE = (*TWO, "strategy.schedule=gpipe")
@@ -38,26 +37,6 @@ SLOW = [
     ("muon", TWO),
     ("adafactor", TWO),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    write_documents(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path):
-    """The run of one process for an objective, trained once."""
-
-    def get(objective: str) -> Path:
-        run = folder / f"{objective}-one"
-        if not run.exists():
-            train(folder, *SMALL, *OBJECTIVES[objective], WHOLE, f"hydra.run.dir={run}")
-        return run
-
-    return get
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,18 @@ import pytest
 import torch
 
 from genai_pl.loading import load
-from tests.strategies.processes import SMALL, assert_same, table, train, write_documents
+from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, table, train, write_documents
 
-HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"
 TWO = ("trainer=fsdp", "trainer.devices=2", HALF)
 PIECES = "strategy.sharded_checkpoints=true"
 ONE = ("trainer=default", "strategy=auto", "trainer.devices=1", WHOLE)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    write_documents(path)
-    train(path, *SMALL, WHOLE, "hydra.run.dir=one")
-    return path
+def folder(folder: Path) -> Path:
+    """Where the run of one process is already."""
+    train(folder, *SMALL, WHOLE, "hydra.run.dir=one")
+    return folder
 
 
 @pytest.fixture(scope="module")
