@@ -55,6 +55,7 @@ def command(
     def call(name: str, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         status = 0
+        sys.modules.pop("rewards", None)  # that of another test
         capfd.readouterr()
         try:
             importlib.import_module(name).main()
