@@ -9,10 +9,11 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+
+from sides import measured
 
 
 def parse() -> argparse.Namespace:
@@ -113,15 +114,6 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
     return figures(times, args)
 
 
-def measured(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """The figures of one side, in a process of its own."""
-    python = args.peer_python if side == "trl" else sys.executable
-    done = subprocess.run([python, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {side} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
     args = parse()
     if args.side:
@@ -129,7 +121,7 @@ def main() -> None:
         return
     ratios = []
     for turn in range(1, args.turns + 1):
-        mine, theirs = measured("ours", args), measured("trl", args)
+        mine, theirs = measured("ours"), measured("trl", python=args.peer_python)
         ratios.append(mine["rate"] / theirs["rate"])
         print(
             f"turn {turn}: ours {mine['rate']:.2f} pairs/s, {mine['gib']:.2f} GiB   trl {theirs['rate']:.2f}, "

@@ -10,13 +10,13 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from sides import measured
 
 PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 
@@ -135,14 +135,6 @@ def peft(args: argparse.Namespace) -> dict[str, float]:
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
         Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks()]).train()
     return clock.figures()
-
-
-def measured(side: str) -> dict[str, float]:
-    """The figures of one side, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {side} failed: {done.stderr.strip().splitlines()[-1]} (pip install -e '.[dev,bench]')")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:

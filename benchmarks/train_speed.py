@@ -8,12 +8,11 @@ AdamW). Both sides take turns, `--pairs` times; tokens per second and their rati
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
 import torch
+from sides import measured
 
 VOCABULARY = 50257
 
@@ -136,17 +135,6 @@ def loop(args: argparse.Namespace) -> float:
         optimizer.zero_grad()
         clock.tick()
     return clock.rate()
-
-
-def measured(side: str) -> float:
-    """Tokens per second of one side, in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(
-            f"error: {side} failed: {done.stderr.strip().splitlines()[-1]} (pip install -e '.[bench]' for the peers)"
-        )
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:

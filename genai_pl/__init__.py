@@ -1,5 +1,6 @@
 """The whole life of a language model in one Lightning Trainer: `load`, `generate` and `train` are its commands as functions."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -7,12 +8,11 @@ if TYPE_CHECKING:
     from genai_pl.loading import load
 
 __all__ = ["generate", "load", "train"]
+MODULES = {"generate": "api", "load": "loading", "train": "api"}
 
 
 def __getattr__(name: str) -> object:
     """The functions are imported when they are asked for: `import genai_pl` alone loads nothing."""
-    if name not in __all__:
+    if name not in MODULES:
         raise AttributeError(f"module 'genai_pl' has no attribute {name!r}")
-    from genai_pl import api
-
-    return getattr(api, name)
+    return getattr(import_module(f"genai_pl.{MODULES[name]}"), name)

@@ -17,7 +17,7 @@ from genai_pl.export import adapter_card, export_model
 from genai_pl.files import write_atomic
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
-from genai_pl.strategies import PipelineStrategy, gather
+from genai_pl.strategies import ShardedStrategy
 from genai_pl.summary import closing
 from genai_pl.sweeps import write_results
 
@@ -58,10 +58,8 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             if isinstance(logger, TensorBoardLogger) and metrics:
                 logger.log_hyperparams(flat, metrics, step=parts.trainer.global_step)
             logger.finalize("success")
-        if export:
-            gather(parts.module.model)
-            if isinstance(parts.trainer.strategy, PipelineStrategy):
-                parts.trainer.strategy.gather()
+        if export and isinstance(parts.trainer.strategy, ShardedStrategy):
+            parts.trainer.strategy.gather()
         if export and parts.trainer.is_global_zero:
             export_run(parts, _card(parts, flat, metrics))
     done = parts.trainer.global_step >= parts.module.total_steps

@@ -8,9 +8,10 @@ import yaml
 
 from genai_pl.errors import CheckpointError, UserError
 from genai_pl.files import is_checkpoint
-from genai_pl.sweeps import replay_sweep
+from genai_pl.sweeps import key_of, refuse_code, replay_sweep
 
 ROOTS = ("outputs",)
+OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
 def replay(arguments: list[str]) -> list[str]:
@@ -30,15 +31,11 @@ def replay(arguments: list[str]) -> list[str]:
             return [a for a in arguments if not a.startswith("resume=")]
         return arguments
     saved = _saved_overrides(run)
-    given = {_key(a) for a in arguments}
-    kept = [o for o in saved if _key(o) not in given | {"resume", "dry_run"}]
+    given = {key_of(a) for a in arguments}
+    kept = [o for o in saved if key_of(o) not in given | {"resume", "dry_run"}]
     if "strategy" in given:  # another one has not the options of the old
-        kept = [o for o in kept if not _key(o).startswith("strategy.")]
-    unsafe = next((o for o in kept if "_target_" in o), None)
-    if unsafe:
-        raise UserError(
-            f"{run}/.hydra/overrides.yaml: {unsafe} names code to run; give it on the command line to allow it"
-        )
+        kept = [o for o in kept if not key_of(o).startswith("strategy.")]
+    refuse_code(kept, run / OVERRIDES)
     if "hydra.run.dir" not in given:
         kept.append(f"hydra.run.dir='{run}'")
     return kept + arguments
@@ -57,7 +54,7 @@ def _run_folder(reference: str, arguments: list[str]) -> Path | None:
     if not is_checkpoint(path):
         raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file")
     run = path.parent.parent
-    return run if (run / ".hydra" / "overrides.yaml").exists() else None
+    return run if (run / OVERRIDES).exists() else None
 
 
 def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
@@ -65,7 +62,7 @@ def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
 
 
 def _saved_overrides(run: Path) -> list[str]:
-    path = run / ".hydra" / "overrides.yaml"
+    path = run / OVERRIDES
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,10 +70,6 @@ def _saved_overrides(run: Path) -> list[str]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     return [str(o) for o in saved or []]
-
-
-def _key(argument: str) -> str:
-    return argument.partition("=")[0].lstrip("+~")
 
 
 def choose_checkpoint(reference: str, run: Path) -> Path:

@@ -204,9 +204,7 @@ class GenerationConfig:
     num_beams: int = 1  # sequences that are kept; 1: no beam search
     num_return: int = 1  # of the best beams
     length_penalty: float = 1.0  # scores are divided by length ** this
-    early_stopping: str = (
-        "false"  # true: at num_beams ended ones; false: by a heuristic; never: when none can be better
-    )
+    early_stopping: str = "false"  # true: at num_beams ended ones; false: by a heuristic; never: as none can be better
     num_beam_groups: int = 1  # above 1: diverse beam search
     diversity_penalty: float = 0.0  # of a token, for each beam of earlier groups that takes it in the same step
     draft: str | None = None  # a smaller model of the same tokenizer, which proposes tokens
@@ -226,6 +224,8 @@ class GenerationConfig:
         for name, holds in checks.items():
             if not holds:
                 raise ConfigError(f"generation.{name}={getattr(self, name)} is out of range")
+        if self.temperature < 1e-4:  # logits divided by it overflow: the likeliest token is what is left to draw
+            self.temperature = 0.0
         self._check_pairs()
 
     def _check_pairs(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +24,20 @@ class Outcome(NamedTuple):
 
 def replay_sweep(arguments: list[str]) -> list[str]:
     """The command line that goes on with the newest sweep, or that of hydra.sweep.dir: its own overrides, then the new ones."""
-    given = {_key(a): a for a in arguments}
+    given = {key_of(a): a for a in arguments}
     chosen = given.get("hydra.sweep.dir")
     folder = _newest(Path(_value(chosen) if chosen else ROOT))
     if folder is None:
         print("resume=auto: no sweep to continue, starting a new one", flush=True)
-        return [a for a in arguments if _key(a) != "resume"]
+        return [a for a in arguments if key_of(a) != "resume"]
     saved = _saved_overrides(folder)
-    ours = {_key(o): o for o in saved if _key(o) not in ("resume", "dry_run", "hydra.mode")}
+    ours = {key_of(o): o for o in saved if key_of(o) not in ("resume", "dry_run", "hydra.mode")}
     for key, argument in given.items():
         before = ours.get(key)
         if before != argument and (_sweeps(argument) or (before is not None and _sweeps(before))):
             had = f"was started with {before}" if before else f"was started without {key}"
             raise UserError(f"resume=auto: the sweep {folder} {had}, not {argument}; leave out resume to start another")
-    unsafe = next((o for o in ours.values() if "_target_" in o and _key(o) not in given), None)
-    if unsafe:
-        raise UserError(f"{folder}/{SAVED}: {unsafe} names code to run; give it on the command line to allow it")
+    refuse_code((o for key, o in ours.items() if key not in given), folder / SAVED)
     sweeper = ours.get("hydra/sweeper", given.get("hydra/sweeper"))
     if sweeper and _value(sweeper) != "basic":
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
@@ -78,8 +77,16 @@ def _saved_overrides(folder: Path) -> list[str]:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
-def _key(argument: str) -> str:
+def key_of(argument: str) -> str:
+    """The option that an override is of."""
     return argument.partition("=")[0].lstrip("+~")
+
+
+def refuse_code(overrides: Iterable[str], path: Path) -> None:
+    """UserError for an override that was read from a file and names code."""
+    unsafe = next((o for o in overrides if "_target_" in o), None)
+    if unsafe:
+        raise UserError(f"{path}: {unsafe} names code to run; give it on the command line to allow it")
 
 
 def _value(argument: str) -> str:

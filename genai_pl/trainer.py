@@ -24,7 +24,7 @@ from genai_pl.fit import Parts
 from genai_pl.models import flop_rates
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
-from genai_pl.strategies import PipelineStrategy, RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     strategy = parts.trainer.strategy
     strategy.connect(parts.module)
     if isinstance(strategy, ShardedStrategy):
-        strategy.check(parts.module)
-    if isinstance(strategy, PipelineStrategy):
-        strategy.check_rows(parts.data.batch_size)
+        strategy.check(parts.module, rows=parts.data.batch_size)
     if config.trainer.optimizer_in_backward:
         check_in_backward(config, parts)
         parts.module.steps_in_backward = True

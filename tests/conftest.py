@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no network, a cache of their own, and commands run as a user would."""
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -44,6 +45,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
+def close_logs() -> None:
+    """Close the log files that Hydra has opened for a run: whoever configures logging next would forget them open."""
+    for handler in list(logging.root.handlers):
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith(".log"):
+            logging.root.removeHandler(handler)
+            handler.close()
+
+
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
@@ -55,12 +64,13 @@ def command(
     def call(name: str, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         status = 0
-        sys.modules.pop("rewards", None)  # that of another test
         capfd.readouterr()
         try:
             importlib.import_module(name).main()
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:
+            close_logs()
         return Result(status, *capfd.readouterr())
 
     return call

@@ -41,7 +41,7 @@ def column(run: str, name: str) -> list[float]:
 def files(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", [{"prompt": f"{i} is", "chosen": " good", "rejected": " bad"} for i in range(32)])
     write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} is "} for i in range(32)])
-    (tmp_path / "rewards.py").write_text(
+    (tmp_path / "letters.py").write_text(
         "def e(prompts, completions):\n    return [c.count('e') for c in completions]\n"
     )
 
@@ -58,7 +58,7 @@ def base(files: None, command) -> str:
 @pytest.mark.parametrize("objective", ["ppo", "grpo"])
 def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective: str, files: None, command) -> None:
     own = PPO if objective == "ppo" else ("objective=grpo", "objective.max_new_tokens=8", "data.path=prompts.jsonl")
-    given = (*own, *LLAMA, "objective.reward=rewards:e", "callbacks.samples.every_n_steps=3", "hydra.run.dir=run")
+    given = (*own, *LLAMA, "objective.reward=letters:e", "callbacks.samples.every_n_steps=3", "hydra.run.dir=run")
     result = command("train", *given)
     assert result.status == 0, result.err
     names = ["kl", "entropy", "scores", "rlhf_reward", "response_length"]
@@ -83,7 +83,7 @@ def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective
 
 
 def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command) -> None:
-    given = (*PPO, *LLAMA, "objective.reward=rewards:e", "objective.epochs=4", "optimizer.lr=1e-2", "scheduler=constant",
+    given = (*PPO, *LLAMA, "objective.reward=letters:e", "objective.epochs=4", "optimizer.lr=1e-2", "scheduler=constant",
              "scheduler.warmup_steps=0", "trainer.max_steps=24")  # fmt: skip
     assert command("train", *given, "hydra.run.dir=free").status == 0
     assert command("train", *given, "objective.max_kl=1e-4", "hydra.run.dir=held").status == 0
@@ -94,7 +94,7 @@ def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command
 
 
 def test_an_entropy_bonus_raises_entropy(base: str, command) -> None:
-    given = (*PPO, *LLAMA, base, "objective.reward=rewards:e", "objective.entropy_coef=1.0", "optimizer.lr=3e-3")
+    given = (*PPO, *LLAMA, base, "objective.reward=letters:e", "objective.entropy_coef=1.0", "optimizer.lr=3e-3")
     assert command("train", *given, "trainer.max_steps=12", "hydra.run.dir=run").status == 0
     first, *_, last = column("run", "objective/entropy")
     assert first < 5.0  # of at most log 258 = 5.55

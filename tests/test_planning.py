@@ -10,31 +10,12 @@ from genai_pl.optim import muon
 from genai_pl.peft import lora
 from genai_pl.planning import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
 from genai_pl.strategies import recompute
+from tests.small_models import GPT, LLAMA
+from tests.small_models import MODELS as DECODERS
 
-GPT = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 200, "max_seq_len": 32}
-LLAMA = {
-    **GPT,
-    "position": "rotary",
-    "norm": "rmsnorm",
-    "activation": "silu",
-    "gated_mlp": True,
-    "bias": False,
-    "n_kv_head": 2,
-    "tie_embeddings": False,
-}
-MODELS = {
-    "gpt2": GPT,
-    "llama": LLAMA,
-    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 32},
-    "the seed": {**GPT, "norm_order": "post", "activation": "relu", "position": "sinusoidal"},
-    "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative"},
-}
+MODELS = {**DECODERS, "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative"}}
 PLAIN = {"product": None, "every": None, "kind": "full", "fused": False}
 A100 = Machine("a100", flops=312e12, memory=80e9, link=300e9, network=25e9)
-
-
-def config_of(values: dict) -> ModelConfig:
-    return ModelConfig.from_dict(ModelConfig(**values).to_dict()) if "shape" not in values else ModelConfig(**values)
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 ROLES = ("anchor", "positive", "negative")
 
 
-class PairsDataModule(TableDataModule):
-    """Rows of two or three tokenized texts each; a role without a column is left out."""
+class TextsDataModule(TableDataModule):
+    """Rows of several texts, each tokenized by itself; `columns` are the table's by the roles of the texts."""
 
-    kind = "pairs"
     talks = False
 
-    def __init__(self, *, anchor: str, positive: str | None, negative: str | None, **rest: object) -> None:
+    def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
-        named = {"anchor": anchor, "positive": positive, "negative": negative}
-        self.columns = {role: column for role, column in named.items() if column is not None}
+        self.columns = columns
 
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
@@ -38,7 +36,8 @@ class PairsDataModule(TableDataModule):
         train, _ = self.tables()
         return train_bpe((row[role] or "" for row in train for role in self.columns), vocab_size)
 
-    def rows(self, table: "Dataset") -> "Dataset":
+    def encoded(self, table: "Dataset") -> "Dataset":
+        """Token ids of all texts, kept on disk by their content."""
         sources.show_progress()
         name = f"1/{table._fingerprint}/{fingerprint(self.tokenizer)}/{self.seq_len}"
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
@@ -50,6 +49,19 @@ class PairsDataModule(TableDataModule):
             cache_file_name=str(cache_folder() / f"pairs-{name}.arrow"),
             desc="tokenizing",
         ).with_format("numpy")
+
+
+class PairsDataModule(TextsDataModule):
+    """Rows of two or three tokenized texts each; a role without a column is left out."""
+
+    kind = "pairs"
+
+    def __init__(self, *, anchor: str, positive: str | None, negative: str | None, **rest: object) -> None:
+        named = {"anchor": anchor, "positive": positive, "negative": negative}
+        super().__init__(columns={role: column for role, column in named.items() if column is not None}, **rest)
+
+    def rows(self, table: "Dataset") -> "Dataset":
+        return self.encoded(table)
 
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} {'/'.join(self.columns)} rows for training, {len(self.val_rows):,} held"

@@ -12,7 +12,6 @@ from genai_pl.serving.schemas import Sampling
 from genai_pl.serving.service import Service
 from genai_pl.specs import GenerationConfig
 
-COLDEST = 1e-4  # below, logits divided by it overflow, and the likeliest token is what is left to draw
 CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -24,8 +23,6 @@ def generation_config(
     if max_tokens is not None and max_tokens > limit:
         raise ApiError(422, f"{param}={max_tokens}: this server gives at most {limit}", param=param)
     said = {name: getattr(body, name) for name in CHOICES if getattr(body, name) is not None}
-    if said.get("temperature", 1.0) < COLDEST:
-        said["temperature"] = 0.0
     n = max_tokens or min(limit, default or limit)
     config = replace(service.settings.defaults, **said, max_new_tokens=n)
     return replace(config, stop=[*config.stop, *stop])

@@ -3,7 +3,6 @@
 from genai_pl.strategies.deepspeed import deepspeed
 from genai_pl.strategies.float8 import float8
 from genai_pl.strategies.launcher import RankLauncher, follow_launcher, launched
-from genai_pl.strategies.pieces import gather
 from genai_pl.strategies.pipeline import PipelineStrategy
 from genai_pl.strategies.recompute import kept_operations, recompute
 from genai_pl.strategies.sharded import ShardedStrategy
@@ -15,7 +14,6 @@ __all__ = [
     "deepspeed",
     "float8",
     "follow_launcher",
-    "gather",
     "kept_operations",
     "launched",
     "recompute",

@@ -13,7 +13,6 @@ from genai_pl.models.stack import Stack
 from genai_pl.modules.base import BaseModule, Batch, global_norm
 from genai_pl.modules.tokens import TokenModule
 from genai_pl.names import Position
-from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.sharded import ShardedStrategy
 from genai_pl.strategies.stages import SCHEDULES, Pipeline, Stage, find_holders, release
 from genai_pl.strategies.states import find_owners, restore_state
@@ -25,6 +24,8 @@ class PipelineStrategy(ShardedStrategy):
     The processes of a pipeline are given the same batch. The optimizer knows all parameters on all of them, and a
     checkpoint is that of one process, so that a run goes on with any number of them.
     """
+
+    shared_size = "pipeline_parallel_size"
 
     def __init__(
         self,
@@ -49,16 +50,20 @@ class PipelineStrategy(ShardedStrategy):
         """The place of this process in its pipeline."""
         return self.global_rank % self.sizes[1]
 
-    def check(self, module: BaseModule) -> None:
-        """ConfigError for an objective, a model or sizes that do not fit, before any process is started."""
-        data, stages = self.sizes
-        n_processes = self.num_processes * self.num_nodes
-        if data * stages != n_processes:
+    def check(self, module: BaseModule, *, rows: int) -> None:
+        super().check(module, rows=rows)
+        if rows % self.microbatches:
             raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be the number "
-                f"of processes, trainer.devices x trainer.num_nodes ({n_processes})"
+                f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})"
             )
-        model, instead = module.model, "use strategy=fsdp here"
+        if self.schedule == "1f1b" and self.microbatches < self.sizes[1]:
+            raise ConfigError(
+                f"strategy.microbatches ({self.microbatches}) must be at least strategy.pipeline_parallel_size "
+                f"({self.sizes[1]}) under schedule=1f1b"
+            )
+
+    def _check_model(self, module: BaseModule) -> None:
+        model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
         if not isinstance(module, TokenModule):
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
         if not isinstance(model, Stack) or model.config.position is Position.xl:
@@ -74,22 +79,8 @@ class PipelineStrategy(ShardedStrategy):
             raise ConfigError(
                 f"strategy=pipeline: virtual tokens (peft=prompt, peft=prefix) belong to no stage; {instead}"
             )
-        if any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
-            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
         if self.precision_plugin.precision == "16-mixed":
             raise ConfigError("precision=fp16: strategy=pipeline does not scale losses; precision=bf16")
-
-    def check_rows(self, rows: int) -> None:
-        """ConfigError for batches that cannot be divided, or are too few for all processes to be busy."""
-        if rows % self.microbatches:
-            raise ConfigError(
-                f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})"
-            )
-        if self.schedule == "1f1b" and self.microbatches < self.sizes[1]:
-            raise ConfigError(
-                f"strategy.microbatches ({self.microbatches}) must be at least strategy.pipeline_parallel_size "
-                f"({self.sizes[1]}) under schedule=1f1b"
-            )
 
     def _split(self, module: L.LightningModule) -> None:
         """Keep the blocks of this process's stage, in place."""
@@ -180,7 +171,6 @@ class PipelineStrategy(ShardedStrategy):
         return {key: value for part in reversed(parts or []) for key, value in part.items()}
 
     def gather(self) -> None:
-        """Give the first process all parameters, in place and on the CPU; all processes must call it."""
         named = dict(self.lightning_module.named_parameters())
         found = self._collect({name: p.detach().cpu() for name, p in named.items() if self._holds(p)})
         for name, value in found.items():

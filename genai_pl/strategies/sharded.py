@@ -21,6 +21,7 @@ from genai_pl.models.checkpoint import read_contents
 from genai_pl.modules.tokens import TokenModule
 from genai_pl.optim.sharding import local, piece, whole
 from genai_pl.peft.quantize import QuantizedLinear
+from genai_pl.strategies.pieces import gather
 from genai_pl.strategies.states import places, restore_state, saved_state
 from genai_pl.strategies.tensor_parallel import check_heads, split_heads
 
@@ -34,6 +35,8 @@ class ShardedStrategy(ModelParallelStrategy):
     The processes of a tensor-parallel group see the same batch. A size of None is what the other leaves. Checkpoints are
     those of one process, so that a run goes on with any number of them.
     """
+
+    shared_size = "tensor_parallel_size"  # the option that says how many processes share a batch
 
     def __init__(
         self,
@@ -69,15 +72,21 @@ class ShardedStrategy(ModelParallelStrategy):
         data, tensor = self.sizes
         return {"num_replicas": data, "rank": self.global_rank // tensor}
 
-    def check(self, module: L.LightningModule) -> None:
-        """ConfigError for an objective, a model or sizes that do not fit, before any process is started."""
-        data, tensor = self.sizes
+    def check(self, module: L.LightningModule, *, rows: int) -> None:
+        """ConfigError for an objective, a model, sizes or `rows` of a batch that do not fit, before any process is started."""
+        data, shared = self.sizes
         n_processes = self.num_processes * self.num_nodes
-        if data * tensor != n_processes:
+        if data * shared != n_processes:
             raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be the number of "
+                f"strategy.data_parallel_size ({data}) x strategy.{self.shared_size} ({shared}) must be the number of "
                 f"processes, trainer.devices x trainer.num_nodes ({n_processes})"
             )
+        self._check_model(module)
+        if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
+            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
+
+    def _check_model(self, module: L.LightningModule) -> None:
+        data, tensor = self.sizes
         if self.replicate_size < 1 or data % self.replicate_size:
             raise ConfigError(
                 f"strategy.replicate_size ({self.replicate_size}) must divide strategy.data_parallel_size ({data})"
@@ -91,8 +100,6 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError(
                 f"strategy.tensor_parallel_size ({tensor}) is for objectives that predict tokens; use strategy=fsdp here"
             )
-        if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
-            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
         if tensor > 1:
             check_heads(module.model, tensor)
 
@@ -165,6 +172,10 @@ class ShardedStrategy(ModelParallelStrategy):
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if not isinstance(tensor, DTensor):  # pieces travel when they are needed
                 tensor.data = tensor.data.to(self.root_device)
+
+    def gather(self) -> None:
+        """Give the first process all parameters, in place and on the CPU; all processes must call it."""
+        gather(self.lightning_module.model)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         state = self.lightning_module.state_dict(keep_vars=True)

@@ -89,3 +89,8 @@ def test_samples_have_the_frequencies_of_the_processed_probabilities():
     statistic = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum()
     freedom = torch.tensor((possible.sum().item() - 1) / 2, dtype=torch.float64)
     assert torch.special.gammaincc(freedom, statistic / 2) > 1e-3  # the chance of a worse fit
+
+
+def test_a_temperature_too_low_to_divide_by_takes_the_likeliest_token():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, GenerationConfig(temperature=1e-40)).tolist() == [1]

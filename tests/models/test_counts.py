@@ -5,23 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from genai_pl.models import Decoder, ModelConfig, flops_per_token, n_parameters
+from tests.small_models import GPT as SIZES
+from tests.small_models import LLAMA
+from tests.small_models import MODELS as DECODERS
 
-SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 200, "max_seq_len": 32}
-LLAMA = {
-    **SIZES,
-    "position": "rotary",
-    "norm": "rmsnorm",
-    "activation": "silu",
-    "gated_mlp": True,
-    "bias": False,
-    "n_kv_head": 2,
-    "tie_embeddings": False,
-}
 MODELS = {
-    "gpt2": SIZES,
-    "llama": LLAMA,
-    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 32},
-    "the seed": {**SIZES, "norm_order": "post", "activation": "relu", "position": "sinusoidal"},
+    **DECODERS,
     "relu2": {**SIZES, "activation": "relu2", "position": "alibi"},
     "gated relu": {**LLAMA, "activation": "relu"},
     "qk-norm without rotary": {**SIZES, "qk_norm": True},
