@@ -120,7 +120,7 @@ def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
 
 def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
     """Print one line of JSON for each prompt with its unit vector."""
-    from genai_pl.serving.vectors import embed, encode_whole, find_pooling
+    from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling
 
     shape = loaded.model.config.shape
     if shape is Shape.encoder_decoder:
@@ -134,7 +134,7 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
 
 def print_scores(loaded: Loaded, prompts: list[str]) -> None:
     """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
-    from genai_pl.serving.vectors import encode_whole, logprobs, rewards
+    from genai_pl.evaluation.vectors import encode_whole, logprobs, rewards
 
     model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.head is Head.score:

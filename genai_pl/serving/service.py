@@ -15,6 +15,7 @@ import torch
 from genai_pl.data.chat import encode_prompt as encode_messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, logprobs, rewards
 from genai_pl.generation import encode_prompt
 from genai_pl.loading import Loaded, load, resolve_adapter
 from genai_pl.models.onnx_model import is_onnx
@@ -26,7 +27,6 @@ from genai_pl.serving.errors import ApiError
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.requests import Busy, Request
 from genai_pl.serving.settings import Settings
-from genai_pl.serving.vectors import embed, encode_whole, find_pooling, logprobs, rewards
 
 T = TypeVar("T")
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,6 +15,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.evaluation import completion_rows, score, text_rows
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS, pool
+from genai_pl.models.scores import scores
 from genai_pl.names import Shape
 from genai_pl.objectives.rows import pad_rows
 
@@ -62,8 +63,6 @@ def embed(model: Model, rows: Rows, pooling: str) -> Tensor:
 @torch.inference_mode()
 def rewards(model: Model, rows: Rows) -> list[float]:
     """A reward model's score of each row."""
-    from genai_pl.modules.reward import scores
-
     found = torch.empty(len(rows))
     for batch, input_ids, segment_ids in _batches(model, rows):
         found[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].cpu()
