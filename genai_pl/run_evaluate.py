@@ -87,8 +87,8 @@ def compare(loaded: Loaded, table: "Dataset", rows: list[Row], **scoring: object
     """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
     n = len(rows) // 2  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
-    judges = loaded.model.config.head is Head.score
-    found = judge(loaded.model, rows, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
+    judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
+    found = judge(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
     metrics = pair_metrics(found[:n], found[n:], lengths)
     if judges:
         return metrics

@@ -1,9 +1,10 @@
 """How well a model predicts or judges: texts become rows, rows get log-likelihoods or scores, those become metrics."""
 
 from genai_pl.evaluation.metrics import completion_metrics, text_metrics
-from genai_pl.evaluation.preferences import judge, pair_metrics, pair_rows, share
+from genai_pl.evaluation.preferences import pair_metrics, pair_rows, share
 from genai_pl.evaluation.rows import Row, completion_rows, text_rows
 from genai_pl.evaluation.scoring import Scores, score
+from genai_pl.evaluation.vectors import judge
 
 __all__ = [
     "Row",

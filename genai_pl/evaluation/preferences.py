@@ -1,18 +1,15 @@
 """How often a model prefers what people preferred, how sure that figure is, and what length has to do with it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai_pl.data.chat import encode_completion, ensure_template
 from genai_pl.errors import DataError
 from genai_pl.evaluation.rows import Row
-from genai_pl.evaluation.scoring import batches
-from genai_pl.models.scores import scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,25 +34,6 @@ def pair_rows(
         kept = example.input_ids[-(seq_len + 1) :]
         rows.append(Row(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
     return rows
-
-
-@torch.inference_mode()
-def judge(
-    model: nn.Module, rows: Sequence[Row], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
-) -> Tensor:
-    """The scores (R,) that a reward model gives to rows, float64 on the CPU."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
-    device = model.embed.weight.device
-    for batch in batches([len(row.tokens) for row in rows], batch_tokens):
-        lengths = torch.tensor([len(rows[i].tokens) for i in batch])
-        input_ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-        for b, i in enumerate(batch):
-            input_ids[b, : lengths[b]] = torch.from_numpy(rows[i].tokens).long()
-        segment_ids = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        found[batch] = scores(model, input_ids.to(device), segment_ids.to(device), 1)[:, 0].double().cpu()
-        if on_batch is not None:
-            on_batch(len(batch))
-    return found
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str, float]:

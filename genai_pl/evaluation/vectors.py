@@ -1,7 +1,7 @@
 """Texts become embeddings or scores in one pass of the model, batch by batch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation import completion_rows, score, text_rows
+from genai_pl.evaluation.rows import completion_rows, text_rows
+from genai_pl.evaluation.scoring import batches, score
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS, pool
 from genai_pl.models.scores import scores
@@ -54,19 +55,27 @@ def encode_whole(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
 def embed(model: Model, rows: Rows, pooling: str) -> Tensor:
     """Unit vectors (N, C) of rows of tokens, float32 on the CPU."""
     found = torch.empty(len(rows), model.config.n_embd)
-    for batch, input_ids, segment_ids in _batches(model, rows):
+    for batch, input_ids, segment_ids in _padded(model, rows, BATCH_TOKENS):
         hidden = model.features(input_ids, segment_ids).float()
         found[batch] = F.normalize(pool(hidden, segment_ids, pooling), dim=-1).cpu()
     return found
 
 
 @torch.inference_mode()
-def rewards(model: Model, rows: Rows) -> list[float]:
-    """A reward model's score of each row."""
-    found = torch.empty(len(rows))
-    for batch, input_ids, segment_ids in _batches(model, rows):
-        found[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].cpu()
-    return found.tolist()
+def judge(
+    model: Model,
+    rows: Rows,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_batch: Callable[[int], object] | None = None,
+) -> Tensor:
+    """A reward model's score of each row, (R,) float64 on the CPU; `on_batch` hears of every batch how many rows it had."""
+    found = torch.zeros(len(rows), dtype=torch.float64)
+    for batch, input_ids, segment_ids in _padded(model, rows, batch_tokens):
+        found[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].double().cpu()
+        if on_batch is not None:
+            on_batch(len(batch))
+    return found
 
 
 def logprobs(
@@ -89,13 +98,10 @@ def logprobs(
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
-def _batches(model: Model, rows: Rows):
-    """Which rows, and input_ids and segment_ids (B, T) of them, the longest first."""
+def _padded(model: Model, rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Which rows, and input_ids and segment_ids (B, T) of them, padded on the right."""
     device = model.embed.weight.device
-    order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
-    while order:
-        size = max(1, BATCH_TOKENS // len(rows[order[0]]))
-        batch, order = order[:size], order[size:]
+    for batch in batches([len(row) for row in rows], batch_tokens):
         chosen = [rows[n] for n in batch]
         segments = [np.ones(len(row), dtype=np.int64) for row in chosen]
         yield batch, pad_rows(chosen, 0).to(device), pad_rows(segments, 0).to(device)

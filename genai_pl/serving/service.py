@@ -15,7 +15,7 @@ import torch
 from genai_pl.data.chat import encode_prompt as encode_messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, logprobs, rewards
+from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, judge, logprobs
 from genai_pl.generation import encode_prompt
 from genai_pl.loading import Loaded, load, resolve_adapter
 from genai_pl.models.onnx_model import is_onnx
@@ -177,7 +177,8 @@ class Service:
         whole = texts if prompts is None else [p + t for p, t in zip(prompts, texts, strict=True)]
         rows = await self._read(encode_whole, whole)
         self._check_rows(rows)
-        return list(zip(await self._pass(rewards, self.model, rows), map(len, rows), strict=True))
+        found = await self._pass(judge, self.model, rows)
+        return list(zip(found.tolist(), map(len, rows), strict=True))
 
     def _check_one_stack(self, what: str) -> None:
         if self.has_two_stacks:
