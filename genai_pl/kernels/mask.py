@@ -48,7 +48,11 @@ class AttentionMask:
             raise ValueError("strict needs order: it says how ranks are compared")
 
     def dense(self, T: int, S: int, device: torch.device | None = None) -> Tensor:
-        """True where a query sees a key, (B or 1, 1, T, S); built once for all layers that share the mask."""
+        """True where a query sees a key, (B or 1, 1, T, S); built once for all layers that share the mask.
+
+        >>> AttentionMask(causal=True).dense(2, 3).int().tolist()
+        [[[[1, 1, 0], [1, 1, 1]]]]
+        """
         return self.remember("dense", (T, S, device), lambda: self._build_dense(T, S, device))
 
     def additive(self, T: int, S: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -145,8 +149,13 @@ def _last(values: Tensor, T: int, S: int, *, name: str) -> Tensor:
 
 
 def positions_from_segments(segments: Tensor) -> Tensor:
-    """Positions that restart at 0 wherever the segment id changes, (B, S) -> (B, S)."""
+    """Positions that restart at 0 wherever the segment id changes, and stay there in padding, (B, S) -> (B, S).
+
+    >>> positions_from_segments(torch.tensor([[1, 1, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 0]]
+    """
     index = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - index.masked_fill(~starts, 0).cummax(-1).values
+    positions = index - index.masked_fill(~starts, 0).cummax(-1).values
+    return positions.masked_fill(segments == 0, 0)  # padding may be longer than learned positions

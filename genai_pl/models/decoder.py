@@ -6,6 +6,7 @@ from torch import Tensor
 from genai_pl.kernels import AttentionMask, positions_from_segments
 from genai_pl.models.cache import KVCache
 from genai_pl.models.stack import Stack
+from genai_pl.names import AttentionKind
 
 
 class Decoder(Stack):
@@ -24,12 +25,14 @@ class Decoder(Stack):
         *,
         cache: KVCache | None = None,
         prefix: Tensor | None = None,
+        shared: Tensor | None = None,
         source: Tensor | None = None,
         source_segments: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances.
 
-        The first `prefix` (B,) tokens of a row see each other; `source` (B, S, C) is another text that all read.
+        The first `prefix` (B,) tokens of a row see each other; the first `shared` (B,) begin each of its documents, though
+        only document 1 holds them (if `shares_beginnings`); `source` (B, S, C) is another text that all read.
         """
         T = input_ids.shape[1]
         past = 0 if cache is None else cache.n_text
@@ -41,10 +44,12 @@ class Decoder(Stack):
             positions = torch.arange(past + T, device=input_ids.device)  # (S,)
         else:
             positions = positions_from_segments(segment_ids)  # (B, S)
+        if shared is not None:
+            positions = positions + shared[:, None] * (segment_ids > 1)
         self.check_length(front.n + self._longest(positions))
         segments, positions = front.before(segment_ids, positions, explicit=prefix is not None)
         x = self.embedded(input_ids, positions[..., -T - front.n_queries :], put=front.put)
-        given = {"cache": cache, "prefix": None if prefix is None else prefix + front.n}
+        given = {"cache": cache, "prefix": None if prefix is None else prefix + front.n, "shared": shared}
         if source is not None:
             queries = torch.ones_like(input_ids) if segment_ids is None else segment_ids[:, -T:]
             unmasked = source_segments is None
@@ -54,6 +59,12 @@ class Decoder(Stack):
         if cache is not None:
             cache.advance(T, front.n if enters else 0)
         return x[:, front.n_queries :]
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether `shared` gives what whole documents would: not in a window, nor behind virtual tokens."""
+        windowed = any(window is not None for window in self.windows)
+        return self.config.attention_kind is AttentionKind.full and not windowed and self.virtual is None
 
     def _longest(self, positions: Tensor) -> int:
         """The length of the row or, where learned positions may end before it, of its longest document."""

@@ -123,19 +123,21 @@ class Stack(nn.Module):
         segments: Tensor | None,
         *,
         prefix: Tensor | None = None,
+        shared: Tensor | None = None,
         front: Front = NOTHING,
         **given: object,
     ) -> Tensor:
         """Hidden states (B, T, C) after all blocks and the last norm; the S positions are the keys', x are the last T."""
         T = x.shape[1]
+        seen = front.shared if shared is None else shared
         rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
         # where nothing is hidden from later tokens, they see what is in front anyway
         masks = {
-            w: AttentionMask(window=w, shared=None if w is None and segments is None else front.shared, **rules)
+            w: AttentionMask(window=w, shared=None if w is None and segments is None else seen, **rules)
             for w in set(self.windows)
         }
         tables = {w: self._rotary_table(w, positions[..., -T:]) for w in set(self.windows)}
-        given["bias"] = self._bias(T, positions, by_position=front.n > 0 and segments is not None)
+        given["bias"] = self._bias(T, positions, by_position=seen is not None and segments is not None)
         for n, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
             virtual = None if front.layers is None else front.layers[n]
             x = block(x, masks[window], rotary=tables[window], virtual=virtual, **given)

@@ -45,7 +45,7 @@ class PreferenceModule(BaseModule):
             raise ConfigError(f"objective.loss={loss} is not one of {known}")
         if not beta > 0:
             raise ConfigError(f"objective.beta must be above 0, not {beta}")
-        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed)
+        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, share_prompts=shares_beginnings(model))
         self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.target_margin, self.nll_coef = target_margin, nll_coef
         self.reference = Reference(model) if loss in WITH_REFERENCE else None
@@ -115,13 +115,23 @@ class PreferenceModule(BaseModule):
         return losses.cpo_loss(policy, lengths, beta=self.beta, nll_coef=self.nll_coef)
 
 
+def shares_beginnings(model: nn.Module) -> bool:
+    """Whether completions of a prompt can be read in one row that holds the prompt once."""
+    return getattr(model, "shares_beginnings", False)
+
+
+def shared_beginning(batch: Batch) -> Batch:
+    """What `features` has to know where the completions of a row share the prompt."""
+    return {"shared": batch["shared"]} if "shared" in batch else {}
+
+
 def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = None) -> Tensor:
     """Log-probability of each label (B, T), 0 where there is none; full logits never exist.
 
     hidden (B, T, C) are the features of the batch, if somebody has them.
     """
     if hidden is None:
-        hidden = model.features(batch["input_ids"], batch["segment_ids"])
+        hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_beginning(batch))
     hidden, head = model.to_head(hidden), model.lm_head
     return linear_logprobs(
         hidden, head.weight, batch["labels"], bias=head.bias, softcap=model.config.logit_softcap, ignore_index=IGNORED

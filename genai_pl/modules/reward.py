@@ -1,9 +1,12 @@
 """Training a reward model: the answer that people preferred gets the higher score."""
 
+from torch import Tensor
+
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.scores import scores
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.preference import shared_beginning, shares_beginnings
 from genai_pl.names import Head
 from genai_pl.objectives import (
     RankingCollator,
@@ -40,13 +43,13 @@ class RewardModule(BaseModule):
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if ranking not in RANKING:
             raise ConfigError(f"objective.ranking={ranking} is not one of {', '.join(RANKING)}")
-        self.collator = RankingCollator(vocabulary=vocabulary, seed=seed)
+        self.collator = RankingCollator(vocabulary=vocabulary, seed=seed, share_prompts=shares_beginnings(model))
         self.centering, self.ranking = centering, RANKING[ranking]
 
     def step(self, batch: Batch) -> Metrics:
         if "sizes" in batch:
             return self._ranked(batch)
-        chosen, rejected = scores(self.model, batch["input_ids"], batch["segment_ids"], 2).unbind(1)
+        chosen, rejected = self._scores(batch, 2).unbind(1)
         loss = pairwise_reward_loss(chosen, rejected, margin=batch.get("margin"), centering=self.centering)
         difference = (chosen - rejected).detach()
         return {
@@ -57,10 +60,13 @@ class RewardModule(BaseModule):
             "rewards/rejected": rejected.detach().sum(),
         }
 
+    def _scores(self, batch: Batch, n: int) -> Tensor:
+        return scores(self.model, batch["input_ids"], batch["segment_ids"], n, **shared_beginning(batch))
+
     def _ranked(self, batch: Batch) -> Metrics:
         """Sums over prompts; chosen is the best of its completions, rejected the worst."""
         sizes = batch["sizes"]
-        found = scores(self.model, batch["input_ids"], batch["segment_ids"], int(sizes.max()))
+        found = self._scores(batch, int(sizes.max()))
         sums: Metrics = {}
         for k in sizes.unique().tolist():
             rewards = found[sizes == k, :k]  # (b, k)

@@ -20,17 +20,18 @@ class PreferenceCollator(Collator):
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
     token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
     "reference" (2,), which is handed on.
+
+    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared` (B,) beginning of every
+    segment, and only the first segment holds them.
     """
 
     ranks = False  # whether it takes more than two completions
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
-        self.pad = vocabulary.pad  # and nothing is drawn
+    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0, share_prompts: bool = False) -> None:
+        self.pad, self.share_prompts = vocabulary.pad, share_prompts  # and nothing is drawn
 
     def __call__(self, rows: Sequence[TextRow]) -> Batch:
-        batch = completions_batch(
-            [[(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])] for row in rows], self.pad
-        )
+        batch = self.compared([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
         margins = [float(row["margin"]) for row in rows if "margin" in row]
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
@@ -38,6 +39,17 @@ class PreferenceCollator(Collator):
         if "reference" in rows[0]:  # log-probabilities that were made before
             batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
         return {**batch, "targets": _count(rows)}
+
+    def compared(self, rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]) -> Batch:
+        """The batch of prompts with their completions."""
+        again = (
+            slice(-1, None) if self.share_prompts else slice(None)
+        )  # its last token predicts every completion's first
+        parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
+        batch = completions_batch(parts, self.pad)
+        if self.share_prompts:
+            batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
+        return batch
 
 
 class RankingCollator(PreferenceCollator):
@@ -51,7 +63,7 @@ class RankingCollator(PreferenceCollator):
     def __call__(self, rows: Sequence[TextRow]) -> Batch:
         if "completions" not in rows[0]:
             return super().__call__(rows)
-        batch = completions_batch([[(row["prompt"], said) for said in row["completions"]] for row in rows], self.pad)
+        batch = self.compared([(row["prompt"], row["completions"]) for row in rows])
         sizes = torch.tensor([len(row["completions"]) for row in rows])
         return {**batch, "sizes": sizes, "targets": _count(rows)}
 

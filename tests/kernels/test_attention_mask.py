@@ -137,9 +137,9 @@ def test_backends_learn_that_the_mask_is_a_plain_triangle(mask: AttentionMask, T
     assert mask.is_plain_causal(T, S) is expected
 
 
-def test_positions_restart_at_each_document_and_in_the_padding():
+def test_positions_restart_at_each_document_and_are_zero_in_padding():
     segments = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [0, 0, 5, 5, 1, 1, 5]])
-    expected = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0]])
+    expected = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 0]])
     assert torch.equal(positions_from_segments(segments), expected)
 
 

@@ -19,6 +19,7 @@ from genai_pl.objectives import (
 )
 
 PAIRED = PreferenceCollator(vocabulary=VOCABULARY)
+SHARED = PreferenceCollator(vocabulary=VOCABULARY, share_prompts=True)
 UNPAIRED = UnpairedPreferenceCollator(vocabulary=VOCABULARY)
 NONE = IGNORED
 
@@ -82,6 +83,53 @@ def test_sums_over_a_packed_batch_are_the_logprobs_of_each_completion_alone(mode
     for sums, row in zip(found.tolist(), rows, strict=True):
         expected = [logprob_alone(model, row["prompt"], row[role]) for role in ("chosen", "rejected")]
         assert sums == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_with_a_shared_prompt_a_row_holds_it_once_and_its_last_token_before_each_completion() -> None:
+    batch = SHARED([pair((1, 2, 9), (3, 4), (5,)), pair((6,), (7,), (8,)), pair((), (4,), (5,))])
+    assert batch["input_ids"].tolist() == [[1, 2, 9, 3, 4, 9, 5], [6, 7, 6, 8, *[PAD] * 3], [4, 5, *[PAD] * 5]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0]]
+    assert batch["labels"].tolist()[0] == [NONE, NONE, 3, 4, NONE, 5, NONE]
+    assert batch["shared"].tolist() == [2, 0, 0]
+
+
+SHARING = {
+    "gpt": {},
+    "llama": {"position": "rotary", "norm": "rmsnorm", "activation": "silu", "gated_mlp": True, "n_kv_head": 1},
+    "alibi": {"position": "alibi"},
+    "relative": {"position": "relative"},
+    "sinusoidal": {"position": "sinusoidal"},
+}
+
+
+@pytest.mark.parametrize("options", SHARING.values(), ids=SHARING)
+def test_completions_that_share_their_prompt_have_the_log_probabilities_and_gradients_of_rows_of_their_own(
+    options: dict,
+) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY.size, max_seq_len=24, **options)
+    model, rng = Decoder(config), np.random.default_rng(0)
+    assert model.shares_beginnings
+    rows = [
+        {"prompt": random_text(rng, n), "completions": [random_text(rng, m) for m in lengths]}
+        for n, *lengths in [(9, 6, 3, 4), (1, 1, 8), (4, 0, 2)]
+    ]
+    batch = RankingCollator(vocabulary=VOCABULARY, share_prompts=True)(rows)
+    hidden = model.features(batch["input_ids"], batch["segment_ids"], shared=batch["shared"])
+    found = linear_logprobs(hidden, model.lm_head.weight, batch["labels"], ignore_index=IGNORED)
+    sums = segment_sums(found, batch["segment_ids"], 3)
+    alone = RankingCollator(vocabulary=VOCABULARY)(rows)
+    expected = segment_sums(batch_logprobs(model, alone), alone["segment_ids"], 3)
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(sums.square().sum(), weights)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), weights), rtol=1e-4, atol=2e-4)
+    assert batch["input_ids"].shape[1] == 9 + 6 + 1 + 3 + 1 + 4 < alone["input_ids"].shape[1]
+
+
+def test_beginnings_are_not_shared_where_layers_look_at_a_window() -> None:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY.size, max_seq_len=64, window=8)
+    assert not Decoder(config).shares_beginnings
 
 
 def test_margins_are_for_all_pairs_or_for_none() -> None:
