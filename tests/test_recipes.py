@@ -314,7 +314,9 @@ def test_missing_data_name_the_command_that_makes_them(command) -> None:
     )
 
 
-def test_copied_settings_are_edited_trained_and_shown(command, digits_file: Path, tmp_path: Path) -> None:
+def test_copied_settings_are_edited_trained_and_shown_from_anywhere(
+    command, digits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from genai_pl.loading import load
     from genai_pl.recipes.command import answer
 
@@ -326,7 +328,11 @@ def test_copied_settings_are_edited_trained_and_shown(command, digits_file: Path
                      "model.max_seq_len=80", "hydra.run.dir=run")  # fmt: skip
     assert (result.status, result.err) == (0, "")
     assert load("run").model.config.n_embd == 16
-    said = answer(["show", "run"])
+    monkeypatch.chdir(tmp_path / "my_conf")
+    said = answer(["show", str(tmp_path / "run")])
     assert "of 100 are pictures" in said
     assert read_png((tmp_path / "run" / "shown" / "digits.png").read_bytes()).ndim == 2
     assert (ROOT / "conf" / "experiment" / "digits.yaml").read_text().count("n_embd: 128") == 1
+    (tmp_path / "data" / "digits" / "val.jsonl").unlink()
+    with pytest.raises(DataError, match="are not there; python recipes.py digits makes them"):
+        answer(["show", str(tmp_path / "run")])

@@ -104,8 +104,16 @@ def show(run: Path) -> str:
     name = data.name if data.name in RECIPES else data.parent.name
     if name not in RECIPES:
         raise ConfigError(f"{run}: trained on {data}, which is no recipe's data; there are {', '.join(RECIPES)}")
-    out = run / "shown"
-    return "\n".join(module_of(name).show(writer(run, config["generation"]), data.parent, out))
+    folder = run_from(run) / data.parent
+    if name == "shakespeare" or (folder / "val.jsonl").exists():
+        return "\n".join(module_of(name).show(writer(run, config["generation"]), folder, run / "shown"))
+    raise DataError(f"{folder}: the data of this run are not there; python recipes.py {name} makes them")
+
+
+def run_from(run: Path) -> Path:
+    """The folder in which the run was started, which the paths in its settings begin at."""
+    saved = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+    return Path(saved["hydra"]["runtime"]["cwd"])
 
 
 def writer(run: Path, options: dict[str, object]):
