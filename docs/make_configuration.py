@@ -27,17 +27,19 @@ def cell(text: str) -> str:
 
 def of_yaml(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
     """What the file says of itself, and (field, value, meaning) of its fields."""
-    head, rows, parents = "", [], []
+    head, rows, parents, base = "", [], [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
         if text.startswith("#"):
             head = head or (text.lstrip("# ") if text != "# @package _global_" else "")
             continue
+        depth = (len(line) - len(line.lstrip())) // 2
         if text.startswith("-"):
-            parents = []  # an entry of a list
+            parents, base = [], depth + 1  # an entry of a list
         if not text or text.startswith("-") or ":" not in text:
             continue
-        depth = (len(line) - len(line.lstrip())) // 2
+        base = base if depth >= base else 0
+        depth -= base
         name, _, rest = text.partition(":")
         value, _, meaning = rest.partition(" # ")
         parents = [*parents[:depth], name]

@@ -22,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import DISK_FULL, TrainingError, UserError
 from genai_pl.nodes import NODES
+from genai_pl.plugins import import_plugins
 from genai_pl.sweeps import Outcome
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -75,6 +76,7 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
+                import_plugins()
                 sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
                 hydrated()
             except KeyboardInterrupt:

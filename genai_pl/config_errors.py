@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -59,7 +61,8 @@ def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments
     if "Value" in message:  # the key is there, the value is not of its type
         reason = next(line for line in message.splitlines() if "Value" in line)
         return f"{key}: {reason.strip()}"
-    config = _compose(conf, config_name, [a for a in arguments if _is_group(a, conf)])
+    groups = [a for a in arguments if _is_group(a, conf)]
+    config = _compose(conf, config_name, [*_searchpath(arguments), *groups])
     if config is None:
         return f"{key}: no such option"
     parent, _, leaf = key.rpartition(".")
@@ -72,6 +75,16 @@ def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments
 def _meant(name: str, candidates: list[str]) -> str:
     near = get_close_matches(name, candidates, n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def _searchpath(arguments: list[str]) -> list[str]:
+    """The override that stands for `--config-dir FOLDER`, where the user's own options are."""
+    given = next((a for a in arguments if a.startswith("hydra.searchpath=")), None)
+    folders = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
+    folders += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    if given is None and folders:
+        given = f"hydra.searchpath=['file://{Path(folders[0]).resolve()}']"
+    return [] if given is None else [given]
 
 
 def _is_group(argument: str, conf: Path) -> bool:
@@ -106,7 +119,10 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
     ]
     if not values:
         return
-    base = _compose(conf, config_name, [o for o in overrides if _is_group(o, conf)])
+    hydra = HydraConfig.get()
+    own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *hydra.overrides.hydra])
+    base = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
     for override in values:
         key = override.get_key_element()
         before = OmegaConf.select(base, key) if base is not None and override.is_add() is False else None

@@ -38,7 +38,8 @@ def replay(arguments: list[str]) -> list[str]:
     refuse_code(kept, run / OVERRIDES)
     if "hydra.run.dir" not in given:
         kept.append(f"hydra.run.dir='{run}'")
-    return kept + arguments
+    flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
+    return arguments[:flags] + kept + arguments[flags:]  # --config-dir FOLDER must not stand between overrides
 
 
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:

@@ -6,6 +6,6 @@ from genai_pl.models.families.family import ACTIVATIONS, Family, Weight
 from genai_pl.models.families.t5 import T5
 from genai_pl.models.families.xlnet import XLNET
 
-FAMILIES = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, BERT, ROBERTA, ALBERT, T5, XLNET)
+FAMILIES = [GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, BERT, ROBERTA, ALBERT, T5, XLNET]  # others may follow
 
 __all__ = ["ACTIVATIONS", "FAMILIES", "Family", "Weight"]
