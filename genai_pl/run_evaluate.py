@@ -3,62 +3,52 @@
 import json
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
-from genai_pl.data import sources, token_bytes
+from genai_pl.data import token_bytes
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import DISK_FULL, ConfigError, DataError
 from genai_pl.evaluation import (
+    Kind,
+    Metrics,
     Row,
+    choice_metrics,
+    choice_rows,
     completion_metrics,
     completion_rows,
     judge,
+    naming,
     pair_metrics,
     pair_rows,
+    read_examples,
     score,
     share,
     text_metrics,
     text_rows,
 )
+from genai_pl.evaluation.harness import check_harness, run_tasks
+from genai_pl.export import export_model
 from genai_pl.files import write_atomic
 from genai_pl.loading import Loaded, load
 from genai_pl.names import Head
+from genai_pl.peft import adapters_of, merge
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-PAIR = ("prompt", "completion")
-PREFERENCE = ("prompt", "chosen", "rejected")
 
 
 def evaluate(config: DictConfig) -> int:
     """Print what the model's predictions are worth, and write it to `out` if that is given."""
     check(config)
     torch.set_float32_matmul_precision(config.precision.matmul)
-    device = choose_device(config.device)
-    table = read(config.data.path, config.data.column)
-    if config.limit is not None:
-        table = table.select(range(min(config.limit, len(table))))
-    compared = set(PREFERENCE) <= set(table.column_names)
-    loaded = load_model(config, judges=compared)
-    model = loaded.model.to(device)
-    rows = build_rows(config.data, table, loaded.tokenizer, model.config.max_seq_len)
-    products = DTYPES[config.precision.lightning][1]
-    with (
-        tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
-        torch.autocast(device.type, dtype=products, enabled=products is not None),
-    ):
-        measure = compare if compared else predict
-        metrics = measure(loaded, table, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
-    counts = {"rows": len(table), "tokens": sum(row.n_scored for row in rows), "cut": sum(row.cut for row in rows)}
-    report(metrics, counts, config.data, model.config.max_seq_len)
+    figures = of_data(config) if config.tasks is None else of_tasks(config)
     if config.out:
-        write(config, {**metrics, **counts})
+        write(config, figures)
     return 0
 
 
@@ -67,25 +57,87 @@ def check(config: DictConfig) -> None:
     for name, value in (
         ("limit", config.limit),
         ("batch_tokens", config.batch_tokens),
+        ("batch_size", config.batch_size),
         ("data.seq_len", config.data.seq_len),
         ("data.stride", config.data.stride),
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
+    if config.num_fewshot is not None and (config.tasks is None or config.num_fewshot < 0):
+        raise ConfigError(f"num_fewshot={config.num_fewshot} is for tasks=, and not below 0")
+    if config.tasks is not None and not config.tasks:
+        raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out and Path(config.out).is_dir():
         raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
 
 
-def predict(loaded: Loaded, table: "Dataset", rows: list[Row], **scoring: object) -> dict[str, float]:
-    """What the model's predictions of texts or completions are worth."""
+def of_data(config: DictConfig) -> dict[str, float]:
+    """The figures of the model on the rows of `data`, printed."""
+    options = config.data
+    device = choose_device(config.device)
+    kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
+    loaded = load_model(config, judges=kind is Kind.preferences)
+    model = loaded.model.to(device)
+    rows = build_rows(options, kind, columns, loaded.tokenizer, model.config.max_seq_len)
+    products = DTYPES[config.precision.lightning][1]
+    with (
+        tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        torch.autocast(device.type, dtype=products, enabled=products is not None),
+    ):
+        measure = compare if kind is Kind.preferences else predict
+        metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
+    counts = {"rows": len(columns[0]), "tokens": sum(row.n_scored for row in rows), "cut": sum(row.cut for row in rows)}
+    show(metrics)
+    print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
+    if counts["cut"]:
+        context = options.seq_len or model.config.max_seq_len
+        print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")
+    return {**metrics, **counts}
+
+
+def of_tasks(config: DictConfig) -> dict[str, float]:
+    """The figures of the model on tasks of lm-evaluation-harness, printed."""
+    check_harness()
+    tasks = config.tasks if isinstance(config.tasks, ListConfig) else [config.tasks]
+    dtype, products = DTYPES[config.precision.lightning]
+    device = choose_device(config.device)
+    with TemporaryDirectory() as temporary:
+        metrics = run_tasks(
+            readable_folder(config, Path(temporary) / "model"),
+            [str(task) for task in tasks],
+            device=device,
+            dtype=dtype,
+            products=products,
+            batch_size=config.batch_size,
+            seq_len=config.data.seq_len,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+        )
+    show(metrics)
+    return metrics
+
+
+def readable_folder(config: DictConfig, temporary: Path) -> Path:
+    """The folder of the checkpoint where transformers can read it; else one is written, with adapters folded in."""
+    model, tokenizer, path = load_model(config, judges=False)
+    if (path / "config.json").is_file():
+        return path
+    export_model(merge(model) if adapters_of(model) else model, tokenizer, temporary, card={})
+    return temporary
+
+
+def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+    """What the model's predictions of texts, completions or choices are worth."""
     scores = score(loaded.model, rows, **scoring)
-    measure = completion_metrics if is_paired(table) else text_metrics
+    if kind is Kind.choices:
+        return choice_metrics(scores.nll, columns[0])
+    measure = completion_metrics if kind is Kind.completions else text_metrics
     return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
 
 
-def compare(loaded: Loaded, table: "Dataset", rows: list[Row], **scoring: object) -> dict[str, float]:
+def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
     """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
-    n = len(rows) // 2  # the chosen ones, then the rejected ones
+    n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
     judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
     found = judge(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
@@ -111,62 +163,33 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
     return loaded
 
 
-def read(path: str, column: str | None) -> "Dataset":
-    """The rows of the data with their column `text`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`."""
-    source = sources.shipped_validation(path) or sources.find(path)
-    table = sources.read_table(source)
-    found = set(table.column_names)
-    for columns in (PREFERENCE, PAIR):
-        if column is None and set(columns) <= found:
-            return table.select_columns(columns)
-    if column is None and "text" not in found:
-        names = ", ".join(table.column_names)
-        raise DataError(
-            f"data.path={path}: no column 'text', nor 'prompt' and 'completion'; found: {names} (set data.column)"
-        )
-    name = column or "text"
-    sources.check_columns(source, table, {"data.column": name})
-    table = table.select_columns([name])
-    return table if name == "text" else table.rename_column(name, "text")
-
-
-def is_paired(table: "Dataset") -> bool:
-    """Whether the rows are prompts and completions."""
-    return set(PAIR) <= set(table.column_names)
-
-
 def build_rows(
-    options: DictConfig, table: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_seq_len: int
+    options: DictConfig, kind: Kind, columns: list[list], tokenizer: "PreTrainedTokenizerBase", max_seq_len: int
 ) -> list[Row]:
     """What the model reads and what of it is scored."""
-    seq_len = options.seq_len or max_seq_len
-    compared = set(PREFERENCE) <= set(table.column_names)
-    if not (is_paired(table) or compared):
-        rows = text_rows(table["text"][:], tokenizer, seq_len=seq_len, stride=options.stride, bos=options.bos)
-    elif options.stride is not None:
+    seq_len, bos = options.seq_len or max_seq_len, options.bos
+    if kind is not Kind.text and options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
-    else:
-        prompts, *said = ([*table[name]] for name in (PREFERENCE if compared else PAIR))
-        try:
-            if compared:
-                rows = pair_rows(prompts * 2, said[0] + said[1], tokenizer, seq_len=seq_len)
-            else:
-                rows = completion_rows(prompts, *said, tokenizer, seq_len=seq_len, bos=options.bos)
-        except DataError as error:
-            raise DataError(f"data.path={options.path}: {error}") from None
+    with naming(options.path):
+        if kind is Kind.text:
+            rows = text_rows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
+        elif kind is Kind.completions:
+            rows = completion_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+        elif kind is Kind.choices:
+            rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+        else:
+            prompts, chosen, rejected = columns
+            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len)
     if not rows:
         raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
     return rows
 
 
-def report(metrics: dict[str, float], counts: dict[str, int], options: DictConfig, max_seq_len: int) -> None:
+def show(metrics: Metrics) -> None:
     """Print a name and a value a line."""
+    width = max([22, *(len(name) + 2 for name in metrics)])
     for name, value in metrics.items():
-        print(f"{name:<22}{value:>12.4f}")
-    print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
-    if counts["cut"]:
-        context = options.seq_len or max_seq_len
-        print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")
+        print(f"{name:<{width}}{value:>12.4f}")
 
 
 def write(config: DictConfig, figures: dict[str, float]) -> None:

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genai_pl.evaluation.rows import Row
 from genai_pl.evaluation.scoring import Scores
 
 Metrics = dict[str, float]
+Z = 1.959964  # of 95 %
+BINS = 15  # of confidences, as in Guo et al. 2017
 
 
 def text_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]) -> Metrics:
-    """Per token: loss in nats, perplexity, share of most likely tokens; bits per byte of the text that was scored.
+    """Per token: loss in nats, perplexity, share of most likely tokens, calibration error; bits per byte of the text.
 
     token_bytes: UTF-8 bytes of text that each token stands for, (V,).
     """
@@ -27,17 +30,45 @@ def text_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]
         "perplexity": loss.exp().item(),
         "bpb": (total / (math.log(2) * n_bytes)).item() if n_bytes else math.nan,
         "token_accuracy": scores.hits.sum().item() / n_tokens,
+        "calibration_error": calibration_error(scores.confidence, scores.correct),
     }
 
 
 def completion_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]) -> Metrics:
     """Those of `text_metrics`, and per completion: share that greedy decoding would give, exp of the mean loss.
 
-    Both are what lm-evaluation-harness calls accuracy and perplexity of LAMBADA (Paperno et al. 2016).
+    The last two are what lm-evaluation-harness calls accuracy and perplexity of LAMBADA (Paperno et al. 2016).
     """
     n_scored = torch.tensor([row.n_scored for row in rows])
     return {
         **text_metrics(scores, rows, token_bytes),
         "completion_perplexity": scores.nll.mean().exp().item(),
-        "accuracy": (scores.hits == n_scored).double().mean().item(),
+        **with_interval("accuracy", (scores.hits == n_scored).double().mean().item(), len(rows)),
     }
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """How far the probability (N,) of what is said lies from how often it is correct (N,), bin by bin, on average.
+
+    The expected calibration error of Guo et al. 2017, eq. 3: the mean over all tokens of |accuracy - confidence| of their
+    bin, one of 15 of equal width.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    return binary_calibration_error(confidence, correct.long(), n_bins=BINS).item()
+
+
+def with_interval(name: str, share: float, n: int) -> Metrics:
+    """A share of n under its name, and Wilson's interval of it under `name`_low and `name`_high."""
+    low, high = wilson(share, n)
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927).
+
+    >>> [round(end, 3) for end in wilson(0.5, 10)]
+    [0.237, 0.763]
+    """
+    middle, width = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return (middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)

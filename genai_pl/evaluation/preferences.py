@@ -9,12 +9,11 @@ from torch import Tensor
 
 from genai_pl.data.chat import encode_completion, ensure_template
 from genai_pl.errors import DataError
+from genai_pl.evaluation.metrics import with_interval
 from genai_pl.evaluation.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Z = 1.959964  # of 95 %
 
 
 def pair_rows(
@@ -42,14 +41,9 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str,
     accuracy: the share of pairs in which the chosen one gets more, with Wilson's 95 % interval; a tie is half a pair.
     longer_is_better: the accuracy of length alone. length_correlation: of differences in score with those in length.
     """
-    n = len(chosen)
-    accuracy = share(chosen - rejected)
-    low, high = wilson(accuracy, n)
     longer = (lengths[:, 0] - lengths[:, 1]).double()
     return {
-        "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
+        **with_interval("accuracy", share(chosen - rejected), len(chosen)),
         "margin": (chosen - rejected).mean().item(),
         "longer_is_better": share(longer),
         "length_correlation": correlation(chosen - rejected, longer),
@@ -59,12 +53,6 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str,
 def share(difference: Tensor) -> float:
     """How many differences (N,) are positive, as a share; 0 counts half."""
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n (Wilson 1927)."""
-    middle, width = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return (middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

@@ -59,18 +59,21 @@ def completion_rows(
     *,
     seq_len: int,
     bos: bool | None = None,
+    owners: Sequence[int] | None = None,
 ) -> list[Row]:
     """One row for each pair, split into tokens as lm-evaluation-harness does.
 
     Both are encoded together, whitespace that ends the prompt counts as the completion's, and the completion is what
     comes after as many tokens as the prompt alone has. A long prompt is cut on the left.
+    owners: the number of each pair in what an error says; 1, 2, ... if left out.
     """
-    pairs = [_split(n, *pair) for n, pair in enumerate(zip(prompts, completions, strict=True), start=1)]
+    owners = range(1, len(prompts) + 1) if owners is None else owners
+    pairs = [_split(*pair) for pair in zip(owners, prompts, completions, strict=True)]
     start = bos_ids(tokenizer, bos)
     given = _encode(tokenizer, [prompt for prompt, _ in pairs])
     whole = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
     rows = []
-    for n, (before, tokens) in enumerate(zip(given, whole, strict=True), start=1):
+    for n, before, tokens in zip(owners, given, whole, strict=True):
         prefix = start or ([] if before else bos_ids(tokenizer, True))
         rows.append(_completion_row(n, prefix + tokens, len(prefix + before), seq_len))
     return rows

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
@@ -16,10 +15,12 @@ IGNORED = -100
 
 
 class Scores(NamedTuple):
-    """Sums over the scored tokens of each row, (R,), on the CPU."""
+    """Sums over the scored tokens of each row, (R,), and figures of each of these N tokens, in no order; on the CPU."""
 
     nll: Tensor  # negative log-likelihood in nats, float64
     hits: Tensor  # tokens that are the most likely ones
+    confidence: Tensor  # (N,) the probability of the most likely token, float32
+    correct: Tensor  # (N,) whether it is the token that comes
 
 
 @torch.inference_mode()
@@ -33,11 +34,15 @@ def score(
     _check_vocabulary(model, rows)
     nll = torch.zeros(len(rows), dtype=torch.float64)
     hits = torch.zeros(len(rows), dtype=torch.long)
+    confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for batch in batches([len(row.tokens) - 1 for row in rows], batch_tokens):
-        nll[batch], hits[batch] = _score_batch(model, [rows[i] for i in batch])
+        found = _score_batch(model, [rows[i] for i in batch])
+        nll[batch], hits[batch] = found.nll, found.hits
+        confidence.append(found.confidence)
+        correct.append(found.correct)
         if on_batch is not None:
             on_batch(len(batch))
-    return Scores(nll, hits)
+    return Scores(nll, hits, torch.cat(confidence), torch.cat(correct))
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -65,29 +70,32 @@ def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, 
     return input_ids.to(device), labels.to(device), segments
 
 
-def _score_batch(model: Decoder, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood and hits of each row, (B,)."""
+def _score_batch(model: Decoder, rows: Sequence[Row]) -> Scores:
+    """The scores of rows (B,) that are one batch."""
     input_ids, labels, segment_ids = collate(rows, model.embed.weight.device)
     hidden = model.features(input_ids, segment_ids)  # (B, T, C)
     scored = labels != IGNORED
+    losses, confidence, correct = _score_tokens(model, hidden[scored], labels[scored])  # (N,)
     nll = torch.zeros(labels.shape, dtype=torch.float64)
     hits = torch.zeros(labels.shape, dtype=torch.long)
-    nll[scored.cpu()], hits[scored.cpu()] = _score_tokens(model, hidden[scored], labels[scored])
-    return nll.sum(1), hits.sum(1)
+    nll[scored.cpu()], hits[scored.cpu()] = losses.double(), correct.long()
+    return Scores(nll.sum(1), hits.sum(1), confidence, correct)
 
 
-def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood and hits (N,) of hidden states (N, C), with the logits of a chunk at a time.
+def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden states (N, C), with the logits of a chunk at a time: negative log-likelihood, confidence, correct, (N,).
 
-    One product gives both; `linear_logprobs` would leave the most likely token to a second one.
+    One product gives all; `linear_logprobs` would leave the most likely token to a second one.
     """
     size = tokens_at_once(model.config.vocab_size, hidden.device)
-    nll, hits = [], []
+    nll, confidence, correct = [], [], []
     for part, goal in zip(hidden.split(size), labels.split(size), strict=True):
         logits = model.logits(part).float()  # (n, V); bf16 keeps 8 bits: too few for the tail of a wide softmax
-        nll.append(F.cross_entropy(logits, goal, reduction="none"))
-        hits.append(logits.argmax(-1) == goal)
-    return torch.cat(nll).double().cpu(), torch.cat(hits).long().cpu()
+        logprobs, best = logits.log_softmax(-1), logits.argmax(-1)
+        nll.append(-logprobs.gather(1, goal[:, None])[:, 0])
+        confidence.append(logprobs.gather(1, best[:, None])[:, 0].exp())
+        correct.append(best == goal)
+    return torch.cat(nll).cpu(), torch.cat(confidence).cpu(), torch.cat(correct).cpu()
 
 
 def _check_vocabulary(model: Decoder, rows: Sequence[Row]) -> None:

@@ -42,10 +42,11 @@ class Export:
 
 @dataclass
 class EvaluateData:
-    """Text, or prompts and completions, to be predicted."""
+    """Text, completions or choices to be predicted."""
 
     path: str = MISSING
     column: str | None = None
+    last_word: bool = False
     seq_len: int | None = None
     stride: int | None = None
     bos: bool | None = None
@@ -56,6 +57,9 @@ class Evaluate:
     """What `evaluate.py` takes."""
 
     checkpoint: str = "auto"
+    tasks: Any = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
     limit: int | None = None
     batch_tokens: int = 4096
     out: str | None = None

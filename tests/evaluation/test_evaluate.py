@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from genai_pl.config import CONF, register
 from genai_pl.data import byte_tokenizer, train_bpe
@@ -17,55 +16,10 @@ from genai_pl.data.sources import CORPUS
 from genai_pl.evaluation import completion_rows, score, text_rows
 from genai_pl.evaluation.rows import windows
 from genai_pl.loading import load
+from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
 
-CONTEXT = 24
 TEXTS = ["Two households, both alike in dignity, in fair Verona", "short", "x", ""]
 PROMPTS = ["Where is the", "ends in spaces  ", "longer than the context of the model is, so it is cut", ""]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of random weights over bytes whose most likely token is always a small letter."""
-    path = tmp_path_factory.mktemp("evaluate") / "model"
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 258}
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, tie_word_embeddings=False))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    with torch.no_grad():
-        theirs.lm_head.weight[: ord("a")] = 0
-        theirs.lm_head.weight[ord("z") + 1 :] = 0
-    theirs.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-@torch.no_grad()
-def plain(theirs: nn.Module, given: list[int], scored: list[int]) -> tuple[float, list[bool]]:
-    """Negative log-likelihood of the tokens `scored` after `given`, and which of them are the most likely ones."""
-    logits = theirs(torch.tensor([(given + scored)[:-1]])).logits[0, -len(scored) :].double()
-    goal = torch.tensor(scored)
-    nll = -logits.log_softmax(-1).gather(1, goal[:, None]).sum().item()
-    return nll, (logits.argmax(-1) == goal).tolist()
-
-
-@torch.no_grad()
-def continued(theirs: nn.Module, text: str, n: int) -> str:
-    """The n most likely next bytes."""
-    ids = list(text.encode())
-    for _ in range(n):
-        ids.append(int(theirs(torch.tensor([ids[-CONTEXT:]])).logits[0, -1].argmax()))
-    return bytes(ids[len(ids) - n :]).decode()
-
-
-def write_lines(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 5, 6, 7, 10, 11, 12, 40])
@@ -145,6 +99,8 @@ def test_batches_padding_and_chunks_of_logits_change_nothing(folder: Path, monke
     for found in (together, score(ours.model, rows, batch_tokens=100)):
         torch.testing.assert_close(found.nll, alone.nll, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.hits, alone.hits)
+        assert found.correct.sum() == alone.correct.sum() == alone.hits.sum()
+        torch.testing.assert_close(found.confidence.sort()[0], alone.confidence.sort()[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_token_is_scored_only_after_a_bos() -> None:

@@ -1,0 +1,102 @@
+"""Questions with several choices: the one that a model finds most likely is its answer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import DataError
+from genai_pl.evaluation.metrics import Metrics, with_interval
+from genai_pl.evaluation.rows import Row, completion_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Question(NamedTuple):
+    """What the model reads, what it may go on with, and which of that is right, counted from 0."""
+
+    prompt: str
+    choices: list[str]
+    answer: int
+
+
+def read_question(n: int, prompt: object, choices: object, answer: object) -> Question:
+    """The question of row n of the data; DataError says what is wrong with it."""
+    if not isinstance(prompt, str):
+        raise DataError(f"row {n}: the question is {type(prompt).__name__}, not text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise DataError(f"row {n}: choices must be a list of two or more texts")
+    if twice := next((c for k, c in enumerate(choices) if c in choices[:k]), None):
+        raise DataError(f"row {n}: {twice!r} is there twice among the choices")
+    meant = meanings(choices, answer)
+    if not meant:
+        raise DataError(
+            f"row {n}: answer {answer!r} is not the number (from 0), letter or text of one of {len(choices)} choices"
+        )
+    if len(meant) > 1:
+        raise DataError(
+            f"row {n}: answer {answer!r} is the letter of one choice and the text of another: give a number"
+        )
+    return Question(prompt, choices, meant.pop())
+
+
+def meanings(choices: Sequence[str], answer: object) -> set[int]:
+    """Which choices a number, a letter or a text may stand for.
+
+    >>> meanings(["red", "blue"], 1), meanings(["red", "blue"], "B"), meanings(["red", "blue"], "blue")
+    ({1}, {1}, {1})
+    >>> meanings(["red", "blue"], "C")
+    set()
+    """
+    if isinstance(answer, str):
+        found = {k for k, choice in enumerate(choices) if choice == answer}
+        letter = {ord(answer) - ord("A")} if len(answer) == 1 else set()
+        return found | (letter & set(range(len(choices))))
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    return {answer} & set(range(len(choices))) if whole else set()
+
+
+def choice_rows(
+    questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, bos: bool | None = None
+) -> list[Row]:
+    """A row for each choice of each question in turn; a space goes before a choice that no whitespace keeps apart."""
+    owners, prompts, completions = [], [], []
+    for n, (prompt, choices, _) in enumerate(questions, start=1):
+        for choice in choices:
+            apart = prompt[-1:].isspace() or choice[0].isspace()
+            owners.append(n)
+            prompts.append(prompt)
+            completions.append(choice if apart else f" {choice}")
+    return completion_rows(prompts, completions, tokenizer, seq_len=seq_len, bos=bos, owners=owners)
+
+
+def choice_metrics(nll: Tensor, questions: Sequence[Question]) -> Metrics:
+    """Of the loss of each choice of each question in turn: how often the right one has the least, of k equal ones as 1/k.
+
+    accuracy compares log-likelihoods, accuracy_norm those per byte of the choice, both with Wilson's 95 % interval: acc and
+    acc_bytes of lm-evaluation-harness. chance: what guessing would give.
+    """
+    plain, per_byte = [], []
+    losses = nll.split([len(question.choices) for question in questions])
+    for loss, question in zip(losses, questions, strict=True):
+        sizes = torch.tensor([len(choice.encode()) for choice in question.choices])
+        plain.append(credit(loss, question.answer))
+        per_byte.append(credit(loss / sizes, question.answer))
+    n = len(questions)
+    return {
+        **with_interval("accuracy", sum(plain) / n, n),
+        **with_interval("accuracy_norm", sum(per_byte) / n, n),
+        "chance": sum(1 / len(question.choices) for question in questions) / n,
+    }
+
+
+def credit(losses: Tensor, answer: int) -> float:
+    """1 where the answer alone has the least loss, 1/k where k choices have it, else 0.
+
+    >>> credit(torch.tensor([3.0, 1.0]), 1), credit(torch.tensor([1.0, 1.0]), 1), credit(torch.tensor([1.0, 3.0]), 1)
+    (1.0, 0.5, 0.0)
+    """
+    best = losses == losses.min()
+    return (best[answer] / best.sum()).item()
