@@ -20,6 +20,9 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", 
     """Rewards minus the mean of their group, over its standard deviation (Shao et al. 2024, 4.1.2).
 
     scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025).
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, scale="none").tolist()
+    [0.75, -0.25, -0.25, -0.25]
     """
     if scale not in ("std", "none"):
         raise ConfigError(f"advantages cannot be scaled by {scale!r}; choose std or none")
@@ -32,7 +35,11 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", 
 
 @torch.no_grad()
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards minus the mean of the others in their group (Ahmadian et al. 2024)."""
+    """Rewards minus the mean of the others in their group (Ahmadian et al. 2024).
+
+    >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0]), 3).tolist()
+    [1.0, -0.5, -0.5]
+    """
     groups = _groups(rewards, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()

@@ -32,13 +32,22 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1"
 
 
 def kl_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """-kl_coef kl for each token, and the score (B,) of the completion at its last one (Ziegler et al. 2019, eq. 2)."""
+    """-kl_coef kl for each token, and the score (B,) of the completion at its last one (Ziegler et al. 2019, eq. 2).
+
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> kl_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.25, 9.0]]), mask, kl_coef=0.5).tolist()
+    [[-0.25, 0.875, 0.0]]
+    """
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     return torch.where(mask, -kl_coef * kl, 0) + torch.where(is_last, scores[:, None], 0)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, n_steps: int) -> float:
-    """The coefficient after n_steps samples of divergence kl, drawn towards the target (Ziegler et al. 2019, 2.2)."""
+    """The coefficient after n_steps samples of divergence kl, drawn towards the target (Ziegler et al. 2019, 2.2).
+
+    >>> round(adapt_kl_coef(0.2, 12.0, target=6.0, horizon=100, n_steps=50), 3)
+    0.22
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * n_steps / horizon)
 
@@ -48,6 +57,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
     """Generalised advantage estimates and returns, 0 outside the mask (Schulman et al. 2016, eq. 16).
 
     What the mask leaves out takes no time, and nothing is worth anything after the last token.
+
+    >>> rewards, values, mask = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> [found.tolist() for found in gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)]
+    [[[0.5, 0.5]], [[1.0, 1.0]]]
     """
     advantages = torch.zeros_like(values)
     next_value, next_advantage = values.new_zeros(len(values)), values.new_zeros(len(values))

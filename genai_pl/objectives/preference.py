@@ -22,12 +22,19 @@ def segment_sums(values: Tensor, segment_ids: Tensor, n: int) -> Tensor:
     """Sums of the values (B, T) over segments 1 .. n of each row, (B, n); padding, segment 0, belongs to none.
 
     Added in one order, unlike with scatter_add on a GPU, so that a run repeats exactly.
+
+    >>> segment_sums(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[1, 1, 2, 0]]), 2).tolist()
+    [[3.0, 4.0]]
     """
     return torch.where(_members(segment_ids, n), values[:, None], 0).sum(-1)
 
 
 def segment_ends(segment_ids: Tensor, n: int) -> Tensor:
-    """Position of the last token of segments 1 .. n of each row, (B, n); 0 for a segment that is not there."""
+    """Position of the last token of segments 1 .. n of each row, (B, n); 0 for a segment that is not there.
+
+    >>> segment_ends(torch.tensor([[1, 1, 2, 0]]), 2).tolist()
+    [[1, 2]]
+    """
     positions = torch.arange(segment_ids.shape[-1], device=segment_ids.device)
     return torch.where(_members(segment_ids, n), positions, 0).amax(-1)
 
@@ -42,6 +49,9 @@ def dpo_loss(policy_margin: Tensor, reference_margin: Tensor, *, beta: float, la
     """-sum log sigmoid(beta (policy - reference margin)) (Rafailov et al. 2023, eq. 7).
 
     label_smoothing is the share of pairs whose labels are taken to be swapped (conservative DPO: Mitchell 2023).
+
+    >>> round(dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1).item(), 4)  # log 2: as at the start of a run
+    0.6931
     """
     logits = beta * (policy_margin - reference_margin)
     return -((1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)).sum()
@@ -60,12 +70,19 @@ def ipo_loss(policy_margin: Tensor, reference_margin: Tensor, *, beta: float) ->
     """sum (policy - reference margin - 1 / (2 beta))^2 (Azar et al. 2024, eq. 17, where beta is called tau).
 
     As in TRL, the margins should be those of mean log-probabilities per token, or long completions outweigh short ones.
+
+    >>> ipo_loss(torch.tensor([3.0]), torch.tensor([1.0]), beta=0.5).item()
+    1.0
     """
     return (policy_margin - reference_margin - 1 / (2 * beta)).square().sum()
 
 
 def hinge_loss(policy_margin: Tensor, reference_margin: Tensor, *, beta: float) -> Tensor:
-    """sum max(0, 1 - beta (policy - reference margin)) (SLiC: Zhao et al. 2023, with Liu et al. 2024's reference)."""
+    """sum max(0, 1 - beta (policy - reference margin)) (SLiC: Zhao et al. 2023, with Liu et al. 2024's reference).
+
+    >>> hinge_loss(torch.tensor([3.0]), torch.tensor([1.0]), beta=0.25).item()
+    0.5
+    """
     return F.relu(1 - beta * (policy_margin - reference_margin)).sum()
 
 

@@ -49,6 +49,10 @@ def reward_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ranking_accuracy(rewards: Tensor) -> Tensor:
-    """The share of pairs in the right order of each row (B, k), the best first, summed over rows; a tie is none."""
+    """The share of pairs in the right order of each row (B, k), the best first, summed over rows; a tie is none.
+
+    >>> round(ranking_accuracy(torch.tensor([[3.0, 1.0, 2.0]])).item(), 3)
+    0.667
+    """
     better, worse = torch.triu_indices(rewards.shape[1], rewards.shape[1], 1, device=rewards.device)
     return (rewards[:, better] > rewards[:, worse]).float().mean(1).sum()

@@ -28,7 +28,11 @@ def noise(seed: int, row: Row) -> np.random.Generator:
 
 
 def pad_rows(rows: Sequence[np.ndarray], fill: int, *, length: int = 0) -> Tensor:
-    """The rows side by side, (B, T), as long as the longest one or `length`."""
+    """The rows side by side, (B, T), as long as the longest one or `length`.
+
+    >>> pad_rows([np.array([1, 2]), np.array([3])], 0).tolist()
+    [[1, 2], [3, 0]]
+    """
     length = max(length, *(len(row) for row in rows))
     padded = np.full((len(rows), length), fill, dtype=np.int64)
     for target, row in zip(padded, rows, strict=True):

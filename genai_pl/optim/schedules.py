@@ -23,7 +23,11 @@ def constant(step: int, *, total_steps: int, warmup_steps: int) -> float:
 
 
 def linear(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
-    """Warmup, then a straight line down to `min_lr_ratio`."""
+    """Warmup, then a straight line down to `min_lr_ratio`.
+
+    >>> [linear(step, total_steps=100, warmup_steps=20, min_lr_ratio=0.0) for step in (10, 20, 60, 100)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
     check("scheduler", warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
     if step < warmup_steps:
         return step / warmup_steps
@@ -35,6 +39,9 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: floa
     """Warmup, then half a cosine down to `min_lr_ratio` (Loshchilov and Hutter 2017, eq. 5, without restarts).
 
     Past the end it stays down, where transformers and torch let the cosine rise again.
+
+    >>> [round(cosine(step, total_steps=100, warmup_steps=20, min_lr_ratio=0.1), 2) for step in (0, 20, 60, 100)]
+    [0.0, 1.0, 0.55, 0.1]
     """
     check("scheduler", warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
     if step < warmup_steps:
@@ -44,7 +51,11 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_lr_ratio: floa
 
 
 def inverse_sqrt(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Warmup, then sqrt(warmup_steps / step) (Vaswani et al. 2017, eq. 3); `total_steps` plays no part."""
+    """Warmup, then sqrt(warmup_steps / step) (Vaswani et al. 2017, eq. 3); `total_steps` plays no part.
+
+    >>> [inverse_sqrt(step, total_steps=1000, warmup_steps=100) for step in (50, 100, 400)]
+    [0.5, 1.0, 0.5]
+    """
     check("scheduler", warmup_steps=warmup_steps)
     if step < warmup_steps:
         return step / warmup_steps
@@ -53,7 +64,11 @@ def inverse_sqrt(step: int, *, total_steps: int, warmup_steps: int) -> float:
 
 
 def step_decay(step: int, *, total_steps: int, warmup_steps: int, step_size: int, gamma: float) -> float:
-    """Warmup, then `gamma` times lower after every `step_size` steps; `total_steps` plays no part."""
+    """Warmup, then `gamma` times lower after every `step_size` steps; `total_steps` plays no part.
+
+    >>> step_decay(250, total_steps=300, warmup_steps=0, step_size=100, gamma=0.5)
+    0.25
+    """
     check("scheduler", warmup_steps=warmup_steps, step_size=step_size, gamma=gamma)
     if step < warmup_steps:
         return step / warmup_steps
@@ -66,6 +81,10 @@ def wsd(
     """Warmup, stable, decay over the last `decay_fraction` of all steps (Hu et al. 2024; 1-sqrt: Haegele et al. 2024).
 
     Warmup starts at `min_lr_ratio`, as in transformers, and eats into the decay where both do not fit.
+
+    >>> options = {"warmup_steps": 20, "decay_fraction": 0.2, "min_lr_ratio": 0.0, "decay": "linear"}
+    >>> [wsd(step, total_steps=100, **options) for step in (10, 50, 90, 100)]
+    [0.5, 1.0, 0.5, 0.0]
     """
     check("scheduler", warmup_steps=warmup_steps, decay_fraction=decay_fraction, min_lr_ratio=min_lr_ratio)
     curve = choose("scheduler.decay", decay, DECAYS)
