@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from genai_pl.config import CONF, quoted, register
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import ConfigError, TrainingError
-from genai_pl.generation import generate_text
-from genai_pl.loading import Loaded, load
+from genai_pl.generation import complete, encode_prompt
+from genai_pl.loading import Loaded, load, load_draft
+from genai_pl.models import join
 from genai_pl.resume import replay
 from genai_pl.specs import GenerationConfig
 
@@ -32,12 +33,18 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
     """The continuation of a prompt, or of each; `settings` are the fields of GenerationConfig.
 
     The model is what `load` gives, or what it takes: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto.
+    `draft` names a smaller model in the same words.
     """
-    loaded = load(model, onnx=True) if isinstance(model, str) else model
+    loaded = model
+    if isinstance(model, str):
+        loaded = load(model, onnx=True)
+        join(loaded.model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     generator = torch.Generator(loaded.model.embed.weight.device).manual_seed(seed)
     config = GenerationConfig(**settings)
-    texts = [rows[0] for rows in generate_text(loaded.model, loaded.tokenizer, prompts, config, generator=generator)]
+    rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
+    options = {"generator": generator, "draft": load_draft(config.draft, loaded)}
+    texts = [found[0].text for found in complete(loaded.model, loaded.tokenizer, rows, config, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 

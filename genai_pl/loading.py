@@ -65,6 +65,17 @@ def load(
     return loaded._replace(model=loaded.model.eval())
 
 
+def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder | None:
+    """The model that proposes tokens to a loaded one, on its device; ConfigError if its tokens are others."""
+    if reference is None:
+        return None
+    weight = loaded.model.embed.weight
+    draft = load(reference, dtype=weight.dtype)
+    if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise ConfigError(f"generation.draft={reference}: its tokenizer is another one than that of the checkpoint")
+    return draft.model.to(weight.device)
+
+
 def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
     if not allowed:
         raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")

@@ -13,8 +13,8 @@ from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill import fill
-from genai_pl.loading import Loaded, load
-from genai_pl.models import Decoder, Encoder
+from genai_pl.loading import Loaded, load, load_draft
+from genai_pl.models import Encoder, join
 from genai_pl.names import Head, Shape
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
@@ -30,6 +30,8 @@ def generate(config: DictConfig) -> int:
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
     loaded.model.to(device)
+    if products is None:
+        join(loaded.model)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:
@@ -77,7 +79,7 @@ def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.
         num_samples=1 if choices > 1 else config.num_samples,
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
         logprobs=config.logprobs,
-        draft=load_draft(options.draft, loaded, device),
+        draft=load_draft(options.draft, loaded),
         acceptance=acceptance,
     )
     completions = [completion for of_row in found for completion in of_row]
@@ -153,16 +155,6 @@ def print_scores(loaded: Loaded, prompts: list[str]) -> None:
 def print_json(line: dict[str, object]) -> None:
     """Print one line."""
     print(json.dumps(line, ensure_ascii=False), flush=True)
-
-
-def load_draft(name: str | None, loaded: Loaded, device: torch.device) -> Decoder | None:
-    """The model that proposes tokens; ConfigError if its tokens are others."""
-    if name is None:
-        return None
-    draft = load(name, dtype=loaded.model.embed.weight.dtype)
-    if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-        raise ConfigError(f"generation.draft={name}: its tokenizer is another one than that of the checkpoint")
-    return draft.model.to(device)
 
 
 def adapter_names(config: DictConfig) -> list[str]:

@@ -199,6 +199,7 @@ class GenerationConfig:
     bad_words: list[str] = field(default_factory=list)  # never written, alone or after a space, in the usual tokens
     prefix: str = ""  # text that a continuation begins with
     stop: list[str] = field(default_factory=list)  # text that ends a sequence; it is not returned
+    logit_bias: dict[int, float] = field(default_factory=dict)  # added to the logits of tokens, by their numbers
     json_schema: str | None = None  # a file, or the schema itself: what follows the prefix is JSON of this kind
     regex: str | None = None  # or matches this expression as a whole
     num_beams: int = 1  # sequences that are kept; 1: no beam search
@@ -220,6 +221,7 @@ class GenerationConfig:
         checks["top_p"] = self.top_p is None or 0 < self.top_p <= 1
         checks["min_p"] &= self.min_p is None or self.min_p <= 1
         checks["repetition_penalty"] = self.repetition_penalty > 0
+        checks["logit_bias"] = all(i >= 0 and abs(value) < float("inf") for i, value in self.logit_bias.items())
         checks["early_stopping"] = self.early_stopping in ("true", "false", "never")
         for name, holds in checks.items():
             if not holds:

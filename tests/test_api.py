@@ -24,6 +24,10 @@ def test_a_run_is_trained_loaded_and_asked(command, tmp_path: Path) -> None:
     assert f"A{generate(str(run), 'A', **options)}".strip() == told
     assert generate(load(str(run)), ["A", "B"], **options)[0] == generate(str(run), "A", **options)
     assert GenerationConfig(**options).temperature == 0.0
+    assert generate(str(run), ["A", "B"], draft="there", **options) == generate(str(run), ["A", "B"], **options)
+    drafted = command("generate", *asked, "generation.draft=there")
+    assert (drafted.out.strip(), drafted.status) == (told, 0)
+    assert "proposed tokens accepted" in drafted.err
 
 
 def test_a_run_goes_on_where_it_stood(command, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.generation.context import common_length
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -32,14 +33,10 @@ class Constraint:
         """Get ready for a model of this many tokens; ConfigError for a grammar that cannot be used."""
         if self.vocab_size == vocab_size:
             return
-        from llguidance import LLMatcher
-        from llguidance.hf import from_tokenizer
-
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(f"{self.option}: the tokenizer has no eos token, so a text could not end")
-        vocabulary = from_tokenizer(self.tokenizer, n_vocab=vocab_size)
         self.vocab_size, self.read = vocab_size, []
-        self.matcher = LLMatcher(vocabulary, self.grammar, log_level=0)
+        self.matcher = _compiled(self.tokenizer, vocab_size, self.grammar).deep_copy()
         self._check()
 
     def allowed(self, written: Sequence[int]) -> Tensor:
@@ -60,7 +57,25 @@ class Constraint:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise ConfigError(f"{self.option}: {self.matcher.get_error().splitlines()[0]}")
+            first, *others = self.matcher.get_error().strip().splitlines()
+            reason = f"{first} {others[-1]}" if others and first.endswith(":") else first
+            raise ConfigError(f"{self.option}: {reason}")
+
+
+@lru_cache(maxsize=32)
+def _compiled(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, grammar: str) -> "LLMatcher":
+    """A matcher that has read nothing: many requests to a server ask for one grammar."""
+    from llguidance import LLMatcher
+
+    return LLMatcher(_vocabulary(tokenizer, vocab_size), grammar, log_level=0)
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> "LLTokenizer":
+    """The text of every token, in the tree that grammars are matched with: a second's work for a large vocabulary."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, n_vocab=vocab_size)
 
 
 def build_constraint(

@@ -71,7 +71,7 @@ def build_proposer(config: GenerationConfig, draft: Decoder | None, *, n_tokens:
     if config.prompt_lookup is not None:
         return PromptLookup(config.prompt_lookup)
     if draft is None:
-        raise ConfigError(f"generation.draft={config.draft}: only generate.py loads one; give the model as draft=")
+        raise ConfigError(f"generation.draft={config.draft}: nothing is loaded here; give the model as draft=")
     if draft.config.shape is not Shape.decoder or not draft.config.writes:
         raise ConfigError(f"generation.draft={config.draft}: a draft is a decoder that writes text")
     return DraftModel(draft, config, n_tokens=n_tokens, vocab_size=vocab_size)

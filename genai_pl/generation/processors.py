@@ -1,9 +1,11 @@
 """How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions.
 
-The order is: repetition penalty; then what excludes tokens (no-repeat n-grams, bad words, min_new_tokens, the prefix and
-the constraint: `rules.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search applies the
-first two to log-probabilities, as transformers does.
+The order is: logit bias; repetition penalty; then what excludes tokens (no-repeat n-grams, bad words, min_new_tokens, the
+prefix and the constraint: `rules.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search
+applies the first three to log-probabilities, as transformers does.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,8 +15,20 @@ from genai_pl.specs import GenerationConfig
 EXCLUDED = -float("inf")
 
 
+def logit_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Logits (..., V) with a number added to those of some tokens; one that the model does not have is passed over."""
+    known = {token: value for token, value in bias.items() if token < logits.shape[-1]}
+    added = torch.zeros(logits.shape[-1], device=logits.device)
+    added[list(known)] = torch.tensor(list(known.values()), device=logits.device)
+    return logits + added
+
+
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of tokens in `seen` (B, V) divided by the penalty, or times it if negative (Keskar et al. 2019, 4.1)."""
+    """Logits of tokens in `seen` (B, V) divided by the penalty, or times it if negative (Keskar et al. 2019, 4.1).
+
+    >>> repetition_penalty(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]]), 2.0).tolist()
+    [[1.0, -4.0, 1.0]]
+    """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -24,13 +38,21 @@ def temperature(logits: Tensor, value: float) -> Tensor:
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits of the k likeliest tokens and of those that tie with the k-th (Fan et al. 2018)."""
+    """Logits of the k likeliest tokens and of those that tie with the k-th (Fan et al. 2018).
+
+    >>> top_k(torch.tensor([1.0, 3.0, 2.0]), 2).tolist()
+    [-inf, 3.0, 2.0]
+    """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, EXCLUDED)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits of the smallest set of tokens that holds at least probability p (Holtzman et al. 2020, eq. 2)."""
+    """Logits of the smallest set of tokens that holds at least probability p (Holtzman et al. 2020, eq. 2).
+
+    >>> top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.6).isfinite().tolist()
+    [True, True, False]
+    """
     ascending, order = logits.sort()
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     removed[..., -1] = False
@@ -38,7 +60,11 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Logits of the tokens at least p times as likely as the likeliest (Nguyen et al. 2024, eq. 2)."""
+    """Logits of the tokens at least p times as likely as the likeliest (Nguyen et al. 2024, eq. 2).
+
+    >>> min_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.5).isfinite().tolist()
+    [True, True, False]
+    """
     probabilities = logits.softmax(dim=-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), EXCLUDED)
 
@@ -51,6 +77,8 @@ def penalize(
     `seen` (B, V) marks the tokens to penalize, `excluded` (B, V) those that must not come.
     """
     logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
+    if config.logit_bias:
+        logits = logit_bias(logits, config.logit_bias)
     if seen is not None:
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
     return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)

@@ -72,6 +72,7 @@ def complete(
     if not rows:
         return []
     _check_rows(model, rows)
+    check_bias(config, model.config.vocab_size)
     if config.num_beams > 1 and num_samples > 1:
         raise ConfigError(f"num_samples={num_samples} has no use with beams: set generation.num_return")
     if config.speculates and model.config.shape is Shape.encoder_decoder:
@@ -107,6 +108,13 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int
     if start is None:
         raise ConfigError("prompt is empty and the tokenizer has neither a bos nor an eos token: give a prompt")
     return [start]
+
+
+def check_bias(config: GenerationConfig, vocab_size: int) -> None:
+    """ConfigError where a token that is to be more or less likely is not one of the model's."""
+    unknown = next((token for token in config.logit_bias if token >= vocab_size), None)
+    if unknown is not None:
+        raise ConfigError(f"generation.logit_bias: token {unknown} is not one of the model's {vocab_size}")
 
 
 def _check_rows(model: Model, rows: Sequence[Sequence[int]]) -> None:

@@ -7,6 +7,7 @@ from genai_pl.models.counts import FlopRates, flop_rates, flops_per_token, n_par
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
+from genai_pl.models.joined import join
 from genai_pl.models.pretrained import load_pretrained, save_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, load_wrapped
 from genai_pl.specs import ModelConfig
@@ -25,6 +26,7 @@ __all__ = [
     "build_model",
     "flop_rates",
     "flops_per_token",
+    "join",
     "load_pretrained",
     "load_wrapped",
     "n_parameters",

@@ -1,5 +1,7 @@
 """The decoder: GPT-2, Llama, Gemma and what lies between, by configuration."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class Decoder(Stack):
     """Next-token logits (B, T, V) of input_ids (B, T), with packing by `segment_ids` and a cache as an argument."""
 
     causal = True
+    step: Callable[[Tensor, Tensor | None, KVCache], Tensor] | None = None  # what `join` found a shorter way for
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
         """Logits (B, T, V) in the dtype of the weights; segment_ids (B, T): 0 is padding, 1.. the row's documents."""
@@ -35,6 +38,15 @@ class Decoder(Stack):
         only document 1 holds them (if `shares_beginnings`); `source` (B, S, C) is another text that all read.
         """
         T = input_ids.shape[1]
+        if (
+            self.step is not None
+            and T == 1
+            and cache is not None
+            and cache.length
+            and prefix is None
+            and source is None
+        ):
+            return self.step(input_ids, segment_ids, cache)
         past = 0 if cache is None else cache.n_text
         enters = cache is None or cache.length == 0
         front = self.front(enters=enters)

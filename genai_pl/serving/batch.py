@@ -1,5 +1,6 @@
 """The rows that get their next token together, with their caches."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from genai_pl.models.onnx_model import OnnxDecoder
 from genai_pl.models.slots import SlotCache
 from genai_pl.names import AttentionKind
 from genai_pl.peft import Adapter, adapters_of, load_adapter
-from genai_pl.serving.row import Row
+from genai_pl.serving.row import Row, ending_alone
+
+log = logging.getLogger("genai_pl.serving")
 
 
 class Adapters:
@@ -108,12 +111,27 @@ class Apart:
 
     def read(self) -> Tensor:
         """The logits (B, V) of what follows the last token of each row."""
-        return torch.cat([self._read(row) for row in self.rows])
+        return torch.cat([self._read_alone(row) for row in self.rows])
+
+    def _read_alone(self, row: Row) -> Tensor:
+        """The logits (1, V) of a row; one whose pass fails is over."""
+        with ending_alone(row):
+            return self._read(row)
+        return torch.zeros(1, row.model.config.vocab_size, device=self.adapters.device)
 
     def _read(self, row: Row) -> Tensor:
         self.adapters.choose([row.request.adapter])
         token = torch.tensor([[row.written[-1]]], device=self.adapters.device)
         return row.model.logits(row.model.features(token, cache=row.cache)[:, -1])
+
+
+def make_batch(model: Model | WrappedDecoder, adapters: Adapters, slots: int) -> Together | Apart:
+    """The rows of an engine, all in one pass of the model if they can be."""
+    reason = why_apart(model)
+    if reason is None:
+        return Together(model, adapters, slots)
+    log.info("serving: a pass of the model for each row, because %s", reason)
+    return Apart(adapters, whole_prompts=model.config.attention_kind is not AttentionKind.full)
 
 
 def why_apart(model: Model | WrappedDecoder) -> str | None:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genai_pl.errors import ConfigError
 from genai_pl.generation import process
-from genai_pl.serving.row import Row
+from genai_pl.serving.row import Row, ending_alone
 
 log = logging.getLogger("genai_pl.serving")
 
@@ -26,15 +25,20 @@ class Chosen(NamedTuple):
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
     """The token of each row by its logits (B, V); None, and `ending` error, where there can be none."""
     chosen: list[Chosen | None] = [None] * len(rows)
+    tokens: dict[int, Tensor] = {}
     excluded = _excluded(logits, rows)
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
         if row.ending is None:
             c = row.config
-            way = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty)
+            way = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty, tuple(c.logit_bias.items()))
             groups[(*way, row.rules is None)].append(n)
     for members in groups.values():
-        for n, token in zip(members, _tokens(logits, rows, members, excluded), strict=True):
+        for n, options in _options(logits, rows, members, excluded):
+            with ending_alone(rows[n]):
+                tokens[n] = options if options.dim() == 0 else _drawn(options, rows[n])
+    for n, token in zip(tokens, torch.stack(list(tokens.values())).tolist() if tokens else [], strict=True):
+        with ending_alone(rows[n]):
             chosen[n] = _with_logprobs(logits[n], token, rows[n].request.logprobs)
     return chosen
 
@@ -48,27 +52,38 @@ def _excluded(logits: Tensor, rows: Sequence[Row]) -> dict[int, Tensor]:
     excluded = {}
     for n, row in enumerate(rows):
         if row.rules is not None and row.ending is None:
-            try:
+            with ending_alone(row):
                 excluded[n] = row.rules.excluded([row.written], logits.device)[0]
-            except ConfigError as error:
-                log.error("an answer ends: %s", error)
-                row.ending = "error"
     return excluded
 
 
-def _tokens(logits: Tensor, rows: Sequence[Row], members: list[int], excluded: dict[int, Tensor]) -> list[int]:
-    """The tokens of rows that choose in the same way."""
+def _options(
+    logits: Tensor, rows: Sequence[Row], members: list[int], excluded: dict[int, Tensor]
+) -> list[tuple[int, Tensor]]:
+    """Of rows that choose in the same way, each with its likeliest token () or its probabilities (V,)."""
+    try:
+        return list(zip(members, _processed(logits, rows, members, excluded), strict=True))
+    except Exception:
+        if len(members) > 1:  # one of them is to blame
+            return [found for n in members for found in _options(logits, rows, [n], excluded)]
+        with ending_alone(rows[members[0]]):
+            raise
+        return []
+
+
+def _processed(logits: Tensor, rows: Sequence[Row], members: list[int], excluded: dict[int, Tensor]) -> Tensor:
+    """The likeliest token of each row (B,) or, where they draw, probabilities (B, V)."""
     config = rows[members[0]].config
     seen = None if config.repetition_penalty == 1 else torch.stack([rows[n].seen for n in members])
     hidden = torch.stack([excluded[n] for n in members]) if members[0] in excluded else None
     some = logits if len(members) == len(rows) else logits[members]
     some = process(some, config, seen=seen, excluded=hidden)
-    if config.temperature == 0:
-        return some.argmax(dim=-1).tolist()
-    probabilities = some.softmax(dim=-1)
-    # each from its own generator, so that nobody's draws depend on who else is there
-    drawn = [torch.multinomial(p, 1, generator=rows[n].generator) for p, n in zip(probabilities, members, strict=True)]
-    return torch.cat(drawn).tolist()
+    return some.argmax(dim=-1) if config.temperature == 0 else some.softmax(dim=-1)
+
+
+def _drawn(probabilities: Tensor, row: Row) -> Tensor:
+    """A token () from the row's own generator, so that nobody's draws depend on who else is there."""
+    return torch.multinomial(probabilities, 1, generator=row.generator)[0]
 
 
 def _with_logprobs(logits: Tensor, token: int, n: int | None) -> Chosen:

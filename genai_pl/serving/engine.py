@@ -4,7 +4,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ import torch
 from genai_pl.errors import ConfigError
 from genai_pl.generation import limits_of
 from genai_pl.models import Model, WrappedDecoder
-from genai_pl.names import AttentionKind
-from genai_pl.serving.batch import Adapters, Apart, Together, why_apart
+from genai_pl.serving.batch import Adapters, make_batch
 from genai_pl.serving.choosing import choose
+from genai_pl.serving.jobs import Jobs
+from genai_pl.serving.prompts import read_prompts
 from genai_pl.serving.requests import Busy, Observer, Request, Stream, check_request
-from genai_pl.serving.row import Row, n_together, read_whole, share_cache
+from genai_pl.serving.row import Row, ending_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,29 +50,21 @@ class Engine:
             if value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
         self.model = model.eval()
-        self.tokenizer = deepcopy(
-            tokenizer
-        )  # it is used in another thread, and tokenizers change state while they work
+        self.tokenizer = deepcopy(tokenizer)  # for another thread: tokenizers change state while they work
         self.slots, self.queue_size = slots, queue_size
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
         self.observer = observer or Observer()
         self.adapters = Adapters(model, adapters or {})
         self.device = self.adapters.device
-        self.batch = self._make_batch()
+        self.batch = make_batch(model, self.adapters, slots)
         self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
         self.waiting: deque[Row] = deque()
+        self.jobs = Jobs()
         self.reading: list[Row] = []  # one whose prompt is read in part, or some that are read whole in one pass
         self.seconds = 1.0  # that a request takes, on average
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
-
-    def _make_batch(self) -> Together | Apart:
-        reason = why_apart(self.model)
-        if reason is None:
-            return Together(self.model, self.adapters, self.slots)
-        log.info("serving: a pass of the model for each row, because %s", reason)
-        return Apart(self.adapters, whole_prompts=self.model.config.attention_kind is not AttentionKind.full)
 
     @property
     def n_waiting(self) -> int:
@@ -100,6 +94,20 @@ class Engine:
             self._thread.join()  # the step that it is in
             self._thread = None
         self._sweep()
+        self.jobs.cancel()
+
+    def between(self, work: Callable[[], object], adapter: str | None = None) -> Future:
+        """What the work will give, done with that adapter in the thread that owns the model, between two steps."""
+
+        def done() -> object:
+            self.adapters.choose([adapter])
+            return work()
+
+        with self._changed:
+            if self._is_stopping:
+                raise Busy(self._wait())
+            self._changed.notify_all()
+            return self.jobs.add(done)
 
     def submit(self, request: Request) -> Stream:
         """The answer, which begins as soon as a slot is free; Busy if too many wait, ConfigError for what cannot work."""
@@ -121,6 +129,11 @@ class Engine:
         """Seconds until a place in the queue is likely to be free."""
         return max(1.0, self.seconds / self.slots)
 
+    def next_rows(self, choose: Callable[[Iterable[Row]], int]) -> list[Row]:
+        """The first of those that wait, as many as are chosen; they wait no longer."""
+        with self._changed:
+            return [self.waiting.popleft() for _ in range(choose(self.waiting))]
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -129,20 +142,25 @@ class Engine:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self.waiting or self.n_running or self._is_stopping)
-                if not (self.waiting or self.n_running):
+                    self._changed.wait_for(lambda: self._is_busy() or self._is_stopping)
+                if not self._is_busy():
                     return
                 try:
                     self._turn()
                 except Exception:
                     log.exception("a step failed: the answers in it end")
                     for row in self.batch.clear():
-                        self._end(row, "error")
+                        self.end(row, "error")
+
+    def _is_busy(self) -> bool:
+        return bool(self.waiting or self.n_running or self.jobs)
 
     def _turn(self) -> None:
-        """End what is over, read a chunk of prompts, and give every row its next token."""
+        """End what is over, do a job of others, read a chunk of prompts, and give every row its next token."""
         self._sweep()
-        self._read_prompts()
+        if self.jobs:
+            self.jobs.do_next()
+        read_prompts(self)
         if self.batch.rows:
             self._step()
 
@@ -155,87 +173,38 @@ class Engine:
             over = [row for row in self.waiting if row.ending]
             self.waiting = deque(row for row in self.waiting if not row.ending)
         for row in over:
-            self._end(row)
+            self.end(row)
         for row in list(self.reading):
             row.check(now)
             if row.ending:
                 self.reading.remove(row)
-                self._end(row)
+                self.end(row)
         for row in self.batch.rows:
             row.check(now)
         self._leave()
 
-    def _read_prompts(self) -> None:
-        """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins."""
-        left = self.chunk
-        while left > 0 and (self.reading or self._admit(left)):
-            rows, before = list(self.reading), sum(row.n_read for row in self.reading)
-            try:
-                self.adapters.choose([rows[0].request.adapter])
-                logits = read_whole(rows, self.device) if len(rows) > 1 else rows[0].read(left, self.device)
-                left -= sum(row.n_read for row in rows) - before
-                if logits is None:
-                    continue
-                self._take(logits, rows)
-                self._join(rows)
-            except Exception:
-                log.exception("a prompt cannot be read: its answer ends")
-                for row in self.reading:
-                    self._end(row, "error")
-            self.reading = []
-
-    def _join(self, rows: list[Row]) -> None:
-        """Let rows that are read take part in steps, unless they are over."""
-        for row in rows:
-            if row.ending is None:
-                self.batch.join(row)
-            else:
-                self._end(row)
-            self.reading.remove(row)
-
-    def _admit(self, left: int) -> bool:
-        """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
-        with self._changed:
-            free = self.slots - self.n_running
-            n = n_together(self.waiting, free, left if self.batch.packs else 0)
-            self.reading = [self.waiting.popleft() for _ in range(n)]
-        if not self.reading:
-            return False
-        try:
-            self.adapters.choose([self.reading[0].request.adapter])  # virtual tokens have room where they are on
-            for row in self.reading:
-                self.observer.started(time.monotonic() - row.submitted)
-                row.open(self.model, self.tokenizer, self.device)
-            several, first = len(self.reading) > 1, self.reading[0]
-            n_tokens = sum(len(row.prompt) for row in self.reading)
-            share_cache(self.reading, n_tokens if several else self.batch.room(first, self.max_length))
-        except Exception:
-            log.exception("a request cannot begin")
-            for row in self.reading:
-                self._end(row, "error")
-            self.reading = []
-            return self._admit(left)
-        return True
-
     def _step(self) -> None:
         """One more token for every row."""
         rows = list(self.batch.rows)
-        self._take(self.batch.read(), rows)
+        self.take(self.batch.read(), rows)
         self.observer.step(len(rows))
         self._leave()
 
-    def _take(self, logits: torch.Tensor, rows: list[Row]) -> None:
+    def take(self, logits: torch.Tensor, rows: list[Row]) -> None:
+        """Give each row its next token by the logits (B, V), unless it is over."""
         for row, chosen in zip(rows, choose(logits, rows), strict=True):
             if chosen is not None:
-                row.take(*chosen, max_length=self.max_length)
-                row.tell(self.observer)
+                with ending_alone(row):
+                    row.take(*chosen, max_length=self.max_length)
+                    row.tell(self.observer)
 
     def _leave(self) -> None:
         for n in reversed(range(len(self.batch.rows))):
             if self.batch.rows[n].ending:
-                self._end(self.batch.leave(n))
+                self.end(self.batch.leave(n))
 
-    def _end(self, row: Row, reason: str | None = None) -> None:
+    def end(self, row: Row, reason: str | None = None) -> None:
+        """Let a row go, for a reason or for the one that it has."""
         row.ending = reason or row.ending
         self.seconds += 0.1 * (time.monotonic() - row.submitted - self.seconds)
         row.end(self.observer)

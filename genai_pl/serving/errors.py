@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import uuid
 from collections.abc import Mapping
 
@@ -61,6 +62,13 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The whole answer; escaped, since a client's half characters cannot be written otherwise."""
         return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
+
+
+def too_busy(seconds: float) -> ApiError:
+    """The answer when no more requests can wait."""
+    return ApiError(
+        429, "too many requests wait already: try again later", headers={"Retry-After": str(max(1, math.ceil(seconds)))}
+    )
 
 
 class ClientGone(Exception):

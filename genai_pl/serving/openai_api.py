@@ -13,6 +13,8 @@ from genai_pl.serving.openai_format import Chat, Completion, Format, header, usa
 from genai_pl.serving.requesting import ask, check_count, generation_config
 from genai_pl.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
 from genai_pl.serving.service import Service
+from genai_pl.serving.structured import with_form
+from genai_pl.serving.tools import ToolChat, offered
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
@@ -44,17 +46,18 @@ def openai_routes(service: Service) -> APIRouter:
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         check(service, body, 1)
-        prompts = [await service.chat_tokens([message.plain() for message in body.messages])]
+        tools = offered(service, body)
+        prompts = [await service.chat_tokens([message.plain() for message in body.messages], tools)]
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = {"max_tokens": getattr(body, param), "param": param, "default": None}
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await respond(service, body, request, prompts, Chat(decoder(service), top), wanted)
+        form = ToolChat(decoder(service), top, tools) if tools else Chat(decoder(service), top)
+        return await respond(service, body, request, prompts, form, wanted)
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """Texts as unit vectors."""
         body.refuse_unknown()
-        service.adapter_of(body.model)
         return json_response(await while_connected(request.receive, embed(service, body)))
 
     return router
@@ -88,12 +91,13 @@ async def respond(
     wanted: dict[str, object],
 ) -> Response:
     """The answers to the prompts, whole or as a stream."""
-    config = generation_config(service, body, stop=body.stops, **wanted)
+    config = await with_form(service, body, generation_config(service, body, stop=body.stops, **wanted))
     adapter = service.adapter_of(body.model)
     answers = await ask(service, body, prompts, config, adapter=adapter, n=body.n, logprobs=form.logprobs)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
     if body.stream:
-        events = chunks(answers, form, header(form.chunk_kind, name), n_prompt, with_usage=body.with_usage)
+        by = whole_chunks if form.is_whole else chunks
+        events = by(answers, form, header(form.chunk_kind, name), n_prompt, with_usage=body.with_usage)
         return await stream_events(request, events)
     pieces = await while_connected(request.receive, collect(answers))
     choices = [form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces)]
@@ -124,6 +128,15 @@ async def chunks(answers: list[Answer], form: Format, head: dict, n_prompt: int,
         yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
 
 
+async def whole_chunks(answers: list[Answer], form: ToolChat, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
+    """The events of a stream in which each answer comes at once, when all are finished; then what it cost."""
+    rest = {"usage": None} if with_usage else {}
+    for n, pieces in enumerate(await collect(answers)):
+        yield {**head, "choices": [form.chunk(n, pieces, answers[n].finish)], **rest}
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
+
+
 async def embed(service: Service, body: EmbeddingBody) -> dict[str, object]:
     """The answer of /v1/embeddings."""
     inputs = body.inputs
@@ -131,7 +144,7 @@ async def embed(service: Service, body: EmbeddingBody) -> dict[str, object]:
         raise ApiError(
             422, f"input: {len(inputs)} texts in one request, at most {service.limits.max_inputs}", param="input"
         )
-    vectors, n_tokens = await service.embed(inputs)
+    vectors, n_tokens = await service.embed(inputs, service.adapter_of(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             raise ApiError(

@@ -63,6 +63,7 @@ def chat_logprobs(pieces: "Sequence[Piece]", decode: Decode) -> Json:
 class Completion:
     """/v1/completions: each choice is text."""
 
+    is_whole = False  # whether a stream waits for the end of each answer
     kind, chunk_kind = "text_completion", "text_completion"
 
     def __init__(self, decode: Decode, logprobs: int | None) -> None:
@@ -95,6 +96,7 @@ class Completion:
 class Chat:
     """/v1/chat/completions: each choice is a message of the assistant, in a stream a delta of it."""
 
+    is_whole = False
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, decode: Decode, logprobs: int | None) -> None:

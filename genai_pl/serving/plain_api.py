@@ -52,10 +52,11 @@ def plain_routes(service: Service) -> APIRouter:
             raise ApiError(
                 422, f"text: {len(body.texts)} in one request, at most {service.limits.max_inputs}", param="text"
             )
-        found = await while_connected(request.receive, service.score(body.prompts, body.texts))
+        adapter = service.adapter_of(body.model)
+        found = await while_connected(request.receive, service.score(body.prompts, body.texts, adapter))
         kind = "reward" if service.is_reward else "log_probability"
         scores = [{"score": value, "n_tokens": n} for value, n in found]
-        return json_response({"model": service.name, "kind": kind, "scores": scores})
+        return json_response({"model": body.model or service.name, "kind": kind, "scores": scores})
 
     return router
 

@@ -20,7 +20,7 @@ from genai_pl.serving.schemas import (
 from genai_pl.serving.upstream import Json, Upstream
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
-PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
 
 
 def proxy_routes(upstream: Upstream) -> APIRouter:

@@ -12,7 +12,7 @@ from genai_pl.serving.schemas import Sampling
 from genai_pl.serving.service import Service
 from genai_pl.specs import GenerationConfig
 
-CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
 def generation_config(
@@ -22,10 +22,19 @@ def generation_config(
     limit = service.limits.max_tokens
     if max_tokens is not None and max_tokens > limit:
         raise ApiError(422, f"{param}={max_tokens}: this server gives at most {limit}", param=param)
+    check_bias(service, body)
     said = {name: getattr(body, name) for name in CHOICES if getattr(body, name) is not None}
     n = max_tokens or min(limit, default or limit)
     config = replace(service.settings.defaults, **said, max_new_tokens=n)
     return replace(config, stop=[*config.stop, *stop])
+
+
+def check_bias(service: Service, body: Sampling) -> None:
+    """ApiError for tokens that the model does not have."""
+    size = service.model.config.vocab_size
+    unknown = next((token for token in body.logit_bias or () if token >= size), None)
+    if unknown is not None:
+        raise ApiError(422, f"logit_bias: token {unknown} is not one of the model's {size}", param="logit_bias")
 
 
 def deadline(service: Service, body: Sampling) -> float:

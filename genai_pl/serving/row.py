@@ -1,7 +1,9 @@
 """One request while it is being answered."""
 
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from genai_pl.models.wrapped_cache import WrappedCache
+
+log = logging.getLogger("genai_pl.serving")
 
 
 class Row:
@@ -112,6 +116,16 @@ class Row:
         observer.finished(self.ending, len(self.request.input_ids), len(self.written))
         self.cache = self.model = self.seen = None
         self.stream.end(self.ending)
+
+
+@contextmanager
+def ending_alone(row: Row) -> Iterator[None]:
+    """What fails inside because of this row ends it, and no other."""
+    try:
+        yield
+    except Exception:
+        log.exception("an answer ends, the others go on")
+        row.ending = "error"
 
 
 def n_together(waiting: Iterable[Row], free: int, limit: int) -> int:

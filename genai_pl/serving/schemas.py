@@ -2,40 +2,30 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genai_pl.serving.errors import ApiError
+from genai_pl.serving.messages import Message, Text, Tool
 
 SEEDS = 2**63
 NEUTRAL: dict[str, tuple[object, ...]] = {  # options of OpenAI's that are not ours, with what they may be
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
 }
 IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no text") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=16)]
 Seed = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Bias = Annotated[
+    dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+]
 
 
 class Body(BaseModel):
@@ -58,6 +48,7 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Bias | None = Field(None, description="added to the logits of tokens, by their numbers")
     seed: Seed | None = Field(None, description="the same seed gives the same answer")
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(None, description="seconds; the server has a limit")
 
@@ -97,6 +88,11 @@ class OpenAISampling(Sampling):
     stop: Stop | Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, object] | None = Field(None, description="type: text, json_object or json_schema")
+    guided_json: dict[str, object] | Text | None = Field(None, description="a schema, as vLLM takes it")
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    structured_outputs: dict[str, object] | None = Field(None, description="one of json, json_object, regex, choice")
 
     @property
     def stops(self) -> list[str]:
@@ -119,26 +115,6 @@ class CompletionBody(OpenAISampling):
         return [self.prompt] if single else list(self.prompt)
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is read."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart]
-
-    def plain(self) -> dict[str, str]:
-        """The turn as chat templates read it."""
-        whole = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": whole}
-
-
 class ChatBody(OpenAISampling):
     """POST /v1/chat/completions."""
 
@@ -146,6 +122,8 @@ class ChatBody(OpenAISampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Text | dict[str, object] | None = Field(None, description="none or auto")
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatBody":
@@ -173,6 +151,7 @@ class ScoreBody(Body):
 
     text: Text | Annotated[list[Text], Field(min_length=1)]
     prompt: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="what each text follows")
+    model: Text | None = Field(None, description="the model's name, or an adapter's")
 
     @property
     def texts(self) -> list[str]:

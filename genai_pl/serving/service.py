@@ -1,7 +1,6 @@
 """The model behind the routes: names, tokens, answers, embeddings and scores, with the limits that hold for them."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +15,20 @@ from genai_pl.data.chat import encode_prompt as encode_messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, judge, logprobs
-from genai_pl.generation import encode_prompt
+from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, resolve_adapter
+from genai_pl.models import join
 from genai_pl.models.onnx_model import is_onnx
 from genai_pl.names import Head, Shape
 from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, request_key
 from genai_pl.serving.cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.engine import Engine
-from genai_pl.serving.errors import ApiError
+from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.passes import Passes
 from genai_pl.serving.requests import Busy, Request
 from genai_pl.serving.settings import Settings
+from genai_pl.specs import GenerationConfig
 
 T = TypeVar("T")
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +51,8 @@ class Service:
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
         self.hashes = self._hashes(folders)
         self.engine: Engine | None = None
+        if not folders:
+            join(self.model)
         if config.writes:
             self.engine = Engine(
                 self.model,
@@ -63,8 +67,7 @@ class Service:
             raise ConfigError("adapter needs a model that writes; give this one its adapter as checkpoint=")
         self.started = int(time.time())
         self.reading = ThreadPoolExecutor(1, "tokenizer")  # one thread: tokenizers change state while they work
-        self.passing = ThreadPoolExecutor(1, "vectors")
-        self.n_passing = 0
+        self.passes = Passes(self.engine, queue_size=self.limits.queue_size, timeout=self.limits.timeout)
 
     def _hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
         """The name of what answers, for the base (None) and each adapter."""
@@ -82,8 +85,8 @@ class Service:
         """Finish what runs, then end."""
         if self.engine is not None:
             await asyncio.to_thread(partial(self.engine.stop, drain=True, timeout=self.settings.drain))
-        for pool in (self.reading, self.passing):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.reading.shutdown(wait=False, cancel_futures=True)
+        self.passes.close()
         if self.cache is not None:
             await self.cache.close()
 
@@ -106,13 +109,24 @@ class Service:
             return self._known(prompt)
         return tuple(await self._read(encode_prompt, prompt))
 
-    async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """A conversation with the beginning of the answer."""
+    async def chat_tokens(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
+    ) -> tuple[int, ...]:
+        """A conversation, and the tools that may be called in it, with the beginning of the answer."""
         if self.tokenizer.chat_template is None:
             raise ApiError(
                 400, "the tokenizer of this model has no chat template: use /v1/completions", param="messages"
             )
-        return tuple((await self._read(encode_messages, messages)).tolist())
+        return tuple((await self._read(encode_messages, messages, tools)).tolist())
+
+    async def prepare(self, config: GenerationConfig) -> None:
+        """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
+
+        def compiled() -> None:
+            limits_of(self.engine.tokenizer, config).constraint.begin(self.model.config.vocab_size)
+
+        if self.engine is not None:
+            await asyncio.get_running_loop().run_in_executor(self.reading, compiled)
 
     async def _read(self, encode: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.reading, encode, self.tokenizer, *arguments)
@@ -155,8 +169,10 @@ class Service:
             config = replace(config, max_new_tokens=self.context - n)
         return replace(request, config=config)
 
-    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> tuple[torch.Tensor, int]:
-        """Unit vectors (N, C), and how many tokens were read."""
+    async def embed(
+        self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """Unit vectors (N, C) by the base or by an adapter, and how many tokens were read."""
         if self.is_reward:
             raise ApiError(400, f"{self.name} is a reward model: it gives scores at /score")
         self._check_one_stack("embeddings")
@@ -164,16 +180,18 @@ class Service:
         encoded = iter(await self._read(encode_whole, texts) if texts else [])
         rows = [next(encoded) if isinstance(item, str) else list(self._known(item)) for item in inputs]
         self._check_rows(rows)
-        vectors = await self._pass(embed, self.model, rows, self.pooling)
+        vectors = await self._pass(embed, self.model, rows, self.pooling, adapter=adapter)
         return vectors, sum(map(len, rows))
 
-    async def score(self, prompts: Sequence[str] | None, texts: Sequence[str]) -> list[tuple[float, int]]:
+    async def score(
+        self, prompts: Sequence[str] | None, texts: Sequence[str], adapter: str | None = None
+    ) -> list[tuple[float, int]]:
         """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
         if not (self.is_reward or self.engine is not None):
             raise ApiError(400, f"{self.name} gives no scores: it is for embeddings")
         self._check_one_stack("scores")
         if not self.is_reward:
-            return await self._pass(logprobs, self.model, self.tokenizer, prompts, texts)
+            return await self._pass(logprobs, self.model, self.tokenizer, prompts, texts, adapter=adapter)
         whole = texts if prompts is None else [p + t for p, t in zip(prompts, texts, strict=True)]
         rows = await self._read(encode_whole, whole)
         self._check_rows(rows)
@@ -195,31 +213,10 @@ class Service:
                     400, f"text {n} has {len(row)} tokens, the model reads at most {self.context}: shorten it"
                 )
 
-    async def _pass(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run one pass of the model beside the engine, one after the other, and not too many of them."""
+    async def _pass(self, work: Callable[..., T], *arguments: object, adapter: str | None = None) -> T:
         if is_onnx(self.path):
             raise ApiError(400, f"{self.name} is an ONNX model, which writes only: serve the one it was made of")
-        if self.settings.adapters:
-            raise ApiError(
-                400, "with adapters loaded this server writes only: serve the model alone for vectors and scores"
-            )
-        if self.n_passing >= self.limits.queue_size:
-            raise too_busy(1.0)
-        self.n_passing += 1
-        try:
-            job = asyncio.get_running_loop().run_in_executor(self.passing, work, *arguments)
-            return await asyncio.wait_for(job, self.limits.timeout)
-        except asyncio.TimeoutError:
-            raise ApiError(504, f"not finished within {self.limits.timeout:g} seconds") from None
-        finally:
-            self.n_passing -= 1
-
-
-def too_busy(seconds: float) -> ApiError:
-    """The answer when no more requests can wait."""
-    return ApiError(
-        429, "too many requests wait already: try again later", headers={"Retry-After": str(max(1, math.ceil(seconds)))}
-    )
+        return await self.passes.run(work, *arguments, adapter=adapter)
 
 
 def name_of(checkpoint: str, path: Path) -> str:

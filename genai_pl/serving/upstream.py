@@ -10,10 +10,9 @@ from contextlib import asynccontextmanager
 import httpx
 
 from genai_pl.serving.cache import key_of, make_cache
-from genai_pl.serving.errors import ApiError
+from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.events import DONE
 from genai_pl.serving.metrics import Metrics
-from genai_pl.serving.service import too_busy
 from genai_pl.serving.settings import Settings
 
 log = logging.getLogger("genai_pl.serving")

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
 from genai_pl.errors import ConfigError, UserError
+from genai_pl.plugins import import_plugins
 from genai_pl.serving.app import create_app
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
@@ -28,6 +29,7 @@ def create() -> FastAPI:
     try:
         if VARIABLE not in os.environ:
             raise ConfigError(f"{VARIABLE} is not set: start with serve.py, or with deploy/gunicorn.conf.py")
+        import_plugins()
         settings = Settings.from_json(os.environ[VARIABLE])
         behind, app = build(settings)
     except UserError as error:

@@ -4,9 +4,10 @@ import transformers
 from torch import Tensor
 
 from genai_pl.generation import process, sample
-from genai_pl.generation.processors import min_p, repetition_penalty, temperature, top_k, top_p
+from genai_pl.generation.processors import logit_bias, min_p, repetition_penalty, temperature, top_k, top_p
 from genai_pl.specs import GenerationConfig
 
+BIAS = {3: 2.5, 7: -100.0, 49: 1.0}
 NO_IDS = torch.zeros(1, 0, dtype=torch.long)
 
 
@@ -47,14 +48,20 @@ def test_repetition_penalty_equals_transformers(logits, penalty):
     assert torch.equal(repetition_penalty(logits, seen, penalty), theirs)
 
 
+def test_logit_bias_equals_transformers(logits):
+    theirs = transformers.SequenceBiasLogitsProcessor([[[token], value] for token, value in BIAS.items()])
+    assert torch.equal(logit_bias(logits, {**BIAS, 50: 9.0}), theirs(NO_IDS.expand(5, 0), logits))
+
+
 def test_processors_run_in_the_order_of_transformers(logits):
     ids = torch.randint(0, 50, (5, 12), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(5, 50, dtype=torch.bool).scatter(1, ids, True)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50))
     options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}
-    theirs, _ = model._prepare_generation_config(None, do_sample=True, **options)
+    biased = [[[token], value] for token, value in BIAS.items()]
+    theirs, _ = model._prepare_generation_config(None, do_sample=True, sequence_bias=biased, **options)
     expected = model._get_logits_processor(theirs, input_ids_seq_length=12, device="cpu")(ids, logits)
-    ours = process(logits, GenerationConfig(**options), seen=seen)
+    ours = process(logits, GenerationConfig(**options, logit_bias=BIAS), seen=seen)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
     assert 1 < ours[0].isfinite().sum() < 20
 

@@ -40,6 +40,20 @@ def greedy(base: Path, adapter: Path | None, prompt: bytes, n: int) -> list[int]
     return ids[len(prompt) :]
 
 
+def read(base: Path, adapter: Path | None, text: bytes) -> tuple[torch.Tensor, float]:
+    """The last hidden state of transformers and PEFT as a unit vector, and the log-probability of what follows `Once`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    ids = torch.tensor([list(text)])
+    with torch.no_grad():
+        found = model(input_ids=ids, output_hidden_states=True)
+    logprobs = found.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return torch.nn.functional.normalize(found.hidden_states[-1][0, -1], dim=0), float(logprobs[3:].sum())
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
 def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
     folders = {name: write_adapter(tiny, tmp_path / name, seed) for seed, name in enumerate(("polite", "rude"), 1)}
@@ -66,6 +80,13 @@ def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
                     "/generate", json={"prompt": "Once upon", "max_new_tokens": 8, "adapter": name}
                 ).json()
                 assert ours["text"] == found["choices"][0]["text"]
-        reply = client.post("/v1/embeddings", json={"input": "x"})
-        assert reply.status_code == 400
-        assert "serve the model alone" in reply.json()["error"]["message"]
+        for name, folder in {"tiny": None, **folders}.items():
+            hidden, logprob = read(tiny, folder, b"Once upon")
+            found = client.post("/v1/embeddings", json={"input": list(b"Once upon"), "model": name}).json()
+            assert found["model"] == name
+            assert found["data"][0]["embedding"] == pytest.approx(hidden.tolist(), abs=1e-5)
+            scored = client.post("/score", json={"prompt": "Once", "text": " upon", "model": name}).json()
+            assert scored["model"] == name
+            assert scored["scores"][0]["score"] == pytest.approx(logprob, abs=1e-3)
+        reply = client.post("/score", json={"text": "x", "model": "kind"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (404, "model")

@@ -66,7 +66,7 @@ def fitting(schema: dict, parts: dict) -> st.SearchStrategy:
 def bodies(schema: dict, parts: dict) -> st.SearchStrategy:
     """Bodies that are right, wrong in one field, wrong in many, or no JSON at all."""
     right = fitting(schema, parts)
-    names = [*parts[schema["$ref"].rpartition("/")[2]]["properties"], "tools", "logit_bias", "best_of"]
+    names = [*parts[schema["$ref"].rpartition("/")[2]]["properties"], "echo", "best_of"]
     spoiled = st.tuples(right, st.sampled_from(names), ANYTHING).map(lambda t: {**t[0], t[1]: t[2]})
     wrong = st.dictionaries(st.sampled_from(names) | st.text(max_size=10), ANYTHING, max_size=5)
     as_bytes = st.one_of(right, spoiled, spoiled, wrong, ANYTHING).map(lambda value: json.dumps(value).encode())

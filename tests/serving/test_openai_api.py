@@ -152,6 +152,7 @@ WRONG = {
     "temperature": (openai.UnprocessableEntityError, {"temperature": -1}),
     "n": (openai.UnprocessableEntityError, {"n": 1000}),
     "tools": (openai.UnprocessableEntityError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+    "tool_choice": (openai.UnprocessableEntityError, {"tool_choice": "required"}),
     "presence_penalty": (openai.UnprocessableEntityError, {"presence_penalty": 1.0}),
 }
 

@@ -1,0 +1,78 @@
+"""How an engine reads prompts: a chunk of a long one between two steps, or several short ones in one pass."""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from genai_pl.serving.row import Row, ending_alone, n_together, read_whole, share_cache
+
+if TYPE_CHECKING:
+    from genai_pl.serving.engine import Engine
+
+log = logging.getLogger("genai_pl.serving")
+
+
+def read_prompts(engine: "Engine") -> None:
+    """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins the batch."""
+    left = engine.chunk
+    while left > 0 and (engine.reading or _admit(engine, left)):
+        rows, before = list(engine.reading), sum(row.n_read for row in engine.reading)
+        try:
+            engine.adapters.choose([rows[0].request.adapter])
+            logits = read_whole(rows, engine.device) if len(rows) > 1 else rows[0].read(left, engine.device)
+            left -= sum(row.n_read for row in rows) - before
+            if logits is None:
+                continue
+            engine.take(logits, rows)
+            _join(engine, rows)
+        except Exception:
+            log.exception("a prompt cannot be read: its answer ends")
+            _fail(engine)
+        engine.reading = []
+
+
+def _join(engine: "Engine", rows: list[Row]) -> None:
+    """Let rows that are read take part in steps, unless they are over."""
+    for row in rows:
+        if row.ending is None:
+            engine.batch.join(row)
+        else:
+            engine.end(row)
+        engine.reading.remove(row)
+
+
+def _admit(engine: "Engine", left: int) -> bool:
+    """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
+    free, limit = engine.slots - engine.n_running, left if engine.batch.packs else 0
+    engine.reading = engine.next_rows(lambda waiting: n_together(waiting, free, limit))
+    if not engine.reading:
+        return False
+    try:
+        engine.adapters.choose([engine.reading[0].request.adapter])  # virtual tokens have room where they are on
+        for row in list(engine.reading):
+            _open(engine, row)
+        if engine.reading:
+            several, first = len(engine.reading) > 1, engine.reading[0]
+            n_tokens = sum(len(row.prompt) for row in engine.reading)
+            share_cache(engine.reading, n_tokens if several else engine.batch.room(first, engine.max_length))
+            return True
+    except Exception:
+        log.exception("a request cannot begin")
+        _fail(engine)
+    return _admit(engine, left)
+
+
+def _open(engine: "Engine", row: Row) -> None:
+    """Get a row ready, or end it."""
+    engine.observer.started(time.monotonic() - row.submitted)
+    with ending_alone(row):
+        row.open(engine.model, engine.tokenizer, engine.device)
+    if row.ending:
+        engine.reading.remove(row)
+        engine.end(row)
+
+
+def _fail(engine: "Engine") -> None:
+    for row in engine.reading:
+        engine.end(row, "error")
+    engine.reading = []
