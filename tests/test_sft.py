@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from genai_pl.data import byte_tokenizer
-from genai_pl.data.chat import TEMPLATE, encode_completion, encode_messages, encode_prompt, ensure_template
+from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data.chat import (
+    TEMPLATE,
+    encode_answers,
+    encode_completion,
+    encode_completions,
+    encode_conversations,
+    encode_messages,
+    encode_prompt,
+    ensure_template,
+)
+from genai_pl.data.conversations import ChatDataModule
 from genai_pl.errors import DataError
+from genai_pl.objectives import SFTCollator
 from tests.conftest import TINY
 
 TALK = [
@@ -62,6 +73,56 @@ def test_a_completion_is_learned_with_its_end() -> None:
     assert example.loss_mask.tolist() == [False, False, True, True, True]
     by_messages = encode_completion(tokenizer_with_template(), [{"role": "user", "content": "x"}], "y")
     assert learned(by_messages, tokenizer) == "y<|im_end|>\n"
+
+
+def test_only_the_last_answer_is_a_completion_of_a_conversation() -> None:
+    tokenizer = tokenizer_with_template()
+    for example in encode_completions(tokenizer, [TALK[:2], TALK[:4]], ["2", [TALK[4]]]):
+        assert learned(example, tokenizer) in ("2<|im_end|>\n", "3, naïf<|im_end|>\n")
+    (answer,) = encode_answers(tokenizer, [TALK[:4]], ["3, naïf"])
+    assert tokenizer.decode(answer) == "3, naïf<|im_end|>\n"
+
+
+def test_batches_are_tokenized_as_their_texts_are_alone() -> None:
+    tokenizer = tokenizer_with_template()
+    talks = [TALK, TALK[1:3], TALK[:2]]
+    for talk, example in zip(talks, encode_conversations(tokenizer, talks, [0, 0, 0]), strict=True):
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        assert example.input_ids.tolist() == tokenizer(text)["input_ids"]
+        assert len(example.loss_mask) == len(example.input_ids)
+    prompts, completions = ["", "ab", "naïf"], ["c", "", "de"]
+    for n, example in enumerate(encode_completions(tokenizer, prompts, completions)):
+        assert example.input_ids.tolist() == [*(prompts[n] + completions[n]).encode(), tokenizer.eos_token_id]
+        assert example.loss_mask.sum() == len(completions[n]) + 1
+
+
+def test_tokens_are_kept_for_the_same_rows_tokenizer_and_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "talk.jsonl", [{"messages": TALK[: 3 + 2 * (n % 2)]} for n in range(30)])
+
+    def rows(template: str) -> list[list[int]]:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        data = ChatDataModule(
+            path=str(tmp_path / "talk.jsonl"), val_path=None, val_fraction=0.2, messages="messages", prompt="prompt",
+            completion="completion", packing=False, seq_len=400, batch_size=2, val_batch_size=None, workers=0,
+            shuffle=True, seed=0,
+        )  # fmt: skip
+        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, 258)))
+        return [row["input_ids"].tolist() for row in [*data.train_rows, *data.val_rows]]
+
+    first, odd = rows(TEMPLATE), rows(ODD)
+    assert len(first) == 30
+    assert first != odd
+
+    def asked_again(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("genai_pl.data.conversations.encode_conversations", asked_again)
+    assert (rows(TEMPLATE), rows(ODD)) == (first, odd)
+    with pytest.raises(AssertionError):
+        rows(ODD + " ")
 
 
 def tokenizer_with_template():

@@ -36,62 +36,116 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Example:
     """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
-    _check(messages)
-    text, spans = "", []
-    for n, message in enumerate(messages, start=1):
-        if message["role"] == "assistant":
-            asked = _render(tokenizer, messages[: n - 1], add_generation_prompt=True)
-            said = _render(tokenizer, messages[:n])
-            if not said.startswith(asked):  # a template that opens the answer otherwise than it prompts for it
-                asked = _common(asked, said)
-            spans.append((len(asked), len(said)))
-            text = said
-    text = _render(tokenizer, messages)
-    return _encode(tokenizer, text, spans)
+    return encode_conversations(tokenizer, [messages], [0])[0]
+
+
+def encode_conversations(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Messages], given: Sequence[int]
+) -> list[Example]:
+    """The same of each; nothing is to be learned of its first `given` messages."""
+    rendered = [_with_spans(tokenizer, messages, n) for messages, n in zip(conversations, given, strict=True)]
+    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    parts = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+    return [_masked(ids, offsets, spans) for ids, offsets, (_, spans) in parts]
 
 
 def encode_completion(
     tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages
 ) -> Example:
     """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
-    if not isinstance(prompt, str):
-        return encode_messages(tokenizer, [*prompt, *_as_messages(completion)])
-    given = tokenizer(prompt)["input_ids"]
-    if given[-1:] == [end_token(tokenizer)]:  # what some tokenizers close every text with
-        given = given[:-1]
-    said = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return encode_completions(tokenizer, [prompt], [completion])[0]
+
+
+def encode_completions(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
+) -> list[Example]:
+    """The same of each; the prompts are texts, or all of them messages."""
+    if not isinstance(prompts[0], str):
+        return _encode_talks(tokenizer, prompts, completions)
+    parts = zip(encode_prompts(tokenizer, prompts), encode_answers(tokenizer, prompts, completions), strict=True)
+    return [Example(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
+
+
+def encode_answers(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
+) -> list[np.ndarray]:
+    """The tokens of each completion after its prompt, those that are to be learned."""
+    if not isinstance(prompts[0], str):
+        return [example.input_ids[example.loss_mask] for example in _encode_talks(tokenizer, prompts, completions)]
     end = [] if end_token(tokenizer) is None else [end_token(tokenizer)]
-    ids = np.asarray([*given, *said, *end], dtype=np.int32)
-    return Example(ids, np.arange(len(ids)) >= len(given))
+    rows = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    return [np.asarray([*said, *end], dtype=np.int32) for said in rows]
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages) -> np.ndarray:
-    """The tokens that a model continues: a text, or messages with the beginning of the answer."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [end_token(tokenizer)] else ids
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Sequence[Mapping[str, object]] = ()
+) -> np.ndarray:
+    """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools."""
+    return encode_prompts(tokenizer, [prompt], tools)[0]
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    tools: Sequence[Mapping[str, object]] = (),
+) -> list[np.ndarray]:
+    """The same of each; they are texts, or all of them messages."""
+    if isinstance(prompts[0], str):
+        end = [end_token(tokenizer)]  # what some tokenizers close every text with
+        rows = [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(list(prompts))["input_ids"]]
     else:
-        _check(prompt)
-        text = _render(tokenizer, prompt, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int32)
+        for prompt in prompts:
+            _check(prompt)
+        texts = [_render(tokenizer, prompt, tools, add_generation_prompt=True) for prompt in prompts]
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in rows]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, spans: Sequence[tuple[int, int]]) -> Example:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
+def _encode_talks(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Messages], completions: Sequence[str | Messages]
+) -> list[Example]:
+    whole = [[*prompt, *_as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
+    return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts])
+
+
+def _with_spans(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, given: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text, and from where to where assistants speak in it after the given messages."""
+    _check(messages)
+    spans, said = [], ""
+    for n, message in enumerate(messages, start=1):
+        if n > given and message["role"] == "assistant":
+            asked = _render(tokenizer, messages[: n - 1], add_generation_prompt=True)
+            said = _render(tokenizer, messages[:n])
+            if not said.startswith(asked):  # a template that opens the answer otherwise than it prompts for it
+                asked = _common(asked, said)
+            spans.append((len(asked), len(said)))
+    closed = bool(messages) and messages[-1]["role"] == "assistant" and len(messages) > given
+    return (said if closed else _render(tokenizer, messages)), spans
+
+
+def _masked(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Example:
+    """The tokens, of which those that begin in a span are to be learned."""
+    starts = np.asarray([start for start, _ in offsets])
     mask = np.zeros(len(starts), bool)
     for start, end in spans:
         mask |= (starts >= start) & (starts < end)
-    return Example(np.asarray(encoded["input_ids"], dtype=np.int32), mask)
+    return Example(np.asarray(ids, dtype=np.int32), mask)
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool = False) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Messages,
+    tools: Sequence[Mapping[str, object]] = (),
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (TemplateError, TypeError) as error:
         raise DataError(f"messages: the chat template refuses a conversation ({error})") from None

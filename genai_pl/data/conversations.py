@@ -7,10 +7,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import Example, encode_completion, encode_messages
+from genai_pl.data.chat import Example, encode_completions, encode_conversations
 from genai_pl.data.loader import Collate
 from genai_pl.data.packing import Row
-from genai_pl.data.table import TableDataModule
+from genai_pl.data.table import TableDataModule, lists
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -57,10 +57,10 @@ class ChatDataModule(TableDataModule):
         roles = self._roles(table)
         examples = []
         cut = silent = 0
-        for row in table:
-            example = self._encode({role: row[column] for role, column in roles.items()})
+        found = self.encoded(table, roles, encode_examples)
+        for example in map(Example, lists(found, "input_ids"), lists(found, "loss_mask")):
             cut += len(example.input_ids) > self.room
-            example = Example(*(x[: self.room] for x in example))
+            example = Example(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
             if example.loss_mask[1:].any():  # the first token of a row is predicted by nothing
                 examples.append(example)
             else:
@@ -76,11 +76,6 @@ class ChatDataModule(TableDataModule):
             if n:
                 log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
         return PackedExamples(examples, self.room if self.packing else 0)
-
-    def _encode(self, row: dict[str, object]) -> Example:
-        if "messages" in row:
-            return encode_messages(self.tokenizer, row["messages"])
-        return encode_completion(self.tokenizer, row["prompt"], row["completion"])
 
     def summary(self) -> str:
         train, val = self.tables()
@@ -111,6 +106,19 @@ class PackedExamples(Dataset):
             "segment_ids": np.repeat(np.arange(len(chosen)) + 1, lengths),
             "loss_mask": np.concatenate([example.loss_mask for example in chosen]),
         }
+
+
+def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each example, and 1 where they are to be learned."""
+    if "messages" in batch:
+        examples = encode_conversations(tokenizer, batch["messages"], [0] * len(batch["messages"]))
+    else:
+        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"])
+    return {
+        "input_ids": [example.input_ids for example in examples],
+        # as bytes: arrow packs bits, and no array could lie there
+        "loss_mask": [example.loss_mask.view(np.uint8) for example in examples],
+    }
 
 
 def _texts(row: dict, roles: dict[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from genai_pl.data.loader import Collate, EpochLoader, Plan
+from genai_pl.data.loader import Collate, EpochLoader, Plan, held_batches
 from genai_pl.data.packing import NumberedRows
 
 if TYPE_CHECKING:
@@ -65,13 +65,10 @@ class RowsDataModule(L.LightningDataModule):
         return EpochLoader(self.train_rows, self.collate, self.plan(), shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader:
-        plan = self.plan()
-        keys = [(0, row) for row in range(plan.rank, len(self.val_rows), plan.world_size)]
         # validation draws nothing from the global generator, so that it cannot change the training
         return DataLoader(
             NumberedRows(self.val_rows),
-            sampler=keys,
-            batch_size=self.val_batch_size,
+            batch_sampler=held_batches(len(self.val_rows), self.val_batch_size, self.plan()),
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(0),
         )

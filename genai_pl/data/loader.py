@@ -46,6 +46,20 @@ def _stamp(window: list[Batch]) -> list[Batch]:
     return [{**batch, "window_targets": total} for batch in window]
 
 
+def held_batches(n_rows: int, batch_size: int, plan: Plan) -> list[list[tuple[int, int]]]:
+    """Lists of (0, row number) to validate on, as many for every rank; a row too many joins the last of them.
+
+    Ranks whose weights lie in pieces send them in each batch, and wait for all others.
+    """
+    if n_rows < plan.world_size:
+        raise DataError(f"data.val_path: {n_rows} rows to validate on cannot be shared by {plan.world_size} processes")
+    keys = [(0, row) for row in range(plan.rank, n_rows, plan.world_size)]
+    n_batches = -(-(n_rows // plan.world_size) // batch_size)
+    batches = [keys[n * batch_size : (n + 1) * batch_size] for n in range(n_batches)]
+    batches[-1] += keys[n_batches * batch_size :]
+    return batches
+
+
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Lists of (epoch, row number); the rows of a step are the same for any split into ranks and accumulated batches."""
 

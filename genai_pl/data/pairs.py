@@ -1,12 +1,10 @@
 """Pairs of texts that belong together, and texts that do not: the data of contrastive learning."""
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from genai_pl.data import sources
-from genai_pl.data.documents import cache_folder
 from genai_pl.data.table import TableDataModule
-from genai_pl.data.tokenizer import end_token, fingerprint, train_bpe
+from genai_pl.data.tokenizer import end_token, train_bpe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,19 +34,10 @@ class TextsDataModule(TableDataModule):
         train, _ = self.tables()
         return train_bpe((row[role] or "" for row in train for role in self.columns), vocab_size)
 
-    def encoded(self, table: "Dataset") -> "Dataset":
-        """Token ids of all texts, kept on disk by their content."""
-        sources.show_progress()
-        name = f"1/{table._fingerprint}/{fingerprint(self.tokenizer)}/{self.seq_len}"
-        name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        return table.map(
-            encode_texts,
-            batched=True,
-            fn_kwargs={"tokenizer": self.tokenizer, "seq_len": self.seq_len},
-            new_fingerprint=name,
-            cache_file_name=str(cache_folder() / f"pairs-{name}.arrow"),
-            desc="tokenizing",
-        ).with_format("numpy")
+    def texts(self, table: "Dataset") -> "Dataset":
+        """Token ids of all texts."""
+        roles = {role: role for role in self.columns}
+        return self.encoded(table, roles, encode_texts, seq_len=self.seq_len).with_format("numpy")
 
 
 class PairsDataModule(TextsDataModule):
@@ -61,7 +50,7 @@ class PairsDataModule(TextsDataModule):
         super().__init__(columns={role: column for role, column in named.items() if column is not None}, **rest)
 
     def rows(self, table: "Dataset") -> "Dataset":
-        return self.encoded(table)
+        return self.texts(table)
 
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} {'/'.join(self.columns)} rows for training, {len(self.val_rows):,} held"

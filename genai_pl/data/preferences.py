@@ -6,9 +6,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import encode_completion, encode_prompt
+from genai_pl.data.chat import encode_answers, encode_prompts
 from genai_pl.data.loader import Collate
-from genai_pl.data.table import TableDataModule
+from genai_pl.data.table import TableDataModule, lists
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
@@ -57,26 +57,51 @@ class PreferenceDataModule(TableDataModule):
 
     def rows(self, table: "Table") -> Dataset:
         roles = self._roles(table)
-        return [self._encode({role: row[column] for role, column in roles.items()}) for row in table]
+        texts = {role: column for role, column in roles.items() if role != "margin"}
+        found = self.encoded(table, texts, encode_compared)
+        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+        if "completions" in roles:
+            return [{"prompt": prompt, "completions": said} for prompt, said in rows]
+        pairs = [{"prompt": prompt, "chosen": said[0], "rejected": said[1]} for prompt, said in rows]
+        if "margin" not in roles:
+            return pairs
+        return [{**pair, "margin": margin} for pair, margin in zip(pairs, table[roles["margin"]], strict=True)]
 
-    def _encode(self, row: dict[str, object]) -> dict[str, object]:
+    def _row(self, prompt: np.ndarray, said: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """The longest completion is cut to half of the row at most, the prompt on its left to what is left."""
-        prompt = encode_prompt(self.tokenizer, row["prompt"])
-        ranked = "completions" in row
-        given = row["completions"] if ranked else [row["chosen"], row["rejected"]]
-        if len(given) < 2:
-            raise DataError(f"data.path={self.path}: a prompt with {len(given)} completions has nothing to compare")
-        examples = [encode_completion(self.tokenizer, row["prompt"], said) for said in given]
-        said = [example.input_ids[example.loss_mask] for example in examples]
-        longest = max(map(len, said))
-        kept = min(longest, max(self.seq_len // 2, self.seq_len - len(prompt)))
-        said = [ids[:kept] for ids in said]
-        found = {"completions": said} if ranked else dict(zip(("chosen", "rejected"), said, strict=True))
-        extra = {"margin": row["margin"]} if "margin" in row else {}
-        return {"prompt": prompt[max(len(prompt) + kept - self.seq_len, 0) :], **found, **extra}
+        if len(sizes) < 2:
+            raise DataError(f"data.path={self.path}: a prompt with {len(sizes)} completions has nothing to compare")
+        kept = min(sizes.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
+        completions = [ids[:kept] for ids in np.split(said, sizes.cumsum()[:-1])]
+        return prompt[max(len(prompt) + kept - self.seq_len, 0) :], completions
 
     def prompt(self) -> str:
         return self._text(self.tables()[1][0][self.columns["prompt"]])
+
+
+def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each prompt, of its completions end to end, and how many each of them has."""
+    prompts = batch["prompt"]
+    given = batch["completions"] if "completions" in batch else [*zip(batch["chosen"], batch["rejected"], strict=True)]
+    again = [prompt for prompt, some in zip(prompts, given, strict=True) for _ in some]
+    said = iter(encode_answers(tokenizer, again, [text for some in given for text in some]))
+    rows = [[next(said) for _ in some] for some in given]
+    return {
+        "prompt": encode_prompts(tokenizer, prompts),
+        "said": [np.concatenate([*row, np.zeros(0, np.int32)]) for row in rows],
+        "sizes": [np.asarray([len(ids) for ids in row], dtype=np.int32) for row in rows],
+    }
+
+
+def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each prompt and of its completion."""
+    completions = encode_answers(tokenizer, batch["prompt"], batch["completion"])
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"]), "completion": completions}
+
+
+def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each prompt."""
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"])}
 
 
 def _listed(value: object) -> list[object]:
@@ -100,16 +125,16 @@ class UnpairedDataModule(TableDataModule):
         return train_bpe((row[self.columns[role]] for row in train for role in ("prompt", "completion")), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        return [self._encode({role: row[column] for role, column in self.columns.items()}) for row in table]
+        roles = {role: self.columns[role] for role in ("prompt", "completion")}
+        found = self.encoded(table, roles, encode_answered)
+        columns = (lists(found, "prompt"), lists(found, "completion"), table[self.columns["label"]])
+        return [self._row(*row) for row in zip(*columns, strict=True)]
 
-    def _encode(self, row: dict[str, object]) -> dict[str, object]:
+    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: object) -> dict[str, object]:
         """The completion is cut to half of the row at most, the prompt on its left to what is left."""
-        prompt = encode_prompt(self.tokenizer, row["prompt"])
-        example = encode_completion(self.tokenizer, row["prompt"], row["completion"])
-        completion = example.input_ids[example.loss_mask]
         completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
         kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
-        return {"prompt": kept, "completion": completion, "label": bool(row["label"])}
+        return {"prompt": kept, "completion": completion, "label": bool(label)}
 
     def prompt(self) -> str:
         return self._text(self.tables()[1][0][self.columns["prompt"]])
@@ -132,13 +157,11 @@ class PromptsDataModule(TableDataModule):
         return train_bpe((row[self.column] for row in train), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        rows = []
-        for row in table:
-            ids = encode_prompt(self.tokenizer, row[self.column])
-            if len(ids) == 0:
-                raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
-            rows.append({"prompt_ids": np.asarray(ids[-self.max_prompt_len :]), "columns": row})
-        return rows
+        prompts = lists(self.encoded(table, {"prompt": self.column}, encode_asked), "prompt")
+        if not all(map(len, prompts)):
+            raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
+        rows = zip(prompts, table, strict=True)
+        return [{"prompt_ids": ids[-self.max_prompt_len :], "columns": row} for ids, row in rows]
 
     def prompt(self) -> str:
         return self._text(self.tables()[1][0][self.column])

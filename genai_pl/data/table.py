@@ -1,18 +1,27 @@
 """Data in columns, one example per row: what pairs, conversations, preferences and prompts share."""
 
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.chat import ensure_template
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.documents import cache_folder
 from genai_pl.data.loader import Collate
+from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
+
+
+FORMAT = 2  # of encoded rows: raise it when an encoder gives other ones
+Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
 class TableDataModule(RowsDataModule):
@@ -55,11 +64,29 @@ class TableDataModule(RowsDataModule):
         if self.talks:
             ensure_template(tokenizer)
         self.tokenizer, self.collate = tokenizer, collate
+        self.tokens_name = f"{fingerprint(tokenizer)}/{end_token(tokenizer)}/{tokenizer.chat_template}"
         self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
 
     def rows(self, table: "Table") -> Dataset:
         """The tokenized rows."""
         raise NotImplementedError
+
+    def encoded(self, table: "Table", roles: Mapping[str, str], encode: Encode, **options: object) -> "Table":
+        """What `encode` makes of the columns of the roles, called by these; kept on disk by all that it depends on."""
+        sources.show_progress()
+        chosen = table.select_columns(list(roles.values()))
+        chosen = chosen.rename_columns({column: role for role, column in roles.items() if role != column})
+        name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokens_name}/{options}"
+        name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        return chosen.map(
+            encode,
+            batched=True,
+            fn_kwargs={"tokenizer": self.tokenizer, **options},
+            remove_columns=chosen.column_names,
+            new_fingerprint=name,
+            cache_file_name=str(cache_folder() / f"rows-{name}.arrow"),
+            desc="tokenizing",
+        )
 
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} rows for training, {len(self.val_rows):,} held"
@@ -69,3 +96,12 @@ class TableDataModule(RowsDataModule):
         if isinstance(value, str):
             return value
         return self.tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+
+
+def lists(table: "Table", column: str) -> list[np.ndarray]:
+    """The lists of a column of numbers, as arrays that lie in the file the table is mapped from."""
+    found: list[np.ndarray] = []
+    for chunk in table.select_columns([column]).with_format("arrow")[:][column].chunks:
+        ends = chunk.offsets.to_numpy()
+        found += np.split(chunk.flatten().to_numpy(), ends[1:-1] - ends[0])
+    return found

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.loader import EpochLoader, Plan, with_window_targets
+from genai_pl.data.loader import EpochLoader, Plan, held_batches, with_window_targets
 from genai_pl.data.packing import Packer
 from genai_pl.data.stream import StreamLoader, StreamRows
 from genai_pl.errors import DataError
@@ -130,3 +130,18 @@ def test_workers_of_a_stream_share_its_documents() -> None:
     one, two = (list(chain(*chain(*stream(workers=w)[0]))) for w in (0, 2))
     assert len(one) == len(two)
     assert one != two
+
+
+@pytest.mark.parametrize("n_rows", [3, 4, 5, 11, 12, 13, 24])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_ranks_validate_on_as_many_batches_and_on_every_row_once(n_rows: int, batch_size: int) -> None:
+    shares = [held_batches(n_rows, batch_size, Plan(batch_size, rank=rank, world_size=3)) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for batch in share for _, row in batch) == list(range(n_rows))
+    assert {len(batch) for share in shares for batch in share[:-1]} <= {batch_size}
+    assert all(len(share[-1]) <= batch_size + 1 for share in shares)
+
+
+def test_too_few_rows_to_validate_on_are_one_line() -> None:
+    with pytest.raises(DataError, match="2 rows to validate on cannot be shared by 3 processes"):
+        held_batches(2, 4, Plan(4, rank=0, world_size=3))
