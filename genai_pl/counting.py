@@ -10,10 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
 from genai_pl.models.saved import ResultBytes, saved_bytes
+from genai_pl.models.stack import Stack
 from genai_pl.names import Shape
 from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.planning import Layout
 from genai_pl.strategies import kept_operations, recompute
+from genai_pl.strategies.stages import find_holders
 
 # numbers of state per weight; Adafactor keeps a row and a column
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.01}
@@ -32,7 +34,7 @@ def weightless(dtype: torch.dtype) -> Iterator[None]:
 
 
 def part_of(config: ModelConfig, layout: Layout) -> ModelConfig:
-    """The model that one device holds: some of the heads and channels, or of the layers; embeddings and head whole."""
+    """The model that one device holds: some of the heads, channels and words, or of the layers."""
     for name, parts in (("n_head", layout.tensor), ("n_kv_head", layout.tensor), ("intermediate_size", layout.tensor)):
         if getattr(config, name) % parts:
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {parts}: see strategy")
@@ -42,16 +44,35 @@ def part_of(config: ModelConfig, layout: Layout) -> ModelConfig:
         n_kv_head=config.n_kv_head // layout.tensor,
         intermediate_size=config.intermediate_size // layout.tensor,
         n_layer=-(-config.n_layer // layout.stages),
+        vocab_size=-(-config.vocab_size // layout.tensor),
     )
 
 
+def stage_sizes(model: Model, n_stages: int) -> list[tuple[int, int]]:
+    """How many numbers each stage of a pipeline holds, and how many of them learn."""
+    holders = find_holders(model, n_stages)
+    held = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
+    return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in held]
+
+
 def activation_bytes(
-    model: Model, *, rows: int, seq_len: int, product: torch.dtype | None, every: int | None, kind: str, fused: bool
+    model: Model,
+    *,
+    rows: int,
+    seq_len: int,
+    product: torch.dtype | None,
+    every: int | None,
+    kind: str,
+    fused: bool,
+    pieces: int = 1,
 ) -> float:
     """Bytes that a batch leaves for the backward pass of the layers; where blocks run again, what one of them adds then.
 
-    `fused` attention keeps no scores of dropout, as our kernels for GPUs do.
+    `fused` attention keeps no scores of dropout, as our kernels for GPUs do. Between the parts of blocks there is one of
+    `pieces` of each sequence.
     """
+    if pieces > 1:
+        _cut_sequences(model, seq_len, pieces)
     for module in model.modules():
         if fused and "attend" in vars(module):
             module.dropout = 0.0
@@ -72,6 +93,24 @@ def activation_bytes(
     n = max(1, n_again(model, every))
     kept = products.n_bytes * n / len(model.blocks) if kind == "selective" else 0
     return inputs + kept + (everything - inputs - kept) / n
+
+
+def _cut_sequences(model: Model, seq_len: int, pieces: int) -> None:
+    """Give a model the hidden states that sequence parallelism leaves to one process, in place."""
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return x[:, : -(-seq_len // pieces)].clone()  # a view would count as the whole
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(1, pieces, 1)[:, :seq_len]
+
+    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+        stack.blocks[0].register_forward_pre_hook(lambda _, given: (cut(given[0]), *given[1:]))
+        stack.norm.register_forward_hook(lambda _, given, hidden: joined(hidden))
+        for block in dict.fromkeys(stack.blocks):
+            for part in filter(None, (block.attention, block.cross, block.mlp)):
+                part.register_forward_pre_hook(lambda _, given: (joined(given[0]), *given[1:]))
+                part.register_forward_hook(lambda _, given, y: cut(y))
 
 
 def n_again(model: Model, every: int) -> int:

@@ -1,7 +1,7 @@
 """What a run would cost: the configuration in, tables of memory, traffic and time out; nothing is built or trained."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from genai_pl.counting import (
     moments,
     n_again,
     part_of,
+    stage_sizes,
     training_flops,
     weightless,
 )
@@ -92,23 +93,39 @@ def make_plan(config: DictConfig, values: ModelConfig, model: Model) -> Plan:
             every=every,
             kind=kind,
             fused=config.plan.gpu != "cpu",
+            pieces=layout.tensor if layout.sequence else 1,
         )
     loss = planning.loss_bytes(
         tokens=rows * seq_len,
-        vocab_size=0 if head is None else values.vocab_size,
+        vocab_size=0 if head is None else part.config.vocab_size,
         n_embd=values.n_embd,
         compute_bytes=share.compute_bytes,
         chunk_bytes=CHUNK_BYTES if config.plan.gpu == "cpu" else GPU_CHUNK_BYTES,
         head_learns=head is not None and head.weight.requires_grad,
     )
+    if layout.stages > 1:
+        share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
+    else:
+        memory = planning.memory(share, layout, activations=activations, loss=loss)
     sizes = {"tokens": rows * seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
     sent = planning.traffic(share, layout, **sizes, passes=passes, again=again)
     tokens = rows * seq_len * passes * layout.data
     flops = training_flops(model, values, seq_len, again=again) * tokens / layout.devices
     machine = find_machine(config, layout)
     time = planning.step_time(machine, layout, sent, flops=flops)
-    memory = planning.memory(share, layout, activations=activations, loss=loss)
     return Plan(machine, layout, memory, sent, time, tokens)
+
+
+def costliest_stage(
+    model: Model, share: planning.Share, layout: planning.Layout, *, activations: float, loss: float
+) -> tuple[planning.Share, planning.Memory]:
+    """What the stage of a pipeline holds that takes most: the first has the embeddings, the last the head and its loss."""
+    found = []
+    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
+        own = replace(share, weights=weights, trained=trained)
+        taken = loss if stage == layout.stages - 1 else 0.0
+        found.append((own, planning.memory(own, layout, activations=activations, loss=taken, stage=stage)))
+    return max(found, key=lambda stage: stage[1].total)
 
 
 def find_layout(config: DictConfig) -> planning.Layout:
@@ -127,8 +144,8 @@ def find_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
                 "number of devices"
             )
-        again = strategy.reshard_after_forward
-        return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again)
+        again, cut = strategy.reshard_after_forward, strategy.sequence_parallel
+        return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again, sequence=cut)
     if target == "PipelineStrategy":
         data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
         stages = strategy.pipeline_parallel_size or n // data
@@ -137,9 +154,8 @@ def find_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
                 "number of devices"
             )
-        micro = strategy.microbatches
-        under_way = micro if strategy.schedule == "gpipe" else min(stages, micro)
-        return planning.Layout(data=data, stages=stages, per_node=per_node, microbatches=micro, under_way=under_way)
+        pipe = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        return planning.Layout(data=data, stages=stages, per_node=per_node, **pipe)
     zero = strategy.stage if target == "deepspeed" else 0
     return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
 

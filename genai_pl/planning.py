@@ -17,7 +17,8 @@ class Layout:
     tensor: int = 1
     stages: int = 1
     microbatches: int = 1  # of a batch, in a pipeline
-    under_way: int = 1  # of them that a stage holds at once: 1F1B no more than there are stages (Narayanan et al. 2019)
+    gpipe: bool = False  # all of them go forward first; else 1F1B
+    sequence: bool = False  # hidden states between attention and MLP are in pieces on the devices that share a layer
     zero: int = 0
     per_node: int = 8
     regathers: bool = True  # weights are gathered a second time for the backward pass
@@ -26,6 +27,10 @@ class Layout:
     @property
     def devices(self) -> int:
         return self.data * self.tensor * self.stages
+
+    def under_way(self, stage: int) -> int:
+        """Microbatches that a stage holds at once: under 1F1B one for each stage from it on (Narayanan et al. 2019)."""
+        return self.microbatches if self.gpipe else min(self.stages - stage, self.microbatches)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Memory:
         return self.weights + self.gathered + self.gradients + self.optimizer + self.activations + self.loss
 
 
-def memory(share: Share, layout: Layout, *, activations: float, loss: float) -> Memory:
+def memory(share: Share, layout: Layout, *, activations: float, loss: float, stage: int = 0) -> Memory:
     """The bytes of a step (Rajbhandari et al. 2020, section 5: what is divided by the number of devices at which stage)."""
     weights, gradients, optimizer = states(
         share.weights,
@@ -80,7 +85,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float) -> 
         optimizer_bytes=share.weight_bytes * share.moments,
     )
     gathered = 0.0
-    activations *= layout.under_way / layout.microbatches
+    activations *= layout.under_way(stage) / layout.microbatches
     if layout.zero == 3 and layout.data > 1:
         # the block at work and the next, which is fetched meanwhile, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
@@ -140,11 +145,16 @@ def traffic(
         found.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
     crossing = tokens * n_embd * share.compute_bytes  # hidden states of a batch
     if layout.tensor > 1:
-        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3); forward again where it reruns
-        times = passes * n_layer / layout.stages * (4 + 2 * again)
+        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it reruns;
+        # after the embedding, and of what the head says of them
+        times = passes * (n_layer / layout.stages * (4 + 2 * again) + 2)
+        what = "all-reduce of hidden states"
+        if layout.sequence:
+            # one gather and one scatter instead send as much (Korthikanti et al. 2022, 4.2.2), and at both ends a gather
+            what, times = "exchange of hidden states", times + passes
         ring = 2 * (layout.tensor - 1) / layout.tensor
         wide = layout.tensor > layout.per_node
-        found.append(Traffic("all-reduce of hidden states", times * ring * crossing, layout.tensor, wide, False))
+        found.append(Traffic(what, times * ring * crossing, layout.tensor, wide, False))
     if layout.stages > 1:
         wide = layout.devices > layout.per_node
         found.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))

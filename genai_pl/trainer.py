@@ -53,8 +53,9 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         "interrupt": cb.Interrupt(),
         "checkpoints": checkpoints,
     }
-    # text is written by one process, which must hold the whole model
-    if samples and settings.samples.every_n_steps and not isinstance(strategy, ShardedStrategy):
+    # text is written by one process, which must hold the whole model for a while
+    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
+    if samples and settings.samples.every_n_steps and gathers:
         sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
         prompts = list(settings.samples.prompts or ())
         callbacks["samples"] = cb.Samples(

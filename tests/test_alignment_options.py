@@ -252,7 +252,7 @@ def test_evaluate_compares_log_probabilities_of_a_language_model(base: str, comm
 
 
 def test_wilsons_interval_is_the_published_one() -> None:
-    from genai_pl.evaluation.preferences import wilson
+    from genai_pl.evaluation.metrics import wilson
 
     # Newcombe 1998, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29
     for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),

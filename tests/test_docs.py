@@ -32,6 +32,7 @@ def commands() -> list[tuple[str, str, str]]:
 def overrides(arguments: str) -> list[str]:
     """The words of a command line, quotes and brackets kept together."""
     words = re.findall(r"(?:\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^\s\"'\[])+", arguments)
+    words = [word[1:-1] if word[0] == word[-1] and word[0] in "'\"" else word for word in words]
     return [word.replace('"', "").replace("'", "") if "," not in word else word for word in words]
 
 
@@ -40,6 +41,8 @@ def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, n
     given = [word for word in overrides(arguments) if "=" in word and not word.startswith("-")]
     if any(word.startswith(("hydra/launcher", "hydra/sweeper")) for word in given):
         pytest.skip("its plugin is an extra")
+    if "--config-dir" in arguments and page == "extending.md":
+        pytest.skip("tests/test_extending.py runs it")
     if "--config-dir" in arguments:  # where the reader's own options are
         given = [word for word in given if not word.startswith("experiment=")]
     sweep = "-m" in arguments.split()
@@ -49,6 +52,27 @@ def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, n
     values = [quoted(w) for w in values if not w.startswith("hydra.")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose(NAMES[name], overrides=values)
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name within a page: its headings, as GitHub and mkdocs spell them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", prose(page)):
+        if target.startswith("http"):
+            continue
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
 
 
 def test_the_tables_of_options_are_current() -> None:

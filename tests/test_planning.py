@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genai_pl.counting import activation_bytes, moments, part_of, training_flops, weightless
+from genai_pl.counting import activation_bytes, moments, part_of, stage_sizes, training_flops, weightless
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
 from genai_pl.models.saved import saved_bytes
 from genai_pl.optim import muon
@@ -55,13 +55,18 @@ def test_data_parallelism_sends_twice_the_gradients_and_fsdp_three_times_the_wei
 
 
 def test_tensor_parallelism_sums_hidden_states_four_times_a_layer():
-    # Shoeybi et al. 2019, section 3: two all-reduces forward and two backward, of (B, T, C), each 2 (n - 1) / n on a ring
+    # Shoeybi et al. 2019, section 3: two all-reduces forward and two backward, of (B, T, C), each 2 (n - 1) / n on a ring;
+    # and one each for embedding and head
     share = Share(weights=1, trained=1, largest=1, compute_bytes=2)
     sizes = {"tokens": 2048, "n_layer": 24, "n_embd": 1024, "passes": 3}
     (sent,) = traffic(share, Layout(tensor=8), **sizes, again=0.0)
-    assert sent.n_bytes == 3 * 24 * 4 * (2 * 7 / 8) * 2048 * 1024 * 2
+    crossing = (2 * 7 / 8) * 2048 * 1024 * 2
+    assert sent.n_bytes == 3 * (24 * 4 + 2) * crossing
     (again,) = traffic(share, Layout(tensor=8), **sizes, again=1.0)
-    assert again.n_bytes == pytest.approx(1.5 * sent.n_bytes)
+    assert again.n_bytes == 3 * (24 * 6 + 2) * crossing
+    # Korthikanti et al. 2022, 4.2.2: a gather and a scatter send what an all-reduce does; here one more of each around all
+    (pieces,) = traffic(share, Layout(tensor=8, sequence=True), **sizes, again=0.0)
+    assert pieces.n_bytes == sent.n_bytes + 3 * crossing
 
 
 def test_a_step_waits_for_what_is_slowest():
@@ -140,6 +145,38 @@ def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too
     assert alive(1) + products < count(1, "selective") < everything
 
 
+def test_pieces_of_sequences_leave_less_to_each_device():
+    # Korthikanti et al. 2022, 4.2: s b h (8 + 24 / t) bytes a layer in 16 bits without dropout, of whose 8 the inputs of
+    # two norms take 4, which pieces divide, and those of attention and MLP 4, which are kept whole here
+    B, T, C, H, n = 2, 32, 64, 4, 2
+    for pieces, expected in ((1, 8 + 24 / n), (n, 4 + (4 + 24) / n)):
+        sizes = []
+        for n_layer in (1, 2):
+            config = part_of(ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n))
+            with weightless(torch.bfloat16):
+                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, pieces=pieces))
+        statistics = B * T * 4 * (H / n + 2 * 2 / pieces)
+        assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
+
+
+def test_a_stage_holds_its_blocks_and_what_lies_at_its_end():
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**{**GPT, "n_layer": 4}))
+    block = n_parameters(model.blocks[0])
+    embed, position, norm = model.embed.weight.numel(), model.position.weight.numel(), n_parameters(model.norm)
+    (first, learns), middle, last = stage_sizes(model, 4)[0], stage_sizes(model, 4)[1][0], stage_sizes(model, 4)[3][0]
+    assert first == learns == block + embed + position
+    assert (middle, last) == (block, block + embed + norm)  # whose head is the embedding
+
+
+def test_early_stages_of_1f1b_hold_more_microbatches():
+    # Narayanan et al. 2019, section 3.2: as many as there are stages from one on; GPipe: all
+    assert [Layout(stages=4, microbatches=8).under_way(stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [Layout(stages=4, microbatches=8, gpipe=True).under_way(stage) for stage in range(4)] == [8] * 4
+    share = Share(weights=0, trained=0, largest=0)
+    assert memory(share, Layout(stages=4, microbatches=8), activations=80, loss=5, stage=2).total == 20 + 5
+
+
 def test_states_are_counted_by_what_the_optimizer_makes():
     model = Decoder(ModelConfig(**GPT))
     options = {"adam_lr": None, "momentum": 0.9, "nesterov": True, "adjust_lr": "match_rms_adamw"}
@@ -150,13 +187,13 @@ def test_states_are_counted_by_what_the_optimizer_makes():
     assert moments("muon", model) * n_parameters(model) == pytest.approx(held)
 
 
-def test_a_device_of_a_tensor_parallel_group_holds_its_heads_and_channels():
+def test_a_device_of_a_tensor_parallel_group_holds_its_heads_channels_and_words():
     config = ModelConfig(**LLAMA)
     part = part_of(config, Layout(tensor=2))
     with torch.device("meta"):
         whole, half = Decoder(config), Decoder(part)
-    blocks = sum(p.numel() for p in whole.blocks.parameters() if p.ndim > 1)
-    assert n_parameters(half) == n_parameters(whole) - blocks // 2
+    matrices = sum(p.numel() for p in whole.parameters() if p.ndim > 1)
+    assert n_parameters(half) == n_parameters(whole) - matrices // 2
 
 
 def test_the_loss_holds_a_chunk_twice_and_the_gradients_of_head_and_hidden_states():
@@ -169,13 +206,14 @@ PLANS = {
     "fsdp": ("strategy=fsdp", "all-gather of weights", "reduce-scatter of gradients", "across nodes"),
     "ddp": ("strategy=ddp", "all-reduce of gradients", "DOES NOT FIT"),
     "tensor_parallel": ("strategy=tensor_parallel", "all-reduce of hidden states", "among 32"),
+    "pipeline": ("strategy=pipeline", "send of hidden states", "among 32"),
 }
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_dry_run_plans_a_model_that_no_process_here_could_hold(plan: str, command):
     strategy, *said = PLANS[plan]
-    devices = "trainer.devices=32" if plan == "tensor_parallel" else "trainer.devices=64"
+    devices = "trainer.devices=64" if plan in ("fsdp", "ddp") else "trainer.devices=32"
     result = command("train", "dry_run=true", strategy, devices, "model=llama_7b", "tokenizer=byte", "plan=a100")
     assert result.status == 0, result.err
     for words in (*said, "bottleneck: ", "tokens per second", "500 steps in", "total", "74.51 GiB of a100"):

@@ -334,5 +334,5 @@ def test_copied_settings_are_edited_trained_and_shown_from_anywhere(
     assert read_png((tmp_path / "run" / "shown" / "digits.png").read_bytes()).ndim == 2
     assert (ROOT / "conf" / "experiment" / "digits.yaml").read_text().count("n_embd: 128") == 1
     (tmp_path / "data" / "digits" / "val.jsonl").unlink()
-    with pytest.raises(DataError, match="are not there; python recipes.py digits makes them"):
+    with pytest.raises(DataError, match=r"are not there; python recipes\.py digits makes them"):
         answer(["show", str(tmp_path / "run")])

@@ -32,11 +32,14 @@ class Samples(L.Callback):
         step, before = trainer.global_step, self._last
         due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
         self._last = step
-        if due and step != before and trainer.is_global_zero:
-            if isinstance(module, RLModule):
-                self._judged(trainer, module.examples, "training", step)
-            else:
-                self._continued(trainer, module, step)
+        if not due or step == before:
+            return
+        if not isinstance(module, RLModule):
+            with module.whole_model(), trainer.precision_plugin.forward_context():
+                if trainer.is_global_zero:
+                    self._continued(trainer, module, step)
+        elif trainer.is_global_zero:
+            self._judged(trainer, module.examples, "training", step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if isinstance(module, RLModule) and trainer.is_global_zero:

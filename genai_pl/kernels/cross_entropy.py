@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from genai_pl.kernels.projection import Projection, chunks, exp_, matmul_dtype
+from genai_pl.kernels.vocabulary import VocabularyPart, own_words
 
 
 class _Options(NamedTuple):
@@ -19,6 +20,7 @@ class _Options(NamedTuple):
     ignore_index: int
     chunk_tokens: int | None
     with_gradients: bool
+    part: VocabularyPart | None
 
 
 @torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
@@ -37,11 +39,13 @@ def linear_cross_entropy(
     """Sum over labelled tokens of the cross entropy of hidden @ weight.T (+ bias), plus z_loss * logsumexp**2.
 
     hidden is (..., C), weight (V, C), labels (...); the sum is float32 at least. Gradients exist once the loss does,
-    so backward runs once, and not a second time over the same graph.
+    so backward runs once, and not a second time over the same graph. Processes that hold the words of a weight in
+    pieces (a DTensor) and have the same hidden and labels call it together; each gets the whole sum.
     """
     # inside the Function grad mode is always off, and inputs look as if they needed gradients under no_grad too
     with_gradients = torch.is_grad_enabled()
-    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients)
+    weight, bias, part = own_words(weight, bias)
+    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, part)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1), options)
 
@@ -51,13 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
     ) -> Tensor:
-        projection = Projection(hidden, weight, bias, softcap=options.softcap, matmul_dtype=matmul_dtype(hidden))
+        part, given = options.part, {"softcap": options.softcap, "matmul_dtype": matmul_dtype(hidden)}
+        projection = Projection(hidden, weight, bias, may_fuse=part is None, **given)
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=projection.dtype)
         for rows in chunks(
             labels,
-            vocab_size=weight.shape[0],
+            vocab_size=weight.shape[0] if part is None else part.room,
             ignore_index=options.ignore_index,
             chunk_tokens=options.chunk_tokens,
         ):
@@ -65,6 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += _loss_(projection, logits, labels[rows], options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
+        if part is not None and projection.d_hidden is not None:
+            part.sum_(projection.d_hidden)
         ctx.gradients = projection.gradients()
         return total
 
@@ -81,6 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
     """The summed loss of a chunk; its logits (n, V) become their own gradient if the projection tracks any."""
     smoothing, z_loss = options.label_smoothing, options.z_loss
+    if options.part is not None:
+        return options.part.cross_entropy_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
     if not projection.fused:
         return _eager_loss_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
     return projection.cross_entropy_(

@@ -28,13 +28,20 @@ class Projection:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, softcap: float | None, matmul_dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        softcap: float | None,
+        matmul_dtype: torch.dtype,
+        may_fuse: bool = True,
     ) -> None:
         self.dtype = torch.promote_types(matmul_dtype, torch.float32)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.matmul_weight = weight.to(matmul_dtype)
         self.softcap = softcap
-        self.fused = fuses(hidden.device, matmul_dtype)
+        self.fused = may_fuse and fuses(hidden.device, matmul_dtype)
         self.buffer = hidden.new_empty(0, weight.shape[0], dtype=matmul_dtype if self.fused else self.dtype)
         self.slope: Tensor | None = None
         self.d_hidden: Tensor | None = None

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
+from genai_pl.modules.reference import Reference
 from genai_pl.names import Head
 from genai_pl.optim import StepInBackward
 from genai_pl.optim.sharding import local
@@ -39,6 +41,7 @@ class BaseModule(L.LightningModule, ABC):
     sparse = False  # whether most tokens are not predicted
     needs_reward = False  # whether completions are judged in training
     head: Head | None = None  # what it trains instead of the language-model head
+    reference: Reference | None = None  # what the model is measured against
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class BaseModule(L.LightningModule, ABC):
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
+        # around what runs the model as often as it likes, in this process alone; a strategy may have to gather weights
+        self.whole_model: Callable[[], AbstractContextManager[None]] = nullcontext
         self.steps_in_backward = False  # whether weights move during the backward pass
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
@@ -66,6 +71,15 @@ class BaseModule(L.LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch."""
+
+    def models(self) -> list[nn.Module]:
+        """The model, and those beside it that a strategy may cut in pieces."""
+        beside = None if self.reference is None else self.reference.copy
+        return [self.model] if beside is None else [self.model, beside]
+
+    def on_fit_start(self) -> None:
+        if self.reference is not None:
+            self.reference.to(self.device)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer is given."""

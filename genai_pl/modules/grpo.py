@@ -6,7 +6,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import Experience, RLModule
+from genai_pl.modules.rl import Experience, Means, RLModule
 from genai_pl.modules.rollout import Rollout
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
@@ -36,7 +36,7 @@ class GRPOModule(RLModule):
         self.beta, self.clip = beta, {"clip_range": clip_range, "clip_range_high": clip_range_high}
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
 
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         hidden = self.features(rollout)
         old, reference = self.logprobs(rollout, hidden=hidden)
         if self.advantage == "rloo":
@@ -46,7 +46,7 @@ class GRPOModule(RLModule):
         mask = rollout.mask
         kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, hidden)
-        means["objective/rlhf_reward"] = (scores - self.beta * kl).mean()
+        means["objective/rlhf_reward"] = (scores - self.beta * kl).sum(), len(scores)
         experience = {"mask": mask, "old": old, "reference": reference, "advantages": advantages, "kl": kl}
         return {**rollout.batch, **experience}, means
 

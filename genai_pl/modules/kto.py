@@ -37,9 +37,6 @@ class KTOModule(BaseModule):
         self.weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         self.reference = Reference(model)
 
-    def on_fit_start(self) -> None:
-        self.reference.to(self.device)
-
     def step(self, batch: Batch) -> Metrics:
         liked = batch["desirable"]
         B = len(liked)

@@ -7,7 +7,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder
 from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import Experience, RLModule
+from genai_pl.modules.rl import Experience, Means, RLModule
 from genai_pl.modules.rollout import Rollout
 from genai_pl.names import Head
 from genai_pl.objectives.ppo import (
@@ -51,6 +51,9 @@ class PPOModule(RLModule):
         self.critic_name, self.critic = critic, None
         self._make_head(self.model.config.n_embd)
 
+    def models(self) -> list[nn.Module]:
+        return [*super().models(), *([] if self.critic is None else [self.critic])]
+
     def trained(self):
         yield from super().trained()
         yield from self.value_head.named_parameters(prefix="value_head")
@@ -81,7 +84,7 @@ class PPOModule(RLModule):
             hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
         return self.value_head(hidden).squeeze(-1).float()
 
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         mask, hidden = rollout.mask, self.features(rollout)
         with torch.no_grad():
             values = torch.where(mask, self._values(rollout.batch, hidden), 0)
@@ -92,8 +95,8 @@ class PPOModule(RLModule):
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
         kl = kl.sum(1)
         means = self.describe(rollout, scores, kl, hidden)
-        means |= {"objective/rlhf_reward": rewards.sum(1).mean(), "objective/kl_coef": self.kl_coef.clone()}
-        self._adapt(means["objective/kl"], len(scores))
+        means |= {"objective/rlhf_reward": (rewards.sum(), len(scores)), "objective/kl_coef": (self.kl_coef.clone(), 1)}
+        self._adapt(kl.mean(), len(scores))
         experience = {
             "old": old,
             "values": values,

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from genai_pl.files import write_atomic
+from genai_pl.optim.sharding import gathered
 from genai_pl.peft import base_tensors
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module, *more: str) -> str:
     """A name for a model without its adapters, by its configuration and weights, and for what else matters."""
     digest = hashlib.sha256("\n".join([repr(sorted(model.config.to_dict().items())), *more]).encode())
     for name, _, _, tensor in base_tensors(model):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = gathered(tensor)
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
         digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

@@ -52,10 +52,9 @@ class PreferenceModule(BaseModule):
         self.precompute_reference, self.reference_cache = precompute_reference, reference_cache
 
     def on_fit_start(self) -> None:
-        if self.reference is not None:
-            self.reference.to(self.device)
-            if self.precompute_reference:
-                self._precompute()
+        super().on_fit_start()
+        if self.reference is not None and self.precompute_reference:
+            self._precompute()
 
     def _precompute(self) -> None:
         """Ask the reference about every pair now, and let go of it."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from genai_pl.generation.decode import evaluating
+from genai_pl.optim.sharding import to_device
 from genai_pl.peft.adapters import adapters_disabled, adapters_of
 
 
@@ -20,7 +21,7 @@ class Reference:
     def to(self, device: torch.device) -> None:
         """Move the copy, if there is one."""
         if self.copy is not None:
-            self.copy.to(device)
+            to_device(self.copy, device)
 
     @contextmanager
     def of(self, policy: nn.Module) -> Iterator[nn.Module]:

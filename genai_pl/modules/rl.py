@@ -17,6 +17,7 @@ from genai_pl.objectives.prompts import PromptCollator
 from genai_pl.specs import GenerationConfig
 
 Experience = dict[str, Tensor]  # what minibatches are cut from, (N, ...) each
+Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
 SHOWN = 4  # completions of a rollout that people may read
 
 
@@ -72,15 +73,12 @@ class RLModule(BaseModule):
         self.decode: object  # tokens to text, likewise
 
     @abstractmethod
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Metrics]:
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
 
     @abstractmethod
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
         """The loss of a minibatch as a sum, by what it is divided over all ranks, and sums over its tokens."""
-
-    def on_fit_start(self) -> None:
-        self.reference.to(self.device)
 
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
@@ -107,10 +105,11 @@ class RLModule(BaseModule):
             sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         self._log_later(means, sums)
 
-    def _log_later(self, means: Metrics, sums: Metrics) -> None:
+    def _log_later(self, means: Means, sums: Metrics) -> None:
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
-        self.means = {**means, **{name: value / tokens for name, value in sums.items()}, "loss": loss / updates}
-        self.means["policy/updates"] = updates
+        self.means = {**means, **{name: (value, tokens) for name, value in sums.items()}}
+        self.means["loss"] = loss, updates / self.trainer.world_size  # each rank has a part of the sum
+        self.means["policy/updates"] = updates, 1
 
     def _too_far(self, kl: Tensor, mask: Tensor) -> bool:
         """Whether the policy has moved so far from the one that wrote that the rollout teaches it no more."""
@@ -120,11 +119,10 @@ class RLModule(BaseModule):
 
     def step_metrics(self) -> dict[str, float]:
         """Means over the last rollout, over all ranks."""
-        n = self.trainer.world_size
-        means = {
-            name: self._over_ranks(torch.as_tensor(value, device=self.device)) / n for name, value in self.means.items()
-        }
-        return {k if "/" in k else f"train/{k}": float(v) for k, v in means.items()}
+        parts = [[float(part) for part in mean] for mean in self.means.values()]
+        sums, counts = self._over_ranks(torch.tensor(parts, dtype=torch.float64, device=self.device)).unbind(1)
+        means = dict(zip(self.means, (sums / counts.clamp(min=1)).tolist(), strict=True))
+        return {k if "/" in k else f"train/{k}": v for k, v in means.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
@@ -147,7 +145,8 @@ class RLModule(BaseModule):
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
         ends = {"end": self.vocabulary.end, "pad": self.vocabulary.pad}
-        rollout = write(self.model, prompts, self.sampling, generator=generator, **ends)
+        with self.whole_model():
+            rollout = write(self.model, prompts, self.sampling, generator=generator, **ends)
         asked, said = ([self.decode(row) for row in rows] for rows in (prompts, rollout.completions))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name not in ("prompt", "completions")}
         given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
@@ -173,14 +172,15 @@ class RLModule(BaseModule):
         return token_entropy(model.to_head(hidden), head.weight, labels, **options).sum()
 
     @torch.no_grad()
-    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, hidden: Tensor) -> Metrics:
+    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, hidden: Tensor) -> Means:
         """Means over a rollout: kl is (N,), hidden (N, T, C) are the policy's features."""
+        n, tokens = len(scores), rollout.mask.sum()
         return {
-            "objective/scores": scores.mean(),
-            "objective/kl": kl.mean(),
-            "objective/entropy": self.entropy(hidden, rollout.batch["labels"]) / rollout.mask.sum().clamp(min=1),
-            "objective/response_length": rollout.mask.sum(1).float().mean(),
-            "objective/ended": rollout.ended.float().mean(),
+            "objective/scores": (scores.sum(), n),
+            "objective/kl": (kl.sum(), n),
+            "objective/entropy": (self.entropy(hidden, rollout.batch["labels"]), tokens),
+            "objective/response_length": (tokens, n),
+            "objective/ended": (rollout.ended.sum(), n),
         }
 
     def logprobs(self, rollout: Rollout, *, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:

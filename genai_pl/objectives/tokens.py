@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genai_pl.kernels import linear_cross_entropy
 from genai_pl.kernels.projection import chunks, matmul_dtype
+from genai_pl.kernels.vocabulary import own_words
 
 IGNORED = -100
 
@@ -41,11 +42,13 @@ def masked_accuracy(hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tenso
     """How many labelled tokens have the highest logit of their position; a softcap does not change which is highest."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (N, C), (N,)
     dtype = matmul_dtype(hidden)
-    head = head.to(dtype)
+    head, bias, part = own_words(head.to(dtype), bias)
+    vocab_size = head.shape[0] if part is None else part.room
     correct = labels.new_zeros(())
-    for rows in chunks(labels, vocab_size=head.shape[0], ignore_index=IGNORED, chunk_tokens=None):
+    for rows in chunks(labels, vocab_size=vocab_size, ignore_index=IGNORED, chunk_tokens=None):
         logits = hidden[rows].to(dtype) @ head.t()  # (n, V)
         if bias is not None:
             logits = logits + bias
-        correct += (logits.argmax(-1) == labels[rows]).sum()
+        best = logits.argmax(-1) if part is None else part.argmax(logits)
+        correct += (best == labels[rows]).sum()
     return correct

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +41,13 @@ def piece(full: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         part, mesh, like.placements, run_check=False, shape=full.shape, stride=full.contiguous().stride()
     )
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move what is not in pieces, in place: pieces lie where they are stepped."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
 
 
 def share_out(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:

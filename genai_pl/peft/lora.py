@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.optim.sharding import local
 from genai_pl.peft.adapters import Adapter
 from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
 from genai_pl.peft.quantize import quantize as quantize_blocks
@@ -93,7 +94,8 @@ class LoRALinear(WeightAdapter):
 
     def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float) -> Tensor:
         """factor (B A dropped - B0 A0 x), multiplied where it is thinnest."""
-        change = F.linear(F.linear(self._cast(dropped), self.lora_A) * factor, self.lora_B)
+        # a process of several holds some rows or columns
+        change = F.linear(F.linear(self._cast(dropped), local(self.lora_A)) * factor, local(self.lora_B))
         if self.start_A is None:
             return change
         return change - F.linear(F.linear(self._cast(x), self.start_A) * factor, self.start_B)

@@ -1,4 +1,7 @@
-"""A model that lay in pieces on many processes, whole again on one."""
+"""A model in pieces on many processes: whole for a while on each, or at last on one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import nn
@@ -26,3 +29,23 @@ def gather(model: nn.Module) -> None:
                 found[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
             if dist.get_rank() == 0:
                 setattr(module, name, found[parameter])
+
+
+@contextmanager
+def unsharded(model: nn.Module, *, reshard: bool) -> Iterator[None]:
+    """The weights whole on every process inside, so that forward passes send nothing: each may run as many as it likes.
+
+    All processes must enter it, between two steps. `reshard` says whether a block lets go of its weights otherwise.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        if part is not model:
+            part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            if part is not model:
+                part.set_reshard_after_forward(reshard, recurse=False)
+        model.reset_iter_state()  # back to pieces; and what backward passes expect forgets these forward passes

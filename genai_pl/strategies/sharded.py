@@ -1,29 +1,29 @@
 """FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from genai_pl.errors import ConfigError
 from genai_pl.models.checkpoint import read_contents
 from genai_pl.modules.tokens import TokenModule
-from genai_pl.optim.sharding import local, piece, whole
+from genai_pl.optim.sharding import local, piece, to_device, whole
 from genai_pl.peft.quantize import QuantizedLinear
-from genai_pl.strategies.pieces import gather
+from genai_pl.strategies.peers import average, sum_gradients
+from genai_pl.strategies.pieces import gather, unsharded
 from genai_pl.strategies.states import places, restore_state, saved_state
-from genai_pl.strategies.tensor_parallel import check_heads, split_heads
+from genai_pl.strategies.tensor_parallel import check_split, split_model
 
 # what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
 FORWARDS = {"features", "permuted_features"}
@@ -48,6 +48,7 @@ class ShardedStrategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         sharded_checkpoints: bool = False,
         async_checkpoints: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         if async_checkpoints and not sharded_checkpoints:
             raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
@@ -56,7 +57,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self._given, self.replicate_size = (data_parallel_size, tensor_parallel_size), replicate_size
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
+        self.sequence_parallel = sequence_parallel
         self._is_split, self._saver = False, None
+        # whole in a tensor-parallel group, each process of which knows a part of their gradient
+        self._shared: list[nn.Parameter] = []
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -66,6 +70,11 @@ class ShardedStrategy(ModelParallelStrategy):
         if tensor is None:
             tensor = n_processes // (data or 1)
         return data or n_processes // tensor, tensor
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a process can hold the whole model for a while, and write text."""
+        return self._given[1] == 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -91,17 +100,14 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError(
                 f"strategy.replicate_size ({self.replicate_size}) must divide strategy.data_parallel_size ({data})"
             )
-        if not module.automatic_optimization:
-            # their processes write texts of different lengths: one would wait for pieces that no other sends
-            raise ConfigError(
-                "an objective that writes while it trains needs the whole model per process: strategy=ddp"
-            )
         if tensor > 1 and not isinstance(module, TokenModule):
             raise ConfigError(
                 f"strategy.tensor_parallel_size ({tensor}) is for objectives that predict tokens; use strategy=fsdp here"
             )
         if tensor > 1:
-            check_heads(module.model, tensor)
+            check_split(module.model, tensor, sequence_parallel=self.sequence_parallel)
+        elif self.sequence_parallel:
+            raise ConfigError("strategy.sequence_parallel needs strategy.tensor_parallel_size above 1")
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
@@ -134,15 +140,21 @@ class ShardedStrategy(ModelParallelStrategy):
         # it warns that a tensor cut twice is put together in two steps, as it must be
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        shared = []
         if tensor.size() > 1:
-            split_heads(module.model, tensor)
-        everywhere = [parameter for name, parameter in module.named_parameters() if not name.startswith("model.")]
+            shared = split_model(module.model, tensor, sequence_parallel=self.sequence_parallel)
+        models = module.models()
+        divided = {parameter for model in models for parameter in model.parameters()}
+        everywhere = [parameter for parameter in module.parameters() if parameter not in divided]
         if data.size() > 1 or tensor.size() == 1:
             mesh = self.device_mesh["replicate", "shard"] if self.replicate_size > 1 else data
-            everywhere += self._shard(module.model, mesh)
+            everywhere += [parameter for model in models for parameter in self._shard(model, mesh)]
+        if tensor.size() == 1:
+            module.whole_model = partial(unsharded, module.model, reshard=self.reshard_after_forward)
         for parameter in everywhere:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: _average(local(p.grad), data))
+                parameter.register_post_accumulate_grad_hook(lambda p: average(local(p.grad), data.get_group()))
+        self._shared = [getattr(part, name) for part, name in shared]  # which may lie in pieces by now
 
     def _shard(self, model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
         """Cut the model, in place; returns the parameters that stay whole on every process."""
@@ -165,13 +177,22 @@ class ShardedStrategy(ModelParallelStrategy):
             register_fsdp_forward_method(model, name)
         return ignored
 
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **given: object
+    ) -> object:
+        def complete() -> object:
+            loss = closure()
+            if self._shared:
+                sum_gradients(self._shared, self.device_mesh["tensor_parallel"].get_group())
+            return loss
+
+        return super().optimizer_step(optimizer, complete, model, **given)
+
     def model_to_device(self) -> None:
-        if not self.cpu_offload:
+        if self.cpu_offload:
+            to_device(self.model, self.root_device)
+        else:
             super().model_to_device()
-            return
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            if not isinstance(tensor, DTensor):  # pieces travel when they are needed
-                tensor.data = tensor.data.to(self.root_device)
 
     def gather(self) -> None:
         """Give the first process all parameters, in place and on the CPU; all processes must call it."""
@@ -220,9 +241,3 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             restore_state(optimizer, saved)
-
-
-def _average(gradient: Tensor, mesh: DeviceMesh) -> None:
-    """The mean over the processes that see different batches, in place."""
-    dist.all_reduce(gradient, group=mesh.get_group())
-    gradient /= mesh.size()

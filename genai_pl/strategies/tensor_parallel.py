@@ -1,28 +1,33 @@
-"""Attention heads and the channels of the MLP divided among processes (Shoeybi et al. 2019, 3)."""
+"""Attention heads, channels of the MLP and words of the vocabulary divided among processes (Shoeybi et al. 2019, 3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
+from genai_pl.kernels.vocabulary import own_words
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
+from genai_pl.models.stack import Stack
 from genai_pl.names import AttentionKind, Position
+from genai_pl.optim.sharding import local
+from genai_pl.peft.lora import LoRALinear
+from genai_pl.peft.prefix import Prefix
+from genai_pl.peft.targets import innermost
 from genai_pl.specs import ModelConfig
+from genai_pl.strategies.peers import Peers
+from genai_pl.strategies.sequence_parallel import Pieces
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
+Places = list[tuple[nn.Module, str]]  # of parameters
 
 
 @dataclass
@@ -53,30 +58,111 @@ class LocalHeads:
         return all_heads.redistribute(placements=[Shard(dim)]).to_local()
 
 
-def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide every block, in place; embeddings, norms and the head are the same on all processes."""
-    for block in dict.fromkeys(model.blocks):
-        parts = [block.attention, block.mlp] + ([] if block.cross is None else [block.cross])
-        for part in parts:
-            parallelize_module(part, mesh, _plan(part))
-            if isinstance(part, Attention):
-                part.attend = LocalHeads(part.attend, mesh)
+def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> Places:
+    """Divide every block, the embedding and the head, in place.
+
+    Returns the parameters that stay whole although a process sees only some of the heads or tokens that they work on: their
+    gradients must be added up.
+    """
+    peers, shared = Peers.of(mesh.get_group()), []
+    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+        pieces = Pieces(stack, peers) if sequence_parallel else None
+        enter, leave = (peers.copied, peers.summed) if pieces is None else (pieces.enter, pieces.leave)
+        for block in dict.fromkeys(stack.blocks):
+            shared += _split_block(block, mesh, peers, enter, leave)
+            shared += [] if pieces is None else _whole(block)
+        shared += [] if pieces is None else _whole(stack.norm)
+    _split_vocabulary(model, mesh, peers)
+    return list(dict.fromkeys(shared))
 
 
-def _plan(part: nn.Module) -> dict[str, ParallelStyle]:
-    plan: dict[str, ParallelStyle] = {}
-    for name, module in part.named_children():
-        if name in COLUMNS:
-            plan[name] = ColwiseParallel()
-        elif name in ROWS:
-            plan[name] = RowwiseParallel()
-        elif name in HEAD_NORMS and not isinstance(module, nn.Identity):
-            # over (B, T, H, D): its weight gets gradients of all heads
-            plan[name] = SequenceParallel(sequence_dim=2, use_local_output=True)
-    return plan
+def _split_block(
+    block: Block, mesh: DeviceMesh, peers: Peers, enter: Callable[[Tensor], Tensor], leave: Callable[[Tensor], Tensor]
+) -> Places:
+    """Divide the parts of a block; returns what stays whole and works on some heads."""
+
+    def entered(_: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
+        x, *others = given
+        if named.get("source") is not None:  # another text, which all processes have whole
+            named = {**named, "source": peers.copied(named["source"])}
+        return (enter(x), *others), named
+
+    shared: Places = []
+    for part in filter(None, (block.attention, block.cross, block.mlp)):
+        part.register_forward_pre_hook(entered, with_kwargs=True)
+        if isinstance(part, Attention):
+            part.attend = LocalHeads(part.attend, mesh)
+        for name, layer in part.named_children():
+            if name in COLUMNS:
+                shared += _split_columns(layer, mesh)
+            elif name in ROWS:
+                shared += _split_rows(layer, mesh, leave)
+            elif name in HEAD_NORMS:
+                shared += _whole(layer)
+    return shared
 
 
-def check_heads(model: nn.Module, size: int) -> None:
+def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> Places:
+    """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
+    base = innermost(layer)
+    _cut(base, mesh, {"weight": 0, "bias": 0})
+    base.forward = lambda x: F.linear(x, local(base.weight), None if base.bias is None else local(base.bias))
+    if layer is base:
+        return []
+    _cut(layer, mesh, {"lora_B": 0})
+    return [(layer, "lora_A")]
+
+
+def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> Places:
+    """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
+    base = innermost(layer)
+
+    def added(_: nn.Module, given: tuple, y: Tensor) -> Tensor:
+        y = leave(y)
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    _cut(base, mesh, {"weight": 1})
+    base.forward = lambda x: F.linear(x, local(base.weight))
+    layer.register_forward_hook(added)
+    if layer is base:
+        return []
+    _cut(layer, mesh, {"lora_A": 1})
+    return [(layer, "lora_B")]
+
+
+def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, peers: Peers) -> None:
+    """Divide the words of embedding and head; a tied head stays tied."""
+    _cut(model.embed, mesh, {"weight": 0})
+    model.embed.forward = partial(_look_up, model.embed, peers)
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    model.tie_weights()
+
+
+def _cut(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        if name in dims:
+            piece = distribute_tensor(parameter.detach(), mesh, [Shard(dims[name])])
+            setattr(layer, name, nn.Parameter(piece, requires_grad=parameter.requires_grad))
+
+
+def _whole(module: nn.Module) -> Places:
+    """The parameters of a module that are not cut."""
+    return [
+        (part, name)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if not isinstance(parameter, DTensor)
+    ]
+
+
+def _look_up(embed: nn.Embedding, peers: Peers, tokens: Tensor) -> Tensor:
+    """The rows of tokens (...), each of which one process holds, (..., C)."""
+    table, _, part = own_words(embed.weight, None)
+    own, places = part.find(tokens, table.shape[0])
+    return peers.summed(F.embedding(places, table).masked_fill(~own[..., None], 0))
+
+
+def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None:
     """ConfigError that names what cannot be divided among `size` processes."""
     config, option = model.config, f"strategy.tensor_parallel_size ({size})"
     if not isinstance(config, ModelConfig) or not all(isinstance(block, Block) for block in model.blocks):
@@ -84,10 +170,22 @@ def check_heads(model: nn.Module, size: int) -> None:
     for name in ("n_head", "n_kv_head", "intermediate_size"):
         if getattr(config, name) % size:
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {option}")
+    if -(-config.vocab_size // size) * (size - 1) >= config.vocab_size:
+        raise ConfigError(f"model.vocab_size ({config.vocab_size}) has no words for each of {option}")
     if config.position is Position.xl:
         raise ConfigError(f"model.position=xl cannot be divided by {option}; use strategy=fsdp")
     if config.attention_kind not in (AttentionKind.full, AttentionKind.window):
         raise ConfigError(f"model.attention_kind={config.attention_kind.value} cannot be divided by {option}")
+    if sequence_parallel and config.share_layers:
+        raise ConfigError("model.share_layers=true: strategy.sequence_parallel needs layers of their own")
     layers = [m for b in model.blocks for n, m in b.named_modules() if n.rpartition(".")[2] in COLUMNS + ROWS]
-    if not all(type(layer) is nn.Linear for layer in layers):
-        raise ConfigError(f"{option}: adapters of peft cannot be divided; use strategy=fsdp")
+    ends = type(model.embed) is nn.Embedding and type(model.lm_head) is nn.Linear
+    virtual = any(isinstance(module, Prefix) for module in model.modules())
+    if virtual or not ends or not all(type(layer) is nn.Linear or _is_plain_lora(layer) for layer in layers):
+        raise ConfigError(f"{option}: of adapters only peft=lora on blocks, without DoRA and PiSSA; use strategy=fsdp")
+
+
+def _is_plain_lora(layer: nn.Module) -> bool:
+    if not isinstance(layer, LoRALinear) or type(layer.base) is not nn.Linear:
+        return False
+    return layer.magnitude is None and layer.start_A is None

@@ -6,8 +6,10 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
@@ -29,6 +31,7 @@ SMALL = (
     "logger=csv",
 )
 HALF, WHOLE = "data.batch_size=2", "data.batch_size=4"  # rows per process that sees batches of its own, or all
+MODEL = "model/model.safetensors"  # what a run exports
 SAME = ("train/loss", "train/grad_norm", "val/loss", "val/accuracy")
 
 
@@ -62,15 +65,48 @@ def table(run: Path) -> dict[int, dict[str, str]]:
         return {int(row["step"]): row for row in csv.DictReader(file)}
 
 
-def assert_same(run: Path, reference: Path, names: tuple[str, ...] = SAME) -> None:
-    """Losses, norms of gradients and exported weights agree to 1e-5."""
+def assert_same(
+    run: Path, reference: Path, names: tuple[str, ...] = SAME, *, exported: str = MODEL, rounding: float = 0.0
+) -> None:
+    """Losses, norms of gradients and exported weights agree to 1e-5; `rounding` is what may lie between numbers near 0."""
     expected, found = table(reference), table(run)
     assert found.keys() == expected.keys()
     for step, row in expected.items():
         for name in names:
             a, b = float(found[step][name] or 0), float(row[name] or 0)
-            assert abs(a - b) <= 1e-5 * abs(b), (step, name, a, b)
-    weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (run, reference))
+            assert abs(a - b) <= 1e-5 * abs(b) + rounding, (step, name, a, b)
+    weights, others = (load_file(folder / exported) for folder in (run, reference))
     assert weights.keys() == others.keys()
     for name, value in others.items():
         assert (weights[name] - value).abs().max() <= 1e-5, name
+
+
+def assert_equal_to_the_last_bit(
+    run: Path,
+    expected: Path,
+    exported: str = MODEL,
+    names: tuple[str, ...] = ("train/loss", "train/grad_norm", "val/loss"),
+) -> None:
+    """Metrics and exported weights are the same numbers."""
+    found, right = table(run), table(expected)
+    assert found.keys() == right.keys()
+    for step, row in right.items():
+        for name in names:
+            assert found[step][name] == row[name], (step, name)
+    weights, others = (load_file(path / exported) for path in (run, expected))
+    for name, value in others.items():
+        assert torch.equal(weights[name], value), name
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Return when the run has logged the step."""
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.csv").exists() or max(table(run), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes(first: subprocess.Popen) -> list[int]:
+    """The ids of a run's processes, by rank."""
+    return [first.pid, *map(int, subprocess.check_output(["pgrep", "-P", str(first.pid)]).split())]

@@ -10,6 +10,8 @@ OBJECTIVES = {
     # tied embeddings, norms of single heads, rows of many documents, four batches to a step, a gradient far too long
     "clm": ("trainer.accumulate_grad_batches=4", "trainer.gradient_clip_val=0.05"),
     "mlm": ("model=encoder_nano", "objective=mlm"),
+    # a head of its own
+    "llama": ("model=llama", "model.n_head=4", "model.n_kv_head=2", "model.intermediate_size=64"),
     "relative": ("model=t5_nano", "objective=span_corruption", "model.n_head=4"),
     "alibi": ("model.position=alibi", "model.qk_norm=false", "optimizer=muon", "optimizer.lr=1e-3"),
 }
@@ -17,27 +19,45 @@ STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
     "tensor_parallel": ("strategy=tensor_parallel", WHOLE),
+    "pieces of sequences": ("strategy=tensor_parallel", "strategy.sequence_parallel=true", WHOLE),
 }
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("objective", ["clm", pytest.param("mlm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "objective", ["clm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlm", "llama"))]
+)
 def test_two_processes_give_the_losses_and_weights_of_one(
     objective: str, strategy: str, folder: Path, reference
 ) -> None:
     expected, run = reference(objective), folder / f"{objective}-{strategy}"
-    options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir={run}")
+    options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir='{run}'")
     train(folder, *SMALL, *options)
     assert_same(run, expected)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tensor_parallel", "pieces of sequences"])
 @pytest.mark.parametrize("objective", ["relative", "alibi"])
-def test_heads_take_their_own_positions_along(objective: str, folder: Path, reference) -> None:
-    expected, run = reference(objective), folder / f"{objective}-tensor_parallel"
-    options = (*OBJECTIVES[objective], "strategy=tensor_parallel", "trainer.devices=2", WHOLE, f"hydra.run.dir={run}")
+def test_heads_take_their_own_positions_along(objective: str, strategy: str, folder: Path, reference) -> None:
+    expected, run = reference(objective), folder / f"{objective}-{strategy}"
+    options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir='{run}'")
     train(folder, *SMALL, *options)
     assert_same(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["two_to_one", "one_to_two"])
+@pytest.mark.parametrize("saved", [(), ("strategy.sharded_checkpoints=true",)], ids=["file", "pieces"])
+def test_a_divided_run_goes_on_with_another_number_of_processes(
+    saved: tuple[str, ...], direction: str, folder: Path, reference
+) -> None:
+    one, two = ("strategy=auto", "trainer.devices=1"), (*STRATEGIES["pieces of sequences"], "trainer.devices=2")
+    before, after = ((*two, *saved), one) if direction == "two_to_one" else (one, (*two, *saved))
+    run = folder / f"{direction}{len(saved)}"
+    train(folder, *SMALL, *OBJECTIVES["clm"], WHOLE, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
+    train(folder, f"resume={run.name}", *after, "trainer.max_steps=4")
+    assert_same(run, reference("clm"), names=("train/loss", "train/grad_norm"))
 
 
 def test_muon_steps_whole_matrices_that_lie_in_pieces(folder: Path, reference) -> None:
@@ -48,6 +68,13 @@ def test_muon_steps_whole_matrices_that_lie_in_pieces(folder: Path, reference) -
 
 FOUR = {
     "heads divided, and shards of them": ("strategy=tensor_parallel", "strategy.data_parallel_size=2", HALF),
+    "pieces of sequences, and shards": (
+        "strategy=tensor_parallel",
+        "strategy.data_parallel_size=2",
+        "strategy.sequence_parallel=true",
+        "strategy.sharded_checkpoints=true",
+        HALF,
+    ),
     "two copies, each in two shards": ("trainer=fsdp", "strategy.replicate_size=2", "data.batch_size=1"),
 }
 

@@ -3,15 +3,21 @@
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.strategies.processes import HALF, SMALL, WHOLE, start, table, train
+from tests.strategies.processes import (
+    HALF,
+    SMALL,
+    WHOLE,
+    assert_equal_to_the_last_bit,
+    processes,
+    start,
+    table,
+    train,
+    wait_for_step,
+)
 
 RUN = (*SMALL, "trainer.max_steps=20", "model.dropout=0.1", "optimizer=adamw", "callbacks.checkpoint.every_n_steps=2")
 PIECES = "strategy.sharded_checkpoints=true"
@@ -21,6 +27,7 @@ STRATEGIES = {
     "accumulate": ("trainer=fsdp", "trainer.devices=2", HALF, "trainer.accumulate_grad_batches=3"),
     "lora": ("trainer=fsdp", "trainer.devices=2", HALF, "peft=lora"),
     "tensor_parallel": ("strategy=tensor_parallel", "trainer.devices=2", WHOLE),
+    "sequence": ("strategy=tensor_parallel", "strategy.sequence_parallel=true", "trainer.devices=2", WHOLE),
     "four": ("strategy=tensor_parallel", "strategy.data_parallel_size=2", "trainer.devices=4", HALF),
 }
 # the strategy, how its checkpoints are written, the process that is killed
@@ -34,6 +41,7 @@ SLOW = [
     ("four", (PIECES, "strategy.async_checkpoints=true"), 3),
     ("tensor_parallel", (PIECES,), 1),
     ("tensor_parallel", (), 0),
+    ("sequence", (PIECES,), 1),
 ]
 FAST = [("fsdp", (PIECES, "strategy.async_checkpoints=true"), 1)]
 
@@ -49,30 +57,6 @@ def undisturbed(folder: Path):
         return run
 
     return get
-
-
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while not (run / "metrics.csv").exists() or max(table(run), default=0) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def processes(first: subprocess.Popen) -> list[int]:
-    """The ids of a run's processes, by rank."""
-    return [first.pid, *map(int, subprocess.check_output(["pgrep", "-P", str(first.pid)]).split())]
-
-
-def assert_equal_to_the_last_bit(run: Path, expected: Path, exported: str) -> None:
-    found, right = table(run), table(expected)
-    assert found.keys() == right.keys()
-    for step, row in right.items():
-        for name in ("train/loss", "train/grad_norm", "val/loss"):
-            assert found[step][name] == row[name], (step, name)
-    weights, others = (load_file(path / exported) for path in (run, expected))
-    for name, value in others.items():
-        assert torch.equal(weights[name], value), name
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ MISTAKES = {
     "strategy=tensor_parallel trainer.devices=2 model.n_head=1": "model.n_head (1) must be divisible by",
     "strategy=tensor_parallel trainer.devices=2 strategy.tensor_parallel_size=3": "must be the number of processes",
     "strategy=tensor_parallel trainer.devices=2 model.attention_kind=performer": "attention_kind=performer",
+    "trainer=fsdp trainer.devices=2 strategy.sequence_parallel=true": "needs strategy.tensor_parallel_size above 1",
     "trainer=fsdp precision=fp16": "does not support",
     "trainer=fsdp trainer.devices=4 strategy.replicate_size=3": "replicate_size (3) must divide",
     "trainer=fsdp strategy.async_checkpoints=true": "needs strategy.sharded_checkpoints=true",
