@@ -7,13 +7,12 @@ process of its own; --peer-python is one that has trl 1.16 and peft. `--precompu
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
 
-from sides import measured
+from sides import figures, measured
 
 
 def parse() -> argparse.Namespace:
@@ -34,11 +33,6 @@ def pairs(args: argparse.Namespace) -> list[dict[str, str]]:
     """As many rows as the steps take."""
     with open(args.data, encoding="utf-8") as file:
         return [json.loads(line) for _, line in zip(range(args.batch * (args.steps + 1)), file, strict=False)]
-
-
-def figures(times: list[float], args: argparse.Namespace) -> dict[str, float]:
-    rate = args.batch * (len(times) - 1) / (times[-1] - times[0])
-    return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
@@ -80,7 +74,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
             max_steps=args.steps + 1, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         ).fit(module, data)  # fmt: skip
-    return figures(times, args)
+    return figures(times, args.batch)
 
 
 def trl(args: argparse.Namespace) -> dict[str, float]:
@@ -111,7 +105,7 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
             processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
         ).train()  # fmt: skip
-    return figures(times, args)
+    return figures(times, args.batch)
 
 
 def main() -> None:

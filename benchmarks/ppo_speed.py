@@ -9,14 +9,13 @@ process of its own; --peer-python is one that has trl 0.24, the last release wit
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from sides import measured
+from sides import figures, measured
 
 PASSES = 4
 
@@ -42,11 +41,6 @@ def prompts(args: argparse.Namespace) -> list[str]:
         return [
             json.loads(line)["prompt"] for _, line in zip(range(args.batch * (args.rollouts + 1)), file, strict=False)
         ]
-
-
-def figures(times: list[float], args: argparse.Namespace) -> dict[str, float]:
-    rate = args.batch * (len(times) - 1) / (times[-1] - times[0])
-    return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
@@ -101,7 +95,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
             max_steps=updates * (args.rollouts + 1), limit_val_batches=0, accelerator="cpu", logger=False,
             callbacks=[Ticks()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         ).fit(module, data)  # fmt: skip
-    return figures(times, args)
+    return figures(times, args.batch)
 
 
 def trl(args: argparse.Namespace) -> dict[str, float]:
@@ -139,7 +133,7 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
             value_model=AutoModelForSequenceClassification.from_pretrained(args.model, **scoring),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
         ).train()  # fmt: skip
-    return figures(times, args)
+    return figures(times, args.batch)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """One side of a comparison in a process of its own, so that neither finds the machine as the other has left it."""
 
 import json
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -15,3 +16,9 @@ def measured(*side: str, python: str = sys.executable, given: list[str] | None =
         said = (done.stderr.strip() or "no reason given").splitlines()[-1]
         sys.exit(f"error: {' '.join(side)} failed: {said} (pip install -e '.[dev,bench]' for the peers)")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def figures(times: list[float], n: int) -> dict[str, float]:
+    """n things from each of the times (in seconds) to the next, per second; and the peak memory of this process in GiB."""
+    rate = n * (len(times) - 1) / (times[-1] - times[0])
+    return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

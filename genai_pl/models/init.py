@@ -3,6 +3,7 @@
 | parameter                                | distribution                                                |
 |------------------------------------------|-------------------------------------------------------------|
 | embed, position, types, relative, lm_head| normal(0, init_std)                                         |
+| embed where scale_head                   | normal(0, 1) (T5: logits are its products / sqrt(n_embd))   |
 | XLNet's position and type parameters     | normal(0, init_std)                                         |
 | q_proj k_proj v_proj gate_proj up_proj   | normal(0, init_std)                                         |
 | o_proj down_proj (write to the residual) | normal(0, init_std / sqrt(2 n_layer)) (Radford et al. 2019) |
@@ -24,6 +25,8 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = name.endswith(("o_proj", "down_proj"))
             std = config.init_std / math.sqrt(2 * config.n_layer) if residual else config.init_std
+            if name == "embed" and config.scale_head:
+                std = 1.0
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, XLPositions):
             for parameter in module.parameters(recurse=False):

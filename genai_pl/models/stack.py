@@ -73,9 +73,7 @@ class Stack(nn.Module):
         self.transform, self.lm_head = nn.Identity(), None
         if head is Head.score and self.score is None:
             self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
-            nn.init.normal_(
-                self.score.weight, std=1 / math.sqrt(self.config.n_embd + 1)
-            )  # Stiennon et al. 2020, appendix B
+            nn.init.zeros_(self.score.weight)  # random scores are as large as the states, and must be unlearned first
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What `lm_head` multiplies, (..., C or embedding_size), of hidden states (..., C)."""

@@ -95,6 +95,7 @@ def test_embeddings_are_pooled_states_of_transformers(folder, theirs, command, p
 def test_a_reward_model_gives_its_score(small_model, byte_tokenizer, capfd):
     model = small_model()
     model.set_head(Head.score)
+    torch.nn.init.normal_(model.score.weight)
     print_scores(Loaded(model, byte_tokenizer, Path("somewhere")), ["good", "not so good"])
     found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     for line, text in zip(found, ("good", "not so good"), strict=True):

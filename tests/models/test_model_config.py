@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, build_model
@@ -111,6 +112,12 @@ def test_more_features_make_another_performer():
 def test_init_std_scales_the_initial_weights():
     small, large = build({**SIZES, "init_std": 0.02}), build({**SIZES, "init_std": 0.2})
     torch.testing.assert_close(large.embed.weight, 10 * small.embed.weight)
+
+
+def test_embeddings_of_t5_begin_as_in_transformers():
+    theirs = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_ff=32, num_layers=1, num_heads=4))
+    ours = build({**SIZES, "scale_head": True, "init_std": 0.02})
+    assert ours.embed.weight.std() == pytest.approx(theirs.shared.weight.std().item(), rel=0.05)
 
 
 def test_every_option_is_tested_here():
