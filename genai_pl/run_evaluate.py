@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -37,9 +36,6 @@ from genai_pl.files import write_atomic
 from genai_pl.loading import Loaded, load
 from genai_pl.names import Head
 from genai_pl.peft import adapters_of, merge
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def evaluate(config: DictConfig) -> int:
@@ -78,7 +74,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
-    rows = build_rows(options, kind, columns, loaded.tokenizer, model.config.max_seq_len)
+    rows = build_rows(options, kind, columns, loaded)
     products = DTYPES[config.precision.lightning][1]
     with (
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
@@ -163,11 +159,10 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
     return loaded
 
 
-def build_rows(
-    options: DictConfig, kind: Kind, columns: list[list], tokenizer: "PreTrainedTokenizerBase", max_seq_len: int
-) -> list[Row]:
+def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[Row]:
     """What the model reads and what of it is scored."""
-    seq_len, bos = options.seq_len or max_seq_len, options.bos
+    tokenizer, values = loaded.tokenizer, loaded.model.config
+    seq_len, bos = options.seq_len or values.max_seq_len, options.bos
     if kind is not Kind.text and options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
     with naming(options.path):
@@ -179,7 +174,8 @@ def build_rows(
             rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
         else:
             prompts, chosen, rejected = columns
-            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len)
+            judges = values.head is Head.score
+            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges)
     if not rows:
         raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
     return rows

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
+QUIET = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
 # what a tokenizer without a template is given: a role and what it says between two markers, as ChatML has them
 TEMPLATE = (
     "{% for message in messages %}"
@@ -44,7 +45,7 @@ def encode_conversations(
 ) -> list[Example]:
     """The same of each; nothing is to be learned of its first `given` messages."""
     rendered = [_with_spans(tokenizer, messages, n) for messages, n in zip(conversations, given, strict=True)]
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, **QUIET, return_offsets_mapping=True)
     parts = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
     return [_masked(ids, offsets, spans) for ids, offsets, (_, spans) in parts]
 
@@ -73,7 +74,7 @@ def encode_answers(
     if not isinstance(prompts[0], str):
         return [example.input_ids[example.loss_mask] for example in _encode_talks(tokenizer, prompts, completions)]
     end = [] if end_token(tokenizer) is None else [end_token(tokenizer)]
-    rows = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+    rows = tokenizer(list(completions), add_special_tokens=False, **QUIET)["input_ids"]
     return [np.asarray([*said, *end], dtype=np.int32) for said in rows]
 
 
@@ -92,12 +93,12 @@ def encode_prompts(
     """The same of each; they are texts, or all of them messages."""
     if isinstance(prompts[0], str):
         end = [end_token(tokenizer)]  # what some tokenizers close every text with
-        rows = [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(list(prompts))["input_ids"]]
+        rows = [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(list(prompts), **QUIET)["input_ids"]]
     else:
         for prompt in prompts:
             _check(prompt)
         texts = [_render(tokenizer, prompt, tools, add_generation_prompt=True) for prompt in prompts]
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in rows]
 
 

@@ -1,6 +1,7 @@
 """Text to integers and back; every tokenizer is a transformers fast tokenizer, so that it saves and loads like theirs."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     if not Path(name).exists() and name.count("/") > 1:
         raise ConfigError(f"tokenizer.name={name}: no such folder")
+    # it warns of models that it does not know, such as ours, which says nothing of their tokenizers
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

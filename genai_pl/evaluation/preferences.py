@@ -17,9 +17,18 @@ if TYPE_CHECKING:
 
 
 def pair_rows(
-    prompts: Sequence[object], completions: Sequence[object], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
+    prompts: Sequence[object],
+    completions: Sequence[object],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seq_len: int,
+    judges: bool = False,
 ) -> list[Row]:
-    """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left."""
+    """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left.
+
+    A model that judges reads all tokens of a row, one that predicts all but the last.
+    """
+    room = seq_len if judges else seq_len + 1
     ensure_template(tokenizer)
     rows = []
     for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
@@ -28,9 +37,9 @@ def pair_rows(
         if n_given < 1:
             raise DataError(f"row {n}: an empty prompt")
         n_scored = len(example.input_ids) - n_given
-        if n_scored > seq_len:
+        if n_scored >= room:
             raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
-        kept = example.input_ids[-(seq_len + 1) :]
+        kept = example.input_ids[-room:]
         rows.append(Row(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
     return rows
 
