@@ -3,8 +3,10 @@
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
+import anyio.to_thread
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -12,10 +14,17 @@ from fastapi.responses import StreamingResponse
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 
+@asynccontextmanager
+async def enough_threads(app: FastAPI) -> AsyncIterator[None]:
+    """With the usual 40 threads, 40 requests that wait for the lock leave none to the one that has it: all wait for ever."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = 1000
+    yield
+
+
 def create(name: str) -> FastAPI:
     """OpenAI's completions as a stream, one request after the other, with what `serve_load.py` reads of it."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    app, lock = FastAPI(), threading.Lock()
+    app, lock = FastAPI(lifespan=enough_threads), threading.Lock()
 
     def events(body: dict) -> Iterator[str]:
         with lock:
