@@ -189,7 +189,7 @@ def test_a_reward_model_learns_rankings_of_any_length(loss: str, command, tmp_pa
     rows = [{"prompt": f"{i} is", "completions": [words[0], *words[1 + i % 2 :]]} for i in range(32)]
     write(tmp_path / "ranked.jsonl", rows)
     result = command("train", "objective=reward", f"objective.ranking={loss}", *LLAMA, "data.path=ranked.jsonl",
-                     "objective.centering=0.01", "trainer.max_steps=25", "optimizer.lr=3e-3", "hydra.run.dir=judge")  # fmt: skip
+                     "objective.centering=0.01", "trainer.max_steps=40", "optimizer.lr=3e-3", "hydra.run.dir=judge")  # fmt: skip
     assert result.status == 0, result.err
     assert column("judge", "val/accuracy")[-1] == 1.0
     judge = load("judge")
