@@ -1,78 +1,20 @@
 """Requests that share a batch are answered as each alone; they come, end, are cancelled and fail without each other."""
 
 import asyncio
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genai_pl import peft
-from genai_pl.data import byte_tokenizer
-from genai_pl.errors import ConfigError
 from genai_pl.generation import complete, generate_text
-from genai_pl.models import Decoder, ModelConfig, build_model
 from genai_pl.serving.engine import Engine
 from genai_pl.serving.requests import Busy, Observer, Piece, Request, Stream
 from genai_pl.specs import GenerationConfig
-
-TOKENIZER = byte_tokenizer()
-SHAPES = {
-    "gpt2": {"position": "learned", "norm": "layernorm", "bias": True},
-    "llama": {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "n_kv_head": 2},
-    "qwen": {"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "window": 6, "full_every": 2},
-    "alibi": {"position": "alibi"},
-    "relative": {"position": "relative"},
-    "longformer": {"position": "learned", "attention_kind": "window", "window": 4, "n_global": 2},
-    "t5": {"position": "relative", "shape": "encoder_decoder"},
-}
-PROMPTS = ["The cat", "It was a dark and stormy night", "x", "Once upon a time there", "äö", "1, 2, 3, 4, 5"]
-
-
-def build(**options: object) -> Decoder:
-    torch.manual_seed(1)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": len(TOKENIZER), "max_seq_len": 64, "init_std": 0.3}
-    return build_model(ModelConfig(**{**sizes, **options})).eval()
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(TOKENIZER.encode(text))
-
-
-def greedy(n: int, **options: object) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=n, temperature=0.0, **options)
-
-
-def text_of(stream: Stream) -> str:
-    return "".join(piece.text for piece in stream)
-
-
-@contextmanager
-def running(model: nn.Module, **options: object) -> Iterator[Engine]:
-    engine = Engine(model, TOKENIZER, **options)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop(drain=False)
-
-
-class Slow(nn.Module):
-    """A model that waits before it reads one token, until it is told to go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.entered = threading.Semaphore(0), threading.Event()
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].shape[1] == 1:
-            self.entered.set()
-            assert self.gate.acquire(timeout=20)
+from tests.serving.engines import PROMPTS, SHAPES, TOKENIZER, build, greedy, ids, running, text_of
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -214,150 +156,6 @@ def test_a_long_prompt_is_read_while_others_go_on() -> None:
     chunks = [n for n, (_, T) in enumerate(lengths) if T == 8]
     assert len(chunks) == 6
     assert all(b - a == 2 for a, b in pairwise(chunks))  # one step of the other between two
-
-
-def test_a_model_that_fails_ends_its_answers_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    model, broken = build(), threading.Event()
-
-    def fail(*_: object) -> None:
-        if broken.is_set():
-            broken.clear()
-            raise RuntimeError("a kernel died")
-
-    with running(model, slots=2) as engine:
-        expected = text_of(engine.submit(Request(ids("The cat"), greedy(10))))
-        model.norm.register_forward_pre_hook(fail)
-        failing = engine.submit(Request(ids("x"), greedy(60, min_new_tokens=60)))
-        next(failing)
-        broken.set()
-        list(failing)
-        assert failing.finish == "error"
-        broken.set()
-        unread = engine.submit(Request(ids("y"), greedy(5)))
-        assert (list(unread), unread.finish) == ([], "error")
-        assert text_of(engine.submit(Request(ids("The cat"), greedy(10)))) == expected
-    assert "a kernel died" in caplog.text
-
-
-SPOILED = {
-    "draw": lambda row: setattr(row, "generator", object()),
-    "penalty": lambda row: setattr(row, "seen", torch.ones(3, dtype=torch.bool)),
-    "rules": lambda row: setattr(row, "rules", object()),
-    "text": lambda row: setattr(row, "text", object()),
-}
-
-
-@pytest.mark.parametrize("part", SPOILED)
-def test_what_fails_for_one_row_ends_it_alone(part: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Spoiler(Observer):
-        def step(self, batch_size: int) -> None:
-            for row in engine.batch.rows:
-                if row.request.seed == 13 and len(row.written) == 4:
-                    SPOILED[part](row)
-
-    model, way = build(), GenerationConfig(max_new_tokens=20, min_new_tokens=20, repetition_penalty=1.2)
-    with running(model, slots=3, observer=Spoiler()) as engine:
-        streams = [engine.submit(Request(ids("The cat"), way, seed)) for seed in (12, 13, 14)]
-        found = [[piece.token for piece in stream] for stream in streams]
-        assert [stream.finish for stream in streams] == ["length", "error", "length"]
-        assert text_of(engine.submit(Request(ids("x"), greedy(3)))) is not None
-    assert "an answer ends, the others go on" in caplog.text
-    assert len(found[1]) == 4
-    for seed, tokens in ((12, found[0]), (14, found[2])):
-        generator = torch.Generator().manual_seed(seed)
-        assert tokens == complete(model, TOKENIZER, [ids("The cat")], way, generator=generator)[0][0].tokens
-
-
-def test_a_pass_that_fails_ends_its_row_alone_where_each_has_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    class Spoiler(Observer):
-        def step(self, batch_size: int) -> None:
-            for row in engine.batch.rows:
-                if row.request.input_ids == ids("x"):
-                    row.cache = object()
-
-    model = build(**SHAPES["longformer"])
-    with running(model, slots=2, observer=Spoiler()) as engine:
-        bad, good = (engine.submit(Request(ids(text), greedy(10, min_new_tokens=10))) for text in ("x", "The cat"))
-        assert (len(list(bad)), bad.finish) == (2, "error")
-        assert text_of(good) == generate_text(model, TOKENIZER, ["The cat"], greedy(10, min_new_tokens=10))[0][0]
-    assert "an answer ends, the others go on" in caplog.text
-
-
-def test_others_use_the_model_between_steps_with_an_adapter_of_their_own(tmp_path: Path) -> None:
-    model = peft.lora(build(), rank=4)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.5)
-    peft.save_adapter(model, tmp_path / "a", base="base")
-    row = torch.tensor([ids("It was a dark")])
-    with torch.no_grad():
-        expected = {None: build()(row), "a": model.eval()(row)}
-    alone = generate_text(model, TOKENIZER, ["The cat"], greedy(40))[0][0]
-    with running(build(), slots=2, adapters={"a": str(tmp_path / "a")}) as engine:
-        stream = engine.submit(Request(ids("The cat"), greedy(40), adapter="a"))
-        jobs = [(name, engine.between(lambda: engine.model(row).clone(), name)) for name in (None, "a") * 4]
-        for name, job in jobs:
-            torch.testing.assert_close(job.result(20), expected[name], atol=1e-5, rtol=0)
-        assert text_of(stream) == alone
-        with pytest.raises(ZeroDivisionError):
-            engine.between(lambda: 1 / 0).result(20)
-    with pytest.raises(Busy):
-        engine.between(lambda: None)
-
-
-def test_logits_that_are_no_numbers_end_one_answer_only() -> None:
-    model = build(tie_embeddings=False)
-    with torch.no_grad():
-        model.embed.weight[200] = float("nan")
-    with running(model, slots=2) as engine:
-        good = engine.submit(Request(ids("The cat"), greedy(20)))
-        bad = engine.submit(Request((5, 200), greedy(20)))
-        assert (list(bad), bad.finish) == ([], "error")
-        assert list(good)
-    assert good.finish in ("length", "stop")
-
-
-def test_stop_drains_what_is_there_and_takes_no_more() -> None:
-    engine = Engine(build(), TOKENIZER, slots=1)
-    engine.start()
-    streams = [engine.submit(Request(ids("x"), greedy(10, min_new_tokens=10))) for _ in range(3)]
-    engine.stop(drain=True)
-    assert [(len(list(s)), s.finish) for s in streams] == [(10, "length")] * 3
-    with pytest.raises(Busy):
-        engine.submit(Request(ids("x"), greedy(1)))
-    assert (engine.n_waiting, engine.n_running) == (0, 0)
-
-
-def test_stop_without_drain_cancels_and_so_does_its_timeout() -> None:
-    for options in ({"drain": False}, {"drain": True, "timeout": 0.05}):
-        model, slow = build(), Slow()
-        model.embed.register_forward_pre_hook(slow)
-        engine = Engine(model, TOKENIZER, slots=1)
-        engine.start()
-        streams = [engine.submit(Request(ids("xyz"), greedy(50, min_new_tokens=50))) for _ in range(2)]
-        assert slow.entered.wait(20)
-        stopping = threading.Thread(target=engine.stop, kwargs=options)
-        stopping.start()
-        while not streams[0].is_cancelled:
-            time.sleep(0.001)
-        slow.gate.release(100)
-        stopping.join(20)
-        assert [(list(s) != [], s.finish) for s in streams] == [(True, "cancelled"), (False, "cancelled")]
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request((), greedy(1)), "the prompt is empty"),
-        (Request((5,) * 65, greedy(1)), "the prompt has 65 tokens, the model reads at most 64"),
-        (Request((5,), greedy(1), adapter="polite"), "adapter=polite is not loaded; there is: none"),
-        (Request((100_000,), greedy(1)), "not among the model's"),
-        (Request((5,), greedy(1, num_beams=2)), "no num_beams"),
-    ],
-)
-def test_what_cannot_be_answered_is_refused_in_one_line(request_: Request, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Engine(build(), TOKENIZER).submit(request_)
 
 
 def test_many_readers_in_one_event_loop_get_their_own_answers() -> None:
