@@ -8,7 +8,6 @@ of its own. `--equal` gives both sides the same padded batches.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from sides import measured
+from sides import figures, measured
 
 PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 
@@ -44,10 +43,6 @@ class Clock:
     def tick(self, examples: int) -> None:
         self.times.append(time.perf_counter())
         self.examples.append(examples)
-
-    def figures(self) -> dict[str, float]:
-        rate = sum(self.examples[1:]) / (self.times[-1] - self.times[0])
-        return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
@@ -92,7 +87,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data)
-    return clock.figures()
+    return figures(clock.times, sum(clock.examples[1:]))
 
 
 def peft(args: argparse.Namespace) -> dict[str, float]:
@@ -134,7 +129,7 @@ def peft(args: argparse.Namespace) -> dict[str, float]:
         model = library.get_peft_model(model, library.LoraConfig(**PEFT))
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
         Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks()]).train()
-    return clock.figures()
+    return figures(clock.times, sum(clock.examples[1:]))
 
 
 def main() -> None:

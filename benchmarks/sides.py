@@ -19,6 +19,5 @@ def measured(*side: str, python: str = sys.executable, given: list[str] | None =
 
 
 def figures(times: list[float], n: int) -> dict[str, float]:
-    """n things from each of the times (in seconds) to the next, per second; and the peak memory of this process in GiB."""
-    rate = n * (len(times) - 1) / (times[-1] - times[0])
-    return {"rate": rate, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    """n things from the first of the times (in seconds) to the last, per second; and the peak memory of this process in GiB."""
+    return {"rate": n / (times[-1] - times[0]), "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
