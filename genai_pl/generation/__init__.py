@@ -7,7 +7,7 @@ from genai_pl.generation.limits import Limits, limits_of
 from genai_pl.generation.processors import process, sample
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.generation.stream import Detokenizer, StopFilter, TextStream
-from genai_pl.generation.text import complete, continue_rows, encode_prompt, generate_text
+from genai_pl.generation.text import check_bias, complete, continue_rows, encode_prompt, generate_text
 from genai_pl.generation.writer import Completion, left_pad
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "StopFilter",
     "TextStream",
     "beam_search",
+    "check_bias",
     "complete",
     "continue_rows",
     "decode",

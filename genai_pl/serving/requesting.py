@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from genai_pl.errors import ConfigError
+from genai_pl.generation import check_bias
 from genai_pl.serving.answers import Answer
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.requests import Request
@@ -22,19 +24,15 @@ def generation_config(
     limit = service.limits.max_tokens
     if max_tokens is not None and max_tokens > limit:
         raise ApiError(422, f"{param}={max_tokens}: this server gives at most {limit}", param=param)
-    check_bias(service, body)
     said = {name: getattr(body, name) for name in CHOICES if getattr(body, name) is not None}
     n = max_tokens or min(limit, default or limit)
     config = replace(service.settings.defaults, **said, max_new_tokens=n)
+    if body.logit_bias is not None:
+        try:
+            check_bias(config, service.model.config.vocab_size)
+        except ConfigError as error:
+            raise ApiError(422, str(error).removeprefix("generation."), param="logit_bias") from None
     return replace(config, stop=[*config.stop, *stop])
-
-
-def check_bias(service: Service, body: Sampling) -> None:
-    """ApiError for tokens that the model does not have."""
-    size = service.model.config.vocab_size
-    unknown = next((token for token in body.logit_bias or () if token >= size), None)
-    if unknown is not None:
-        raise ApiError(422, f"logit_bias: token {unknown} is not one of the model's {size}", param="logit_bias")
 
 
 def deadline(service: Service, body: Sampling) -> float:
