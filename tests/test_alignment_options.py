@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genai_pl.loading import load
 from genai_pl.models.scores import scores
+from genai_pl.modules import grpo, rl
+from genai_pl.modules.preference import token_logprobs
 from tests.conftest import TINY
 
 LLAMA = (
@@ -80,6 +82,36 @@ def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective
             completion, score, _ = rest.removesuffix(" |").rsplit(" | ", 2)
             assert prompt.rstrip().endswith("is")
             assert float(score) == completion.count("e")
+
+
+def test_completions_that_share_their_prompt_teach_what_they_teach_apart(files: None, command, monkeypatch) -> None:
+    given = ("train", "objective=grpo", "objective.group_size=4", "objective.max_new_tokens=8", "data.path=prompts.jsonl",
+             "objective.epochs=2", *LLAMA, "objective.reward=letters:e")  # fmt: skip
+    tokens = []
+
+    def counted(model, batch, **given):
+        tokens.append(batch["input_ids"].numel())
+        return token_logprobs(model, batch, **given)
+
+    for module in (rl, grpo):
+        monkeypatch.setattr(module, "token_logprobs", counted)
+    assert command(*given, "hydra.run.dir=shared").status == 0
+    together = sum(tokens)
+    tokens.clear()
+    monkeypatch.setattr(rl, "shares_beginnings", lambda model: False)
+    assert command(*given, "hydra.run.dir=apart").status == 0
+    assert together < 0.8 * sum(tokens)
+    for name in ("train/loss", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio", "val/scores"):
+        assert column("shared", name) == pytest.approx(column("apart", name), abs=1e-5), name
+
+
+def test_minibatches_of_rollouts_are_whole_groups_where_they_can_be(files: None, command) -> None:
+    given = ("train", "objective=grpo", "objective.group_size=4", "objective.max_new_tokens=8", "data.path=prompts.jsonl",
+             *LLAMA, "data.batch_size=4", "objective.reward=letters:e")  # fmt: skip
+    for size, updates in ((16, 1.0), (8, 2.0), (6, 3.0), (2, 8.0)):
+        result = command(*given, f"objective.minibatch_size={size}", f"hydra.run.dir=run{size}")
+        assert result.status == 0, result.err
+        assert set(column(f"run{size}", "policy/updates")) == {updates}
 
 
 def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command) -> None:

@@ -7,7 +7,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
 from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.rl import Experience, Means, RLModule
-from genai_pl.modules.rollout import Rollout
+from genai_pl.modules.rollout import Rollout, at_places
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
 
@@ -47,11 +47,18 @@ class GRPOModule(RLModule):
         kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, hidden)
         means["objective/rlhf_reward"] = (scores - self.beta * kl).sum(), len(scores)
-        experience = {"mask": mask, "old": old, "reference": reference, "advantages": advantages, "kl": kl}
+        experience = {
+            "places": rollout.places,
+            "mask": mask,
+            "old": old,
+            "reference": reference,
+            "advantages": advantages,
+            "kl": kl,
+        }
         return {**rollout.batch, **experience}, means
 
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
-        logprobs = token_logprobs(self.model, part)
+        logprobs = at_places(token_logprobs(self.model, part), part["places"])
         mask, old, advantages = part["mask"], part["old"], part["advantages"]
         weights, divisor = completion_weights(
             mask, normalization=self.normalization, length=self.sampling.max_new_tokens

@@ -8,7 +8,7 @@ from genai_pl.models import Decoder
 from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.preference import token_logprobs
 from genai_pl.modules.rl import Experience, Means, RLModule
-from genai_pl.modules.rollout import Rollout
+from genai_pl.modules.rollout import Rollout, at_places
 from genai_pl.names import Head
 from genai_pl.objectives.ppo import (
     adapt_kl_coef,
@@ -79,7 +79,7 @@ class PPOModule(RLModule):
         nn.init.zeros_(self.value_head.bias)
 
     def _values(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """What each state is worth, (N, T); hidden are the policy's features."""
+        """What each state of the rows is worth, (N, T); hidden are the policy's features."""
         if self.critic is not None:
             hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
         return self.value_head(hidden).squeeze(-1).float()
@@ -87,7 +87,7 @@ class PPOModule(RLModule):
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         mask, hidden = rollout.mask, self.features(rollout)
         with torch.no_grad():
-            values = torch.where(mask, self._values(rollout.batch, hidden), 0)
+            values = torch.where(mask, at_places(self._values(rollout.batch, hidden), rollout.places), 0)
         old, reference = self.logprobs(rollout, hidden=hidden)
         kl = torch.where(mask, kl_estimate(old, reference, self.kl_estimator), 0)
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
@@ -102,6 +102,7 @@ class PPOModule(RLModule):
             "values": values,
             "advantages": advantages,
             "returns": returns,
+            "places": rollout.places,
             "mask": mask,
             "kl": kl,
         }
@@ -118,8 +119,8 @@ class PPOModule(RLModule):
     def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
         mask, old = part["mask"], part["old"]
         hidden = self.model.features(part["input_ids"], part["segment_ids"])
-        values = self._values(part, hidden)
-        logprobs = token_logprobs(self.model, part, hidden=hidden)
+        values = at_places(self._values(part, hidden), part["places"])
+        logprobs = at_places(token_logprobs(self.model, part, hidden=hidden), part["places"])
         policy = policy_loss(logprobs, old, part["advantages"], mask, clip_range=self.clip_range)
         value = value_loss(values, part["values"], part["returns"], mask, clip_range=self.value_clip_range)
         metrics = policy_metrics(logprobs.detach(), old, part["advantages"], mask, clip_range=self.clip_range)

@@ -9,14 +9,14 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.modules.preference import token_logprobs
+from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
 from genai_pl.modules.reference import Reference
-from genai_pl.modules.rollout import Example, Judged, Reward, Rollout, write
+from genai_pl.modules.rollout import Example, Judged, Reward, Rollout, at_places, write
 from genai_pl.objectives import Vocabulary, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 from genai_pl.specs import GenerationConfig
 
-Experience = dict[str, Tensor]  # what minibatches are cut from, (N, ...) each
+Experience = dict[str, Tensor]  # what minibatches are cut from: (R, ...), or (N, ...) with N / R completions to a row
 Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
 SHOWN = 4  # completions of a rollout that people may read
 
@@ -62,6 +62,8 @@ class RLModule(BaseModule):
         self.collator = PromptCollator(vocabulary=vocabulary, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.epochs, self.minibatch_size = group_size, epochs, minibatch_size
+        whole_groups = group_size > 1 and (minibatch_size or group_size) % group_size == 0
+        self.share_prompts = whole_groups and shares_beginnings(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
         self.missing_eos_penalty, self.max_kl = missing_eos_penalty, max_kl
         self.examples: list[Example] = []  # of the last rollout
@@ -146,7 +148,15 @@ class RLModule(BaseModule):
         columns = [row for row in batch["columns"] for _ in range(copies)]
         ends = {"end": self.vocabulary.end, "pad": self.vocabulary.pad}
         with self.whole_model():
-            rollout = write(self.model, prompts, self.sampling, generator=generator, **ends)
+            rollout = write(
+                self.model,
+                batch["prompts"],
+                self.sampling,
+                copies=copies,
+                share_prompts=self.share_prompts and copies > 1,
+                generator=generator,
+                **ends,
+            )
         asked, said = ([self.decode(row) for row in rows] for rows in (prompts, rollout.completions))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name not in ("prompt", "completions")}
         given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
@@ -162,18 +172,19 @@ class RLModule(BaseModule):
 
     @torch.no_grad()
     def features(self, rollout: Rollout) -> Tensor:
-        """What the policy makes of the rows, (N, T, C)."""
-        return self.model.features(rollout.batch["input_ids"], rollout.batch["segment_ids"])
+        """What the policy makes of the rows, (R, T, C)."""
+        batch = rollout.batch
+        return self.model.features(batch["input_ids"], batch["segment_ids"], **shared_beginning(batch))
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Of what the policy predicts at each label, summed; hidden (N, T, C) are its features."""
+        """Of what the policy predicts at each label, summed; hidden (R, T, C) are its features."""
         head, model = self.model.lm_head, self.model
         options = {"bias": head.bias, "softcap": model.config.logit_softcap}
         return token_entropy(model.to_head(hidden), head.weight, labels, **options).sum()
 
     @torch.no_grad()
     def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, hidden: Tensor) -> Means:
-        """Means over a rollout: kl is (N,), hidden (N, T, C) are the policy's features."""
+        """Means over a rollout: kl is (N,), hidden (R, T, C) are the policy's features."""
         n, tokens = len(scores), rollout.mask.sum()
         return {
             "objective/scores": (scores.sum(), n),
@@ -184,14 +195,15 @@ class RLModule(BaseModule):
         }
 
     def logprobs(self, rollout: Rollout, *, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Those of the policy and of the reference for each token that was drawn, (N, T).
+        """Those of the policy and of the reference for each token that was drawn, (N, L).
 
-        hidden (N, T, C) are the policy's features, if somebody has them.
+        hidden (R, T, C) are the policy's features, if somebody has them.
         """
         with torch.no_grad():
             policy = token_logprobs(self.model, rollout.batch, hidden=hidden)
         with self.reference.of(self.model) as model:
-            return policy, token_logprobs(model, rollout.batch)
+            reference = token_logprobs(model, rollout.batch)
+        return at_places(policy, rollout.places), at_places(reference, rollout.places)
 
     def _generator(self) -> torch.Generator:
         number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
@@ -199,10 +211,10 @@ class RLModule(BaseModule):
 
     def _minibatches(self, experience: Experience) -> Iterator[Experience]:
         """`epochs` passes in drawn orders, the same on every rank."""
-        n = len(experience["mask"])
-        size = self.minibatch_size or n
+        n, completions = len(experience["input_ids"]), len(experience["mask"])
+        size = (self.minibatch_size or completions) * n // completions
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
         for _ in range(self.epochs):
             for rows in torch.randperm(n, generator=generator).split(size):
                 rows = rows.to(self.device)
-                yield {name: x[rows] for name, x in experience.items()}
+                yield {name: x.unflatten(0, (n, -1))[rows].flatten(0, 1) for name, x in experience.items()}

@@ -11,23 +11,20 @@ from genai_pl.generation.decode import decode
 from genai_pl.generation.text import left_pad
 from genai_pl.modules.base import Batch
 from genai_pl.objectives import IGNORED
-from genai_pl.objectives.preference_collators import completions_batch
+from genai_pl.objectives.preference_collators import groups_batch
 from genai_pl.specs import GenerationConfig
 
 Reward = Callable[..., Sequence[float]]  # (prompts, completions, **columns) -> one number each
 
 
 class Rollout(NamedTuple):
-    """What was written: rows of prompt and completion, the completions' tokens, and which of them ended."""
+    """What was written: rows of a prompt and its completions, their tokens, where they stand, and which of them ended."""
 
-    batch: Batch  # input_ids, labels, segment_ids (N, T)
+    batch: Batch  # input_ids, labels, segment_ids (R, T), and shared (R,) where rows hold several completions
+    places: Tensor  # (N, L) where in its row each token of a completion is predicted, 0 after its end
+    mask: Tensor  # (N, L) which of the places are tokens
     completions: list[list[int]]
     ended: Tensor  # (N,)
-
-    @property
-    def mask(self) -> Tensor:
-        """Which labels (N, T) are tokens of completions."""
-        return self.batch["labels"] != IGNORED
 
 
 class Example(NamedTuple):
@@ -59,19 +56,47 @@ def write(
     prompts: Sequence[np.ndarray],
     config: GenerationConfig,
     *,
+    copies: int = 1,
+    share_prompts: bool = False,
     generator: torch.Generator,
     end: int,
     pad: int,
 ) -> Rollout:
-    """One completion of each prompt, drawn by the policy in evaluation mode; each ends with the end token or is cut."""
+    """`copies` completions of each prompt, drawn by the policy in evaluation mode; each ends with the end token or is cut.
+
+    Those of a prompt are next to each other; with `share_prompts` they are in one row that holds the prompt once.
+    """
     device = next(model.parameters()).device
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
-    steps = decode(
-        model, input_ids, config, segment_ids=segment_ids, generator=generator, eos_token_id=end, pad_token_id=pad
-    )
-    written = torch.stack(list(steps), dim=1).tolist()  # (N, n)
+    ends = {"eos_token_id": end, "pad_token_id": pad}
+    steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, num_samples=copies, **ends)
+    written = torch.stack(list(steps), dim=1).tolist()  # (N, L)
     completions = [row[: row.index(end) + 1] if end in row else row for row in written]
-    rows = [[(prompt, np.asarray(row))] for prompt, row in zip(prompts, completions, strict=True)]
-    batch = {name: x.to(device) for name, x in completions_batch(rows, pad).items()}
+    said = [np.asarray(row) for row in completions]
+    if share_prompts:
+        groups = [(prompt, said[i * copies :][:copies]) for i, prompt in enumerate(prompts)]
+    else:
+        groups = [(prompts[i // copies], [row]) for i, row in enumerate(said)]
+    batch = groups_batch(groups, pad, share_prompts=share_prompts)
+    places, mask = _places(batch["labels"], [len(row) for row in said])
+    batch = {name: x.to(device) for name, x in batch.items()}
     ended = torch.tensor([row[-1] == end for row in completions], device=device)
-    return Rollout(batch, completions, ended)
+    return Rollout(batch, places.to(device), mask.to(device), completions, ended)
+
+
+def _places(labels: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`places` and `mask` (N, L) of completions that have all labels (R, T), in their order."""
+    ends = torch.tensor(lengths)
+    mask = torch.arange(int(ends.max())) < ends[:, None]
+    places = torch.zeros(mask.shape, dtype=torch.long)
+    places[mask] = (labels != IGNORED).nonzero()[:, 1]  # both go completion by completion
+    return places, mask
+
+
+def at_places(values: Tensor, places: Tensor) -> Tensor:
+    """What stands in rows (R, T) at the places (N, L) of N / R completions to a row.
+
+    >>> at_places(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[1, 2], [3, 0]])).tolist()
+    [[6, 7], [8, 5]]
+    """
+    return values.gather(1, places.reshape(len(values), -1)).view(places.shape)

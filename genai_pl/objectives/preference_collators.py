@@ -11,6 +11,7 @@ from genai_pl.objectives.tokens import IGNORED
 from genai_pl.objectives.vocabulary import Vocabulary
 
 TextRow = dict[str, np.ndarray]  # token ids by role
+Group = tuple[np.ndarray, Sequence[np.ndarray]]  # a prompt and its completions
 
 
 class PreferenceCollator(Collator):
@@ -40,16 +41,9 @@ class PreferenceCollator(Collator):
             batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
         return {**batch, "targets": _count(rows)}
 
-    def compared(self, rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]) -> Batch:
+    def compared(self, rows: Sequence[Group]) -> Batch:
         """The batch of prompts with their completions."""
-        again = (
-            slice(-1, None) if self.share_prompts else slice(None)
-        )  # its last token predicts every completion's first
-        parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
-        batch = completions_batch(parts, self.pad)
-        if self.share_prompts:
-            batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
-        return batch
+        return groups_batch(rows, self.pad, share_prompts=self.share_prompts)
 
 
 class RankingCollator(PreferenceCollator):
@@ -88,6 +82,16 @@ class UnpairedPreferenceCollator(Collator):
 
 def _count(rows: Sequence[TextRow]) -> torch.Tensor:
     return torch.tensor(float(len(rows)))
+
+
+def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Batch:
+    """One row for each prompt with its completions as segments 1, 2, ...; see `PreferenceCollator` for what is shared."""
+    again = slice(-1, None) if share_prompts else slice(None)  # its last token predicts every completion's first
+    parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
+    batch = completions_batch(parts, pad)
+    if share_prompts:
+        batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
+    return batch
 
 
 def completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], pad: int) -> Batch:
