@@ -38,17 +38,10 @@ class Decoder(Stack):
         only document 1 holds them (if `shares_beginnings`); `source` (B, S, C) is another text that all read.
         """
         T = input_ids.shape[1]
-        if (
-            self.step is not None
-            and T == 1
-            and cache is not None
-            and cache.length
-            and prefix is None
-            and source is None
-        ):
+        enters = cache is None or cache.length == 0
+        if self.step is not None and not enters and T == 1 and prefix is None and source is None:
             return self.step(input_ids, segment_ids, cache)
         past = 0 if cache is None else cache.n_text
-        enters = cache is None or cache.length == 0
         front = self.front(enters=enters)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, T)
