@@ -7,12 +7,10 @@ process of its own; --peer-python is one that has trl 1.16 and peft. `--precompu
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
 
-from sides import figures, measured
+from sides import figures, fit, in_turns, ticks, training, trl_settings
 
 
 def parse() -> argparse.Namespace:
@@ -37,23 +35,14 @@ def pairs(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our PreferenceModule in Lightning's Trainer."""
-    import lightning as L
-
     from genai_pl.data import vocabulary
     from genai_pl.data.preferences import PreferenceDataModule
     from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
-    from genai_pl.optim import adamw, constant
     from genai_pl.peft import lora
     from genai_pl.run import quiet
 
     quiet()
-    times: list[float] = []
-
-    class Ticks(L.Callback):
-        def on_train_batch_end(self, *_: object) -> None:
-            times.append(time.perf_counter())
-
     model, tokenizer, _ = load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/pairs.jsonl", "w", encoding="utf-8") as file:
@@ -61,8 +50,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         module = PreferenceModule(
             lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
             precompute_reference=args.precompute, reference_cache=folder,
-            optimizer=lambda named: adamw(named, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0),
-            schedule=lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
+            **training(3e-4),
         )  # fmt: skip
         data = PreferenceDataModule(
             path=f"{folder}/pairs.jsonl", val_path=None, val_fraction=1e-9, prompt="prompt", chosen="chosen",
@@ -70,10 +58,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
             val_batch_size=None, workers=0, shuffle=False, seed=0,
         )  # fmt: skip
         data.prepare(tokenizer, module.collator)
-        L.Trainer(
-            max_steps=args.steps + 1, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(module, data)  # fmt: skip
+        times = fit(module, data, args.steps + 1)
     return figures(times, args.batch * (len(times) - 1))
 
 
@@ -82,26 +67,19 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     times: list[float] = []
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            times.append(time.perf_counter())
-
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
-            output_dir=folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=3e-4,
-            max_length=args.seq_len, precompute_ref_log_probs=args.precompute, dataloader_pin_memory=False, bf16=False,
-            gradient_checkpointing=False,
+            max_steps=args.steps + 1, per_device_train_batch_size=args.batch, learning_rate=3e-4, max_length=args.seq_len,
+            precompute_ref_log_probs=args.precompute, **trl_settings(folder),
         )  # fmt: skip
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         DPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args=settings,
-            train_dataset=Dataset.from_list(pairs(args)), callbacks=[Ticks()],
+            train_dataset=Dataset.from_list(pairs(args)), callbacks=[ticks(times)],
             processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
         ).train()  # fmt: skip
@@ -110,19 +88,8 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     args = parse()
-    if args.side:
-        print(json.dumps({"ours": ours, "trl": trl}[args.side](args)))
-        return
-    ratios = []
-    for turn in range(1, args.turns + 1):
-        mine, theirs = measured("ours"), measured("trl", python=args.peer_python)
-        ratios.append(mine["rate"] / theirs["rate"])
-        print(
-            f"turn {turn}: ours {mine['rate']:.2f} pairs/s, {mine['gib']:.2f} GiB   trl {theirs['rate']:.2f}, "
-            f"{theirs['gib']:.2f} GiB   ratio {ratios[-1]:.2f}",
-            flush=True,
-        )
-    print(f"median ratio {statistics.median(ratios):.2f}")
+    sides = {"ours": lambda: ours(args), "trl": lambda: trl(args)}
+    in_turns(sides, args.side, "pairs", turns=args.turns, python=args.peer_python)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ of its own. `--equal` gives both sides the same padded batches.
 """
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from sides import figures, measured
+from sides import figures, in_turns, training
 
 PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 
@@ -63,7 +61,6 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.data import vocabulary
     from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
-    from genai_pl.optim import adamw, constant
     from genai_pl.peft import lora
     from genai_pl.run import quiet
 
@@ -77,8 +74,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     model, tokenizer, _ = load(args.model)
     module = SFTModule(
         lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
-        optimizer=lambda named: adamw(named, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0),
-        schedule=lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
+        **training(3e-4),
     )  # fmt: skip
     data = chat(args, packing=not args.equal, batch_size=args.examples if args.equal else 2)
     data.prepare(tokenizer, module.collator)
@@ -136,19 +132,8 @@ def main() -> None:
     args = parse()
     if not (Path(args.model) / "config.json").is_file() or not Path(args.data).is_file():
         sys.exit(f"error: no model in {args.model}, or no file {args.data}")
-    if args.side:
-        print(json.dumps({"ours": ours, "peft": peft}[args.side](args)))
-        return
-    ratios = []
-    for pair in range(args.pairs):
-        mine, theirs = measured("ours"), measured("peft")
-        ratios.append(mine["rate"] / theirs["rate"])
-        print(
-            f"pair {pair + 1}: ours {mine['rate']:.2f} examples/s, {mine['gib']:.2f} GiB   peft {theirs['rate']:.2f}, "
-            f"{theirs['gib']:.2f} GiB   ratio {ratios[-1]:.2f}",
-            flush=True,
-        )
-    print(f"median ratio {statistics.median(ratios):.2f}")
+    sides = {"ours": lambda: ours(args), "peft": lambda: peft(args)}
+    in_turns(sides, args.side, "examples", turns=args.pairs)
 
 
 if __name__ == "__main__":

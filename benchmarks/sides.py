@@ -2,9 +2,14 @@
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
+
+Side = Callable[[], dict[str, float]]  # gives its `figures`
 
 
 def measured(*side: str, python: str = sys.executable, given: list[str] | None = None) -> Any:
@@ -16,6 +21,70 @@ def measured(*side: str, python: str = sys.executable, given: list[str] | None =
         said = (done.stderr.strip() or "no reason given").splitlines()[-1]
         sys.exit(f"error: {' '.join(side)} failed: {said} (pip install -e '.[dev,bench]' for the peers)")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def in_turns(sides: dict[str, Side], side: str | None, unit: str, *, turns: int, python: str = sys.executable) -> None:
+    """Print rate, memory and ratio of `ours` and one peer, measured in turns; in the process of a side, its own figures."""
+    if side:
+        print(json.dumps(sides[side]()))
+        return
+    (peer,) = set(sides) - {"ours"}
+    ratios = []
+    for turn in range(1, turns + 1):
+        mine, theirs = measured("ours"), measured(peer, python=python)
+        ratios.append(mine["rate"] / theirs["rate"])
+        print(
+            f"turn {turn}: ours {mine['rate']:.2f} {unit}/s, {mine['gib']:.2f} GiB   {peer} {theirs['rate']:.2f}, "
+            f"{theirs['gib']:.2f} GiB   ratio {ratios[-1]:.2f}, memory {mine['gib'] / theirs['gib']:.2f}",
+            flush=True,
+        )
+    print(f"median ratio {statistics.median(ratios):.2f}")
+
+
+def training(lr: float) -> dict[str, object]:
+    """What a module of ours takes to train with AdamW at one rate."""
+    from genai_pl.optim import adamw, constant
+
+    return {
+        "optimizer": lambda named: adamw(named, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0),
+        "schedule": lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
+    }
+
+
+def fit(module: Any, data: Any, max_steps: int) -> list[float]:
+    """The times in seconds at which Lightning's Trainer ended the batches of a module of ours."""
+    import lightning as L
+
+    times: list[float] = []
+
+    class Ticks(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            times.append(time.perf_counter())
+
+    L.Trainer(
+        max_steps=max_steps, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, data)  # fmt: skip
+    return times
+
+
+def ticks(times: list[float]) -> object:
+    """A callback of transformers' Trainer, which TRL's are, that notes when steps end."""
+    from transformers import TrainerCallback
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            times.append(time.perf_counter())
+
+    return Ticks()
+
+
+def trl_settings(folder: str) -> dict[str, object]:
+    """What every configuration of TRL takes here: float32 on the CPU, nothing saved, said or recomputed."""
+    return {
+        "output_dir": folder, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "gradient_checkpointing": False,
+    }  # fmt: skip
 
 
 def figures(times: list[float], n: int) -> dict[str, float]:
