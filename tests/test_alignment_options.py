@@ -66,6 +66,7 @@ def test_a_rollout_writes_every_documented_figure_and_what_was_written(objective
     names = ["kl", "entropy", "scores", "rlhf_reward", "response_length"]
     names = [f"objective/{name}" for name in names] + ["policy/approxkl", "policy/clipfrac", "policy/ratio"]
     names += ["loss/policy", "val/response_length", "val/scores", "val/kl"] + ["loss/value"] * (objective == "ppo")
+    names += ["objective/equal_groups"] * (objective == "grpo")
     assert all(column("run", name) for name in names)
     # random weights over 258 bytes say anything with about the same probability
     assert column("run", "objective/entropy")[0] == pytest.approx(math.log(258), abs=0.1)
@@ -123,6 +124,18 @@ def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command
     assert max(column("held", "policy/updates")[1:]) < 8
     result = command("train", *given, "objective.max_kl=0")
     assert result.err == "error: objective.max_kl must be above 0, not 0\n"
+
+
+def test_groups_of_equal_scores_are_counted(files: None, command, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "def score(prompts, completions):\n"
+        "    return [i % 2 if int(p.split()[0]) % 2 else 1 for i, p in enumerate(prompts)]\n"
+    )
+    given = ("train", "objective=grpo", "objective.group_size=4", "objective.max_new_tokens=4", "data.path=prompts.jsonl",
+             *LLAMA, "objective.reward=odd:score", "data.shuffle=false", "data.val_path=prompts.jsonl",
+             "data.batch_size=8")  # fmt: skip
+    assert command(*given, "hydra.run.dir=run").status == 0
+    assert set(column("run", "objective/equal_groups")) == {0.5}  # the even prompts'
 
 
 def test_an_entropy_bonus_raises_entropy(base: str, command) -> None:

@@ -47,6 +47,8 @@ class GRPOModule(RLModule):
         kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, hidden)
         means["objective/rlhf_reward"] = (scores - self.beta * kl).sum(), len(scores)
+        groups = scores.view(-1, self.group_size)
+        means["objective/equal_groups"] = (groups == groups[:, :1]).all(1).sum(), len(groups)  # they teach nothing
         experience = {
             "places": rollout.places,
             "mask": mask,
