@@ -22,6 +22,7 @@ class Context:
         self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
         self.tokens: Tensor | None = None  # (B, n), all that was read or, after a restart, the half of it
         self.segments: Tensor | None = None  # (B, n) likewise, where every read gives them
+        self.numbers: Tensor | None = None  # of the rows that are left, where some were dropped
 
     @property
     def room(self) -> int:
@@ -51,7 +52,10 @@ class Context:
         """Make n rows of each, next to each other."""
         if n == 1:
             return
-        rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(n)
+        self.keep(torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(n))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, (n,) indices, which may repeat."""
         self.cache.keep_rows(rows)
         if self.model.config.shape is Shape.encoder_decoder:
             self.model = self.model.keep_rows(rows)
@@ -68,6 +72,29 @@ class Context:
             self.cache.rewind(n)
             self.tokens = self.tokens[:, :-n]
             self.segments = None if self.segments is None else self.segments[:, :-n]
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it reads at once."""
+        return len(self.tokens)
+
+    def drop(self, finished: Tensor) -> None:
+        """Read these of the rows it began with no more, (N,) bool, unless adapters know rows by their places."""
+        adapters = (getattr(module, "adapter", None) for module in self.model.modules())
+        if any(adapter is not None and adapter.rows is not None for adapter in adapters):
+            return
+        if self.numbers is None:
+            self.numbers = torch.arange(self.n_rows, device=finished.device)
+        going = (~finished[self.numbers]).nonzero()[:, 0]
+        self.keep(going)
+        self.numbers = self.numbers[going]
+
+    def read_on(self, logits: Tensor, token: Tensor, segment: Tensor | None) -> Tensor:
+        """Logits (N, V) after one more token (N,) of segment (N, 1); rows that were dropped keep those they had."""
+        if self.numbers is None:
+            return self.read(token[:, None], segment)
+        new = self.read(token[self.numbers, None], None if segment is None else segment[self.numbers])
+        return logits.index_copy(0, self.numbers, new)
 
     def _select(self, rows: Tensor) -> None:
         self.tokens = self.tokens[rows]

@@ -13,6 +13,8 @@ from genai_pl.generation.rules import build_rules
 from genai_pl.models import Decoder, Reader
 from genai_pl.specs import GenerationConfig
 
+WORTH_DROPPING = 8  # finished rows; to drop fewer costs a copy of the cache and saves little
+
 
 @torch.no_grad()  # as a decorator it leaves the caller's mode alone between two steps
 def decode(
@@ -33,8 +35,9 @@ def decode(
 
     Prompts (B, T) of unequal length are padded on the left, where segment_ids is 0; each is read once, and its samples
     are next to each other. `finished` (B * num_samples,) bool belongs to the caller: eos sets a row of it, and so may the
-    caller between two steps; a finished row yields pad_token_id. `logprobs`, if given, gets the model's own
-    log-probabilities of each step's tokens. The model is in evaluation mode until the iterator is exhausted or closed.
+    caller between two steps; a finished row yields pad_token_id, and is read no more once most are. `logprobs`, if given,
+    gets the model's own log-probabilities of each step's tokens. The model is in evaluation mode until the iterator is
+    exhausted or closed.
     """
     check_prompt(model, input_ids, segment_ids)
     B, T = input_ids.shape
@@ -61,9 +64,12 @@ def decode(
             if eos_token_id is not None:
                 finished |= token == eos_token_id
             yield token
-            if n_left == 0 or finished.all():
+            n_going = N - int(finished.sum())
+            if n_left == 0 or n_going == 0:
                 return
-            logits = context.read(token[:, None], segment)
+            if WORTH_DROPPING <= context.n_rows - n_going >= n_going:
+                context.drop(finished)
+            logits = context.read_on(logits, token, segment)
 
 
 def generate(

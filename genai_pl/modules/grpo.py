@@ -5,8 +5,9 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
+from genai_pl.modules.passes import Experience
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import Experience, Means, RLModule
+from genai_pl.modules.rl import Means, RLModule
 from genai_pl.modules.rollout import Rollout, at_places
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
@@ -37,15 +38,15 @@ class GRPOModule(RLModule):
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
 
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        hidden = self.features(rollout)
-        old, reference = self.logprobs(rollout, hidden=hidden)
+        found = self.read(rollout)
+        old, reference = found["old"], found["reference"]
         if self.advantage == "rloo":
             advantages = rloo_advantages(scores, self.group_size)
         else:
             advantages = group_advantages(scores, self.group_size, scale=self.scale)
         mask = rollout.mask
         kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
-        means = self.describe(rollout, scores, kl, hidden)
+        means = self.describe(rollout, scores, kl, found["entropy"])
         means["objective/rlhf_reward"] = (scores - self.beta * kl).sum(), len(scores)
         groups = scores.view(-1, self.group_size)
         means["objective/equal_groups"] = (groups == groups[:, :1]).all(1).sum(), len(groups)  # they teach nothing
@@ -59,14 +60,18 @@ class GRPOModule(RLModule):
         }
         return {**rollout.batch, **experience}, means
 
-    def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
+    def divisor(self, part: Experience) -> Tensor:
+        return self._weights(part["mask"])[1]
+
+    def _weights(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return completion_weights(mask, normalization=self.normalization, length=self.sampling.max_new_tokens)
+
+    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
         logprobs = at_places(token_logprobs(self.model, part), part["places"])
         mask, old, advantages = part["mask"], part["old"], part["advantages"]
-        weights, divisor = completion_weights(
-            mask, normalization=self.normalization, length=self.sampling.max_new_tokens
-        )
+        weights, _ = self._weights(mask)
         kl = {"reference_logprobs": part["reference"], "beta": self.beta} if self.beta else {}
         loss = grpo_loss(logprobs, old, advantages, weights, **self.clip, **kl)
         given = (logprobs.detach(), old, advantages[:, None], mask)
         policy = clipped_surrogate(*given, **self.clip).sum()
-        return loss, divisor, policy_metrics(*given, **self.clip) | {"loss/policy": policy}
+        return loss, policy_metrics(*given, **self.clip) | {"loss/policy": policy}

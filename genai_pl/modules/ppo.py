@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder
 from genai_pl.modules.base import Batch, Metrics
+from genai_pl.modules.passes import Experience
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import Experience, Means, RLModule
+from genai_pl.modules.rl import Means, RLModule
 from genai_pl.modules.rollout import Rollout, at_places
 from genai_pl.names import Head
 from genai_pl.objectives.ppo import (
@@ -84,17 +85,18 @@ class PPOModule(RLModule):
             hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
         return self.value_head(hidden).squeeze(-1).float()
 
+    def states(self, part: Experience, hidden: Tensor) -> Experience:
+        return {"values": self._values(part, hidden)}
+
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        mask, hidden = rollout.mask, self.features(rollout)
-        with torch.no_grad():
-            values = torch.where(mask, at_places(self._values(rollout.batch, hidden), rollout.places), 0)
-        old, reference = self.logprobs(rollout, hidden=hidden)
-        kl = torch.where(mask, kl_estimate(old, reference, self.kl_estimator), 0)
+        mask, found = rollout.mask, self.read(rollout)
+        old, values = found["old"], torch.where(mask, found["values"], 0)
+        kl = torch.where(mask, kl_estimate(old, found["reference"], self.kl_estimator), 0)
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
         kl = kl.sum(1)
-        means = self.describe(rollout, scores, kl, hidden)
+        means = self.describe(rollout, scores, kl, found["entropy"])
         means |= {"objective/rlhf_reward": (rewards.sum(), len(scores)), "objective/kl_coef": (self.kl_coef.clone(), 1)}
         self._adapt(kl.mean(), len(scores))
         experience = {
@@ -116,9 +118,11 @@ class PPOModule(RLModule):
         coef = adapt_kl_coef(float(self.kl_coef), kl, target=self.kl_target, horizon=self.kl_horizon, n_steps=n * ranks)
         self.kl_coef.fill_(coef)
 
-    def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
-        mask, old = part["mask"], part["old"]
-        hidden = self.model.features(part["input_ids"], part["segment_ids"])
+    def divisor(self, part: Experience) -> Tensor:
+        return part["mask"].sum()
+
+    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
+        mask, old, hidden = part["mask"], part["old"], self.features(part)
         values = at_places(self._values(part, hidden), part["places"])
         logprobs = at_places(token_logprobs(self.model, part, hidden=hidden), part["places"])
         policy = policy_loss(logprobs, old, part["advantages"], mask, clip_range=self.clip_range)
@@ -127,5 +131,5 @@ class PPOModule(RLModule):
         metrics |= {"loss/policy": policy.detach(), "loss/value": value.detach()}
         loss = policy + self.value_coef * value
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * self.entropy(hidden, part["labels"])
-        return loss, mask.sum(), metrics
+            loss = loss - self.entropy_coef * self.entropy(hidden, part["labels"]).sum()
+        return loss, metrics

@@ -9,6 +9,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.passes import Experience, passes, put_back, take
 from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.rollout import Example, Judged, Reward, Rollout, at_places, write
@@ -16,7 +17,6 @@ from genai_pl.objectives import Vocabulary, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 from genai_pl.specs import GenerationConfig
 
-Experience = dict[str, Tensor]  # what minibatches are cut from: (R, ...), or (N, ...) with N / R completions to a row
 Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
 SHOWN = 4  # completions of a rollout that people may read
 
@@ -45,6 +45,7 @@ class RLModule(BaseModule):
         group_size: int,
         epochs: int,
         minibatch_size: int | None,
+        micro_batch_size: int | None,
         max_new_tokens: int,
         temperature: float,
         missing_eos_penalty: float,
@@ -53,15 +54,17 @@ class RLModule(BaseModule):
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if vocabulary.end is None:
             raise ConfigError("the tokenizer has no end token: completions could not end")
-        for name, value in {"group_size": group_size, "epochs": epochs, "max_new_tokens": max_new_tokens}.items():
-            if value < 1:
+        sizes = {"minibatch_size": minibatch_size, "micro_batch_size": micro_batch_size, "group_size": group_size}
+        for name, value in {**sizes, "epochs": epochs, "max_new_tokens": max_new_tokens}.items():
+            if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
         if max_kl is not None and not max_kl > 0:
             raise ConfigError(f"objective.max_kl must be above 0, not {max_kl}")
         self.automatic_optimization = False
         self.collator = PromptCollator(vocabulary=vocabulary, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
-        self.group_size, self.epochs, self.minibatch_size = group_size, epochs, minibatch_size
+        self.group_size, self.epochs = group_size, epochs
+        self.minibatch_size, self.micro_batch_size = minibatch_size, micro_batch_size
         whole_groups = group_size > 1 and (minibatch_size or group_size) % group_size == 0
         self.share_prompts = whole_groups and shares_beginnings(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
@@ -79,8 +82,16 @@ class RLModule(BaseModule):
         """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
 
     @abstractmethod
-    def loss(self, part: Experience) -> tuple[Tensor, Tensor, Metrics]:
-        """The loss of a minibatch as a sum, by what it is divided over all ranks, and sums over its tokens."""
+    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
+        """The loss of some rows as a sum, and sums over their tokens."""
+
+    @abstractmethod
+    def divisor(self, part: Experience) -> Tensor:
+        """By what the loss of a minibatch is divided, which is added up over ranks."""
+
+    def states(self, part: Experience, hidden: Tensor) -> Experience:
+        """What else is to be known (R, T) of the states that the policy was in; hidden (R, T, C) are its features."""
+        return {}
 
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
@@ -93,19 +104,33 @@ class RLModule(BaseModule):
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         sums: Metrics = {}
         for part in self._minibatches(experience):
-            loss, divisor, found = self.loss(part)
-            if sums and self._too_far(found["policy/approxkl"], part["mask"]):
-                break
-            divisor = self._over_ranks(divisor.float()).clamp(min=1)
             optimizer.zero_grad()
-            self.manual_backward(loss * (self.trainer.world_size / divisor))
-            self.window = {"loss": loss.detach()}  # with the norm of the gradient, what must be finite
+            divisor = self._over_ranks(self.divisor(part).float()).clamp(min=1)
+            found = self._backward(part, self.trainer.world_size / divisor)
+            if sums and self._too_far(found["policy/approxkl"], part["mask"]):
+                optimizer.zero_grad()
+                break
+            loss = found["loss"]
+            self.window = {"loss": loss}  # with the norm of the gradient, what must be finite
             self.configure_gradient_clipping(optimizer.optimizer, self.clip_norm)
             optimizer.step()
             schedule.step()
-            found |= {"loss": loss.detach() / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
-            sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+            found |= {"loss": loss / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
+            sums = _added(sums, found)
         self._log_later(means, sums)
+
+    def _backward(self, part: Experience, factor: Tensor) -> Metrics:
+        """Add up the gradient of a minibatch pass by pass; the sums over its tokens, and its loss."""
+        sums: Metrics = {}
+        for _, few in passes(part, self._rows_at_once(part)):
+            loss, found = self.loss(few)
+            self.manual_backward(loss * factor)
+            sums = _added(sums, {**found, "loss": loss.detach()})
+        return sums
+
+    def _rows_at_once(self, rows: Experience) -> int:
+        n = len(rows["input_ids"])
+        return n if self.micro_batch_size is None else max(1, self.micro_batch_size * n // len(rows["places"]))
 
     def _log_later(self, means: Means, sums: Metrics) -> None:
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
@@ -167,43 +192,44 @@ class RLModule(BaseModule):
 
     def distance(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,)."""
-        policy, reference = self.logprobs(rollout)
-        return torch.where(rollout.mask, policy - reference, 0).sum(1)
+        found = self.read(rollout)
+        return torch.where(rollout.mask, found["old"] - found["reference"], 0).sum(1)
 
     @torch.no_grad()
-    def features(self, rollout: Rollout) -> Tensor:
-        """What the policy makes of the rows, (R, T, C)."""
-        batch = rollout.batch
-        return self.model.features(batch["input_ids"], batch["segment_ids"], **shared_beginning(batch))
+    def read(self, rollout: Rollout) -> Experience:
+        """For each token that was drawn, (N, L), `old` and `reference` log-probabilities, `entropy`, and what `states` adds."""
+        rows = {**rollout.batch, "places": rollout.places}
+        numbers, parts = [], []
+        for number, part in passes(rows, self._rows_at_once(rows)):
+            hidden = self.features(part)
+            found = {"entropy": self.entropy(hidden, part["labels"]), **self.states(part, hidden)}
+            found["old"] = token_logprobs(self.model, part, hidden=hidden)
+            with self.reference.of(self.model) as model:
+                found["reference"] = token_logprobs(model, part)
+            numbers.append(number)
+            parts.append({name: at_places(x, part["places"]) for name, x in found.items()})
+        return put_back(numbers, parts)
+
+    def features(self, part: Experience) -> Tensor:
+        """What the policy makes of rows, (R, T, C)."""
+        return self.model.features(part["input_ids"], part["segment_ids"], **shared_beginning(part))
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Of what the policy predicts at each label, summed; hidden (R, T, C) are its features."""
+        """Of what the policy predicts at each label (R, T); hidden (R, T, C) are its features."""
         head, model = self.model.lm_head, self.model
         options = {"bias": head.bias, "softcap": model.config.logit_softcap}
-        return token_entropy(model.to_head(hidden), head.weight, labels, **options).sum()
+        return token_entropy(model.to_head(hidden), head.weight, labels, **options)
 
-    @torch.no_grad()
-    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, hidden: Tensor) -> Means:
-        """Means over a rollout: kl is (N,), hidden (R, T, C) are the policy's features."""
+    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, entropy: Tensor) -> Means:
+        """Means over a rollout: kl is (N,), entropy (N, L)."""
         n, tokens = len(scores), rollout.mask.sum()
         return {
             "objective/scores": (scores.sum(), n),
             "objective/kl": (kl.sum(), n),
-            "objective/entropy": (self.entropy(hidden, rollout.batch["labels"]), tokens),
+            "objective/entropy": (torch.where(rollout.mask, entropy, 0).sum(), tokens),
             "objective/response_length": (tokens, n),
             "objective/ended": (rollout.ended.sum(), n),
         }
-
-    def logprobs(self, rollout: Rollout, *, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Those of the policy and of the reference for each token that was drawn, (N, L).
-
-        hidden (R, T, C) are the policy's features, if somebody has them.
-        """
-        with torch.no_grad():
-            policy = token_logprobs(self.model, rollout.batch, hidden=hidden)
-        with self.reference.of(self.model) as model:
-            reference = token_logprobs(model, rollout.batch)
-        return at_places(policy, rollout.places), at_places(reference, rollout.places)
 
     def _generator(self) -> torch.Generator:
         number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
@@ -216,5 +242,8 @@ class RLModule(BaseModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
         for _ in range(self.epochs):
             for rows in torch.randperm(n, generator=generator).split(size):
-                rows = rows.to(self.device)
-                yield {name: x.unflatten(0, (n, -1))[rows].flatten(0, 1) for name, x in experience.items()}
+                yield take(experience, rows.to(self.device), n)
+
+
+def _added(sums: Metrics, found: Metrics) -> Metrics:
+    return {name: sums.get(name, 0) + value for name, value in found.items()}
