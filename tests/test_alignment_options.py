@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genai_pl.loading import load
 from genai_pl.models.scores import scores
-from genai_pl.modules import grpo, rl
+from genai_pl.modules import grpo, ppo, rl
 from genai_pl.modules.preference import token_logprobs
 from tests.conftest import TINY
 
@@ -104,6 +104,32 @@ def test_completions_that_share_their_prompt_teach_what_they_teach_apart(files: 
     assert together < 0.8 * sum(tokens)
     for name in ("train/loss", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio", "val/scores"):
         assert column("shared", name) == pytest.approx(column("apart", name), abs=1e-5), name
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo"])
+def test_passes_of_a_minibatch_add_up_to_it(objective: str, files: None, command, monkeypatch) -> None:
+    own = {"ppo": (*PPO, "objective.minibatch_size=8"), "grpo": ("objective=grpo", "objective.group_size=4")}[objective]
+    given = ("train", *own, *LLAMA, "objective.max_new_tokens=8", "objective.epochs=2", "objective.reward=letters:e",
+             "data.path=prompts.jsonl", "data.batch_size=8", "optimizer=sgd", "optimizer.lr=0.1")  # fmt: skip
+    sizes = []
+
+    def counted(model, batch, **given):
+        sizes.append(int(batch["segment_ids"].amax(1).sum()))
+        return token_logprobs(model, batch, **given)
+
+    for module in (rl, grpo, ppo):
+        monkeypatch.setattr(module, "token_logprobs", counted)
+    assert command(*given, "hydra.run.dir=whole").status == 0
+    assert max(sizes) == (8 if objective == "ppo" else 32)
+    sizes.clear()
+    assert command(*given, "objective.micro_batch_size=4", "hydra.run.dir=few").status == 0
+    assert max(sizes) == 4
+    names = ("train/loss", "train/grad_norm", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio",
+             "policy/approxkl", "loss/policy", "val/scores", "val/kl")  # fmt: skip
+    for name in names:
+        assert column("few", name) == pytest.approx(column("whole", name), rel=1e-4, abs=1e-6), name
+    result = command(*given, "objective.micro_batch_size=0")
+    assert result.err == "error: objective.micro_batch_size must be at least 1, not 0\n"
 
 
 def test_minibatches_of_rollouts_are_whole_groups_where_they_can_be(files: None, command) -> None:

@@ -1,0 +1,91 @@
+"""Rows that are finished are read no more, and that changes nothing else."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genai_pl.generation import decode, left_pad
+from genai_pl.generation.decode import WORTH_DROPPING
+from genai_pl.peft import adapters_of, lora
+from genai_pl.specs import GenerationConfig
+
+ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
+N = 24
+PROMPTS = [[3 + (i + j) % 40 for j in range(2 + i % 5)] for i in range(N)]
+CONFIG = GenerationConfig(max_new_tokens=16)
+# the number of steps that each row is to take: most end soon, one never
+ENDS = Tensor([2 + i % 3 if i % 8 else 5 + i // 3 for i in range(N - 1)] + [99])
+NEVER = torch.full((N,), 99)
+
+
+def written(
+    model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, **given: object
+) -> tuple[Tensor, list[int]]:
+    """The tokens (N, steps) of rows that end after so many steps each, and how many rows each step read."""
+    read: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
+    input_ids, segment_ids = left_pad(PROMPTS, 0)
+    finished = torch.zeros(N * given.get("num_samples", 1), dtype=torch.bool)
+    options = {"segment_ids": segment_ids, "generator": torch.Generator().manual_seed(0), "finished": finished, **given}
+    steps = []
+    for step in decode(model, input_ids, config, pad_token_id=0, **options):
+        steps.append(step)
+        finished |= len(steps) >= ends
+    hook.remove()
+    return torch.stack(steps, 1), read[1:]
+
+
+def alone(tokens: Tensor, ends: Tensor) -> Tensor:
+    """What rows that nobody ends write until they would have ended."""
+    return tokens.masked_fill(torch.arange(tokens.shape[1]) >= ends[:, None], 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, ROTARY, {"position": "alibi"}, {"window": 4}, {**ROTARY, "max_seq_len": 10}], ids=str
+)
+def test_finished_rows_are_dropped_and_the_others_write_what_they_would(small_model: Callable, options: dict) -> None:
+    model = small_model(**options)
+    tokens, read = written(model, ends=ENDS)
+    whole, all_rows = written(model, ends=NEVER)
+    assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
+    assert set(all_rows) == {N}
+    assert read[0] == N
+    assert read[-1] < N - WORTH_DROPPING
+    # never more than twice those that go on, but for the few that are not worth a copy
+    going = [int((step < ENDS).sum()) for step in range(1, len(read) + 1)]
+    assert all(n < 2 * left + WORTH_DROPPING for n, left in zip(read, going, strict=True))
+
+
+def test_samples_of_a_prompt_are_dropped_too(small_model: Callable) -> None:
+    model, ends = small_model(**ROTARY), torch.cat([ENDS, ENDS.flip(0)])
+    tokens, read = written(model, ends=ends, num_samples=2)
+    whole, _ = written(model, ends=torch.cat([NEVER, NEVER]), num_samples=2)
+    assert torch.equal(tokens, alone(whole, ends)[:, : tokens.shape[1]])
+    assert read[-1] < N
+
+
+def test_adapters_that_differ_by_row_keep_all_rows(small_model: Callable) -> None:
+    model = lora(small_model(**ROTARY), rank=2)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.3)
+    (adapter,) = adapters_of(model)
+    adapter.rows = (torch.arange(N) % 2).float()
+    tokens, read = written(model, ends=ENDS)
+    assert set(read) == {N}
+    whole, _ = written(model, ends=NEVER)
+    assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
+    adapter.rows = None
+    assert not torch.equal(written(model, ends=ENDS)[0], tokens)
+
+
+def test_penalties_and_rules_follow_their_rows(small_model: Callable) -> None:
+    model = small_model()
+    config = GenerationConfig(max_new_tokens=16, repetition_penalty=1.5, no_repeat_ngram_size=2, top_k=20)
+    tokens, read = written(model, config, ends=ENDS)
+    whole, _ = written(model, config, ends=NEVER)
+    assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
+    assert read[-1] < N
