@@ -30,7 +30,7 @@ from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
 from genai_pl.start import adapt, keep_base, start
 from genai_pl.strategies import float8, launched
-from genai_pl.summary import describe_model, describe_step
+from genai_pl.summary import describe_model, describe_rollout, describe_step
 from genai_pl.sweeps import Outcome, finished
 from genai_pl.trainer import build_trainer, connect, count_steps, make
 
@@ -149,16 +149,15 @@ def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedT
 
 def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Print what is about to be trained, on what, with which attention."""
-    trainer, model = parts.trainer, parts.module.model
+    trainer, module, model = parts.trainer, parts.module, parts.module.model
     device = trainer.strategy.root_device
-    step = describe_step(
-        model,
-        rows=parts.data.batch_size,
-        seq_len=parts.data.seq_len,
-        accumulate=trainer.accumulate_grad_batches,
-        devices=n_replicas(trainer),
-        total_steps=parts.module.total_steps,
-    )
+    rows, counted = parts.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
+    if isinstance(module, RLModule):
+        options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
+        step = describe_rollout(prompts=rows, n_updates=module.n_updates(rows), **options, **counted)
+    else:
+        accumulate = trainer.accumulate_grad_batches
+        step = describe_step(model, rows=rows, seq_len=parts.data.seq_len, accumulate=accumulate, **counted)
     if trainer.is_global_zero:
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         print(f"run         {parts.run}")

@@ -33,6 +33,17 @@ def describe_step(model: Model, *, rows: int, seq_len: int, accumulate: int, dev
     )
 
 
+def describe_rollout(
+    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int
+) -> str:
+    """One line on what is written before it is learned from, where a model learns from what it writes."""
+    return (
+        f"rollout     {prompts * group_size * devices:,} completions ({prompts} prompts x {group_size} x {devices} devices) "
+        f"of at most {max_new_tokens} tokens, then {n_updates} steps; "
+        f"{total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
+    )
+
+
 def human(n_bytes: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):

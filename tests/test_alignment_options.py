@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genai_pl.loading import load
 from genai_pl.models.scores import scores
-from genai_pl.modules import grpo, ppo, rl
+from genai_pl.modules import grpo, ppo, writing
 from genai_pl.modules.preference import token_logprobs
 from tests.conftest import TINY
 
@@ -94,12 +94,12 @@ def test_completions_that_share_their_prompt_teach_what_they_teach_apart(files: 
         tokens.append(batch["input_ids"].numel())
         return token_logprobs(model, batch, **given)
 
-    for module in (rl, grpo):
+    for module in (writing, grpo):
         monkeypatch.setattr(module, "token_logprobs", counted)
     assert command(*given, "hydra.run.dir=shared").status == 0
     together = sum(tokens)
     tokens.clear()
-    monkeypatch.setattr(rl, "shares_beginnings", lambda model: False)
+    monkeypatch.setattr(writing, "shares_beginnings", lambda model: False)
     assert command(*given, "hydra.run.dir=apart").status == 0
     assert together < 0.8 * sum(tokens)
     for name in ("train/loss", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio", "val/scores"):
@@ -117,7 +117,7 @@ def test_passes_of_a_minibatch_add_up_to_it(objective: str, files: None, command
         sizes.append(int(batch["segment_ids"].amax(1).sum()))
         return token_logprobs(model, batch, **given)
 
-    for module in (rl, grpo, ppo):
+    for module in (writing, grpo, ppo):
         monkeypatch.setattr(module, "token_logprobs", counted)
     assert command(*given, "hydra.run.dir=whole").status == 0
     assert max(sizes) == (8 if objective == "ppo" else 32)
@@ -139,6 +139,10 @@ def test_minibatches_of_rollouts_are_whole_groups_where_they_can_be(files: None,
         result = command(*given, f"objective.minibatch_size={size}", f"hydra.run.dir=run{size}")
         assert result.status == 0, result.err
         assert set(column(f"run{size}", "policy/updates")) == {updates}
+        said = next(line for line in result.out.splitlines() if line.startswith("rollout "))
+        assert said.split(maxsplit=1)[1].startswith(
+            f"16 completions (4 prompts x 4 x 1 devices) of at most 8 tokens, then {updates:.0f} steps"
+        )
 
 
 def test_an_epoch_ends_when_the_policy_has_moved_far_enough(files: None, command) -> None:

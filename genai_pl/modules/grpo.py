@@ -7,8 +7,9 @@ from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
 from genai_pl.modules.passes import Experience
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import Means, RLModule
+from genai_pl.modules.rl import RLModule
 from genai_pl.modules.rollout import Rollout, at_places
+from genai_pl.modules.writing import Means
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
 
