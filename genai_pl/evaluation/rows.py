@@ -64,7 +64,8 @@ def completion_rows(
     """One row for each pair, split into tokens as lm-evaluation-harness does.
 
     Both are encoded together, whitespace that ends the prompt counts as the completion's, and the completion is what
-    comes after as many tokens as the prompt alone has. A long prompt is cut on the left.
+    comes after as many tokens as the prompt alone has; where it merges with the prompt so far that none come after, it is
+    encoded by itself, as one that is written is. A long prompt is cut on the left.
     owners: the number of each pair in what an error says; 1, 2, ... if left out.
     """
     owners = range(1, len(prompts) + 1) if owners is None else owners
@@ -73,7 +74,9 @@ def completion_rows(
     given = _encode(tokenizer, [prompt for prompt, _ in pairs])
     whole = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
     rows = []
-    for n, before, tokens in zip(owners, given, whole, strict=True):
+    for n, before, tokens, (_, completion) in zip(owners, given, whole, pairs, strict=True):
+        if len(tokens) <= len(before):
+            tokens = before + _encode(tokenizer, [completion])[0]
         prefix = start or ([] if before else bos_ids(tokenizer, True))
         rows.append(_completion_row(n, prefix + tokens, len(prefix + before), seq_len))
     return rows
@@ -93,10 +96,7 @@ def _split(n: int, prompt: object, completion: object) -> tuple[str, str]:
 def _completion_row(n: int, tokens: list[int], n_given: int, seq_len: int) -> Row:
     n_scored = len(tokens) - n_given
     if n_scored < 1:
-        raise DataError(
-            f"row {n}: no token is the completion's alone, it merges with the end of the prompt; "
-            "begin the completion with a space, or end the prompt with one"
-        )
+        raise DataError(f"row {n}: completion has no tokens, there is nothing to score")
     if n_scored > seq_len:
         raise DataError(f"row {n}: completion has {n_scored} tokens, more than the context of {seq_len}")
     kept = tokens[-(seq_len + 1) :]  # the model reads all but the last

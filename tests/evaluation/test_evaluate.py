@@ -170,10 +170,13 @@ def test_data_that_cannot_be_read_are_one_line(folder: Path, command, tmp_path: 
     assert "broken.jsonl: cannot be read as json" in result.err
 
 
-def test_a_completion_that_has_no_token_of_its_own_is_named() -> None:
+def test_a_completion_that_has_no_token_of_its_own_is_encoded_by_itself() -> None:
     tokenizer = train_bpe(["signs signs signs"] * 10, 300)
-    with pytest.raises(Exception, match="row 2: no token is the completion's alone"):
-        completion_rows(["x", "sign"], [" y", "s"], tokenizer, seq_len=64)
+    assert len(tokenizer("signs")["input_ids"]) == len(tokenizer("sign")["input_ids"])  # it merges with the prompt
+    _, row = completion_rows(["x", "sign"], [" y", "s"], tokenizer, seq_len=64)
+    before, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("sign", "s"))
+    assert row.tokens.tolist()[-len(before + completion) :] == before + completion
+    assert row.n_scored == len(completion)
 
 
 def test_a_model_that_does_not_predict_the_next_token_is_refused(command, tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_pieces_draw_and_learn_what_copies_do(case: str, folder: Path, judge: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_passes_of_a_minibatch_add_up_to_it(strategy: tuple[str, ...], folder: Path) -> None:
+    options = (*SMALL, *GRPO, "objective.minibatch_size=8", "init_from=base/model", HALF, *strategy)
+    name = strategy[0].partition("=")[2]
+    for run, own in {f"minibatch-{name}": (), f"passes-{name}": ("objective.micro_batch_size=4",)}.items():
+        train(folder, *options, *own, f"hydra.run.dir={run}")
+    assert_same(folder / f"passes-{name}", folder / f"minibatch-{name}", names=SAME, exported=MODEL, rounding=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_update_of_a_rollout_starts_at_a_ratio_of_one(precision: str, folder: Path) -> None:
     options = (*PPO, "objective.epochs=1", "init_from=base/model", HALF, *FSDP, f"precision={precision}")
