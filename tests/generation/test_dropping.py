@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from genai_pl.generation import decode, left_pad
 from genai_pl.generation.decode import WORTH_DROPPING
+from genai_pl.models import EncoderDecoder
 from genai_pl.peft import adapters_of, lora
-from genai_pl.specs import GenerationConfig
+from genai_pl.specs import GenerationConfig, ModelConfig
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
 N = 24
@@ -89,3 +90,27 @@ def test_penalties_and_rules_follow_their_rows(small_model: Callable) -> None:
     whole, _ = written(model, config, ends=NEVER)
     assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
     assert read[-1] < N
+
+
+def test_an_encoder_decoder_drops_the_sources_with_their_rows() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "max_seq_len": 64, "init_std": 0.3}
+    model = EncoderDecoder(ModelConfig(shape="encoder_decoder", position="sinusoidal", **sizes)).eval()
+
+    def run(ends: Tensor) -> tuple[Tensor, list[int]]:
+        read: list[int] = []
+        hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
+        with torch.no_grad():
+            reader = model.reading(*left_pad(PROMPTS, 0))
+        finished, steps = torch.zeros(N, dtype=torch.bool), []
+        given = {"finished": finished, "generator": torch.Generator().manual_seed(0), "pad_token_id": 0}
+        for step in decode(reader, torch.zeros(N, 1, dtype=torch.long), CONFIG, **given):
+            steps.append(step)
+            finished |= len(steps) >= ends
+        hook.remove()
+        return torch.stack(steps, 1), read
+
+    tokens, read = run(ENDS)
+    whole, _ = run(NEVER)
+    assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
+    assert read[-1] < N - WORTH_DROPPING
