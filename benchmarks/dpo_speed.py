@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 
-from sides import figures, fit, in_turns, ticks, training, trl_settings
+from sides import PEFT, figures, fit, in_turns, ticks, training, trl_settings
 
 
 def parse() -> argparse.Namespace:
@@ -76,12 +76,11 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
             max_steps=args.steps + 1, per_device_train_batch_size=args.batch, learning_rate=3e-4, max_length=args.seq_len,
             precompute_ref_log_probs=args.precompute, **trl_settings(folder),
         )  # fmt: skip
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         DPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args=settings,
             train_dataset=Dataset.from_list(pairs(args)), callbacks=[ticks(times)],
             processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(**PEFT),
         ).train()  # fmt: skip
     return figures(times, args.batch * (len(times) - 1))
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 
 from rollouts import fit_prompts, learner, prompts
-from sides import figures, in_turns, ticks, trl_settings
+from sides import PEFT, figures, in_turns, ticks, trl_settings
 
 
 def parse() -> argparse.Namespace:
@@ -65,12 +65,11 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
             gradient_accumulation_steps=1, max_completion_length=args.new, beta=0.04, temperature=1.0, learning_rate=1e-6,
             shuffle_dataset=False, **trl_settings(folder),
         )  # fmt: skip
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args=settings,
             reward_funcs=letters, train_dataset=Dataset.from_list([{"prompt": text} for text in cut]),
             processing_class=tokenizer, callbacks=[ticks(times)],
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(**PEFT),
         ).train()  # fmt: skip
     return figures(times, args.batch * args.group * (len(times) - 1))
 

@@ -9,13 +9,10 @@ of its own. `--equal` gives both sides the same padded batches.
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from sides import figures, in_turns, training
-
-PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+from sides import PEFT, figures, fit, in_turns, ticks, training
 
 
 def parse() -> argparse.Namespace:
@@ -31,18 +28,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Clock:
-    """Examples per second between the end of the first step and the end of the last."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.examples: list[int] = []
-
-    def tick(self, examples: int) -> None:
-        self.times.append(time.perf_counter())
-        self.examples.append(examples)
-
-
 def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
     """Our data module over the file."""
     from genai_pl.data.conversations import ChatDataModule
@@ -56,8 +41,6 @@ def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our SFTModule in Lightning's Trainer."""
-    import lightning as L
-
     from genai_pl.data import vocabulary
     from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
@@ -65,12 +48,6 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.run import quiet
 
     quiet()
-    clock = Clock()
-
-    class Ticks(L.Callback):
-        def on_train_batch_end(self, trainer: object, module: object, outputs: object, batch: dict, *_: object) -> None:
-            clock.tick(int(batch["segment_ids"].amax(dim=1).sum()))
-
     model, tokenizer, _ = load(args.model)
     module = SFTModule(
         lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
@@ -78,12 +55,11 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     )  # fmt: skip
     data = chat(args, packing=not args.equal, batch_size=args.examples if args.equal else 2)
     data.prepare(tokenizer, module.collator)
-    trainer = L.Trainer(
-        max_steps=args.steps + 1, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, data)
-    return figures(clock.times, sum(clock.examples[1:]))
+    examples: list[int] = []
+    times = fit(
+        module, data, args.steps + 1, seen=lambda batch: examples.append(int(batch["segment_ids"].amax(1).sum()))
+    )
+    return figures(times, sum(examples[1:]))
 
 
 def peft(args: argparse.Namespace) -> dict[str, float]:
@@ -94,19 +70,13 @@ def peft(args: argparse.Namespace) -> dict[str, float]:
         AutoTokenizer,
         DataCollatorForSeq2Seq,
         Trainer,
-        TrainerCallback,
         TrainingArguments,
     )
 
     from genai_pl.data import vocabulary
     from genai_pl.objectives.sft import SFTCollator
 
-    clock = Clock()
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *_: object, **__: object) -> None:
-            clock.tick(args.examples)
-
+    times: list[float] = []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     data = chat(args, packing=False, batch_size=1)
@@ -124,8 +94,8 @@ def peft(args: argparse.Namespace) -> dict[str, float]:
         )  # fmt: skip
         model = library.get_peft_model(model, library.LoraConfig(**PEFT))
         collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-        Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Ticks()]).train()
-    return figures(clock.times, sum(clock.examples[1:]))
+        Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[ticks(times)]).train()
+    return figures(times, args.examples * (len(times) - 1))
 
 
 def main() -> None:

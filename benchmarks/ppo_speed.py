@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from rollouts import fit_prompts, learner, prompts
-from sides import figures, in_turns, ticks, trl_settings
+from sides import PEFT, figures, in_turns, ticks, trl_settings
 
 PASSES = 4
 
@@ -78,14 +78,13 @@ def trl(args: argparse.Namespace) -> dict[str, float]:
             num_ppo_epochs=PASSES, local_rollout_forward_batch_size=args.batch, response_length=args.new,
             num_sample_generations=0, temperature=1.0, learning_rate=1e-6, **trl_settings(folder),
         )  # fmt: skip
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         PPOTrainer(
             args=settings, processing_class=tokenizer, ref_model=None, train_dataset=Dataset.from_list(ids),
             eval_dataset=Dataset.from_list(ids[:1]), callbacks=[ticks(times)],
             model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
             reward_model=AutoModelForSequenceClassification.from_pretrained(args.model, **scoring),
             value_model=AutoModelForSequenceClassification.from_pretrained(args.model, **scoring),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(**PEFT),
         ).train()  # fmt: skip
     return figures(times, args.batch * (len(times) - 1))
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# the adapter of every peer, as peft's LoraConfig takes it; ours is the default of genai_pl.peft.lora
+PEFT = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 Side = Callable[[], dict[str, float]]  # gives its `figures`
 
 
@@ -51,15 +53,17 @@ def training(lr: float) -> dict[str, object]:
     }
 
 
-def fit(module: Any, data: Any, max_steps: int) -> list[float]:
-    """The times in seconds at which Lightning's Trainer ended the batches of a module of ours."""
+def fit(module: Any, data: Any, max_steps: int, *, seen: Callable[[dict], None] | None = None) -> list[float]:
+    """The times in seconds at which Lightning's Trainer ended the batches of a module of ours, each of which `seen` gets."""
     import lightning as L
 
     times: list[float] = []
 
     class Ticks(L.Callback):
-        def on_train_batch_end(self, *_: object) -> None:
+        def on_train_batch_end(self, trainer: object, module: object, outputs: object, batch: dict, *_: object) -> None:
             times.append(time.perf_counter())
+            if seen is not None:
+                seen(batch)
 
     L.Trainer(
         max_steps=max_steps, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],

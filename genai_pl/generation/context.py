@@ -1,6 +1,7 @@
 """What a batch has read, with the cache of it."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,10 +79,15 @@ class Context:
         """How many rows it reads at once."""
         return len(self.tokens)
 
-    def drop(self, finished: Tensor) -> None:
-        """Read these of the rows it began with no more, (N,) bool, unless adapters know rows by their places."""
+    @cached_property
+    def is_bound(self) -> bool:
+        """Whether adapters know rows by their places."""
         adapters = (getattr(module, "adapter", None) for module in self.model.modules())
-        if any(adapter is not None and adapter.rows is not None for adapter in adapters):
+        return any(adapter is not None and adapter.rows is not None for adapter in adapters)
+
+    def drop(self, finished: Tensor) -> None:
+        """Read these of the rows it began with no more, (N,) bool, unless rows are bound."""
+        if self.is_bound:
             return
         if self.numbers is None:
             self.numbers = torch.arange(self.n_rows, device=finished.device)

@@ -22,16 +22,16 @@ NEVER = torch.full((N,), 99)
 
 
 def written(
-    model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, **given: object
+    model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, start: tuple | None = None, **given: object
 ) -> tuple[Tensor, list[int]]:
     """The tokens (N, steps) of rows that end after so many steps each, and how many rows each step read."""
     read: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
-    input_ids, segment_ids = left_pad(PROMPTS, 0)
+    reader, input_ids, segment_ids = start or (model, *left_pad(PROMPTS, 0))
     finished = torch.zeros(N * given.get("num_samples", 1), dtype=torch.bool)
     options = {"segment_ids": segment_ids, "generator": torch.Generator().manual_seed(0), "finished": finished, **given}
     steps = []
-    for step in decode(model, input_ids, config, pad_token_id=0, **options):
+    for step in decode(reader, input_ids, config, pad_token_id=0, **options):
         steps.append(step)
         finished |= len(steps) >= ends
     hook.remove()
@@ -97,20 +97,10 @@ def test_an_encoder_decoder_drops_the_sources_with_their_rows() -> None:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 100, "max_seq_len": 64, "init_std": 0.3}
     model = EncoderDecoder(ModelConfig(shape="encoder_decoder", position="sinusoidal", **sizes)).eval()
 
-    def run(ends: Tensor) -> tuple[Tensor, list[int]]:
-        read: list[int] = []
-        hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
-        with torch.no_grad():
-            reader = model.reading(*left_pad(PROMPTS, 0))
-        finished, steps = torch.zeros(N, dtype=torch.bool), []
-        given = {"finished": finished, "generator": torch.Generator().manual_seed(0), "pad_token_id": 0}
-        for step in decode(reader, torch.zeros(N, 1, dtype=torch.long), CONFIG, **given):
-            steps.append(step)
-            finished |= len(steps) >= ends
-        hook.remove()
-        return torch.stack(steps, 1), read
-
-    tokens, read = run(ENDS)
-    whole, _ = run(NEVER)
+    with torch.no_grad():
+        reader = model.reading(*left_pad(PROMPTS, 0))
+    start = (reader, torch.zeros(N, 1, dtype=torch.long), None)
+    tokens, read = written(model, ends=ENDS, start=start)
+    whole, _ = written(model, ends=NEVER, start=start)
     assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
     assert read[-1] < N - WORTH_DROPPING
