@@ -35,6 +35,18 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.chat_template = TEMPLATE
 
 
+def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token that closes an assistant's turn under the chat template; None where there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    words = "0123456789"
+    text = _render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}])
+    _, found, after = text.rpartition(words)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return next((i for i in ids if i in special), None)
+
+
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Example:
     """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
     return encode_conversations(tokenizer, [messages], [0])[0]
