@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data.chat import ensure_template
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import ConfigError
 from genai_pl.export import export_model
@@ -38,7 +39,7 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
     wrapped = "name" in config.model
     if not (config.init_from or wrapped):
         tokenizer = build_tokenizer(config, data)
-        add_missing(tokenizer, objective.needs)
+        complete_tokenizer(tokenizer, data, objective)
         return Start(build_model(model_config(config, len(tokenizer))), tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
@@ -47,12 +48,21 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer = pretrained_tokenizer(config.model.name)
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
-    add_missing(tokenizer, objective.needs)
+    complete_tokenizer(tokenizer, data, objective)
     n_tokens, room = len(tokenizer), model.config.vocab_size
     if n_tokens > room:
         resize_vocabulary(model, n_tokens)
         log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
     return Start(model.train(), tokenizer, n_tokens > room)
+
+
+def complete_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]
+) -> None:
+    """Give the tokenizer the special tokens that the objective needs, and a chat template where the data are conversations."""
+    add_missing(tokenizer, objective.needs)
+    if data.has_conversations():
+        ensure_template(tokenizer)
 
 
 def adapt(

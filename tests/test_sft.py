@@ -71,7 +71,8 @@ def test_a_completion_is_learned_with_its_end() -> None:
     example = encode_completion(tokenizer, "ab", "cd")
     assert example.input_ids.tolist() == [*b"abcd", tokenizer.eos_token_id]
     assert example.loss_mask.tolist() == [False, False, True, True, True]
-    by_messages = encode_completion(tokenizer_with_template(), [{"role": "user", "content": "x"}], "y")
+    tokenizer = tokenizer_with_template()
+    by_messages = encode_completion(tokenizer, [{"role": "user", "content": "x"}], "y")
     assert learned(by_messages, tokenizer) == "y<|im_end|>\n"
 
 
@@ -79,7 +80,8 @@ def test_only_the_last_answer_is_a_completion_of_a_conversation() -> None:
     tokenizer = tokenizer_with_template()
     for example in encode_completions(tokenizer, [TALK[:2], TALK[:4]], ["2", [TALK[4]]]):
         assert learned(example, tokenizer) in ("2<|im_end|>\n", "3, naïf<|im_end|>\n")
-    (answer,) = encode_answers(tokenizer, [TALK[:4]], ["3, naïf"])
+    ((prompt, (answer,)),) = encode_answers(tokenizer, [TALK[:4]], [["3, naïf"]])
+    assert np.array_equal(prompt, encode_prompt(tokenizer, TALK[:4]))
     assert tokenizer.decode(answer) == "3, naïf<|im_end|>\n"
 
 
@@ -109,7 +111,7 @@ def test_tokens_are_kept_for_the_same_rows_tokenizer_and_template(
             completion="completion", packing=False, seq_len=400, batch_size=2, val_batch_size=None, workers=0,
             shuffle=True, seed=0,
         )  # fmt: skip
-        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, 258)))
+        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, len(tokenizer))))
         return [row["input_ids"].tolist() for row in [*data.train_rows, *data.val_rows]]
 
     first, odd = rows(TEMPLATE), rows(ODD)

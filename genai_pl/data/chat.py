@@ -1,179 +1,198 @@
-"""Conversations as text: the chat template is rendered step by step, so that every token knows who says it."""
+"""Tokens of prompts and answers: the one place that says what a model is prompted with, and what it is to learn and write.
 
-from collections.abc import Mapping, Sequence
+Training, evaluation, generation, serving, rollouts and judges all ask here.
+"""
+
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from genai_pl.data.chat_template import (
+    TEMPLATE,
+    ChatTemplate,
+    Messages,
+    Rendering,
+    Tools,
+    ensure_template,
+    turn_end,
+)
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, str]]
+__all__ = [
+    "TEMPLATE",
+    "Example",
+    "Messages",
+    "Tools",
+    "encode_answers",
+    "encode_completion",
+    "encode_completions",
+    "encode_conversations",
+    "encode_messages",
+    "encode_prompt",
+    "encode_prompts",
+    "ensure_template",
+    "prompt_text",
+    "turn_end",
+]
+
 QUIET = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
-# what a tokenizer without a template is given: a role and what it says between two markers, as ChatML has them
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 class Example(NamedTuple):
     """Tokens of one example, and which of them the model is to say."""
 
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
+    input_ids: np.ndarray  # (n,) int32
+    loss_mask: np.ndarray  # (n,) bool
+
+    @property
+    def n_given(self) -> int:
+        """How many tokens come before the first that is learned; all of them if none is."""
+        return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.loss_mask)
 
 
-def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a tokenizer without a chat template the one above; it is saved with the model."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = TEMPLATE
-
-
-def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The special token that closes an assistant's turn under the chat template; None where there is none."""
-    if tokenizer.chat_template is None:
-        return None
-    words = "0123456789"
-    text = _render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}])
-    _, found, after = text.rpartition(words)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    return next((i for i in ids if i in special), None)
-
-
-def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Example:
+def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, tools: Tools = ()) -> Example:
     """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
-    return encode_conversations(tokenizer, [messages], [0])[0]
+    return encode_conversations(tokenizer, [messages], [0], [tools])[0]
 
 
 def encode_conversations(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Messages], given: Sequence[int]
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[Messages],
+    n_given: Sequence[int],
+    tools: Sequence[Tools] | None = None,
 ) -> list[Example]:
-    """The same of each; nothing is to be learned of its first `given` messages."""
-    rendered = [_with_spans(tokenizer, messages, n) for messages, n in zip(conversations, given, strict=True)]
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, **QUIET, return_offsets_mapping=True)
+    """The same of each; nothing is to be learned of its first `n_given` messages. `tools` are those of each conversation.
+
+    The tokens are those of the whole text, as transformers makes them. A token that reaches into an answer belongs to it,
+    such as a space of the generation prompt with the answer's first word.
+    """
+    template = ChatTemplate(tokenizer)
+    rows = zip(conversations, n_given, _each(tools, len(conversations)), strict=True)
+    rendered = [template.render_with_spans(messages, n, its_tools) for messages, n, its_tools in rows]
+    texts = [rendering.text for rendering in rendered]
+    encoded = tokenizer(texts, add_special_tokens=False, **QUIET, return_offsets_mapping=True)
     parts = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-    return [_masked(ids, offsets, spans) for ids, offsets, (_, spans) in parts]
+    end = _end(tokenizer)
+    return [_masked(ids, offsets, rendering, end) for ids, offsets, rendering in parts]
 
 
 def encode_completion(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages, tools: Tools = ()
 ) -> Example:
     """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
-    return encode_completions(tokenizer, [prompt], [completion])[0]
+    return encode_completions(tokenizer, [prompt], [completion], [tools])[0]
 
 
 def encode_completions(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str | Messages],
+    tools: Sequence[Tools] | None = None,
 ) -> list[Example]:
     """The same of each; the prompts are texts, or all of them messages."""
     if not isinstance(prompts[0], str):
-        return _encode_talks(tokenizer, prompts, completions)
-    parts = zip(encode_prompts(tokenizer, prompts), encode_answers(tokenizer, prompts, completions), strict=True)
+        whole = [[*prompt, *_as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
+        return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
+    end = _end(tokenizer)
+    answers = tokenizer(list(completions), add_special_tokens=False, **QUIET)["input_ids"]
+    parts = [
+        (given, np.asarray([*said, *end], dtype=np.int32))
+        for given, said in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
+    ]
     return [Example(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
 
 
 def encode_answers(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
-) -> list[np.ndarray]:
-    """The tokens of each completion after its prompt, those that are to be learned."""
-    if not isinstance(prompts[0], str):
-        return [example.input_ids[example.loss_mask] for example in _encode_talks(tokenizer, prompts, completions)]
-    end = [] if end_token(tokenizer) is None else [end_token(tokenizer)]
-    rows = tokenizer(list(completions), add_special_tokens=False, **QUIET)["input_ids"]
-    return [np.asarray([*said, *end], dtype=np.int32) for said in rows]
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    answers: Sequence[Sequence[str | Messages]],
+    tools: Sequence[Tools] | None = None,
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """The tokens of each prompt, and of each of its answers after it: together those of `encode_completions`."""
+    numbers = [n for n, some in enumerate(answers) for _ in some]
+    its_tools = _each(tools, len(prompts))
+    examples = iter(
+        encode_completions(
+            tokenizer,
+            [prompts[n] for n in numbers],
+            [answer for some in answers for answer in some],
+            [its_tools[n] for n in numbers],
+        )
+        if numbers
+        else ()
+    )
+    rows = []
+    for some in answers:
+        own = [next(examples) for _ in some]
+        n_given = min((example.n_given for example in own), default=0)
+        beginnings = {example.input_ids[:n_given].tobytes() for example in own}
+        if len(beginnings) > 1:
+            raise DataError("messages: the chat template renders the prompt otherwise before another answer")
+        prompt = own[0].input_ids[:n_given] if own else np.zeros(0, np.int32)
+        rows.append((prompt, [example.input_ids[n_given:] for example in own]))
+    return rows
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Sequence[Mapping[str, object]] = ()
-) -> np.ndarray:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Tools = ()) -> np.ndarray:
     """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools."""
-    return encode_prompts(tokenizer, [prompt], tools)[0]
+    return encode_prompts(tokenizer, [prompt], [tools])[0]
 
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str | Messages],
-    tools: Sequence[Mapping[str, object]] = (),
+    tools: Sequence[Tools] | None = None,
 ) -> list[np.ndarray]:
     """The same of each; they are texts, or all of them messages."""
     if isinstance(prompts[0], str):
-        end = [end_token(tokenizer)]  # what some tokenizers close every text with
-        rows = [ids[:-1] if ids[-1:] == end else ids for ids in tokenizer(list(prompts), **QUIET)["input_ids"]]
+        rows = tokenizer(list(prompts), **QUIET)["input_ids"]
+        end = _end(tokenizer)
+        if _closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
+            rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
     else:
-        for prompt in prompts:
-            _check(prompt)
-        texts = [_render(tokenizer, prompt, tools, add_generation_prompt=True) for prompt in prompts]
+        template = ChatTemplate(tokenizer)
+        texts = [template.prompt(*row) for row in zip(prompts, _each(tools, len(prompts)), strict=True)]
         rows = tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in rows]
 
 
-def _encode_talks(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Messages], completions: Sequence[str | Messages]
-) -> list[Example]:
-    whole = [[*prompt, *_as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
-    return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts])
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Tools = ()) -> str:
+    """A prompt as text: messages are rendered, with the beginning of the answer."""
+    return prompt if isinstance(prompt, str) else ChatTemplate(tokenizer).prompt(prompt, tools)
 
 
-def _with_spans(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, given: int
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text, and from where to where assistants speak in it after the given messages."""
-    _check(messages)
-    spans, said = [], ""
-    for n, message in enumerate(messages, start=1):
-        if n > given and message["role"] == "assistant":
-            asked = _render(tokenizer, messages[: n - 1], add_generation_prompt=True)
-            said = _render(tokenizer, messages[:n])
-            if not said.startswith(asked):  # a template that opens the answer otherwise than it prompts for it
-                asked = _common(asked, said)
-            spans.append((len(asked), len(said)))
-    closed = bool(messages) and messages[-1]["role"] == "assistant" and len(messages) > given
-    return (said if closed else _render(tokenizer, messages)), spans
-
-
-def _masked(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Example:
-    """The tokens, of which those that begin in a span are to be learned."""
-    starts = np.asarray([start for start, _ in offsets])
+def _masked(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], rendering: Rendering, end: Sequence[int]
+) -> Example:
+    """The tokens, of which those that reach into a span are to be learned; an answer that nothing closes gets the end token."""
+    starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), bool)
-    for start, end in spans:
-        mask |= (starts >= start) & (starts < end)
+    for start, stop in rendering.spans:
+        mask |= (starts < stop) & ((starts >= start) | (stops > start))
+    if rendering.is_open and rendering.spans:
+        ids, mask = [*ids, *end], np.concatenate([mask, np.ones(len(end), bool)])
     return Example(np.asarray(ids, dtype=np.int32), mask)
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Messages,
-    tools: Sequence[Mapping[str, object]] = (),
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError) as error:
-        raise DataError(f"messages: the chat template refuses a conversation ({error})") from None
-
-
-def _check(messages: Messages) -> None:
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise DataError(f"messages: each is an object with role and content, not {message!r}")
 
 
 def _as_messages(completion: str | Messages) -> Messages:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
-def _common(a: str, b: str) -> str:
-    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:n]
+def _each(tools: Sequence[Tools] | None, n: int) -> Sequence[Tools]:
+    return [()] * n if tools is None else tools
+
+
+def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The token that closes a text, or none."""
+    end = end_token(tokenizer)
+    return [] if end is None else [end]
+
+
+def _closes_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer puts the end token after every text, as those of T5 and BERT do."""
+    return tokenizer("a", **QUIET)["input_ids"][-1:] == _end(tokenizer)

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import Example, encode_completions, encode_conversations
+from genai_pl.data.chat import Example, encode_completions, encode_conversations, prompt_text
 from genai_pl.data.loader import Collate
 from genai_pl.data.packing import Row
 from genai_pl.data.table import TableDataModule, lists
@@ -34,6 +34,9 @@ class ChatDataModule(TableDataModule):
 
     def wanted(self) -> dict[str, str]:
         return {}  # which ones, depends on what is there
+
+    def conversation_columns(self) -> list[str]:
+        return list(self.columns.values())
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
@@ -111,9 +114,9 @@ class PackedExamples(Dataset):
 def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each example, and 1 where they are to be learned."""
     if "messages" in batch:
-        examples = encode_conversations(tokenizer, batch["messages"], [0] * len(batch["messages"]))
+        examples = encode_conversations(tokenizer, batch["messages"], [0] * len(batch["messages"]), batch.get("tools"))
     else:
-        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"])
+        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], batch.get("tools"))
     return {
         "input_ids": [example.input_ids for example in examples],
         # as bytes: arrow packs bits, and no array could lie there
@@ -132,4 +135,4 @@ def _opening(row: dict, roles: dict[str, str], tokenizer: "PreTrainedTokenizerBa
     if isinstance(given, str):
         return given
     before = given[: next((n for n, m in enumerate(given) if m["role"] == "assistant"), len(given))]
-    return tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    return prompt_text(tokenizer, before) if before else ""

@@ -39,6 +39,10 @@ class RowsDataModule(L.LightningDataModule):
         """Tokenize, and make the rows."""
         raise NotImplementedError
 
+    def has_conversations(self) -> bool:
+        """Whether examples are messages, so that the tokenizer needs a chat template."""
+        return False
+
     def summary(self) -> str:
         """One line that says what the data are."""
         raise NotImplementedError

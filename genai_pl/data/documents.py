@@ -1,6 +1,8 @@
 """Documents become tokens: split into training and validation text, tokenized in parallel, cached by content."""
 
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE = 1 << 16  # characters; a long document is tokenized in pieces so that cores share it
+LINE_END = re.compile(r"(?<=\S)\r?\n(?=\S)")
+TRIES = 64  # line ends that are tried for a cut
+AROUND = 256  # characters on both sides of a cut whose tokens are compared
 
 
 def split_text(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
@@ -52,7 +57,7 @@ def tokenize(
     `content` names what the documents say: the cache is found again by it, the tokenizer and these options.
     """
     end = [end_token(tokenizer)] if end_of_text and end_token(tokenizer) is not None else []
-    name = hashlib.blake2b(f"2/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(f"3/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
     return documents.map(
         encode_batch,
         batched=True,
@@ -69,9 +74,17 @@ def encode_batch(
     batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", end: list[int]
 ) -> dict[str, list[np.ndarray]]:
     """Token ids of each text of the batch; the pieces of all texts are encoded in parallel."""
-    pieces = [split_pieces(text or "") for text in batch["text"]]
+    backend = tokenizer.backend_tokenizer
+
+    def encode(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    # without a pre-tokenizer, or with one that splits by other things, tokens may reach from line to line
+    pieces = [
+        [text or ""] if backend.pre_tokenizer is None else split_pieces(text or "", encode) for text in batch["text"]
+    ]
     flat = [piece for document in pieces for piece in document]
-    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+    encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
     rows = []
     for document in pieces:
         ids = [np.asarray(next(encoded).ids, dtype=np.int32) for _ in document]
@@ -79,16 +92,31 @@ def encode_batch(
     return {"input_ids": rows}
 
 
-def split_pieces(text: str) -> list[str]:
-    """The text in pieces of about PIECE characters that begin after a line break; a shorter text is one piece."""
+def split_pieces(text: str, encode: Callable[[str], list[int]]) -> list[str]:
+    """The text in pieces of about PIECE characters whose tokens, end to end, are those of the whole; a short text is one.
+
+    A piece ends with a line whose neighbour begins right after it: white space on both sides of a cut may be one token.
+    Whether the tokens around a cut are the same with and without it is tried: they are not where a tokenizer changes the
+    beginning of every text, as SentencePiece's do.
+    """
     pieces, start = [], 0
     while len(text) - start > PIECE:
-        cut = text.find("\n", start + PIECE)
-        if cut < 0:
+        cut = _cut(text, start + PIECE, encode)
+        if cut is None:
             break
-        pieces.append(text[start : cut + 1])
-        start = cut + 1
+        pieces.append(text[start:cut])
+        start = cut
     return [*pieces, text[start:]] if start < len(text) else pieces
+
+
+def _cut(text: str, first: int, encode: Callable[[str], list[int]]) -> int | None:
+    """The first place from `first` on where the text can be cut; None if there is none, or the first few do not do."""
+    for match, _ in zip(LINE_END.finditer(text, first), range(TRIES), strict=False):
+        cut = match.end()
+        before, after = text[cut - AROUND : cut], text[cut : cut + AROUND]
+        if encode(before + after) == encode(before) + encode(after):
+            return cut
+    return None
 
 
 def cache_folder() -> Path:

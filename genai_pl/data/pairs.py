@@ -16,8 +16,6 @@ ROLES = ("anchor", "positive", "negative")
 class TextsDataModule(TableDataModule):
     """Rows of several texts, each tokenized by itself; `columns` are the table's by the roles of the texts."""
 
-    talks = False
-
     def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
         self.columns = columns

@@ -33,6 +33,9 @@ class PreferenceDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {}  # which ones, depends on what is there
 
+    def conversation_columns(self) -> list[str]:
+        return list(self.columns.values())
+
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
         roles = self._roles(train)
@@ -81,27 +84,24 @@ class PreferenceDataModule(TableDataModule):
 
 def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt, of its completions end to end, and how many each of them has."""
-    prompts = batch["prompt"]
     given = batch["completions"] if "completions" in batch else [*zip(batch["chosen"], batch["rejected"], strict=True)]
-    again = [prompt for prompt, some in zip(prompts, given, strict=True) for _ in some]
-    said = iter(encode_answers(tokenizer, again, [text for some in given for text in some]))
-    rows = [[next(said) for _ in some] for some in given]
+    rows = encode_answers(tokenizer, batch["prompt"], given, batch.get("tools"))
     return {
-        "prompt": encode_prompts(tokenizer, prompts),
-        "said": [np.concatenate([*row, np.zeros(0, np.int32)]) for row in rows],
-        "sizes": [np.asarray([len(ids) for ids in row], dtype=np.int32) for row in rows],
+        "prompt": [prompt for prompt, _ in rows],
+        "said": [np.concatenate([*answers, np.zeros(0, np.int32)]) for _, answers in rows],
+        "sizes": [np.asarray([len(ids) for ids in answers], dtype=np.int32) for _, answers in rows],
     }
 
 
 def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt and of its completion."""
-    completions = encode_answers(tokenizer, batch["prompt"], batch["completion"])
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"]), "completion": completions}
+    rows = encode_answers(tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], batch.get("tools"))
+    return {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, (answer,) in rows]}
 
 
 def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt."""
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"])}
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], batch.get("tools"))}
 
 
 def _listed(value: object) -> list[object]:
@@ -119,6 +119,9 @@ class UnpairedDataModule(TableDataModule):
 
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
+
+    def conversation_columns(self) -> list[str]:
+        return list(self.columns.values())
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
@@ -151,6 +154,9 @@ class PromptsDataModule(TableDataModule):
 
     def wanted(self) -> dict[str, str]:
         return {"data.prompt": self.column}
+
+    def conversation_columns(self) -> list[str]:
+        return [self.column]
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()

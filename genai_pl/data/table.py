@@ -1,14 +1,14 @@
 """Data in columns, one example per row: what pairs, conversations, preferences and prompts share."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import ensure_template
+from genai_pl.data.chat import prompt_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.documents import cache_folder
 from genai_pl.data.loader import Collate
@@ -26,8 +26,6 @@ Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **optio
 
 class TableDataModule(RowsDataModule):
     """Rows of a table, one example each."""
-
-    talks = True  # whether examples may be conversations
 
     def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
         super().__init__(**loading)
@@ -60,9 +58,16 @@ class TableDataModule(RowsDataModule):
         """The columns that must be there, by the option that names them."""
         raise NotImplementedError
 
+    def has_conversations(self) -> bool:
+        train, _ = self.tables()
+        row = train[0] if len(train) else {}
+        return any(_is_conversation(row.get(column)) for column in self.conversation_columns())
+
+    def conversation_columns(self) -> Sequence[str]:
+        """The columns that may hold messages."""
+        return ()
+
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        if self.talks:
-            ensure_template(tokenizer)
         self.tokenizer, self.collate = tokenizer, collate
         self.tokens_name = f"{fingerprint(tokenizer)}/{end_token(tokenizer)}/{tokenizer.chat_template}"
         self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
@@ -93,9 +98,11 @@ class TableDataModule(RowsDataModule):
 
     def _text(self, value: object) -> str:
         """A prompt as text, conversations rendered."""
-        if isinstance(value, str):
-            return value
-        return self.tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        return prompt_text(self.tokenizer, value)
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def lists(table: "Table", column: str) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import encode_completion, ensure_template
+from genai_pl.data.chat import encode_completion
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import with_interval
 from genai_pl.evaluation.rows import Row
@@ -29,11 +29,10 @@ def pair_rows(
     A model that judges reads all tokens of a row, one that predicts all but the last.
     """
     room = seq_len if judges else seq_len + 1
-    ensure_template(tokenizer)
     rows = []
     for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
         example = encode_completion(tokenizer, prompt, completion)
-        n_given = int(example.loss_mask.argmax())
+        n_given = example.n_given
         if n_given < 1:
             raise DataError(f"row {n}: an empty prompt")
         n_scored = len(example.input_ids) - n_given

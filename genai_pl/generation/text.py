@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from genai_pl.data import chat
 from genai_pl.errors import ConfigError
 from genai_pl.generation.decode import evaluating
 from genai_pl.generation.limits import limits_of
@@ -99,9 +100,11 @@ def read_source(
         return model.reading(*left_pad(closed, pad, device=next(model.parameters()).device))
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """The tokens of a prompt; an empty one begins with bos, or with eos where the tokenizer has no bos."""
-    tokens = tokenizer.encode(prompt)
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | chat.Messages, tools: chat.Tools = ()
+) -> list[int]:
+    """The tokens of a prompt, as in training; an empty one begins with bos, or with eos where the tokenizer has no bos."""
+    tokens = chat.encode_prompt(tokenizer, prompt, tools).tolist()
     if tokens:
         return tokens
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

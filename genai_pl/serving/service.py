@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 
-from genai_pl.data.chat import encode_prompt as encode_messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, judge, logprobs
@@ -117,7 +116,7 @@ class Service:
             raise ApiError(
                 400, "the tokenizer of this model has no chat template: use /v1/completions", param="messages"
             )
-        return tuple((await self._read(encode_messages, messages, tools)).tolist())
+        return tuple(await self._read(encode_prompt, messages, tools))
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""

@@ -12,6 +12,7 @@ from genai_pl.data.text import TextDataModule
 from genai_pl.data.tokenizer import files_of, from_files
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator
+from tests.small_tokenizers import TOKENIZERS
 
 WILD = "naïve — 日本語 \x00 tab\t\r\n  two  spaces\n\n\n🙂 end"
 
@@ -67,10 +68,21 @@ def test_the_last_fraction_of_the_characters_validates(texts: list[str], fractio
 
 def test_a_long_text_is_cut_at_line_breaks_and_loses_nothing() -> None:
     text = ("x" * 999 + "\n") * 300
-    pieces = split_pieces(text)
+    pieces = split_pieces(text, lambda part: list(part.encode()))
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert all(piece.endswith("\n") for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("newline", ["\n", "\n\n", "\n\n  ", "\r\n", " \n\t\n"])
+def test_a_long_text_has_the_tokens_of_the_whole(kind: str, newline: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    words = ["She", "said:", "it's", "12", "naïve", "lines,", "or", "日本"]
+    text = newline.join(" ".join(words[n % 5 :]) + "." for n in range(6000))
+    assert len(text) > 65_536
+    (row,) = encode_batch({"text": [text]}, tokenizer, [])["input_ids"]
+    assert row.tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def test_documents_end_with_the_end_token() -> None:
