@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genai_pl.data.chat import Messages
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.evaluation.preferences import judged_tokens
 from genai_pl.loading import load
 from genai_pl.models.scores import scores
 from genai_pl.names import Head
@@ -68,12 +70,8 @@ def _model(name: str, policy: nn.Module, device: torch.device) -> Reward:
     limit = model.config.max_seq_len
 
     @torch.no_grad()
-    def reward(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        rows = [
-            [*tokenizer(p)["input_ids"], *tokenizer(c, add_special_tokens=False)["input_ids"], *end][-limit:]
-            for p, c in zip(prompts, completions, strict=True)
-        ]
+    def reward(prompts: Sequence[str | Messages], completions: Sequence[str]) -> list[float]:
+        rows = [row[-limit:] for row in judged_tokens(tokenizer, prompts, completions)]
         ids = pad_rows(rows, tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
         return scores(model, ids, segments, 1)[:, 0].tolist()

@@ -56,9 +56,7 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
     return Start(model.train(), tokenizer, n_tokens > room)
 
 
-def complete_tokenizer(
-    tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]
-) -> None:
+def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
     """Give the tokenizer the special tokens that the objective needs, and a chat template where the data are conversations."""
     add_missing(tokenizer, objective.needs)
     if data.has_conversations():

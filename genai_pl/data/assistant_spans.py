@@ -80,10 +80,10 @@ def _header_end(template: "ChatTemplate", text: str, before: Messages, tools: To
 
 
 def closed(special: re.Pattern[str], text: str, end: int) -> int:
-    """The end of a turn with the special token that follows, where none closes it: the next turn's, in some templates."""
+    """The end of a turn, with the special token that follows where none closes it: the next turn's, in some templates."""
     said = text[:end].rstrip()
     if any(match.end() == len(said) for match in special.finditer(said, max(0, len(said) - 64))):
-        return end
+        return len(text[:end].rstrip(" "))  # a space after the end may be one token with what others say next
     following = special.match(text, end)
     return end if following is None else following.end()
 

@@ -110,7 +110,7 @@ class ChatTemplate:
             elif n >= n_given:
                 lowest = spans[-1][1] if spans else 0
                 start, end = assistant_span(self, text, messages, n, tools, lowest=lowest)
-                spans.append((start, end if n == last else closed(self.special, text, end)))
+                spans.append((start, closed(self.special, text, end)))
                 _check_kept(message, n, text[start:end])
         said = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
         return Rendering(text, spans, is_open=bool(said) and text.endswith(str(said).rstrip()))

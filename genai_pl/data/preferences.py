@@ -1,5 +1,6 @@
 """Prompts with two completions, of which people preferred one; and prompts alone, to be answered in training."""
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,8 @@ from genai_pl.data.loader import Collate
 from genai_pl.data.table import TableDataModule, lists
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -166,8 +169,14 @@ class PromptsDataModule(TableDataModule):
         prompts = lists(self.encoded(table, {"prompt": self.column}, encode_asked), "prompt")
         if not all(map(len, prompts)):
             raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
+        room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
+        n_cut = sum(len(ids) > room for ids in prompts)
+        if n_cut:
+            log.info(
+                "data        %s of %s prompts are longer than %s tokens: their end is kept", n_cut, len(prompts), room
+            )
         rows = zip(prompts, table, strict=True)
-        return [{"prompt_ids": ids[-self.max_prompt_len :], "columns": row} for ids, row in rows]
+        return [{"prompt_ids": ids[-room:], "prompt": row[self.column], "columns": row} for ids, row in rows]
 
     def prompt(self) -> str:
         return self._text(self.tables()[1][0][self.column])

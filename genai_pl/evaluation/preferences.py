@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import encode_completion
+from genai_pl.data.chat import Messages, encode_completion
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import with_interval
 from genai_pl.evaluation.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def judged_tokens(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str]
+) -> list[np.ndarray]:
+    """The tokens that a reward model reads of each prompt and its completion, as in its training."""
+    pairs = zip(prompts, completions, strict=True)
+    return [encode_completion(tokenizer, *pair).input_ids for pair in pairs]
 
 
 def pair_rows(

@@ -48,7 +48,7 @@ class WritingModule(BaseModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
-        self.collator = PromptCollator(vocabulary=vocabulary, seed=seed)
+        self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.share_prompts = group_size > 1 and shares_beginnings(model)

@@ -4,21 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
+from genai_pl.errors import ConfigError
 from genai_pl.objectives.rows import Collator, Row, pad_rows
 from genai_pl.objectives.vocabulary import Vocabulary
 
 
 class PromptCollator(Collator):
-    """input_ids (B, T) padded on the right, the prompts as they are, and the columns of their rows for the reward."""
+    """input_ids (B, T) padded on the right, the prompts as they are, and the columns of their rows for the reward.
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
-        self.pad = vocabulary.pad  # and nothing is drawn
+    Rows are {"prompt_ids": ids, "prompt": the text or messages that they are of, "columns": all columns}.
+    """
+
+    def __init__(self, *, vocabulary: Vocabulary, max_new_tokens: int, seed: int = 0) -> None:
+        self.pad, self.max_new_tokens = vocabulary.pad, max_new_tokens  # and nothing is drawn
+
+    def row_length(self, seq_len: int) -> int:
+        """Tokens of a prompt, so that it and its completion are seq_len at most."""
+        if self.max_new_tokens >= seq_len:
+            raise ConfigError(
+                f"objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in {seq_len} tokens "
+                "(data.seq_len, model.max_seq_len)"
+            )
+        return seq_len - self.max_new_tokens
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, object]:
         prompts = [row["prompt_ids"] for row in rows]
         return {
             "input_ids": pad_rows(prompts, self.pad),
             "prompts": prompts,
+            "asked": [row["prompt"] for row in rows],
             "columns": [row["columns"] for row in rows],
             "targets": torch.tensor(float(len(rows))),
         }

@@ -22,6 +22,7 @@ IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identi
 Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=16)]
 Seed = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Turns = Annotated[list[Message], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Bias = Annotated[
     dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
@@ -150,7 +151,9 @@ class ScoreBody(Body):
     """POST /score."""
 
     text: Text | Annotated[list[Text], Field(min_length=1)]
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="what each text follows")
+    prompt: Text | Turns | Annotated[list[Text | Turns], Field(min_length=1)] | None = Field(
+        None, description="what each text follows: a text or messages, or one of these for each"
+    )
     model: Text | None = Field(None, description="the model's name, or an adapter's")
 
     @property
@@ -158,13 +161,18 @@ class ScoreBody(Body):
         return [self.text] if isinstance(self.text, str) else list(self.text)
 
     @property
-    def prompts(self) -> list[str] | None:
-        return [self.prompt] * len(self.texts) if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str | list[dict[str, object]]] | None:
+        """What each text follows, None if nothing."""
+        if self.prompt is None:
+            return None
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], Message)
+        prompts = [self.prompt] * len(self.texts) if one else self.prompt
+        return [p if isinstance(p, str) else [message.plain() for message in p] for p in prompts]
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ScoreBody":
-        if isinstance(self.prompt, list) and len(self.prompt) != len(self.texts):
-            raise ValueError(f"{len(self.prompt)} prompts for {len(self.texts)} texts")
+        if self.prompts is not None and len(self.prompts) != len(self.texts):
+            raise ValueError(f"{len(self.prompts)} prompts for {len(self.texts)} texts")
         return self
 
 

@@ -11,8 +11,10 @@ from typing import TypeVar
 
 import torch
 
+from genai_pl.data.chat import Messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.preferences import judged_tokens
 from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, judge, logprobs
 from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, resolve_adapter
@@ -183,16 +185,20 @@ class Service:
         return vectors, sum(map(len, rows))
 
     async def score(
-        self, prompts: Sequence[str] | None, texts: Sequence[str], adapter: str | None = None
+        self, prompts: Sequence[str | Messages] | None, texts: Sequence[str], adapter: str | None = None
     ) -> list[tuple[float, int]]:
         """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
         if not (self.is_reward or self.engine is not None):
             raise ApiError(400, f"{self.name} gives no scores: it is for embeddings")
         self._check_one_stack("scores")
         if not self.is_reward:
+            if any(not isinstance(prompt, str) for prompt in prompts or ()):
+                raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")
             return await self._pass(logprobs, self.model, self.tokenizer, prompts, texts, adapter=adapter)
-        whole = texts if prompts is None else [p + t for p, t in zip(prompts, texts, strict=True)]
-        rows = await self._read(encode_whole, whole)
+        if prompts is None:
+            rows = await self._read(encode_whole, texts)
+        else:
+            rows = await self._read(judged_tokens, prompts, texts)
         self._check_rows(rows)
         found = await self._pass(judge, self.model, rows)
         return list(zip(found.tolist(), map(len, rows), strict=True))
@@ -205,7 +211,7 @@ class Service:
 
     def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
         for n, row in enumerate(rows):
-            if not row:
+            if len(row) == 0:
                 raise ApiError(400, f"text {n} has no tokens", param="input")
             if len(row) > self.context:
                 raise ApiError(
