@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 
+from genai_pl.data.chat import Messages
 from genai_pl.errors import ConfigError
-from genai_pl.generation import generate_text
+from genai_pl.generation import encode_prompt, generate_text
 from genai_pl.kernels import linear_logprobs
 from genai_pl.loading import load
 from genai_pl.specs import GenerationConfig
@@ -39,11 +40,16 @@ class Writer(Protocol):
 
     concurrent: bool
 
-    def answer(self, prompt: str) -> str: ...
+    def answer(self, prompt: str | Messages) -> str: ...
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]: ...
 
 
-def compare(judge: Writer, prompt: str, first: str, second: str, *, rubric: str) -> dict[str, object]:
+def as_text(prompt: str | Messages) -> str:
+    """A prompt as a judge reads it: of messages, a line for each with its role."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, rubric: str) -> dict[str, object]:
     """The better and the worse answer, from both orders of asking; margin is the difference of probabilities."""
     forward = _prefers_a(judge, prompt, first, second, rubric)
     backward = _prefers_a(judge, prompt, second, first, rubric)
@@ -58,22 +64,22 @@ def compare(judge: Writer, prompt: str, first: str, second: str, *, rubric: str)
     }
 
 
-def _prefers_a(judge: Writer, prompt: str, first: str, second: str, rubric: str) -> float:
-    asked = COMPARISON.format(rubric=rubric, prompt=prompt, first=first, second=second)
+def _prefers_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
+    asked = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
     a, b = judge.preference(asked, [" A", " B"])
     top = max(a, b)
     a, b = math.exp(a - top), math.exp(b - top)
     return a / (a + b)
 
 
-def critique(writer: Writer, prompt: str, principles: Sequence[Mapping[str, str]]) -> dict[str, object]:
+def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mapping[str, str]]) -> dict[str, object]:
     """An answer, criticized and revised by each principle in turn: data to imitate, and a pair to prefer."""
     first = answer = writer.answer(prompt).strip()
     record = []
     for principle in principles:
-        asked = CRITIQUE.format(prompt=prompt, answer=answer, critique=principle["critique"])
+        asked = CRITIQUE.format(prompt=as_text(prompt), answer=answer, critique=principle["critique"])
         said = writer.answer(asked).strip()
-        again = REVISION.format(prompt=prompt, answer=answer, said=said, revision=principle["revision"])
+        again = REVISION.format(prompt=as_text(prompt), answer=answer, said=said, revision=principle["revision"])
         answer = writer.answer(again).strip()
         record.append({"critique": said, "revision": answer})
     return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": first, "record": record}
@@ -90,7 +96,7 @@ class _Local:
         self.config = GenerationConfig(**options)
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def answer(self, prompt: str) -> str:
+    def answer(self, prompt: str | Messages) -> str:
         with torch.inference_mode():
             return generate_text(self.model, self.tokenizer, [prompt], self.config, generator=self.generator)[0][0]
 
@@ -100,7 +106,7 @@ class _Local:
         device = self.model.embed.weight.device
         found = []
         for option in options:
-            given = self.tokenizer(prompt)["input_ids"]
+            given = encode_prompt(self.tokenizer, prompt)
             said = self.tokenizer(option, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([(given + said)[-self.model.config.max_seq_len :]], device=device)
             hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(said) :]
@@ -120,7 +126,7 @@ class _Remote:
     retries: int
     concurrent: bool = True
 
-    def answer(self, prompt: str) -> str:
+    def answer(self, prompt: str | Messages) -> str:
         return self._ask(prompt, max_tokens=512)
 
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
@@ -128,8 +134,9 @@ class _Remote:
         said = self._ask(f"{prompt}: reply with one letter.", max_tokens=4).strip().upper()
         return [0.0 if said.startswith(option.strip()) else -10.0 for option in options]
 
-    def _ask(self, prompt: str, *, max_tokens: int) -> str:
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens}
+    def _ask(self, prompt: str | Messages, *, max_tokens: int) -> str:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def generate_text(
     model: Model,
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[str | chat.Messages],
     config: GenerationConfig,
     *,
     generator: torch.Generator | None = None,
