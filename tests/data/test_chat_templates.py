@@ -15,7 +15,9 @@ from genai_pl.errors import DataError
 spec = find_spec("trl")
 FOLDER = Path(spec.origin).parent / "chat_templates" if spec else Path("missing")
 PATHS = sorted(FOLDER.glob("*.jinja"))
-MARKS = re.compile(r"<\|[a-zA-Z_0-9]+\|?>|<[a-z_]+\|>|<[\uff5ca-zA-Z▁_]+\uff5c>|<(?:start|end)_of_[a-z]+>|</?s>|\[/?INST\]")
+MARKS = re.compile(
+    r"<\|[a-zA-Z_0-9]+\|?>|<[a-z_]+\|>|<[\uff5ca-zA-Z▁_]+\uff5c>|<(?:start|end)_of_[a-z]+>|</?s>|\[/?INST\]"
+)
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": {"city": "Paris"}}}
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "Finds.", "parameters": CITY}}
