@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+Encoder = Callable[[str], list[int]]
 PIECE = 1 << 16  # characters; a long document is tokenized in pieces so that cores share it
 LINE_END = re.compile(r"(?<=\S)\r?\n(?=\S)")
 TRIES = 64  # line ends that are tried for a cut
@@ -92,7 +93,15 @@ def encode_batch(
     return {"input_ids": rows}
 
 
-def split_pieces(text: str, encode: Callable[[str], list[int]]) -> list[str]:
+def encoder(tokenizer: "PreTrainedTokenizerBase") -> Encoder | None:
+    """Tokens of a short text; None for tokenizers without a pre-tokenizer, whose tokens may reach from line to line."""
+    backend = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None:
+        return None
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+
+def split_pieces(text: str, encode: Encoder | None) -> list[str]:
     """The text in pieces of about PIECE characters whose tokens, end to end, are those of the whole; a short text is one.
 
     A piece ends with a line whose neighbour begins right after it: white space on both sides of a cut may be one token.
@@ -101,7 +110,7 @@ def split_pieces(text: str, encode: Callable[[str], list[int]]) -> list[str]:
     """
     pieces, start = [], 0
     while len(text) - start > PIECE:
-        cut = _cut(text, start + PIECE, encode)
+        cut = find_cut(text, start + PIECE, encode)
         if cut is None:
             break
         pieces.append(text[start:cut])
@@ -109,8 +118,10 @@ def split_pieces(text: str, encode: Callable[[str], list[int]]) -> list[str]:
     return [*pieces, text[start:]] if start < len(text) else pieces
 
 
-def _cut(text: str, first: int, encode: Callable[[str], list[int]]) -> int | None:
+def find_cut(text: str, first: int, encode: Encoder | None) -> int | None:
     """The first place from `first` on where the text can be cut; None if there is none, or the first few do not do."""
+    if encode is None:
+        return None
     for match, _ in zip(LINE_END.finditer(text, first), range(TRIES), strict=False):
         cut = match.end()
         before, after = text[cut - AROUND : cut], text[cut : cut + AROUND]

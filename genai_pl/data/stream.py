@@ -6,21 +6,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from genai_pl.data.documents import encode_batch
+from genai_pl.data.documents import PIECE, encode_batch, encoder, find_cut
 from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
 from genai_pl.data.packing import Packer, Row
 from genai_pl.data.tokenizer import end_token
-from genai_pl.errors import DataError
+from genai_pl.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
 
+LOOK_AHEAD = 1 << 13  # characters beyond a passage in which a place to cut is sought
+
+
 class StreamRows(IterableDataset):
     """An endless stream of batches, each with the state from which the stream goes on after it.
 
-    Documents are dealt in turn to the workers of all ranks. Rows are shuffled within blocks of `block_rows`: a block is
+    Documents are dealt in turn to the workers of all ranks; of a text that is read line by line (`continuous`), passages of
+    many lines, which have the tokens that they have in the whole. Rows are shuffled within blocks of `block_rows`: a block is
     filled from the source, emptied in a drawn order, and only its beginning and the position in it are remembered.
     """
 
@@ -37,7 +41,7 @@ class StreamRows(IterableDataset):
     ) -> None:
         self.source, self.tokenizer, self.collate, self.plan = source, tokenizer, collate, plan
         self.build_packer, self.block_rows = build_packer, block_rows
-        self.continuous = continuous  # the pieces of the source are lines of one text
+        self.continuous = continuous  # the source gives the lines of one text
         self.end = [] if continuous or end_token(tokenizer) is None else [end_token(tokenizer)]
         self.states: dict[int, dict] = {}
         self.first = 0  # the worker whose turn it is
@@ -64,6 +68,7 @@ class _Stream:
         self.epoch, self.block, self.position, self.seen = 0, 0, 0, 0
         self.rows: list[Row] = []
         self.order: list[int] = []
+        self.held = ""  # lines that were read and belong to the next passage
         self.begin = self._mark()
         self.documents = self._read()
 
@@ -85,6 +90,9 @@ class _Stream:
         """Read the block again from its beginning and go on in it."""
         self.begin, self.block = state["begin"], state["block"]
         self.epoch, self.seen = self.begin["epoch"], self.begin["seen"]
+        if "held" not in self.begin:
+            raise CheckpointError("resume: this stream was left by an older version, which dealt the text otherwise")
+        self.held = self.begin["held"]
         self.packer.load_state_dict(self.begin["packer"])
         self.documents = self._read(self.begin["source"])
         self._fill()
@@ -94,6 +102,7 @@ class _Stream:
         return {
             "epoch": self.epoch,
             "seen": self.seen,
+            "held": self.held,
             "packer": self.packer.state_dict(),
             "source": self.data.source.state_dict(),
         }
@@ -114,14 +123,37 @@ class _Stream:
             if state is not None:
                 self.data.source.load_state_dict(state)
                 state = None
-            # in batches of one: a plain loop would deal the files to the workers a second time
-            for batch in self.data.source.iter(batch_size=1):
+            for text in self._passages() if self.data.continuous else self._texts():
                 self.seen += 1
                 if (self.seen - 1) % count == index:
-                    yield batch["text"][0]
+                    yield text
             if not self.seen:
                 raise DataError("data.path: no document in it")
             self.epoch, self.seen = self.epoch + 1, 0
+
+    def _texts(self) -> Iterator[str]:
+        # in batches of one: a plain loop would deal the files to the workers a second time
+        for batch in self.data.source.iter(batch_size=1):
+            yield batch["text"][0]
+
+    def _passages(self) -> Iterator[str]:
+        """Lines together, about PIECE characters, cut where that changes no token if there is such a place."""
+        encode = encoder(self.data.tokenizer)
+        n_held = len(self.held)
+        lines = [self.held]
+        for line in self._texts():
+            lines.append(line)
+            n_held += len(line)
+            if n_held < PIECE + LOOK_AHEAD:
+                continue
+            text = "".join(lines)
+            cut = find_cut(text, PIECE, encode) or text.find("\n", PIECE) + 1 or len(text)
+            self.held = text[cut:]
+            lines, n_held = [self.held], len(text) - cut
+            yield text[:cut]
+        self.held = ""
+        if n_held:
+            yield "".join(lines)
 
 
 class StreamLoader:
