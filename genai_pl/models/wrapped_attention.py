@@ -22,7 +22,6 @@ INERT = {
 INERT_IN_MASKS = {
     "batch_size",
     "q_length",
-    "kv_length",
     "q_offset",
     "kv_offset",
     "attention_mask",
@@ -57,13 +56,17 @@ def rules(
     config: object,
     use_vmap: bool = False,
     local_size: int | None = None,
+    kv_length: int = 0,
     **others: object,
 ) -> AttentionMask | None:
-    """The mask of layers, if it is causal, with or without a window; None for another one, of which not every layer takes notice."""
+    """The mask of layers, if it is causal, with or without a window; else None, which `attend` refuses.
+
+    Some models make masks that no layer is given: not here is one told from the other.
+    """
     refuse_unknown(config.model_type, "a mask", others, INERT_IN_MASKS)
     if use_vmap or local_size == 0:
         return None
-    far = 2 * (local_size or 4)
+    far = max(2 * (local_size or 4), kv_length)
     key = torch.arange(far + 1)
     query = torch.tensor([[0], [far // 2], [far]])
     want = (key <= query) if local_size is None else (key <= query) & (query - key < local_size)

@@ -22,9 +22,9 @@ TOLERANCE = 1e-3  # of logits, relative to their spread over the vocabulary
 
 @torch.no_grad()
 def check(model: "WrappedDecoder", name: str) -> "WrappedDecoder":
-    """The model in evaluation mode, if logits, packed rows, padded rows and its cache are as transformers' own attention has them.
+    """The model in evaluation mode, if it computes what it does with transformers' own attention; else ConfigError.
 
-    ConfigError in one line for every other one: nothing is trained or written by a model that reads otherwise.
+    Compared are logits of plain, packed and padded rows, and of tokens that follow a cache.
     """
     virtual, model.virtual = model.virtual, None  # transformers does not know them
     try:
@@ -42,7 +42,9 @@ def check(model: "WrappedDecoder", name: str) -> "WrappedDecoder":
 
 def refusal(name: str, fault: str) -> ConfigError:
     """The one line that says why a model is not run."""
-    return ConfigError(f"model.name={name}: this architecture does not run here: {fault}; docs/model_hf.md has those that do")
+    return ConfigError(
+        f"model.name={name}: this architecture does not run here: {fault}; docs/model_hf.md has those that do"
+    )
 
 
 def _fault(model: "WrappedDecoder") -> str | None:

@@ -48,7 +48,10 @@ FAMILIES: dict[str, dict[str, object]] = {
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "fuyu": {"text_config": {"model_type": "persimmon"}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
     "gemma3": {"vision_config": {"model_type": "siglip_vision_model", "image_size": 28}, "mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gemma4_unified": {"vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32}},
