@@ -18,6 +18,7 @@ from genai_pl.models.hf_config import is_supported
 from genai_pl.models.onnx_model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
+from genai_pl.models.wrapped_check import check
 from genai_pl.names import AttentionBackend, Head
 from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.specs import ModelConfig
@@ -120,6 +121,8 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
     except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     peft.tie_weights(model)
+    if isinstance(model, WrappedDecoder) and base is None:
+        check(model, str(path))
     return Loaded(model, from_files(ours["tokenizer"]), path)
 
 

@@ -2,29 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.kernels import AttentionMask, attention, positions_from_segments
-from genai_pl.models.virtual import NOTHING, Front, VirtualTokens, front_of
+from genai_pl.errors import CheckpointError
+from genai_pl.kernels import positions_from_segments
+from genai_pl.models.virtual import Front, VirtualTokens, front_of
+from genai_pl.models.wrapped_attention import NAME, Packing, register
 from genai_pl.models.wrapped_cache import WrappedCache
+from genai_pl.models.wrapped_check import check, refusal
 from genai_pl.names import AttentionBackend, AttentionKind, Head, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "genai_pl"  # under which transformers knows our attention
-
-
-class Packing(NamedTuple):
-    """What goes through a model of transformers to each attention beside its own arguments."""
-
-    segments: Tensor | None  # (B, S)
-    backend: str
-    front: Front = NOTHING
 
 
 @dataclass
@@ -69,7 +61,7 @@ class WrappedDecoder(nn.Module):
         self.inner = inner
         self.transform, self.embed_proj = nn.Identity(), nn.Identity()
         self.virtual: VirtualTokens | None = None
-        self.max_length, self.embed_scale, values = None, None, inner.config
+        self.max_length, self.embed_scale, values = None, None, inner.config.get_text_config(decoder=True)
         self.config = WrappedConfig(
             vocab_size=inner.get_input_embeddings().weight.shape[0],
             max_seq_len=values.max_position_embeddings,
@@ -79,7 +71,7 @@ class WrappedDecoder(nn.Module):
             n_kv_head=getattr(values, "num_key_value_heads", None) or values.num_attention_heads,
             init_std=getattr(values, "initializer_range", 0.02),
             head_dim=getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads,
-            values=values.to_dict(),
+            values=inner.config.to_dict(),
             attention=attention,
             logit_softcap=getattr(values, "final_logit_softcapping", None),
         )
@@ -97,7 +89,7 @@ class WrappedDecoder(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The layers: the longest list of modules in the model."""
-        return max((m for m in self.inner.modules() if isinstance(m, nn.ModuleList)), key=len)
+        return max((m for m in self.inner.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=len)
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
         """Logits (B, T, V)."""
@@ -166,8 +158,15 @@ def load_wrapped(
     try:
         inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=NAME)
     except (OSError, ValueError, KeyError) as error:
+        if NAME in str(error):
+            raise refusal(name, "it takes no attention but its own") from None
         raise CheckpointError(f"{name}: transformers cannot load it ({str(error).splitlines()[0]})") from None
-    return check(WrappedDecoder(inner.eval(), attention=attention), name)
+    try:
+        model = WrappedDecoder(inner.eval(), attention=attention)
+    except (AttributeError, RuntimeError) as error:  # RuntimeError: a size that every layer has for itself
+        reason = f"its configuration does not give the sizes of a decoder ({str(error).partition('. ')[0]})"
+        raise refusal(name, reason) from None
+    return check(model, name)
 
 
 def build_wrapped(values: dict[str, object], *, attention: AttentionBackend = AttentionBackend.auto) -> WrappedDecoder:
@@ -185,66 +184,3 @@ def save_wrapped(model: WrappedDecoder, folder: Path) -> str:
     """Write the folder as transformers does; returns the name of the class that reads it."""
     model.inner.save_pretrained(folder)
     return type(model.inner).__name__
-
-
-@torch.no_grad()
-def check(model: WrappedDecoder, name: str) -> WrappedDecoder:
-    """The model, if its logits are a product with its head; ConfigError for the few that do more."""
-    tokens = torch.arange(4, device=model.embed.weight.device)[None]
-    packing = Packing(None, model.config.attention.value)
-    try:
-        theirs = model.inner(tokens, attention_mask=torch.ones_like(tokens), packing=packing).logits
-    except TypeError as error:  # its code calculates with the mask
-        raise ConfigError(f"model.name={name}: this architecture cannot take our attention ({error})") from None
-    if (model(tokens) - theirs).abs().max() > 1e-3 * theirs.abs().max():
-        raise ConfigError(f"model.name={name}: its head does more than one product, which objectives here rely on")
-    return model
-
-
-def register() -> None:
-    """Tell transformers about our attention, and about masks that are rules instead of tensors."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _rules)
-
-
-def _rules(
-    *, mask_function: object, use_vmap: bool = False, local_size: int | None = None, **_: object
-) -> AttentionMask:
-    """The mask of a layer; ConfigError for one that is not causal, with or without a window."""
-    rules = AttentionMask(causal=True, window=local_size)
-    far = 2 * (local_size or 4) + 1
-    dense = rules.dense(far, far)[0, 0]
-    pairs = [(q, k) for q in (0, far // 2, far - 1) for k in range(far)]
-    if use_vmap or any(bool(mask_function(0, 0, torch.tensor(q), torch.tensor(k))) != dense[q, k] for q, k in pairs):
-        raise ConfigError("model=hf: this architecture has masks other than causal ones and windows")
-    return rules
-
-
-def _attend(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: AttentionMask,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    packing: Packing | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """(B, T, H, D), as transformers' attention functions give it."""
-    if packing is None or not isinstance(attention_mask, AttentionMask):
-        raise ConfigError("model=hf: this architecture does not hand its arguments on to attention")
-    front, window = packing.front, attention_mask.window
-    if front.layers is not None:
-        new = front.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
-        k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
-    shared = None if window is None and packing.segments is None else front.shared
-    mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
-    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
-    return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
