@@ -53,7 +53,7 @@ def refusal_or_faults(theirs: nn.Module, folder: Path) -> str | list[str]:
         raise NotTried(str(error).partition("(")[2][:90]) from None
     except ConfigError as error:
         return str(error)
-    # as it is read again: Youtu's then has zeros for padding
+    # as it is read again: saving and loading alone may change a model (Youtu)
     theirs = AutoModelForCausalLM.from_pretrained(folder / "theirs", attn_implementation="eager").eval()
     tokens = torch.randint(
         3, theirs.get_input_embeddings().weight.shape[0], (2, T), generator=torch.Generator().manual_seed(1)
