@@ -154,6 +154,8 @@ def encode_prompts(
         end = _end(tokenizer)
         if _closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
             rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
+        begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
+        rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
     else:
         template = ChatTemplate(tokenizer)
         texts = [template.prompt(*row) for row in zip(prompts, _each(tools, len(prompts)), strict=True)]

@@ -98,6 +98,15 @@ def test_a_prompt_keeps_the_token_before_it_and_drops_the_one_that_closes_it(kin
     assert encode_prompts(tokenizer, ["Five and three?"])[0].tolist() == (ids[:-1] if closed else ids)
 
 
+def test_a_rendered_conversation_has_one_token_before_it() -> None:
+    tokenizer = TOKENIZERS["sentencepiece_bpe"]()
+    tokenizer.chat_template = "{{ bos_token }}" + HEADERS
+    text = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    ids = encode_prompt(tokenizer, text)
+    assert ids == encode_prompt(tokenizer, TALK)
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_an_end_token_that_is_typed_stays_where_the_tokenizer_adds_none() -> None:
     tokenizer = TOKENIZERS["byte"]()
     typed = "Five" + tokenizer.eos_token
