@@ -20,7 +20,7 @@ LAYERS = [
     {"generation", "data", "peft"},
     {"modules", "evaluation"},
     {"callbacks", "strategies"},
-    {"planning"},
+    {"planning", "references"},
     {"counting", "export", "loading", "summary", "sweeps"},
     {"compare", "fit", "recipes", "resume", "rewards", "feedback"},
     {"serving"},

@@ -51,6 +51,7 @@ class WrappedConfig:
     attention_kind: AttentionKind = AttentionKind.full
     tie_embeddings: bool = False
     writes: bool = True
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
 
     @property
     def embedding_size(self) -> int:
@@ -58,7 +59,7 @@ class WrappedConfig:
 
     def to_dict(self) -> dict[str, object]:
         """What a checkpoint stores."""
-        return {"wrapped": self.values}
+        return {"wrapped": self.values, "eos_token_ids": list(self.eos_token_ids)}
 
 
 class WrappedDecoder(nn.Module):
@@ -175,8 +176,7 @@ def build_wrapped(values: dict[str, object], *, attention: AttentionBackend = At
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register()
-    values = dict(values)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config = AutoConfig.for_model(**values)
     inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     return WrappedDecoder(inner, attention=attention)
 
@@ -246,5 +246,5 @@ def _attend(
         k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
     shared = None if window is None and packing.segments is None else front.shared
     mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
-    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
-    return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
+    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": packing.backend}
+    return attention(q, k, v, mask, **options).transpose(1, 2), None
