@@ -1,11 +1,20 @@
 """A trained model as a folder that transformers, PEFT and vLLM can load."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from genai_pl.data.ends import UNSAID, WritingDefaults, generation_values
+from genai_pl.data.tokenizer import is_read_alike, save_tokenizer
+from genai_pl.errors import CheckpointError
 from genai_pl.files import write_atomic
-from genai_pl.models import Model, n_parameters, save_pretrained
+from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
+from genai_pl.models.hf_config import write_config
 from genai_pl.names import Head, Shape
 
 if TYPE_CHECKING:
@@ -26,17 +35,21 @@ def export_model(
     folder: Path,
     *,
     card: dict[str, str],
+    defaults: WritingDefaults = UNSAID,
     files: dict[str, object] | None = None,
 ) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
 
-    card: headings and paragraphs of the model card. files: JSON values of further files, by path.
+    card: headings and paragraphs of the model card. defaults: of the folder that the model came from. files: JSON values
+    of further files, by path.
     """
     reader = []
 
     def write(temporary: Path) -> None:
-        reader.append(save_pretrained(model, temporary, token_ids=token_ids(tokenizer)))
-        tokenizer.save_pretrained(temporary)
+        ids = token_ids(tokenizer)
+        generation = generation_values(model.config, ids, defaults)
+        reader.append(save_pretrained(model, temporary, token_ids=ids | dict(defaults.config), generation=generation))
+        save_tokenizer(tokenizer, temporary)
         for name, values in (files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -44,6 +57,37 @@ def export_model(
 
     write_atomic(folder, write)
     return reader[0]
+
+
+@contextmanager
+def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Inside, a folder of the model is one beside whose config.json AutoTokenizer finds the tokenizer as it is.
+
+    For a qwen2 it builds a pre-tokenizer of its own, whatever the file says; with output biases of zero, which change
+    nothing, such a model is a llama. CheckpointError where there is no other way to say what the model is.
+    """
+    kind = _model_type(model)
+    if is_read_alike(tokenizer, kind):
+        yield
+        return
+    if isinstance(model, WrappedDecoder) or kind != "qwen2":
+        raise CheckpointError(f"AutoTokenizer reads another tokenizer than this one beside a model of type {kind}")
+    before, layers = model.config, [block.attention.o_proj for block in model.blocks]
+    for layer in layers:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
+    model.config = replace(before, o_bias=True)
+    try:
+        yield
+    finally:
+        model.config = before
+        for layer in layers:
+            layer.bias = None
+
+
+def _model_type(model: Model | WrappedDecoder) -> str:
+    """As config.json has it."""
+    values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config)[0]
+    return str(values["model_type"])
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:

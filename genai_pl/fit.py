@@ -12,9 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
+from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import DISK_FULL, TrainingError
-from genai_pl.export import adapter_card, export_model
+from genai_pl.export import adapter_card, export_model, read_alike, token_ids
 from genai_pl.files import write_atomic
+from genai_pl.models.folder import write_json
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.strategies import ShardedStrategy
@@ -39,6 +42,7 @@ class Parts:
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
+    defaults: WritingDefaults = UNSAID  # of the folder that the model came from
     base: str | None = None  # where the model can be had as it began
 
 
@@ -76,10 +80,14 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
     """Write the model, or the adapter with the name of its base."""
     model, tokenizer, run = parts.module.model, parts.tokenizer, parts.run
     if not adapters_of(model):
-        export_model(model, tokenizer, run / "model", card=card, files=parts.module.export_files())
+        options = {"card": card, "defaults": parts.defaults, "files": parts.module.export_files()}
+        with read_alike(model, tokenizer):
+            export_model(model, tokenizer, run / "model", **options)
         return
     save_adapter(model, run / "adapter", base=parts.base)
-    tokenizer.save_pretrained(run / "adapter")
+    save_tokenizer(tokenizer, run / "adapter")
+    values = generation_values(model.config, token_ids(tokenizer), parts.defaults)
+    write_atomic(run / "adapter" / GENERATION, lambda path: write_json(path, values))
     write_atomic(
         run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8")
     )

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from genai_pl import peft
+from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import is_checkpoint
@@ -21,6 +23,7 @@ from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.models.wrapped_check import check
 from genai_pl.names import AttentionBackend, Head
 from genai_pl.peft.files import CONFIG as ADAPTER
+from genai_pl.references import resolve, resolve_adapter
 from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
@@ -28,11 +31,12 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, its tokenizer, and the file or folder they were read from."""
+    """A model in evaluation mode, its tokenizer, the file or folder they were read from, and what that says of writing."""
 
     model: Model | WrappedDecoder | OnnxDecoder | OnnxEncoderDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
+    defaults: WritingDefaults = UNSAID
 
 
 def load(
@@ -44,15 +48,16 @@ def load(
     wrap: bool = True,
     adapters: Sequence[str] = (),
     onnx: bool = False,
+    option: str = "checkpoint",
 ) -> Loaded:
     """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
 
     With `wrap`, a folder of no family of ours is run by transformers, with our attention. A run or folder with an
     adapter gives its base with the adapter; further `adapters` are put on top in their order. `onnx` takes ONNX graphs
-    too, which can write and no more.
+    too, which can write and no more. `option` is what the reference was given by, for messages.
     """
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
-    path = resolve(reference)
+    path = resolve(reference, option=option)
     if is_onnx(path):
         return _load_onnx(path, allowed=onnx, adapters=adapters)
     if is_checkpoint(path):
@@ -62,7 +67,9 @@ def load(
     else:
         loaded = _load_folder(path, **options)
     for name in adapters:
-        peft.load_adapter(loaded.model, resolve_adapter(name))
+        folder = resolve_adapter(name)
+        peft.load_adapter(loaded.model, folder)
+        set_ends(loaded.model.config, loaded.tokenizer, read_defaults(folder))
     return loaded._replace(model=loaded.model.eval())
 
 
@@ -71,7 +78,7 @@ def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder 
     if reference is None:
         return None
     weight = loaded.model.embed.weight
-    draft = load(reference, dtype=weight.dtype)
+    draft = load(reference, dtype=weight.dtype, option="generation.draft")
     if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
         raise ConfigError(f"generation.draft={reference}: its tokenizer is another one than that of the checkpoint")
     return draft.model.to(weight.device)
@@ -82,7 +89,7 @@ def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
         raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")
     if adapters:
         raise ConfigError(f"{path}: an ONNX model takes no adapters; export it with one: format=onnx adapter=...")
-    return Loaded(load_onnx(path), pretrained_tokenizer(str(path)), path)
+    return _finished(load_onnx(path), pretrained_tokenizer(str(path)), path, read_defaults(path))
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
@@ -90,7 +97,13 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
         model = load_wrapped(str(path), dtype=dtype, attention=attention)
     else:
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
-    return Loaded(model, pretrained_tokenizer(str(path)), path)
+    return _finished(model, pretrained_tokenizer(str(path)), path, read_defaults(path))
+
+
+def _finished(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: WritingDefaults) -> Loaded:
+    """What was loaded, once the model knows the tokens that end its texts."""
+    set_ends(model.config, tokenizer, defaults)
+    return Loaded(model, tokenizer, path, defaults)
 
 
 def _load_with_adapter(path: Path, **options: object) -> Loaded:
@@ -99,7 +112,8 @@ def _load_with_adapter(path: Path, **options: object) -> Loaded:
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
         _score(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
-    return Loaded(peft.load_adapter(base.model, path), tokenizer, path)
+    own = read_defaults(path) if (path / GENERATION).is_file() else base.defaults
+    return _finished(peft.load_adapter(base.model, path), tokenizer, path, own)
 
 
 def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Loaded:
@@ -118,12 +132,15 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
         if adapter is not None:
             model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
         model.load_state_dict(state, assign=True, strict=base is None)
-    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        ends = (*ours["model"].get("eos_token_ids", ()), *model.config.eos_token_ids)  # the run's, and its base's
+        model.config.eos_token_ids = tuple(int(i) for i in ends)
+        defaults = WritingDefaults(**ours.get("defaults", {}))
+    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     peft.tie_weights(model)
     if isinstance(model, WrappedDecoder) and base is None:
         check(model, str(path))
-    return Loaded(model, from_files(ours["tokenizer"]), path)
+    return _finished(model, from_files(ours["tokenizer"]), path, defaults)
 
 
 def _score(model: Model | WrappedDecoder) -> None:
@@ -147,58 +164,3 @@ def _shell(stored: dict, attention: AttentionBackend, dropout: float) -> Model |
         return build_wrapped(stored["wrapped"], attention=attention)
     with torch.device("meta"):
         return build_model(replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout))
-
-
-def resolve(reference: str) -> Path:
-    """The .ckpt or Hugging Face folder that a reference stands for."""
-    if reference == "auto":
-        return resolve(str(newest_run(Path("outputs"), Path("multirun"))))
-    path = Path(reference)
-    if is_checkpoint(path):
-        return path
-    if (path / "config.json").is_file() or (path / ADAPTER).is_file():
-        return path
-    if path.is_dir():
-        return _of_run(path)
-    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")) and not path.suffix:
-        return _from_hub(reference)
-    raise CheckpointError(f"checkpoint={reference}: no such run folder, .ckpt file or Hugging Face folder")
-
-
-def resolve_adapter(reference: str) -> Path:
-    """The adapter folder that a folder or a run stands for."""
-    for path in (Path(reference), Path(reference) / "adapter"):
-        if (path / ADAPTER).is_file():
-            return path
-    raise CheckpointError(f"adapter={reference}: no {ADAPTER} in this folder, nor in its adapter/")
-
-
-def newest_run(*roots: Path) -> Path:
-    """The run folder under the roots whose model or checkpoint was written last."""
-    names = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
-    found = [p for root in roots for name in names for p in root.rglob(name)]
-    if not found:
-        raise CheckpointError(f"checkpoint=auto: no finished run under {' or '.join(map(str, roots))}; train one first")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
-
-
-def _of_run(folder: Path) -> Path:
-    """The exported adapter or model, unless the run has gone on since."""
-    last = folder / "checkpoints" / "last.ckpt"
-    for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
-        if exported.exists() and not (last.exists() and last.stat().st_mtime > exported.stat().st_mtime + 60):
-            return exported.parent
-    if last.exists():
-        return last
-    raise CheckpointError(f"checkpoint={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder")
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"checkpoint={name}: not here, and not from the hub ({reason})") from None

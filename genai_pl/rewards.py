@@ -62,7 +62,7 @@ def _function(name: str) -> Reward:
 
 def _model(name: str, policy: nn.Module, device: torch.device) -> Reward:
     """The scores of a reward model, which reads prompt and completion in its own tokens."""
-    loaded = load(name)
+    loaded = load(name, option="objective.reward")
     if loaded.model.config.head is not Head.score:
         raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
     share_frozen(loaded.model, policy)

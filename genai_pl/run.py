@@ -83,7 +83,7 @@ def build(config: DictConfig, run: Path) -> Parts:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
     begun = start(config, data, objective)
-    model, tokenizer, _ = begun
+    model, tokenizer, _, defaults = begun
     if objective.head is not None:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)
@@ -99,7 +99,7 @@ def build(config: DictConfig, run: Path) -> Parts:
     steps = count_steps(config, data, n_replicas(trainer))
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
-    return Parts(run, trainer, module, data, tokenizer, **callbacks, base=base)
+    return Parts(run, trainer, module, data, tokenizer, **callbacks, defaults=defaults, base=base)
 
 
 def check_made(path: str) -> None:
@@ -142,7 +142,7 @@ def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedT
     device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
     module.reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
     if module.critic_name is not None:
-        module.use_critic(load(module.critic_name).model)
+        module.use_critic(load(module.critic_name, option="objective.critic").model)
     module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None
 

@@ -3,22 +3,20 @@
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from genai_pl.data.ends import generation_values
+from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import ConfigError
-from genai_pl.export import export_model, token_ids
+from genai_pl.export import export_model, read_alike, token_ids
 from genai_pl.files import write_atomic
-from genai_pl.loading import load, resolve, resolve_adapter
+from genai_pl.loading import Loaded, load, resolve, resolve_adapter
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FORMATS = ("hf", "merged", "peft", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,10 +47,11 @@ def export(config: DictConfig) -> int:
         model = merge(model)
     model = model.to(DTYPES[config.dtype]) if config.dtype else model
     if config.format == "onnx":
-        reader = write_onnx(model, loaded.tokenizer, config)
+        reader = write_onnx(model, loaded, config)
     else:
         card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
-        reader = export_model(model, loaded.tokenizer, out, card=card)
+        with read_alike(model, loaded.tokenizer):
+            reader = export_model(model, loaded.tokenizer, out, card=card, defaults=loaded.defaults)
     print(f"model       {out}, read by {reader}")
     return 0
 
@@ -66,7 +65,7 @@ def copy_adapter(config: DictConfig, out: Path) -> int:
     return 0
 
 
-def write_onnx(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: DictConfig) -> str:
+def write_onnx(model: nn.Module, loaded: Loaded, config: DictConfig) -> str:
     """Write ONNX graphs with configuration and tokenizer beside them; returns what reads them."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -77,8 +76,10 @@ def write_onnx(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", config: D
     def write(folder: Path) -> None:
         folder.mkdir()
         files = write_graphs(model, folder)
-        write_description(model, folder, token_ids=token_ids(tokenizer))
-        tokenizer.save_pretrained(folder)
+        ids, defaults = token_ids(loaded.tokenizer), loaded.defaults
+        generation = generation_values(model.config, ids, defaults)
+        write_description(model, folder, token_ids=ids | dict(defaults.config), generation=generation)
+        save_tokenizer(loaded.tokenizer, folder)
         sizes = {name: getattr(model.config, name) for name in ("vocab_size", "max_seq_len")}
         for file in files if config.quantize else ():
             print(f"{file.stem:<12}{quantize_graph(file, **sizes)}")

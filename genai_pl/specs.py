@@ -44,6 +44,7 @@ class ModelConfig:
     intermediate_size: int | None = None  # null: 4 n_embd, or 8/3 n_embd to a multiple of 32 when gated
     vocab_size: int | None = None  # null: the tokenizer's
     max_seq_len: int = 1024
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
     n_token_types: int = 0  # kinds of segments that an encoder tells apart (BERT: 2)
     share_layers: bool = False  # one block, used n_layer times (Lan et al. 2020)
     position: Position = Position.learned
@@ -83,14 +84,13 @@ class ModelConfig:
     attention: AttentionBackend = AttentionBackend.auto
 
     def __post_init__(self) -> None:
+        self.eos_token_ids = tuple(int(i) for i in self.eos_token_ids)
         self._parse_enums()
-        self._check_positive(
-            "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim"
-        )
+        self._check_positive("n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size")
         self._check_positive("intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local")
         self._check_positive("relative_buckets", "relative_max_distance", "norm_eps", "attention_scale", "window")
         self._check_positive("full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket")
-        self._check_positive("softcap", "logit_softcap", "init_std")
+        self._check_positive("softcap", "logit_softcap", "init_std", "head_dim")
         self._derive()
         self._check_pairs()
 
@@ -175,12 +175,12 @@ class ModelConfig:
             raise ConfigError(f"unknown model field {min(unknown)!r}")
         try:
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"bad model configuration: {error}") from None
 
 
 def _plain(values: dict[str, object]) -> dict[str, object]:
-    named = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+    named = {k: v.value if isinstance(v, Enum) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return {k: _plain(vars(v)) if isinstance(v, RopeScaling) else v for k, v in named.items()}
 
 

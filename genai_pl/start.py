@@ -10,13 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.chat import ensure_template
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.ends import UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.errors import ConfigError
-from genai_pl.export import export_model
-from genai_pl.loading import load, resolve, resolve_adapter
+from genai_pl.export import export_model, read_alike
+from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import resize_vocabulary
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
+from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.trainer import make
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """A model before its first step, its tokenizer, and whether it is one that lies nowhere yet."""
+    """A model before its first step, its tokenizer, whether it lies nowhere yet, and what the folder it came from says."""
 
     model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
+    defaults: WritingDefaults = UNSAID
 
 
 def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> Start:
@@ -40,20 +43,24 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
     if not (config.init_from or wrapped):
         tokenizer = build_tokenizer(config, data)
         complete_tokenizer(tokenizer, data, objective)
-        return Start(build_model(model_config(config, len(tokenizer))), tokenizer, True)
+        model = build_model(model_config(config, len(tokenizer)))
+        set_ends(model.config, tokenizer)
+        return Start(model, tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        model, tokenizer, _ = load(config.init_from, wrap=wrapped, **options)
+        model, tokenizer, _, defaults = load(config.init_from, wrap=wrapped, option="init_from", **options)
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer = pretrained_tokenizer(config.model.name)
+        defaults = read_defaults(folder_of(config.model.name))
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
     complete_tokenizer(tokenizer, data, objective)
     n_tokens, room = len(tokenizer), model.config.vocab_size
     if n_tokens > room:
         resize_vocabulary(model, n_tokens)
         log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
-    return Start(model.train(), tokenizer, n_tokens > room)
+    set_ends(model.config, tokenizer, defaults)
+    return Start(model.train(), tokenizer, n_tokens > room, defaults)
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
@@ -89,7 +96,9 @@ def keep_base(config: DictConfig, run: Path, begun: Start) -> str | None:
     folder = run / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
         what = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
-        export_model(begun.model, begun.tokenizer, folder, card={"Base": f"{what}, under an adapter."})
+        written = {"card": {"Base": f"{what}, under an adapter."}, "defaults": begun.defaults}
+        with read_alike(begun.model, begun.tokenizer):
+            export_model(begun.model, begun.tokenizer, folder, **written)
     return str(folder.resolve())
 
 

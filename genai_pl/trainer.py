@@ -114,7 +114,12 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     model, monitor = parts.module.model, parts.monitor
     monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
     monitor.listeners.append(parts.console.show)
-    parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
+    defaults = {name: dict(values) for name, values in parts.defaults._asdict().items()}
+    parts.checkpoints.contents = {
+        "model": model.config.to_dict(),
+        "tokenizer": files_of(parts.tokenizer),
+        "defaults": defaults,
+    }
     for adapter in adapters_of(model):
         parts.checkpoints.contents |= {
             "peft": {"method": adapter.method, "options": adapter.options},

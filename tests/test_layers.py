@@ -21,7 +21,7 @@ LAYERS = [
     {"generation"},
     {"modules", "evaluation"},
     {"callbacks", "strategies"},
-    {"planning"},
+    {"planning", "references"},
     {"counting", "export", "loading", "summary", "sweeps"},
     {"compare", "fit", "recipes", "resume", "rewards", "feedback"},
     {"serving"},

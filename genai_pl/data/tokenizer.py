@@ -1,15 +1,14 @@
 """Text to integers and back; every tokenizer is a transformers fast tokenizer, so that it saves and loads like theirs."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable
-from pathlib import Path
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.objectives.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,6 +17,13 @@ if TYPE_CHECKING:
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # as T5 names them
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as Qwen2.5 names them
+
+# of one call, of one place, or of a class that is not written: nothing that belongs to the tokenizer
+PASSING = {
+    *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "padding", "truncation"),
+    *("is_local", "local_files_only", "mistral_format", "backend"),
+    *("auto_map", "add_bos_token", "add_eos_token"),
+}
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
@@ -50,24 +56,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) 
     return _wrap(tokenizer, use_regex=True)
 
 
-def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder or hub id."""
-    from transformers import AutoTokenizer
-
-    if not Path(name).exists() and name.count("/") > 1:
-        raise ConfigError(f"tokenizer.name={name}: no such folder")
-    # it warns of models that it does not know, such as ours, which says nothing of their tokenizers
-    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{name}: its tokenizer has no tokenizer.json; convert it with transformers first")
-    return tokenizer
-
-
 def _wrap(tokenizer: "Tokenizer", *, use_regex: bool) -> "PreTrainedTokenizerBase":
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.pre_tokenizers import ByteLevel
@@ -97,84 +85,110 @@ def add_missing(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str]) -> N
             tokenizer.add_tokens(missing, special_tokens=True)
 
 
-def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
-    """What objectives must know of a tokenizer whose model has `size` ids."""
-    vocab = tokenizer.get_vocab()
-    wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
-    special = np.ones(size, bool)  # ids beyond the tokenizer's are no text
-    starts_word = np.zeros(size, bool)
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for token, i in vocab.items():
-        special[i] = i in added
-        starts_word[i] = _starts_word(token, wordpiece=wordpiece)
-    return Vocabulary(
-        size=size,
-        pad=tokenizer.pad_token_id or 0,
-        end=end_token(tokenizer),
-        mask=tokenizer.mask_token_id,
-        sentinels=tuple(vocab[name] for name in SENTINELS if name in vocab),
-        fim=tuple(vocab[name] for name in FIM) if all(name in vocab for name in FIM) else None,
-        special=special,
-        starts_word=starts_word,
-        n_bytes=np.asarray(token_bytes(tokenizer, size)),
-    )
-
-
 def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token that closes a document: BERT's is its separator."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
-def _starts_word(token: str, *, wordpiece: bool) -> bool:
-    """Whether a word begins with the token: WordPiece marks the others, the rest a space (Ġ, ▁) or a line break (Ċ)."""
-    if wordpiece:
-        return not token.startswith("##")
-    return token[:1] in ("Ġ", "▁", "Ċ") or not token[:1].isalnum()
+def without_limits(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The same tokenizer, which cuts and pads nothing: a call that asks for either leaves it so until the next one."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A name for what the tokenizer does, the same in every process."""
-    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+    """A name for what the tokenizer makes of texts and conversations, the same in every process."""
+    kinds = sorted(tokenizer.special_tokens_map.items())
+    state = f"{tokenizer.split_special_tokens}{kinds}{tokenizer.chat_template}"
+    return hashlib.blake2b((_state(tokenizer) + state).encode(), digest_size=8).hexdigest()
 
 
-def token_bytes(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[int]:
-    """UTF-8 bytes of text that each token stands for, (V,); special and unused tokens stand for none."""
-    import json
+def _state(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """tokenizer.json as it will be once it has been read: of some scores of pieces tokenizers reads a last digit wrongly."""
+    from tokenizers import Tokenizer
 
-    kind = json.loads(tokenizer.backend_tokenizer.to_str())
-    byte_level = "ByteLevel" in json.dumps(kind["decoder"]) or "ByteLevel" in json.dumps(kind["pre_tokenizer"])
-    special = set(tokenizer.all_special_ids)
-    counts = [
-        0 if i in special else _n_bytes(token or "", byte_level)
-        for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    ]
-    return counts + [0] * (vocab_size - len(counts))
+    state = without_limits(tokenizer).backend_tokenizer.to_str()
+    scored = type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
+    return Tokenizer.from_str(state).to_str() if scored else state
 
 
-def _n_bytes(token: str, byte_level: bool) -> int:
-    if byte_level:
-        return len(token)  # one character stands for one byte
-    if len(token) == 6 and token.startswith("<0x"):
-        return 1  # SentencePiece's byte fallback
-    return len(token.replace("▁", " ").removeprefix("##").encode())
+def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face folder or hub id, as AutoTokenizer reads it, but without limits on lengths."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not Path(name).exists() and name.count("/") > 1:
+        raise ConfigError(f"tokenizer.name={name}: no such folder")
+    # it warns of models that it does not know, such as ours, which says nothing of their tokenizers
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
+    try:
+        # tokenizer.json is what is saved again, so it is what is read, even beside a file of mistral-common
+        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) and (Path(name) / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+    except Exception as error:  # tokenizers raises what has no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(f"{name}: its tokenizer has no tokenizer.json; convert it with transformers first")
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for template in templates:
+        if PurePosixPath(template).name != template:
+            raise CheckpointError(f"{name}: a chat template is called {template!r}, which is no name of a file")
+    return without_limits(tokenizer)
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the files of the tokenizer into a folder, so that any transformers reads tokenizer.json as it stands.
+
+    The class is the one that builds nothing of its own; what other classes have for defaults is written out.
+    """
+    without_limits(tokenizer).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    values = {name: value for name, value in saved.items() if name not in PASSING}
+    values |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": list(tokenizer.model_input_names),
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    }
+    extra = values.pop("extra_special_tokens", None)
+    if extra:  # as a list has been called longer than there is the other name for it
+        values["additional_special_tokens"] = extra
+    before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in before:  # transformers 4 puts what it finds here into tokenizer.json's
+        values["add_prefix_space"] = before["add_prefix_space"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_read_alike(tokenizer: "PreTrainedTokenizerBase", model_type: str) -> bool:
+    """Whether AutoTokenizer finds this tokenizer beside a config.json of that type: for some it builds another one."""
+    with tempfile.TemporaryDirectory() as name:
+        save_tokenizer(tokenizer, Path(name))
+        (Path(name) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        read = pretrained_tokenizer(name)
+    return _state(read) == _state(tokenizer)
 
 
 def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """The text files that `save_pretrained` writes, by name: what a checkpoint carries."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {
-            path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()
-        }
+    """The text files that `save_tokenizer` writes, by their path in the folder: what a checkpoint carries."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_tokenizer(tokenizer, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
-def from_files(files: dict[str, str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that `files_of` described."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-        return pretrained_tokenizer(folder)
+def from_files(files: Mapping[str, str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `files_of` described; CheckpointError for a path that leads out of the folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path, text in files.items():
+            parts = PurePosixPath(path).parts
+            if ".." in parts or PurePosixPath(path).is_absolute():
+                raise CheckpointError(f"the checkpoint's tokenizer has a file {path!r}, which lies elsewhere")
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        return pretrained_tokenizer(name)

@@ -1,7 +1,7 @@
 """Texts that follow a JSON schema or a regular expression, by the masks of llguidance."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +23,11 @@ class Constraint:
     One matcher serves all rows: it goes back to where two texts part, and reads on from there (0.3 us a token).
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", grammar: str, *, option: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", grammar: str, *, option: str, ends: Collection[int]
+    ) -> None:
         self.tokenizer, self.grammar, self.option = tokenizer, grammar, option
+        self.ends = tuple(sorted({*ends, tokenizer.eos_token_id} - {None}))
         self.matcher: LLMatcher | None = None
         self.read: list[int] = []
         self.vocab_size = 0
@@ -33,14 +36,14 @@ class Constraint:
         """Get ready for a model of this many tokens; ConfigError for a grammar that cannot be used."""
         if self.vocab_size == vocab_size:
             return
-        if self.tokenizer.eos_token_id is None:
+        if not self.ends:
             raise ConfigError(f"{self.option}: the tokenizer has no eos token, so a text could not end")
         self.vocab_size, self.read = vocab_size, []
-        self.matcher = _compiled(self.tokenizer, vocab_size, self.grammar).deep_copy()
+        self.matcher = _compiled(self.tokenizer, vocab_size, self.grammar, self.ends).deep_copy()
         self._check()
 
     def allowed(self, written: Sequence[int]) -> Tensor:
-        """Which tokens (V,) may follow; the end token is among them where the text is complete."""
+        """Which tokens (V,) may follow; the end tokens are among them where the text is complete."""
         written = list(written)
         n = common_length(self.read, written)
         self.matcher.rollback(len(self.read) - n)
@@ -49,7 +52,7 @@ class Constraint:
         self.read = written
         if self.matcher.is_stopped():
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
-            mask[self.tokenizer.eos_token_id] = True
+            mask[list(self.ends)] = True
             return mask
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # (V / 8, 8)
@@ -63,25 +66,30 @@ class Constraint:
 
 
 @lru_cache(maxsize=32)
-def _compiled(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, grammar: str) -> "LLMatcher":
+def _compiled(
+    tokenizer: "PreTrainedTokenizerBase", vocab_size: int, grammar: str, ends: tuple[int, ...]
+) -> "LLMatcher":
     """A matcher that has read nothing: many requests to a server ask for one grammar."""
     from llguidance import LLMatcher
 
-    return LLMatcher(_vocabulary(tokenizer, vocab_size), grammar, log_level=0)
+    return LLMatcher(_vocabulary(tokenizer, vocab_size, ends), grammar, log_level=0)
 
 
 @lru_cache(maxsize=4)
-def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> "LLTokenizer":
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, ends: tuple[int, ...]) -> "LLTokenizer":
     """The text of every token, in the tree that grammars are matched with: a second's work for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
-    return from_tokenizer(tokenizer, n_vocab=vocab_size)
+    return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
 
 
 def build_constraint(
-    tokenizer: "PreTrainedTokenizerBase", *, json_schema: str | None, regex: str | None
+    tokenizer: "PreTrainedTokenizerBase", *, json_schema: str | None, regex: str | None, ends: Collection[int] = ()
 ) -> Constraint | None:
-    """What the options ask for: json_schema is a file or the text of a schema; None where neither is given."""
+    """What the options ask for: json_schema is a file or the text of a schema; None where neither is given.
+
+    The eos token, or one of the tokens `ends`, follows a text that is complete.
+    """
     if json_schema is None and regex is None:
         return None
     if json_schema is not None and regex is not None:
@@ -92,8 +100,9 @@ def build_constraint(
     except ImportError:
         raise ConfigError(f"{option} needs llguidance: pip install 'genai_pl[constrain]'") from None
     if json_schema is None:
-        return Constraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option)
-    return Constraint(tokenizer, LLMatcher.grammar_from_json_schema(_read_schema(json_schema)), option=option)
+        return Constraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
+    grammar = LLMatcher.grammar_from_json_schema(_read_schema(json_schema))
+    return Constraint(tokenizer, grammar, option=option, ends=ends)
 
 
 def _read_schema(given: str) -> str:

@@ -1,6 +1,6 @@
 """The decoding loop: what has been read, the next token, and again."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +24,7 @@ def decode(
     *,
     segment_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     finished: Tensor | None = None,
     num_samples: int = 1,
@@ -34,7 +34,7 @@ def decode(
     """The next tokens (B * num_samples,) of each step, until every row is finished or max_new_tokens are reached.
 
     Prompts (B, T) of unequal length are padded on the left, where segment_ids is 0; each is read once, and its samples
-    are next to each other. `finished` (B * num_samples,) bool belongs to the caller: eos sets a row of it, and so may the
+    are next to each other. `finished` (B * num_samples,) bool belongs to the caller: any eos sets a row of it, and so may the
     caller between two steps; a finished row yields pad_token_id, and is read no more once most are. `logprobs`, if given,
     gets the model's own log-probabilities of each step's tokens. The model is in evaluation mode until the iterator is
     exhausted or closed.
@@ -46,7 +46,8 @@ def decode(
         finished = torch.zeros(N, dtype=torch.bool, device=input_ids.device)
     segment = continued(segment_ids, num_samples)
     seen = seen_tokens(input_ids, segment_ids, config, V, num_samples)
-    rules = build_rules(config, limits.and_end(eos_token_id), input_ids, segment_ids, V)
+    ends = torch.tensor(_listed(eos_token_id), dtype=torch.long, device=input_ids.device)
+    rules = build_rules(config, limits.and_ends(ends.tolist()), input_ids, segment_ids, V)
     written: list[list[int]] = [[] for _ in range(N)]  # for the rules
     with evaluating(model):
         context = Context(model, B, T + config.max_new_tokens - 1)  # nobody reads the last token
@@ -61,8 +62,8 @@ def decode(
                 seen.scatter_(1, token[:, None], True)
             if rules is not None:
                 written = [[*row, new] for row, new in zip(written, token.tolist(), strict=True)]
-            if eos_token_id is not None:
-                finished |= token == eos_token_id
+            if len(ends):
+                finished |= torch.isin(token, ends)
             yield token
             n_going = N - int(finished.sum())
             if n_left == 0 or n_going == 0:
@@ -79,11 +80,11 @@ def generate(
     generator: torch.Generator | None = None,
     *,
     segment_ids: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
     limits: Limits = NO_LIMITS,
 ) -> Tensor:
-    """Prompts and continuations (B, T + n), n <= max_new_tokens: a row ends with eos, pad_token_id fills up."""
+    """Prompts and continuations (B, T + n), n <= max_new_tokens: a row ends with any eos, pad_token_id fills up."""
     steps = decode(
         model,
         input_ids,
@@ -123,6 +124,12 @@ def seen_tokens(
     present = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
     counts = torch.zeros(input_ids.shape[0], vocab_size, dtype=torch.long, device=input_ids.device)
     return (counts.scatter_add_(1, input_ids, present) > 0).repeat_interleave(n, dim=0)
+
+
+def _listed(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
 def _going_on(written: list[list[int]], finished: Tensor) -> list[list[int] | None]:

@@ -1,6 +1,6 @@
 """What the user's words ask of a continuation, in tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,27 +20,28 @@ class Limits:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that it must not have
     constraint: Constraint | None = None  # a grammar that it follows, after the prefix
 
-    def and_end(self, token: int | None) -> "Limits":
-        """The same with one more token that ends a row."""
-        return self if token is None else replace(self, ends=self.ends | {token})
+    def and_ends(self, tokens: Collection[int]) -> "Limits":
+        """The same with more tokens that end a row."""
+        return replace(self, ends=self.ends | set(tokens))
 
 
 NO_LIMITS = Limits()
 
 
-def limits_of(tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig) -> Limits:
-    """What the options that are text ask for."""
+def limits_of(tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig, ends: Collection[int] = ()) -> Limits:
+    """What the options that are text ask for; `ends` are the tokens that end a text of the model."""
+    ends = end_tokens(tokenizer, config.stop) | set(ends)
     words = [spelling for word in config.bad_words if word for spelling in (word, f" {word}")]
     return Limits(
-        ends=frozenset(end_tokens(tokenizer, config.stop)),
+        ends=frozenset(ends),
         prefix=inner_tokens(tokenizer, config.prefix),
         bad_words=tuple(dict.fromkeys(inner_tokens(tokenizer, word) for word in words)),
-        constraint=build_constraint(tokenizer, json_schema=config.json_schema, regex=config.regex),
+        constraint=build_constraint(tokenizer, json_schema=config.json_schema, regex=config.regex, ends=ends),
     )
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> set[int]:
-    """Tokens that end a row: eos, and stop strings that are special tokens, which have no text to search."""
+    """Tokens that end any row: eos, and stop strings that are special tokens, which have no text to search."""
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = {special[s] for s in stop if s in special}
     return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}

@@ -47,7 +47,7 @@ def continue_rows(
     generator: torch.Generator | None = None,
     on_text: OnText | None = None,
 ) -> list[str]:
-    """The text that follows each row of tokens, up to a stop string, eos or max_new_tokens."""
+    """The text that follows each row of tokens, up to a stop string, an end token or max_new_tokens."""
     return [c[0].text for c in complete(model, tokenizer, rows, config, generator=generator, on_text=on_text)]
 
 
@@ -79,10 +79,11 @@ def complete(
     if config.speculates and model.config.shape is Shape.encoder_decoder:
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    limits = limits_of(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
         model, rows = read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
-    writer = Writer(model, tokenizer, rows, config, limits_of(tokenizer, config), **options)
+    writer = Writer(model, tokenizer, rows, config, limits, **options)
     if config.num_beams > 1:
         return writer.beams()
     if config.speculates:

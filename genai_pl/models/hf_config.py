@@ -58,7 +58,7 @@ def _expresses(family: Family, config: ModelConfig) -> bool:
 
 def _arithmetic(config: ModelConfig) -> ModelConfig:
     """The configuration without what does not change the logits of given weights."""
-    same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0}
+    same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0, "eos_token_ids": ()}
     if config.full_every and config.full_every > config.n_layer:
         same["full_every"] = None
     if config.head in (Head.none, Head.score):

@@ -34,11 +34,14 @@ def write_graphs(model: Model, folder: Path) -> list[Path]:
     return [folder / name for name in graphs]
 
 
-def write_description(model: Model, folder: Path, *, token_ids: dict[str, int | None]) -> None:
+def write_description(
+    model: Model, folder: Path, *, token_ids: dict[str, int | None], generation: dict[str, object] | None = None
+) -> None:
     """Write the config.json and generation_config.json that a Hugging Face folder of the model has."""
     values, _, _ = write_config(model.config)
     write_json(folder / "config.json", {**values, **token_ids})
-    write_json(folder / "generation_config.json", {k: v for k, v in token_ids.items() if v is not None})
+    said = {name: i for name, i in token_ids.items() if i is not None} if generation is None else generation
+    write_json(folder / "generation_config.json", said)
 
 
 def check_exportable(model: nn.Module) -> None:

@@ -47,19 +47,25 @@ def save_pretrained(
     folder: Path,
     *,
     token_ids: dict[str, int | None],
+    generation: dict[str, object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
     """Write config.json, generation_config.json and model.safetensors; returns the name of the class that reads them.
 
-    token_ids: bos_token_id, eos_token_id, pad_token_id. A folder that must appear whole is written by `write_atomic`.
+    token_ids: bos_token_id, eos_token_id, pad_token_id; generation: what generation_config.json says, by default the
+    same. A folder that must appear whole is written by `write_atomic`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if generation is None:
+        generation = {name: i for name, i in token_ids.items() if i is not None}
     if isinstance(model, WrappedDecoder):
-        return save_wrapped(model, folder)
+        reader = save_wrapped(model, folder)
+        write_json(folder / "generation_config.json", generation)
+        return reader
     values, table, reader = write_config(model.config)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**values, "dtype": dtype, **token_ids})
-    write_json(folder / "generation_config.json", {k: v for k, v in token_ids.items() if v is not None})
+    write_json(folder / "generation_config.json", generation)
     state = model.state_dict()
     tensors = ((row.theirs, _join(state, row)) for row in table)
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)

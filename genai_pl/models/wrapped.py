@@ -43,6 +43,7 @@ class WrappedConfig:
     attention_kind: AttentionKind = AttentionKind.full
     tie_embeddings: bool = False
     writes: bool = True
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
 
     @property
     def embedding_size(self) -> int:
@@ -50,7 +51,7 @@ class WrappedConfig:
 
     def to_dict(self) -> dict[str, object]:
         """What a checkpoint stores."""
-        return {"wrapped": self.values}
+        return {"wrapped": self.values, "eos_token_ids": list(self.eos_token_ids)}
 
 
 class WrappedDecoder(nn.Module):
@@ -174,8 +175,7 @@ def build_wrapped(values: dict[str, object], *, attention: AttentionBackend = At
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register()
-    values = dict(values)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config = AutoConfig.for_model(**values)
     inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     return WrappedDecoder(inner, attention=attention)
 

@@ -1,6 +1,6 @@
 """Completions that a policy writes in training, as the batches that it learns from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,19 +59,19 @@ def write(
     copies: int = 1,
     share_prompts: bool = False,
     generator: torch.Generator,
-    end: int,
+    ends: Collection[int],
     pad: int,
 ) -> Rollout:
-    """`copies` completions of each prompt, drawn by the policy in evaluation mode; each ends with the end token or is cut.
+    """`copies` completions of each prompt, drawn by the policy in evaluation mode; each stops at its first end token.
 
     Those of a prompt are next to each other; with `share_prompts` they are in one row that holds the prompt once.
     """
     device = next(model.parameters()).device
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
-    ends = {"eos_token_id": end, "pad_token_id": pad}
-    steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, num_samples=copies, **ends)
+    options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
+    steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
     written = torch.stack(list(steps), dim=1).tolist()  # (N, L)
-    completions = [row[: row.index(end) + 1] if end in row else row for row in written]
+    completions = [_up_to(row, ends) for row in written]
     said = [np.asarray(row) for row in completions]
     if share_prompts:
         groups = [(prompt, said[i * copies :][:copies]) for i, prompt in enumerate(prompts)]
@@ -80,8 +80,13 @@ def write(
     batch = groups_batch(groups, pad, share_prompts=share_prompts)
     places, mask = _places(batch["labels"], [len(row) for row in said])
     batch = {name: x.to(device) for name, x in batch.items()}
-    ended = torch.tensor([row[-1] == end for row in completions], device=device)
+    ended = torch.tensor([row[-1] in ends for row in completions], device=device)
     return Rollout(batch, places.to(device), mask.to(device), completions, ended)
+
+
+def _up_to(row: list[int], ends: Collection[int]) -> list[int]:
+    """The row as far as its first end token, which is part of it."""
+    return row[: next((n for n, token in enumerate(row, start=1) if token in ends), len(row))]
 
 
 def _places(labels: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class WritingModule(BaseModule):
         missing_eos_penalty: float,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
-        if vocabulary.end is None:
+        if vocabulary.end is None and not model.config.eos_token_ids:
             raise ConfigError("the tokenizer has no end token: completions could not end")
         sizes = {"group_size": group_size, "micro_batch_size": micro_batch_size, "max_new_tokens": max_new_tokens}
         for name, value in sizes.items():
@@ -81,11 +81,13 @@ class WritingModule(BaseModule):
         """Completions of each prompt, next to each other, and their scores (N,)."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
-        options = {"end": self.vocabulary.end, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
+        ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
+        options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1
         with self.whole_model():
             rollout = write(self.model, batch["prompts"], self.sampling, **options)
-        asked, said = ([self.decode(row) for row in rows] for rows in (prompts, rollout.completions))
+        texts = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
+        asked, said = ([self.decode(row) for row in rows] for rows in (prompts, texts))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name not in ("prompt", "completions")}
         given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
         if given.shape != (len(prompts),):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from genai_pl.data.ends import named_ends, read_defaults
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.onnx_model import OnnxDecoder
 from genai_pl.models.slots import SlotCache
@@ -22,12 +23,20 @@ class Adapters:
 
     def __init__(self, model: nn.Module, folders: Mapping[str, str]) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self.own_ends: dict[str, list[int]] = {}  # tokens that end what one of them writes
+        self.config = model.config
         self.device = next(model.parameters()).device
         self.chosen: list[str | None] = []
         for name, folder in folders.items():
             load_adapter(model, Path(folder))
             self.adapters[name] = adapters_of(model)[-1]
+            self.own_ends[name] = named_ends(read_defaults(Path(folder)))
         model.to(self.device).eval()
+
+    def ends(self, name: str | None) -> set[int]:
+        """The tokens that end a text of the model with the adapter of that name, or with none."""
+        own = self.own_ends.get(name, ())
+        return {*self.config.eos_token_ids, *(i for i in own if 0 <= i < self.config.vocab_size)}
 
     def choose(self, names: Sequence[str | None]) -> None:
         """Give each row of the next batch the adapter of its name, or none."""

@@ -115,7 +115,7 @@ class Engine:
         check_request(request, max_length=self.max_length, vocab_size=vocab_size, adapters=adapters)
         if self.n_waiting >= self.queue_size or self._is_stopping:  # before any work
             raise Busy(self._wait())
-        limits = limits_of(self.tokenizer, request.config)
+        limits = limits_of(self.tokenizer, request.config, self.adapters.ends(request.adapter))
         row = Row(request, Stream(self._notify), limits=limits, model=self.model, tokenizer=self.tokenizer)
         with self._changed:
             if self.n_waiting >= self.queue_size or self._is_stopping:

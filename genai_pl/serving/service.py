@@ -124,7 +124,8 @@ class Service:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
 
         def compiled() -> None:
-            limits_of(self.engine.tokenizer, config).constraint.begin(self.model.config.vocab_size)
+            limits = limits_of(self.engine.tokenizer, config, self.model.config.eos_token_ids)
+            limits.constraint.begin(self.model.config.vocab_size)
 
         if self.engine is not None:
             await asyncio.get_running_loop().run_in_executor(self.reading, compiled)

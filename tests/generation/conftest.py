@@ -63,7 +63,7 @@ class Scripted(nn.Module):
     def __init__(self, script: list[list[int]], vocab_size: int = 512) -> None:
         super().__init__()
         self.embed = nn.Embedding(1, 1)
-        self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=100_000, shape=Shape.decoder)
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_seq_len=100_000, shape=Shape.decoder, eos_token_ids=())
         self.script, self.n_read = script, 0
 
     def new_cache(self, batch_size: int, max_length: int) -> SimpleNamespace:

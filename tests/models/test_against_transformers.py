@@ -38,6 +38,7 @@ THEIRS = {
     "gpt2_untied": {**GPT2, "tie_word_embeddings": False, "n_inner": 48, "activation_function": "gelu"},
     "llama": LLAMA,
     "llama_tied": {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 8},
+    "llama_biased": {**LLAMA, "attention_bias": True},
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 5},
     "mistral_without_window": {**LLAMA, "model_type": "mistral", "sliding_window": None},
     "qwen2": {**LLAMA, "model_type": "qwen2", "head_dim": 8},
@@ -99,6 +100,7 @@ GEMMA = {
 }
 OURS |= {
     "Gemma3ForCausalLM": GEMMA,
+    "LlamaForCausalLM  ": {**MODERN, "qkv_bias": True, "o_bias": True},
     "LlamaForCausalLM ": {**MODERN, "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 16}},
     "Qwen3ForCausalLM ": {**MODERN, "qk_norm": True, "rope_scaling": {"kind": "yarn", "factor": 4.0}},
 }

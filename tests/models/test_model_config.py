@@ -68,7 +68,7 @@ CHANGE_LOGITS = {
     "reformer_bucket": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4}, 8),
 }
 CHANGE_BUFFERS = {"performer_features": ({**SIZES, "attention_kind": "performer"}, 32)}
-CHANGE_NEITHER = {"attention": (SIZES, "reference")}
+CHANGE_NEITHER = {"attention": (SIZES, "reference"), "eos_token_ids": (SIZES, (1, 2))}
 CHANGE_INITIAL_WEIGHTS = {"init_std": (SIZES, 0.1)}
 
 
@@ -100,8 +100,8 @@ def test_options_of_the_arithmetic_change_the_logits_of_the_same_weights(option:
 
 
 def test_backends_change_nothing():
-    rest, value = CHANGE_NEITHER["attention"]
-    torch.testing.assert_close(logits(build(rest)), logits(build({**rest, "attention": value})))
+    for name, (rest, value) in CHANGE_NEITHER.items():
+        torch.testing.assert_close(logits(build(rest)), logits(build({**rest, name: value})))
 
 
 def test_more_features_make_another_performer():

@@ -63,7 +63,8 @@ BROKEN = {
     "text as size": (edit(hidden_size="16"), "config.json: "),
     "sizes that do not fit": (edit(num_attention_heads=3), r"config.json: model.n_head \(3\) must be a multiple"),
     "activation": (edit(hidden_act="tanh"), "config.json: activation 'tanh' is not supported; supported: gelu_new"),
-    "biases": (edit(attention_bias=True), "config.json: attention_bias=True is not supported for model_type 'llama'"),
+    "biases": (edit(mlp_bias=True), "config.json: mlp_bias=True is not supported for model_type 'llama'"),
+    "biases that are missing": (edit(attention_bias=True), "tensor model.layers.0.self_attn.q_proj.bias is missing"),
     "quantized": (edit(quantization_config={"quant_method": "fp8"}), "config.json: quantization_config=.*fp8"),
     "scaled rotary": (
         edit(rope_parameters={"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}),

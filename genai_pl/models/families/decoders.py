@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from genai_pl.errors import ConfigError
+from genai_pl.models.families.biases import ATTENTION_BIAS
 from genai_pl.models.families.family import Codec, Family, Values, Weight, both, one
 from genai_pl.models.families.rope import ROPE, TWO_ROPES
 from genai_pl.names import Head, Norm, NormOrder, Position
@@ -50,6 +51,8 @@ def _projections(config: ModelConfig) -> Iterator[Weight]:
     if config.qkv_bias:
         for p in "qkv":
             yield Weight(f"{theirs}.self_attn.{p}_proj.bias", (f"{ours}.attention.{p}_proj.bias",))
+    if config.o_bias:
+        yield Weight(f"{theirs}.self_attn.o_proj.bias", (f"{ours}.attention.o_proj.bias",))
     if config.qk_norm and config.norm_order is NormOrder.pre:
         for p in "qk":
             yield one(f"{theirs}.self_attn.{p}_norm", f"{ours}.attention.{p}_norm")
@@ -112,7 +115,6 @@ LLAMA = Family(
         "norm": Norm.rmsnorm,
         "gated_mlp": True,
         "bias": False,
-        "qkv_bias": False,
     },
     fields={
         "n_layer": "num_hidden_layers",
@@ -128,8 +130,9 @@ LLAMA = Family(
         "tie_embeddings": "tie_word_embeddings",
         "init_std": "initializer_range",
     },
-    constants={"attention_bias": False, "mlp_bias": False},
+    constants={"mlp_bias": False},
     defaults={
+        "attention_bias": False,
         "num_key_value_heads": None,
         "head_dim": None,
         "rms_norm_eps": 1e-6,
@@ -138,10 +141,11 @@ LLAMA = Family(
         "initializer_range": 0.02,
     },
     weights=_llama,
-    codecs=(ROPE,),
+    codecs=(ROPE, ATTENTION_BIAS),
 )
+UNBIASED = replace(LLAMA, fixed={**LLAMA.fixed, "qkv_bias": False}, codecs=(ROPE,))
 MISTRAL = replace(
-    LLAMA,
+    UNBIASED,
     model_type="mistral",
     architectures=_classes("MistralForCausalLM", "MistralForSequenceClassification"),
     fields={**LLAMA.fields, "window": "sliding_window"},
@@ -149,18 +153,18 @@ MISTRAL = replace(
     defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
 )
 QWEN2 = replace(
-    LLAMA,
+    UNBIASED,
     model_type="qwen2",
     architectures=_classes("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
-    fixed={**LLAMA.fixed, "qkv_bias": True},
+    fixed={**UNBIASED.fixed, "qkv_bias": True},
     constants={"use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32},
 )
 QWEN3 = replace(
-    LLAMA,
+    UNBIASED,
     model_type="qwen3",
     architectures=_classes("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
-    fixed={**LLAMA.fixed, "qk_norm": True},
+    fixed={**UNBIASED.fixed, "qk_norm": True},
     constants={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
 )
@@ -196,11 +200,11 @@ def _write_gemma3(config: ModelConfig) -> dict[str, object]:
 
 
 GEMMA3 = replace(
-    LLAMA,
+    UNBIASED,
     model_type="gemma3_text",
     architectures={Head.linear: ("Gemma3ForCausalLM",)},
     fixed={
-        **LLAMA.fixed,
+        **UNBIASED.fixed,
         "qk_norm": True,
         "norm_order": NormOrder.sandwich,
         "scale_embeddings": True,

@@ -1,0 +1,130 @@
+"""How a trained model is named: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto; and what was meant."""
+
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from genai_pl.errors import CheckpointError
+from genai_pl.files import is_checkpoint
+from genai_pl.peft.files import CONFIG as ADAPTER
+
+ROOTS = ("outputs", "multirun")  # where runs are
+# what people call the folders that they keep models in: no account of the hub
+LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
+OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
+DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
+
+
+def resolve(reference: str, *, option: str = "checkpoint") -> Path:
+    """The .ckpt or Hugging Face folder that a reference stands for; CheckpointError names the option it was given by."""
+    if reference == "auto":
+        return resolve(str(newest_run(*map(Path, ROOTS))))
+    path = Path(reference).expanduser()
+    if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
+        return path
+    if path.is_dir():
+        return _of_run(path, option)
+    if not is_hub_id(reference):
+        raise CheckpointError(
+            f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{_meant(reference)}"
+        )
+    return _from_hub(reference, option)
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether the hub may be asked for a name: account/model, unless the first part is a folder of runs, or called so."""
+    account, _, name = reference.partition("/")
+    if not account or not name or "/" in name or account.startswith((".", "~")) or name.endswith(".ckpt"):
+        return False
+    return account not in LOCAL and not any(_is_run(child) for child in _folders(Path(account)))
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model that was read already: itself, or where the hub's files were put."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else Path(name)
+
+
+def resolve_adapter(reference: str) -> Path:
+    """The adapter folder that a folder or a run stands for."""
+    for path in (Path(reference), Path(reference) / "adapter"):
+        if (path / ADAPTER).is_file():
+            return path
+    raise CheckpointError(f"adapter={reference}: no {ADAPTER} in this folder, nor in its adapter/")
+
+
+def newest_run(*roots: Path) -> Path:
+    """The run folder under the roots whose model or checkpoint was written last."""
+    found = [p for root in roots for name in OF_RUN for p in root.rglob(name)]
+    if not found:
+        raise CheckpointError(f"checkpoint=auto: no finished run under {' or '.join(map(str, roots))}; train one first")
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
+
+
+def _of_run(folder: Path, option: str) -> Path:
+    """The exported adapter or model, unless the run has gone on since."""
+    last = folder / "checkpoints" / "last.ckpt"
+    for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
+        if exported.exists() and not (last.exists() and last.stat().st_mtime > exported.stat().st_mtime + 60):
+            return exported.parent
+    if last.exists():
+        return last
+    inside = [str(path) for path in _models(folder)]
+    hint = f"; in it is {inside[0]}" if inside else ""
+    raise CheckpointError(
+        f"{option}={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder{hint}"
+    )
+
+
+def _from_hub(name: str, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{option}={name}: not here{_meant(name)}, and not from the hub ({reason})") from None
+
+
+def _meant(reference: str) -> str:
+    """The model here whose path is most like the reference, to be added to a message."""
+    path = Path(reference).expanduser()
+    above = next((folder for folder in path.parents if folder.is_dir()), Path())
+    found = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
+    near = [str(above)] if _is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
+    return f" (the nearest here: {near[0]})" if near else ""
+
+
+def _models(root: Path) -> Iterator[Path]:
+    """Run folders, Hugging Face folders and checkpoints a few folders below one."""
+    level, seen = [root] if root.is_dir() else [], 0
+    for _ in range(DEPTH):
+        below = [child for folder in level for child in _folders(folder)]
+        seen += len(below)
+        level = [child for child in below if not (_is_run(child) or _is_folder(child))]
+        yield from (child for child in below if _is_run(child) or _is_folder(child))
+        if seen > MANY:
+            return
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in one, hidden ones left out."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / ".hydra").is_dir() or any((folder / name).exists() for name in OF_RUN)
+
+
+def _is_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()
