@@ -85,7 +85,7 @@ def write_folder(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer, model, ends = FAMILIES[name]()
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

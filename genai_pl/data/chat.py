@@ -17,6 +17,7 @@ from genai_pl.data.chat_template import (
     ensure_template,
     turn_end,
 )
+from genai_pl.data.seams import QUIET, encode_continuations, encode_with_seams
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import DataError
 
@@ -39,8 +40,6 @@ __all__ = [
     "prompt_text",
     "turn_end",
 ]
-
-QUIET = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
 
 
 class Example(NamedTuple):
@@ -68,17 +67,16 @@ def encode_conversations(
 ) -> list[Example]:
     """The same of each; nothing is to be learned of its first `n_given` messages. `tools` are those of each conversation.
 
-    The tokens are those of the whole text, as transformers makes them. A token that reaches into an answer belongs to it,
-    such as a space of the generation prompt with the answer's first word.
+    The tokens are those of the whole text, as transformers makes them, except where the generation prompt alone has others
+    than it has before the answer (a space that joins the first word, line breaks that go together at the end of a text):
+    there the prompt's tokens end, as they do when the model is asked, and the answer's begin.
     """
     template = ChatTemplate(tokenizer)
     rows = zip(conversations, n_given, _each(tools, len(conversations)), strict=True)
     rendered = [template.render_with_spans(messages, n, its_tools) for messages, n, its_tools in rows]
-    texts = [rendering.text for rendering in rendered]
-    encoded = tokenizer(texts, add_special_tokens=False, **QUIET, return_offsets_mapping=True)
-    parts = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+    encoded = encode_with_seams(tokenizer, [(r.text, [start for start, _ in r.spans]) for r in rendered])
     end = _end(tokenizer)
-    return [_masked(ids, offsets, rendering, end) for ids, offsets, rendering in parts]
+    return [_masked(*tokens, rendering, end) for tokens, rendering in zip(encoded, rendered, strict=True)]
 
 
 def encode_completion(
@@ -95,11 +93,11 @@ def encode_completions(
     tools: Sequence[Tools] | None = None,
 ) -> list[Example]:
     """The same of each; the prompts are texts, or all of them messages."""
-    if not isinstance(prompts[0], str):
+    if prompts and not isinstance(prompts[0], str):
         whole = [[*prompt, *_as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
         return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
     end = _end(tokenizer)
-    answers = tokenizer(list(completions), add_special_tokens=False, **QUIET)["input_ids"]
+    answers = encode_continuations(tokenizer, completions)
     parts = [
         (given, np.asarray([*said, *end], dtype=np.int32))
         for given, said in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
@@ -116,16 +114,8 @@ def encode_answers(
     """The tokens of each prompt, and of each of its answers after it: together those of `encode_completions`."""
     numbers = [n for n, some in enumerate(answers) for _ in some]
     its_tools = _each(tools, len(prompts))
-    examples = iter(
-        encode_completions(
-            tokenizer,
-            [prompts[n] for n in numbers],
-            [answer for some in answers for answer in some],
-            [its_tools[n] for n in numbers],
-        )
-        if numbers
-        else ()
-    )
+    flat = [answer for some in answers for answer in some]
+    examples = iter(encode_completions(tokenizer, [prompts[n] for n in numbers], flat, [its_tools[n] for n in numbers]))
     rows = []
     for some in answers:
         own = [next(examples) for _ in some]
@@ -149,7 +139,7 @@ def encode_prompts(
     tools: Sequence[Tools] | None = None,
 ) -> list[np.ndarray]:
     """The same of each; they are texts, or all of them messages."""
-    if isinstance(prompts[0], str):
+    if not prompts or isinstance(prompts[0], str):
         rows = tokenizer(list(prompts), **QUIET)["input_ids"]
         end = _end(tokenizer)
         if _closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
@@ -168,14 +158,11 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, to
     return prompt if isinstance(prompt, str) else ChatTemplate(tokenizer).prompt(prompt, tools)
 
 
-def _masked(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], rendering: Rendering, end: Sequence[int]
-) -> Example:
-    """The tokens, of which those that reach into a span are to be learned; an answer that nothing closes gets the end token."""
-    starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: Sequence[int]) -> Example:
+    """The tokens, of which those that begin in a span are to be learned; an answer that nothing closes gets the end token."""
     mask = np.zeros(len(starts), bool)
     for start, stop in rendering.spans:
-        mask |= (starts < stop) & ((starts >= start) | (stops > start))
+        mask |= (starts >= start) & (starts < stop)
     if rendering.is_open and rendering.spans:
         ids, mask = [*ids, *end], np.concatenate([mask, np.ones(len(end), bool)])
     return Example(np.asarray(ids, dtype=np.int32), mask)

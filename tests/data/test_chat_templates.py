@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from genai_pl.data import byte_tokenizer
+from genai_pl.data import byte_tokenizer, train_bpe
 from genai_pl.data.chat import Example, encode_messages, encode_prompt
 from genai_pl.errors import DataError
 
@@ -166,23 +166,20 @@ def test_what_is_learned_is_what_trl_marks_for_training(path: Path, marked: Path
             assert trl.endswith(ours) or ours.endswith(trl)
 
 
-def test_a_space_of_the_generation_prompt_is_learned_with_the_first_word() -> None:
-    from genai_pl.data import train_bpe
-
+def test_the_first_word_behind_a_prompt_that_ends_in_a_space_is_learned() -> None:
     tokenizer = train_bpe(["user: Five and three? assistant: Eight. and Nine."] * 20, 400)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     example = encode_messages(tokenizer, TALKS["two turns"])
-    assert learned(tokenizer, example) == [" Eight.\n", " Nine.\n"]
-    # TRL: the tokens of both together, from the first that differs from those of the prompt
-    whole = transformers_ids(tokenizer, TALKS["one turn"])
+    assert learned(tokenizer, example) == ["Eight.\n", "Nine.\n"]
+    # before the answer alone the space is a token, with the answer's first word it is not: asked is the former
     prompt = transformers_ids(tokenizer, TALKS["one turn"][:1], add_generation_prompt=True)
-    n_given = next(n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+    assert transformers_ids(tokenizer, TALKS["one turn"])[: len(prompt)] != prompt
     example = encode_messages(tokenizer, TALKS["one turn"])
-    assert example.input_ids.tolist() == whole
-    assert example.n_given == n_given
+    assert example.input_ids[: example.n_given].tolist() == prompt
+    assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(TALKS["one turn"], tokenize=False)
 
 
 def test_calls_and_turns_that_a_template_leaves_out_are_refused() -> None:

@@ -25,6 +25,10 @@ HEADERS = (  # a header of three tokens and a token that ends the turn, as Llama
     "{% for m in messages %}{{ '<|h|>' + m['role'] + '<|e|>\\n' + m['content'] | trim + '<|t|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|h|>assistant<|e|>\\n' }}{% endif %}"
 )
+LINES = HEADERS.replace(
+    "<|e|>\\n", "<|e|>\\n\\n"
+)  # two line breaks, which some tokenizers join at the end of a text only
+SPACES = HEADERS.replace("<|e|>\\n", ": ")  # a space, which many join with the first word
 TALK = [
     {"role": "user", "content": "Five and three?"},
     {"role": "assistant", "content": "Eight."},
@@ -43,7 +47,7 @@ def tokenizer_of(kind: str, template: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@pytest.mark.parametrize("template", [None, HEADERS], ids=["chatml", "headers"])
+@pytest.mark.parametrize("template", [None, HEADERS, LINES, SPACES], ids=["chatml", "headers", "lines", "spaces"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_training_generation_evaluation_and_judges_agree_on_the_tokens(

@@ -1,0 +1,81 @@
+"""Tokens of texts that follow others: where a prompt ends and an answer begins, tokens of both together may be other ones."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUIET = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
+AROUND = 64  # characters on both sides of a seam whose tokens are compared
+Tokens = tuple[list[int], np.ndarray]  # ids (n,), and the character at which each token begins (n,)
+
+
+def encode_continuations(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on behind others: without the space that some tokenizers put before a text."""
+    return [ids for ids, _ in _encode(tokenizer, texts, continues=True)]
+
+
+def encode_with_seams(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, Sequence[int]]]) -> list[Tokens]:
+    """Tokens of each text, given with the places at which prompts end; it is cut where the prompt alone has other tokens."""
+    encoded = _encode(tokenizer, [text for text, _ in texts], continues=False)
+    known: dict[tuple[str, str], bool] = {}
+    rows = []
+    for (text, ends), (ids, starts) in zip(texts, encoded, strict=True):
+        cuts = [end for end in ends if 0 < end < len(text) and _is_seam(tokenizer, text, end, starts, known)]
+        rows.append(_encode_cut(tokenizer, text, cuts) if cuts else (ids, starts))
+    return rows
+
+
+def _is_seam(
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    end: int,
+    starts: np.ndarray,
+    known: dict[tuple[str, str], bool],
+) -> bool:
+    """Whether the prompt has other tokens before its answer than alone; told by what stands around, and remembered."""
+    place = int(np.searchsorted(starts, end))
+    if place == len(starts) or starts[place] != end:  # a token reaches over the seam
+        return True
+    key = text[max(0, end - AROUND) : end], text[end]
+    if key not in known:
+        after = text[end : end + AROUND]
+        together, before = (ids for ids, _ in _encode(tokenizer, [key[0] + after, key[0]], continues=False))
+        known[key] = together[: len(before)] != before
+    return known[key]
+
+
+def _encode_cut(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: Sequence[int]) -> Tokens:
+    """The tokens of the parts of a text, end to end."""
+    first, *others = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, None], strict=True))
+    parts = [*_encode(tokenizer, [first], continues=False), *_encode(tokenizer, others, continues=True)]
+    ids = [i for part, _ in parts for i in part]
+    starts = [begin + start for begin, (_, start) in zip([0, *cuts], parts, strict=True)]
+    return ids, np.concatenate(starts)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, continues: bool) -> list[Tokens]:
+    """The tokens of each text, of one that `continues` another as they are behind a line break."""
+    if not texts:
+        return []
+    plain = _tokens(tokenizer, texts)
+    if not continues:
+        return plain
+    (line_break, _), (letter, _), (both, _) = _tokens(tokenizer, ["\n", "a", "\na"])
+    if both == line_break + letter:  # the beginning of a text is like any other place
+        return plain
+    behind = _tokens(tokenizer, ["\n" + text for text in texts])
+    n = len(line_break)
+    return [
+        (ids[n:], starts[n:] - 1) if ids[:n] == line_break else alone
+        for (ids, starts), alone in zip(behind, plain, strict=True)
+    ]
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Tokens]:
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, **QUIET)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [(ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]) for ids, offsets in rows]
