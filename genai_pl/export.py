@@ -1,6 +1,7 @@
 """A trained model as a folder that transformers, PEFT and vLLM can load."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,20 +31,30 @@ def export_model(
 ) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
 
-    card: headings and paragraphs of the model card. files: JSON values of further files, by path.
+    card: headings and paragraphs of the model card. files: what `write_files` takes.
     """
     reader = []
 
     def write(temporary: Path) -> None:
         reader.append(save_pretrained(model, temporary, token_ids=token_ids(tokenizer)))
         tokenizer.save_pretrained(temporary)
-        for name, values in (files or {}).items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_files(temporary, files or {})
         (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
 
     write_atomic(folder, write)
     return reader[0]
+
+
+def write_files(folder: Path, files: Mapping[str, object]) -> None:
+    """Write JSON values, or the tensors of a .safetensors file, by path."""
+    from safetensors.torch import save_file
+
+    for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(values, folder / name, metadata={"format": "pt"})
+        else:
+            (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import DISK_FULL, TrainingError
-from genai_pl.export import adapter_card, export_model
+from genai_pl.export import adapter_card, export_model, write_files
 from genai_pl.files import write_atomic
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
@@ -80,6 +80,7 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
         return
     save_adapter(model, run / "adapter", base=parts.base)
     tokenizer.save_pretrained(run / "adapter")
+    write_files(run / "adapter", parts.module.export_files())
     write_atomic(
         run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8")
     )

@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, token_ids
 from genai_pl.files import write_atomic
-from genai_pl.loading import load, resolve, resolve_adapter
+from genai_pl.loading import Loaded, load, resolve, resolve_adapter
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
@@ -52,9 +53,15 @@ def export(config: DictConfig) -> int:
         reader = write_onnx(model, loaded.tokenizer, config)
     else:
         card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
-        reader = export_model(model, loaded.tokenizer, out, card=card)
+        reader = export_model(model, loaded.tokenizer, out, card=card, files=sentence_files(loaded))
     print(f"model       {out}, read by {reader}")
     return 0
+
+
+def sentence_files(loaded: Loaded) -> dict[str, object]:
+    """What the model's folder or checkpoint tells sentence-transformers."""
+    head = described_head(loaded.path, loaded.tokenizer, loaded.model.config)
+    return {} if head is None else {**head.files, **dict(head.tensors())}
 
 
 def copy_adapter(config: DictConfig, out: Path) -> int:

@@ -10,10 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model
 from genai_pl.loading import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import resize_vocabulary
+from genai_pl.models.sentence import SentenceHead
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.trainer import make
@@ -31,6 +33,7 @@ class Start(NamedTuple):
     model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
+    sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
 
 
 def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> Start:
@@ -42,17 +45,18 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         return Start(build_model(model_config(config, len(tokenizer))), tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        model, tokenizer, _ = load(config.init_from, wrap=wrapped, **options)
+        model, tokenizer, path = load(config.init_from, wrap=wrapped, **options)
+        sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
-        tokenizer = pretrained_tokenizer(config.model.name)
+        tokenizer, sentence = pretrained_tokenizer(config.model.name), None
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
     add_missing(tokenizer, objective.needs)
     n_tokens, room = len(tokenizer), model.config.vocab_size
     if n_tokens > room:
         resize_vocabulary(model, n_tokens)
         log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
-    return Start(model.train(), tokenizer, n_tokens > room)
+    return Start(model.train(), tokenizer, n_tokens > room, sentence)
 
 
 def adapt(

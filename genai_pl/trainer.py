@@ -115,6 +115,8 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
     monitor.listeners.append(parts.console.show)
     parts.checkpoints.contents = {"model": model.config.to_dict(), "tokenizer": files_of(parts.tokenizer)}
+    if files := {name: values for name, values in parts.module.export_files().items() if name.endswith(".json")}:
+        parts.checkpoints.contents["files"] = files
     for adapter in adapters_of(model):
         parts.checkpoints.contents |= {
             "peft": {"method": adapter.method, "options": adapter.options},
