@@ -5,7 +5,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
-from genai_pl.modules.base import BaseModule, Batch
+from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.passes import Experience, passes, put_back
 from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
 from genai_pl.modules.reference import Reference
@@ -68,7 +68,8 @@ class WritingModule(BaseModule):
         if batch_idx == 0:
             self.examples = judged.examples(kl, SHOWN)
         found = {
-            "scores": judged.scores.sum(),
+            "scores": judged.scores.nansum(),
+            "scored": (~judged.scores.isnan()).sum(),
             "kl": kl.sum(),
             "response_length": rollout.mask.sum(),
             "ended": rollout.ended.sum(),
@@ -77,8 +78,13 @@ class WritingModule(BaseModule):
         for name, value in found.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """Means over all completions; of scores over those to which a reward applies."""
+        scored = sums.pop("scored").clamp(min=1)
+        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
+
     def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> Judged:
-        """Completions of each prompt, next to each other, and their scores (N,)."""
+        """Completions of each prompt, next to each other, and their scores (N,): not a number where no reward applies."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
         options = {"end": self.vocabulary.end, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
@@ -127,7 +133,7 @@ class WritingModule(BaseModule):
         """Means over a rollout: kl is (N,), entropy (N, L)."""
         n, tokens = len(scores), rollout.mask.sum()
         return {
-            "objective/scores": (scores.sum(), n),
+            "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
             "objective/kl": (kl.sum(), n),
             "objective/entropy": (torch.where(rollout.mask, entropy, 0).sum(), tokens),
             "objective/response_length": (tokens, n),
