@@ -14,7 +14,7 @@ from genai_pl.rewards import load_rewards
 
 PROMPTS, SAID = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 
-CODE = '''
+CODE = """
 import functools
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def fails(prompts, completions, **columns):
 
 async def fails_later(prompts, completions, **columns):
     raise RuntimeError("the judge\\nis away")
-'''
+"""
 
 
 @pytest.fixture
@@ -181,7 +181,10 @@ def test_a_reward_is_found_under_the_names_that_people_type(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("judges_here:nothing", "objective.reward=judges_here:nothing: cannot be imported (module 'judges_here' has no"),
+        (
+            "judges_here:nothing",
+            "objective.reward=judges_here:nothing: cannot be imported (module 'judges_here' has no",
+        ),
         ("judges_here.nothing", "objective.reward=judges_here.nothing: cannot be imported"),
         ("judges_her.length", "objective.reward=judges_her.length: no module judges_her to import"),
         ("lib/judges.py:length", "objective.reward=lib/judges.py:length: cannot be imported (no file"),
@@ -200,7 +203,10 @@ def test_a_name_that_leads_nowhere_is_one_line(name: str, message: str, folder: 
     ("name", "message"),
     [
         ("fails", "objective.reward=judges_here:fails: raised KeyError, 'answer' (judges_here.py, line"),
-        ("fails_later", "objective.reward=judges_here:fails_later: raised RuntimeError, the judge is away (judges_here.py"),
+        (
+            "fails_later",
+            "objective.reward=judges_here:fails_later: raised RuntimeError, the judge is away (judges_here.py",
+        ),
         ("answer", "objective.reward=judges_here:answer: raised TypeError, answer() missing 1 required positional"),
     ],
 )
