@@ -1,7 +1,7 @@
 """A trained model as a folder that transformers, PEFT and vLLM can load."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +40,8 @@ def export_model(
 ) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
 
-    card: headings and paragraphs of the model card. defaults: of the folder that the model came from. files: JSON values
-    of further files, by path.
+    card: headings and paragraphs of the model card. defaults: of the folder that the model came from. files: what
+    `write_files` takes.
     """
     reader = []
 
@@ -50,9 +50,7 @@ def export_model(
         generation = generation_values(model.config, ids, defaults)
         reader.append(save_pretrained(model, temporary, token_ids=ids | dict(defaults.config), generation=generation))
         save_tokenizer(tokenizer, temporary)
-        for name, values in (files or {}).items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_files(temporary, files or {})
         (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
 
     write_atomic(folder, write)
@@ -88,6 +86,18 @@ def _model_type(model: Model | WrappedDecoder) -> str:
     """As config.json has it."""
     values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config)[0]
     return str(values["model_type"])
+
+
+def write_files(folder: Path, files: Mapping[str, object]) -> None:
+    """Write JSON values, or the tensors of a .safetensors file, by path."""
+    from safetensors.torch import save_file
+
+    for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(values, folder / name, metadata={"format": "pt"})
+        else:
+            (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:

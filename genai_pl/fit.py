@@ -15,7 +15,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import DISK_FULL, TrainingError
-from genai_pl.export import adapter_card, export_model, read_alike, token_ids
+from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
 from genai_pl.models.folder import write_json
 from genai_pl.modules import BaseModule
@@ -88,6 +88,7 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
     save_tokenizer(tokenizer, run / "adapter")
     values = generation_values(model.config, token_ids(tokenizer), parts.defaults)
     write_atomic(run / "adapter" / GENERATION, lambda path: write_json(path, values))
+    write_files(run / "adapter", parts.module.export_files())
     write_atomic(
         run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8")
     )

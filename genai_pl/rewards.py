@@ -1,10 +1,17 @@
 """Rewards of completions: any Python function, or a reward model trained here; several with weights."""
 
 import importlib
+import importlib.util
+import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -14,11 +21,16 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import judged_tokens
 from genai_pl.loading import load
 from genai_pl.models.scores import scores
+from genai_pl.modules.reward_calls import call, numbers
 from genai_pl.names import Head
 from genai_pl.objectives.rows import pad_rows
 from genai_pl.peft import share_frozen
 
+log = logging.getLogger(__name__)
+
 Reward = Callable[..., Sequence[float]]
+ARGUMENTS = ("prompts", "completions")  # of a reward, before the columns of the data
+HOW = "name a function as module:function or file.py:function, or a reward model"
 
 
 def load_rewards(
@@ -26,54 +38,137 @@ def load_rewards(
 ) -> Reward:
     """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder.
 
-    A reward model that is an adapter on the frozen base of the policy is held in memory as its adapter alone.
+    A function is given prompts as text; a model is given them as they were `asked`, text or messages, and reads them in its
+    own chat template. A reward that gives None for a completion does not apply to it, and is left out of its sum; the sum of none is not a
+    number. A reward model that is an adapter on the frozen base of the policy is held in memory as its adapter alone.
     """
     if not names:
-        raise ConfigError("objective.reward is not set: name a function as module:function, or a reward model")
+        raise ConfigError(f"objective.reward is not set: {HOW}")
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
-    rewards = [_function(name) if _names_function(name) else _model(name, policy, device) for name in names]
+    found = [_find(name) for name in names]
+    rewards = [
+        Judge(name, policy, device) if place is None else _function(name, *place)
+        for name, place in zip(names, found, strict=True)
+    ]
+    told: set[str] = set()
 
-    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[object]) -> list[float]:
-        found = [function(prompts, completions, **columns) for function in rewards]
-        return [sum(w * float(x) for w, x in zip(weights, row, strict=True)) for row in zip(*found, strict=True)]
+    def tell_once(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            log.warning(message)
+
+    def reward(
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        asked: Sequence[str | Messages] | None = None,
+        /,
+        **columns: Sequence[object],
+    ) -> list[float]:
+        for taken in columns.keys() & set(ARGUMENTS):
+            tell_once(f"reward      column {taken} of the data is not handed on: an argument of rewards is called so")
+        columns = {name: values for name, values in columns.items() if name not in ARGUMENTS}
+        asked = prompts if asked is None else asked
+        judges = [
+            partial(_judged, function, asked) if isinstance(function, Judge) else function for function in rewards
+        ]
+        given = call(names, judges, prompts, completions, columns)
+        each = [numbers(name, values, prompts) for name, values in zip(names, given, strict=True)]
+        sums = [_sum(weights, row) for row in zip(*each, strict=True)]
+        if any(map(math.isnan, sums)):
+            tell_once(
+                "reward      no reward applies to some completions (all gave None): nothing is learned from these"
+            )
+        return sums
 
     return reward
 
 
-def _names_function(name: str) -> bool:
-    return ":" in name and not Path(name).exists()
+def _sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
+    """The weighted sum of what applies; not a number where nothing does."""
+    terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
+    return sum(terms) if terms else math.nan
 
 
-def _function(name: str) -> Reward:
-    """The function `module:function`, from the working folder or the environment."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+def _find(name: str) -> tuple[str, str] | None:
+    """The module or .py file and the function that a name stands for, None for that of a model."""
+    if Path(name).exists():
+        return None
+    if ":" in name:
+        module, _, attribute = name.rpartition(":")
+        return module, attribute
+    if "/" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        return None
+    module, _, attribute = name.rpartition(".")
+    _add_folder(Path.cwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"objective.reward={name}: cannot be imported ({error})") from None
+        known = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        known = False
+    if not known:
+        raise ConfigError(f"objective.reward={name}: no module {module} to import, nor such a run or folder; {HOW}")
+    return module, attribute
+
+
+def _add_folder(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _function(name: str, module: str, attribute: str) -> Reward:
+    """The function of a module from the working folder or the environment, or of a file."""
+    _add_folder(Path(os.getcwd()))
+    try:
+        function = attrgetter(attribute)(
+            _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        )
+    except Exception as error:  # a module may raise whatever it likes while it is imported
+        reason = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, ImportError | AttributeError | OSError)
+        reason = reason if known else f"{type(error).__name__}: {reason}"
+        raise ConfigError(f"objective.reward={name}: cannot be imported ({reason})") from None
     if not callable(function):
         raise ConfigError(f"objective.reward={name}: not a function")
     return function
 
 
-def _model(name: str, policy: nn.Module, device: torch.device) -> Reward:
-    """The scores of a reward model, which reads prompt and completion in its own tokens."""
-    loaded = load(name, option="objective.reward")
-    if loaded.model.config.head is not Head.score:
-        raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
-    share_frozen(loaded.model, policy)
-    model, tokenizer = loaded.model.to(device), loaded.tokenizer
-    limit = model.config.max_seq_len
+def _from_file(path: Path) -> ModuleType:
+    """The module that a file is; files beside it can be imported from it."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    _add_folder(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem if known is None else f"reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Judge:
+    """A reward model, which reads prompt and completion in its own tokens, as it did when it was trained."""
+
+    def __init__(self, name: str, policy: nn.Module, device: torch.device) -> None:
+        loaded = load(name, option="objective.reward")
+        if loaded.model.config.head is not Head.score:
+            raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
+        share_frozen(loaded.model, policy)
+        self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
 
     @torch.no_grad()
-    def reward(prompts: Sequence[str | Messages], completions: Sequence[str]) -> list[float]:
-        rows = [row[-limit:] for row in judged_tokens(tokenizer, prompts, completions)]
-        ids = pad_rows(rows, tokenizer.pad_token_id or 0).to(device)
+    def __call__(self, prompts: Sequence[str | Messages], completions: Sequence[str]) -> list[float]:
+        """The score of each completion after its prompt."""
+        limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
+        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions)]
+        ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
-        return scores(model, ids, segments, 1)[:, 0].tolist()
+        return scores(self.model, ids, segments, 1)[:, 0].tolist()
 
-    return reward
+
+def _judged(
+    judge: Judge, asked: Sequence[str | Messages], prompts: Sequence[str], completions: Sequence[str], **_: object
+) -> list[float]:
+    return judge(asked, completions)

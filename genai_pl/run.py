@@ -83,7 +83,7 @@ def build(config: DictConfig, run: Path) -> Parts:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
     begun = start(config, data, objective)
-    model, tokenizer, _, defaults = begun
+    model, tokenizer = begun.model, begun.tokenizer
     if objective.head is not None:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)
@@ -92,6 +92,8 @@ def build(config: DictConfig, run: Path) -> Parts:
     virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
     data.seq_len = min(data.seq_len, model.config.max_seq_len - virtual)
     module = build_module(config, model, tokenizer)
+    if objective.embeds:
+        module.use_sentence(begun.sentence, tokenizer)
     if objective.needs_reward:
         connect_reward(config, module, tokenizer)
     trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
@@ -99,7 +101,7 @@ def build(config: DictConfig, run: Path) -> Parts:
     steps = count_steps(config, data, n_replicas(trainer))
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
-    return Parts(run, trainer, module, data, tokenizer, **callbacks, defaults=defaults, base=base)
+    return Parts(run, trainer, module, data, tokenizer, **callbacks, defaults=begun.defaults, base=base)
 
 
 def check_made(path: str) -> None:

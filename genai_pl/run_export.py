@@ -11,6 +11,7 @@ from torch import nn
 from genai_pl.data.ends import generation_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike, token_ids
 from genai_pl.files import write_atomic
 from genai_pl.loading import Loaded, load, resolve, resolve_adapter
@@ -50,10 +51,17 @@ def export(config: DictConfig) -> int:
         reader = write_onnx(model, loaded, config)
     else:
         card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
+        options = {"card": card, "defaults": loaded.defaults, "files": sentence_files(loaded)}
         with read_alike(model, loaded.tokenizer):
-            reader = export_model(model, loaded.tokenizer, out, card=card, defaults=loaded.defaults)
+            reader = export_model(model, loaded.tokenizer, out, **options)
     print(f"model       {out}, read by {reader}")
     return 0
+
+
+def sentence_files(loaded: Loaded) -> dict[str, object]:
+    """What the model's folder or checkpoint tells sentence-transformers."""
+    head = described_head(loaded.path, loaded.tokenizer, loaded.model.config)
+    return {} if head is None else {**head.files, **dict(head.tensors())}
 
 
 def copy_adapter(config: DictConfig, out: Path) -> int:

@@ -121,16 +121,15 @@ def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
 
 
 def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
-    """Print one line of JSON for each prompt with its unit vector."""
-    from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling
+    """Print one line of JSON for each prompt with its vector."""
+    from genai_pl.evaluation.vectors import embed, encode_sentences, find_head
 
-    shape = loaded.model.config.shape
-    if shape is Shape.encoder_decoder:
+    config = loaded.model.config
+    if config.shape is Shape.encoder_decoder:
         raise ConfigError("embed=true needs an encoder or a decoder, this is an encoder-decoder")
-    kind = find_pooling(pooling, loaded.path, shape)
-    limit = loaded.model.config.max_seq_len
-    rows = [row[:limit] for row in encode_whole(loaded.tokenizer, prompts)]
-    for prompt, vector in zip(prompts, embed(loaded.model, rows, kind).tolist(), strict=True):
+    head = find_head(pooling, loaded.path, loaded.tokenizer, config)
+    rows = encode_sentences(loaded.tokenizer, prompts, head, max_length=config.max_seq_len)
+    for prompt, vector in zip(prompts, embed(loaded.model, rows, head).tolist(), strict=True):
         print_json({"prompt": prompt, "embedding": vector})
 
 

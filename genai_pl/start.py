@@ -12,10 +12,12 @@ from genai_pl.data.chat import ensure_template
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import resize_vocabulary
+from genai_pl.models.sentence import SentenceHead
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
@@ -35,6 +37,7 @@ class Start(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
     defaults: WritingDefaults = UNSAID
+    sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
 
 
 def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> Start:
@@ -48,10 +51,11 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         return Start(model, tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        model, tokenizer, _, defaults = load(config.init_from, wrap=wrapped, option="init_from", **options)
+        model, tokenizer, path, defaults = load(config.init_from, wrap=wrapped, option="init_from", **options)
+        sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
-        tokenizer = pretrained_tokenizer(config.model.name)
+        tokenizer, sentence = pretrained_tokenizer(config.model.name), None
         defaults = read_defaults(folder_of(config.model.name))
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
     complete_tokenizer(tokenizer, data, objective)
@@ -60,7 +64,7 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         resize_vocabulary(model, n_tokens)
         log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
     set_ends(model.config, tokenizer, defaults)
-    return Start(model.train(), tokenizer, n_tokens > room, defaults)
+    return Start(model.train(), tokenizer, n_tokens > room, defaults, sentence)
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:

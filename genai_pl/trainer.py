@@ -120,6 +120,8 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         "tokenizer": files_of(parts.tokenizer),
         "defaults": defaults,
     }
+    if files := {name: values for name, values in parts.module.export_files().items() if name.endswith(".json")}:
+        parts.checkpoints.contents["files"] = files
     for adapter in adapters_of(model):
         parts.checkpoints.contents |= {
             "peft": {"method": adapter.method, "options": adapter.options},

@@ -120,6 +120,33 @@ def test_a_reward_model_learns_and_transformers_gives_its_scores(
         )
 
 
+def test_a_lone_last_validation_row_is_not_its_own_mismatch(command, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n} is", "completion": " good" if n % 2 else " a bad one", "label": n % 2 == 1} for n in range(9)
+    ]
+    write(tmp_path / "liked.jsonl", rows[:8])
+    write(tmp_path / "held.jsonl", rows[:5])
+    kl = []
+    for size in (4, 5):  # 4 and 1, or all at once
+        result = command(
+            "train", "objective=kto", *LLAMA, "data.path=liked.jsonl", "data.val_path=held.jsonl", "optimizer.lr=1e-2",
+            "objective.beta=1.0", "trainer.max_steps=6", "data.shuffle=false", f"data.val_batch_size={size}",
+            f"hydra.run.dir=run{size}",
+        )  # fmt: skip
+        assert result.status == 0, result.err
+        kl.append(float(table(tmp_path / f"run{size}")[-1]["val/kl"]))
+    assert kl[0] == pytest.approx(kl[1], rel=1e-6)
+
+
+def test_a_kto_batch_of_one_row_is_refused(command, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} is", "completion": " good", "label": True} for n in range(8)]
+    write(tmp_path / "liked.jsonl", rows)
+    result = command("train", "objective=kto", *LLAMA, "data.path=liked.jsonl", "data.batch_size=1")
+    assert result.status == 2
+    assert result.err.startswith("error: data.batch_size=1 gives a process 1 of")
+    assert result.err.count("\n") == 1
+
+
 RL = ("objective.max_new_tokens=8", "data.batch_size=4", "objective.reward=rewards:many_e")
 KINDS = {
     "grpo": ("objective=grpo", "objective.group_size=4"),
@@ -216,3 +243,17 @@ def test_the_commands_of_the_documentation_work_as_written(command, tmp_path: Pa
     rows = table(tmp_path / "ppo")
     assert rows[-1]["val/scores"]
     assert "length_correlation" in result.out
+
+
+def test_completions_that_no_reward_applies_to_are_in_no_mean(prompts: str, command, tmp_path: Path) -> None:
+    (tmp_path / "some.py").write_text(
+        "def score(prompts, completions, answer, **columns):\n    return [1.0 if a % 2 else None for a in answer]\n"
+    )
+    given = ("objective.max_new_tokens=8", "data.batch_size=4", "objective.reward=some.py:score")
+    result = command("train", *KINDS["grpo"], *SMALL, prompts, *given, "hydra.run.dir=run")
+    assert result.status == 0, result.err
+    rows = table(tmp_path / "run")
+    assert {float(row["objective/scores"]) for row in rows if row["objective/scores"]} <= {0.0, 1.0}  # 0: none at all
+    assert {float(row["val/scores"]) for row in rows if row["val/scores"]} == {1.0}
+    refused = command("train", *KINDS["ppo"], *SMALL, prompts, *given)
+    assert refused.err.startswith("error: objective.reward: no reward applies to some completions")

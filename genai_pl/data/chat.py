@@ -19,6 +19,7 @@ from genai_pl.data.chat_template import (
 )
 from genai_pl.data.seams import QUIET, encode_continuations, encode_with_seams
 from genai_pl.data.tokenizer import end_token
+from genai_pl.data.whole import closes_texts
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def encode_prompts(
     if not prompts or isinstance(prompts[0], str):
         rows = tokenizer(list(prompts), **QUIET)["input_ids"]
         end = _end(tokenizer)
-        if _closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
+        if closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
             rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
         begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
@@ -180,8 +181,3 @@ def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The token that closes a text, or none."""
     end = end_token(tokenizer)
     return [] if end is None else [end]
-
-
-def _closes_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer puts the end token after every text, as those of T5 and BERT do."""
-    return tokenizer("a", **QUIET)["input_ids"][-1:] == _end(tokenizer)

@@ -19,6 +19,7 @@ class RowsDataModule(L.LightningDataModule):
 
     kind = "text"  # the option of the group `data` that makes it
     streaming = False
+    least_rows = 1  # of a batch
     train_rows: Dataset
     val_rows: Dataset
     collate: Collate
@@ -72,7 +73,7 @@ class RowsDataModule(L.LightningDataModule):
         # validation draws nothing from the global generator, so that it cannot change the training
         return DataLoader(
             NumberedRows(self.val_rows),
-            batch_sampler=held_batches(len(self.val_rows), self.val_batch_size, self.plan()),
+            batch_sampler=held_batches(len(self.val_rows), self.val_batch_size, self.plan(), least=self.least_rows),
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(0),
         )

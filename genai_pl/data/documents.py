@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genai_pl.data.tokenizer import end_token, fingerprint
+from genai_pl.data.tokenizer import end_token, fingerprint, without_limits
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,17 +75,10 @@ def encode_batch(
     batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", end: list[int]
 ) -> dict[str, list[np.ndarray]]:
     """Token ids of each text of the batch; the pieces of all texts are encoded in parallel."""
-    backend = tokenizer.backend_tokenizer
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
-    # without a pre-tokenizer, or with one that splits by other things, tokens may reach from line to line
-    pieces = [
-        [text or ""] if backend.pre_tokenizer is None else split_pieces(text or "", encode) for text in batch["text"]
-    ]
+    encode = encoder(without_limits(tokenizer))  # which a call that cuts may have left behind
+    pieces = [split_pieces(text or "", encode) for text in batch["text"]]
     flat = [piece for document in pieces for piece in document]
-    encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     rows = []
     for document in pieces:
         ids = [np.asarray(next(encoded).ids, dtype=np.int32) for _ in document]

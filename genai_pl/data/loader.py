@@ -28,7 +28,8 @@ class Plan:
 
 
 def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[Batch]:
-    """The batches, each with `window_targets`: the targets of its whole optimizer step, by which the loss is divided.
+    """The batches, each with `window_targets`: the targets of its whole optimizer step, by which the loss is divided; and
+    `window_tokens` where they have `tokens`, for a part of the loss that is a mean over these.
 
     The step's batches are fetched before its first one is handed out, so that every one of them knows the sum.
     """
@@ -42,19 +43,24 @@ def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[B
 
 
 def _stamp(window: list[Batch]) -> list[Batch]:
-    total = sum((batch["targets"] for batch in window), torch.zeros(()))
-    return [{**batch, "window_targets": total} for batch in window]
+    names = [name for name in ("targets", "tokens") if window and name in window[0]]
+    totals = {f"window_{name}": sum((batch[name] for batch in window), torch.zeros(())) for name in names}
+    return [{**batch, **totals} for batch in window]
 
 
-def held_batches(n_rows: int, batch_size: int, plan: Plan) -> list[list[tuple[int, int]]]:
+def held_batches(n_rows: int, batch_size: int, plan: Plan, *, least: int = 1) -> list[list[tuple[int, int]]]:
     """Lists of (0, row number) to validate on, as many for every rank; a row too many joins the last of them.
 
-    Ranks whose weights lie in pieces send them in each batch, and wait for all others.
+    Ranks whose weights lie in pieces send them in each batch, and wait for all others. A batch has at least `least` rows.
     """
-    if n_rows < plan.world_size:
-        raise DataError(f"data.val_path: {n_rows} rows to validate on cannot be shared by {plan.world_size} processes")
+    n_own, batch_size = n_rows // plan.world_size, max(batch_size, least)  # what every rank has
+    if n_own < least:
+        needed = f", which need {least} each" if least > 1 else ""
+        raise DataError(
+            f"data.val_path: {n_rows} rows to validate on cannot be shared by {plan.world_size} processes{needed}"
+        )
     keys = [(0, row) for row in range(plan.rank, n_rows, plan.world_size)]
-    n_batches = -(-(n_rows // plan.world_size) // batch_size)
+    n_batches = max(1, (n_own + batch_size - least) // batch_size)
     batches = [keys[n * batch_size : (n + 1) * batch_size] for n in range(n_batches)]
     batches[-1] += keys[n_batches * batch_size :]
     return batches

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 from genai_pl.data import sources
 from genai_pl.data.table import TableDataModule
-from genai_pl.data.tokenizer import end_token, train_bpe
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.data.whole import encode_whole
+from genai_pl.objectives.pairs import PairCollator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +37,11 @@ class TextsDataModule(TableDataModule):
     def texts(self, table: "Dataset") -> "Dataset":
         """Token ids of all texts."""
         roles = {role: role for role in self.columns}
-        return self.encoded(table, roles, encode_texts, seq_len=self.seq_len).with_format("numpy")
+        return self.encoded(table, roles, encode_texts, seq_len=self.seq_len, **self.reading()).with_format("numpy")
+
+    def reading(self) -> dict[str, object]:
+        """How a text becomes tokens, beyond its length: options of `encode_texts`."""
+        return {}
 
 
 class PairsDataModule(TextsDataModule):
@@ -46,6 +52,13 @@ class PairsDataModule(TextsDataModule):
     def __init__(self, *, anchor: str, positive: str | None, negative: str | None, **rest: object) -> None:
         named = {"anchor": anchor, "positive": positive, "negative": negative}
         super().__init__(columns={role: column for role, column in named.items() if column is not None}, **rest)
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: PairCollator) -> None:
+        self.seq_len = min(self.seq_len, collate.max_length or self.seq_len)
+        super().prepare(tokenizer, collate)
+
+    def reading(self) -> dict[str, object]:
+        return {"prompt": self.collate.prompt, "closes": self.collate.closes}
 
     def rows(self, table: "Dataset") -> "Dataset":
         return self.texts(table)
@@ -58,12 +71,14 @@ class PairsDataModule(TextsDataModule):
 
 
 def encode_texts(
-    batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    batch: dict[str, list[str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    seq_len: int,
+    prompt: str = "",
+    closes: bool = True,
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the texts of each column, cut to seq_len, the tokenizer's special tokens and an end token included."""
-    end = end_token(tokenizer)
-    encoded = {}
-    for role, texts in batch.items():
-        rows = tokenizer([text or "" for text in texts], truncation=True, max_length=seq_len)["input_ids"]
-        encoded[role] = [row if end is None or row[-1:] == [end] else [*row[: seq_len - 1], end] for row in rows]
-    return encoded
+    """Token ids of the texts of each column behind the prompt, cut to seq_len, special tokens and an end token included."""
+    return {
+        role: encode_whole(tokenizer, [prompt + (text or "") for text in texts], max_length=seq_len, closes=closes)
+        for role, texts in batch.items()
+    }

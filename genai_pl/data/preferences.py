@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.chat import encode_answers, encode_prompts
-from genai_pl.data.loader import Collate
+from genai_pl.data.loader import Collate, Plan
 from genai_pl.data.table import TableDataModule, lists
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
@@ -112,9 +112,10 @@ def _listed(value: object) -> list[object]:
 
 
 class UnpairedDataModule(TableDataModule):
-    """Rows of token ids of a prompt and a completion, and whether that was liked."""
+    """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
 
     kind = "unpaired"
+    least_rows = 2
 
     def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
         super().__init__(**rest)
@@ -125,6 +126,16 @@ class UnpairedDataModule(TableDataModule):
 
     def conversation_columns(self) -> list[str]:
         return list(self.columns.values())
+
+    def plan(self) -> Plan:
+        plan = super().plan()
+        smallest = min(plan.batch_size, len(self.train_rows) - plan.batch_size * (plan.world_size - 1))
+        if smallest < self.least_rows:
+            raise ConfigError(
+                f"data.batch_size={plan.batch_size} gives a process {max(smallest, 0)} of {len(self.train_rows)} rows: "
+                "KTO compares a completion with another row's of the batch; it needs 2 rows or more"
+            )
+        return plan
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()

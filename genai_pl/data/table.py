@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 2  # of encoded rows: raise it when an encoder gives other ones
+FORMAT = 3  # of encoded rows: raise it when an encoder gives other ones
 Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 

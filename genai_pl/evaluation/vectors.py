@@ -1,63 +1,104 @@
 """Texts become embeddings or scores in one pass of the model, batch by batch."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from genai_pl.data.tokenizer import end_token
-from genai_pl.errors import ConfigError
+from genai_pl.data.whole import encode_whole, lower_texts
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.rows import completion_rows, text_rows
 from genai_pl.evaluation.scoring import batches, score
+from genai_pl.files import is_checkpoint
 from genai_pl.models import Model
-from genai_pl.models.pooling import POOLINGS, pool
+from genai_pl.models.checkpoint import MARK, read_checkpoint
+from genai_pl.models.folder import read_json
+from genai_pl.models.pooling import POOLINGS
 from genai_pl.models.scores import scores
+from genai_pl.models.sentence import SentenceHead, default_head, read_head
+from genai_pl.models.sentence_files import MODULES, POOLING
 from genai_pl.names import Shape
 from genai_pl.objectives.rows import pad_rows
+from genai_pl.peft.files import CONFIG as ADAPTER
+from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192  # padding included
-MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls"}
 Rows = Sequence[Sequence[int]]
 
 
-def find_pooling(wanted: str | None, path: Path, shape: Shape) -> str:
-    """How hidden states become one vector: as asked, as the folder says to sentence-transformers, or as the shape suggests."""
-    if wanted is not None:
-        if wanted not in POOLINGS:
-            raise ConfigError(f"pooling={wanted} is not one of {', '.join(POOLINGS)}")
-        return wanted
-    file = path / "1_Pooling" / "config.json"
-    if file.is_file():
-        modes = json.loads(file.read_text(encoding="utf-8"))
-        found = [kind for mode, kind in MODES.items() if modes.get(mode)]
-        if len(found) != 1:
-            raise ConfigError(f"{file}: no pooling of ours; choose pooling={'|'.join(POOLINGS)}")
-        return found[0]
-    return "mean" if shape is Shape.encoder else "last"
+def find_head(
+    wanted: str | None, path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig
+) -> SentenceHead:
+    """How a model makes one vector of a text: by a pooling that is asked for, else as its folder says or its shape suggests."""
+    if wanted is not None and wanted not in POOLINGS:
+        raise ConfigError(f"pooling={wanted} is not one of {', '.join(POOLINGS)}")
+    head = described_head(path, tokenizer, config)
+    if head is None:
+        kind = "mean" if config.shape is Shape.encoder else "last"
+        head = default_head(kind, n_embd=config.n_embd, max_length=None, closes=True)
+        if (path / POOLING).is_file():
+            head = head.with_settings(POOLING, read_json(path / POOLING))
+    return (head if wanted is None else head.with_pooling(wanted)).eval()
 
 
-def encode_whole(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text with an end token, as embeddings and rewards are trained on them."""
-    end = end_token(tokenizer)
-    rows = tokenizer(list(texts), verbose=False)["input_ids"]
-    return [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
+def described_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> SentenceHead | None:
+    """The head that a folder or checkpoint tells sentence-transformers of, None if none; the tokenizer then writes lower case
+    where that is said too.
+    """
+    head = _read(path, config.n_embd)
+    if head is None:
+        return None
+    if head.max_length is None:  # sentence-transformers 6 keeps it with the tokenizer
+        head.max_length = min(tokenizer.model_max_length, config.max_seq_len)
+    head.max_length = min(head.max_length, config.max_seq_len)
+    if head.lower_case:
+        lower_texts(tokenizer)
+    return head
+
+
+def _read(path: Path, n_embd: int) -> SentenceHead | None:
+    """The head that belongs to a folder, to the base of an adapter, or to a checkpoint."""
+    if is_checkpoint(path):
+        contents = read_checkpoint(path)
+        files = contents[MARK].get("files", {})
+        if MODULES not in files:
+            return None
+        head = SentenceHead(files, n_embd=n_embd, where=str(path))
+        prefix = "sentence."
+        state = {k.removeprefix(prefix): x for k, x in contents["state_dict"].items() if k.startswith(prefix)}
+        try:
+            head.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
+        return head
+    if (path / ADAPTER).is_file() and not (path / MODULES).is_file():
+        base = str(read_json(path / ADAPTER).get("base_model_name_or_path") or "")
+        path = path / base if (path / base).is_dir() else Path(base)
+    return read_head(path, n_embd=n_embd)
+
+
+def encode_sentences(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], head: SentenceHead, *, max_length: int | None = None
+) -> list[list[int]]:
+    """Tokens of each text behind the head's prompt, cut to its length and to max_length, without losing special tokens."""
+    limits = [limit for limit in (head.max_length, max_length) if limit is not None]
+    whole = [head.prompt + text for text in texts]
+    return encode_whole(tokenizer, whole, max_length=min(limits, default=None), closes=head.closes)
 
 
 @torch.inference_mode()
-def embed(model: Model, rows: Rows, pooling: str) -> Tensor:
-    """Unit vectors (N, C) of rows of tokens, float32 on the CPU."""
-    found = torch.empty(len(rows), model.config.n_embd)
+def embed(model: Model, rows: Rows, head: SentenceHead) -> Tensor:
+    """Vectors (N, D) of rows of tokens, float32 on the CPU."""
+    found = torch.empty(len(rows), head.size)
     for batch, input_ids, segment_ids in _padded(model, rows, BATCH_TOKENS):
         hidden = model.features(input_ids, segment_ids).float()
-        found[batch] = F.normalize(pool(hidden, segment_ids, pooling), dim=-1).cpu()
+        found[batch] = head.to(hidden).forward(hidden, segment_ids).cpu()
     return found
 
 

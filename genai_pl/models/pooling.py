@@ -5,17 +5,27 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 
-POOLINGS = ("mean", "last", "cls")
+POOLINGS = ("mean", "last", "cls")  # what an option may ask for
+KINDS = (*POOLINGS, "max", "mean_sqrt_len", "weighted")  # what a folder may ask for
 
 
 def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
-    """Embeddings (B, C) of texts padded on the right: the mean of hidden states (B, T, C), the last or the first one."""
-    if kind not in POOLINGS:
+    """Embeddings (B, C) of texts padded on the right, from their hidden states (B, T, C).
+
+    mean, last, cls (the first), max; mean_sqrt_len: the sum by the root of the length; weighted: the mean where
+    position t counts t times (Muennighoff 2022, eq. 1).
+    """
+    if kind not in KINDS:
         raise ConfigError(f"objective.pooling={kind} is not one of {', '.join(POOLINGS)}")
     if kind == "cls":
         return hidden[:, 0]
     real = segment_ids > 0  # (B, T)
     if kind == "last":
         return hidden[torch.arange(len(hidden), device=hidden.device), real.sum(1) - 1]
+    if kind == "max":
+        return hidden.masked_fill(~real[..., None], float("-inf")).amax(1)
     weights = real[..., None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+    if kind == "weighted":
+        weights = weights * torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)[:, None]
+    total = weights.sum(1)
+    return (hidden * weights).sum(1) / (total.sqrt() if kind == "mean_sqrt_len" else total)

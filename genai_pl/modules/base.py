@@ -41,6 +41,7 @@ class BaseModule(L.LightningModule, ABC):
     sparse = False  # whether most tokens are not predicted
     needs_reward = False  # whether completions are judged in training
     head: Head | None = None  # what it trains instead of the language-model head
+    embeds = False  # whether it trains vectors of texts
     reference: Reference | None = None  # what the model is measured against
 
     def __init__(
@@ -90,7 +91,7 @@ class BaseModule(L.LightningModule, ABC):
         return {}
 
     def export_files(self) -> dict[str, object]:
-        """JSON values to write beside the exported model, by path."""
+        """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
         return {}
 
     def make_prompt(self, text: str) -> str:

@@ -48,9 +48,9 @@ class GRPOModule(RLModule):
         mask = rollout.mask
         kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, found["entropy"])
-        means["objective/rlhf_reward"] = (scores - self.beta * kl).sum(), len(scores)
-        groups = scores.view(-1, self.group_size)
-        means["objective/equal_groups"] = (groups == groups[:, :1]).all(1).sum(), len(groups)  # they teach nothing
+        means["objective/rlhf_reward"] = (scores - self.beta * kl).nansum(), (~scores.isnan()).sum()
+        groups = advantages.view(-1, self.group_size)
+        means["objective/equal_groups"] = (groups == 0).all(1).sum(), len(groups)  # they teach nothing
         experience = {
             "places": rollout.places,
             "mask": mask,

@@ -71,7 +71,7 @@ class KTOModule(BaseModule):
 
     def _mean(self, values: Tensor) -> Tensor:
         """Over all ranks."""
-        return self._over_ranks(values.sum()) / (len(values) * self.trainer.world_size)
+        return self._over_ranks(values.sum()) / self._over_ranks(values.new_tensor(len(values)))
 
 
 def _texts(batch: Batch) -> Batch:

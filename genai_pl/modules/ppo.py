@@ -90,6 +90,10 @@ class PPOModule(RLModule):
         return {"values": self._values(part, hidden)}
 
     def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        if scores.isnan().any():
+            raise ConfigError(
+                "objective.reward: no reward applies to some completions (all gave None); PPO needs one for each"
+            )
         mask, found = rollout.mask, self.read(rollout)
         old, values = found["old"], torch.where(mask, found["values"], 0)
         kl = torch.where(mask, kl_estimate(old, found["reference"], self.kl_estimator), 0)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
@@ -12,9 +13,13 @@ from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
 from genai_pl.objectives import preference as losses
+from genai_pl.objectives.preference_collators import text_labels
 
 WITH_REFERENCE = ("sigmoid", "ipo", "hinge", "robust")
 WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
+# whose mean log-probability per token is learned beside the preference: of prompts and chosen completions, as the
+# authors of ORPO and TRL have it, or of chosen completions
+LIKELIHOODS = {"orpo": "whole", "cpo": "chosen"}
 
 
 class PreferenceModule(BaseModule):
@@ -45,9 +50,12 @@ class PreferenceModule(BaseModule):
             raise ConfigError(f"objective.loss={loss} is not one of {known}")
         if not beta > 0:
             raise ConfigError(f"objective.beta must be above 0, not {beta}")
-        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, share_prompts=shares_beginnings(model))
+        options = {"share_prompts": shares_beginnings(model), "likelihood": LIKELIHOODS.get(loss)}
+        self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, **options)
+        self._tokens = torch.ones(())  # whose likelihood the step under way learns
+        self.likelihood_coef = nll_coef if loss == "cpo" else 1.0
         self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
-        self.target_margin, self.nll_coef = target_margin, nll_coef
+        self.target_margin = target_margin
         self.reference = Reference(model) if loss in WITH_REFERENCE else None
         self.precompute_reference, self.reference_cache = precompute_reference, reference_cache
 
@@ -79,16 +87,51 @@ class PreferenceModule(BaseModule):
         with self.trainer.precision_plugin.forward_context():
             return self._ask_reference(batch)
 
+    def begin(self, batch: Batch) -> Tensor:
+        if not self.window and "window_tokens" in batch:
+            self._tokens = self._over_ranks(batch["window_tokens"]).clamp(min=1)
+        return super().begin(batch)
+
     def step(self, batch: Batch) -> Metrics:
+        if self.kind in LIKELIHOODS:
+            return self._with_likelihood(batch)
         policy = completion_logprobs(self.model, batch)  # (B, 2): chosen, rejected
         lengths = losses.segment_sums(batch["labels"] != IGNORED, batch["segment_ids"], 2)
         if self.kind in WITHOUT_REFERENCE:
-            loss, rewards = self._alone(policy, lengths), self.beta * policy.detach()
+            loss = losses.simpo_loss(policy, lengths, beta=self.beta, target_margin=self.target_margin)
+            rewards = self.beta * policy.detach()
         else:
             reference = batch["reference"] if self.reference is None else self._ask_reference(batch)
             loss, rewards = self._against(policy, reference, lengths), self.beta * (policy - reference).detach()
-        sums = {"loss": loss, "logps/chosen": policy[:, 0].sum(), "logps/rejected": policy[:, 1].sum()}
-        return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
+        return {"loss": loss, **_describe(policy, rewards)}
+
+    def _with_likelihood(self, batch: Batch) -> Metrics:
+        """A mean over pairs and one over tokens: per token, each weighs as many pairs as the step has for one."""
+        labels, segments = batch["labels"], batch["segment_ids"]
+        read = labels if self.kind == "cpo" else text_labels(batch)
+        logprobs = token_logprobs(self.model, {**batch, "labels": read})
+        policy = losses.segment_sums(torch.where(labels != IGNORED, logprobs, 0), segments, 2)
+        lengths = losses.segment_sums(labels != IGNORED, segments, 2)
+        likelihood = losses.segment_sums(logprobs, segments, 1)[:, 0]
+        pairs, tokens = (self._targets, self._tokens) if self.training else (batch["targets"], batch["tokens"])
+        given = {"beta": self.beta, "likelihood": likelihood * (pairs / tokens.clamp(min=1))}
+        if self.kind == "orpo":
+            loss = losses.orpo_loss(policy, lengths, **given)
+        else:
+            loss = losses.cpo_loss(policy, lengths, nll_coef=self.likelihood_coef, **given)
+        sums = {
+            "preference": loss.detach() + self.likelihood_coef * given["likelihood"].detach().sum(),
+            "nll": -likelihood.sum(),
+        }
+        return {"loss": loss, **sums, "tokens": batch["tokens"], **_describe(policy, self.beta * policy.detach())}
+
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        if self.kind not in LIKELIHOODS:
+            return super().summarize(sums, targets)
+        nll, preference = sums["nll"] / sums["tokens"].clamp(min=1), sums["preference"] / targets
+        rest = {name: sums[name] for name in sums if name not in ("loss", "nll", "tokens", "preference")}
+        loss = preference + self.likelihood_coef * nll
+        return {"loss": loss, "nll": nll, **super().summarize(rest, targets)}
 
     def _ask_reference(self, batch: Batch) -> Tensor:
         with self.reference.of(self.model) as model:
@@ -106,12 +149,11 @@ class PreferenceModule(BaseModule):
             return losses.robust_dpo_loss(*margins, beta=self.beta, label_smoothing=self.label_smoothing)
         return losses.dpo_loss(*margins, beta=self.beta, label_smoothing=self.label_smoothing)
 
-    def _alone(self, policy: Tensor, lengths: Tensor) -> Tensor:
-        if self.kind == "orpo":
-            return losses.orpo_loss(policy, lengths, beta=self.beta)
-        if self.kind == "simpo":
-            return losses.simpo_loss(policy, lengths, beta=self.beta, target_margin=self.target_margin)
-        return losses.cpo_loss(policy, lengths, beta=self.beta, nll_coef=self.nll_coef)
+
+def _describe(policy: Tensor, rewards: Tensor) -> Metrics:
+    """Sums over pairs of log-probabilities and implicit rewards (B, 2)."""
+    sums = {"logps/chosen": policy[:, 0].sum(), "logps/rejected": policy[:, 1].sum()}
+    return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
 
 
 def shares_beginnings(model: nn.Module) -> bool:

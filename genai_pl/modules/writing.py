@@ -5,7 +5,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
-from genai_pl.modules.base import BaseModule, Batch
+from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.passes import Experience, passes, put_back
 from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
 from genai_pl.modules.reference import Reference
@@ -68,7 +68,8 @@ class WritingModule(BaseModule):
         if batch_idx == 0:
             self.examples = judged.examples(kl, SHOWN)
         found = {
-            "scores": judged.scores.sum(),
+            "scores": judged.scores.nansum(),
+            "scored": (~judged.scores.isnan()).sum(),
             "kl": kl.sum(),
             "response_length": rollout.mask.sum(),
             "ended": rollout.ended.sum(),
@@ -77,10 +78,16 @@ class WritingModule(BaseModule):
         for name, value in found.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """Means over all completions; of scores over those to which a reward applies."""
+        scored = sums.pop("scored").clamp(min=1)
+        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
+
     def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> Judged:
-        """Completions of each prompt, next to each other, and their scores (N,)."""
+        """Completions of each prompt, next to each other, and their scores (N,): not a number where no reward applies."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
+        as_given = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
         ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
         options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1
@@ -88,8 +95,8 @@ class WritingModule(BaseModule):
             rollout = write(self.model, batch["prompts"], self.sampling, **options)
         texts = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
         asked, said = ([self.decode(row) for row in rows] for rows in (prompts, texts))
-        extra = {name: [row[name] for row in columns] for name in columns[0] if name not in ("prompt", "completions")}
-        given = torch.as_tensor(self.reward(asked, said, **extra), dtype=torch.float32)
+        extra = {name: [row[name] for row in columns] for name in columns[0] if name != "prompt"}
+        given = torch.as_tensor(self.reward(asked, said, as_given, **extra), dtype=torch.float32)
         if given.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
         scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
@@ -129,7 +136,7 @@ class WritingModule(BaseModule):
         """Means over a rollout: kl is (N,), entropy (N, L)."""
         n, tokens = len(scores), rollout.mask.sum()
         return {
-            "objective/scores": (scores.sum(), n),
+            "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
             "objective/kl": (kl.sum(), n),
             "objective/entropy": (torch.where(rollout.mask, entropy, 0).sum(), tokens),
             "objective/response_length": (tokens, n),

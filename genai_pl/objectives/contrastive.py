@@ -17,16 +17,18 @@ def info_nce(
     temperature: float | Tensor,
     offset: int = 0,
     text_ids: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
 ) -> Tensor:
     """-sum_i log softmax_j(cos(a_i, c_j) / temperature) at the anchor's own positive (van den Oord et al. 2018, eq. 4).
 
     anchors are (B, C). The candidates c are the positives (N, C), of which offset + i belongs to anchor i (N > B if
     they come from several processes), then the negatives (M, C). Where text_ids (N + M,) are equal, candidates are the
-    same text, and none is held against its double. SimCSE is this with the same text twice, under other dropout, at
+    same text, and none is held against its double; nor is a candidate that is the anchor's own text, by anchor_ids (B,),
+    held against its partner. SimCSE is this with the same text twice, under other dropout, at
     temperature 0.05 (Gao et al. 2021, eq. 1).
     """
     candidates = positives if negatives is None else torch.cat([positives, negatives])
-    similarity, own, doubles = _similarity(anchors, candidates, offset=offset, text_ids=text_ids)
+    similarity, own, doubles = _similarity(anchors, candidates, offset, text_ids, anchor_ids)
     # masked last: an infinite cosine would give the temperature a gradient that is not a number
     logits = (similarity / temperature).masked_fill(doubles, float("-inf"))
     return F.cross_entropy(logits, own, reduction="sum")
@@ -39,13 +41,21 @@ def symmetric_info_nce(
     temperature: float | Tensor,
     rows: slice = slice(None),
     text_ids: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
 ) -> Tensor:
     """Half of info_nce from anchors (N, C) to positives (N, C) plus half of the way back (Radford et al. 2021, fig. 3).
 
-    The sum runs over `rows`: those of this process, where both come from several. text_ids (N,) as in info_nce.
+    The sum runs over `rows`: those of this process, where both come from several. text_ids (N,) and anchor_ids (N,) as
+    in info_nce; without the latter, text_ids are those of pairs.
     """
-    options = {"temperature": temperature, "offset": rows.start or 0, "text_ids": text_ids}
-    return (info_nce(anchors[rows], positives, **options) + info_nce(positives[rows], anchors, **options)) / 2
+    ways = ((anchors, positives, text_ids, anchor_ids), (positives, anchors, anchor_ids, text_ids))
+    if anchor_ids is None:
+        ways = ((anchors, positives, text_ids, None), (positives, anchors, text_ids, None))
+    options = {"temperature": temperature, "offset": rows.start or 0}
+    return sum(
+        info_nce(a[rows], c, text_ids=ids, anchor_ids=None if own is None else own[rows], **options)
+        for a, c, ids, own in ways
+    ) / 2  # fmt: skip
 
 
 def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int]) -> Callable[..., Tensor]:
@@ -66,22 +76,28 @@ def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int]) -> Callable[...
 
 @torch.no_grad()
 def recall_at_k(
-    anchors: Tensor, positives: Tensor, k: int, *, offset: int = 0, text_ids: Tensor | None = None
+    anchors: Tensor,
+    positives: Tensor,
+    k: int,
+    *,
+    offset: int = 0,
+    text_ids: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
 ) -> Tensor:
     """How many anchors have their own positive among the k most similar ones; the other arguments as in info_nce.
 
     A candidate that is as similar as the own one stands before it: embeddings that are all the same find nothing.
     """
-    similarity, own, doubles = _similarity(anchors, positives, offset=offset, text_ids=text_ids)
+    similarity, own, doubles = _similarity(anchors, positives, offset, text_ids, anchor_ids)
     similarity = similarity.masked_fill(doubles, float("-inf"))
     before = (similarity >= similarity.gather(1, own[:, None])).sum(-1) - 1
     return (before < k).sum()
 
 
 def _similarity(
-    anchors: Tensor, candidates: Tensor, *, offset: int, text_ids: Tensor | None
+    anchors: Tensor, candidates: Tensor, offset: int, text_ids: Tensor | None, anchor_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (B, N), the column of the own candidate (B,), and where a candidate is that one's double (B, N)."""
+    """Cosines (B, N), the column of the own candidate (B,), and where another is the text of that one or of the anchor (B, N)."""
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     with torch.autocast(anchors.device.type, enabled=False):  # at temperature 0.05, bf16 would be off by 0.08
         similarity = F.normalize(anchors.to(dtype), dim=-1) @ F.normalize(candidates.to(dtype), dim=-1).t()
@@ -90,5 +106,7 @@ def _similarity(
     doubles = torch.zeros_like(similarity, dtype=torch.bool)
     if text_ids is not None:
         doubles = text_ids[own, None] == text_ids
+        if anchor_ids is not None:
+            doubles |= anchor_ids[:, None] == text_ids
         doubles[row, own] = False
     return similarity, own, doubles

@@ -19,17 +19,19 @@ EPSILON = 1e-4  # rewards of 0 and 1 differ by far more, or not at all
 def group_advantages(rewards: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std") -> Tensor:
     """Rewards minus the mean of their group, over its standard deviation (Shao et al. 2024, 4.1.2).
 
-    scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025).
+    scale="none" leaves the deviation out, which weighs every prompt alike (Liu et al. 2025). A reward that is not a
+    number is not in its group's mean, and has no advantage.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4, scale="none").tolist()
     [0.75, -0.25, -0.25, -0.25]
     """
     if scale not in ("std", "none"):
         raise ConfigError(f"advantages cannot be scaled by {scale!r}; choose std or none")
-    groups = _groups(rewards, group_size)
-    advantages = groups - groups.mean(1, keepdim=True)
+    groups, known, n = _groups(rewards, group_size)
+    advantages = torch.where(known, groups - groups.sum(1, keepdim=True) / n.clamp(min=1), 0)
     if scale == "std":
-        advantages = advantages / (groups.std(1, keepdim=True) + EPSILON)
+        variance = advantages.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + EPSILON)
     return advantages.flatten()
 
 
@@ -40,20 +42,23 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     >>> rloo_advantages(torch.tensor([1.0, 0.0, 0.0]), 3).tolist()
     [1.0, -0.5, -0.5]
     """
-    groups = _groups(rewards, group_size)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    groups, known, n = _groups(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (n - 1).clamp(min=1)
+    return torch.where(known & (n > 1), groups - others, 0).flatten()
 
 
-def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    """The rewards of one prompt in a row, as differences to its first: (N / group_size, group_size).
+def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rewards of one prompt in a row, as differences to the first that is a number, (N / group_size, group_size); which
+    are numbers (others are 0 there), and how many of each group.
 
     Only differences count, and equal rewards then have a mean without rounding, which EPSILON would blow up.
     """
     if group_size < 2:
         raise ConfigError(f"a group must have at least 2 completions to compare, not {group_size}")
     groups = rewards.view(-1, group_size)
-    return groups - groups[:, :1]
+    known = ~groups.isnan()
+    first = groups.gather(1, known.int().argmax(1, keepdim=True))
+    return torch.where(known, groups - first, 0), known, known.sum(1, keepdim=True)
 
 
 def completion_weights(

@@ -16,8 +16,15 @@ class PairCollator(Collator):
 
     Rows are {"anchor": ids, "positive": ids, "negative": ids}; without a positive the anchor is its own, as SimCSE
     wants it, and negatives are there for all rows or for none. text_ids (B or 2B,) tell which positives, then
-    negatives, are the same text.
+    negatives, are the same text, and anchor_ids (B,) which are the text of an anchor.
+
+    prompt, max_length and closes say how texts become tokens: what stands before each, how many it may have at most,
+    and whether it gets an end token that the tokenizer does not give it.
     """
+
+    prompt: str = ""
+    max_length: int | None = None
+    closes: bool = True
 
     def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn: the noise of SimCSE is dropout
@@ -34,6 +41,7 @@ class PairCollator(Collator):
             "input_ids": pad_rows(texts, self.pad),
             "segment_ids": pad_rows([np.ones(len(text)) for text in texts], 0),
             "text_ids": torch.tensor([_text_id(text) for text in candidates]),
+            "anchor_ids": torch.tensor([_text_id(text) for text in anchors]),
             "targets": torch.tensor(float(len(rows))),
         }
 

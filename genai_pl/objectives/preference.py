@@ -86,16 +86,18 @@ def hinge_loss(policy_margin: Tensor, reference_margin: Tensor, *, beta: float) 
     return F.relu(1 - beta * (policy_margin - reference_margin)).sum()
 
 
-def orpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float) -> Tensor:
-    """-sum of the mean chosen logprob + beta log sigmoid(log odds ratio) (Hong et al. 2024, eq. 6 and 7; beta is lambda).
+def orpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float, likelihood: Tensor | None = None) -> Tensor:
+    """-sum of the likelihood + beta log sigmoid(log odds ratio) (Hong et al. 2024, eq. 6 and 7; beta is lambda).
 
-    Both terms are per token of a completion, as the paper's P(y | x) is (eq. 3).
+    The odds are per token of a completion, as the paper's P(y | x) is (eq. 3). The likelihood (B,) of each pair is the
+    mean chosen logprob where it is not given.
     """
     means = logprobs / lengths.clamp(min=1)  # (B, 2)
     # an empty completion is certain, but has to have odds
     means = means.clamp(max=-torch.finfo(means.dtype).eps)
     chosen_log_odds, rejected_log_odds = (means - torch.log(-torch.expm1(means))).unbind(-1)
-    return -(means[:, 0] + beta * F.logsigmoid(chosen_log_odds - rejected_log_odds)).sum()
+    likelihood = means[:, 0] if likelihood is None else likelihood
+    return -(likelihood + beta * F.logsigmoid(chosen_log_odds - rejected_log_odds)).sum()
 
 
 def simpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float, target_margin: float) -> Tensor:
@@ -107,13 +109,16 @@ def simpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float, target_margin:
     return -F.logsigmoid(beta * (chosen - rejected) - target_margin).sum()
 
 
-def cpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float, nll_coef: float = 1.0) -> Tensor:
-    """-sum log sigmoid(beta (chosen - rejected)) + nll_coef chosen / length (Xu et al. 2024, 3).
+def cpo_loss(
+    logprobs: Tensor, lengths: Tensor, *, beta: float, nll_coef: float = 1.0, likelihood: Tensor | None = None
+) -> Tensor:
+    """-sum log sigmoid(beta (chosen - rejected)) + nll_coef likelihood (Xu et al. 2024, 3).
 
-    The likelihood is per token, as in the authors' code: that of a whole completion would drown the preference.
+    The likelihood is per token, as in the authors' code: that of a whole completion would drown the preference. It is
+    (B,), and the mean chosen logprob where it is not given.
     """
     chosen, rejected = logprobs.unbind(-1)
-    likelihood = chosen / lengths[:, 0].clamp(min=1)
+    likelihood = chosen / lengths[:, 0].clamp(min=1) if likelihood is None else likelihood
     return -(F.logsigmoid(beta * (chosen - rejected)) + nll_coef * likelihood).sum()
 
 

@@ -24,12 +24,20 @@ class PreferenceCollator(Collator):
 
     With `share_prompts` a prompt stands in its row once: all but its last token are the `shared` (B,) beginning of every
     segment, and only the first segment holds them.
+
+    likelihood: whose tokens are counted as `tokens`, those of chosen completions ("chosen"), or of prompts too ("whole").
     """
 
     ranks = False  # whether it takes more than two completions
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0, share_prompts: bool = False) -> None:
-        self.pad, self.share_prompts = vocabulary.pad, share_prompts  # and nothing is drawn
+    def __init__(
+        self, *, vocabulary: Vocabulary, seed: int = 0, share_prompts: bool = False, likelihood: str | None = None
+    ) -> None:
+        self.pad, self.share_prompts, self.likelihood = (
+            vocabulary.pad,
+            share_prompts,
+            likelihood,
+        )  # and nothing is drawn
 
     def __call__(self, rows: Sequence[TextRow]) -> Batch:
         batch = self.compared([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
@@ -39,6 +47,9 @@ class PreferenceCollator(Collator):
         batch |= {"margin": torch.tensor(margins)} if margins else {}
         if "reference" in rows[0]:  # log-probabilities that were made before
             batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        if self.likelihood:
+            labels = batch["labels"] if self.likelihood == "chosen" else text_labels(batch)
+            batch["tokens"] = ((labels != IGNORED) & (batch["segment_ids"] == 1)).sum().float()
         return {**batch, "targets": _count(rows)}
 
     def compared(self, rows: Sequence[Group]) -> Batch:
@@ -66,13 +77,17 @@ class UnpairedPreferenceCollator(Collator):
     """Prompts and completions (B, T), then the prompts again with the completion of the next row: (2B, T) in all.
 
     Rows are {"prompt": ids, "completion": ids, "label": bool}. The mismatched half is for the reference point of KTO,
-    and needs no gradient; a batch of one row has nobody else's completion in it. `desirable` (B,) are the labels.
+    and needs no gradient; a batch of one row has nobody else's completion in it, and is refused. `desirable` (B,) are the labels.
     """
 
     def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn
 
     def __call__(self, rows: Sequence[TextRow]) -> Batch:
+        if len(rows) < 2:
+            raise DataError(
+                "KTO compares a completion with another row's: a batch needs 2 rows or more (data.batch_size)"
+            )
         following = [*rows[1:], *rows[:1]]
         own = [[(row["prompt"], row["completion"])] for row in rows]
         mismatched = [[(row["prompt"], other["completion"])] for row, other in zip(rows, following, strict=True)]
@@ -104,6 +119,14 @@ def completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], p
         "labels": pad_rows(labels, IGNORED),
         "segment_ids": pad_rows(segments, 0),
     }
+
+
+def text_labels(batch: Batch) -> torch.Tensor:
+    """The labels (B, T), and before them those of the prompt in front of the first completion."""
+    ids, first = batch["input_ids"], batch["segment_ids"] == 1
+    labels = batch["labels"].clone()
+    labels[:, :-1] = torch.where(first[:, :-1] & first[:, 1:], ids[:, 1:], labels[:, :-1])
+    return labels
 
 
 def _labels(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:

@@ -14,7 +14,9 @@ from genai_pl.recipes.midi import midi
 BOOKS = "music21/corpus/{book}/*.abc"
 N_HELD = 150
 LONGEST = 700  # characters of a tune
-KEPT = re.compile(r"[A-Ga-gz][,']*[0-9/]*|[\^_=]+|\(3|[|:\[\]12 ><\-\n]")  # what a melody is written with
+KEPT = re.compile(
+    r"[A-Ga-gxzZ][,']*[0-9/]*|[\^_=]+|\([2-9](?::[0-9]*){0,2}|[|:\[\]12 ><\-\n]"
+)  # what a melody is written with
 HEADER = ("R", "M", "L", "K")
 KINDS = (("jig", "6/8"), ("reel", "C|"), ("hornpipe", "C|"), ("air", "3/4"))  # what `show` asks for
 
@@ -26,13 +28,15 @@ def find(work: Path) -> list[Path]:
 
 
 def tunes(text: str) -> Iterator[str]:
-    """Each tune of a file: its kind, metre, unit and key on a line each, then the melody, without ornaments."""
+    """Each tune of a file that keeps its key, metre and unit: kind, these on a line each, then the melody, without ornaments."""
     for part in re.split(r"(?m)^X:", text.replace("\r", ""))[1:]:
         lines = [line for line in part.split("\n")[1:] if line and not line.startswith("%")]
         fields = {line[0]: line[2:].split("%")[0].strip() for line in reversed(lines) if re.match("[A-Z]:", line)}
         melody = [clean(line) for line in lines if not re.match("[A-Za-z]:", line)]
-        if {"M", "K"} <= set(fields) and any(melody):
-            fields = {"R": kind(fields), "M": fields["M"], "L": fields.get("L", "1/8"), "K": fields["K"]}
+        begins = next((n for n, line in enumerate(lines) if line.startswith("K:")), 0)
+        changes = any(re.match("[KLM]:", line) or re.search(r"\[[KLM]:", line) for line in lines[begins + 1 :])
+        if {"M", "K"} <= set(fields) and any(melody) and not changes:
+            fields = {"R": kind(fields), "M": fields["M"], "L": str(abc.unit(fields)), "K": fields["K"]}
             header = "".join(f"{name}:{fields[name]}\n" for name in HEADER)
             yield header + "\n".join(line for line in melody if line) + "\n"
 
@@ -46,7 +50,7 @@ def clean(line: str) -> str:
     """A line of a melody without chord names, fingerings, grace notes, slurs and marks."""
     line = re.sub(r'"[^"]*"|\{[^}]*\}|![^!]*!|%.*|\[[A-Z]:[^]]*\]', "", line)
     line = re.sub(r"\[(?=[\^_=A-Ga-g])([\^_=]*[A-Ga-g][,']*[0-9/]*)[^]|]*\]", r"\1", line)  # of a chord, its first note
-    line = re.sub(r"\((?!3)", "", line)
+    line = re.sub(r"\((?![2-9])", "", line)  # slurs
     return re.sub(" +", " ", "".join(KEPT.findall(line))).strip()
 
 

@@ -15,7 +15,7 @@ from genai_pl.data.chat import Messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.preferences import judged_tokens
-from genai_pl.evaluation.vectors import embed, encode_whole, find_pooling, judge, logprobs
+from genai_pl.evaluation.vectors import embed, encode_sentences, encode_whole, find_head, judge, logprobs
 from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, resolve_adapter
 from genai_pl.models import join
@@ -47,7 +47,8 @@ class Service:
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = config.head is Head.score
         self.has_two_stacks = config.shape is Shape.encoder_decoder
-        self.pooling = find_pooling(settings.pooling, loaded.path, config.shape)
+        self.sentence = find_head(settings.pooling, loaded.path, self.tokenizer, config)
+        self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
         self.hashes = self._hashes(folders)
@@ -174,15 +175,15 @@ class Service:
     async def embed(
         self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None
     ) -> tuple[torch.Tensor, int]:
-        """Unit vectors (N, C) by the base or by an adapter, and how many tokens were read."""
+        """Vectors (N, D) by the base or by an adapter, and how many tokens were read."""
         if self.is_reward:
             raise ApiError(400, f"{self.name} is a reward model: it gives scores at /score")
         self._check_one_stack("embeddings")
         texts = [text for text in inputs if isinstance(text, str)]
-        encoded = iter(await self._read(encode_whole, texts) if texts else [])
+        encoded = iter(await self._read(encode_sentences, texts, self.sentence) if texts else [])
         rows = [next(encoded) if isinstance(item, str) else list(self._known(item)) for item in inputs]
         self._check_rows(rows)
-        vectors = await self._pass(embed, self.model, rows, self.pooling, adapter=adapter)
+        vectors = await self._pass(embed, self.model, rows, self.sentence, adapter=adapter)
         return vectors, sum(map(len, rows))
 
     async def score(

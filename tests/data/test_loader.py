@@ -145,3 +145,24 @@ def test_ranks_validate_on_as_many_batches_and_on_every_row_once(n_rows: int, ba
 def test_too_few_rows_to_validate_on_are_one_line() -> None:
     with pytest.raises(DataError, match="2 rows to validate on cannot be shared by 3 processes"):
         held_batches(2, 4, Plan(4, rank=0, world_size=3))
+
+
+@pytest.mark.parametrize("n_rows", [6, 7, 8, 9, 11, 12, 13, 14, 24])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_a_lone_row_to_validate_on_joins_its_neighbours_on_every_rank(n_rows: int, batch_size: int) -> None:
+    plans = [Plan(batch_size, rank=rank, world_size=3) for rank in range(3)]
+    shares = [held_batches(n_rows, batch_size, plan, least=2) for plan in plans]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for batch in share for _, row in batch) == list(range(n_rows))
+    assert all(len(batch) >= 2 for share in shares for batch in share)
+    assert all(len(batch) <= max(batch_size, 2) + 2 for share in shares for batch in share)
+
+
+def test_too_few_rows_for_every_rank_to_compare_two_are_one_line() -> None:
+    with pytest.raises(DataError, match="5 rows to validate on cannot be shared by 3 processes, which need 2 each"):
+        held_batches(5, 4, Plan(4, rank=0, world_size=3), least=2)
+
+
+def test_every_batch_of_a_step_knows_all_tokens_of_the_step() -> None:
+    batches = [{"targets": torch.tensor(2.0), "tokens": torch.tensor(float(n))} for n in (3, 4, 5)]
+    assert [b["window_tokens"].item() for b in with_window_targets(iter(batches), 2)] == [7, 7, 5]

@@ -122,3 +122,28 @@ def test_doubles_leave_the_gradient_of_the_temperature_finite():
     step = 1e-3
     above, below = (info_nce(anchors, positives, temperature=0.1 + d, text_ids=ids) for d in (step, -step))
     torch.testing.assert_close(temperature.grad, (above - below) / (2 * step), rtol=1e-2, atol=0)
+
+
+def test_the_anchors_own_text_is_no_candidate_against_it() -> None:
+    a, p = embeddings(3, 3)
+    p = torch.cat([a[:2].flip(0), p[2:]])  # pairs (x, y) and (y, x), and one of other texts
+    ids, anchors = torch.tensor([2, 1, 4]), torch.tensor([1, 2, 3])
+    options = {"temperature": TAU, "text_ids": ids}
+    expected = written_out(a, p, leave_out={(0, 1), (1, 0)})
+    assert info_nce(a, p, **options, anchor_ids=anchors).item() == pytest.approx(expected)
+    assert info_nce(a, p, **options).item() > expected + 10
+    parts = [info_nce(a[[i]], p, **options, offset=i, anchor_ids=anchors[[i]]) for i in range(3)]
+    assert sum(parts).item() == pytest.approx(expected)  # as several processes see it
+    pair = {"text_ids": ids[:2], "anchor_ids": anchors[:2]}
+    assert recall_at_k(a[:2], p[:2], 1, **pair) == 2
+    assert recall_at_k(a[:2], p[:2], 1, text_ids=ids[:2]) == 0
+
+
+def test_both_ways_leave_the_own_text_out() -> None:
+    a, p = embeddings(3, 3)
+    p = torch.cat([a[:2].flip(0), p[2:]])
+    ids, anchors = torch.tensor([2, 1, 4]), torch.tensor([1, 2, 3])
+    out = {(0, 1), (1, 0)}
+    expected = (written_out(a, p, leave_out=out) + written_out(p, a, leave_out=out)) / 2
+    found = symmetric_info_nce(a, p, temperature=TAU, text_ids=ids, anchor_ids=anchors)
+    assert found.item() == pytest.approx(expected)

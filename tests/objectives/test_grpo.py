@@ -1,6 +1,7 @@
 """Group-relative advantages and losses against loops over completions."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -119,3 +120,17 @@ def test_a_group_of_one_and_an_unknown_scale_are_errors() -> None:
             advantages(torch.zeros(3), 1)
     with pytest.raises(ConfigError, match="choose std or none"):
         group_advantages(torch.zeros(4), 2, scale="batch")
+
+
+def test_completions_without_a_reward_are_in_no_mean_and_have_no_advantage_as_in_trl() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([nan, 1.0, 4.0, 2.0, nan, nan, 3.0, nan, nan, nan, nan, nan])
+    groups = rewards.view(-1, 4).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy of groups without a number
+        means = np.nanmean(groups, 1, keepdims=True)
+        stds = np.nanstd(groups, 1, ddof=1, keepdims=True)
+        expected = np.nan_to_num((groups - means) / (np.nan_to_num(stds) + 1e-4))  # GRPOTrainer of TRL 1.16
+    found = group_advantages(rewards, 4)
+    torch.testing.assert_close(found, torch.from_numpy(expected).flatten().float())
+    torch.testing.assert_close(rloo_advantages(rewards, 4), torch.tensor([0.0, -2.0, 2.5, -0.5] + [0.0] * 8))

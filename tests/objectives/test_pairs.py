@@ -41,3 +41,8 @@ def test_an_anchor_without_positive_is_its_own() -> None:
 def test_a_negative_for_some_rows_only_is_an_error() -> None:
     with pytest.raises(DataError, match="1 of 2 rows have a negative"):
         COLLATE([{"anchor": text(1), "negative": text(2)}, {"anchor": text(3)}])
+
+
+def test_anchors_are_told_from_candidates_by_their_text() -> None:
+    batch = COLLATE([{"anchor": text(1, 2), "positive": text(3)}, {"anchor": text(3), "positive": text(1, 2)}])
+    assert batch["anchor_ids"].tolist() == batch["text_ids"].flip(0).tolist()

@@ -1,0 +1,88 @@
+"""The JSON files of a sentence-transformers folder; what is not supported is a CheckpointError that names the module."""
+
+from collections.abc import Mapping
+
+from genai_pl.errors import CheckpointError
+
+MODULES, POOLING = "modules.json", "1_Pooling/config.json"
+TOKENS = tuple(  # what the first module is configured by, in the order in which it is looked for
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+NAMES = ("sentence_embedding", "token_embeddings")
+MODES = {  # ours by the values of pooling_mode
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted",
+    "lasttoken": "last",
+}
+FLAGS = {  # and by the flags that older files have instead, in the order in which their vectors are joined
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted",
+    "pooling_mode_lasttoken": "last",
+}
+TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+BEHIND = ("Dense", "LayerNorm", "Normalize", "Dropout")  # the pooling
+KEYS = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs"}
+KEYS |= {"query_length", "document_length", "message_format"}  # these are for other tasks than a plain text
+HARMLESS = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "revision", "device_map", "cache_dir"}
+
+
+def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dict]]:
+    """Kind, path and settings of each module in turn: Transformer, Pooling, and what follows them."""
+    found, listed = [], files[MODULES]
+    for entry in listed if isinstance(listed, list) else []:
+        kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(path, str):
+            raise CheckpointError(f"{where}/{MODULES}: a module needs a type and a path, not {entry}")
+        library, *_, name = kind.split(".")
+        wanted = ("Transformer", "Pooling")[len(found) : len(found) + 1] or BEHIND
+        if library != "sentence_transformers" or name not in wanted or entry.get("kwargs"):
+            raise CheckpointError(
+                f"{where}/{MODULES}: module {path or len(found)} ({kind}) is not supported; "
+                f"here there may be {', '.join(wanted)}"
+            )
+        tokens = next((files[name] for name in TOKENS if files.get(name)), {})
+        found.append((name, path, files.get(f"{path}/config.json", {}) if found else tokens))
+    if len(found) < 2:
+        raise CheckpointError(f"{where}/{MODULES}: needs the modules Transformer and Pooling")
+    if found[0][1]:
+        raise CheckpointError(f"{where}/{MODULES}: module {found[0][1]}: the Transformer must lie in the folder itself")
+    return found
+
+
+def check_transformer(settings: dict, where: str) -> None:
+    """CheckpointError for what would give other tokens or hidden states than those of the model alone."""
+    wrong = {name: value for name, value in settings.items() if name not in KEYS and _matters(value)}
+    modality = settings.get("modality_config") or {"text": TEXT}
+    if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
+        wrong["transformer_task"] = settings["transformer_task"]
+    if not isinstance(modality, dict) or "message" in modality or modality.get("text") != TEXT:
+        wrong["modality_config"] = modality
+    if settings.get("module_output_name", NAMES[1]) != NAMES[1]:
+        wrong["module_output_name"] = settings["module_output_name"]
+    length = settings.get("max_seq_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        wrong["max_seq_length"] = length
+    if wrong:
+        raise CheckpointError(f"{where}: the Transformer module's settings are not supported: {wrong}")
+
+
+def _matters(value: object) -> bool:
+    return bool(set(value) - HARMLESS) if isinstance(value, dict) else value not in (None, False, "", [])
+
+
+def poolings(settings: dict, name: str) -> tuple[str, ...]:
+    """The poolings whose vectors are joined, by our names."""
+    modes = settings.get("pooling_mode")
+    if modes is None:
+        return tuple(kind for flag, kind in FLAGS.items() if settings.get(flag)) or ("mean",)
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not modes or any(mode not in MODES for mode in modes):
+        raise CheckpointError(f"{name}: pooling_mode={settings['pooling_mode']} is not one of {', '.join(MODES)}")
+    return tuple(MODES[mode] for mode in modes)

@@ -1,0 +1,104 @@
+"""What rewards give for completions, as one number each; what they raise or give wrongly is told in one line."""
+
+import asyncio
+import inspect
+import math
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genai_pl.errors import ConfigError, UserError
+
+
+def call(
+    names: Sequence[str],
+    rewards: Sequence[Callable[..., object]],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[object]],
+) -> list[object]:
+    """What each reward gives; those that are coroutines run beside each other."""
+    given, waiting = [], {}
+    for n, (name, function) in enumerate(zip(names, rewards, strict=True)):
+        with _Explained(name):
+            given.append(function(prompts, completions, **columns))
+        if inspect.isawaitable(given[n]):
+            waiting[n] = asyncio.run_coroutine_threadsafe(_await(given[n]), _loop())
+    for n, future in waiting.items():
+        with _Explained(names[n]):
+            given[n] = future.result()
+    return given
+
+
+async def _await(awaitable: Awaitable[object]) -> object:
+    return await awaitable
+
+
+_loops: list[asyncio.AbstractEventLoop] = []
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """An event loop in a thread of its own, the same for the whole run: clients that rewards keep open belong to it."""
+    if not _loops:
+        _loops.append(asyncio.new_event_loop())
+        threading.Thread(target=_loops[0].run_forever, name="rewards", daemon=True).start()
+    return _loops[0]
+
+
+class _Explained:
+    """What a reward raises is told in one line, with its place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        place = traceback.extract_tb(trace)[-1]
+        said = " ".join(str(error).split()) or "without a message"
+        raise ConfigError(
+            f"objective.reward={self.name}: raised {kind.__name__}, {said} ({Path(place.filename).name}, line {place.lineno})"
+        ) from None
+
+
+def numbers(name: str, given: object, prompts: Sequence[str]) -> list[float | None]:
+    """One number for each completion, or None where the reward does not apply; ConfigError names the reward and the row."""
+    n = len(prompts)
+    if isinstance(given, torch.Tensor | np.ndarray):
+        shape = tuple(given.shape)
+        values = given.reshape(n).tolist() if shape in ((n,), (n, 1)) else None
+    elif given is None or isinstance(given, str | bytes | Mapping | AbstractSet) or not hasattr(given, "__iter__"):
+        raise ConfigError(f"objective.reward gave {_shown(given)} for {n} completions ({name}): give a list of numbers")
+    else:
+        values = list(given)
+        shape = (len(values),)
+    if values is None or len(values) != n:
+        raise ConfigError(f"objective.reward gave {shape} numbers for {n} completions ({name}): give one for each")
+    return [_number(name, value, row, prompts[row]) for row, value in enumerate(values)]
+
+
+def _number(name: str, value: object, row: int, prompt: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, Sequence | torch.Tensor | np.ndarray) and not isinstance(value, str | bytes):
+        flat = torch.as_tensor(value).flatten().tolist() if not isinstance(value, Sequence) else list(value)
+        value = flat[0] if len(flat) == 1 else value
+    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(value):
+        raise ConfigError(
+            f"objective.reward={name}: {_shown(value)} for completion {row} (prompt {_shown(prompt)}); give a finite "
+            "number, or None where the reward does not apply"
+        )
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
