@@ -43,7 +43,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.run import quiet
 
     quiet()
-    model, tokenizer, *_ = load(args.model)
+    model, tokenizer, _ = load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/pairs.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in [*pairs(args), pairs(args)[0]])

@@ -48,7 +48,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.run import quiet
 
     quiet()
-    model, tokenizer, *_ = load(args.model)
+    model, tokenizer, _ = load(args.model)
     module = SFTModule(
         lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
         **training(3e-4),

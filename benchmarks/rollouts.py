@@ -24,7 +24,7 @@ def learner(kind: type, objective: str, name: str, **options: object) -> tuple[A
     from genai_pl.peft import lora
 
     torch.manual_seed(0)
-    model, tokenizer, *_ = load(name)
+    model, tokenizer, _ = load(name)
     conf = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent.parent / f"conf/objective/{objective}.yaml"))
     conf = {key: value for key, value in conf.items() if key != "defaults" and not key.startswith("_")}
     known = vocabulary(tokenizer, model.config.vocab_size)

@@ -91,7 +91,7 @@ class _Local:
     concurrent = False
 
     def __init__(self, name: str, *, device: torch.device, options: dict[str, object], seed: int) -> None:
-        self.model, self.tokenizer, *_ = load(name)
+        self.model, self.tokenizer, _ = load(name)
         self.model.to(device)
         self.config = GenerationConfig(**options)
         self.generator = torch.Generator(device).manual_seed(seed)

@@ -1,9 +1,9 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A model in evaluation mode, its tokenizer, the file or folder they were read from, and what that says of writing."""
 
     model: Model | WrappedDecoder | OnnxDecoder | OnnxEncoderDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
     defaults: WritingDefaults = UNSAID
+
+    def __iter__(self) -> Iterator[object]:
+        """model, tokenizer and path, to be unpacked."""
+        return iter((self.model, self.tokenizer, self.path))
 
 
 def load(
@@ -70,7 +75,7 @@ def load(
         folder = resolve_adapter(name)
         peft.load_adapter(loaded.model, folder)
         set_ends(loaded.model.config, loaded.tokenizer, read_defaults(folder))
-    return loaded._replace(model=loaded.model.eval())
+    return replace(loaded, model=loaded.model.eval())
 
 
 def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder | None:

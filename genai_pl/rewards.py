@@ -39,8 +39,9 @@ def load_rewards(
     """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder.
 
     A function is given prompts as text; a model is given them as they were `asked`, text or messages, and reads them in its
-    own chat template. A reward that gives None for a completion does not apply to it, and is left out of its sum; the sum of none is not a
-    number. A reward model that is an adapter on the frozen base of the policy is held in memory as its adapter alone.
+    own chat template. A reward that gives None for a completion does not apply to it, and is left out of its sum; the sum
+    of none is not a number. A reward model that is an adapter on the frozen base of the policy is held in memory as its
+    adapter alone.
     """
     if not names:
         raise ConfigError(f"objective.reward is not set: {HOW}")

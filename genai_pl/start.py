@@ -51,7 +51,9 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         return Start(model, tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        model, tokenizer, path, defaults = load(config.init_from, wrap=wrapped, option="init_from", **options)
+        loaded = load(config.init_from, wrap=wrapped, option="init_from", **options)
+        model, tokenizer, path = loaded
+        defaults = loaded.defaults
         sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)

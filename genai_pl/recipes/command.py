@@ -124,7 +124,7 @@ def writer(run: Path, options: dict[str, object]):
     from genai_pl.loading import load
     from genai_pl.specs import GenerationConfig
 
-    model, tokenizer, *_ = load(str(run))
+    model, tokenizer, _ = load(str(run))
     generator = torch.Generator().manual_seed(0)
 
     def write(prompts: list[str], max_new_tokens: int) -> list[str]:
