@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from genai_pl.data import sources
 from genai_pl.data.table import TableDataModule
 from genai_pl.data.tokenizer import end_token, train_bpe
 
@@ -16,8 +15,6 @@ ROLES = ("anchor", "positive", "negative")
 class TextsDataModule(TableDataModule):
     """Rows of several texts, each tokenized by itself; `columns` are the table's by the roles of the texts."""
 
-    talks = False
-
     def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
         self.columns = columns
@@ -25,19 +22,13 @@ class TextsDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def read(self, source: sources.Source) -> "Dataset":
-        """The columns of the roles, called by their roles."""
-        table = super().read(source).select_columns(list(self.columns.values()))
-        return table.rename_columns({column: role for role, column in self.columns.items() if role != column})
-
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[role] or "" for row in train for role in self.columns), vocab_size)
+        return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
 
     def texts(self, table: "Dataset") -> "Dataset":
         """Token ids of all texts."""
-        roles = {role: role for role in self.columns}
-        return self.encoded(table, roles, encode_texts, seq_len=self.seq_len).with_format("numpy")
+        return self.encoded(table, list(self.columns), encode_texts, seq_len=self.seq_len).with_format("numpy")
 
 
 class PairsDataModule(TextsDataModule):
@@ -66,6 +57,6 @@ def encode_texts(
     end = end_token(tokenizer)
     encoded = {}
     for role, texts in batch.items():
-        rows = tokenizer([text or "" for text in texts], truncation=True, max_length=seq_len)["input_ids"]
+        rows = tokenizer(texts, truncation=True, max_length=seq_len)["input_ids"]
         encoded[role] = [row if end is None or row[-1:] == [end] else [*row[: seq_len - 1], end] for row in rows]
     return encoded

@@ -1,14 +1,20 @@
 """Prompts with two completions, of which people preferred one; and prompts alone, to be answered in training."""
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.chat import encode_answers, encode_prompts
+from genai_pl.data.columns import Place, label_of, list_of, number_of
 from genai_pl.data.loader import Collate
-from genai_pl.data.table import TableDataModule, lists
+from genai_pl.data.messages import given_of, split_answers, texts_in
+from genai_pl.data.records import Row
+from genai_pl.data.table import lists
+from genai_pl.data.talks import TOOLS, TalksDataModule, of_tools, prompt_of
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
@@ -17,10 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PreferenceDataModule(TableDataModule):
+class PreferenceDataModule(TalksDataModule):
     """Rows of token ids: prompt, chosen, rejected, and a margin where there is one; or prompt and completions, ranked."""
 
     kind = "preference"
+    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "completions": "json", "margin": "number"}
 
     def __init__(
         self, *, prompt: str, chosen: str, rejected: str, completions: str, margin: str | None, **rest: object
@@ -30,64 +37,85 @@ class PreferenceDataModule(TableDataModule):
         self.columns |= {"margin": margin} if margin else {}
         self.ranking = {"prompt": prompt, "completions": completions}
 
-    def wanted(self) -> dict[str, str]:
-        return {}  # which ones, depends on what is there
-
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        roles = self._roles(train)
-        texts = (text for row in train for role in ("prompt", "chosen", "completions") if role in roles
-                 for text in _listed(row[roles[role]]) if isinstance(text, str))  # fmt: skip
-        return train_bpe(texts, vocab_size)
+        answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # what was rejected is nothing to learn
+        parts = (
+            part for row in train for part in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
+        )
+        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        if "completions" in self._roles(self.tables()[0]) and not collate.ranks:
+        if is_ranked(self.tables()[0]) and not collate.ranks:
             raise ConfigError(
                 f"data.path={self.path}: ranked completions are for objective=reward; give pairs, chosen and rejected"
             )
         super().prepare(tokenizer, collate)
 
-    def _roles(self, table: "Table") -> dict[str, str]:
-        """The columns that are there, by role: those of pairs, or prompt and ranked completions."""
-        found = table.column_names
+    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
+        """The columns that are there, by role: those of pairs, or prompt and ranked completions.
+
+        Pairs need no prompt: it is then what both answers begin with.
+        """
         ranked = self.ranking["completions"] in found and self.columns["chosen"] not in found
-        roles = self.ranking if ranked else self.columns
-        sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
+        roles = dict(self.ranking if ranked else self.columns)
+        if not ranked and roles["prompt"] == "prompt" and "prompt" not in found and roles["chosen"] in found:
+            del roles["prompt"]
+        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
         return roles
 
-    def rows(self, table: "Table") -> Dataset:
-        roles = self._roles(table)
-        texts = {role: column for role, column in roles.items() if role != "margin"}
-        found = self.encoded(table, texts, encode_compared)
-        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+    def stored(self, roles: Mapping[str, str]) -> list[str]:
+        answers = "completions" if "completions" in roles else "answers"
+        return ["prompt", answers, *(role for role in roles if role == "margin"), TOOLS]
+
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        prompt = prompt_of(row, roles["prompt"], place) if "prompt" in roles else None
+        columns = {role: place._replace(column=column) for role, column in roles.items()}
         if "completions" in roles:
+            answers = list_of(row.get(roles["completions"]), columns["completions"], given_of)
+        else:
+            answers = [given_of(row.get(roles[role]), columns[role]) for role in ("chosen", "rejected")]
+        if len(answers) < 2:
+            raise DataError(f"{place}: a prompt with {len(answers)} completions has nothing to compare")
+        prompt, answers = split_answers(prompt, answers, place)
+        margin = {"margin": number_of(row.get(roles["margin"]), columns["margin"])} if "margin" in roles else {}
+        return {"prompt": prompt, "completions" if "completions" in roles else "answers": answers, **margin}
+
+    def rows(self, table: "Table") -> Dataset:
+        answers = "completions" if is_ranked(table) else "answers"
+        found = self.encoded(table, self.encoding(table, "prompt", answers), encode_compared)
+        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+        if is_ranked(table):
             return [{"prompt": prompt, "completions": said} for prompt, said in rows]
         pairs = [{"prompt": prompt, "chosen": said[0], "rejected": said[1]} for prompt, said in rows]
-        if "margin" not in roles:
+        if "margin" not in table.column_names:
             return pairs
-        return [{**pair, "margin": margin} for pair, margin in zip(pairs, table[roles["margin"]], strict=True)]
+        return [{**pair, "margin": margin} for pair, margin in zip(pairs, table["margin"], strict=True)]
 
     def _row(self, prompt: np.ndarray, said: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """The longest completion is cut to half of the row at most, the prompt on its left to what is left."""
-        if len(sizes) < 2:
-            raise DataError(f"data.path={self.path}: a prompt with {len(sizes)} completions has nothing to compare")
         kept = min(sizes.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
         completions = [ids[:kept] for ids in np.split(said, sizes.cumsum()[:-1])]
         return prompt[max(len(prompt) + kept - self.seq_len, 0) :], completions
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.columns["prompt"]])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))
+
+
+def is_ranked(table: "Table") -> bool:
+    """Whether any number of completions is compared, the best first."""
+    return "completions" in table.column_names
 
 
 def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt, of its completions end to end, and how many each of them has."""
-    prompts = batch["prompt"]
-    given = batch["completions"] if "completions" in batch else [*zip(batch["chosen"], batch["rejected"], strict=True)]
-    again = [prompt for prompt, some in zip(prompts, given, strict=True) for _ in some]
-    said = iter(encode_answers(tokenizer, again, [text for some in given for text in some]))
+    given = batch["completions"] if "completions" in batch else batch["answers"]
+    again = {name: [v for v, some in zip(values, given, strict=True) for _ in some] for name, values in batch.items()}
+    flat = [answer for some in given for answer in some]
+    said = iter(encode_answers(tokenizer, again["prompt"], flat, **of_tools(again)))
     rows = [[next(said) for _ in some] for some in given]
     return {
-        "prompt": encode_prompts(tokenizer, prompts),
+        "prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch)),
         "said": [np.concatenate([*row, np.zeros(0, np.int32)]) for row in rows],
         "sizes": [np.asarray([len(ids) for ids in row], dtype=np.int32) for row in rows],
     }
@@ -95,23 +123,20 @@ def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase"
 
 def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt and of its completion."""
-    completions = encode_answers(tokenizer, batch["prompt"], batch["completion"])
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"]), "completion": completions}
+    completions = encode_answers(tokenizer, batch["prompt"], batch["completion"], **of_tools(batch))
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch)), "completion": completions}
 
 
 def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt."""
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"])}
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch))}
 
 
-def _listed(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
-
-
-class UnpairedDataModule(TableDataModule):
+class UnpairedDataModule(TalksDataModule):
     """Rows of token ids of a prompt and a completion, and whether that was liked."""
 
     kind = "unpaired"
+    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "label": "label"}
 
     def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
         super().__init__(**rest)
@@ -120,27 +145,33 @@ class UnpairedDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+        label = label_of(row.get(roles["label"]), place._replace(column=roles["label"]))
+        return {"prompt": prompt, "completion": completion, "label": label}
+
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[self.columns[role]] for row in train for role in ("prompt", "completion")), vocab_size)
+        parts = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
+        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        roles = {role: self.columns[role] for role in ("prompt", "completion")}
-        found = self.encoded(table, roles, encode_answered)
-        columns = (lists(found, "prompt"), lists(found, "completion"), table[self.columns["label"]])
+        found = self.encoded(table, self.encoding(table, "prompt", "completion"), encode_answered)
+        columns = (lists(found, "prompt"), lists(found, "completion"), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
-    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: object) -> dict[str, object]:
+    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
         """The completion is cut to half of the row at most, the prompt on its left to what is left."""
         completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
         kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
-        return {"prompt": kept, "completion": completion, "label": bool(label)}
+        return {"prompt": kept, "completion": completion, "label": label}
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.columns["prompt"]])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))
 
 
-class PromptsDataModule(TableDataModule):
+class PromptsDataModule(TalksDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 
     kind = "prompts"
@@ -152,16 +183,25 @@ class PromptsDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {"data.prompt": self.column}
 
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        return {"prompt": prompt_of(row, roles["prompt"], place)}
+
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[self.column] for row in train), vocab_size)
+        return train_bpe((text for row in train for text in texts_in(json.loads(row["prompt"]))), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        prompts = lists(self.encoded(table, {"prompt": self.column}, encode_asked), "prompt")
-        if not all(map(len, prompts)):
-            raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
-        rows = zip(prompts, table, strict=True)
-        return [{"prompt_ids": ids[-self.max_prompt_len :], "columns": row} for ids, row in rows]
+        prompts = lists(self.encoded(table, self.encoding(table, "prompt"), encode_asked), "prompt")
+        is_val = table is not self.tables()[0]
+        given = [row for _, row in sources.rows((is_val and self.val_source) or self.source)]
+        names = dict.fromkeys(name for row in given for name in row)
+        rows = []
+        for ids, number in zip(prompts, table["row"], strict=True):
+            if not len(ids):
+                raise DataError(f"{Place(self.path, number)}: an empty prompt cannot be answered")
+            columns = {name: given[number - 1].get(name) for name in names}
+            rows.append({"prompt_ids": ids[-self.max_prompt_len :], "columns": columns})
+        return rows
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.column])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from genai_pl.data.columns import Place, text_of
 from genai_pl.data.documents import encode_batch
 from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
 from genai_pl.data.packing import Packer, Row
@@ -118,7 +119,7 @@ class _Stream:
             for batch in self.data.source.iter(batch_size=1):
                 self.seen += 1
                 if (self.seen - 1) % count == index:
-                    yield batch["text"][0]
+                    yield text_of(batch["text"][0], Place("data.path", self.seen, "text"))
             if not self.seen:
                 raise DataError("data.path: no document in it")
             self.epoch, self.seen = self.epoch + 1, 0
