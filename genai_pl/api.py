@@ -8,12 +8,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from genai_pl.config import CONF, quoted, register
+from genai_pl.config import CONF, register
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import join
+from genai_pl.quoting import quoted
 from genai_pl.resume import replay
 from genai_pl.specs import GenerationConfig
 

@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that `--help` and a typo are answered in abou
 
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import DISK_FULL, TrainingError, UserError
 from genai_pl.nodes import NODES
 from genai_pl.plugins import import_plugins
+from genai_pl.quoting import quoted
 from genai_pl.sweeps import Outcome
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
-TEXTS = ("prompt", "generation.prefix", "generation.regex", "generation.json_schema")  # options that are never YAML
 
 
 def register() -> None:
@@ -92,16 +91,6 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
         return run
 
     return decorate
-
-
-def quoted(argument: str) -> str:
-    """The argument with quotes where Hydra's grammar would stumble over plain text: a prompt, or a value with `=` in it."""
-    key, equals, value = argument.partition("=")
-    done = value in ("", "null") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
-    if not equals or done or not (key in TEXTS or ("=" in value and value[0] not in "'\"[{")):
-        return argument
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"{key}='{text.replace('${', chr(92) + '${')}'"
 
 
 def searches() -> bool:

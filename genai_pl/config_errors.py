@@ -28,7 +28,9 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not understood; write key=value, and quote values with spaces or brackets"
+        return f"{error.override}: not understood{_how_to_quote(error.override)}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'\s+1\.", str(error)):
+        return f"{found[1]}: values with a comma between them are a sweep (--multirun){_how_to_quote(found[1])}"
     if isinstance(error, MissingConfigException) and (found := re.search(r"find '([^']*)'", str(error))):
         if package := PLUGINS.get(found[1]):
             group, _, option = found[1].rpartition("/")
@@ -47,6 +49,11 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
         )
         return f"{found[1]}: {reason.strip()}"
     return " ".join(message.split())
+
+
+def _how_to_quote(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"; text goes in quotes within quotes: \"{key}='{value}'\"" if equals else "; write key=value"
 
 
 def _no_such_option(name: str, conf: Path) -> str | None:

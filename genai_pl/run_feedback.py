@@ -1,8 +1,9 @@
 """The feedback command: a judge in place of people; prompts in, preference pairs or revised answers out, row by row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 from genai_pl.config import CONF
 from genai_pl.data import sources
+from genai_pl.data.columns import Place, text_of
+from genai_pl.data.talks import INPUT, prompt_of
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.feedback import Writer, compare, critique, local_writer, remote_writer
@@ -22,19 +25,30 @@ def feedback(config: DictConfig) -> int:
     if config.task not in TASKS:
         raise ConfigError(f"task={config.task} is not one of {', '.join(TASKS)}")
     source = sources.find(config.data.path)
-    table = sources.read_table(source)
-    sources.check_columns(source, table, {"data.prompt": config.data.prompt})
-    rows = table if config.limit is None else table.select(range(min(config.limit, len(table))))
+    found = sources.column_names(source)
+    sources.check_columns(source, found, {"data.prompt": config.data.prompt})
+    writes = needs_writer(config, found)
+    columns = [config.data.prompt, *([] if writes else [config.data.first, config.data.second])]
+    rows = islice(sources.rows(source, {*columns, INPUT}), config.limit)
+    texts = [texts_of(row, columns, place) for place, row in rows]
     out = Path(config.out)
     done = finished(out)
-    left = [(n, row) for n, row in enumerate(rows) if n not in done]
-    writer = build_writer(config, config.checkpoint) if needs_writer(config, table.column_names) else None
+    left = [(n, row) for n, row in enumerate(texts) if n not in done]
+    writer = build_writer(config, config.checkpoint) if writes else None
     judge = build_writer(config, config.judge) if config.judge else writer
     if judge is None:
         raise ConfigError("judge is not set: name a model, or the URL of an endpoint")
     run(config, left, writer, judge, out)
     report(config, out)
     return 0
+
+
+def texts_of(row: Mapping[str, object], columns: Sequence[str], place: Place) -> list[str]:
+    """The prompt of a row, and the answers to it that the data bring; DataError where one is no text."""
+    prompt = prompt_of(row, columns[0], place)
+    if not isinstance(prompt, str):
+        raise DataError(f"{place}: column {columns[0]!r}: a conversation; a judge is asked about texts")
+    return [prompt, *(text_of(row.get(column), place._replace(column=column)) for column in columns[1:])]
 
 
 def needs_writer(config: DictConfig, columns: list[str]) -> bool:
@@ -56,14 +70,11 @@ def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer, ou
         read_principles(config.constitution or str(CONF / "constitution.yaml")) if config.task == "critique" else []
     )
 
-    def work(item: tuple[int, dict]) -> dict:
-        n, row = item
-        prompt = row[config.data.prompt]
+    def work(item: tuple[int, list[str]]) -> dict:
+        n, (prompt, *answers) = item
         if config.task == "critique":
             return {"row": n, **critique(writer, prompt, principles)}
-        first, second = row.get(config.data.first), row.get(config.data.second)
-        if first is None or second is None:
-            first, second = writer.answer(prompt), writer.answer(prompt)
+        first, second = answers or (writer.answer(prompt), writer.answer(prompt))
         return {"row": n, **compare(judge, prompt, first, second, rubric=config.rubric)}
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +89,7 @@ def finished(out: Path) -> set[int]:
     """The rows that a file holds already; a line that was cut by a crash is dropped."""
     if not out.exists():
         return set()
-    whole = [line for line in out.read_text(encoding="utf-8").splitlines() if _is_whole(line)]
+    whole = [line for line in out.read_text(encoding="utf-8").split("\n") if _is_whole(line)]
     out.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
     return {json.loads(line)["row"] for line in whole}
 

@@ -188,11 +188,12 @@ def read_prompts(config: DictConfig) -> list[str]:
         return [config.prompt]
     if config.prompt_file is None:
         return [sys.stdin.read()]
-    path = Path(config.prompt_file)
+    path = Path(config.prompt_file).expanduser()
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        with path.open(encoding="utf-8-sig") as file:  # a line ends where a file has a line break, nowhere else
+            lines = [line.removesuffix("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt_file={path}: cannot be read ({error})") from None
-    if not lines:
+    if not any(lines):
         raise DataError(f"prompt_file={path}: empty")
-    return lines
+    return [line for line in lines if line]

@@ -1,16 +1,21 @@
 """Examples to imitate, packed whole into rows: prompts and completions, or conversations."""
 
+import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import Example, encode_completions, encode_conversations, prompt_text
+from genai_pl.data.chat import Example, encode_completions, encode_conversations
+from genai_pl.data.columns import Place
 from genai_pl.data.loader import Collate
+from genai_pl.data.messages import Message, given_of, messages_of, split_answers, texts_in
 from genai_pl.data.packing import Row
-from genai_pl.data.table import TableDataModule, lists
+from genai_pl.data.table import lists
+from genai_pl.data.talks import INPUT, INSTRUCTION, OUTPUT, TalksDataModule, of_tools, prompt_of
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -21,8 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEFAULT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
+CONVERSATIONS = "conversations"  # as ShareGPT has them
 
-class ChatDataModule(TableDataModule):
+
+class ChatDataModule(TalksDataModule):
     """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
 
     kind = "chat"
@@ -32,35 +40,49 @@ class ChatDataModule(TableDataModule):
         self.packing = packing
         self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
 
-    def wanted(self) -> dict[str, str]:
-        return {}  # which ones, depends on what is there
-
-    def conversation_columns(self) -> list[str]:
-        return list(self.columns.values())
-
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((text for row in train for text in _texts(row, self._roles(train))), vocab_size)
+        roles = [role for role in self.columns if role in train.column_names]
+        return train_bpe(
+            (text for row in train for role in roles for text in texts_in(json.loads(row[role]))), vocab_size
+        )
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.room = collate.row_length(self.seq_len)
         super().prepare(tokenizer, collate)
 
-    def _roles(self, table: "Table") -> dict[str, str]:
-        """The columns that are there, by role: messages, or prompt and completion."""
-        found = table.column_names
+    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
+        """The columns that are there, by role: messages, or prompt and completion, or what others call them."""
         if self.columns["messages"] in found:
             return {"messages": self.columns["messages"]}
         roles = {role: self.columns[role] for role in ("prompt", "completion")}
-        sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
+        if self.columns == DEFAULT and not set(roles.values()) <= set(found):
+            if CONVERSATIONS in found:
+                log.info("data        column %s of %s is read as messages", CONVERSATIONS, source.name)
+                return {"messages": CONVERSATIONS}
+            if {INSTRUCTION, OUTPUT} <= set(found):
+                roles = {"prompt": INSTRUCTION, "completion": OUTPUT}
+        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
+        if roles["prompt"] == INSTRUCTION:
+            more = f", then {INPUT} after a blank line" if INPUT in found else ""
+            names = source.name, INSTRUCTION, more, roles["completion"]
+            log.info("data        prompts of %s are column %s%s; completions %s", *names)
         return roles
+
+    def example(self, row: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "messages" in roles:
+            column = roles["messages"]
+            return {"messages": messages_of(row.get(column), place._replace(column=column))}
+        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+        return {"prompt": prompt, "completion": completion}
 
     def rows(self, table: "Table") -> Dataset:
         part = "training" if table is self.tables()[0] else "validation"
-        roles = self._roles(table)
+        roles = [role for role in self.columns if role in table.column_names]
         examples = []
         cut = silent = 0
-        found = self.encoded(table, roles, encode_examples)
+        found = self.encoded(table, self.encoding(table, *roles), encode_examples)
         for example in map(Example, lists(found, "input_ids"), lists(found, "loss_mask")):
             cut += len(example.input_ids) > self.room
             example = Example(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
@@ -86,8 +108,8 @@ class ChatDataModule(TableDataModule):
         return f"{self.path}, {len(train):,} examples for training in {rows}, {len(val):,} held"
 
     def prompt(self) -> str:
-        _, val = self.tables()
-        return _opening(val[0], self._roles(val), self.tokenizer)
+        first = self.tables()[1][0]
+        return self.text(json.loads(first["prompt"]) if "prompt" in first else _opening(json.loads(first["messages"])))
 
 
 class PackedExamples(Dataset):
@@ -114,9 +136,10 @@ class PackedExamples(Dataset):
 def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each example, and 1 where they are to be learned."""
     if "messages" in batch:
-        examples = encode_conversations(tokenizer, batch["messages"], [0] * len(batch["messages"]), batch.get("tools"))
+        given = [0] * len(batch["messages"])
+        examples = encode_conversations(tokenizer, batch["messages"], given, **of_tools(batch))
     else:
-        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], batch.get("tools"))
+        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **of_tools(batch))
     return {
         "input_ids": [example.input_ids for example in examples],
         # as bytes: arrow packs bits, and no array could lie there
@@ -124,15 +147,6 @@ def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase"
     }
 
 
-def _texts(row: dict, roles: dict[str, str]) -> list[str]:
-    values = [row[column] for column in roles.values()]
-    return [text for value in values for text in ([value] if isinstance(value, str) else [m["content"] for m in value])]
-
-
-def _opening(row: dict, roles: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What stands before the first answer, as text."""
-    given = row[roles["messages"]] if "messages" in roles else row[roles["prompt"]]
-    if isinstance(given, str):
-        return given
-    before = given[: next((n for n, m in enumerate(given) if m["role"] == "assistant"), len(given))]
-    return prompt_text(tokenizer, before) if before else ""
+def _opening(messages: list[Message]) -> list[Message]:
+    """What stands before the first answer."""
+    return messages[: next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))]

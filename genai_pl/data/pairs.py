@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from genai_pl.data import sources
 from genai_pl.data.table import TableDataModule
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.data.whole import encode_whole
@@ -25,19 +24,15 @@ class TextsDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def read(self, source: sources.Source) -> "Dataset":
-        """The columns of the roles, called by their roles."""
-        table = super().read(source).select_columns(list(self.columns.values()))
-        return table.rename_columns({column: role for role, column in self.columns.items() if role != column})
-
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[role] or "" for row in train for role in self.columns), vocab_size)
+        return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
 
     def texts(self, table: "Dataset") -> "Dataset":
         """Token ids of all texts."""
-        roles = {role: role for role in self.columns}
-        return self.encoded(table, roles, encode_texts, seq_len=self.seq_len, **self.reading()).with_format("numpy")
+        return self.encoded(
+            table, list(self.columns), encode_texts, seq_len=self.seq_len, **self.reading()
+        ).with_format("numpy")
 
     def reading(self) -> dict[str, object]:
         """How a text becomes tokens, beyond its length: options of `encode_texts`."""
@@ -79,6 +74,6 @@ def encode_texts(
 ) -> dict[str, list[list[int]]]:
     """Token ids of the texts of each column behind the prompt, cut to seq_len, special tokens and an end token included."""
     return {
-        role: encode_whole(tokenizer, [prompt + (text or "") for text in texts], max_length=seq_len, closes=closes)
+        role: encode_whole(tokenizer, [prompt + text for text in texts], max_length=seq_len, closes=closes)
         for role, texts in batch.items()
     }

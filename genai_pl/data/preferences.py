@@ -1,15 +1,21 @@
 """Prompts with two completions, of which people preferred one; and prompts alone, to be answered in training."""
 
+import json
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.chat import encode_answers, encode_prompts
+from genai_pl.data.columns import Place, label_of, list_of, number_of
 from genai_pl.data.loader import Collate, Plan
-from genai_pl.data.table import TableDataModule, lists
+from genai_pl.data.messages import given_of, split_answers, texts_in
+from genai_pl.data.records import Row
+from genai_pl.data.table import lists
+from genai_pl.data.talks import TOOLS, TalksDataModule, of_tools, prompt_of
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
@@ -20,10 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PreferenceDataModule(TableDataModule):
+class PreferenceDataModule(TalksDataModule):
     """Rows of token ids: prompt, chosen, rejected, and a margin where there is one; or prompt and completions, ranked."""
 
     kind = "preference"
+    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "completions": "json", "margin": "number"}
 
     def __init__(
         self, *, prompt: str, chosen: str, rejected: str, completions: str, margin: str | None, **rest: object
@@ -33,62 +40,80 @@ class PreferenceDataModule(TableDataModule):
         self.columns |= {"margin": margin} if margin else {}
         self.ranking = {"prompt": prompt, "completions": completions}
 
-    def wanted(self) -> dict[str, str]:
-        return {}  # which ones, depends on what is there
-
-    def conversation_columns(self) -> list[str]:
-        return list(self.columns.values())
-
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        roles = self._roles(train)
-        texts = (text for row in train for role in ("prompt", "chosen", "completions") if role in roles
-                 for text in _listed(row[roles[role]]) if isinstance(text, str))  # fmt: skip
-        return train_bpe(texts, vocab_size)
+        answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # what was rejected is nothing to learn
+        parts = (
+            part for row in train for part in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
+        )
+        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        if "completions" in self._roles(self.tables()[0]) and not collate.ranks:
+        if is_ranked(self.tables()[0]) and not collate.ranks:
             raise ConfigError(
                 f"data.path={self.path}: ranked completions are for objective=reward; give pairs, chosen and rejected"
             )
         super().prepare(tokenizer, collate)
 
-    def _roles(self, table: "Table") -> dict[str, str]:
-        """The columns that are there, by role: those of pairs, or prompt and ranked completions."""
-        found = table.column_names
+    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
+        """The columns that are there, by role: those of pairs, or prompt and ranked completions.
+
+        Pairs need no prompt: it is then what both answers begin with.
+        """
         ranked = self.ranking["completions"] in found and self.columns["chosen"] not in found
-        roles = self.ranking if ranked else self.columns
-        sources.check_columns(self.source, table, {f"data.{role}": column for role, column in roles.items()})
+        roles = dict(self.ranking if ranked else self.columns)
+        if not ranked and roles["prompt"] == "prompt" and "prompt" not in found and roles["chosen"] in found:
+            del roles["prompt"]
+        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
         return roles
 
-    def rows(self, table: "Table") -> Dataset:
-        roles = self._roles(table)
-        texts = {role: column for role, column in roles.items() if role != "margin"}
-        found = self.encoded(table, texts, encode_compared)
-        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+    def stored(self, roles: Mapping[str, str]) -> list[str]:
+        answers = "completions" if "completions" in roles else "answers"
+        return ["prompt", answers, *(role for role in roles if role == "margin"), TOOLS]
+
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        prompt = prompt_of(row, roles["prompt"], place) if "prompt" in roles else None
+        columns = {role: place._replace(column=column) for role, column in roles.items()}
         if "completions" in roles:
+            answers = list_of(row.get(roles["completions"]), columns["completions"], given_of)
+        else:
+            answers = [given_of(row.get(roles[role]), columns[role]) for role in ("chosen", "rejected")]
+        if len(answers) < 2:
+            raise DataError(f"{place}: a prompt with {len(answers)} completions has nothing to compare")
+        prompt, answers = split_answers(prompt, answers, place)
+        margin = {"margin": number_of(row.get(roles["margin"]), columns["margin"])} if "margin" in roles else {}
+        return {"prompt": prompt, "completions" if "completions" in roles else "answers": answers, **margin}
+
+    def rows(self, table: "Table") -> Dataset:
+        answers = "completions" if is_ranked(table) else "answers"
+        found = self.encoded(table, self.encoding(table, "prompt", answers), encode_compared)
+        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+        if is_ranked(table):
             return [{"prompt": prompt, "completions": said} for prompt, said in rows]
         pairs = [{"prompt": prompt, "chosen": said[0], "rejected": said[1]} for prompt, said in rows]
-        if "margin" not in roles:
+        if "margin" not in table.column_names:
             return pairs
-        return [{**pair, "margin": margin} for pair, margin in zip(pairs, table[roles["margin"]], strict=True)]
+        return [{**pair, "margin": margin} for pair, margin in zip(pairs, table["margin"], strict=True)]
 
     def _row(self, prompt: np.ndarray, said: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """The longest completion is cut to half of the row at most, the prompt on its left to what is left."""
-        if len(sizes) < 2:
-            raise DataError(f"data.path={self.path}: a prompt with {len(sizes)} completions has nothing to compare")
         kept = min(sizes.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
         completions = [ids[:kept] for ids in np.split(said, sizes.cumsum()[:-1])]
         return prompt[max(len(prompt) + kept - self.seq_len, 0) :], completions
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.columns["prompt"]])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))
+
+
+def is_ranked(table: "Table") -> bool:
+    """Whether any number of completions is compared, the best first."""
+    return "completions" in table.column_names
 
 
 def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt, of its completions end to end, and how many each of them has."""
-    given = batch["completions"] if "completions" in batch else [*zip(batch["chosen"], batch["rejected"], strict=True)]
-    rows = encode_answers(tokenizer, batch["prompt"], given, batch.get("tools"))
+    given = batch["completions"] if "completions" in batch else batch["answers"]
+    rows = encode_answers(tokenizer, batch["prompt"], given, **of_tools(batch))
     return {
         "prompt": [prompt for prompt, _ in rows],
         "said": [np.concatenate([*answers, np.zeros(0, np.int32)]) for _, answers in rows],
@@ -98,24 +123,21 @@ def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase"
 
 def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt and of its completion."""
-    rows = encode_answers(tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], batch.get("tools"))
+    rows = encode_answers(tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], **of_tools(batch))
     return {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, (answer,) in rows]}
 
 
 def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt."""
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"], batch.get("tools"))}
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch))}
 
 
-def _listed(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
-
-
-class UnpairedDataModule(TableDataModule):
+class UnpairedDataModule(TalksDataModule):
     """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
 
     kind = "unpaired"
     least_rows = 2
+    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "label": "label"}
 
     def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
         super().__init__(**rest)
@@ -123,9 +145,6 @@ class UnpairedDataModule(TableDataModule):
 
     def wanted(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
-
-    def conversation_columns(self) -> list[str]:
-        return list(self.columns.values())
 
     def plan(self) -> Plan:
         plan = super().plan()
@@ -137,27 +156,33 @@ class UnpairedDataModule(TableDataModule):
             )
         return plan
 
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+        label = label_of(row.get(roles["label"]), place._replace(column=roles["label"]))
+        return {"prompt": prompt, "completion": completion, "label": label}
+
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[self.columns[role]] for row in train for role in ("prompt", "completion")), vocab_size)
+        parts = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
+        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        roles = {role: self.columns[role] for role in ("prompt", "completion")}
-        found = self.encoded(table, roles, encode_answered)
-        columns = (lists(found, "prompt"), lists(found, "completion"), table[self.columns["label"]])
+        found = self.encoded(table, self.encoding(table, "prompt", "completion"), encode_answered)
+        columns = (lists(found, "prompt"), lists(found, "completion"), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
-    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: object) -> dict[str, object]:
+    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
         """The completion is cut to half of the row at most, the prompt on its left to what is left."""
         completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
         kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
-        return {"prompt": kept, "completion": completion, "label": bool(label)}
+        return {"prompt": kept, "completion": completion, "label": label}
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.columns["prompt"]])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))
 
 
-class PromptsDataModule(TableDataModule):
+class PromptsDataModule(TalksDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 
     kind = "prompts"
@@ -169,25 +194,30 @@ class PromptsDataModule(TableDataModule):
     def wanted(self) -> dict[str, str]:
         return {"data.prompt": self.column}
 
-    def conversation_columns(self) -> list[str]:
-        return [self.column]
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        return {"prompt": prompt_of(row, roles["prompt"], place)}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((row[self.column] for row in train), vocab_size)
+        return train_bpe((text for row in train for text in texts_in(json.loads(row["prompt"]))), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        prompts = lists(self.encoded(table, {"prompt": self.column}, encode_asked), "prompt")
-        if not all(map(len, prompts)):
-            raise DataError(f"data.path={self.path}: an empty prompt cannot be answered")
+        prompts = lists(self.encoded(table, self.encoding(table, "prompt"), encode_asked), "prompt")
+        is_val = table is not self.tables()[0]
+        given = [row for _, row in sources.rows((is_val and self.val_source) or self.source)]
+        names = dict.fromkeys(name for row in given for name in row)
         room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
-        n_cut = sum(len(ids) > room for ids in prompts)
+        n_cut, rows = sum(len(ids) > room for ids in prompts), []
         if n_cut:
             log.info(
-                "data        %s of %s prompts are longer than %s tokens: their end is kept", n_cut, len(prompts), room
+                "data        %d of %d prompts are longer than %d tokens: their end is kept", n_cut, len(prompts), room
             )
-        rows = zip(prompts, table, strict=True)
-        return [{"prompt_ids": ids[-room:], "prompt": row[self.column], "columns": row} for ids, row in rows]
+        for ids, prompt, number in zip(prompts, table["prompt"], table["row"], strict=True):
+            if not len(ids):
+                raise DataError(f"{Place(self.path, number)}: an empty prompt cannot be answered")
+            columns = {name: given[number - 1].get(name) for name in names}
+            rows.append({"prompt_ids": ids[-room:], "prompt": json.loads(prompt), "columns": columns})
+        return rows
 
     def prompt(self) -> str:
-        return self._text(self.tables()[1][0][self.column])
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))

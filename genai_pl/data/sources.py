@@ -3,10 +3,17 @@
 import glob
 import hashlib
 import logging
+import os
 import sys
+from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from genai_pl.data import records
+from genai_pl.data.columns import Place, spread, text_of
+from genai_pl.data.records import BUILDERS, Records, first_line
+from genai_pl.data.store import FORMAT, keep, say_empty
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CORPUS = Path(__file__).parent / "corpus"
-BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Source(NamedTuple):
@@ -26,12 +32,14 @@ class Source(NamedTuple):
     split: str = "train"
 
     @property
-    def builder(self) -> str:
-        return BUILDERS[self.files[0].suffix.lower()] if self.files else self.name
+    def is_text(self) -> bool:
+        """Whether it is text itself, without columns."""
+        return bool(self.files) and BUILDERS[self.files[0].suffix.lower()] == "text"
 
 
 def find(path: str, *, option: str = "data.path") -> Source:
     """The source that a path, folder, glob, shipped name or hub name stands for; a DataError names what is missing."""
+    path = os.path.expanduser(path)
     if Path(path).is_file():
         files = [Path(path)]
     elif Path(path).is_dir():
@@ -54,7 +62,7 @@ def find(path: str, *, option: str = "data.path") -> Source:
 
 def shipped_validation(path: str) -> Source | None:
     """The validation file of a shipped set, or None for anything else."""
-    if Path(path).exists() or not (CORPUS / path).is_dir():
+    if Path(path).expanduser().exists() or not (CORPUS / path).is_dir():
         return None
     return _local(path, list((CORPUS / path).glob("val.*")), "data.path")
 
@@ -73,39 +81,103 @@ def _local(path: str, files: list[Path], option: str) -> Source:
 
 def read(source: Source, column: str, *, streaming: bool = False) -> "Dataset | IterableDataset":
     """The documents of a source in a column `text`; a streamed .txt comes line by line, else a file is one document."""
-    table = read_table(source, streaming=streaming)
-    check_columns(source, table, {"data.column": column})
+    show_progress()
+    if not source.files:
+        return _hub_texts(source, column, streaming=streaming)
+    check_columns(source, column_names(source), {"data.column": column})
+    if streaming:
+        from datasets import Features, IterableDataset, Value
+
+        options = {"files": list(source.files), "column": column}
+        return IterableDataset.from_generator(_texts, Features({"text": Value("string")}), gen_kwargs=options)
+    cells = (
+        (place, [text_of(row.get(column), place._replace(column=column))]) for place, row in rows(source, [column])
+    )
+    table = keep(content_name(source, column), {"text": "text"}, cells)
+    return _with_texts(source, table)
+
+
+def content_name(source: Source, *options: object) -> str:
+    """A name for what is read from a source under the options."""
+    parts = f"{FORMAT}/{content_hash(source)}/{options}"
+    return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+
+
+def _texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+    for place, row in records.rows(files, columns=[column], by_line=True):
+        yield {"text": text_of(row.get(column), place._replace(column=column))}
+
+
+def _hub_texts(source: Source, column: str, *, streaming: bool) -> "Dataset | IterableDataset":
+    from datasets import Value
+
+    table = load_hub(source, streaming=streaming)
+    check_columns(source, table.column_names or list(next(iter(table), {})), {"data.column": column})
     table = table.select_columns([column])
-    return table if column == "text" else table.rename_column(column, "text")
+    if streaming:
+        return table if column == "text" else table.rename_column(column, "text")
+    if table.features[column] != Value("string") or table.data.column(column).null_count:
+        cells = (
+            (place, [text_of(row.get(column), place._replace(column=column))])
+            for place, row in _hub_rows(source, table)
+        )
+        return _with_texts(source, keep(f"{table._fingerprint}-{FORMAT}", {"text": "text"}, cells))
+    return _with_texts(source, table if column == "text" else table.rename_column(column, "text"))
 
 
-def read_table(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":
-    """All columns of a source."""
+def _with_texts(source: Source, table: "Dataset") -> "Dataset":
+    if not len(table):
+        raise DataError(f"{source.name}: no rows")
+    say_empty(table, {"text": "text"}, source.name)
+    return table
+
+
+def rows(source: Source, columns: Collection[str] | None = None) -> Records:
+    """The rows of a source, each with its place; only these columns of them, where only they are at hand."""
+    if source.files:
+        return records.rows(source.files, columns=columns)
+    table = load_hub(source)
+    return _hub_rows(
+        source, table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
+    )
+
+
+def column_names(source: Source) -> list[str]:
+    """The names of the columns."""
+    return records.column_names(source.files) if source.files else load_hub(source).column_names
+
+
+def _hub_rows(source: Source, table: "Dataset") -> Records:
+    number = 0
+    for batch in table.iter(batch_size=records.FIRST):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield Place(source.name, number), dict(zip(batch, map(spread, values), strict=True))
+
+
+def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":
+    """All columns of a data set of the hub."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    options = {}
-    if source.files:
-        options["data_files"] = {source.split: [str(p) for p in source.files]}
-    if source.builder == "text":
-        options |= {"sample_by": "line" if streaming else "document", "keep_linebreaks": True}
     show_progress()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised too
     try:
-        return load_dataset(source.builder, split=source.split, streaming=streaming, **options)
-    except (DatasetGenerationError, UnicodeDecodeError) as error:
-        raise DataError(_why_unreadable(source, error)) from None
+        return load_dataset(source.name, split=source.split, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise DataError(f"{source.name}: cannot be read ({first_line(error.__cause__ or error)})") from None
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise DataError(f"data.path={source.name}: {str(error).splitlines()[0]}") from None
+        raise DataError(f"data.path={source.name}: {first_line(error)}") from None
 
 
-def check_columns(source: Source, table: "Dataset | IterableDataset", wanted: dict[str, str]) -> None:
-    """DataError for a column that is not there; `wanted` maps the option that names a column to the column."""
-    columns = table.column_names or list(next(iter(table), {}))
+def check_columns(source: Source, found: Sequence[str], wanted: dict[str, str]) -> None:
+    """DataError for a column that is not found; `wanted` maps the option that names a column to the column."""
+    if not found:
+        raise DataError(f"data.path={source.name}: no rows")
     for option, column in wanted.items():
-        if column not in columns:
-            found = ", ".join(columns)
-            raise DataError(f"data.path={source.name}: no column {column!r}; found: {found} (set {option})")
+        if column not in found:
+            names = ", ".join(found)
+            raise DataError(f"data.path={source.name}: no column {column!r}; found: {names} (set {option})")
 
 
 def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "tuple[Dataset, Dataset]":
@@ -126,24 +198,16 @@ def show_progress() -> None:
         disable_progress_bars()
 
 
+@lru_cache
+def _file_hash(path: Path, changed: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
 def content_hash(source: Source) -> str:
     """A name for what the source says: the bytes of its files, or its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digest.update(path.suffix.encode() + b"\0")
+        status = path.stat()
+        digest.update(_file_hash(path, status.st_mtime_ns, status.st_size) + path.suffix.encode() + b"\0")
     return digest.hexdigest()
-
-
-def _why_unreadable(source: Source, error: Exception) -> str:
-    """Names the file and the place of the first bytes that are not UTF-8, or repeats the reader's own first line."""
-    for path in source.files:
-        try:
-            path.read_bytes().decode()
-        except UnicodeDecodeError as bad:
-            line = path.read_bytes()[: bad.start].count(b"\n") + 1
-            return f"{path}: not UTF-8 at byte {bad.start} (line {line}); convert it, for example with iconv"
-    cause = error.__cause__ or error
-    return f"{source.name}: cannot be read as {source.builder} ({str(cause).splitlines()[0]})"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from genai_pl.data.columns import Place, text_of
 from genai_pl.data.documents import PIECE, encode_batch, encoder, find_cut
 from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
 from genai_pl.data.packing import Packer, Row
@@ -133,8 +134,8 @@ class _Stream:
 
     def _texts(self) -> Iterator[str]:
         # in batches of one: a plain loop would deal the files to the workers a second time
-        for batch in self.data.source.iter(batch_size=1):
-            yield batch["text"][0]
+        for number, batch in enumerate(self.data.source.iter(batch_size=1), start=self.seen + 1):
+            yield text_of(batch["text"][0], Place("data.path", number, "text"))
 
     def _passages(self) -> Iterator[str]:
         """Lines together, about PIECE characters, cut where that changes no token if there is such a place."""

@@ -1,31 +1,37 @@
 """Data in columns, one example per row: what pairs, conversations, preferences and prompts share."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import prompt_text
+from genai_pl.data.columns import Place, text_of
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.documents import cache_folder
 from genai_pl.data.loader import Collate
+from genai_pl.data.records import Records, Row
+from genai_pl.data.store import dumps, keep, say_empty
 from genai_pl.data.tokenizer import end_token, fingerprint
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 3  # of encoded rows: raise it when an encoder gives other ones
+FORMAT = 4  # of encoded rows: raise it when an encoder gives other ones
 Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
 class TableDataModule(RowsDataModule):
     """Rows of a table, one example each."""
+
+    beside: ClassVar[tuple[str, ...]] = ()  # columns that are read where they are there, whatever the options say
+    kinds: ClassVar[dict[str, str]] = {}  # by role what its cells are, in the words of `store.TYPES`, if not text
 
     def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
         super().__init__(**loading)
@@ -49,23 +55,44 @@ class TableDataModule(RowsDataModule):
         return self._tables
 
     def read(self, source: sources.Source) -> "Table":
-        """The table of a source, with the columns that are wanted; DataError if one is missing."""
-        table = sources.read_table(source)
-        sources.check_columns(source, table, self.wanted())
+        """The examples of a source in columns by role, with the number of their `row`; DataError for one that is none."""
+        roles = self.roles(source, sources.column_names(source))
+        kinds = {role: self.kinds.get(role, "text") for role in self.stored(roles)}
+        name = sources.content_name(source, type(self).__name__, roles, kinds)
+        table = keep(name, {**kinds, "row": "row"}, self._cells(source, roles, kinds))
+        if not len(table):
+            raise DataError(f"{source.name}: no rows")
+        say_empty(table, kinds, source.name)
         return table
+
+    def _cells(
+        self, source: sources.Source, roles: Mapping[str, str], kinds: Mapping[str, str]
+    ) -> Iterator[tuple[Place, list[object]]]:
+        rows = sources.rows(source, {*roles.values(), *self.beside})
+        for number, (place, found) in enumerate(self.examples(rows, roles), start=1):
+            cells = [dumps(found[role], place) if kind == "json" else found[role] for role, kind in kinds.items()]
+            yield place, [*cells, number]
+
+    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
+        """The columns that are read, by role; DataError if one of those in `wanted` is not there."""
+        sources.check_columns(source, found, self.wanted())
+        return {option.removeprefix("data."): column for option, column in self.wanted().items()}
 
     def wanted(self) -> dict[str, str]:
         """The columns that must be there, by the option that names them."""
         raise NotImplementedError
 
-    def has_conversations(self) -> bool:
-        train, _ = self.tables()
-        row = train[0] if len(train) else {}
-        return any(_is_conversation(row.get(column)) for column in self.conversation_columns())
+    def stored(self, roles: Mapping[str, str]) -> list[str]:
+        """The roles of the columns of the table."""
+        return list(roles)
 
-    def conversation_columns(self) -> Sequence[str]:
-        """The columns that may hold messages."""
-        return ()
+    def examples(self, rows: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
+        """The example of each row."""
+        return ((place, self.example(row, roles, place)) for place, row in rows)
+
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        """What a row says in each of the stored roles."""
+        return {role: text_of(row.get(column), place._replace(column=column)) for role, column in roles.items()}
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.tokenizer, self.collate = tokenizer, collate
@@ -76,17 +103,17 @@ class TableDataModule(RowsDataModule):
         """The tokenized rows."""
         raise NotImplementedError
 
-    def encoded(self, table: "Table", roles: Mapping[str, str], encode: Encode, **options: object) -> "Table":
-        """What `encode` makes of the columns of the roles, called by these; kept on disk by all that it depends on."""
+    def encoded(self, table: "Table", roles: Sequence[str], encode: Encode, **options: object) -> "Table":
+        """What `encode` makes of the columns of the roles; kept on disk by all that it depends on."""
         sources.show_progress()
-        chosen = table.select_columns(list(roles.values()))
-        chosen = chosen.rename_columns({column: role for role, column in roles.items() if role != column})
+        chosen = table.select_columns([*roles, "row"])
         name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokens_name}/{options}"
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        parsed = [role for role in roles if self.kinds.get(role) == "json"]
         return chosen.map(
-            encode,
+            _encoded,
             batched=True,
-            fn_kwargs={"tokenizer": self.tokenizer, **options},
+            fn_kwargs={"encode": encode, "parsed": parsed, "name": self.path, "tokenizer": self.tokenizer, **options},
             remove_columns=chosen.column_names,
             new_fingerprint=name,
             cache_file_name=str(cache_folder() / f"rows-{name}.arrow"),
@@ -96,13 +123,22 @@ class TableDataModule(RowsDataModule):
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} rows for training, {len(self.val_rows):,} held"
 
-    def _text(self, value: object) -> str:
-        """A prompt as text, conversations rendered."""
-        return prompt_text(self.tokenizer, value)
 
-
-def _is_conversation(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def _encoded(
+    batch: dict[str, list], *, encode: Encode, parsed: Sequence[str], name: str, **options: object
+) -> dict[str, list]:
+    """What `encode` makes of the batch, in which the columns `parsed` are JSON; a DataError names the row."""
+    rows = batch["row"]
+    columns = {k: [*map(json.loads, v)] if k in parsed else v for k, v in batch.items() if k != "row"}
+    try:
+        return encode(columns, **options)
+    except DataError:
+        for number, row in enumerate(rows):
+            try:
+                encode({role: values[number : number + 1] for role, values in columns.items()}, **options)
+            except DataError as error:
+                raise DataError(f"{Place(name, row)}: {error}") from None
+        raise
 
 
 def lists(table: "Table", column: str) -> list[np.ndarray]:

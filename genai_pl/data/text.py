@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import ConcatDataset, Dataset
 
 from genai_pl.data import sources
+from genai_pl.data.columns import Place, text_of
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.documents import n_characters, split_text, tokenize
 from genai_pl.data.loader import Collate, EpochLoader
@@ -16,6 +17,7 @@ from genai_pl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
+    from datasets import IterableDataset as IterableTable
     from transformers import PreTrainedTokenizerBase
 
 
@@ -68,8 +70,8 @@ class TextDataModule(RowsDataModule):
             elif self.streaming:
                 from datasets import Dataset
 
-                held = list(table.take(self.val_documents))
-                self._tables = table.skip(self.val_documents), Dataset.from_list(held)
+                held = self._first(table, self.val_documents)
+                self._tables = table.skip(self.val_documents), Dataset.from_dict({"text": held})
             else:
                 self._tables = split_text(table, self.val_fraction)
         return self._tables
@@ -77,8 +79,13 @@ class TextDataModule(RowsDataModule):
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         """A byte-pair tokenizer learned from the training documents (of a stream: from the first ones)."""
         table, _ = self.documents()
-        texts = table.take(20_000) if self.streaming else table
-        return train_bpe((example["text"] or "" for example in texts), vocab_size)
+        texts = self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
+        return train_bpe(texts, vocab_size)
+
+    def _first(self, table: "IterableTable", n: int) -> list[str]:
+        """The first texts of a stream."""
+        rows = enumerate(table.take(n), start=1)
+        return [text_of(row["text"], Place(self.path, number, self.column)) for number, row in rows]
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         """Tokenize and pack."""
@@ -102,7 +109,7 @@ class TextDataModule(RowsDataModule):
     def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
         split = part if source is self.source and not (part == "train" and self.val_source) else "all"
         fraction = self.val_fraction if split != "all" else ""
-        content = f"{sources.content_hash(source)}/{self.column}/{split}/{fraction}"
+        content = sources.content_name(source, self.column, split, fraction)
         return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
@@ -133,6 +140,6 @@ class TextDataModule(RowsDataModule):
             plan,
             build_packer=partial(Packer, self.row_length, **self.packing),
             block_rows=self.block_rows if self.shuffle else plan.batch_size,
-            continuous=self.source.builder == "text",
+            continuous=self.source.is_text,
         )
         return StreamLoader(rows, self.n_batches)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from genai_pl.data.columns import view
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import Metrics, with_interval
 from genai_pl.evaluation.rows import Row, completion_rows
@@ -22,24 +23,23 @@ class Question(NamedTuple):
     answer: int
 
 
-def read_question(n: int, prompt: object, choices: object, answer: object) -> Question:
-    """The question of row n of the data; DataError says what is wrong with it."""
-    if not isinstance(prompt, str):
-        raise DataError(f"row {n}: the question is {type(prompt).__name__}, not text")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise DataError(f"row {n}: choices must be a list of two or more texts")
-    if twice := next((c for k, c in enumerate(choices) if c in choices[:k]), None):
-        raise DataError(f"row {n}: {twice!r} is there twice among the choices")
-    meant = meanings(choices, answer)
+def read_question(
+    place: object, prompt: str, choices: Sequence[str], answer: object, *, number: int | None = None
+) -> Question:
+    """The question at a place in the data; DataError says what is wrong with it.
+
+    `number` is what an answer that is written as text may stand for beside a letter or a text.
+    """
+    if len(choices) < 2 or not all(choice.strip() for choice in choices):
+        raise DataError(f"{place}: choices must be a list of two or more texts")
+    meant = meanings(choices, answer) | (set() if number is None else meanings(choices, number))
     if not meant:
         raise DataError(
-            f"row {n}: answer {answer!r} is not the number (from 0), letter or text of one of {len(choices)} choices"
+            f"{place}: answer {view(answer)} is not the number (from 0), letter or text of one of {len(choices)} choices"
         )
     if len(meant) > 1:
-        raise DataError(
-            f"row {n}: answer {answer!r} is the letter of one choice and the text of another: give a number"
-        )
-    return Question(prompt, choices, meant.pop())
+        raise DataError(f"{place}: answer {view(answer)} stands for several choices: give the number of one, from 0")
+    return Question(prompt, list(choices), meant.pop())
 
 
 def meanings(choices: Sequence[str], answer: object) -> set[int]:

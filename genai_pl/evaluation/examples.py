@@ -1,12 +1,18 @@
 """The rows that a model is measured on: what kind they are is told by their columns."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from itertools import islice
 
 from genai_pl.data import sources
+from genai_pl.data.columns import Place, list_of, text_of
+from genai_pl.data.messages import Given, given_of, split_answers
 from genai_pl.errors import DataError
-from genai_pl.evaluation.choices import read_question
+from genai_pl.evaluation.choices import Question, read_question
+
+log = logging.getLogger(__name__)
 
 
 class Kind(Enum):
@@ -27,26 +33,61 @@ def read_examples(
     `column` names the column of a text. With `last_word` a text becomes a prompt and its last word the completion.
     """
     source = sources.shipped_validation(path) or sources.find(path)
-    table = sources.read_table(source)
+    found = sources.column_names(source)
     if column is None and not last_word:
-        kind = find_kind(path, table.column_names)
+        kind = find_kind(path, found)
         names = kind.value
     else:
         kind, names = Kind.text, [column or "text"]
-        sources.check_columns(source, table, {"data.column": names[0]})
-    table = table.select_columns(list(names))
-    if limit is not None:
-        table = table.select(range(min(limit, len(table))))
-    columns = [table[name][:] for name in names]
-    with naming(path):
-        if last_word:
+        sources.check_columns(source, found, {"data.column": names[0]})
+    read = READ[kind]
+    rows = [
+        read(place, [row.get(name) for name in names], names)
+        for place, row in islice(sources.rows(source, names), limit)
+    ]
+    if not rows:
+        raise DataError(f"data.path={path}: no rows")
+    if kind in (Kind.questions, Kind.choices):
+        return Kind.choices, [rows]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if last_word:
+        with naming(path):
             return Kind.completions, last_words(columns[0])
-        if kind is Kind.questions:  # as ARC is asked
-            columns[0] = [f"Question: {text}\nAnswer:" if isinstance(text, str) else text for text in columns[0]]
-        if kind in (Kind.questions, Kind.choices):
-            rows = enumerate(zip(*columns, strict=True), start=1)
-            return Kind.choices, [[read_question(n, *row) for n, row in rows]]
+    if kind is Kind.text and (empty := [n for n, text in enumerate(columns[0], start=1) if not text]):
+        log.warning("data        %s of %s texts are empty, first row %s", len(empty), len(rows), empty[0])
     return kind, columns
+
+
+def read_texts(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[str]:
+    """The texts of a row."""
+    return [text_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True)]
+
+
+def read_pair(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Given]:
+    """Prompt, chosen and rejected answer of a row, as in training."""
+    prompt, *answers = [given_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True)]
+    prompt, answers = split_answers(prompt, answers, place)
+    return [prompt, *answers]
+
+
+def read_choice(place: Place, cells: Sequence[object], names: Sequence[str]) -> Question:
+    """The question of a row, which is asked as ARC is where it is called that."""
+    question, choices, answer = cells
+    question = text_of(question, place._replace(column=names[0]))
+    asked = f"Question: {question}\nAnswer:" if names[0] == "question" else question
+    choices = list_of(choices, place._replace(column=names[1]), text_of)
+    if place.name.lower().endswith(".csv") and isinstance(answer, str):  # all cells of a csv are texts
+        return read_question(place, asked, choices, answer, number=int(answer) if answer.isdecimal() else None)
+    return read_question(place, asked, choices, answer)
+
+
+READ = {
+    Kind.preferences: read_pair,
+    Kind.choices: read_choice,
+    Kind.questions: read_choice,
+    Kind.completions: read_texts,
+    Kind.text: read_texts,
+}
 
 
 def find_kind(path: str, found: Sequence[str]) -> Kind:
@@ -59,7 +100,7 @@ def find_kind(path: str, found: Sequence[str]) -> Kind:
     )
 
 
-def last_words(texts: Sequence[object]) -> list[list[str]]:
+def last_words(texts: Sequence[str]) -> list[list[str]]:
     """Each text up to its last word, and that with the whitespace before it (LAMBADA: Paperno et al. 2016).
 
     >>> last_words(["I met him at the docks"])
@@ -67,8 +108,6 @@ def last_words(texts: Sequence[object]) -> list[list[str]]:
     """
     prompts = []
     for n, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise DataError(f"row {n}: text is {type(text).__name__}, not text")
         words = text.split()
         if len(words) < 2:
             raise DataError(f"row {n}: {len(words)} words; there is nothing to predict the last one from")

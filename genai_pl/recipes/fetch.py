@@ -56,7 +56,7 @@ def write_parts(folder: Path, rows: list[Row], *, held: int) -> str:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows that `write_rows` wrote."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from genai_pl.data.messages import join_parts
 from genai_pl.serving.errors import ApiError
 
 
@@ -75,7 +76,9 @@ class Message(BaseModel):
 
     def plain(self) -> dict[str, object]:
         """The turn as chat templates read it."""
-        whole = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        whole = (
+            self.content if isinstance(self.content, str) else join_parts([part.text for part in self.content or ()])
+        )
         role = "system" if self.role == "developer" else self.role
         turn: dict[str, object] = {"role": role, "content": whole}
         if self.tool_calls:

@@ -65,7 +65,7 @@ def test_training_generation_evaluation_and_judges_agree_on_the_tokens(
         # DPO and KTO, rewards in training, evaluate.py on pairs
         (given, (said,)) = encode_answers(tokenizer, [prompt], [[answer]])[0]
         kto = encode_answered({"prompt": [prompt], "completion": [answer]}, tokenizer)
-        dpo = encode_compared({"prompt": [prompt], "chosen": [answer], "rejected": ["No."]}, tokenizer)
+        dpo = encode_compared({"prompt": [prompt], "answers": [[answer, "No."]]}, tokenizer)
         for row in (
             np.concatenate([given, said]),
             np.concatenate([kto["prompt"][0], kto["completion"][0]]),

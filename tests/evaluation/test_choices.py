@@ -1,5 +1,6 @@
 """Choices, last words and calibration: what a plain loop over transformers' model finds."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from genai_pl.data import byte_tokenizer
+from genai_pl.data.columns import Place
 from genai_pl.errors import DataError
-from genai_pl.evaluation import Question, choice_metrics, score, text_rows
-from genai_pl.evaluation.choices import read_question
+from genai_pl.evaluation import Kind, Question, choice_metrics, score, text_rows
+from genai_pl.evaluation.examples import read_choice
 from genai_pl.kernels.projection import tokens_at_once
 from genai_pl.loading import load
 from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
@@ -82,23 +84,47 @@ def test_equal_choices_share_the_credit_and_bytes_count_not_characters() -> None
 
 
 BAD = {
-    "the question is NoneType, not text": (None, ["a", "b"], 0),
+    "column 'prompt': missing (null)": (None, ["a", "b"], 0),
+    "column 'choices': 'ab' is not JSON": ("q", "ab", 0),
+    "column 'choices': missing (null)": ("q", ["a", None], 0),
     "choices must be a list of two or more texts": ("q", ["a"], 0),
-    "'b' is there twice among the choices": ("q", ["a", "b", "b"], 0),
     "answer 2 is not the number (from 0), letter or text of one of 2 choices": ("q", ["a", "b"], 2),
     "answer -1 is not": ("q", ["a", "b"], -1),
     "answer 'C' is not": ("q", ["a", "b"], "C"),
     "answer None is not": ("q", ["a", "b"], None),
     "answer True is not": ("q", ["a", "b"], True),
-    "answer 'A' is the letter of one choice and the text of another": ("q", ["B", "A"], "A"),
+    "answer 'A' stands for several choices": ("q", ["B", "A"], "A"),
+    "answer 'b' stands for several choices": ("q", ["a", "b", "b"], "b"),
 }
 
 
 @pytest.mark.parametrize("said", BAD)
 def test_a_bad_question_is_named(said: str) -> None:
-    with pytest.raises(DataError, match="row 7") as caught:
-        read_question(7, *BAD[said])
+    with pytest.raises(DataError, match=r"q\.jsonl: row 7") as caught:
+        read_choice(Place("q.jsonl", 7), BAD[said], Kind.choices.value)
     assert said in str(caught.value)
+
+
+def test_a_choice_that_is_there_twice_is_scored_where_the_answer_says_which(
+    folder: Path, command, tmp_path: Path
+) -> None:
+    rows = [{"question": "Hm?", "choices": ["red", "any", "red", "blue"], "answer": n} for n in (1, 3)]
+    found = figures(command, folder, f"data.path={write_lines(tmp_path / 'twice.jsonl', rows)}")
+    assert (found["rows"], found["chance"]) == (2, 1 / 4)
+
+
+def test_questions_of_a_csv_are_those_of_the_same_json(folder: Path, command, tmp_path: Path) -> None:
+    rows = [{"prompt": q, "choices": COLORS, "answer": n} for q, n in (("Hm?", 3), ("So?", 0))]
+    with (tmp_path / "choices.csv").open("w", newline="") as file:
+        lines = csv.DictWriter(file, ["prompt", "choices", "answer"])
+        lines.writeheader()
+        lines.writerows([{**row, "choices": json.dumps(COLORS)} for row in rows])
+    found = [
+        figures(command, folder, f"data.path={path}")
+        for path in ("choices.csv", write_lines(tmp_path / "c.jsonl", rows))
+    ]
+    assert found[0].pop("config") != found[1].pop("config")
+    assert found[0] == found[1]
 
 
 def test_a_bad_row_is_one_line_of_the_command(folder: Path, command, tmp_path: Path) -> None:

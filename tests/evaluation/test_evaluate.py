@@ -137,7 +137,7 @@ MISTAKES = {
     "no column 'text', nor 'prompt' and 'completion'; found: body, title": ({"body": "x", "title": "y"}, ()),
     "no column 'nope'; found: prompt, completion": (PAIR, ("data.column=nope",)),
     "row 1: completion is empty": ({**PAIR, "completion": ""}, ()),
-    "row 1: prompt is NoneType, not text": ({**PAIR, "prompt": None}, ()),
+    "row 1: column 'prompt': missing (null)": ({**PAIR, "prompt": None}, ()),
     "row 1: completion has 30 tokens, more than the context of 24": ({**PAIR, "completion": "b" * 30}, ()),
     "there is no token to score": ({"text": "x"}, ()),
     "data.stride=25 must lie between 1 and the window, 24 tokens": ({"text": "xy"}, ("data.stride=25",)),

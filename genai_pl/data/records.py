@@ -1,0 +1,204 @@
+"""Files as rows: each row of a csv, JSON, parquet or text file is a mapping of its columns, with its place, as it is written."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genai_pl.data.columns import Place, kind, loads, spread, value_at, view
+from genai_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+Row = Mapping[str, object]
+Records = Iterator[tuple[Place, Row]]
+FIRST = 1000  # rows that tell the columns of JSON
+BYTES = "utf-8-sig"  # UTF-8, with or without a byte order mark
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+SPACE = re.compile(r"\s*")
+BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def rows(files: Sequence[Path], *, columns: Collection[str] | None = None, by_line: bool = False) -> Records:
+    """The rows of all files, numbered from 1 in each; a .txt is one row, or with `by_line` one a line.
+
+    Of a parquet file only `columns` are read where they are given; a DataError names what cannot be read.
+    """
+    for path in files:
+        name = str(path)
+        try:
+            for number, row in enumerate(reader(path, columns, by_line), start=1):
+                yield Place(name, number), row
+        except UnicodeDecodeError:
+            raise DataError(why_undecodable(path)) from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
+
+
+def reader(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Row]:
+    """The rows of a file of a known kind."""
+    kind_of_file = BUILDERS[path.suffix.lower()]
+    if kind_of_file == "parquet":
+        return parquet_rows(path, columns)
+    if kind_of_file == "text":
+        return text_lines(path) if by_line else text_rows(path)
+    return csv_rows(path) if kind_of_file == "csv" else json_rows(path)
+
+
+def column_names(files: Sequence[Path]) -> list[str]:
+    """The columns of the first file that has rows: of JSON those of its first rows."""
+    for path in files:
+        if path.suffix.lower() == ".parquet":
+            names = parquet_file(path).schema_arrow.names
+        else:
+            names = list(dict.fromkeys(name for _, row in islice(rows([path], by_line=True), FIRST) for name in row))
+        if names:
+            return names
+    return []
+
+
+def text_rows(path: Path) -> Iterator[Row]:
+    """The whole text as one row."""
+    yield {"text": path.read_text(encoding=BYTES)}
+
+
+def text_lines(path: Path) -> Iterator[Row]:
+    """The lines of a text, with their line breaks."""
+    with path.open(encoding=BYTES) as file:
+        for line in file:
+            yield {"text": line}
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """Rows of cells, all of them text; empty lines are none."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding=BYTES, newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            header = next(lines, [])
+            if twice := next((name for n, name in enumerate(header) if name in header[:n]), None):
+                raise DataError(f"{path}: the column {twice!r} is there twice")
+            for number, cells in enumerate(filter(None, lines), start=1):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}: row {number} (line {lines.line_num}): {len(cells)} cells, but {len(header)} columns"
+                    )
+                yield dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}: line {lines.line_num}: not csv ({error})") from None
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The objects of a list, of lines, or one after the other; a text stands for an object with that `text`."""
+    with path.open(encoding=BYTES) as file:
+        first = next((line for line in file if not line.isspace()), "")
+    if first.lstrip().startswith("["):
+        yield from _of_list(path)
+    elif _is_json(first):
+        yield from _of_lines(path)
+    else:
+        yield from _of_values(path)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _of_list(path: Path) -> Iterator[Row]:
+    found, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
+    for number, value in enumerate(found, start=1):
+        yield _row(value, path, number)
+
+
+def _of_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding=BYTES, newline="\n") as file:
+        for number, line in enumerate((line for line in file if not line.isspace()), start=1):
+            yield _row(_decoded(line, path, number)[0], path, number)
+
+
+def _of_values(path: Path) -> Iterator[Row]:
+    """Objects over several lines, with whitespace between them."""
+    text, number, end = path.read_text(encoding=BYTES).strip(), 0, 0
+    while end < len(text):
+        number += 1
+        value, end = _decoded(text, path, number, SPACE.match(text, end).end())
+        yield _row(value, path, number)
+
+
+def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tuple[object, int]:
+    """The JSON value that is all of the text, or the one that begins at `start`, and where it ends."""
+    try:
+        return (loads(text), len(text)) if start is None else value_at(text, start)
+    except RecursionError:
+        why = "nested too deeply"
+    except json.JSONDecodeError as error:
+        why = f"{error.msg.removesuffix(' at')} at {view(text[error.pos : error.pos + 40])}"
+    except ValueError as error:
+        why = str(error).split(";")[0]
+    raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{why})")
+
+
+def _row(value: object, path: Path, number: int) -> Row:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: row {number}: {kind(value)}, not an object of columns")
+    return value
+
+
+def parquet_file(path: Path) -> "ParquetFile":
+    """The opened file."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        file = ParquetFile(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from None
+    names = file.schema_arrow.names
+    if twice := next((name for n, name in enumerate(names) if name in names[:n]), None):
+        raise DataError(f"{path}: the column {twice!r} is there twice")
+    return file
+
+
+def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+    """Rows of Python values, of structs only the keys that hold something."""
+    import pyarrow as pa
+
+    file = parquet_file(path)
+    wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    nested = {name for name in wanted if pa.types.is_nested(file.schema_arrow.field(name).type)}
+    try:
+        for batch in file.iter_batches(batch_size=FIRST, columns=wanted):
+            for row in batch.to_pylist():
+                yield {name: spread(value) if name in nested else value for name, value in row.items()}
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def why_undecodable(path: Path) -> str:
+    """Names the place of the first bytes of a file that are not UTF-8, and what it may be instead."""
+    contents = path.read_bytes()
+    packed = next((name for mark, name in PACKED.items() if contents.startswith(mark)), None)
+    if packed:
+        return f"{path}: packed by {packed}; unpack it first"
+    try:
+        contents.decode()
+    except UnicodeDecodeError as bad:
+        line = contents[: bad.start].count(b"\n") + 1
+        return f"{path}: not UTF-8 at byte {bad.start} (line {line}); convert it, for example with iconv"
+    return f"{path}: not UTF-8"
