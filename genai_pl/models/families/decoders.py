@@ -6,7 +6,7 @@ from dataclasses import replace
 from genai_pl.errors import ConfigError
 from genai_pl.models.families.family import Codec, Family, Values, Weight, both, one
 from genai_pl.models.families.rope import ROPE, TWO_ROPES
-from genai_pl.names import Head, Norm, NormOrder, Position
+from genai_pl.names import Head, Norm, NormOrder, Position, Shape
 from genai_pl.specs import ModelConfig
 
 
@@ -73,13 +73,44 @@ def _gemma3(config: ModelConfig) -> Iterator[Weight]:
     yield from _head(config)
 
 
-def _classes(causal: str, scoring: str) -> dict[Head, tuple[str, ...]]:
-    return {Head.linear: (causal,), Head.score: (scoring,)}
+def _classes(name: str) -> dict[Head, tuple[str, ...]]:
+    return {
+        Head.linear: (f"{name}ForCausalLM",),
+        Head.score: (f"{name}ForSequenceClassification",),
+        Head.none: (f"{name}Model",),
+    }
+
+
+def _read_causal(values: Values) -> dict[str, object]:
+    if values.get("is_causal", True):
+        return {}
+    if any(str(name).endswith("ForSequenceClassification") for name in values.get("architectures") or ()):
+        raise ConfigError("is_causal=false is not supported for a model that scores texts")
+    return {"shape": Shape.encoder}
+
+
+def _write_causal(config: ModelConfig) -> dict[str, object]:
+    if config.shape is not Shape.encoder:
+        return {}
+    if "model_type" not in config.extra or config.head is Head.score:  # older readers take no notice of the key
+        raise ConfigError("an encoder is written as a decoder only if it was read as one")
+    return {"is_causal": False}
+
+
+def _check_width(config: ModelConfig) -> dict[str, object]:
+    if config.n_embd % config.n_head:  # transformers 5 refuses that, although head_dim may be another number
+        raise ConfigError("hidden_size must be a multiple of num_attention_heads")
+    return {}
+
+
+CAUSAL = Codec(_read_causal, _write_causal, ("is_causal",))  # of transformers: a decoder whose tokens see all others
+WIDTH = Codec(lambda values: {}, _check_width, ())
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 
 GPT2 = Family(
     model_type="gpt2",
-    architectures=_classes("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    architectures={**_classes("GPT2"), Head.linear: ("GPT2LMHeadModel",)},
     fixed={},
     fields={
         "n_layer": "n_layer",
@@ -102,11 +133,20 @@ GPT2 = Family(
         "initializer_range": 0.02,
     },
     weights=_gpt2,
+    codecs=(CAUSAL,),
     dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    prefix="transformer.",
+    ties=(("lm_head.weight", "transformer.wte.weight"),),
+    synonyms=(
+        ("hidden_size", "n_embd"),
+        ("max_position_embeddings", "n_positions"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ),
 )
 LLAMA = Family(
     model_type="llama",
-    architectures=_classes("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    architectures=_classes("Llama"),
     fixed={
         "position": Position.rotary,
         "norm": Norm.rmsnorm,
@@ -138,58 +178,76 @@ LLAMA = Family(
         "initializer_range": 0.02,
     },
     weights=_llama,
-    codecs=(ROPE,),
+    codecs=(ROPE, CAUSAL, WIDTH),
+    prefix="model.",
+    ties=TIED,
 )
+
+
+def _check_layer_types(values: Values) -> dict[str, object]:
+    kinds = values.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * values["num_hidden_layers"]:
+        raise ConfigError(f"layer_types={kinds!r} is not supported without a window")
+    return {}
+
+
+FULL = Codec(_check_layer_types, lambda config: {}, ("layer_types", "sliding_window", "max_window_layers"))
 MISTRAL = replace(
     LLAMA,
     model_type="mistral",
-    architectures=_classes("MistralForCausalLM", "MistralForSequenceClassification"),
+    architectures=_classes("Mistral"),
     fields={**LLAMA.fields, "window": "sliding_window"},
     constants={},
     defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
+    codecs=(ROPE, CAUSAL),
 )
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    architectures=_classes("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    architectures=_classes("Qwen2"),
     fixed={**LLAMA.fixed, "qkv_bias": True},
     constants={"use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32},
+    codecs=(ROPE, CAUSAL, FULL),
 )
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
-    architectures=_classes("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    architectures=_classes("Qwen3"),
     fixed={**LLAMA.fixed, "qk_norm": True},
     constants={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
+    codecs=(ROPE, CAUSAL, FULL),
 )
 
 
 def _read_gemma3(values: Values) -> dict[str, object]:
-    pattern = values.get("_sliding_window_pattern", values.get("sliding_window_pattern", 6))
-    kinds = values.get("layer_types")
-    if kinds and "full_attention" in kinds:
-        pattern = kinds.index("full_attention") + 1
-    asked = [(i + 1) % pattern == 0 for i in range(values["num_hidden_layers"])]
-    if kinds and [kind == "full_attention" for kind in kinds] != asked:
-        raise ConfigError("layer_types without a period are not supported")
-    if not values["sliding_window"]:
-        return {"window": None, "full_every": None, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
-    window = {"window": values["sliding_window"], "full_every": pattern}
+    n, kinds = values["num_hidden_layers"], values.get("layer_types")
+    pattern = values["sliding_window_pattern"]
+    if kinds is None:
+        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n)]
+    elif len(kinds) != n or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"layer_types={kinds!r} must say full_attention or sliding_attention for each of {n} layers")
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else max(pattern, n + 1)
+    if [kind == "full_attention" for kind in kinds] != [(i + 1) % every == 0 for i in range(n)]:
+        raise ConfigError(f"layer_types={kinds!r} without a period are not supported")
+    if values["sliding_window"] is None and "sliding_attention" in kinds:
+        raise ConfigError("sliding_window=None is not supported where layer_types has sliding_attention")
+    window = {"window": values["sliding_window"], "full_every": every if values["sliding_window"] else None}
     return {**window, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, object]:
-    if config.window is None or config.full_every is None:
-        raise ConfigError("Gemma 3 needs model.window and model.full_every")
+    if config.window is None:
+        raise ConfigError("Gemma 3 needs model.window")
     scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
     if abs(scalar - round(scalar)) > 1e-6:
         raise ConfigError("Gemma 3's query_pre_attn_scalar is an integer")
-    full = [(i + 1) % config.full_every == 0 for i in range(config.n_layer)]
+    every = config.full_every or config.n_layer + 1
+    full = [(i + 1) % every == 0 for i in range(config.n_layer)]
     return {
         "sliding_window": config.window,
-        "sliding_window_pattern": config.full_every,
+        "sliding_window_pattern": every,
         "layer_types": ["full_attention" if here else "sliding_attention" for here in full],
         "query_pre_attn_scalar": round(scalar),
     }
@@ -198,7 +256,11 @@ def _write_gemma3(config: ModelConfig) -> dict[str, object]:
 GEMMA3 = replace(
     LLAMA,
     model_type="gemma3_text",
-    architectures={Head.linear: ("Gemma3ForCausalLM",)},
+    architectures={
+        Head.linear: ("Gemma3ForCausalLM",),
+        Head.score: ("Gemma3TextForSequenceClassification",),
+        Head.none: ("Gemma3TextModel",),
+    },
     fixed={
         **LLAMA.fixed,
         "qk_norm": True,
@@ -222,18 +284,20 @@ GEMMA3 = replace(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "sliding_window": 4096,
+        "sliding_window_pattern": 6,
         "query_pre_attn_scalar": 256,
     },
     weights=_gemma3,
     codecs=(
         TWO_ROPES,
+        CAUSAL,
+        WIDTH,
         Codec(
             _read_gemma3,
             _write_gemma3,
             (
                 "sliding_window",
                 "sliding_window_pattern",
-                "_sliding_window_pattern",
                 "layer_types",
                 "query_pre_attn_scalar",
             ),
