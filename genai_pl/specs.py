@@ -1,13 +1,18 @@
 """What a model and a decoding are, as plain data: read from YAML, stored in checkpoints, never code."""
 
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any
 
 from genai_pl.errors import ConfigError
 from genai_pl.names import Activation, AttentionBackend, AttentionKind, Head, Norm, NormOrder, Position, RopeKind, Shape
-from genai_pl.values import MAX_SIZE, check_numbers
+from genai_pl.values import MAX_SIZE, check_numbers, check_positive, parse_enums, plain
 
+POSITIVE = (
+    "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim",
+    "intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets",
+    "relative_max_distance", "norm_eps", "attention_scale", "window", "full_every",
+    "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket", "softcap", "logit_softcap", "init_std",
+)  # fmt: skip
 MAX_LAYERS = 10_000  # more are a mistake, and would be built one by one before it shows
 
 
@@ -25,10 +30,7 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
-        kinds = [kind.value for kind in RopeKind]
-        if self.kind not in kinds:
-            raise ConfigError(f"model.rope_scaling.kind={self.kind} is not one of {', '.join(kinds)}")
-        self.kind = RopeKind(self.kind)
+        parse_enums(self, "model.rope_scaling")
         check_numbers(self, "model.rope_scaling")
         if not self.factor >= 1.0:
             raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
@@ -94,34 +96,13 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # of the config.json it was read from, to be written again
 
     def __post_init__(self) -> None:
-        self._parse_enums()
-        self._check_positive(
-            "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim"
-        )
-        self._check_positive("intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local")
-        self._check_positive("relative_buckets", "relative_max_distance", "norm_eps", "attention_scale", "window")
-        self._check_positive("full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket")
-        self._check_positive("softcap", "logit_softcap", "init_std")
+        parse_enums(self, "model")
+        if not isinstance(self.rope_scaling, RopeScaling):
+            self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
+        check_positive(self, "model", POSITIVE)
         check_numbers(self, "model")
         self._derive()
         self._check_pairs()
-
-    def _parse_enums(self) -> None:
-        """Let a plain string stand for the enum's member: YAML and notebooks have no other."""
-        for option in fields(self):
-            if isinstance(option.type, type) and issubclass(option.type, Enum):
-                value, names = getattr(self, option.name), [member.value for member in option.type]
-                if value not in names:
-                    raise ConfigError(f"model.{option.name}={value} is not one of {', '.join(names)}")
-                setattr(self, option.name, option.type(value))
-        if not isinstance(self.rope_scaling, RopeScaling):
-            self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ConfigError(f"model.{name} must be a number above 0, not {value!r}")
 
     def _derive(self) -> None:
         if self.n_kv_head is None:
@@ -157,9 +138,7 @@ class ModelConfig:
             raise ConfigError("model.position=xl needs model.shape=encoder")
         if self.pooler and self.shape is not Shape.encoder:
             raise ConfigError("model.pooler needs model.shape=encoder")
-        if self.decoder_start_token_id is not None and not 0 <= self.decoder_start_token_id < (
-            self.vocab_size or MAX_SIZE
-        ):
+        if not 0 <= self.start_token(0) < (self.vocab_size or MAX_SIZE):
             raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
         if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
             raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
@@ -191,7 +170,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""
-        return _plain(vars(self))
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
@@ -203,11 +182,6 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"bad model configuration: {error}") from None
-
-
-def _plain(values: dict[str, object]) -> dict[str, object]:
-    named = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
-    return {k: _plain(vars(v)) if isinstance(v, RopeScaling) else v for k, v in named.items()}
 
 
 @dataclass

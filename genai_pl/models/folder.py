@@ -79,6 +79,10 @@ class TensorFiles:
             raise CheckpointError(f"{path}: tensor {stored} is missing, which {INDEX} says to be here")
         return self._shapes[path][stored]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What it is stored in."""
+        return self.read(name).dtype  # memory of the file itself, of which nothing is touched
+
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
         if self.shape(name) != self.shape(other):

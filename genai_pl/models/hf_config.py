@@ -108,7 +108,7 @@ def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, It
     if kind == NATIVE:
         config = ModelConfig.from_dict(values["model"])
         if stored is not None:
-            _check_blocks(config, stored)
+            check_blocks(config, stored.files)
         return config, _native_table(config)
     for family in FAMILIES:
         if family.model_type == kind:
@@ -167,13 +167,13 @@ def _check_labels(values: dict) -> None:
         raise ConfigError(f"a model that scores texts has one label here, and num_labels or id2label says {n}")
 
 
-def _check_blocks(config: ModelConfig, stored: TensorFiles) -> None:
-    """ConfigError where the last block has no tensors: so that no more are built than there are."""
+def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
+    """ConfigError where the last block has no tensors, by our names: so that no more are built than there are."""
     pairs = {Shape.encoder_decoder: {"encoder.": config.n_layer, "decoder.": config.n_decoder_layer}}
     for part, n in pairs.get(config.shape, {"": 1 if config.share_layers else config.n_layer}).items():
-        first = f"{part}blocks.{n - 1}.norm1.weight"
-        if first not in stored:
-            raise ConfigError(f"tensor {first} is missing")
+        last = f"{part}blocks.{n - 1}."
+        if not any(name.startswith(last) for name in names):
+            raise ConfigError(f"the configuration has {n} layers, and tensors {last}* are missing")
 
 
 def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:

@@ -53,6 +53,13 @@ def load_pretrained(
     return model.eval()
 
 
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """What the tensors of a folder are stored in, by our names of them."""
+    stored = TensorFiles(folder, prefix_of(folder / "config.json"))
+    _, rows = read_config(folder / "config.json", stored)
+    return {name: stored.dtype(row.theirs) for row in rows for name in row.ours}
+
+
 def save_pretrained(
     model: Model | WrappedDecoder,
     folder: Path,

@@ -13,7 +13,7 @@ class Seq2SeqCollator(Collator):
     """input_ids (B, S), decoder_input_ids and labels (B, T) of rows of one pair, or of several that do not see each other.
 
     Rows are {"source": (S,), "source_segments": (S,), "target": (T,), "target_segments": (T,)}; texts are closed by the
-    end token, and the decoder begins each target with the model's start token, for T5 the pad token (Raffel et al. 2020). segment_ids and
+    end token, and the decoder begins each target with the start token, T5's pad (Raffel et al. 2020). segment_ids and
     decoder_segment_ids are there only where a row has padding or two pairs.
     """
 

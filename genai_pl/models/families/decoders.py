@@ -1,19 +1,20 @@
-"""Decoders: GPT-2, Llama and its relatives, Gemma 3."""
+"""Decoders: GPT-2, Llama and its relatives."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from genai_pl.errors import ConfigError
 from genai_pl.models.families.family import Codec, Family, Values, Weight, both, one
-from genai_pl.models.families.rope import ROPE, TWO_ROPES
+from genai_pl.models.families.rope import ROPE
 from genai_pl.names import Head, Norm, NormOrder, Position, Shape
 from genai_pl.specs import ModelConfig
 
 
-def _head(config: ModelConfig) -> tuple[Weight, ...]:
+def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
+    """What follows the last norm of a decoder, where it has weights of its own."""
     if config.head is Head.score:
         return (one("score", "score"),)
-    return () if config.tie_embeddings else (one("lm_head", "lm_head"),)
+    return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)
 
 
 def _gpt2(config: ModelConfig) -> Iterator[Weight]:
@@ -28,7 +29,7 @@ def _gpt2(config: ModelConfig) -> Iterator[Weight]:
     yield from both(f"{layer}.mlp.c_fc", "blocks.{i}.mlp.up_proj", transposed=True)
     yield from both(f"{layer}.mlp.c_proj", "blocks.{i}.mlp.down_proj", transposed=True)
     yield from both("transformer.ln_f", "norm")
-    yield from _head(config)
+    yield from lm_head(config)
 
 
 def _llama(config: ModelConfig) -> Iterator[Weight]:
@@ -37,11 +38,12 @@ def _llama(config: ModelConfig) -> Iterator[Weight]:
     yield one("model.norm", "norm")
     yield one(f"{theirs}.input_layernorm", f"{ours}.norm1")
     yield one(f"{theirs}.post_attention_layernorm", f"{ours}.norm2")
-    yield from _projections(config)
-    yield from _head(config)
+    yield from projections(config)
+    yield from lm_head(config)
 
 
-def _projections(config: ModelConfig) -> Iterator[Weight]:
+def projections(config: ModelConfig) -> Iterator[Weight]:
+    """Attention and MLP of Llama's kind."""
     theirs, ours = "model.layers.{i}", "blocks.{i}"
     for p in "qkvo":
         yield one(f"{theirs}.self_attn.{p}_proj", f"{ours}.attention.{p}_proj")
@@ -53,24 +55,6 @@ def _projections(config: ModelConfig) -> Iterator[Weight]:
     if config.qk_norm and config.norm_order is NormOrder.pre:
         for p in "qk":
             yield one(f"{theirs}.self_attn.{p}_norm", f"{ours}.attention.{p}_norm")
-
-
-def _gemma3(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "model.layers.{i}", "blocks.{i}"
-    norms = {
-        "input_layernorm": "norm1",
-        "post_attention_layernorm": "norm1_after",
-        "pre_feedforward_layernorm": "norm2",
-        "post_feedforward_layernorm": "norm2_after",
-        "self_attn.q_norm": "attention.q_norm",
-        "self_attn.k_norm": "attention.k_norm",
-    }
-    yield one("model.embed_tokens", "embed")
-    yield one("model.norm", "norm", offset=1.0)  # it multiplies by 1 + weight
-    for name, norm in norms.items():
-        yield one(f"{theirs}.{name}", f"{ours}.{norm}", offset=1.0)
-    yield from _projections(config)
-    yield from _head(config)
 
 
 def _classes(name: str) -> dict[Head, tuple[str, ...]]:
@@ -218,89 +202,4 @@ QWEN3 = replace(
     constants={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
     codecs=(ROPE, CAUSAL, FULL),
-)
-
-
-def _read_gemma3(values: Values) -> dict[str, object]:
-    n, kinds = values["num_hidden_layers"], values.get("layer_types")
-    pattern = values["sliding_window_pattern"]
-    if kinds is None:
-        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n)]
-    elif len(kinds) != n or not {*kinds} <= {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"layer_types={kinds!r} must say full_attention or sliding_attention for each of {n} layers")
-    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else max(pattern, n + 1)
-    if [kind == "full_attention" for kind in kinds] != [(i + 1) % every == 0 for i in range(n)]:
-        raise ConfigError(f"layer_types={kinds!r} without a period are not supported")
-    if values["sliding_window"] is None and "sliding_attention" in kinds:
-        raise ConfigError("sliding_window=None is not supported where layer_types has sliding_attention")
-    window = {"window": values["sliding_window"], "full_every": every if values["sliding_window"] else None}
-    return {**window, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
-
-
-def _write_gemma3(config: ModelConfig) -> dict[str, object]:
-    if config.window is None:
-        raise ConfigError("Gemma 3 needs model.window")
-    scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
-    if abs(scalar - round(scalar)) > 1e-6:
-        raise ConfigError("Gemma 3's query_pre_attn_scalar is an integer")
-    every = config.full_every or config.n_layer + 1
-    full = [(i + 1) % every == 0 for i in range(config.n_layer)]
-    return {
-        "sliding_window": config.window,
-        "sliding_window_pattern": every,
-        "layer_types": ["full_attention" if here else "sliding_attention" for here in full],
-        "query_pre_attn_scalar": round(scalar),
-    }
-
-
-GEMMA3 = replace(
-    LLAMA,
-    model_type="gemma3_text",
-    architectures={
-        Head.linear: ("Gemma3ForCausalLM",),
-        Head.score: ("Gemma3TextForSequenceClassification",),
-        Head.none: ("Gemma3TextModel",),
-    },
-    fixed={
-        **LLAMA.fixed,
-        "qk_norm": True,
-        "norm_order": NormOrder.sandwich,
-        "scale_embeddings": True,
-    },
-    fields={
-        **LLAMA.fields,
-        "activation": "hidden_activation",
-        "softcap": "attn_logit_softcapping",
-        "logit_softcap": "final_logit_softcapping",
-    },
-    constants={"attention_bias": False, "use_bidirectional_attention": False},
-    defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "initializer_range": 0.02,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "query_pre_attn_scalar": 256,
-    },
-    weights=_gemma3,
-    codecs=(
-        TWO_ROPES,
-        CAUSAL,
-        WIDTH,
-        Codec(
-            _read_gemma3,
-            _write_gemma3,
-            (
-                "sliding_window",
-                "sliding_window_pattern",
-                "layer_types",
-                "query_pre_attn_scalar",
-            ),
-        ),
-    ),
 )

@@ -37,6 +37,9 @@ class Weight(NamedTuple):
         return tensor.reshape((1,) * self.leading + tuple(tensor.shape)).contiguous()
 
 
+SCORE = "score.weight"  # of every class of decoders that scores texts
+
+
 class Codec(NamedTuple):
     """Fields that are said otherwise than by one key each; ConfigError from either for what cannot be said."""
 
@@ -94,9 +97,11 @@ class Family:
         found = next((h for h, classes in self.architectures.items() if any(n in classes for n in named)), None)
         if found not in (None, Head.none) or Head.none not in others:
             return found or first
+        if found is None and stored is not None and Head.score in others and SCORE in stored:
+            return Head.score
         if values.get("tie_word_embeddings") and not self.head_bias:
             return first  # which is the embedding
-        if stored is None or named:
+        if found is Head.none or stored is None:
             return Head.none if named else first
         return first if self.head_tensor in stored else Head.none
 
