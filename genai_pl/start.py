@@ -13,7 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.export import export_model
 from genai_pl.loading import load, resolve, resolve_adapter
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
-from genai_pl.models.resize import resize_vocabulary
+from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.trainer import make
@@ -47,12 +47,16 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer = pretrained_tokenizer(config.model.name)
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
+    known, room = len(tokenizer), model.config.vocab_size
     add_missing(tokenizer, objective.needs)
-    n_tokens, room = len(tokenizer), model.config.vocab_size
+    n_tokens = len(tokenizer)
+    if n_tokens > known and known < room:
+        fill_vocabulary(model, known, min(n_tokens, room))
     if n_tokens > room:
         resize_vocabulary(model, n_tokens)
-        log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
-    return Start(model.train(), tokenizer, n_tokens > room)
+    if n_tokens > min(known, room):
+        log.info("vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(known, room), f"{known:,}")
+    return Start(model.train(), tokenizer, n_tokens > min(known, room))
 
 
 def adapt(

@@ -12,7 +12,7 @@ from genai_pl.models.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.folder import TensorFiles, read_json
 from genai_pl.models.ties import settle
 from genai_pl.names import AttentionBackend, Head, RopeKind, Shape
-from genai_pl.specs import ModelConfig
+from genai_pl.specs import MAX_LAYERS, ModelConfig
 
 # keys that are not kept: what is written says its own, and code beside the weights is not written
 WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id")
@@ -125,6 +125,8 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
     ours = {name: values[key] for name, key in family.fields.items()}
+    if type(ours["n_layer"]) is not int or not 0 < ours["n_layer"] <= MAX_LAYERS:  # before anything counts to it
+        raise ConfigError(f"{family.fields['n_layer']}={ours['n_layer']!r} is no number from 1 to {MAX_LAYERS:,}")
     if "activation" in ours:
         if ours["activation"] not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
@@ -132,11 +134,14 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
         ours["activation"] = ACTIVATIONS[ours["activation"]]
     for codec in family.codecs:
         ours |= codec.read(values)
+    if ours.get("shape") is Shape.encoder and ours.get("window") is not None:
+        raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({ours['window']}) is not supported")
     head = family.head_of(values, stored)
     if head is Head.score:
         _check_labels(values)
     pooler = {"pooler": True} if stored is not None and family.pooler and f"{family.pooler}.weight" in stored else {}
-    extra = {key: value for key, value in given.items() if key not in family.keys and key not in WRITTEN}
+    known = {*family.keys, *WRITTEN} - {family.fields.get("activation")}
+    extra = {key: value for key, value in given.items() if key not in known}
     head_bias = family.head_bias and head is not Head.none
     try:
         return ModelConfig(
@@ -179,8 +184,9 @@ def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
 def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     values = {key: getattr(config, name) for name, key in family.fields.items()}
     if "activation" in family.fields:
-        name = next(name for name, ours in ACTIVATIONS.items() if ours is config.activation)
-        values[family.fields["activation"]] = name
+        key = family.fields["activation"]
+        same = [name for name, ours in ACTIVATIONS.items() if ours is config.activation]
+        values[key] = config.extra[key] if config.extra.get(key) in same else same[0]  # some have several names
     for codec in family.codecs:
         values |= codec.write(config)
     if config.dropout or not set(family.dropouts) & set(config.extra):

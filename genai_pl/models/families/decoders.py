@@ -170,7 +170,7 @@ LLAMA = Family(
 
 def _check_layer_types(values: Values) -> dict[str, object]:
     kinds = values.get("layer_types")
-    if kinds is not None and kinds != ["full_attention"] * values["num_hidden_layers"]:
+    if kinds is not None and (len(kinds) != values["num_hidden_layers"] or {*kinds} != {"full_attention"}):
         raise ConfigError(f"layer_types={kinds!r} is not supported without a window")
     return {}
 

@@ -146,6 +146,7 @@ ROBERTA = replace(
     model_type="roberta",
     architectures={Head.transform: ("RobertaForMaskedLM",), Head.none: ("RobertaModel",)},
     fields={k: v for k, v in BERT.fields.items() if k != "max_seq_len"},
+    constants={**BERT.constants, "hidden_act": "gelu"},  # which its head has whatever the key says
     defaults={**BERT.defaults, "pad_token_id": 1},
     weights=_roberta,
     codecs=(CHECK, Codec(_read_roberta, _write_roberta, ("max_position_embeddings", "pad_token_id"))),

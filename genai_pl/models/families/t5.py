@@ -44,6 +44,10 @@ def _read(values: Values) -> dict[str, object]:
     gate, _, name = values["feed_forward_proj"].rpartition("-")
     if gate not in ("", "gated") or name not in ACTIVATIONS or (not gate and name == "gelu"):
         raise ConfigError(f"feed_forward_proj={values['feed_forward_proj']!r} is not supported")
+    derived = {"is_gated_act": gate == "gated", "dense_act_fn": "gelu_new" if name == "gelu" else name}
+    for key, value in derived.items():  # transformers writes both, and goes by them
+        if values.get(key, value) != value:
+            raise ConfigError(f"{key}={values[key]!r} with feed_forward_proj={values['feed_forward_proj']!r}")
     # where both say it, transformers 5 goes by the second key, which says what the first said before
     scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True) is not False)
     return {
@@ -121,6 +125,8 @@ T5 = Family(
                 "num_decoder_layers",
                 "decoder_start_token_id",
                 "is_causal",
+                "is_gated_act",
+                "dense_act_fn",
             ),
         ),
     ),
