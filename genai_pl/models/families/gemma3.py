@@ -78,10 +78,10 @@ GEMMA3 = replace(
     fields={
         **LLAMA.fields,
         "activation": "hidden_activation",
-        "softcap": "attn_logit_softcapping",
         "logit_softcap": "final_logit_softcapping",
     },
-    constants={"attention_bias": False, "use_bidirectional_attention": False},
+    # transformers 5 reads attn_logit_softcapping, and its attention does not get to know it
+    constants={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -89,7 +89,6 @@ GEMMA3 = replace(
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
         "initializer_range": 0.02,
-        "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "sliding_window": 4096,
         "sliding_window_pattern": 6,
