@@ -31,7 +31,7 @@ def settle(family: Family, config: ModelConfig, stored: TensorFiles) -> ModelCon
                 stored.alias(source, name)  # which is the one that is added
             elif name != family.ties[0][0]:
                 raise ConfigError(f"tensors {name} and {source} differ, and are one here")
-            else:
+            elif config.tie_embeddings:
                 config = replace(config, tie_embeddings=False)
                 log.warning("%s: %s is not %s, and is used", stored.folder, name, source)
     return config
