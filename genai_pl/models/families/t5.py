@@ -39,7 +39,7 @@ def _mlp(config: ModelConfig, theirs: str, ours: str) -> Iterator[Weight]:
 
 
 def _read(values: Values) -> dict[str, object]:
-    if "is_causal" in values:  # of both stacks: true hides what follows from the encoder, false shows it to the decoder
+    if "is_causal" in values:  # true hides what follows from the encoder (sdpa alone), false shows it to the decoder
         raise ConfigError(f"is_causal={values['is_causal']!r} is not supported for model_type 't5'")
     gate, _, name = values["feed_forward_proj"].rpartition("-")
     if gate not in ("", "gated") or name not in ACTIVATIONS or (not gate and name == "gelu"):
