@@ -83,7 +83,9 @@ def _write_roberta(config: ModelConfig) -> dict[str, object]:
 
 
 def _check(values: Values) -> dict[str, object]:
-    if values.get("is_causal"):  # transformers 5 hides what follows with its sdpa attention, and does not with its eager one
+    if values.get(
+        "is_causal"
+    ):  # transformers 5 hides what follows with its sdpa attention, and does not with its eager one
         raise ConfigError(f"is_causal={values['is_causal']!r} is not supported for an encoder")
     if not values["type_vocab_size"]:
         raise ConfigError("type_vocab_size=0 is not supported: each token is of a type")
