@@ -84,7 +84,7 @@ def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBas
 
 def _model_type(model: Model | WrappedDecoder) -> str:
     """As config.json has it."""
-    values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config)[0]
+    values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config, {})[0]
     return str(values["model_type"])
 
 

@@ -1,6 +1,6 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,11 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import is_checkpoint
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
-from genai_pl.models.folder import read_json
-from genai_pl.models.hf_config import is_supported
+from genai_pl.models.folder import TensorFiles, read_json
+from genai_pl.models.hf_config import check_blocks, is_supported
 from genai_pl.models.onnx_model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
 from genai_pl.models.pretrained import load_pretrained
+from genai_pl.models.pretrained import stored_dtypes as stored_of_folder
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.models.wrapped_check import check
 from genai_pl.names import AttentionBackend, Head
@@ -54,21 +55,26 @@ def load(
     adapters: Sequence[str] = (),
     onnx: bool = False,
     option: str = "checkpoint",
+    above: tuple[Path, ...] = (),
 ) -> Loaded:
     """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
 
     With `wrap`, a folder of no family of ours is run by transformers, with our attention. A run or folder with an
     adapter gives its base with the adapter; further `adapters` are put on top in their order. `onnx` takes ONNX graphs
-    too, which can write and no more. `option` is what the reference was given by, for messages.
+    too, which can write and no more. `option` is what the reference was given by, for messages; `above` are adapters
+    whose base this is.
     """
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     path = resolve(reference, option=option)
+    if path.resolve() in above:
+        raise CheckpointError(f"{path}: an adapter whose base is itself; give the base as checkpoint=, with adapter=")
+    above = (*above, path.resolve())
     if is_onnx(path):
         return _load_onnx(path, allowed=onnx, adapters=adapters)
     if is_checkpoint(path):
-        loaded = _load_checkpoint(path, **options)
+        loaded = _load_checkpoint(path, above, **options)
     elif (path / ADAPTER).is_file():
-        loaded = _load_with_adapter(path, **options)
+        loaded = _load_with_adapter(path, above, **options)
     else:
         loaded = _load_folder(path, **options)
     for name in adapters:
@@ -111,9 +117,9 @@ def _finished(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path
     return Loaded(model, tokenizer, path, defaults)
 
 
-def _load_with_adapter(path: Path, **options: object) -> Loaded:
+def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -> Loaded:
     """The base that an adapter folder names, with the adapter and its tokenizer."""
-    base = load(_base_of(path), **options)
+    base = load(_base_of(path), above=above, **options)
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
         _score(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
@@ -121,31 +127,49 @@ def _load_with_adapter(path: Path, **options: object) -> Loaded:
     return _finished(peft.load_adapter(base.model, path), tokenizer, path, own)
 
 
-def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Loaded:
+def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype, **options: object) -> Loaded:
     contents = read_checkpoint(path)
     ours = contents[MARK]
-    prefix = "model."
-    state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
-    base, adapter = ours.get("base"), ours.get("peft")
+    base, adapter, prefix = ours.get("base"), ours.get("peft"), "model."
     try:
+        state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
         if base is not None:  # the checkpoint holds the adapter alone
-            model = load(base, dtype=dtype, **options).model
+            model = load(base, dtype=dtype, above=above, **options).model
             if ours["model"].get("head") == Head.score.value:
                 _score(model)
         else:
-            model = _shell(ours["model"], options["attention"], options["dropout"])
+            model = _shell(ours["model"], state, options["attention"], options["dropout"])
         if adapter is not None:
             model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
         model.load_state_dict(state, assign=True, strict=base is None)
         ends = (*ours["model"].get("eos_token_ids", ()), *model.config.eos_token_ids)  # the run's, and its base's
         model.config.eos_token_ids = tuple(int(i) for i in ends)
         defaults = WritingDefaults(**ours.get("defaults", {}))
-    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+        peft.tie_weights(model)
+        tokenizer = from_files(ours["tokenizer"])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known") from None
+    except (ConfigError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
-    peft.tie_weights(model)
     if isinstance(model, WrappedDecoder) and base is None:
         check(model, str(path))
-    return _finished(model, from_files(ours["tokenizer"]), path, defaults)
+    return _finished(model, tokenizer, path, defaults)
+
+
+def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
+    """What the weights that a reference stands for are stored in, by our names; those of the base under an adapter."""
+    path = resolve(reference)
+    if is_checkpoint(path):
+        contents = read_checkpoint(path)
+        base, prefix = contents[MARK].get("base"), "model."
+        named = {name.removeprefix(prefix): x.dtype for name, x in contents["state_dict"].items()}
+        return named if base is None else stored_dtypes(base)
+    if (path / ADAPTER).is_file():
+        return stored_dtypes(_base_of(path))
+    if is_supported(path / "config.json"):
+        return stored_of_folder(path)
+    stored = TensorFiles(path)
+    return {f"inner.{name}": stored.dtype(name) for name in stored.files}
 
 
 def _score(model: Model | WrappedDecoder) -> None:
@@ -163,9 +187,11 @@ def _base_of(folder: Path) -> str:
     return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
-def _shell(stored: dict, attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
+def _shell(stored: dict, names: Iterable[str], attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
     """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""
     if "wrapped" in stored:
         return build_wrapped(stored["wrapped"], attention=attention)
+    config = replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout)
+    check_blocks(config, names)
     with torch.device("meta"):
-        return build_model(replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout))
+        return build_model(config)

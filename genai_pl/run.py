@@ -24,6 +24,7 @@ from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
+from genai_pl.names import Shape
 from genai_pl.peft import adapters_of, describe
 from genai_pl.recipes import RECIPES
 from genai_pl.resume import choose_checkpoint, describe_resume
@@ -121,9 +122,12 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         )
     if config.precision.get("float8"):
         float8(model)
+    tokens = vocabulary(tokenizer, model.config.vocab_size)
+    if model.config.shape is Shape.encoder_decoder:
+        tokens = tokens._replace(start=model.config.decoder_start_token_id)
     module = make(config.objective)(
         model,
-        vocabulary=vocabulary(tokenizer, model.config.vocab_size),
+        vocabulary=tokens,
         seed=config.seed,
         optimizer=make(config.optimizer),
         schedule=make(config.scheduler),

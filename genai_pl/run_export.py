@@ -14,7 +14,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike, token_ids
 from genai_pl.files import write_atomic
-from genai_pl.loading import Loaded, load, resolve, resolve_adapter
+from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtypes
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
@@ -46,7 +46,10 @@ def export(config: DictConfig) -> int:
                 "format=hf: this model has an adapter; format=merged folds it in, format=peft writes it alone"
             )
         model = merge(model)
-    model = model.to(DTYPES[config.dtype]) if config.dtype else model
+    if config.dtype:
+        model = model.to(DTYPES[config.dtype])
+    elif config.format != "onnx":
+        _as_stored(model, stored_dtypes(config.checkpoint))
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
     else:
@@ -62,6 +65,13 @@ def sentence_files(loaded: Loaded) -> dict[str, object]:
     """What the model's folder or checkpoint tells sentence-transformers."""
     head = described_head(loaded.path, loaded.tokenizer, loaded.model.config)
     return {} if head is None else {**head.files, **dict(head.tensors())}
+
+
+def _as_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give each weight the dtype that it was read in: nothing was rounded before, and what was merged is rounded once."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def copy_adapter(config: DictConfig, out: Path) -> int:

@@ -1,10 +1,18 @@
 """What a model and a decoding are, as plain data: read from YAML, stored in checkpoints, never code."""
 
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import dataclass, field
+from typing import Any
 
 from genai_pl.errors import ConfigError
 from genai_pl.names import Activation, AttentionBackend, AttentionKind, Head, Norm, NormOrder, Position, RopeKind, Shape
+from genai_pl.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, plain
+
+POSITIVE = (
+    "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim", "intermediate_size",
+    "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
+    "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
+    "softcap", "logit_softcap", "init_std",
+)  # fmt: skip
 
 
 @dataclass
@@ -21,12 +29,12 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
-        kinds = [kind.value for kind in RopeKind]
-        if self.kind not in kinds:
-            raise ConfigError(f"model.rope_scaling.kind={self.kind} is not one of {', '.join(kinds)}")
-        self.kind = RopeKind(self.kind)
+        parse_enums(self, "model.rope_scaling")
+        check_numbers(self, "model.rope_scaling")
         if not self.factor >= 1.0:
             raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError("model.rope_scaling.high_freq_factor must be above low_freq_factor")
 
 
 @dataclass
@@ -48,6 +56,7 @@ class ModelConfig:
     n_token_types: int = 0  # kinds of segments that an encoder tells apart (BERT: 2)
     share_layers: bool = False  # one block, used n_layer times (Lan et al. 2020)
     position: Position = Position.learned
+    position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa: 2)
     rope_theta: float = 10000.0
     rope_theta_local: float | None = None  # of layers with a window, never scaled; null: as all the others
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -68,6 +77,8 @@ class ModelConfig:
     head_bias: bool = False
     scale_head: bool = False  # hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
+    pooler: bool = False  # keep the dense layer over the first state that a folder brought (BERT), for those who use it
+    decoder_start_token_id: int | None = None  # what an encoder_decoder begins to write with; null: the pad token
     attention_kind: AttentionKind = AttentionKind.full
     attention_scale: float | None = None  # of scores; null: 1/sqrt(head_dim)
     window: int | None = None  # a token sees this many, itself included (in an encoder: to either side)
@@ -82,34 +93,17 @@ class ModelConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     attention: AttentionBackend = AttentionBackend.auto
+    extra: dict[str, Any] = field(default_factory=dict)  # of the config.json it was read from, to be written again
 
     def __post_init__(self) -> None:
         self.eos_token_ids = tuple(int(i) for i in self.eos_token_ids)
-        self._parse_enums()
-        self._check_positive("n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size")
-        self._check_positive("intermediate_size", "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local")
-        self._check_positive("relative_buckets", "relative_max_distance", "norm_eps", "attention_scale", "window")
-        self._check_positive("full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket")
-        self._check_positive("softcap", "logit_softcap", "init_std", "head_dim")
-        self._derive()
-        self._check_pairs()
-
-    def _parse_enums(self) -> None:
-        """Let a plain string stand for the enum's member: YAML and notebooks have no other."""
-        for option in fields(self):
-            if isinstance(option.type, type) and issubclass(option.type, Enum):
-                value, names = getattr(self, option.name), [member.value for member in option.type]
-                if value not in names:
-                    raise ConfigError(f"model.{option.name}={value} is not one of {', '.join(names)}")
-                setattr(self, option.name, option.type(value))
+        parse_enums(self, "model")
         if not isinstance(self.rope_scaling, RopeScaling):
             self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ConfigError(f"model.{name} must be a number above 0, not {value!r}")
+        check_positive(self, "model", POSITIVE)
+        check_numbers(self, "model")
+        self._derive()
+        self._check_pairs()
 
     def _derive(self) -> None:
         if self.n_kv_head is None:
@@ -124,21 +118,27 @@ class ModelConfig:
             self.o_bias = self.bias
         if self.head_dim is None:
             if self.n_embd % self.n_head:
-                raise ConfigError(
-                    f"model.n_embd ({self.n_embd}) must be divisible by model.n_head ({self.n_head}); "
-                    "change one of them, or set model.head_dim"
-                )
+                sizes = f"model.n_embd ({self.n_embd}) must be divisible by model.n_head ({self.n_head})"
+                raise ConfigError(f"{sizes}; change one of them, or set model.head_dim")
             self.head_dim = self.n_embd // self.n_head
         if self.intermediate_size is None:
             self.intermediate_size = 32 * -(-8 * self.n_embd // (3 * 32)) if self.gated_mlp else 4 * self.n_embd
 
     def _check_pairs(self) -> None:
+        if max(self.n_layer, self.n_decoder_layer or 0) > MAX_LAYERS:
+            raise ConfigError(f"model.n_layer and model.n_decoder_layer are at most {MAX_LAYERS:,}")
+        if min(self.n_token_types, self.n_global, self.position_offset) < 0:
+            raise ConfigError("model.n_token_types, model.n_global and model.position_offset are at least 0")
         if self.n_head % self.n_kv_head:
             raise ConfigError(f"model.n_head ({self.n_head}) must be a multiple of model.n_kv_head ({self.n_kv_head})")
         if self.position is Position.rotary and self.head_dim % 2:
             raise ConfigError(f"model.head_dim ({self.head_dim}) must be even for model.position=rotary")
         if self.position is Position.xl and self.shape is not Shape.encoder:
             raise ConfigError("model.position=xl needs model.shape=encoder")
+        if self.pooler and self.shape is not Shape.encoder:
+            raise ConfigError("model.pooler needs model.shape=encoder")
+        if not 0 <= self.start_token(0) < (self.vocab_size or MAX_SIZE):
+            raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
         if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
             raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
         if self.full_every and self.window is None:
@@ -163,9 +163,13 @@ class ModelConfig:
         """Whether a model of this shape continues text, token by token."""
         return self.shape is not Shape.encoder and self.head in (Head.linear, Head.transform)
 
+    def start_token(self, pad: int) -> int:
+        """What the decoder beside an encoder begins with, for a tokenizer with this pad token."""
+        return pad if self.decoder_start_token_id is None else self.decoder_start_token_id
+
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""
-        return _plain(vars(self))
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
@@ -177,11 +181,6 @@ class ModelConfig:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"bad model configuration: {error}") from None
-
-
-def _plain(values: dict[str, object]) -> dict[str, object]:
-    named = {k: v.value if isinstance(v, Enum) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {k: _plain(vars(v)) if isinstance(v, RopeScaling) else v for k, v in named.items()}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
-from genai_pl.models.resize import resize_vocabulary
+from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
@@ -60,13 +60,17 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
         defaults = read_defaults(folder_of(config.model.name))
     data.seq_len = min(data.seq_len, model.config.max_seq_len)
+    known, room = len(tokenizer), model.config.vocab_size
     complete_tokenizer(tokenizer, data, objective)
-    n_tokens, room = len(tokenizer), model.config.vocab_size
+    n_tokens = len(tokenizer)
+    if n_tokens > known and known < room:
+        fill_vocabulary(model, known, min(n_tokens, room))
     if n_tokens > room:
         resize_vocabulary(model, n_tokens)
-        log.info("vocabulary  %s tokens more than the model had (%s)", n_tokens - room, f"{room:,}")
+    if n_tokens > min(known, room):
+        log.info("vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(known, room), f"{known:,}")
     set_ends(model.config, tokenizer, defaults)
-    return Start(model.train(), tokenizer, n_tokens > room, defaults, sentence)
+    return Start(model.train(), tokenizer, n_tokens > min(known, room), defaults, sentence)
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "genai_pl"
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
     {"errors", "files"},
-    {"names", "plugins"},
+    {"names", "plugins", "values"},
     {"specs", "devices"},
     {"kernels"},
     {"objectives", "optim"},

@@ -81,7 +81,7 @@ def complete(
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     limits = limits_of(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
-        model, rows = read_source(model, tokenizer, rows, pad), [[pad]] * len(rows)
+        model, rows = read_source(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
     writer = Writer(model, tokenizer, rows, config, limits, **options)
     if config.num_beams > 1:
@@ -94,7 +94,7 @@ def complete(
 def read_source(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
 ) -> Reader:
-    """The decoder after the encoder has read the rows, each closed by the end token; it begins with the pad token."""
+    """The decoder after the encoder has read the rows, each closed by the end token; it begins with the start token."""
     end = tokenizer.eos_token_id
     closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
     with torch.no_grad(), evaluating(model):

@@ -8,6 +8,7 @@ from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.files import CONTENTS, write_atomic
 
 MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
+KINDS = {"model": dict, "tokenizer": dict, "base": str | None, "peft": dict | None, "rng": list}  # what stands there
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -34,6 +35,9 @@ def read_contents(path: Path) -> dict:
         raise CheckpointError(f"{path}: refused, {reason}") from None
     if not isinstance(contents, dict) or MARK not in contents:
         raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
+    strange = _of_another_kind(contents)
+    if strange is not None:
+        raise CheckpointError(f"{path}: refused, its {strange} is not what genai_pl writes")
     if _names_code(contents):
         raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
     if in_pieces:
@@ -41,6 +45,16 @@ def read_contents(path: Path) -> dict:
 
         pieces.check(path, contents)
     return contents
+
+
+def _of_another_kind(contents: dict) -> str | None:
+    """The name of a part that is no part of a checkpoint of ours."""
+    ours = contents[MARK]
+    if not isinstance(ours, dict):
+        return MARK
+    if not isinstance(contents.get("state_dict", {}), dict):
+        return "state_dict"
+    return next((name for name, kind in KINDS.items() if name in ours and not isinstance(ours[name], kind)), None)
 
 
 def write_checkpoint(contents: dict, path: Path) -> None:

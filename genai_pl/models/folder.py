@@ -1,11 +1,12 @@
 """The files of a model folder; what cannot be read is a CheckpointError of one line."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from genai_pl.errors import CheckpointError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# causal masks, numbers of positions and rotary frequencies, which old files hold
+BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq", "token_type_ids")
 PREFIXES = ("transformer.", "model.", "bert.", "roberta.", "albert.")
 
 
@@ -24,7 +27,7 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name} in it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: an object is needed, not {type(values).__name__}")
@@ -36,28 +39,66 @@ def write_json(path: Path, values: dict[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tensor_reader(folder: Path) -> Callable[..., Tensor]:
-    """A function from a tensor's name to the tensor, over one safetensors file or the shards of an index.
+class TensorFiles:
+    """The tensors of a folder by their names in one safetensors file or in the shards of an index, read one at a time."""
 
-    It takes a second name, of the tensor to read where the first is missing.
-    """
-    files = _files_by_tensor(folder)
-    # a file of the headless model leaves out the prefix that the model with a head puts before its names
-    known = {}
-    for name in files:
-        plain = name.replace(".gamma", ".weight").replace(".beta", ".bias")  # as old files call those of a norm
-        known |= {f"{prefix}{plain}": name for prefix in PREFIXES}
-        known |= {plain.removeprefix(prefix): name for prefix in PREFIXES}
-        known[plain] = name
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder = folder
+        self.files = _files_by_tensor(folder)
+        self.taken: set[str] = set()  # names in the files of what was read
+        self._known: dict[str, str] = {}
+        self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
+        plain = {_renamed(name): name for name in self.files}
+        # a file of the headless model leaves out the prefix that the model with a head puts before its names
+        for name, stored in plain.items() if prefix else ():
+            self._known |= {f"{prefix}{name}": stored, name.removeprefix(prefix): stored}
+        self._known |= plain
 
-    def read(name: str, instead: str | None = None) -> Tensor:
-        name = instead if name not in known and instead else name
-        if name not in known:
-            raise CheckpointError(f"{folder}: tensor {name} is missing")
-        with _opened(files[known[name]]) as file:
-            return file.get_tensor(known[name])
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
 
-    return read
+    def alias(self, name: str, other: str) -> None:
+        """Read `other` where `name` is asked for."""
+        self._known[name] = self._known[other]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; CheckpointError if it is missing."""
+        stored = self._stored(name)
+        self.taken.add(stored)
+        with _opened(self.files[stored]) as file:
+            return file.get_tensor(stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, from the header of its file; CheckpointError if it is missing."""
+        stored = self._stored(name)
+        path = self.files[stored]
+        if path not in self._shapes:
+            with _opened(path) as file:
+                self._shapes[path] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        if stored not in self._shapes[path]:
+            raise CheckpointError(f"{path}: tensor {stored} is missing, which {INDEX} says to be here")
+        return self._shapes[path][stored]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What it is stored in."""
+        return self.read(name).dtype  # memory of the file itself, of which nothing is touched
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        if self.shape(name) != self.shape(other):
+            return False
+        first, second = self.read(name), self.read(other)
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        return torch.equal(first.to(dtype), second.to(dtype))
+
+    def unread(self) -> list[str]:
+        """Names of tensors that were not asked for, buffers of old files left out."""
+        return [name for name in self.files if name not in self.taken and not name.endswith(BUFFERS)]
+
+    def _stored(self, name: str) -> str:
+        if name not in self._known:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        return self._known[name]
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_shard_bytes: int) -> None:
@@ -91,9 +132,16 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _renamed(name: str) -> str:
+    """Its name today: old files call those of a norm gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).exists():
         shards = read_json(folder / INDEX).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise CheckpointError(f"{folder / INDEX}: weight_map must give the file of each tensor by its name")
         return {name: folder / file for name, file in shards.items()}
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(f"{folder}: no {WEIGHTS} in it (other formats: convert them with transformers)")

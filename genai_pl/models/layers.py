@@ -1,5 +1,6 @@
 """The small parts of a block: normalization and the two MLPs."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,3 +79,24 @@ class HeadTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.activation(self.dense(x)))
+
+
+class OffsetEmbedding(nn.Embedding):
+    """Learned positions whose first `offset` rows belong to no token of a text."""
+
+    def __init__(self, n_positions: int, width: int, *, offset: int) -> None:
+        super().__init__(offset + n_positions, width)
+        self.offset = offset
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return super().forward(positions + self.offset)
+
+
+class Pooler(nn.Module):
+    """The dense layer over the first state that BERT's own classes have; it is kept as it is, and nothing here uses it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # buffers: no gradient ever reaches them, no adapter wraps them and no optimizer decays them
+        self.register_buffer("weight", torch.zeros(width, width))
+        self.register_buffer("bias", torch.zeros(width))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.models.build import Model
 from genai_pl.models.folder import write_json
-from genai_pl.models.hf_config import write_config
+from genai_pl.models.hf_config import generation_values, write_config
 from genai_pl.models.onnx_graphs import DecoderGraph, PlainGraph, ReaderGraph, SourceGraph
 from genai_pl.names import AttentionKind, Shape
 
@@ -38,10 +38,9 @@ def write_description(
     model: Model, folder: Path, *, token_ids: dict[str, int | None], generation: dict[str, object] | None = None
 ) -> None:
     """Write the config.json and generation_config.json that a Hugging Face folder of the model has."""
-    values, _, _ = write_config(model.config)
-    write_json(folder / "config.json", {**values, **token_ids})
-    said = {name: i for name, i in token_ids.items() if i is not None} if generation is None else generation
-    write_json(folder / "generation_config.json", said)
+    values, _, _ = write_config(model.config, token_ids)
+    write_json(folder / "config.json", values)
+    write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **(generation or {})})
 
 
 def check_exportable(model: nn.Module) -> None:

@@ -41,7 +41,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device
     kept = _llama3(frequency, scaling) if scaling.kind is RopeKind.llama3 else _yarn(head_dim, theta, scaling, device)
     factor = 1.0
     if scaling.kind is RopeKind.yarn:
-        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0  # Peng et al. 2023, eq. 22
+        factor = 0.1 * math.log(scaling.factor) + 1.0  # Peng et al. 2023, eq. 22
+        factor = factor if scaling.attention_factor is None else scaling.attention_factor
     return frequency * (kept + (1.0 - kept) / scaling.factor), factor
 
 

@@ -35,6 +35,14 @@ def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:
     model.tie_weights()
 
 
+@torch.no_grad()
+def fill_vocabulary(model: Model | WrappedDecoder, first: int, size: int) -> None:
+    """Let the tokens `first` to `size` - 1, for which the model had room but no use, begin as the mean of those before."""
+    layers = [model.embed] if model.lm_head is None else [model.embed, model.lm_head]
+    for table in {id(p): p for layer in layers for p in layer.parameters()}.values():
+        _fill(table.data[:size], first)
+
+
 def _longer(old: nn.Parameter, size: int) -> nn.Parameter:
     new = old.new_empty(size, *old.shape[1:])
     new[: len(old)] = old.detach()

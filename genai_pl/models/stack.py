@@ -13,12 +13,14 @@ from genai_pl.kernels import AttentionMask
 from genai_pl.models.block import Block
 from genai_pl.models.cache import KVCache
 from genai_pl.models.init import init_weights
-from genai_pl.models.layers import HeadTransform, build_norm
+from genai_pl.models.layers import HeadTransform, OffsetEmbedding, Pooler, build_norm
 from genai_pl.models.positions import rotary, sinusoidal
 from genai_pl.models.relative import RelativeBias
 from genai_pl.models.virtual import NOTHING, Front, VirtualTokens, distance_bias, front_of
 from genai_pl.names import Head, NormOrder, Position
 from genai_pl.specs import ModelConfig
+
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json, of the head that a folder had
 
 
 class Stack(nn.Module):
@@ -52,6 +54,7 @@ class Stack(nn.Module):
         # a post-norm block ends in a norm of its own
         self.norm = nn.Identity() if config.norm_order is NormOrder.post else build_norm(config, config.n_embd)
         self.transform = HeadTransform(config) if config.head is Head.transform else nn.Identity()
+        self.pooler = Pooler(config.n_embd) if config.pooler else None
         self.head_scale = config.n_embd**-0.5 if config.scale_head else None
         self.logit_softcap = config.logit_softcap
         self.lm_head = None
@@ -69,7 +72,8 @@ class Stack(nn.Module):
 
     def set_head(self, head: Head) -> None:
         """Another head instead of the language model's: none, or a new one that scores whole texts."""
-        self.config = replace(self.config, head=head, head_bias=False)
+        extra = {key: value for key, value in self.config.extra.items() if key not in LABELS}
+        self.config = replace(self.config, head=head, head_bias=False, extra=extra)
         self.transform, self.lm_head = nn.Identity(), None
         if head is Head.score and self.score is None:
             self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
@@ -188,6 +192,8 @@ def _window(config: ModelConfig, layer: int) -> int | None:
 def _build_added_positions(config: ModelConfig) -> nn.Embedding | partial | None:
     """What is added to the embeddings; the other kinds act in attention."""
     if config.position is Position.learned:
+        if config.position_offset:
+            return OffsetEmbedding(config.max_seq_len, config.embedding_size, offset=config.position_offset)
         return nn.Embedding(config.max_seq_len, config.embedding_size)
     if config.position is Position.sinusoidal:
         return partial(sinusoidal, n_embd=config.embedding_size)

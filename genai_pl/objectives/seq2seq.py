@@ -13,14 +13,14 @@ class Seq2SeqCollator(Collator):
     """input_ids (B, S), decoder_input_ids and labels (B, T) of rows of one pair, or of several that do not see each other.
 
     Rows are {"source": (S,), "source_segments": (S,), "target": (T,), "target_segments": (T,)}; texts are closed by the
-    end token, and the decoder begins each target with the pad token, as T5 does (Raffel et al. 2020). segment_ids and
+    end token, and the decoder begins each target with the start token, T5's pad (Raffel et al. 2020). segment_ids and
     decoder_segment_ids are there only where a row has padding or two pairs.
     """
 
     def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
         if vocabulary.end is None:
             raise missing("seq2seq", "an end-of-text token")
-        self.pad = vocabulary.pad  # and nothing is drawn
+        self.pad, self.start = vocabulary.pad, vocabulary.first  # and nothing is drawn
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         labels = pad_rows([row["target"] for row in rows], IGNORED)
@@ -37,7 +37,7 @@ class Seq2SeqCollator(Collator):
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
     def _shifted(self, row: Row) -> np.ndarray:
-        """What the decoder reads: each target one place later, behind the pad token."""
+        """What the decoder reads: each target one place later, behind the start token."""
         target, segments = row["target"], row["target_segments"]
         first = np.diff(segments, prepend=0) > 0
-        return np.where(first, self.pad, np.roll(target, 1))
+        return np.where(first, self.start, np.roll(target, 1))

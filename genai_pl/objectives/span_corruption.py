@@ -76,13 +76,13 @@ class SpanCorruptionCollator(Collator):
     def __call__(self, rows: Sequence[Row]) -> Batch:
         pairs = [self._corrupt(row) for row in rows]
         inputs, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        pad = self.vocabulary.pad
+        pad, start = self.vocabulary.pad, self.vocabulary.first
         labels = pad_rows(targets, IGNORED)
         segments = pad_rows([np.ones_like(ids) for ids in inputs], 0)
         decoder_segments = pad_rows([np.ones_like(ids) for ids in targets], 0)
         batch = {
             "input_ids": pad_rows(inputs, pad),
-            "decoder_input_ids": pad_rows([np.append(pad, ids[:-1]) for ids in targets], pad),
+            "decoder_input_ids": pad_rows([np.append(start, ids[:-1]) for ids in targets], pad),
             "labels": labels,
             "targets": (labels != IGNORED).sum().float(),
         }

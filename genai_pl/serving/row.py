@@ -40,7 +40,8 @@ class Row:
         self.request, self.config, self.stream = request, request.config, stream
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # an encoder-decoder reads the prompt beside the text that it begins
-        self.prompt = [pad] if model.config.shape is Shape.encoder_decoder else list(request.input_ids)
+        writes_beside = model.config.shape is Shape.encoder_decoder
+        self.prompt = [model.config.start_token(pad)] if writes_beside else list(request.input_ids)
         vocab_size = model.config.vocab_size
         self.rules: Rules | None = build_rules(self.config, limits, torch.tensor([self.prompt]), None, vocab_size)
         self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(limits.ends))

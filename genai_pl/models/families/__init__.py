@@ -1,8 +1,9 @@
 """How families of Hugging Face models are written in our terms: tables, read in both directions."""
 
-from genai_pl.models.families.decoders import GEMMA3, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3
+from genai_pl.models.families.decoders import GPT2, LLAMA, MISTRAL, QWEN2, QWEN3
 from genai_pl.models.families.encoders import ALBERT, BERT, ROBERTA
 from genai_pl.models.families.family import ACTIVATIONS, Family, Weight
+from genai_pl.models.families.gemma3 import GEMMA3
 from genai_pl.models.families.t5 import T5
 from genai_pl.models.families.xlnet import XLNET
 

@@ -1,4 +1,4 @@
-"""Decoders: GPT-2, Llama and its relatives, Gemma 3."""
+"""Decoders: GPT-2, Llama and its relatives."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,15 +6,16 @@ from dataclasses import replace
 from genai_pl.errors import ConfigError
 from genai_pl.models.families.biases import ATTENTION_BIAS
 from genai_pl.models.families.family import Codec, Family, Values, Weight, both, one
-from genai_pl.models.families.rope import ROPE, TWO_ROPES
-from genai_pl.names import Head, Norm, NormOrder, Position
+from genai_pl.models.families.rope import ROPE
+from genai_pl.names import Head, Norm, NormOrder, Position, Shape
 from genai_pl.specs import ModelConfig
 
 
-def _head(config: ModelConfig) -> tuple[Weight, ...]:
+def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
+    """What follows the last norm of a decoder, where it has weights of its own."""
     if config.head is Head.score:
         return (one("score", "score"),)
-    return () if config.tie_embeddings else (one("lm_head", "lm_head"),)
+    return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)
 
 
 def _gpt2(config: ModelConfig) -> Iterator[Weight]:
@@ -29,7 +30,7 @@ def _gpt2(config: ModelConfig) -> Iterator[Weight]:
     yield from both(f"{layer}.mlp.c_fc", "blocks.{i}.mlp.up_proj", transposed=True)
     yield from both(f"{layer}.mlp.c_proj", "blocks.{i}.mlp.down_proj", transposed=True)
     yield from both("transformer.ln_f", "norm")
-    yield from _head(config)
+    yield from lm_head(config)
 
 
 def _llama(config: ModelConfig) -> Iterator[Weight]:
@@ -38,11 +39,12 @@ def _llama(config: ModelConfig) -> Iterator[Weight]:
     yield one("model.norm", "norm")
     yield one(f"{theirs}.input_layernorm", f"{ours}.norm1")
     yield one(f"{theirs}.post_attention_layernorm", f"{ours}.norm2")
-    yield from _projections(config)
-    yield from _head(config)
+    yield from projections(config)
+    yield from lm_head(config)
 
 
-def _projections(config: ModelConfig) -> Iterator[Weight]:
+def projections(config: ModelConfig) -> Iterator[Weight]:
+    """Attention and MLP of Llama's kind."""
     theirs, ours = "model.layers.{i}", "blocks.{i}"
     for p in "qkvo":
         yield one(f"{theirs}.self_attn.{p}_proj", f"{ours}.attention.{p}_proj")
@@ -58,31 +60,44 @@ def _projections(config: ModelConfig) -> Iterator[Weight]:
             yield one(f"{theirs}.self_attn.{p}_norm", f"{ours}.attention.{p}_norm")
 
 
-def _gemma3(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "model.layers.{i}", "blocks.{i}"
-    norms = {
-        "input_layernorm": "norm1",
-        "post_attention_layernorm": "norm1_after",
-        "pre_feedforward_layernorm": "norm2",
-        "post_feedforward_layernorm": "norm2_after",
-        "self_attn.q_norm": "attention.q_norm",
-        "self_attn.k_norm": "attention.k_norm",
+def _classes(name: str) -> dict[Head, tuple[str, ...]]:
+    return {
+        Head.linear: (f"{name}ForCausalLM",),
+        Head.score: (f"{name}ForSequenceClassification",),
+        Head.none: (f"{name}Model",),
     }
-    yield one("model.embed_tokens", "embed")
-    yield one("model.norm", "norm", offset=1.0)  # it multiplies by 1 + weight
-    for name, norm in norms.items():
-        yield one(f"{theirs}.{name}", f"{ours}.{norm}", offset=1.0)
-    yield from _projections(config)
-    yield from _head(config)
 
 
-def _classes(causal: str, scoring: str) -> dict[Head, tuple[str, ...]]:
-    return {Head.linear: (causal,), Head.score: (scoring,)}
+def _read_causal(values: Values) -> dict[str, object]:
+    if values.get("is_causal", True):
+        return {}
+    if any(str(name).endswith("ForSequenceClassification") for name in values.get("architectures") or ()):
+        raise ConfigError("is_causal=false is not supported for a model that scores texts")
+    return {"shape": Shape.encoder}
+
+
+def _write_causal(config: ModelConfig) -> dict[str, object]:
+    if config.shape is not Shape.encoder:
+        return {}
+    if "model_type" not in config.extra or config.head is Head.score:  # older readers take no notice of the key
+        raise ConfigError("an encoder is written as a decoder only if it was read as one")
+    return {"is_causal": False}
+
+
+def _check_width(config: ModelConfig) -> dict[str, object]:
+    if config.n_embd % config.n_head:  # transformers 5 refuses that, although head_dim may be another number
+        raise ConfigError("hidden_size must be a multiple of num_attention_heads")
+    return {}
+
+
+CAUSAL = Codec(_read_causal, _write_causal, ("is_causal",))  # of transformers: a decoder whose tokens see all others
+WIDTH = Codec(lambda values: {}, _check_width, ())
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
 
 GPT2 = Family(
     model_type="gpt2",
-    architectures=_classes("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    architectures={**_classes("GPT2"), Head.linear: ("GPT2LMHeadModel",)},
     fixed={},
     fields={
         "n_layer": "n_layer",
@@ -105,11 +120,20 @@ GPT2 = Family(
         "initializer_range": 0.02,
     },
     weights=_gpt2,
+    codecs=(CAUSAL,),
     dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    prefix="transformer.",
+    ties=(("lm_head.weight", "transformer.wte.weight"),),
+    synonyms=(
+        ("hidden_size", "n_embd"),
+        ("max_position_embeddings", "n_positions"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ),
 )
 LLAMA = Family(
     model_type="llama",
-    architectures=_classes("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    architectures=_classes("Llama"),
     fixed={
         "position": Position.rotary,
         "norm": Norm.rmsnorm,
@@ -141,106 +165,45 @@ LLAMA = Family(
         "initializer_range": 0.02,
     },
     weights=_llama,
-    codecs=(ROPE, ATTENTION_BIAS),
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, WIDTH),
+    prefix="model.",
+    ties=TIED,
 )
-UNBIASED = replace(LLAMA, fixed={**LLAMA.fixed, "qkv_bias": False}, codecs=(ROPE,))
+UNBIASED = replace(LLAMA, fixed={**LLAMA.fixed, "qkv_bias": False}, codecs=(ROPE, CAUSAL))
+
+
+def _check_layer_types(values: Values) -> dict[str, object]:
+    kinds = values.get("layer_types")
+    if kinds is not None and (len(kinds) != values["num_hidden_layers"] or {*kinds} != {"full_attention"}):
+        raise ConfigError(f"layer_types={kinds!r} is not supported without a window")
+    return {}
+
+
+FULL = Codec(_check_layer_types, lambda config: {}, ("layer_types", "sliding_window", "max_window_layers"))
 MISTRAL = replace(
     UNBIASED,
     model_type="mistral",
-    architectures=_classes("MistralForCausalLM", "MistralForSequenceClassification"),
+    architectures=_classes("Mistral"),
     fields={**LLAMA.fields, "window": "sliding_window"},
     constants={},
     defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
+    codecs=(ROPE, CAUSAL),
 )
 QWEN2 = replace(
     UNBIASED,
     model_type="qwen2",
-    architectures=_classes("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    architectures=_classes("Qwen2"),
     fixed={**UNBIASED.fixed, "qkv_bias": True},
     constants={"use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32},
+    codecs=(ROPE, CAUSAL, FULL),
 )
 QWEN3 = replace(
     UNBIASED,
     model_type="qwen3",
-    architectures=_classes("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    architectures=_classes("Qwen3"),
     fixed={**UNBIASED.fixed, "qk_norm": True},
     constants={"attention_bias": False, "use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
-)
-
-
-def _read_gemma3(values: Values) -> dict[str, object]:
-    pattern = values.get("_sliding_window_pattern", values.get("sliding_window_pattern", 6))
-    kinds = values.get("layer_types")
-    if kinds and "full_attention" in kinds:
-        pattern = kinds.index("full_attention") + 1
-    asked = [(i + 1) % pattern == 0 for i in range(values["num_hidden_layers"])]
-    if kinds and [kind == "full_attention" for kind in kinds] != asked:
-        raise ConfigError("layer_types without a period are not supported")
-    if not values["sliding_window"]:
-        return {"window": None, "full_every": None, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
-    window = {"window": values["sliding_window"], "full_every": pattern}
-    return {**window, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
-
-
-def _write_gemma3(config: ModelConfig) -> dict[str, object]:
-    if config.window is None or config.full_every is None:
-        raise ConfigError("Gemma 3 needs model.window and model.full_every")
-    scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
-    if abs(scalar - round(scalar)) > 1e-6:
-        raise ConfigError("Gemma 3's query_pre_attn_scalar is an integer")
-    full = [(i + 1) % config.full_every == 0 for i in range(config.n_layer)]
-    return {
-        "sliding_window": config.window,
-        "sliding_window_pattern": config.full_every,
-        "layer_types": ["full_attention" if here else "sliding_attention" for here in full],
-        "query_pre_attn_scalar": round(scalar),
-    }
-
-
-GEMMA3 = replace(
-    UNBIASED,
-    model_type="gemma3_text",
-    architectures={Head.linear: ("Gemma3ForCausalLM",)},
-    fixed={
-        **UNBIASED.fixed,
-        "qk_norm": True,
-        "norm_order": NormOrder.sandwich,
-        "scale_embeddings": True,
-    },
-    fields={
-        **LLAMA.fields,
-        "activation": "hidden_activation",
-        "softcap": "attn_logit_softcapping",
-        "logit_softcap": "final_logit_softcapping",
-    },
-    constants={"attention_bias": False, "use_bidirectional_attention": False},
-    defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "rms_norm_eps": 1e-6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "initializer_range": 0.02,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-    },
-    weights=_gemma3,
-    codecs=(
-        TWO_ROPES,
-        Codec(
-            _read_gemma3,
-            _write_gemma3,
-            (
-                "sliding_window",
-                "sliding_window_pattern",
-                "_sliding_window_pattern",
-                "layer_types",
-                "query_pre_attn_scalar",
-            ),
-        ),
-    ),
+    codecs=(ROPE, CAUSAL, FULL),
 )

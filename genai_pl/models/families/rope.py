@@ -25,25 +25,39 @@ PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with t
 THETA = 10000.0
 
 
-def read_rope(rope: Values, *, max_seq_len: object = None) -> tuple[float, RopeScaling]:
-    """The base of the frequencies and how they are scaled."""
+NEEDED = {
+    RopeKind.linear: ("factor",),
+    RopeKind.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
+    RopeKind.yarn: ("factor",),
+}
+
+
+def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, RopeScaling]:
+    """The base of the frequencies, `theta` where the entry has none, and how they are scaled in a model of these values."""
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", theta)
+    if theta is None:
+        raise ConfigError("rope_theta=None is not supported")
+    other = rope.pop("type", "default")
+    name = rope.pop("rope_type", other)
     rope = {key: value for key, value in rope.items() if value is not None}
-    theta = rope.pop("rope_theta", THETA)
-    name = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
     kind = next((kind for kind in THEIRS if kind.value == name), None)
     if kind is None and name != "default":
         raise ConfigError(f"rotary positions of rope_type={name!r} are not supported; supported: {_kinds()}")
     keys = THEIRS.get(kind, {})
-    strange = [f"{k}={v!r}" for k, v in rope.items() if k not in keys.values() and v != PLAIN.get(k)]
-    strange = [] if kind and strange == [f"original_max_position_embeddings={max_seq_len!r}"] else strange
+    ignored = "original_max_position_embeddings" if kind in (None, RopeKind.linear) else ""
+    strange = [f"{k}={v!r}" for k, v in rope.items() if k not in (*keys.values(), ignored) and v != PLAIN.get(k)]
     if strange:
         raise ConfigError(f"rotary positions with {', '.join(strange)} are not supported")
     if kind is None:
         return theta, RopeScaling()
+    missing = [key for key in NEEDED[kind] if key not in rope]
+    if missing:
+        raise ConfigError(f"rotary positions of rope_type={name!r} without {', '.join(missing)} are not supported")
     given = {field: rope[key] for field, key in keys.items() if key in rope}
-    if kind is RopeKind.yarn and max_seq_len is not None:
-        given.setdefault("original_max_seq_len", max_seq_len)
+    if "original_max_seq_len" in keys:
+        length = given.get("original_max_seq_len", values["max_position_embeddings"])
+        given["original_max_seq_len"] = values.get("original_max_position_embeddings", length)
     return theta, RopeScaling(kind=kind, **given)
 
 
@@ -56,9 +70,9 @@ def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
 
 
 def _read(values: Values) -> dict[str, object]:
-    rope = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if key in values}
-    rope |= values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta, scaling = read_rope(rope, max_seq_len=values.get("max_position_embeddings"))
+    rope = {"partial_rotary_factor": values.get("partial_rotary_factor")}
+    rope |= values.get("rope_scaling") or values.get("rope_parameters") or {}  # in transformers' order
+    theta, scaling = read_rope(rope, theta=values.get("rope_theta", THETA), values=values)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -74,18 +88,18 @@ def _kinds() -> str:
     return ", ".join(["default", *(kind.value for kind in THEIRS)])
 
 
-ROPE = Codec(_read, _write, ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"))
+KEYS = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE = Codec(_read, _write, KEYS)
 
 
 def _read_two(values: Values) -> dict[str, object]:
     """Gemma 3: full layers have one base and the scaling, windowed ones another base."""
-    rope = values.get("rope_parameters")
-    if not rope:
-        full = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
-        rope = {"full_attention": full, "sliding_attention": {"rope_theta": values.get("rope_local_base_freq")}}
-    full = {"rope_theta": 1e6, **{k: v for k, v in rope["full_attention"].items() if v is not None}}
-    theta, scaling = read_rope(full)
-    local, local_scaling = read_rope(rope["sliding_attention"])
+    rope = values.get("rope_parameters") or {}
+    full = {**(rope.get("full_attention") or {}), **(values.get("rope_scaling") or {})}
+    whole = {"partial_rotary_factor": values.get("partial_rotary_factor")}
+    theta, scaling = read_rope(whole | full, theta=values.get("rope_theta", 1e6), values=values)
+    base = values.get("rope_local_base_freq", THETA)
+    local, local_scaling = read_rope(whole | (rope.get("sliding_attention") or {}), theta=base, values=values)
     if local_scaling.kind is not RopeKind.none:
         raise ConfigError("scaled rotary positions in windowed layers are not supported")
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_theta_local": local}
@@ -98,4 +112,4 @@ def _write_two(config: ModelConfig) -> dict[str, object]:
     return {"rope_theta": config.rope_theta, "rope_local_base_freq": local, "rope_parameters": rope}
 
 
-TWO_ROPES = Codec(_read_two, _write_two, ("rope_theta", "rope_local_base_freq", "rope_parameters", "rope_scaling"))
+TWO_ROPES = Codec(_read_two, _write_two, (*KEYS, "rope_local_base_freq"))

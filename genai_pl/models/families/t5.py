@@ -25,7 +25,7 @@ def _t5(config: ModelConfig) -> Iterator[Weight]:
                 yield one(f"{theirs}.1.EncDecAttention.{p}", f"{ours}.cross.{p}_proj")
         yield from _mlp(config, f"{theirs}.{1 if stack == 'encoder' else 2}", ours)
     if not config.tie_embeddings:
-        yield one("lm_head", "decoder.lm_head", instead="shared.weight")
+        yield one("lm_head", "decoder.lm_head")
 
 
 def _mlp(config: ModelConfig, theirs: str, ours: str) -> Iterator[Weight]:
@@ -39,33 +39,47 @@ def _mlp(config: ModelConfig, theirs: str, ours: str) -> Iterator[Weight]:
 
 
 def _read(values: Values) -> dict[str, object]:
+    if "is_causal" in values:  # true hides what follows from the encoder (sdpa alone), false shows it to the decoder
+        raise ConfigError(f"is_causal={values['is_causal']!r} is not supported for model_type 't5'")
     gate, _, name = values["feed_forward_proj"].rpartition("-")
     if gate not in ("", "gated") or name not in ACTIVATIONS or (not gate and name == "gelu"):
         raise ConfigError(f"feed_forward_proj={values['feed_forward_proj']!r} is not supported")
-    # transformers 5 says with the second key what the first said before: whether the head is tied, and then scaled
-    v1_0 = values.get("tie_word_embeddings", True) is not False and values.get("scale_decoder_outputs", True)
+    derived = {"is_gated_act": gate == "gated", "dense_act_fn": "gelu_new" if name == "gelu" else name}
+    for key, value in derived.items():  # transformers writes both, and goes by them
+        if values.get(key, value) != value:
+            raise ConfigError(f"{key}={values[key]!r} with feed_forward_proj={values['feed_forward_proj']!r}")
+    # where both say it, transformers 5 goes by the second key, which says what the first said before
+    scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True) is not False)
     return {
         "activation": ACTIVATIONS[name],
         "gated_mlp": gate == "gated",
-        "tie_embeddings": v1_0,
-        "scale_head": v1_0,
-        "n_decoder_layer": values.get("num_decoder_layers") or values["num_layers"],
+        "scale_head": scaled,
+        "decoder_start_token_id": values.get("decoder_start_token_id"),
+        # a head that is the embedding and not scaled becomes one of its own: transformers 4 scales tied heads
+        "tie_embeddings": scaled and values.get("tie_word_embeddings", True) is not False,
+        "n_decoder_layer": values["num_layers"]
+        if values["num_decoder_layers"] is None
+        else values["num_decoder_layers"],
     }
 
 
 def _write(config: ModelConfig) -> dict[str, object]:
-    if config.tie_embeddings != config.scale_head:
-        raise ConfigError("T5 scales a tied head, and no other")
+    if config.tie_embeddings and not config.scale_head:
+        raise ConfigError("T5 scales a tied head")
     name = next((name for name, ours in ACTIVATIONS.items() if ours is config.activation), None)
     if name is None or (name == "gelu" and not config.gated_mlp):
         raise ConfigError("an activation that T5 has not")
-    return {
+    said = {
         "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
         "tie_word_embeddings": config.tie_embeddings,
         "num_decoder_layers": config.n_decoder_layer,
-        "decoder_start_token_id": 0,
         "is_encoder_decoder": True,
     }
+    if config.scale_head and not config.tie_embeddings:
+        said["scale_decoder_outputs"] = True
+    if config.decoder_start_token_id is not None:
+        said["decoder_start_token_id"] = config.decoder_start_token_id
+    return said
 
 
 T5 = Family(
@@ -90,19 +104,43 @@ T5 = Family(
         "relative_max_distance": "relative_attention_max_distance",
         "norm_eps": "layer_norm_epsilon",
     },
-    constants={},
+    constants={"is_encoder_decoder": True},
     defaults={
         "n_positions": 512,
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "relu",
+        "num_decoder_layers": None,
     },
     weights=_t5,
     codecs=(
         Codec(
-            _read, _write, ("feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs", "num_decoder_layers")
+            _read,
+            _write,
+            (
+                "feed_forward_proj",
+                "tie_word_embeddings",
+                "scale_decoder_outputs",
+                "num_decoder_layers",
+                "decoder_start_token_id",
+                "is_causal",
+                "is_gated_act",
+                "dense_act_fn",
+            ),
         ),
     ),
     dropouts=("dropout_rate",),
+    always_ties=True,
+    ties=(
+        ("lm_head.weight", "shared.weight"),
+        ("encoder.embed_tokens.weight", "shared.weight"),
+        ("decoder.embed_tokens.weight", "shared.weight"),
+    ),
+    synonyms=(
+        ("hidden_size", "d_model"),
+        ("num_attention_heads", "num_heads"),
+        ("num_hidden_layers", "num_layers"),
+        ("head_dim", "d_kv"),
+    ),
 )

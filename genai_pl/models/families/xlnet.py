@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from genai_pl.models.families.family import Family, Weight, both, one
+from genai_pl.errors import ConfigError
+from genai_pl.models.families.family import Codec, Family, Values, Weight, both, one
 from genai_pl.names import Head, NormOrder, Position, Shape
 from genai_pl.specs import ModelConfig
 
@@ -27,6 +28,14 @@ def _xlnet(config: ModelConfig) -> Iterator[Weight]:
         yield Weight("lm_loss.bias", ("lm_head.bias",))
         if not config.tie_embeddings:
             yield one("lm_loss", "lm_head")
+
+
+def _check_heads(values: Values) -> dict[str, object]:
+    if (values.get("d_head") or values["d_model"] // values["n_head"]) * values["n_head"] != values["d_model"]:
+        raise ConfigError("d_head times n_head must be d_model")
+    if "max_position_embeddings" in values:
+        raise ConfigError("max_position_embeddings is a key that XLNet has not")
+    return {}
 
 
 XLNET = Family(
@@ -60,7 +69,16 @@ XLNET = Family(
         "initializer_range": 0.02,
     },
     weights=_xlnet,
+    codecs=(Codec(_check_heads, lambda config: {}, ("d_head", "max_position_embeddings")),),
     dropouts=("dropout",),
     prefix="transformer.",
     head_bias=True,
+    head_tensor="lm_loss.bias",
+    ties=(("lm_loss.weight", "transformer.word_embedding.weight"),),
+    synonyms=(
+        ("n_token", "vocab_size"),
+        ("hidden_size", "d_model"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ),
 )

@@ -1,0 +1,55 @@
+"""The values of a dataclass: whether they are what its fields say, and as plain data."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import get_args, get_origin
+
+from genai_pl.errors import ConfigError
+
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000  # more are a mistake, and would be built one by one before it shows
+NUMBERS = {int: "a whole number of at most 2^31 - 1", float: "a number", bool: "true or false"}
+
+
+def parse_enums(config: object, prefix: str) -> None:
+    """Let a plain string stand for the enum's member: YAML and notebooks have no other."""
+    for option in fields(config):
+        if isinstance(option.type, type) and issubclass(option.type, Enum):
+            value, names = getattr(config, option.name), [member.value for member in option.type]
+            if value not in names:
+                raise ConfigError(f"{prefix}.{option.name}={value} is not one of {', '.join(names)}")
+            setattr(config, option.name, option.type(value))
+
+
+def check_positive(config: object, prefix: str, names: Iterable[str]) -> None:
+    """ConfigError for a value that is neither a number above 0 nor None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"{prefix}.{name} must be a number above 0, not {value!r}")
+
+
+def check_numbers(config: object, prefix: str) -> None:
+    """ConfigError for a field of numbers or truth values with a value of another type: a string, NaN, or true for 1."""
+    for option in fields(config):
+        if get_origin(option.type) in (list, tuple, dict):
+            continue
+        value, kinds = getattr(config, option.name), get_args(option.type) or (option.type,)
+        what = next((words for kind, words in NUMBERS.items() if kind in kinds), None)
+        if what is not None and not _is_of(value, kinds):
+            raise ConfigError(f"{prefix}.{option.name} must be {what}, not {value!r}")
+
+
+def _is_of(value: object, kinds: tuple[type, ...]) -> bool:
+    if type(value) is float or (type(value) is int and float in kinds):
+        return float in kinds and math.isfinite(value)
+    return type(value) in kinds and (type(value) is not int or abs(value) <= MAX_SIZE)
+
+
+def plain(config: object) -> dict[str, object]:
+    """The fields as JSON values, enums by name."""
+    named = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
+    named = {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
+    return {key: plain(value) if is_dataclass(value) else value for key, value in named.items()}
