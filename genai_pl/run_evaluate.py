@@ -20,6 +20,7 @@ from genai_pl.evaluation import (
     choice_rows,
     completion_metrics,
     completion_rows,
+    conversation_rows,
     judge,
     naming,
     pair_metrics,
@@ -127,7 +128,7 @@ def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **
     scores = score(loaded.model, rows, **scoring)
     if kind is Kind.choices:
         return choice_metrics(scores.nll, columns[0])
-    measure = completion_metrics if kind is Kind.completions else text_metrics
+    measure = text_metrics if kind is Kind.text else completion_metrics
     return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
 
 
@@ -170,6 +171,8 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
             rows = text_rows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
         elif kind is Kind.completions:
             rows = completion_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+        elif kind is Kind.conversations:
+            rows = conversation_rows(*columns, tokenizer, seq_len=seq_len)
         elif kind is Kind.choices:
             rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
         else:

@@ -1,6 +1,7 @@
 """What rewards may give and how they may be named: TRL 1.16 is followed where it has a say, the rest is one line."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from genai_pl.errors import ConfigError
+from genai_pl.evaluation import judge, pair_rows
+from genai_pl.loading import load
 from genai_pl.rewards import load_rewards
 
 PROMPTS, SAID = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
@@ -248,3 +251,22 @@ def test_coroutines_keep_one_event_loop() -> None:
     finally:
         del sys.modules["loops_here"]
     assert loops[0] is loops[1]
+
+
+def test_a_reward_model_reads_conversations_as_in_its_training_and_in_evaluation(command, tmp_path: Path) -> None:
+    asked = [[{"role": "user", "content": f"{n}?"}] for n in range(8)]
+    rows = [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in asked]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("model.n_layer=1", "model.n_embd=32", "model.n_head=4", "tokenizer=byte", "trainer.max_steps=20")
+    result = command(
+        "train", "objective=reward", *sizes, "data.path=pairs.jsonl", "optimizer.lr=1e-2", "hydra.run.dir=judge"
+    )
+    assert result.status == 0, result.err
+    judged = load("judge")
+    tokens = [row.tokens for row in pair_rows(asked, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)]
+    expected = judge(judged.model, tokens).tolist()
+    reward = load_rewards(["judge"], None, policy=judged.model, device=torch.device("cpu"))
+    texts = [judged.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    assert reward(texts, ["good"] * 8, asked) == pytest.approx(expected, abs=1e-5)
+    # what stands in a prompt decoded without its markers is another text
+    assert reward(texts, ["good"] * 8) != pytest.approx(expected, abs=1e-5)

@@ -3,7 +3,7 @@
 from genai_pl.evaluation.choices import Question, choice_metrics, choice_rows
 from genai_pl.evaluation.examples import Kind, naming, read_examples
 from genai_pl.evaluation.metrics import Metrics, completion_metrics, text_metrics
-from genai_pl.evaluation.preferences import pair_metrics, pair_rows, share
+from genai_pl.evaluation.preferences import conversation_rows, pair_metrics, pair_rows, share
 from genai_pl.evaluation.rows import Row, completion_rows, text_rows
 from genai_pl.evaluation.scoring import Scores, score
 from genai_pl.evaluation.vectors import judge
@@ -18,6 +18,7 @@ __all__ = [
     "choice_rows",
     "completion_metrics",
     "completion_rows",
+    "conversation_rows",
     "judge",
     "naming",
     "pair_metrics",

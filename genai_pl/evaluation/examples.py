@@ -4,15 +4,24 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from itertools import islice
+from itertools import count, islice
+from typing import NamedTuple
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, list_of, text_of
-from genai_pl.data.messages import Given, given_of, split_answers
+from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_question
 
 log = logging.getLogger(__name__)
+
+
+class Conversation(NamedTuple):
+    """Messages, of which what assistants say after the first `n_given` is scored, and the tools that they may call."""
+
+    messages: list[Message]
+    n_given: int
+    tools: list[Message]
 
 
 class Kind(Enum):
@@ -21,6 +30,7 @@ class Kind(Enum):
     preferences = ("prompt", "chosen", "rejected")
     choices = ("prompt", "choices", "answer")
     questions = ("question", "choices", "answer")
+    conversations = ("messages", "tools")  # tools where there are some
     completions = ("prompt", "completion")
     text = ("text",)
 
@@ -36,7 +46,7 @@ def read_examples(
     found = sources.column_names(source)
     if column is None and not last_word:
         kind = find_kind(path, found)
-        names = kind.value
+        names = [name for name in kind.value if name in found]
     else:
         kind, names = Kind.text, [column or "text"]
         sources.check_columns(source, found, {"data.column": names[0]})
@@ -50,6 +60,9 @@ def read_examples(
     if kind in (Kind.questions, Kind.choices):
         return Kind.choices, [rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
+    if kind is Kind.completions and not isinstance(columns[0][0], str):
+        with naming(path):
+            return Kind.conversations, [[*map(_continued, count(1), *columns)]]
     if last_word:
         with naming(path):
             return Kind.completions, last_words(columns[0])
@@ -70,6 +83,19 @@ def read_pair(place: Place, cells: Sequence[object], names: Sequence[str]) -> li
     return [prompt, *answers]
 
 
+def read_conversation(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Conversation]:
+    """The conversation of a row."""
+    messages = messages_of(cells[0], place._replace(column=names[0]))
+    return [Conversation(messages, 0, tools_of(cells[1], place._replace(column=names[1])) if len(cells) > 1 else [])]
+
+
+def read_completion(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Given]:
+    """Prompt and completion of a row: texts, or the messages of both."""
+    prompt, said = (given_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True))
+    prompt, (said,) = split_answers(prompt, [said], place)
+    return [prompt, said]
+
+
 def read_choice(place: Place, cells: Sequence[object], names: Sequence[str]) -> Question:
     """The question of a row, which is asked as ARC is where it is called that."""
     question, choices, answer = cells
@@ -81,11 +107,20 @@ def read_choice(place: Place, cells: Sequence[object], names: Sequence[str]) -> 
     return read_question(place, asked, choices, answer)
 
 
+def _continued(n: int, prompt: Given, said: Given) -> Conversation:
+    """The conversation of row n, of which the prompt is given."""
+    if isinstance(prompt, str):
+        raise DataError(f"row {n}: the prompt of the first row is messages, this one a text: give all the same way")
+    answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+    return Conversation([*prompt, *answer], len(prompt), [])
+
+
 READ = {
     Kind.preferences: read_pair,
     Kind.choices: read_choice,
     Kind.questions: read_choice,
-    Kind.completions: read_texts,
+    Kind.conversations: read_conversation,
+    Kind.completions: read_completion,
     Kind.text: read_texts,
 }
 
@@ -93,7 +128,7 @@ READ = {
 def find_kind(path: str, found: Sequence[str]) -> Kind:
     """The first kind whose columns are all there; DataError names what is."""
     for kind in Kind:
-        if set(kind.value) <= set(found):
+        if {*kind.value} - {"tools"} <= set(found):
             return kind
     raise DataError(
         f"data.path={path}: no column 'text', nor 'prompt' and 'completion'; found: {', '.join(found)} (set data.column)"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import Messages, encode_completion
+from genai_pl.data.chat import Messages, encode_completion, encode_conversations
 from genai_pl.errors import DataError
+from genai_pl.evaluation.examples import Conversation
 from genai_pl.evaluation.metrics import with_interval
 from genai_pl.evaluation.rows import Row
 
@@ -48,6 +49,23 @@ def pair_rows(
             raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
         kept = example.input_ids[-room:]
         rows.append(Row(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
+    return rows
+
+
+def conversation_rows(
+    conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
+) -> list[Row]:
+    """A row for each turn of an assistant that training would learn, given all before it; cut on the left to seq_len."""
+    examples = encode_conversations(tokenizer, *map(list, zip(*conversations, strict=True)))
+    rows = []
+    for n, (ids, mask) in enumerate(examples, start=1):
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        for start, end in edges.reshape(-1, 2).tolist():
+            if end - start > seq_len:
+                raise DataError(f"row {n}: an answer has {end - start} tokens, more than the context of {seq_len}")
+            kept = ids[max(0, end - seq_len - 1) : end]
+            if start:  # nothing precedes the first token of all
+                rows.append(Row(kept, len(kept) - (end - start), cut=len(kept) < end))
     return rows
 
 
