@@ -15,13 +15,15 @@ log = logging.getLogger("genai_pl.serving")
 def read_prompts(engine: "Engine") -> None:
     """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins the batch."""
     left = engine.chunk
-    while left > 0 and (engine.reading or _admit(engine, left)):
+    while left > 0 and _next(engine, left):
         rows, before = list(engine.reading), sum(row.n_read for row in engine.reading)
         try:
             engine.adapters.choose([rows[0].request.adapter])
             logits = read_whole(rows, engine.device) if len(rows) > 1 else rows[0].read(left, engine.device)
             left -= sum(row.n_read for row in rows) - before
             if logits is None:
+                engine.resting.append(rows[0])
+                engine.reading = []
                 continue
             engine.take(logits, rows)
             _join(engine, rows)
@@ -29,6 +31,17 @@ def read_prompts(engine: "Engine") -> None:
             log.exception("a prompt cannot be read: its answer ends")
             _fail(engine)
         engine.reading = []
+
+
+def _next(engine: "Engine", left: int) -> bool:
+    """Whether there are rows to read now: newcomers and those that are read in part take turns."""
+    is_newcomers_turn, engine.is_newcomers_turn = engine.is_newcomers_turn, not engine.is_newcomers_turn
+    if is_newcomers_turn and _admit(engine, left):
+        return True
+    if engine.resting:
+        engine.reading = [engine.resting.popleft()]
+        return True
+    return not is_newcomers_turn and _admit(engine, left)
 
 
 def _join(engine: "Engine", rows: list[Row]) -> None:

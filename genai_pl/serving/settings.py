@@ -30,6 +30,7 @@ class Limits:
     max_tokens: int = 4096  # to generate
     max_n: int = 16  # answers to one request: prompts times n
     max_inputs: int = 256  # texts to embed or to score at once
+    max_input_tokens: int = 131_072  # of them together
     max_body_mib: float = 4.0
 
     def __post_init__(self) -> None:

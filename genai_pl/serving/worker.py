@@ -1,5 +1,6 @@
 """The application of one worker process, which finds its settings in the environment."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from genai_pl.plugins import import_plugins
 from genai_pl.redaction import redacted
 from genai_pl.serving.app import create_app
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.quiet import be_quiet
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 from genai_pl.serving.upstream import Upstream
@@ -19,9 +21,12 @@ from genai_pl.serving.upstream import Upstream
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     """What answers, and the application in front of it."""
+    be_quiet()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
     behind = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
+    gc.collect()
+    gc.freeze()  # what is there by now stays: to look through it again and again would take a second each time
     return behind, create_app(behind, settings, metrics, keys)
 
 
