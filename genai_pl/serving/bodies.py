@@ -36,7 +36,7 @@ class Bodies:
             raise ApiError(408, f"the body did not arrive within {SECONDS:.0f} seconds") from None
         if self._may_be_too_many(body) and await asyncio.to_thread(self._are_too_many, body):
             raise ApiError(
-                413, f"the body has more than {self.max_values:,} values (a text, list or object counts as {HEAVY})"
+                422, f"the body has more than {self.max_values:,} values (a text, list or object counts as {HEAVY})"
             )
         return body
 

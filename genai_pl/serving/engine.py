@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -80,7 +80,7 @@ class Engine:
     @property
     def n_running(self) -> int:
         """Requests with one."""
-        return len(self._running())
+        return len(self.running())
 
     def start(self) -> None:
         """Begin to answer what is submitted, or was."""
@@ -150,26 +150,16 @@ class Engine:
         """Seconds until a place in the queue is likely to be free."""
         return max(1.0, self.seconds / self.slots)
 
-    def next_rows(self, choose: Callable[[Iterable[Row]], int]) -> list[Row]:
-        """The first of those that wait, as many as are chosen; they wait no longer."""
+    def next_rows(self, choose: Callable[[], list[Row]]) -> list[Row]:
+        """Those that are chosen among the ones that wait; they wait no longer."""
         with self._changed:
-            rows = list(self._eligible())
-            rows = rows[: choose(rows)]
+            rows = choose()
             for row in rows:
                 self.waiting.take(row.request.client, row)
             return rows
 
-    def _eligible(self) -> Iterator[Row]:
-        """Those that wait, but for answers of one request that would have all slots."""
-        most = max(1, self.slots - 1)
-        running = Counter(id(row.request.group) for row in self._running())
-        for row in self.waiting:
-            group = id(row.request.group)
-            if row.request.group is None or running[group] < most:
-                running[group] += 1
-                yield row
-
-    def _running(self) -> list[Row]:
+    def running(self) -> list[Row]:
+        """Those that have a slot."""
         return [*self.batch.rows, *self.reading, *self.resting]
 
     def _run(self) -> None:
@@ -254,6 +244,6 @@ class Engine:
     def cancel_all(self) -> None:
         """Let all answers end after the step that runs."""
         with self._changed:
-            for row in [*self.waiting, *self._running()]:
+            for row in [*self.waiting, *self.running()]:
                 row.stream.is_cancelled = True
             self._changed.notify_all()

@@ -104,6 +104,7 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piec
         try:
             async for piece in answer:
                 await queue.put((n, piece))
+                await asyncio.sleep(0)  # others have their turn even where pieces come faster than they can be sent
         finally:
             await queue.put((n, None))
 

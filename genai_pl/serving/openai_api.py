@@ -111,7 +111,7 @@ async def respond(
     pieces = await while_connected(request.receive, collect(answers))
 
     def whole() -> dict[str, object]:
-        choices = [form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces)]
+        choices = (form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces))
         return {**header(form.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
 
     return await json_answer(whole)
@@ -173,7 +173,7 @@ async def embed(service: Service, body: EmbeddingBody) -> Response:
         return vector.tolist()
 
     def whole() -> dict[str, object]:
-        data = [{"object": "embedding", "index": n, "embedding": number(vector)} for n, vector in enumerate(vectors)]
+        data = ({"object": "embedding", "index": n, "embedding": number(vector)} for n, vector in enumerate(vectors))
         costs = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": body.model or service.name, "usage": costs}
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from genai_pl.serving.row import Row, ending_alone, n_together, read_whole, share_cache
@@ -57,7 +58,7 @@ def _join(engine: "Engine", rows: list[Row]) -> None:
 def _admit(engine: "Engine", left: int) -> bool:
     """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
     free, limit = engine.slots - engine.n_running, left if engine.batch.packs else 0
-    engine.reading = engine.next_rows(lambda waiting: n_together(waiting, free, limit))
+    engine.reading = engine.next_rows(lambda: (rows := eligible(engine))[: n_together(rows, free, limit)])
     if not engine.reading:
         return False
     try:
@@ -73,6 +74,18 @@ def _admit(engine: "Engine", left: int) -> bool:
         log.exception("a request cannot begin")
         _fail(engine)
     return _admit(engine, left)
+
+
+def eligible(engine: "Engine") -> list[Row]:
+    """Those that wait, in the order of their turns, but for answers to one request that would have all slots."""
+    most, found = max(1, engine.slots - 1), []
+    running = Counter(id(row.request.group) for row in engine.running())
+    for row in engine.waiting:
+        group = id(row.request.group)
+        if row.request.group is None or running[group] < most:
+            running[group] += 1
+            found.append(row)
+    return found
 
 
 def _open(engine: "Engine", row: Row) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fastapi.responses import Response
 
@@ -18,7 +18,9 @@ async def json_answer(make: Callable[[], object]) -> Response:
 def written(value: object, *, depth: int = DEPTH, in_ascii: bool = False) -> list[str]:
     """The value in JSON, in parts that belong one after the other: json.dumps lets nobody else work meanwhile."""
     deeper = {"depth": depth - 1, "in_ascii": in_ascii}
-    if depth > 0 and isinstance(value, dict) and value:
+    if isinstance(value, Iterator):  # one after the other, so that few are there at a time
+        parts = [("", written(item, **deeper)) for item in value]
+    elif depth > 0 and isinstance(value, dict) and value:
         parts = [(f"{_dumps(str(name), in_ascii)}:", written(item, **deeper)) for name, item in value.items()]
     elif depth > 0 and isinstance(value, list) and value and isinstance(value[0], dict | list):
         parts = [("", written(item, **deeper)) for item in value]
