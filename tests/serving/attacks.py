@@ -1,4 +1,4 @@
-"""Clients that mean a server ill, ten kinds of them, and patient ones beside them: `python -m tests.serving.attacks URL SECONDS`."""
+"""Clients that mean a server ill, and patient ones beside them: `python -m tests.serving.attacks URL SECONDS`."""
 
 import json
 import socket
