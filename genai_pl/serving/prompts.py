@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from genai_pl.serving.row import Row, ending_alone, n_together, read_whole, share_cache
@@ -77,15 +77,20 @@ def _admit(engine: "Engine", left: int) -> bool:
 
 
 def eligible(engine: "Engine") -> list[Row]:
-    """Those that wait, in the order of their turns, but for answers to one request that would have all slots."""
-    most, found = max(1, engine.slots - 1), []
-    running = Counter(id(row.request.group) for row in engine.running())
-    for row in engine.waiting:
+    """Those that wait, in the order of their turns, but for answers to one request that would have all slots.
+
+    Of one client's, what has less for its request comes first: one with many prompts is read beside others, not before.
+    """
+    most, running = max(1, engine.slots - 1), Counter(id(row.request.group) for row in engine.running())
+    waiting, ranks, lines = list(engine.waiting), {}, defaultdict(list)
+    for row in waiting:
         group = id(row.request.group)
-        if row.request.group is None or running[group] < most:
-            running[group] += 1
-            found.append(row)
-    return found
+        ranks[id(row)] = 0 if row.request.group is None else running[group]
+        running[group] += 1
+        lines[row.request.client].append(row)
+    turns = {client: iter(sorted(line, key=lambda row: ranks[id(row)])) for client, line in lines.items()}
+    found = [next(turns[row.request.client]) for row in waiting]
+    return [row for row in found if ranks[id(row)] < most]
 
 
 def _open(engine: "Engine", row: Row) -> None:

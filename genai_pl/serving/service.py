@@ -31,6 +31,7 @@ from genai_pl.serving.requests import Busy, Request, Stream
 from genai_pl.serving.settings import Settings
 from genai_pl.specs import GenerationConfig
 
+CPU_CHUNK, GPU_CHUNK = 128, 512  # tokens of prompts that are read before others have their turn
 LONGEST = 32  # characters that a token has at least room for, as a rare word may that is one
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,6 +62,7 @@ class Service:
                 slots=settings.slots,
                 max_length=self.context,
                 queue_size=self.limits.queue_size,
+                prefill_chunk=CPU_CHUNK if choose_device(settings.device).type == "cpu" else GPU_CHUNK,
                 adapters={name: str(path) for name, path in folders.items()},
                 observer=metrics,
             )

@@ -14,7 +14,7 @@ from genai_pl.models import Model
 from genai_pl.models.pooling import pool
 from genai_pl.serving.batch import why_apart
 
-CPU_TOKENS, GPU_TOKENS = 512, 8192  # of a slice, padding included: well below a second
+CPU_TOKENS, GPU_TOKENS = 256, 8192  # of a slice, padding included: well below a second
 Rows = Sequence[Sequence[int]]
 
 
