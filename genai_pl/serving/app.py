@@ -1,6 +1,7 @@
 """The application: routes, what every request passes, and a life from ready to drained."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -51,6 +52,7 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
                 await task
             await behind.stop()
             undo()
+            gc.unfreeze()  # libraries look at the end for what is still there
 
     app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
     install(app)

@@ -30,6 +30,7 @@ class Probed:
             await self.app(scope, receive, send)
         finally:
             clock.cancel()
+            gc.unfreeze()
 
     async def _watch(self) -> None:
         while True:
