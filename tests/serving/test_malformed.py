@@ -199,8 +199,8 @@ def test_no_bytes_make_the_server_fail(tiny: Path, monkeypatch: pytest.MonkeyPat
 
     from genai_pl.serving import bodies, connections
 
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
-    monkeypatch.setattr(bodies, "SECONDS", 0.1)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "SECONDS", 0.3)
     answered = 0
 
     service = make_service(tiny, limits=Limits(max_tokens=2, timeout=20))
