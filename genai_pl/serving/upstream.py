@@ -105,6 +105,7 @@ class Upstream:
         if isinstance(kept, list):
             for event in kept:
                 yield event
+                await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
             return
         events: list[str] = []
         began = last = time.perf_counter()
@@ -122,7 +123,7 @@ class Upstream:
                 last = now
                 events.append(event)
                 yield event
-            else:
+            if line is None or not events:
                 raise ApiError(502, "the server behind this one broke off its answer")
         self.metrics.finished("stop", 0, len(events))
         if key is not None:

@@ -122,6 +122,7 @@ STREAMS = {
     "half a character": stream_of('{"choices": [{"text": "\\ud800"}]}'),
     "an error": stream_of(json.dumps({"error": {"message": INSIDE}})),
     "broken off": stream_of(end=""),
+    "nothing but an end": stream_of(),
     "no stream": said({"choices": [RIGHT]}),
     "a failure": plain(INSIDE, 500),
     "gzip": plain(b"no gzip", **{"content-encoding": "gzip"}),
