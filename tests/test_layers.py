@@ -11,7 +11,7 @@ PACKAGE = ROOT / "genai_pl"
 
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "redaction"},
     {"names", "plugins", "values"},
     {"specs", "devices"},
     {"kernels"},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genai_pl.data.whole import encode_whole, lower_texts
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.evaluation.rows import completion_rows, text_rows
+from genai_pl.evaluation.rows import Row, completion_rows, text_rows
 from genai_pl.evaluation.scoring import batches, score
 from genai_pl.files import is_checkpoint
 from genai_pl.models import Model
@@ -123,20 +123,31 @@ def logprobs(
     model: Model, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str] | None, texts: Sequence[str]
 ) -> list[tuple[float, int]]:
     """Log-probability in nats of each text, and of how many tokens: after its prompt, or after a bos if the tokenizer has one."""
-    seq_len = model.config.max_seq_len
-    if prompts is not None:
-        rows = completion_rows(prompts, texts, tokenizer, seq_len=seq_len)
-        owners = range(len(rows))
-    else:
-        per_text = [text_rows([text], tokenizer, seq_len=seq_len) for text in texts]
-        rows = [row for one in per_text for row in one]
-        owners = [n for n, one in enumerate(per_text) for _ in one]
+    rows, owners = logprob_rows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
     totals, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     found = score(model, rows, batch_tokens=BATCH_TOKENS)
     for n, row, nll in zip(owners, rows, found.nll.tolist(), strict=True):
         totals[n] -= nll
         counts[n] += row.n_scored
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+def logprob_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str] | None,
+    texts: Sequence[str],
+    *,
+    seq_len: int,
+    first: int = 0,
+) -> tuple[list[Row], list[int]]:
+    """Rows to be scored, and to which text each belongs; the texts are numbered from `first` on."""
+    if prompts is not None:
+        owners = list(range(first, first + len(texts)))
+        named = [n + 1 for n in owners]  # in what an error says
+        return completion_rows(prompts, texts, tokenizer, seq_len=seq_len, owners=named), owners
+    per_text = [text_rows([text], tokenizer, seq_len=seq_len) for text in texts]
+    owners = [n for n, one in enumerate(per_text, start=first) for _ in one]
+    return [row for one in per_text for row in one], owners
 
 
 def _padded(model: Model, rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

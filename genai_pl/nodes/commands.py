@@ -125,6 +125,7 @@ class Serve:
     max_tokens: int = 4096
     max_n: int = 16
     max_inputs: int = 256
+    max_input_tokens: int = 131_072
     max_body_mib: float = 4.0
     drain: float = 30.0
     api_keys: str | None = None

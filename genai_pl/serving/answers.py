@@ -1,8 +1,10 @@
 """An answer as its tokens come: from the engine, or from the cache, where it is put once it is whole."""
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,8 +61,7 @@ class Recorded:
             pieces.append(piece)
             yield piece
         if self.finish in WHOLE:
-            contents = [self.finish, self.n_generated, [astuple(piece) for piece in pieces]]
-            await self.keep(json.dumps(contents).encode())
+            await self.keep(await asyncio.to_thread(recorded, self.finish, pieces))
 
 
 class Replayed:
@@ -77,19 +78,46 @@ class Replayed:
     async def __aiter__(self) -> "AsyncIterator[Piece]":
         for piece in self.pieces:
             yield piece
+            await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
+
+
+def recorded(finish: str, pieces: "Sequence[Piece]") -> bytes:
+    """An answer as it is kept: a line that says why it ended, and one for each piece, so that no step takes long."""
+    return "\n".join([json.dumps(finish), *(json.dumps(astuple(piece)) for piece in pieces)]).encode()
 
 
 def replay(contents: bytes) -> Replayed | None:
-    """The answer that `Recorded` kept; None if somebody else wrote there."""
+    """The answer that `recorded` wrote; None where the contents are anything else."""
+    try:
+        finish, *lines = contents.decode().split("\n")
+        pieces = [_piece(json.loads(line)) for line in lines]
+        if (ending := json.loads(finish)) not in WHOLE or not pieces:
+            raise ValueError("it is not whole")
+    except (ValueError, TypeError, RecursionError) as error:
+        log.warning("cache: an entry is no answer (%s)", type(error).__name__)
+        return None
+    return Replayed(ending, len(pieces), pieces)
+
+
+def _piece(found: object) -> "Piece":
+    """A piece of these JSON values; ValueError or TypeError where they are not those of one."""
     from genai_pl.serving.requests import Piece
 
-    try:
-        finish, n_generated, pieces = json.loads(contents)
-        restored = [
-            Piece(str(text), int(token), logprob, tuple((int(t), float(p)) for t, p in top))
-            for text, token, logprob, top in pieces
-        ]
-        return Replayed(str(finish), int(n_generated), restored)
-    except (ValueError, TypeError) as error:
-        log.warning("cache: an entry cannot be read (%s)", error)
-        return None
+    text, token, logprob, top = found
+    alternatives = tuple((_token(t), _logprob(p)) for t, p in top)
+    if not isinstance(text, str) or (logprob is None and alternatives):
+        raise TypeError("no piece of an answer")
+    text.encode()
+    return Piece(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
+
+
+def _token(found: object) -> int:
+    if type(found) is not int or not 0 <= found < 2**31:
+        raise ValueError("no token")
+    return found
+
+
+def _logprob(found: object) -> float:
+    if type(found) is not float or math.isnan(found) or found > 1e-3:
+        raise ValueError("no log-probability")
+    return found

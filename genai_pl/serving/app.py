@@ -1,12 +1,14 @@
 """The application: routes, what every request passes, and a life from ready to drained."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from genai_pl.serving.bodies import Bodies
 from genai_pl.serving.errors import install
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.middleware import Guard
@@ -15,8 +17,10 @@ from genai_pl.serving.plain_api import plain_routes, state_routes
 from genai_pl.serving.proxy_api import proxy_routes
 from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
+from genai_pl.serving.stopping import stop_in_time
 from genai_pl.serving.upstream import Upstream
 
+VALUES = 65_536  # in a body, which are some milliseconds of work
 REFRESH_SECONDS = 1.0  # between two looks at what is a state: queues, memory
 
 
@@ -36,6 +40,7 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
     async def life(app: FastAPI) -> AsyncIterator[None]:
         nonlocal is_ready
         behind.start()
+        undo = stop_in_time(settings.drain, behind.give_up)
         is_ready = True
         task = asyncio.ensure_future(refreshing())
         try:
@@ -46,6 +51,8 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
             with suppress(asyncio.CancelledError):
                 await task
             await behind.stop()
+            undo()
+            gc.unfreeze()  # libraries look at the end for what is still there
 
     app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
     install(app)
@@ -55,7 +62,9 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
         app.include_router(openai_routes(behind))
     else:
         app.include_router(proxy_routes(behind))
-    app.add_middleware(Guard, metrics=metrics, keys=keys, max_body=int(settings.limits.max_body_mib * 2**20))
+    limits = settings.limits
+    bodies = Bodies(max_body=int(limits.max_body_mib * 2**20), max_values=max(VALUES, 2 * limits.max_input_tokens))
+    app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -1,6 +1,7 @@
 """Answers that are kept: in memory, least recently used first to go, or in a Redis that several servers share."""
 
 import hashlib
+import hmac
 import json
 import logging
 import time
@@ -14,12 +15,16 @@ from torch import nn
 
 from genai_pl.data import fingerprint
 from genai_pl.errors import ConfigError
+from genai_pl.redaction import redacted
+from genai_pl.serving.settings import cache_secret
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("genai_pl.serving")
 PAUSE = 5.0  # seconds before a Redis that failed is asked again
+SIGNATURE_BYTES = 32
+LARGEST = 64 * 2**20  # bytes of an entry that are read: others may have written any number of them
 
 
 class Cache(Protocol):
@@ -89,37 +94,57 @@ class MemoryCache:
 
 
 class RedisCache:
-    """Shared by all servers of that Redis; while it cannot be reached the server goes on without, and says so once."""
+    """Shared by all servers of that Redis; while it cannot be reached the server goes on without, and says so once.
+
+    Whoever reaches that Redis may write there: entries are signed for their name (HMAC, RFC 2104, with SHA-256), and one
+    without the right signature is not there.
+    """
 
     def __init__(self, url: str, *, ttl: float, now: Callable[[], float] = time.monotonic) -> None:
         from redis.asyncio import Redis
+        from redis.exceptions import RedisError
 
         try:
             self.client = Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)
-        except ValueError as error:
-            raise ConfigError(f"cache={url}: {error}") from None
+        except (ValueError, TypeError, RedisError):  # its message may show a part of the password
+            raise ConfigError(f"cache={redacted(url)}: write redis://:PASSWORD@HOST:PORT/DB") from None
         self.ttl, self.now = ttl, now
+        self.secret = cache_secret()
         self.down_until: float | None = None  # while it is set, the last call failed
 
     async def get(self, key: str) -> bytes | None:
-        return await self._try(self.client.get, f"genai_pl:{key}")
+        found = await self._try(self.client.getrange, f"genai_pl:{key}", 0, LARGEST)
+        if not found:
+            return None
+        value = found[SIGNATURE_BYTES:]
+        if not hmac.compare_digest(found[:SIGNATURE_BYTES], self._signature(key, value)):
+            log.warning("cache: an entry is not signed with the secret of this server: it does not count")
+            return None
+        return value
 
     async def set(self, key: str, value: bytes) -> None:
-        await self._try(self.client.set, f"genai_pl:{key}", value, px=max(1, int(self.ttl * 1000)))
+        signed = self._signature(key, value) + value
+        await self._try(self.client.set, f"genai_pl:{key}", signed, px=max(1, int(self.ttl * 1000)))
 
     async def close(self) -> None:
         await self.client.aclose()
 
+    def _signature(self, key: str, value: bytes) -> bytes:
+        return hmac.digest(self.secret, f"{key}:".encode() + value, "sha256")
+
     async def _try(self, call: Callable, *arguments: object, **options: object) -> bytes | None:
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisError, ResponseError
 
         if self.down_until is not None and self.now() < self.down_until:
             return None
         try:
             found = await call(*arguments, **options)
+        except ResponseError as error:  # something else than an answer lies there, or it is full
+            log.warning("cache: Redis refuses (%s)", redacted(error))
+            return None
         except (RedisError, OSError) as error:
             if self.down_until is None:
-                log.warning("cache: Redis does not answer (%s); going on without it", error)
+                log.warning("cache: Redis does not answer (%s); going on without it", redacted(error))
             self.down_until = self.now() + PAUSE
             return None
         if self.down_until is not None:

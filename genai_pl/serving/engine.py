@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from genai_pl.generation import limits_of
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.batch import Adapters, make_batch
 from genai_pl.serving.choosing import choose
+from genai_pl.serving.fair import FairQueue, Full
 from genai_pl.serving.jobs import Jobs
 from genai_pl.serving.prompts import read_prompts
 from genai_pl.serving.requests import Busy, Observer, Request, Stream, check_request
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("genai_pl.serving")
+STEPS_SHARE = 0.5  # of the time that prompts and jobs take, which steps of the answers then have first
 
 
 class Engine:
     """Answers requests, up to `slots` of them at once, while up to `queue_size` wait.
 
-    Prompts are read in chunks of at most `prefill_chunk` tokens, one chunk between two steps, so that a long one keeps
-    nobody waiting. max_length bounds prompt and answer together; `adapters` are folders by the names that requests use.
+    Clients take turns. Prompts are read in chunks of at most `prefill_chunk` tokens, one chunk between two steps, and
+    those that wait have every second one, so that a long prompt keeps nobody waiting. max_length bounds prompt and
+    answer together; `adapters` are folders by the names that requests use.
     """
 
     def __init__(
@@ -58,9 +61,12 @@ class Engine:
         self.device = self.adapters.device
         self.batch = make_batch(model, self.adapters, slots)
         self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
-        self.waiting: deque[Row] = deque()
+        self.waiting: FairQueue[Row] = FairQueue(queue_size)
         self.jobs = Jobs()
-        self.reading: list[Row] = []  # one whose prompt is read in part, or some that are read whole in one pass
+        self.reading: list[Row] = []  # one whose prompt is read, or some that are read whole in one pass
+        self.resting: deque[Row] = deque()  # those whose prompts are read in part, the next one first
+        self.is_newcomers_turn = True  # else of those that rest
+        self.owed = 0.0  # seconds that steps have before the next chunk
         self.seconds = 1.0  # that a request takes, on average
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -74,7 +80,7 @@ class Engine:
     @property
     def n_running(self) -> int:
         """Requests with one."""
-        return len(self.batch.rows) + len(self.reading)
+        return len(self.running())
 
     def start(self) -> None:
         """Begin to answer what is submitted, or was."""
@@ -89,7 +95,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None and drain:
             self._thread.join(timeout)
-        self._cancel_all()
+        self.cancel_all()
         if self._thread is not None:
             self._thread.join()  # the step that it is in
             self._thread = None
@@ -113,30 +119,48 @@ class Engine:
         """The answer, which begins as soon as a slot is free; Busy if too many wait, ConfigError for what cannot work."""
         vocab_size, adapters = self.model.config.vocab_size, self.adapters.adapters
         check_request(request, max_length=self.max_length, vocab_size=vocab_size, adapters=adapters)
-        if self.n_waiting >= self.queue_size or self._is_stopping:  # before any work
-            raise Busy(self._wait())
-        limits = limits_of(self.tokenizer, request.config, self.adapters.ends(request.adapter))
-        row = Row(request, Stream(self._notify), limits=limits, model=self.model, tokenizer=self.tokenizer)
         with self._changed:
-            if self.n_waiting >= self.queue_size or self._is_stopping:
+            if self._is_stopping or not self.waiting.admits(request.client):  # before any work
                 raise Busy(self._wait())
-            self.waiting.append(row)
+        limits = limits_of(self.tokenizer, request.config, self.adapters.ends(request.adapter))
+        stream = Stream(lambda: self._forget(row))
+        row = Row(request, stream, limits=limits, model=self.model, tokenizer=self.tokenizer)
+        with self._changed:
+            if self._is_stopping:
+                raise Busy(self._wait())
+            try:
+                pushed = self.waiting.add(request.client, row)
+            except Full:
+                raise Busy(self._wait()) from None
             self._changed.notify_all()
+        if pushed is not None:
+            self.end(pushed, "busy")
         self.observer.queued()
         return row.stream
+
+    def _forget(self, row: Row) -> None:
+        """Whoever asked has left: the place of a row that waits is free at once."""
+        with self._changed:
+            waited = self.waiting.remove(row.request.client, row)
+            self._changed.notify_all()
+        if waited:
+            self.end(row, "cancelled")
 
     def _wait(self) -> float:
         """Seconds until a place in the queue is likely to be free."""
         return max(1.0, self.seconds / self.slots)
 
-    def next_rows(self, choose: Callable[[Iterable[Row]], int]) -> list[Row]:
-        """The first of those that wait, as many as are chosen; they wait no longer."""
+    def next_rows(self, choose: Callable[[], list[Row]]) -> list[Row]:
+        """Those that are chosen among the ones that wait; they wait no longer."""
         with self._changed:
-            return [self.waiting.popleft() for _ in range(choose(self.waiting))]
+            rows = choose()
+            for row in rows:
+                self.waiting.take(row.request.client, row)
+            return rows
 
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+    def running(self) -> list[Row]:
+        """Those that have a slot."""
+        return [*self.batch.rows, *self.reading, *self.resting]
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -156,13 +180,21 @@ class Engine:
         return bool(self.waiting or self.n_running or self.jobs)
 
     def _turn(self) -> None:
-        """End what is over, do a job of others, read a chunk of prompts, and give every row its next token."""
+        """End what is over, do a job of others, read a chunk of prompts, and give every row its next token.
+
+        However many come, and leave again, those that are being answered have their share of the time.
+        """
         self._sweep()
-        if self.jobs:
-            self.jobs.do_next()
-        read_prompts(self)
+        if self.owed <= 0 or not self.batch.rows:
+            began = time.monotonic()
+            if self.jobs:
+                self.jobs.do_next()
+            read_prompts(self)
+            self.owed = STEPS_SHARE * (time.monotonic() - began)
         if self.batch.rows:
+            began = time.monotonic()
             self._step()
+            self.owed -= time.monotonic() - began
 
     def _sweep(self) -> None:
         """End the answers that are over, or that nobody waits for."""
@@ -171,13 +203,13 @@ class Engine:
             for row in self.waiting:
                 row.check(now)
             over = [row for row in self.waiting if row.ending]
-            self.waiting = deque(row for row in self.waiting if not row.ending)
+            over = [row for row in over if self.waiting.remove(row.request.client, row)]
         for row in over:
             self.end(row)
-        for row in list(self.reading):
+        for row in list(self.resting):
             row.check(now)
             if row.ending:
-                self.reading.remove(row)
+                self.resting.remove(row)
                 self.end(row)
         for row in self.batch.rows:
             row.check(now)
@@ -209,9 +241,9 @@ class Engine:
         self.seconds += 0.1 * (time.monotonic() - row.submitted - self.seconds)
         row.end(self.observer)
 
-    def _cancel_all(self) -> None:
+    def cancel_all(self) -> None:
+        """Let all answers end after the step that runs."""
         with self._changed:
-            rows = [*self.waiting, *self.batch.rows, *self.reading]
-            for row in rows:
+            for row in [*self.waiting, *self.running()]:
                 row.stream.is_cancelled = True
             self._changed.notify_all()

@@ -5,6 +5,7 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping
+from contextvars import ContextVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from genai_pl.errors import UserError
+from genai_pl.redaction import redacted
 
 log = logging.getLogger("genai_pl.serving")
 KINDS = {
@@ -26,6 +28,7 @@ KINDS = {
     504: "timeout_error",
 }
 CLIENT_GONE = 499  # as nginx counts it; nobody reads it
+REQUEST: ContextVar[str] = ContextVar("request")  # the number of the request that is answered: x-request-id
 
 
 class ErrorDetail(BaseModel):
@@ -44,11 +47,26 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer with a status that is not 200."""
+    """An answer with a status that is not 200.
+
+    Where the server is to blame (5xx) the client gets the number of the request, under which the log has the message
+    and the `reason`, which no client sees.
+    """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        reason: object = "",
+        is_logged: bool = False,
     ) -> None:
+        if status >= 500 and not is_logged:
+            number = request_number()
+            log.warning("request %s: %d, %s%s", number, status, message, f" ({redacted(reason)})" if reason else "")
+            message = f"{message} (request {number})"
         super().__init__(message)
         self.status = status
         self.param = param
@@ -64,6 +82,11 @@ class ApiError(Exception):
         return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
 
 
+def request_number() -> str:
+    """The number of the request that is answered, or a new one where there is none."""
+    return REQUEST.get(None) or uuid.uuid4().hex[:12]
+
+
 def too_busy(seconds: float) -> ApiError:
     """The answer when no more requests can wait."""
     return ApiError(
@@ -77,9 +100,9 @@ class ClientGone(Exception):
 
 def unexpected(error: BaseException) -> ApiError:
     """An error of ours: its traceback goes to the log, its number to the client."""
-    number = uuid.uuid4().hex[:12]
+    number = request_number()
     log.error("error %s", number, exc_info=error)
-    return ApiError(500, f"the server failed; the log has the reason under {number}")
+    return ApiError(500, f"the server failed; the log has the reason under {number}", is_logged=True)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from genai_pl.serving.errors import ApiError, ClientGone, as_api_error
+from genai_pl.serving.errors import ApiError, ClientGone, as_api_error, too_busy
 
 if TYPE_CHECKING:
     from genai_pl.serving.requests import Piece
@@ -104,6 +104,7 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piec
         try:
             async for piece in answer:
                 await queue.put((n, piece))
+                await asyncio.sleep(0)  # others have their turn even where pieces come faster than they can be sent
         finally:
             await queue.put((n, None))
 
@@ -137,5 +138,7 @@ def check_finish(answer: "Answer") -> None:
         raise ApiError(504, f"not finished in time, after {answer.n_generated} tokens: ask for fewer, or set timeout")
     if answer.finish == "cancelled":
         raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+    if answer.finish == "busy":  # others, who had less, needed its place in the queue
+        raise too_busy(1.0)
     if answer.finish == "error":
         raise ApiError(500, "the model failed; the log has the reason")

@@ -70,8 +70,8 @@ class Message(BaseModel):
     """One turn of a conversation."""
 
     role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
     def plain(self) -> dict[str, object]:

@@ -1,71 +1,79 @@
-"""What every request passes on its way in and out: a key, the size of its body, the count of its answer."""
+"""What every request passes on its way in and out: a number, a key, its body, the count of its answer."""
 
 import asyncio
+import hashlib
 import hmac
 import time
+import uuid
 from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from genai_pl.serving.errors import CLIENT_GONE, ApiError, ClientGone, unexpected
+from genai_pl.serving.bodies import HELD, Bodies
+from genai_pl.serving.errors import CLIENT_GONE, REQUEST, ApiError, ClientGone, unexpected
+from genai_pl.serving.fair import CLIENT, network
 from genai_pl.serving.metrics import Metrics
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # without a key
-BODY_SECONDS = 30.0  # for a body to arrive
 
 
 class Guard:
     """The outermost layer: nothing but JSON errors leave it, whatever happens inside."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, keys: Sequence[str], max_body: int) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, keys: Sequence[str], bodies: Bodies) -> None:
         self.app = app
         self.metrics = metrics
         self.keys = [key.encode() for key in keys]
-        self.max_body = max_body
+        self.bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        number = uuid.uuid4().hex[:12]
+        REQUEST.set(number)
+        HELD.set([])
         began, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number.encode())]}
             await send(message)
 
         try:
-            self._check_key(scope)
+            CLIENT.set(self._client(scope))
             await self.app(scope, await self._with_body(scope, receive), counted)
         except ClientGone:
             status = CLIENT_GONE
+        except asyncio.CancelledError:  # by the server, whose time to finish is over
+            if not status:
+                stopping = ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+                await stopping.response()(scope, receive, counted)
         except Exception as error:
             answer = error if isinstance(error, ApiError) else unexpected(error)
             if not status:
                 await answer.response()(scope, receive, counted)
         finally:
+            self.bodies.release()
             self.metrics.answered(route_name(scope), status or CLIENT_GONE, time.perf_counter() - began)
 
-    def _check_key(self, scope: Scope) -> None:
-        if not self.keys or scope["path"] in OPEN or scope["method"] == "OPTIONS":
-            return
+    def _client(self, scope: Scope) -> str:
+        """Who asks, as far as it is known: the key, else the address; ApiError 401 without a key where one is asked for."""
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = given.partition(b" ")
-        right = [hmac.compare_digest(key.strip(), known) for known in self.keys]  # all, so that time tells nothing
-        if kind.lower() != b"bearer" or not any(right):
-            raise ApiError(401, "give a key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+        if self.keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            right = [hmac.compare_digest(key.strip(), known) for known in self.keys]  # all: time tells nothing
+            if kind.lower() != b"bearer" or not any(right):
+                raise ApiError(401, "give a key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+            return hashlib.sha256(key.strip()).hexdigest()
+        return network(scope["client"][0]) if scope.get("client") else ""
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` with the whole body as its first message; ApiError where that is too large or does not come."""
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.max_body:
-            raise self._too_large()
-        try:
-            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
-        except asyncio.TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+        """`receive` with the whole body as its first message."""
+        body = await self.bodies.read(receive, dict(scope["headers"]).get(b"content-length", b"0"))
         first = True
 
         async def replay() -> Message:
@@ -76,21 +84,6 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return replay
-
-    async def _read(self, receive: Receive) -> bytes:
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            body += message.get("body", b"")
-            if len(body) > self.max_body:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.max_body:,} bytes (option max_body_mib)")
 
 
 def route_name(scope: Scope) -> str:

@@ -1,15 +1,18 @@
 """OpenAI's routes: models, completions, chat completions, embeddings."""
 
+import asyncio
 import base64
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from torch import Tensor
 
 from genai_pl.serving.answers import Answer
-from genai_pl.serving.errors import ApiError, documented, json_response
+from genai_pl.serving.errors import ApiError, documented
 from genai_pl.serving.events import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
 from genai_pl.serving.openai_format import Chat, Completion, Format, header, usage
+from genai_pl.serving.rendering import json_answer, written
 from genai_pl.serving.requesting import ask, check_count, generation_config
 from genai_pl.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
 from genai_pl.serving.service import Service
@@ -38,7 +41,11 @@ def openai_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue one text or several."""
         check(service, body, len(body.prompts))
-        prompts = [await service.tokens(prompt) for prompt in body.prompts]
+
+        async def read() -> list[tuple[int, ...]]:
+            return [await service.tokens(prompt) for prompt in body.prompts]
+
+        prompts = await while_connected(request.receive, read())
         wanted = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
         return await respond(service, body, request, prompts, Completion(decoder(service), body.logprobs), wanted)
 
@@ -47,7 +54,8 @@ def openai_routes(service: Service) -> APIRouter:
         """Answer a conversation."""
         check(service, body, 1)
         tools = offered(service, body)
-        prompts = [await service.chat_tokens([message.plain() for message in body.messages], tools)]
+        turns = [message.plain() for message in body.messages]
+        prompts = [await while_connected(request.receive, service.chat_tokens(turns, tools))]
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = {"max_tokens": getattr(body, param), "param": param, "default": None}
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -58,7 +66,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """Texts as unit vectors."""
         body.refuse_unknown()
-        return json_response(await while_connected(request.receive, embed(service, body)))
+        return await while_connected(request.receive, embed(service, body))
 
     return router
 
@@ -91,17 +99,22 @@ async def respond(
     wanted: dict[str, object],
 ) -> Response:
     """The answers to the prompts, whole or as a stream."""
-    config = await with_form(service, body, generation_config(service, body, stop=body.stops, **wanted))
-    adapter = service.adapter_of(body.model)
-    answers = await ask(service, body, prompts, config, adapter=adapter, n=body.n, logprobs=form.logprobs)
+    config = generation_config(service, body, stop=body.stops, **wanted)
+    config = await while_connected(request.receive, with_form(service, body, config))
+    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": form.logprobs}
+    answers = await ask(service, body, prompts, config, **options)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
     if body.stream:
         by = whole_chunks if form.is_whole else chunks
         events = by(answers, form, header(form.chunk_kind, name), n_prompt, with_usage=body.with_usage)
         return await stream_events(request, events)
     pieces = await while_connected(request.receive, collect(answers))
-    choices = [form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces)]
-    return json_response({**header(form.kind, name), "choices": choices, "usage": usage(n_prompt, answers)})
+
+    def whole() -> dict[str, object]:
+        choices = (form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces))
+        return {**header(form.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
+
+    return await json_answer(whole)
 
 
 async def chunks(answers: list[Answer], form: Format, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
@@ -132,19 +145,20 @@ async def whole_chunks(answers: list[Answer], form: ToolChat, head: dict, n_prom
     """The events of a stream in which each answer comes at once, when all are finished; then what it cost."""
     rest = {"usage": None} if with_usage else {}
     for n, pieces in enumerate(await collect(answers)):
-        yield {**head, "choices": [form.chunk(n, pieces, answers[n].finish)], **rest}
+        chunk = await asyncio.to_thread(form.chunk, n, pieces, answers[n].finish)
+        yield "".join(await asyncio.to_thread(written, {**head, "choices": [chunk], **rest}, in_ascii=True))
     if with_usage:
         yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
 
 
-async def embed(service: Service, body: EmbeddingBody) -> dict[str, object]:
+async def embed(service: Service, body: EmbeddingBody) -> Response:
     """The answer of /v1/embeddings."""
     inputs = body.inputs
     if len(inputs) > service.limits.max_inputs:
         raise ApiError(
             422, f"input: {len(inputs)} texts in one request, at most {service.limits.max_inputs}", param="input"
         )
-    vectors, n_tokens = await service.embed(inputs, service.adapter_of(body.model))
+    vectors, n_tokens = await service.measures.embed(inputs, service.adapter_of(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             raise ApiError(
@@ -152,10 +166,15 @@ async def embed(service: Service, body: EmbeddingBody) -> dict[str, object]:
             )
         vectors = vectors[:, : body.dimensions]
         vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    if body.encoding_format == "base64":
-        found = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
-    else:
-        found = vectors.tolist()
-    data = [{"object": "embedding", "index": n, "embedding": vector} for n, vector in enumerate(found)]
-    costs = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    return {"object": "list", "data": data, "model": body.model or service.name, "usage": costs}
+
+    def number(vector: Tensor) -> str | list[float]:
+        if body.encoding_format == "base64":
+            return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+        return vector.tolist()
+
+    def whole() -> dict[str, object]:
+        data = ({"object": "embedding", "index": n, "embedding": number(vector)} for n, vector in enumerate(vectors))
+        costs = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": body.model or service.name, "usage": costs}
+
+    return await json_answer(whole)

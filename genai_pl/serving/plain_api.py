@@ -35,7 +35,7 @@ def plain_routes(service: Service) -> APIRouter:
         config = generation_config(
             service, body, max_tokens=body.max_new_tokens, param="max_new_tokens", stop=body.stop, default=default
         )
-        prompt = await service.tokens(body.prompt)
+        prompt = await while_connected(request.receive, service.tokens(body.prompt))
         answers = await ask(service, body, [prompt], config, adapter=adapter)
         if body.stream:
             return await stream_events(request, pieces_of(answers, len(prompt)))
@@ -53,7 +53,7 @@ def plain_routes(service: Service) -> APIRouter:
                 422, f"text: {len(body.texts)} in one request, at most {service.limits.max_inputs}", param="text"
             )
         adapter = service.adapter_of(body.model)
-        found = await while_connected(request.receive, service.score(body.prompts, body.texts, adapter))
+        found = await while_connected(request.receive, service.measures.score(body.prompts, body.texts, adapter))
         kind = "reward" if service.is_reward else "log_probability"
         scores = [{"score": value, "n_tokens": n} for value, n in found]
         return json_response({"model": body.model or service.name, "kind": kind, "scores": scores})

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from genai_pl.serving.row import Row, ending_alone, n_together, read_whole, share_cache
@@ -15,13 +16,15 @@ log = logging.getLogger("genai_pl.serving")
 def read_prompts(engine: "Engine") -> None:
     """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins the batch."""
     left = engine.chunk
-    while left > 0 and (engine.reading or _admit(engine, left)):
+    while left > 0 and _next(engine, left):
         rows, before = list(engine.reading), sum(row.n_read for row in engine.reading)
         try:
             engine.adapters.choose([rows[0].request.adapter])
             logits = read_whole(rows, engine.device) if len(rows) > 1 else rows[0].read(left, engine.device)
             left -= sum(row.n_read for row in rows) - before
             if logits is None:
+                engine.resting.append(rows[0])
+                engine.reading = []
                 continue
             engine.take(logits, rows)
             _join(engine, rows)
@@ -29,6 +32,17 @@ def read_prompts(engine: "Engine") -> None:
             log.exception("a prompt cannot be read: its answer ends")
             _fail(engine)
         engine.reading = []
+
+
+def _next(engine: "Engine", left: int) -> bool:
+    """Whether there are rows to read now: newcomers and those that are read in part take turns."""
+    is_newcomers_turn, engine.is_newcomers_turn = engine.is_newcomers_turn, not engine.is_newcomers_turn
+    if is_newcomers_turn and _admit(engine, left):
+        return True
+    if engine.resting:
+        engine.reading = [engine.resting.popleft()]
+        return True
+    return not is_newcomers_turn and _admit(engine, left)
 
 
 def _join(engine: "Engine", rows: list[Row]) -> None:
@@ -44,7 +58,7 @@ def _join(engine: "Engine", rows: list[Row]) -> None:
 def _admit(engine: "Engine", left: int) -> bool:
     """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
     free, limit = engine.slots - engine.n_running, left if engine.batch.packs else 0
-    engine.reading = engine.next_rows(lambda waiting: n_together(waiting, free, limit))
+    engine.reading = engine.next_rows(lambda: (rows := eligible(engine))[: n_together(rows, free, limit)])
     if not engine.reading:
         return False
     try:
@@ -60,6 +74,23 @@ def _admit(engine: "Engine", left: int) -> bool:
         log.exception("a request cannot begin")
         _fail(engine)
     return _admit(engine, left)
+
+
+def eligible(engine: "Engine") -> list[Row]:
+    """Those that wait, in the order of their turns, but for answers to one request that would have all slots.
+
+    Of one client's, what has less for its request comes first: one with many prompts is read beside others, not before.
+    """
+    most, running = max(1, engine.slots - 1), Counter(id(row.request.group) for row in engine.running())
+    waiting, ranks, lines = list(engine.waiting), {}, defaultdict(list)
+    for row in waiting:
+        group = id(row.request.group)
+        ranks[id(row)] = 0 if row.request.group is None else running[group]
+        running[group] += 1
+        lines[row.request.client].append(row)
+    turns = {client: iter(sorted(line, key=lambda row: ranks[id(row)])) for client, line in lines.items()}
+    found = [next(turns[row.request.client]) for row in waiting]
+    return [row for row in found if ranks[id(row)] < most]
 
 
 def _open(engine: "Engine", row: Row) -> None:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from genai_pl.serving.errors import ApiError, documented, json_response
 from genai_pl.serving.events import Events, stream_events, while_connected
+from genai_pl.serving.foreign import Json, counted, models_of, objects_of, parse, reading_foreign, text_of
 from genai_pl.serving.schemas import (
     Body,
     ChatBody,
@@ -17,7 +19,7 @@ from genai_pl.serving.schemas import (
     GenerateBody,
     ScoreBody,
 )
-from genai_pl.serving.upstream import Json, Upstream
+from genai_pl.serving.upstream import Upstream
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
 PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
@@ -35,9 +37,8 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     @router.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> Response:
         """One of them."""
-        found = await upstream.get("models")
-        for entry in found.get("data", []):
-            if entry.get("id") == name:
+        for entry in models_of(await upstream.get("models")):
+            if entry["id"] == name:
                 return json_response(entry)
         raise ApiError(404, f"model={name}: not served there", param="model")
 
@@ -75,7 +76,11 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
 
 async def forward(upstream: Upstream, request: Request, path: str, body: Body, *, stream: bool) -> Response:
     """The other server's answer to what the client said, whole or event by event."""
-    asked = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
+    try:
+        asked = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
+        json.dumps(asked, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ApiError(422, "the body has a value that JSON has no words for") from None
     asked["model"] = asked.get("model") or await upstream.default_model()
     if stream:
         return await stream_events(request, upstream.stream(path, asked))
@@ -93,26 +98,33 @@ async def completion_of(upstream: Upstream, body: GenerateBody) -> Json:
 
 def answer_of(prompt: str, found: Json) -> Json:
     """The answer of /generate."""
-    try:
-        [choice], costs = found["choices"], found.get("usage") or {}
-        text = choice["text"]
-        reason = choice["finish_reason"]
-    except (KeyError, ValueError, TypeError):
-        raise ApiError(502, "the server behind this one answered with something else than a completion") from None
-    counts = {"prompt_tokens": costs.get("prompt_tokens", 0), "generated_tokens": costs.get("completion_tokens", 0)}
-    return {"response": prompt + text, "text": text, "finish_reason": reason, **counts}
+    with reading_foreign():
+        [choice] = objects_of(found, "choices")
+        text, reason = text_of(choice["text"]), text_of(choice["finish_reason"])
+        return {"response": prompt + text, "text": text, "finish_reason": reason, **_counts(found.get("usage"))}
 
 
 async def pieces_of(upstream: Upstream, asked: Json) -> Events:
     """The events of /generate."""
-    reason, costs = "stop", {}
+    reason, costs = "stop", None
     events: AsyncGenerator[str, None] = upstream.stream("completions", asked)
-    async for event in events:
-        chunk = json.loads(event)
-        costs = chunk.get("usage") or costs
-        for choice in chunk.get("choices", []):
-            reason = choice.get("finish_reason") or reason
-            if choice.get("text"):
-                yield {"text": choice["text"]}
-    counts = {"prompt_tokens": costs.get("prompt_tokens", 0), "generated_tokens": costs.get("completion_tokens", 0)}
+    async with aclosing(events):
+        async for event in events:
+            chunk = parse(event)
+            costs = chunk.get("usage") or costs
+            with reading_foreign():
+                choices = objects_of(chunk, "choices")
+                texts = [text_of(choice.get("text") or "") for choice in choices]
+                reason = next((text_of(c["finish_reason"]) for c in choices if c.get("finish_reason")), reason)
+            for text in filter(None, texts):
+                yield {"text": text}
+    with reading_foreign():
+        counts = _counts(costs)
     yield {"text": "", "finish_reason": reason, **counts}
+
+
+def _counts(costs: object) -> dict[str, int]:
+    return {
+        "prompt_tokens": counted(costs, "prompt_tokens"),
+        "generated_tokens": counted(costs, "completion_tokens"),
+    }

@@ -60,11 +60,12 @@ async def ask(
     """n answers to each prompt, all or none; the draws of one seed differ from answer to answer."""
     until = deadline(service, body)
     answers: list[Answer] = []
+    group = object()
     try:
         for tokens in prompts:
             for k in range(n):
                 seed = None if body.seed is None else body.seed + k
-                request = Request(tokens, config, seed, adapter, logprobs, until)
+                request = Request(tokens, config, seed, adapter, logprobs, until, group=group)
                 answers.append(await service.answer(request))
     except BaseException:
         for answer in answers:

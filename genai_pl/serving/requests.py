@@ -22,6 +22,8 @@ class Request:
     adapter: str | None = None  # a name that the engine knows; None: the model without any of them
     logprobs: int | None = None  # None: none; n: of the chosen token and of the n likeliest
     deadline: float | None = None  # on time.monotonic(): later it ends with "deadline"
+    client: str = ""  # who asks: clients take turns
+    group: object = None  # the same for requests that are answers to one question: they never have all slots
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Stream:
 
     @property
     def finish(self) -> str | None:
-        """Why there are no more: stop, length, deadline, cancelled or error; None before all pieces are taken."""
+        """Why there are no more: stop, length, deadline, cancelled, busy or error; None before all pieces are taken."""
         with self._changed:
             return None if self._pieces else self._ending
 

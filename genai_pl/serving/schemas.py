@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.messages import Message, Text, Tool
@@ -17,15 +17,27 @@ NEUTRAL: dict[str, tuple[object, ...]] = {  # options of OpenAI's that are not o
     "suffix": ("",),
 }
 IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+MAX_BIAS = 1024  # tokens
 
 
-Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=16)]
+def _not_too_many(found: object) -> object:
+    """Said before each of them is looked at."""
+    if isinstance(found, dict) and len(found) > MAX_BIAS:
+        raise ValueError(f"{len(found)} tokens, at most {MAX_BIAS}")
+    return found
+
+
+# lists fail at their first mistake: a client may make as many as there are values
+Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=16)]
 Seed = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Turns = Annotated[list[Message], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
+Turns = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+Inputs = Annotated[list[Text | Tokens], Field(fail_fast=True, min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Bias = Annotated[
-    dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+    dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIAS),
+    BeforeValidator(_not_too_many),
 ]
 
 
@@ -92,7 +104,7 @@ class OpenAISampling(Sampling):
     response_format: dict[str, object] | None = Field(None, description="type: text, json_object or json_schema")
     guided_json: dict[str, object] | Text | None = Field(None, description="a schema, as vLLM takes it")
     guided_regex: Text | None = None
-    guided_choice: list[Text] | None = None
+    guided_choice: Annotated[list[Text], Field(fail_fast=True)] | None = None
     structured_outputs: dict[str, object] | None = Field(None, description="one of json, json_object, regex, choice")
 
     @property
@@ -107,7 +119,7 @@ class OpenAISampling(Sampling):
 class CompletionBody(OpenAISampling):
     """POST /v1/completions."""
 
-    prompt: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+    prompt: Text | Tokens | Inputs
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -119,11 +131,11 @@ class CompletionBody(OpenAISampling):
 class ChatBody(OpenAISampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Turns
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Text | dict[str, object] | None = Field(None, description="none or auto")
 
     @model_validator(mode="after")
@@ -136,7 +148,7 @@ class ChatBody(OpenAISampling):
 class EmbeddingBody(Body):
     """POST /v1/embeddings."""
 
-    input: Text | Tokens | Annotated[list[Text | Tokens], Field(min_length=1)]
+    input: Text | Tokens | Inputs
     model: Text | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = Field(None, description="the first so many numbers, again of length 1")
@@ -150,8 +162,8 @@ class EmbeddingBody(Body):
 class ScoreBody(Body):
     """POST /score."""
 
-    text: Text | Annotated[list[Text], Field(min_length=1)]
-    prompt: Text | Turns | Annotated[list[Text | Turns], Field(min_length=1)] | None = Field(
+    text: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+    prompt: Text | Turns | Annotated[list[Text | Turns], Field(fail_fast=True, min_length=1)] | None = Field(
         None, description="what each text follows: a text or messages, or one of these for each"
     )
     model: Text | None = Field(None, description="the model's name, or an adapter's")
@@ -165,14 +177,19 @@ class ScoreBody(Body):
         """What each text follows, None if nothing."""
         if self.prompt is None:
             return None
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], Message)
-        prompts = [self.prompt] * len(self.texts) if one else self.prompt
-        return [p if isinstance(p, str) else [message.plain() for message in p] for p in prompts]
+        prompts = [self.prompt] if self._is_one else self.prompt
+        plain = [p if isinstance(p, str) else [message.plain() for message in p] for p in prompts]
+        return plain * len(self.texts) if self._is_one else plain
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether one prompt stands before all texts."""
+        return isinstance(self.prompt, str) or isinstance(self.prompt[0], Message)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ScoreBody":
-        if self.prompts is not None and len(self.prompts) != len(self.texts):
-            raise ValueError(f"{len(self.prompts)} prompts for {len(self.texts)} texts")
+        if self.prompt is not None and not self._is_one and len(self.prompt) != len(self.texts):
+            raise ValueError(f"{len(self.prompt)} prompts for {len(self.texts)} texts")
         return self
 
 

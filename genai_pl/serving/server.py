@@ -1,6 +1,7 @@
 """One process that serves, or several on one port."""
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -11,22 +12,25 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from genai_pl.errors import ConfigError
+from genai_pl.serving.connections import connection_options
 from genai_pl.serving.settings import VARIABLE, Settings, share_between_processes
+from genai_pl.serving.stopping import TO_GIVE_UP
 
 HEALTH_SECONDS = 15  # for a worker to say that it lives, from a thread of its own
 
 
 def serve(settings: Settings) -> int:
     """Serve until a signal, then finish what runs; exit status 0."""
-    options = {
-        "log_level": "warning",
-        "access_log": False,
-        "server_header": False,
-        "timeout_graceful_shutdown": max(1, round(settings.drain)),
-    }
+    options = {"log_level": "warning", "access_log": False, **server_options(settings)}
     with bind(settings.host, settings.port) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
         return (_serve_alone if settings.workers == 1 else _serve_together)(settings, listener, options)
+
+
+def server_options(settings: Settings) -> dict[str, object]:
+    """Options of uvicorn that every way to start it has; a request is broken off before its connection is."""
+    seconds = math.ceil(settings.drain + TO_GIVE_UP)
+    return {"server_header": False, "timeout_graceful_shutdown": seconds, **connection_options()}
 
 
 def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:

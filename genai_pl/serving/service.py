@@ -1,21 +1,18 @@
-"""The model behind the routes: names, tokens, answers, embeddings and scores, with the limits that hold for them."""
+"""The model behind the routes: names, tokens and answers, with the limits that hold for them."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from genai_pl.data.chat import Messages
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.preferences import judged_tokens
-from genai_pl.evaluation.vectors import embed, encode_sentences, encode_whole, find_head, judge, logprobs
+from genai_pl.evaluation.vectors import find_head
 from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, resolve_adapter
 from genai_pl.models import join
@@ -25,13 +22,17 @@ from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, re
 from genai_pl.serving.cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.engine import Engine
 from genai_pl.serving.errors import ApiError, too_busy
+from genai_pl.serving.fair import CLIENT
+from genai_pl.serving.measuring import Measures, size_of
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.passes import Passes
-from genai_pl.serving.requests import Busy, Request
+from genai_pl.serving.reading import Reading
+from genai_pl.serving.requests import Busy, Request, Stream
 from genai_pl.serving.settings import Settings
 from genai_pl.specs import GenerationConfig
 
-T = TypeVar("T")
+CPU_CHUNK, GPU_CHUNK = 128, 512  # tokens of prompts that are read before others have their turn
+LONGEST = 32  # characters that a token has at least room for, as a rare word may that is one
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,14 +63,18 @@ class Service:
                 slots=settings.slots,
                 max_length=self.context,
                 queue_size=self.limits.queue_size,
+                prefill_chunk=CPU_CHUNK if choose_device(settings.device).type == "cpu" else GPU_CHUNK,
                 adapters={name: str(path) for name, path in folders.items()},
                 observer=metrics,
             )
         elif folders:
             raise ConfigError("adapter needs a model that writes; give this one its adapter as checkpoint=")
         self.started = int(time.time())
-        self.reading = ThreadPoolExecutor(1, "tokenizer")  # one thread: tokenizers change state while they work
-        self.passes = Passes(self.engine, queue_size=self.limits.queue_size, timeout=self.limits.timeout)
+        waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
+        self.reading = Reading(self.tokenizer, **waiting)
+        self.passes = Passes(self.engine, **waiting)
+        self.measures = Measures(self)
+        self.longest = max(LONGEST, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
     def _hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
         """The name of what answers, for the base (None) and each adapter."""
@@ -83,11 +88,18 @@ class Service:
         if self.engine is not None:
             self.engine.start()
 
-    async def stop(self) -> None:
-        """Finish what runs, then end."""
+    def give_up(self) -> None:
+        """End what runs, after the step or slice that it is in: the time to finish is over."""
+        self.passes.stop()
         if self.engine is not None:
-            await asyncio.to_thread(partial(self.engine.stop, drain=True, timeout=self.settings.drain))
-        self.reading.shutdown(wait=False, cancel_futures=True)
+            self.engine.cancel_all()
+
+    async def stop(self) -> None:
+        """End; whatever could be finished is."""
+        self.passes.stop()
+        if self.engine is not None:
+            await asyncio.to_thread(partial(self.engine.stop, drain=False))
+        self.reading.close()
         self.passes.close()
         if self.cache is not None:
             await self.cache.close()
@@ -108,8 +120,9 @@ class Service:
     async def tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """What the model continues."""
         if not isinstance(prompt, str):
-            return self._known(prompt)
-        return tuple(await self._read(encode_prompt, prompt))
+            return self.known(prompt)
+        self._check_size(len(prompt))
+        return tuple(await self.reading.tokens(encode_prompt, prompt, size=len(prompt)))
 
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
@@ -119,7 +132,9 @@ class Service:
             raise ApiError(
                 400, "the tokenizer of this model has no chat template: use /v1/completions", param="messages"
             )
-        return tuple(await self._read(encode_prompt, messages, tools))
+        size = size_of(messages)
+        self._check_size(size)
+        return tuple(await self.reading.tokens(encode_prompt, messages, tools, size=size + len(str(tools))))
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
@@ -129,15 +144,17 @@ class Service:
             limits.constraint.begin(self.model.config.vocab_size)
 
         if self.engine is not None:
-            await asyncio.get_running_loop().run_in_executor(self.reading, compiled)
+            await self.reading.grammars.run(compiled)
 
-    async def _read(self, encode: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.reading, encode, self.tokenizer, *arguments)
+    def _check_size(self, n: int) -> None:
+        """ApiError for so many characters that it needs no tokenizer to see that they are too many."""
+        if n > self.context * self.longest:
+            raise ApiError(400, f"the prompt has {n:,} characters, more than {self.context:,} tokens have: shorten it")
 
-    def _known(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def known(self, ids: Sequence[int]) -> tuple[int, ...]:
         size = self.model.config.vocab_size
-        wrong = next((i for i in ids if not 0 <= i < size), None)
-        if wrong is not None:
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ApiError(422, f"token {wrong} is not one of the model's {size}", param="prompt")
         return tuple(ids)
 
@@ -148,15 +165,38 @@ class Service:
         if self.cache is not None and is_repeatable(request):
             key = request_key(self.hashes[request.adapter], request)
             contents = await self.cache.get(key)
-            known = None if contents is None else replay(contents)
+            known = None if contents is None else await asyncio.to_thread(replay, contents)
             self.metrics.looked_up(found=known is not None)
             if known is not None:
                 return known
+        request = replace(request, client=CLIENT.get())
         try:
-            stream = self.engine.submit(request)
+            if request.config.json_schema is None and request.config.regex is None:
+                stream = self.engine.submit(request)
+            else:  # its grammar may have to be compiled once more
+                stream = await self._submitted(request)
         except Busy as busy:
             raise too_busy(busy.retry_after) from None
         return stream if key is None else Recorded(stream, partial(self.cache.set, key))
+
+    async def _submitted(self, request: Request) -> Stream:
+        """The answer to a request that is submitted beside the event loop; nobody waits for it once this is cancelled."""
+        made: list[Stream] = []
+        is_over = threading.Event()
+
+        def submit() -> Stream:
+            made.append(self.engine.submit(request))
+            if is_over.is_set():
+                made[0].cancel()
+            return made[0]
+
+        try:
+            return await self.reading.grammars.run(submit)
+        except BaseException:
+            is_over.set()
+            for stream in made:
+                stream.cancel()
+            raise
 
     def _fitting(self, request: Request) -> Request:
         """The request with room for what it asks for; ApiError where there is none."""
@@ -171,59 +211,6 @@ class Service:
         if config.max_new_tokens > self.context - n:
             config = replace(config, max_new_tokens=self.context - n)
         return replace(request, config=config)
-
-    async def embed(
-        self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None
-    ) -> tuple[torch.Tensor, int]:
-        """Vectors (N, D) by the base or by an adapter, and how many tokens were read."""
-        if self.is_reward:
-            raise ApiError(400, f"{self.name} is a reward model: it gives scores at /score")
-        self._check_one_stack("embeddings")
-        texts = [text for text in inputs if isinstance(text, str)]
-        encoded = iter(await self._read(encode_sentences, texts, self.sentence) if texts else [])
-        rows = [next(encoded) if isinstance(item, str) else list(self._known(item)) for item in inputs]
-        self._check_rows(rows)
-        vectors = await self._pass(embed, self.model, rows, self.sentence, adapter=adapter)
-        return vectors, sum(map(len, rows))
-
-    async def score(
-        self, prompts: Sequence[str | Messages] | None, texts: Sequence[str], adapter: str | None = None
-    ) -> list[tuple[float, int]]:
-        """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
-        if not (self.is_reward or self.engine is not None):
-            raise ApiError(400, f"{self.name} gives no scores: it is for embeddings")
-        self._check_one_stack("scores")
-        if not self.is_reward:
-            if any(not isinstance(prompt, str) for prompt in prompts or ()):
-                raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")
-            return await self._pass(logprobs, self.model, self.tokenizer, prompts, texts, adapter=adapter)
-        if prompts is None:
-            rows = await self._read(encode_whole, texts)
-        else:
-            rows = await self._read(judged_tokens, prompts, texts)
-        self._check_rows(rows)
-        found = await self._pass(judge, self.model, rows)
-        return list(zip(found.tolist(), map(len, rows), strict=True))
-
-    def _check_one_stack(self, what: str) -> None:
-        if self.has_two_stacks:
-            raise ApiError(
-                400, f"{self.name} gives no {what}: it is an encoder-decoder, which reads one text and writes another"
-            )
-
-    def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
-        for n, row in enumerate(rows):
-            if len(row) == 0:
-                raise ApiError(400, f"text {n} has no tokens", param="input")
-            if len(row) > self.context:
-                raise ApiError(
-                    400, f"text {n} has {len(row)} tokens, the model reads at most {self.context}: shorten it"
-                )
-
-    async def _pass(self, work: Callable[..., T], *arguments: object, adapter: str | None = None) -> T:
-        if is_onnx(self.path):
-            raise ApiError(400, f"{self.name} is an ONNX model, which writes only: serve the one it was made of")
-        return await self.passes.run(work, *arguments, adapter=adapter)
 
 
 def name_of(checkpoint: str, path: Path) -> str:

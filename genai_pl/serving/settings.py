@@ -3,15 +3,18 @@
 import atexit
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from genai_pl.errors import ConfigError
+from genai_pl.redaction import redacted
 from genai_pl.specs import GenerationConfig
 
 VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
+CACHE_KEY = "GENAI_PL_CACHE_KEY"  # a secret of all servers that share a cache, which signs what they keep
 KEYS = "GENAI_PL_API_KEYS"  # keys of clients, separated by commas
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "onnx", "openai")
@@ -27,6 +30,7 @@ class Limits:
     max_tokens: int = 4096  # to generate
     max_n: int = 16  # answers to one request: prompts times n
     max_inputs: int = 256  # texts to embed or to score at once
+    max_input_tokens: int = 131_072  # of them together
     max_body_mib: float = 4.0
 
     def __post_init__(self) -> None:
@@ -46,9 +50,9 @@ class Settings:
     port: int = 8000
     workers: int = 1
     backend: str = "local"
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # may hold a password, as cache may
     key_variable: str = "OPENAI_API_KEY"
-    cache: str | None = "memory"
+    cache: str | None = field(default="memory", repr=False)
     cache_ttl: float = 3600.0
     cache_mib: float = 64.0
     slots: int = 8
@@ -66,12 +70,12 @@ class Settings:
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend} is not one of {', '.join(BACKENDS)}")
         if self.backend == "openai" and not (self.url or "").startswith(("http://", "https://")):
-            raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {self.url}")
+            raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {redacted(self.url)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         known = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
         if not known:
-            raise ConfigError(f"cache={self.cache} is not null, memory or redis://HOST:PORT/DB")
+            raise ConfigError(f"cache={redacted(self.cache)} is not null, memory or redis://HOST:PORT/DB")
         for name in ("workers", "slots", "cache_ttl", "cache_mib", "drain"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -112,10 +116,19 @@ def read_keys(path: str | None) -> list[str]:
 
 
 def share_between_processes() -> None:
-    """Make a folder for the numbers of all workers, named to those that are started from here; it goes when this process does."""
+    """Make a folder for the numbers of all workers, which goes with this process, and a secret to sign what they keep.
+
+    Both are named to the processes that are started from here.
+    """
+    cache_secret()
     if FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="genai_pl-metrics-")
         atexit.register(_remove_for, os.getpid(), os.environ[FOLDER])
+
+
+def cache_secret() -> bytes:
+    """What entries of a shared cache are signed with: from the environment, else one for this start of the server."""
+    return os.environ.setdefault(CACHE_KEY, secrets.token_hex(32)).encode()
 
 
 def _remove_for(process: int, folder: str) -> None:

@@ -12,6 +12,9 @@ from genai_pl.serving.schemas import OpenAISampling
 from genai_pl.serving.service import Service
 from genai_pl.specs import GenerationConfig
 
+MAX_FORM = 65_536  # characters of a schema, or of all texts to choose from
+MAX_PATTERN = 4096  # of a regular expression, and of all that a schema has: compiling takes the third power of it
+
 
 class Wish(NamedTuple):
     """A form, and the field of the request that asks for it."""
@@ -69,9 +72,11 @@ def _constraint(wish: Wish) -> dict[str, str | None]:
     if wish.kind == "json":
         return {"json_schema": _schema(wish), "regex": None}
     if wish.kind == "regex" and isinstance(wish.value, str):
+        _check_length(wish, len(wish.value), MAX_PATTERN)
         return {"json_schema": None, "regex": wish.value}
     texts = wish.value if isinstance(wish.value, list) else []
     if wish.kind == "choice" and texts and all(isinstance(text, str) and text for text in texts):
+        _check_length(wish, sum(map(len, texts)), MAX_FORM)
         return {"json_schema": None, "regex": "|".join(re.escape(text) for text in texts)}
     kinds = {"regex": "an expression", "choice": "a list of texts"}
     said = f"give {kinds[wish.kind]}" if wish.kind in kinds else "no such option of this server"
@@ -83,7 +88,31 @@ def _schema(wish: Wish) -> str:
     try:
         schema = json.loads(wish.value) if isinstance(wish.value, str) else wish.value
         if isinstance(schema, dict):
-            return json.dumps(schema)
+            text = json.dumps(schema)
+            _check_length(wish, len(text), MAX_FORM)
+            _check_length(wish, sum(map(len, _patterns(schema))), MAX_PATTERN, what="of regular expressions")
+            return text
     except (ValueError, RecursionError):
         pass
     raise ApiError(422, f"{wish.param}: give a JSON schema, which is an object", param=wish.param)
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    """The regular expressions in a schema."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("pattern"), str):
+                yield part["pattern"]
+            if isinstance(part.get("patternProperties"), dict):
+                yield from part["patternProperties"]
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _check_length(wish: Wish, n: int, most: int, *, what: str = "in all") -> None:
+    """ApiError 422 for a form whose compiling would take long."""
+    if n > most:
+        raise ApiError(422, f"{wish.param}: {n:,} characters {what}, at most {most:,}", param=wish.param)

@@ -1,9 +1,8 @@
 """Functions that a model may call: what its chat template is told of them, and the calls in what it writes."""
 
 import json
-import re
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from genai_pl.serving.errors import ApiError
@@ -14,7 +13,7 @@ from genai_pl.serving.service import Service
 if TYPE_CHECKING:
     from genai_pl.serving.requests import Piece
 
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # as Hermes and Qwen write them
+OPENING, CLOSING = "<tool_call>", "</tool_call>"  # as Hermes and Qwen write them
 
 
 def offered(service: Service, body: ChatBody) -> list[Json]:
@@ -35,8 +34,11 @@ def offered(service: Service, body: ChatBody) -> list[Json]:
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
     """The text outside of calls, and the calls; all of it is text where one of them cannot be read."""
-    calls = []
-    for found in CALL.findall(text):
+    calls, outside, end = [], [], 0
+    for begin, after in call_spans(text):
+        found = text[begin + len(OPENING) : after - len(CLOSING)].strip()
+        outside.append(text[end:begin])
+        end = after
         try:
             said = json.loads(found)
             name, arguments = said["name"], said.get("arguments", {})
@@ -46,7 +48,18 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
             return text, []
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-    return (CALL.sub("", text).strip() if calls else text), calls
+    return ("".join([*outside, text[end:]]).strip() if calls else text), calls
+
+
+def call_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where calls begin and end in the text, markers included; every character is looked at once or twice."""
+    end = 0
+    while (begin := text.find(OPENING, end)) >= 0:
+        closing = text.find(CLOSING, begin + len(OPENING))
+        if closing < 0:
+            return
+        end = closing + len(CLOSING)
+        yield begin, end
 
 
 class ToolChat(Chat):

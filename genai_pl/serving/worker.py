@@ -1,5 +1,6 @@
 """The application of one worker process, which finds its settings in the environment."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from uvicorn.config import STARTUP_FAILURE
 
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
+from genai_pl.redaction import redacted
 from genai_pl.serving.app import create_app
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.quiet import be_quiet
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 from genai_pl.serving.upstream import Upstream
@@ -18,9 +21,12 @@ from genai_pl.serving.upstream import Upstream
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     """What answers, and the application in front of it."""
+    be_quiet()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
     behind = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
+    gc.collect()
+    gc.freeze()  # what is there by now stays: to look through it again and again would take a second each time
     return behind, create_app(behind, settings, metrics, keys)
 
 
@@ -58,7 +64,7 @@ def description(behind: Service | Upstream, settings: Settings) -> str:
     address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{settings.port}"
     lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
     if isinstance(behind, Upstream):
-        lines["serving"] = f"what {settings.url} serves"
+        lines["serving"] = f"what {redacted(settings.url)} serves"
     else:
         kind = "a reward model" if behind.is_reward else "a language model" if behind.engine else "an encoder"
         lines["serving"] = f"{behind.name}, {kind}"
@@ -67,7 +73,7 @@ def description(behind: Service | Upstream, settings: Settings) -> str:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
     lines["workers"] = f"{settings.workers}"
-    lines["cache"] = settings.cache or "none"
+    lines["cache"] = redacted(settings.cache or "none")
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
     lines["try"] = curl(behind, address)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

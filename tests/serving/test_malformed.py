@@ -134,6 +134,103 @@ def test_no_request_makes_the_server_fail(tiny: Path) -> None:
     assert statuses[422] > EXAMPLES / 20, statuses
 
 
+STATUSES = st.sampled_from([200, 200, 200, 200, 201, 204, 301, 400, 404, 422, 429, 451, 500, 503, 599])
+KINDS = st.sampled_from(["application/json", "text/event-stream", "text/html", "", "application/json; charset=x"])
+ALMOST = st.fixed_dictionaries(
+    {"choices": st.lists(st.dictionaries(st.sampled_from(["text", "finish_reason", "index"]), ANYTHING), max_size=2)},
+    optional={"usage": ANYTHING, "data": ANYTHING, "error": ANYTHING, "id": ANYTHING},
+)
+SAID = st.one_of(ANYTHING, ALMOST, ALMOST).map(lambda value: json.dumps(value).encode())
+EVENTS = st.lists(SAID, max_size=3).map(lambda events: b"".join(b"data: " + one + b"\n\n" for one in events))
+REPLIES = st.tuples(
+    st.one_of(SAID, EVENTS, EVENTS.map(lambda b: b + b"data: [DONE]\n\n"), st.binary(max_size=60)), STATUSES, KINDS
+)
+
+
+def test_no_answer_of_another_server_makes_ours_fail() -> None:
+    from genai_pl.serving.settings import Settings
+    from genai_pl.serving.upstream import Upstream
+
+    given_reply = [(b"", 200, "")]
+
+    def answer(request: "httpx.Request") -> "httpx.Response":
+        content, status, kind = given_reply[0]
+        return httpx.Response(status, content=content, headers={"content-type": kind})
+
+    proxied, metrics = Settings(backend="openai", url="http://elsewhere/v1", name="m"), Metrics()
+    app = create_app(Upstream(proxied, metrics, transport=httpx.MockTransport(answer)), proxied, metrics)
+    statuses: Counter[int] = Counter()
+    asked = {
+        "/generate": {"prompt": "x", "temperature": 0},
+        "/v1/completions": {"prompt": "x", "seed": 1},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        "/v1/embeddings": {"input": "x"},
+    }
+    with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+
+        @settings(
+            max_examples=EXAMPLES // 2,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(REPLIES, st.sampled_from(sorted(asked)), st.booleans())
+        def send(reply, path: str, stream: bool) -> None:
+            given_reply[0] = reply
+            body = {**asked[path], **({"stream": True} if stream and path != "/v1/embeddings" else {})}
+            answered = client.post(path, json=body)
+            assert answered.status_code in (200, 502) or 400 <= answered.status_code < 500, (reply, answered.text)
+            if answered.status_code != 200:
+                assert set(answered.json()["error"]) == {"message", "type", "param", "code"}
+            statuses[answered.status_code] += 1
+
+        send()
+    assert statuses[502] > EXAMPLES / 20, statuses
+
+
+HEADERS = b"Host: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
+HTTP = b"POST /generate HTTP/1.1\r\n" + HEADERS + b'{"prompt": "x"}'
+CUTS = st.lists(st.tuples(st.integers(0, len(HTTP)), st.binary(max_size=8), st.integers(0, 8)), max_size=4)
+
+
+def test_no_bytes_make_the_server_fail(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    from genai_pl.serving import bodies, connections
+
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "SECONDS", 0.3)
+    answered = 0
+
+    service = make_service(tiny, limits=Limits(max_tokens=2, timeout=20))
+    app = create_app(service, service.settings, Metrics())
+    with running(app, **connections.connection_options()) as url, httpx.Client(base_url=url, timeout=30) as client:
+        place = (client.base_url.host, client.base_url.port)
+
+        @settings(max_examples=EXAMPLES // 2, deadline=None, database=None, derandomize=True)
+        @given(CUTS, st.booleans())
+        def send(cuts, twice: bool) -> None:
+            nonlocal answered
+            data = HTTP * 2 if twice else HTTP
+            for where, new, dropped in cuts:
+                data = data[:where] + new + data[where + dropped :]
+            with socket.create_connection(place, timeout=20) as raw:
+                raw.sendall(data)
+                found = bytearray()
+                try:
+                    while part := raw.recv(65536):
+                        found += part
+                except ConnectionResetError:
+                    pass
+            assert b"HTTP/1.1 5" not in found, (data, found)
+            answered += found.startswith(b"HTTP/1.1 200")
+
+        send()
+        assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1}).status_code == 200
+    assert answered > 5  # and not because nothing is read
+
+
 PATHS = ("/generate/", "/%00", "/v1", "/v1/models/%F0%9F%99%82", "/../serve.py", "/static/../app.py", "/v1/models/")
 
 

@@ -1,0 +1,131 @@
+"""Whose turn it is: clients take turns, and what one client asked for is done in the order in which it came."""
+
+import asyncio
+import ipaddress
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+from genai_pl.serving.errors import too_busy
+
+T = TypeVar("T")
+CLIENT: ContextVar[str] = ContextVar("client", default="")  # who asks: a key, else an address
+
+
+def network(address: str) -> str:
+    """Whom an address belongs to: of version 6 one customer has as many as he likes, which share 64 bits."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return address if found.version == 4 else str(ipaddress.ip_network((found, 64), strict=False))
+
+
+class Full(Exception):
+    """No more can wait."""
+
+
+class FairQueue(Generic[T]):
+    """At most `limit` things that wait, by client.
+
+    A client that has more in a full queue than another loses its last one to the other, and gets in no more itself.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # the client whose turn is next comes first
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[T]:
+        """All of them as their turns would come: one of each client, then the next of each."""
+        lines = [list(line) for line in self._waiting.values()]
+        for n in range(max(map(len, lines), default=0)):
+            yield from (line[n] for line in lines if n < len(line))
+
+    def add(self, client: str, item: T, *, force: bool = False) -> T | None:
+        """Let it wait; what has to leave for it, if the queue was full. Full if nobody has more in it than this client."""
+        if not force and not self.admits(client):
+            raise Full
+        pushed = None if force or self._n < self.limit else self._push()
+        self._waiting.setdefault(client, deque()).append(item)
+        self._n += 1
+        return pushed
+
+    def remove(self, client: str, item: T) -> bool:
+        """Whether it waited; now it does not."""
+        if item not in self._waiting.get(client, ()):
+            return False
+        self._waiting[client].remove(item)
+        self._n -= 1
+        if not self._waiting[client]:
+            del self._waiting[client]
+        return True
+
+    def take(self, client: str, item: T) -> None:
+        """It is this one's turn, and then that of other clients."""
+        if self.remove(client, item) and client in self._waiting:
+            self._waiting.move_to_end(client)
+
+    def first(self) -> tuple[str, T]:
+        """The client whose turn it is, and its first; there has to be one."""
+        client = next(iter(self._waiting))
+        return client, self._waiting[client][0]
+
+    def admits(self, client: str) -> bool:
+        """Whether another one of this client may wait."""
+        most = max(map(len, self._waiting.values()), default=0)
+        return self._n < self.limit or most > len(self._waiting.get(client, ())) + 1
+
+    def _push(self) -> T:
+        greediest = max(self._waiting, key=lambda name: len(self._waiting[name]))
+        last = self._waiting[greediest][-1]
+        self.remove(greediest, last)
+        return last
+
+
+class Turns:
+    """A thing that one request has at a time; at most `limit` others wait for it (ApiError 429)."""
+
+    def __init__(self, limit: int) -> None:
+        self.waiting: FairQueue[asyncio.Future[None]] = FairQueue(limit)
+        self.is_taken = False
+
+    @asynccontextmanager
+    async def turn(self, *, force: bool = False) -> AsyncIterator[None]:
+        """Have it inside; `force`: wait for it even where too many do, as a request does that has begun."""
+        if self.is_taken:
+            await self._wait(CLIENT.get(), force=force)
+        self.is_taken = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    async def _wait(self, client: str, *, force: bool) -> None:
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            pushed = self.waiting.add(client, mine, force=force)
+        except Full:
+            raise too_busy(1.0) from None
+        if pushed is not None and not pushed.done():
+            pushed.set_exception(too_busy(1.0))
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if not self.waiting.remove(client, mine) and mine.done() and not mine.cancelled() and not mine.exception():
+                self._next()  # it was given and is not wanted any more
+            raise
+
+    def _next(self) -> None:
+        while len(self.waiting):
+            client, waiting = self.waiting.first()
+            self.waiting.take(client, waiting)
+            if not waiting.done():
+                waiting.set_result(None)
+                return
+        self.is_taken = False

@@ -1,0 +1,170 @@
+"""Clients that mean a server ill, and patient ones beside them: `python -m tests.serving.attacks URL SECONDS`."""
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import httpx
+
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+EACH = 3  # clients of each kind
+
+
+@dataclass
+class Seen:
+    """What clients saw: statuses by kind, and the seconds of patient answers and of /health."""
+
+    url: str
+    seconds: float
+    statuses: Counter = field(default_factory=Counter)
+    answers: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.until = time.monotonic() + self.seconds
+        self.place = httpx.URL(self.url)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is time left."""
+        return time.monotonic() < self.until
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection((self.place.host, self.place.port), timeout=5)
+
+    def post(self, kind: str, path: str, body: object, timeout: float = 30.0) -> int:
+        """The status, 0 where there is none."""
+        try:
+            status = httpx.post(f"{self.url}{path}", json=body, timeout=timeout).status_code
+        except httpx.HTTPError:
+            status = 0
+        self.statuses[kind, status] += 1
+        return status
+
+
+def sent(seen: Seen, data: bytes, *, drip: bytes = b"", read: int = 0) -> None:
+    """Send this, then a little now and then, until the server or the time ends it."""
+    with seen.connect() as raw:
+        raw.sendall(data)
+        raw.settimeout(0.2)
+        while seen.goes_on:
+            try:
+                if read and not raw.recv(read):
+                    return
+                raw.sendall(drip)
+            except TimeoutError:
+                pass
+            time.sleep(0.2)
+
+
+def leaving(seen: Seen, path: str, body: object, after: float) -> None:
+    """Ask, and leave soon."""
+    data = json.dumps(body).encode()
+    with seen.connect() as raw:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        raw.sendall(head.encode() + data)
+        time.sleep(after)
+
+
+def chunked(seen: Seen) -> None:
+    """A body in chunks of one byte."""
+    with seen.connect() as raw:
+        raw.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
+        raw.recv(1000)
+
+
+def garbage(seen: Seen) -> None:
+    """Bytes that are no HTTP."""
+    with seen.connect() as raw:
+        raw.sendall(Random(0).randbytes(2000))
+        raw.recv(1000)
+
+
+LONG, BROKEN = "Once upon a time " * 400, "a?" * 2000
+STREAM = b'{"prompt": "x", "stream": true, "max_new_tokens": 64}'
+ATTACKS: dict[str, Callable[[Seen], object]] = {
+    "half a head": lambda seen: sent(seen, HEAD),
+    "a head byte by byte": lambda seen: sent(seen, b"POST /", drip=b"x"),
+    "a body byte by byte": lambda seen: sent(seen, HEAD + b"Content-Length: 99999\r\n\r\n", drip=b" "),
+    "reads nothing": lambda seen: sent(seen, HEAD + b"Content-Length: %d\r\n\r\n" % len(STREAM) + STREAM),
+    "comes and leaves": lambda seen: leaving(seen, "/generate", {"prompt": LONG[:100], "max_new_tokens": 64}, 0.05),
+    "large and away": lambda seen: leaving(seen, "/generate", {"prompt": "x, " * 1_300_000}, 0.1),
+    "many texts": lambda seen: seen.post("many texts", "/score", {"text": [LONG[:400]] * 256}),
+    "many answers": lambda seen: seen.post(
+        "many answers", "/v1/completions", {"prompt": "x", "n": 16, "max_tokens": 4096, "timeout": 20}
+    ),
+    "bytes": garbage,
+    "small chunks": chunked,
+    "expressions": lambda seen: seen.post("expressions", "/v1/completions", {"prompt": "x", "guided_regex": BROKEN}),
+    "numbers": lambda seen: seen.post("numbers", "/v1/completions", {"prompt": [None] * 250_000}),
+}
+
+
+def attack(seen: Seen, kind: str) -> None:
+    """One kind, again and again."""
+    while seen.goes_on:
+        try:
+            ATTACKS[kind](seen)
+        except OSError:  # closed by the server, which is its right
+            seen.statuses[kind, 0] += 1
+            time.sleep(0.02)
+
+
+def be_patient(seen: Seen) -> None:
+    """Small requests, one after the other; whoever is told to come again does."""
+    while seen.goes_on:
+        began = time.monotonic()
+        status = seen.post("patient", "/generate", {"prompt": "Once", "max_new_tokens": 8, "temperature": 1.0}, 60.0)
+        if status == 200:
+            seen.answers.append(time.monotonic() - began)
+        elif status == 429:
+            time.sleep(1)
+
+
+def watch(seen: Seen) -> None:
+    """Whether the process lives."""
+    while seen.goes_on:
+        began = time.monotonic()
+        try:
+            status = httpx.get(f"{seen.url}/health", timeout=30).status_code
+        except httpx.HTTPError:
+            status = 0
+        seen.statuses["health", status] += 1
+        seen.health.append(time.monotonic() - began)
+        time.sleep(0.1)
+
+
+def mix(url: str, seconds: float, *, attackers: int = EACH, patient: int = 4) -> Seen:
+    """What patient clients see while others attack."""
+    seen = Seen(url, seconds)
+    work = [(attack, seen, kind) for kind in ATTACKS for _ in range(attackers)]
+    work += [(be_patient, seen)] * patient + [(watch, seen)]
+    threads = [threading.Thread(target=target, args=arguments, daemon=True) for target, *arguments in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds + 90)
+    return seen
+
+
+def main() -> None:
+    """Print what was seen."""
+    seen = mix(sys.argv[1], float(sys.argv[2]), attackers=int(sys.argv[3]) if len(sys.argv) > 3 else EACH)
+    for (kind, status), n in sorted(seen.statuses.items()):
+        print(f"{kind:22} {status:4} {n:6}")
+    for name, found in (("patient answers", sorted(seen.answers)), ("health", sorted(seen.health))):
+        if found:
+            print(f"{name}: {len(found)}, p50 {found[len(found) // 2]:.2f} s, at most {found[-1]:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

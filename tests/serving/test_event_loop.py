@@ -1,0 +1,190 @@
+"""The event loop, which every client waits for: it does nothing that takes long, whatever one of them sends."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+httpx = pytest.importorskip("httpx")
+
+from genai_pl.serving.app import create_app
+from genai_pl.serving.bodies import HEAVY, Bodies
+from genai_pl.serving.requests import Piece
+from genai_pl.serving.settings import Limits
+from genai_pl.serving.tools import read_calls
+from tests.serving.fake import FakeEngine, FakeStream
+from tests.serving.probe import Probed
+from tests.serving.servers import make_service, running
+
+MOST = 0.5  # seconds: ten times what a machine needs that has nothing else to do
+N = 100_000
+BROKEN = {
+    "openings": "<tool_call>" * N,
+    "openings and spaces": ("<tool_call>" + " " * 50) * (N // 10),
+    "spaces": "<tool_call>" + " " * (10 * N),
+    "closings": "</tool_call>" * N,
+    "empty calls": "<tool_call></tool_call>" * N,
+    "half a closing": "<tool_call>" + "</tool_call" * N,
+    "brackets": "<tool_call>" + "[" * N + "</tool_call>",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_calls_are_looked_for_in_a_time_that_grows_with_the_text_alone(case: str) -> None:
+    began = time.perf_counter()
+    assert read_calls(BROKEN[case], {"a"}) == (BROKEN[case], [])
+    assert time.perf_counter() - began < 2  # the square of it would be minutes
+
+
+def test_many_calls_are_all_read() -> None:
+    call = '<tool_call>\n {"name": "a", "arguments": {"n": 1}} </tool_call>'
+    text, calls = read_calls(f"x {call} y {call} z", {"a"})
+    assert text == "x  y  z"
+    assert [found["function"]["arguments"] for found in calls] == ['{"n": 1}'] * 2
+
+
+def values(found: object) -> int:
+    """What a body has of them."""
+    if isinstance(found, str):
+        return HEAVY
+    if isinstance(found, list):
+        return HEAVY + max(0, len(found) - 1) + sum(map(values, found))
+    if isinstance(found, dict):
+        inner = sum(1 + HEAVY + values(value) for value in found.values())
+        return HEAVY + max(0, len(found) - 1) + inner
+    return 0
+
+
+def test_values_are_counted_without_what_stands_in_texts() -> None:
+    draw = random.Random(0)
+
+    def anything(depth: int = 0) -> object:
+        kind = draw.random()
+        if depth > 3 or kind < 0.4:
+            return draw.choice([1, 'a,b:[{"', "\\", '\\"', None, "", "é"])
+        if kind < 0.7:
+            return [anything(depth + 1) for _ in range(draw.randrange(4))]
+        return {draw.choice(["a", "\\", '"', ","]): anything(depth + 1) for _ in range(draw.randrange(4))}
+
+    for _ in range(500):
+        found = anything()
+        raw, n = json.dumps(found).encode(), values(found)
+        assert not Bodies(max_body=1, max_values=n)._are_too_many(raw)
+        assert n == 0 or Bodies(max_body=1, max_values=n - 1)._are_too_many(raw)
+
+
+TOOL = {"type": "function", "function": {"name": "a", "parameters": {}}}
+TURN = {"role": "user", "content": "Hi"}
+MANY = 262_000
+HEAVIEST = {
+    "numbers": ("/v1/completions", {"prompt": [7] * 131_000}),
+    "numbers to embed": ("/v1/embeddings", {"input": [[7] * 127] * 1000}),
+    "nothing": ("/v1/completions", {"prompt": [None] * MANY}),
+    "a wrong end": ("/v1/completions", {"prompt": [7] * (MANY - 1000) + ["x"]}),
+    "lists": ("/v1/completions", {"prompt": [[]] * (MANY // 9)}),
+    "too many lists": ("/v1/completions", {"prompt": [[]] * MANY}),
+    "turns": ("/v1/chat/completions", {"messages": [TURN] * 5000}),
+    "empty turns": ("/v1/chat/completions", {"messages": [{}] * (MANY // 9)}),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}] * 10_000}]}),
+    "tools": ("/v1/chat/completions", {"messages": [TURN], "tools": [TOOL] * 2000}),
+    "biases": ("/v1/completions", {"prompt": "x", "logit_bias": {str(-n): 1e9 for n in range(MANY // 11)}}),
+    "choices": ("/v1/completions", {"prompt": "x", "guided_choice": [1] * (MANY - 1000)}),
+    "a choice": ("/v1/completions", {"prompt": "x", "guided_choice": ["x" * 2_000_000]}),
+    "a regular expression": ("/v1/completions", {"prompt": "x", "guided_regex": "a?" * 30_000}),
+    "a pattern": ("/v1/completions", {"prompt": "x", "guided_json": {"type": "string", "pattern": "a?" * 30_000}}),
+    "a deep schema": ("/v1/completions", '{"prompt": "x", "guided_json": ' + '{"a":' * 20_000),
+    "an option that there is not": ("/v1/completions", {"prompt": "x", "odd": [[[]] * 9] * 2500}),
+    "one text": ("/v1/completions", {"prompt": "a, b: " * 690_000}),
+    "one text to score": ("/score", {"text": "a, b: " * 690_000}),
+    "texts to score": ("/score", {"text": ["é" * 100] * 256}),
+    "one prompt for all": ("/score", {"text": ["a"] * 256, "prompt": [TURN] * 2000}),
+    "quotes": ("/score", '{"text": "' + '\\"' * 2_000_000),
+    "brackets": ("/score", "[" * 4_000_000),
+}
+
+
+def test_no_request_keeps_the_event_loop_busy(tiny: Path) -> None:
+    service = make_service(tiny, cache=None)
+    probed = Probed(create_app(service, service.settings, service.metrics))
+    lags = {}
+    with running(probed) as url, httpx.Client(base_url=url, timeout=120) as client:
+        assert client.get("/health").status_code == 200
+        for name, (path, body) in HEAVIEST.items():
+            raw = body if isinstance(body, str) else json.dumps(body, separators=(",", ":"))
+            raw = raw.encode()
+            assert len(raw) <= 4 * 2**20
+            probed.reset()
+            reply = client.post(path, content=raw, headers={"content-type": "application/json"})
+            assert reply.status_code < 500, (name, reply.text)
+            assert len(reply.content) < 50 * len(raw)
+            lags[name] = probed.worst
+    print({name: round(1000 * lag) for name, lag in sorted(lags.items(), key=lambda item: -item[1])})  # with -s
+    assert max(lags.values()) < MOST, lags
+
+
+class Long(FakeStream):
+    """An answer of many tokens, each with its alternatives, as fast as they are asked for."""
+
+    def __init__(self, texts: list[str], n_top: int) -> None:
+        super().__init__(texts, "stop")
+        self.top = tuple((token, -1.0) for token in range(n_top))
+
+    async def __aiter__(self):
+        async for piece in super().__aiter__():
+            yield Piece(piece.text, 65, -1.0, self.top)
+
+
+ANSWERS = {
+    "alternatives": (
+        "/v1/chat/completions",
+        {"messages": [TURN], "logprobs": True, "top_logprobs": 20, "n": 4},
+        2000,
+        "",
+    ),
+    "a stream of alternatives": ("/v1/completions", {"prompt": "x", "logprobs": 20, "stream": True}, 2000, ""),
+    "calls": ("/v1/chat/completions", {"messages": [TURN], "tools": [TOOL]}, 3000, "<tool_call> " * 10),
+    "a stream of calls": (
+        "/v1/chat/completions",
+        {"messages": [TURN], "tools": [TOOL], "stream": True, "logprobs": True, "top_logprobs": 20},
+        2000,
+        "<tool_call> ",
+    ),
+}
+
+
+def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
+    service = make_service(tiny, limits=Limits(max_tokens=4096))
+    service.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool }}{% endfor %}{{ messages[0].content }}"
+    for one in service.reading.tokenizers.values():
+        one.chat_template = service.tokenizer.chat_template
+    engine = service.engine = FakeEngine([])
+    probed = Probed(create_app(service, service.settings, service.metrics))
+    lags = {}
+    with running(probed) as url, httpx.Client(base_url=url, timeout=120) as client:
+        for name, (path, body, n, text) in ANSWERS.items():
+            engine.make = lambda n=n, text=text, body=body: Long([text or "a"] * n, 20 if "logprobs" in body else 0)
+            made = len(engine.streams)
+            for again in (False, True):  # the second time from the cache
+                probed.reset()
+                reply = client.post(path, json={**body, "temperature": 0})
+                assert reply.status_code == 200, reply.text
+                lags[f"{name}{', kept' if again else ''}"] = probed.worst
+            assert len(engine.streams) == made + body.get("n", 1)
+    print({name: round(1000 * lag) for name, lag in sorted(lags.items(), key=lambda item: -item[1])})
+    assert max(lags.values()) < MOST, lags
+
+
+def test_embeddings_are_written_beside_the_event_loop(tmp_path: Path) -> None:
+    from tests.serving.servers import write_model
+
+    service = make_service(write_model(tmp_path / "wide", n_embd=1024, n_head=8))
+    probed = Probed(create_app(service, service.settings, service.metrics))
+    with running(probed) as url, httpx.Client(base_url=url, timeout=120) as client:
+        probed.reset()
+        reply = client.post("/v1/embeddings", json={"input": [[7, 8]] * 256})
+        assert len(reply.json()["data"]) == 256
+    assert probed.worst < MOST

@@ -1,0 +1,430 @@
+"""Who is served when: clients take turns, the work of one is cut into slices, and whoever leaves costs nothing more."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+
+from genai_pl.serving.engine import Engine
+from genai_pl.serving.errors import ApiError
+from genai_pl.serving.fair import CLIENT, FairQueue, Full, Turns, network
+from genai_pl.serving.passes import Passes
+from genai_pl.serving.prompts import eligible
+from genai_pl.serving.reading import SHORT, Lane, Reading
+from genai_pl.serving.requests import Busy, Request
+from genai_pl.serving.settings import Limits
+from tests.serving.engines import TOKENIZER, build, greedy, ids, text_of
+from tests.serving.servers import make_service, serving, write_model
+from tests.serving.test_vectors import SMALL, encoder, expected
+
+
+def test_clients_take_turns_and_each_has_its_own_order() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for item in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        queue.add(item[0], item)
+    assert list(queue) == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    order = []
+    while len(queue):
+        client, item = queue.first()
+        queue.take(client, item)
+        order.append(item)
+        if item == "b1":
+            queue.add("d", "d1")
+    assert order == ["a1", "b1", "c1", "a2", "b2", "d1", "a3"]
+
+
+def test_in_a_full_queue_the_greediest_makes_room() -> None:
+    queue: FairQueue[str] = FairQueue(4)
+    assert [queue.add("a", item) for item in ("a1", "a2", "a3", "a4")] == [None] * 4
+    assert not queue.admits("a")
+    with pytest.raises(Full):
+        queue.add("a", "a5")
+    assert queue.add("b", "b1") == "a4"  # the last one came last
+    assert queue.add("b", "b2") == "a3"
+    with pytest.raises(Full):
+        queue.add("b", "b3")  # both have the same now
+    assert list(queue) == ["a1", "b1", "a2", "b2"]
+    assert queue.remove("a", "a1")
+    assert not queue.remove("a", "a1")
+    assert queue.add("c", "c1") is None
+
+
+def test_addresses_of_one_customer_are_one_client() -> None:
+    assert network("2001:db8:1:2:3::4") == network("2001:db8:1:2:ffff::9") != network("2001:db8:1:3::4")
+    assert network("10.0.0.1") != network("10.0.0.2")
+    assert network("a name") == "a name"
+
+
+def test_waiting_rows_are_admitted_client_by_client() -> None:
+    engine = Engine(build(), TOKENIZER, slots=1, queue_size=8)
+    for n in range(4):
+        engine.submit(Request(ids(f"a{n}"), greedy(2), client="a"))
+    engine.submit(Request(ids("b0"), greedy(2), client="b"))
+    rows = [row for _ in range(5) for row in engine.next_rows(lambda: eligible(engine)[:1])]
+    assert [bytes(row.request.input_ids).decode() for row in rows] == ["a0", "b0", "a1", "a2", "a3"]
+
+
+def test_a_place_in_the_queue_is_free_as_soon_as_its_client_has_left() -> None:
+    engine = Engine(build(), TOKENIZER, slots=1, queue_size=2)  # nothing runs that could tidy up
+    for _ in range(50):
+        engine.submit(Request(ids("x"), greedy(2), client="comes and leaves")).cancel()
+    assert engine.n_waiting == 0
+    gone = engine.submit(Request(ids("x"), greedy(2)))
+    gone.cancel()
+    assert gone.finish == "cancelled"
+
+
+def test_who_has_less_in_a_full_queue_gets_in_and_the_greedy_is_told() -> None:
+    engine = Engine(build(), TOKENIZER, slots=1, queue_size=3)
+    greedy_ones = [engine.submit(Request(ids("x"), greedy(2), client="a")) for _ in range(3)]
+    with pytest.raises(Busy):
+        engine.submit(Request(ids("x"), greedy(2), client="a"))
+    patient = engine.submit(Request(ids("y"), greedy(2), client="b"))
+    assert [stream.finish for stream in greedy_ones] == [None, None, "busy"]
+    engine.start()
+    text_of(patient)
+    engine.stop()
+    assert patient.finish in ("stop", "length")
+
+
+def test_a_client_whose_request_had_to_make_room_is_told_to_come_again(tiny: Path) -> None:
+    from tests.serving.fake import FakeEngine
+
+    service = make_service(tiny, cache=None)
+    service.engine = FakeEngine([], "busy")
+    with serving(service) as client:
+        reply = client.post("/generate", json={"prompt": "x"})
+    assert reply.status_code == 429
+    assert reply.headers["retry-after"]
+
+
+def test_the_answers_of_one_request_never_have_all_slots() -> None:
+    engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
+    group = object()
+    for _ in range(16):
+        engine.submit(Request(ids("heavy"), greedy(20), group=group))
+    engine.submit(Request(ids("small"), greedy(2), group=object()))
+    chosen = [bytes(row.request.input_ids).decode() for row in eligible(engine)]
+    assert chosen == ["heavy", "small", "heavy", "heavy"]  # and it is not last either
+    alone = Engine(build(), TOKENIZER, slots=1)
+    alone.submit(Request(ids("x"), greedy(2), group=group))
+    assert len(eligible(alone)) == 1
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    model, read = build(), []
+    model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
+    features = model.features
+    model.features = lambda input_ids, *a, **k: (read.append(input_ids.shape[1]), features(input_ids, *a, **k))[1]
+    engine = Engine(model, TOKENIZER, slots=4, prefill_chunk=5)
+    long = engine.submit(Request(tuple(range(60, 118)), greedy(2)))
+    short = engine.submit(Request(ids("abc"), greedy(1)))
+    engine.start()
+    assert [len(text_of(stream)) >= 0 for stream in (short, long)] == [True, True]
+    engine.stop()
+    assert 3 in read[:4]  # the long one alone has twelve chunks
+    assert sum(n for n in read if n > 1) >= 58
+
+
+def test_a_long_prompt_does_not_wait_for_short_ones_for_ever() -> None:
+    engine = Engine(build(), TOKENIZER, slots=2, prefill_chunk=5, queue_size=64)
+    long = engine.submit(Request(tuple(range(60, 118)), greedy(1)))
+    short = [engine.submit(Request(ids("abcde"), greedy(1))) for _ in range(60)]
+    order = []
+    for name, stream in (("long", long), *((n, one) for n, one in enumerate(short))):
+        stream.end = lambda reason, name=name, end=stream.end: (order.append(name), end(reason))
+    engine.start()
+    for stream in (long, *short):
+        text_of(stream)
+    engine.stop()
+    assert 5 < order.index("long") < 30  # twelve chunks, and short ones in between
+
+
+def test_answers_go_on_however_many_prompts_come() -> None:
+    """A prompt's chunk is followed by steps for half of its time, by a clock that the test has in its hand."""
+    import genai_pl.serving.engine as module
+
+    engine = Engine(build(), TOKENIZER, slots=2, prefill_chunk=8)
+    clock, turns = [0.0], []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return clock[0]
+
+    def read(_: Engine) -> None:
+        turns.append("read")
+        clock[0] += 1.0
+
+    def step() -> None:
+        turns.append("step")
+        clock[0] += 0.1
+
+    engine.batch.rows = [object()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "time", Clock)
+        patch.setattr(module, "read_prompts", read)
+        patch.setattr(engine, "_step", step)
+        patch.setattr(engine, "_sweep", lambda: None)
+        for _ in range(15):
+            engine._turn()
+    assert turns.count("step") == 15
+    assert 2 <= turns.count("read") <= 4
+
+
+def counting(n: int, seen: list, name: str = "") -> Iterator[None]:
+    for k in range(n):
+        seen.append((name, k))
+        yield
+    return n
+
+
+def test_passes_take_turns_slice_by_slice() -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def use() -> list[int]:
+        passes = Passes(None, queue_size=8, timeout=20)
+        heavy = asyncio.ensure_future(passes.run(counting(50, seen, "heavy")))
+        await asyncio.sleep(0)
+        small = asyncio.ensure_future(passes.run(counting(1, seen, "small")))
+        found = await asyncio.gather(heavy, small)
+        passes.close()
+        return found
+
+    assert asyncio.run(use()) == [50, 1]
+    assert seen.index(("small", 0)) <= 2
+
+
+def test_a_pass_that_nobody_waits_for_ends_with_its_slice() -> None:
+    seen: list[tuple[str, int]] = []
+    entered, gate = threading.Event(), threading.Event()
+
+    def slices() -> Iterator[None]:
+        entered.set()
+        assert gate.wait(20)
+        yield
+        seen.append(("never", 0))
+        yield
+
+    async def use() -> int:
+        passes = Passes(None, queue_size=8, timeout=20)
+        gone = asyncio.ensure_future(passes.run(slices()))
+        await asyncio.to_thread(entered.wait, 20)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        gate.set()
+        found = await passes.run(counting(3, seen, "next"))
+        passes.close()
+        return found
+
+    assert asyncio.run(use()) == 3
+    assert [name for name, _ in seen] == ["next"] * 3
+
+
+def test_passes_that_take_too_long_or_are_too_many_are_refused() -> None:
+    async def use() -> list[int]:
+        gate = threading.Event()
+
+        def slices() -> Iterator[None]:
+            gate.wait(20)
+            yield
+
+        passes, statuses = Passes(None, queue_size=1, timeout=0.2), []
+        asked = [asyncio.ensure_future(passes.run(slices())) for _ in range(3)]
+        for one in asked:
+            try:
+                await one
+            except ApiError as error:
+                statuses.append(error.status)
+        gate.set()
+        passes.close()
+        return statuses
+
+    assert asyncio.run(use()) == [504, 504, 429]
+
+
+def test_answers_grow_between_the_slices_of_a_pass_with_an_adapter() -> None:
+    engine = Engine(build(), TOKENIZER, slots=2)
+    engine.adapters.adapters["a"] = engine  # requests choose among some: passes are done in the engine's thread
+    engine.adapters.choose = lambda names: None
+    grown = []
+
+    def slices() -> Iterator[None]:
+        for _ in range(5):
+            assert threading.current_thread().name == "engine"
+            grown.append(stream.n_generated)
+            yield
+
+    stream = engine.submit(Request(ids("x"), greedy(50, min_new_tokens=50)))
+    engine.start()
+
+    async def use() -> None:
+        await Passes(engine, queue_size=8, timeout=20).run(slices(), adapter="a")
+
+    asyncio.run(use())
+    engine.stop(drain=False)
+    assert all(after > before or before == 50 for before, after in pairwise(grown)), grown
+
+
+def test_a_text_of_a_client_that_has_left_is_not_read() -> None:
+    done = []
+
+    async def use() -> None:
+        lane, gate = Lane("a", queue_size=16, timeout=20), threading.Event()
+        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        await asyncio.sleep(0)
+        gone = [asyncio.ensure_future(lane.run(done.append, "gone")) for _ in range(8)]
+        patient = asyncio.ensure_future(lane.run(done.append, "patient"))
+        await asyncio.sleep(0)
+        for one in gone:
+            one.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        gate.set()
+        await asyncio.gather(first, patient)
+        lane.close()
+
+    asyncio.run(use())
+    assert done == ["patient"]
+
+
+def test_a_turn_that_was_given_to_somebody_who_left_is_passed_on() -> None:
+    async def use() -> str:
+        turns = Turns(4)
+        order = []
+
+        async def have(name: str) -> None:
+            async with turns.turn():
+                order.append(name)
+
+        async with turns.turn():
+            tasks = [asyncio.ensure_future(have(name)) for name in ("a", "b", "c")]
+            await asyncio.sleep(0)
+        tasks[0].cancel()  # it has its turn, and has not begun
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not turns.is_taken
+        return "".join(order)
+
+    assert asyncio.run(use()) == "bc"
+
+
+def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
+    done = []
+
+    async def use() -> list[object]:
+        lane, gate = Lane("a", queue_size=4, timeout=20), threading.Event()
+        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        await asyncio.sleep(0)
+        asked = []
+        for name in ("a1", "a2", "a3", "a4", "b1"):
+            CLIENT.set(name[0])
+            asked.append(asyncio.ensure_future(lane.run(done.append, name)))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        gate.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await first
+        lane.close()
+        return found
+
+    found = asyncio.run(use())
+    assert done == ["a1", "b1", "a2", "a3"]
+    assert [getattr(one, "status", one) for one in found] == [None, None, None, 429, None]
+
+
+def test_short_texts_do_not_wait_for_long_ones() -> None:
+    async def use() -> str:
+        reading, gate = Reading(TOKENIZER, queue_size=4, timeout=20), threading.Event()
+        long = asyncio.ensure_future(reading.tokens(lambda tokenizer: gate.wait(20), size=SHORT + 1))
+        await asyncio.sleep(0)
+        found = await reading.tokens(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
+        gate.set()
+        await long
+        reading.close()
+        return bytes(found).decode()
+
+    assert asyncio.run(use()) == "ab"
+
+
+def test_a_request_has_no_more_tokens_than_it_may(tiny: Path) -> None:
+    with serving(make_service(tiny, limits=Limits(max_input_tokens=100))) as client:
+        asked = (
+            ("/v1/embeddings", "input", ["x" * 50] * 2),  # and an end each
+            ("/v1/embeddings", "input", [[7] * 51] * 2),
+            ("/v1/embeddings", "input", ["é" * 800, "x"]),
+            ("/score", "text", ["x" * 50] * 3),
+            ("/score", "text", "x" * 801),
+        )
+        for path, param, value in asked:
+            reply = client.post(path, json={param: value})
+            assert reply.status_code == 422, reply.text
+            assert reply.json()["error"]["param"] == param
+            assert "max_input_tokens" in reply.json()["error"]["message"]
+        assert client.post("/v1/embeddings", json={"input": ["x" * 49] * 2}).status_code == 200
+        assert client.post("/score", json={"text": ["x" * 50] * 2}).status_code == 200
+
+
+def test_a_text_that_cannot_fit_needs_no_tokenizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make_service(tiny)
+    monkeypatch.setattr(service.reading, "tokens", lambda *a, **k: pytest.fail("it was read"))
+    with serving(service) as client:
+        text = "x" * (128 * service.longest + 1)
+        for path, body in (
+            ("/generate", {"prompt": text}),
+            ("/v1/completions", {"prompt": ["a", text][1]}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ):
+            reply = client.post(path, json=body)
+            assert reply.status_code == 400
+            assert "128 tokens" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+@pytest.mark.parametrize("shape", ["encoder", "decoder"])
+def test_vectors_in_slices_are_those_of_transformers(
+    shape: str, pooling: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genai_pl.serving.slices.CPU_TOKENS", 7)  # some texts have more
+    folder = tiny if shape == "decoder" else encoder(tmp_path / "bert")
+    texts = ["A short text", "something longer than that, with a comma", "x", "yz", "five"]
+    with serving(make_service(folder, pooling=pooling)) as client:
+        found = client.post("/v1/embeddings", json={"input": texts}).json()
+    vectors = torch.tensor([entry["embedding"] for entry in found["data"]])
+    torch.testing.assert_close(vectors, expected(folder, pooling, texts), atol=1e-5, rtol=0)
+
+
+def test_scores_in_slices_are_those_of_transformers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    monkeypatch.setattr("genai_pl.serving.slices.CPU_TOKENS", 7)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+
+    def logprob(text: bytes, n_given: int) -> float:
+        ids = torch.tensor([list(text)])
+        with torch.no_grad():
+            found = model(ids).logits[0, :-1].log_softmax(-1)
+        return float(found.gather(1, ids[0, 1:, None])[n_given - 1 :].sum())
+
+    prompts, texts = ["Once", "It was a dark and stormy night", "a"], [" upon a time there was", " x", "b"]
+    with serving(make_service(tiny)) as client:
+        found = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
+        alone = client.post("/score", json={"text": "Once upon a time there was"}).json()["scores"]
+    assert alone[0]["score"] == pytest.approx(logprob(b"Once upon a time there was", 1), abs=1e-3)
+    for entry, prompt, text in zip(found, prompts, texts, strict=True):
+        assert entry["score"] == pytest.approx(logprob((prompt + text).encode(), len(prompt)), abs=1e-3)
+        assert entry["n_tokens"] == len(text)
+    folder = write_model(tmp_path / "reward", head="score", **SMALL)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder)
+    with serving(make_service(folder)) as client:
+        found = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
+    for entry, prompt, text in zip(found, prompts, texts, strict=True):
+        with torch.no_grad():
+            score = float(judge(torch.tensor([[*(prompt + text).encode(), 256]])).logits)
+        assert entry["score"] == pytest.approx(score, abs=1e-5)

@@ -1,0 +1,131 @@
+"""Entries of a cache that others can write to: only what this server signed counts, and only if it is an answer."""
+# ruff: noqa: E402 (what is imported below needs what is asked for first)
+
+import asyncio
+import hashlib
+import hmac
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+redis = pytest.importorskip("redis", reason="needs pip install -e '.[serve]'")
+
+from genai_pl.serving.answers import recorded, replay
+from genai_pl.serving.cache import RedisCache
+from genai_pl.serving.requests import Piece
+from genai_pl.serving.settings import CACHE_KEY
+from tests.serving.fake import FakeEngine
+from tests.serving.servers import make_service, serving
+
+
+class Shelf:
+    """A Redis of which everything is at hand."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    async def getrange(self, name: str, begin: int, end: int) -> bytes:
+        if self.kept.get(name) == b"a list":
+            raise redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+        return self.kept.get(name, b"")[begin : end + 1]
+
+    async def set(self, name: str, value: bytes, px: int) -> None:
+        self.kept[name] = value
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> RedisCache:
+    monkeypatch.setenv(CACHE_KEY, "ours")
+    cache = RedisCache("redis://127.0.0.1:1/0", ttl=5)
+    cache.client = Shelf()
+    return cache
+
+
+def test_an_entry_is_signed_for_its_name_as_rfc_2104_says(cache: RedisCache) -> None:
+    asyncio.run(cache.set("a", b"1"))
+    [(name, value)] = cache.client.kept.items()
+    assert name == "genai_pl:a"
+    assert value == hmac.new(b"ours", b"a:1", hashlib.sha256).digest() + b"1"
+    assert asyncio.run(cache.get("a")) == b"1"
+
+
+FORGED = {
+    "no signature": lambda good: b"1",
+    "nothing": lambda good: b"",
+    "another value": lambda good: good[:-1] + b"2",
+    "of another server": lambda good: hmac.digest(b"theirs", b"a:1", "sha256") + b"1",
+    "of another entry": lambda good: hmac.digest(b"ours", b"b:1", "sha256") + b"1",
+    "cut": lambda good: good[:-1],
+    "longer": lambda good: good + b"1",
+    "what is no text": lambda good: b"a list",
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_an_entry_of_somebody_else_is_a_miss(case: str, cache: RedisCache) -> None:
+    async def use() -> list[bytes | None]:
+        await cache.set("a", b"1")
+        await cache.set("other", b"2")
+        cache.client.kept["genai_pl:a"] = FORGED[case](cache.client.kept["genai_pl:a"])
+        return [await cache.get("a"), await cache.get("other")]
+
+    assert asyncio.run(use()) == [None, b"2"]  # and the rest goes on
+
+
+PIECES = [Piece("né\n", 65, -0.5, ((65, -0.5), (66, float("-inf")))), Piece("", 256, None, ())]
+
+
+def test_an_answer_comes_back_as_it_was() -> None:
+    again = replay(recorded("length", PIECES))
+    assert (again.finish, again.n_generated, again.pieces) == ("length", 2, PIECES)
+
+
+def lines(*values: object) -> bytes:
+    return "\n".join(json.dumps(value) for value in values).encode()
+
+
+STRANGE = {
+    "empty": b"",
+    "no text": b"\xff\xfe",
+    "no JSON": b"{",
+    "no ending": lines("error", ["a", 1, None, []]),
+    "an ending that is none": lines({}, ["a", 1, None, []]),
+    "no pieces": lines("stop"),
+    "a number": b"1",
+    "a piece that is a number": lines("stop", 1),
+    "a piece of three": lines("stop", ["a", 1, None]),
+    "a text that is none": lines("stop", [1, 1, None, []]),
+    "half a character": lines("stop", ["\ud800", 1, None, []]),
+    "a token that is text": lines("stop", ["a", "1", None, []]),
+    "a token below 0": lines("stop", ["a", -1, None, []]),
+    "a token that is true": lines("stop", ["a", True, None, []]),
+    "no number": lines("stop", ["a", 1, float("nan"), []]),
+    "a log-probability above 0": lines("stop", ["a", 1, 3.0, []]),
+    "alternatives of nothing": lines("stop", ["a", 1, None, [[1, -1.0]]]),
+    "alternatives that are none": lines("stop", ["a", 1, -1.0, [1]]),
+    "very deep": b'"stop"\n' + b"[" * 100_000,
+    "the old form": json.dumps(["stop", 1, [["a", 1, None, []]]]).encode(),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_is_no_answer_is_a_miss_even_where_it_is_signed(case: str, tiny: Path, monkeypatch) -> None:
+    assert replay(STRANGE[case]) is None
+    service = make_service(tiny)
+    service.engine = FakeEngine(["some", " text"])
+
+    async def get(key: str) -> bytes:
+        return STRANGE[case]
+
+    monkeypatch.setattr(service.cache, "get", get)
+    with serving(service) as client:
+        for path, body in (("/generate", {}), ("/v1/completions", {"logprobs": 2})):
+            reply = client.post(path, json={"prompt": "x", "temperature": 0, **body})
+            assert reply.status_code == 200
+            assert "some text" in reply.text
+        assert 'genai_pl_cache_lookups_total{result="miss"} 2.0' in client.get("/metrics").text
