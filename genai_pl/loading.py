@@ -95,7 +95,10 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
 
 def _load_with_adapter(path: Path, **options: object) -> Loaded:
     """The base that an adapter folder names, with the adapter and its tokenizer."""
-    base = load(_base_of(path), **options)
+    try:
+        base = load(_base_of(path), **options)
+    except RecursionError:
+        raise CheckpointError(f"{path}: the base that {ADAPTER} names has it for its own base") from None
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
         _score(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
@@ -118,12 +121,13 @@ def _load_checkpoint(path: Path, *, dtype: torch.dtype, **options: object) -> Lo
         if adapter is not None:
             model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
         model.load_state_dict(state, assign=True, strict=base is None)
-    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        tokenizer = from_files(ours["tokenizer"])
+    except (ConfigError, KeyError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
     peft.tie_weights(model)
     if isinstance(model, WrappedDecoder) and base is None:
         check(model, str(path))
-    return Loaded(model, from_files(ours["tokenizer"]), path)
+    return Loaded(model, tokenizer, path)
 
 
 def _score(model: Model | WrappedDecoder) -> None:

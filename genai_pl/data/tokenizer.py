@@ -59,7 +59,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     # it warns of models that it does not know, such as ours, which says nothing of their tokenizers
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
