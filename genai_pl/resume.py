@@ -1,14 +1,15 @@
 """Taking up a run again: which run, with which settings, from which checkpoint."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import yaml
-
-from genai_pl.errors import CheckpointError, UserError
+from genai_pl.errors import CheckpointError
 from genai_pl.files import is_checkpoint
-from genai_pl.sweeps import key_of, refuse_code, replay_sweep
+from genai_pl.masking import refuse_secrets
+from genai_pl.sweeps import replay_sweep
+from genai_pl.trust import check_links, key_of, plain, read_overrides
 
 ROOTS = ("outputs",)
 OVERRIDES = Path(".hydra", "overrides.yaml")
@@ -19,6 +20,7 @@ def replay(arguments: list[str]) -> list[str]:
 
     Without `resume=` the arguments come back as they are; a sweep goes on with `resume=auto`.
     """
+    refuse_secrets(arguments)
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
     if reference in ("null", "None", ""):
         return arguments
@@ -30,12 +32,12 @@ def replay(arguments: list[str]) -> list[str]:
             print("resume=auto: no run to continue, starting a new one", flush=True)
             return [a for a in arguments if not a.startswith("resume=")]
         return arguments
+    check_links(run)
     saved = _saved_overrides(run)
     given = {key_of(a) for a in arguments}
-    kept = [o for o in saved if key_of(o) not in given | {"resume", "dry_run"}]
+    kept = plain(saved, run / OVERRIDES, arguments)
     if "strategy" in given:  # another one has not the options of the old
         kept = [o for o in kept if not key_of(o).startswith("strategy.")]
-    refuse_code(kept, run / OVERRIDES)
     if "hydra.run.dir" not in given:
         kept.append(f"hydra.run.dir='{run}'")
     flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
@@ -64,19 +66,13 @@ def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
 
 def _saved_overrides(run: Path) -> list[str]:
     path = run / OVERRIDES
-    try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    return [str(o) for o in saved or []]
+    return read_overrides(path) if os.path.lexists(path) else []
 
 
 def choose_checkpoint(reference: str, run: Path) -> Path:
     """The checkpoint to go on from: the newest valid one for `auto`; otherwise the one named, or an error that offers another."""
     from genai_pl.callbacks import newest_checkpoints
-    from genai_pl.models.checkpoint import read_contents
+    from genai_pl.models.checkpoint import check_resumable, read_contents
 
     path = Path(reference)
     named = is_checkpoint(path)
@@ -87,7 +83,7 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
     broken: CheckpointError | None = None
     for candidate in candidates:
         try:
-            read_contents(candidate)
+            check_resumable(candidate, read_contents(candidate))
         except CheckpointError as error:
             if reference == "auto":
                 print(f"{error}; taking the one before it", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, loa
 from genai_pl.models.resize import resize_vocabulary
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
-from genai_pl.trainer import make
+from genai_pl.targets import make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

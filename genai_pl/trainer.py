@@ -4,12 +4,9 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -19,12 +16,13 @@ from genai_pl import callbacks as cb
 from genai_pl.config import CONF
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
-from genai_pl.errors import ConfigError, UserError
+from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts
 from genai_pl.models import flop_rates
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.targets import make
 
 log = logging.getLogger(__name__)
 
@@ -156,13 +154,3 @@ def check_in_backward(config: DictConfig, parts: Parts) -> None:
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
     if not parts.module.automatic_optimization:
         raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
-
-
-def make(node: DictConfig, **given: object) -> Any:
-    """The object that a node's `_target_` names; a mistake of the user keeps its own line."""
-    try:
-        return instantiate(node, **given)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "genai_pl"
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
     {"errors", "files"},
-    {"names", "plugins"},
-    {"specs", "devices"},
+    {"names", "plugins", "masking"},
+    {"specs", "devices", "trust"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"compare", "fit", "recipes", "resume", "rewards", "feedback"},
     {"serving"},
     {"config_errors", "nodes"},
-    {"config"},
+    {"config", "targets"},
     {"trainer"},
     {"start"},
     {"run", "run_generate"},
@@ -39,6 +39,8 @@ HEAVY = {
         "config",
         "nodes",
         "config_errors",
+        "trust",
+        "targets",
         "trainer",
         "run",
         "run_generate",

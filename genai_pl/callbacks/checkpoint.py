@@ -47,6 +47,7 @@ class StepCheckpoint(Checkpoint):
         self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
         self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
+        self.started = False  # whether a first step has begun
         self._seen = 0
         self._rng: list[dict] = []  # of the run that goes on, by rank
 
@@ -98,7 +99,7 @@ class StepCheckpoint(Checkpoint):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._seen = trainer.global_step
+        self.started, self._seen = True, trainer.global_step
         # the data iterators exist by now: nothing draws between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
