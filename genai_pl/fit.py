@@ -1,5 +1,6 @@
 """Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
 
+import logging
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass
 class Parts:
     """The objects of one run."""
@@ -49,6 +53,9 @@ def fit(parts: Parts, checkpoint: Path | None) -> None:
     with _explained(parts):
         with _restoring(parts, checkpoint):
             parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        if not parts.checkpoints.started:
+            parts.checkpoints.begin()
+            log.info("finished    already at step %d of %d", parts.trainer.global_step, parts.module.total_steps)
         if parts.interrupt.signum is None and parts.module.validated_at != parts.trainer.global_step:
             parts.trainer.validate(parts.module, parts.data, verbose=False)
 

@@ -4,6 +4,8 @@ import logging
 import os
 import random
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,7 @@ class StepCheckpoint(Checkpoint):
         self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
         self.started = False  # whether a first step has begun
+        self.on_start: Callable[[], None] = lambda: None  # called once, by each process, when all is restored
         self._seen = 0
         self._rng: list[dict] = []  # of the run that goes on, by rank
 
@@ -74,8 +77,24 @@ class StepCheckpoint(Checkpoint):
         if path.parent != self.folder or not path.name.startswith("step="):
             return
         _link(path, self.last)
-        for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+        for old in sorted(self.folder.glob("step=*.ckpt"), key=_named_step)[: -self.keep]:
             _forget(old)
+
+    def begin(self) -> None:
+        """Say that all is restored: from here on the run writes."""
+        if not self.started:
+            self.started = True
+            self.on_start()
+
+    def rewind(self, checkpoint: Path) -> None:
+        """Set aside what a run wrote after the step that it goes on from, which would count as newer."""
+        step = step_of(checkpoint)
+        for path in self.folder.glob("step=*.ckpt"):
+            if _named_step(path) > step:
+                path.rename(path.with_name(f"aside-{path.name}"))
+                log.info("checkpoint  %s is set aside: the run goes on from step %d", path, step)
+        if checkpoint.parent == self.folder and checkpoint != self.last:
+            _link(checkpoint, self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         states = [None] * trainer.world_size
@@ -87,10 +106,17 @@ class StepCheckpoint(Checkpoint):
             frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
             for kind in {"state_dict", "current_model_state"} & checkpoint.keys():  # the second beside means of weights
                 checkpoint[kind] = {name: x for name, x in checkpoint[kind].items() if name not in frozen}
-        checkpoint[MARK] = {"format": 1, "rng": states, "replicas": n_replicas(trainer), **self.contents}
+        checkpoint[MARK] = {
+            "format": 1,
+            "saved": time.time(),
+            "rng": states,
+            "replicas": n_replicas(trainer),
+            **self.contents,
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         self.last_step = checkpoint["global_step"]
+        _close_epoch(checkpoint["loops"]["fit_loop"])
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
@@ -99,7 +125,8 @@ class StepCheckpoint(Checkpoint):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.started, self._seen = True, trainer.global_step
+        self.begin()
+        self._seen = trainer.global_step
         # the data iterators exist by now: nothing draws between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
@@ -110,15 +137,47 @@ class StepCheckpoint(Checkpoint):
 
 
 def newest_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """The checkpoints of a run by their steps, the last first; times say nothing of a folder that was copied."""
     paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
     found = {path.stat().st_ino: path for path in paths}
-    return sorted(found.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return sorted(found.values(), key=_step_at_least, reverse=True)
+
+
+def _named_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    number = path.name.removeprefix("step=").removesuffix(".ckpt")
+    return int(number) if number.isdecimal() else -1
+
+
+def _step_at_least(path: Path) -> int:
+    """The step of a checkpoint; one that has it neither in its name nor in readable contents stands before all others."""
+    if (step := _named_step(path)) >= 0:
+        return step
+    try:
+        return step_of(path)
+    except CheckpointError:
+        return sys.maxsize
 
 
 def step_of(path: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
-    return read_contents(path)["global_step"]
+    return read_contents(path).get("global_step", 0)
+
+
+def _close_epoch(loop: dict) -> None:
+    """Let the stored progress of an epoch that was over begin the next one: Lightning would skip all but one of its batches."""
+    batches = loop["epoch_loop.batch_progress"]
+    epochs = loop["epoch_progress"]
+    over = epochs["total"]["completed"] == epochs["total"]["ready"]
+    if not (batches["is_last_batch"] and over):
+        return
+    inner = [batches, loop["epoch_loop.scheduler_progress"]]
+    inner += loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
+    for progress in inner:
+        for counts in (progress, *progress.values()):
+            if isinstance(counts, dict) and "current" in counts:
+                counts["current"] = dict.fromkeys(counts["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def _link(path: Path, link: Path) -> None:
