@@ -3,15 +3,18 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
-from genai_pl.errors import CheckpointError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import is_checkpoint
-from genai_pl.masking import refuse_secrets
+from genai_pl.masking import masked, refuse_secrets
 from genai_pl.sweeps import replay_sweep
-from genai_pl.trust import check_links, key_of, plain, read_overrides
+from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
-ROOTS = ("outputs",)
+DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
+SKIPPED = {"multirun.yaml", "pyvenv.cfg"}  # files of folders in which none is
+TYPED: list[str] = []  # the command line before it was completed: what a person asked for now
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
@@ -21,14 +24,18 @@ def replay(arguments: list[str]) -> list[str]:
     Without `resume=` the arguments come back as they are; a sweep goes on with `resume=auto`.
     """
     refuse_secrets(arguments)
+    TYPED[:] = arguments
+    arguments = _placed(arguments)
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
     if reference in ("null", "None", ""):
+        _check_unused(arguments)
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         return replay_sweep(arguments) if reference == "auto" else arguments
     run = _run_folder(reference, arguments)
     if run is None:
         if reference == "auto":
+            _check_unused(arguments)
             print("resume=auto: no run to continue, starting a new one", flush=True)
             return [a for a in arguments if not a.startswith("resume=")]
         return arguments
@@ -36,6 +43,7 @@ def replay(arguments: list[str]) -> list[str]:
     saved = _saved_overrides(run)
     given = {key_of(a) for a in arguments}
     kept = plain(saved, run / OVERRIDES, arguments)
+    _say_changes(saved, arguments)
     if "strategy" in given:  # another one has not the options of the old
         kept = [o for o in kept if not key_of(o).startswith("strategy.")]
     if "hydra.run.dir" not in given:
@@ -44,11 +52,47 @@ def replay(arguments: list[str]) -> list[str]:
     return arguments[:flags] + kept + arguments[flags:]  # --config-dir FOLDER must not stand between overrides
 
 
+def _placed(arguments: list[str]) -> list[str]:
+    """The command line with `output_dir=` as what it means to Hydra: the folder of the run, or of the sweep."""
+    kind = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "hydra.run.dir"
+    given = {key_of(a): a for a in arguments}
+    if "output_dir" not in given:
+        return arguments
+    if kind in given:
+        raise ConfigError(f"output_dir and {kind} name the same folder: give one of them")
+    return [f"{kind}={a.partition('=')[2]}" if key_of(a) == "output_dir" else a for a in arguments]
+
+
+def _chosen(arguments: list[str]) -> str | None:
+    return next((_value(a) for a in arguments if key_of(a) == "hydra.run.dir"), None)
+
+
+def _check_unused(arguments: list[str]) -> None:
+    """ConfigError for a new run in the folder of an old one: their files would mix."""
+    chosen = _chosen(arguments)
+    if chosen and {"-m", "--multirun"}.isdisjoint(arguments) and _checkpoints(Path(chosen).glob):
+        raise ConfigError(f"{chosen}: holds a run already; continue it with resume={chosen}, or name another folder")
+
+
+def _say_changes(saved: list[str], arguments: list[str]) -> None:
+    """One line for each option that is typed and was another, or was not given."""
+    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        return  # one of the processes says it
+    before = {key_of(o): o for o in saved}
+    for argument in arguments:
+        key = key_of(argument)
+        if "=" in argument and key not in ASIDE and before.get(key) != argument:
+            was = f"was {_value(before[key])}" if key in before else "was not given"
+            print(f"changed     {masked(argument)} ({masked(was)})", flush=True)
+
+
+def _value(argument: str) -> str:
+    return argument.partition("=")[2].strip("'\"")
+
+
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:
     if reference == "auto":
-        chosen = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")), None)
-        found = [p for root in ([chosen] if chosen else ROOTS) for p in _checkpoints(Path(root).rglob)]
-        return max(found, key=lambda p: p.stat().st_mtime_ns).parent.parent if found else None
+        return _newest_run(Path(_chosen(arguments) or "."))
     path = Path(reference)
     if path.is_dir() and not is_checkpoint(path):
         if not _checkpoints(path.glob):
@@ -58,6 +102,21 @@ def _run_folder(reference: str, arguments: list[str]) -> Path | None:
         raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file")
     run = path.parent.parent
     return run if (run / OVERRIDES).exists() else None
+
+
+def _newest_run(root: Path) -> Path | None:
+    """The run below a folder that was saved last, by what its checkpoints say; jobs of sweeps do not count."""
+    from genai_pl.callbacks import newest_checkpoints, saved_at
+
+    found: dict[Path, tuple[float, int]] = {}
+    for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
+        path = Path(folder)
+        if newest := newest_checkpoints(path / "checkpoints") if "checkpoints" in names else []:
+            found[path] = max(saved_at(checkpoint) for checkpoint in newest[:2])
+        deep = len(path.relative_to(root).parts) >= DEEPEST
+        skipped = deep or bool(newest) or not SKIPPED.isdisjoint(files)
+        names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
+    return max(found, key=found.__getitem__) if found else None
 
 
 def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:

@@ -1,8 +1,11 @@
 """Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
 
+import copy
 import logging
 import signal
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +13,15 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config import searches
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
+from genai_pl.files import claimed
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.loading import load
 from genai_pl.masking import masked
@@ -28,6 +34,7 @@ from genai_pl.peft import adapters_of, describe
 from genai_pl.recipes import RECIPES
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
+from genai_pl.run_folder import check_goes_on, description, write_settings
 from genai_pl.start import adapt, keep_base, start
 from genai_pl.strategies import float8, launched
 from genai_pl.summary import describe_model, describe_rollout, describe_step
@@ -54,15 +61,36 @@ def train(config: DictConfig) -> Outcome:
     L.seed_everything(config.seed, verbose=False)
     begun = config.resume and (not goes_on or any((run / "checkpoints").glob("*.ckpt")))
     checkpoint = relative(choose_checkpoint(config.resume, run)) if begun else None
-    parts = build(config, run)
-    connect(config, parts, checkpoint)
-    announce(config, parts, checkpoint)
-    with launched(parts.trainer):
-        fit(parts, checkpoint)
-        status = finish(parts, flat=flatten(config), export=config.callbacks.export, again=retyped())
+    with claimed(run) if rank_zero_only.rank == 0 else nullcontext():
+        status, parts = _train(config, run, checkpoint)
     if parts.interrupt.signum == signal.SIGTERM and HydraConfig.get().mode is RunMode.MULTIRUN:
         status = 128 + signal.SIGTERM  # else the sweep would begin its next job
     return Outcome(status, optimized(config.optimized_metric, parts.trainer))
+
+
+def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int, Parts]:
+    settings, told = copy.deepcopy(config), description(config)
+    if checkpoint:
+        check_goes_on(told, checkpoint, run)
+    parts = build(config, run)
+    connect(config, parts, checkpoint)
+    parts.checkpoints.contents |= told
+    parts.checkpoints.on_start = partial(_begin, settings, parts, checkpoint)
+    announce(config, parts, checkpoint)
+    with launched(parts.trainer):
+        fit(parts, checkpoint)
+        return finish(parts, flat=flatten(config), export=config.callbacks.export, again=retyped()), parts
+
+
+@rank_zero_only
+def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+    """Write what the folder says of the run, and take back what it said of steps that are made again."""
+    write_settings(parts.run, settings)
+    if checkpoint:
+        parts.checkpoints.rewind(checkpoint)
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.resume(step_of(checkpoint) if checkpoint else 0)
 
 
 def retyped() -> list[str]:

@@ -123,12 +123,9 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
         parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
-    step = cb.step_of(checkpoint) if checkpoint else 0
     for logger in parts.trainer.loggers:
-        if isinstance(logger, cb.MetricsCSV):
-            logger.resume(step)
         if isinstance(logger, TensorBoardLogger) and checkpoint:
-            logger._kwargs["purge_step"] = step + 1
+            logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
     strategy = parts.trainer.strategy
     strategy.connect(parts.module)
     if isinstance(strategy, ShardedStrategy):

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "genai_pl"
 
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
-    {"errors", "files"},
+    {"errors"},
+    {"files"},
     {"names", "plugins", "masking"},
     {"specs", "devices", "trust"},
     {"kernels"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"compare", "fit", "recipes", "resume", "rewards", "feedback"},
     {"serving"},
     {"config_errors", "nodes"},
-    {"config", "targets"},
+    {"config", "targets", "run_folder"},
     {"trainer"},
     {"start"},
     {"run", "run_generate"},
@@ -41,6 +42,7 @@ HEAVY = {
         "config_errors",
         "trust",
         "targets",
+        "run_folder",
         "trainer",
         "run",
         "run_generate",

@@ -116,7 +116,7 @@ class StepCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         self.last_step = checkpoint["global_step"]
-        _close_epoch(checkpoint["loops"]["fit_loop"])
+        _set_progress(checkpoint["loops"]["fit_loop"], rows_per_batch(trainer))
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
@@ -164,20 +164,40 @@ def step_of(path: Path) -> int:
     return read_contents(path).get("global_step", 0)
 
 
-def _close_epoch(loop: dict) -> None:
-    """Let the stored progress of an epoch that was over begin the next one: Lightning would skip all but one of its batches."""
-    batches = loop["epoch_loop.batch_progress"]
-    epochs = loop["epoch_progress"]
-    over = epochs["total"]["completed"] == epochs["total"]["ready"]
-    if not (batches["is_last_batch"] and over):
+def saved_at(path: Path) -> tuple[float, int]:
+    """When a checkpoint was written, as it says itself, and its step; zeros where it cannot be read."""
+    try:
+        contents = read_contents(path)
+    except CheckpointError:
+        return 0.0, 0
+    written = contents[MARK].get("saved")
+    return min(written if isinstance(written, float) else path.stat().st_mtime, time.time()), contents.get(
+        "global_step", 0
+    )
+
+
+def rows_per_batch(trainer: L.Trainer) -> int:
+    """How many rows all processes take together for a batch."""
+    plan = trainer.datamodule.plan()
+    return plan.batch_size * plan.world_size
+
+
+def _set_progress(loop: dict, rows: int) -> None:
+    """Count the batches of the epoch under way as the loader does, in batches of `rows` rows; none of one that was over.
+
+    Lightning counts on from the old batches: it would leave the epoch too early, or after a single batch.
+    """
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["total"]
+    if batches["is_last_batch"] and epochs["completed"] == epochs["ready"]:
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for progress in (batches, loop["epoch_loop.scheduler_progress"], *steps.values()):
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+        batches["is_last_batch"] = False
         return
-    inner = [batches, loop["epoch_loop.scheduler_progress"]]
-    inner += loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
-    for progress in inner:
-        for counts in (progress, *progress.values()):
-            if isinstance(counts, dict) and "current" in counts:
-                counts["current"] = dict.fromkeys(counts["current"], 0)
-    batches["is_last_batch"] = False
+    (loader,) = loop["state_dict"]["combined_loader"]
+    if "rows" in loader:  # a stream has no epochs
+        moved = loader["rows"] // rows - batches["current"]["ready"]
+        batches["current"] = {name: count + moved for name, count in batches["current"].items()}
 
 
 def _link(path: Path, link: Path) -> None:
