@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from genai_pl.config_errors import check_types, explain
+from genai_pl.config_errors import check_types, explain, given_overrides
 from genai_pl.errors import DISK_FULL, TrainingError, UserError
 from genai_pl.masking import masked, remember
 from genai_pl.nodes import NODES
@@ -114,7 +114,7 @@ def searches() -> bool:
 def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
         remember_environment(config)
-        check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
+        check_types(config, given_overrides(), CONF, HydraConfig.get().job.config_name)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:

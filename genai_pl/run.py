@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config import searches
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
@@ -98,9 +99,9 @@ def retyped() -> list[str]:
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     given = [f"--config-dir={relative(Path(folder))}" for folder in folders]
-    searched = [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
+    searched = [o for o in given_overrides("hydra") if o.startswith("hydra.searchpath")]
     arguments = [*given, *searched]
-    return [*arguments, *unplain(hydra.overrides.task, arguments)]
+    return [*arguments, *unplain(given_overrides(), arguments)]
 
 
 def optimized(name: str | None, trainer: L.Trainer) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import sources
 from genai_pl.errors import CheckpointError, ConfigError, DataError
 from genai_pl.files import write_atomic
@@ -25,7 +26,7 @@ GROUPS = ("model", "data", "tokenizer", "peft")
 
 def write_settings(run: Path, config: DictConfig) -> None:
     """Write `.hydra/` as Hydra does, which does so before anybody knows whether there will be a run."""
-    files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": list(HydraConfig.get().overrides.task)}
+    files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": given_overrides()}
     for name, values in files.items():
         text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))
         write_atomic(run / ".hydra" / f"{name}.yaml", lambda path, text=text: path.write_text(text, encoding="utf-8"))

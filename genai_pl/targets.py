@@ -12,6 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import VARIABLE
 from genai_pl.trust import CONF
@@ -59,7 +60,7 @@ def typed_targets() -> Iterator[str]:
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
-    for override in (*hydra.overrides.hydra, *hydra.overrides.task):  # those of a run folder name none
+    for override in (*given_overrides("hydra"), *given_overrides()):  # those of a run folder name none
         yield from TARGET.findall(override)
     for source in hydra.runtime.config_sources:
         folder = Path(source.path.removeprefix("file://"))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
 from genai_pl.config import CONF
+from genai_pl.config_errors import given_overrides
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError
@@ -89,8 +90,8 @@ def rank_command(config: DictConfig) -> list[str]:
     return [
         *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
         *(part for folder in folders for part in ("--config-dir", folder)),
-        *(override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath")),
-        *hydra.overrides.task,
+        *(override for override in given_overrides("hydra") if override.startswith("hydra.searchpath")),
+        *given_overrides(),
         # the first process writes the run folder and its log
         *(f"hydra.run.dir='{config.output_dir}'", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
     ]

@@ -18,7 +18,7 @@ GROUPS = {  # of whose fields each may be set
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
     *("precision", "strategy", "trainer", "generation", "plan"),
 }
-CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code
+CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, but for fields of ours
 ASIDE = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}  # a new command's own
 LARGEST, LONGEST, MOST, DEEPEST = 2**18, 2**12, 500, 20  # bytes of a file, characters and number of overrides, brackets
 NAME = re.compile(r"[\w-]+")
@@ -114,7 +114,8 @@ def _objection(text: str, folders: Sequence[Path]) -> str | None:
     except (HydraException, ValueError, RecursionError):
         return "is not understood"
     key, parts = override.key_or_group, re.split(r"[./]", override.key_or_group)
-    if any(part.startswith("_") for part in parts) or parts[:2] == ["callbacks", "extra"] or "_target_" in text:
+    extra = parts[:2] == ["callbacks", "extra"] and tuple(parts[2:]) not in _extras()
+    if any(part.startswith("_") for part in parts) or extra or "_target_" in text:
         return "names code to run"
     if parts[0] == "hydra" and parts[1:2] != ["launcher"] and parts[1:2] != ["sweeper"]:
         return "changes Hydra: where options are found, the environment, or where files are written"
@@ -126,6 +127,13 @@ def _objection(text: str, folders: Sequence[Path]) -> str | None:
         chosen = all(_is_choice(key, value, folders) for value in values)
         return None if chosen else "is not an option of ours"
     return _field_objection(parts, values)
+
+
+def _extras() -> set[tuple[str, ...]]:
+    """The fields of the further callbacks that are files of ours."""
+    files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "callbacks").glob("*.yaml")]
+    named = [(name, fields) for file in files for name, fields in file.get("extra", {}).items()]
+    return {(name, field) for name, fields in named for field in fields}
 
 
 def _values(override: Override) -> list[object] | None:
@@ -155,7 +163,7 @@ def _field_objection(parts: list[str], values: list[object]) -> str | None:
         return None if numbers else "changes Hydra: what a launcher runs"
     options = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     root = len(parts) == 1 and parts[0] in options.keys() - {"defaults", "hydra"}
-    if not (root or parts[0] in GROUPS or (parts[0] == "callbacks" and parts[1] in CALLBACKS)):
+    if not (root or parts[0] in GROUPS or (parts[0] == "callbacks" and parts[1] in {*CALLBACKS, "extra"})):
         return "is not a plain option"
     texts = [leaf for leaf in flat if isinstance(leaf, str)]
     if parts[0] == "objective" and any(FUNCTION.fullmatch(text) for text in texts):

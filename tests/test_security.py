@@ -35,6 +35,10 @@ CODE = [
     "+callbacks.extra.x._target_=evil.Callback",
     "callbacks.extra.x._target_=evil.Callback",
     "callbacks.extra={x:{_target_:evil.f}}",
+    "callbacks.extra.ema._target_=evil.f",
+    "callbacks.extra.ema={_target_:evil.f}",
+    "callbacks.extra.ema.decay={_target_:evil.f}",
+    "callbacks.extra.other.decay=0.5",
     "++callbacks.extra={x:{_target_:evil.f}}",
     "callbacks={extra:{x:{_target_:evil.f}}}",
     "optimizer._target_=evil.f",
@@ -168,7 +172,12 @@ def test_a_sweep_folder_is_trusted_as_little(override: str, place: Path, command
     [
         *("seed=3", "model.n_layer=2", "optimizer=adamw", "optimizer.betas=[0.9,0.95]", "data.path=texts/*.txt"),
         *("data.path='a b.txt'", "objective=grpo", "objective.reward=runs/judge", "experiment=smoke", "logger=[]"),
-        *("callbacks.samples.prompts=['To be: or']", "peft.rank_pattern={q_proj:4}", "init_from=owner/name"),
+        *(
+            "callbacks.samples.prompts=['To be: or']",
+            "callbacks.extra.ema.decay=0.5",
+            "peft.rank_pattern={q_proj:4}",
+            "init_from=owner/name",
+        ),
         *("callbacks.checkpoint.every_n_steps=5", "generation.regex='a{2}'", "trainer.max_epochs=null", "logger=csv"),
     ],
 )
