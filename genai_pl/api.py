@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from genai_pl.config import CONF, register
 from genai_pl.config_errors import check_types, explain
@@ -65,9 +65,6 @@ def _composed(overrides: list[str]) -> DictConfig:
         config.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(config)
         given = [o for o in overrides if not o.startswith("hydra.")]
-        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(given), folder / ".hydra" / "overrides.yaml")
         config.pop("hydra")
-        OmegaConf.save(config, folder / ".hydra" / "config.yaml")
     check_types(config, given, CONF, "config")
     return config

@@ -4,12 +4,15 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from genai_pl.errors import DataError, UserError
 from genai_pl.files import write_atomic
+from genai_pl.masking import masked
+from genai_pl.trust import read_overrides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +45,11 @@ def read_runs(folder: Path, metric: str) -> list[Run]:
     for path in files:
         steps, values = [], []
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            for row in _rows(file, path):
                 names |= {name for name in row if name}
-                value = _number(row.get(metric) or "")
-                if value is not None and math.isfinite(value):
-                    steps.append(int(row["step"]))
+                value, step = _number(row.get(metric) or ""), row.get("step") or ""
+                if value is not None and math.isfinite(value) and step.isdecimal():
+                    steps.append(int(step))
                     values.append(value)
         if values:
             name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
@@ -54,6 +57,13 @@ def read_runs(folder: Path, metric: str) -> list[Run]:
     if not runs:
         raise DataError(f"{folder}: no run has logged {metric}; there are: {', '.join(sorted(names - {'step'}))}")
     return runs
+
+
+def _rows(file: TextIO, path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from csv.DictReader(file)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a table ({type(error).__name__})") from None
 
 
 def varied(runs: list[Run]) -> list[str]:
@@ -141,13 +151,9 @@ def _spread(n: int) -> list[float]:
 
 def _settings(run: Path) -> dict[str, str]:
     """The overrides of a run, which the sweep has varied."""
-    import yaml
-
     path = run / ".hydra" / "overrides.yaml"
-    if not path.is_file():
-        return {}
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) or []
-    pairs = [str(override).partition("=") for override in given]
+    given = read_overrides(path) if path.is_file() else []
+    pairs = ["".join(c if c.isprintable() else "?" for c in masked(o)).partition("=") for o in given]
     return {name.lstrip("+~"): value for name, _, value in pairs if name not in ("resume", "output_dir")}
 
 

@@ -15,17 +15,18 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from genai_pl.config_errors import check_types, explain
+from genai_pl.config_errors import check_types, explain, given_overrides
 from genai_pl.errors import DISK_FULL, TrainingError, UserError
+from genai_pl.masking import masked, remember
 from genai_pl.nodes import NODES
 from genai_pl.plugins import import_plugins
 from genai_pl.quoting import quoted
 from genai_pl.sweeps import Outcome
+from genai_pl.trust import CONF, names_code
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
 
 
@@ -75,7 +76,7 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
-                import_plugins()
+                import_plugins(named=names_code(sys.argv[1:]))
                 sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
                 hydrated()
             except KeyboardInterrupt:
@@ -101,11 +102,12 @@ def searches() -> bool:
 
 def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
-        check_types(config, list(HydraConfig.get().overrides.task), CONF, HydraConfig.get().job.config_name)
+        remember_environment(config)
+        check_types(config, given_overrides(), CONF, HydraConfig.get().job.config_name)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         # a trial of a search that diverged is one more result
         return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
     except MissingMandatoryValue as error:
@@ -121,7 +123,21 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
         return Outcome(1)
 
 
+def remember_environment(config: DictConfig) -> None:
+    """Print the name of an environment variable wherever a value of the configuration that it gives would stand."""
+
+    def walk(node: DictConfig | ListConfig, path: str) -> None:
+        for key in node.keys() if isinstance(node, DictConfig) else range(len(node)):
+            raw = node._get_node(key)._value()
+            if isinstance(raw, str) and "${oc.env:" in raw:
+                remember(str(node[key]), raw)
+            elif OmegaConf.is_config(node._get_node(key)) and isinstance(raw, dict | list):
+                walk(node._get_node(key), f"{path}{key}.")
+
+    walk(config, "")
+
+
 def fail(line: str, status: int) -> None:
     """Print the line as an error and end the process with the status."""
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {masked(line)}", file=sys.stderr)
     sys.exit(status)

@@ -23,6 +23,11 @@ PLUGINS = {  # of Hydra
 }
 
 
+def given_overrides(kind: str = "task") -> list[str]:
+    """The overrides of this command as they were typed: reading them one by one would fill in what `${...}` asks for."""
+    return OmegaConf.to_container(HydraConfig.get().overrides[kind], resolve=False)
+
+
 def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
     """One line for a mistake in the configuration, or None for an error of another kind."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -128,7 +133,7 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
         return
     hydra = HydraConfig.get()
     own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *hydra.overrides.hydra])
+    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *given_overrides("hydra")])
     base = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
     for override in values:
         key = override.get_key_element()

@@ -1,11 +1,17 @@
 """Writing so that a reader sees the old file or the new one, never half of one."""
 
+import errno
+import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from genai_pl.errors import UserError
+
+LOCK = ".lock"  # of a run folder: who writes it
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
 
 
@@ -26,6 +32,35 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         put_in_place(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; UserError that names the process which holds it."""
+    path = folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not left to its children
+        except OSError as error:
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "another"
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise UserError(f"{folder}: process {owner} is writing this run; wait for it, or end it") from None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # its owner has removed it in between
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def start_writing(path: Path) -> Path:

@@ -1,7 +1,8 @@
 """Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
 
+import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,23 @@ from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpo
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
 from genai_pl.data.tokenizer import save_tokenizer
-from genai_pl.errors import DISK_FULL, TrainingError
+from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
+from genai_pl.masking import masked
 from genai_pl.models.folder import write_json
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.summary import closing
 from genai_pl.sweeps import write_results
+from genai_pl.trust import read_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,13 +55,17 @@ class Parts:
 def fit(parts: Parts, checkpoint: Path | None) -> None:
     """Train to the end or to the first signal; validate once more if the last step was not."""
     with _explained(parts):
-        parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        with _restoring(parts, checkpoint):
+            parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        if not parts.checkpoints.started:
+            parts.checkpoints.begin()
+            log.info("finished    already at step %d of %d", parts.trainer.global_step, parts.module.total_steps)
         if parts.interrupt.signum is None and parts.module.validated_at != parts.trainer.global_step:
             parts.trainer.validate(parts.module, parts.data, verbose=False)
 
 
-def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
-    """Export, say where everything lies, and return the exit status."""
+def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterable[str] = ()) -> int:
+    """Export, say where everything lies and how to go on, and return the exit status."""
     metrics = {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith("val/")}
     with _explained(parts):
         for logger in parts.trainer.loggers:
@@ -72,7 +82,7 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool) -> int:
             write_results(parts.run, parts.trainer.global_step, metrics)
         prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
-        print(*closing(parts.run, exported=name, finished=done, prompt=prompt), sep="\n", flush=True)
+        print(*closing(parts.run, exported=name, finished=done, prompt=prompt, again=again), sep="\n", flush=True)
     return 130 if parts.interrupt.signum == signal.SIGINT else 0
 
 
@@ -95,13 +105,24 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
-    overrides = parts.run / ".hydra" / "overrides.yaml"
-    given = " ".join(line.removeprefix("- ") for line in overrides.read_text().splitlines() if line != "[]")
+    given = masked(" ".join(read_overrides(parts.run / ".hydra" / "overrides.yaml")))
     return {
         "Training": f"`python train.py {given}`".replace(" `", "`") + f", {parts.trainer.global_step} steps.",
-        "Data": f"{flat['data.path']}, {parts.monitor.tokens_seen:,} tokens seen.",
+        "Data": f"{masked(str(flat['data.path']))}, {parts.monitor.tokens_seen:,} tokens seen.",
         "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",
     }
+
+
+@contextmanager
+def _restoring(parts: Parts, checkpoint: Path | None) -> Iterator[None]:
+    """What a checkpoint does not fit is told in one line, as long as the first step has not begun."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if checkpoint is None or parts.checkpoints.started:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise CheckpointError(f"{checkpoint}: does not fit the run as it is configured ({reason})") from error
 
 
 @contextmanager

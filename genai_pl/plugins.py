@@ -9,9 +9,13 @@ from genai_pl.errors import ConfigError
 VARIABLE = "GENAI_PL_IMPORT"  # names of modules, a,b: what models and adapters of one's own need in order to be read
 
 
-def import_plugins() -> None:
-    """Let `_target_` find modules of the working folder, and import those that the environment names."""
-    if os.getcwd() not in sys.path:
+def import_plugins(*, named: bool = False) -> None:
+    """Import the modules that the environment names; those of the working folder too, if it or `named` says that some count.
+
+    Otherwise the folder is no place for modules: it may be a run that somebody else made.
+    """
+    named = named or bool(os.environ.get(VARIABLE))
+    if named and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: a file there must not stand before a library
     for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
         try:

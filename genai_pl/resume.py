@@ -1,16 +1,20 @@
 """Taking up a run again: which run, with which settings, from which checkpoint."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
-import yaml
-
-from genai_pl.errors import CheckpointError, UserError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import is_checkpoint
-from genai_pl.sweeps import key_of, refuse_code, replay_sweep
+from genai_pl.masking import masked, refuse_secrets
+from genai_pl.sweeps import replay_sweep
+from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
-ROOTS = ("outputs",)
+DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
+SKIPPED = {"multirun.yaml", "pyvenv.cfg"}  # files of folders in which none is
+TYPED: list[str] = []  # the command line before it was completed: what a person asked for now
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
@@ -19,34 +23,76 @@ def replay(arguments: list[str]) -> list[str]:
 
     Without `resume=` the arguments come back as they are; a sweep goes on with `resume=auto`.
     """
+    refuse_secrets(arguments)
+    TYPED[:] = arguments
+    arguments = _placed(arguments)
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
     if reference in ("null", "None", ""):
+        _check_unused(arguments)
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         return replay_sweep(arguments) if reference == "auto" else arguments
     run = _run_folder(reference, arguments)
     if run is None:
         if reference == "auto":
+            _check_unused(arguments)
             print("resume=auto: no run to continue, starting a new one", flush=True)
             return [a for a in arguments if not a.startswith("resume=")]
         return arguments
+    check_links(run)
     saved = _saved_overrides(run)
     given = {key_of(a) for a in arguments}
-    kept = [o for o in saved if key_of(o) not in given | {"resume", "dry_run"}]
+    kept = plain(saved, run / OVERRIDES, arguments)
+    _say_changes(saved, arguments)
     if "strategy" in given:  # another one has not the options of the old
         kept = [o for o in kept if not key_of(o).startswith("strategy.")]
-    refuse_code(kept, run / OVERRIDES)
     if "hydra.run.dir" not in given:
         kept.append(f"hydra.run.dir='{run}'")
     flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
     return arguments[:flags] + kept + arguments[flags:]  # --config-dir FOLDER must not stand between overrides
 
 
+def _placed(arguments: list[str]) -> list[str]:
+    """The command line with `output_dir=` as what it means to Hydra: the folder of the run, or of the sweep."""
+    kind = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "hydra.run.dir"
+    given = {key_of(a): a for a in arguments}
+    if "output_dir" not in given:
+        return arguments
+    if kind in given:
+        raise ConfigError(f"output_dir and {kind} name the same folder: give one of them")
+    return [f"{kind}={a.partition('=')[2]}" if key_of(a) == "output_dir" else a for a in arguments]
+
+
+def _chosen(arguments: list[str]) -> str | None:
+    return next((_value(a) for a in arguments if key_of(a) == "hydra.run.dir"), None)
+
+
+def _check_unused(arguments: list[str]) -> None:
+    """ConfigError for a new run in the folder of an old one: their files would mix."""
+    chosen = _chosen(arguments)
+    if chosen and {"-m", "--multirun"}.isdisjoint(arguments) and _checkpoints(Path(chosen).glob):
+        raise ConfigError(f"{chosen}: holds a run already; continue it with resume={chosen}, or name another folder")
+
+
+def _say_changes(saved: list[str], arguments: list[str]) -> None:
+    """One line for each option that is typed and was another, or was not given."""
+    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        return  # one of the processes says it
+    before = {key_of(o): o for o in saved}
+    for argument in arguments:
+        key = key_of(argument)
+        if "=" in argument and key not in ASIDE and before.get(key) != argument:
+            was = f"was {_value(before[key])}" if key in before else "was not given"
+            print(f"changed     {masked(argument)} ({masked(was)})", flush=True)
+
+
+def _value(argument: str) -> str:
+    return argument.partition("=")[2].strip("'\"")
+
+
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:
     if reference == "auto":
-        chosen = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")), None)
-        found = [p for root in ([chosen] if chosen else ROOTS) for p in _checkpoints(Path(root).rglob)]
-        return max(found, key=lambda p: p.stat().st_mtime_ns).parent.parent if found else None
+        return _newest_run(Path(_chosen(arguments) or "."))
     path = Path(reference)
     if path.is_dir() and not is_checkpoint(path):
         if not _checkpoints(path.glob):
@@ -58,25 +104,34 @@ def _run_folder(reference: str, arguments: list[str]) -> Path | None:
     return run if (run / OVERRIDES).exists() else None
 
 
+def _newest_run(root: Path) -> Path | None:
+    """The run below a folder that was saved last, by what its checkpoints say; jobs of sweeps do not count."""
+    from genai_pl.callbacks import newest_checkpoints, saved_at
+
+    found: dict[Path, tuple[float, int]] = {}
+    for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
+        path = Path(folder)
+        if newest := newest_checkpoints(path / "checkpoints") if "checkpoints" in names else []:
+            found[path] = max(saved_at(checkpoint) for checkpoint in newest[:2])
+        deep = len(path.relative_to(root).parts) >= DEEPEST
+        skipped = deep or bool(newest) or not SKIPPED.isdisjoint(files)
+        names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
+    return max(found, key=found.__getitem__) if found else None
+
+
 def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
     return [path for path in search("checkpoints/*.ckpt") if is_checkpoint(path)]
 
 
 def _saved_overrides(run: Path) -> list[str]:
     path = run / OVERRIDES
-    try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    return [str(o) for o in saved or []]
+    return read_overrides(path) if os.path.lexists(path) else []
 
 
 def choose_checkpoint(reference: str, run: Path) -> Path:
     """The checkpoint to go on from: the newest valid one for `auto`; otherwise the one named, or an error that offers another."""
     from genai_pl.callbacks import newest_checkpoints
-    from genai_pl.models.checkpoint import read_contents
+    from genai_pl.models.checkpoint import check_resumable, read_contents
 
     path = Path(reference)
     named = is_checkpoint(path)
@@ -87,7 +142,7 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
     broken: CheckpointError | None = None
     for candidate in candidates:
         try:
-            read_contents(candidate)
+            check_resumable(candidate, read_contents(candidate))
         except CheckpointError as error:
             if reference == "auto":
                 print(f"{error}; taking the one before it", file=sys.stderr, flush=True)

@@ -1,8 +1,11 @@
 """Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
 
+import copy
 import logging
 import signal
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +13,19 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_class
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config import searches
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
+from genai_pl.files import claimed
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.loading import load
+from genai_pl.masking import masked
 from genai_pl.models import Model
 from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
@@ -29,11 +36,14 @@ from genai_pl.peft import adapters_of, describe
 from genai_pl.recipes import RECIPES
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
+from genai_pl.run_folder import check_goes_on, description, write_settings
 from genai_pl.start import adapt, keep_base, start
 from genai_pl.strategies import float8, launched
 from genai_pl.summary import describe_model, describe_rollout, describe_step
 from genai_pl.sweeps import Outcome, finished
-from genai_pl.trainer import build_trainer, connect, count_steps, make
+from genai_pl.targets import make, named
+from genai_pl.trainer import build_trainer, connect, count_steps
+from genai_pl.trust import unplain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,15 +63,46 @@ def train(config: DictConfig) -> Outcome:
     L.seed_everything(config.seed, verbose=False)
     begun = config.resume and (not goes_on or any((run / "checkpoints").glob("*.ckpt")))
     checkpoint = relative(choose_checkpoint(config.resume, run)) if begun else None
-    parts = build(config, run)
-    connect(config, parts, checkpoint)
-    announce(config, parts, checkpoint)
-    with launched(parts.trainer):
-        fit(parts, checkpoint)
-        status = finish(parts, flat=flatten(config), export=config.callbacks.export)
+    with claimed(run) if rank_zero_only.rank == 0 else nullcontext():
+        status, parts = _train(config, run, checkpoint)
     if parts.interrupt.signum == signal.SIGTERM and HydraConfig.get().mode is RunMode.MULTIRUN:
         status = 128 + signal.SIGTERM  # else the sweep would begin its next job
     return Outcome(status, optimized(config.optimized_metric, parts.trainer))
+
+
+def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int, Parts]:
+    settings, told = copy.deepcopy(config), description(config)
+    if checkpoint:
+        check_goes_on(told, checkpoint, run)
+    parts = build(config, run)
+    connect(config, parts, checkpoint)
+    parts.checkpoints.contents |= told
+    parts.checkpoints.on_start = partial(_begin, settings, parts, checkpoint)
+    announce(config, parts, checkpoint)
+    with launched(parts.trainer):
+        fit(parts, checkpoint)
+        return finish(parts, flat=flatten(config), export=config.callbacks.export, again=retyped()), parts
+
+
+@rank_zero_only
+def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+    """Write what the folder says of the run, and take back what it said of steps that are made again."""
+    write_settings(parts.run, settings)
+    if checkpoint:
+        parts.checkpoints.rewind(checkpoint)
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.resume(step_of(checkpoint) if checkpoint else 0)
+
+
+def retyped() -> list[str]:
+    """The words of this command line that a run folder is not believed: a resume takes them from its own."""
+    hydra = HydraConfig.get()
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    given = [f"--config-dir={relative(Path(folder))}" for folder in folders]
+    searched = [o for o in given_overrides("hydra") if o.startswith("hydra.searchpath")]
+    arguments = [*given, *searched]
+    return [*arguments, *unplain(given_overrides(), arguments)]
 
 
 def optimized(name: str | None, trainer: L.Trainer) -> float | None:
@@ -79,7 +120,7 @@ def build(config: DictConfig, run: Path) -> Parts:
     """Every object of the run."""
     check_made(config.data.path)
     data = make(config.data, seed=config.seed)
-    objective = get_class(config.objective._target_)
+    objective = named(config.objective._target_)
     if data.kind != objective.data_kind:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
@@ -114,7 +155,7 @@ def check_made(path: str) -> None:
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
     """The LightningModule of the objective, around the model."""
-    shapes = get_class(config.objective._target_).shapes
+    shapes = named(config.objective._target_).shapes
     if model.config.shape.value not in shapes:
         name = HydraConfig.get().runtime.choices.objective
         raise ConfigError(
@@ -169,7 +210,7 @@ def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         print(f"run         {parts.run}")
         if checkpoint:
             print(describe_resume(checkpoint))
-        print(f"data        {parts.data.summary()}")
+        print(f"data        {masked(parts.data.summary())}")
         print(*describe_model(model, device), step, sep="\n")
         if adapters_of(model):
             print(*describe(model), sep="\n")
@@ -207,7 +248,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
             for key, inner in value.items():
                 walk(inner, f"{name}.{key}" if name else str(key))
         else:
-            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[name] = value if isinstance(value, bool | int | float) else masked(str(value))
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}

@@ -21,7 +21,7 @@ from genai_pl.models.sentence import SentenceHead
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
-from genai_pl.trainer import make
+from genai_pl.targets import make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

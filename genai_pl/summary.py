@@ -1,6 +1,7 @@
 """What a run says before it starts and after it ends."""
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -53,8 +54,10 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.4g} TiB"
 
 
-def closing(run: Path, *, exported: str | None, finished: bool, prompt: str | None) -> list[str]:
-    """Where everything lies, and the next command to type."""
+def closing(
+    run: Path, *, exported: str | None, finished: bool, prompt: str | None, again: Iterable[str] = ()
+) -> list[str]:
+    """Where everything lies, and the next command to type; `again` are the words that a resume needs beside its folder."""
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"{exported:<12}{run / exported}"]
@@ -64,4 +67,4 @@ def closing(run: Path, *, exported: str | None, finished: bool, prompt: str | No
         return [*lines, f"next        python train.py init_from={run}"]
     if finished:
         return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
-    return [*lines, f"next        python train.py resume={run}"]
+    return [*lines, f"next        python train.py {shlex.join([*again, f'resume={run}'])}"]

@@ -2,14 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from genai_pl.errors import UserError
 from genai_pl.files import write_atomic
+from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
 RESULTS = "results.json"  # in the folder of a run that reached its end: its last step and what it measured there
 ROOT, SAVED = "multirun", "multirun.yaml"
@@ -30,18 +28,19 @@ def replay_sweep(arguments: list[str]) -> list[str]:
     if folder is None:
         print("resume=auto: no sweep to continue, starting a new one", flush=True)
         return [a for a in arguments if key_of(a) != "resume"]
+    for job in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        check_links(job)
     saved = _saved_overrides(folder)
-    ours = {key_of(o): o for o in saved if key_of(o) not in ("resume", "dry_run", "hydra.mode")}
+    ours = {key_of(o): o for o in saved if key_of(o) not in ASIDE}
     for key, argument in given.items():
         before = ours.get(key)
         if before != argument and (_sweeps(argument) or (before is not None and _sweeps(before))):
             had = f"was started with {before}" if before else f"was started without {key}"
             raise UserError(f"resume=auto: the sweep {folder} {had}, not {argument}; leave out resume to start another")
-    refuse_code((o for key, o in ours.items() if key not in given), folder / SAVED)
     sweeper = ours.get("hydra/sweeper", given.get("hydra/sweeper"))
     if sweeper and _value(sweeper) != "basic":
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
-    kept = [o for key, o in ours.items() if key not in given]
+    kept = plain(ours.values(), folder / SAVED, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
     flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
     new = [a for a in arguments if not a.startswith("-")]
@@ -58,9 +57,10 @@ def finished(run: Path, max_steps: int) -> dict[str, float] | None:
     """The results of a run that reached its end, unless it is to take more steps now."""
     try:
         results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return results if results["step"] >= max_steps else None
+        step = {name: value for name, value in results.items() if isinstance(value, int | float)}["step"]
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError):
+        return None  # none, or not one of ours
+    return results if step >= max_steps else None
 
 
 def _newest(root: Path) -> Path | None:
@@ -69,24 +69,7 @@ def _newest(root: Path) -> Path | None:
 
 
 def _saved_overrides(folder: Path) -> list[str]:
-    path = folder / SAVED
-    try:
-        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["overrides"]
-        return [str(o) for kind in ("hydra", "task") for o in overrides[kind]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
-
-
-def key_of(argument: str) -> str:
-    """The option that an override is of."""
-    return argument.partition("=")[0].lstrip("+~")
-
-
-def refuse_code(overrides: Iterable[str], path: Path) -> None:
-    """UserError for an override that was read from a file and names code."""
-    unsafe = next((o for o in overrides if "_target_" in o), None)
-    if unsafe:
-        raise UserError(f"{path}: {unsafe} names code to run; give it on the command line to allow it")
+    return [o for kind in ("hydra", "task") for o in read_overrides(folder / SAVED, "hydra", "overrides", kind)]
 
 
 def _value(argument: str) -> str:

@@ -4,12 +4,9 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -17,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
 from genai_pl.config import CONF
+from genai_pl.config_errors import given_overrides
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
-from genai_pl.errors import ConfigError, UserError
+from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts
 from genai_pl.models import flop_rates
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.targets import make
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +90,8 @@ def rank_command(config: DictConfig) -> list[str]:
     return [
         *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
         *(part for folder in folders for part in ("--config-dir", folder)),
-        *(override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath")),
-        *hydra.overrides.task,
+        *(override for override in given_overrides("hydra") if override.startswith("hydra.searchpath")),
+        *given_overrides(),
         # the first process writes the run folder and its log
         *(f"hydra.run.dir='{config.output_dir}'", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
     ]
@@ -132,12 +131,9 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     if parts.samples:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
         parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
-    step = cb.step_of(checkpoint) if checkpoint else 0
     for logger in parts.trainer.loggers:
-        if isinstance(logger, cb.MetricsCSV):
-            logger.resume(step)
         if isinstance(logger, TensorBoardLogger) and checkpoint:
-            logger._kwargs["purge_step"] = step + 1
+            logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
     strategy = parts.trainer.strategy
     strategy.connect(parts.module)
     if isinstance(strategy, ShardedStrategy):
@@ -163,13 +159,3 @@ def check_in_backward(config: DictConfig, parts: Parts) -> None:
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
     if not parts.module.automatic_optimization:
         raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
-
-
-def make(node: DictConfig, **given: object) -> Any:
-    """The object that a node's `_target_` names; a mistake of the user keeps its own line."""
-    try:
-        return instantiate(node, **given)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise

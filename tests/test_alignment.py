@@ -164,7 +164,9 @@ def test_rollouts_are_learned_from_and_a_resumed_run_draws_the_same(
     result = command(*given, "hydra.run.dir=whole")
     assert result.status == 0, result.err
     assert command(*given, "hydra.run.dir=half").status == 0
-    assert command("train", "resume=half/checkpoints/step=000004.ckpt").status == 0
+    result = command("train", "resume=half/checkpoints/step=000004.ckpt")
+    assert (result.status, "objective.reward=rewards:many_e names code to run" in result.err) == (1, True)
+    assert command("train", "resume=half/checkpoints/step=000004.ckpt", RL[2]).status == 0
     same = ("train/loss", "objective/scores", "objective/kl", "train/grad_norm", "val/scores")
     whole, half = ([[row[name] for name in same] for row in table(tmp_path / run)] for run in ("whole", "half"))
     assert whole == half

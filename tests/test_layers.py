@@ -11,9 +11,10 @@ PACKAGE = ROOT / "genai_pl"
 
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
-    {"errors", "files", "redaction"},
-    {"names", "plugins", "values"},
-    {"specs", "devices"},
+    {"errors"},
+    {"files"},
+    {"names", "plugins", "values", "masking"},
+    {"specs", "devices", "trust"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -27,7 +28,7 @@ LAYERS = [
     {"serving"},
     {"config_errors", "nodes"},
     {"quoting"},
-    {"config"},
+    {"config", "targets", "run_folder"},
     {"trainer"},
     {"start"},
     {"run", "run_generate"},
@@ -41,6 +42,9 @@ HEAVY = {
         "nodes",
         "config_errors",
         "quoting",
+        "trust",
+        "targets",
+        "run_folder",
         "trainer",
         "run",
         "run_generate",

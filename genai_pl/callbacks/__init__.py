@@ -1,6 +1,6 @@
 """What Lightning lacks: exact checkpoints, clean interruption, one row of metrics for everyone, samples."""
 
-from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, step_of
+from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, saved_at, step_of
 from genai_pl.callbacks.console import Console, duration
 from genai_pl.callbacks.ema import EMA
 from genai_pl.callbacks.interrupt import Interrupt
@@ -22,5 +22,6 @@ __all__ = [
     "duration",
     "memory_gib",
     "newest_checkpoints",
+    "saved_at",
     "step_of",
 ]

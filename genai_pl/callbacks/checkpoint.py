@@ -4,6 +4,8 @@ import logging
 import os
 import random
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +49,8 @@ class StepCheckpoint(Checkpoint):
         self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
         self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
         self.last_step = -1
+        self.started = False  # whether a first step has begun
+        self.on_start: Callable[[], None] = lambda: None  # called once, by each process, when all is restored
         self._seen = 0
         self._rng: list[dict] = []  # of the run that goes on, by rank
 
@@ -73,8 +77,24 @@ class StepCheckpoint(Checkpoint):
         if path.parent != self.folder or not path.name.startswith("step="):
             return
         _link(path, self.last)
-        for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+        for old in sorted(self.folder.glob("step=*.ckpt"), key=_named_step)[: -self.keep]:
             _forget(old)
+
+    def begin(self) -> None:
+        """Say that all is restored: from here on the run writes."""
+        if not self.started:
+            self.started = True
+            self.on_start()
+
+    def rewind(self, checkpoint: Path) -> None:
+        """Set aside what a run wrote after the step that it goes on from, which would count as newer."""
+        step = step_of(checkpoint)
+        for path in self.folder.glob("step=*.ckpt"):
+            if _named_step(path) > step:
+                path.rename(path.with_name(f"aside-{path.name}"))
+                log.info("checkpoint  %s is set aside: the run goes on from step %d", path, step)
+        if checkpoint.parent == self.folder and checkpoint != self.last:
+            _link(checkpoint, self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         states = [None] * trainer.world_size
@@ -86,10 +106,17 @@ class StepCheckpoint(Checkpoint):
             frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
             for kind in {"state_dict", "current_model_state"} & checkpoint.keys():  # the second beside means of weights
                 checkpoint[kind] = {name: x for name, x in checkpoint[kind].items() if name not in frozen}
-        checkpoint[MARK] = {"format": 1, "rng": states, "replicas": n_replicas(trainer), **self.contents}
+        checkpoint[MARK] = {
+            "format": 1,
+            "saved": time.time(),
+            "rng": states,
+            "replicas": n_replicas(trainer),
+            **self.contents,
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         self.last_step = checkpoint["global_step"]
+        _set_progress(checkpoint["loops"]["fit_loop"], rows_per_batch(trainer))
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
@@ -98,6 +125,7 @@ class StepCheckpoint(Checkpoint):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begin()
         self._seen = trainer.global_step
         # the data iterators exist by now: nothing draws between here and the next step
         if len(self._rng) == trainer.world_size:
@@ -109,15 +137,67 @@ class StepCheckpoint(Checkpoint):
 
 
 def newest_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """The checkpoints of a run by their steps, the last first; times say nothing of a folder that was copied."""
     paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
     found = {path.stat().st_ino: path for path in paths}
-    return sorted(found.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return sorted(found.values(), key=_step_at_least, reverse=True)
+
+
+def _named_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    number = path.name.removeprefix("step=").removesuffix(".ckpt")
+    return int(number) if number.isdecimal() else -1
+
+
+def _step_at_least(path: Path) -> int:
+    """The step of a checkpoint; one that has it neither in its name nor in readable contents stands before all others."""
+    if (step := _named_step(path)) >= 0:
+        return step
+    try:
+        return step_of(path)
+    except CheckpointError:
+        return sys.maxsize
 
 
 def step_of(path: Path) -> int:
     """The optimizer step at which a checkpoint was written."""
-    return read_contents(path)["global_step"]
+    return read_contents(path).get("global_step", 0)
+
+
+def saved_at(path: Path) -> tuple[float, int]:
+    """When a checkpoint was written, as it says itself, and its step; zeros where it cannot be read."""
+    try:
+        contents = read_contents(path)
+    except CheckpointError:
+        return 0.0, 0
+    written = contents[MARK].get("saved")
+    return min(written if isinstance(written, float) else path.stat().st_mtime, time.time()), contents.get(
+        "global_step", 0
+    )
+
+
+def rows_per_batch(trainer: L.Trainer) -> int:
+    """How many rows all processes take together for a batch."""
+    plan = trainer.datamodule.plan()
+    return plan.batch_size * plan.world_size
+
+
+def _set_progress(loop: dict, rows: int) -> None:
+    """Count the batches of the epoch under way as the loader does, in batches of `rows` rows; none of one that was over.
+
+    Lightning counts on from the old batches: it would leave the epoch too early, or after a single batch.
+    """
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["total"]
+    if batches["is_last_batch"] and epochs["completed"] == epochs["ready"]:
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for progress in (batches, loop["epoch_loop.scheduler_progress"], *steps.values()):
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+        batches["is_last_batch"] = False
+        return
+    (loader,) = loop["state_dict"]["combined_loader"]
+    if "rows" in loader:  # a stream has no epochs
+        moved = loader["rows"] // rows - batches["current"]["ready"]
+        batches["current"] = {name: count + moved for name, count in batches["current"].items()}
 
 
 def _link(path: Path, link: Path) -> None:

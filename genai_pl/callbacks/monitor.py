@@ -23,6 +23,7 @@ class Monitor(L.Callback):
         self.tokens_seen, self.listeners = 0, []
         self._peak_flops: float | None = None
         self._step = 0
+        self._reset()  # a run that is at its last step already is validated without being trained
 
     def state_dict(self) -> dict[str, int]:
         return {"tokens_seen": self.tokens_seen}

@@ -131,4 +131,10 @@ class EpochLoader:
                 f"data.batch_size: the checkpoint stands at row {state['rows']} of its epoch, which batches of "
                 f"{per_batch} rows do not reach; resume with the batch size and processes it was trained with"
             )
-        self._resume = (state["epoch"], state["rows"] // per_batch)
+        position = state["rows"] // per_batch
+        if position % self.plan.accumulate and position < len(self):
+            raise DataError(
+                f"trainer.accumulate_grad_batches: the checkpoint stands at batch {position} of its epoch, which steps of "
+                f"{self.plan.accumulate} batches do not reach; resume with what it was trained with"
+            )
+        self._resume = (state["epoch"], position)

@@ -123,7 +123,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
         # tokenizer.json is what is saved again, so it is what is read, even beside a file of mistral-common
-        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerFast) and (Path(name) / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as error:  # tokenizers raises what has no common base

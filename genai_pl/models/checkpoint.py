@@ -7,8 +7,9 @@ import torch
 from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.files import CONTENTS, write_atomic
 
+RESUMED = ("global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers")  # what a run goes on with
+MOST_SHARED = 1000  # layers that one block's weights may stand for
 MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
-KINDS = {"model": dict, "tokenizer": dict, "base": str | None, "peft": dict | None, "rng": list}  # what stands there
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -35,26 +36,18 @@ def read_contents(path: Path) -> dict:
         raise CheckpointError(f"{path}: refused, {reason}") from None
     if not isinstance(contents, dict) or MARK not in contents:
         raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
-    strange = _of_another_kind(contents)
-    if strange is not None:
-        raise CheckpointError(f"{path}: refused, its {strange} is not what genai_pl writes")
-    if _names_code(contents):
+    try:
+        unsafe = _names_code(contents)
+    except RecursionError:
+        raise CheckpointError(f"{path}: refused, it is nested too deeply") from None
+    if unsafe:
         raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
+    _check_kinds(path, contents)
     if in_pieces:
         from genai_pl.models import pieces
 
         pieces.check(path, contents)
     return contents
-
-
-def _of_another_kind(contents: dict) -> str | None:
-    """The name of a part that is no part of a checkpoint of ours."""
-    ours = contents[MARK]
-    if not isinstance(ours, dict):
-        return MARK
-    if not isinstance(contents.get("state_dict", {}), dict):
-        return "state_dict"
-    return next((name for name, kind in KINDS.items() if name in ours and not isinstance(ours[name], kind)), None)
 
 
 def write_checkpoint(contents: dict, path: Path) -> None:
@@ -71,6 +64,30 @@ def write_checkpoint(contents: dict, path: Path) -> None:
         full = any(isinstance(e, OSError) and e.errno in DISK_FULL for e in causes)
         reason = "the disk is full" if full else str(error).splitlines()[0]
         raise TrainingError(f"{path}: the checkpoint could not be written, {reason}") from error
+
+
+def check_resumable(path: Path, contents: dict) -> None:
+    """CheckpointError unless a run can be taken up at it."""
+    missing = [name for name in RESUMED if name not in contents] + [
+        n for n in ("model", "rng") if n not in contents[MARK]
+    ]
+    if missing:
+        raise CheckpointError(f"{path}: refused, it has no {missing[0]}: no training goes on from it")
+
+
+def _check_kinds(path: Path, contents: dict) -> None:
+    """CheckpointError where a part is not of its kind, or of a size that its tensors do not bear out."""
+    ours = contents[MARK]
+    if not isinstance(ours, dict) or not isinstance(contents.get("state_dict"), dict):
+        raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
+    kinds = {"global_step": int, "epoch": int, "model": dict, "tokenizer": dict, "base": str, "peft": dict, "rng": list}
+    for name, kind in kinds.items():
+        value = ours.get(name, contents.get(name))
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{path}: refused, its {name} is not of type {kind.__name__}")
+    layers = ours.get("model", {}).get("n_layer", 0)
+    if isinstance(layers, int) and layers > max(len(contents["state_dict"]), MOST_SHARED):
+        raise CheckpointError(f"{path}: refused, it says {layers} layers and has not their weights")
 
 
 def _names_code(value: object) -> bool:

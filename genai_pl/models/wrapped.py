@@ -157,7 +157,9 @@ def load_wrapped(
 
     register()
     try:
-        inner = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=NAME)
+        inner = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         if NAME in str(error):
             raise refusal(name, "it takes no attention but its own") from None
@@ -176,7 +178,7 @@ def build_wrapped(values: dict[str, object], *, attention: AttentionBackend = At
 
     register()
     config = AutoConfig.for_model(**values)
-    inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=False)
     return WrappedDecoder(inner, attention=attention)
 
 

@@ -17,6 +17,7 @@ from genai_pl.errors import TrainingError
 from genai_pl.modules.reference import Reference
 from genai_pl.names import Head
 from genai_pl.optim import StepInBackward
+from genai_pl.optim.settings import configure, settings_of
 from genai_pl.optim.sharding import local
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,11 @@ class BaseModule(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         if self.reference is not None:
             self.reference.to(self.device)
+
+    def on_train_start(self) -> None:
+        # a checkpoint brings the settings that its optimizer had; those of the command line count
+        for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            configure(optimizer, schedule.scheduler, self._settings)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer is given."""
@@ -197,6 +203,7 @@ class BaseModule(L.LightningModule, ABC):
         if self.steps_in_backward:
             self._stepper = StepInBackward(optimizer)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, total_steps=self.total_steps))
+        self._settings = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _over_ranks(self, value: Tensor) -> Tensor:

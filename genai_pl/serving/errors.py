@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from genai_pl.errors import UserError
-from genai_pl.redaction import redacted
+from genai_pl.masking import masked
 
 log = logging.getLogger("genai_pl.serving")
 KINDS = {
@@ -65,7 +65,7 @@ class ApiError(Exception):
     ) -> None:
         if status >= 500 and not is_logged:
             number = request_number()
-            log.warning("request %s: %d, %s%s", number, status, message, f" ({redacted(reason)})" if reason else "")
+            log.warning("request %s: %d, %s%s", number, status, message, f" ({masked(reason)})" if reason else "")
             message = f"{message} (request {number})"
         super().__init__(message)
         self.status = status

@@ -1,0 +1,95 @@
+"""Objects that a configuration names: of packages that are known, or of those that the user has named now."""
+
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl.config_errors import given_overrides
+from genai_pl.errors import ConfigError, UserError
+from genai_pl.plugins import VARIABLE
+from genai_pl.trust import CONF
+
+KNOWN = ("genai_pl", "lightning", "torch", "torchmetrics")
+LOADERS = re.compile(r"torch\.(hub|jit|load|ops|classes|package|serialization|utils\.(cpp_extension|model_zoo))\b")
+TARGET = re.compile(r"""_target_['"]?\s*[=:]\s*['"]?([\w.]+)""")
+
+
+def make(node: DictConfig, **given: object) -> Any:
+    """The object that a node's `_target_` names; ConfigError if it may not be made, a mistake of the user keeps its line."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    for name in _targets(plain):
+        named(name)
+    try:
+        return instantiate(node, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def named(name: str) -> Any:
+    """The class or function of this name; ConfigError if it is not of a known package, nor of one that the user has named."""
+    typed = set(typed_targets())
+    roots = {*KNOWN, *(target.partition(".")[0] for target in typed)}
+    refusal = ConfigError(
+        f"_target_={name}: not of {', '.join(KNOWN)}; give it on the command line, "
+        "or in a file of a folder that --config-dir names"
+    )
+    if name in typed and name.partition(".")[0] in KNOWN:
+        return _found(name)
+    if name.partition(".")[0] not in roots or LOADERS.match(name):
+        raise refusal
+    found = _found(name)
+    # genai_pl.files.os.system begins with genai_pl too
+    if str(getattr(found, "__module__", "")).partition(".")[0] not in roots:
+        raise refusal
+    return found
+
+
+def typed_targets() -> Iterator[str]:
+    """What the command line names: in overrides, in files of its own option folders, and in the variable of plugins."""
+    yield from filter(None, (name.strip() for name in os.environ.get(VARIABLE, "").split(",")))
+    if not HydraConfig.initialized():
+        return
+    hydra = HydraConfig.get()
+    for override in (*given_overrides("hydra"), *given_overrides()):  # those of a run folder name none
+        yield from TARGET.findall(override)
+    for source in hydra.runtime.config_sources:
+        folder = Path(source.path.removeprefix("file://"))
+        if source.schema == "file" and folder.resolve() != CONF:
+            for path in sorted(folder.rglob("*.yaml")):
+                yield from TARGET.findall(path.read_text(encoding="utf-8"))
+
+
+def _targets(value: object) -> Iterator[str]:
+    """Every `_target_` in a node, however deep."""
+    if isinstance(value, dict):
+        if value.get("_target_") is not None:
+            yield str(value["_target_"])
+        for inner in value.values():
+            yield from _targets(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _targets(inner)
+
+
+def _found(name: str) -> Any:
+    """What the dotted name stands for; a name of a package stands before its module of that name, as for Hydra."""
+    try:
+        root, *parts = name.split(".")
+        found: Any = importlib.import_module(root)
+        for n, part in enumerate(parts, 1):
+            if not hasattr(found, part):
+                importlib.import_module(".".join([root, *parts[:n]]))
+            found = getattr(found, part)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_={name}: cannot be imported ({error})") from None
