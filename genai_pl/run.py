@@ -1,10 +1,10 @@
 """Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
 
-import copy
 import logging
 import signal
 import warnings
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from genai_pl.config import searches
 from genai_pl.config_errors import given_overrides
 from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
-from genai_pl.errors import ConfigError, DataError
+from genai_pl.errors import ConfigError
 from genai_pl.files import claimed
 from genai_pl.fit import Parts, finish, fit
 from genai_pl.loading import load
@@ -33,7 +33,7 @@ from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
 from genai_pl.names import Shape
 from genai_pl.peft import adapters_of, describe
-from genai_pl.recipes import RECIPES
+from genai_pl.recipes.made import check_made
 from genai_pl.resume import choose_checkpoint, describe_resume
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, write_settings
@@ -71,7 +71,7 @@ def train(config: DictConfig) -> Outcome:
 
 
 def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int, Parts]:
-    settings, told = copy.deepcopy(config), description(config)
+    settings, told = deepcopy(config), description(config)
     if checkpoint:
         check_goes_on(told, checkpoint, run)
     parts = build(config, run)
@@ -144,13 +144,6 @@ def build(config: DictConfig, run: Path) -> Parts:
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
     data.n_batches = steps * trainer.accumulate_grad_batches
     return Parts(run, trainer, module, data, tokenizer, **callbacks, defaults=begun.defaults, base=base)
-
-
-def check_made(path: str) -> None:
-    """DataError that names the command which makes a recipe's data, where they have not been made."""
-    name = Path(path).parent.name
-    if name in RECIPES and not Path(path).exists():
-        raise DataError(f"data.path={path}: not made yet; make it with: python recipes.py {name}")
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:

@@ -209,5 +209,5 @@ def content_hash(source: Source) -> str:
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
         status = path.stat()
-        digest.update(_file_hash(path, status.st_mtime_ns, status.st_size) + path.suffix.encode() + b"\0")
+        digest.update(_file_hash(path, status.st_ctime_ns, status.st_size) + path.suffix.encode() + b"\0")
     return digest.hexdigest()

@@ -85,7 +85,7 @@ def _check_kinds(path: Path, contents: dict) -> None:
         value = ours.get(name, contents.get(name))
         if value is not None and not isinstance(value, kind):
             raise CheckpointError(f"{path}: refused, its {name} is not of type {kind.__name__}")
-    layers = ours.get("model", {}).get("n_layer", 0)
+    layers = (ours.get("model") or {}).get("n_layer", 0)
     if isinstance(layers, int) and layers > max(len(contents["state_dict"]), MOST_SHARED):
         raise CheckpointError(f"{path}: refused, it says {layers} layers and has not their weights")
 
