@@ -67,6 +67,7 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise DataError("messages: the tokenizer has no chat template, so conversations cannot be read")
         self.tokenizer, self.takes_parts = tokenizer, False
+        self.takes_tools: bool | None = None  # not known before some are given
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -91,6 +92,7 @@ class ChatTemplate:
         """The text of a conversation with the beginning of the answer."""
         check_messages(messages)
         text = self.render(messages, tools, add_generation_prompt=True)
+        self._check_tools(tools)
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 _check_kept(message, n, text)
@@ -103,6 +105,7 @@ class ChatTemplate:
         """
         check_messages(messages)
         text, last = self.render(messages, tools), len(messages) - 1
+        self._check_tools(tools)
         spans: list[tuple[int, int]] = []
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -112,8 +115,15 @@ class ChatTemplate:
                 start, end = assistant_span(self, text, messages, n, tools, lowest=lowest)
                 spans.append((start, closed(self.special, text, end)))
                 _check_kept(message, n, text[start:end])
+                _check_alone(messages, n, text[start:end])
         said = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
         return Rendering(text, spans, is_open=bool(said) and text.endswith(str(said).rstrip()))
+
+    def _check_tools(self, tools: Tools) -> None:
+        if tools and self.takes_tools is None:
+            self.takes_tools = self.attempt([ASKED], tools) != self.attempt([ASKED])
+        if tools and not self.takes_tools:
+            raise DataError("tools: the chat template has no place for them; leave them out, or use one that has")
 
     def attempt(self, messages: Messages, tools: Tools = (), **options: bool) -> str | None:
         """The rendering of a part of a conversation, or None if the template wants a whole one."""
@@ -139,15 +149,30 @@ def check_messages(messages: Messages) -> None:
 
 def _check_kept(message: Message, n: int, text: str) -> None:
     """DataError where the text lacks a turn that a template has left out without a word, or the calls in it."""
-    if message["role"] == "assistant":  # its thoughts may be left out, as the model's own template decides
-        kept = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-        what = "the call in turn"
-    else:
-        kept, what = str(message.get("content") or "").split("\n")[-1:], "turn"
-    for words in kept:
-        words = words.strip()
-        if words not in text and json.dumps(words, ensure_ascii=False)[1:-1] not in text:
+    calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    # the last line: thoughts before it may be left out, as the model's own template decides
+    content = str(message.get("content") or "").rpartition("\n")[2].rpartition("</think>")[2]
+    for what, words in [
+        *(("the call in turn", name) for name in calls),
+        ("turn" if not calls else "the text of turn", content),
+    ]:
+        if not _holds(text, words):
             raise DataError(f"messages: the chat template leaves out {what} {n + 1} ({message['role']})")
+
+
+def _check_alone(messages: Messages, n: int, text: str) -> None:
+    """DataError where the template writes what a tool answers in the middle of the turn that calls it."""
+    own = json.dumps(messages[n], ensure_ascii=False, default=str)
+    for message in messages[n + 1 :] if messages[n].get("tool_calls") else ():
+        content = str(message.get("content") or "").strip()
+        if message["role"] == "tool" and content and _holds(text, content) and content not in own:
+            raise DataError(f"messages: the chat template writes the answer of a tool into turn {n + 1} (assistant)")
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether the words stand in the text, as they are or as JSON has them."""
+    words = words.strip()
+    return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
 
 def _with_json_arguments(message: Message) -> Message:
