@@ -1,5 +1,6 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from genai_pl.files import is_checkpoint
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.folder import TensorFiles, read_json
-from genai_pl.models.hf_config import check_blocks, is_supported
+from genai_pl.models.hf_config import check_blocks, is_supported, read_config
 from genai_pl.models.onnx_model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
 from genai_pl.models.pretrained import load_pretrained
 from genai_pl.models.pretrained import stored_dtypes as stored_of_folder
@@ -26,6 +27,8 @@ from genai_pl.names import AttentionBackend, Head
 from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.references import resolve, resolve_adapter
 from genai_pl.specs import ModelConfig
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,11 +107,27 @@ def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
-    if wrap and not is_supported(path / "config.json"):
+    if wrap and not _is_ours(path / "config.json"):
         model = load_wrapped(str(path), dtype=dtype, attention=attention)
     else:
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
     return _finished(model, pretrained_tokenizer(str(path)), path, read_defaults(path))
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether our own models can be what config.json describes: of a family of ours, and without what we refuse in it."""
+    if not is_supported(file):
+        return False
+    try:
+        read_config(file)
+    except CheckpointError as error:
+        if not any(
+            str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in read_json(file).get("architectures") or ()
+        ):
+            raise
+        log.info("model       %s: transformers runs it", error)
+        return False
+    return True
 
 
 def _finished(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: WritingDefaults) -> Loaded:

@@ -138,15 +138,22 @@ def _renamed(name: str) -> str:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map", {})
-        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-            raise CheckpointError(f"{folder / INDEX}: weight_map must give the file of each tensor by its name")
-        return {name: folder / file for name, file in shards.items()}
-    if not (folder / WEIGHTS).exists():
+    """The file of each tensor; one file of weights comes before an index of others, as in transformers."""
+    shards = _shards(folder) if (folder / INDEX).exists() else None
+    whole = (folder / WEIGHTS).exists()
+    if shards is not None and not (whole and shards and all(p.exists() and p.name != WEIGHTS for p in shards.values())):
+        return shards
+    if not whole:
         raise CheckpointError(f"{folder}: no {WEIGHTS} in it (other formats: convert them with transformers)")
     with _opened(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), folder / WEIGHTS)
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    shards = read_json(folder / INDEX).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise CheckpointError(f"{folder / INDEX}: weight_map must give the file of each tensor by its name")
+    return {name: folder / file for name, file in shards.items()}
 
 
 @contextmanager

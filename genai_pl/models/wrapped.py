@@ -157,13 +157,15 @@ def load_wrapped(
 
     register()
     try:
-        inner = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+        inner, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         if NAME in str(error):
             raise refusal(name, "it takes no attention but its own") from None
         raise CheckpointError(f"{name}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+    if found["missing_keys"]:  # transformers would draw them
+        raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
     except (AttributeError, RuntimeError) as error:  # RuntimeError: a size that every layer has for itself

@@ -49,7 +49,10 @@ class Tensors:
             kind = next((kind for kind in kinds if plain.endswith(f".{kind}")), None)
             module = lookup(modules, plain.removesuffix(f".{kind}")) if kind else None
             if module is None:
-                raise CheckpointError(f"tensor {name} fits no layer of this model")
+                hint = ": it is the base's own, as PEFT stores those of embeddings; save it with save_embedding_layers=False"
+                raise CheckpointError(
+                    f"tensor {name} fits no layer of this model{hint if '.base_layer.' in name else ''}"
+                )
             self.names[Key(module.name, kind)] = name
 
     def check_equal(self, names: tuple[str, ...], kind: str) -> None:

@@ -211,3 +211,16 @@ def test_token_ids_of_a_tokenizer_beat_those_of_the_folder(tmp_path: Path):
     make("llama", tmp_path / "old")
     again(tmp_path / "old", tmp_path / "new", **{**TOKENS, "pad_token_id": 9})
     assert json.loads((tmp_path / "new" / "config.json").read_text())["pad_token_id"] == 9
+
+
+def test_one_file_of_weights_comes_before_an_index_of_others(tmp_path: Path) -> None:
+    """transformers reads model.safetensors where both are there."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 32}
+    first, second = (transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)) for _ in range(2))
+    first.save_pretrained(tmp_path, max_shard_size="4KB")
+    second.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    tokens = torch.arange(8)[None]
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()(tokens).logits
+    torch.testing.assert_close(load_pretrained(tmp_path)(tokens), theirs, atol=1e-5, rtol=1e-5)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_against_transformers import shaken
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from genai_pl.data import byte_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.loading import load
+from genai_pl.models import load_pretrained
 from genai_pl.models.wrapped import build_wrapped, load_wrapped, save_wrapped
 
 SIZES = {
@@ -89,4 +92,37 @@ def test_what_is_no_family_of_ours_is_wrapped_only_where_that_is_wanted(tmp_path
 def test_an_architecture_that_cannot_is_refused_in_one_line(kind: str, values: dict, message: str, tmp_path: Path):
     folder_of(kind, tmp_path, **values)
     with pytest.raises(ConfigError, match=message):
+        load_wrapped(str(tmp_path))
+
+
+def test_what_our_own_models_refuse_in_a_family_of_ours_is_run_by_transformers(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 258,
+    }
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes, mlp_bias=True)).eval()
+    theirs.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="mlp_bias=True is not supported"):
+        load_pretrained(tmp_path)
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(load(str(tmp_path)).model(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_draws_no_weights_that_a_folder_lacks(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 258,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.0.mlp.up_proj.weight is missing"):
         load_wrapped(str(tmp_path))

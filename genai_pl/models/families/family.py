@@ -122,6 +122,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": Activation.gelu_tanh,
     "gelu": Activation.gelu,
     "silu": Activation.silu,
+    "swish": Activation.silu,
     "relu": Activation.relu,
     "relu2": Activation.relu2,
 }
