@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import Messages, encode_completion, encode_conversations
+from genai_pl.data.chat import Messages, Tools, encode_completion, encode_conversations
 from genai_pl.errors import DataError
 from genai_pl.evaluation.examples import Conversation
 from genai_pl.evaluation.metrics import with_interval
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 
 def judged_tokens(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Messages], completions: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+    tools: Sequence[Tools] | None = None,
 ) -> list[np.ndarray]:
     """The tokens that a reward model reads of each prompt and its completion, as in its training."""
-    pairs = zip(prompts, completions, strict=True)
-    return [encode_completion(tokenizer, *pair).input_ids for pair in pairs]
+    rows = zip(prompts, completions, [()] * len(prompts) if tools is None else tools, strict=True)
+    return [encode_completion(tokenizer, *row).input_ids for row in rows]
 
 
 def pair_rows(
@@ -32,6 +35,7 @@ def pair_rows(
     *,
     seq_len: int,
     judges: bool = False,
+    tools: Sequence[Tools] | None = None,
 ) -> list[Row]:
     """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left.
 
@@ -39,8 +43,9 @@ def pair_rows(
     """
     room = seq_len if judges else seq_len + 1
     rows = []
-    for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=1):
-        example = encode_completion(tokenizer, prompt, completion)
+    tools = [()] * len(prompts) if tools is None else tools
+    for n, row in enumerate(zip(prompts, completions, tools, strict=True), start=1):
+        example = encode_completion(tokenizer, *row)
         n_given = example.n_given
         if n_given < 1:
             raise DataError(f"row {n}: an empty prompt")
