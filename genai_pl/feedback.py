@@ -45,7 +45,9 @@ class Writer(Protocol):
 
 
 def as_text(prompt: str | Messages) -> str:
-    """A prompt as a judge reads it: of messages, a line for each with its role."""
+    """A prompt as a judge reads it: of messages, a line for each with its role; what a user alone says is a text."""
+    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 

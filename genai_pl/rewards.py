@@ -94,6 +94,8 @@ def _sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
 
 def _find(name: str) -> tuple[str, str] | None:
     """The module or .py file and the function that a name stands for, None for that of a model."""
+    if name.endswith(".py") and not Path(name).is_dir():
+        raise ConfigError(f"objective.reward={name}: name the function in the file too, as {name}:FUNCTION")
     if Path(name).exists():
         return None
     if ":" in name:
@@ -124,7 +126,7 @@ def _function(name: str, module: str, attribute: str) -> Reward:
         function = attrgetter(attribute)(
             _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         )
-    except Exception as error:  # a module may raise whatever it likes while it is imported
+    except (Exception, SystemExit) as error:  # a module may raise whatever it likes while it is imported
         reason = " ".join(str(error).split()) or type(error).__name__
         known = isinstance(error, ImportError | AttributeError | OSError)
         reason = reason if known else f"{type(error).__name__}: {reason}"

@@ -131,6 +131,14 @@ def test_a_local_model_criticizes_itself(command, tmp_path: Path) -> None:
     ("given", "message"),
     [
         (("task=both",), "task=both is not one of label, critique"),
+        (("limit=-1",), "limit=-1 must be at least 1"),
+        (("workers=0",), "workers=0 must be at least 1"),
+        (("retries=-1",), "retries=-1 must be at least 0"),
+        (("out=.",), "out=.: a folder, or else no file: name a file to write, as feedback.jsonl"),
+        (
+            ("out=prompts.jsonl/pairs.jsonl", "judge=http://127.0.0.1:1", "checkpoint=http://127.0.0.1:1"),
+            "out=prompts.jsonl/p",
+        ),
         (("data.prompt=question",), "no column 'question'; found: prompt (set data.prompt)"),
         (("task=critique", "constitution=nowhere.yaml", "checkpoint=http://127.0.0.1:1"), "constitution=nowhere.yaml"),
     ],
@@ -140,4 +148,111 @@ def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command, tm
     result = command("feedback", "data.path=prompts.jsonl", *given)
     assert result.status in (1, 2)
     assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+PAIRS = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(3)]
+LABEL = {"row": 0, "prompt": "p0", "chosen": "a0", "rejected": "b0", "margin": 1.0, "position_bias": 0.0}
+REVISED = {"row": 0, "prompt": "p0", "completion": "a", "chosen": "a", "rejected": "b", "record": []}
+
+
+def lines(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a letter to a friend\nand no more", "line 1 is not what task=label writes"),
+        ("no line end", "line 1 is not what task=label writes"),
+        (lines(*PAIRS), "line 1 is not what task=label writes"),
+        (lines(LABEL) + "1", "line 2 is not what task=label writes"),
+        ("1\n", "line 1 is not what task=label writes"),
+        (lines(LABEL) + '{"row": 1, "pro\n' + lines({**LABEL, "row": 2}), "line 2 is not what task=label writes"),
+        (lines({**LABEL, "chosen": 1}), "line 1 is not what task=label writes"),
+        (lines(REVISED), "line 1 is not what task=label writes"),
+        (lines(LABEL, LABEL), "line 2 is a row twice"),
+        (lines(LABEL, {**LABEL, "row": 1}), "line 2 is about 'p0', which is not row 2 of data.path=prompts.jsonl"),
+        (lines({**LABEL, "row": 7}), "line 1 is about 'p0', which is not row 8 of data.path=prompts.jsonl"),
+        (lines({**LABEL, "chosen": "x"}), "line 1 compares other answers than row 1 has"),
+    ],
+)
+def test_a_file_that_is_not_of_this_command_and_data_is_refused_and_left_as_it_is(
+    text: str, message: str, endpoint: str, command, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines(*PAIRS))
+    (tmp_path / "mine.jsonl").write_text(text)
+    result = command("feedback", f"judge={endpoint}", "data.path=prompts.jsonl", "out=mine.jsonl")
+    assert result.status == 2
+    assert f"out=mine.jsonl: {message}; name a new file" in result.err
+    assert result.err.count("\n") == 1
+    assert (tmp_path / "mine.jsonl").read_text() == text
+
+
+def test_labels_in_the_file_of_a_critique_are_refused(endpoint: str, command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines(*PAIRS))
+    (tmp_path / "mine.jsonl").write_text(lines(LABEL))
+    result = command("feedback", "task=critique", f"checkpoint={endpoint}", "data.path=prompts.jsonl", "out=mine.jsonl")
+    assert result.status == 2
+    assert "out=mine.jsonl: line 1 is not what task=critique writes; name a new file" in result.err
+
+
+def test_the_data_are_not_written_over(endpoint: str, command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines(LABEL))
+    result = command("feedback", f"judge={endpoint}", "data.path=prompts.jsonl", "out=./prompts.jsonl")
+    assert result.status == 2
+    assert "out=./prompts.jsonl: data.path=prompts.jsonl is read from it; name a new file" in result.err
+    assert (tmp_path / "prompts.jsonl").read_text() == lines(LABEL)
+
+
+def test_nothing_is_written_before_the_judge_is_there(command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines(*PAIRS))
+    text = lines(LABEL) + '{"row": 1, "prom'
+    (tmp_path / "pairs.jsonl").write_text(text)
+    for judge in ("judge=nowhere", "judge=null"):
+        assert command("feedback", judge, "data.path=prompts.jsonl", "out=pairs.jsonl").status
+        assert command("feedback", judge, "data.path=prompts.jsonl", "out=new/pairs.jsonl").status
+        assert (tmp_path / "pairs.jsonl").read_text() == text
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("end", ["", '{"row": 1, "prompt": "\u00e9'.encode()[:-1], "{"])
+def test_a_last_line_is_kept_where_whole_and_dropped_where_cut(
+    end: str | bytes, endpoint: str, command, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(lines(*PAIRS))
+    own = {**LABEL, "margin": 0.25}
+    kept = lines(own).encode()
+    (tmp_path / "pairs.jsonl").write_bytes(
+        kept + (end if isinstance(end, bytes) else end.encode()) if end else kept[:-1]
+    )
+    given = ("feedback", f"judge={endpoint}", "key_variable=KEY", "data.path=prompts.jsonl", "out=pairs.jsonl")
+    result = command(*given, "limit=2")
+    assert result.status == 0, result.err
+    assert [row["row"] for row in rows(tmp_path / "pairs.jsonl")] == [0, 1]
+    assert rows(tmp_path / "pairs.jsonl")[0] == own
+    assert command(*given, "limit=1").status == 0  # more is there than the limit asks for
+
+
+def test_answers_given_as_messages_are_judged_and_train_a_policy(endpoint: str, command, tmp_path: Path) -> None:
+    def talk(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+    data = [{"prompt": f"p{i}", "chosen": talk(f"p{i}", "a"), "rejected": talk(f"p{i}", "b")} for i in range(4)]
+    (tmp_path / "ultra.jsonl").write_text(lines(*data))
+    given = ("feedback", f"judge={endpoint}", "key_variable=KEY", "out=pairs.jsonl")
+    for _ in range(2):
+        result = command(*given, "data.path=ultra.jsonl")
+        assert result.status == 0, result.err
+    found = rows(tmp_path / "pairs.jsonl")
+    assert [(row["prompt"], {row["chosen"], row["rejected"]}) for row in found] == [
+        (talk(f"p{i}"), {"a", "b"}) for i in range(4)
+    ]
+    longer = [{"prompt": "p", "chosen": talk("p", "a", "q", "r"), "rejected": talk("p", "b")}]
+    (tmp_path / "longer.jsonl").write_text(lines(*longer))
+    result = command(*given[:-1], "data.path=longer.jsonl", "out=other.jsonl")
+    assert "row 1: column 'chosen': a judge compares single answers: give a text, or one message of" in result.err
+    (tmp_path / "asked.jsonl").write_text(lines({"prompt": talk("p", "a", "q"), "chosen": "a", "rejected": "b"}))
+    result = command(*given[:-1], "data.path=asked.jsonl", "out=other.jsonl")
+    assert "row 1: column 'prompt': a judge is asked about one request: give a text, or one message of" in result.err
     assert result.err.count("\n") == 1

@@ -52,6 +52,52 @@ def keys(prompts, completions, **columns):
 def fails(prompts, completions, **columns):
     return [{}["answer"] for _ in prompts]
 
+def swapped(completions, prompts, **columns):
+    return [float(len(said)) if asked[0] == "p" else -1.0 for said, asked in zip(completions, prompts)]
+
+def as_trl_documents(completions, answer, **kwargs):
+    assert kwargs["prompts"][0] == "p0"
+    return [float(a == said) for a, said in zip(answer, completions)]
+
+def second(prompts, answer, **kwargs):
+    return [float(a == said) for a, said in zip(answer, kwargs["completions"])]
+
+def keywords(**kwargs):
+    return [float(a == said) for a, said in zip(kwargs["answer"], kwargs["completions"])]
+
+def keyword_only(*, completions, answer, **kwargs):
+    return [float(a == said) for a, said in zip(answer, completions)]
+
+def by_position(p, c, **columns):
+    return [float(len(said)) if asked[0] == "p" else -1.0 for said, asked in zip(c, p)]
+
+def any_position(*given, **columns):
+    return by_position(*given)
+
+def half_named(prompts, c):
+    return by_position(prompts, c)
+
+@functools.wraps(swapped)
+def wrapped(*given, **named):
+    return swapped(*given, **named)
+
+@functools.wraps(length)
+def wrapped_by_position(p, c, **columns):
+    return length(p, c)
+
+def no_prompts(completions, other):
+    return [0.0] * len(completions)
+
+def leaves(prompts, completions, **columns):
+    raise SystemExit(3)
+
+async def leaves_later(prompts, completions, **columns):
+    raise SystemExit(3)
+
+def fails_while_giving(prompts, completions, **columns):
+    yield 1.0
+    raise RuntimeError("half")
+
 async def fails_later(prompts, completions, **columns):
     raise RuntimeError("the judge\\nis away")
 """
@@ -67,6 +113,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         place.write_text(CODE)
         (place.parent / "beside.py").write_text("FACTOR = 3\n")
     (tmp_path / "broken_here.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_here.py").write_text("raise SystemExit(1)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("judges_here", "judges_there", "broken_here", "beside", "lib", "lib.inner", "lib.inner.judges_there"):
@@ -128,6 +175,9 @@ def test_a_reward_may_give_its_numbers_in_any_form(given: object, give: Callable
         ([1.0, 1.0, -math.inf], "objective.reward=given_here:f0: -inf for completion 2 (prompt 'p2')"),
         (["1.0", 1.0, 1.0], "objective.reward=given_here:f0: '1.0' for completion 0 (prompt 'p0')"),
         ([1.0, [1.0, 2.0], 1.0], "objective.reward=given_here:f0: [1.0, 2.0] for completion 1 (prompt 'p1')"),
+        ([10**400, 1.0, 1.0], "objective.reward=given_here:f0: 1000"),
+        ([10**5000, 1.0, 1.0], "objective.reward=given_here:f0: int of too many digits for completion 0"),
+        ([1.0, np.complex64(1j), 1.0], "objective.reward=given_here:f0: np.complex64(1j) for completion 1"),
         ([1j, 1.0, 1.0], "objective.reward=given_here:f0: 1j for completion 0 (prompt 'p0')"),
     ],
 )
@@ -170,6 +220,12 @@ def test_that_no_reward_applies_is_said_once(
         ("judges_here:judge", [3, 6, 9]),
         ("judges_here:double", [2, 4, 6]),
         ("judges_here:Judge.still", [1, 1, 1]),
+        ("judges_here:swapped", [1, 2, 3]),
+        ("judges_here:wrapped", [1, 2, 3]),
+        ("judges_here:wrapped_by_position", [1, 2, 3]),
+        ("judges_here:by_position", [1, 2, 3]),
+        ("judges_here:any_position", [1, 2, 3]),
+        ("judges_here:half_named", [1, 2, 3]),
     ],
 )
 def test_a_reward_is_found_under_the_names_that_people_type(
@@ -192,6 +248,12 @@ def test_a_reward_is_found_under_the_names_that_people_type(
         ("judges_her.length", "objective.reward=judges_her.length: no module judges_her to import"),
         ("lib/judges.py:length", "objective.reward=lib/judges.py:length: cannot be imported (no file"),
         ("broken_here:f", "objective.reward=broken_here:f: cannot be imported (ZeroDivisionError: division by zero)"),
+        (
+            "judges_here.py",
+            "objective.reward=judges_here.py: name the function in the file too, as judges_here.py:FUNCTION",
+        ),
+        ("nowhere.py", "objective.reward=nowhere.py: name the function in the file too, as nowhere.py:FUNCTION"),
+        ("leaving_here:f", "objective.reward=leaving_here:f: cannot be imported (SystemExit: 1)"),
         ("beside:FACTOR", "objective.reward=beside:FACTOR: not a function"),
     ],
 )
@@ -210,6 +272,17 @@ def test_a_name_that_leads_nowhere_is_one_line(name: str, message: str, folder: 
             "fails_later",
             "objective.reward=judges_here:fails_later: raised RuntimeError, the judge is away (judges_here.py",
         ),
+        ("leaves", "objective.reward=judges_here:leaves: raised SystemExit, 3 (judges_here.py, line"),
+        ("leaves_later", "objective.reward=judges_here:leaves_later: raised SystemExit, 3 (judges_here.py, line"),
+        (
+            "fails_while_giving",
+            "objective.reward=judges_here:fails_while_giving: raised RuntimeError, half (judges_here.p",
+        ),
+        (
+            "no_prompts",
+            "objective.reward=judges_here:no_prompts: raised TypeError, no_prompts() got an unexpected keyword",
+        ),
+        ("as_trl_documents", "as_trl_documents: raised TypeError, as_trl_documents() missing 1 required positional"),
         ("answer", "objective.reward=judges_here:answer: raised TypeError, answer() missing 1 required positional"),
     ],
 )
@@ -218,6 +291,11 @@ def test_what_a_reward_raises_is_one_line_with_its_place(name: str, message: str
         loaded(f"judges_here:{name}")(PROMPTS, SAID)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["as_trl_documents", "second", "keywords", "keyword_only"])
+def test_a_reward_is_called_by_keyword_as_in_trl(name: str, folder: Path) -> None:
+    assert loaded(f"judges_here:{name}")(PROMPTS, SAID, answer=["a", "x", "ccc"]) == [1.0, 0.0, 1.0]
 
 
 def test_columns_reach_a_reward_but_those_that_are_called_as_its_arguments(

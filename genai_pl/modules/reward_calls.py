@@ -26,17 +26,59 @@ def call(
     given, waiting = [], {}
     for n, (name, function) in enumerate(zip(names, rewards, strict=True)):
         with _Explained(name):
-            given.append(function(prompts, completions, **columns))
+            given.append(_call(function, prompts, completions, columns))
         if inspect.isawaitable(given[n]):
             waiting[n] = asyncio.run_coroutine_threadsafe(_await(given[n]), _loop())
     for n, future in waiting.items():
         with _Explained(names[n]):
             given[n] = future.result()
+            if isinstance(given[n], SystemExit):
+                raise given[n]
     return given
 
 
+def _call(
+    function: Callable[..., object],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[object]],
+) -> object:
+    """What a reward gives, called by keyword as TRL calls it; one that calls its arguments otherwise, by position."""
+    named = {"prompts": prompts, "completions": completions}
+    if _by_keyword(function, {**named, **columns}):
+        return function(**named, **columns)
+    return function(prompts, completions, **columns)
+
+
+def _by_keyword(function: Callable[..., object], keywords: Mapping[str, object]) -> bool:
+    """Whether the signature names prompts or completions and takes these keywords, or has them in other places than ours."""
+    try:
+        # a decorated function shows the names of what it wraps, and must itself take them too
+        shown, own = (inspect.signature(function, follow_wrapped=follow) for follow in (True, False))
+    except (TypeError, ValueError):
+        return False
+    ordered = [p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if ordered[:1] == ["completions"] or ordered[1:2] == ["prompts"]:
+        return True
+    names = {p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    columns = {name: values for name, values in keywords.items() if name not in ("prompts", "completions")}
+    named = not names.isdisjoint(("prompts", "completions")) or not _binds(shown, None, None, **columns)
+    return named and _binds(shown, **keywords) and _binds(own, **keywords)
+
+
+def _binds(signature: inspect.Signature, /, *arguments: object, **keywords: object) -> bool:
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError:
+        return False
+    return True
+
+
 async def _await(awaitable: Awaitable[object]) -> object:
-    return await awaitable
+    try:
+        return await awaitable
+    except SystemExit as error:  # raised here, it would end the event loop
+        return error
 
 
 _loops: list[asyncio.AbstractEventLoop] = []
@@ -60,7 +102,7 @@ class _Explained:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
+        if not isinstance(error, Exception | SystemExit) or isinstance(error, UserError):
             return
         place = traceback.extract_tb(trace)[-1]
         said = " ".join(str(error).split()) or "without a message"
@@ -78,7 +120,8 @@ def numbers(name: str, given: object, prompts: Sequence[str]) -> list[float | No
     elif given is None or isinstance(given, str | bytes | Mapping | AbstractSet) or not hasattr(given, "__iter__"):
         raise ConfigError(f"objective.reward gave {_shown(given)} for {n} completions ({name}): give a list of numbers")
     else:
-        values = list(given)
+        with _Explained(name):
+            values = list(given)
         shape = (len(values),)
     if values is None or len(values) != n:
         raise ConfigError(f"objective.reward gave {shape} numbers for {n} completions ({name}): give one for each")
@@ -91,7 +134,7 @@ def _number(name: str, value: object, row: int, prompt: str) -> float | None:
     if isinstance(value, Sequence | torch.Tensor | np.ndarray) and not isinstance(value, str | bytes):
         flat = torch.as_tensor(value).flatten().tolist() if not isinstance(value, Sequence) else list(value)
         value = flat[0] if len(flat) == 1 else value
-    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(value):
+    if not isinstance(value, bool | int | float | np.integer | np.floating | np.bool_) or not _is_finite(value):
         raise ConfigError(
             f"objective.reward={name}: {_shown(value)} for completion {row} (prompt {_shown(prompt)}); give a finite "
             "number, or None where the reward does not apply"
@@ -99,6 +142,16 @@ def _number(name: str, value: object, row: int, prompt: str) -> float | None:
     return float(value)
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
 def _shown(value: object) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no int of more than 4300 digits
+        text = f"{type(value).__name__} of too many digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
