@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from genai_pl.data.chat import Messages
+from genai_pl.data.columns import Place
+from genai_pl.data.messages import tools_of
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import judged_tokens
 from genai_pl.loading import load
@@ -162,16 +164,32 @@ class Judge:
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str | Messages], completions: Sequence[str]) -> list[float]:
-        """The score of each completion after its prompt."""
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str],
+        tools: Sequence[object] | None = None,
+    ) -> list[float]:
+        """The score of each completion after its prompt; `tools` are the cells of that column, for messages."""
+        cells = [None] * len(prompts) if tools is None else tools
+        offered = [
+            () if isinstance(prompt, str) else tools_of(cell, Place("data.path", n, "tools"))
+            for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
+        ]
         limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
-        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions)]
+        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions, offered)]
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
         return scores(self.model, ids, segments, 1)[:, 0].tolist()
 
 
 def _judged(
-    judge: Judge, asked: Sequence[str | Messages], prompts: Sequence[str], completions: Sequence[str], **_: object
+    judge: Judge,
+    asked: Sequence[str | Messages],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    tools: Sequence[object] | None = None,
+    **_: object,
 ) -> list[float]:
-    return judge(asked, completions)
+    return judge(asked, completions, tools)

@@ -234,7 +234,7 @@ def test_a_last_line_is_kept_where_whole_and_dropped_where_cut(
     assert command(*given, "limit=1").status == 0  # more is there than the limit asks for
 
 
-def test_answers_given_as_messages_are_judged_and_train_a_policy(endpoint: str, command, tmp_path: Path) -> None:
+def test_answers_given_as_messages_are_judged(endpoint: str, command, tmp_path: Path) -> None:
     def talk(*texts: str) -> list[dict[str, str]]:
         return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
