@@ -145,7 +145,7 @@ class _Stream:
             raise DataError("data.path: no document in it")
         if self.seen <= index:
             raise DataError(
-                f"data.workers={self.data.plan.workers}: {self.seen} {what} cannot be dealt to {count} workers "
+                f"data.workers={self.data.plan.workers}: the stream has {self.seen} {what}, too few for {count} workers "
                 f"({self.data.plan.world_size} processes); lower data.workers or set data.streaming=false"
             )
         if not says:

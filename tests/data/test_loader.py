@@ -152,7 +152,7 @@ def small_stream(texts: list[str], *, workers: int = 0, world_size: int = 1, ran
 def test_a_stream_of_fewer_documents_than_workers_is_one_line(workers: int, continuous: bool) -> None:
     data = small_stream(["one document"], workers=workers, world_size=2, rank=1, continuous=continuous)
     with pytest.raises(
-        DataError, match=f"^data.workers={workers}: 1 (documents|passages) cannot be dealt to"
+        DataError, match=f"^data.workers={workers}: the stream has 1 (documents|passages), too few"
     ) as caught:
         list(data)
     assert len(str(caught.value).splitlines()) == 1
