@@ -10,12 +10,12 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.chat import Example, encode_completions, encode_conversations
-from genai_pl.data.columns import Place
+from genai_pl.data.columns import Place, view
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import Message, given_of, messages_of, split_answers, texts_in
 from genai_pl.data.packing import Row
 from genai_pl.data.table import lists
-from genai_pl.data.talks import INPUT, INSTRUCTION, OUTPUT, TalksDataModule, of_tools, prompt_of
+from genai_pl.data.talks import CONTEXT, INPUT, INSTRUCTION, OUTPUT, TalksDataModule, of_tools, prompt_of
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
+ROLES = {"system", "user", "assistant", "tool", "developer", "function"}
 CONVERSATIONS = "conversations"  # as ShareGPT has them
 
 
@@ -64,7 +65,8 @@ class ChatDataModule(TalksDataModule):
                 roles = {"prompt": INSTRUCTION, "completion": OUTPUT}
         sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
         if roles["prompt"] == INSTRUCTION:
-            more = f", then {INPUT} after a blank line" if INPUT in found else ""
+            beside = next((column for column in (INPUT, CONTEXT) if column in found), None)
+            more = f", then {beside} after a blank line" if beside else ""
             names = source.name, INSTRUCTION, more, roles["completion"]
             log.info("data        prompts of %s are column %s%s; completions %s", *names)
         return roles
@@ -82,6 +84,8 @@ class ChatDataModule(TalksDataModule):
         roles = [role for role in self.columns if role in table.column_names]
         examples = []
         cut = silent = 0
+        option = "data.path" if self.source_of(table) is self.source else "data.val_path"
+        spoken = self._speakers(table)
         found = self.encoded(table, self.encoding(table, *roles), encode_examples)
         for example in map(Example, lists(found, "input_ids"), lists(found, "loss_mask")):
             cut += len(example.input_ids) > self.room
@@ -92,15 +96,25 @@ class ChatDataModule(TalksDataModule):
                 silent += 1
         if not examples:
             raise DataError(
-                f"data.path={self.path}: no {part} example has anything to learn in its first {self.room} tokens"
+                f"{option}={self.source_of(table).name}: no {part} example has anything to learn in its first "
+                f"{self.room} tokens{spoken}"
             )
         for n, what in (
             (cut, f"are longer than {self.room} tokens and were cut"),
-            (silent, "have nothing to learn: left out"),
+            (silent, f"have nothing to learn{spoken}: left out"),
         ):
             if n:
                 log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
         return PackedExamples(examples, self.room if self.packing else 0)
+
+    def _speakers(self, table: "Table") -> str:
+        """Says who speaks besides the roles that chat templates know, since nothing of that is learned."""
+        role = "messages" if "messages" in table.column_names else "completion"
+        given = (json.loads(cell) for cell in table[role])
+        roles = {message["role"] for messages in given if not isinstance(messages, str) for message in messages}
+        if roles <= ROLES:
+            return ""
+        return f" (roles: {', '.join(map(view, sorted(roles)))}; only what 'assistant' says is learned)"
 
     def summary(self) -> str:
         train, val = self.tables()

@@ -57,7 +57,8 @@ def held_batches(n_rows: int, batch_size: int, plan: Plan, *, least: int = 1) ->
     if n_own < least:
         needed = f", which need {least} each" if least > 1 else ""
         raise DataError(
-            f"data.val_path: {n_rows} rows to validate on cannot be shared by {plan.world_size} processes{needed}"
+            f"data.val_path, data.val_fraction: {n_rows} rows to validate on cannot be shared by {plan.world_size} "
+            f"processes{needed}; give more rows or raise data.val_fraction"
         )
     keys = [(0, row) for row in range(plan.rank, n_rows, plan.world_size)]
     n_batches = max(1, (n_own + batch_size - least) // batch_size)

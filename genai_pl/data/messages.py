@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from genai_pl.data.columns import Place, json_of, kind, list_of, refuse, text_of, view
+from genai_pl.data.columns import Place, json_of, kind, list_of, loads, refuse, text_of, view
 
 Message = dict[str, object]
 Given = str | list[Message]  # what is given or said: a text, or messages
@@ -10,8 +10,39 @@ SHARE_GPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "
 
 
 def given_of(value: object, place: Place) -> Given:
-    """What a cell gives to be continued or said: a text, or messages."""
-    return messages_of(value, place) if isinstance(value, list) else text_of(value, place)
+    """What a cell gives to be continued or said: a text, or messages, which a csv can only hold as JSON."""
+    if isinstance(value, list) or (place.name.lower().endswith(".csv") and is_written(value)):
+        return messages_of(value, place)
+    return text_of(value, place)
+
+
+def is_written(value: object) -> bool:
+    """Whether a cell is the JSON text of messages.
+
+    >>> is_written('[{"role": "user", "content": "a"}]'), is_written("[1]"), is_written("a")
+    (True, False, False)
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    try:
+        found = loads(value)
+    except (ValueError, RecursionError):
+        return False
+    keys = [set(entry) if isinstance(entry, Mapping) else set() for entry in found]
+    return bool(keys) and all({"role", "content"} <= entry or {"from", "value"} <= entry for entry in keys)
+
+
+def with_system(messages: list[Message], system: object, place: Place) -> list[Message]:
+    """The messages after that of the system, which a column beside them may hold."""
+    if system is None or system == "":
+        return messages
+    said = {"role": "system", "content": text_of(system, place)}
+    first = messages[0]
+    if first["role"] != "system":
+        return [said, *messages]
+    if first["content"] != said["content"]:
+        refuse(place, f"{view(said['content'])}, but the conversation begins with another system message")
+    return messages
 
 
 def texts_in(given: Given) -> list[str]:

@@ -186,6 +186,7 @@ class PromptsDataModule(TalksDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 
     kind = "prompts"
+    passes_on = True
 
     def __init__(self, *, prompt: str, max_prompt_len: int, **rest: object) -> None:
         super().__init__(**rest)
@@ -203,8 +204,8 @@ class PromptsDataModule(TalksDataModule):
 
     def rows(self, table: "Table") -> Dataset:
         prompts = lists(self.encoded(table, self.encoding(table, "prompt"), encode_asked), "prompt")
-        is_val = table is not self.tables()[0]
-        given = [row for _, row in sources.rows((is_val and self.val_source) or self.source)]
+        source = self.source_of(table)
+        given = [row for _, row in sources.rows(source)]
         names = dict.fromkeys(name for row in given for name in row)
         room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
         n_cut, rows = sum(len(ids) > room for ids in prompts), []
@@ -214,7 +215,7 @@ class PromptsDataModule(TalksDataModule):
             )
         for ids, prompt, number in zip(prompts, table["prompt"], table["row"], strict=True):
             if not len(ids):
-                raise DataError(f"{Place(self.path, number)}: an empty prompt cannot be answered")
+                raise DataError(f"{sources.place_of(source, number)}: an empty prompt cannot be answered")
             columns = {name: given[number - 1].get(name) for name in names}
             rows.append({"prompt_ids": ids[-room:], "prompt": json.loads(prompt), "columns": columns})
         return rows

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -140,6 +141,11 @@ def rows(source: Source, columns: Collection[str] | None = None) -> Records:
     return _hub_rows(
         source, table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
     )
+
+
+def place_of(source: Source, number: int) -> Place:
+    """Where row `number` of the whole source stands: its file, and its number there."""
+    return next((place for place, _ in islice(rows(source), number - 1, None)), Place(source.name, number))
 
 
 def column_names(source: Source) -> list[str]:

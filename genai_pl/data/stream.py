@@ -47,7 +47,7 @@ class StreamRows(IterableDataset):
         self.states: dict[int, dict] = {}
         self.first = 0  # the worker whose turn it is
 
-    def __iter__(self) -> Iterator[tuple[int, dict, Batch]]:
+    def __iter__(self) -> Iterator[tuple[int, dict, Batch | DataError]]:
         info = get_worker_info()
         n_workers, worker = (info.num_workers, info.id) if info else (1, 0)
         worker = (worker + self.first) % n_workers
@@ -56,7 +56,11 @@ class StreamRows(IterableDataset):
         if worker in self.states:
             stream.load_state_dict(self.states[worker])
         while True:
-            rows = [stream.next_row() for _ in range(self.plan.batch_size)]
+            try:
+                rows = [stream.next_row() for _ in range(self.plan.batch_size)]
+            except DataError as error:  # as a value: raised in a worker it would come with the trace of that process
+                yield worker, {}, error
+                return
             yield worker, stream.state_dict(), self.collate(rows)
 
 
@@ -121,16 +125,31 @@ class _Stream:
         index, count = self.share
         while True:
             self.data.source.set_epoch(self.epoch)
+            says = state is not None  # of a pass that goes on nobody knows what was said before
             if state is not None:
                 self.data.source.load_state_dict(state)
                 state = None
             for text in self._passages() if self.data.continuous else self._texts():
                 self.seen += 1
                 if (self.seen - 1) % count == index:
+                    says = says or bool(text)
                     yield text
-            if not self.seen:
-                raise DataError("data.path: no document in it")
+            self._check(says)
             self.epoch, self.seen = self.epoch + 1, 0
+
+    def _check(self, says: bool) -> None:
+        """DataError after a pass that gave this share nothing to train on, since others would give it nothing either."""
+        index, count = self.share
+        what = "passages" if self.data.continuous else "documents"
+        if not self.seen:
+            raise DataError("data.path: no document in it")
+        if self.seen <= index:
+            raise DataError(
+                f"data.workers={self.data.plan.workers}: the stream has {self.seen} {what}, too few for {count} workers "
+                f"({self.data.plan.world_size} processes); lower data.workers or set data.streaming=false"
+            )
+        if not says:
+            raise DataError(f"data.path: there is no text in the {what} of worker {index + 1} of {count}")
 
     def _texts(self) -> Iterator[str]:
         # in batches of one: a plain loop would deal the files to the workers a second time
@@ -181,6 +200,8 @@ class StreamLoader:
 
         def batches() -> Iterator[Batch]:
             for worker, state, batch in loader:
+                if isinstance(batch, DataError):
+                    raise batch
                 states.append((worker, state))
                 yield batch
 

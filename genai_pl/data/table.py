@@ -56,14 +56,21 @@ class TableDataModule(RowsDataModule):
 
     def read(self, source: sources.Source) -> "Table":
         """The examples of a source in columns by role, with the number of their `row`; DataError for one that is none."""
-        roles = self.roles(source, sources.column_names(source))
+        columns = sources.column_names(source)
+        roles = self.roles(source, columns)
         kinds = {role: self.kinds.get(role, "text") for role in self.stored(roles)}
         name = sources.content_name(source, type(self).__name__, roles, kinds)
         table = keep(name, {**kinds, "row": "row"}, self._cells(source, roles, kinds))
         if not len(table):
             raise DataError(f"{source.name}: no rows")
         say_empty(table, kinds, source.name)
+        self.say_left(table, source, roles, columns)
         return table
+
+    def say_left(
+        self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
+    ) -> None:
+        """Log what stands in the columns of the source and is not in the table."""
 
     def _cells(
         self, source: sources.Source, roles: Mapping[str, str], kinds: Mapping[str, str]
@@ -109,23 +116,29 @@ class TableDataModule(RowsDataModule):
         chosen = table.select_columns([*roles, "row"])
         name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokens_name}/{options}"
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        source = self.source_of(table)
         parsed = [role for role in roles if self.kinds.get(role) == "json"]
         return chosen.map(
             _encoded,
             batched=True,
-            fn_kwargs={"encode": encode, "parsed": parsed, "name": self.path, "tokenizer": self.tokenizer, **options},
+            fn_kwargs={"encode": encode, "parsed": parsed, "source": source, "tokenizer": self.tokenizer, **options},
             remove_columns=chosen.column_names,
             new_fingerprint=name,
             cache_file_name=str(cache_folder() / f"rows-{name}.arrow"),
             desc="tokenizing",
         )
 
+    def source_of(self, table: "Table") -> sources.Source:
+        """Where the rows of a table come from."""
+        is_val = self.val_source is not None and table is not self.tables()[0]
+        return self.val_source if is_val else self.source
+
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} rows for training, {len(self.val_rows):,} held"
 
 
 def _encoded(
-    batch: dict[str, list], *, encode: Encode, parsed: Sequence[str], name: str, **options: object
+    batch: dict[str, list], *, encode: Encode, parsed: Sequence[str], source: sources.Source, **options: object
 ) -> dict[str, list]:
     """What `encode` makes of the batch, in which the columns `parsed` are JSON; a DataError names the row."""
     rows = batch["row"]
@@ -137,7 +150,7 @@ def _encoded(
             try:
                 encode({role: values[number : number + 1] for role, values in columns.items()}, **options)
             except DataError as error:
-                raise DataError(f"{Place(name, row)}: {error}") from None
+                raise DataError(f"{sources.place_of(source, row)}: {error}") from None
         raise
 
 

@@ -70,8 +70,13 @@ class TextDataModule(RowsDataModule):
             elif self.streaming:
                 from datasets import Dataset
 
-                held = self._first(table, self.val_documents)
-                self._tables = table.skip(self.val_documents), Dataset.from_dict({"text": held})
+                held = self._first(table, self.val_documents + 1)
+                if len(held) <= self.val_documents:
+                    raise DataError(
+                        f"data.val_documents={self.val_documents}: {self.path} has {len(held)} documents, so none is left "
+                        "to train on; lower it or set data.val_path"
+                    )
+                self._tables = table.skip(self.val_documents), Dataset.from_dict({"text": held[: self.val_documents]})
             else:
                 self._tables = split_text(table, self.val_fraction)
         return self._tables

@@ -42,6 +42,18 @@ def read_question(
     return Question(prompt, list(choices), meant.pop())
 
 
+def read_labelled(
+    place: object, prompt: str, choices: Sequence[str], labels: Sequence[str], answer: object
+) -> Question:
+    """The question whose choices have labels, one of which is the answer: as ARC and CommonsenseQA have them."""
+    answer = str(answer)
+    if len(labels) != len(choices) or len(set(labels)) < len(labels):
+        raise DataError(f"{place}: {len(choices)} choices with the labels {view(list(labels))}: give each its own")
+    if answer not in labels:
+        raise DataError(f"{place}: answer {view(answer)} is none of the labels {', '.join(labels)}")
+    return read_question(place, prompt, choices, labels.index(answer))
+
+
 def meanings(choices: Sequence[str], answer: object) -> set[int]:
     """Which choices a number, a letter or a text may stand for.
 

@@ -1,17 +1,19 @@
 """The rows that a model is measured on: what kind they are is told by their columns."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from itertools import count, islice
 from typing import NamedTuple
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, list_of, text_of
-from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of
+from genai_pl.data.columns import Place, json_of, list_of, text_of
+from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of, with_system
+from genai_pl.data.records import Row
+from genai_pl.data.talks import CONTEXT, INPUT, INSTRUCTION, OUTPUT, prompt_of
 from genai_pl.errors import DataError
-from genai_pl.evaluation.choices import Question, read_question
+from genai_pl.evaluation.choices import Question, read_labelled, read_question
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +26,26 @@ class Conversation(NamedTuple):
     tools: list[Message]
 
 
-class Kind(Enum):
-    """What rows are, and the columns by which that is known."""
+OPTIONAL = {"tools", "system", INPUT, CONTEXT}
 
-    preferences = ("prompt", "chosen", "rejected")
+
+class Kind(Enum):
+    """What rows are, and the columns by which that is known, beside those that may be there."""
+
+    preferences = ("prompt", "chosen", "rejected", "system")
     choices = ("prompt", "choices", "answer")
     questions = ("question", "choices", "answer")
-    conversations = ("messages", "tools")  # tools where there are some
-    completions = ("prompt", "completion")
+    lettered = ("question", "choices", "answerKey")  # ARC on the hub
+    conversations = ("messages", "tools", "system")
+    completions = ("prompt", "completion", "system")
+    pairs = ("chosen", "rejected", "system")  # preferences that begin with their prompt
+    talks = ("conversations", "tools", "system")  # ShareGPT
+    instructions = (INSTRUCTION, OUTPUT, INPUT, CONTEXT)  # Alpaca
     text = ("text",)
+
+
+MEANT = {Kind.questions: Kind.choices, Kind.lettered: Kind.choices, Kind.pairs: Kind.preferences}
+MEANT |= {Kind.talks: Kind.conversations, Kind.instructions: Kind.completions}
 
 
 def read_examples(
@@ -52,13 +65,14 @@ def read_examples(
         sources.check_columns(source, found, {"data.column": names[0]})
     read = READ[kind]
     rows = [
-        read(place, [row.get(name) for name in names], names)
+        read(place, {name: row.get(name) for name in names})
         for place, row in islice(sources.rows(source, names), limit)
     ]
     if not rows:
         raise DataError(f"data.path={path}: no rows")
-    if kind in (Kind.questions, Kind.choices):
-        return Kind.choices, [rows]
+    kind = MEANT.get(kind, kind)
+    if kind is Kind.choices:
+        return kind, [rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     if kind is Kind.completions and not isinstance(columns[0][0], str):
         with naming(path):
@@ -71,37 +85,53 @@ def read_examples(
     return kind, columns
 
 
-def read_texts(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[str]:
+def read_texts(place: Place, row: Row) -> list[str]:
     """The texts of a row."""
-    return [text_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True)]
+    return [text_of(cell, place._replace(column=name)) for name, cell in row.items()]
 
 
-def read_pair(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Given]:
+def read_pair(place: Place, row: Row) -> list[Given]:
     """Prompt, chosen and rejected answer of a row, as in training."""
-    prompt, *answers = [given_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True)]
-    prompt, answers = split_answers(prompt, answers, place)
+    return _split(place, row, "chosen", "rejected")
+
+
+def read_conversation(place: Place, row: Row) -> list[Conversation]:
+    """The conversation of a row."""
+    name = "messages" if "messages" in row else "conversations"
+    messages = with_system(
+        messages_of(row[name], place._replace(column=name)), row.get("system"), place._replace(column="system")
+    )
+    return [Conversation(messages, 0, tools_of(row.get("tools"), place._replace(column="tools")))]
+
+
+def read_completion(place: Place, row: Row) -> list[Given]:
+    """Prompt and completion of a row: texts, or the messages of both."""
+    return _split(place, row, "completion" if "completion" in row else OUTPUT)
+
+
+def _split(place: Place, row: Row, *columns: str) -> list[Given]:
+    """The prompt of a row, if it has one, and its answers."""
+    asked = next((name for name in ("prompt", INSTRUCTION) if name in row), None)
+    answers = [given_of(row[name], place._replace(column=name)) for name in columns]
+    prompt, answers = split_answers(prompt_of(row, asked, place) if asked else None, answers, place)
+    if not isinstance(prompt, str):
+        prompt = with_system(prompt, row.get("system"), place._replace(column="system"))
     return [prompt, *answers]
 
 
-def read_conversation(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Conversation]:
-    """The conversation of a row."""
-    messages = messages_of(cells[0], place._replace(column=names[0]))
-    return [Conversation(messages, 0, tools_of(cells[1], place._replace(column=names[1])) if len(cells) > 1 else [])]
-
-
-def read_completion(place: Place, cells: Sequence[object], names: Sequence[str]) -> list[Given]:
-    """Prompt and completion of a row: texts, or the messages of both."""
-    prompt, said = (given_of(cell, place._replace(column=name)) for cell, name in zip(cells, names, strict=True))
-    prompt, (said,) = split_answers(prompt, [said], place)
-    return [prompt, said]
-
-
-def read_choice(place: Place, cells: Sequence[object], names: Sequence[str]) -> Question:
+def read_choice(place: Place, row: Row) -> Question:
     """The question of a row, which is asked as ARC is where it is called that."""
-    question, choices, answer = cells
+    names = list(row)
+    question, choices, answer = row.values()
     question = text_of(question, place._replace(column=names[0]))
     asked = f"Question: {question}\nAnswer:" if names[0] == "question" else question
-    choices = list_of(choices, place._replace(column=names[1]), text_of)
+    spot = place._replace(column=names[1])
+    choices = json_of(choices, spot) if isinstance(choices, str) else choices
+    if isinstance(choices, Mapping):
+        return read_labelled(
+            place, asked, *(list_of(choices.get(key), spot, text_of) for key in ("text", "label")), answer
+        )
+    choices = list_of(choices, spot, text_of)
     if place.name.lower().endswith(".csv") and isinstance(answer, str):  # all cells of a csv are texts
         return read_question(place, asked, choices, answer, number=int(answer) if answer.isdecimal() else None)
     return read_question(place, asked, choices, answer)
@@ -117,10 +147,14 @@ def _continued(n: int, prompt: Given, said: Given) -> Conversation:
 
 READ = {
     Kind.preferences: read_pair,
+    Kind.pairs: read_pair,
     Kind.choices: read_choice,
     Kind.questions: read_choice,
+    Kind.lettered: read_choice,
     Kind.conversations: read_conversation,
+    Kind.talks: read_conversation,
     Kind.completions: read_completion,
+    Kind.instructions: read_completion,
     Kind.text: read_texts,
 }
 
@@ -128,10 +162,12 @@ READ = {
 def find_kind(path: str, found: Sequence[str]) -> Kind:
     """The first kind whose columns are all there; DataError names what is."""
     for kind in Kind:
-        if {*kind.value} - {"tools"} <= set(found):
+        if {*kind.value} - OPTIONAL <= set(found):
             return kind
+    known = "; ".join(" ".join(name for name in kind.value if name not in OPTIONAL) for kind in reversed(Kind))
     raise DataError(
-        f"data.path={path}: no column 'text', nor 'prompt' and 'completion'; found: {', '.join(found)} (set data.column)"
+        f"data.path={path}: no column 'text', nor those of another kind of rows; found: {', '.join(found)} "
+        f"(known: {known}; set data.column)"
     )
 
 

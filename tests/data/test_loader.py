@@ -132,6 +132,43 @@ def test_workers_of_a_stream_share_its_documents() -> None:
     assert one != two
 
 
+def small_stream(texts: list[str], *, workers: int = 0, world_size: int = 1, rank: int = 0, continuous: bool = False):
+    source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
+    plan = Plan(batch_size=2, accumulate=1, rank=rank, world_size=world_size, workers=workers, seed=3)
+    rows = StreamRows(
+        source,
+        byte_tokenizer(),
+        CausalLMCollator(),
+        plan,
+        build_packer=partial(Packer, 17),
+        block_rows=4,
+        continuous=continuous,
+    )
+    return StreamLoader(rows, 4)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_fewer_documents_than_workers_is_one_line(workers: int, continuous: bool) -> None:
+    data = small_stream(["one document"], workers=workers, world_size=2, rank=1, continuous=continuous)
+    with pytest.raises(
+        DataError, match=f"^data.workers={workers}: the stream has 1 (documents|passages), too few"
+    ) as caught:
+        list(data)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_as_many_documents_as_workers_are_enough_for_a_stream() -> None:
+    assert len(list(small_stream(["one document", "another one"], workers=2))) == 4
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("texts", [[""], ["", "", ""]])
+def test_a_stream_without_any_text_ends_in_one_line(texts: list[str], continuous: bool) -> None:
+    with pytest.raises(DataError, match=r"data\.path: (no document in it|there is no text in the documents)"):
+        list(small_stream(texts, continuous=continuous))
+
+
 @pytest.mark.parametrize("n_rows", [3, 4, 5, 11, 12, 13, 24])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_ranks_validate_on_as_many_batches_and_on_every_row_once(n_rows: int, batch_size: int) -> None:
@@ -143,7 +180,9 @@ def test_ranks_validate_on_as_many_batches_and_on_every_row_once(n_rows: int, ba
 
 
 def test_too_few_rows_to_validate_on_are_one_line() -> None:
-    with pytest.raises(DataError, match="2 rows to validate on cannot be shared by 3 processes"):
+    with pytest.raises(
+        DataError, match=r"data\.val_path, data.val_fraction: 2 rows to validate on cannot be shared by 3 processes"
+    ):
         held_batches(2, 4, Plan(4, rank=0, world_size=3))
 
 

@@ -101,7 +101,7 @@ BAD = {
 @pytest.mark.parametrize("said", BAD)
 def test_a_bad_question_is_named(said: str) -> None:
     with pytest.raises(DataError, match=r"q\.jsonl: row 7") as caught:
-        read_choice(Place("q.jsonl", 7), BAD[said], Kind.choices.value)
+        read_choice(Place("q.jsonl", 7), dict(zip(Kind.choices.value, BAD[said], strict=True)))
     assert said in str(caught.value)
 
 

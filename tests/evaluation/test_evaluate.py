@@ -134,7 +134,7 @@ def test_a_prompt_and_its_completion_are_encoded_together_and_the_space_between_
 
 PAIR = {"prompt": "a", "completion": "b"}
 MISTAKES = {
-    "no column 'text', nor 'prompt' and 'completion'; found: body, title": ({"body": "x", "title": "y"}, ()),
+    "no column 'text', nor those of another kind of rows; found: body, title": ({"body": "x", "title": "y"}, ()),
     "no column 'nope'; found: prompt, completion": (PAIR, ("data.column=nope",)),
     "row 1: completion is empty": ({**PAIR, "completion": ""}, ()),
     "row 1: column 'prompt': missing (null)": ({**PAIR, "prompt": None}, ()),
