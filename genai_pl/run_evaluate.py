@@ -176,9 +176,9 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
         elif kind is Kind.choices:
             rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
         else:
-            prompts, chosen, rejected = columns
+            prompts, chosen, rejected, tools = columns
             judges = values.head is Head.score
-            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges)
+            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges, tools=tools * 2)
     if not rows:
         raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
     return rows

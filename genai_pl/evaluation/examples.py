@@ -32,13 +32,13 @@ OPTIONAL = {"tools", "system", INPUT, CONTEXT}
 class Kind(Enum):
     """What rows are, and the columns by which that is known, beside those that may be there."""
 
-    preferences = ("prompt", "chosen", "rejected", "system")
+    preferences = ("prompt", "chosen", "rejected", "tools", "system")
     choices = ("prompt", "choices", "answer")
     questions = ("question", "choices", "answer")
     lettered = ("question", "choices", "answerKey")  # ARC on the hub
     conversations = ("messages", "tools", "system")
-    completions = ("prompt", "completion", "system")
-    pairs = ("chosen", "rejected", "system")  # preferences that begin with their prompt
+    completions = ("prompt", "completion", "tools", "system")
+    pairs = ("chosen", "rejected", "tools", "system")  # preferences that begin with their prompt
     talks = ("conversations", "tools", "system")  # ShareGPT
     instructions = (INSTRUCTION, OUTPUT, INPUT, CONTEXT)  # Alpaca
     text = ("text",)
@@ -74,7 +74,9 @@ def read_examples(
     if kind is Kind.choices:
         return kind, [rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
-    if kind is Kind.completions and not isinstance(columns[0][0], str):
+    if kind is Kind.completions:
+        if isinstance(columns[0][0], str):
+            return kind, columns[:2]
         with naming(path):
             return Kind.conversations, [[*map(_continued, count(1), *columns)]]
     if last_word:
@@ -91,7 +93,7 @@ def read_texts(place: Place, row: Row) -> list[str]:
 
 
 def read_pair(place: Place, row: Row) -> list[Given]:
-    """Prompt, chosen and rejected answer of a row, as in training."""
+    """Prompt, chosen and rejected answer of a row, as in training, and the tools that may be called in it."""
     return _split(place, row, "chosen", "rejected")
 
 
@@ -105,7 +107,7 @@ def read_conversation(place: Place, row: Row) -> list[Conversation]:
 
 
 def read_completion(place: Place, row: Row) -> list[Given]:
-    """Prompt and completion of a row: texts, or the messages of both."""
+    """Prompt and completion of a row, texts or the messages of both, and the tools that may be called in it."""
     return _split(place, row, "completion" if "completion" in row else OUTPUT)
 
 
@@ -116,7 +118,8 @@ def _split(place: Place, row: Row, *columns: str) -> list[Given]:
     prompt, answers = split_answers(prompt_of(row, asked, place) if asked else None, answers, place)
     if not isinstance(prompt, str):
         prompt = with_system(prompt, row.get("system"), place._replace(column="system"))
-    return [prompt, *answers]
+    tools = [] if isinstance(prompt, str) else tools_of(row.get("tools"), place._replace(column="tools"))
+    return [prompt, *answers, tools]
 
 
 def read_choice(place: Place, row: Row) -> Question:
@@ -137,12 +140,12 @@ def read_choice(place: Place, row: Row) -> Question:
     return read_question(place, asked, choices, answer)
 
 
-def _continued(n: int, prompt: Given, said: Given) -> Conversation:
+def _continued(n: int, prompt: Given, said: Given, tools: list[Message]) -> Conversation:
     """The conversation of row n, of which the prompt is given."""
     if isinstance(prompt, str):
         raise DataError(f"row {n}: the prompt of the first row is messages, this one a text: give all the same way")
     answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
-    return Conversation([*prompt, *answer], len(prompt), [])
+    return Conversation([*prompt, *answer], len(prompt), tools)
 
 
 READ = {

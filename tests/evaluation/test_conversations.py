@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from genai_pl.evaluation import Kind, read_examples
+from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.loading import load
 from tests.serving.servers import write_model
 
 # ChatML with the marks by which transformers tells what assistants say, its line break included as in TRL's
@@ -60,3 +63,24 @@ def test_a_conversation_without_a_template_is_refused(command, tmp_path: Path) -
     assert result.status == 1
     assert result.err.splitlines()[-1].startswith("error: ")
     assert "no chat template" in result.err
+
+
+def test_pairs_are_compared_with_the_tools_that_were_offered(command, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + MARKED.replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tool = {"type": "function", "function": {"name": "clock"}}
+    row = {"prompt": TALK[:1], "chosen": "2", "rejected": "3", "tools": [tool]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    kind, columns = read_examples(str(tmp_path / "pairs.jsonl"))
+    assert kind is Kind.preferences
+    assert columns[3] == [[tool]]
+    tokenizer = load(str(tmp_path / "model")).tokenizer
+    (judged,) = judged_tokens(tokenizer, columns[0], columns[1], columns[3])
+    whole = [*TALK[:1], {"role": "assistant", "content": "2"}]
+    assert judged.tolist() == tokenizer.apply_chat_template(whole, tools=[tool], return_dict=True)["input_ids"]
+    assert command("evaluate", "checkpoint=model", "data.path=pairs.jsonl").status == 0

@@ -25,7 +25,7 @@ def read(path: Path, *rows: dict) -> tuple[Kind, list[list]]:
     ],
 )
 def test_pairs_without_a_prompt_are_preferences(row: dict, prompt, chosen, rejected, tmp_path: Path) -> None:
-    assert read(tmp_path / "rows.jsonl", row) == (Kind.preferences, [[prompt], [chosen], [rejected]])
+    assert read(tmp_path / "rows.jsonl", row) == (Kind.preferences, [[prompt], [chosen], [rejected], [[]]])
 
 
 def test_instructions_are_completions_of_the_instruction_and_its_input(tmp_path: Path) -> None:
