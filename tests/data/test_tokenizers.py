@@ -209,7 +209,7 @@ def test_tokenizer_json_is_read_whatever_lies_beside_it(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
     assert all_ids(pretrained_tokenizer(str(folder))) == expected
-    assert asked == [{"mistral_format": False}]
+    assert asked == [{"mistral_format": False, "trust_remote_code": False}]
 
 
 def test_a_file_of_a_checkpoint_cannot_lie_elsewhere(tmp_path: Path) -> None:
