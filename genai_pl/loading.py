@@ -1,10 +1,10 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -34,18 +34,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode, its tokenizer, the file or folder they were read from, and what that says of writing."""
-
+class _Loaded(NamedTuple):
     model: Model | WrappedDecoder | OnnxDecoder | OnnxEncoderDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
+
+
+class Loaded(_Loaded):
+    """A model in evaluation mode, its tokenizer, and the file or folder they were read from, to be unpacked into three.
+
+    `defaults` is what that folder says of writing.
+    """
+
     defaults: WritingDefaults = UNSAID
 
-    def __iter__(self) -> Iterator[object]:
-        """model, tokenizer and path, to be unpacked."""
-        return iter((self.model, self.tokenizer, self.path))
+    def __new__(cls, *parts: object, defaults: WritingDefaults = UNSAID, **named: object) -> "Loaded":
+        found = super().__new__(cls, *parts, **named)
+        found.defaults = defaults
+        return found
+
+    def _replace(self, **changes: object) -> "Loaded":
+        return Loaded(**{**self._asdict(), **changes}, defaults=self.defaults)
 
 
 def load(
@@ -84,7 +93,7 @@ def load(
         folder = resolve_adapter(name)
         peft.load_adapter(loaded.model, folder)
         set_ends(loaded.model.config, loaded.tokenizer, read_defaults(folder))
-    return replace(loaded, model=loaded.model.eval())
+    return loaded._replace(model=loaded.model.eval())
 
 
 def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder | None:
@@ -133,7 +142,7 @@ def _is_ours(file: Path) -> bool:
 def _finished(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: WritingDefaults) -> Loaded:
     """What was loaded, once the model knows the tokens that end its texts."""
     set_ends(model.config, tokenizer, defaults)
-    return Loaded(model, tokenizer, path, defaults)
+    return Loaded(model, tokenizer, path, defaults=defaults)
 
 
 def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -> Loaded:

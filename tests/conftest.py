@@ -51,6 +51,8 @@ def close_logs() -> None:
         if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith(".log"):
             logging.root.removeHandler(handler)
             handler.close()
+        elif isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+            logging.root.removeHandler(handler)  # of a test before this one, whose output is no longer taken
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ def command(
 
     def call(name: str, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        close_logs()
         status = 0
         capfd.readouterr()
         try:

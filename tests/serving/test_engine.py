@@ -155,7 +155,9 @@ def test_a_long_prompt_is_read_while_others_go_on() -> None:
         list(first)
     chunks = [n for n, (_, T) in enumerate(lengths) if T == 8]
     assert len(chunks) == 6
-    assert all(b - a == 2 for a, b in pairwise(chunks))  # one step of the other between two
+    assert all(
+        b - a >= 2 for a, b in pairwise(chunks)
+    )  # a step of the other between two, more where steps are owed time
 
 
 def test_many_readers_in_one_event_loop_get_their_own_answers() -> None:
