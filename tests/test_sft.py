@@ -210,3 +210,19 @@ def test_bad_examples_are_one_line(rows: list, message: str, command, tmp_path: 
     assert message in result.err
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+def test_a_template_that_asks_otherwise_than_it_teaches_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "talk.jsonl", [{"messages": TALK[1:3]}] * 4)
+    options = {"val_path": None, "val_fraction": 0.5, "packing": False, "seq_len": 400, "batch_size": 2}
+    for asks, is_said in (("[assistant]", False), ("[assistant]<think>", True)):  # as DeepSeek R1's does
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = ODD.replace("'[assistant]'", f"'{asks}'")
+        data = ChatDataModule(
+            path=str(tmp_path / "talk.jsonl"), messages="messages", prompt="prompt", completion="completion",
+            val_batch_size=None, workers=0, shuffle=True, seed=0, **options,
+        )  # fmt: skip
+        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, 258)))
+        assert ("the chat template asks with" in caplog.text) is is_said

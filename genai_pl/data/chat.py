@@ -30,6 +30,7 @@ __all__ = [
     "Example",
     "Messages",
     "Tools",
+    "as_messages",
     "encode_answers",
     "encode_completion",
     "encode_completions",
@@ -95,7 +96,7 @@ def encode_completions(
 ) -> list[Example]:
     """The same of each; the prompts are texts, or all of them messages."""
     if prompts and not isinstance(prompts[0], str):
-        whole = [[*prompt, *_as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
+        whole = [[*prompt, *as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
         return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
     end = _end(tokenizer)
     answers = encode_continuations(tokenizer, completions)
@@ -169,7 +170,8 @@ def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: S
     return Example(np.asarray(ids, dtype=np.int32), mask)
 
 
-def _as_messages(completion: str | Messages) -> Messages:
+def as_messages(completion: str | Messages) -> Messages:
+    """What is said after a prompt, a text as an assistant's message."""
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 

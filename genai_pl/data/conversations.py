@@ -9,13 +9,20 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.chat import Example, encode_completions, encode_conversations
+from genai_pl.data.chat import (
+    Example,
+    as_messages,
+    encode_completions,
+    encode_conversations,
+    encode_messages,
+    encode_prompt,
+)
 from genai_pl.data.columns import Place, view
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import Message, given_of, messages_of, split_answers, texts_in
 from genai_pl.data.packing import Row
 from genai_pl.data.table import lists
-from genai_pl.data.talks import CONTEXT, INPUT, INSTRUCTION, OUTPUT, TalksDataModule, of_tools, prompt_of
+from genai_pl.data.talks import CONTEXT, INPUT, INSTRUCTION, OUTPUT, TOOLS, TalksDataModule, of_tools, prompt_of
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -51,6 +58,30 @@ class ChatDataModule(TalksDataModule):
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.room = collate.row_length(self.seq_len)
         super().prepare(tokenizer, collate)
+        if self.has_conversations():
+            self._say_other_prompt()
+
+    def _say_other_prompt(self) -> None:
+        """Log where the template asks for an answer with other words than stand before it in training."""
+        row = self.tables()[0][0]
+        messages, tools = (json.loads(row[name]) for name in ("messages" if "messages" in row else "prompt", TOOLS))
+        if "messages" in row:
+            last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+            whole, messages = messages[: last + 1], messages[:last]
+        else:
+            whole = [*messages, *as_messages(json.loads(row["completion"]))]
+        if not messages or whole[-1]["role"] != "assistant":
+            return
+        try:
+            asked = encode_prompt(self.tokenizer, messages, tools)
+        except DataError:  # a template that takes whole conversations only
+            return
+        learned = encode_messages(self.tokenizer, whole, tools).input_ids
+        if not np.array_equal(learned[: len(asked)], asked):
+            ends = (self.tokenizer.decode(ids[-12:]) for ids in (asked, learned[: len(asked)]))
+            log.warning(
+                "data        the chat template asks with %r, and this stands before an answer in training: %r", *ends
+            )
 
     def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
         """The columns that are there, by role: messages, or prompt and completion, or what others call them."""

@@ -1,6 +1,7 @@
 """Adapter folders: PEFT's layout, written and read; adapter_config.json and adapter_model.safetensors, never code."""
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import write_atomic
 from genai_pl.models.folder import read_json, write_json
+from genai_pl.names import Position
 from genai_pl.peft.adapters import Adapter, AdapterLayer, adapters_of
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
@@ -23,6 +25,9 @@ from genai_pl.peft.lora import lora
 from genai_pl.peft.prefix import prefix, read_prefix, write_prefix
 from genai_pl.peft.prompt import prompt, read_prompt, write_prompt
 
+log = logging.getLogger(__name__)
+
+XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # in transformers no layers, which alone PEFT wraps
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
 
@@ -69,6 +74,13 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
 
     adapter = _the_trained_one(model) if adapter is None else adapter
     contents = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
+    attention = sorted({name for name in contents.config.get("target_modules") or () if name in XLNET_PARAMETERS})
+    if attention and getattr(model.config, "position", None) is Position.xl:
+        log.warning(
+            "adapter     PEFT finds no %s in transformers' XLNet, whose attention has bare parameters: genai_pl alone reads "
+            "this adapter whole (peft.target_modules=[up_proj,down_proj] suits both)",
+            ", ".join(attention),
+        )
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in contents.tensors.items()}
     metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
     config = {**contents.config, "base_model_name_or_path": base}
