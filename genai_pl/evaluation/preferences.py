@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import Messages, Tools, encode_completion, encode_conversations
+from genai_pl.data.chat import Example, Messages, Tools, encode_completion, encode_completions, encode_conversations
 from genai_pl.errors import DataError
 from genai_pl.evaluation.examples import Conversation
 from genai_pl.evaluation.metrics import with_interval
@@ -24,8 +24,20 @@ def judged_tokens(
     tools: Sequence[Tools] | None = None,
 ) -> list[np.ndarray]:
     """The tokens that a reward model reads of each prompt and its completion, as in its training."""
+    return [example.input_ids for example in _examples(tokenizer, prompts, completions, tools)]
+
+
+def _examples(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str | Messages],
+    tools: Sequence[Tools] | None,
+) -> list[Example]:
+    """Prompts with their completions as in training; all at once where all are texts or all messages."""
+    if len({isinstance(prompt, str) for prompt in prompts}) == 1:
+        return encode_completions(tokenizer, prompts, completions, tools)
     rows = zip(prompts, completions, [()] * len(prompts) if tools is None else tools, strict=True)
-    return [encode_completion(tokenizer, *row).input_ids for row in rows]
+    return [encode_completion(tokenizer, *row) for row in rows]
 
 
 def pair_rows(
@@ -43,9 +55,7 @@ def pair_rows(
     """
     room = seq_len if judges else seq_len + 1
     rows = []
-    tools = [()] * len(prompts) if tools is None else tools
-    for n, row in enumerate(zip(prompts, completions, tools, strict=True), start=1):
-        example = encode_completion(tokenizer, *row)
+    for n, example in enumerate(_examples(tokenizer, prompts, completions, tools), start=1):
         n_given = example.n_given
         if n_given < 1:
             raise DataError(f"row {n}: an empty prompt")

@@ -95,15 +95,17 @@ def test_an_architecture_that_cannot_is_refused_in_one_line(kind: str, values: d
         load_wrapped(str(tmp_path))
 
 
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 258,
+}
+
+
 def test_what_our_own_models_refuse_in_a_family_of_ours_is_run_by_transformers(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 258,
-    }
-    theirs = LlamaForCausalLM(LlamaConfig(**sizes, mlp_bias=True)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**LLAMA, mlp_bias=True)).eval()
     theirs.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="mlp_bias=True is not supported"):
@@ -113,14 +115,7 @@ def test_what_our_own_models_refuse_in_a_family_of_ours_is_run_by_transformers(t
 
 
 def test_transformers_draws_no_weights_that_a_folder_lacks(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 258,
-    }
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
