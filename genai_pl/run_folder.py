@@ -1,4 +1,4 @@
-"""What a run folder and its checkpoints say of the run, and what a run that goes on must have kept."""
+"""Descriptions of a run in its folder and checkpoints, and what a run that goes on must have kept."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What counts of a run folder, which somebody else may have made: plain options, and nothing that names code or places."""
+"""Trust in a run folder, which somebody else may have made: plain options count, and nothing that names code or places."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What stands in a column, as the type that a run needs: text as it is written, labels by value, numbers; else a DataError
+"""Cells of a column as the type that a run needs: text as it is written, labels by value, numbers; else a DataError
 that names file, row and column."""
 
 import json

@@ -1,4 +1,4 @@
-"""What each token stands for in a text: its bytes, whether a word begins with it, whether it is text at all."""
+"""Text that each token stands for: its bytes, whether a word begins with it, whether it is text at all."""
 
 import json
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What rewards give for completions, as one number each; what they raise or give wrongly is told in one line."""
+"""Calls of rewards: one number for each completion; what they raise or give wrongly is told in one line."""
 
 import asyncio
 import inspect

@@ -1,4 +1,4 @@
-"""What another server says, which may be anything: read into plain JSON that our own answers may hold, or refused."""
+"""Answers of another server, which may be anything: read into plain JSON that our own answers may hold, or refused."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
