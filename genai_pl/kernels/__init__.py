@@ -4,6 +4,7 @@ from genai_pl.kernels.attention import BACKENDS, attention, choose_backend
 from genai_pl.kernels.cross_entropy import linear_cross_entropy
 from genai_pl.kernels.logprobs import linear_logprobs
 from genai_pl.kernels.mask import AttentionMask, positions_from_segments
+from genai_pl.kernels.vector_math import resolve_vector_math
 
 __all__ = [
     "BACKENDS",
@@ -14,3 +15,5 @@ __all__ = [
     "linear_logprobs",
     "positions_from_segments",
 ]
+
+resolve_vector_math()  # every model comes by here before it computes anything
