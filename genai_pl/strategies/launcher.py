@@ -27,7 +27,8 @@ class RankLauncher(_SubprocessScriptLauncher):
     def __init__(self, replaced: _SubprocessScriptLauncher, command: list[str]) -> None:
         super().__init__(replaced.cluster_environment, replaced.num_processes, replaced.num_nodes)
         self.command = command
-        self.is_ending = False  # whether all processes have done their work
+        self.is_ending = False  # whether this process has done its work
+        self.is_over = False  # whether all have
         self._has_started = False
 
     def launch(self, function: Callable, *args: object, trainer: L.Trainer | None = None, **given: object) -> object:
@@ -56,7 +57,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         deadline = time.monotonic() + PERIOD
         while time.monotonic() < deadline:
             for rank, process in enumerate(self.procs, 1):
-                if (status := process.poll() or 0) < 0 or status in signals.STATUSES:
+                if process.poll():  # those that meet an error themselves wait before they end
                     self._end(rank)
             time.sleep(PERIOD / 10)
 
@@ -97,7 +98,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         status = process.poll()
         if status in signals.STATUSES:  # by a signal that this process has its own time for, if it was sent it too
             return not self.is_ending and signals.received() is None
-        return bool(status)
+        return bool(status) and not self.is_over
 
     def _kill(self) -> None:
         for process in self.procs:
@@ -149,6 +150,8 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
             own.is_ending = True
         if dist.is_initialized():
             trainer.strategy.barrier()
+        if own:
+            own.is_over = True
     except BaseException as error:
         if MARK in os.environ and isinstance(error, Exception):
             time.sleep(GRACE / 2)  # the first process tells what all of them met
