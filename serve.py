@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from genai_pl.config import command
 
 
-@command("serve")
+@command("serve", own_signals=True)
 def main(config: DictConfig) -> int:
     from genai_pl.run_serve import serve
 

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from genai_pl import signals
 from genai_pl.config import CONF, register
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import ConfigError, TrainingError
@@ -25,7 +26,9 @@ def train(*overrides: str) -> Path:
 
     config = _composed([quoted(override) for override in replay(list(overrides))])
     folder = Path(config.output_dir)
-    if run(config).status:
+    with signals.taken():
+        status = run(config).status
+    if status:
         raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
     return folder
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from genai_pl import signals
 from genai_pl.config_errors import check_types, explain, given_overrides
 from genai_pl.errors import DISK_FULL, TrainingError, UserError
 from genai_pl.masking import masked, remember
@@ -56,10 +58,12 @@ def unused_folder(path: str) -> str:
 Main = Callable[[DictConfig], int | Outcome | None]
 
 
-def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) -> Callable[[Main], Callable[[], None]]:
+def command(
+    config_name: str, prepare: Callable[[list[str]], list[str]] = list, *, own_signals: bool = False
+) -> Callable[[Main], Callable[[], None]]:
     """A decorator that turns `main(config) -> exit status` into a Hydra command with one-line errors.
 
-    `prepare` may rewrite the command line before Hydra reads it.
+    `prepare` may rewrite the command line before Hydra reads it; `own_signals`: the command answers signals itself.
     """
 
     def decorate(main: Main) -> Callable[[], None]:
@@ -70,6 +74,10 @@ def command(config_name: str, prepare: Callable[[list[str]], list[str]] = list) 
             return value
 
         def run() -> None:
+            with nullcontext() if own_signals else signals.taken():
+                start()
+
+        def start() -> None:
             register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
             # threads that wait sleep instead of spinning: 5 % slower alone, 25 times faster beside two busy processes

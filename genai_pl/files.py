@@ -12,6 +12,7 @@ from pathlib import Path
 from genai_pl.errors import UserError
 
 LOCK = ".lock"  # of a run folder: who writes it
+UNFINISHED: set[Path] = set()  # temporaries that this process is writing
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
 
 
@@ -32,6 +33,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         put_in_place(temporary, path)
     finally:
         _remove(temporary)
+        UNFINISHED.discard(temporary)
 
 
 @contextmanager
@@ -67,7 +69,9 @@ def start_writing(path: Path) -> Path:
     """A name beside `path` for what is to take its place; what killed writers left there is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    return _beside(path, "tmp")
+    temporary = _beside(path, "tmp")
+    UNFINISHED.add(temporary)
+    return temporary
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -75,7 +79,14 @@ def put_in_place(temporary: Path, path: Path) -> None:
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
     _replace(path, temporary)
+    UNFINISHED.discard(temporary)
     _sync(path.parent)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing under temporary names: for one that ends without unwinding."""
+    for temporary in list(UNFINISHED):
+        _remove(temporary)
 
 
 def _replace(path: Path, temporary: Path) -> None:

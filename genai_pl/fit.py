@@ -1,6 +1,7 @@
 """Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
 
 import logging
+import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from genai_pl.masking import masked
 from genai_pl.models.folder import write_json
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
+from genai_pl.signals import exit_status
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.summary import closing
 from genai_pl.sweeps import write_results
@@ -60,8 +62,32 @@ def fit(parts: Parts, checkpoint: Path | None) -> None:
         if not parts.checkpoints.started:
             parts.checkpoints.begin()
             log.info("finished    already at step %d of %d", parts.trainer.global_step, parts.module.total_steps)
-        if parts.interrupt.signum is None and parts.module.validated_at != parts.trainer.global_step:
-            parts.trainer.validate(parts.module, parts.data, verbose=False)
+        _validate_the_end(parts)
+    if parts.interrupt.left_out and parts.trainer.is_global_zero:
+        name, step, last = (
+            signal.Signals(parts.interrupt.signum).name,
+            parts.trainer.global_step,
+            parts.checkpoints.last,
+        )
+        log.warning("stopped     by %s at step %d of %d, saved in %s", name, step, parts.module.total_steps, last)
+
+
+def _validate_the_end(parts: Parts) -> None:
+    """Validate once more if the last step was not, unless a signal has come to one of the processes."""
+    parts.interrupt.begin()
+    trainer, module = parts.trainer, parts.module
+    if parts.interrupt.left_out or module.validated_at == trainer.global_step or not trainer.limit_val_batches:
+        return
+    if parts.interrupt.agree(trainer):
+        parts.interrupt.left_out = True
+    else:
+        trainer.validate(module, parts.data, verbose=False)
+
+
+def describe_saved(parts: Parts, again: list[str]) -> str:
+    """What a run that ends now has saved, and the command that goes on with it."""
+    last = parts.checkpoints.last
+    return f"saved in {last}; python train.py {shlex.join(again)}" if last.exists() else "no checkpoint was written yet"
 
 
 def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterable[str] = ()) -> int:
@@ -76,14 +102,14 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterab
             parts.trainer.strategy.gather()
         if export and parts.trainer.is_global_zero:
             export_run(parts, _card(parts, flat, metrics))
-    done = parts.trainer.global_step >= parts.module.total_steps
+    done = parts.trainer.global_step >= parts.module.total_steps and not parts.interrupt.left_out
     if parts.trainer.is_global_zero:
         if done:
             write_results(parts.run, parts.trainer.global_step, metrics)
         prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
         print(*closing(parts.run, exported=name, finished=done, prompt=prompt, again=again), sep="\n", flush=True)
-    return 130 if parts.interrupt.signum == signal.SIGINT else 0
+    return exit_status(parts.interrupt.signum) if parts.interrupt.left_out else 0
 
 
 def export_run(parts: Parts, card: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
 
 import logging
-import signal
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -16,6 +15,7 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl import signals
 from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config import searches
 from genai_pl.config_errors import given_overrides
@@ -23,7 +23,7 @@ from genai_pl.data import vocabulary
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.files import claimed
-from genai_pl.fit import Parts, finish, fit
+from genai_pl.fit import Parts, describe_saved, finish, fit
 from genai_pl.loading import load
 from genai_pl.masking import masked
 from genai_pl.models import Model
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 
 def train(config: DictConfig) -> Outcome:
-    """Train as the configuration says; the exit status is 0, or 130 after Ctrl-C; the value is that of optimized_metric."""
+    """Train as the configuration says; status 0, or that of the signal which ended the run; the value of optimized_metric."""
+    signals.end_at_once("training had not begun, nothing was saved", grace_period=config.trainer.grace_period)
     run = relative(Path(config.output_dir))
     goes_on = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
     if goes_on and (results := finished(run, config.trainer.max_steps)):
@@ -65,9 +66,7 @@ def train(config: DictConfig) -> Outcome:
     checkpoint = relative(choose_checkpoint(config.resume, run)) if begun else None
     with claimed(run) if rank_zero_only.rank == 0 else nullcontext():
         status, parts = _train(config, run, checkpoint)
-    if parts.interrupt.signum == signal.SIGTERM and HydraConfig.get().mode is RunMode.MULTIRUN:
-        status = 128 + signal.SIGTERM  # else the sweep would begin its next job
-    return Outcome(status, optimized(config.optimized_metric, parts.trainer))
+    return Outcome(status, None if status else optimized(config.optimized_metric, parts.trainer))
 
 
 def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int, Parts]:
@@ -77,6 +76,7 @@ def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int,
     parts = build(config, run)
     connect(config, parts, checkpoint)
     parts.checkpoints.contents |= told
+    parts.interrupt.describe = partial(describe_saved, parts, [*retyped(), f"resume={run}"])
     parts.checkpoints.on_start = partial(_begin, settings, parts, checkpoint)
     announce(config, parts, checkpoint)
     with launched(parts.trainer):

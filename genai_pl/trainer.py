@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl import callbacks as cb
@@ -27,7 +28,12 @@ from genai_pl.targets import make
 
 log = logging.getLogger(__name__)
 
-OURS = ("recompute", "recompute_every", "optimizer_in_backward")  # fields of `trainer` that Lightning does not know
+OURS = (
+    "recompute",
+    "recompute_every",
+    "optimizer_in_backward",
+    "grace_period",
+)  # fields of `trainer` that Lightning does not know
 
 
 def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
@@ -78,9 +84,17 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         )
     except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    trainer._signal_connector = NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
     return trainer, callbacks
+
+
+class NoSignals(_SignalConnector):
+    """In the place of Lightning's handlers, which talk to other processes from inside, and requeue jobs of Slurm."""
+
+    def register_signal_handlers(self) -> None:
+        """Signals have an owner already: genai_pl.signals."""
 
 
 def rank_command(config: DictConfig) -> list[str]:

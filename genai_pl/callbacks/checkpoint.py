@@ -16,6 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.validation import validate_what_is_due
 from genai_pl.errors import CheckpointError
 from genai_pl.files import CONTENTS, is_checkpoint
 from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
@@ -127,6 +128,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begin()
         self._seen = trainer.global_step
+        validate_what_is_due(trainer)
         # the data iterators exist by now: nothing draws between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])

@@ -59,7 +59,7 @@ class Console(ProgressBar):
         self.say("  ".join([f"{step:8d}", *cells, f"{self._left(step):>8}"]))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if module.validation_cut or not trainer.is_global_zero:
             return
         values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         text = "  ".join(f"{k} {float(v):.4f}" for k, v in values.items())

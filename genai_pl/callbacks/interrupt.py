@@ -1,43 +1,51 @@
-"""SIGTERM and SIGINT end a run at the next step, with a checkpoint; a second Ctrl-C ends it at once."""
+"""Signals end a run between two steps, or between two batches of a validation, on all processes together."""
 
-import logging
-import signal
-from types import FrameType
+from collections.abc import Callable
 
 import lightning as L
+import torch
 
-log = logging.getLogger(__name__)
+from genai_pl import signals
 
 
 class Interrupt(L.Callback):
-    """Remembers the signal in `signum`; training stops as soon as the step under way is complete."""
+    """Stops the run, its processes all at one place, when one of them was sent a signal.
+
+    `describe` says what is saved. `signum` is the signal that all have agreed on, None before; `left_out` whether training
+    or the validation of the last step was cut short for it.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._old: dict[int, object] = {}
+        self.left_out = False
+        self.describe: Callable[[], str] = str
+
+    def begin(self) -> None:
+        """From here on there is something to save: signals wait for the next place to stop at."""
+        signals.save_first(self.describe)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Lightning's own SIGTERM handler talks to other ranks from inside the handler: replaced
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._old[signum] = signal.signal(signum, self._remember)
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum
-        log.warning("%s: stopping after this step", signal.Signals(signum).name)
+        self.begin()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        if module.window:
-            return  # inside an accumulation window
-        stop = self.signum is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            self.signum = self.signum or signal.SIGTERM  # that another process was sent
-            trainer.should_stop = True
-            trainer.limit_val_batches = 0  # Lightning would validate before it stops, and the grace period is short
+        if module.window or not self.agree(trainer):  # no stop inside an accumulation window
+            return
+        unvalidated = trainer.enable_validation and module.validated_at != trainer.global_step
+        self.left_out = unvalidated or trainer.global_step < module.total_steps
+        trainer.should_stop = True
+        trainer.limit_val_batches = 0  # Lightning would validate before it stops, and the grace period is short
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
+    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        if not self.agree(trainer):
+            return
+        self.left_out = module.validation_cut = trainer.should_stop = True
+        raise StopIteration  # ends Lightning's loop over the batches
+
+    def agree(self, trainer: L.Trainer) -> bool:
+        """Whether any process was sent a signal: all of them must ask at the same place."""
+        signum = self.signum or signals.received() or 0
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            signum = int(trainer.strategy.reduce(torch.tensor(float(signum), device=device), reduce_op="max"))
+        self.signum = signum or None
+        return self.signum is not None

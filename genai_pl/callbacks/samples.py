@@ -42,7 +42,7 @@ class Samples(L.Callback):
             self._judged(trainer, module.examples, "training", step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if isinstance(module, RLModule) and trainer.is_global_zero:
+        if isinstance(module, RLModule) and trainer.is_global_zero and not module.validation_cut:
             self._judged(trainer, module.examples, "validation", trainer.global_step)
 
     def _continued(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:

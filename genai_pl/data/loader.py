@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from genai_pl.data.packing import NumberedRows
 from genai_pl.errors import DataError
+from genai_pl.signals import outlive_signals
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list], Batch]
@@ -101,6 +102,7 @@ class EpochLoader:
             num_workers=plan.workers,
             pin_memory=plan.pin_memory,
             persistent_workers=False,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),  # else it would draw from the global generator
         )
         self.epoch, self.position = -1, 0

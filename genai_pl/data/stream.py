@@ -12,6 +12,7 @@ from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
 from genai_pl.data.packing import Packer, Row
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import CheckpointError, DataError
+from genai_pl.signals import outlive_signals
 
 if TYPE_CHECKING:
     import datasets
@@ -194,6 +195,7 @@ class StreamLoader:
             self.rows,
             batch_size=None,
             num_workers=plan.workers,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),
         )
         states: list[tuple[int, dict]] = []

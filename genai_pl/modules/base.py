@@ -57,6 +57,7 @@ class BaseModule(L.LightningModule, ABC):
         self.make_optimizer, self.schedule = optimizer, schedule
         self.total_steps = 0  # set once the length of the data is known
         self.validated_at = -1  # step of the last validation
+        self.validation_cut = False  # whether the one under way was stopped before its last batch
         self.val_sums: Metrics = {}
         self.window: Metrics = {}  # sums of the optimizer step under way
         self.finished: Metrics = {}  # sums of the last complete step
@@ -188,6 +189,9 @@ class BaseModule(L.LightningModule, ABC):
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def on_validation_epoch_end(self) -> None:
+        if self.validation_cut:
+            self.val_sums = {}
+            return
         sums = {name: self._over_ranks(value) for name, value in self.val_sums.items()}
         self.val_sums = {}
         self.validated_at = self.trainer.global_step
