@@ -18,6 +18,7 @@ from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
+from genai_pl.length import Length
 from genai_pl.masking import masked
 from genai_pl.models.folder import write_json
 from genai_pl.modules import BaseModule
@@ -43,6 +44,7 @@ class Parts:
     module: BaseModule
     data: RowsDataModule
     tokenizer: "PreTrainedTokenizerBase"
+    length: Length
     monitor: Monitor
     console: Console
     interrupt: Interrupt

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"files"},
     {"names", "plugins", "values", "masking"},
-    {"specs", "devices", "trust"},
+    {"specs", "devices", "trust", "length"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"quoting"},
     {"config", "targets", "run_folder"},
     {"trainer"},
-    {"start"},
+    {"start", "report"},
     {"run", "run_generate"},
     {"api", "dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
 ]
@@ -47,6 +47,7 @@ HEAVY = {
         "run_folder",
         "trainer",
         "run",
+        "report",
         "run_generate",
         "run_evaluate",
         "run_export",
@@ -55,7 +56,7 @@ HEAVY = {
         "start",
         "dry_run",
     },
-    "lightning": {"modules", "callbacks", "strategies", "trainer", "start", "run", "fit", "data"},
+    "lightning": {"modules", "callbacks", "strategies", "trainer", "start", "run", "fit", "data", "report"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]
 

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -23,6 +24,16 @@ from genai_pl.optim.sharding import local
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 100  # fp16 steps in a row: the scale has fallen by 2^100, and no scale will help
+
+
+class Column(NamedTuple):
+    """A metric of the table that a run prints, its heading, and the format of its values."""
+
+    metric: str
+    heading: str
+    form: str
+
+
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
@@ -44,6 +55,8 @@ class BaseModule(L.LightningModule, ABC):
     head: Head | None = None  # what it trains instead of the language-model head
     embeds = False  # whether it trains vectors of texts
     reference: Reference | None = None  # what the model is measured against
+    columns: tuple[Column, ...] = (Column("train/loss", "loss", "{:8.4f}"),)  # what the objective is about, in the table
+    loss_falls = True  # whether a loss far above its best says that the run diverges
 
     def __init__(
         self,
@@ -60,6 +73,7 @@ class BaseModule(L.LightningModule, ABC):
         self.val_sums: Metrics = {}
         self.window: Metrics = {}  # sums of the optimizer step under way
         self.finished: Metrics = {}  # sums of the last complete step
+        self.step_loss = torch.zeros(())  # of the last complete step, over all ranks
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
@@ -99,6 +113,10 @@ class BaseModule(L.LightningModule, ABC):
     def export_files(self) -> dict[str, object]:
         """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
         return {}
+
+    def n_updates(self, rows: int) -> int:
+        """Optimizer steps that a batch of so many rows is good for, where nothing is accumulated."""
+        return 1
 
     def make_prompt(self, text: str) -> str:
         """What to show the model while it trains, from words of the validation text."""
@@ -141,6 +159,7 @@ class BaseModule(L.LightningModule, ABC):
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         self.finished, self.window = self.window, {}
         loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
+        self.step_loss = loss / self._targets.clamp(min=1)
         if (scaler := self._scaler()) is not None:
             self._count_skipped(scaler)
         elif not torch.isfinite(self.grad_norm + loss):

@@ -5,7 +5,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.scores import scores
-from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.base import BaseModule, Batch, Column, Metrics
 from genai_pl.modules.preference import shared_beginning, shares_beginnings
 from genai_pl.names import Head
 from genai_pl.objectives import (
@@ -28,6 +28,11 @@ class RewardModule(BaseModule):
     shapes = ("decoder", "encoder")
     data_kind = "preference"
     head = Head.score
+    columns = (
+        *BaseModule.columns,
+        Column("train/margin", "margin", "{:8.4f}"),
+        Column("train/accuracy", "accuracy", "{:8.1%}"),
+    )
 
     def __init__(
         self,
