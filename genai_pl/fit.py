@@ -21,6 +21,7 @@ from genai_pl.files import write_atomic
 from genai_pl.length import Length
 from genai_pl.masking import masked
 from genai_pl.models.folder import write_json
+from genai_pl.models.hf_config import NATIVE
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.strategies import ShardedStrategy
@@ -82,9 +83,10 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterab
     if parts.trainer.is_global_zero:
         if done:
             write_results(parts.run, parts.trainer.global_step, metrics)
-        prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
+        options = parts.module.generate_options(parts.data.prompt(), parts.tokenizer.mask_token)
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
-        print(*closing(parts.run, exported=name, finished=done, prompt=prompt, again=again), sep="\n", flush=True)
+        lines = closing(parts.run, exported=name, finished=done, generate=options, again=again)
+        print(*lines, sep="\n", flush=True)
     return 130 if parts.interrupt.signum == signal.SIGINT else 0
 
 
@@ -94,7 +96,9 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
     if not adapters_of(model):
         options = {"card": card, "defaults": parts.defaults, "files": parts.module.export_files()}
         with read_alike(model, tokenizer):
-            export_model(model, tokenizer, run / "model", **options)
+            reader = export_model(model, tokenizer, run / "model", **options)
+        if reader == NATIVE:
+            log.info("export      for this project alone: transformers has no class for such a model")
         return
     save_adapter(model, run / "adapter", base=parts.base)
     save_tokenizer(tokenizer, run / "adapter")

@@ -1,7 +1,7 @@
 """What a run says before it starts and after it ends."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -55,16 +55,32 @@ def human(n_bytes: float) -> str:
 
 
 def closing(
-    run: Path, *, exported: str | None, finished: bool, prompt: str | None, again: Iterable[str] = ()
+    run: Path,
+    *,
+    exported: str | None,
+    finished: bool,
+    generate: Mapping[str, object],
+    again: Iterable[str] = (),
 ) -> list[str]:
-    """Where everything lies, and the next command to type; `again` are the words that a resume needs beside its folder."""
+    """Where everything lies, and the next command to type.
+
+    generate: what generate.py is to be given beside the run. again: the words that a resume needs beside its folder.
+    """
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"{exported:<12}{run / exported}"]
     if (run / "tensorboard").exists():
-        lines += [f"curves      tensorboard --logdir {run}"]
-    if finished and prompt is None:  # it embeds, and writes nothing
-        return [*lines, f"next        python train.py init_from={run}"]
+        lines += [f"curves      {shlex.join(['tensorboard', '--logdir', str(run)])}"]
     if finished:
-        return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
-    return [*lines, f"next        python train.py {shlex.join([*again, f'resume={run}'])}"]
+        return [*lines, f"next        python generate.py {pasted({'checkpoint': run, **generate})}"]
+    return [*lines, f"next        python train.py {shlex.join(again)}{' ' * bool(again)}{pasted({'resume': run})}"]
+
+
+def pasted(options: Mapping[str, object]) -> str:
+    """Options as a shell takes them, each value as a whole; a command quotes for Hydra what it is given.
+
+    >>> print(pasted({"checkpoint": "runs/a b", "prompt": "it's", "score": True}))
+    checkpoint='runs/a b' prompt='it'"'"'s' score=true
+    """
+    words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in words.items())

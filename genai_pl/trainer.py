@@ -24,6 +24,7 @@ from genai_pl.length import Length, choose_length, warmup_of
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
+from genai_pl.quoting import quote
 from genai_pl.specs import GenerationConfig
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
 from genai_pl.targets import make
@@ -96,7 +97,7 @@ def rank_command(config: DictConfig) -> list[str]:
         *(override for override in given_overrides("hydra") if override.startswith("hydra.searchpath")),
         *given_overrides(),
         # the first process writes the run folder and its log
-        *(f"hydra.run.dir='{config.output_dir}'", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
+        *(f"hydra.run.dir={quote(config.output_dir)}", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
     ]
 
 

@@ -6,7 +6,8 @@ import time
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from genai_pl.modules.base import BaseModule, Column
+from genai_pl.modules.base import BaseModule
+from genai_pl.modules.columns import Column
 
 COLUMNS = (  # behind those of the objective
     Column("train/lr", "lr", "{:8.2e}"),

@@ -52,7 +52,9 @@ class LossWatch:
             most = max(abs(self.best), abs(self.first)) + 1
             self.noise = min(noise, most) if self.n_steps <= FIRST else noise
         far = len(self.recent) == RECENT and min(self.recent) > self.limit()
-        explodes = self.n_steps >= LEAST and min(list(self.recent)[-2:]) > max(3 * self.limit(), EXPLODES * abs(self.first))
+        explodes = self.n_steps >= LEAST and min(list(self.recent)[-2:]) > max(
+            3 * self.limit(), EXPLODES * abs(self.first)
+        )
         before, self.diverged = self.diverged, far or explodes
         return self.diverged and not before
 

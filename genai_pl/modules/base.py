@@ -4,7 +4,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
+from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
 from genai_pl.names import Head
 from genai_pl.optim import StepInBackward
@@ -24,16 +24,6 @@ from genai_pl.optim.sharding import local
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 100  # fp16 steps in a row: the scale has fallen by 2^100, and no scale will help
-
-
-class Column(NamedTuple):
-    """A metric of the table that a run prints, its heading, and the format of its values."""
-
-    metric: str
-    heading: str
-    form: str
-
-
 Batch = dict[str, Tensor]
 Metrics = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
@@ -55,7 +45,9 @@ class BaseModule(L.LightningModule, ABC):
     head: Head | None = None  # what it trains instead of the language-model head
     embeds = False  # whether it trains vectors of texts
     reference: Reference | None = None  # what the model is measured against
-    columns: tuple[Column, ...] = (Column("train/loss", "loss", "{:8.4f}"),)  # what the objective is about, in the table
+    columns: tuple[Column, ...] = (
+        Column("train/loss", "loss", "{:8.4f}"),
+    )  # what the objective is about, in the table
     loss_falls = True  # whether a loss far above its best says that the run diverges
 
     def __init__(
@@ -121,6 +113,10 @@ class BaseModule(L.LightningModule, ABC):
     def make_prompt(self, text: str) -> str:
         """What to show the model while it trains, from words of the validation text."""
         return text
+
+    def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
+        """What generate.py is to be given to show what the model has learned, from words of the validation text."""
+        return {"prompt": self.make_prompt(text)}
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """Metrics from sums: by default each sum per target."""

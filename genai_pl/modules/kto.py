@@ -5,7 +5,8 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
-from genai_pl.modules.base import BaseModule, Batch, Column, Metrics
+from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import completion_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import UnpairedPreferenceCollator, Vocabulary, kto_loss

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_logprobs
 from genai_pl.models import Model
-from genai_pl.modules.base import BaseModule, Batch, Column, Metrics, n_replicas
+from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
+from genai_pl.modules.columns import Column
 from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary

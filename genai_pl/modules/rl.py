@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.modules.base import Batch, Column, Metrics
+from genai_pl.modules.base import Batch, Metrics
+from genai_pl.modules.columns import Column
 from genai_pl.modules.passes import Experience, passes, take
 from genai_pl.modules.rollout import Rollout
 from genai_pl.modules.writing import SHOWN, Means, WritingModule
