@@ -100,7 +100,7 @@ def describe_length(length: Length, warmup: int | None) -> str:
     """One line on steps, passes and warmup.
 
     >>> describe_length(Length(36, 12, is_default=True), 7)
-    'length      36 steps = 3 passes over the data (the default: trainer.max_epochs or max_steps), warmup 7 steps (19 %)'
+    'length      36 steps = 3 passes over the data (the default: trainer.max_epochs or max_steps), warmup 7 steps (19%)'
     """
     passes = "" if length.passes is None else f" = {_figure(length.passes)} over the data"
     default = " (the default: trainer.max_epochs or max_steps)" if length.is_default else ""

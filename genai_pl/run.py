@@ -29,7 +29,6 @@ from genai_pl.loading import load
 from genai_pl.masking import masked
 from genai_pl.models import Model
 from genai_pl.models.checkpoint import MARK, read_contents
-from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
@@ -39,7 +38,7 @@ from genai_pl.report import announce
 from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, write_settings
-from genai_pl.start import adapt, keep_base, start
+from genai_pl.start import adapt, fit_rows, keep_base, start
 from genai_pl.strategies import float8, launched
 from genai_pl.sweeps import Outcome, finished
 from genai_pl.targets import make, named
@@ -48,6 +47,9 @@ from genai_pl.trust import unplain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> Outcome:
@@ -133,9 +135,10 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
         model.set_head(objective.head)
     base = keep_base(config, run, begun)
     model = adapt(config.peft, model, tokenizer)
-    # virtual tokens of an adapter take their places from the text
-    virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
-    data.seq_len = min(data.seq_len, model.config.max_seq_len - virtual)
+    rows, data.seq_len, clamped = fit_rows(config, model)
+    data.batch_size, data.val_batch_size = rows, config.data.val_batch_size or rows
+    if clamped:
+        rank_zero_only(log.info)("clamped     %s", clamped)
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(begun.sentence, tokenizer)

@@ -24,24 +24,27 @@ def describe_model(model: Model, device: torch.device) -> list[str]:
     ]
 
 
-def describe_step(model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int) -> str:
-    """One line on what an optimizer step takes."""
+def describe_step(
+    model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int | None
+) -> str:
+    """One line on what an optimizer step takes; total_steps: None if that is not known."""
     tokens = rows * seq_len * accumulate * devices
     flops = flops_per_token(model, model.config, seq_len) * tokens
+    whole = "" if total_steps is None else f"; {total_steps:,} steps = {tokens * total_steps:,} tokens"
     return (
         f"step        {tokens:,} tokens ({rows} rows x {seq_len} x {accumulate} batches x {devices} devices), "
-        f"{flops:.3g} FLOPs; {total_steps:,} steps = {tokens * total_steps:,} tokens"
+        f"{flops:.3g} FLOPs{whole}"
     )
 
 
 def describe_rollout(
-    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int
+    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int | None
 ) -> str:
     """One line on what is written before it is learned from, where a model learns from what it writes."""
+    whole = "" if total_steps is None else f"; {total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
     return (
         f"rollout     {prompts * group_size * devices:,} completions ({prompts} prompts x {group_size} x {devices} devices) "
-        f"of at most {max_new_tokens} tokens, then {n_updates} steps; "
-        f"{total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
+        f"of at most {max_new_tokens} tokens, then {n_updates} steps{whole}"
     )
 
 

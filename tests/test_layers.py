@@ -31,7 +31,7 @@ LAYERS = [
     {"config", "targets", "run_folder"},
     {"trainer"},
     {"start", "report"},
-    {"run", "run_generate"},
+    {"run", "run_generate", "planned"},
     {"api", "dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -48,6 +48,7 @@ HEAVY = {
         "trainer",
         "run",
         "report",
+        "planned",
         "run_generate",
         "run_evaluate",
         "run_export",

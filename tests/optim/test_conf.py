@@ -9,6 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from genai_pl.length import with_warmup
+
 CONF = Path(__file__).parents[2] / "conf"
 
 
