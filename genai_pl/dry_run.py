@@ -1,14 +1,12 @@
 """What a run would cost: the configuration in, tables of memory, traffic and time out; nothing is built or trained."""
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from omegaconf import DictConfig
 
 from genai_pl import planning
 from genai_pl.callbacks import duration
-from genai_pl.callbacks.monitor import peak_flops
 from genai_pl.counting import (
     activation_bytes,
     largest_gradient,
@@ -20,13 +18,17 @@ from genai_pl.counting import (
     training_flops,
     weightless,
 )
-from genai_pl.data import pretrained_tokenizer
 from genai_pl.devices import DTYPES
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.projection import CHUNK_BYTES, GPU_CHUNK_BYTES
-from genai_pl.models import Model, ModelConfig, build_model, n_parameters
-from genai_pl.start import adapt, model_config
-from genai_pl.summary import describe_model, describe_step, human
+from genai_pl.length import check_length
+from genai_pl.models import Model, ModelConfig, build_model, flops_per_token, n_parameters
+from genai_pl.modules import BaseModule
+from genai_pl.names import Head
+from genai_pl.planned import Work, find_layout, find_machine, planned_config, planned_steps, planned_work, stored_config
+from genai_pl.start import adapt, fit_rows
+from genai_pl.summary import describe_model, describe_rollout, describe_step, human
+from genai_pl.targets import named
 
 
 @dataclass(frozen=True)
@@ -43,60 +45,56 @@ class Plan:
 
 def dry_run(config: DictConfig) -> int:
     """Print what the run would cost, from a model that takes no memory."""
-    if "name" in config.model:
-        raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.peft.init_from:
         raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
-    n_tokens = {"byte": 258, "bpe": config.tokenizer.get("vocab_size")}.get(config.tokenizer.kind)
-    if n_tokens is None:
-        n_tokens = len(pretrained_tokenizer(config.tokenizer.name))
-    values = model_config(config, n_tokens)
+    lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
+    check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    objective = named(config.objective._target_)
+    values = planned_config(config, objective)
     with weightless(torch.float32):
-        model = adapt(config.peft, build_model(values), None)
-    plan = make_plan(config, values, model)
-    steps = max(config.trainer.max_steps, 0)
-    shape = {"rows": config.data.batch_size, "seq_len": config.data.seq_len}
-    accumulate = config.trainer.accumulate_grad_batches
+        model = whole_model(config, objective, values)
+    rows, seq_len, clamped = fit_rows(config, model)
+    work = planned_work(config, objective, rows, seq_len)
+    plan = make_plan(config, objective, values, model, work)
+    steps, passes = planned_steps(config, objective)
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
     print(*describe_model(model, device), sep="\n")
-    print(describe_step(model, **shape, accumulate=accumulate, devices=plan.layout.data, total_steps=steps))
+    if clamped:
+        print(f"clamped     {clamped}")
+    counted = {"devices": plan.layout.data, "total_steps": steps}
+    if work.prompts is not None:
+        options = {"prompts": work.prompts, "group_size": work.completions, "n_updates": work.n_updates}
+        print(describe_rollout(**options, max_new_tokens=config.objective.max_new_tokens, **counted))
+    print(describe_step(model, rows=work.rows, seq_len=work.seq_len, accumulate=work.passes, **counted))
+    if passes is not None:
+        print(f"length      {passes} passes over the data, which a plan does not read")
     print(*describe_plan(plan, steps), sep="\n", flush=True)
+    if work.prompts is not None:
+        print("left out    the time that writing completions and judging them takes, and the memory of a reward model")
     return 0
 
 
-def make_plan(config: DictConfig, values: ModelConfig, model: Model) -> Plan:
+def whole_model(config: DictConfig, objective: type[BaseModule], values: ModelConfig) -> Model:
+    """The model that the run trains, with its head and its adapters."""
+    model = build_model(values)
+    if objective.head is not None:
+        model.set_head(objective.head)
+    return adapt(config.peft, model, None)
+
+
+def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConfig, model: Model, work: Work) -> Plan:
     """Memory, traffic and time of a step, counted on what one device holds of the model."""
-    layout, options = find_layout(config), config.trainer
+    layout = find_layout(config)
     weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.data > 1
-    rows, seq_len, passes = config.data.batch_size, config.data.seq_len, options.accumulate_grad_batches
-    every = options.recompute_every if options.recompute is None else options.recompute_every or 1
-    kind = options.recompute or "full"
     with weightless(product if gathers and product else weight):
-        part = adapt(config.peft, build_model(part_of(values, layout)), None)
+        part = whole_model(config, objective, part_of(values, layout))
         head = part.lm_head
-        share = planning.Share(
-            weights=n_parameters(part),
-            trained=n_parameters(part, trainable=True),
-            largest=largest_part(part),
-            largest_gradient=largest_gradient(part) if options.optimizer_in_backward else None,
-            weight_bytes=weight.itemsize,
-            compute_bytes=(product or weight).itemsize,
-            moments=moments(config.optimizer._target_.rpartition(".")[2], part),
-        )
-        again = n_again(part, every) / len(part.blocks) if every and kind == "full" else 0.0
-        activations = activation_bytes(
-            part,
-            rows=rows,
-            seq_len=seq_len,
-            product=product,
-            every=every,
-            kind=kind,
-            fused=config.plan.gpu != "cpu",
-            pieces=layout.tensor if layout.sequence else 1,
-        )
+        share = find_share(config, part, weight_bytes=weight.itemsize, compute_bytes=(product or weight).itemsize)
+        again = blocks_again(config, part)
+        activations = find_activations(config, part, work, product, layout)
     loss = planning.loss_bytes(
-        tokens=rows * seq_len,
+        tokens=work.rows * work.seq_len,
         vocab_size=0 if head is None else part.config.vocab_size,
         n_embd=values.n_embd,
         compute_bytes=share.compute_bytes,
@@ -107,13 +105,73 @@ def make_plan(config: DictConfig, values: ModelConfig, model: Model) -> Plan:
         share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
     else:
         memory = planning.memory(share, layout, activations=activations, loss=loss)
-    sizes = {"tokens": rows * seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
-    sent = planning.traffic(share, layout, **sizes, passes=passes, again=again)
-    tokens = rows * seq_len * passes * layout.data
-    flops = training_flops(model, values, seq_len, again=again) * tokens / layout.devices
+    copied = memory.weights if work.reference else 0.0
+    critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
+    memory = replace(memory, reference=copied, critic=critic)
+    sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
+    sent = planning.traffic(share, layout, **sizes, passes=work.passes, again=again)
+    tokens = work.rows * work.seq_len * work.passes * layout.data
+    # a forward pass is a third of the work where every weight learns
+    unlearned = work.unlearned * flops_per_token(model, values, work.seq_len) / 3
+    flops = (training_flops(model, values, work.seq_len, again=again) + unlearned) * tokens / layout.devices
     machine = find_machine(config, layout)
     time = planning.step_time(machine, layout, sent, flops=flops)
     return Plan(machine, layout, memory, sent, time, tokens)
+
+
+def find_share(config: DictConfig, part: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
+    """The numbers that one device holds, of which it is given its part of the model."""
+    return planning.Share(
+        weights=n_parameters(part),
+        trained=n_parameters(part, trainable=True),
+        largest=largest_part(part),
+        largest_gradient=largest_gradient(part) if config.trainer.optimizer_in_backward else None,
+        weight_bytes=weight_bytes,
+        compute_bytes=compute_bytes,
+        moments=moments(config.optimizer._target_.rpartition(".")[2], part),
+    )
+
+
+def blocks_again(config: DictConfig, part: Model) -> float:
+    """The share of blocks that run again in the backward pass."""
+    every, kind = _recomputed(config)
+    return n_again(part, every) / len(part.blocks) if every and kind == "full" else 0.0
+
+
+def _recomputed(config: DictConfig) -> tuple[int | None, str]:
+    options = config.trainer
+    every = options.recompute_every if options.recompute is None else options.recompute_every or 1
+    return every, options.recompute or "full"
+
+
+def find_activations(
+    config: DictConfig, part: Model, work: Work, product: torch.dtype | None, layout: planning.Layout
+) -> float:
+    """Bytes that a forward pass leaves for the backward pass."""
+    every, kind = _recomputed(config)
+    return activation_bytes(
+        part,
+        rows=work.rows,
+        seq_len=work.seq_len,
+        product=product,
+        every=every,
+        kind=kind,
+        fused=config.plan.gpu != "cpu",
+        pieces=layout.tensor if layout.sequence else 1,
+    )
+
+
+def critic_bytes(config: DictConfig, work: Work, layout: planning.Layout) -> float:
+    """Bytes of the model that judges states, which is trained with the policy."""
+    values, _ = stored_config(config.objective.critic, option="objective.critic")
+    weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
+    with weightless(weight):
+        critic = build_model(values)
+        critic.set_head(Head.none)
+        sizes = {"weight_bytes": weight.itemsize, "compute_bytes": (product or weight).itemsize}
+        share = find_share(config, critic, **sizes)
+        activations = find_activations(config, critic, work, product, layout)
+    return planning.memory(share, layout, activations=activations, loss=0.0).total
 
 
 def costliest_stage(
@@ -128,61 +186,10 @@ def costliest_stage(
     return max(found, key=lambda stage: stage[1].total)
 
 
-def find_layout(config: DictConfig) -> planning.Layout:
-    """How the strategy lays the run on trainer.devices x trainer.num_nodes devices."""
-    per_node = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
-    n = per_node * config.trainer.num_nodes
-    if config.trainer.num_nodes == 1:
-        per_node = config.plan.per_node
-    strategy, target = config.strategy, config.strategy.get("_target_", "").rpartition(".")[2]
-    if target == "ShardedStrategy":
-        data, tensor = strategy.data_parallel_size, strategy.tensor_parallel_size
-        tensor = n // (data or 1) if tensor is None else tensor
-        data = data or n // tensor
-        if data * tensor != n:
-            raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
-                "number of devices"
-            )
-        again, cut = strategy.reshard_after_forward, strategy.sequence_parallel
-        return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again, sequence=cut)
-    if target == "PipelineStrategy":
-        data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
-        stages = strategy.pipeline_parallel_size or n // data
-        if data * stages != n:
-            raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
-                "number of devices"
-            )
-        pipe = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
-        return planning.Layout(data=data, stages=stages, per_node=per_node, **pipe)
-    zero = strategy.stage if target == "deepspeed" else 0
-    return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
-
-
-def find_machine(config: DictConfig, layout: planning.Layout) -> planning.Machine:
-    """The device of the group `plan`, with the FLOP/s of the run's precision; what a CPU leaves open is measured."""
-    plan, precision = config.plan, config.precision
-    kind = "bf16" if precision.lightning != "32-true" else "fp32" if precision.matmul == "highest" else "tf32"
-    if precision.lightning == "transformer-engine" or precision.get("float8"):
-        kind = "fp8"
-    if plan.gpu == "cpu":
-        flops = (plan[kind] or peak_flops(torch.device("cpu")) / 1e12) / min(layout.devices, layout.per_node)
-        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        memory = (plan.memory or ram) / min(layout.devices, layout.per_node)
-    else:
-        flops, memory = plan[kind], plan.memory
-    if flops is None:
-        raise ConfigError(f"plan={plan.gpu} has no {kind}: choose another precision, or set plan.{kind}")
-    return planning.Machine(
-        plan.gpu, flops * 1e12, memory * 1e9, plan.link * 1e9, plan.network * 1e9, efficiency=plan.efficiency
-    )
-
-
-def describe_plan(plan: Plan, steps: int) -> list[str]:
+def describe_plan(plan: Plan, steps: int | None) -> list[str]:
     """Tables of memory, traffic and time."""
     memory, time, machine, layout = plan.memory, plan.time, plan.machine, plan.layout
-    parts = ("weights", "gathered", "gradients", "optimizer", "activations", "loss")
+    parts = [field.name for field in fields(memory)]
     lines = ["memory      per device, estimated"]
     lines += [f"  {part:<12}{human(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
     fits = "fits in" if memory.total < 0.95 * machine.memory else "DOES NOT FIT in"

@@ -14,7 +14,7 @@ from genai_pl.data.tokenizer import is_read_alike, save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.files import write_atomic
 from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
-from genai_pl.models.hf_config import write_config
+from genai_pl.models.hf_config import NATIVE, write_config
 from genai_pl.names import Head, Shape
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def adapter_card(base: str, card: dict[str, str]) -> str:
 def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
     scores = model.config.head is Head.score
     task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
+    library = NATIVE if reader == NATIVE else "transformers"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
     lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]
     for heading, paragraph in card.items():
         lines += [f"## {heading}", "", paragraph, ""]

@@ -19,8 +19,10 @@ from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
+from genai_pl.length import Length
 from genai_pl.masking import masked
 from genai_pl.models.folder import write_json
+from genai_pl.models.hf_config import NATIVE
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.signals import exit_status
@@ -45,6 +47,7 @@ class Parts:
     module: BaseModule
     data: RowsDataModule
     tokenizer: "PreTrainedTokenizerBase"
+    length: Length
     monitor: Monitor
     console: Console
     interrupt: Interrupt
@@ -106,9 +109,10 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterab
     if parts.trainer.is_global_zero:
         if done:
             write_results(parts.run, parts.trainer.global_step, metrics)
-        prompt = parts.module.make_prompt(parts.data.prompt()) if parts.module.model.config.writes else None
+        options = parts.module.generate_options(parts.data.prompt(), parts.tokenizer.mask_token)
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
-        print(*closing(parts.run, exported=name, finished=done, prompt=prompt, again=again), sep="\n", flush=True)
+        lines = closing(parts.run, exported=name, finished=done, generate=options, again=again)
+        print(*lines, sep="\n", flush=True)
     return exit_status(parts.interrupt.signum) if parts.interrupt.left_out else 0
 
 
@@ -118,7 +122,9 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
     if not adapters_of(model):
         options = {"card": card, "defaults": parts.defaults, "files": parts.module.export_files()}
         with read_alike(model, tokenizer):
-            export_model(model, tokenizer, run / "model", **options)
+            reader = export_model(model, tokenizer, run / "model", **options)
+        if reader == NATIVE:
+            log.info("export      for this project alone: transformers has no class for such a model")
         return
     save_adapter(model, run / "adapter", base=parts.base)
     save_tokenizer(tokenizer, run / "adapter")

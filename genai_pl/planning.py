@@ -68,10 +68,12 @@ class Memory:
     optimizer: float
     activations: float  # what the backward pass of the layers needs
     loss: float  # a chunk of logits, and the gradients that the loss holds until the backward pass
+    reference: float = 0.0  # a frozen copy of the weights
+    critic: float = 0.0  # weights, gradients, optimizer states and activations of a model that judges states
 
     @property
     def total(self) -> float:
-        return self.weights + self.gathered + self.gradients + self.optimizer + self.activations + self.loss
+        return sum(vars(self).values())
 
 
 def memory(share: Share, layout: Layout, *, activations: float, loss: float, stage: int = 0) -> Memory:

@@ -47,7 +47,7 @@ def replay(arguments: list[str]) -> list[str]:
     if "strategy" in given:  # another one has not the options of the old
         kept = [o for o in kept if not key_of(o).startswith("strategy.")]
     if "hydra.run.dir" not in given:
-        kept.append(f"hydra.run.dir='{run}'")
+        kept.append(f"hydra.run.dir={run}")  # what it takes to be read as it is, whoever reads the command line adds
     flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
     return arguments[:flags] + kept + arguments[flags:]  # --config-dir FOLDER must not stand between overrides
 

@@ -24,29 +24,32 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.files import claimed
 from genai_pl.fit import Parts, describe_saved, finish, fit
+from genai_pl.length import begun_length, check_length, with_warmup
 from genai_pl.loading import load
 from genai_pl.masking import masked
 from genai_pl.models import Model
-from genai_pl.models.virtual import VirtualTokens
+from genai_pl.models.checkpoint import MARK, read_contents
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
 from genai_pl.names import Shape
-from genai_pl.peft import adapters_of, describe
 from genai_pl.recipes.made import check_made
-from genai_pl.resume import choose_checkpoint, describe_resume
+from genai_pl.report import announce
+from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, write_settings
-from genai_pl.start import adapt, keep_base, start
+from genai_pl.start import adapt, fit_rows, keep_base, start
 from genai_pl.strategies import float8, launched
-from genai_pl.summary import describe_model, describe_rollout, describe_step
 from genai_pl.sweeps import Outcome, finished
 from genai_pl.targets import make, named
-from genai_pl.trainer import build_trainer, connect, count_steps
+from genai_pl.trainer import build_trainer, connect, run_length
 from genai_pl.trust import unplain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> Outcome:
@@ -73,7 +76,7 @@ def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int,
     settings, told = deepcopy(config), description(config)
     if checkpoint:
         check_goes_on(told, checkpoint, run)
-    parts = build(config, run)
+    parts = build(config, run, checkpoint)
     connect(config, parts, checkpoint)
     parts.checkpoints.contents |= told
     parts.interrupt.describe = partial(describe_saved, parts, [*retyped(), f"resume={run}"])
@@ -116,9 +119,11 @@ def optimized(name: str | None, trainer: L.Trainer) -> float | None:
     return None
 
 
-def build(config: DictConfig, run: Path) -> Parts:
-    """Every object of the run."""
+def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Parts:
+    """Every object of the run, which goes on from the checkpoint if there is one."""
     check_made(config.data.path)
+    lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
+    check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     data = make(config.data, seed=config.seed)
     objective = named(config.objective._target_)
     if data.kind != objective.data_kind:
@@ -130,9 +135,10 @@ def build(config: DictConfig, run: Path) -> Parts:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)
     model = adapt(config.peft, model, tokenizer)
-    # virtual tokens of an adapter take their places from the text
-    virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
-    data.seq_len = min(data.seq_len, model.config.max_seq_len - virtual)
+    rows, data.seq_len, clamped = fit_rows(config, model)
+    data.batch_size, data.val_batch_size = rows, config.data.val_batch_size or rows
+    if clamped:
+        rank_zero_only(log.info)("clamped     %s", clamped)
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(begun.sentence, tokenizer)
@@ -140,10 +146,13 @@ def build(config: DictConfig, run: Path) -> Parts:
         connect_reward(config, module, tokenizer)
     trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
-    steps = count_steps(config, data, n_replicas(trainer))
-    module.total_steps = trainer.fit_loop.epoch_loop.max_steps = steps
-    data.n_batches = steps * trainer.accumulate_grad_batches
-    return Parts(run, trainer, module, data, tokenizer, **callbacks, defaults=begun.defaults, base=base)
+    before = None if checkpoint is None else begun_length(read_contents(checkpoint)[MARK])
+    length = run_length(config, data, module, n_replicas(trainer), before)
+    module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
+    module.schedule = with_warmup(module.schedule, length.steps, before)
+    module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step
+    data.n_batches = length.steps * trainer.accumulate_grad_batches
+    return Parts(run, trainer, module, data, tokenizer, length, **callbacks, defaults=begun.defaults, base=base)
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
@@ -185,29 +194,6 @@ def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedT
         module.use_critic(load(module.critic_name, option="objective.critic").model)
     module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None
-
-
-def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
-    """Print what is about to be trained, on what, with which attention."""
-    trainer, module, model = parts.trainer, parts.module, parts.module.model
-    device = trainer.strategy.root_device
-    rows, counted = parts.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
-    if isinstance(module, RLModule):
-        options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
-        step = describe_rollout(prompts=rows, n_updates=module.n_updates(rows), **options, **counted)
-    else:
-        accumulate = trainer.accumulate_grad_batches
-        step = describe_step(model, rows=rows, seq_len=parts.data.seq_len, accumulate=accumulate, **counted)
-    if trainer.is_global_zero:
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        print(f"run         {parts.run}")
-        if checkpoint:
-            print(describe_resume(checkpoint))
-        print(f"data        {masked(parts.data.summary())}")
-        print(*describe_model(model, device), step, sep="\n")
-        if adapters_of(model):
-            print(*describe(model), sep="\n")
-        print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
 
 
 def relative(path: Path) -> Path:

@@ -18,6 +18,7 @@ from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
+from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
@@ -59,7 +60,6 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
         defaults = read_defaults(folder_of(config.model.name))
-    data.seq_len = min(data.seq_len, model.config.max_seq_len)
     known, room = len(tokenizer), model.config.vocab_size
     complete_tokenizer(tokenizer, data, objective)
     n_tokens = len(tokenizer)
@@ -129,3 +129,23 @@ def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
     if found.vocab_size < n_tokens:
         raise ConfigError(f"model.vocab_size ({found.vocab_size}) is below the tokenizer's {n_tokens} tokens")
     return found
+
+
+def fit_rows(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, int, str | None]:
+    """Rows of a batch and their tokens, cut to the model's context, and a line on what that changed.
+
+    Virtual tokens of an adapter take their places from the text. A batch of as many rows as make so many tokens, which is
+    the default, has as many of the rows that are cut.
+    """
+    virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
+    asked, most = config.data.seq_len, model.config.max_seq_len - virtual
+    if asked <= most:
+        return config.data.batch_size, asked, None
+    less = f" less {virtual} virtual tokens" if virtual else ""
+    line = f"data.seq_len {asked:,} -> {most:,}: the model's context{less}"
+    rows = before = config.data.batch_size
+    if isinstance(config.data._get_node("batch_size")._value(), str):  # an interpolation: nobody has typed a number
+        whole = config.copy()
+        whole.data.seq_len = most
+        rows = whole.data.batch_size
+    return rows, most, line if rows == before else f"{line}; data.batch_size {before:,} -> {rows:,}: as many tokens"

@@ -1,7 +1,7 @@
 """What a run says before it starts and after it ends."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,24 +24,27 @@ def describe_model(model: Model, device: torch.device) -> list[str]:
     ]
 
 
-def describe_step(model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int) -> str:
-    """One line on what an optimizer step takes."""
+def describe_step(
+    model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int | None
+) -> str:
+    """One line on what an optimizer step takes; total_steps: None if that is not known."""
     tokens = rows * seq_len * accumulate * devices
     flops = flops_per_token(model, model.config, seq_len) * tokens
+    whole = "" if total_steps is None else f"; {total_steps:,} steps = {tokens * total_steps:,} tokens"
     return (
         f"step        {tokens:,} tokens ({rows} rows x {seq_len} x {accumulate} batches x {devices} devices), "
-        f"{flops:.3g} FLOPs; {total_steps:,} steps = {tokens * total_steps:,} tokens"
+        f"{flops:.3g} FLOPs{whole}"
     )
 
 
 def describe_rollout(
-    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int
+    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int | None
 ) -> str:
     """One line on what is written before it is learned from, where a model learns from what it writes."""
+    whole = "" if total_steps is None else f"; {total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
     return (
         f"rollout     {prompts * group_size * devices:,} completions ({prompts} prompts x {group_size} x {devices} devices) "
-        f"of at most {max_new_tokens} tokens, then {n_updates} steps; "
-        f"{total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
+        f"of at most {max_new_tokens} tokens, then {n_updates} steps{whole}"
     )
 
 
@@ -55,16 +58,32 @@ def human(n_bytes: float) -> str:
 
 
 def closing(
-    run: Path, *, exported: str | None, finished: bool, prompt: str | None, again: Iterable[str] = ()
+    run: Path,
+    *,
+    exported: str | None,
+    finished: bool,
+    generate: Mapping[str, object],
+    again: Iterable[str] = (),
 ) -> list[str]:
-    """Where everything lies, and the next command to type; `again` are the words that a resume needs beside its folder."""
+    """Where everything lies, and the next command to type.
+
+    generate: what generate.py is to be given beside the run. again: the words that a resume needs beside its folder.
+    """
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"{exported:<12}{run / exported}"]
     if (run / "tensorboard").exists():
-        lines += [f"curves      tensorboard --logdir {run}"]
-    if finished and prompt is None:  # it embeds, and writes nothing
-        return [*lines, f"next        python train.py init_from={run}"]
+        lines += [f"curves      {shlex.join(['tensorboard', '--logdir', str(run)])}"]
     if finished:
-        return [*lines, f"next        python generate.py checkpoint={run} prompt={shlex.quote(prompt)}"]
-    return [*lines, f"next        python train.py {shlex.join([*again, f'resume={run}'])}"]
+        return [*lines, f"next        python generate.py {pasted({'checkpoint': run, **generate})}"]
+    return [*lines, f"next        python train.py {shlex.join(again)}{' ' * bool(again)}{pasted({'resume': run})}"]
+
+
+def pasted(options: Mapping[str, object]) -> str:
+    """Options as a shell takes them, each value as a whole; a command quotes for Hydra what it is given.
+
+    >>> print(pasted({"checkpoint": "runs/a b", "prompt": "it's", "score": True}))
+    checkpoint='runs/a b' prompt='it'"'"'s' score=true
+    """
+    words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in words.items())

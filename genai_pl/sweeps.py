@@ -53,14 +53,14 @@ def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
     write_atomic(run / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def finished(run: Path, max_steps: int) -> dict[str, float] | None:
+def finished(run: Path, max_steps: int | None) -> dict[str, float] | None:
     """The results of a run that reached its end, unless it is to take more steps now."""
     try:
         results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
         step = {name: value for name, value in results.items() if isinstance(value, int | float)}["step"]
     except (OSError, ValueError, RecursionError, AttributeError, KeyError):
         return None  # none, or not one of ours
-    return results if step >= max_steps else None
+    return results if step >= (max_steps or 0) else None
 
 
 def _newest(root: Path) -> Path | None:

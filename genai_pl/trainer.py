@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -20,8 +21,11 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts
+from genai_pl.length import Length, choose_length, warmup_of
 from genai_pl.models import flop_rates
+from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
+from genai_pl.quoting import quote
 from genai_pl.specs import GenerationConfig
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
 from genai_pl.targets import make
@@ -75,7 +79,7 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
             precision=config.precision.lightning,
             strategy=strategy,
             logger=[make(node) for node in loggers],
-            callbacks=[*callbacks.values(), *further],
+            callbacks=[*callbacks.values(), cb.Divergence(), *further],
             plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
             default_root_dir=str(run),
             num_sanity_val_steps=0,
@@ -107,19 +111,28 @@ def rank_command(config: DictConfig) -> list[str]:
         *(override for override in given_overrides("hydra") if override.startswith("hydra.searchpath")),
         *given_overrides(),
         # the first process writes the run folder and its log
-        *(f"hydra.run.dir='{config.output_dir}'", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
+        *(f"hydra.run.dir={quote(config.output_dir)}", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
     ]
 
 
-def count_steps(config: DictConfig, data: RowsDataModule, world_size: int) -> int:
-    """Optimizer steps of the run, from our own numbers: max_epochs wins over max_steps."""
-    if config.trainer.max_epochs is None:
-        if config.trainer.max_steps < 1:
-            raise ConfigError(f"trainer.max_steps={config.trainer.max_steps}: set it, or trainer.max_epochs")
-        return config.trainer.max_steps
-    if data.streaming:
-        raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
-    return config.trainer.max_epochs * data.steps_per_epoch(config.trainer.accumulate_grad_batches, world_size)
+def run_length(
+    config: DictConfig,
+    data: RowsDataModule,
+    module: BaseModule,
+    world_size: int,
+    begun: Mapping[str, int | None] | None,
+) -> Length:
+    """The length of the run, from our own numbers; begun: what a checkpoint says of it."""
+    accumulate, options = config.trainer.accumulate_grad_batches, config.trainer
+    batches = None if data.streaming else data.steps_per_epoch(accumulate, world_size)
+    trained = bool(config.init_from) or "name" in config.model
+    return choose_length(
+        max_steps=options.max_steps,
+        max_epochs=options.max_epochs,
+        steps_per_pass=None if batches is None else batches * module.n_updates(data.batch_size),
+        fine_tunes=trained and data.kind != "text",
+        begun=begun,
+    )
 
 
 def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
@@ -132,6 +145,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         "model": model.config.to_dict(),
         "tokenizer": files_of(parts.tokenizer),
         "defaults": defaults,
+        "length": {"steps": parts.length.steps, "warmup_steps": warmup_of(parts.module.schedule)},
     }
     if files := {name: values for name, values in parts.module.export_files().items() if name.endswith(".json")}:
         parts.checkpoints.contents["files"] = files

@@ -15,7 +15,7 @@ LAYERS = [
     {"files"},
     {"signals"},
     {"names", "plugins", "values", "masking"},
-    {"specs", "devices", "trust"},
+    {"specs", "devices", "trust", "length"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -31,8 +31,8 @@ LAYERS = [
     {"quoting"},
     {"config", "targets", "run_folder"},
     {"trainer"},
-    {"start"},
-    {"run", "run_generate"},
+    {"start", "report"},
+    {"run", "run_generate", "planned"},
     {"api", "dry_run", "run_evaluate", "run_export", "run_feedback", "run_serve"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -48,6 +48,8 @@ HEAVY = {
         "run_folder",
         "trainer",
         "run",
+        "report",
+        "planned",
         "run_generate",
         "run_evaluate",
         "run_export",
@@ -56,7 +58,7 @@ HEAVY = {
         "start",
         "dry_run",
     },
-    "lightning": {"modules", "callbacks", "strategies", "trainer", "start", "run", "fit", "data"},
+    "lightning": {"modules", "callbacks", "strategies", "trainer", "start", "run", "fit", "data", "report"},
 }
 HEAVY["omegaconf"] = HEAVY["hydra"]
 

@@ -2,6 +2,7 @@
 
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, saved_at, step_of
 from genai_pl.callbacks.console import Console, duration
+from genai_pl.callbacks.divergence import Divergence, LossWatch
 from genai_pl.callbacks.ema import EMA
 from genai_pl.callbacks.interrupt import Interrupt
 from genai_pl.callbacks.metrics_csv import MetricsCSV
@@ -12,8 +13,10 @@ from genai_pl.callbacks.samples import Samples
 __all__ = [
     "AtomicCheckpointIO",
     "Console",
+    "Divergence",
     "EMA",
     "Interrupt",
+    "LossWatch",
     "MetricsCSV",
     "Monitor",
     "Profile",

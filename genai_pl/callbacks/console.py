@@ -6,15 +6,17 @@ import time
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-COLUMNS = (  # metric, heading, format
-    ("train/loss", "loss", "{:8.4f}"),
-    ("train/lr", "lr", "{:8.2e}"),
-    ("train/grad_norm", "grad norm", "{:9.3f}"),
-    ("train/skipped_steps", "skipped", "{:7.0f}"),  # with fp16
-    ("train/tokens_per_sec", "tok/s", "{:9,.0f}"),
-    ("train/mfu", "MFU", "{:6.1%}"),
-    ("train/memory_gib", "GiB", "{:6.2f}"),
-    ("train/data_wait", "wait", "{:6.1%}"),
+from genai_pl.modules.base import BaseModule
+from genai_pl.modules.columns import Column
+
+COLUMNS = (  # behind those of the objective
+    Column("train/lr", "lr", "{:8.2e}"),
+    Column("train/grad_norm", "grad norm", "{:9.3f}"),
+    Column("train/skipped_steps", "skipped", "{:7.0f}"),  # with fp16
+    Column("train/tokens_per_sec", "tok/s", "{:9,.0f}"),
+    Column("train/mfu", "MFU", "{:6.1%}"),
+    Column("train/memory_gib", "GiB", "{:6.2f}"),
+    Column("train/data_wait", "wait", "{:6.1%}"),
 )
 
 
@@ -24,6 +26,7 @@ class Console(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar = None
+        self._columns = (*BaseModule.columns, *COLUMNS)
         self._rows = 0
         self._start = 0.0
         self._first_step = 0
@@ -32,6 +35,7 @@ class Console(ProgressBar):
         """Lightning's word to the ranks that are not to print: each method here asks for the rank itself."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._columns = (*module.columns, *COLUMNS)
         self._start, self._first_step = time.perf_counter(), trainer.global_step
         if sys.stdout.isatty() and trainer.is_global_zero:
             from tqdm import tqdm
@@ -49,13 +53,12 @@ class Console(ProgressBar):
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Print one row of training metrics, the headings before every twentieth."""
-        shown = [c for c in COLUMNS if c[0] in metrics]
+        shown = [column for column in self._columns if column.metric in metrics]
         if self._rows % 20 == 0:
-            widths = [len(form.format(0)) for _, _, form in shown]
-            names = [name.rjust(width) for (_, name, _), width in zip(shown, widths, strict=True)]
+            names = [column.heading.rjust(len(column.form.format(0))) for column in shown]
             self.say("  ".join(["    step", *names, "    left"]))
         self._rows += 1
-        cells = [form.format(metrics[key]) for key, _, form in shown]
+        cells = [column.form.format(metrics[column.metric]) for column in shown]
         self.say("  ".join([f"{step:8d}", *cells, f"{self._left(step):>8}"]))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

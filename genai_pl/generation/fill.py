@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+ALIASES = ("[MASK]", "<mask>", "<|mask|>")  # what the tokenizers of BERT, of RoBERTa and ours call it
+
+
 class Candidate(NamedTuple):
     """A token for a masked place, as text, and its probability."""
 
@@ -40,7 +43,7 @@ def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> 
         raise ConfigError("this encoder has no language-model head to fill masks with: set embed=true")
     if tokenizer.mask_token_id is None:
         raise ConfigError("this encoder's tokenizer has no mask token: set embed=true")
-    row = tokenizer.encode(text, verbose=False)
+    row = tokenizer.encode(_with_own_masks(tokenizer, text), verbose=False)
     if tokenizer.mask_token_id not in row:
         raise ConfigError(f"prompt: no {tokenizer.mask_token} in it for this encoder to fill in; or set embed=true")
     if len(row) > model.config.max_seq_len:
@@ -49,6 +52,16 @@ def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> 
             "(model.max_seq_len): shorten it"
         )
     return row
+
+
+def _with_own_masks(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """The text with the tokenizer's mask token for those of other tokenizers, unless it holds its own or knows theirs."""
+    if tokenizer.mask_token in text:
+        return text
+    for alias in ALIASES:
+        if alias not in tokenizer.get_vocab():
+            text = text.replace(alias, tokenizer.mask_token)
+    return text
 
 
 def _hidden(model: Encoder, input_ids: Tensor, places: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.errors import TrainingError
+from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
 from genai_pl.names import Head
 from genai_pl.optim import StepInBackward
@@ -44,6 +45,10 @@ class BaseModule(L.LightningModule, ABC):
     head: Head | None = None  # what it trains instead of the language-model head
     embeds = False  # whether it trains vectors of texts
     reference: Reference | None = None  # what the model is measured against
+    columns: tuple[Column, ...] = (
+        Column("train/loss", "loss", "{:8.4f}"),
+    )  # what the objective is about, in the table
+    loss_falls = True  # whether a loss far above its best says that the run diverges
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class BaseModule(L.LightningModule, ABC):
         self.val_sums: Metrics = {}
         self.window: Metrics = {}  # sums of the optimizer step under way
         self.finished: Metrics = {}  # sums of the last complete step
+        self.step_loss = torch.zeros(())  # of the last complete step, over all ranks
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
@@ -101,9 +107,17 @@ class BaseModule(L.LightningModule, ABC):
         """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
         return {}
 
+    def n_updates(self, rows: int) -> int:
+        """Optimizer steps that a batch of so many rows is good for, where nothing is accumulated."""
+        return 1
+
     def make_prompt(self, text: str) -> str:
         """What to show the model while it trains, from words of the validation text."""
         return text
+
+    def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
+        """What generate.py is to be given to show what the model has learned, from words of the validation text."""
+        return {"prompt": self.make_prompt(text)}
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """Metrics from sums: by default each sum per target."""
@@ -142,6 +156,7 @@ class BaseModule(L.LightningModule, ABC):
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         self.finished, self.window = self.window, {}
         loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
+        self.step_loss = loss / self._targets.clamp(min=1)
         if (scaler := self._scaler()) is not None:
             self._count_skipped(scaler)
         elif not torch.isfinite(self.grad_norm + loss):

@@ -74,6 +74,9 @@ class ContrastiveModule(BaseModule):
         hidden = self.model.features(batch["input_ids"], batch["segment_ids"])
         return self.sentence(hidden, batch["segment_ids"])
 
+    def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
+        return {"prompt": text, "embed": True}
+
     def step(self, batch: Batch) -> Metrics:
         B = int(batch["targets"])
         anchors, positives, *negatives = self.embed(batch).split(B)

@@ -6,6 +6,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import completion_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import UnpairedPreferenceCollator, Vocabulary, kto_loss
@@ -16,6 +17,11 @@ class KTOModule(BaseModule):
 
     shapes = ("decoder",)
     data_kind = "unpaired"
+    columns = (
+        *BaseModule.columns,
+        Column("rewards/margins", "margin", "{:8.4f}"),
+        Column("train/kl", "KL", "{:8.4f}"),
+    )
 
     def __init__(
         self,

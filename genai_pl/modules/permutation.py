@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from genai_pl.modules.base import Batch
+from genai_pl.modules.mlm import masked_words
 from genai_pl.modules.tokens import TokenModule
 from genai_pl.objectives import PermutationCollator
 
@@ -17,3 +18,9 @@ class PermutationModule(TokenModule):
         return self.model.permuted_features(
             batch["input_ids"], batch["order"], batch["target_positions"], batch.get("segment_ids")
         )
+
+    def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
+        """Words of which the second is masked, where the tokenizer has a token for that: the objective needs none."""
+        if mask_token is None:
+            return {"prompt": text, "embed": True}
+        return {"prompt": masked_words(text, mask_token)}

@@ -9,6 +9,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_logprobs
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
+from genai_pl.modules.columns import Column
 from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
@@ -27,6 +28,11 @@ class PreferenceModule(BaseModule):
 
     shapes = ("decoder",)
     data_kind = "preference"
+    columns = (
+        *BaseModule.columns,
+        Column("rewards/margins", "margin", "{:8.4f}"),
+        Column("rewards/accuracies", "accuracy", "{:8.1%}"),
+    )
 
     def __init__(
         self,

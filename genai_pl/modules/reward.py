@@ -6,6 +6,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.scores import scores
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import shared_beginning, shares_beginnings
 from genai_pl.names import Head
 from genai_pl.objectives import (
@@ -28,6 +29,11 @@ class RewardModule(BaseModule):
     shapes = ("decoder", "encoder")
     data_kind = "preference"
     head = Head.score
+    columns = (
+        *BaseModule.columns,
+        Column("train/margin", "margin", "{:8.4f}"),
+        Column("train/accuracy", "accuracy", "{:8.1%}"),
+    )
 
     def __init__(
         self,
@@ -45,6 +51,9 @@ class RewardModule(BaseModule):
             raise ConfigError(f"objective.ranking={ranking} is not one of {', '.join(RANKING)}")
         self.collator = RankingCollator(vocabulary=vocabulary, seed=seed, share_prompts=shares_beginnings(model))
         self.centering, self.ranking = centering, RANKING[ranking]
+
+    def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
+        return {"prompt": text, "score": True}
 
     def step(self, batch: Batch) -> Metrics:
         if "sizes" in batch:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Batch, Metrics
+from genai_pl.modules.columns import Column
 from genai_pl.modules.passes import Experience, passes, take
 from genai_pl.modules.rollout import Rollout
 from genai_pl.modules.writing import SHOWN, Means, WritingModule
@@ -19,6 +20,13 @@ class RLModule(WritingModule):
     What is drawn depends on the seed, the step and the rank alone, so that a resumed run draws the same.
     """
 
+    # the loss of a policy is no measure of what it has learned: GRPO's is 0 at the first step of every rollout
+    columns = (
+        Column("objective/scores", "reward", "{:8.4f}"),
+        Column("objective/kl", "KL", "{:8.4f}"),
+        Column("objective/response_length", "length", "{:7.1f}"),
+    )
+    loss_falls = False
     critic_name: str | None = None  # a model of its own that judges states; set by whoever builds the run
 
     def __init__(

@@ -1,0 +1,122 @@
+"""Run length: optimizer steps, passes over the data and warmup steps, by default as many as fit the data."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from genai_pl.errors import ConfigError
+
+DEFAULT_STEPS = 500
+DEFAULT_PASSES = 3  # of a trained model over examples, as num_train_epochs of transformers and TRL
+DEFAULT_WARMUP, WARMUP_SHARE = 100, 5  # at most so many steps, and at most a fifth of the run
+BEFORE = {"steps": DEFAULT_STEPS, "warmup_steps": DEFAULT_WARMUP}  # of runs whose checkpoints do not say
+
+
+class Length(NamedTuple):
+    """Optimizer steps of a run, and those of one pass over the data, which a stream has not."""
+
+    steps: int
+    steps_per_pass: int | None
+    is_default: bool = False
+
+    @property
+    def passes(self) -> float | None:
+        """Passes over the data."""
+        return None if self.steps_per_pass is None else self.steps / self.steps_per_pass
+
+
+def check_length(*, max_steps: object, max_epochs: object, warmup_steps: object) -> None:
+    """ConfigError for options that are no lengths; None is no option."""
+    if max_steps == -1 and max_epochs is None:
+        raise ConfigError("trainer.max_steps=-1: set it, or trainer.max_epochs")
+    numbers = {
+        "trainer.max_steps": None if max_steps == -1 else max_steps,
+        "trainer.max_epochs": max_epochs,
+        "scheduler.warmup_steps": warmup_steps,
+    }
+    for option, value in numbers.items():
+        least = 0 if option == "scheduler.warmup_steps" else 1
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(f"{option}={value}: expected a number, whole and at least {least}")
+
+
+def choose_length(
+    *,
+    max_steps: int | None,
+    max_epochs: int | None,
+    steps_per_pass: int | None,
+    fine_tunes: bool,
+    begun: Mapping[str, int | None] | None,
+) -> Length:
+    """The length of a run from `trainer.max_steps` and `trainer.max_epochs`, which wins; ConfigError for passes of a stream.
+
+    steps_per_pass: None for a stream. fine_tunes: a trained model learns from examples. begun: what the checkpoint says
+    that the run goes on from; a length that nobody has given stays what it was at the beginning.
+    """
+    if max_epochs is not None and steps_per_pass is None:
+        raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
+    if max_epochs is not None:
+        return Length(max_epochs * steps_per_pass, steps_per_pass)
+    if max_steps is not None:
+        return Length(max_steps, steps_per_pass)
+    if begun is not None:
+        return Length(int(begun["steps"]), steps_per_pass, is_default=True)
+    steps = DEFAULT_PASSES * steps_per_pass if fine_tunes and steps_per_pass else DEFAULT_STEPS
+    return Length(steps, steps_per_pass, is_default=True)
+
+
+def default_warmup(total_steps: int) -> int:
+    """Warmup steps of a run whose `scheduler.warmup_steps` is null.
+
+    >>> default_warmup(500), default_warmup(12), default_warmup(10_000)
+    (100, 2, 100)
+    """
+    return min(DEFAULT_WARMUP, total_steps // WARMUP_SHARE)
+
+
+def with_warmup(
+    schedule: Callable[..., float], total_steps: int, begun: Mapping[str, int | None] | None
+) -> Callable[..., float]:
+    """The schedule with its default warmup, if it takes one and has none; a run that goes on keeps that of its beginning."""
+    if not isinstance(schedule, partial) or schedule.keywords.get("warmup_steps", 0) is not None:
+        return schedule
+    kept = None if begun is None else begun["warmup_steps"]
+    return partial(schedule, warmup_steps=default_warmup(total_steps) if kept is None else int(kept))
+
+
+def warmup_of(schedule: Callable[..., float]) -> int | None:
+    """The warmup steps of a schedule; None where it has none by that name."""
+    return schedule.keywords.get("warmup_steps") if isinstance(schedule, partial) else None
+
+
+def begun_length(contents: Mapping[str, object]) -> Mapping[str, int | None]:
+    """What a checkpoint says of the length its run was begun with; where it does not say, what the defaults were then."""
+    found = contents.get("length")
+    valid = isinstance(found, dict) and all(v is None or type(v) is int for v in found.values())
+    return {**BEFORE, **found} if valid else BEFORE
+
+
+def describe_length(length: Length, warmup: int | None) -> str:
+    """One line on steps, passes and warmup.
+
+    >>> describe_length(Length(36, 12, is_default=True), 7)
+    'length      36 steps = 3 passes over the data (the default: trainer.max_epochs or max_steps), warmup 7 steps (19%)'
+    """
+    passes = "" if length.passes is None else f" = {_figure(length.passes)} over the data"
+    default = " (the default: trainer.max_epochs or max_steps)" if length.is_default else ""
+    line = f"length      {length.steps:,} step{'s' * (length.steps != 1)}{passes}{default}"
+    if not warmup:
+        return line if warmup is None else f"{line}, no warmup"
+    if warmup >= length.steps:
+        return f"{line}; warmup {warmup:,} steps: all of it, the learning rate never reaches its peak"
+    return f"{line}, warmup {warmup:,} step{'s' * (warmup != 1)} ({warmup / length.steps:.0%})"
+
+
+def _figure(passes: float) -> str:
+    """The number of passes to three digits.
+
+    >>> _figure(1.0), _figure(41.23), _figure(12345.6)
+    ('1 pass', '41.2 passes', '12,346 passes')
+    """
+    number = f"{passes:,.0f}" if passes >= 100 else f"{passes:.3g}"
+    return f"{number} pass" if number == "1" else f"{number} passes"
