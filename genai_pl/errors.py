@@ -1,8 +1,11 @@
 """The errors that a user can cause: each is one line that names the option or file and the fix."""
 
 import errno
+import os
+import re
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a write says when no room, or no share of it, is left
+IN_RUST = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries end what the system says
 
 
 class UserError(Exception):
@@ -27,3 +30,28 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on: a loss that is not a number, a full disk."""
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that an error is or hides, or None.
+
+    Libraries in Rust say it in words (safetensors, tokenizers), those in C++ leave it behind their own (torch).
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if isinstance(error, UserError):
+        return None
+    if found := IN_RUST.search(str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    hidden = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
+    return None if hidden is None else system_error(hidden)
+
+
+def reason_of(error: OSError) -> str:
+    """What an error of the operating system says, without its path."""
+    return "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
+
+
+def system_line(error: OSError) -> str:
+    """What an error of the operating system says, in one line that names its path."""
+    return reason_of(error) if error.filename is None else f"{error.filename}: {reason_of(error)}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from genai_pl.errors import UserError
+from genai_pl.errors import UserError, system_error
 
 LOCK = ".lock"  # of a run folder: who writes it
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
@@ -25,13 +25,27 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
     What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
     renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
+    What the disk refuses is an OSError that names `path`, whatever library met it.
     """
     temporary = start_writing(path)
     try:
-        write(temporary)
-        put_in_place(temporary, path)
+        with naming(path):
+            write(temporary)
+            put_in_place(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses is an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
 
 
 @contextmanager

@@ -73,6 +73,6 @@ def _digest(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return sources.content_hash(sources.find(path))
+        return sources.find(path).content
     except DataError:
         return None  # a data module of one's own reads it

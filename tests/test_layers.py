@@ -13,6 +13,7 @@ PACKAGE = ROOT / "genai_pl"
 LAYERS = [
     {"errors"},
     {"files"},
+    {"sealed"},
     {"names", "plugins", "values", "masking"},
     {"specs", "devices", "trust"},
     {"kernels"},
