@@ -15,7 +15,7 @@ from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpo
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
 from genai_pl.data.tokenizer import save_tokenizer
-from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
+from genai_pl.errors import CheckpointError, TrainingError, system_error, system_line
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
 from genai_pl.masking import masked
@@ -130,11 +130,11 @@ def _explained(parts: Parts) -> Iterator[None]:
     """What ends a run by no fault of the code is told in one line, with the last good checkpoint."""
     try:
         yield
-    except (TrainingError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        if not full and not isinstance(error, TrainingError):
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None and not isinstance(error, TrainingError):
             raise
-        what = f"the disk is full ({error.filename or parts.run})" if full else str(error)
+        what = str(error) if refused is None else system_line(refused)
         last = parts.checkpoints.last
         saved = f"last good checkpoint: {last}" if last.exists() else "no checkpoint was written yet"
         raise TrainingError(f"{what}; {saved}") from None
