@@ -9,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
+RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}  # set in all processes that a launcher starts
 SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
 
 _made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
@@ -33,10 +33,15 @@ def unused_folder(path: str) -> str:
     return path
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return all(os.environ.get(name, "0") == "0" for name in (*RANKS, "NODE_RANK"))
+
+
 def write_early(path: Path) -> None:
     """Say that `path` is about to be written before the run has started; it goes if the run never does."""
-    _made.extend(_missing(path.parent))
-    if not path.exists():
+    if is_first_process() and not path.exists():
+        _made.extend(_missing(path.parent))
         _early.append(path.absolute())
 
 

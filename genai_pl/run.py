@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl import folders, run_log
 from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config import searches
 from genai_pl.config_errors import given_overrides
@@ -88,8 +87,6 @@ def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int,
 @rank_zero_only
 def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Write what the folder says of the run, and take back what it said of steps that are made again."""
-    folders.started()
-    run_log.keep(parts.run / "train.log")
     write_settings(parts.run, settings)
     if checkpoint:
         parts.checkpoints.rewind(checkpoint)

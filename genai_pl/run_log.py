@@ -1,7 +1,6 @@
 """train.log: what a command printed and warned, in that order, in the folder of its run."""
 
 import logging
-import os
 import re
 import sys
 import traceback
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import TextIO
 
 from genai_pl.errors import reason_of
+from genai_pl.folders import is_first_process
 from genai_pl.masking import masked
 
 MOST_EARLY = 10_000  # lines that are kept until the run has a folder
-PROCESS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # 0, or not there, in the process that writes the run
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")  # of terminals
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -56,7 +55,8 @@ class RunLog:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{line}\n" for line in self._early)
         except OSError as error:  # a run does not end for its log; what it depends on says so itself
-            print(f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._say)
+            if not any(line.startswith("error: ") for line in self._early):  # which has told of the disk already
+                print(f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._say)
             self._path = None
         self._early.clear()
 
@@ -100,7 +100,7 @@ def keep(path: Path) -> None:
 @contextmanager
 def recording() -> Iterator[None]:
     """Record stdout and stderr, in the first process of a run. Inside another recording it bounds one run of several."""
-    if any(os.environ.get(name, "0") != "0" for name in PROCESS):
+    if not is_first_process():
         yield
         return
     if _log is not None:
@@ -138,4 +138,4 @@ def _redirect(pairs: Iterable[tuple[object, object]]) -> None:
     for handler in logging.root.handlers:
         for old, new in pairs:
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-                handler.setStream(new)
+                handler.stream = new  # setStream would flush the old one, which a full disk refuses

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.callbacks.checkpoint import StepCheckpoint, newest_checkpoints
+from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.files import claimed
 from genai_pl.resume import replay
