@@ -7,7 +7,7 @@ from genai_pl.resume import replay
 from genai_pl.sweeps import Outcome
 
 
-@command("config", prepare=replay)
+@command("config", prepare=replay, records=True)
 def main(config: DictConfig) -> int | Outcome:
     if config.dry_run:
         from genai_pl.dry_run import dry_run

@@ -12,11 +12,13 @@ from genai_pl import signals
 from genai_pl.config import CONF, register
 from genai_pl.config_errors import check_types, explain
 from genai_pl.errors import ConfigError, TrainingError
+from genai_pl.folders import give_back
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import join
 from genai_pl.quoting import quoted
 from genai_pl.resume import replay
+from genai_pl.run_log import recording
 from genai_pl.specs import GenerationConfig
 
 
@@ -24,12 +26,14 @@ def train(*overrides: str) -> Path:
     """The run folder that `python train.py OVERRIDES` makes, trained in this process; UserError for a mistake."""
     from genai_pl.run import train as run
 
-    config = _composed([quoted(override) for override in replay(list(overrides))])
-    folder = Path(config.output_dir)
-    with signals.taken():
-        status = run(config).status
-    if status:
-        raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
+    try:
+        with recording(), signals.taken():
+            config = _composed([quoted(override) for override in replay(list(overrides))])
+            folder = Path(config.output_dir)
+            if run(config).status:
+                raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
+    finally:
+        give_back()
     return folder
 
 

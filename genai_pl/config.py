@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
 
 import hydra
@@ -21,15 +20,15 @@ from omegaconf.errors import MissingMandatoryValue
 
 from genai_pl import signals
 from genai_pl.config_errors import check_types, explain, given_overrides
-from genai_pl.errors import DISK_FULL, TrainingError, UserError
+from genai_pl.errors import TrainingError, UserError, system_error, system_line
+from genai_pl.folders import give_back, give_back_job, unused_folder
 from genai_pl.masking import masked, remember
 from genai_pl.nodes import NODES
 from genai_pl.plugins import import_plugins
 from genai_pl.quoting import quoted
+from genai_pl.run_log import recording
 from genai_pl.sweeps import Outcome
 from genai_pl.trust import CONF, names_code
-
-RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}
 
 
 def register() -> None:
@@ -40,35 +39,29 @@ def register() -> None:
         store.store(group="schema", name=name, node=node)
 
 
-def unused_folder(path: str) -> str:
-    """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
-    if RANKS & os.environ.keys():  # all processes of a run that torchrun or Slurm has started must find the same
-        return path
-    for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
-        try:
-            Path(name).mkdir(parents=True)
-            return name
-        except FileExistsError:
-            continue
-        except OSError:
-            break  # Hydra cannot make it either, and says so
-    return path
-
-
 Main = Callable[[DictConfig], int | Outcome | None]
 
 
 def command(
-    config_name: str, prepare: Callable[[list[str]], list[str]] = list, *, own_signals: bool = False
+    config_name: str,
+    prepare: Callable[[list[str]], list[str]] = list,
+    *,
+    own_signals: bool = False,
+    records: bool = False,
 ) -> Callable[[Main], Callable[[], None]]:
     """A decorator that turns `main(config) -> exit status` into a Hydra command with one-line errors.
 
-    `prepare` may rewrite the command line before Hydra reads it; `own_signals`: the command answers signals itself.
+    `prepare` may rewrite the command line before Hydra reads it; `own_signals`: the command answers signals itself;
+    `records`: what is printed goes into a log, too.
     """
+    record = recording if records else nullcontext
 
     def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> float | None:
-            status, value = _guarded(main, config)
+            with record():
+                status, value = _guarded(main, config)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                give_back_job(Path(HydraConfig.get().runtime.output_dir))
             if status and not (searches() and value is not None):
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
             return value
@@ -84,6 +77,13 @@ def command(
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
+                with record():
+                    answered(hydrated)
+            finally:
+                give_back()
+
+        def answered(hydrated: Callable[[], None]) -> None:
+            try:
                 import_plugins(named=names_code(sys.argv[1:]))
                 sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
                 hydrated()
@@ -93,6 +93,8 @@ def command(
                 fail(str(error), error.status)
             except Exception as error:
                 line = explain(error, CONF, config_name, sys.argv[1:])
+                if line is None and (refused := system_error(error)):
+                    fail(system_line(refused), 1)
                 if line is None:
                     raise
                 fail(line, 2)
@@ -124,10 +126,11 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Outcome(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except Exception as error:  # what the disk, or another machine, refuses is no fault of the code
+        refused = system_error(error)
+        if refused is None:
             raise
-        print(f"error: the disk is full ({error.filename or 'writing the run'})", file=sys.stderr)
+        print(f"error: {masked(system_line(refused))}", file=sys.stderr)
         return Outcome(1)
 
 

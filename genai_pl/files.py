@@ -6,10 +6,10 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from genai_pl.errors import UserError
+from genai_pl.errors import UserError, system_error
 
 LOCK = ".lock"  # of a run folder: who writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
@@ -26,14 +26,28 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
     What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
     renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
+    What the disk refuses is an OSError that names `path`, whatever library met it.
     """
     temporary = start_writing(path)
     try:
-        write(temporary)
-        put_in_place(temporary, path)
+        with naming(path):
+            write(temporary)
+            put_in_place(temporary, path)
     finally:
         _remove(temporary)
         UNFINISHED.discard(temporary)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses is an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
 
 
 @contextmanager
@@ -42,27 +56,28 @@ def claimed(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)  # nothing is left to be written when it is closed
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not left to its children
         except OSError as error:
             with file:
                 file.seek(0)
-                owner = file.read().strip() or "another"
+                owner = file.read(100).decode(errors="replace").strip() or "another"
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+                raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
             raise UserError(f"{folder}: process {owner} is writing this run; wait for it, or end it") from None
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # its owner has removed it in between
     with file:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that is read-only by now has said so
+                path.unlink(missing_ok=True)
 
 
 def start_writing(path: Path) -> Path:
@@ -138,10 +153,12 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder, if the disk lets us: what it refuses, whoever writes next is told."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

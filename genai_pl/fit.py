@@ -3,9 +3,11 @@
 import logging
 import shlex
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpo
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
 from genai_pl.data.tokenizer import save_tokenizer
-from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
+from genai_pl.errors import CheckpointError, LossError, TrainingError, system_error, system_line
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
 from genai_pl.length import Length
@@ -66,6 +68,8 @@ def fit(parts: Parts, checkpoint: Path | None) -> None:
             parts.checkpoints.begin()
             log.info("finished    already at step %d of %d", parts.trainer.global_step, parts.module.total_steps)
         _validate_the_end(parts)
+        if not parts.interrupt.left_out and parts.trainer.is_global_zero:
+            parts.checkpoints.confirm()
     if parts.interrupt.left_out and parts.trainer.is_global_zero:
         name, step, last = (
             signal.Signals(parts.interrupt.signum).name,
@@ -105,10 +109,10 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterab
             parts.trainer.strategy.gather()
         if export and parts.trainer.is_global_zero:
             export_run(parts, _card(parts, flat, metrics))
-    done = parts.trainer.global_step >= parts.module.total_steps and not parts.interrupt.left_out
-    if parts.trainer.is_global_zero:
-        if done:
+        done = parts.trainer.global_step >= parts.module.total_steps and not parts.interrupt.left_out
+        if done and parts.trainer.is_global_zero:
             write_results(parts.run, parts.trainer.global_step, metrics)
+    if parts.trainer.is_global_zero:
         options = parts.module.generate_options(parts.data.prompt(), parts.tokenizer.mask_token)
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
         lines = closing(parts.run, exported=name, finished=done, generate=options, again=again)
@@ -126,14 +130,16 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
         if reader == NATIVE:
             log.info("export      for this project alone: transformers has no class for such a model")
         return
-    save_adapter(model, run / "adapter", base=parts.base)
-    save_tokenizer(tokenizer, run / "adapter")
-    values = generation_values(model.config, token_ids(tokenizer), parts.defaults)
-    write_atomic(run / "adapter" / GENERATION, lambda path: write_json(path, values))
-    write_files(run / "adapter", parts.module.export_files())
-    write_atomic(
-        run / "adapter" / "README.md", lambda path: path.write_text(adapter_card(parts.base, card), encoding="utf-8")
-    )
+    write_atomic(run / "adapter", partial(_write_adapter, parts, card))
+
+
+def _write_adapter(parts: Parts, card: dict[str, str], folder: Path) -> None:
+    model, tokenizer = parts.module.model, parts.tokenizer
+    save_adapter(model, folder, base=parts.base)
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / GENERATION, generation_values(model.config, token_ids(tokenizer), parts.defaults))
+    write_files(folder, parts.module.export_files())
+    (folder / "README.md").write_text(adapter_card(parts.base, card), encoding="utf-8")
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
@@ -161,12 +167,37 @@ def _restoring(parts: Parts, checkpoint: Path | None) -> Iterator[None]:
 def _explained(parts: Parts) -> Iterator[None]:
     """What ends a run by no fault of the code is told in one line, with the last good checkpoint."""
     try:
-        yield
-    except (TrainingError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        if not full and not isinstance(error, TrainingError):
+        with _quiet_writers():
+            yield
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None and not isinstance(error, TrainingError):
             raise
-        what = f"the disk is full ({error.filename or parts.run})" if full else str(error)
-        last = parts.checkpoints.last
-        saved = f"last good checkpoint: {last}" if last.exists() else "no checkpoint was written yet"
+        what = str(error) if refused is None else system_line(refused)
+        if refused is not None and refused.filename is None:
+            what = f"{parts.run}: {what}"
+        checkpoints = parts.checkpoints
+        if isinstance(error, LossError) and parts.trainer.is_global_zero:
+            aside = checkpoints.set_aside(parts.trainer.global_step)
+            what += f" ({aside} is set aside)" if aside else ""
+        none = "no good checkpoint is left" if checkpoints.last_step > 0 else "no checkpoint was written yet"
+        saved = f"last good checkpoint: {checkpoints.last}" if checkpoints.last.exists() else none
         raise TrainingError(f"{what}; {saved}") from None
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Inside, TensorBoard's thread prints no trace of what the disk refuses it: the next write raises it here."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    before = threading.excepthook
+
+    def hook(what: threading.ExceptHookArgs) -> None:
+        if not (isinstance(what.thread, _AsyncWriterThread) and isinstance(what.exc_value, OSError)):
+            before(what)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.files import is_checkpoint
+from genai_pl.folders import is_first_process
 from genai_pl.masking import masked, refuse_secrets
 from genai_pl.sweeps import replay_sweep
 from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
@@ -76,8 +77,8 @@ def _check_unused(arguments: list[str]) -> None:
 
 def _say_changes(saved: list[str], arguments: list[str]) -> None:
     """One line for each option that is typed and was another, or was not given."""
-    if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        return  # one of the processes says it
+    if not is_first_process():
+        return  # which says it
     before = {key_of(o): o for o in saved}
     for argument in arguments:
         key = key_of(argument)

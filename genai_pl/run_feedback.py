@@ -1,6 +1,7 @@
 """The feedback command: a judge in place of people; prompts in, preference pairs or revised answers out, row by row."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -113,10 +114,13 @@ def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer, do
         return {"row": n, **compare(judge, prompt, first, second, rubric=config.rubric)}
 
     workers = config.workers if judge.concurrent and (writer is None or writer.concurrent) else 1
-    with done.open(config.out) as file, ThreadPoolExecutor(workers) as pool:
-        for result in tqdm(pool.map(work, left), total=len(left), disable=None, desc=config.task):
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            file.flush()
+    try:
+        with done.open(config.out) as file, ThreadPoolExecutor(workers) as pool:
+            for result in tqdm(pool.map(work, left), total=len(left), disable=None, desc=config.task):
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.flush()
+    except OSError as error:  # of the file: what an endpoint refuses is a ConfigError by now
+        raise OSError(error.errno, os.strerror(error.errno), error.filename or config.out) from None
 
 
 class Finished(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl import folders, run_log
 from genai_pl.config_errors import given_overrides
 from genai_pl.data import sources
 from genai_pl.errors import CheckpointError, ConfigError, DataError
@@ -16,6 +17,7 @@ from genai_pl.trust import key_of
 
 log = logging.getLogger(__name__)
 
+LOG = "train.log"
 DATA = ("data.path", "data.val_path")
 FREE = {  # of the groups below, what a run may change in its middle
     *("model.dropout", "model.attention", "data.batch_size", "data.val_batch_size", "peft.init_from", "peft.dropout"),
@@ -25,7 +27,9 @@ GROUPS = ("model", "data", "tokenizer", "peft")
 
 
 def write_settings(run: Path, config: DictConfig) -> None:
-    """Write `.hydra/` as Hydra does, which does so before anybody knows whether there will be a run."""
+    """Write train.log from here on, and `.hydra/` as Hydra does before anybody knows whether there will be a run."""
+    folders.started()
+    run_log.keep(run / LOG)
     files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": given_overrides()}
     for name, values in files.items():
         text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))
@@ -73,6 +77,6 @@ def _digest(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return sources.content_hash(sources.find(path))
+        return sources.find(path).content
     except DataError:
         return None  # a data module of one's own reads it

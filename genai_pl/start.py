@@ -14,6 +14,7 @@ from genai_pl.data.ends import UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike
+from genai_pl.folders import write_early
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
@@ -105,6 +106,7 @@ def keep_base(config: DictConfig, run: Path, begun: Start) -> str | None:
         return None
     folder = run / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
+        write_early(folder)
         what = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
         written = {"card": {"Base": f"{what}, under an adapter."}, "defaults": begun.defaults}
         with read_alike(begun.model, begun.tokenizer):

@@ -21,6 +21,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError
 from genai_pl.fit import Parts
+from genai_pl.folders import write_early
 from genai_pl.length import Length, choose_length, warmup_of
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
@@ -160,7 +161,10 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
         parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
     for logger in parts.trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and checkpoint:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        write_early(Path(logger.log_dir))
+        if checkpoint:
             logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
     strategy = parts.trainer.strategy
     strategy.connect(parts.module)

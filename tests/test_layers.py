@@ -12,10 +12,10 @@ PACKAGE = ROOT / "genai_pl"
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
     {"errors"},
-    {"files"},
-    {"signals"},
+    {"files", "folders"},
+    {"sealed", "signals"},
     {"names", "plugins", "values", "masking"},
-    {"specs", "devices", "trust", "length"},
+    {"specs", "devices", "trust", "run_log", "length"},
     {"kernels"},
     {"objectives", "optim"},
     {"models"},
@@ -40,6 +40,7 @@ HEAVY = {
     "hydra": {
         "api",
         "config",
+        "folders",
         "nodes",
         "config_errors",
         "quoting",

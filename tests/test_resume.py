@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.callbacks.checkpoint import StepCheckpoint, newest_checkpoints
+from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.files import claimed
 from genai_pl.resume import replay
@@ -216,7 +216,7 @@ def test_auto_takes_the_run_that_was_saved_last_wherever_it_lies_and_whatever_fi
     assert command(*first, "output_dir=mine/new", "callbacks.checkpoint.every_n_steps=1").status == 0
     for path in Path("outputs").rglob("*"):
         os.utime(path, (time.time() + 1000, time.time() + 1000))
-    assert "hydra.run.dir='mine/new'" in replay(["resume=auto"])
+    assert "hydra.run.dir=mine/new" in replay(["resume=auto"])
     assert "optimizer=adamw" in replay(["resume=auto", "hydra.run.dir=outputs/old"])
     shutil.copytree("mine/new", "copy")  # all files have new times, in any order
     os.utime("copy/checkpoints/step=000001.ckpt", (time.time() + 9, time.time() + 9))

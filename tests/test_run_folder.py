@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.config import RANKS, unused_folder
+from genai_pl.folders import RANKS, unused_folder
 
 
 def test_runs_that_start_in_the_same_second_take_folders_of_their_own(

@@ -16,7 +16,7 @@ import genai_pl.export
 from genai_pl import fit, run, signals, train
 from genai_pl.callbacks import Console
 from genai_pl.data import store
-from genai_pl.data.documents import cache_folder
+from genai_pl.data.store import cache_folder
 from genai_pl.data.text import TextDataModule
 from genai_pl.modules import writing
 from genai_pl.signals import Stopped, exit_status, taken

@@ -1,6 +1,7 @@
 """What Lightning lacks: exact checkpoints, clean interruption, one row of metrics for everyone, samples."""
 
-from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoints, saved_at, step_of
+from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
+from genai_pl.callbacks.checkpoint_files import newest_checkpoints, saved_at, step_of
 from genai_pl.callbacks.console import Console, duration
 from genai_pl.callbacks.divergence import Divergence, LossWatch
 from genai_pl.callbacks.ema import EMA

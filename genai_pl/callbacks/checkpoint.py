@@ -1,10 +1,7 @@
 """Checkpoints by step that resume exactly: written whole or not at all, with everything that the next step depends on."""
 
 import logging
-import os
 import random
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +12,13 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from genai_pl.callbacks.checkpoint_files import forget, link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
 from genai_pl.callbacks.validation import validate_what_is_due
-from genai_pl.errors import CheckpointError
-from genai_pl.files import CONTENTS, is_checkpoint
-from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
+from genai_pl.errors import CheckpointError, TrainingError
+from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
 from genai_pl.modules.base import n_replicas
+from genai_pl.optim.sharding import local
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +51,7 @@ class StepCheckpoint(Checkpoint):
         self.started = False  # whether a first step has begun
         self.on_start: Callable[[], None] = lambda: None  # called once, by each process, when all is restored
         self._seen = 0
+        self._unconfirmed = False  # whether the newest one has been written and not been trained on since
         self._rng: list[dict] = []  # of the run that goes on, by rank
 
     @property
@@ -61,6 +60,8 @@ class StepCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         before, self._seen = self._seen, trainer.global_step
+        if self._seen > max(before, self.last_step):  # a finite loss with the weights of the newest one
+            self.confirm()
         if passed(before, self._seen, self.every_n_steps) and not module.window:
             self.save(trainer)
 
@@ -69,7 +70,9 @@ class StepCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of the current step."""
+        """Write the checkpoint of the current step; TrainingError, and none is written, where no loss can be had of it."""
+        if not _is_finite(trainer):
+            raise TrainingError(f"the weights have grown out of all bounds at step {trainer.global_step}")
         self.last_step = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step:06d}.ckpt")
 
@@ -77,9 +80,32 @@ class StepCheckpoint(Checkpoint):
         """Point `last.ckpt` at the checkpoint if it is one of ours, and forget the oldest."""
         if path.parent != self.folder or not path.name.startswith("step="):
             return
-        _link(path, self.last)
-        for old in sorted(self.folder.glob("step=*.ckpt"), key=_named_step)[: -self.keep]:
-            _forget(old)
+        link(path, self.last)
+        self._unconfirmed = True
+        self._forget_all_but(
+            max(self.keep, 2)
+        )  # the one before is good, as is known of this one only after a step more
+
+    def confirm(self) -> None:
+        """Say that the weights of the newest checkpoint have given a finite loss: older ones may go."""
+        if self._unconfirmed:
+            self._unconfirmed = False
+            self._forget_all_but(self.keep)
+
+    def set_aside(self, step: int) -> Path | None:
+        """Take the checkpoint of a step, whose weights give no finite loss, out of those that a run goes on from."""
+        path = self.folder / f"step={step:06d}.ckpt"
+        if not path.exists():
+            return None
+        aside = path.rename(path.with_name(f"aside-{path.name}"))
+        self.last.unlink(missing_ok=True)
+        if left := newest_checkpoints(self.folder):
+            link(left[0], self.last)
+        return aside
+
+    def _forget_all_but(self, n: int) -> None:
+        for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
+            forget(old)
 
     def begin(self) -> None:
         """Say that all is restored: from here on the run writes."""
@@ -91,11 +117,11 @@ class StepCheckpoint(Checkpoint):
         """Set aside what a run wrote after the step that it goes on from, which would count as newer."""
         step = step_of(checkpoint)
         for path in self.folder.glob("step=*.ckpt"):
-            if _named_step(path) > step:
+            if named_step(path) > step:
                 path.rename(path.with_name(f"aside-{path.name}"))
                 log.info("checkpoint  %s is set aside: the run goes on from step %d", path, step)
         if checkpoint.parent == self.folder and checkpoint != self.last:
-            _link(checkpoint, self.last)
+            link(checkpoint, self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         states = [None] * trainer.world_size
@@ -138,44 +164,13 @@ class StepCheckpoint(Checkpoint):
         self._rng = []
 
 
-def newest_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run by their steps, the last first; times say nothing of a folder that was copied."""
-    paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
-    found = {path.stat().st_ino: path for path in paths}
-    return sorted(found.values(), key=_step_at_least, reverse=True)
-
-
-def _named_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    number = path.name.removeprefix("step=").removesuffix(".ckpt")
-    return int(number) if number.isdecimal() else -1
-
-
-def _step_at_least(path: Path) -> int:
-    """The step of a checkpoint; one that has it neither in its name nor in readable contents stands before all others."""
-    if (step := _named_step(path)) >= 0:
-        return step
-    try:
-        return step_of(path)
-    except CheckpointError:
-        return sys.maxsize
-
-
-def step_of(path: Path) -> int:
-    """The optimizer step at which a checkpoint was written."""
-    return read_contents(path).get("global_step", 0)
-
-
-def saved_at(path: Path) -> tuple[float, int]:
-    """When a checkpoint was written, as it says itself, and its step; zeros where it cannot be read."""
-    try:
-        contents = read_contents(path)
-    except CheckpointError:
-        return 0.0, 0
-    written = contents[MARK].get("saved")
-    return min(written if isinstance(written, float) else path.stat().st_mtime, time.time()), contents.get(
-        "global_step", 0
-    )
+@torch.no_grad()
+def _is_finite(trainer: L.Trainer) -> bool:
+    """Whether the norm of each trained weight is a number, on all ranks: squares that overflow do so in a model, too."""
+    weights = [local(p) for p in trainer.lightning_module.parameters() if p.requires_grad and p.is_floating_point()]
+    norms = torch._foreach_norm(weights, 2, torch.float32) if weights else []
+    finite = all(bool(torch.isfinite(norm)) for norm in norms)
+    return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite, all=True)
 
 
 def rows_per_batch(trainer: L.Trainer) -> int:
@@ -200,28 +195,6 @@ def _set_progress(loop: dict, rows: int) -> None:
     if "rows" in loader:  # a stream has no epochs
         moved = loader["rows"] // rows - batches["current"]["ready"]
         batches["current"] = {name: count + moved for name, count in batches["current"].items()}
-
-
-def _link(path: Path, link: Path) -> None:
-    """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
-    temporary = link.with_name(f".{link.name}.tmp{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        if path.is_dir():
-            temporary.symlink_to(path.name)
-        else:
-            os.link(path, temporary)
-    except OSError:
-        temporary.write_bytes(path.read_bytes())
-    os.replace(temporary, link)
-
-
-def _forget(path: Path) -> None:
-    if path.is_dir():
-        (path / CONTENTS).unlink(missing_ok=True)  # half a folder is no checkpoint
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _rng_state() -> dict[str, object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from genai_pl.files import write_atomic
+from genai_pl.files import naming, write_atomic
 
 
 class MetricsCSV(Logger):
@@ -53,7 +53,7 @@ class MetricsCSV(Logger):
         if new or merged or not self.path.exists():
             self._rewrite()
         else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def log_hyperparams(self, *_: object, **__: object) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from genai_pl.data.store import keep_encoded
 from genai_pl.data.tokenizer import end_token, fingerprint, without_limits
 from genai_pl.errors import DataError
 
@@ -58,17 +58,8 @@ def tokenize(
     `content` names what the documents say: the cache is found again by it, the tokenizer and these options.
     """
     end = [end_token(tokenizer)] if end_of_text and end_token(tokenizer) is not None else []
-    name = hashlib.blake2b(f"3/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
-    return documents.map(
-        encode_batch,
-        batched=True,
-        batch_size=256,
-        fn_kwargs={"tokenizer": tokenizer, "end": end},
-        remove_columns=documents.column_names,
-        new_fingerprint=name,
-        cache_file_name=str(cache_folder() / f"tokens-{name}.arrow"),
-        desc="tokenizing",
-    )
+    name = hashlib.blake2b(f"4/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
+    return keep_encoded("tokens", name, documents, encode_batch, batch_size=256, tokenizer=tokenizer, end=end)
 
 
 def encode_batch(
@@ -121,12 +112,3 @@ def find_cut(text: str, first: int, encode: Encoder | None) -> int | None:
         if encode(before + after) == encode(before) + encode(after):
             return cut
     return None
-
-
-def cache_folder() -> Path:
-    """Where token tables are kept: beside the tables of `datasets`."""
-    from datasets import config
-
-    folder = Path(config.HF_DATASETS_CACHE) / "genai_pl"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -3,19 +3,24 @@
 import glob
 import hashlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from genai_pl import sealed
 from genai_pl.data import records
 from genai_pl.data.columns import Place, spread, text_of
 from genai_pl.data.records import BUILDERS, Records, first_line
-from genai_pl.data.store import FORMAT, keep, say_empty
-from genai_pl.errors import DataError
+from genai_pl.data.store import FORMAT, Cells, keep, say_empty
+from genai_pl.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -25,12 +30,18 @@ log = logging.getLogger(__name__)
 CORPUS = Path(__file__).parent / "corpus"
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """A place that documents are read from: local files of one kind, or a name on the hub."""
 
     name: str
     files: tuple[Path, ...] = ()
     split: str = "train"
+
+    @cached_property
+    def content(self) -> str:
+        """`content_hash` when it was first asked for: whatever is made of this source has one name."""
+        return content_hash(self)
 
     @property
     def is_text(self) -> bool:
@@ -94,14 +105,22 @@ def read(source: Source, column: str, *, streaming: bool = False) -> "Dataset | 
     cells = (
         (place, [text_of(row.get(column), place._replace(column=column))]) for place, row in rows(source, [column])
     )
-    table = keep(content_name(source, column), {"text": "text"}, cells)
+    table = keep(content_name(source, column), {"text": "text"}, steady(source, cells))
     return _with_texts(source, table)
 
 
 def content_name(source: Source, *options: object) -> str:
     """A name for what is read from a source under the options."""
-    parts = f"{FORMAT}/{content_hash(source)}/{options}"
+    parts = f"{FORMAT}/{source.content}/{options}"
     return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+
+
+def steady(source: Source, cells: Cells) -> Cells:
+    """The cells; at their end a DataError if the files are not those any more that the source is named after."""
+    before = source.content
+    yield from cells
+    if content_hash(source) != before:
+        raise DataError(f"data.path={source.name}: it has changed while it was read; start again")
 
 
 def _texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
@@ -169,11 +188,17 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
     show_progress()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised too
     try:
-        return load_dataset(source.name, split=source.split, streaming=streaming)
+        table = load_dataset(source.name, split=source.split, streaming=streaming)
     except DatasetGenerationError as error:
         raise DataError(f"{source.name}: cannot be read ({first_line(error.__cause__ or error)})") from None
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.path={source.name}: {first_line(error)}") from None
+    if not streaming and table.split in (splits := table.info.splits or {}):
+        expected = splits[table.split].num_examples
+        if len(table) != expected:  # datasets reads what is left of a file that was cut
+            where = table.cache_files[0]["filename"] if table.cache_files else "the cache"
+            raise DataError(f"{source.name}: {len(table)} of {expected} rows in {where}: damaged; remove its folder")
+    return table
 
 
 def check_columns(source: Source, found: Sequence[str], wanted: dict[str, str]) -> None:
@@ -190,8 +215,13 @@ def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "t
     """All rows but a drawn fraction, and that."""
     if len(table) < 2:
         raise DataError(f"data.path={path}: one row cannot be split; set data.val_path")
-    parts = table.train_test_split(fraction, seed=seed)
-    return parts["train"], parts["test"]
+    n_held = math.ceil(fraction * len(table))
+    if n_held == len(table):
+        raise DataError(f"data.path={path}: data.val_fraction={fraction} of {len(table)} rows leaves none to train on")
+    # as train_test_split does, which would keep the drawn numbers in a file that it reads again without a check
+    drawn = np.random.default_rng(seed).permutation(len(table))
+    held, rest = (table.select(part, keep_in_memory=True) for part in (drawn[:n_held], drawn[n_held:]))
+    return rest, held
 
 
 def show_progress() -> None:
@@ -204,16 +234,12 @@ def show_progress() -> None:
         disable_progress_bars()
 
 
-@lru_cache
-def _file_hash(path: Path, changed: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
-
-
 def content_hash(source: Source) -> str:
-    """A name for what the source says: the bytes of its files, or its hub name."""
+    """A name for what the source says now: the bytes of its files, or its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
-        status = path.stat()
-        digest.update(_file_hash(path, status.st_ctime_ns, status.st_size) + path.suffix.encode() + b"\0")
+        try:
+            digest.update(sealed.digest_again(path) + path.suffix.encode() + b"\0")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
     return digest.hexdigest()

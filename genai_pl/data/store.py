@@ -1,23 +1,23 @@
-"""Tables on disk that rows are written to once: found again by a name that says what they hold, and mapped into memory."""
+"""Tables on disk that rows are written to once: found again by a name that says what they hold, checked against damage,
+and mapped into memory."""
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genai_pl import sealed
 from genai_pl.data.columns import Place, refuse
-from genai_pl.data.documents import cache_folder
 from genai_pl.errors import DataError
-from genai_pl.files import write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4  # of what is read from files: raise it when the same file gives other rows
+FORMAT = 5  # of what is read from files: raise it when the same file gives other rows
 ROWS, CHARACTERS = 1000, 1 << 26  # of a batch at most
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
 EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
@@ -27,13 +27,53 @@ Cells = Iterable[tuple[Place, Sequence[object]]]
 
 def keep(name: str, kinds: Mapping[str, str], cells: Cells) -> "Dataset":
     """The table called `name`, with columns of these kinds; it is written from the cells of its rows if it is not there."""
+    return mapped(f"table-{name}", partial(_write, kinds=kinds, cells=cells), fingerprint=name)
+
+
+def keep_encoded(
+    kind: str,
+    name: str,
+    table: "Dataset",
+    encode: Callable[..., dict[str, list]],
+    *,
+    batch_size: int,
+    **options: object,
+) -> "Dataset":
+    """What `encode` makes of batches of the table, under a `name` of all that it depends on; written if it is not there."""
+    if not len(table):
+        return table
+    write = partial(_write_encoded, table=table, encode=partial(encode, **options), batch_size=batch_size)
+    return mapped(f"{kind}-{name}", write, fingerprint=name)
+
+
+def mapped(name: str, write: Callable[[Path], object], *, fingerprint: str) -> "Dataset":
+    """The table in a file of the cache, which `write` makes if it is not there, or damaged."""
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
-    path = cache_folder() / f"table-{name}.arrow"
-    if not path.is_file():
-        write_atomic(path, partial(_write, kinds=kinds, cells=cells))
-    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=name)
+    path = cache_folder() / f"{name}.arrow"
+    sealed.build(path, write)
+    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: beside those of `datasets`."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "genai_pl"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dict[str, list]], batch_size: int) -> None:
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.utils import tqdm  # as datasets' own bars: on a terminal only
+
+    with ArrowWriter(path=str(path)) as writer, tqdm(total=len(table), unit=" rows", desc="tokenizing") as bar:
+        for batch in table.iter(batch_size):
+            writer.write_batch(encode(batch))
+            bar.update(min(batch_size, len(table) - bar.n))
+        writer.finalize()
 
 
 def _write(path: Path, *, kinds: Mapping[str, str], cells: Cells) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,10 +12,9 @@ from torch.utils.data import Dataset
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, text_of
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.documents import cache_folder
 from genai_pl.data.loader import Collate
 from genai_pl.data.records import Records, Row
-from genai_pl.data.store import dumps, keep, say_empty
+from genai_pl.data.store import dumps, keep, keep_encoded, say_empty
 from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import ConfigError, DataError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 4  # of encoded rows: raise it when an encoder gives other ones
+FORMAT = 5  # of encoded rows: raise it when an encoder gives other ones
 Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
@@ -60,7 +60,7 @@ class TableDataModule(RowsDataModule):
         roles = self.roles(source, columns)
         kinds = {role: self.kinds.get(role, "text") for role in self.stored(roles)}
         name = sources.content_name(source, type(self).__name__, roles, kinds)
-        table = keep(name, {**kinds, "row": "row"}, self._cells(source, roles, kinds))
+        table = keep(name, {**kinds, "row": "row"}, sources.steady(source, self._cells(source, roles, kinds)))
         if not len(table):
             raise DataError(f"{source.name}: no rows")
         say_empty(table, kinds, source.name)
@@ -118,15 +118,8 @@ class TableDataModule(RowsDataModule):
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         source = self.source_of(table)
         parsed = [role for role in roles if self.kinds.get(role) == "json"]
-        return chosen.map(
-            _encoded,
-            batched=True,
-            fn_kwargs={"encode": encode, "parsed": parsed, "source": source, "tokenizer": self.tokenizer, **options},
-            remove_columns=chosen.column_names,
-            new_fingerprint=name,
-            cache_file_name=str(cache_folder() / f"rows-{name}.arrow"),
-            desc="tokenizing",
-        )
+        fixed = {"encode": encode, "parsed": parsed, "source": source, "tokenizer": self.tokenizer}
+        return keep_encoded("rows", name, chosen, partial(_encoded, **fixed, **options), batch_size=1000)
 
     def source_of(self, table: "Table") -> sources.Source:
         """Where the rows of a table come from."""

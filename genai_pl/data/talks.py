@@ -80,7 +80,11 @@ class TalksDataModule(TableDataModule):
 
     def encoding(self, table: "Table", *roles: str) -> list[str]:
         """The roles with that of the tools, where any row has some."""
-        return [*roles, TOOLS] if any(cell != "[]" for cell in table.unique(TOOLS)) else list(roles)
+        import pyarrow.compute as pc
+
+        # not `unique`, for which datasets writes the chosen rows to a file that it reads again without a check
+        cells = table.select_columns([TOOLS]).with_format("arrow")[:][TOOLS]
+        return [*roles, TOOLS] if pc.any(pc.not_equal(cells, "[]")).as_py() else list(roles)
 
     def text(self, given: Given) -> str:
         """A prompt as text, conversations rendered."""

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.files import naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -143,7 +144,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
     The class is the one that builds nothing of its own; what other classes have for defaults is written out.
     """
-    without_limits(tokenizer).save_pretrained(folder)
+    with naming(folder):
+        without_limits(tokenizer).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     values = {name: value for name, value in saved.items() if name not in PASSING}

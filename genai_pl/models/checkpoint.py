@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from genai_pl.errors import DISK_FULL, CheckpointError, TrainingError
+from genai_pl.errors import CheckpointError, TrainingError, reason_of
 from genai_pl.files import CONTENTS, write_atomic
 
 RESUMED = ("global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers")  # what a run goes on with
@@ -51,7 +51,7 @@ def read_contents(path: Path) -> dict:
 
 
 def write_checkpoint(contents: dict, path: Path) -> None:
-    """Save under a temporary name, flush, rename; TrainingError when the disk is full."""
+    """Save under a temporary name, flush, rename; TrainingError where the disk refuses it."""
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -60,9 +60,7 @@ def write_checkpoint(contents: dict, path: Path) -> None:
     try:
         write_atomic(path, save)
     except (OSError, RuntimeError) as error:
-        causes = [error, error.__context__]  # torch's zip writer hides the system's error behind its own
-        full = any(isinstance(e, OSError) and e.errno in DISK_FULL for e in causes)
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        reason = reason_of(error) if isinstance(error, OSError) else str(error).splitlines()[0]
         raise TrainingError(f"{path}: the checkpoint could not be written, {reason}") from error
 
 

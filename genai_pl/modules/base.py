@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from genai_pl.errors import TrainingError
+from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
 from genai_pl.names import Head
@@ -45,9 +45,7 @@ class BaseModule(L.LightningModule, ABC):
     head: Head | None = None  # what it trains instead of the language-model head
     embeds = False  # whether it trains vectors of texts
     reference: Reference | None = None  # what the model is measured against
-    columns: tuple[Column, ...] = (
-        Column("train/loss", "loss", "{:8.4f}"),
-    )  # what the objective is about, in the table
+    columns = (Column("train/loss", "loss", "{:8.4f}"),)  # what the objective is about, in the table
     loss_falls = True  # whether a loss far above its best says that the run diverges
 
     def __init__(
@@ -161,7 +159,7 @@ class BaseModule(L.LightningModule, ABC):
             self._count_skipped(scaler)
         elif not torch.isfinite(self.grad_norm + loss):
             what = "gradient" if torch.isfinite(loss) else "loss"
-            raise TrainingError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
+            raise LossError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
         if gradient_clip_val:
             scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(grad) for group in groups for grad in group], scale)
@@ -210,7 +208,10 @@ class BaseModule(L.LightningModule, ABC):
         sums = {name: self._over_ranks(value) for name, value in self.val_sums.items()}
         self.val_sums = {}
         self.validated_at = self.trainer.global_step
-        metrics = self.summarize(sums, sums.pop("targets")) | self.held_metrics()
+        targets = sums.pop("targets")
+        if targets > 0 and not torch.isfinite(sums.get("loss", targets)):
+            raise LossError(f"the validation loss is not finite after step {self.trainer.global_step}")
+        metrics = self.summarize(sums, targets) | self.held_metrics()
         step = torch.tensor(
             float(self.trainer.global_step)
         )  # else Lightning counts the last step of a fit as not yet done

@@ -1,6 +1,7 @@
 """What a reference model says about the rows of a data set, asked once and kept on disk by what it is of."""
 
 import hashlib
+import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genai_pl.files import write_atomic
+from genai_pl import sealed
 from genai_pl.optim.sharding import gathered
 from genai_pl.peft import base_tensors
 
@@ -85,15 +86,18 @@ def row_key(row: Row) -> bytes:
 
 
 def read(file: Path) -> Kept:
-    """What the file holds; nothing if it is not there."""
+    """What the file holds; nothing if it is not there, or damaged."""
     if not file.exists():
         return {}
-    with np.load(file) as found:
+    if why := sealed.damage(file):
+        log.warning("cache       %s was damaged (%s): the reference is asked again", file, why)
+        return {}
+    with np.load(io.BytesIO(sealed.read_sealed(file))) as found:
         return {key.tobytes(): value for key, value in zip(found["keys"], found["values"], strict=True)}
 
 
 def write(file: Path, known: Kept) -> None:
-    """Write the file whole, or not at all."""
+    """Write the file whole, or not at all, with a seal that `read` checks."""
     keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in known])  # (n, 32)
     values = np.stack(list(known.values()))
 
@@ -101,7 +105,7 @@ def write(file: Path, known: Kept) -> None:
         with path.open("wb") as opened:
             np.savez(opened, keys=keys, values=values)
 
-    write_atomic(file, save)
+    sealed.write_sealed(file, save)
 
 
 def _length(row: Row) -> int:

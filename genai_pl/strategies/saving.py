@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from genai_pl.errors import DISK_FULL, TrainingError
+from genai_pl.errors import TrainingError, reason_of, system_error
 from genai_pl.files import CONTENTS, put_in_place, start_writing
 from genai_pl.models.pieces import split
 
@@ -68,6 +68,6 @@ class PieceSaver:
 
     def _explained(self, error: CheckpointException) -> TrainingError:
         causes = [cause for cause, _ in error.failures.values()]
-        full = any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in causes)
-        reason = "the disk is full" if full else str(causes[0]).splitlines()[0]
+        refused = next(filter(None, map(system_error, causes)), None)
+        reason = reason_of(refused) if refused else str(causes[0]).splitlines()[0]
         return TrainingError(f"{self._path}: the checkpoint could not be written, {reason}")

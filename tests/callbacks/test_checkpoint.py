@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.callbacks.checkpoint import _rng_state, _set_rng, newest_checkpoints
+from genai_pl.callbacks import newest_checkpoints
+from genai_pl.callbacks.checkpoint import _rng_state, _set_rng
 from genai_pl.errors import CheckpointError, TrainingError
 from genai_pl.models.checkpoint import read_checkpoint, write_checkpoint
 

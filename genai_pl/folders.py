@@ -1,0 +1,99 @@
+"""Folders of runs that have not started yet: a name is taken at once, and nothing is left of it where no run came of it."""
+
+import os
+import shutil
+from itertools import count
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}  # set in all processes that a launcher starts
+SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
+
+_made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
+_early: list[Path] = []  # what it writes before the run has started
+
+
+def unused_folder(path: str) -> str:
+    """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
+    if RANKS & os.environ.keys():  # all processes of a run that torchrun or Slurm has started must find the same
+        return path
+    for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
+        missing = _missing(Path(name))
+        try:
+            Path(name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            break  # Hydra cannot make it either, and says so
+        _made.extend(missing)
+        return name
+    return path
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes the run folder."""
+    return all(os.environ.get(name, "0") == "0" for name in (*RANKS, "NODE_RANK"))
+
+
+def write_early(path: Path) -> None:
+    """Say that `path` is about to be written before the run has started; it goes if the run never does."""
+    if is_first_process() and not path.exists():
+        _made.extend(_missing(path.parent))
+        _early.append(path.absolute())
+
+
+def started() -> None:
+    """Say that the run has started: what was written stays."""
+    _early.clear()
+
+
+def give_back() -> None:
+    """Remove what was written for a run that has not started, and the folders of this command that are empty."""
+    for path in _early:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(set(_made), key=lambda path: -len(path.parts)):
+        _remove_empty(path)
+    _early.clear()
+    _made.clear()
+
+
+def give_back_job(folder: Path) -> None:
+    """Remove the folder of a job of a sweep that has not started."""
+    for path in [*_early]:
+        shutil.rmtree(path, ignore_errors=True)
+    _early.clear()
+    _remove_empty(folder)
+
+
+def _missing(path: Path) -> list[Path]:
+    path = path.absolute()
+    return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        if os.listdir(folder) == [SWEEP]:
+            (folder / SWEEP).unlink()  # of a sweep without a job
+        folder.rmdir()
+    except OSError:
+        pass  # something lies in it, or somebody else was faster
+
+
+class HydraFolders(Callback):
+    """Remembers which folders Hydra makes, before it does."""
+
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        _expect(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        _expect(config, "hydra.sweep.dir")
+
+
+def _expect(config: DictConfig, key: str) -> None:
+    try:
+        _made.extend(_missing(Path(OmegaConf.select(config, key))))
+    except OmegaConfBaseException:
+        return  # known to Hydra alone, which reads it later
