@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -66,15 +66,19 @@ def command(
     `prepare` may rewrite the command line before Hydra reads it; `own_signals`: the command answers signals itself.
     """
 
+    def answered() -> AbstractContextManager[None]:
+        return nullcontext() if own_signals else signals.taken()
+
     def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> float | None:
-            status, value = _guarded(main, config)
+            with answered():  # a launcher of Hydra may call it in a process of its own
+                status, value = _guarded(main, config)
             if status and not (searches() and value is not None):
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
             return value
 
         def run() -> None:
-            with nullcontext() if own_signals else signals.taken():
+            with answered():
                 start()
 
         def start() -> None:
