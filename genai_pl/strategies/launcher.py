@@ -153,6 +153,8 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
         if own:
             own.is_over = True
     except BaseException as error:
+        if MARK in os.environ and isinstance(error, signals.Stopped):
+            signals.end_process("", error.code)  # before its connections end: the first process sees why
         if MARK in os.environ and isinstance(error, Exception):
             time.sleep(GRACE / 2)  # the first process tells what all of them met
         if own:
