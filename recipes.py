@@ -3,6 +3,8 @@
 import sys
 
 from genai_pl.recipes.command import main
+from genai_pl.signals import taken
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with taken():
+        sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import hydra
@@ -56,9 +56,12 @@ def command(
     """
     record = recording if records else nullcontext
 
+    def answered() -> AbstractContextManager[None]:
+        return nullcontext() if own_signals else signals.taken()
+
     def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> float | None:
-            with record():
+            with answered(), record():  # a launcher of Hydra may call it in a process of its own
                 status, value = _guarded(main, config)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 give_back_job(Path(HydraConfig.get().runtime.output_dir))
@@ -67,7 +70,7 @@ def command(
             return value
 
         def run() -> None:
-            with nullcontext() if own_signals else signals.taken():
+            with answered():
                 start()
 
         def start() -> None:
@@ -78,11 +81,11 @@ def command(
             hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
                 with record():
-                    answered(hydrated)
+                    call(hydrated)
             finally:
                 give_back()
 
-        def answered(hydrated: Callable[[], None]) -> None:
+        def call(hydrated: Callable[[], None]) -> None:
             try:
                 import_plugins(named=names_code(sys.argv[1:]))
                 sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]

@@ -52,23 +52,27 @@ class Watch:
     `waits` says whether a signal lets the run save itself first, within `period` seconds; `describe` what it has saved.
     """
 
+    period = GRACE_PERIOD  # of the process, and of those that it forks
+
     def __init__(self) -> None:
         self.signum: int | None = None  # the first signal received
-        self.waits, self.period = False, GRACE_PERIOD
+        self.waits = False
         self.describe: Callable[[], str] = str
         self._deadline = math.inf
         self._handled: list[int] = []  # signals that the main thread has seen
         self._noted: list[int] = []  # signals that the thread has seen
         self._before: dict[int, object] = {}
+        self._fd_before = -1
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._keep_time, name="signals", daemon=True)
 
     def start(self) -> None:
         """Install the handlers; the interpreter writes the number of each signal to a socket, whatever the main thread does."""
-        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {signum: signal.signal(signum, self._record) for signum in SIGNALS}
         self._thread.start()
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for signum in SIGNALS:
+            self._before[signum] = signal.signal(signum, self._record)
 
     def restore(self) -> None:
         """Put back the handlers that were there before, where they are still ours."""
@@ -118,8 +122,8 @@ class Watch:
             say(f"{name}: the run is saved and ends, within {self.period:g} s (trainer.grace_period){again}")
 
 
-_watches: list[Watch] = []  # of this process, the last counts
-_at_end: list[Callable[[], None]] = []
+_watches: list[Watch] = []  # of this process: one or none
+AT_END: list[Callable[[], None]] = []  # what `end_process` does first
 _ending = threading.Lock()
 
 
@@ -127,15 +131,15 @@ _ending = threading.Lock()
 def taken() -> Iterator[None]:
     """Answer signals inside: a command that they end says so in one line and leaves by Stopped.
 
-    Does nothing outside of the main thread, where Python takes no handlers.
+    Does nothing where they are answered already, and outside of the main thread, where Python takes no handlers.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _watches or threading.current_thread() is not threading.main_thread():
         yield
         return
     watch = Watch()
-    watch.start()
     _watches.append(watch)
     try:
+        watch.start()
         yield
     except Stopped as stop:
         say(last_line(stop.signum))
@@ -155,10 +159,10 @@ def end_at_once(told: str, *, grace_period: float) -> None:
 
     Stopped if there was one already, by which a sweep ends before its next job.
     """
-    seconds = _checked(grace_period)
+    Watch.period = _checked(grace_period)
     if _watches:
         watch = _watches[-1]
-        watch.waits, watch.describe, watch.period = False, lambda: told, seconds
+        watch.waits, watch.describe = False, lambda: told
         if watch.signum is not None:
             raise Stopped(watch.signum)
 
@@ -184,7 +188,7 @@ def save_first(describe: Callable[[], str]) -> None:
 
 def grace_period() -> float:
     """Seconds in which this process must have ended when something asks it to."""
-    return _watches[-1].period if _watches else GRACE_PERIOD
+    return Watch.period
 
 
 def last_line(signum: int) -> str:
@@ -193,42 +197,32 @@ def last_line(signum: int) -> str:
     return f"stopped     by {signal.Signals(signum).name}" + (f": {told}" if told else "")
 
 
-def at_end(action: Callable[[], None]) -> None:
-    """Have `end_process` call `action` first."""
-    _at_end.append(action)
-
-
-def forget(action: Callable[[], None]) -> None:
-    """Undo `at_end`."""
-    if action in _at_end:
-        _at_end.remove(action)
-
-
 def end_process(line: str, status: int) -> NoReturn:
     """End this process from any thread, whatever the others do: nothing half-written is left, and one line says why."""
     _ending.acquire()  # never released: only one thread ends it
-    for action in [*_at_end, remove_unfinished]:
-        with suppress(Exception):
-            action()
-    if line:
-        say(line)
-    with suppress(Exception):
-        sys.stdout.flush()
+    for action in [*AT_END, remove_unfinished]:
+        _try(action)
+    say(line)
+    _try(sys.stdout.flush)
     os._exit(status)
 
 
 def say(line: str) -> None:
-    """Write a line to stderr for all processes of a run: past locks that the main thread may hold, and past a full pipe."""
-    if any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES):
-        return
+    """Write a line to stderr for all processes of a run."""
+    if line and all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
+        _try(lambda: os.write(2, f"{line}\n".encode()))
 
-    def write() -> None:
-        with suppress(OSError):
-            os.write(2, f"{line}\n".encode())
 
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    writer.join(timeout=1.0)
+def _try(action: Callable[[], object]) -> None:
+    """Do what may fail, or wait for ever: for a lock that the main thread holds, a full pipe, a disk that is gone."""
+
+    def act() -> None:
+        with suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(timeout=1.0)
 
 
 def outlive_signals(worker: int) -> None:
@@ -243,8 +237,8 @@ def outlive_signals(worker: int) -> None:
 
 def _forget_in_child() -> None:
     """Processes that are forked end by signals as ever, and do not wake the thread of their parent."""
-    for watch in reversed(_watches):
-        watch.restore()
+    while _watches:
+        _watches.pop().restore()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

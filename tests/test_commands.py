@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], unint
     assert table(run) == uninterrupted(*options)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_exports_and_the_run_can_go_on(signum: int, status: int, uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, *LONG, f"hydra.run.dir={run}")

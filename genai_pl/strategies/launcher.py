@@ -46,7 +46,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         if "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.num_processes))
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        signals.at_end(self._kill)
+        signals.AT_END.append(self._kill)
         for rank in range(1, self.num_processes):
             variables = {**os.environ, "LOCAL_RANK": str(rank), MARK: str(os.getpid())}
             self.procs.append(subprocess.Popen(self.command, env=variables))
@@ -73,8 +73,8 @@ class RankLauncher(_SubprocessScriptLauncher):
         if self._has_started:  # a run of one process has set them too
             for name in VARIABLES:
                 os.environ.pop(name, None)
+            signals.AT_END.remove(self._kill)
         self.procs.clear()
-        signals.forget(self._kill)
 
     def _watch(self) -> None:
         """End this process, and with it all others, when one that it started has failed, or is stopped for too long."""
@@ -153,6 +153,8 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
         if own:
             own.is_over = True
     except BaseException as error:
+        if MARK in os.environ and isinstance(error, signals.Stopped):
+            signals.end_process("", error.code)  # before its connections end: the first process sees why
         if MARK in os.environ and isinstance(error, Exception):
             time.sleep(GRACE / 2)  # the first process tells what all of them met
         if own:
@@ -160,7 +162,8 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
                 own.explain()
             own.close(failed=True)
         signum = signals.received()
-        if signum is not None and isinstance(error, RuntimeError) and trainer.world_size > 1:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if signum is not None and isinstance(error, RuntimeError) and not memory and trainer.world_size > 1:
             raise signals.Stopped(signum) from None  # another one has ended by it, and no longer answers
         raise
     if dist.is_initialized():
