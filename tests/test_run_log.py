@@ -46,7 +46,7 @@ def test_warnings_and_the_error_that_ends_a_run_are_in_its_log(command, monkeypa
     assert result.status == 1
     lines = LOG.read_text().splitlines()
     assert "file.py:3: UserWarning: something odd" in lines
-    assert lines[-1].startswith("error: the weights")
+    assert lines[-1].startswith("error: the loss is not finite at step 2")
     assert {*lines} == {*result.out.splitlines(), *result.err.splitlines()}
 
 
