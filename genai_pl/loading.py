@@ -1,7 +1,7 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -215,11 +215,13 @@ def _base_of(folder: Path) -> str:
     return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
-def _shell(stored: dict, names: Iterable[str], attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
+def _shell(
+    stored: dict, weights: Mapping[str, torch.Tensor], attention: AttentionBackend, dropout: float
+) -> Model | WrappedDecoder:
     """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""
     if "wrapped" in stored:
-        return build_wrapped(stored["wrapped"], attention=attention)
+        return build_wrapped(stored["wrapped"], weights, attention=attention)
     config = replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout)
-    check_blocks(config, names)
+    check_blocks(config, weights)
     with torch.device("meta"):
         return build_model(config)
