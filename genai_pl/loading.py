@@ -1,7 +1,7 @@
 """One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -175,13 +175,13 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         defaults = WritingDefaults(**ours.get("defaults", {}))
         peft.tie_weights(model)
         tokenizer = from_files(ours["tokenizer"])
+        if isinstance(model, WrappedDecoder) and base is None:
+            check(model, str(path))
+        return _finished(model, tokenizer, path, defaults)
     except KeyError as error:
         raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known") from None
     except (ConfigError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
-    if isinstance(model, WrappedDecoder) and base is None:
-        check(model, str(path))
-    return _finished(model, tokenizer, path, defaults)
+        raise CheckpointError(f"{path}: refused, {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
@@ -215,11 +215,13 @@ def _base_of(folder: Path) -> str:
     return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
-def _shell(stored: dict, names: Iterable[str], attention: AttentionBackend, dropout: float) -> Model | WrappedDecoder:
+def _shell(
+    stored: dict, weights: Mapping[str, torch.Tensor], attention: AttentionBackend, dropout: float
+) -> Model | WrappedDecoder:
     """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""
     if "wrapped" in stored:
-        return build_wrapped(stored["wrapped"], attention=attention)
+        return build_wrapped(stored["wrapped"], weights, attention=attention)
     config = replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout)
-    check_blocks(config, names)
+    check_blocks(config, weights)
     with torch.device("meta"):
         return build_model(config)

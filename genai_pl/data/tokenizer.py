@@ -132,6 +132,10 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CheckpointError(f"{name}: its tokenizer has no tokenizer.json; convert it with transformers first")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"{name}: its tokenizer's model_max_length is {tokenizer.model_max_length!r:.40}, no number"
+        )
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     for template in templates:
         if PurePosixPath(template).name != template:

@@ -1,5 +1,6 @@
 """Any causal language model of transformers, with our attention in it and the interface of our decoder around it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from genai_pl.errors import CheckpointError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels import positions_from_segments
 from genai_pl.models.virtual import Front, VirtualTokens, front_of
 from genai_pl.models.wrapped_attention import NAME, Packing, register
 from genai_pl.models.wrapped_cache import WrappedCache
 from genai_pl.models.wrapped_check import check, refusal
+from genai_pl.models.wrapped_sizes import check_counts, check_sizes
 from genai_pl.names import AttentionBackend, AttentionKind, Head, Shape
 
 if TYPE_CHECKING:
@@ -174,12 +176,30 @@ def load_wrapped(
     return check(model, name)
 
 
-def build_wrapped(values: dict[str, object], *, attention: AttentionBackend = AttentionBackend.auto) -> WrappedDecoder:
-    """The same from a configuration as `WrappedConfig.to_dict` stores it, with weights still to be loaded."""
+def build_wrapped(
+    values: dict[str, object],
+    stored: Mapping[str, Tensor] | None = None,
+    *,
+    attention: AttentionBackend = AttentionBackend.auto,
+) -> WrappedDecoder:
+    """The same from a configuration as `WrappedConfig.to_dict` stores it, with weights still to be loaded.
+
+    ConfigError where it is no configuration, or asks for more memory than weights that are `stored` with it bear out.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register()
-    config = AutoConfig.for_model(**values)
+    try:
+        config = AutoConfig.for_model(**values)
+        if stored is not None:
+            check_counts(config.to_dict(), len(stored))
+            with torch.device("meta"):
+                check_sizes(AutoModelForCausalLM.from_config(config, attn_implementation=NAME), stored)
+    except ConfigError:
+        raise
+    except Exception as error:  # anybody's code, given anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"its configuration is none that transformers builds ({reason})") from None
     inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=False)
     return WrappedDecoder(inner, attention=attention)
 
