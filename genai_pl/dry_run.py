@@ -26,7 +26,7 @@ from genai_pl.models import Model, ModelConfig, build_model, flops_per_token, n_
 from genai_pl.modules import BaseModule
 from genai_pl.names import Head
 from genai_pl.planned import Work, find_layout, find_machine, planned_config, planned_steps, planned_work, stored_config
-from genai_pl.start import adapt, fit_rows
+from genai_pl.start import adapt, fit_rows, say_unused, typed_now
 from genai_pl.summary import describe_model, describe_rollout, describe_step, human
 from genai_pl.targets import named
 
@@ -49,6 +49,7 @@ def dry_run(config: DictConfig) -> int:
         raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    say_unused(config, typed_now(config))
     objective = named(config.objective._target_)
     values = planned_config(config, objective)
     with weightless(torch.float32):

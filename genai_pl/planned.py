@@ -20,11 +20,12 @@ from genai_pl.models.folder import TensorFiles
 from genai_pl.models.hf_config import is_supported, prefix_of, read_config
 from genai_pl.modules import BaseModule
 from genai_pl.modules.kto import KTOModule
-from genai_pl.modules.preference import WITH_REFERENCE, PreferenceModule
+from genai_pl.modules.preference import PreferenceModule
 from genai_pl.modules.rl import RLModule
+from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.references import folder_of, is_hub_id, resolve
-from genai_pl.start import model_config
+from genai_pl.start import check_loaded, model_config, typed_now
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConf
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
         values, tokenizer = stored_config(config.init_from, option="init_from")
+        check_loaded(config, values, tokenizer, typed_now(config))
         add_missing(tokenizer, objective.needs)
         values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
         return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))

@@ -38,7 +38,7 @@ from genai_pl.report import announce
 from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, write_settings
-from genai_pl.start import adapt, fit_rows, keep_base, start
+from genai_pl.start import adapt, check_loaded, fit_rows, keep_base, say_unused, start, typed_now
 from genai_pl.strategies import float8, launched
 from genai_pl.sweeps import Outcome, finished
 from genai_pl.targets import make, named
@@ -124,6 +124,8 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     check_made(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    typed = typed_now(config)
+    say_unused(config, typed)
     data = make(config.data, seed=config.seed)
     objective = named(config.objective._target_)
     if data.kind != objective.data_kind:
@@ -131,6 +133,8 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
     begun = start(config, data, objective)
     model, tokenizer = begun.model, begun.tokenizer
+    if config.init_from or "name" in config.model:
+        check_loaded(config, model.config, tokenizer, typed)
     if objective.head is not None:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import token_bytes
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import DISK_FULL, ConfigError, DataError
@@ -37,6 +38,7 @@ from genai_pl.files import write_atomic
 from genai_pl.loading import Loaded, load
 from genai_pl.names import Head
 from genai_pl.peft import adapters_of, merge
+from genai_pl.unused import EVALUATE, NO_BOS, refuse_unused
 
 
 def evaluate(config: DictConfig) -> int:
@@ -66,6 +68,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out and Path(config.out).is_dir():
         raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
+    refuse_unused(config, given_overrides(), EVALUATE)
 
 
 def of_data(config: DictConfig) -> dict[str, float]:
@@ -73,6 +76,8 @@ def of_data(config: DictConfig) -> dict[str, float]:
     options = config.data
     device = choose_device(config.device)
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
+    if kind in (Kind.preferences, Kind.conversations):
+        refuse_unused(config, given_overrides(), [NO_BOS])
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)

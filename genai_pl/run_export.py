@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.data.ends import generation_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import ConfigError
@@ -18,6 +19,7 @@ from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtyp
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
+from genai_pl.unused import EXPORT, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +35,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"quantize={config.quantize} is not null or int8")
     if config.quantize and config.format != "onnx":
         raise ConfigError("quantize=int8 goes with format=onnx")
+    refuse_unused(config, given_overrides(), EXPORT)
     out = Path(config.out)
     if out.exists():
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")

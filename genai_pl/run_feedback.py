@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from genai_pl.config import CONF
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, refuse, view
 from genai_pl.data.messages import Given, given_of, split_answers
@@ -19,6 +20,8 @@ from genai_pl.data.talks import INPUT, prompt_of
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.feedback import Writer, compare, critique, local_writer, remote_writer
+from genai_pl.summary import pasted
+from genai_pl.unused import ADDRESSES, FEEDBACK, refuse_unused
 
 TASKS = {  # what a line holds
     "label": {"row", "prompt", "chosen", "rejected", "margin", "position_bias"},
@@ -59,6 +62,7 @@ def check(config: DictConfig) -> None:
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
+    refuse_unused(config, given_overrides(), FEEDBACK)
 
 
 def asked_of(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Asked:
@@ -95,7 +99,7 @@ def needs_writer(config: DictConfig, columns: list[str]) -> bool:
 def build_writer(config: DictConfig, name: str) -> Writer:
     """A model of ours, or an endpoint that speaks OpenAI's protocol."""
     options = OmegaConf.to_container(config.generation)
-    if name.startswith(("http://", "https://")):
+    if name.startswith(ADDRESSES):
         return remote_writer(name, model=config.judge_model, key_variable=config.key_variable, retries=config.retries)
     return local_writer(name, device=choose_device(config.device), options=options, seed=config.seed)
 
@@ -231,6 +235,5 @@ def report(config: DictConfig, out: Path) -> None:
     if config.task == "label":
         bias = sum(row["position_bias"] for row in rows) / len(rows)
         print(f"bias        the first place is worth {bias:+.3f} of probability; both orders were asked and averaged")
-        print(f"next        python train.py objective=dpo init_from=MODEL data.path={out}")
-    else:
-        print(f"next        python train.py objective=sft init_from=MODEL data.path={out}")
+    given = {"init_from": "MODEL" if config.checkpoint.startswith(ADDRESSES) else config.checkpoint, "data.path": out}
+    print(f"next        python train.py objective={'dpo' if config.task == 'label' else 'sft'} {pasted(given)}")

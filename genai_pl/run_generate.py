@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.devices import DTYPES, choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
@@ -18,6 +19,7 @@ from genai_pl.models import Encoder, join
 from genai_pl.names import Head, Shape
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
+from genai_pl.unused import ENCODER, GENERATE, WRITER, refuse_unused
 
 
 def generate(config: DictConfig) -> int:
@@ -29,6 +31,7 @@ def generate(config: DictConfig) -> int:
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
+    refuse_unused(config, given_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
     loaded.model.to(device)
     if products is None:
         join(loaded.model)
@@ -52,6 +55,7 @@ def check(config: DictConfig) -> None:
             raise ConfigError(f"{name}={config[name]} must be at least 1")
     if config.embed and config.score:
         raise ConfigError("embed=true and score=true: choose one of them")
+    refuse_unused(config, given_overrides(), GENERATE)
 
 
 def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:

@@ -1,12 +1,14 @@
 """The model before its first step, and the tokenizer that it reads by."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from genai_pl.config_errors import given_overrides
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.chat import ensure_template
 from genai_pl.data.datamodule import RowsDataModule
@@ -23,7 +25,10 @@ from genai_pl.models.virtual import VirtualTokens
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
+from genai_pl.resume import TYPED
 from genai_pl.targets import make
+from genai_pl.trust import key_of
+from genai_pl.unused import TRAIN, refuse_other_model, unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,6 +136,45 @@ def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
     if found.vocab_size < n_tokens:
         raise ConfigError(f"model.vocab_size ({found.vocab_size}) is below the tokenizer's {n_tokens} tokens")
     return found
+
+
+def typed_now(config: DictConfig) -> list[str]:
+    """What was typed for this run: not what it goes on with, nor what the first process has handed to the others."""
+    if rank_zero_only.rank:
+        return []
+    now = {key_of(a) for a in TYPED}
+    return [o for o in given_overrides() if not config.resume or key_of(o) in now]
+
+
+def say_unused(config: DictConfig, typed: list[str]) -> None:
+    """A line for each typed option that has no effect; ConfigError for a length beside another one."""
+    both = config.trainer.max_epochs is not None and config.trainer.max_steps not in (None, -1)
+    if given := next((o for o in typed if both and key_of(o) == "trainer.max_steps"), None):
+        epochs = config.trainer.max_epochs
+        raise ConfigError(f"{given}: has no effect beside trainer.max_epochs={epochs}, which counts; set one to null")
+    for line in unused(config, typed, TRAIN):
+        log.info("unused      %s", line)
+
+
+def check_loaded(
+    config: DictConfig, loaded: object, tokenizer: "PreTrainedTokenizerBase", typed: Sequence[str]
+) -> None:
+    """ConfigError for typed options of `model` and `tokenizer` that a loaded model, which brings both, is not like."""
+    source = f"init_from={config.init_from}" if config.init_from else f"model.name={config.model.get('name')}"
+    if any(key_of(a).startswith("model") for a in typed):
+        refuse_other_model(OmegaConf.to_object(config.model), loaded, typed, source=source)
+    given = next((a for a in typed if key_of(a).partition(".")[0] == "tokenizer"), None)
+    if given is not None and not _is_tokenizer(config, tokenizer):
+        raise ConfigError(f"{given}: has no effect: {source} brings a tokenizer of its own; leave it out")
+
+
+def _is_tokenizer(config: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer can be what the group of that name describes, but for tokens that were added since."""
+    known, options = tokenizer.get_vocab(), config.tokenizer
+    if options.kind == "bpe":
+        return options.vocab_size in (tokenizer.vocab_size, len(known))
+    described = byte_tokenizer() if options.kind == "byte" else pretrained_tokenizer(options.name)
+    return described.get_vocab().items() <= known.items()
 
 
 def fit_rows(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, int, str | None]:

@@ -1,9 +1,11 @@
 """Objects that a configuration names: of packages that are known, or of those that the user has named now."""
 
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,25 @@ def make(node: DictConfig, **given: object) -> Any:
     for name in _targets(plain):
         named(name)
     try:
-        return instantiate(node, **given)
+        found = instantiate(node, **given)
+        _check_names(found)
+        return found
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+def _check_names(found: object) -> None:
+    """ConfigError for an option that the function does not take which a partial one will call."""
+    if not isinstance(found, partial):
+        return
+    known = inspect.signature(found.func).parameters
+    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in known.values()) else found.keywords.keys() - known.keys()
+    for option in sorted(unknown):
+        raise ConfigError(
+            f"{option}: {found.func.__module__}.{found.func.__qualname__} has no such option; leave it out"
+        )
 
 
 def named(name: str) -> Any:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 RECENT, LEAST = 5, 3  # losses whose median is a level, and with how few one is taken
 TIMES = 3.0  # losses above so many times the best level are far above it
 NOISES = 4.0  # if they are by so many mean differences between neighbouring steps, too
-EXPLODES = 10.0  # two losses above so many times the first one are enough
+EXPLODES = 10.0  # two losses above so many times the first one, or 1, are enough
 HISTORY, FIRST = 100, 10  # differences that are known, and steps after which those at the best level count
 
 
@@ -22,7 +22,7 @@ class LossWatch:
     The best level is the lowest median of 5 losses. A run has diverged when each of the last 5 is more than 3 times that,
     and 4 mean differences between neighbouring steps as they were at the best level: one hard batch does not count, small
     batches are noisy, and a loss near 0 may triple. In the first 10 steps a difference counts up to the first loss and 1, as
-    what explodes there is no noise. Two losses above 3 times that bound and 10 times the first loss are enough.
+    what explodes there is no noise. Two losses above 3 times that bound and 10 times the first loss, or 10, are enough.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LossWatch:
             self.noise = min(noise, most) if self.n_steps <= FIRST else noise
         far = len(self.recent) == RECENT and min(self.recent) > self.limit()
         explodes = self.n_steps >= LEAST and min(list(self.recent)[-2:]) > max(
-            3 * self.limit(), EXPLODES * abs(self.first)
+            3 * self.limit(), EXPLODES * max(abs(self.first), 1.0)
         )
         before, self.diverged = self.diverged, far or explodes
         return self.diverged and not before

@@ -14,10 +14,9 @@ from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
 from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
 from genai_pl.objectives import preference as losses
+from genai_pl.objectives.preference import WITH_REFERENCE, WITHOUT_REFERENCE
 from genai_pl.objectives.preference_collators import text_labels
 
-WITH_REFERENCE = ("sigmoid", "ipo", "hinge", "robust")
-WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
 # whose mean log-probability per token is learned beside the preference: of prompts and chosen completions, as the
 # authors of ORPO and TRL have it, or of chosen completions
 LIKELIHOODS = {"orpo": "whole", "cpo": "chosen"}

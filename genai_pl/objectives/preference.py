@@ -12,6 +12,9 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.reward import reward_accuracy
 
+WITH_REFERENCE = ("sigmoid", "ipo", "hinge", "robust")
+WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
+
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the logprobs (B, T) where the mask is True, and how many those are: both (B,)."""

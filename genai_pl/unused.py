@@ -1,0 +1,206 @@
+"""Options that have no effect beside other options of their command: rules, and what was typed against them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from genai_pl.errors import ConfigError
+from genai_pl.objectives.preference import WITH_REFERENCE
+
+Holds = Callable[[DictConfig], bool]
+SAMPLES = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
+ADDRESSES = ("http://", "https://")
+SIZES = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
+FREE = {"attention", "dropout", "max_seq_len"}  # fields of `model` that a loaded model takes
+
+
+class Rule(NamedTuple):
+    """Options, or groups of them that end in a dot, that have no effect where a condition holds, and the reason."""
+
+    options: tuple[str, ...]
+    holds: Holds
+    reason: str
+
+
+def _is(option: str, *values: object) -> Holds:
+    """Whether an option is one of the values; an option that is not there is None."""
+
+    def holds(config: DictConfig) -> bool:
+        found: object = config
+        for part in option.split("."):
+            found = found.get(part) if isinstance(found, DictConfig) else None
+        return found in values
+
+    return holds
+
+
+def _not(holds: Holds) -> Holds:
+    return lambda config: not holds(config)
+
+
+def _all(*conditions: Holds) -> Holds:
+    return lambda config: all(holds(config) for holds in conditions)
+
+
+def _objective(*names: str) -> Holds:
+    return lambda config: config.objective._target_.rpartition(".")[2] in names
+
+
+RL, PREFERENCE = _objective("GRPOModule", "PPOModule"), _objective("PreferenceModule")
+TRAIN = (
+    Rule(SAMPLES, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
+    Rule(SAMPLES, RL, "a policy is shown by its rollouts, which objective.temperature and max_new_tokens are for"),
+    Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
+    Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
+    Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
+    Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
+    Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),
+    Rule(("data.val_fraction",), _is("data.streaming", True), "data.val_documents of a stream validate"),
+    Rule(
+        ("objective.target_margin",), _all(PREFERENCE, _not(_is("objective.loss", "simpo"))), "only loss=simpo has it"
+    ),
+    Rule(("objective.nll_coef",), _all(PREFERENCE, _not(_is("objective.loss", "cpo"))), "only loss=cpo has it"),
+    Rule(
+        ("objective.label_smoothing",),
+        _all(PREFERENCE, _not(_is("objective.loss", "sigmoid", "robust"))),
+        "only loss=sigmoid and robust have it",
+    ),
+    Rule(
+        ("objective.precompute_reference",),
+        _all(PREFERENCE, _not(_is("objective.loss", *WITH_REFERENCE))),
+        "this loss has no reference",
+    ),
+    Rule(("objective.reference_cache",), _is("objective.precompute_reference", False), "nothing is precomputed"),
+    Rule(("objective.scale",), _is("objective.advantage", "rloo"), "objective.advantage=rloo divides by nothing"),
+    Rule(
+        ("objective.kl_horizon",),
+        _all(_objective("PPOModule"), _is("objective.kl_target", None)),
+        "objective.kl_target=null: kl_coef stays as it is",
+    ),
+    Rule(("peft.init_text",), _not(_is("peft.init", "text")), "it is of peft.init=text"),
+)
+NO_BEAMS, BEAMS = _is("generation.num_beams", 1), _not(_is("generation.num_beams", 1))
+GREEDY = _is("generation.temperature", 0, 0.0)
+WRITING = ("generation.", "num_samples", "logprobs", "seed", "adapter_weights")
+GENERATE = (
+    Rule((*WRITING, "top_k"), _is("embed", True), "embed=true writes nothing"),
+    Rule((*WRITING, "top_k"), _is("score", True), "score=true writes nothing"),
+    Rule(("pooling",), _is("embed", False), "it is of embed=true"),
+    Rule(("prompt_file",), _not(_is("prompt", None)), "prompt= is what is read"),
+    Rule(("adapter_weights",), _is("adapter", None), "no adapter is given"),
+    Rule(("num_samples",), BEAMS, "beams are counted by generation.num_return"),
+    Rule(
+        ("generation.top_k", "generation.top_p", "generation.min_p", "seed"),
+        GREEDY,
+        "generation.temperature=0 draws nothing",
+    ),
+    Rule(
+        ("generation.length_penalty", "generation.early_stopping", "generation.diversity_penalty"),
+        NO_BEAMS,
+        "generation.num_beams=1: there are no beams",
+    ),
+    Rule(
+        ("generation.diversity_penalty",),
+        _is("generation.num_beam_groups", 1),
+        "generation.num_beam_groups=1: there are no other groups",
+    ),
+    Rule(
+        ("generation.draft_tokens",),
+        _all(_is("generation.draft", None), _is("generation.prompt_lookup", None)),
+        "neither generation.draft nor generation.prompt_lookup proposes tokens",
+    ),
+)
+ENCODER = Rule((*WRITING, "stream"), lambda config: not (config.embed or config.score), "an encoder fills in masks")
+WRITER = Rule(("top_k",), lambda config: not (config.embed or config.score), "it is of masks: give generation.top_k")
+EVALUATE = (
+    Rule(
+        ("data.path", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        _not(_is("tasks", None)),
+        "tasks= bring their own data",
+    ),
+    Rule(("batch_size",), _is("tasks", None), "it is of tasks=; batches of data have batch_tokens"),
+)
+NO_BOS = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
+EXPORT = (
+    Rule(("dtype",), _is("format", "peft"), "format=peft copies the adapter as it is"),
+    Rule(("checkpoint",), _all(_is("format", "peft"), _not(_is("adapter", None))), "adapter= is what is copied"),
+)
+
+
+def _asks(config: DictConfig) -> bool:
+    """Whether an endpoint is asked."""
+    return any(str(name or "").startswith(ADDRESSES) for name in (config.checkpoint, config.judge))
+
+
+def _local(config: DictConfig) -> bool:
+    """Whether a model of ours writes or judges; one that another option stands in for is none."""
+    names = [config.checkpoint] if config.task == "critique" else [config.judge or config.checkpoint, config.checkpoint]
+    return any(not name.startswith(ADDRESSES) for name in names)
+
+
+FEEDBACK = (
+    Rule(
+        ("judge", "rubric", "data.first", "data.second"),
+        _is("task", "critique"),
+        "task=critique: the model of checkpoint= judges itself",
+    ),
+    Rule(("constitution",), _is("task", "label"), "it is of task=critique"),
+    Rule(("judge_model", "key_variable", "retries", "workers"), _not(_asks), "no endpoint is asked"),
+    Rule(("generation.", "seed", "device"), _not(_local), "endpoints write and judge, with settings of their own"),
+)
+
+
+def unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> list[str]:
+    """One line for each typed option (key=value) that has no effect, with the reason."""
+    applied = [rule for rule in rules if rule.holds(config)]
+    found: dict[str, str] = {}
+    for argument in typed:
+        key = argument.partition("=")[0].lstrip("+")
+        for rule in applied:
+            if any(_names(key, option) for option in rule.options):
+                found.setdefault(argument, rule.reason)
+    return [f"{argument}: has no effect: {reason}" for argument, reason in found.items()]
+
+
+def _names(key: str, option: str) -> bool:
+    """Whether a key is the option, or of the group that it names with a dot at its end."""
+    return key == option.removesuffix(".") or (option.endswith(".") and key.startswith(option))
+
+
+def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> None:
+    """ConfigError for the first typed option that has no effect."""
+    for line in unused(config, typed, rules):
+        raise ConfigError(f"{line}; leave it out")
+
+
+def refuse_other_model(
+    asked: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
+) -> None:
+    """ConfigError where a field of `model` that was typed is not that of the model that was loaded.
+
+    asked: the configuration of the group `model`, with what follows from it. source: the option that the model is of.
+    """
+    for argument in typed:
+        key = argument.partition("=")[0].lstrip("+")
+        name = key.removeprefix("model.")
+        if key == "model":
+            differing = [f.name for f in fields(asked) if f.name in SIZES and _differs(asked, loaded, f.name)]
+            if differing:
+                has = ", ".join(f"{n}={_plain(getattr(loaded, n))}" for n in differing[:3])
+                raise ConfigError(f"{argument}: has no effect: {source} is another model ({has}); leave it out")
+        elif key == "model.name":
+            if not source.endswith(argument.partition("=")[2]):
+                raise ConfigError(f"{argument}: has no effect: {source} is what is loaded; leave one of them out")
+        elif key.startswith("model.") and name not in FREE and _differs(asked, loaded, name):
+            has = f"has {name}={_plain(getattr(loaded, name, None))}"
+            raise ConfigError(f"{argument}: has no effect: {source} {has}, and stays as it is; leave it out")
+
+
+def _differs(asked: object, loaded: object, name: str) -> bool:
+    return getattr(asked, name, None) is not None and getattr(asked, name) != getattr(loaded, name, None)
+
+
+def _plain(value: object) -> object:
+    return getattr(value, "value", value)
