@@ -60,6 +60,8 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
         reason = next(
             (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
         )
+        if reason.startswith("Error merging override"):  # what of it does not fit stands in the cause
+            reason = str(error.__cause__).splitlines()[0].replace("is not Optional", "cannot be null")
         if "is not a ListConfig" in reason:
             reason = f"a list is needed: {found[1]}=[...]"
         return f"{found[1]}: {reason.strip()}"

@@ -126,7 +126,8 @@ def _of_choice(group: str, choice: str, folders: list[Path]) -> str:
         names = ", ".join(path.stem for path in _files(group, folders))
         raise ConfigError(f"{group}={choice}: no such option; {group} is one of {names}")
     prefix = "" if "# @package _global_" in path.read_text(encoding="utf-8") else group
-    fields = _inherited(path)
+    meanings = {field.name: field.meaning for field in _common(group)}
+    fields = [field._replace(meaning=field.meaning or meanings.get(field.name, "")) for field in _inherited(path)]
     common = [field for field in _common(group) if field.name not in {name for name, _, _ in fields}]
     lines = [f"{group}={choice}  {of_yaml(path)[0]}", *_fields_of("", fields, prefix)]
     return "\n".join([*lines, *(_fields_of("every choice", common, group) if common else [])])
