@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from genai_pl.option_help import of_dataclass, of_yaml  # noqa: E402
+
 PAGE = ROOT / "docs" / "configuration.md"
 COMMANDS = {
     "config": "train.py", "generate": "generate.py", "evaluate": "evaluate.py", "export": "export.py",
@@ -23,47 +27,6 @@ command line beats `experiment=`, which beats what an option of a group says, wh
 def cell(text: str) -> str:
     """Text that may stand in a table."""
     return text.replace("|", "\\|").strip()
-
-
-def of_yaml(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
-    """What the file says of itself, and (field, value, meaning) of its fields."""
-    head, rows, parents, base = "", [], [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.strip()
-        if text.startswith("#"):
-            head = head or (text.lstrip("# ") if text != "# @package _global_" else "")
-            continue
-        depth = (len(line) - len(line.lstrip())) // 2
-        if text.startswith("-"):
-            parents, base = [], depth + 1  # an entry of a list
-        if not text or text.startswith("-") or ":" not in text:
-            continue
-        base = base if depth >= base else 0
-        depth -= base
-        name, _, rest = text.partition(":")
-        value, _, meaning = rest.partition(" # ")
-        parents = [*parents[:depth], name]
-        if parents[0] in ("defaults", "hydra") or name.startswith("_"):
-            continue
-        if value.strip() or meaning:
-            rows.append((".".join(parents), value.strip(), meaning))
-    return head, rows
-
-
-def of_dataclass(name: str) -> list[tuple[str, str, str]]:
-    """The same of a dataclass in specs.py."""
-    source = (ROOT / "genai_pl" / "specs.py").read_text(encoding="utf-8")
-    body = source.partition(f"class {name}:")[2].partition("\n    def ")[0].partition("\n\n\n")[0]
-    rows = []
-    for line in body.splitlines():
-        field, colon, rest = line.strip().partition(": ")
-        if not colon or not field.isidentifier():
-            continue
-        given, _, meaning = rest.partition("  # ")
-        value = given.partition(" = ")[2].replace("None", "null").replace("True", "true").replace("False", "false")
-        value = value.rpartition(".")[2] if value[:1].isupper() else value
-        rows.append((field, "" if value.startswith("field(") else value, meaning))
-    return rows
 
 
 def table(rows: list[tuple[str, str, str]]) -> list[str]:

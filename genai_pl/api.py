@@ -10,7 +10,7 @@ from omegaconf import DictConfig, open_dict
 
 from genai_pl import signals
 from genai_pl.config import CONF, register
-from genai_pl.config_errors import check_types, explain
+from genai_pl.config_errors import check_bounds, check_choices, check_types, explain
 from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.folders import give_back
 from genai_pl.generation import complete, encode_prompt
@@ -59,6 +59,7 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
 def _composed(overrides: list[str]) -> DictConfig:
     """The configuration of a run, its folder made and its overrides written as Hydra's command does."""
     register()
+    check_choices(overrides, CONF)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
             config = compose("config", overrides=overrides, return_hydra_config=True)
@@ -74,4 +75,5 @@ def _composed(overrides: list[str]) -> DictConfig:
         given = [o for o in overrides if not o.startswith("hydra.")]
         config.pop("hydra")
     check_types(config, given, CONF, "config")
+    check_bounds(config)
     return config

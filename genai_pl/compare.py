@@ -4,7 +4,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, TextIO
 from genai_pl.errors import DataError, UserError
 from genai_pl.files import write_atomic
 from genai_pl.masking import masked
-from genai_pl.trust import read_overrides
+from genai_pl.trust import read_overrides, read_plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREATER_IS_BETTER = ("accuracy", "accuracies", "scores", "margins", "rlhf_reward", "tokens_per_sec", "mfu", "recall@1")
+MARKS = ("resume", "output_dir", "run_name", "tags")  # no settings of the training
 MOST_CURVES = 12  # in one picture
 
 
@@ -27,6 +28,7 @@ class Run:
 
     name: str
     settings: dict[str, str]
+    tags: frozenset[str]
     steps: list[int]
     values: list[float]
 
@@ -36,14 +38,18 @@ class Run:
         return max(pairs, key=lambda p: p[0]) if greater else min(pairs, key=lambda p: p[0])
 
 
-def read_runs(folder: Path, metric: str) -> list[Run]:
-    """The runs below a folder that have logged the metric; DataError if there is none."""
+def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Run]:
+    """The runs below a folder that have logged the metric and have all of the tags; DataError if there is none."""
     files = sorted(folder.rglob("metrics.csv"), key=lambda path: [_natural(part) for part in path.parts])
     if not files:
         raise DataError(f"{folder}: no metrics.csv below it: give a run or multirun folder (logger=csv writes it)")
-    runs, names = [], set()
+    runs, names, known = [], set(), set()
     for path in files:
         steps, values = [], []
+        run_name, run_tags = _marks(path.parent)
+        known |= run_tags
+        if not run_tags.issuperset(tags):
+            continue
         with path.open(newline="", encoding="utf-8") as file:
             for row in _rows(file, path):
                 names |= {name for name in row if name}
@@ -53,7 +59,13 @@ def read_runs(folder: Path, metric: str) -> list[Run]:
                     values.append(value)
         if values:
             name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
-            runs.append(Run(name, _settings(path.parent), steps, values))
+            if run_name is not None and not path.parent.name.startswith(run_name):
+                name = f"{name} ({run_name})"
+            runs.append(Run(name, _settings(path.parent), run_tags, steps, values))
+    if not runs and not names and tags:
+        raise DataError(
+            f"{folder}: no run has the tags {', '.join(tags)}; there are: {', '.join(sorted(known)) or 'none'}"
+        )
     if not runs:
         raise DataError(f"{folder}: no run has logged {metric}; there are: {', '.join(sorted(names - {'step'}))}")
     return runs
@@ -76,11 +88,13 @@ def table(runs: list[Run], metric: str, *, greater: bool) -> list[str]:
     """Lines of text, the best run first."""
     names = varied(runs)
     ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
-    rows = [["run", *names, f"best {metric}", "at step", "last"]]
+    tagged = ["tags"] if any(run.tags for run in runs) else []
+    rows = [["run", *tagged, *names, f"best {metric}", "at step", "last"]]
     for run in ranked:
         value, step = run.best(greater=greater)
         given = [run.settings.get(name, "") for name in names]
-        rows.append([run.name, *given, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
+        tags = [", ".join(sorted(run.tags))] if tagged else []
+        rows.append([run.name, *tags, *given, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -154,7 +168,16 @@ def _settings(run: Path) -> dict[str, str]:
     path = run / ".hydra" / "overrides.yaml"
     given = read_overrides(path) if path.is_file() else []
     pairs = ["".join(c if c.isprintable() else "?" for c in masked(o)).partition("=") for o in given]
-    return {name.lstrip("+~"): value for name, _, value in pairs if name not in ("resume", "output_dir")}
+    return {name.lstrip("+~"): value for name, _, value in pairs if name not in MARKS}
+
+
+def _marks(run: Path) -> tuple[str | None, frozenset[str]]:
+    """The name and the tags that a run was given; as its configuration says, which has them from wherever they came."""
+    path = run / ".hydra" / "config.yaml"
+    found = read_plain(path) if path.is_file() else {}
+    name, tags = (found.get("run_name"), found.get("tags")) if isinstance(found, dict) else (None, None)
+    listed = tags if isinstance(tags, list) else []
+    return name if isinstance(name, str) else None, frozenset(tag for tag in listed if isinstance(tag, str))
 
 
 def _number(text: str) -> float | None:
@@ -177,12 +200,15 @@ def main() -> None:
     parser.add_argument(
         "--max", action="store_true", help="greater is better (known of accuracies, rewards and speeds)"
     )
+    parser.add_argument(
+        "--tag", action="append", default=[], help="only runs with this tag (tags=[...] of train.py); may be repeated"
+    )
     parser.add_argument("--out", type=Path, help="the picture; default: FOLDER/compare.png")
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
     args = parser.parse_args()
     greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
     try:
-        runs = read_runs(args.folder, args.metric)
+        runs = read_runs(args.folder, args.metric, args.tag)
         print(*table(runs, args.metric, greater=greater), sep="\n")
         if not args.no_picture:
             out = args.out or args.folder / "compare.png"

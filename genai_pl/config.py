@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` and a typo are answered in abou
 
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,29 +15,55 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from genai_pl import signals
-from genai_pl.config_errors import check_types, explain, given_overrides
-from genai_pl.errors import TrainingError, UserError, system_error, system_line
+from genai_pl.config_errors import check_bounds, check_choices, check_types, explain, given_overrides
+from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.folders import give_back, give_back_job, unused_folder
 from genai_pl.masking import masked, remember
-from genai_pl.nodes import NODES
+from genai_pl.nodes import MAPPINGS, NODES
+from genai_pl.option_help import ASKS, help_of
 from genai_pl.plugins import import_plugins
 from genai_pl.quoting import quoted
 from genai_pl.run_log import recording
 from genai_pl.sweeps import Outcome
 from genai_pl.trust import CONF, names_code
 
+RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
+
 
 def register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     OmegaConf.register_new_resolver("unused", unused_folder, replace=True, use_cache=True)
-    for name, node in NODES.items():
-        store.store(group="schema", name=name, node=node)
+    for name, node in (*NODES.items(), *MAPPINGS.items()):
+        store.store(group="schema", name=name, node=opened(node))
+
+
+def opened(node: object) -> DictConfig:
+    """The node with its empty mappings open: their keys are the user's, while all others must be known."""
+    config = OmegaConf.structured(node)
+    for key in config:
+        inner = config._get_node(key)
+        if isinstance(inner, DictConfig) and inner._value() == {}:
+            OmegaConf.set_struct(inner, False)
+    return config
+
+
+def run_folder(name: str | None, time: str) -> str:
+    """The last part of a run folder: the name of the run, or the time where it has none; ConfigError for what is no name."""
+    if name is None:
+        return time
+    if not RUN_NAME.fullmatch(name) or name == "auto":
+        raise ConfigError(
+            f"run_name={name}: a name is up to 100 letters, digits and . _ - + = @, and begins with a letter or digit"
+        )
+    return name
 
 
 Main = Callable[[DictConfig], int | Outcome | None]
@@ -87,8 +114,12 @@ def command(
 
         def call(hydrated: Callable[[], None]) -> None:
             try:
+                if set(ASKS) & set(sys.argv[1:]):
+                    print(help_of(config_name, sys.argv[1:]))
+                    return
                 import_plugins(named=names_code(sys.argv[1:]))
                 sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
+                check_choices(sys.argv[1:], CONF)
                 hydrated()
             except KeyboardInterrupt:
                 sys.exit(130)
@@ -117,6 +148,7 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
         remember_environment(config)
         check_types(config, given_overrides(), CONF, HydraConfig.get().job.config_name)
+        check_bounds(config)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:
@@ -125,6 +157,11 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
         return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
     except MissingMandatoryValue as error:
         print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
+        return Outcome(2)
+    except (HydraException, OmegaConfBaseException) as error:  # of what is composed or made later
+        if (line := explain(error, CONF, HydraConfig.get().job.config_name, given_overrides())) is None:
+            raise
+        print(f"error: {masked(line)}", file=sys.stderr)
         return Outcome(2)
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genai_pl.errors import UserError
+from genai_pl.bounds import BOUNDS
+from genai_pl.errors import ConfigError, UserError
 
 PLUGINS = {  # of Hydra
     "hydra/launcher/joblib": "hydra-joblib-launcher",
@@ -21,6 +22,8 @@ PLUGINS = {  # of Hydra
     "hydra/launcher/ray": "hydra-ray-launcher",
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
+FREE_GROUPS = {"experiment"}  # that null chooses nothing of
+ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates never"}
 
 
 def given_overrides(kind: str = "task") -> list[str]:
@@ -32,6 +35,11 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
     """One line for a mistake in the configuration, or None for an error of another kind."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):  # of a resolver of ours
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not understood{_how_to_quote(error.override)}"
     if found := re.search(r"Ambiguous value for argument '(.*)'\s+1\.", str(error)):
@@ -52,6 +60,10 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
         reason = next(
             (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
         )
+        if reason.startswith("Error merging override"):  # what of it does not fit stands in the cause
+            reason = str(error.__cause__).splitlines()[0].replace("is not Optional", "cannot be null")
+        if "is not a ListConfig" in reason:
+            reason = f"a list is needed: {found[1]}=[...]"
         return f"{found[1]}: {reason.strip()}"
     return " ".join(message.split())
 
@@ -66,7 +78,7 @@ def _no_such_option(name: str, conf: Path) -> str | None:
     options = sorted(path.stem for path in (conf / group).glob("*.yaml")) if group else []
     if not options:
         return None
-    return f"{group}={option}: no such option{_meant(option, options)}; {group} is one of {', '.join(options)}"
+    return f"{group}={option}: no such option{meant(option, options)}; {group} is one of {', '.join(options)}"
 
 
 def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments: list[str]) -> str:
@@ -79,12 +91,13 @@ def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments
         return f"{key}: no such option"
     parent, _, leaf = key.rpartition(".")
     siblings = [path.rpartition(".")[2] for path in _paths(config) if path.rpartition(".")[0] == parent]
-    if meant := _meant(leaf, siblings) or _meant(key, list(_paths(config))):
-        return f"{key}: no such option{meant}"
+    if near := meant(leaf, siblings) or meant(key, list(_paths(config))):
+        return f"{key}: no such option{near}"
     return f"{key}: no such option; {parent or 'the top level'} has {', '.join(siblings) or 'no fields'}"
 
 
-def _meant(name: str, candidates: list[str]) -> str:
+def meant(name: str, candidates: list[str]) -> str:
+    """The nearest of the candidates, to be added to a message."""
     near = get_close_matches(name, candidates, n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -139,8 +152,49 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
         key = override.get_key_element()
         before = OmegaConf.select(base, key) if base is not None and override.is_add() is False else None
         after = OmegaConf.select(config, key)
+        if isinstance(before, DictConfig) and before and not isinstance(after, DictConfig):
+            raise UserError(f"{key}={shown(after)}: has fields of its own to be set: {', '.join(map(str, before))}")
         if before is not None and after is not None and not _same_kind(before, after):
             raise UserError(f"{key}={after}: expected {_kind(before)}, like {before}")
+
+
+def check_bounds(config: DictConfig) -> None:
+    """ConfigError for the first option whose value lies outside of what it may be."""
+    for option, bound in BOUNDS.items():
+        parent, _, leaf = option.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if not isinstance(node, DictConfig) or leaf not in node or OmegaConf.is_missing(node, leaf):
+            continue
+        value = plain_value(node[leaf])
+        if not bound.holds(value):
+            raise ConfigError(f"{option}={shown(value)}: expected {bound.words}{ADVICE.get(option, '')}")
+
+
+def check_choices(arguments: list[str], conf: Path) -> None:
+    """ConfigError for a group whose choice is no name: Hydra has no line for it."""
+    for argument in arguments:
+        group, _, text = argument.partition("=")
+        if not _is_group(argument, conf) or group in FREE_GROUPS:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # said by whoever composes
+        value = None if override.is_sweep_override() else override.value()
+        names = value if isinstance(value, list) and value else [value]
+        if not override.is_sweep_override() and not all(isinstance(name, str) and name for name in names):
+            options = sorted(path.stem for path in (conf / group.split("@")[0]).glob("*.yaml"))
+            raise ConfigError(f"{group}={text}: no such option; {group} is one of {', '.join(options)}")
+
+
+def plain_value(value: object) -> object:
+    """The value without OmegaConf's containers."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def shown(value: object) -> object:
+    """The value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _same_kind(before: object, after: object) -> bool:

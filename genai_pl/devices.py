@@ -13,6 +13,13 @@ DTYPES = {
 }
 
 
+def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtypes of weights, and of products where they are others; ConfigError for a precision that is only trained in."""
+    if precision not in DTYPES:
+        raise ConfigError(f"precision.lightning={precision}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; auto is the GPU where there is one."""
     if name == "auto":

@@ -144,7 +144,9 @@ def _write_adapter(parts: Parts, card: dict[str, str], folder: Path) -> None:
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
     given = masked(" ".join(read_overrides(parts.run / ".hydra" / "overrides.yaml")))
+    named = {"run_name": "Name", "tags": "Tags"}
     return {
+        **{heading: str(flat[option]) for option, heading in named.items() if option in flat},
         "Training": f"`python train.py {given}`".replace(" `", "`") + f", {parts.trainer.global_step} steps.",
         "Data": f"{masked(str(flat['data.path']))}, {parts.monitor.tokens_seen:,} tokens seen.",
         "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",

@@ -25,6 +25,7 @@ from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.models.wrapped_check import check
 from genai_pl.names import AttentionBackend, Head
 from genai_pl.peft.files import CONFIG as ADAPTER
+from genai_pl.plugins import ADVICE
 from genai_pl.references import resolve, resolve_adapter
 from genai_pl.specs import ModelConfig
 
@@ -179,7 +180,8 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
             check(model, str(path))
         return _finished(model, tokenizer, path, defaults)
     except KeyError as error:
-        raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known") from None
+        advice = ADVICE if adapter is not None and error.args[0] == adapter.get("method") else ""
+        raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known{advice}") from None
     except (ConfigError, RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: refused, {(str(error) or type(error).__name__).splitlines()[0]}") from None
 

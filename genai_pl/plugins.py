@@ -8,6 +8,9 @@ from genai_pl.errors import ConfigError
 
 VARIABLE = "GENAI_PL_IMPORT"  # names of modules, a,b: what models and adapters of one's own need in order to be read
 
+# to be added where something is asked for that no module of ours has
+ADVICE = f"; if a module of your own brings it, name that: {VARIABLE}=MODULE"
+
 
 def import_plugins(*, named: bool = False) -> None:
     """Import the modules that the environment names; those of the working folder too, if it or `named` says that some count.

@@ -15,6 +15,7 @@ from genai_pl.nodes import NODES
 
 TEXTS = (
     "prompt",
+    "system",
     "rubric",
     "peft.init_text",
     "generation.prefix",

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from genai_pl.errors import CheckpointError
@@ -13,21 +14,31 @@ ROOTS = ("outputs", "multirun")  # where runs are
 # what people call the folders that they keep models in: no account of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
+DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
+SWEEP, SKIPPED = (
+    "multirun.yaml",
+    {"pyvenv.cfg"},
+)  # files of folders in which none is: jobs of a sweep are not runs to go on
 DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
 
 
 def resolve(reference: str, *, option: str = "checkpoint") -> Path:
     """The .ckpt or Hugging Face folder that a reference stands for; CheckpointError names the option it was given by."""
     if reference == "auto":
-        return resolve(str(newest_run(*map(Path, ROOTS))))
+        newest = newest_run(Path())
+        if newest is None:
+            raise CheckpointError(f"{option}=auto: no run below this folder; train one first")
+        return _of_run(newest, option)
     path = Path(reference).expanduser()
     if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.is_dir():
         return _of_run(path, option)
+    if run := named_run(reference, option):
+        return _of_run(run, option)
     if not is_hub_id(reference):
         raise CheckpointError(
-            f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{_meant(reference)}"
+            f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{nearest(reference)}"
         )
     return _from_hub(reference, option)
 
@@ -37,7 +48,7 @@ def is_hub_id(reference: str) -> bool:
     account, _, name = reference.partition("/")
     if not account or not name or "/" in name or account.startswith((".", "~")) or name.endswith(".ckpt"):
         return False
-    return account not in LOCAL and not any(_is_run(child) for child in _folders(Path(account)))
+    return account not in LOCAL and not any(is_run(child) for child in _folders(Path(account)))
 
 
 def folder_of(name: str) -> Path:
@@ -52,18 +63,62 @@ def folder_of(name: str) -> Path:
 
 def resolve_adapter(reference: str) -> Path:
     """The adapter folder that a folder or a run stands for."""
-    for path in (Path(reference), Path(reference) / "adapter"):
+    named = None if Path(reference).exists() else named_run(reference, "adapter")
+    for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):
         if (path / ADAPTER).is_file():
             return path
     raise CheckpointError(f"adapter={reference}: no {ADAPTER} in this folder, nor in its adapter/")
 
 
-def newest_run(*roots: Path) -> Path:
-    """The run folder under the roots whose model or checkpoint was written last."""
-    found = [p for root in roots for name in OF_RUN for p in root.rglob(name)]
-    if not found:
-        raise CheckpointError(f"checkpoint=auto: no finished run under {' or '.join(map(str, roots))}; train one first")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
+def newest_run(root: Path, *, going_on: bool = False) -> Path | None:
+    """The run below a folder that was saved last, by what its checkpoints say; None if there is none.
+
+    going_on: one that a resume can take up: with a checkpoint, and no job of a sweep.
+    """
+    found = {
+        run: saved for run in find_runs(root, jobs=not going_on) if (saved := saved_last(run, exports=not going_on))
+    }
+    return max(found, key=found.__getitem__) if found else None
+
+
+def find_runs(root: Path, *, jobs: bool) -> Iterator[Path]:
+    """The run folders below a folder; jobs: those of sweeps too."""
+    for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
+        path = Path(folder)
+        run = is_run(path)
+        if run:
+            yield path
+        deep = len(path.relative_to(root).parts) >= DEEPEST
+        skipped = deep or run or not (SKIPPED if jobs else SKIPPED | {SWEEP}).isdisjoint(files)
+        names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
+
+
+def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
+    """When the newest checkpoint of a run was written, as it says itself, and its step; of a run without, its export's time."""
+    from genai_pl.callbacks import newest_checkpoints, saved_at
+
+    if newest := newest_checkpoints(run / "checkpoints"):
+        return max(saved_at(checkpoint) for checkpoint in newest[:2])
+    times = [(run / name).stat().st_mtime for name in OF_RUN[1:] if (run / name).exists()] if exports else []
+    return (max(times), 0) if times else None
+
+
+def named_run(name: str, option: str) -> Path | None:
+    """The run below here whose folder has this name, if one has; CheckpointError where several have."""
+    if not name or "/" in name or name.startswith((".", "~")):
+        return None
+    found = [run for run in find_runs(Path(), jobs=False) if run.name == name]
+    if len(found) > 1:
+        among = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise CheckpointError(f"{option}={name}: {len(found)} runs are called so; give the path of one: {among}")
+    return found[0] if found else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: it has settings or checkpoints, and what was trained."""
+    return any((folder / "checkpoints").glob("*.ckpt")) or (
+        (folder / ".hydra").is_dir() and any((folder / name).exists() for name in OF_RUN)
+    )
 
 
 def _of_run(folder: Path, option: str) -> Path:
@@ -89,15 +144,18 @@ def _from_hub(name: str, option: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{option}={name}: not here{_meant(name)}, and not from the hub ({reason})") from None
+        raise CheckpointError(f"{option}={name}: not here{nearest(name)}, and not from the hub ({reason})") from None
 
 
-def _meant(reference: str) -> str:
+def nearest(reference: str) -> str:
     """The model here whose path is most like the reference, to be added to a message."""
     path = Path(reference).expanduser()
     above = next((folder for folder in path.parents if folder.is_dir()), Path())
     found = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
-    near = [str(above)] if _is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
+    near = [str(above)] if is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
+    if not near and "/" not in reference:  # a name alone, mistyped
+        by_name = {Path(model).name: model for model in found}
+        near = [by_name[name] for name in get_close_matches(reference, by_name, n=1, cutoff=0.6)]
     return f" (the nearest here: {near[0]})" if near else ""
 
 
@@ -107,8 +165,8 @@ def _models(root: Path) -> Iterator[Path]:
     for _ in range(DEPTH):
         below = [child for folder in level for child in _folders(folder)]
         seen += len(below)
-        level = [child for child in below if not (_is_run(child) or _is_folder(child))]
-        yield from (child for child in below if _is_run(child) or _is_folder(child))
+        level = [child for child in below if not (is_run(child) or _is_folder(child))]
+        yield from (child for child in below if is_run(child) or _is_folder(child))
         if seen > MANY:
             return
 
@@ -120,10 +178,6 @@ def _folders(folder: Path) -> list[Path]:
             return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError:
         return []
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / ".hydra").is_dir() or any((folder / name).exists() for name in OF_RUN)
 
 
 def _is_folder(folder: Path) -> bool:

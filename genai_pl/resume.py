@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
 
 from genai_pl.errors import CheckpointError, ConfigError
@@ -13,8 +12,6 @@ from genai_pl.masking import masked, refuse_secrets
 from genai_pl.sweeps import replay_sweep
 from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
-DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
-SKIPPED = {"multirun.yaml", "pyvenv.cfg"}  # files of folders in which none is
 TYPED: list[str] = []  # the command line before it was completed: what a person asked for now
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
@@ -33,6 +30,8 @@ def replay(arguments: list[str]) -> list[str]:
         return arguments
     if {"-m", "--multirun"} & set(arguments):
         return replay_sweep(arguments) if reference == "auto" else arguments
+    if (named := _named(reference)) is not None:
+        reference, arguments = named, [f"resume='{named}'" if key_of(a) == "resume" else a for a in arguments]
     run = _run_folder(reference, arguments)
     if run is None:
         if reference == "auto":
@@ -91,33 +90,28 @@ def _value(argument: str) -> str:
     return argument.partition("=")[2].strip("'\"")
 
 
+def _named(reference: str) -> str | None:
+    """The path of the run that a name stands for; None for what is no name of a run."""
+    from genai_pl.references import named_run
+
+    run = None if reference == "auto" or Path(reference).exists() else named_run(reference, "resume")
+    return None if run is None else str(run)
+
+
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:
+    from genai_pl.references import nearest, newest_run
+
     if reference == "auto":
-        return _newest_run(Path(_chosen(arguments) or "."))
+        return newest_run(Path(_chosen(arguments) or "."), going_on=True)
     path = Path(reference)
     if path.is_dir() and not is_checkpoint(path):
         if not _checkpoints(path.glob):
             raise CheckpointError(f"resume={reference}: no checkpoint in {path / 'checkpoints'}")
         return path
     if not is_checkpoint(path):
-        raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file")
+        raise CheckpointError(f"resume={reference}: no such run folder or .ckpt file{nearest(reference)}")
     run = path.parent.parent
     return run if (run / OVERRIDES).exists() else None
-
-
-def _newest_run(root: Path) -> Path | None:
-    """The run below a folder that was saved last, by what its checkpoints say; jobs of sweeps do not count."""
-    from genai_pl.callbacks import newest_checkpoints, saved_at
-
-    found: dict[Path, tuple[float, int]] = {}
-    for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
-        path = Path(folder)
-        if newest := newest_checkpoints(path / "checkpoints") if "checkpoints" in names else []:
-            found[path] = max(saved_at(checkpoint) for checkpoint in newest[:2])
-        deep = len(path.relative_to(root).parts) >= DEEPEST
-        skipped = deep or bool(newest) or not SKIPPED.isdisjoint(files)
-        names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
-    return max(found, key=found.__getitem__) if found else None
 
 
 def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:

@@ -38,7 +38,7 @@ from genai_pl.report import announce
 from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, write_settings
-from genai_pl.start import adapt, check_loaded, fit_rows, keep_base, say_unused, start, typed_now
+from genai_pl.start import adapt, check_loaded, check_shape, fit_rows, keep_base, say_unused, start, typed_now
 from genai_pl.strategies import float8, launched
 from genai_pl.sweeps import Outcome, finished
 from genai_pl.targets import make, named
@@ -135,6 +135,7 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     model, tokenizer = begun.model, begun.tokenizer
     if config.init_from or "name" in config.model:
         check_loaded(config, model.config, tokenizer, typed)
+    check_shape(model, objective)
     if objective.head is not None:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)
@@ -161,12 +162,6 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
     """The LightningModule of the objective, around the model."""
-    shapes = named(config.objective._target_).shapes
-    if model.config.shape.value not in shapes:
-        name = HydraConfig.get().runtime.choices.objective
-        raise ConfigError(
-            f"objective={name} needs a model of shape {' or '.join(shapes)}, not {model.config.shape.value}"
-        )
     if config.precision.get("float8"):
         float8(model)
     tokens = vocabulary(tokenizer, model.config.vocab_size)
@@ -235,5 +230,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    values["tags"] = ", ".join(values["tags"])
+    aside |= {name for name in ("run_name", "tags") if not values[name]}
     walk({k: v for k, v in values.items() if k not in aside}, "")
     return flat

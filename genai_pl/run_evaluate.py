@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from genai_pl.config_errors import given_overrides
 from genai_pl.data import token_bytes
-from genai_pl.devices import DTYPES, choose_device
+from genai_pl.devices import choose_device, dtypes_of
 from genai_pl.errors import DISK_FULL, ConfigError, DataError
 from genai_pl.evaluation import (
     Kind,
@@ -81,7 +81,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
-    products = DTYPES[config.precision.lightning][1]
+    products = dtypes_of(config.precision.lightning)[1]
     with (
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
@@ -101,7 +101,7 @@ def of_tasks(config: DictConfig) -> dict[str, float]:
     """The figures of the model on tasks of lm-evaluation-harness, printed."""
     check_harness()
     tasks = config.tasks if isinstance(config.tasks, ListConfig) else [config.tasks]
-    dtype, products = DTYPES[config.precision.lightning]
+    dtype, products = dtypes_of(config.precision.lightning)
     device = choose_device(config.device)
     with TemporaryDirectory() as temporary:
         metrics = run_tasks(
@@ -152,7 +152,7 @@ def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **
 
 def load_model(config: DictConfig, *, judges: bool) -> Loaded:
     """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts."""
-    loaded = load(config.checkpoint, dtype=DTYPES[config.precision.lightning][0])
+    loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
     found = loaded.model.config
     if found.head is Head.score and not judges:
         raise ConfigError(

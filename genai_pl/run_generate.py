@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from genai_pl.config_errors import given_overrides
-from genai_pl.devices import DTYPES, choose_device
+from genai_pl.devices import choose_device, dtypes_of
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill import fill
@@ -19,15 +19,16 @@ from genai_pl.models import Encoder, join
 from genai_pl.names import Head, Shape
 from genai_pl.peft import adapters_of
 from genai_pl.specs import GenerationConfig
+from genai_pl.terminal import Chat, converse, talk
 from genai_pl.unused import ENCODER, GENERATE, WRITER, refuse_unused
 
 
 def generate(config: DictConfig) -> int:
     """Continue the prompts, fill in their masks, embed or score them, as the options and the model say."""
     check(config)
-    prompts = read_prompts(config)
+    prompts = [] if config.chat else read_prompts(config)
     device = choose_device(config.device)
-    weights, products = DTYPES[config.precision.lightning]
+    weights, products = dtypes_of(config.precision.lightning)
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
@@ -41,6 +42,8 @@ def generate(config: DictConfig) -> int:
             print_embeddings(loaded, prompts, config.pooling)
         elif config.score:
             print_scores(loaded, prompts)
+        elif config.chat:
+            return hold_chat(config, loaded, device)
         elif isinstance(loaded.model, Encoder):
             print_candidates(loaded, prompts, config.top_k)
         else:
@@ -53,9 +56,29 @@ def check(config: DictConfig) -> None:
     for name in ("num_samples", "top_k"):
         if config[name] < 1:
             raise ConfigError(f"{name}={config[name]} must be at least 1")
-    if config.embed and config.score:
-        raise ConfigError("embed=true and score=true: choose one of them")
+    chosen = [f"{name}=true" for name in ("embed", "score", "logprobs", "chat") if config[name]]
+    if len(chosen) > 1 and chosen != ["score=true", "logprobs=true"]:
+        raise ConfigError(f"{' and '.join(chosen)}: choose one of them")
+    if config.system is not None and not config.chat:
+        raise ConfigError("system is what a chat begins with: set chat=true")
+    if config.chat and (config.num_samples > 1 or config.generation.num_return > 1):
+        raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
+    if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
+        raise ConfigError("chat=true: several adapters answer together; give adapter_weights, or one adapter")
     refuse_unused(config, given_overrides(), GENERATE)
+
+
+def hold_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
+    """Answer the prompts as turns of a conversation, or what is typed; the exit status."""
+    names = adapter_names(config)
+    choose_adapters(loaded.model, names, config.adapter_weights, 1, 1)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    options: GenerationConfig = OmegaConf.to_object(config.generation)
+    chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator)
+    if config.prompt is None and config.prompt_file is None:
+        return talk(chat)
+    converse(chat, read_prompts(config))
+    return 0
 
 
 def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
@@ -95,6 +118,26 @@ def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.
             show(loaded, prompts[i // n % len(prompts)], completion, name, as_json=config.logprobs)
     if options.speculates:
         print(f"speculation: {acceptance}", file=sys.stderr)
+    n_empty = sum(not completion.text.strip() for completion in completions)
+    if line := hint(loaded, prompts, n_empty=n_empty, n=len(completions)):
+        print(line, file=sys.stderr)
+
+
+def hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> str | None:
+    """A line on how a model is asked that ends at once, or that a person at a terminal asks without its chat template."""
+    tokenizer = loaded.tokenizer
+    ended = "hint: the model ended its text at once" + (f", {n_empty} times of {n}" if n > 1 else "")
+    if tokenizer.chat_template is None:
+        advice = "; write the prompt as its training data has them, or set generation.min_new_tokens=1"
+        return ended + advice if n_empty else None
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    if any(token in prompt for prompt in prompts for token in special):
+        return ended if n_empty else None
+    if n_empty:
+        return f"{ended}; it has a chat template, so ask it as in a conversation: chat=true"
+    if n == 1 and sys.stderr.isatty():
+        return "hint: the model has a chat template, and the prompt was continued as bare text; chat=true asks it"
+    return None
 
 
 def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool) -> None:

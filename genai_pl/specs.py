@@ -187,13 +187,13 @@ class ModelConfig:
 class GenerationConfig:
     """How tokens are chosen; the order of what acts on logits is transformers', see `generation/processors.py`."""
 
-    max_new_tokens: int = 200
+    max_new_tokens: int = 200  # most tokens of a continuation
     min_new_tokens: int = 0  # no end token before
-    temperature: float = 1.0  # 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float = 1.0  # below 1 the likely becomes likelier, above 1 less so; 0: greedy
+    top_k: int | None = None  # draw among the likeliest k tokens only
+    top_p: float | None = None  # draw among the likeliest tokens that reach this probability together
+    min_p: float | None = None  # draw among tokens of at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1: tokens that stand in the text already become less likely
     no_repeat_ngram_size: int | None = None  # no n tokens twice, those of the prompt included
     bad_words: list[str] = field(default_factory=list)  # never written, alone or after a space, in the usual tokens
     prefix: str = ""  # text that a continuation begins with

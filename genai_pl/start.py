@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -77,6 +78,13 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
         log.info("vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(known, room), f"{known:,}")
     set_ends(model.config, tokenizer, defaults)
     return Start(model.train(), tokenizer, n_tokens > min(known, room), defaults, sentence)
+
+
+def check_shape(model: Model | WrappedDecoder, objective: type[BaseModule]) -> None:
+    """ConfigError for a model of a shape that the objective cannot train."""
+    if (shape := model.config.shape.value) not in objective.shapes:
+        name = HydraConfig.get().runtime.choices.objective
+        raise ConfigError(f"objective={name} needs a model of shape {' or '.join(objective.shapes)}, not {shape}")
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:

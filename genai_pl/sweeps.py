@@ -65,7 +65,15 @@ def finished(run: Path, max_steps: int | None) -> dict[str, float] | None:
 
 def _newest(root: Path) -> Path | None:
     found = [root / SAVED] if (root / SAVED).exists() else list(root.rglob(SAVED))
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
+    return max((path.parent for path in found), key=_saved_last) if found else None
+
+
+def _saved_last(sweep: Path) -> float:
+    """When a job of the sweep was saved last, as its checkpoints say; before any was, when the sweep began."""
+    from genai_pl.references import saved_last
+
+    jobs = (saved_last(job, exports=False) for job in sweep.iterdir() if job.is_dir())
+    return max((saved for saved, _ in filter(None, jobs)), default=(sweep / SAVED).stat().st_mtime)
 
 
 def _saved_overrides(folder: Path) -> list[str]:

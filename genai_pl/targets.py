@@ -14,7 +14,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.config_errors import given_overrides
+from genai_pl.bounds import bound_of
+from genai_pl.config_errors import given_overrides, meant, shown
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import VARIABLE
 from genai_pl.trust import CONF
@@ -29,6 +30,7 @@ def make(node: DictConfig, **given: object) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     for name in _targets(plain):
         named(name)
+    check_arguments(plain, str(node._get_full_key(None)) if OmegaConf.is_config(node) else "")
     try:
         found = instantiate(node, **given)
         _check_names(found)
@@ -67,6 +69,41 @@ def named(name: str) -> Any:
     # genai_pl.files.os.system begins with genai_pl too
     if str(getattr(found, "__module__", "")).partition(".")[0] not in roots:
         raise refusal
+    return found
+
+
+def check_arguments(node: object, path: str) -> None:
+    """ConfigError for a value that the hints of what `_target_` names do not let pass; `path` is where the node stands."""
+    if not isinstance(node, dict):
+        return
+    target = None if node.get("_target_") is None else named(node["_target_"])
+    hints = {} if target is None else _hints(target)
+    known = None if target is None else _parameters(target)
+    for name, value in node.items():
+        if known is not None and name not in known and not name.startswith("_"):
+            raise ConfigError(f"{path}.{name}: no such option{meant(name, known)}")
+        if name in hints and not (bound := bound_of(hints[name])).holds(value):
+            raise ConfigError(f"{path}.{name}={shown(value)}: expected {bound.words}")
+        check_arguments(value, f"{path}.{name}")
+
+
+def _parameters(function: object) -> list[str] | None:
+    """The names of the arguments of a function; None where it takes any, or does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters]
+
+
+def _hints(function: object) -> dict[str, object]:
+    """The hints of the arguments of a function; those of a class stand in the constructors of its bases too."""
+    constructors = (
+        [vars(base).get("__init__") for base in reversed(function.__mro__)] if isinstance(function, type) else []
+    )
+    found: dict[str, object] = {}
+    for one in constructors or [function]:
+        found |= getattr(one, "__annotations__", {})
     return found
 
 

@@ -1,5 +1,6 @@
 """What docs/extending.md shows works: its files are written out as they stand, its commands run, shortened."""
 
+import json
 import os
 import re
 import runpy
@@ -97,6 +98,38 @@ def test_a_mistake_in_an_option_of_ones_own_is_one_line(workplace: Path, command
     assert result.status == 2
     result = command("train", *given, "objective.weight=much")
     assert result.err == "error: objective.weight=much: expected a number, like 0.5\n"
+
+
+def test_every_name_of_the_table_of_parts_stands_in_the_file_that_it_gives() -> None:
+    rows = re.findall(r"^\| [a-z ]+ \| `\w+`.*$", PAGE.partition("| part | name in")[2].partition("\n\n")[0], re.M)
+    pairs = [pair for row in rows for pair in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", row)]
+    assert ("build_activation", "models/layers.py") in pairs
+    assert len(pairs) >= 4
+    for name, file in pairs:
+        assert re.search(rf"\b{name}\b", (ROOT / "genai_pl" / file).read_text()), (name, file)
+
+
+def test_a_model_or_adapter_whose_module_was_not_imported_is_told_how_it_is(
+    workplace: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runpy.run_module("mylab.parallel", run_name="__main__")
+    for name in [name for name in sys.modules if name.split(".")[0] == "mylab"]:
+        del sys.modules[name]
+    config = json.loads(Path("parallel/config.json").read_text()) | {"model_type": "mylab_unknown"}
+    Path("parallel/config.json").write_text(json.dumps(config))
+    advice = "; if a module of your own brings it, name that: GENAI_PL_IMPORT=MODULE\n"
+    result = command("generate", "checkpoint=parallel", "prompt=a")
+    assert result.status == 1
+    assert result.err.endswith(advice)
+    monkeypatch.setenv("GENAI_PL_IMPORT", "mylab.scale")
+    given = ("--config-dir", "conf", "peft=scale", "tokenizer=byte", "hydra.run.dir=run")
+    assert command("train", *given, *SHORT["train"], *SMALL).status == 0
+    monkeypatch.delenv("GENAI_PL_IMPORT")
+    METHODS.pop("scale"), FORMATS.pop("SCALE")
+    for checkpoint in ("run", "run/checkpoints/last.ckpt"):
+        result = command("generate", f"checkpoint={checkpoint}", "prompt=a")
+        assert result.status == 1
+        assert result.err.endswith(advice)
 
 
 def test_a_module_that_cannot_be_imported_is_one_line(command, monkeypatch: pytest.MonkeyPatch) -> None:

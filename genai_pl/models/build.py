@@ -1,5 +1,6 @@
 """A model of the shape that its configuration names."""
 
+from genai_pl.errors import ConfigError
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder
@@ -11,5 +12,15 @@ SHAPES = {Shape.decoder: Decoder, Shape.encoder: Encoder, Shape.encoder_decoder:
 
 
 def build_model(config: ModelConfig) -> Model:
-    """A model with new weights from torch's global generator; nothing is stored under `torch.device("meta")`."""
-    return SHAPES[config.shape](config)
+    """A model with new weights from torch's global generator; nothing is stored under `torch.device("meta")`.
+
+    ConfigError where there is not as much memory.
+    """
+    try:
+        return SHAPES[config.shape](config)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"model: its weights do not fit into memory ({str(error).partition(':')[2].strip()})"
+        ) from None

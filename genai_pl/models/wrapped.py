@@ -16,6 +16,7 @@ from genai_pl.models.wrapped_cache import WrappedCache
 from genai_pl.models.wrapped_check import check, refusal
 from genai_pl.models.wrapped_sizes import check_counts, check_sizes
 from genai_pl.names import AttentionBackend, AttentionKind, Head, Shape
+from genai_pl.plugins import ADVICE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,7 +166,8 @@ def load_wrapped(
     except (OSError, ValueError, KeyError) as error:
         if NAME in str(error):
             raise refusal(name, "it takes no attention but its own") from None
-        raise CheckpointError(f"{name}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+        advice = ADVICE if "does not recognize this architecture" in str(error) else ""
+        raise CheckpointError(f"{name}: transformers cannot load it ({str(error).splitlines()[0]}){advice}") from None
     if found["missing_keys"]:  # transformers would draw them
         raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
     try:

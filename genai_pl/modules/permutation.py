@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
+from genai_pl.errors import ConfigError
+from genai_pl.models import Encoder
 from genai_pl.modules.base import Batch
 from genai_pl.modules.mlm import masked_words
 from genai_pl.modules.tokens import TokenModule
+from genai_pl.names import Position
 from genai_pl.objectives import PermutationCollator
 
 
@@ -13,6 +16,11 @@ class PermutationModule(TokenModule):
 
     shapes = ("encoder",)
     make_collator = PermutationCollator
+
+    def __init__(self, model: Encoder, **options: object) -> None:
+        if model.config.position is not Position.xl:
+            raise ConfigError("objective=permutation needs model.position=xl, the two streams of model=xlnet")
+        super().__init__(model, **options)
 
     def hidden(self, batch: Batch) -> Tensor:
         return self.model.permuted_features(

@@ -24,3 +24,8 @@ NODES = {
     "feedback": Feedback,
     "serve": Serve,
 }
+
+MAPPINGS = {  # fields of untyped options whose keys are the user's
+    "patterns": {"rank_pattern": {}, "alpha_pattern": {}},
+    "extra": {"extra": {}},
+}

@@ -15,6 +15,8 @@ class Generate:
     adapter_weights: Any = None
     prompt: str | None = None
     prompt_file: str | None = None
+    chat: bool = False
+    system: str | None = None
     num_samples: int = 1
     stream: bool = True
     logprobs: bool = False

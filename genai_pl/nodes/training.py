@@ -1,6 +1,6 @@
 """What `train.py` takes beside its data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -13,6 +13,8 @@ class Root:
     """What every training command takes beside its groups."""
 
     seed: int = 0
+    run_name: str | None = None
+    tags: list[str] = field(default_factory=list)
     output_dir: str = MISSING
     init_from: str | None = None
     resume: str | None = None

@@ -24,6 +24,7 @@ from genai_pl.peft.ia3 import ia3
 from genai_pl.peft.lora import lora
 from genai_pl.peft.prefix import prefix, read_prefix, write_prefix
 from genai_pl.peft.prompt import prompt, read_prompt, write_prompt
+from genai_pl.plugins import ADVICE
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         config = read_json(folder / CONFIG)
         kind = str(config.get("peft_type"))
         if kind not in FORMATS:
-            raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}")
+            raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}{ADVICE}")
         contents = _contents(folder / WEIGHTS, config)
         return FORMATS[kind].read(model, contents)
     except (CheckpointError, ConfigError) as error:
