@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from genai_pl.callbacks.due import passed
 from genai_pl.errors import CheckpointError
-from genai_pl.files import CONTENTS, is_checkpoint
+from genai_pl.files import CONTENTS, is_checkpoint, start_writing
 from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
 from genai_pl.modules.base import n_replicas
 
@@ -202,8 +202,7 @@ def _set_progress(loop: dict, rows: int) -> None:
 
 def _link(path: Path, link: Path) -> None:
     """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
-    temporary = link.with_name(f".{link.name}.tmp{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    temporary = start_writing(link)
     try:
         if path.is_dir():
             temporary.symlink_to(path.name)
@@ -212,6 +211,7 @@ def _link(path: Path, link: Path) -> None:
     except OSError:
         temporary.write_bytes(path.read_bytes())
     os.replace(temporary, link)
+    temporary.unlink(missing_ok=True)  # two names of one file are left as they are: `link` was that of `path`
 
 
 def _forget(path: Path) -> None:
