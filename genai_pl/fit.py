@@ -25,7 +25,7 @@ from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.summary import closing
 from genai_pl.sweeps import write_results
-from genai_pl.trust import read_overrides
+from genai_pl.trust import ASIDE, key_of, read_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +105,8 @@ def export_run(parts: Parts, card: dict[str, str]) -> None:
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
-    given = masked(" ".join(read_overrides(parts.run / ".hydra" / "overrides.yaml")))
+    overrides = read_overrides(parts.run / ".hydra" / "overrides.yaml")
+    given = masked(" ".join(o for o in overrides if key_of(o) not in ASIDE))  # a run is one, however often taken up
     return {
         "Training": f"`python train.py {given}`".replace(" `", "`") + f", {parts.trainer.global_step} steps.",
         "Data": f"{masked(str(flat['data.path']))}, {parts.monitor.tokens_seen:,} tokens seen.",
