@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Protocol
 
 from genai_pl.serving.cache import key_of
@@ -83,7 +82,8 @@ class Replayed:
 
 def recorded(finish: str, pieces: "Sequence[Piece]") -> bytes:
     """An answer as it is kept: a line that says why it ended, and one for each piece, so that no step takes long."""
-    return "\n".join([json.dumps(finish), *(json.dumps(astuple(piece)) for piece in pieces)]).encode()
+    lines = (json.dumps((piece.text, piece.token, piece.logprob, piece.top)) for piece in pieces)
+    return "\n".join([json.dumps(finish), *lines]).encode()
 
 
 def replay(contents: bytes) -> Replayed | None:
