@@ -16,6 +16,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.shares import gather_shares, take_share
 from genai_pl.errors import CheckpointError
 from genai_pl.files import CONTENTS, is_checkpoint, start_writing
 from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents, write_checkpoint
@@ -111,6 +112,7 @@ class StepCheckpoint(Checkpoint):
             "saved": time.time(),
             "rng": states,
             "replicas": n_replicas(trainer),
+            **gather_shares(trainer, checkpoint),
             **self.contents,
         }
 
@@ -121,6 +123,7 @@ class StepCheckpoint(Checkpoint):
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
         ours = checkpoint[MARK]
+        take_share(trainer, checkpoint, ours)
         if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
             self._rng = ours["rng"]
 
