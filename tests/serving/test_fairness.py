@@ -112,7 +112,7 @@ def test_clients_take_turns_by_what_their_requests_cost() -> None:
         queue.add("light", ("light", 10))
     order = []
     while len(queue):
-        assert [client for client, _ in queue][0] == queue.first()[0]
+        assert next(iter(queue)) == queue.first()[1]
         client, item = queue.first()
         queue.take(client, item)
         order.append(client[0])
