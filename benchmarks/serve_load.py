@@ -6,6 +6,10 @@ average): prompts have a median of 80 and answers of 180 tokens, both with sigma
 
 The same requests go to serve.py and, with --simple, to a lock around transformers' generate (serve_simple.py). With
 --minutes there is one run of that length instead, with the memory of the server at its start and end, and the errors.
+With --mixed a part of the requests are chats, several answers at once, embeddings and scores; with --attackers there are
+so many clients of each kind of tests/serving/attacks.py beside them, from another address, and what they saw is printed:
+
+    python benchmarks/serve_load.py checkpoint=MODEL --clients 64 --minutes 10 --mixed --attackers 1 --scale 0.1
 """
 
 import argparse
@@ -77,7 +81,30 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, o
         await asyncio.sleep(0.2)  # a server that is down would be asked for ever
 
 
-async def load(url: str, n_clients: int, requests: list[tuple[list[int], int]], *, until: float | None) -> Outcome:
+async def ask_whole(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, outcome: Outcome) -> None:
+    """A request of another kind, whose answer comes whole."""
+    text = " ".join(map(str, prompt))[:200]
+    kinds = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": n}),
+        ("/v1/completions", {"prompt": prompt, "max_tokens": n, "n": 4, "logprobs": 3}),
+        ("/v1/embeddings", {"input": [text] * 4}),
+        ("/score", {"text": [text] * 4}),
+    ]
+    path, body = kinds[seed // 2 % len(kinds)]
+    try:
+        reply = await client.post(path, json=body)
+        known = reply.status_code == 200 or (reply.status_code == 400 and "chat template" in reply.text)
+        if not known:
+            raise httpx.HTTPError(f"{path}: {reply.status_code} {reply.text[:100]}")
+        outcome.n_tokens += reply.json().get("usage", {}).get("completion_tokens", 0)
+    except httpx.HTTPError as error:
+        outcome.errors.append(repr(error))
+        await asyncio.sleep(0.2)
+
+
+async def load(
+    url: str, n_clients: int, requests: list[tuple[list[int], int]], *, until: float | None, mixed: bool = False
+) -> Outcome:
     """Let the clients ask until the list is over or, with a time, over and over until then."""
     outcome, begun, number = Outcome(), time.monotonic(), iter(range(sys.maxsize))
 
@@ -86,7 +113,8 @@ async def load(url: str, n_clients: int, requests: list[tuple[list[int], int]], 
             n = next(number)
             if n >= len(requests) if until is None else time.monotonic() > until:
                 return
-            await ask(client, *requests[n % len(requests)], seed=n, outcome=outcome)
+            kind = ask_whole if mixed and n % 2 else ask
+            await kind(client, *requests[n % len(requests)], seed=n, outcome=outcome)
 
     limits = httpx.Limits(max_connections=n_clients, max_keepalive_connections=n_clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
@@ -112,6 +140,20 @@ def server(command: list[str]) -> Iterator[subprocess.Popen]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextmanager
+def attacked(url: str, n: int, seconds: float) -> Iterator[None]:
+    """Inside, so many of each kind of attackers are at work for that time, which print what they saw."""
+    if not n or not seconds:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-m", "tests.serving.attacks", url, str(seconds), str(n)], cwd=ROOT)
+    try:
+        yield
+        process.wait(120)
+    finally:
+        process.kill()
 
 
 def free_port() -> int:
@@ -151,6 +193,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--simple", action="store_true", help="the simple server too")
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--mixed", action="store_true", help="requests of all kinds")
+    parser.add_argument("--attackers", type=int, default=0, help="of each kind, beside the clients (with --minutes)")
     options = parser.parse_args()
     checkpoint = str(Path(options.checkpoint).resolve()) if Path(options.checkpoint).exists() else options.checkpoint
     ours = ["serve.py", f"checkpoint={checkpoint}", f"slots={options.slots}", "queue_size=256", "timeout=600"]
@@ -168,7 +212,8 @@ def main() -> None:
                 before, until = resident(process), None
                 if options.minutes is not None:
                     until = time.monotonic() + 60 * options.minutes
-                outcome = asyncio.run(load(url, clients, requests, until=until))
+                with attacked(url, options.attackers, 60 * (options.minutes or 0)):
+                    outcome = asyncio.run(load(url, clients, requests, until=until, mixed=options.mixed))
                 print(row(name, clients, outcome), flush=True)
                 if options.minutes is not None:
                     print(f"memory of the server: {before:.0f} MiB before, {resident(process):.0f} MiB after")

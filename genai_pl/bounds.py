@@ -94,6 +94,7 @@ BOUNDS: dict[str, Bound] = {
         for name in ("temperature", "clip_range", "value_clip_range", "kl_horizon")
     },
     **{f"objective.{name}": RATE for name in ("clip_range_high", "kl_target")},
+    "scheduler.warmup_steps": either(whole(0), NULL),
     "trainer.max_steps": either(whole(-1), NULL),
     "trainer.grace_period": number(0, above=True),
     "trainer.max_epochs": COUNT_OR_NULL,

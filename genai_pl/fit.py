@@ -31,7 +31,7 @@ from genai_pl.signals import exit_status
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.summary import closing
 from genai_pl.sweeps import write_results
-from genai_pl.trust import read_overrides
+from genai_pl.trust import ASIDE, key_of, read_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +143,8 @@ def _write_adapter(parts: Parts, card: dict[str, str], folder: Path) -> None:
 
 
 def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
-    given = masked(" ".join(read_overrides(parts.run / ".hydra" / "overrides.yaml")))
+    overrides = read_overrides(parts.run / ".hydra" / "overrides.yaml")
+    given = masked(" ".join(o for o in overrides if key_of(o) not in ASIDE))  # a run is one, however often taken up
     named = {"run_name": "Name", "tags": "Tags"}
     return {
         **{heading: str(flat[option]) for option, heading in named.items() if option in flat},

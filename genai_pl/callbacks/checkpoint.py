@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from genai_pl.callbacks.checkpoint_files import forget, link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.shares import gather_shares, take_share
 from genai_pl.callbacks.validation import validate_what_is_due
 from genai_pl.errors import CheckpointError, TrainingError
 from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
@@ -138,6 +139,7 @@ class StepCheckpoint(Checkpoint):
             "saved": time.time(),
             "rng": states,
             "replicas": n_replicas(trainer),
+            **gather_shares(trainer, checkpoint),
             **self.contents,
         }
 
@@ -148,6 +150,7 @@ class StepCheckpoint(Checkpoint):
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
         ours = checkpoint[MARK]
+        take_share(trainer, checkpoint, ours)
         if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
             self._rng = ours["rng"]
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from genai_pl.errors import CheckpointError
-from genai_pl.files import CONTENTS, is_checkpoint
+from genai_pl.files import CONTENTS, is_checkpoint, start_writing
 from genai_pl.models.checkpoint import MARK, read_contents
 
 
@@ -53,8 +53,7 @@ def saved_at(path: Path) -> tuple[float, int]:
 
 def link(path: Path, link: Path) -> None:
     """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
-    temporary = link.with_name(f".{link.name}.tmp{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    temporary = start_writing(link)
     try:
         if path.is_dir():
             temporary.symlink_to(path.name)
@@ -63,6 +62,7 @@ def link(path: Path, link: Path) -> None:
     except OSError:
         temporary.write_bytes(path.read_bytes())
     os.replace(temporary, link)
+    temporary.unlink(missing_ok=True)  # two names of one file are left as they are: `link` was that of `path`
 
 
 def forget(path: Path) -> None:

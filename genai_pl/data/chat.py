@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TEMPLATE",
+    "ChatTemplate",
     "Example",
     "Messages",
     "Tools",
@@ -130,15 +131,24 @@ def encode_answers(
     return rows
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Tools = ()) -> np.ndarray:
-    """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools."""
-    return encode_prompts(tokenizer, [prompt], [tools])[0]
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str | Messages,
+    tools: Tools = (),
+    template: ChatTemplate | None = None,
+) -> np.ndarray:
+    """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools.
+
+    template: the tokenizer's, where there is one already.
+    """
+    return encode_prompts(tokenizer, [prompt], [tools], template)[0]
 
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str | Messages],
     tools: Sequence[Tools] | None = None,
+    template: ChatTemplate | None = None,
 ) -> list[np.ndarray]:
     """The same of each; they are texts, or all of them messages."""
     if not prompts or isinstance(prompts[0], str):
@@ -149,7 +159,7 @@ def encode_prompts(
         begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
     else:
-        template = ChatTemplate(tokenizer)
+        template = template or ChatTemplate(tokenizer)
         texts = [template.prompt(*row) for row in zip(prompts, _each(tools, len(prompts)), strict=True)]
         rows = tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in rows]

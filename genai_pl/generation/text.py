@@ -102,10 +102,13 @@ def read_source(
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str | chat.Messages, tools: chat.Tools = ()
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str | chat.Messages,
+    tools: chat.Tools = (),
+    template: chat.ChatTemplate | None = None,
 ) -> list[int]:
     """The tokens of a prompt, as in training; an empty one begins with bos, or with eos where the tokenizer has no bos."""
-    tokens = chat.encode_prompt(tokenizer, prompt, tools).tolist()
+    tokens = chat.encode_prompt(tokenizer, prompt, tools, template).tolist()
     if tokens:
         return tokens
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -4,8 +4,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import astuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from genai_pl.serving.cache import key_of
@@ -56,12 +55,12 @@ class Recorded:
         self.stream.cancel()
 
     async def __aiter__(self) -> "AsyncIterator[Piece]":
-        pieces = []
+        lines = []  # as they come, so that no step takes long
         async for piece in self.stream:
-            pieces.append(piece)
+            lines.append(_line(piece))
             yield piece
         if self.finish in WHOLE:
-            await self.keep(await asyncio.to_thread(recorded, self.finish, pieces))
+            await self.keep(_whole(self.finish, lines))
 
 
 class Replayed:
@@ -82,8 +81,16 @@ class Replayed:
 
 
 def recorded(finish: str, pieces: "Sequence[Piece]") -> bytes:
-    """An answer as it is kept: a line that says why it ended, and one for each piece, so that no step takes long."""
-    return "\n".join([json.dumps(finish), *(json.dumps(astuple(piece)) for piece in pieces)]).encode()
+    """An answer as it is kept: a line that says why it ended, and one for each piece."""
+    return _whole(finish, map(_line, pieces))
+
+
+def _line(piece: "Piece") -> str:
+    return json.dumps((piece.text, piece.token, piece.logprob, piece.top))
+
+
+def _whole(finish: str, lines: Iterable[str]) -> bytes:
+    return "\n".join([json.dumps(finish), *lines]).encode()
 
 
 def replay(contents: bytes) -> Replayed | None:

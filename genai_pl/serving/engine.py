@@ -18,7 +18,7 @@ from genai_pl.serving.batch import Adapters, make_batch
 from genai_pl.serving.choosing import choose
 from genai_pl.serving.fair import FairQueue, Full
 from genai_pl.serving.jobs import Jobs
-from genai_pl.serving.prompts import read_prompts
+from genai_pl.serving.prompts import read_prompts, spare_places
 from genai_pl.serving.requests import Busy, Observer, Request, Stream, check_request
 from genai_pl.serving.row import Row, ending_alone
 
@@ -32,9 +32,9 @@ STEPS_SHARE = 0.5  # of the time that prompts and jobs take, which steps of the 
 class Engine:
     """Answers requests, up to `slots` of them at once, while up to `queue_size` wait.
 
-    Clients take turns. Prompts are read in chunks of at most `prefill_chunk` tokens, one chunk between two steps, and
-    those that wait have every second one, so that a long prompt keeps nobody waiting. max_length bounds prompt and
-    answer together; `adapters` are folders by the names that requests use.
+    Clients take turns, by tokens; one for which nothing runs has a spare place when all slots are taken, as has what is
+    over before one is free. Prompts are read in chunks of at most `prefill_chunk` tokens, one between two steps; those
+    that wait have every second one. max_length bounds prompt and answer; `adapters` are folders by the names of requests.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class Engine:
         self.observer = observer or Observer()
         self.adapters = Adapters(model, adapters or {})
         self.device = self.adapters.device
-        self.batch = make_batch(model, self.adapters, slots)
+        self.places = slots + spare_places(slots)
+        self.batch = make_batch(model, self.adapters, self.places)
         self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
-        self.waiting: FairQueue[Row] = FairQueue(queue_size)
+        self.waiting: FairQueue[Row] = FairQueue(queue_size, lambda row: row.n_tokens)
         self.jobs = Jobs()
         self.reading: list[Row] = []  # one whose prompt is read, or some that are read whole in one pass
         self.resting: deque[Row] = deque()  # those whose prompts are read in part, the next one first
         self.is_newcomers_turn = True  # else of those that rest
-        self.owed = 0.0  # seconds that steps have before the next chunk
-        self.seconds = 1.0  # that a request takes, on average
+        self.owed, self.seconds = 0.0, 1.0  # that steps have before the next chunk; that a request takes on average
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -202,8 +202,7 @@ class Engine:
         with self._changed:
             for row in self.waiting:
                 row.check(now)
-            over = [row for row in self.waiting if row.ending]
-            over = [row for row in over if self.waiting.remove(row.request.client, row)]
+            over = [r for r in list(self.waiting) if r.ending and self.waiting.remove(r.request.client, r)]
         for row in over:
             self.end(row)
         for row in list(self.resting):
@@ -239,6 +238,8 @@ class Engine:
         """Let a row go, for a reason or for the one that it has."""
         row.ending = reason or row.ending
         self.seconds += 0.1 * (time.monotonic() - row.submitted - self.seconds)
+        with self._changed:
+            self.waiting.give_back(row.request.client, row.n_unwritten)
         row.end(self.observer)
 
     def cancel_all(self) -> None:

@@ -3,14 +3,16 @@
 import asyncio
 import ipaddress
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from itertools import accumulate, islice
 from typing import Generic, TypeVar
 
 from genai_pl.serving.errors import too_busy
 
 T = TypeVar("T")
+MOST_KEPT = 64  # clients that ask for nothing now, of which it is known what they have had
 CLIENT: ContextVar[str] = ContextVar("client", default="")  # who asks: a key, else an address
 
 
@@ -28,31 +30,40 @@ class Full(Exception):
 
 
 class FairQueue(Generic[T]):
-    """At most `limit` things that wait, by client.
+    """At most `limit` things that wait, by client: self-clocked fair queueing (Golestani 1994) of what they cost.
 
-    A client that has more in a full queue than another loses its last one to the other, and gets in no more itself.
+    Each client's first has a tag, its cost added to that of the client's last one or to the present, which is the tag of
+    what was taken last; the least tag is next. A client that has more in a full queue than another loses its last one to
+    the other, and gets in no more itself.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # the client whose turn is next comes first
+    def __init__(self, limit: int, cost: Callable[[T], float] = lambda item: 1.0) -> None:
+        self.limit, self.cost = limit, cost
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # of equal tags the first client's is next
         self._n = 0
+        self._now = 0.0
+        self._served: dict[str, float] = {}  # the tag of each client's last one, unless it lies in the past
 
     def __len__(self) -> int:
         return self._n
 
     def __iter__(self) -> Iterator[T]:
-        """All of them as their turns would come: one of each client, then the next of each."""
-        lines = [list(line) for line in self._waiting.values()]
-        for n in range(max(map(len, lines), default=0)):
-            yield from (line[n] for line in lines if n < len(line))
+        """All of them as their turns would come."""
+        tagged = []
+        for client, line in self._waiting.items():
+            tags = accumulate((self.cost(item) for item in line), initial=self._served[client])
+            tagged += zip(islice(tags, 1, None), line, strict=True)
+        return (item for _, item in sorted(tagged, key=lambda pair: pair[0]))
 
     def add(self, client: str, item: T, *, force: bool = False) -> T | None:
         """Let it wait; what has to leave for it, if the queue was full. Full if nobody has more in it than this client."""
         if not force and not self.admits(client):
             raise Full
         pushed = None if force or self._n < self.limit else self._push()
-        self._waiting.setdefault(client, deque()).append(item)
+        if client not in self._waiting:
+            self._waiting[client] = deque()
+            self._served[client] = max(self._now, self._served.get(client, 0.0))
+        self._waiting[client].append(item)
         self._n += 1
         return pushed
 
@@ -64,17 +75,33 @@ class FairQueue(Generic[T]):
         self._n -= 1
         if not self._waiting[client]:
             del self._waiting[client]
+            self._forget()
         return True
 
     def take(self, client: str, item: T) -> None:
-        """It is this one's turn, and then that of other clients."""
-        if self.remove(client, item) and client in self._waiting:
+        """It is this one's turn: its client has had what it costs."""
+        if item in self._waiting.get(client, ()):
+            self._served[client] += self.cost(item)
+            self._now = max(self._now, self._served[client])
             self._waiting.move_to_end(client)
+            self.remove(client, item)
+
+    def give_back(self, client: str, cost: float) -> None:
+        """So much less than it seemed was what the client has had."""
+        if client in self._served:
+            self._served[client] -= cost
 
     def first(self) -> tuple[str, T]:
         """The client whose turn it is, and its first; there has to be one."""
-        client = next(iter(self._waiting))
+        client = min(self._waiting, key=lambda name: self._served[name] + self.cost(self._waiting[name][0]))
         return client, self._waiting[client][0]
+
+    def _forget(self) -> None:
+        """Keep no tags of clients that would begin at the present anyhow."""
+        if len(self._served) > 2 * len(self._waiting) + MOST_KEPT:
+            past = [name for name, tag in self._served.items() if tag <= self._now and name not in self._waiting]
+            for name in past:
+                del self._served[name]
 
     def admits(self, client: str) -> bool:
         """Whether another one of this client may wait."""

@@ -146,7 +146,8 @@ async def whole_chunks(answers: list[Answer], form: ToolChat, head: dict, n_prom
     rest = {"usage": None} if with_usage else {}
     for n, pieces in enumerate(await collect(answers)):
         chunk = await asyncio.to_thread(form.chunk, n, pieces, answers[n].finish)
-        yield "".join(await asyncio.to_thread(written, {**head, "choices": [chunk], **rest}, in_ascii=True))
+        pieces = await asyncio.to_thread(written, {**head, "choices": [chunk], **rest}, in_ascii=True)
+        yield b"".join(pieces).decode()
     if with_usage:
         yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
 

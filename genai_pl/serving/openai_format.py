@@ -31,7 +31,7 @@ def _finite(logprob: float | None) -> float | None:
 
 
 def text_logprobs(pieces: "Sequence[Piece]", decode: Decode, *, offset: int = 0) -> Json:
-    """Of /v1/completions: lists by token; text_offset counts characters of the answer."""
+    """Of /v1/completions: lists by token, top_logprobs as an iterator; text_offset counts characters of the answer."""
     offsets = []
     for piece in pieces:
         offsets.append(offset)
@@ -39,13 +39,13 @@ def text_logprobs(pieces: "Sequence[Piece]", decode: Decode, *, offset: int = 0)
     return {
         "tokens": [decode(piece.token) for piece in pieces],
         "token_logprobs": [_finite(piece.logprob) for piece in pieces],
-        "top_logprobs": [{decode(token): _finite(p) for token, p in reversed(piece.top)} for piece in pieces],
+        "top_logprobs": ({decode(token): _finite(p) for token, p in reversed(piece.top)} for piece in pieces),
         "text_offset": offsets,
     }
 
 
 def chat_logprobs(pieces: "Sequence[Piece]", decode: Decode) -> Json:
-    """Of /v1/chat/completions: an entry per token, with its alternatives."""
+    """Of /v1/chat/completions: an entry per token, with its alternatives; an iterator of them."""
 
     def entry(token: int, logprob: float | None) -> Json:
         text = decode(token)
@@ -53,11 +53,16 @@ def chat_logprobs(pieces: "Sequence[Piece]", decode: Decode) -> Json:
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
     return {
-        "content": [
+        "content": (
             {**entry(piece.token, piece.logprob), "top_logprobs": [entry(*one) for one in piece.top]}
             for piece in pieces
-        ]
+        )
     }
+
+
+def listed(logprobs: Json | None) -> Json | None:
+    """The same with lists, for an event of a stream."""
+    return logprobs and {name: list(value) for name, value in logprobs.items()}
 
 
 class Completion:
@@ -79,7 +84,8 @@ class Completion:
 
     def piece(self, n: int, piece: "Piece") -> Json:
         """One piece of answer n."""
-        return self._choice(n, piece.text, [piece], None)
+        choice = self._choice(n, piece.text, [piece], None)
+        return {**choice, "logprobs": listed(choice["logprobs"])}
 
     def closing(self, n: int, finish: str | None) -> Json:
         """The end of answer n."""
@@ -120,7 +126,8 @@ class Chat:
         return self._delta(n, {}, [], finish)
 
     def _delta(self, n: int, delta: Mapping[str, str], pieces: "Sequence[Piece]", finish: str | None) -> Json:
-        return {"index": n, "delta": dict(delta), "logprobs": self._logprobs(pieces), "finish_reason": finish}
+        logprobs = listed(self._logprobs(pieces))
+        return {"index": n, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, pieces: "Sequence[Piece]") -> Json | None:
         return None if self.logprobs is None or not pieces else chat_logprobs(pieces, self.decode)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from genai_pl.serving.engine import Engine
 
 log = logging.getLogger("genai_pl.serving")
+SPARE = 4  # slots to one spare place
 
 
 def read_prompts(engine: "Engine") -> None:
@@ -57,8 +58,7 @@ def _join(engine: "Engine", rows: list[Row]) -> None:
 
 def _admit(engine: "Engine", left: int) -> bool:
     """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
-    free, limit = engine.slots - engine.n_running, left if engine.batch.packs else 0
-    engine.reading = engine.next_rows(lambda: (rows := eligible(engine))[: n_together(rows, free, limit)])
+    engine.reading = engine.next_rows(lambda: _admitted(engine, left if engine.batch.packs else 0))
     if not engine.reading:
         return False
     try:
@@ -76,12 +76,38 @@ def _admit(engine: "Engine", left: int) -> bool:
     return _admit(engine, left)
 
 
+def _admitted(engine: "Engine", limit: int) -> list[Row]:
+    """Those that begin now: as many as slots are free, or one that has a spare place when none is."""
+    rows, free = eligible(engine), engine.slots - engine.n_running
+    if free > 0:
+        return rows[: n_together(rows, free, limit)]
+    if engine.n_running >= engine.places:
+        return []
+    return [row for row in rows if needs_spare(engine, row)][:1]
+
+
+def spare_places(slots: int) -> int:
+    """How many rows there may be beyond the slots."""
+    return -(-slots // SPARE)
+
+
+def needs_spare(engine: "Engine", row: Row) -> bool:
+    """Whether a row may have a spare place: nothing runs for its client, or for its request, which is over by the time
+    that a slot is free."""
+    running = engine.running()
+    if all(row.request.client != other.request.client for other in running):
+        return True
+    if row.request.group is not None and any(row.request.group is other.request.group for other in running):
+        return False
+    return row.config.max_new_tokens < min(other.n_unwritten for other in running)
+
+
 def eligible(engine: "Engine") -> list[Row]:
-    """Those that wait, in the order of their turns, but for answers to one request that would have all slots.
+    """Those that wait, in the order of their turns.
 
     Of one client's, what has less for its request comes first: one with many prompts is read beside others, not before.
     """
-    most, running = max(1, engine.slots - 1), Counter(id(row.request.group) for row in engine.running())
+    running = Counter(id(row.request.group) for row in engine.running())
     waiting, ranks, lines = list(engine.waiting), {}, defaultdict(list)
     for row in waiting:
         group = id(row.request.group)
@@ -89,8 +115,7 @@ def eligible(engine: "Engine") -> list[Row]:
         running[group] += 1
         lines[row.request.client].append(row)
     turns = {client: iter(sorted(line, key=lambda row: ranks[id(row)])) for client, line in lines.items()}
-    found = [next(turns[row.request.client]) for row in waiting]
-    return [row for row in found if ranks[id(row)] < most]
+    return [next(turns[row.request.client]) for row in waiting]
 
 
 def _open(engine: "Engine", row: Row) -> None:

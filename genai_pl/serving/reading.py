@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import TYPE_CHECKING, TypeVar
 
+from genai_pl.data.chat import ChatTemplate, Messages, Tools
+from genai_pl.generation import encode_prompt
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.fair import Turns
 
@@ -48,11 +50,26 @@ class Reading:
         self.grammars = Lane("grammars", **options)
         # tokenizers change state while they work
         self.tokenizers = {self.short: deepcopy(tokenizer), self.long: deepcopy(tokenizer)}
+        self.templates: dict[Lane, ChatTemplate] = {}
 
     async def tokens(self, encode: Callable[..., T], *arguments: object, size: int) -> T:
         """What `encode` makes of a tokenizer and the arguments, which have so many characters."""
-        lane = self.short if size <= SHORT else self.long
+        lane = self._lane(size)
         return await lane.run(encode, self.tokenizers[lane], *arguments)
+
+    async def conversation(self, messages: Messages, tools: Tools, *, size: int) -> list[int]:
+        """The tokens of a conversation of so many characters, with the beginning of the answer."""
+        lane = self._lane(size)
+        return await lane.run(self._encode, lane, messages, tools)
+
+    def _lane(self, size: int) -> Lane:
+        return self.short if size <= SHORT else self.long
+
+    def _encode(self, lane: Lane, messages: Messages, tools: Tools) -> list[int]:
+        tokenizer = self.tokenizers[lane]
+        if lane not in self.templates:  # which is tried out when it is made
+            self.templates[lane] = ChatTemplate(tokenizer)
+        return encode_prompt(tokenizer, messages, tools, self.templates[lane])
 
     def close(self) -> None:
         """No more of it."""

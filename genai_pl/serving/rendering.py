@@ -1,37 +1,87 @@
-"""Answers as bytes of JSON, made beside the event loop and in pieces: no step of it takes long, however large they are."""
+"""Answers as bytes of JSON, made beside the event loop and sent in pieces: no step of it takes long, however large they are.
+
+Python looks through all objects that refer to others from time to time, while nothing else runs: of a large answer few are
+there at a time, as its parts are made by iterators and become text one by one.
+"""
 
 import asyncio
 import json
 from collections.abc import Callable, Iterator
 
 from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
 
 DEPTH = 6  # of an answer's parts that are written one by one: choices, logprobs, tokens
+PIECE = 1 << 16  # characters that are encoded and sent at a time
 
 
 async def json_answer(make: Callable[[], object]) -> Response:
     """The answer that `make` gives, in JSON."""
-    content = await asyncio.to_thread(lambda: "".join(written(make())).encode())
-    return Response(content, media_type="application/json")
+    return InPieces(await asyncio.to_thread(lambda: written(make())))
 
 
-def written(value: object, *, depth: int = DEPTH, in_ascii: bool = False) -> list[str]:
-    """The value in JSON, in parts that belong one after the other: json.dumps lets nobody else work meanwhile."""
-    deeper = {"depth": depth - 1, "in_ascii": in_ascii}
-    if isinstance(value, Iterator):  # one after the other, so that few are there at a time
-        parts = [("", written(item, **deeper)) for item in value]
-    elif depth > 0 and isinstance(value, dict) and value:
-        parts = [(f"{_dumps(str(name), in_ascii)}:", written(item, **deeper)) for name, item in value.items()]
-    elif depth > 0 and isinstance(value, list) and value and isinstance(value[0], dict | list):
-        parts = [("", written(item, **deeper)) for item in value]
-    else:
-        return [_dumps(value, in_ascii)]
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    found = [opening]
-    for n, (name, texts) in enumerate(parts):
-        found += [f",{name}" if n else name, *texts]
-    return [*found, closing]
+class InPieces(Response):
+    """A body of JSON that is sent piece by piece, each when the client has room for it."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__(headers={"content-length": str(sum(map(len, pieces)))})
+        self.pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)  # others have their turn, even where the client reads as fast as this is sent
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _dumps(value: object, in_ascii: bool) -> str:
-    return json.dumps(value, ensure_ascii=in_ascii, allow_nan=False, separators=(",", ":"))
+def written(value: object, *, in_ascii: bool = False) -> list[bytes]:
+    """The value in JSON, in pieces; an iterator is a list, and json.dumps lets nobody else work: it is given small parts."""
+    writer = _Writer(in_ascii)
+    writer.write(value, DEPTH)
+    writer.encode()
+    return writer.pieces
+
+
+class _Writer:
+    """Texts, which become bytes when there are PIECE characters of them."""
+
+    def __init__(self, in_ascii: bool) -> None:
+        self.in_ascii, self.pieces, self.texts, self.n = in_ascii, [], [], 0
+
+    def write(self, value: object, depth: int) -> None:
+        """A value, whose parts are written one by one down to this depth."""
+        if isinstance(value, Iterator) or (depth > 0 and isinstance(value, list) and _is_nested(value)):
+            self._add("[")
+            for n, item in enumerate(value):
+                if n:
+                    self._add(",")
+                self.write(item, depth - 1)
+            self._add("]")
+        elif depth > 0 and isinstance(value, dict) and value:
+            for n, (name, item) in enumerate(value.items()):
+                self._add(f"{',' if n else '{'}{self._dumps(str(name))}:")
+                self.write(item, depth - 1)
+            self._add("}")
+        else:
+            self._add(self._dumps(value))
+
+    def encode(self) -> None:
+        """Make bytes of the texts."""
+        self.pieces.append("".join(self.texts).encode())
+        self.texts, self.n = [], 0
+
+    def _add(self, text: str) -> None:
+        self.texts.append(text)
+        self.n += len(text)
+        if self.n >= PIECE:
+            self.encode()
+
+    def _dumps(self, value: object) -> str:
+        return json.dumps(value, ensure_ascii=self.in_ascii, allow_nan=False, separators=(",", ":"))
+
+
+def _is_nested(value: list) -> bool:
+    return bool(value) and isinstance(value[0], dict | list)

@@ -78,6 +78,16 @@ class Row:
         return self.model.logits(hidden[:, -1]) if self.n_read == len(self.prompt) else None
 
     @property
+    def n_tokens(self) -> int:
+        """How many it reads and writes at most."""
+        return len(self.prompt) + self.config.max_new_tokens
+
+    @property
+    def n_unwritten(self) -> int:
+        """How many it may still write, once it has begun."""
+        return 0 if self.model is None else self.config.max_new_tokens - len(self.written)
+
+    @property
     def end_of_prompt(self) -> int:
         """Where it ends in the cache."""
         return self.begin + len(self.prompt)

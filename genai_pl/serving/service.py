@@ -134,7 +134,7 @@ class Service:
             )
         size = size_of(messages)
         self._check_size(size)
-        return tuple(await self.reading.tokens(encode_prompt, messages, tools, size=size + len(str(tools))))
+        return tuple(await self.reading.conversation(messages, tools, size=size + len(str(tools))))
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""

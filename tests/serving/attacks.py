@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from random import Random
 
@@ -29,6 +30,8 @@ class Seen:
     def __post_init__(self) -> None:
         self.until = time.monotonic() + self.seconds
         self.place = httpx.URL(self.url)
+        # Linux has all of 127.0.0.0/8 for itself: who attacks has another address than who is patient
+        self.source = "127.0.0.2" if sys.platform == "linux" and self.place.host.startswith("127.") else None
 
     @property
     def goes_on(self) -> bool:
@@ -36,13 +39,15 @@ class Seen:
         return time.monotonic() < self.until
 
     def connect(self) -> socket.socket:
-        """A bare connection."""
-        return socket.create_connection((self.place.host, self.place.port), timeout=5)
+        """A bare connection of an attacker."""
+        source = self.source and (self.source, 0)
+        return socket.create_connection((self.place.host, self.place.port), timeout=5, source_address=source)
 
-    def post(self, kind: str, path: str, body: object, timeout: float = 30.0) -> int:
+    def post(self, kind: str, path: str, body: object, *, source: str | None = None, timeout: float = 30.0) -> int:
         """The status, 0 where there is none."""
         try:
-            status = httpx.post(f"{self.url}{path}", json=body, timeout=timeout).status_code
+            with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=timeout) as client:
+                status = client.post(f"{self.url}{path}", json=body).status_code
         except httpx.HTTPError:
             status = 0
         self.statuses[kind, status] += 1
@@ -82,6 +87,41 @@ def chunked(seen: Seen) -> None:
         raw.recv(1000)
 
 
+def idle(seen: Seen) -> None:
+    """Many connections that ask once and stay."""
+    with ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(seen.connect()).sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(3)
+
+
+def ahead(seen: Seen) -> None:
+    """Many requests at once on one connection."""
+    body = b'{"prompt": "x", "max_new_tokens": 1}'
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with seen.connect() as raw:
+        raw.sendall(request * 100)
+        raw.settimeout(5)
+        while raw.recv(65536):
+            pass
+
+
+def storm(seen: Seen) -> None:
+    """Connections that say nothing and leave."""
+    for _ in range(50):
+        seen.connect().close()
+    time.sleep(0.2)
+
+
+def asks_and_reads_nothing(seen: Seen, path: str, body: object) -> None:
+    """Ask for much, and take none of it."""
+    data = json.dumps(body).encode()
+    with seen.connect() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.sendall(HEAD.replace(b"/generate", path.encode()) + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        time.sleep(5)
+
+
 def garbage(seen: Seen) -> None:
     """Bytes that are no HTTP."""
     with seen.connect() as raw:
@@ -90,6 +130,8 @@ def garbage(seen: Seen) -> None:
 
 
 LONG, BROKEN = "Once upon a time " * 400, "a?" * 2000
+HEAVY = {"prompt": "x", "n": 16, "max_tokens": 4096, "timeout": 20}
+GUIDED = {"prompt": "x", "guided_regex": BROKEN}
 STREAM = b'{"prompt": "x", "stream": true, "max_new_tokens": 64}'
 ATTACKS: dict[str, Callable[[Seen], object]] = {
     "half a head": lambda seen: sent(seen, HEAD),
@@ -98,14 +140,20 @@ ATTACKS: dict[str, Callable[[Seen], object]] = {
     "reads nothing": lambda seen: sent(seen, HEAD + b"Content-Length: %d\r\n\r\n" % len(STREAM) + STREAM),
     "comes and leaves": lambda seen: leaving(seen, "/generate", {"prompt": LONG[:100], "max_new_tokens": 64}, 0.05),
     "large and away": lambda seen: leaving(seen, "/generate", {"prompt": "x, " * 1_300_000}, 0.1),
-    "many texts": lambda seen: seen.post("many texts", "/score", {"text": [LONG[:400]] * 256}),
-    "many answers": lambda seen: seen.post(
-        "many answers", "/v1/completions", {"prompt": "x", "n": 16, "max_tokens": 4096, "timeout": 20}
-    ),
+    "many texts": lambda seen: seen.post("many texts", "/score", {"text": [LONG[:400]] * 256}, source=seen.source),
+    "many answers": lambda seen: seen.post("many answers", "/v1/completions", HEAVY, source=seen.source),
     "bytes": garbage,
     "small chunks": chunked,
-    "expressions": lambda seen: seen.post("expressions", "/v1/completions", {"prompt": "x", "guided_regex": BROKEN}),
-    "numbers": lambda seen: seen.post("numbers", "/v1/completions", {"prompt": [None] * 250_000}),
+    "expressions": lambda seen: seen.post("expressions", "/v1/completions", GUIDED, source=seen.source),
+    "numbers": lambda seen: seen.post("numbers", "/v1/completions", {"prompt": [None] * 250_000}, source=seen.source),
+    "idle": idle,
+    "sent ahead": ahead,
+    "a storm": storm,
+    "never continued": lambda seen: sent(seen, HEAD + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n"),
+    "another protocol": lambda seen: sent(seen, HEAD + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n", read=99),
+    "many headers": lambda seen: sent(seen, HEAD + b"X: y\r\n" * 100_000, read=99),
+    "slow chunks": lambda seen: sent(seen, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", drip=b"1\r\nx\r\n"),
+    "large and unread": lambda seen: asks_and_reads_nothing(seen, "/v1/completions", {**HEAVY, "logprobs": 5}),
 }
 
 
@@ -123,7 +171,9 @@ def be_patient(seen: Seen) -> None:
     """Small requests, one after the other; whoever is told to come again does."""
     while seen.goes_on:
         began = time.monotonic()
-        status = seen.post("patient", "/generate", {"prompt": "Once", "max_new_tokens": 8, "temperature": 1.0}, 60.0)
+        status = seen.post(
+            "patient", "/generate", {"prompt": "Once", "max_new_tokens": 8, "temperature": 1.0}, timeout=60.0
+        )
         if status == 200:
             seen.answers.append(time.monotonic() - began)
         elif status == 429:

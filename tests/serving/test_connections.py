@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from genai_pl.serving import bodies, connections
 from genai_pl.serving.app import create_app
 from genai_pl.serving.connections import Connection, connection_limits, connection_options
 from genai_pl.serving.quiet import Quiet
+from genai_pl.serving.settings import Limits
 from tests.serving.fake import FakeEngine
 from tests.serving.probe import Probed
 from tests.serving.servers import eventually, make_service, running
@@ -101,6 +102,70 @@ def test_a_byte_now_and_then_does_not_keep_a_connection_open(head: bytes, tiny: 
         rest(raw)
         is_over.set()
         thread.join(20)
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+STRANGE = {
+    "a body that is never continued": (HEAD + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n", (b"100", b"408")),
+    "an expectation that nobody knows": (HEALTH + b"Expect: more\r\n\r\n", (b"200", b"417")),
+    "another protocol": (HEALTH + b"Upgrade: websocket\r\nSec-WebSocket-Key: \xff\r\n\r\n", (b"200", b"400", b"426")),
+    "a protocol and a body": (HEAD + b"Connection: upgrade\r\nUpgrade: h2c, x\r\nContent-Length: 9\r\n\r\n", (b"408",)),
+    "a thousand headers": (HEALTH + b"X: y\r\n" * 1000 + b"\r\n", (b"200", b"400", b"431")),
+    "a hundred thousand headers": (HEALTH + b"X: y\r\n" * 100_000 + b"\r\n", (b"400", b"431")),
+    "a header without an end": (HEALTH + b"X: " + b"y" * 500_000, (b"400", b"431")),
+    "two lengths": (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}{}{}", (b"400",)),
+    "a length below none": (HEAD + b"Content-Length: -5\r\n\r\n{}", (b"400",)),
+    "a chunk without an end": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 100_000, (b"400", b"408")),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_is_strange_in_a_head_is_refused_and_keeps_nobody_waiting(case: str, tiny: Path) -> None:
+    data, statuses = STRANGE[case]
+    with server(tiny) as (client, probed), connect(client) as raw:
+        probed.reset()
+        with suppress(OSError):  # the server may have closed it before all is sent
+            raw.sendall(data)
+        found = rest(raw)
+        assert client.get("/health").status_code == 200
+        assert probed.worst < 1
+    assert found == b"" or found.removeprefix(b"HTTP/1.1 ").startswith(statuses), found[:200]
+    assert b"HTTP/1.1 5" not in found
+
+
+def test_idle_connections_cost_others_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 30.0)
+    with server(tiny, timeout_keep_alive=30) as (client, _), ExitStack() as stack:
+        idle = [stack.enter_context(connect(client)) for _ in range(100)]
+        for raw in idle:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert raw.recv(20).startswith(b"HTTP/1.1 200")
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+
+
+def test_a_client_that_does_not_read_a_large_answer_is_left(tiny: Path) -> None:
+    service = make_service(tiny, cache=None, limits=Limits(max_tokens=4096))
+    service.engine = FakeEngine(["x" * 1000] * 20_000)
+    app = create_app(service, service.settings, service.metrics)
+    with running(app, **connection_options()) as url, httpx.Client(base_url=url, timeout=30) as client:
+        with connect(client) as raw:
+            body = b'{"prompt": "x", "max_tokens": 4000}'
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.sendall(
+                HEAD.replace(b"/generate", b"/v1/completions") + b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            assert raw.recv(15).startswith(b"HTTP/1.1 200")
+            assert eventually(lambda: _is_closed(raw))
+        assert client.get("/health").status_code == 200
+
+
+def _is_closed(raw: socket.socket) -> bool:
+    """Whether the server has let go of a connection on which an answer waits to be read."""
+    try:
+        raw.send(b"x")
+    except OSError:
+        return True
+    return False
 
 
 def test_a_client_that_does_not_read_its_answer_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

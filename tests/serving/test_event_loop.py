@@ -1,6 +1,7 @@
 """The event loop, which every client waits for: it does nothing that takes long, whatever one of them sends."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
+import gc
 import json
 import random
 import time
@@ -13,6 +14,8 @@ httpx = pytest.importorskip("httpx")
 
 from genai_pl.serving.app import create_app
 from genai_pl.serving.bodies import HEAVY, Bodies
+from genai_pl.serving.openai_format import Chat, Completion, listed
+from genai_pl.serving.rendering import PIECE, written
 from genai_pl.serving.requests import Piece
 from genai_pl.serving.settings import Limits
 from genai_pl.serving.tools import read_calls
@@ -176,6 +179,31 @@ def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
             assert len(engine.streams) == made + body.get("n", 1)
     print({name: round(1000 * lag) for name, lag in sorted(lags.items(), key=lambda item: -item[1])})
     assert max(lags.values()) < MOST, lags
+
+
+@pytest.mark.parametrize("form", [Chat, Completion])
+def test_a_large_answer_is_made_of_few_objects_at_a_time(form: type) -> None:
+    """Python looks through all of them from time to time, while nothing else runs."""
+    pieces = [Piece("a", 65, -1.0, tuple((token, -1.0) for token in range(20))) for _ in range(2000)]
+    counts = []
+
+    def decode(token: int) -> str:
+        if token == 19:  # one for each piece
+            counts.append(len(gc.get_objects()) if len(counts) % 500 == 0 else 0)
+        return "é"
+
+    choice = form(decode, 20).choice(0, pieces, "stop")
+    gc.collect()
+    gc.disable()
+    try:
+        made = written({"choices": iter([choice])})
+    finally:
+        gc.enable()
+    assert max(counts) - counts[0] < 2000  # of 40,000 alternatives
+    assert max(map(len, made)) < 2 * PIECE + 5000
+    found = json.loads(b"".join(made))["choices"][0]
+    expected = form(lambda token: "é", 20).choice(0, pieces, "stop")
+    assert found == {**expected, "logprobs": listed(expected["logprobs"])}
 
 
 def test_embeddings_are_written_beside_the_event_loop(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from genai_pl.serving.engine import Engine
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.fair import CLIENT, FairQueue, Full, Turns, network
 from genai_pl.serving.passes import Passes
-from genai_pl.serving.prompts import eligible
+from genai_pl.serving.prompts import eligible, read_prompts
 from genai_pl.serving.reading import SHORT, Lane, Reading
 from genai_pl.serving.requests import Busy, Request
 from genai_pl.serving.settings import Limits
@@ -104,17 +104,97 @@ def test_a_client_whose_request_had_to_make_room_is_told_to_come_again(tiny: Pat
     assert reply.headers["retry-after"]
 
 
-def test_the_answers_of_one_request_never_have_all_slots() -> None:
-    engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
+def test_clients_take_turns_by_what_their_requests_cost() -> None:
+    queue: FairQueue[tuple[str, int]] = FairQueue(100, lambda item: item[1])
+    for _ in range(3):
+        queue.add("heavy", ("heavy", 40))
+    for _ in range(12):
+        queue.add("light", ("light", 10))
+    order = []
+    while len(queue):
+        assert next(iter(queue)) == queue.first()[1]
+        client, item = queue.first()
+        queue.take(client, item)
+        order.append(client[0])
+    assert "".join(order) == "lllhl" * 3  # 40 tokens of each at a time
+
+
+def test_what_was_not_written_after_all_counts_for_nothing() -> None:
+    queue: FairQueue[tuple[str, int]] = FairQueue(100, lambda item: item[1])
+    queue.add("a", ("a1", 100))
+    queue.take("a", ("a1", 100))
+    queue.give_back("a", 95)
+    queue.add("a", ("a2", 100))
+    queue.add("b", ("b1", 190))
+    assert queue.first() == ("a", ("a2", 100))
+
+
+def test_clients_that_come_and_go_leave_nothing_in_the_queue() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    for n in range(5000):
+        queue.add(f"client {n}", "x")
+        queue.take(*queue.first())
+    assert len(queue) == 0
+    assert len(queue._served) < 200
+
+
+def submit_to(engine: Engine, name: str, n: int, tokens: int, **options: object) -> list:
     group = object()
-    for _ in range(16):
-        engine.submit(Request(ids("heavy"), greedy(20), group=group))
-    engine.submit(Request(ids("small"), greedy(2), group=object()))
-    chosen = [bytes(row.request.input_ids).decode() for row in eligible(engine)]
-    assert chosen == ["heavy", "small", "heavy", "heavy"]  # and it is not last either
-    alone = Engine(build(), TOKENIZER, slots=1)
-    alone.submit(Request(ids("x"), greedy(2), group=group))
-    assert len(eligible(alone)) == 1
+    return [engine.submit(Request(ids(name), greedy(tokens), group=group, **options)) for _ in range(n)]
+
+
+def begun(engine: Engine) -> list[str]:
+    """The prompts that are answered now, once all that may has begun."""
+    while engine.waiting and len(engine.running()) < engine.places:
+        before = len(engine.running())
+        read_prompts(engine)
+        if len(engine.running()) == before:
+            break
+    return [bytes(row.request.input_ids).decode() for row in engine.batch.rows]
+
+
+def test_as_many_answers_as_there_are_slots_are_written_together() -> None:
+    engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
+    submit_to(engine, "four", 4, 20)
+    assert begun(engine) == ["four"] * 4
+
+
+def test_a_small_request_is_answered_beside_one_that_has_all_slots() -> None:
+    engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
+    submit_to(engine, "heavy", 16, 40)
+    assert begun(engine) == ["heavy"] * 4  # none has a spare place beside its own
+    submit_to(engine, "as long", 1, 40)
+    assert begun(engine) == ["heavy"] * 4  # it would have the place longer than it waits for a slot
+    submit_to(engine, "small", 1, 2)
+    assert begun(engine) == ["heavy"] * 4 + ["small"]
+
+
+def test_a_client_for_which_nothing_runs_has_a_spare_place() -> None:
+    engine = Engine(build(), TOKENIZER, slots=8, queue_size=99)
+    for _ in range(4):
+        submit_to(engine, "heavy", 16, 40, client="a")
+    assert begun(engine) == ["heavy"] * 8
+    submit_to(engine, "b", 2, 50, client="b")
+    submit_to(engine, "c", 1, 50, client="c")
+    assert sorted(begun(engine)) == ["b", "c"] + ["heavy"] * 8
+
+
+def test_one_address_with_many_answers_does_not_starve_patient_clients() -> None:
+    """By steps of the model: a patient client's small requests take about as many of them as alone."""
+    with torch.inference_mode():
+        engine = Engine(build(max_seq_len=512), TOKENIZER, slots=8, queue_size=64)
+        for _ in range(4):
+            submit_to(engine, "x", 16, 400, client="greedy")
+        steps = []
+        for _ in range(10):
+            stream, n = submit_to(engine, "y", 1, 8, client="patient")[0], 0
+            while stream.finish is None and n < 500:
+                engine._turn()
+                n += 1
+                while stream._pieces:
+                    next(stream)
+            steps.append(n)
+    assert max(steps) <= 12, steps
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:

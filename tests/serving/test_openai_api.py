@@ -75,6 +75,29 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
         ids.append(int(expected.argmax()))
 
 
+def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, monkeypatch) -> None:
+    from genai_pl.serving import reading
+    from tests.serving.servers import make_service, serving
+
+    made = []
+
+    class Counted(reading.ChatTemplate):
+        def __init__(self, tokenizer: object) -> None:
+            made.append(tokenizer)
+            super().__init__(tokenizer)
+
+    monkeypatch.setattr(reading, "ChatTemplate", Counted)
+    _, tokenizer = theirs
+    service = make_service(tiny, cache=None)
+    with serving(service) as client:
+        for n in range(3):
+            turns = [{"role": "user", "content": "x" * n}]
+            reply = client.post("/v1/chat/completions", json={"messages": turns, "max_tokens": 1})
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            assert reply.json()["usage"]["prompt_tokens"] == len(ids)
+    assert made == [service.reading.tokenizers[service.reading.short]]
+
+
 def test_a_conversation_is_rendered_by_the_template(ai, theirs) -> None:
     _, tokenizer = theirs
     text = tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
