@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.bounds import bound_of
+from genai_pl.bounds import BOUNDS, bound_of
 from genai_pl.config_errors import given_overrides, meant, shown
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import VARIABLE
@@ -82,7 +82,8 @@ def check_arguments(node: object, path: str) -> None:
     for name, value in node.items():
         if known is not None and name not in known and not name.startswith("_"):
             raise ConfigError(f"{path}.{name}: no such option{meant(name, known)}")
-        if name in hints and not (bound := bound_of(hints[name])).holds(value):
+        bounded = f"{path}.{name}" in BOUNDS  # by the configuration, which may take null for a default of its own
+        if name in hints and not bounded and not (bound := bound_of(hints[name])).holds(value):
             raise ConfigError(f"{path}.{name}={shown(value)}: expected {bound.words}")
         check_arguments(value, f"{path}.{name}")
 
