@@ -56,6 +56,7 @@ FLAG = Bound("true or false", lambda value: isinstance(value, bool))
 FIELDS = Bound("fields", lambda value: isinstance(value, Mapping))
 NAMES = either(NULL, TEXT, many(TEXT))
 COUNT, COUNT_OR_NULL = whole(1), either(whole(1), NULL)
+STEPS = Bound("a number, whole and at least 1", lambda value: type(value) is int and (value == -1 or value >= 1))
 RATE = either(number(0, above=True), NULL)
 
 WEIGHTS = (  # of parts of a loss or a reward
@@ -95,7 +96,7 @@ BOUNDS: dict[str, Bound] = {
     },
     **{f"objective.{name}": RATE for name in ("clip_range_high", "kl_target")},
     "scheduler.warmup_steps": either(whole(0), NULL),
-    "trainer.max_steps": either(whole(-1), NULL),
+    "trainer.max_steps": either(STEPS, NULL),
     "trainer.grace_period": number(0, above=True),
     "trainer.max_epochs": COUNT_OR_NULL,
     "trainer.accumulate_grad_batches": COUNT,
