@@ -71,6 +71,9 @@ class Case(NamedTuple):
         )
 
 
+OPTIONS = {**KINDS, "quick": (*KINDS["bpe"], "trainer.val_check_interval=5")}
+
+
 def draws() -> list[Case]:
     """Cases of all kinds in which the stages take turns; `time` is a share of the seconds that the run takes."""
     draw = random.Random(18)
@@ -126,7 +129,7 @@ def whole(killer: Killer) -> Callable[[str], Whole]:
     def get(kind: str) -> Whole:
         if kind not in done:
             folder = killer.folder / kind
-            ended = killer.run(folder, *SMALL, *KINDS[kind], "hydra.run.dir=run")
+            ended = killer.run(folder, *SMALL, *OPTIONS[kind], "hydra.run.dir=run")
             assert ended.status == 0, ended.out
             done[kind] = Whole(folder, ended.counts, ended.seconds)
         return done[kind]
@@ -135,7 +138,7 @@ def whole(killer: Killer) -> Callable[[str], Whole]:
 
 
 # where it is easily wrong: half a file, a checkpoint that is whole and not yet the last one, half an export
-QUICK = Case("bpe", ("checkpoint", TORN, "export"), (0.6, 0.25, 0.5), (0, 0, 0))
+QUICK = Case("quick", ("checkpoint", TORN, "export"), (0.6, 0.25, 0.5), (0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_a_killed_run_that_is_taken_up_is_the_undisturbed_one(case: Case, killer
 
 def assert_survives(case: Case, killer: Killer, expected: Whole) -> None:
     """The run is killed at each moment of the case, taken up in between and at last, and then equals the expected one."""
-    folder, given = killer.folder / f"{case}", (*SMALL, *KINDS[case.kind], "resume=auto", "hydra.run.dir=run")
+    folder, given = killer.folder / f"{case}", (*SMALL, *OPTIONS[case.kind], "resume=auto", "hydra.run.dir=run")
     for stage, share, rank in zip(case.stages, case.shares, case.ranks, strict=True):
         if stage == "time":
             when = {"seconds": share * expected.seconds, "rank": rank}
