@@ -132,6 +132,12 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CheckpointError(f"{name}: its tokenizer has no tokenizer.json; convert it with transformers first")
+    try:
+        json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{name}: its tokenizer_config.json holds half of a surrogate pair, which is no text"
+        ) from None
     if not isinstance(tokenizer.model_max_length, int | float):
         raise CheckpointError(
             f"{name}: its tokenizer's model_max_length is {tokenizer.model_max_length!r:.40}, no number"

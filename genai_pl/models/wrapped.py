@@ -163,16 +163,22 @@ def load_wrapped(
         inner, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
         if NAME in str(error):
             raise refusal(name, "it takes no attention but its own") from None
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
-        raise CheckpointError(f"{name}: transformers cannot load it ({str(error).splitlines()[0]}){advice}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
     if found["missing_keys"]:  # transformers would draw them
         raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
-    except (AttributeError, RuntimeError) as error:  # RuntimeError: a size that every layer has for itself
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # RuntimeError: a size that every layer has for itself
         reason = f"its configuration does not give the sizes of a decoder ({str(error).partition('. ')[0]})"
         raise refusal(name, reason) from None
     return check(model, name)

@@ -12,12 +12,12 @@ SLACK = 2**28  # bytes of buffers, and of weights that are stored once and used 
 REPEATED = re.compile(r"layer|expert|block|depth|stage")
 
 
-def check_counts(values: Mapping[str, object], n_stored: int) -> None:
+def check_counts(values: Mapping[object, object], n_stored: int) -> None:
     """ConfigError for more layers or experts than there are tensors: even without memory, each costs time."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             check_counts(value, n_stored)
-        elif REPEATED.search(name) and isinstance(value, int) and value > max(n_stored, MOST_REPEATED):
+        elif REPEATED.search(str(name)) and isinstance(value, int) and value > max(n_stored, MOST_REPEATED):
             raise ConfigError(f"its configuration has {name}={value}, and the checkpoint has not their weights")
 
 
