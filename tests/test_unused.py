@@ -89,7 +89,7 @@ def test_an_option_without_effect_is_named_with_the_reason(name: str, beside: st
     config, typed = composed(name, f"{beside} {option}")
     (line,) = unused(config, typed, RULES[name])
     assert line.startswith(f"{option}: has no effect: ")
-    with pytest.raises(ConfigError, match="leave it out$"):
+    with pytest.raises(ConfigError, match=r"leave it out$"):
         refuse_unused(config, typed, RULES[name])
     assert unused(config, [beside], RULES[name]) == []  # the same value is no matter where nobody has typed it
 
