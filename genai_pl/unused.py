@@ -81,7 +81,7 @@ TRAIN = (
     ),
     Rule(("peft.init_text",), _not(_is("peft.init", "text")), "it is of peft.init=text"),
 )
-NO_BEAMS, BEAMS = _is("generation.num_beams", 1), _not(_is("generation.num_beams", 1))
+NO_BEAMS = _is("generation.num_beams", 1)
 GREEDY = _is("generation.temperature", 0, 0.0)
 WRITING = ("generation.", "num_samples", "logprobs", "seed", "adapter_weights")
 GENERATE = (
@@ -90,7 +90,6 @@ GENERATE = (
     Rule(("pooling",), _is("embed", False), "it is of embed=true"),
     Rule(("prompt_file",), _not(_is("prompt", None)), "prompt= is what is read"),
     Rule(("adapter_weights",), _is("adapter", None), "no adapter is given"),
-    Rule(("num_samples",), BEAMS, "beams are counted by generation.num_return"),
     Rule(
         ("generation.top_k", "generation.top_p", "generation.min_p", "seed"),
         GREEDY,

@@ -47,7 +47,6 @@ NO_EFFECT = [  # command, what makes it so, what was typed
     ("generate", "generation=greedy", "generation.top_k=5"),
     ("generate", "generation=greedy", "generation.top_p=0.5"),
     ("generate", "generation=greedy", "seed=5"),
-    ("generate", "generation=beam", "num_samples=5"),
     ("generate", "prompt=a", "generation.length_penalty=2"),
     ("generate", "generation=beam", "generation.diversity_penalty=2"),
     ("generate", "prompt=a", "generation.draft_tokens=2"),

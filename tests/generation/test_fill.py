@@ -100,3 +100,9 @@ def test_the_command_prints_candidates_for_each_mask(bert, tokenizer, command, t
     mistake = command("generate", "checkpoint=bert", "prompt=the cat")
     assert mistake.status == 2
     assert mistake.err == "error: prompt: no [MASK] in it for this encoder to fill in; or set embed=true\n"
+
+
+@pytest.mark.parametrize("alias", ["<mask>", "<|mask|>"])
+def test_the_mask_of_another_tokenizer_stands_for_the_own_one(alias: str, bert, tokenizer):
+    own = fill(bert[1], tokenizer, "the [MASK] ran far", top_k=3)
+    assert fill(bert[1], tokenizer, f"the {alias} ran far", top_k=3) == own

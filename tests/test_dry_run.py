@@ -1,0 +1,133 @@
+"""A dry run plans the run that would be made, from configuration files alone."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from genai_pl.models import n_parameters
+from tests.conftest import TINY
+
+SIZE = re.compile(r"^model +([\d,]+) parameters \(([\d,]+) trainable\)", re.M)
+PLAN = ("dry_run=true", "data.path=no_such_file", "plan=cpu")
+
+
+@pytest.fixture
+def run(command, tmp_path: Path) -> Path:
+    assert command("train", *TINY, "trainer.max_steps=1", "output_dir=run").status == 0
+    return Path("run")
+
+
+def memory(out: str) -> dict[str, str]:
+    """What the table of a plan says of each part."""
+    return dict(re.findall(r"^  (\w+) +([\d.]+ \w+)", out, re.M))
+
+
+def everything(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+@pytest.mark.parametrize("reference", ["run", "run/model", "run/checkpoints/last.ckpt"])
+def test_init_from_is_planned_at_its_own_size_and_nothing_is_written(reference: str, run: Path, command) -> None:
+    from genai_pl import load
+
+    before = everything(Path())
+    n = n_parameters(load("run").model)
+    result = command("train", f"init_from={reference}", *PLAN)
+    assert result.status == 0, result.err
+    assert SIZE.search(result.out).groups() == (f"{n:,}", f"{n:,}")
+    assert "context 32" in result.out
+    assert "data.seq_len 256 -> 32: the model's context" in result.out
+    assert everything(Path()) == before
+
+
+def test_no_weights_are_read(run: Path, command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genai_pl.models.folder import TensorFiles
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(TensorFiles, "read", read)
+    assert command("train", "init_from=run/model", *PLAN).status == 0
+
+
+def test_the_tokens_that_an_objective_needs_are_counted(command, tmp_path: Path) -> None:
+    counted = {
+        ("objective=clm",): 258,
+        ("objective=mlm", "model=encoder_nano"): 259,  # a mask
+        ("objective=fim",): 261,  # prefix, middle and suffix
+        ("objective=span_corruption", "model=t5_nano"): 358,  # T5's 100 sentinels
+    }
+    for options, n in counted.items():
+        result = command("train", *PLAN, "tokenizer=byte", *options)
+        assert result.status == 0, result.err
+        assert f" {n} tokens, context" in result.out
+
+
+def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None:
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n" for _ in range(20))
+    )
+    Path("texts.jsonl").write_text(
+        "".join(json.dumps({"anchor": f"{n}", "positive": f"{n}"}) + "\n" for n in range(20))
+    )
+    runs = {
+        ("objective=reward", "data.path=pairs.jsonl"),
+        ("objective=contrastive", "data.path=texts.jsonl"),
+        ("objective=dpo", "data.path=pairs.jsonl", "peft=lora"),
+        ("objective=mlm", "model=encoder_nano"),
+    }
+    for options in runs:
+        given = ("train", *TINY, "trainer.max_steps=1", "callbacks.export=false", *options)
+        made, planned = command(*given), command(*given, "dry_run=true")
+        assert made.status == planned.status == 0, made.err + planned.err
+        assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
+
+
+def test_a_reference_is_a_copy_of_the_weights_and_none_beside_an_adapter(run: Path, command) -> None:
+    for objective in ("dpo", "kto", "grpo"):
+        result = command("train", "init_from=run", f"objective={objective}", *PLAN)
+        assert memory(result.out)["reference"] == memory(result.out)["weights"]
+        adapted = command("train", "init_from=run", f"objective={objective}", "peft=lora", *PLAN)
+        assert "reference" not in memory(adapted.out)
+    without = command("train", "init_from=run", "objective=dpo", "objective.loss=simpo", *PLAN)
+    assert "reference" not in memory(without.out)
+
+
+def test_a_rollout_a_critic_and_what_is_left_out_are_said(run: Path, command) -> None:
+    options = ("objective=ppo", "objective.critic=run", "data.batch_size=32", "objective.minibatch_size=8")
+    result = command("train", "init_from=run", *PLAN, *options, "objective.max_new_tokens=16")
+    assert result.status == 0, result.err
+    assert "32 completions (32 prompts x 1 x 1 devices) of at most 16 tokens, then 16 steps" in result.out
+    assert "(8 rows x 32 x 1 batches x 1 devices)" in result.out
+    assert "critic" in memory(result.out)
+    assert "left out    the time that writing completions and judging them takes" in result.out
+
+
+def test_pairs_are_two_texts_each_and_a_reference_reads_them_too(run: Path, command) -> None:
+    def seconds(*options: str) -> float:
+        out = command("train", "init_from=run", "data.batch_size=4", "dry_run=true", "data.path=x", *options).out
+        assert "(8 rows x 32 x 1 batches x 1 devices)" in out
+        return float(re.search(r"computing +([\d.e-]+)s", out)[1])
+
+    own, measured = seconds("objective=dpo", "objective.loss=simpo"), seconds("objective=dpo")
+    assert measured / own == pytest.approx(
+        4 / 3, rel=0.01
+    )  # one forward pass beside forward and backward, which is two
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("init_from=nowhere",), "init_from=nowhere: no such run folder"),
+        (("init_from=owner/name",), "init_from=owner/name: not here, and dry_run=true downloads nothing"),
+        (("model=hf", "model.name=run/model"), "not model=hf"),
+        (("init_from=run", "model.n_layer=7"), "init_from=run has n_layer=1"),
+        (("init_from=run", "peft.init_from=run"), "dry_run=true reads no adapter"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(options: tuple[str, ...], said: str, run: Path, command) -> None:
+    result = command("train", *PLAN, *options)
+    assert (result.status, result.err.count("\n")) in ((1, 1), (2, 1))
+    assert said in result.err
