@@ -107,7 +107,7 @@ def adapt(
     if "init_text" in node:
         text = node.pop("init_text")
         node["init_ids"] = tokenizer.encode(text, add_special_tokens=False) if text else None
-    return make(node)(model)
+    return make(node, at="peft")(model)
 
 
 def keep_base(config: DictConfig, run: Path, begun: Start) -> str | None:

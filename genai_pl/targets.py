@@ -25,12 +25,15 @@ LOADERS = re.compile(r"torch\.(hub|jit|load|ops|classes|package|serialization|ut
 TARGET = re.compile(r"""_target_['"]?\s*[=:]\s*['"]?([\w.]+)""")
 
 
-def make(node: DictConfig, **given: object) -> Any:
-    """The object that a node's `_target_` names; ConfigError if it may not be made, a mistake of the user keeps its line."""
+def make(node: DictConfig | dict[str, Any], *, at: str | None = None, **given: object) -> Any:
+    """The object that a node's `_target_` names; ConfigError if it may not be made, a mistake of the user keeps its line.
+
+    `at` is where a node that is plain data stands in the configuration.
+    """
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     for name in _targets(plain):
         named(name)
-    check_arguments(plain, str(node._get_full_key(None)) if OmegaConf.is_config(node) else "")
+    check_arguments(plain, at or (str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""))
     try:
         found = instantiate(node, **given)
         _check_names(found)

@@ -79,7 +79,7 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
             **options,
             precision=config.precision.lightning,
             strategy=strategy,
-            logger=[make(node) for node in loggers],
+            logger=[make(node, at="logger") for node in loggers],
             callbacks=[*callbacks.values(), cb.Divergence(), *further],
             plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
             default_root_dir=str(run),
