@@ -23,6 +23,7 @@ PLUGINS = {  # of Hydra
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
 FREE_GROUPS = {"experiment"}  # that null chooses nothing of
+TAKES_MORE = ("trainer.", "callbacks.extra.", "logger.", "hydra.")  # what is added there is handed on
 ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates never"}
 
 
@@ -150,12 +151,27 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
     base = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
     for override in values:
         key = override.get_key_element()
+        if base is not None and override.is_add() and not own:
+            _check_added(override.key_or_group, base)
         before = OmegaConf.select(base, key) if base is not None and override.is_add() is False else None
         after = OmegaConf.select(config, key)
         if isinstance(before, DictConfig) and before and not isinstance(after, DictConfig):
             raise UserError(f"{key}={shown(after)}: has fields of its own to be set: {', '.join(map(str, before))}")
         if before is not None and after is not None and not _same_kind(before, after):
             raise UserError(f"{key}={after}: expected {_kind(before)}, like {before}")
+
+
+def _check_added(key: str, base: DictConfig) -> None:
+    """UserError for an added option that nothing reads: only Lightning, a `_target_` and mappings of the user's take more."""
+    if OmegaConf.select(base, key) is not None or key.startswith(TAKES_MORE):
+        return
+    name, parent = key.rpartition(".")[2], base
+    for part in key.split(".")[:-1]:
+        parent = OmegaConf.select(parent, part)
+        if not isinstance(parent, DictConfig) or not parent or "_target_" in parent:
+            return  # checked by whoever makes it, or the user's own mapping
+    if name not in parent:
+        raise UserError(f"{key}: no such option{meant(name, [str(known) for known in parent])}")
 
 
 def check_bounds(config: DictConfig) -> None:

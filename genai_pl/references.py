@@ -1,5 +1,6 @@
 """How a trained model is named: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto; and what was meant."""
 
+import json
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -13,12 +14,13 @@ from genai_pl.peft.files import CONFIG as ADAPTER
 ROOTS = ("outputs", "multirun")  # where runs are
 # what people call the folders that they keep models in: no account of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
+RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
 DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
 SWEEP, SKIPPED = (
     "multirun.yaml",
     {"pyvenv.cfg"},
-)  # files of folders in which none is: jobs of a sweep are not runs to go on
+)  # files of folders in which none is: no job of a sweep is taken up alone
 DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
 
 
@@ -125,7 +127,7 @@ def _of_run(folder: Path, option: str) -> Path:
     """The exported adapter or model, unless the run has gone on since."""
     last = folder / "checkpoints" / "last.ckpt"
     for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
-        if exported.exists() and not (last.exists() and last.stat().st_mtime > exported.stat().st_mtime + 60):
+        if exported.exists() and not (last.exists() and _went_on(folder, last, exported)):
             return exported.parent
     if last.exists():
         return last
@@ -134,6 +136,17 @@ def _of_run(folder: Path, option: str) -> Path:
     raise CheckpointError(
         f"{option}={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder{hint}"
     )
+
+
+def _went_on(run: Path, last: Path, exported: Path) -> bool:
+    """Whether the last checkpoint is of a later step than the export; times count where the run did not reach its end."""
+    from genai_pl.callbacks import step_of
+
+    try:
+        reached = json.loads((run / RESULTS).read_text(encoding="utf-8"))["step"]
+        return step_of(last) > reached
+    except (OSError, ValueError, TypeError, KeyError, CheckpointError):
+        return last.stat().st_mtime > exported.stat().st_mtime + 60
 
 
 def _from_hub(name: str, option: str) -> Path:

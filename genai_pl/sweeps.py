@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from genai_pl.errors import UserError
 from genai_pl.files import write_atomic
+from genai_pl.references import RESULTS
 from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
-RESULTS = "results.json"  # in the folder of a run that reached its end: its last step and what it measured there
 ROOT, SAVED = "multirun", "multirun.yaml"
 
 

@@ -92,12 +92,19 @@ def check_arguments(node: object, path: str) -> None:
 
 
 def _parameters(function: object) -> list[str] | None:
-    """The names of the arguments of a function; None where it takes any, or does not say."""
+    """The names of the arguments of a function; None where it takes any, or does not say.
+
+    An objective hands on to its collator what it does not know itself.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    if len(names) == len(parameters):
+        return names
+    inner = _parameters(collator) if (collator := getattr(function, "make_collator", None)) else None
+    return None if inner is None else [*names, *inner]
 
 
 def _hints(function: object) -> dict[str, object]:

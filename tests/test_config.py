@@ -135,3 +135,14 @@ def test_a_dry_run_prints_costs_and_trains_nothing(command, tmp_path: Path) -> N
     for part in ("weights", "gradients", "optimizer", "activations", "FLOPs"):
         assert part in result.out
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "option", ["+model.n_experts=4", "+objective.span=3", "+callbacks.sample=1", "+data.shuffled=true", "+sead=1"]
+)
+def test_an_added_option_that_nothing_reads_is_one_line(option: str, command) -> None:
+    result = command("train", *TINY, option)
+    name = option.removeprefix("+").partition("=")[0]
+    assert result.status in (1, 2)
+    assert result.err.startswith(f"error: {name}: no such option"), result.err
+    assert result.err.count("\n") == 1

@@ -1,5 +1,8 @@
 """What a model may be called: the hub is asked for names of the hub alone, and a slip is told with what is nearest."""
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,8 @@ import pytest
 from genai_pl.errors import CheckpointError
 from genai_pl.references import folder_of, is_hub_id, resolve
 from tests.conftest import TINY
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +114,17 @@ def test_a_folder_of_the_hub_is_found_where_it_was_put(monkeypatch: pytest.Monke
     there = tmp_path / "snapshot" / "config.json"
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(there))
     assert folder_of("someone/something") == there.parent
+
+
+def test_a_run_is_its_export_or_its_last_checkpoint_by_their_steps_whatever_files_say_of_times(tmp_path: Path) -> None:
+    run, checkpoint = tmp_path / "runs" / "my_run", GOLDEN / "file" / "checkpoints" / "step=000002.ckpt"
+    last = run / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    shutil.copy(checkpoint, last)
+    results = run / "results.json"
+    results.write_text('{"step": 2}')  # the export is of the same step, and older by an hour
+    os.utime(last, (time.time() + 3600, time.time() + 3600))
+    assert resolve(str(run)) == run / "model"
+    results.write_text('{"step": 1}')  # the run has gone on since, and was copied in another order
+    os.utime(last, (time.time() - 3600, time.time() - 3600))
+    assert resolve(str(run)) == last

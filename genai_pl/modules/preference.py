@@ -60,6 +60,7 @@ class PreferenceModule(BaseModule):
         self._tokens = torch.ones(())  # whose likelihood the step under way learns
         self.likelihood_coef = nll_coef if loss == "cpo" else 1.0
         self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
+        self.loss_falls = loss != "ipo"  # a squared distance from 1 / (2 beta) rises far above its best in good runs
         self.target_margin = target_margin
         self.reference = Reference(model) if loss in WITH_REFERENCE else None
         self.precompute_reference, self.reference_cache = precompute_reference, reference_cache

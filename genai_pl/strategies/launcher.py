@@ -1,6 +1,7 @@
 """The processes of a run on one machine: started by one command, ended together."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from genai_pl import signals
 
 MARK = "GENAI_PL_LAUNCHER"  # names the process id of the first process to those that it starts
 VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+LOST = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|peer")  # in what gloo and NCCL raise
 PERIOD, GRACE = 0.5, 5.0  # seconds between two looks at the others, and for telling one's own error
 
 
@@ -52,9 +54,10 @@ class RankLauncher(_SubprocessScriptLauncher):
             self.procs.append(subprocess.Popen(self.command, env=variables))
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def explain(self) -> None:
+    def explain(self, error: Exception) -> None:
         """End the run with one line if a process has ended: what this one met is that the other no longer answers."""
-        deadline = time.monotonic() + PERIOD
+        # whoever has closed a connection is about to end, and takes its time
+        deadline = time.monotonic() + (GRACE if LOST.search(str(error)) else PERIOD)
         while time.monotonic() < deadline:
             for rank, process in enumerate(self.procs, 1):
                 if process.poll():  # those that meet an error themselves wait before they end
@@ -159,7 +162,7 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
             time.sleep(GRACE / 2)  # the first process tells what all of them met
         if own:
             if isinstance(error, Exception):
-                own.explain()
+                own.explain(error)
             own.close(failed=True)
         signum = signals.received()
         memory = isinstance(error, torch.OutOfMemoryError)

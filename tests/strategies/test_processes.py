@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genai_pl.loading import load
-from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, table, train, write_documents
+from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, start, table, train, write_documents
 
 TWO = ("trainer=fsdp", "trainer.devices=2", HALF)
 PIECES = "strategy.sharded_checkpoints=true"
@@ -105,3 +105,14 @@ def test_a_mistake_is_one_line(mistake: str, command, tmp_path: Path) -> None:
     assert result.status in (1, 2)
     assert result.err.count("\n") == 1
     assert MISTAKES[mistake] in result.err
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_alone_meets_is_told_without_a_traceback(folder: Path) -> None:
+    (folder / "one.txt").write_text("one line of text, which one of the processes has and the other has not\n")
+    stream = ("data.streaming=true", "data.path=one.txt", "data.val_path=one.txt", "trainer.limit_val_batches=0")
+    run = start(folder, *SMALL, "trainer=ddp", "trainer.devices=2", HALF, *stream, "output_dir=alone")
+    out, _ = run.communicate(timeout=300)
+    assert run.returncode == 1
+    assert "the stream has 1 passages, too few for 2 workers" in out
+    assert "Traceback" not in out
