@@ -89,11 +89,9 @@ BOUNDS: dict[str, Bound] = {
     "precision.float8": FLAG,
     "strategy.lightning": TEXT,
     **{f"objective.{name}": number(0, 1) for name in ("label_smoothing", "gamma", "gae_lambda")},
+    "objective.temperature": number(0),  # 0: greedy
     **{f"objective.{name}": number(0) for name in WEIGHTS},
-    **{
-        f"objective.{name}": number(0, above=True)
-        for name in ("temperature", "clip_range", "value_clip_range", "kl_horizon")
-    },
+    **{f"objective.{name}": number(0, above=True) for name in ("clip_range", "value_clip_range", "kl_horizon")},
     **{f"objective.{name}": RATE for name in ("clip_range_high", "kl_target")},
     "scheduler.warmup_steps": either(whole(0), NULL),
     "trainer.max_steps": either(STEPS, NULL),

@@ -28,7 +28,12 @@ ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates
 
 
 def given_overrides(kind: str = "task") -> list[str]:
-    """The overrides of this command as they were typed: reading them one by one would fill in what `${...}` asks for."""
+    """The overrides of this command as they were typed: reading them one by one would fill in what `${...}` asks for.
+
+    None where no command was typed: its function is called by itself.
+    """
+    if not HydraConfig.initialized():
+        return []
     return OmegaConf.to_container(HydraConfig.get().overrides[kind], resolve=False)
 
 

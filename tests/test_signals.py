@@ -137,8 +137,8 @@ def test_a_process_that_hangs_ends_by_itself_and_leaves_nothing_half_written(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == status
-    last = done.stderr.splitlines()[-1]
-    assert last == f"stopped     by {signal.Signals(sent[0]).name}: saved in last.ckpt"
+    # two threads say one line each
+    assert f"stopped     by {signal.Signals(sent[0]).name}: saved in last.ckpt" in done.stderr.splitlines()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -201,7 +201,7 @@ def test_of_a_shipped_set_the_validation_part_is_taken(folder: Path, command) ->
 
 @pytest.mark.parametrize("precision", sorted(path.stem for path in CONF.glob("precision/*.yaml")))
 def test_every_precision_is_known(precision: str) -> None:
-    from genai_pl.run_evaluate import DTYPES
+    from genai_pl.devices import DTYPES
 
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
