@@ -59,7 +59,9 @@ def run_folder(name: str | None, time: str) -> str:
     """The last part of a run folder: the name of the run, or the time where it has none; ConfigError for what is no name."""
     if name is None:
         return time
-    if not RUN_NAME.fullmatch(name) or name == "auto":
+    if name == "auto":
+        raise ConfigError("run_name=auto: resume=auto and checkpoint=auto mean the newest run; take another name")
+    if not RUN_NAME.fullmatch(name):
         raise ConfigError(
             f"run_name={name}: a name is up to 100 letters, digits and . _ - + = @, and begins with a letter or digit"
         )

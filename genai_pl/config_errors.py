@@ -69,7 +69,8 @@ def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]
         if reason.startswith("Error merging override"):  # what of it does not fit stands in the cause
             reason = str(error.__cause__).splitlines()[0].replace("is not Optional", "cannot be null")
         if "is not a ListConfig" in reason:
-            reason = f"a list is needed: {found[1]}=[...]"
+            given = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == found[1]), "...")
+            reason = f"a list is needed: {found[1]}=[{given}]"
         return f"{found[1]}: {reason.strip()}"
     return " ".join(message.split())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from genai_pl.errors import UserError, system_error
 
+RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
 LOCK = ".lock"  # of a run folder: who writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor

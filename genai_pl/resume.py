@@ -155,6 +155,6 @@ def describe_resume(checkpoint: Path) -> str:
 
     contents = read_contents(checkpoint)
     return (
-        f"resuming    {checkpoint}: step {contents['global_step']}, epoch {contents['epoch']}; "
+        f"resuming    {checkpoint}: step {contents['global_step']}; "
         "weights, optimizer, schedule, random numbers and data position restored"
     )

@@ -37,7 +37,7 @@ from genai_pl.recipes.made import check_made
 from genai_pl.report import announce
 from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
-from genai_pl.run_folder import check_goes_on, description, write_settings
+from genai_pl.run_folder import check_goes_on, description, start_writing, write_settings
 from genai_pl.start import adapt, check_loaded, check_shape, fit_rows, keep_base, say_unused, start, typed_now
 from genai_pl.strategies import float8, launched
 from genai_pl.sweeps import Outcome, finished
@@ -90,7 +90,9 @@ def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int,
 @rank_zero_only
 def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     """Write what the folder says of the run, and take back what it said of steps that are made again."""
-    write_settings(parts.run, settings)
+    start_writing(parts.run)
+    if checkpoint is None or step_of(checkpoint) < parts.module.total_steps:  # else no step is made by these settings
+        write_settings(parts.run, settings)
     if checkpoint:
         parts.checkpoints.rewind(checkpoint)
     for logger in parts.trainer.loggers:

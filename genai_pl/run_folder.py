@@ -26,10 +26,14 @@ FREE = {  # of the groups below, what a run may change in its middle
 GROUPS = ("model", "data", "tokenizer", "peft")
 
 
-def write_settings(run: Path, config: DictConfig) -> None:
-    """Write train.log from here on, and `.hydra/` as Hydra does before anybody knows whether there will be a run."""
+def start_writing(run: Path) -> None:
+    """Keep the folder of a run that has started, and write its train.log from here on."""
     folders.started()
     run_log.keep(run / LOG)
+
+
+def write_settings(run: Path, config: DictConfig) -> None:
+    """Write `.hydra/` as Hydra does before anybody knows whether there will be a run."""
     files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": given_overrides()}
     for name, values in files.items():
         text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))

@@ -33,6 +33,10 @@ def generate(config: DictConfig) -> int:
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
     refuse_unused(config, given_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
+    if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
+        head = loaded.model.config.head
+        other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
+        raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
     loaded.model.to(device)
     if products is None:
         join(loaded.model)

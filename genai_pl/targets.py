@@ -94,17 +94,20 @@ def check_arguments(node: object, path: str) -> None:
 def _parameters(function: object) -> list[str] | None:
     """The names of the arguments of a function; None where it takes any, or does not say.
 
-    An objective hands on to its collator what it does not know itself.
+    An objective hands on to its bases and its collator what it does not know itself.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    if len(names) == len(parameters):
-        return names
-    inner = _parameters(collator) if (collator := getattr(function, "make_collator", None)) else None
-    return None if inner is None else [*names, *inner]
+    collator = getattr(function, "make_collator", None)
+    handed_on = [vars(base).get("__init__") for base in function.__mro__] if collator else []
+    names: list[str] = []
+    for one in filter(None, handed_on or [function]):
+        try:
+            parameters = inspect.signature(one).parameters.values()
+        except (TypeError, ValueError):
+            return None
+        names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names + ((_parameters(collator) or []) if collator else [])
+    return None
 
 
 def _hints(function: object) -> dict[str, object]:

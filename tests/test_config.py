@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from genai_pl.config import CONF, register
+from genai_pl.targets import check_arguments
 from tests.conftest import TINY
 
 OPTIONS = sorted(
@@ -146,3 +147,9 @@ def test_an_added_option_that_nothing_reads_is_one_line(option: str, command) ->
     assert result.status in (1, 2)
     assert result.err.startswith(f"error: {name}: no such option"), result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("objective", sorted(path.stem for path in (CONF / "objective").glob("*.yaml")))
+def test_every_objective_takes_the_fields_of_its_file(objective: str) -> None:
+    node = OmegaConf.to_container(composed(f"objective={objective}").objective, throw_on_missing=False)
+    check_arguments({name: value for name, value in node.items() if value != "???"}, "objective")

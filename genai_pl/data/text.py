@@ -107,6 +107,7 @@ class TextDataModule(RowsDataModule):
                 )
         packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
         tail = packed.tail()
+        self.n_val_tokens = packed.n_tokens
         self.val_rows: Dataset = ConcatDataset([packed, [tail]]) if tail else packed
         if not len(self.val_rows):
             raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
@@ -124,7 +125,7 @@ class TextDataModule(RowsDataModule):
         train, val = self.documents()
         return (
             f"{self.path}, {n_characters(train):,} characters = {self.train_rows.n_tokens:,} tokens for training, "
-            f"{n_characters(val):,} for validation"
+            f"{n_characters(val):,} = {self.n_val_tokens:,} for validation"
         )
 
     def prompt(self) -> str:

@@ -69,6 +69,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
     >>> [round(end, 3) for end in wilson(0.5, 10)]
     [0.237, 0.763]
+    >>> wilson(0.0, 7)[0], wilson(1.0, 7)[1]
+    (0.0, 1.0)
     """
     middle, width = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return (middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)
+    low, high = (middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)
+    return max(low, 0.0), min(high, 1.0)  # rounding may leave the ends of a share of 0 or 1 outside

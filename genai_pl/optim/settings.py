@@ -8,8 +8,10 @@ Settings = list[dict[str, object]]
 
 def settings_of(optimizer: Optimizer) -> Settings:
     """What each group of a new optimizer is configured with, its peak rate as `initial_lr`."""
-    names = {*optimizer.defaults, "initial_lr"} - {"lr", "params"}
-    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    return [
+        {name: value for name, value in group.items() if name not in ("lr", "params")}
+        for group in optimizer.param_groups
+    ]
 
 
 def configure(optimizer: Optimizer, scheduler: LambdaLR, settings: Settings) -> None:

@@ -8,8 +8,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.length import with_warmup
+from genai_pl.optim.settings import configure, settings_of
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -35,3 +37,22 @@ def test_every_scheduler_option_warms_up_to_one_and_stays_within_it(option: str)
     assert multipliers[100] == max(multipliers) == 1.0
     assert multipliers[99] < 1.0
     assert min(multipliers) >= 0.0
+
+
+OTHER = {"betas": [0.5, 0.6], "nesterov": True, "momentum": 0.3, "adjust_lr": "match_rms_adamw", "clip_threshold": 2.0}
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml")))
+def test_a_restored_optimizer_has_every_option_that_it_is_configured_with_now(option: str):
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer" / f"{option}.yaml"))
+    numbers = {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+    changed = {name: OTHER[name] if name in OTHER else value * 0.5 for name, value in numbers.items()}
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    before, after = (instantiate(config | more)(model.named_parameters()) for more in ({}, changed))
+    scheduler = LambdaLR(after, lambda step: 1.0)
+    wanted = [{name: value for name, value in group.items() if name != "params"} for group in after.param_groups]
+    settings = settings_of(after)
+    after.load_state_dict(before.state_dict())
+    configure(after, scheduler, settings)
+    for group, expected in zip(after.param_groups, wanted, strict=True):
+        assert {name: value for name, value in group.items() if name != "params"} == expected
