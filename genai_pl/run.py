@@ -213,6 +213,7 @@ def quiet() -> None:
         "GPU available but not",
         "treespec, LeafSpec",
         "sync_dist=True",
+        "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
         "FSDP2-wrapped module",
         "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
     ):

@@ -73,6 +73,9 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         )
     elif samples and settings.samples.every_n_steps:
         log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
+    for name, entry in config.callbacks.extra.items():
+        if not isinstance(entry, DictConfig) or "_target_" not in entry:
+            raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
     further = [*make(config.callbacks.extra).values(), *([cb.Profile(run)] if config.profile else [])]
     try:
         trainer = L.Trainer(

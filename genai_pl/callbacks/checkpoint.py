@@ -10,13 +10,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
 from genai_pl.callbacks.checkpoint_files import forget, link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
 from genai_pl.callbacks.shares import gather_shares, take_share
 from genai_pl.callbacks.validation import validate_what_is_due
-from genai_pl.errors import CheckpointError, TrainingError
+from genai_pl.errors import CheckpointError, ConfigError, TrainingError
 from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
 from genai_pl.modules.base import n_replicas
 from genai_pl.optim.sharding import local
@@ -144,6 +144,9 @@ class StepCheckpoint(Checkpoint):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        if "current_model_state" in checkpoint and not averages:  # its other weights are the means
+            raise ConfigError("callbacks: the run keeps means of its weights, and goes on with callbacks=ema only")
         self.last_step = checkpoint["global_step"]
         _set_progress(checkpoint["loops"]["fit_loop"], rows_per_batch(trainer))
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])

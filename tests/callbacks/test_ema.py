@@ -52,9 +52,22 @@ def test_a_resumed_mean_is_that_of_a_run_that_never_stopped(peft: tuple[str, ...
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("strategy=fsdp",), "callbacks=ema needs the whole model"), (("callbacks.extra.ema.decay=1",), "below 1")],
+    [
+        (("strategy=fsdp",), "callbacks=ema needs the whole model"),
+        (("callbacks.extra.ema.decay=1",), "below 1"),
+        (("callbacks=default",), "callbacks.extra.ema: no callback"),
+    ],
 )
 def test_a_mean_that_cannot_be_had_is_one_line(options: tuple[str, ...], said: str, command) -> None:
     result = command("train", *JOB, *EMA, *options)
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert said in result.err
+
+
+def test_a_run_of_means_does_not_go_on_from_them_as_if_they_were_its_weights(command) -> None:
+    assert command("train", *JOB, "callbacks=ema", "trainer.max_steps=2", "hydra.run.dir=run").status == 0
+    result = command("train", "resume=run", "callbacks=default", "trainer.max_steps=3")
+    assert result.status == 2
+    assert result.err.endswith(
+        "error: callbacks: the run keeps means of its weights, and goes on with callbacks=ema only\n"
+    )
