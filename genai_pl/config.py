@@ -29,6 +29,7 @@ from genai_pl.nodes import MAPPINGS, NODES
 from genai_pl.option_help import ASKS, help_of
 from genai_pl.plugins import import_plugins
 from genai_pl.quoting import quoted
+from genai_pl.resume import TYPED
 from genai_pl.run_log import recording
 from genai_pl.sweeps import Outcome
 from genai_pl.trust import CONF, names_code
@@ -130,7 +131,7 @@ def command(
             except Exception as error:
                 line = explain(error, CONF, config_name, sys.argv[1:])
                 if line is None and (refused := system_error(error)):
-                    fail(system_line(refused), 1)
+                    fail(with_option(system_line(refused), sys.argv[1:]), 1)
                 if line is None:
                     raise
                 fail(line, 2)
@@ -138,6 +139,16 @@ def command(
         return run
 
     return decorate
+
+
+def with_option(line: str, arguments: list[str]) -> str:
+    """A line on a path that begins with it, after the option that names it, if that is the folder of the run or of the sweep."""
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option in ("hydra.run.dir", "hydra.sweep.dir") and line.startswith(value.strip("'\"")):
+            typed = "output_dir" if any(a.startswith("output_dir=") for a in TYPED) else option
+            return f"{typed}={line}"
+    return line
 
 
 def searches() -> bool:

@@ -196,6 +196,8 @@ def check_choices(arguments: list[str], conf: Path) -> None:
     """ConfigError for a group whose choice is no name: Hydra has no line for it."""
     for argument in arguments:
         group, _, text = argument.partition("=")
+        if group == "hydra":
+            raise ConfigError(f"{argument}: has fields of its own to be set: hydra.run.dir, hydra.sweep.dir, ...")
         if not _is_group(argument, conf) or group in FREE_GROUPS:
             continue
         try:

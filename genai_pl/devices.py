@@ -21,12 +21,15 @@ def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the GPU where there is one."""
+    """The device of that name; auto is the GPU where there is one. ConfigError for one that computes nothing here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ConfigError(f"device={name}: expected auto, cpu or cuda ({reason})") from None
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        raise ConfigError(f"device={name}: expected auto, cpu or cuda")
     return device

@@ -1,6 +1,7 @@
 """Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
 
 import logging
+import re
 import shlex
 import signal
 import threading
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, generation_values
 from genai_pl.data.tokenizer import save_tokenizer
-from genai_pl.errors import CheckpointError, LossError, TrainingError, system_error, system_line
+from genai_pl.errors import CheckpointError, ConfigError, LossError, TrainingError, system_error, system_line
 from genai_pl.export import adapter_card, export_model, read_alike, token_ids, write_files
 from genai_pl.files import write_atomic
 from genai_pl.length import Length
@@ -172,6 +174,12 @@ def _explained(parts: Parts) -> Iterator[None]:
     try:
         with _quiet_writers():
             yield
+    except MisconfigurationException as error:  # Lightning's checks of what it was given
+        line = str(error).splitlines()[0]
+        if found := re.search(r"Try at least `(\w+)=(\S+)`", line):
+            asked = getattr(parts.trainer, found[1])
+            line = f"trainer.{found[1]}={asked}: less than one batch; take at least {found[2]}, or a number of batches"
+        raise ConfigError(line) from None
     except Exception as error:
         refused = system_error(error)
         if refused is None and not isinstance(error, TrainingError):

@@ -65,6 +65,15 @@ def choose_length(
     return Length(steps, steps_per_pass, is_default=True)
 
 
+def check_step(length: Length, step: int, *, max_epochs: int | None) -> None:
+    """ConfigError where a run that goes on has passed its length already."""
+    if length.steps < step:
+        given = f"trainer.max_steps={length.steps}" if max_epochs is None else f"trainer.max_epochs={max_epochs}"
+        raise ConfigError(
+            f"{given}: the run is at step {step} already, past step {length.steps}; give more, or leave it out"
+        )
+
+
 def default_warmup(total_steps: int) -> int:
     """Warmup steps of a run whose `scheduler.warmup_steps` is null.
 

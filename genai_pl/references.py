@@ -62,13 +62,13 @@ def folder_of(name: str) -> Path:
     return Path(found).parent if isinstance(found, str) else Path(name)
 
 
-def resolve_adapter(reference: str) -> Path:
-    """The adapter folder that a folder or a run stands for."""
-    named = None if Path(reference).exists() else named_run(reference, "adapter")
+def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
+    """The adapter folder that a folder or a run stands for; CheckpointError names the option it was given by."""
+    named = None if Path(reference).exists() else named_run(reference, option)
     for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):
         if (path / ADAPTER).is_file():
             return path
-    raise CheckpointError(f"adapter={reference}: no {ADAPTER} in this folder, nor in its adapter/")
+    raise CheckpointError(f"{option}={reference}: no {ADAPTER} in this folder, nor in its adapter/")
 
 
 def newest_run(root: Path, *, going_on: bool = False) -> Path | None:

@@ -42,6 +42,7 @@ def replay(arguments: list[str]) -> list[str]:
     check_links(run)
     saved = _saved_overrides(run)
     given = {key_of(a) for a in arguments}
+    _check_start(saved, arguments)
     kept = plain(saved, run / OVERRIDES, arguments)
     _say_changes(saved, arguments)
     if "strategy" in given:  # another one has not the options of the old
@@ -72,6 +73,21 @@ def _check_unused(arguments: list[str]) -> None:
     chosen = _chosen(arguments)
     if chosen and {"-m", "--multirun"}.isdisjoint(arguments) and _checkpoints(Path(chosen).glob):
         raise ConfigError(f"{chosen}: holds a run already; continue it with resume={chosen}, or name another folder")
+
+
+def _check_start(saved: list[str], arguments: list[str]) -> None:
+    """ConfigError for weights to start from beside those to go on with, unless what a run started from lies elsewhere now."""
+    from genai_pl.references import is_hub_id, named_run
+
+    before = next((_value(o) for o in reversed(saved) if key_of(o) == "init_from"), "null")
+    given = next((a for a in arguments if key_of(a) == "init_from" and _value(a) != before), None)
+    if given is None or (os.path.exists(before) and os.path.realpath(before) == os.path.realpath(_value(given))):
+        return
+    here = os.path.exists(before) or before in ("null", "auto") or is_hub_id(before) or named_run(before, "init_from")
+    if here:
+        raise ConfigError(
+            f"{given}: has no effect beside resume=, which goes on with the run's own weights; leave one out"
+        )
 
 
 def _say_changes(saved: list[str], arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.files import claimed
 from genai_pl.fit import Parts, describe_saved, finish, fit
-from genai_pl.length import begun_length, check_length, with_warmup
+from genai_pl.length import begun_length, check_length, check_step, with_warmup
 from genai_pl.loading import load
 from genai_pl.masking import masked
 from genai_pl.models import Model
@@ -155,6 +155,8 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     data.prepare(tokenizer, module.collator)
     before = None if checkpoint is None else begun_length(read_contents(checkpoint)[MARK])
     length = run_length(config, data, module, n_replicas(trainer), before)
+    if checkpoint:
+        check_step(length, step_of(checkpoint), max_epochs=config.trainer.max_epochs)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
     module.schedule = with_warmup(module.schedule, length.steps, before)
     module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step
@@ -215,6 +217,7 @@ def quiet() -> None:
         "sync_dist=True",
         "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
         "FSDP2-wrapped module",
+        "but AMP with fp16 is not supported on CPU",  # refused
         "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +41,8 @@ from genai_pl.names import Head
 from genai_pl.peft import adapters_of, merge
 from genai_pl.unused import EVALUATE, NO_BOS, refuse_unused
 
+OF_FIGURES = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
+
 
 def evaluate(config: DictConfig) -> int:
     """Print what the model's predictions are worth, and write it to `out` if that is given."""
@@ -66,9 +69,27 @@ def check(config: DictConfig) -> None:
         raise ConfigError(f"num_fewshot={config.num_fewshot} is for tasks=, and not below 0")
     if config.tasks is not None and not config.tasks:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
-    if config.out and Path(config.out).is_dir():
-        raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
+    if config.out:
+        check_out(config)
     refuse_unused(config, given_overrides(), EVALUATE)
+
+
+def check_out(config: DictConfig) -> None:
+    """ConfigError for an `out` that is a folder, or a file of anything but figures of this command."""
+    out, data = Path(config.out), Path(config.data.path)
+    if out.is_dir():
+        raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
+    if os.path.lexists(out) and (not _are_figures(out) or (data.exists() and out.samefile(data))):
+        raise ConfigError(f"out={config.out}: exists already, and is no table of evaluate.py; name a new file")
+
+
+def _are_figures(path: Path) -> bool:
+    """Whether a file is what `write` has written: the figures, and the configuration that they are of."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and set(found["config"]) >= OF_FIGURES
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
 
 
 def of_data(config: DictConfig) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The export command: a model in, a folder for others out."""
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from genai_pl.config_errors import given_overrides
 from genai_pl.data.ends import generation_values
 from genai_pl.data.tokenizer import save_tokenizer
-from genai_pl.errors import ConfigError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike, token_ids
 from genai_pl.files import write_atomic
@@ -19,6 +20,7 @@ from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtyp
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
+from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.unused import EXPORT, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")
@@ -36,8 +38,10 @@ def export(config: DictConfig) -> int:
     if config.quantize and config.format != "onnx":
         raise ConfigError("quantize=int8 goes with format=onnx")
     refuse_unused(config, given_overrides(), EXPORT)
+    if not config.out:
+        raise ConfigError("out='': name the folder to write")
     out = Path(config.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")
     if config.format == "peft":
         return copy_adapter(config, out)
@@ -79,8 +83,12 @@ def _as_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 def copy_adapter(config: DictConfig, out: Path) -> int:
     """Copy the adapter of a run, or the one named."""
-    reference = config.adapter or str(resolve(config.checkpoint))
-    folder = resolve_adapter(reference)
+    if config.adapter:
+        folder = resolve_adapter(config.adapter)
+    elif not ((folder := resolve(config.checkpoint)) / ADAPTER).is_file():
+        raise CheckpointError(
+            f"checkpoint={config.checkpoint}: no {ADAPTER} in {folder}: format=peft copies an adapter, format=hf a model"
+        )
     write_atomic(out, lambda path: shutil.copytree(folder, path, dirs_exist_ok=True))
     print(f"adapter     {out}, read by PEFT")
     return 0

@@ -222,6 +222,7 @@ class GenerationConfig:
         checks["repetition_penalty"] = self.repetition_penalty > 0
         checks["logit_bias"] = all(i >= 0 and abs(value) < float("inf") for i, value in self.logit_bias.items())
         checks["early_stopping"] = self.early_stopping in ("true", "false", "never")
+        checks |= {name: all(getattr(self, name)) for name in ("stop", "bad_words")}  # no empty text
         for name, holds in checks.items():
             if not holds:
                 raise ConfigError(f"generation.{name}={getattr(self, name)} is out of range")

@@ -99,7 +99,7 @@ def adapt(
 ) -> Model | WrappedDecoder:
     """The model with the adapter that the group `peft` asks for, if any; only that is trained then."""
     if peft.init_from:
-        return load_adapter(model, resolve_adapter(peft.init_from))
+        return load_adapter(model, resolve_adapter(peft.init_from, option="peft.init_from"))
     if peft._target_ is None:
         return model
     node = OmegaConf.to_container(peft, resolve=True)

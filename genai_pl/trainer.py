@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -39,6 +40,23 @@ OURS = (
     "optimizer_in_backward",
     "grace_period",
 )  # fields of `trainer` that Lightning does not know
+NOT_TAKEN = {  # arguments of Lightning's Trainer that are decided elsewhere, or void here
+    **{name: f"set {name}=" for name in ("precision", "strategy", "logger")},
+    "callbacks": "add to callbacks.extra",
+    "plugins": "ours write the checkpoints",
+    "default_root_dir": "set output_dir=",
+    "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
+    "num_sanity_val_steps": "trainer.val_check_interval says when is validated",
+    "min_steps": "trainer.max_steps is the length, and what stops a run stops it at once",
+    "min_epochs": "trainer.max_epochs is the length, and what stops a run stops it at once",
+    "fast_dev_run": "set trainer.max_steps=1 and trainer.limit_val_batches=1",
+    "enable_checkpointing": "callbacks.checkpoint says what is kept",
+    "enable_model_summary": "what is trained is printed already",
+    "use_distributed_sampler": "the data are divided already",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val is of the norm",
+    "limit_test_batches": "nothing is tested: evaluate.py",
+    "limit_predict_batches": "nothing is predicted: generate.py",
+}
 
 
 def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
@@ -48,6 +66,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
     every = options.pop("log_every_n_steps")
     for name in OURS:
         del options[name]
+    for name in options.keys() & NOT_TAKEN:
+        raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {NOT_TAKEN[name]}; leave it out")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
     strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
@@ -92,6 +112,8 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
         )
     except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    if config.precision.lightning in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
+        raise ConfigError("precision=fp16 needs a GPU: on a CPU Lightning takes bf16 instead; precision=bf16")
     trainer._signal_connector = NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))

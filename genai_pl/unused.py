@@ -79,6 +79,11 @@ TRAIN = (
         _all(_objective("PPOModule"), _is("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",
     ),
+    Rule(
+        ("objective.temperature",),
+        _all(_not(_is("resume", None)), _is("objective.learn_temperature", True)),
+        "the checkpoint brings what was learned",
+    ),
     Rule(("peft.init_text",), _not(_is("peft.init", "text")), "it is of peft.init=text"),
 )
 NO_BEAMS = _is("generation.num_beams", 1)
@@ -94,6 +99,9 @@ GENERATE = (
         ("generation.top_k", "generation.top_p", "generation.min_p", "seed"),
         GREEDY,
         "generation.temperature=0 draws nothing",
+    ),
+    Rule(
+        ("num_samples",), _all(GREEDY, _not(_is("num_samples", 1))), "generation.temperature=0: all would be the same"
     ),
     Rule(
         ("generation.length_penalty", "generation.early_stopping", "generation.diversity_penalty"),

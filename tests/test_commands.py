@@ -128,13 +128,35 @@ def test_a_checkpoint_file_with_its_step_in_the_name_needs_no_quotes(trained: Pa
 
 
 @pytest.mark.parametrize(
-    "mistake", ["checkpoint=nowhere", "checkpoint=.", "generation.top_p=2", "prompt_file=none.txt", "device=tpu9"]
+    "mistake",
+    [
+        "checkpoint=nowhere",
+        "checkpoint=.",
+        "generation.top_p=2",
+        "prompt_file=none.txt",
+        "device=tpu9",
+        "device=meta",
+        "device=cpu:3",
+    ],
 )
 def test_a_mistake_of_generate_is_one_line(mistake: str, command) -> None:
     result = command("generate", "prompt=x", "checkpoint=auto", mistake)
     assert result.status in (1, 2)
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["generation.stop=['']", "generation.bad_words=[a,'']"])
+def test_an_empty_text_neither_ends_nor_is_kept_from_an_answer(option: str, trained: Path, command) -> None:
+    result = command("generate", "prompt=x", "checkpoint=run", option)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith(f"error: {option.partition('=')[0]}=[")
+
+
+def test_export_names_the_option_that_was_typed(trained: Path, command) -> None:
+    result = command("export", "checkpoint=run", "format=peft", "out=alone")
+    assert result.err.startswith("error: checkpoint=run: no adapter_config.json in run/model: ")
+    assert command("export", "checkpoint=run", "out=''").err == "error: out='': name the folder to write\n"
 
 
 def test_a_sweep_leaves_runs_that_differ(command, tmp_path: Path) -> None:

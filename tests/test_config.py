@@ -98,6 +98,15 @@ MISTAKES = {
     "model.attention=sdpa model.softcap=30": "model.attention",
     "trainer.accelerator=gpu": "trainer",
     "broken[": "not understood",
+    "trainer.limit_val_batches=0.00001": "trainer.limit_val_batches=1e-05: less than one batch; take at least ",
+    "+trainer.limit_train_batches=0.00001": "trainer.limit_train_batches=1e-05: less than one batch",
+    "+trainer.check_val_every_n_epoch=3": "trainer.check_val_every_n_epoch=3: has no effect: trainer.val_check_interval",
+    "+trainer.min_steps=50": "trainer.min_steps=50: has no effect: trainer.max_steps",
+    "+trainer.precision=16": "trainer.precision=16: has no effect: set precision=",
+    "trainer=cpu precision=fp16": "precision=fp16 needs a GPU",
+    "hydra=null": "hydra=null: has fields of its own",
+    "hydra.run.dir=/dev/null": "hydra.run.dir=/dev/null: File exists",
+    "output_dir=/dev/null/x": "output_dir=/dev/null/x: Not a directory",
 }
 
 

@@ -108,6 +108,17 @@ def test_embeddings_train_on_pairs(model: str, options: tuple[str, ...], command
     assert pooling["word_embedding_dimension"] == 32
 
 
+def test_a_temperature_that_is_typed_on_resume_counts(command, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl")
+    options = ("trainer.max_steps=2", "trainer.log_every_n_steps=1", "logger=csv", "hydra.run.dir=run")
+    assert command("train", *PAIRS, "model=bert_nano", *options).status == 0
+    result = command("train", "resume=run", "trainer.max_steps=4", "objective.temperature=0.5")
+    assert result.status == 0, result.err
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = {int(row["step"]): row["train/temperature"] for row in csv.DictReader(file) if row["train/temperature"]}
+    assert {n: pytest.approx(float(value), rel=1e-5) for n, value in rows.items()} == {1: 0.05, 2: 0.05, 3: 0.5, 4: 0.5}
+
+
 def test_an_exported_encoder_embeds_as_transformers_with_mean_pooling(command, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 

@@ -181,6 +181,8 @@ def test_a_rate_a_decay_and_a_schedule_that_are_typed_on_resume_count(place: Pat
         ("data.batch_size=4", "data.batch_size: the checkpoint stands at row 6"),
         ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: the checkpoint stands at batch 3"),
         ("+trainer.nonsense=1", "trainer"),
+        ("init_from=run", "init_from=run: has no effect beside resume="),
+        ("trainer.max_steps=2", "trainer.max_steps=2: the run is at step 3 already"),
     ],
 )
 def test_what_cannot_change_in_a_run_is_one_line_and_leaves_the_folder_as_it_was(

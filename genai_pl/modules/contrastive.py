@@ -52,9 +52,15 @@ class ContrastiveModule(BaseModule):
         self.pooling = pooling
         self.sentence = self._default_head(closes=True)
         # its logarithm is learned, so that it stays above 0 (Radford et al. 2021, 2.5)
+        self.temperature = temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
         self.loss = matryoshka(info_nce, matryoshka_dims) if matryoshka_dims else info_nce
         self.held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if not self.log_temperature.requires_grad:  # a checkpoint brings that of its run; what is typed counts
+            self.log_temperature.data.fill_(math.log(self.temperature))
 
     def _default_head(self, *, closes: bool) -> SentenceHead:
         config = self.model.config

@@ -162,6 +162,29 @@ def test_a_mistake_of_evaluate_is_one_line(said: str, folder: Path, command, tmp
     assert said in result.err
 
 
+def test_figures_are_written_over_figures_and_over_nothing_else(folder: Path, command, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("so it is")
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    given = ("evaluate", f"checkpoint={folder}", "data.path=text.txt")
+    for name in before:
+        result = command(*given, f"out={name}")
+        assert result.err == f"error: out={name}: exists already, and is no table of evaluate.py; name a new file\n"
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert command(*given, "out=figures.json").status == 0
+    first = (tmp_path / "figures.json").read_text()
+    assert command(*given, "out=figures.json", "data.seq_len=4").status == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["config"]["data"]["seq_len"] == 4
+    assert json.loads(first)["config"]["data"]["seq_len"] is None
+    result = command(
+        "evaluate", f"checkpoint={folder}", "data.path=figures.json", "data.column=config", "out=figures.json"
+    )
+    assert result.err.startswith("error: out=figures.json: exists already")
+
+
 def test_data_that_cannot_be_read_are_one_line(folder: Path, command, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_bytes(b'{"text": "x"\nnonsense')
     result = command("evaluate", f"checkpoint={folder}", "data.path=broken.jsonl")
