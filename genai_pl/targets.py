@@ -94,7 +94,7 @@ def check_arguments(node: object, path: str) -> None:
 def _parameters(function: object) -> list[str] | None:
     """The names of the arguments of a function; None where it takes any, or does not say.
 
-    An objective hands on to its collator what it does not know itself.
+    An objective hands on to the classes that it is made from, and to its collator, what it does not know itself.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -104,7 +104,7 @@ def _parameters(function: object) -> list[str] | None:
     if len(names) == len(parameters):
         return names
     inner = _parameters(collator) if (collator := getattr(function, "make_collator", None)) else None
-    return None if inner is None else [*names, *inner]
+    return None if inner is None else list(dict.fromkeys([*names, *(_hints(function).keys() - {"return"}), *inner]))
 
 
 def _hints(function: object) -> dict[str, object]:
