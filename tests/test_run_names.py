@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genai_pl.errors import CheckpointError
-from genai_pl.references import named_run, newest_run, resolve
+from genai_pl.references import named_run, newest_run, resolve, resolve_adapter
 from tests.conftest import TINY
 
 SHORT = (*TINY, "trainer.max_steps=2", "trainer.limit_val_batches=1")
@@ -73,6 +73,21 @@ def test_a_sweep_is_named_and_output_dir_is_the_folder_whatever_the_name(command
     assert command("train", *SHORT, "run_name=other", "output_dir=here").status == 0
     assert not Path("outputs").exists()
     assert "here (other)" in command("compare", ".", "--no-picture").out
+
+
+def test_a_sweep_is_no_model_and_the_line_names_its_jobs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = [run_of(f"multirun/2026-01-01/mine/{n}") for n in (0, 1, 10)]
+    (jobs[0].parent / "multirun.yaml").touch()
+    for reference in ("mine", "multirun/2026-01-01/mine"):
+        for option, find in (("checkpoint", resolve), ("adapter", resolve_adapter)):
+            with pytest.raises(CheckpointError) as caught:
+                find(reference)
+            assert str(caught.value) == (
+                f"{option}=multirun/2026-01-01/mine: a sweep; give one of its jobs: {', '.join(map(str, jobs))} "
+                "(python compare.py multirun/2026-01-01/mine ranks them)"
+            )
+    assert resolve("multirun/2026-01-01/mine/10") == jobs[2] / "checkpoints" / "last.ckpt"
 
 
 def run_of(path: str, step: int = 0, saved: float = 0.0) -> Path:
