@@ -1,87 +1,34 @@
 """The runs of a sweep beside each other: what differs in their settings, how their metric went, and which won."""
 
 import argparse
-import csv
-import math
 import sys
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from genai_pl.compared import Run, number, read_runs, varied
 from genai_pl.errors import DataError, UserError
 from genai_pl.files import write_atomic
-from genai_pl.masking import masked
-from genai_pl.trust import read_overrides, read_plain
+from genai_pl.references import named_run, named_sweep, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREATER_IS_BETTER = ("accuracy", "accuracies", "scores", "margins", "rlhf_reward", "tokens_per_sec", "mfu", "recall@1")
-MARKS = ("resume", "output_dir", "run_name", "tags")  # no settings of the training
+SPEEDS = ("tokens_per_sec", "mfu")  # which compare whatever is trained
+INSTALL = "pip install -e '.[plots]'"
 MOST_CURVES = 12  # in one picture
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: the settings it was given, and a metric by step."""
-
-    name: str
-    settings: dict[str, str]
-    tags: frozenset[str]
-    steps: list[int]
-    values: list[float]
-
-    def best(self, *, greater: bool) -> tuple[float, int]:
-        """The best value and its step."""
-        pairs = list(zip(self.values, self.steps, strict=True))
-        return max(pairs, key=lambda p: p[0]) if greater else min(pairs, key=lambda p: p[0])
-
-
-def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Run]:
-    """The runs below a folder that have logged the metric and have all of the tags; DataError if there is none."""
-    files = sorted(folder.rglob("metrics.csv"), key=lambda path: [_natural(part) for part in path.parts])
-    if not files:
-        raise DataError(f"{folder}: no metrics.csv below it: give a run or multirun folder (logger=csv writes it)")
-    runs, names, known = [], set(), set()
-    for path in files:
-        steps, values = [], []
-        run_name, run_tags = _marks(path.parent)
-        known |= run_tags
-        if not run_tags.issuperset(tags):
-            continue
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in _rows(file, path):
-                names |= {name for name in row if name}
-                value, step = _number(row.get(metric) or ""), row.get("step") or ""
-                if value is not None and math.isfinite(value) and step.isdecimal():
-                    steps.append(int(step))
-                    values.append(value)
-        if values:
-            name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
-            if run_name is not None and not path.parent.name.startswith(run_name):
-                name = f"{name} ({run_name})"
-            runs.append(Run(name, _settings(path.parent), run_tags, steps, values))
-    if not runs and not names and tags:
-        raise DataError(
-            f"{folder}: no run has the tags {', '.join(tags)}; there are: {', '.join(sorted(known)) or 'none'}"
-        )
-    if not runs:
-        raise DataError(f"{folder}: no run has logged {metric}; there are: {', '.join(sorted(names - {'step'}))}")
-    return runs
-
-
-def _rows(file: TextIO, path: Path) -> Iterator[dict[str, str]]:
-    try:
-        yield from csv.DictReader(file)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a table ({type(error).__name__})") from None
-
-
-def varied(runs: list[Run]) -> list[str]:
-    """The settings in which the runs differ."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
+def notes(runs: list[Run], metric: str) -> list[str]:
+    """What a table of the metric does not show: the runs without it, and that it is of several objectives."""
+    lines = []
+    if none := [run.name for run in runs if not run.values]:
+        lines.append(f"{len(none)} {'run has' if len(none) == 1 else 'runs have'} no {metric}: {', '.join(none)}")
+    objectives = sorted({run.objective for run in runs if run.values} - {""})
+    if len(objectives) > 1 and metric.rpartition("/")[2] not in SPEEDS:
+        lines.append(f"{metric} of different objectives does not compare: {', '.join(objectives)}")
+    return [f"note: {line}" for line in lines]
 
 
 def table(runs: list[Run], metric: str, *, greater: bool) -> list[str]:
@@ -104,7 +51,7 @@ def draw(runs: list[Run], metric: str, path: Path, *, greater: bool) -> None:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise UserError("compare.py draws with matplotlib: pip install -e '.[plots]', or give --no-picture") from None
+        raise UserError(f"compare.py draws with matplotlib: {INSTALL}, or give --no-picture") from None
     mpl.use("Agg")
     from matplotlib import pyplot
 
@@ -155,7 +102,7 @@ def _coordinates(
 
 def _scale(column: list[str]) -> dict[str, float]:
     """The height of each value between 0 and 1, by size of numbers, otherwise by the alphabet."""
-    values = sorted(set(column), key=lambda v: (_number(v) is None, _number(v) or 0.0, v))
+    values = sorted(set(column), key=lambda v: (number(v) is None, number(v) or 0.0, v))
     return dict(zip(values, _spread(len(values)), strict=True))
 
 
@@ -163,39 +110,12 @@ def _spread(n: int) -> list[float]:
     return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
 
 
-def _settings(run: Path) -> dict[str, str]:
-    """The overrides of a run, which the sweep has varied."""
-    path = run / ".hydra" / "overrides.yaml"
-    given = read_overrides(path) if path.is_file() else []
-    pairs = ["".join(c if c.isprintable() else "?" for c in masked(o)).partition("=") for o in given]
-    return {name.lstrip("+~"): value for name, _, value in pairs if name not in MARKS}
-
-
-def _marks(run: Path) -> tuple[str | None, frozenset[str]]:
-    """The name and the tags that a run was given; as its configuration says, which has them from wherever they came."""
-    path = run / ".hydra" / "config.yaml"
-    found = read_plain(path) if path.is_file() else {}
-    name, tags = (found.get("run_name"), found.get("tags")) if isinstance(found, dict) else (None, None)
-    listed = tags if isinstance(tags, list) else []
-    return name if isinstance(name, str) else None, frozenset(tag for tag in listed if isinstance(tag, str))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _natural(part: str) -> tuple[int, int, str]:
-    """Numbers by their size, before names."""
-    return (0, int(part), "") if part.isdigit() else (1, 0, part)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__)
-    parser.add_argument("folder", type=Path, help="a multirun folder, or any folder with runs below it")
+    parser.add_argument(
+        "folder", help="a multirun folder, or any folder with runs below it; or the name of a sweep or run"
+    )
     parser.add_argument("--metric", default="val/loss", help="the metric that decides")
     parser.add_argument(
         "--max", action="store_true", help="greater is better (known of accuracies, rewards and speeds)"
@@ -208,12 +128,25 @@ def main() -> None:
     args = parser.parse_args()
     greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
     try:
-        runs = read_runs(args.folder, args.metric, args.tag)
-        print(*table(runs, args.metric, greater=greater), sep="\n")
-        if not args.no_picture:
-            out = args.out or args.folder / "compare.png"
-            draw(runs, args.metric, out, greater=greater)
+        folder = find(args.folder)
+        runs = read_runs(folder, args.metric, args.tag)
+        logged = [run for run in runs if run.values]
+        print(*table(logged, args.metric, greater=greater), *notes(runs, args.metric), sep="\n", flush=True)
+        if args.out is None and not args.no_picture and find_spec("matplotlib") is None:
+            print(f"picture: none, it is drawn with matplotlib: {INSTALL}")
+        elif not args.no_picture:
+            out = args.out or folder / "compare.png"
+            draw(logged, args.metric, out, greater=greater)
             print(f"picture: {out}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+
+
+def find(reference: str) -> Path:
+    """The folder that a path, or the name of a sweep or a run, stands for; DataError if there is none."""
+    path = Path(reference)
+    found = path if path.exists() else named_sweep(reference, "FOLDER") or named_run(reference, "FOLDER")
+    if found is None:
+        raise DataError(f"{reference}: no such folder, nor a sweep or run of this name{nearest(reference)}")
+    return found

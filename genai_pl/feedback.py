@@ -19,7 +19,9 @@ from genai_pl.data.chat import Messages
 from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt, generate_text
 from genai_pl.kernels import linear_logprobs
-from genai_pl.loading import load
+from genai_pl.loading import Loaded, load
+from genai_pl.names import Head
+from genai_pl.rewards import Judge
 from genai_pl.specs import GenerationConfig
 
 COMPARISON = """Which answer to the request is better? {rubric}
@@ -87,14 +89,24 @@ def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mappin
     return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": first, "record": record}
 
 
+def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str) -> dict[str, object]:
+    """The better and the worse answer by a reward model, which sees no order of them.
+
+    margin is the difference of the probabilities that it gives them (Bradley and Terry 1952).
+    """
+    a, b = judge([prompt, prompt], [first, second])
+    chosen, rejected = (first, second) if a >= b else (second, first)
+    margin = math.tanh(abs(a - b) / 2)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "position_bias": 0.0}
+
+
 class _Local:
     """A model of ours, one prompt at a time."""
 
     concurrent = False
 
-    def __init__(self, name: str, *, device: torch.device, options: dict[str, object], seed: int) -> None:
-        self.model, self.tokenizer, _ = load(name)
-        self.model.to(device)
+    def __init__(self, loaded: Loaded, *, device: torch.device, options: dict[str, object], seed: int) -> None:
+        self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
         self.config = GenerationConfig(**options)
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -152,9 +164,21 @@ class _Remote:
         raise AssertionError
 
 
-def local_writer(name: str, *, device: torch.device, options: dict[str, object], seed: int) -> Writer:
-    """A model that a reference stands for."""
-    return _Local(name, device=device, options=options, seed=seed)
+def local_writer(
+    name: str, *, option: str, device: torch.device, options: dict[str, object], seed: int
+) -> Writer | Judge:
+    """The model that a reference stands for; a reward model may be the judge. ConfigError names the option it was given by."""
+    loaded = load(name, option=option)
+    scores = loaded.model.config.head is Head.score
+    if scores and option == "judge":
+        return Judge(loaded, device)
+    if scores:
+        raise ConfigError(
+            f"{option}={name}: a reward model, which writes no answers; give it as judge=, and here a language model"
+        )
+    if not loaded.model.config.writes:
+        raise ConfigError(f"{option}={name}: it writes no text; name a language model")
+    return _Local(loaded, device=device, options=options, seed=seed)
 
 
 def remote_writer(url: str, *, model: str, key_variable: str, retries: int) -> Writer:

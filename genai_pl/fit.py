@@ -99,8 +99,10 @@ def describe_saved(parts: Parts, again: list[str]) -> str:
     return f"saved in {last}; python train.py {shlex.join(again)}" if last.exists() else "no checkpoint was written yet"
 
 
-def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterable[str] = ()) -> int:
-    """Export, say where everything lies and how to go on, and return the exit status."""
+def finish(
+    parts: Parts, *, flat: dict[str, object], export: bool, again: Iterable[str] = (), whole: Path | None = None
+) -> int:
+    """Export, say where everything lies and how to go on, itself or the whole sweep, and return the exit status."""
     metrics = {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith("val/")}
     with _explained(parts):
         for logger in parts.trainer.loggers:
@@ -117,7 +119,7 @@ def finish(parts: Parts, *, flat: dict[str, object], export: bool, again: Iterab
     if parts.trainer.is_global_zero:
         options = parts.module.generate_options(parts.data.prompt(), parts.tokenizer.mask_token)
         name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
-        lines = closing(parts.run, exported=name, finished=done, generate=options, again=again)
+        lines = closing(parts.run, exported=name, finished=done, generate=options, again=again, whole=whole)
         print(*lines, sep="\n", flush=True)
     return exit_status(parts.interrupt.signum) if parts.interrupt.left_out else 0
 

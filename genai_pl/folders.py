@@ -1,6 +1,7 @@
 """Folders of runs that have not started yet: a name is taken at once, and nothing is left of it where no run came of it."""
 
 import os
+import shlex
 import shutil
 from itertools import count
 from pathlib import Path
@@ -90,6 +91,15 @@ class HydraFolders(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         _expect(config, "hydra.sweep.dir")
+
+    def on_multirun_end(self, config: DictConfig, **_: object) -> None:
+        """Print the command that ranks the jobs, which all have ended."""
+        try:
+            folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
+        except OmegaConfBaseException:
+            return
+        if is_first_process() and any(folder.rglob("metrics.csv")):
+            print(f"next        python compare.py {shlex.quote(str(folder))}", flush=True)
 
 
 def _expect(config: DictConfig, key: str) -> None:

@@ -13,7 +13,7 @@ from genai_pl import peft
 from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.files import is_checkpoint
+from genai_pl.files import ADAPTER, is_checkpoint
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.folder import TensorFiles, read_json
@@ -24,7 +24,6 @@ from genai_pl.models.pretrained import stored_dtypes as stored_of_folder
 from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
 from genai_pl.models.wrapped_check import check
 from genai_pl.names import AttentionBackend, Head
-from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.plugins import ADVICE
 from genai_pl.references import resolve, resolve_adapter
 from genai_pl.specs import ModelConfig

@@ -12,7 +12,7 @@ from genai_pl.callbacks.monitor import peak_flops
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.tokenizer import from_files
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.files import is_checkpoint
+from genai_pl.files import ADAPTER, is_checkpoint
 from genai_pl.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.models import ModelConfig
 from genai_pl.models.checkpoint import MARK, read_contents
@@ -23,7 +23,6 @@ from genai_pl.modules.kto import KTOModule
 from genai_pl.modules.preference import PreferenceModule
 from genai_pl.modules.rl import RLModule
 from genai_pl.objectives.preference import WITH_REFERENCE
-from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.references import folder_of, is_hub_id, resolve
 from genai_pl.start import check_loaded, model_config, typed_now
 

@@ -2,24 +2,21 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
 from genai_pl.errors import CheckpointError
-from genai_pl.files import RESULTS, is_checkpoint
-from genai_pl.peft.files import CONFIG as ADAPTER
+from genai_pl.files import ADAPTER, RESULTS, is_checkpoint
+from genai_pl.folders import SWEEP
 
 ROOTS = ("outputs", "multirun")  # where runs are
 # what people call the folders that they keep models in: no account of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
 DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
-SWEEP, SKIPPED = (
-    "multirun.yaml",
-    {"pyvenv.cfg"},
-)  # files of folders in which none is: no job of a sweep is taken up alone
+SKIPPED = {"pyvenv.cfg"}  # files of folders in which no run is
 DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
 
 
@@ -35,8 +32,8 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         return path
     if path.is_dir():
         return _of_run(path, option)
-    if run := named_run(reference, option):
-        return _of_run(run, option)
+    if found := named_run(reference, option) or named_sweep(reference, option):
+        return _of_run(found, option)
     if not is_hub_id(reference):
         raise CheckpointError(
             f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{nearest(reference)}"
@@ -64,10 +61,12 @@ def folder_of(name: str) -> Path:
 
 def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
     """The adapter folder that a folder or a run stands for; CheckpointError names the option it was given by."""
-    named = None if Path(reference).exists() else named_run(reference, option)
+    here = Path(reference).exists()
+    named = None if here else named_run(reference, option) or named_sweep(reference, option)
     for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):
         if (path / ADAPTER).is_file():
             return path
+    refuse_sweep(named or Path(reference), option)
     raise CheckpointError(f"{option}={reference}: no {ADAPTER} in this folder, nor in its adapter/")
 
 
@@ -84,13 +83,22 @@ def newest_run(root: Path, *, going_on: bool = False) -> Path | None:
 
 def find_runs(root: Path, *, jobs: bool) -> Iterator[Path]:
     """The run folders below a folder; jobs: those of sweeps too."""
+    return _found(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
+
+
+def find_sweeps(root: Path) -> Iterator[Path]:
+    """The folders of sweeps below a folder."""
+    return _found(root, is_sweep, SKIPPED)
+
+
+def _found(root: Path, wanted: Callable[[Path], bool], ending: set[str]) -> Iterator[Path]:
+    """The folders wanted; none is looked for inside of them, nor beside the files of `ending`."""
     for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
         path = Path(folder)
-        run = is_run(path)
-        if run:
+        found = wanted(path)
+        if found:
             yield path
-        deep = len(path.relative_to(root).parts) >= DEEPEST
-        skipped = deep or run or not (SKIPPED if jobs else SKIPPED | {SWEEP}).isdisjoint(files)
+        skipped = found or len(path.relative_to(root).parts) >= DEEPEST or not ending.isdisjoint(files)
         names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
 
 
@@ -106,13 +114,27 @@ def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
 
 def named_run(name: str, option: str) -> Path | None:
     """The run below here whose folder has this name, if one has; CheckpointError where several have."""
+    return _named(name, option, "runs", lambda: find_runs(Path(), jobs=False))
+
+
+def named_sweep(name: str, option: str) -> Path | None:
+    """The sweep below here whose folder has this name, if one has; CheckpointError where several have."""
+    return _named(name, option, "sweeps", lambda: find_sweeps(Path()))
+
+
+def _named(name: str, option: str, kind: str, search: Callable[[], Iterable[Path]]) -> Path | None:
     if not name or "/" in name or name.startswith((".", "~")):
         return None
-    found = [run for run in find_runs(Path(), jobs=False) if run.name == name]
+    found = [folder for folder in search() if folder.name == name]
     if len(found) > 1:
-        among = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-        raise CheckpointError(f"{option}={name}: {len(found)} runs are called so; give the path of one: {among}")
+        raise CheckpointError(
+            f"{option}={name}: {len(found)} {kind} are called so; give the path of one: {_among(found)}"
+        )
     return found[0] if found else None
+
+
+def _among(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
 
 
 def is_run(folder: Path) -> bool:
@@ -122,8 +144,25 @@ def is_run(folder: Path) -> bool:
     )
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's, whose jobs are runs."""
+    return (folder / SWEEP).is_file()
+
+
+def refuse_sweep(folder: Path, option: str) -> None:
+    """CheckpointError where a folder is a sweep's, which is no one model."""
+    if not is_sweep(folder):
+        return
+    jobs = sorted(find_runs(folder, jobs=True), key=lambda job: (len(job.name), job.name))
+    here = (
+        f"give one of its jobs: {_among(jobs)} (python compare.py {folder} ranks them)" if jobs else "without a job yet"
+    )
+    raise CheckpointError(f"{option}={folder}: a sweep; {here}")
+
+
 def _of_run(folder: Path, option: str) -> Path:
     """The exported adapter or model, unless the run has gone on since."""
+    refuse_sweep(folder, option)
     last = folder / "checkpoints" / "last.ckpt"
     for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
         if exported.exists() and not (last.exists() and _went_on(folder, last, exported)):
@@ -160,10 +199,11 @@ def _from_hub(name: str, option: str) -> Path:
 
 
 def nearest(reference: str) -> str:
-    """The model here whose path is most like the reference, to be added to a message."""
+    """The model, or sweep, here whose path is most like the reference, to be added to a message."""
     path = Path(reference).expanduser()
     above = next((folder for folder in path.parents if folder.is_dir()), Path())
     found = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
+    found += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
     near = [str(above)] if is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
     if not near and "/" not in reference:  # a name alone, mistyped
         by_name = {Path(model).name: model for model in found}

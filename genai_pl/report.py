@@ -1,9 +1,9 @@
-"""Run report: the lines printed before the first step."""
+"""Run report: the lines printed before the first step, and the settings as TensorBoard shows them."""
 
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.fit import Parts
 from genai_pl.length import describe_length, warmup_of
@@ -37,3 +37,22 @@ def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         if adapters_of(model):
             print(*describe(model), sep="\n")
         print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
+
+
+def flatten(config: DictConfig) -> dict[str, object]:
+    """What shapes the result, resolved, as one level of dotted names: what TensorBoard's HParams shows."""
+    flat: dict[str, object] = {}
+
+    def walk(value: object, name: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else str(key))
+        else:
+            flat[name] = value if isinstance(value, bool | int | float) else masked(str(value))
+
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    values["tags"] = ", ".join(values["tags"])
+    aside |= {name for name in ("run_name", "tags") if not values[name]}
+    walk({k: v for k, v in values.items() if k not in aside}, "")
+    return flat

@@ -1,6 +1,7 @@
 """Taking up a run again: which run, with which settings, from which checkpoint."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ OVERRIDES = Path(".hydra", "overrides.yaml")
 def replay(arguments: list[str]) -> list[str]:
     """The command line that continues the run which `resume=` names: its own overrides first, then the new ones.
 
-    Without `resume=` the arguments come back as they are; a sweep goes on with `resume=auto`.
+    Without `resume=` the arguments come back as they are; with -m it is a sweep that goes on, the newest or the one named.
     """
     refuse_secrets(arguments)
     TYPED[:] = arguments
@@ -29,7 +30,8 @@ def replay(arguments: list[str]) -> list[str]:
         _check_unused(arguments)
         return arguments
     if {"-m", "--multirun"} & set(arguments):
-        return replay_sweep(arguments) if reference == "auto" else arguments
+        arguments = _sweep_named(reference, arguments)
+        return replay_sweep(arguments) if "resume=auto" in arguments else arguments
     if (named := _named(reference)) is not None:
         reference, arguments = named, [f"resume='{named}'" if key_of(a) == "resume" else a for a in arguments]
     run = _run_folder(reference, arguments)
@@ -114,12 +116,36 @@ def _named(reference: str) -> str | None:
     return None if run is None else str(run)
 
 
+def _sweep_named(reference: str, arguments: list[str]) -> list[str]:
+    """The command line with the sweep that `resume=` names as resume=auto and its folder; jobs may all go on from one run."""
+    from genai_pl.references import is_sweep, named_sweep, nearest
+
+    if reference == "auto":
+        return [a if key_of(a) != "resume" else "resume=auto" for a in arguments]
+    if "," in reference:  # values that are swept
+        return arguments
+    path = Path(reference)
+    sweep = path if path.exists() else named_sweep(reference, "resume")
+    if sweep is not None and is_sweep(sweep):
+        if "hydra.sweep.dir" in map(key_of, arguments):
+            raise ConfigError(f"resume={reference} and hydra.sweep.dir both name the sweep: give one of them")
+        return [*("resume=auto" if key_of(a) == "resume" else a for a in arguments), f"hydra.sweep.dir='{sweep}'"]
+    run = sweep or _named(reference)
+    if run is None:
+        raise CheckpointError(f"resume={reference}: no such sweep, run folder or .ckpt file{nearest(reference)}")
+    return [f"resume='{run}'" if key_of(a) == "resume" else a for a in arguments]
+
+
 def _run_folder(reference: str, arguments: list[str]) -> Path | None:
-    from genai_pl.references import nearest, newest_run
+    from genai_pl.references import is_sweep, named_sweep, nearest, newest_run
 
     if reference == "auto":
         return newest_run(Path(_chosen(arguments) or "."), going_on=True)
     path = Path(reference)
+    sweep = path if path.exists() else named_sweep(reference, "resume")
+    if sweep is not None and is_sweep(sweep):
+        again = shlex.quote(f"resume={sweep}")
+        raise CheckpointError(f"resume={reference}: {sweep} is a sweep; it goes on by: python train.py -m {again}")
     if path.is_dir() and not is_checkpoint(path):
         if not _checkpoints(path.glob):
             raise CheckpointError(f"resume={reference}: no checkpoint in {path / 'checkpoints'}")

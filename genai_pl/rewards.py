@@ -21,7 +21,7 @@ from genai_pl.data.columns import Place
 from genai_pl.data.messages import tools_of
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import judged_tokens
-from genai_pl.loading import load
+from genai_pl.loading import Loaded, load
 from genai_pl.models.scores import scores
 from genai_pl.modules.reward_calls import call, numbers
 from genai_pl.names import Head
@@ -52,7 +52,7 @@ def load_rewards(
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
     found = [_find(name) for name in names]
     rewards = [
-        Judge(name, policy, device) if place is None else _function(name, *place)
+        _load_judge(name, policy, device) if place is None else _function(name, *place)
         for name, place in zip(names, found, strict=True)
     ]
     told: set[str] = set()
@@ -156,11 +156,7 @@ def _from_file(path: Path) -> ModuleType:
 class Judge:
     """A reward model, which reads prompt and completion in its own tokens, as it did when it was trained."""
 
-    def __init__(self, name: str, policy: nn.Module, device: torch.device) -> None:
-        loaded = load(name, option="objective.reward")
-        if loaded.model.config.head is not Head.score:
-            raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
-        share_frozen(loaded.model, policy)
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
 
     @torch.no_grad()
@@ -181,6 +177,14 @@ class Judge:
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
         return scores(self.model, ids, segments, 1)[:, 0].tolist()
+
+
+def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
+    loaded = load(name, option="objective.reward")
+    if loaded.model.config.head is not Head.score:
+        raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
+    share_frozen(loaded.model, policy)
+    return Judge(loaded, device)
 
 
 def _judged(

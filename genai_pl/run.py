@@ -13,7 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from genai_pl import signals
 from genai_pl.callbacks import MetricsCSV, step_of
@@ -26,7 +26,6 @@ from genai_pl.files import claimed
 from genai_pl.fit import Parts, describe_saved, finish, fit
 from genai_pl.length import begun_length, check_length, check_step, with_warmup
 from genai_pl.loading import load
-from genai_pl.masking import masked
 from genai_pl.models import Model
 from genai_pl.models.checkpoint import MARK, read_contents
 from genai_pl.modules import BaseModule
@@ -34,16 +33,16 @@ from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
 from genai_pl.names import Shape
 from genai_pl.recipes.made import check_made
-from genai_pl.report import announce
+from genai_pl.report import announce, flatten
 from genai_pl.resume import choose_checkpoint
 from genai_pl.rewards import load_rewards
 from genai_pl.run_folder import check_goes_on, description, start_writing, write_settings
 from genai_pl.start import adapt, check_loaded, check_shape, fit_rows, keep_base, say_unused, start, typed_now
 from genai_pl.strategies import float8, launched
-from genai_pl.sweeps import Outcome, finished
+from genai_pl.sweeps import Outcome, finished, saved_overrides
 from genai_pl.targets import make, named
 from genai_pl.trainer import build_trainer, connect, run_length
-from genai_pl.trust import unplain
+from genai_pl.trust import ASIDE, key_of, unplain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,12 +78,14 @@ def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int,
     parts = build(config, run, checkpoint)
     connect(config, parts, checkpoint)
     parts.checkpoints.contents |= told
-    parts.interrupt.describe = partial(describe_saved, parts, [*retyped(), f"resume={run}"])
+    sweep = sweep_of_job()
+    again = retyped(sweep)
+    parts.interrupt.describe = partial(describe_saved, parts, [*again, f"resume={sweep or run}"])
     parts.checkpoints.on_start = partial(_begin, settings, parts, checkpoint)
     announce(config, parts, checkpoint)
     with launched(parts.trainer):
         fit(parts, checkpoint)
-        return finish(parts, flat=flatten(config), export=config.callbacks.export, again=retyped()), parts
+        return finish(parts, flat=flatten(config), export=config.callbacks.export, again=again, whole=sweep), parts
 
 
 @rank_zero_only
@@ -100,14 +101,23 @@ def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
             logger.resume(step_of(checkpoint) if checkpoint else 0)
 
 
-def retyped() -> list[str]:
-    """The words of this command line that a run folder is not believed: a resume takes them from its own."""
+def sweep_of_job() -> Path | None:
+    """The sweep that this run is a job of; None for that of a search, which goes on by a storage of its own."""
+    hydra = HydraConfig.get()
+    return relative(Path(hydra.sweep.dir)) if hydra.mode is RunMode.MULTIRUN and not searches() else None
+
+
+def retyped(sweep: Path | None) -> list[str]:
+    """The words of this command line that the folder of a run, or sweep, is not believed: a resume takes them from its own."""
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     given = [f"--config-dir={relative(Path(folder))}" for folder in folders]
     searched = [o for o in given_overrides("hydra") if o.startswith("hydra.searchpath")]
     arguments = [*given, *searched]
-    return [*arguments, *unplain(given_overrides(), arguments)]
+    if sweep is None:
+        return [*arguments, *unplain(given_overrides(), arguments)]
+    saved = [o for o in saved_overrides(sweep) if key_of(o) not in {*ASIDE, "hydra.searchpath"}]
+    return ["-m", *arguments, *unplain(saved, arguments)]
 
 
 def optimized(name: str | None, trainer: L.Trainer) -> float | None:
@@ -221,22 +231,3 @@ def quiet() -> None:
         "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")
-
-
-def flatten(config: DictConfig) -> dict[str, object]:
-    """What shapes the result, resolved, as one level of dotted names: what TensorBoard's HParams shows."""
-    flat: dict[str, object] = {}
-
-    def walk(value: object, name: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else str(key))
-        else:
-            flat[name] = value if isinstance(value, bool | int | float) else masked(str(value))
-
-    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
-    values["tags"] = ", ".join(values["tags"])
-    aside |= {name for name in ("run_name", "tags") if not values[name]}
-    walk({k: v for k, v in values.items() if k not in aside}, "")
-    return flat

@@ -15,12 +15,11 @@ from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.vectors import described_head
 from genai_pl.export import export_model, read_alike, token_ids
-from genai_pl.files import write_atomic
+from genai_pl.files import ADAPTER, write_atomic
 from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtypes
 from genai_pl.models.onnx_export import write_description, write_graphs
 from genai_pl.models.onnx_quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
-from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.unused import EXPORT, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
@@ -19,8 +20,10 @@ from genai_pl.data.messages import Given, given_of, split_answers
 from genai_pl.data.talks import INPUT, prompt_of
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
-from genai_pl.feedback import Writer, compare, critique, local_writer, remote_writer
+from genai_pl.feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
+from genai_pl.rewards import Judge
 from genai_pl.summary import pasted
+from genai_pl.trust import key_of
 from genai_pl.unused import ADDRESSES, FEEDBACK, refuse_unused
 
 TASKS = {  # what a line holds
@@ -46,12 +49,15 @@ def feedback(config: DictConfig) -> int:
     asked = [asked_of(row, columns, place) for place, row in islice(rows, most)]
     check_same(done, asked, config)
     left = [(n, row) for n, row in enumerate(asked[: config.limit]) if n not in done.rows]
-    writer = build_writer(config, config.checkpoint) if writes else None
-    judge = build_writer(config, config.judge) if config.judge else writer
+    writer = build_writer(config, "checkpoint") if writes else None
+    judge = build_writer(config, "judge") if config.judge else writer
     if judge is None:
         raise ConfigError("judge is not set: name a model, or the URL of an endpoint")
+    scores = isinstance(judge, Judge)
+    if scores and "rubric" in map(key_of, given_overrides()):
+        raise ConfigError(f"rubric: not read by a reward model (judge={config.judge}); leave it out")
     run(config, left, writer, judge, done)
-    report(config, out)
+    report(config, out, scores=scores)
     return 0
 
 
@@ -96,15 +102,16 @@ def needs_writer(config: DictConfig, columns: list[str]) -> bool:
     return config.task == "critique" or not {config.data.first, config.data.second} <= set(columns)
 
 
-def build_writer(config: DictConfig, name: str) -> Writer:
-    """A model of ours, or an endpoint that speaks OpenAI's protocol."""
+def build_writer(config: DictConfig, option: str) -> Writer | Judge:
+    """The model of ours, or the endpoint that speaks OpenAI's protocol, which the option names."""
+    name = config[option]
     options = OmegaConf.to_container(config.generation)
     if name.startswith(ADDRESSES):
         return remote_writer(name, model=config.judge_model, key_variable=config.key_variable, retries=config.retries)
-    return local_writer(name, device=choose_device(config.device), options=options, seed=config.seed)
+    return local_writer(name, option=option, device=choose_device(config.device), options=options, seed=config.seed)
 
 
-def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer, done: "Finished") -> None:
+def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer | Judge, done: "Finished") -> None:
     """Work on the rows that are left, several at once where the judge is remote, and append each result."""
     principles = (
         read_principles(config.constitution or str(CONF / "constitution.yaml")) if config.task == "critique" else []
@@ -115,9 +122,11 @@ def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer, do
         if config.task == "critique":
             return {"row": n, **critique(writer, prompt, principles)}
         first, second = answers or (writer.answer(prompt), writer.answer(prompt))
-        return {"row": n, **compare(judge, prompt, first, second, rubric=config.rubric)}
+        return {"row": n, **label(prompt, first, second)}
 
-    workers = config.workers if judge.concurrent and (writer is None or writer.concurrent) else 1
+    scores = isinstance(judge, Judge)
+    label = partial(compare_scores, judge) if scores else partial(compare, judge, rubric=config.rubric)
+    workers = config.workers if not scores and judge.concurrent and (writer is None or writer.concurrent) else 1
     try:
         with done.open(config.out) as file, ThreadPoolExecutor(workers) as pool:
             for result in tqdm(pool.map(work, left), total=len(left), disable=None, desc=config.task):
@@ -226,13 +235,13 @@ def _lines(out: Path) -> Iterator[dict]:
         yield from map(json.loads, file)
 
 
-def report(config: DictConfig, out: Path) -> None:
+def report(config: DictConfig, out: Path, *, scores: bool) -> None:
     """Say how many there are, and how far the order of two answers swayed the judge."""
     rows = list(_lines(out))
     if not rows:
         raise DataError(f"data.path={config.data.path}: no prompt in it")
     print(f"{config.task:<12}{len(rows):,} rows in {out}")
-    if config.task == "label":
+    if config.task == "label" and not scores:
         bias = sum(row["position_bias"] for row in rows) / len(rows)
         print(f"bias        the first place is worth {bias:+.3f} of probability; both orders were asked and averaged")
     given = {"init_from": "MODEL" if config.checkpoint.startswith(ADDRESSES) else config.checkpoint, "data.path": out}

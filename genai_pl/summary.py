@@ -64,10 +64,12 @@ def closing(
     finished: bool,
     generate: Mapping[str, object],
     again: Iterable[str] = (),
+    whole: Path | None = None,
 ) -> list[str]:
     """Where everything lies, and the next command to type.
 
-    generate: what generate.py is to be given beside the run. again: the words that a resume needs beside its folder.
+    generate: what generate.py is to be given beside the run. again: the words that a resume needs beside its folder; whole: that
+    of the sweep which goes on, where the run is a job of one.
     """
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
@@ -76,7 +78,10 @@ def closing(
         lines += [f"curves      {shlex.join(['tensorboard', '--logdir', str(run)])}"]
     if finished:
         return [*lines, f"next        python generate.py {pasted({'checkpoint': run, **generate})}"]
-    return [*lines, f"next        python train.py {shlex.join(again)}{' ' * bool(again)}{pasted({'resume': run})}"]
+    return [
+        *lines,
+        f"next        python train.py {shlex.join(again)}{' ' * bool(again)}{pasted({'resume': whole or run})}",
+    ]
 
 
 def pasted(options: Mapping[str, object]) -> str:

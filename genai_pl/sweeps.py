@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from genai_pl.errors import UserError
 from genai_pl.files import RESULTS, write_atomic
+from genai_pl.folders import SWEEP
 from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
-ROOT, SAVED = "multirun", "multirun.yaml"
+ROOT = "multirun"
 
 
 class Outcome(NamedTuple):
@@ -29,7 +30,7 @@ def replay_sweep(arguments: list[str]) -> list[str]:
         return [a for a in arguments if key_of(a) != "resume"]
     for job in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         check_links(job)
-    saved = _saved_overrides(folder)
+    saved = saved_overrides(folder)
     ours = {key_of(o): o for o in saved if key_of(o) not in ASIDE}
     for key, argument in given.items():
         before = ours.get(key)
@@ -39,7 +40,7 @@ def replay_sweep(arguments: list[str]) -> list[str]:
     sweeper = ours.get("hydra/sweeper", given.get("hydra/sweeper"))
     if sweeper and _value(sweeper) != "basic":
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
-    kept = plain(ours.values(), folder / SAVED, arguments)
+    kept = plain(ours.values(), folder / SWEEP, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
     flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
     new = [a for a in arguments if not a.startswith("-")]
@@ -63,7 +64,7 @@ def finished(run: Path, max_steps: int | None) -> dict[str, float] | None:
 
 
 def _newest(root: Path) -> Path | None:
-    found = [root / SAVED] if (root / SAVED).exists() else list(root.rglob(SAVED))
+    found = [root / SWEEP] if (root / SWEEP).exists() else list(root.rglob(SWEEP))
     return max((path.parent for path in found), key=_saved_last) if found else None
 
 
@@ -72,11 +73,12 @@ def _saved_last(sweep: Path) -> float:
     from genai_pl.references import saved_last
 
     jobs = (saved_last(job, exports=False) for job in sweep.iterdir() if job.is_dir())
-    return max((saved for saved, _ in filter(None, jobs)), default=(sweep / SAVED).stat().st_mtime)
+    return max((saved for saved, _ in filter(None, jobs)), default=(sweep / SWEEP).stat().st_mtime)
 
 
-def _saved_overrides(folder: Path) -> list[str]:
-    return [o for kind in ("hydra", "task") for o in read_overrides(folder / SAVED, "hydra", "overrides", kind)]
+def saved_overrides(folder: Path) -> list[str]:
+    """The command line by which a sweep was started, without its flags."""
+    return [o for kind in ("hydra", "task") for o in read_overrides(folder / SWEEP, "hydra", "overrides", kind)]
 
 
 def _value(argument: str) -> str:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from genai_pl.compare import main, read_runs, table, varied
 
@@ -53,7 +54,9 @@ def test_a_picture_is_drawn(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere",), "nowhere: no metrics.csv below it"),
+        (("sweep/0/.hydra",), "sweep/0/.hydra: no metrics.csv below it"),
+        (("nowhere",), "nowhere: no such folder, nor a sweep or run of this name"),
+        (("mein",), "no such folder, nor a sweep or run of this name (the nearest here: multirun/2026-01-01/mine)"),
         (("sweep", "--metric", "val/los"), "no run has logged val/los; there are: val/accuracy, val/loss"),
         (("sweep", "--metric", "val/accuracy"), "no run has logged val/accuracy"),
     ],
@@ -62,8 +65,51 @@ def test_a_mistake_is_one_line(
     arguments: tuple[str, ...], message: str, sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(sweep.parent)
+    (sweep.parent / "multirun" / "2026-01-01" / "mine").mkdir(parents=True)
+    (sweep.parent / "multirun" / "2026-01-01" / "mine" / "multirun.yaml").touch()
     assert call(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_sweep_is_compared_by_its_name(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(sweep.parent)
+    (sweep / "multirun.yaml").touch()
+    Path("multirun").mkdir()
+    sweep.rename("multirun/mine")
+    assert call(monkeypatch, "mine", "--no-picture") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "1", "0", "10"]
+
+
+def test_a_table_says_which_runs_are_not_in_it_and_that_losses_of_several_objectives_do_not_compare(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (sweep / "other").mkdir()
+    (sweep / "other" / "metrics.csv").write_text("step,train/loss,val/loss\n1,2.0,\n")
+    for run, objective in (("0", "clm"), ("1", "dpo"), ("10", "clm")):
+        chosen = {"hydra": {"runtime": {"choices": {"objective": objective}}}}
+        (sweep / run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(chosen))
+    assert call(monkeypatch, sweep, "--no-picture") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["1", "0", "10"]
+    assert lines[4:] == [
+        "note: 1 run has no val/loss: other",
+        "note: val/loss of different objectives does not compare: clm, dpo",
+    ]
+
+
+def test_without_matplotlib_the_table_is_all_and_a_picture_that_was_asked_for_is_an_error(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("genai_pl.compare.find_spec", lambda name: None)
+    assert call(monkeypatch, sweep) == 0
+    out, err = capsys.readouterr()
+    assert (out.splitlines()[-1], err) == (
+        "picture: none, it is drawn with matplotlib: pip install -e '.[plots]'",
+        "",
+    )
+    assert call(monkeypatch, sweep, "--out", "own.png") == 1
+    assert "compare.py draws with matplotlib: pip install -e '.[plots]'" in capsys.readouterr().err

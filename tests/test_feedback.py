@@ -256,3 +256,32 @@ def test_answers_given_as_messages_are_judged(endpoint: str, command, tmp_path: 
     result = command(*given[:-1], "data.path=asked.jsonl", "out=other.jsonl")
     assert "row 1: column 'prompt': a judge is asked about one request: give a text, or one message of" in result.err
     assert result.err.count("\n") == 1
+
+
+def test_a_reward_model_chooses_the_answer_that_evaluation_scores_higher(command, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(lines(*({**row, "prompt": f"{row['prompt']} " * 3} for row in PAIRS)))
+    data = ("data.path=pairs.jsonl", "data.val_path=pairs.jsonl")
+    options = ("optimizer.lr=1e-2", "trainer.max_steps=3", "trainer.limit_val_batches=0")
+    trained = command("train", *TINY, "objective=reward", *data, *options, "hydra.run.dir=judge")
+    assert trained.status == 0, trained.err
+    given = ("feedback", "data.path=pairs.jsonl", "out=new/labels.jsonl")
+    refused = {
+        ("judge=judge", "rubric=short"): "rubric: not read by a reward model (judge=judge); leave it out",
+        (
+            "checkpoint=judge",
+            "data.first=none",
+        ): "checkpoint=judge: a reward model, which writes no answers; give it as",
+    }
+    for options, message in refused.items():
+        result = command(*given, *options)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert message in result.err
+        assert not (tmp_path / "new").exists()
+    result = command(*given, "judge=judge", "data.first=rejected", "data.second=chosen")
+    assert result.status == 0, result.err
+    assert "bias" not in result.out
+    labels = rows(tmp_path / "new" / "labels.jsonl")
+    assert all(row["position_bias"] == 0.0 < row["margin"] < 1.0 for row in labels)
+    judged = command("evaluate", "checkpoint=judge", "data.path=new/labels.jsonl")
+    assert judged.status == 0, judged.err
+    assert judged.out.splitlines()[0].split() == ["accuracy", "1.0000"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genai_pl.errors import CheckpointError
-from genai_pl.references import named_run, newest_run, resolve
+from genai_pl.references import named_run, newest_run, resolve, resolve_adapter
 from tests.conftest import TINY
 
 SHORT = (*TINY, "trainer.max_steps=2", "trainer.limit_val_batches=1")
@@ -51,7 +51,7 @@ def test_a_name_is_the_folder_and_finds_the_run_and_tags_filter_the_table(comman
     assert command("generate", "checkpoint=mein", "prompt=a").err.rstrip(")\n").endswith(("/mine", "/mine-2"))
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".x", "-m", "a b", "auto", "x" * 101, "a:b", "''"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".x", "-m", "a b", "x" * 101, "a:b", "''"])
 def test_what_is_no_name_is_one_line_and_makes_no_folder(name: str, command) -> None:
     result = command("train", *SHORT, f"run_name={name}")
     assert result.status == 2
@@ -62,7 +62,10 @@ def test_what_is_no_name_is_one_line_and_makes_no_folder(name: str, command) -> 
 
 def test_a_number_is_a_name_and_one_tag_is_a_list(command) -> None:
     result = command("train", *SHORT, "tags=short")
-    assert result.err == "error: tags: a list is needed: tags=[...]\n"
+    assert result.err == "error: tags: a list is needed: tags=[short]\n"
+    assert command("train", *SHORT, "run_name=auto").err.startswith(
+        "error: run_name=auto: resume=auto and checkpoint=auto"
+    )
     assert command("train", *SHORT, "run_name=007").status == 0
     assert folder("outputs") == ["007"]
 
@@ -73,6 +76,21 @@ def test_a_sweep_is_named_and_output_dir_is_the_folder_whatever_the_name(command
     assert command("train", *SHORT, "run_name=other", "output_dir=here").status == 0
     assert not Path("outputs").exists()
     assert "here (other)" in command("compare", ".", "--no-picture").out
+
+
+def test_a_sweep_is_no_model_and_the_line_names_its_jobs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = [run_of(f"multirun/2026-01-01/mine/{n}") for n in (0, 1, 10)]
+    (jobs[0].parent / "multirun.yaml").touch()
+    for reference in ("mine", "multirun/2026-01-01/mine"):
+        for option, find in (("checkpoint", resolve), ("adapter", resolve_adapter)):
+            with pytest.raises(CheckpointError) as caught:
+                find(reference)
+            assert str(caught.value) == (
+                f"{option}=multirun/2026-01-01/mine: a sweep; give one of its jobs: {', '.join(map(str, jobs))} "
+                "(python compare.py multirun/2026-01-01/mine ranks them)"
+            )
+    assert resolve("multirun/2026-01-01/mine/10") == jobs[2] / "checkpoints" / "last.ckpt"
 
 
 def run_of(path: str, step: int = 0, saved: float = 0.0) -> Path:

@@ -16,6 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from genai_pl.errors import UserError
+from genai_pl.resume import replay
 from genai_pl.sweeps import finished, replay_sweep, write_results
 from tests.conftest import TINY
 from tests.test_commands import start, table, wait_for_step
@@ -69,6 +70,58 @@ def test_the_newest_sweep_goes_on_with_its_own_settings_and_new_ones(tmp_path: P
         "hydra.sweep.dir='multirun/b'",
     ]
     assert "seed=1,2" in replay_sweep(["-m", "resume=auto", "hydra.sweep.dir=multirun/a"])
+
+
+@pytest.mark.parametrize("reference", ["mine", "multirun/2026-01-01/mine"])
+def test_a_sweep_goes_on_by_its_name_or_path_as_by_auto_and_its_folder(reference: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "multirun" / "2026-01-01" / "mine", "seed=1,2")
+    saved(tmp_path / "multirun" / "2026-01-02" / "newer", "seed=3,4")
+    named = "hydra.sweep.dir='multirun/2026-01-01/mine'"
+    assert replay(["-m", f"resume={reference}"]) == replay(["-m", "resume=auto", named])
+    assert "seed=1,2" in replay(["-m", f"resume={reference}"])
+    with pytest.raises(UserError, match="both name the sweep"):
+        replay(["-m", f"resume={reference}", "hydra.sweep.dir=elsewhere"])
+    with pytest.raises(UserError) as caught:
+        replay([f"resume={reference}"])
+    assert str(caught.value) == (
+        f"resume={reference}: multirun/2026-01-01/mine is a sweep; it goes on by: "
+        "python train.py -m resume=multirun/2026-01-01/mine"
+    )
+
+
+def test_a_name_that_no_sweep_has_is_one_line_before_a_job_starts(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "multirun" / "2026-01-01" / "mine", "seed=1,2")
+    with pytest.raises(UserError) as caught:
+        replay(["-m", "resume=mein"])
+    assert str(caught.value) == (
+        "resume=mein: no such sweep, run folder or .ckpt file (the nearest here: multirun/2026-01-01/mine)"
+    )
+
+
+def test_a_stopped_sweep_names_the_command_that_goes_on_with_all_of_it_and_a_finished_one_that_which_compares(
+    command, monkeypatch
+) -> None:
+    from genai_pl.callbacks import Console
+
+    begin = Console.on_train_batch_start
+
+    def interrupted(*given: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        begin(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Console, "on_train_batch_start", interrupted)
+        stopped = command("train", "-m", *JOB, "seed=1,2", "hydra.sweep.dir=a sweep")
+    assert stopped.status == 130, stopped.err
+    assert stopped.out.splitlines()[-1] == "next        python train.py -m resume='a sweep'"
+    assert "compare.py" not in stopped.out
+    result = command("train", "-m", "resume=a sweep")
+    assert result.status == 0, result.err
+    assert "resuming    a sweep/0/checkpoints/" in result.out
+    assert Path("a sweep/1/results.json").exists()
+    assert result.out.splitlines()[-1] == "next        python compare.py 'a sweep'"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from genai_pl.data.whole import encode_whole, lower_texts
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.rows import Row, completion_rows, text_rows
 from genai_pl.evaluation.scoring import batches, score
-from genai_pl.files import is_checkpoint
+from genai_pl.files import ADAPTER, is_checkpoint
 from genai_pl.models import Model
 from genai_pl.models.checkpoint import MARK, read_checkpoint
 from genai_pl.models.folder import read_json
@@ -22,7 +22,6 @@ from genai_pl.models.sentence import SentenceHead, default_head, read_head
 from genai_pl.models.sentence_files import MODULES, POOLING
 from genai_pl.names import Shape
 from genai_pl.objectives.rows import pad_rows
-from genai_pl.peft.files import CONFIG as ADAPTER
 from genai_pl.specs import ModelConfig
 
 if TYPE_CHECKING:

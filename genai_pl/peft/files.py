@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.files import write_atomic
+from genai_pl.files import ADAPTER, write_atomic
 from genai_pl.models.folder import read_json, write_json
 from genai_pl.names import Position
 from genai_pl.peft.adapters import Adapter, AdapterLayer, adapters_of
@@ -29,7 +29,7 @@ from genai_pl.plugins import ADVICE
 log = logging.getLogger(__name__)
 
 XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # in transformers no layers, which alone PEFT wraps
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
 
 
@@ -86,13 +86,13 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
     metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
     config = {**contents.config, "base_model_name_or_path": base}
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-    write_atomic(folder / CONFIG, lambda path: write_json(path, config))
+    write_atomic(folder / ADAPTER, lambda path: write_json(path, config))
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with the adapter of a folder around its layers, ours or PEFT's; CheckpointError if it cannot be."""
     try:
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / ADAPTER)
         kind = str(config.get("peft_type"))
         if kind not in FORMATS:
             raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}{ADVICE}")
