@@ -85,6 +85,15 @@ def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None
         assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
 
 
+def test_layers_that_an_adapter_trains_whole_are_planned(run: Path, command) -> None:
+    options = ("init_from=run", "peft=lora", "peft.modules_to_save=[embed,lm_head]", "data.batch_size=4")
+    short = ("trainer.max_steps=1", "callbacks.export=false", "callbacks.samples.every_n_steps=null")
+    made, planned = command("train", *options, *short), command("train", *options, *PLAN)
+    assert made.status == planned.status == 0, made.err + planned.err
+    assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
+    assert planned.err == ""
+
+
 def test_a_reference_is_a_copy_of_the_weights_and_none_beside_an_adapter(run: Path, command) -> None:
     for objective in ("dpo", "kto", "grpo"):
         result = command("train", "init_from=run", f"objective={objective}", *PLAN)
