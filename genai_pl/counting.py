@@ -1,5 +1,6 @@
 """What a model takes on one device, counted on tensors without memory."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -21,13 +22,21 @@ from genai_pl.strategies.stages import find_holders
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.01}
 
 
+class _Mode(FakeTensorMode):
+    """The mode that tensors without memory belong to, and their copies: deepcopy would give each copy one of its own."""
+
+    def __deepcopy__(self, memo: dict) -> "_Mode":
+        return self
+
+
 @contextmanager
 def weightless(dtype: torch.dtype) -> Iterator[None]:
     """Inside, tensors have shapes and dtypes and no memory; new weights are of the dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with FakeTensorMode():
+        with _Mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*data pointer of FakeTensor")  # which deepcopy asks for, to no end
             yield
     finally:
         torch.set_default_dtype(before)

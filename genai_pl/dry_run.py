@@ -26,7 +26,7 @@ from genai_pl.models import Model, ModelConfig, build_model, flops_per_token, n_
 from genai_pl.modules import BaseModule
 from genai_pl.names import Head
 from genai_pl.planned import Work, find_layout, find_machine, planned_config, planned_steps, planned_work, stored_config
-from genai_pl.start import adapt, fit_rows, say_unused, typed_now
+from genai_pl.start import adapt, check_shape, fit_rows, say_unused, typed_now
 from genai_pl.summary import describe_model, describe_rollout, describe_step, human
 from genai_pl.targets import named
 
@@ -52,6 +52,7 @@ def dry_run(config: DictConfig) -> int:
     say_unused(config, typed_now(config))
     objective = named(config.objective._target_)
     values = planned_config(config, objective)
+    check_shape(config, values, objective)
     with weightless(torch.float32):
         model = whole_model(config, objective, values)
     rows, seq_len, clamped = fit_rows(config, model)

@@ -91,6 +91,7 @@ def load(
         loaded = _load_folder(path, **options)
     for name in adapters:
         folder = resolve_adapter(name)
+        refuse_twice(path, folder, said=f"adapter={name}: {option}={reference}")
         peft.load_adapter(loaded.model, folder)
         set_ends(loaded.model.config, loaded.tokenizer, read_defaults(folder))
     return loaded._replace(model=loaded.model.eval())
@@ -199,6 +200,13 @@ def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
         return stored_of_folder(path)
     stored = TensorFiles(path)
     return {f"inner.{name}": stored.dtype(name) for name in stored.files}
+
+
+def refuse_twice(path: Path, adapter: Path, *, said: str) -> None:
+    """ConfigError for an adapter folder that is what was loaded, or belongs to the run that a loaded checkpoint is of."""
+    path = path.resolve()
+    if adapter.resolve() in (path, path.parent.parent / "adapter" if is_checkpoint(path) else path):
+        raise ConfigError(f"{said} brings it already; leave one of them out")
 
 
 def _score(model: Model | WrappedDecoder) -> None:

@@ -25,6 +25,7 @@ from genai_pl.modules.rl import RLModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.references import folder_of, is_hub_id, resolve
 from genai_pl.start import check_loaded, model_config, typed_now
+from genai_pl.summary import texts_of_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
             completions=options.get("group_size", 1),
             n_updates=options.epochs * -(-completions // step),
         )
-    texts = {"preference": 2, "pairs": 3 if config.data.get("negative") else 2}.get(objective.data_kind, 1)
+    texts = texts_of_row(objective.data_kind, config.data)
     unlearned, reference = 0.0, False
     if issubclass(objective, PreferenceModule) and options.loss in WITH_REFERENCE:
         unlearned, reference = 1.0 - options.precompute_reference, not adapts

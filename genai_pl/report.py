@@ -12,7 +12,7 @@ from genai_pl.modules.base import n_replicas
 from genai_pl.modules.rl import RLModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.resume import describe_resume
-from genai_pl.summary import describe_model, describe_rollout, describe_step
+from genai_pl.summary import describe_model, describe_rollout, describe_step, texts_of_row
 
 
 def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
@@ -25,6 +25,7 @@ def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
         step = describe_rollout(prompts=rows, n_updates=module.n_updates(rows), **options, **counted)
     else:
         accumulate = trainer.accumulate_grad_batches
+        rows *= texts_of_row(module.data_kind, config.data)
         step = describe_step(model, rows=rows, seq_len=parts.data.seq_len, accumulate=accumulate, **counted)
     if trainer.is_global_zero:
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -147,7 +147,7 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     model, tokenizer = begun.model, begun.tokenizer
     if config.init_from or "name" in config.model:
         check_loaded(config, model.config, tokenizer, typed)
-    check_shape(model, objective)
+    check_shape(config, model.config, objective)
     if objective.head is not None:
         model.set_head(objective.head)
     base = keep_base(config, run, begun)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 from genai_pl.config_errors import given_overrides
@@ -37,6 +38,7 @@ from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.export import export_model
 from genai_pl.files import write_atomic
 from genai_pl.loading import Loaded, load
+from genai_pl.models.virtual import n_virtual
 from genai_pl.names import Head
 from genai_pl.peft import adapters_of, merge
 from genai_pl.unused import EVALUATE, NO_BOS, refuse_unused
@@ -113,7 +115,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     show(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
     if counts["cut"]:
-        context = options.seq_len or model.config.max_seq_len
+        context = options.seq_len or context_of(model)
         print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")
     return {**metrics, **counts}
 
@@ -172,12 +174,20 @@ def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **
 
 
 def load_model(config: DictConfig, *, judges: bool) -> Loaded:
-    """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts."""
+    """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts.
+
+    It is also refused where data.seq_len is more than its context.
+    """
     loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
     found = loaded.model.config
     if found.head is Head.score and not judges:
         raise ConfigError(
             f"checkpoint={config.checkpoint}: a reward model compares; give data.path= with prompt, chosen and rejected"
+        )
+    context = context_of(loaded.model)
+    if (config.data.seq_len or 0) > context:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len}: more than the model's context of {context} tokens; lower it"
         )
     if found.head is not Head.score and found.shape.value != "decoder":
         raise ConfigError(
@@ -186,10 +196,15 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
     return loaded
 
 
+def context_of(model: nn.Module) -> int:
+    """How many tokens of a text the model reads at once, as in training: virtual tokens of an adapter take places."""
+    return model.config.max_seq_len - n_virtual(model)
+
+
 def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[Row]:
     """What the model reads and what of it is scored."""
     tokenizer, values = loaded.tokenizer, loaded.model.config
-    seq_len, bos = options.seq_len or values.max_seq_len, options.bos
+    seq_len, bos = options.seq_len or context_of(loaded.model), options.bos
     if kind is not Kind.text and options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
     with naming(options.path):

@@ -22,8 +22,10 @@ from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
-from genai_pl.models.virtual import VirtualTokens
+from genai_pl.models.virtual import n_virtual
+from genai_pl.models.wrapped import WrappedConfig
 from genai_pl.modules import BaseModule
+from genai_pl.names import Head
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.resume import TYPED
@@ -80,11 +82,17 @@ def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule])
     return Start(model.train(), tokenizer, n_tokens > min(known, room), defaults, sentence)
 
 
-def check_shape(model: Model | WrappedDecoder, objective: type[BaseModule]) -> None:
-    """ConfigError for a model of a shape that the objective cannot train."""
-    if (shape := model.config.shape.value) not in objective.shapes:
-        name = HydraConfig.get().runtime.choices.objective
+def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objective: type[BaseModule]) -> None:
+    """ConfigError for a model of a shape or head that the objective cannot train."""
+    name = HydraConfig.get().runtime.choices.objective
+    if (shape := model.shape.value) not in objective.shapes:
         raise ConfigError(f"objective={name} needs a model of shape {' or '.join(objective.shapes)}, not {shape}")
+    if objective.head is None and model.head in (Head.none, Head.score):
+        source = f"init_from={config.init_from}" if config.init_from else f"model.head={model.head.value}"
+        raise ConfigError(
+            f"{source}: a model that embeds or scores texts, without the language-model head that objective={name} "
+            "trains; give one that has it"
+        )
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
@@ -191,8 +199,15 @@ def fit_rows(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, in
     Virtual tokens of an adapter take their places from the text. A batch of as many rows as make so many tokens, which is
     the default, has as many of the rows that are cut.
     """
-    virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
+    virtual = n_virtual(model)
     asked, most = config.data.seq_len, model.config.max_seq_len - virtual
+    if virtual and most < 2:
+        source = "peft.n_tokens" if config.peft._target_ else "peft.init_from" if config.peft.init_from else "init_from"
+        given = OmegaConf.select(config, source)
+        raise ConfigError(
+            f"{source}={given}: {virtual} virtual tokens leave no text to learn in the model's context of "
+            f"{model.config.max_seq_len}; {'lower it' if source == 'peft.n_tokens' else 'give one of fewer'}"
+        )
     if asked <= most:
         return config.data.batch_size, asked, None
     less = f" less {virtual} virtual tokens" if virtual else ""

@@ -24,6 +24,15 @@ def describe_model(model: Model, device: torch.device) -> list[str]:
     ]
 
 
+def texts_of_row(kind: str, data: Mapping[str, object]) -> int:
+    """How many texts a row of a kind of data is for the model: a pair of completions, or texts that belong together.
+
+    >>> texts_of_row("preference", {}), texts_of_row("pairs", {"negative": "worse"}), texts_of_row("text", {})
+    (2, 3, 1)
+    """
+    return {"preference": 2, "pairs": 3 if data.get("negative") else 2}.get(kind, 1)
+
+
 def describe_step(
     model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int | None
 ) -> str:

@@ -10,6 +10,7 @@ from genai_pl.models import n_parameters
 from tests.conftest import TINY
 
 SIZE = re.compile(r"^model +([\d,]+) parameters \(([\d,]+) trainable\)", re.M)
+STEP = re.compile(r"^step .*$", re.M)
 PLAN = ("dry_run=true", "data.path=no_such_file", "plan=cpu")
 
 
@@ -83,6 +84,48 @@ def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None
         made, planned = command(*given), command(*given, "dry_run=true")
         assert made.status == planned.status == 0, made.err + planned.err
         assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
+        assert STEP.search(made.out)[0] == STEP.search(planned.out)[0]
+        texts = 1 if "objective=mlm" in options else 2  # of a row
+        assert f"({4 * texts} rows x 32 x 1 batches" in made.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("objective=mlm",), "objective=mlm needs a model of shape encoder, not decoder"),
+        (("peft=prefix", "peft.n_tokens=32"), "peft.n_tokens=32: 32 virtual tokens leave no text to learn"),
+        (
+            ("init_from=scores",),
+            "init_from=scores: a model that embeds or scores texts, without the language-model head",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_plan_and_run_alike(
+    options: tuple[str, ...], said: str, command, tmp_path: Path
+) -> None:
+    from genai_pl.data import byte_tokenizer
+    from genai_pl.export import export_model
+    from genai_pl.models import ModelConfig, build_model
+    from genai_pl.names import Head
+
+    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=258, max_seq_len=32))
+    model.set_head(Head.score)
+    export_model(model, byte_tokenizer(), tmp_path / "scores", card={})
+    sizes = () if "init_from=scores" in options else TINY
+    for more in ((), ("dry_run=true",)):
+        result = command("train", *sizes, "output_dir=refused", *options, *more)
+        assert (result.status, result.err.count("\n")) == (2, 1), result.err
+        assert said in result.err
+        assert not Path("refused/checkpoints").exists()
+
+
+def test_layers_that_an_adapter_trains_whole_are_planned(run: Path, command) -> None:
+    options = ("init_from=run", "peft=lora", "peft.modules_to_save=[embed,lm_head]", "data.batch_size=4")
+    short = ("trainer.max_steps=1", "callbacks.export=false", "callbacks.samples.every_n_steps=null")
+    made, planned = command("train", *options, *short), command("train", *options, *PLAN)
+    assert made.status == planned.status == 0, made.err + planned.err
+    assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
+    assert planned.err == ""
 
 
 def test_a_reference_is_a_copy_of_the_weights_and_none_beside_an_adapter(run: Path, command) -> None:

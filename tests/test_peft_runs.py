@@ -90,6 +90,26 @@ def test_several_adapters_answer_in_one_batch_or_together(command) -> None:
     assert alone.out.strip() == one[0]
 
 
+def test_an_adapter_that_the_checkpoint_brings_is_not_put_on_twice(command, tmp_path: Path) -> None:
+    from genai_pl.errors import ConfigError
+    from genai_pl.serving.metrics import Metrics
+    from genai_pl.serving.service import open_service
+    from genai_pl.serving.settings import Settings
+
+    command("train", *GPT, "peft=lora", "trainer.max_steps=1", "output_dir=run")
+    asked = (
+        ("generate", "checkpoint=run", "adapter=run", "score=true", "prompt=A"),
+        ("generate", "checkpoint=run/checkpoints/last.ckpt", "adapter=run", "prompt=A"),
+        ("export", "checkpoint=run", "adapter=run/adapter", "format=merged", "out=merged"),
+    )
+    for given in asked:
+        result = command(*given)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert f"{given[2]}: {given[1]} brings it already" in result.err
+    with pytest.raises(ConfigError, match="adapter=run: checkpoint=run brings it already"):
+        open_service(Settings(checkpoint="run", adapters={"run": "run"}), Metrics())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -78,6 +78,11 @@ class Front(NamedTuple):
         return torch.cat([self.embeddings.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
 
 
+def n_virtual(model: nn.Module) -> int:
+    """How many places of the context virtual tokens take from the text."""
+    return max((module.n_tokens for module in model.modules() if isinstance(module, VirtualTokens)), default=0)
+
+
 NOTHING = Front()
 
 

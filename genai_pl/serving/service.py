@@ -14,7 +14,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.vectors import find_head
 from genai_pl.generation import encode_prompt, limits_of
-from genai_pl.loading import Loaded, load, resolve_adapter
+from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import join
 from genai_pl.models.onnx_model import is_onnx
 from genai_pl.names import Head, Shape
@@ -228,4 +228,6 @@ def open_service(settings: Settings, metrics: Metrics) -> Service:
     loaded = load(settings.checkpoint, dtype=WEIGHTS[settings.dtype], onnx=True)
     if settings.backend == "onnx" and not is_onnx(loaded.path):
         raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
+    for name in settings.adapters.values():
+        refuse_twice(loaded.path, resolve_adapter(name), said=f"adapter={name}: checkpoint={settings.checkpoint}")
     return Service(settings, loaded, metrics)

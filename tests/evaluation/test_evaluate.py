@@ -142,7 +142,7 @@ MISTAKES = {
     "there is no token to score": ({"text": "x"}, ()),
     "data.stride=25 must lie between 1 and the window, 24 tokens": ({"text": "xy"}, ("data.stride=25",)),
     "data.stride=2: prompts and completions have no windows": (PAIR, ("data.stride=2",)),
-    "where learned positions end": ({"text": "x" * 99}, ("data.seq_len=90",)),
+    "data.seq_len=90: more than the model's context of 24 tokens": ({"text": "x" * 99}, ("data.seq_len=90",)),
     "limit=0 must be at least 1": (PAIR, ("limit=0",)),
     "out=.: a folder": (PAIR, ("out=.",)),
     "out=data.jsonl/x: cannot be written": (PAIR, ("out=data.jsonl/x",)),
@@ -229,3 +229,16 @@ def test_every_precision_is_known(precision: str) -> None:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert compose("evaluate", overrides=[f"precision={precision}"]).precision.lightning in DTYPES
+
+
+def test_a_window_beyond_the_context_is_refused_of_rotary_positions_too(command, tmp_path: Path) -> None:
+    from genai_pl.export import export_model
+    from genai_pl.models import ModelConfig, build_model
+
+    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=258, max_seq_len=16))
+    export_model(model, byte_tokenizer(), tmp_path / "rotary", card={})
+    write_lines(tmp_path / "data.jsonl", [{"text": "x" * 99}])
+    result = command("evaluate", "checkpoint=rotary", "data.path=data.jsonl", "data.seq_len=17")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "data.seq_len=17: more than the model's context of 16 tokens" in result.err
+    assert command("evaluate", "checkpoint=rotary", "data.path=data.jsonl", "data.seq_len=16").status == 0
