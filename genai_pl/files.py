@@ -14,6 +14,7 @@ from genai_pl.errors import UserError, system_error
 LOCK = ".lock"  # of a run folder: who writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
+RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
 
 
 def is_checkpoint(path: Path) -> bool:

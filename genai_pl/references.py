@@ -8,13 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 from genai_pl.errors import CheckpointError
-from genai_pl.files import is_checkpoint
+from genai_pl.files import RESULTS, is_checkpoint
 from genai_pl.peft.files import CONFIG as ADAPTER
 
 ROOTS = ("outputs", "multirun")  # where runs are
 # what people call the folders that they keep models in: no account of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
-RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
 DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
 SWEEP, SKIPPED = (

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from genai_pl.errors import UserError
-from genai_pl.files import write_atomic
-from genai_pl.references import RESULTS
+from genai_pl.files import RESULTS, write_atomic
 from genai_pl.trust import ASIDE, check_links, key_of, plain, read_overrides
 
 ROOT, SAVED = "multirun", "multirun.yaml"
