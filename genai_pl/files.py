@@ -16,6 +16,7 @@ LOCK = ".lock"  # of a run folder: who writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter
 CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
+RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -101,7 +101,9 @@ GENERATE = (
         "generation.temperature=0 draws nothing",
     ),
     Rule(
-        ("num_samples",), _all(GREEDY, _not(_is("num_samples", 1))), "generation.temperature=0: all would be the same"
+        ("num_samples",),
+        _all(GREEDY, NO_BEAMS, _not(_is("num_samples", 1))),
+        "generation.temperature=0: all would be the same",
     ),
     Rule(
         ("generation.length_penalty", "generation.early_stopping", "generation.diversity_penalty"),
