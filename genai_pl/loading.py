@@ -175,7 +175,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         model.config.eos_token_ids = tuple(int(i) for i in ends)
         defaults = WritingDefaults(**ours.get("defaults", {}))
         peft.tie_weights(model)
-        tokenizer = from_files(ours["tokenizer"])
+        loaded = _finished(model, from_files(ours["tokenizer"]), path, defaults)
     except KeyError as error:
         advice = ADVICE if adapter is not None and error.args[0] == adapter.get("method") else ""
         raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known{advice}") from None
@@ -183,7 +183,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         raise CheckpointError(f"{path}: refused, {(str(error) or type(error).__name__).splitlines()[0]}") from None
     if isinstance(model, WrappedDecoder) and base is None:
         check(model, str(path))
-    return _finished(model, tokenizer, path, defaults)
+    return loaded
 
 
 def stored_dtypes(reference: str) -> dict[str, torch.dtype]:

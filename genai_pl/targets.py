@@ -111,11 +111,12 @@ def _parameters(function: object) -> list[str] | None:
 
 
 def _hints(function: object) -> dict[str, object]:
-    """The hints of the arguments of a function; those of a class stand in the constructors of its bases too."""
+    """The hints of the arguments of a function; those of a class stand in its bases and in its collator too."""
     constructors = (
         [vars(base).get("__init__") for base in reversed(function.__mro__)] if isinstance(function, type) else []
     )
-    found: dict[str, object] = {}
+    collator = getattr(function, "make_collator", None)
+    found = {} if collator is None else _hints(collator)
     for one in constructors or [function]:
         found |= getattr(one, "__annotations__", {})
     return found

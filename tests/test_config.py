@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from genai_pl.config import CONF, register
+from genai_pl.errors import ConfigError
 from genai_pl.targets import check_arguments
 from tests.conftest import TINY
 
@@ -156,6 +157,13 @@ def test_an_added_option_that_nothing_reads_is_one_line(option: str, command) ->
     assert result.status in (1, 2)
     assert result.err.startswith(f"error: {name}: no such option"), result.err
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [0.5, ["x"], "many"])
+def test_a_field_of_a_collator_is_checked_by_its_hint(value: object) -> None:
+    node = {"_target_": "genai_pl.modules.span_corruption.SpanCorruptionModule", "mixture": value}
+    with pytest.raises(ConfigError, match=r"objective\.mixture=.*: expected a list, each fields or null"):
+        check_arguments(node, "objective")
 
 
 @pytest.mark.parametrize("objective", sorted(path.stem for path in (CONF / "objective").glob("*.yaml")))
