@@ -29,7 +29,7 @@ class LossWatch:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.differences: deque[float] = deque(maxlen=HISTORY)
         self.best, self.best_step = math.inf, 0  # level, and the step at which it was reached
-        self.last, self.last_step = math.nan, 0
+        self.last, self.last_step = 0.0, 0
         self.first, self.n_steps, self.noise = 0.0, 0, 0.0
         self.diverged = False
 
