@@ -165,7 +165,7 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     data.prepare(tokenizer, module.collator)
     before = None if checkpoint is None else begun_length(read_contents(checkpoint)[MARK])
     length = run_length(config, data, module, n_replicas(trainer), before)
-    if checkpoint:
+    if checkpoint and length.steps < before["steps"]:  # not what it was begun with, which a rollout may end beyond
         check_step(length, step_of(checkpoint), max_epochs=config.trainer.max_epochs)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
     module.schedule = with_warmup(module.schedule, length.steps, before)
