@@ -65,13 +65,16 @@ def choose_length(
     return Length(steps, steps_per_pass, is_default=True)
 
 
-def check_step(length: Length, step: int, *, max_epochs: int | None) -> None:
-    """ConfigError where a run that goes on has passed its length already."""
-    if length.steps < step:
-        given = f"trainer.max_steps={length.steps}" if max_epochs is None else f"trainer.max_epochs={max_epochs}"
-        raise ConfigError(
-            f"{given}: the run is at step {step} already, past step {length.steps}; give more, or leave it out"
-        )
+def passed_line(length: Length, step: int, *, max_epochs: int | None) -> str | None:
+    """One line where a run that goes on has passed its length already.
+
+    >>> passed_line(Length(2, 10), 3, max_epochs=None)
+    'passed      the run is at step 3, past trainer.max_steps=2: nothing is trained'
+    """
+    if length.steps >= step:
+        return None
+    given = f"trainer.max_steps={length.steps}" if max_epochs is None else f"trainer.max_epochs={max_epochs}"
+    return f"passed      the run is at step {step}, past {given}: nothing is trained"
 
 
 def default_warmup(total_steps: int) -> int:

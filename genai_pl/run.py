@@ -24,7 +24,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.files import claimed
 from genai_pl.fit import Parts, describe_saved, finish, fit
-from genai_pl.length import begun_length, check_length, check_step, with_warmup
+from genai_pl.length import begun_length, check_length, passed_line, with_warmup
 from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.models.checkpoint import MARK, read_contents
@@ -165,8 +165,10 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
     data.prepare(tokenizer, module.collator)
     before = None if checkpoint is None else begun_length(read_contents(checkpoint)[MARK])
     length = run_length(config, data, module, n_replicas(trainer), before)
-    if checkpoint and length.steps < before["steps"]:  # not what it was begun with, which a rollout may end beyond
-        check_step(length, step_of(checkpoint), max_epochs=config.trainer.max_epochs)
+    # a rollout may end beyond what the run was begun with
+    passed = before and length.steps < before["steps"] and step_of(checkpoint)
+    if passed and (line := passed_line(length, passed, max_epochs=config.trainer.max_epochs)):
+        log.warning(line)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
     module.schedule = with_warmup(module.schedule, length.steps, before)
     module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step

@@ -115,7 +115,7 @@ def test_an_adapter_that_the_checkpoint_brings_is_not_put_on_twice(command, tmp_
     [
         (("peft=lora", "peft.target_modules=[nothing]"), "no module is called nothing; there are: q_proj"),
         (("peft=bitfit", "model.bias=false"), "bias"),
-        (("peft.init_from=nowhere",), "adapter=nowhere: no adapter_config.json in this folder"),
+        (("peft.init_from=nowhere",), "peft.init_from=nowhere: no adapter_config.json in this folder"),
     ],
 )
 def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command) -> None:
