@@ -10,7 +10,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID"}  # set in all processes that a launcher starts
+from genai_pl.signals import RANK_VARIABLES
+
 SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
 
 _made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
@@ -19,7 +20,9 @@ _early: list[Path] = []  # what it writes before the run has started
 
 def unused_folder(path: str) -> str:
     """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
-    if RANKS & os.environ.keys():  # all processes of a run that torchrun or Slurm has started must find the same
+    if not os.environ.keys().isdisjoint(
+        RANK_VARIABLES
+    ):  # all processes of a run that torchrun or Slurm has started must find the same
         return path
     for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
         missing = _missing(Path(name))
@@ -36,7 +39,7 @@ def unused_folder(path: str) -> str:
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes the run folder."""
-    return all(os.environ.get(name, "0") == "0" for name in (*RANKS, "NODE_RANK"))
+    return all(os.environ.get(name, "0") == "0" for name in (*RANK_VARIABLES, "NODE_RANK"))
 
 
 def write_early(path: Path) -> None:

@@ -27,7 +27,7 @@ GRACE_PERIOD = (
 )
 MARGIN = 0.95  # of the grace period: at its end whoever sent the signal kills
 UNWIND = 3.0  # seconds that the main thread has to end by itself where nothing is to be saved
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in all processes that a launcher starts
 
 
 class Stopped(SystemExit):

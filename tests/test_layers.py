@@ -12,8 +12,9 @@ PACKAGE = ROOT / "genai_pl"
 # lowest first; what stands in one entry may import what stands before it
 LAYERS = [
     {"errors"},
-    {"files", "folders"},
+    {"files"},
     {"sealed", "signals"},
+    {"folders"},
     {"names", "plugins", "values", "masking"},
     {"bounds"},
     {"specs", "devices", "trust", "run_log", "length"},

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.folders import RANKS, give_back, unused_folder
+from genai_pl.folders import give_back, unused_folder
+from genai_pl.signals import RANK_VARIABLES
 from tests.conftest import TINY
 
 
 def test_runs_that_start_in_the_same_second_take_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in RANKS:
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     path = str(tmp_path / "2026-11-24" / "12-00-00")
     assert [unused_folder(path) for _ in range(3)] == [path, f"{path}-2", f"{path}-3"]
@@ -74,7 +75,7 @@ def test_a_refused_resume_changes_nothing_in_the_folder(command, tmp_path: Path)
 
 
 def test_a_run_beside_one_that_never_started_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RANKS:
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "outputs" / "12-00-00"
     first, second = unused_folder(str(path)), unused_folder(str(path))
