@@ -65,13 +65,15 @@ def choose_length(
     return Length(steps, steps_per_pass, is_default=True)
 
 
-def passed_line(length: Length, step: int, *, max_epochs: int | None) -> str | None:
-    """One line where a run that goes on has passed its length already.
+def passed_line(length: Length, step: int, begun: Mapping[str, int | None], *, max_epochs: int | None) -> str | None:
+    """One line where a run that goes on has passed a length shorter than the one it was begun with.
 
-    >>> passed_line(Length(2, 10), 3, max_epochs=None)
+    Beyond that one it may be by itself: a rollout of several steps ends where it ends.
+
+    >>> passed_line(Length(2, 10), 3, {"steps": 3}, max_epochs=None)
     'passed      the run is at step 3, past trainer.max_steps=2: nothing is trained'
     """
-    if length.steps >= step:
+    if length.steps >= min(step, begun["steps"]):
         return None
     given = f"trainer.max_steps={length.steps}" if max_epochs is None else f"trainer.max_epochs={max_epochs}"
     return f"passed      the run is at step {step}, past {given}: nothing is trained"

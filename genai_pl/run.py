@@ -163,11 +163,11 @@ def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Part
         connect_reward(config, module, tokenizer)
     trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
-    before = None if checkpoint is None else begun_length(read_contents(checkpoint)[MARK])
+    contents = None if checkpoint is None else read_contents(checkpoint)
+    before = None if contents is None else begun_length(contents[MARK])
     length = run_length(config, data, module, n_replicas(trainer), before)
-    # a rollout may end beyond what the run was begun with
-    passed = before and length.steps < before["steps"] and step_of(checkpoint)
-    if passed and (line := passed_line(length, passed, max_epochs=config.trainer.max_epochs)):
+    epochs = config.trainer.max_epochs
+    if before and (line := passed_line(length, contents["global_step"], before, max_epochs=epochs)):
         log.warning(line)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
     module.schedule = with_warmup(module.schedule, length.steps, before)

@@ -83,9 +83,8 @@ class StepCheckpoint(Checkpoint):
             return
         link(path, self.last)
         self._unconfirmed = True
-        self._forget_all_but(
-            max(self.keep, 2)
-        )  # the one before is good, as is known of this one only after a step more
+        # the one before is good, as is known of this one only after a step more
+        self._forget_all_but(max(self.keep, 2))
 
     def confirm(self) -> None:
         """Say that the weights of the newest checkpoint have given a finite loss: older ones may go."""
