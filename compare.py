@@ -1,6 +1,6 @@
 """python compare.py FOLDER [--metric val/loss]: which of the runs below a folder won, as a table and a picture."""
 
-from genai_pl.compare import main
+from genai_pl.cli.compare import main
 from genai_pl.signals import taken
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
+from genai_pl.cli.command import command
 
 
 @command("evaluate")
 def main(config: DictConfig) -> int:
-    from genai_pl.run_evaluate import evaluate
+    from genai_pl.cli.evaluate import evaluate
 
     return evaluate(config)
 

@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
+from genai_pl.cli.command import command
 
 
 @command("export")
 def main(config: DictConfig) -> int:
-    from genai_pl.run_export import export
+    from genai_pl.cli.export import export
 
     return export(config)
 

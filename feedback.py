@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
+from genai_pl.cli.command import command
 
 
 @command("feedback")
 def main(config: DictConfig) -> int:
-    from genai_pl.run_feedback import feedback
+    from genai_pl.cli.feedback import feedback
 
     return feedback(config)
 

@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
+from genai_pl.cli.command import command
 
 
 @command("generate")
 def main(config: DictConfig) -> int:
-    from genai_pl.run_generate import generate
+    from genai_pl.cli.generate import generate
 
     return generate(config)
 

@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
+from genai_pl.cli.command import command
 
 
 @command("serve", own_signals=True)
 def main(config: DictConfig) -> int:
-    from genai_pl.run_serve import serve
+    from genai_pl.cli.serve import serve
 
     return serve(config)
 

@@ -2,18 +2,18 @@
 
 from omegaconf import DictConfig
 
-from genai_pl.config import command
-from genai_pl.resume import replay
-from genai_pl.sweeps import Outcome
+from genai_pl.cli.command import command
+from genai_pl.training.resume import replay
+from genai_pl.training.sweeps import Outcome
 
 
 @command("config", prepare=replay, records=True)
 def main(config: DictConfig) -> int | Outcome:
     if config.dry_run:
-        from genai_pl.dry_run import dry_run
+        from genai_pl.cli.dry_run import dry_run
 
         return dry_run(config)
-    from genai_pl.run import train
+    from genai_pl.training.train import train
 
     return train(config)
 

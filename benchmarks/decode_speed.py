@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate
 from genai_pl.loading import load
 from genai_pl.models import join
-from genai_pl.specs import GenerationConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Side = Callable[[Tensor], Tensor]  # a prompt (B, T) to prompt and continuation (B, T + n)

@@ -36,11 +36,11 @@ def pairs(args: argparse.Namespace) -> list[dict[str, str]]:
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our PreferenceModule in Lightning's Trainer."""
     from genai_pl.data import vocabulary
-    from genai_pl.data.preferences import PreferenceDataModule
+    from genai_pl.data.preference import PreferenceDataModule
     from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
     from genai_pl.peft import lora
-    from genai_pl.run import quiet
+    from genai_pl.training.trainer import quiet
 
     quiet()
     model, tokenizer, _ = load(args.model)

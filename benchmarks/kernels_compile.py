@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import CompiledKernel
 
-from genai_pl.kernels.flash_launch import Launch
-from genai_pl.kernels.flash_source import source
+from genai_pl.kernels.flash.compile import source
+from genai_pl.kernels.flash.launch import Launch
 
 
 class Target(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
-from genai_pl.kernels.flash_launch import Launch
+from genai_pl.kernels.flash.launch import Launch
 
 B, H, T = 2, 16, 4096
 

@@ -19,10 +19,10 @@ from kernels_compile import TARGETS, Report, Target, compile_launch
 from kernels_peers import flash_attn_launches, liger_launches
 from torch import Tensor
 
-from genai_pl.kernels.flash_common import Extras
-from genai_pl.kernels.flash_launch import Launch
-from genai_pl.kernels.flash_problem import Case
-from genai_pl.kernels.flash_source import launches
+from genai_pl.kernels.flash.common import Extras
+from genai_pl.kernels.flash.compile import launches
+from genai_pl.kernels.flash.launch import Launch
+from genai_pl.kernels.flash.problem import Case
 from genai_pl.kernels.softmax_triton import Softmax, softmax_launch
 
 B, H, T, V = 2, 16, 4096, 128256

@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
 
 def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
     """Our data module over the file."""
-    from genai_pl.data.conversations import ChatDataModule
+    from genai_pl.data.chat import ChatDataModule
 
     columns = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
     return ChatDataModule(
@@ -45,7 +45,7 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
     from genai_pl.peft import lora
-    from genai_pl.run import quiet
+    from genai_pl.training.trainer import quiet
 
     quiet()
     model, tokenizer, _ = load(args.model)

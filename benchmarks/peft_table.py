@@ -83,8 +83,8 @@ class Ours:
         return nn.functional.cross_entropy(self.model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def decode(self, ids: Tensor, n: int) -> None:
+        from genai_pl.config.generation import GenerationConfig
         from genai_pl.generation import generate
-        from genai_pl.specs import GenerationConfig
 
         generate(self.model, ids, GenerationConfig(max_new_tokens=n, temperature=0.0))
 

@@ -37,12 +37,12 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our PPOModule in Lightning's Trainer."""
     import torch
 
+    from genai_pl.config.enums import Head
     from genai_pl.loading import load
     from genai_pl.modules.ppo import PPOModule
-    from genai_pl.names import Head
     from genai_pl.peft import lora, save_adapter
-    from genai_pl.rewards import load_rewards
-    from genai_pl.run import quiet
+    from genai_pl.training.rewards import load_rewards
+    from genai_pl.training.trainer import quiet
 
     quiet()
     options = {"epochs": PASSES, "minibatch_size": args.minibatch, "max_new_tokens": args.new}

@@ -37,7 +37,7 @@ def fit_prompts(
     module: Any, tokenizer: Any, texts: list[str], *, batch: int, prompt_len: int, new: int, updates: int
 ) -> list[float]:
     """The times at which Lightning's Trainer ended the rollouts, of `batch` prompts each."""
-    from genai_pl.data.preferences import PromptsDataModule
+    from genai_pl.data.prompts import PromptsDataModule
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.jsonl")

@@ -62,7 +62,7 @@ def ours(args: argparse.Namespace) -> float:
     from genai_pl.modules import CausalLMModule
     from genai_pl.objectives import CausalLMCollator, Vocabulary
     from genai_pl.optim import adamw, constant
-    from genai_pl.run import quiet
+    from genai_pl.training.trainer import quiet
 
     quiet()
     clock = Clock(args)

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/specs.py.
+"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/config/model.py.
 
 python docs/make_configuration.py [--check]
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from genai_pl.option_help import of_dataclass, of_yaml  # noqa: E402
+from genai_pl.cli.option_help import of_dataclass, of_yaml  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 COMMANDS = {

@@ -9,22 +9,22 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from genai_pl import signals
-from genai_pl.config import CONF, register
-from genai_pl.config_errors import check_bounds, check_choices, check_types, explain
+from genai_pl.cli.command import CONF, register
+from genai_pl.cli.quoting import quoted
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError, TrainingError
-from genai_pl.folders import give_back
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import join
-from genai_pl.quoting import quoted
-from genai_pl.resume import replay
-from genai_pl.run_log import recording
-from genai_pl.specs import GenerationConfig
+from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
+from genai_pl.training.output_folders import give_back
+from genai_pl.training.resume import replay
+from genai_pl.training.run_log import recording
 
 
 def train(*overrides: str) -> Path:
     """The run folder that `python train.py OVERRIDES` makes, trained in this process; UserError for a mistake."""
-    from genai_pl.run import train as run
+    from genai_pl.training.train import train as run
 
     try:
         with recording(), signals.taken():

@@ -10,23 +10,23 @@ import torch
 from torch import nn
 
 from genai_pl import peft
-from genai_pl.data.ends import GENERATION, UNSAID, WritingDefaults, read_defaults, set_ends
+from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.checkpoints.file import MARK, read_checkpoint
+from genai_pl.config.enums import AttentionBackend, Head
+from genai_pl.config.model import ModelConfig
+from genai_pl.data.end_tokens import GENERATION, UNSAID, WritingDefaults, read_defaults, set_ends
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.files import ADAPTER, is_checkpoint
 from genai_pl.models.build import Model, build_model
-from genai_pl.models.checkpoint import MARK, read_checkpoint
-from genai_pl.models.folder import TensorFiles, read_json
-from genai_pl.models.hf_config import check_blocks, is_supported, read_config
-from genai_pl.models.onnx_model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
-from genai_pl.models.pretrained import load_pretrained
-from genai_pl.models.pretrained import stored_dtypes as stored_of_folder
-from genai_pl.models.wrapped import WrappedDecoder, build_wrapped, load_wrapped
-from genai_pl.models.wrapped_check import check
-from genai_pl.names import AttentionBackend, Head
+from genai_pl.models.hf.config import check_blocks, is_supported, read_config
+from genai_pl.models.hf.folder import TensorFiles, read_json
+from genai_pl.models.hf.transformers_check import check
+from genai_pl.models.hf.transformers_model import WrappedDecoder, build_wrapped, load_wrapped
+from genai_pl.models.hf.weights import load_pretrained
+from genai_pl.models.hf.weights import stored_dtypes as stored_of_folder
+from genai_pl.models.onnx.model import OnnxDecoder, OnnxEncoderDecoder, is_onnx, load_onnx
 from genai_pl.plugins import ADVICE
 from genai_pl.references import resolve, resolve_adapter
-from genai_pl.specs import ModelConfig
 
 log = logging.getLogger(__name__)
 

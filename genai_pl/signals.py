@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from genai_pl.atomic_io import remove_unfinished
 from genai_pl.errors import ConfigError
-from genai_pl.files import remove_unfinished
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_PERIOD = (

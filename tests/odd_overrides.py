@@ -115,8 +115,8 @@ def _fields(command: str, given: tuple[str, ...]) -> Iterator[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from genai_pl.config import CONF, register
-    from genai_pl.config_errors import _paths
+    from genai_pl.cli.command import CONF, register
+    from genai_pl.training.config_errors import _paths
 
     register()
     GlobalHydra.instance().clear()
@@ -202,10 +202,10 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     write_files(folder)
     for module in (
-        "genai_pl.run",
-        "genai_pl.run_generate",
-        "genai_pl.run_evaluate",
-        "genai_pl.run_feedback",
+        "genai_pl.training.train",
+        "genai_pl.cli.generate",
+        "genai_pl.cli.evaluate",
+        "genai_pl.cli.feedback",
         "uvicorn",
     ):
         importlib.import_module(module)

@@ -11,8 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from genai_pl.loading import load
-from genai_pl.models.scores import scores
-from genai_pl.modules import grpo, ppo, writing
+from genai_pl.models.pooling import scores
+from genai_pl.modules import grpo, ppo
+from genai_pl.modules import rollout_module as writing
 from genai_pl.modules.preference import token_logprobs
 from tests.conftest import TINY
 
@@ -218,7 +219,7 @@ def test_values_begin_as_the_scores_of_the_critic(base: str, command) -> None:
 
 def test_a_reward_adapter_on_the_policys_base_shares_its_weights_and_scores_as_before(base: str, command) -> None:
     from genai_pl.peft import base_tensors, lora
-    from genai_pl.rewards import load_rewards
+    from genai_pl.training.rewards import load_rewards
 
     reward = ("train", "objective=reward", "peft=lora", *LLAMA, base, "data.path=pairs.jsonl", "optimizer.lr=1e-2",
               "hydra.run.dir=judge")  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from genai_pl import generate, load, train
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
-from genai_pl.specs import GenerationConfig
 from tests.conftest import TINY
 
 

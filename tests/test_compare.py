@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genai_pl.compare import main, read_runs, table, varied
+from genai_pl.cli.compare import main, read_runs, table, varied
 
 LOSSES = {"0": ("1e-3", [3.0, 2.5, 2.7]), "1": ("3e-3", [2.9, 2.1]), "10": ("1e-2", [4.0, float("nan"), 3.5])}
 
@@ -104,7 +104,7 @@ def test_without_matplotlib_the_table_is_all_and_a_picture_that_was_asked_for_is
     sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("genai_pl.compare.find_spec", lambda name: None)
+    monkeypatch.setattr("genai_pl.cli.compare.find_spec", lambda name: None)
     assert call(monkeypatch, sweep) == 0
     out, err = capsys.readouterr()
     assert (out.splitlines()[-1], err) == (

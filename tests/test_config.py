@@ -6,9 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from genai_pl.config import CONF, register
+from genai_pl.cli.command import CONF, register
 from genai_pl.errors import ConfigError
-from genai_pl.targets import check_arguments
+from genai_pl.training.targets import check_arguments
 from tests.conftest import TINY
 
 OPTIONS = sorted(
@@ -39,7 +39,7 @@ def test_every_model_builds_on_the_meta_device(path: Path) -> None:
     import torch
 
     from genai_pl.models import build_model
-    from genai_pl.start import model_config
+    from genai_pl.training.initial_model import model_config
 
     with torch.device("meta"):
         build_model(model_config(composed(f"model={path.stem}"), 1000))

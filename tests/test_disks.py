@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
+from genai_pl.atomic_io import write_atomic
 from genai_pl.callbacks import Console
 from genai_pl.errors import CheckpointError, DataError, system_error, system_line
-from genai_pl.files import write_atomic
 from tests.conftest import TINY
 
 RUN = ("train", *TINY, "callbacks.checkpoint.every_n_steps=1", "hydra.run.dir=run")
@@ -154,7 +154,7 @@ def test_what_a_disk_refuses_in_a_run_is_one_line_with_the_last_good_checkpoint(
         elif case == "the model":
             patch.setattr("safetensors.torch.save_file", fails_in_rust)
         elif case == "the results":
-            patch.setattr("genai_pl.fit.write_results", refuse("run/results.json"))
+            patch.setattr("genai_pl.training.fit.write_results", refuse("run/results.json"))
         else:
             at_step_3(patch, lambda: patch.setattr(torch, "save", refuse("run/checkpoints/.temporary")))
         result = command(*RUN)

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from genai_pl.config import CONF, register
-from genai_pl.quoting import quoted
+from genai_pl.cli.command import CONF, register
+from genai_pl.cli.quoting import quoted
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -44,7 +44,7 @@ def test_init_from_is_planned_at_its_own_size_and_nothing_is_written(reference: 
 
 
 def test_no_weights_are_read(run: Path, command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genai_pl.models.folder import TensorFiles
+    from genai_pl.models.hf.folder import TensorFiles
 
     def read(self, name):
         raise AssertionError(f"{name} was read")
@@ -103,10 +103,10 @@ def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None
 def test_what_cannot_be_trained_is_refused_by_plan_and_run_alike(
     options: tuple[str, ...], said: str, command, tmp_path: Path
 ) -> None:
+    from genai_pl.config.enums import Head
     from genai_pl.data import byte_tokenizer
-    from genai_pl.export import export_model
+    from genai_pl.exporting import export_model
     from genai_pl.models import ModelConfig, build_model
-    from genai_pl.names import Head
 
     model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=258, max_seq_len=32))
     model.set_head(Head.score)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.models.families import FAMILIES
-from genai_pl.peft.files import FORMATS, METHODS
+from genai_pl.models.hf.families import FAMILIES
+from genai_pl.peft.io.folder import FORMATS, METHODS
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -160,7 +160,7 @@ def test_options_of_ones_own_are_found_from_python(workplace: Path) -> None:
 def test_a_family_of_ones_own_reads_its_configuration(workplace: Path) -> None:
     from transformers import Starcoder2Config
 
-    from genai_pl.models.hf_config import read_config
+    from genai_pl.models.hf.config import read_config
 
     runpy.run_module("mylab.starcoder2", run_name="mylab.starcoder2")
     Starcoder2Config(hidden_size=96, num_attention_heads=6, sliding_window=16).save_pretrained("starcoder2")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.feedback import compare, critique, remote_writer
+from genai_pl.training.ai_feedback import compare, critique, remote_writer
 from tests.conftest import TINY
 
 

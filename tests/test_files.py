@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import genai_pl
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 
 
 class DiskFullError(OSError):
@@ -102,7 +102,7 @@ def die_while_writing(path: Path, kind: str, moment: str) -> None:
     """Start a writer in another process that is killed, as by the kernel, in the middle of its work."""
     code = f"""
 import os, pathlib
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 
 def die(*_):
     os.kill(os.getpid(), 9)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genai_pl.models.checkpoint import read_checkpoint
+from genai_pl.checkpoints.file import read_checkpoint
 from tests.forked_runs import TORN, Moment
 from tests.killing import Killer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genai_pl.models.checkpoint import read_checkpoint
+from genai_pl.checkpoints.file import read_checkpoint
 from tests.conftest import TINY
 
 RUN = ("train", *TINY, "scheduler.warmup_steps=3", "callbacks.checkpoint.every_n_steps=1", "hydra.run.dir=run")

@@ -113,7 +113,7 @@ def test_starting_a_command_imports_nothing_heavy() -> None:
     import sys
 
     code = (
-        "import sys, genai_pl.config, genai_pl.resume;"
+        "import sys, genai_pl.cli.command, genai_pl.training.resume;"
         "print([m for m in ('torch', 'lightning', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

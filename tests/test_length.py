@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.length import BEFORE, Length, begun_length, choose_length, default_warmup, describe_length, with_warmup
+from genai_pl.training.length import (
+    BEFORE,
+    Length,
+    begun_length,
+    choose_length,
+    default_warmup,
+    describe_length,
+    with_warmup,
+)
 from tests.conftest import TINY
 
 LINE = "length      "

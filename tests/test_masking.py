@@ -2,7 +2,7 @@
 
 import pytest
 
-from genai_pl.masking import masked
+from genai_pl.config.redaction import masked
 
 SHOWN = {
     "redis://:hunter2@host:6379/0": "redis://***@host:6379/0",

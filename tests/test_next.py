@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from genai_pl.cli.quoting import quoted
 from genai_pl.modules.mlm import masked_words
-from genai_pl.quoting import quoted
-from genai_pl.summary import closing, pasted
+from genai_pl.training.report import closing, pasted
 from tests.conftest import TINY
 
 RUN = (*TINY, "trainer.max_steps=1", "trainer.limit_val_batches=1")

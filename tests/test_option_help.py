@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genai_pl.option_help import help_of
-from genai_pl.trust import CONF
+from genai_pl.cli.option_help import help_of
+from genai_pl.training.trust import CONF
 from tests.conftest import ROOT
 
 COMMANDS = {"train": "config"} | {name: name for name in ("generate", "evaluate", "export", "serve", "feedback")}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from genai_pl.counting import activation_bytes, moments, part_of, stage_sizes, training_flops, weightless
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
-from genai_pl.models.saved import saved_bytes
 from genai_pl.optim import muon
 from genai_pl.peft import lora
-from genai_pl.planning import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
+from genai_pl.planning.activation_memory import saved_bytes
+from genai_pl.planning.cost_model import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
+from genai_pl.planning.count import activation_bytes, moments, part_of, stage_sizes, training_flops, weightless
 from genai_pl.strategies import recompute
 from tests.small_models import GPT, LLAMA
 from tests.small_models import MODELS as DECODERS

@@ -10,7 +10,7 @@ from tests.conftest import TINY
 def test_a_prompt_file_has_one_prompt_a_line_and_lines_end_at_line_breaks_alone(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from genai_pl.run_generate import read_prompts
+    from genai_pl.cli.generate import read_prompts
 
     prompts = ["one\u2028still", "two\x85still", "three\x0cstill", "four"]
     (tmp_path / "p.txt").write_text("\n".join([*prompts, ""]), encoding="utf-8-sig")
@@ -61,8 +61,8 @@ def test_a_sweep_of_files_that_are_not_there_says_how_a_comma_is_quoted(command)
 def test_stop_strings_are_as_they_are_typed(typed: str, found: list[str]) -> None:
     from hydra import compose, initialize_config_dir
 
-    from genai_pl.config import CONF, register
-    from genai_pl.quoting import quoted
+    from genai_pl.cli.command import CONF, register
+    from genai_pl.cli.quoting import quoted
 
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from genai_pl.atomic_io import claimed
 from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.files import claimed
-from genai_pl.resume import replay
+from genai_pl.training.resume import replay
 from tests.conftest import ROOT
 from tests.test_commands import table
 
@@ -240,9 +240,7 @@ def test_checkpoints_are_sorted_by_number_past_a_million_steps(tmp_path: Path) -
 
 
 def test_a_folder_is_written_by_one_process_which_the_other_names(tmp_path: Path) -> None:
-    code = (
-        f"from genai_pl.files import claimed; from pathlib import Path\nwith claimed(Path({str(tmp_path)!r})): input()"
-    )
+    code = f"from genai_pl.atomic_io import claimed; from pathlib import Path\nwith claimed(Path({str(tmp_path)!r})): input()"
     process = subprocess.Popen([sys.executable, "-c", f"{code}"], stdin=subprocess.PIPE, cwd=ROOT, text=True)
     try:
         lock = tmp_path / ".lock"

@@ -13,7 +13,7 @@ import torch
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation import judge, pair_rows
 from genai_pl.loading import load
-from genai_pl.rewards import load_rewards
+from genai_pl.training.rewards import load_rewards
 
 PROMPTS, SAID = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.folders import give_back, unused_folder
 from genai_pl.signals import RANK_VARIABLES
+from genai_pl.training.output_folders import give_back, unused_folder
 from tests.conftest import TINY
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl import run_log
-from genai_pl.run_log import RunLog
+from genai_pl.training import run_log
+from genai_pl.training.run_log import RunLog
 from tests.conftest import TINY
 
 LOG = Path("run/train.log")

@@ -95,7 +95,7 @@ def test_a_sweep_is_no_model_and_the_line_names_its_jobs(tmp_path, monkeypatch) 
 
 def run_of(path: str, step: int = 0, saved: float = 0.0) -> Path:
     """A run folder with a checkpoint that says when it was saved."""
-    from genai_pl.models.checkpoint import MARK, write_checkpoint
+    from genai_pl.checkpoints.file import MARK, write_checkpoint
 
     contents = {"state_dict": {}, "global_step": step, "epoch": 0, MARK: {"saved": saved}}
     (Path(path) / "checkpoints").mkdir(parents=True)

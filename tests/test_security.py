@@ -12,12 +12,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from genai_pl.config.redaction import holds_secret, masked
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.masking import holds_secret, masked
 from genai_pl.plugins import import_plugins
-from genai_pl.resume import replay
-from genai_pl.targets import make, named
-from genai_pl.trust import read_overrides
+from genai_pl.training.resume import replay
+from genai_pl.training.targets import make, named
+from genai_pl.training.trust import read_overrides
 from tests.conftest import ROOT, TINY
 
 # writes a file that shows that it ran: when it is imported, called, or made
@@ -333,7 +333,7 @@ def test_an_adapter_that_names_itself_as_its_base_is_one_line(place: Path, comma
 
 @pytest.mark.parametrize("contents", ["[]", "1", '{"step": "x"}', '{"step": null}', "[" * 9999, "{", "{}"])
 def test_results_of_somebody_else_do_not_end_a_run(contents: str, place: Path) -> None:
-    from genai_pl.sweeps import finished
+    from genai_pl.training.sweeps import finished
 
     (place / "results.json").write_text(contents)
     assert finished(place, 1) is None
@@ -341,7 +341,7 @@ def test_results_of_somebody_else_do_not_end_a_run(contents: str, place: Path) -
 
 @pytest.mark.parametrize("rows", ["a,b\n1,2\n", "step,val/loss\nx,1.0\n", "\0\n", 'step,val/loss\n"' + "x" * 200_000])
 def test_tables_of_somebody_else_are_compared_or_refused(rows: str, place: Path, monkeypatch, capsys) -> None:
-    from genai_pl.compare import main
+    from genai_pl.cli.compare import main
 
     (folder(place / "run", "\x1b[31m=x") / "metrics.csv").write_text(rows)
     monkeypatch.setattr(sys, "argv", ["compare.py", "run", "--no-picture"])
@@ -355,7 +355,7 @@ def test_tables_of_somebody_else_are_compared_or_refused(rows: str, place: Path,
     "target",
     [
         *("os.system", "builtins.eval", "subprocess.run", "functools.partial", "hydra.utils.instantiate", "evil.f"),
-        *("torch.os.system", "genai_pl.files.os.system", "genai_pl.targets.importlib.import_module"),
+        *("torch.os.system", "genai_pl.atomic_io.os.system", "genai_pl.training.targets.importlib.import_module"),
         *("torch.hub.load", "torch.load", "torch.utils.cpp_extension.load_inline", "torch.ops.load_library"),
         *("lightning.os.system", "genai_pl.nowhere.f", "torch..load", "", "evil"),
     ],

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from genai_pl.data import byte_tokenizer, vocabulary
-from genai_pl.data.chat import (
+from genai_pl.data.chat import ChatDataModule
+from genai_pl.data.prompt_tokens import (
     TEMPLATE,
     encode_answers,
     encode_completion,
@@ -18,7 +19,6 @@ from genai_pl.data.chat import (
     encode_prompt,
     ensure_template,
 )
-from genai_pl.data.conversations import ChatDataModule
 from genai_pl.errors import DataError
 from genai_pl.objectives import SFTCollator
 from tests.conftest import TINY
@@ -121,7 +121,7 @@ def test_tokens_are_kept_for_the_same_rows_tokenizer_and_template(
     def asked_again(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("genai_pl.data.conversations.encode_conversations", asked_again)
+    monkeypatch.setattr("genai_pl.data.chat.encode_conversations", asked_again)
     assert (rows(TEMPLATE), rows(ODD)) == (first, odd)
     with pytest.raises(AssertionError):
         rows(ODD + " ")

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import genai_pl.export
-from genai_pl import fit, run, signals, train
+import genai_pl.exporting
+from genai_pl import signals, train
 from genai_pl.callbacks import Console
-from genai_pl.data import store
-from genai_pl.data.store import cache_folder
+from genai_pl.data import table_store as store
+from genai_pl.data.table_store import cache_folder
 from genai_pl.data.text import TextDataModule
-from genai_pl.modules import writing
+from genai_pl.modules import rollout_module as writing
 from genai_pl.signals import Stopped, exit_status, taken
+from genai_pl.training import fit
+from genai_pl.training import train as run
 from tests.conftest import ROOT, TINY
 
 RUN = (
@@ -104,7 +106,7 @@ HANGING = """
 import ctypes, os, signal
 from pathlib import Path
 from genai_pl import signals
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 
 def hang(path):
     path.write_text("half")
@@ -202,7 +204,7 @@ def test_a_run_that_finished_all_the_same_is_a_success(command, send: Send, tmp_
 
 def test_a_second_ctrl_c_in_an_export_ends_it_and_leaves_nothing_of_it(command, send: Send, tmp_path: Path) -> None:
     send(fit, "export_run", signal.SIGINT)
-    send(genai_pl.export, "save_tokenizer", signal.SIGINT)
+    send(genai_pl.exporting, "save_tokenizer", signal.SIGINT)
     result = command("train", *RUN, "hydra.run.dir=run")
     assert result.status == 130
     last = "stopped     by SIGINT: saved in run/checkpoints/last.ckpt; python train.py resume=run"

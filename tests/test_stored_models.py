@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from genai_pl.checkpoints.file import MARK
 from genai_pl.errors import CheckpointError
 from genai_pl.loading import load
-from genai_pl.models.checkpoint import MARK
 from tests.conftest import TINY
 
 GPT = (*TINY, "trainer.max_steps=1", "trainer.limit_val_batches=0")

@@ -16,8 +16,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from genai_pl.errors import UserError
-from genai_pl.resume import replay
-from genai_pl.sweeps import finished, replay_sweep, write_results
+from genai_pl.training.resume import replay
+from genai_pl.training.sweeps import finished, replay_sweep, write_results
 from tests.conftest import TINY
 from tests.test_commands import start, table, wait_for_step
 

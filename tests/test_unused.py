@@ -9,10 +9,20 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from genai_pl.config import CONF, register
+from genai_pl.cli.command import CONF, register
+from genai_pl.cli.quoting import quoted
 from genai_pl.errors import ConfigError
-from genai_pl.quoting import quoted
-from genai_pl.unused import ENCODER, EVALUATE, EXPORT, FEEDBACK, GENERATE, TRAIN, WRITER, refuse_unused, unused
+from genai_pl.training.unused_options import (
+    ENCODER,
+    EVALUATE,
+    EXPORT,
+    FEEDBACK,
+    GENERATE,
+    TRAIN,
+    WRITER,
+    refuse_unused,
+    unused,
+)
 from tests.conftest import TINY
 
 RULES = {"config": TRAIN, "generate": GENERATE, "evaluate": EVALUATE, "export": EXPORT, "feedback": FEEDBACK}

@@ -16,10 +16,10 @@ from genai_pl.callbacks.checkpoint_files import forget, link, named_step, newest
 from genai_pl.callbacks.due import passed
 from genai_pl.callbacks.shares import gather_shares, take_share
 from genai_pl.callbacks.validation import validate_what_is_due
+from genai_pl.checkpoints.file import MARK, read_checkpoint, write_checkpoint
+from genai_pl.distributed.dtensor import local
 from genai_pl.errors import CheckpointError, ConfigError, TrainingError
-from genai_pl.models.checkpoint import MARK, read_checkpoint, write_checkpoint
 from genai_pl.modules.base import n_replicas
-from genai_pl.optim.sharding import local
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+from genai_pl.atomic_io import CONTENTS, is_checkpoint, start_writing
+from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.errors import CheckpointError
-from genai_pl.files import CONTENTS, is_checkpoint, start_writing
-from genai_pl.models.checkpoint import MARK, read_contents
 
 
 def newest_checkpoints(folder: Path) -> list[Path]:

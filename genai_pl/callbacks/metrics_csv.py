@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from genai_pl.files import naming, write_atomic
+from genai_pl.atomic_io import naming, write_atomic
 
 
 class MetricsCSV(Logger):

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 
 log = logging.getLogger(__name__)
 SKIPPED, WARM, MEASURED = 1, 1, 3  # batches: the first are slower than all that come

@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.callbacks.due import passed
+from genai_pl.config.enums import Shape
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate_text
-from genai_pl.modules.rl import RLModule
+from genai_pl.modules.policy_gradient import RLModule
 from genai_pl.modules.rollout import Example
-from genai_pl.names import Shape
-from genai_pl.specs import GenerationConfig
 
 
 class Samples(L.Callback):

@@ -1,195 +1,206 @@
-"""Tokens of prompts and answers: the one place that says what a model is prompted with, and what it is to learn and write.
+"""Examples to imitate, packed whole into rows: prompts and completions, or conversations."""
 
-Training, evaluation, generation, serving, rollouts and judges all ask here.
-"""
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from torch.utils.data import Dataset
 
-from genai_pl.data.chat_template import (
-    TEMPLATE,
-    ChatTemplate,
-    Messages,
-    Rendering,
-    Tools,
-    ensure_template,
-    turn_end,
+from genai_pl.data import sources
+from genai_pl.data.columns import Place, view
+from genai_pl.data.loader import Collate
+from genai_pl.data.messages import Message, given_of, messages_of, split_answers, texts_in
+from genai_pl.data.messages_datamodule import (
+    CONTEXT,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    TOOLS,
+    TalksDataModule,
+    of_tools,
+    prompt_of,
 )
-from genai_pl.data.seams import QUIET, encode_continuations, encode_with_seams
-from genai_pl.data.tokenizer import end_token
-from genai_pl.data.whole import closes_texts
+from genai_pl.data.packing import Row
+from genai_pl.data.prompt_tokens import (
+    Example,
+    as_messages,
+    encode_completions,
+    encode_conversations,
+    encode_messages,
+    encode_prompt,
+)
+from genai_pl.data.table_datamodule import lists
+from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
+from genai_pl.objectives.sft import pack
 
 if TYPE_CHECKING:
+    from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "TEMPLATE",
-    "ChatTemplate",
-    "Example",
-    "Messages",
-    "Tools",
-    "as_messages",
-    "encode_answers",
-    "encode_completion",
-    "encode_completions",
-    "encode_conversations",
-    "encode_messages",
-    "encode_prompt",
-    "encode_prompts",
-    "ensure_template",
-    "prompt_text",
-    "turn_end",
-]
+log = logging.getLogger(__name__)
+
+DEFAULT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
+ROLES = {"system", "user", "assistant", "tool", "developer", "function"}
+CONVERSATIONS = "conversations"  # as ShareGPT has them
 
 
-class Example(NamedTuple):
-    """Tokens of one example, and which of them the model is to say."""
+class ChatDataModule(TalksDataModule):
+    """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
 
-    input_ids: np.ndarray  # (n,) int32
-    loss_mask: np.ndarray  # (n,) bool
+    kind = "chat"
 
-    @property
-    def n_given(self) -> int:
-        """How many tokens come before the first that is learned; all of them if none is."""
-        return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.loss_mask)
+    def __init__(self, *, messages: str, prompt: str, completion: str, packing: bool, **rest: object) -> None:
+        super().__init__(**rest)
+        self.packing = packing
+        self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        roles = [role for role in self.columns if role in train.column_names]
+        return train_bpe(
+            (text for row in train for role in roles for text in texts_in(json.loads(row[role]))), vocab_size
+        )
+
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        self.room = collate.row_length(self.seq_len)
+        super().prepare(tokenizer, collate)
+        if self.has_conversations():
+            self._say_other_prompt()
+
+    def _say_other_prompt(self) -> None:
+        """Log where the template asks for an answer with other words than stand before it in training."""
+        row = self.tables()[0][0]
+        messages, tools = (json.loads(row[name]) for name in ("messages" if "messages" in row else "prompt", TOOLS))
+        if "messages" in row:
+            last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+            whole, messages = messages[: last + 1], messages[:last]
+        else:
+            whole = [*messages, *as_messages(json.loads(row["completion"]))]
+        if not messages or whole[-1]["role"] != "assistant":
+            return
+        try:
+            asked = encode_prompt(self.tokenizer, messages, tools)
+        except DataError:  # a template that takes whole conversations only
+            return
+        learned = encode_messages(self.tokenizer, whole, tools).input_ids
+        if not np.array_equal(learned[: len(asked)], asked):
+            ends = (self.tokenizer.decode(ids[-12:]) for ids in (asked, learned[: len(asked)]))
+            log.warning(
+                "data        the chat template asks with %r, and this stands before an answer in training: %r", *ends
+            )
+
+    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
+        """The columns that are there, by role: messages, or prompt and completion, or what others call them."""
+        if self.columns["messages"] in found:
+            return {"messages": self.columns["messages"]}
+        roles = {role: self.columns[role] for role in ("prompt", "completion")}
+        if self.columns == DEFAULT and not set(roles.values()) <= set(found):
+            if CONVERSATIONS in found:
+                log.info("data        column %s of %s is read as messages", CONVERSATIONS, source.name)
+                return {"messages": CONVERSATIONS}
+            if {INSTRUCTION, OUTPUT} <= set(found):
+                roles = {"prompt": INSTRUCTION, "completion": OUTPUT}
+        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
+        if roles["prompt"] == INSTRUCTION:
+            beside = next((column for column in (INPUT, CONTEXT) if column in found), None)
+            more = f", then {beside} after a blank line" if beside else ""
+            names = source.name, INSTRUCTION, more, roles["completion"]
+            log.info("data        prompts of %s are column %s%s; completions %s", *names)
+        return roles
+
+    def example(self, row: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "messages" in roles:
+            column = roles["messages"]
+            return {"messages": messages_of(row.get(column), place._replace(column=column))}
+        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+        return {"prompt": prompt, "completion": completion}
+
+    def rows(self, table: "Table") -> Dataset:
+        part = "training" if table is self.tables()[0] else "validation"
+        roles = [role for role in self.columns if role in table.column_names]
+        examples = []
+        cut = silent = 0
+        option = "data.path" if self.source_of(table) is self.source else "data.val_path"
+        spoken = self._speakers(table)
+        found = self.encoded(table, self.encoding(table, *roles), encode_examples)
+        for example in map(Example, lists(found, "input_ids"), lists(found, "loss_mask")):
+            cut += len(example.input_ids) > self.room
+            example = Example(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
+            if example.loss_mask[1:].any():  # the first token of a row is predicted by nothing
+                examples.append(example)
+            else:
+                silent += 1
+        if not examples:
+            raise DataError(
+                f"{option}={self.source_of(table).name}: no {part} example has anything to learn in its first "
+                f"{self.room} tokens{spoken}"
+            )
+        for n, what in (
+            (cut, f"are longer than {self.room} tokens and were cut"),
+            (silent, f"have nothing to learn{spoken}: left out"),
+        ):
+            if n:
+                log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
+        return PackedExamples(examples, self.room if self.packing else 0)
+
+    def _speakers(self, table: "Table") -> str:
+        """Says who speaks besides the roles that chat templates know, since nothing of that is learned."""
+        role = "messages" if "messages" in table.column_names else "completion"
+        given = (json.loads(cell) for cell in table[role])
+        roles = {message["role"] for messages in given if not isinstance(messages, str) for message in messages}
+        if roles <= ROLES:
+            return ""
+        return f" (roles: {', '.join(map(view, sorted(roles)))}; only what 'assistant' says is learned)"
+
+    def summary(self) -> str:
+        train, val = self.tables()
+        rows = f"{len(self.train_rows):,} rows of at most {self.room - 1} tokens"
+        return f"{self.path}, {len(train):,} examples for training in {rows}, {len(val):,} held"
+
+    def prompt(self) -> str:
+        first = self.tables()[1][0]
+        return self.text(json.loads(first["prompt"]) if "prompt" in first else _opening(json.loads(first["messages"])))
 
 
-def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, tools: Tools = ()) -> Example:
-    """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
-    return encode_conversations(tokenizer, [messages], [0], [tools])[0]
+class PackedExamples(Dataset):
+    """Rows of examples that fit into `room` tokens together; one example a row where it is 0."""
+
+    def __init__(self, examples: list[Example], room: int) -> None:
+        self.examples = examples
+        lengths = [len(example.input_ids) for example in examples]
+        self.bins = pack(lengths, room) if room else [[n] for n in range(len(examples))]
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, index: int) -> Row:
+        chosen = [self.examples[n] for n in self.bins[index]]
+        lengths = [len(example.input_ids) for example in chosen]
+        return {
+            "input_ids": np.concatenate([example.input_ids for example in chosen]),
+            "segment_ids": np.repeat(np.arange(len(chosen)) + 1, lengths),
+            "loss_mask": np.concatenate([example.loss_mask for example in chosen]),
+        }
 
 
-def encode_conversations(
-    tokenizer: "PreTrainedTokenizerBase",
-    conversations: Sequence[Messages],
-    n_given: Sequence[int],
-    tools: Sequence[Tools] | None = None,
-) -> list[Example]:
-    """The same of each; nothing is to be learned of its first `n_given` messages. `tools` are those of each conversation.
-
-    The tokens are those of the whole text, as transformers makes them, except where the generation prompt alone has others
-    than it has before the answer (a space that joins the first word, line breaks that go together at the end of a text):
-    there the prompt's tokens end, as they do when the model is asked, and the answer's begin.
-    """
-    template = ChatTemplate(tokenizer)
-    rows = zip(conversations, n_given, _each(tools, len(conversations)), strict=True)
-    rendered = [template.render_with_spans(messages, n, its_tools) for messages, n, its_tools in rows]
-    encoded = encode_with_seams(tokenizer, [(r.text, [start for start, _ in r.spans]) for r in rendered])
-    end = _end(tokenizer)
-    return [_masked(*tokens, rendering, end) for tokens, rendering in zip(encoded, rendered, strict=True)]
-
-
-def encode_completion(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages, tools: Tools = ()
-) -> Example:
-    """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
-    return encode_completions(tokenizer, [prompt], [completion], [tools])[0]
-
-
-def encode_completions(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Messages],
-    completions: Sequence[str | Messages],
-    tools: Sequence[Tools] | None = None,
-) -> list[Example]:
-    """The same of each; the prompts are texts, or all of them messages."""
-    if prompts and not isinstance(prompts[0], str):
-        whole = [[*prompt, *as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
-        return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
-    end = _end(tokenizer)
-    answers = encode_continuations(tokenizer, completions)
-    parts = [
-        (given, np.asarray([*said, *end], dtype=np.int32))
-        for given, said in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
-    ]
-    return [Example(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
-
-
-def encode_answers(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Messages],
-    answers: Sequence[Sequence[str | Messages]],
-    tools: Sequence[Tools] | None = None,
-) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """The tokens of each prompt, and of each of its answers after it: together those of `encode_completions`."""
-    numbers = [n for n, some in enumerate(answers) for _ in some]
-    its_tools = _each(tools, len(prompts))
-    flat = [answer for some in answers for answer in some]
-    examples = iter(encode_completions(tokenizer, [prompts[n] for n in numbers], flat, [its_tools[n] for n in numbers]))
-    rows = []
-    for some in answers:
-        own = [next(examples) for _ in some]
-        n_given = min((example.n_given for example in own), default=0)
-        beginnings = {example.input_ids[:n_given].tobytes() for example in own}
-        if len(beginnings) > 1:
-            raise DataError("messages: the chat template renders the prompt otherwise before another answer")
-        prompt = own[0].input_ids[:n_given] if own else np.zeros(0, np.int32)
-        rows.append((prompt, [example.input_ids[n_given:] for example in own]))
-    return rows
-
-
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: str | Messages,
-    tools: Tools = (),
-    template: ChatTemplate | None = None,
-) -> np.ndarray:
-    """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools.
-
-    template: the tokenizer's, where there is one already.
-    """
-    return encode_prompts(tokenizer, [prompt], [tools], template)[0]
-
-
-def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str | Messages],
-    tools: Sequence[Tools] | None = None,
-    template: ChatTemplate | None = None,
-) -> list[np.ndarray]:
-    """The same of each; they are texts, or all of them messages."""
-    if not prompts or isinstance(prompts[0], str):
-        rows = tokenizer(list(prompts), **QUIET)["input_ids"]
-        end = _end(tokenizer)
-        if closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
-            rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
-        begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
-        rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
+def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each example, and 1 where they are to be learned."""
+    if "messages" in batch:
+        given = [0] * len(batch["messages"])
+        examples = encode_conversations(tokenizer, batch["messages"], given, **of_tools(batch))
     else:
-        template = template or ChatTemplate(tokenizer)
-        texts = [template.prompt(*row) for row in zip(prompts, _each(tools, len(prompts)), strict=True)]
-        rows = tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
-    return [np.asarray(ids, dtype=np.int32) for ids in rows]
+        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **of_tools(batch))
+    return {
+        "input_ids": [example.input_ids for example in examples],
+        # as bytes: arrow packs bits, and no array could lie there
+        "loss_mask": [example.loss_mask.view(np.uint8) for example in examples],
+    }
 
 
-def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Tools = ()) -> str:
-    """A prompt as text: messages are rendered, with the beginning of the answer."""
-    return prompt if isinstance(prompt, str) else ChatTemplate(tokenizer).prompt(prompt, tools)
-
-
-def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: Sequence[int]) -> Example:
-    """The tokens, of which those that begin in a span are to be learned; an answer that nothing closes gets the end token."""
-    mask = np.zeros(len(starts), bool)
-    for start, stop in rendering.spans:
-        mask |= (starts >= start) & (starts < stop)
-    if rendering.is_open and rendering.spans:
-        ids, mask = [*ids, *end], np.concatenate([mask, np.ones(len(end), bool)])
-    return Example(np.asarray(ids, dtype=np.int32), mask)
-
-
-def as_messages(completion: str | Messages) -> Messages:
-    """What is said after a prompt, a text as an assistant's message."""
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-
-
-def _each(tools: Sequence[Tools] | None, n: int) -> Sequence[Tools]:
-    return [()] * n if tools is None else tools
-
-
-def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token that closes a text, or none."""
-    end = end_token(tokenizer)
-    return [] if end is None else [end]
+def _opening(messages: list[Message]) -> list[Message]:
+    """What stands before the first answer."""
+    return messages[: next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))]

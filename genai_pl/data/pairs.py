@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from genai_pl.data.table import TableDataModule
+from genai_pl.data.table_datamodule import TableDataModule
+from genai_pl.data.text_tokens import encode_whole
 from genai_pl.data.tokenizer import train_bpe
-from genai_pl.data.whole import encode_whole
 from genai_pl.objectives.pairs import PairCollator
 
 if TYPE_CHECKING:

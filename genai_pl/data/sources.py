@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genai_pl import sealed
+from genai_pl.data import checksummed as sealed
 from genai_pl.data import records
 from genai_pl.data.columns import Place, spread, text_of
 from genai_pl.data.records import BUILDERS, Records, first_line
-from genai_pl.data.store import FORMAT, Cells, keep, say_empty
+from genai_pl.data.table_store import FORMAT, Cells, keep, say_empty
 from genai_pl.errors import DataError, reason_of
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from torch.utils.data import ConcatDataset, Dataset
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, text_of
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.documents import n_characters, split_text, tokenize
 from genai_pl.data.loader import Collate, EpochLoader
 from genai_pl.data.packing import PackedRows, Packer
-from genai_pl.data.stream import StreamLoader, StreamRows
+from genai_pl.data.streaming import StreamLoader, StreamRows
+from genai_pl.data.tokenize import n_characters, split_text, tokenize
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 

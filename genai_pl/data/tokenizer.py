@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from genai_pl.atomic_io import naming
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.files import naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

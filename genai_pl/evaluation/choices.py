@@ -9,7 +9,7 @@ from torch import Tensor
 from genai_pl.data.columns import view
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import Metrics, with_interval
-from genai_pl.evaluation.rows import Row, completion_rows
+from genai_pl.evaluation.windows import Row, completion_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

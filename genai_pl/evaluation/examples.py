@@ -10,8 +10,8 @@ from typing import NamedTuple
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, json_of, list_of, text_of
 from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of, with_system
+from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, prompt_of
 from genai_pl.data.records import Row
-from genai_pl.data.talks import CONTEXT, INPUT, INSTRUCTION, OUTPUT, prompt_of
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_labelled, read_question
 

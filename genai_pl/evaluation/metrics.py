@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai_pl.evaluation.rows import Row
 from genai_pl.evaluation.scoring import Scores
+from genai_pl.evaluation.windows import Row
 
 Metrics = dict[str, float]
 Z = 1.959964  # of 95 %

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from genai_pl.data.chat import Example, Messages, Tools, encode_completion, encode_completions, encode_conversations
+from genai_pl.data.prompt_tokens import (
+    Example,
+    Messages,
+    Tools,
+    encode_completion,
+    encode_completions,
+    encode_conversations,
+)
 from genai_pl.errors import DataError
 from genai_pl.evaluation.examples import Conversation
 from genai_pl.evaluation.metrics import with_interval
-from genai_pl.evaluation.rows import Row
+from genai_pl.evaluation.windows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.rows import Row
-from genai_pl.kernels.projection import tokens_at_once
+from genai_pl.evaluation.windows import Row
+from genai_pl.kernels.chunked_logits import tokens_at_once
 from genai_pl.models import Decoder
 
 IGNORED = -100

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genai_pl.generation.context import Context, check_prompt
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.generation.banned_tokens import build_rules
 from genai_pl.generation.decode import continued, evaluating, seen_tokens
-from genai_pl.generation.limits import NO_LIMITS, Limits
+from genai_pl.generation.decode_state import Context, check_prompt
+from genai_pl.generation.output_constraints import NO_LIMITS, Limits
 from genai_pl.generation.processors import penalize
-from genai_pl.generation.rules import build_rules
 from genai_pl.models import Decoder, Reader
-from genai_pl.specs import GenerationConfig
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is none: not begun yet, ended, or excluded
 Stopped = Callable[[int, Sequence[int]], bool]  # (number of the prompt, tokens of a continuation)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from genai_pl.generation.context import Context, check_prompt
-from genai_pl.generation.limits import NO_LIMITS, Limits
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.generation.banned_tokens import build_rules
+from genai_pl.generation.decode_state import Context, check_prompt
+from genai_pl.generation.output_constraints import NO_LIMITS, Limits
 from genai_pl.generation.processors import sample, token_logprobs
-from genai_pl.generation.rules import build_rules
 from genai_pl.models import Decoder, Reader
-from genai_pl.specs import GenerationConfig
 
 WORTH_DROPPING = 8  # finished rows; to drop fewer costs a copy of the cache and saves little
 

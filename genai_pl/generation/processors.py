@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from genai_pl.specs import GenerationConfig
+from genai_pl.config.generation import GenerationConfig
 
 EXCLUDED = -float("inf")
 

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from genai_pl.data import chat
+from genai_pl.config.enums import Shape
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.data import prompt_tokens as chat
 from genai_pl.errors import ConfigError
+from genai_pl.generation.completions import Completion, OnText, Writer, left_pad
 from genai_pl.generation.decode import evaluating
-from genai_pl.generation.limits import limits_of
+from genai_pl.generation.output_constraints import limits_of
 from genai_pl.generation.speculative import Acceptance
-from genai_pl.generation.writer import Completion, OnText, Writer, left_pad
 from genai_pl.models import Decoder, Encoder, EncoderDecoder, Model, Reader
-from genai_pl.names import Shape
-from genai_pl.specs import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -51,7 +51,7 @@ def attention(
         _log_once(f"attention: {chosen}, because {reason}")
     options = {"scale": scale, "bias": bias, "alibi": alibi, "dropout_p": dropout_p}
     if chosen == "triton":
-        from genai_pl.kernels.flash_attention import flash_attention
+        from genai_pl.kernels.flash.operator import flash_attention
 
         return flash_attention(q, k, v, mask, softcap=softcap, **options)[0]
     if chosen == "sdpa":

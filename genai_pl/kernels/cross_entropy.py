@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from genai_pl.kernels.projection import Projection, chunks, exp_, matmul_dtype
-from genai_pl.kernels.vocabulary import VocabularyPart, own_words
+from genai_pl.kernels.chunked_logits import Projection, chunks, exp_, matmul_dtype
+from genai_pl.kernels.vocab_parallel import VocabularyPart, own_words
 
 
 class _Options(NamedTuple):

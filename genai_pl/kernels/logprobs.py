@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from genai_pl.kernels.projection import Projection, chunks, exp_, matmul_dtype
+from genai_pl.kernels.chunked_logits import Projection, chunks, exp_, matmul_dtype
 
 
 @torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")

@@ -1,16 +1,16 @@
 """Transformers: one configuration, one block, wired as the shape says."""
 
+from genai_pl.config.model import ModelConfig
 from genai_pl.models.block import Block
 from genai_pl.models.build import Model, build_model
-from genai_pl.models.cache import KVCache
-from genai_pl.models.counts import FlopRates, flop_rates, flops_per_token, n_parameters
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder, Reader
-from genai_pl.models.joined import join
-from genai_pl.models.pretrained import load_pretrained, save_pretrained
-from genai_pl.models.wrapped import WrappedDecoder, load_wrapped
-from genai_pl.specs import ModelConfig
+from genai_pl.models.flops import FlopRates, flop_rates, flops_per_token, n_parameters
+from genai_pl.models.fused_decode import join
+from genai_pl.models.hf.transformers_model import WrappedDecoder, load_wrapped
+from genai_pl.models.hf.weights import load_pretrained, save_pretrained
+from genai_pl.models.kv_cache import KVCache
 
 __all__ = [
     "Block",

@@ -6,14 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.enums import AttentionKind, Position
+from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask, attention
 from genai_pl.kernels.efficient import Linformer, Performer, Reformer, WindowAttention
-from genai_pl.models.cache import KVCache
+from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import build_norm
 from genai_pl.models.positions import alibi_slopes, rotate
-from genai_pl.models.relative import XLPositions
-from genai_pl.names import AttentionKind, Position
-from genai_pl.specs import ModelConfig
+from genai_pl.models.relative_positions import XLPositions
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from genai_pl.config.enums import AttentionKind, NormOrder, Position
+from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask
 from genai_pl.models.attention import Attention, CrossAttention, Rotary
-from genai_pl.models.cache import KVCache
+from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import MLP, GatedMLP, build_norm
-from genai_pl.names import AttentionKind, NormOrder, Position
-from genai_pl.specs import ModelConfig
 
 
 class Block(nn.Module):

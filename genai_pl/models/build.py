@@ -1,11 +1,11 @@
 """A model of the shape that its configuration names."""
 
+from genai_pl.config.enums import Shape
+from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import EncoderDecoder
-from genai_pl.names import Shape
-from genai_pl.specs import ModelConfig
 
 Model = Decoder | Encoder | EncoderDecoder
 SHAPES = {Shape.decoder: Decoder, Shape.encoder: Encoder, Shape.encoder_decoder: EncoderDecoder}

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genai_pl.config.enums import AttentionKind
 from genai_pl.kernels import AttentionMask, positions_from_segments
-from genai_pl.models.cache import KVCache
-from genai_pl.models.stack import Stack
-from genai_pl.names import AttentionKind
+from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.transformer import Stack
 
 
 class Decoder(Stack):

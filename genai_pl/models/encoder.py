@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.enums import Position
+from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask, positions_from_segments
-from genai_pl.models.stack import Stack
-from genai_pl.models.virtual import NOTHING, Front, Interleaved, interleave
-from genai_pl.names import Position
-from genai_pl.specs import ModelConfig
+from genai_pl.models.transformer import Stack
+from genai_pl.models.virtual_tokens import NOTHING, Front, Interleaved, interleave
 
 
 class Encoder(Stack):

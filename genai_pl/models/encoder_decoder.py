@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from genai_pl.models.cache import KVCache
+from genai_pl.config.enums import Head, Shape
+from genai_pl.config.model import ModelConfig
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
-from genai_pl.names import Head, Shape
-from genai_pl.specs import ModelConfig
+from genai_pl.models.kv_cache import KVCache
 
 
 class EncoderDecoder(nn.Module):

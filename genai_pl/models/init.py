@@ -15,8 +15,8 @@ import math
 
 from torch import nn
 
-from genai_pl.models.relative import XLPositions
-from genai_pl.specs import ModelConfig
+from genai_pl.config.model import ModelConfig
+from genai_pl.models.relative_positions import XLPositions
 
 
 def init_weights(model: nn.Module, config: ModelConfig) -> None:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.names import Activation, Norm
-from genai_pl.specs import ModelConfig
+from genai_pl.config.enums import Activation, Norm
+from genai_pl.config.model import ModelConfig
 
 
 class ReLU2(nn.Module):

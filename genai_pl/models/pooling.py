@@ -1,9 +1,11 @@
 """One vector per text."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
+from genai_pl.objectives.preference import segment_ends
 
 POOLINGS = ("mean", "last", "cls")  # what an option may ask for
 KINDS = (*POOLINGS, "max", "mean_sqrt_len", "weighted")  # what a folder may ask for
@@ -29,3 +31,15 @@ def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
         weights = weights * torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)[:, None]
     total = weights.sum(1)
     return (hidden * weights).sum(1) / (total.sqrt() if kind == "mean_sqrt_len" else total)
+
+
+def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **given: Tensor) -> Tensor:
+    """The scores (B, n) of segments 1 .. n of each row, in float32: read at the last token, of an encoder at the first."""
+    hidden = model.features(input_ids, segment_ids, **given)  # (B, T, C)
+    if model.config.shape is Shape.encoder:
+        numbers = torch.arange(1, n + 1, device=hidden.device)
+        places = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first of each
+    else:
+        places = segment_ends(segment_ids, n)  # (B, n)
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return model.score(hidden[rows, places]).squeeze(-1).float()

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from genai_pl.names import RopeKind
-from genai_pl.specs import RopeScaling
+from genai_pl.config.enums import RopeKind
+from genai_pl.config.model import RopeScaling
 
 UNSCALED = RopeScaling()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from genai_pl.models.build import Model
 from genai_pl.models.encoder_decoder import EncoderDecoder
-from genai_pl.models.wrapped import WrappedDecoder
+from genai_pl.models.hf.transformers_model import WrappedDecoder
 
 
 def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError
-from genai_pl.models.folder import WEIGHTS, read_json
+from genai_pl.models.hf.folder import WEIGHTS, read_json
 from genai_pl.models.pooling import pool
 from genai_pl.models.sentence_files import FLAGS, MODULES, NAMES, POOLING, TOKENS, check_transformer, modules, poolings
 

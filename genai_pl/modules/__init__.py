@@ -6,7 +6,7 @@ from genai_pl.modules.contrastive import ContrastiveModule
 from genai_pl.modules.mlm import MaskedLMModule
 from genai_pl.modules.permutation import PermutationModule
 from genai_pl.modules.span_corruption import SpanCorruptionModule
-from genai_pl.modules.tokens import TokenModule
+from genai_pl.modules.token_prediction import TokenModule
 
 __all__ = [
     "BaseModule",

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from genai_pl.config.enums import Head
+from genai_pl.distributed.dtensor import local
 from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
-from genai_pl.names import Head
 from genai_pl.optim import StepInBackward
 from genai_pl.optim.settings import configure, settings_of
-from genai_pl.optim.sharding import local
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from genai_pl.data.whole import close_texts
+from genai_pl.config.enums import Head
+from genai_pl.data.text_tokens import close_texts
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS
 from genai_pl.models.sentence import SentenceHead, default_head
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.names import Head
 from genai_pl.objectives import PairCollator, Vocabulary, info_nce, matryoshka, recall_at_k
 
 if TYPE_CHECKING:

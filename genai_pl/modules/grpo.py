@@ -5,11 +5,10 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
-from genai_pl.modules.passes import Experience
+from genai_pl.modules.policy_gradient import RLModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import RLModule
-from genai_pl.modules.rollout import Rollout, at_places
-from genai_pl.modules.writing import Means
+from genai_pl.modules.rollout import Experience, Rollout, at_places
+from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
 

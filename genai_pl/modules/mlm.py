@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from genai_pl.modules.base import Batch
-from genai_pl.modules.tokens import TokenModule
+from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.objectives import MaskedLMCollator
 
 

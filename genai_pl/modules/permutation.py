@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from genai_pl.config.enums import Position
 from genai_pl.errors import ConfigError
 from genai_pl.models import Encoder
 from genai_pl.modules.base import Batch
 from genai_pl.modules.mlm import masked_words
-from genai_pl.modules.tokens import TokenModule
-from genai_pl.names import Position
+from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.objectives import PermutationCollator
 
 

@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder
 from genai_pl.modules.base import Batch, Metrics
-from genai_pl.modules.passes import Experience
+from genai_pl.modules.policy_gradient import RLModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rl import RLModule
-from genai_pl.modules.rollout import Rollout, at_places
-from genai_pl.modules.writing import Means
-from genai_pl.names import Head
+from genai_pl.modules.rollout import Experience, Rollout, at_places
+from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.ppo import (
     adapt_kl_coef,
     gae,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genai_pl import sealed
-from genai_pl.optim.sharding import gathered
+from genai_pl.data import checksummed as sealed
+from genai_pl.distributed.dtensor import gathered
 from genai_pl.peft import base_tensors
 
 log = logging.getLogger(__name__)

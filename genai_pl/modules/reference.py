@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from genai_pl.distributed.dtensor import to_device
 from genai_pl.generation.decode import evaluating
-from genai_pl.optim.sharding import to_device
-from genai_pl.peft.adapters import adapters_disabled, adapters_of
+from genai_pl.peft.adapter import adapters_disabled, adapters_of
 
 
 class Reference:

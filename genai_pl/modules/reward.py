@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
+from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
-from genai_pl.models.scores import scores
+from genai_pl.models.pooling import scores
 from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import shared_beginning, shares_beginnings
-from genai_pl.names import Head
 from genai_pl.objectives import (
     RankingCollator,
     Vocabulary,

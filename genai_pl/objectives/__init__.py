@@ -1,6 +1,7 @@
 """What a model is trained to do: pure losses, and the collators that make their batches."""
 
 from genai_pl.objectives.clm import CausalLMCollator, causal_lm_loss
+from genai_pl.objectives.collate import Collator
 from genai_pl.objectives.contrastive import info_nce, matryoshka, recall_at_k, symmetric_info_nce
 from genai_pl.objectives.fim import FimCollator
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
@@ -49,12 +50,11 @@ from genai_pl.objectives.reward import (
     ranking_loss,
     reward_accuracy,
 )
-from genai_pl.objectives.rows import Collator
 from genai_pl.objectives.seq2seq import Seq2SeqCollator
 from genai_pl.objectives.sft import SFTCollator, pack
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
-from genai_pl.objectives.tokens import IGNORED, masked_accuracy, token_loss
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED, masked_accuracy, token_loss
 
 __all__ = [
     "IGNORED",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from genai_pl.objectives.rows import Batch, Collator, Row, pad_rows, with_segments
-from genai_pl.objectives.tokens import IGNORED, token_loss
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, pad_rows, with_segments
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED, token_loss
 
 ANY = Vocabulary(size=0)
 causal_lm_loss = token_loss  # labels[t] is what position t should predict

@@ -6,8 +6,8 @@ import numpy as np
 
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.rows import Batch, Collator, Row, missing, noise
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, missing, noise
+from genai_pl.objectives.special_tokens import Vocabulary
 
 N_SENTINELS = 3
 SHORTEST = 4  # tokens of a document that is worth cutting in three

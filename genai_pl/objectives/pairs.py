@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from genai_pl.errors import DataError
-from genai_pl.objectives.rows import Batch, Collator, pad_rows
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
 
 
 class PairCollator(Collator):

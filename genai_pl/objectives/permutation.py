@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.rows import Batch, Collator, Row, noise, pad_rows, with_segments
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, noise, pad_rows, with_segments
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 
 class PermutationCollator(Collator):

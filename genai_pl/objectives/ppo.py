@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.projection import chunks, matmul_dtype
-from genai_pl.objectives.tokens import IGNORED
+from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
+from genai_pl.objectives.token_loss import IGNORED
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1", "k2", "k3"] = "k1") -> Tensor:

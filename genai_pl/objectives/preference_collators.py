@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from genai_pl.errors import DataError
-from genai_pl.objectives.rows import Batch, Collator, pad_rows
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 TextRow = dict[str, np.ndarray]  # token ids by role
 Group = tuple[np.ndarray, Sequence[np.ndarray]]  # a prompt and its completions

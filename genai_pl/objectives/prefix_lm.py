@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.rows import Batch, Collator, Row, noise
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, noise
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 
 class PrefixLMCollator(Collator):

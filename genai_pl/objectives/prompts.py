@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.rows import Collator, Row, pad_rows
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Collator, Row, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
 
 
 class PromptCollator(Collator):

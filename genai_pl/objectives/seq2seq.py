@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from genai_pl.objectives.rows import Batch, Collator, Row, missing, pad_rows
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, missing, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 
 class Seq2SeqCollator(Collator):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.rows import Batch, Collator, Row, pad_rows
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 
 class SFTCollator(Collator):

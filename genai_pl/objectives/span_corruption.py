@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.rows import Batch, Collator, Row, missing, noise, pad_rows
-from genai_pl.objectives.tokens import IGNORED
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Row, missing, noise, pad_rows
+from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.token_loss import IGNORED
 
 
 class Denoiser(NamedTuple):

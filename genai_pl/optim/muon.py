@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from genai_pl.distributed.dtensor import local, piece, share_out
 from genai_pl.errors import ConfigError
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import Group, NamedParameters, decay_groups, trainable
-from genai_pl.optim.sharding import local, piece, share_out
 
 # tables that are looked up, and parameters of scores that no hidden state is multiplied with
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")

@@ -1,17 +1,17 @@
 """Parameter-efficient fine-tuning: functions from a model to the same model with adapters around its layers."""
 
-from genai_pl.peft.adapters import Adapter, AdapterLayer, adapters_disabled, adapters_of
+from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_disabled, adapters_of
+from genai_pl.peft.adapter_layers import tie_weights
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
-from genai_pl.peft.files import METHODS, load_adapter, save_adapter
 from genai_pl.peft.ia3 import ia3
-from genai_pl.peft.layers import tie_weights
+from genai_pl.peft.io.folder import METHODS, load_adapter, save_adapter
 from genai_pl.peft.lora import lora
 from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
 from genai_pl.peft.prompt import prompt
 from genai_pl.peft.quantize import quantize
-from genai_pl.peft.shared import base_tensors, share_frozen
+from genai_pl.peft.share_base import base_tensors, share_frozen
 from genai_pl.peft.targets import describe
 
 __all__ = [

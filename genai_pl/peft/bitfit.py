@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.peft.adapters import Adapter
-from genai_pl.peft.layers import State, WeightAdapter, new_parameter, scalar_weight, train_whole
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, scalar_weight, train_whole
 from genai_pl.peft.targets import innermost, sites
 
 

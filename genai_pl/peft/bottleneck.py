@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.peft.adapters import Adapter, AdapterLayer
-from genai_pl.peft.layers import new_parameter, train_whole
+from genai_pl.peft.adapter import Adapter, AdapterLayer
+from genai_pl.peft.adapter_layers import new_parameter, train_whole
 from genai_pl.peft.targets import Site, innermost, sites
 
 ATTENTION, MLP = ("attention", "self_attn", "attn"), ("mlp",)

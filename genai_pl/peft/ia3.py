@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.peft.adapters import Adapter
-from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, train_whole
 from genai_pl.peft.targets import listed, match
 
 FEEDFORWARD = ("down_proj",)

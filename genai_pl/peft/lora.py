@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genai_pl.distributed.dtensor import local
 from genai_pl.errors import ConfigError
-from genai_pl.optim.sharding import local
-from genai_pl.peft.adapters import Adapter
-from genai_pl.peft.layers import State, WeightAdapter, new_parameter, train_whole
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, train_whole
 from genai_pl.peft.quantize import quantize as quantize_blocks
 from genai_pl.peft.targets import Site, listed, match
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import EncoderDecoder, WrappedDecoder
-from genai_pl.peft.adapters import AdapterLayer
-from genai_pl.peft.layers import WeightAdapter
+from genai_pl.peft.adapter import AdapterLayer
+from genai_pl.peft.adapter_layers import WeightAdapter
 from genai_pl.peft.quantize import dequantize
 from genai_pl.peft.targets import innermost, layers_at, sites
 

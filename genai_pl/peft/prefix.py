@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import EncoderDecoder
-from genai_pl.models.stack import Stack
-from genai_pl.peft.adapters import Adapter
-from genai_pl.peft.contents import Contents, fill
-from genai_pl.peft.layers import new_parameter
-from genai_pl.peft.virtual import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
+from genai_pl.models.transformer import Stack
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import new_parameter
+from genai_pl.peft.io.tensors import Contents, fill
+from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
 
 
 class Prefix(VirtualAdapter):

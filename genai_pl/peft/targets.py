@@ -8,7 +8,7 @@ from torch import nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import WrappedDecoder
-from genai_pl.peft.adapters import AdapterLayer, adapters_of
+from genai_pl.peft.adapter import AdapterLayer, adapters_of
 
 ALL_LINEAR = "all-linear"
 # XLNet's projection of distances has no batch, so rows cannot choose there; a head that scores is trained whole

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes.fetch import Row, Write, read_rows, write_parts
 
 N_HELD = 400

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import yaml
 
+from genai_pl.atomic_io import write_atomic
 from genai_pl.errors import ConfigError, DataError, UserError
-from genai_pl.files import write_atomic
 from genai_pl.recipes import RECIPES
 
 CONF = Path(__file__).resolve().parent.parent.parent / "conf" / "experiment"
@@ -120,9 +120,9 @@ def writer(run: Path, options: dict[str, object]):
     """A function that continues prompts with the run's model, as its settings say, in batches."""
     import torch
 
+    from genai_pl.config.generation import GenerationConfig
     from genai_pl.generation import generate_text
     from genai_pl.loading import load
-    from genai_pl.specs import GenerationConfig
 
     model, tokenizer, _ = load(str(run))
     generator = torch.Generator().manual_seed(0)

@@ -8,8 +8,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from genai_pl.atomic_io import write_atomic
 from genai_pl.errors import DataError
-from genai_pl.files import write_atomic
 
 Row = Mapping[str, str]
 Write = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes

@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes.fetch import Write, read_rows
 
 N_SHOWN = 200

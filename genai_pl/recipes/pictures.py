@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 
 RAMP = " .'`,:;-~=+*%&$#@"  # the 17 grey levels of the digits, 0 to 16
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from genai_pl.files import write_atomic
+from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes.fetch import Write
 
 SPEAKERS = ("ROMEO", "JULIET", "KING RICHARD", "FIRST CITIZEN")

@@ -8,17 +8,17 @@ from contextlib import asynccontextmanager, suppress
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from genai_pl.serving.bodies import Bodies
 from genai_pl.serving.errors import install
+from genai_pl.serving.http.bodies import Bodies
+from genai_pl.serving.http.native import plain_routes, state_routes
+from genai_pl.serving.http.openai import openai_routes
+from genai_pl.serving.http.proxy import proxy_routes
+from genai_pl.serving.http.upstream import Upstream
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.middleware import Guard
-from genai_pl.serving.openai_api import openai_routes
-from genai_pl.serving.plain_api import plain_routes, state_routes
-from genai_pl.serving.proxy_api import proxy_routes
 from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
-from genai_pl.serving.stopping import stop_in_time
-from genai_pl.serving.upstream import Upstream
+from genai_pl.serving.shutdown import stop_in_time
 
 VALUES = 65_536  # in a body, which are some milliseconds of work
 REFRESH_SECONDS = 1.0  # between two looks at what is a state: queues, memory

@@ -13,7 +13,7 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from genai_pl.serving.fair import network
+from genai_pl.serving.fair_queue import network
 
 log = logging.getLogger("genai_pl.serving")
 HEAD_SECONDS = 10.0  # for the head of a request to arrive, and for what nobody waits for

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from genai_pl.config.redaction import masked
 from genai_pl.errors import UserError
-from genai_pl.masking import masked
 
 log = logging.getLogger("genai_pl.serving")
 KINDS = {

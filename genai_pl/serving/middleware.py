@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from genai_pl.serving.bodies import HELD, Bodies
 from genai_pl.serving.errors import CLIENT_GONE, REQUEST, ApiError, ClientGone, unexpected
-from genai_pl.serving.fair import CLIENT, network
+from genai_pl.serving.fair_queue import CLIENT, network
+from genai_pl.serving.http.bodies import HELD, Bodies
 from genai_pl.serving.metrics import Metrics
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # without a key

@@ -14,7 +14,7 @@ from uvicorn.supervisors import Multiprocess
 from genai_pl.errors import ConfigError
 from genai_pl.serving.connections import connection_options
 from genai_pl.serving.settings import VARIABLE, Settings, share_between_processes
-from genai_pl.serving.stopping import TO_GIVE_UP
+from genai_pl.serving.shutdown import TO_GIVE_UP
 
 HEALTH_SECONDS = 15  # for a worker to say that it lives, from a thread of its own
 

@@ -10,26 +10,26 @@ from pathlib import Path
 
 import torch
 
+from genai_pl.config.enums import Head, Shape
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.vectors import find_head
+from genai_pl.evaluation.embeddings import find_head
 from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import join
-from genai_pl.models.onnx_model import is_onnx
-from genai_pl.names import Head, Shape
-from genai_pl.serving.answers import Answer, Recorded, is_repeatable, replay, request_key
-from genai_pl.serving.cache import Cache, folder_hash, make_cache, model_hash
-from genai_pl.serving.engine import Engine
+from genai_pl.models.onnx.model import is_onnx
+from genai_pl.serving.answer_streams import Answer, Recorded, is_repeatable, replay, request_key
+from genai_pl.serving.embeddings import Measures, size_of
+from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.request import Busy, Request, Stream
+from genai_pl.serving.engine.scoring_queue import Passes
 from genai_pl.serving.errors import ApiError, too_busy
-from genai_pl.serving.fair import CLIENT
-from genai_pl.serving.measuring import Measures, size_of
+from genai_pl.serving.fair_queue import CLIENT
 from genai_pl.serving.metrics import Metrics
-from genai_pl.serving.passes import Passes
-from genai_pl.serving.reading import Reading
-from genai_pl.serving.requests import Busy, Request, Stream
+from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.settings import Settings
-from genai_pl.specs import GenerationConfig
+from genai_pl.serving.tokenize_threads import Reading
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # tokens of prompts that are read before others have their turn
 LONGEST = 32  # characters that a token has at least room for, as a rare word may that is one

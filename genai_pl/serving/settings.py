@@ -9,9 +9,9 @@ import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.redaction import masked
 from genai_pl.errors import ConfigError
-from genai_pl.masking import masked
-from genai_pl.specs import GenerationConfig
 
 VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
 CACHE_KEY = "GENAI_PL_CACHE_KEY"  # a secret of all servers that share a cache, which signs what they keep

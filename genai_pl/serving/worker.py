@@ -8,15 +8,15 @@ from pathlib import Path
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
+from genai_pl.config.redaction import masked
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.masking import masked
 from genai_pl.plugins import import_plugins
 from genai_pl.serving.app import create_app
+from genai_pl.serving.http.upstream import Upstream
+from genai_pl.serving.log_limits import be_quiet
 from genai_pl.serving.metrics import Metrics
-from genai_pl.serving.quiet import be_quiet
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
-from genai_pl.serving.upstream import Upstream
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from genai_pl.checkpoints.optimizer_state import find_owners, restore_state
+from genai_pl.config.enums import Position
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.stack import Stack
+from genai_pl.models.transformer import Stack
 from genai_pl.modules.base import BaseModule, Batch, global_norm
-from genai_pl.modules.tokens import TokenModule
-from genai_pl.names import Position
+from genai_pl.modules.token_prediction import TokenModule
+from genai_pl.strategies.pipeline_stages import SCHEDULES, Pipeline, Stage, find_holders, release
 from genai_pl.strategies.sharded import ShardedStrategy
-from genai_pl.strategies.stages import SCHEDULES, Pipeline, Stage, find_holders, release
-from genai_pl.strategies.states import find_owners, restore_state
 
 
 class PipelineStrategy(ShardedStrategy):

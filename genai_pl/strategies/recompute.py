@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import genai_pl.kernels.flash_attention  # noqa: F401  defines its operator
+import genai_pl.kernels.flash.operator  # noqa: F401  defines its operator
 from genai_pl.errors import ConfigError
 
 KINDS = ("full", "selective")

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from genai_pl.models.stack import Stack
-from genai_pl.strategies.peers import Peers
+from genai_pl.distributed.tensor_parallel_group import Peers
+from genai_pl.models.transformer import Stack
 
 
 class Pieces:

@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
+from genai_pl.checkpoints.file import read_contents
+from genai_pl.checkpoints.optimizer_state import places, restore_state, saved_state
+from genai_pl.distributed.dtensor import local, piece, to_device, whole
+from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
-from genai_pl.models.checkpoint import read_contents
-from genai_pl.modules.tokens import TokenModule
-from genai_pl.optim.sharding import local, piece, to_device, whole
+from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
-from genai_pl.strategies.peers import average, sum_gradients
-from genai_pl.strategies.pieces import gather, unsharded
-from genai_pl.strategies.states import places, restore_state, saved_state
+from genai_pl.strategies.fsdp_gather import gather, unsharded
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 
 # what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
@@ -126,7 +126,7 @@ class ShardedStrategy(ModelParallelStrategy):
             self._split(self.lightning_module)
             self._is_split = True
         if self.sharded_checkpoints and self._saver is None:
-            from genai_pl.strategies.saving import PieceSaver  # DCP takes half a second to import
+            from genai_pl.checkpoints.sharded import PieceSaver  # DCP takes half a second to import
 
             self._saver = PieceSaver(later=self.async_checkpoints)
         super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
@@ -227,7 +227,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(checkpoint_path)
         if not path.is_dir():
             return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only)
-        from genai_pl.models.pieces import join
+        from genai_pl.checkpoints.sharded import join
 
         contents, weights = read_contents(path), self.lightning_module.state_dict(keep_vars=True)
         return join(path, contents, places(contents, weights, self.optimizers))

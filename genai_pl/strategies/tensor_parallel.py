@@ -10,19 +10,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from genai_pl.config.enums import AttentionKind, Position
+from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.dtensor import local
+from genai_pl.distributed.tensor_parallel_group import Peers
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.vocabulary import own_words
+from genai_pl.kernels.vocab_parallel import own_words
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
-from genai_pl.models.stack import Stack
-from genai_pl.names import AttentionKind, Position
-from genai_pl.optim.sharding import local
+from genai_pl.models.transformer import Stack
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
 from genai_pl.peft.targets import innermost
-from genai_pl.specs import ModelConfig
-from genai_pl.strategies.peers import Peers
 from genai_pl.strategies.sequence_parallel import Pieces
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")

@@ -8,8 +8,8 @@ import torch
 
 from genai_pl.callbacks import newest_checkpoints
 from genai_pl.callbacks.checkpoint import _rng_state, _set_rng
+from genai_pl.checkpoints.file import read_checkpoint, write_checkpoint
 from genai_pl.errors import CheckpointError, TrainingError
-from genai_pl.models.checkpoint import read_checkpoint, write_checkpoint
 
 GOOD = {"genai_pl": {"format": 1}, "state_dict": {"w": torch.arange(1000.0)}, "global_step": 7}
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genai_pl.objectives import CausalLMCollator, SFTCollator, Vocabulary
+from genai_pl.objectives.collate import Collator
 from genai_pl.objectives.pairs import PairCollator
 from genai_pl.objectives.preference_collators import PreferenceCollator
 from genai_pl.objectives.prompts import PromptCollator
-from genai_pl.objectives.rows import Collator
 
 Rows = list[dict]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genai_pl.data import byte_tokenizer, vocabulary
-from genai_pl.data.conversations import ChatDataModule
+from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.messages import with_system
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from genai_pl.data import byte_tokenizer, vocabulary
-from genai_pl.data.chat import ensure_template
-from genai_pl.data.conversations import ChatDataModule
+from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.pairs import PairsDataModule
-from genai_pl.data.preferences import PreferenceDataModule, PromptsDataModule, UnpairedDataModule
+from genai_pl.data.preference import PreferenceDataModule
+from genai_pl.data.prompt_tokens import ensure_template
+from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.seq2seq import Seq2SeqDataModule
 from genai_pl.data.text import TextDataModule
+from genai_pl.data.unpaired import UnpairedDataModule
 from genai_pl.errors import ConfigError, DataError
 from tests.conftest import TINY
 from tests.data import brought

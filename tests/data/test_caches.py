@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from genai_pl import sealed
 from genai_pl.data import byte_tokenizer, sources
+from genai_pl.data import checksummed as sealed
 from genai_pl.data.pairs import PairsDataModule
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError

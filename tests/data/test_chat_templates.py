@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from genai_pl.data import byte_tokenizer, train_bpe
-from genai_pl.data.chat import Example, encode_messages, encode_prompt, ensure_template
+from genai_pl.data.prompt_tokens import Example, encode_messages, encode_prompt, ensure_template
 from genai_pl.errors import DataError
 
 spec = find_spec("trl")

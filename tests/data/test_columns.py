@@ -9,16 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genai_pl.data import byte_tokenizer, conversations, vocabulary
-from genai_pl.data.chat import ensure_template
+from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data import chat as conversations
 from genai_pl.data.columns import Place, label_of, loads, number_of, text_of
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.messages import messages_of, shared_beginning, split_answers, tools_of
-from genai_pl.data.preferences import PromptsDataModule
+from genai_pl.data.prompt_tokens import ensure_template
+from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator, PreferenceCollator
-from genai_pl.serving.messages import Message
+from genai_pl.serving.http.messages import Message
 from tests.data.brought import collator
 from tests.data.test_brought import LOADING, module, said
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from genai_pl.data import byte_tokenizer
 from genai_pl.data.loader import EpochLoader, Plan, held_batches, with_window_targets
 from genai_pl.data.packing import Packer
-from genai_pl.data.stream import StreamLoader, StreamRows
+from genai_pl.data.streaming import StreamLoader, StreamRows
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator
 

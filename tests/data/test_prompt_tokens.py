@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from genai_pl.data.chat import (
+from genai_pl.data.preference import encode_compared
+from genai_pl.data.prompt_tokens import (
     encode_answers,
     encode_completion,
     encode_messages,
@@ -14,8 +15,8 @@ from genai_pl.data.chat import (
     ensure_template,
     turn_end,
 )
-from genai_pl.data.preferences import encode_answered, encode_compared
 from genai_pl.data.tokenizer import end_token
+from genai_pl.data.unpaired import encode_answered
 from genai_pl.errors import DataError
 from genai_pl.evaluation.preferences import judged_tokens, pair_rows
 from genai_pl.generation import encode_prompt

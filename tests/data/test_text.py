@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 
 from genai_pl.data import byte_tokenizer, sources, token_bytes, train_bpe
-from genai_pl.data.documents import encode_batch, split_pieces, split_text, tokenize
 from genai_pl.data.text import TextDataModule
+from genai_pl.data.tokenize import encode_batch, split_pieces, split_text, tokenize
 from genai_pl.data.tokenizer import files_of, from_files
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator

@@ -13,7 +13,7 @@ from genai_pl.data.columns import Place
 from genai_pl.errors import DataError
 from genai_pl.evaluation import Kind, Question, choice_metrics, score, text_rows
 from genai_pl.evaluation.examples import read_choice
-from genai_pl.kernels.projection import tokens_at_once
+from genai_pl.kernels.chunked_logits import tokens_at_once
 from genai_pl.loading import load
 from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
 
@@ -175,7 +175,7 @@ def test_the_calibration_error_is_torchmetrics_of_all_logits_which_are_never_mad
     goal[::3] = said.argmax(-1)[::3]  # a third of it is right
     wanted = multiclass_calibration_error(said, goal, num_classes=258, n_bins=15).item()
 
-    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 258 * 5)
+    monkeypatch.setattr("genai_pl.kernels.chunked_logits.CHUNK_BYTES", 4 * 258 * 5)
     assert tokens_at_once(258, torch.device("cpu")) == 5
     seen, logits = [], ours.model.logits
     monkeypatch.setattr(ours.model, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))

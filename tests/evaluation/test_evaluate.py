@@ -10,11 +10,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from genai_pl.config import CONF, register
+from genai_pl.cli.command import CONF, register
 from genai_pl.data import byte_tokenizer, train_bpe
 from genai_pl.data.sources import CORPUS
 from genai_pl.evaluation import completion_rows, score, text_rows
-from genai_pl.evaluation.rows import windows
+from genai_pl.evaluation.windows import windows
 from genai_pl.loading import load
 from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
 
@@ -95,7 +95,7 @@ def test_batches_padding_and_chunks_of_logits_change_nothing(folder: Path, monke
     assert seen == [1] * len(rows)
     together = score(ours.model, rows, batch_tokens=100, on_batch=seen.append)
     assert max(seen) > 1
-    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 258 * 3)  # three tokens
+    monkeypatch.setattr("genai_pl.kernels.chunked_logits.CHUNK_BYTES", 4 * 258 * 3)  # three tokens
     for found in (together, score(ours.model, rows, batch_tokens=100)):
         torch.testing.assert_close(found.nll, alone.nll, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.hits, alone.hits)
@@ -232,7 +232,7 @@ def test_every_precision_is_known(precision: str) -> None:
 
 
 def test_a_window_beyond_the_context_is_refused_of_rotary_positions_too(command, tmp_path: Path) -> None:
-    from genai_pl.export import export_model
+    from genai_pl.exporting import export_model
     from genai_pl.models import ModelConfig, build_model
 
     model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=258, max_seq_len=16))

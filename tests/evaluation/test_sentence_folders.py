@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from genai_pl.data.text_tokens import close_texts, closes_texts, encode_whole
 from genai_pl.data.tokenizer import byte_tokenizer, pretrained_tokenizer, train_bpe
-from genai_pl.data.whole import close_texts, closes_texts, encode_whole
 from genai_pl.errors import CheckpointError
-from genai_pl.evaluation.vectors import embed, encode_sentences, find_head
-from genai_pl.export import export_model
+from genai_pl.evaluation.embeddings import embed, encode_sentences, find_head
+from genai_pl.exporting import export_model
 from genai_pl.loading import load
 from genai_pl.models import ModelConfig, build_model
 from tests.conftest import TINY

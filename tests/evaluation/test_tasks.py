@@ -49,8 +49,8 @@ def test_runs_and_checkpoints_with_adapters_become_folders_that_transformers_can
             asked.append(AutoModelForCausalLM.from_pretrained(folder)(ids).logits)
         return {f"{task}/acc": 0.5 for task in tasks} | {"given": float(folder.resolve().is_relative_to(tmp_path))}
 
-    monkeypatch.setattr("genai_pl.run_evaluate.check_harness", lambda: None)
-    monkeypatch.setattr("genai_pl.run_evaluate.run_tasks", run_tasks)
+    monkeypatch.setattr("genai_pl.cli.evaluate.check_harness", lambda: None)
+    monkeypatch.setattr("genai_pl.cli.evaluate.run_tasks", run_tasks)
     (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
     options = ("train", *TINY, "model=gpt", "model.n_head=4", "data.path=text.txt")
     assert command(*options, "hydra.run.dir=base").status == 0

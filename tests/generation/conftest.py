@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from genai_pl.config.enums import Shape
+from genai_pl.config.model import ModelConfig
 from genai_pl.models import Decoder, EncoderDecoder, load_pretrained
-from genai_pl.names import Shape
-from genai_pl.specs import ModelConfig
 
 
 def bytes_to_unicode() -> dict[int, str]:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Limits, beam_search, complete, generate_text, left_pad
 from genai_pl.generation.beam import Hypothesis
 from genai_pl.models import Decoder, load_wrapped
-from genai_pl.specs import GenerationConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [12, 13, 14, 15]]
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}

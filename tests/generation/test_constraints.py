@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import complete, generate_text, limits_of
-from genai_pl.generation.constraints import build_constraint
-from genai_pl.specs import GenerationConfig
+from genai_pl.generation.grammar import build_constraint
 
 pytest.importorskip("llguidance")
 SCHEMA = {

@@ -3,10 +3,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import decode, generate, left_pad
 from genai_pl.models import Decoder
-from genai_pl.specs import GenerationConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [12, 13, 14, 15]]
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}

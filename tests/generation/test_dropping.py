@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.model import ModelConfig
 from genai_pl.generation import decode, left_pad
 from genai_pl.generation.decode import WORTH_DROPPING
 from genai_pl.models import EncoderDecoder
 from genai_pl.peft import adapters_of, lora
-from genai_pl.specs import GenerationConfig, ModelConfig
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
 N = 24

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Limits, beam_search, complete, decode, generate, left_pad
 from genai_pl.models import EncoderDecoder
-from genai_pl.specs import GenerationConfig, ModelConfig
 
 SOURCES = [[5, 6, 7, 8, 9, 1], [3, 4, 1], [12, 13, 14, 15, 1]]
 VANILLA = {"position": "sinusoidal", "norm_order": "post", "activation": "relu", "scale_embeddings": True}

@@ -9,15 +9,16 @@ import torch
 import transformers
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.model import ModelConfig
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.ends import set_ends
+from genai_pl.data.end_tokens import set_ends
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.generation import complete
-from genai_pl.generation.constraints import build_constraint
+from genai_pl.generation.grammar import build_constraint
 from genai_pl.loading import Loaded, load
 from genai_pl.modules.rollout import write
-from genai_pl.specs import GenerationConfig, ModelConfig
 from tests.conftest import TINY
 
 TOKENIZER = byte_tokenizer()
@@ -272,8 +273,8 @@ def test_a_text_of_a_grammar_is_followed_by_any_end_and_by_none_before() -> None
 
 def test_a_request_ends_at_any_of_the_ends(llama: tuple[Path, int]) -> None:
     pytest.importorskip("fastapi")
-    from genai_pl.serving.engine import Engine
-    from genai_pl.serving.requests import Request
+    from genai_pl.serving.engine.engine import Engine
+    from genai_pl.serving.engine.request import Request
 
     folder, second = llama
     loaded = load(str(folder))

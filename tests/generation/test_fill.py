@@ -4,10 +4,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
-from genai_pl.generation.fill import fill
+from genai_pl.generation.fill_mask import fill
 from genai_pl.models import Encoder, load_pretrained
-from genai_pl.specs import ModelConfig
 
 WORDS = [
     "[PAD]",

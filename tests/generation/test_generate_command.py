@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
+from genai_pl.cli.generate import print_scores
+from genai_pl.config.enums import Head
 from genai_pl.loading import Loaded
 from genai_pl.models import Decoder, save_pretrained
-from genai_pl.names import Head
-from genai_pl.run_generate import print_scores
 
 
 @pytest.fixture

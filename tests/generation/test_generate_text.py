@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import generate, generate_text, left_pad
-from genai_pl.specs import GenerationConfig
 
 EOS = 256  # of the byte tokenizer
 

@@ -3,9 +3,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import process, sample
 from genai_pl.generation.processors import logit_bias, min_p, repetition_penalty, temperature, top_k, top_p
-from genai_pl.specs import GenerationConfig
 
 BIAS = {3: 2.5, 7: -100.0, 49: 1.0}
 NO_IDS = torch.zeros(1, 0, dtype=torch.long)

@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Limits, complete, generate, generate_text, left_pad, limits_of
-from genai_pl.generation.rules import Rules, build_rules
-from genai_pl.specs import GenerationConfig
+from genai_pl.generation.banned_tokens import Rules, build_rules
 
 CPU = torch.device("cpu")
 

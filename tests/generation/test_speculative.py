@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Acceptance, complete, generate, process
-from genai_pl.generation.drafts import DraftModel, PromptLookup
-from genai_pl.generation.limits import Limits
-from genai_pl.generation.speculative import Target, speculate
+from genai_pl.generation.output_constraints import Limits
+from genai_pl.generation.speculative import DraftModel, PromptLookup, Target, speculate
 from genai_pl.models import Decoder, KVCache
-from genai_pl.specs import GenerationConfig, ModelConfig
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
 PROMPT = [5, 6, 7, 5, 6]

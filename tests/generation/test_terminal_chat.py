@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from genai_pl import terminal
-from genai_pl.data.chat import ensure_template
+from genai_pl.cli import chat as terminal
+from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.errors import ConfigError
 from genai_pl.generation.conversation import Conversation
 from genai_pl.models import Decoder, save_pretrained

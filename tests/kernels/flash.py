@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.flash_attention import flash_attention
+from genai_pl.kernels.flash.operator import flash_attention
 from genai_pl.kernels.reference import reference_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import torch
 from brute_force import visible
 
 from genai_pl.kernels import AttentionMask, attention, positions_from_segments
-from genai_pl.kernels.flash_tables import SHARED, mask_tables
+from genai_pl.kernels.flash.mask_tables import SHARED, mask_tables
 
 B = 2
 SIZES = [(1, 1), (5, 5), (1, 6), (4, 6), (6, 4)]

@@ -9,7 +9,7 @@ from flash import DEVICE, check, draw, inputs, ours_and_exact, relative_error
 from torch import Tensor
 
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.flash_attention import flash_attention
+from genai_pl.kernels.flash.operator import flash_attention
 
 
 def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -95,7 +95,7 @@ def test_every_mask_equals_the_reference(name: str):
 @pytest.mark.parametrize(("H", "K", "T"), [(4, 2, 40), (4, 1, 40), (12, 1, 17)])
 @pytest.mark.parametrize("n_processors", [1, 1000])  # a program per key head, or per query head
 def test_query_heads_share_key_heads(monkeypatch, H: int, K: int, T: int, n_processors: int):
-    monkeypatch.setattr("genai_pl.kernels.flash_launch.n_processors", lambda _: n_processors)
+    monkeypatch.setattr("genai_pl.kernels.flash.launch.n_processors", lambda _: n_processors)
     check(AttentionMask(causal=True), inputs(B=1, H=H, K=K, T=T))
 
 
@@ -143,7 +143,7 @@ def test_what_is_done_to_the_scores(mask: AttentionMask, sizes: dict, options: d
 )
 @pytest.mark.parametrize("n_processors", [1, 1000])
 def test_few_queries_share_out_a_long_cache(monkeypatch, mask, sizes: dict, options: dict, n_processors: int):
-    monkeypatch.setattr("genai_pl.kernels.flash_launch.n_processors", lambda _: n_processors)
+    monkeypatch.setattr("genai_pl.kernels.flash.launch.n_processors", lambda _: n_processors)
     check(mask, inputs(B=mask.segments.shape[0] if mask.segments is not None else 1, **(sizes | {"K": 1})), **options)
 
 
@@ -230,9 +230,9 @@ def test_a_step_along_the_gradient_changes_the_output_as_it_says():
     "name", ["packed", "prefix of each row", "causal window", "segments in any order, causal", "shared keys, packed"]
 )
 def test_results_do_not_depend_on_the_blocks(monkeypatch, blocks: tuple, name: str):
-    from genai_pl.kernels.flash_config import Blocks
+    from genai_pl.kernels.flash.config import Blocks
 
-    monkeypatch.setattr("genai_pl.kernels.flash_problem.launch_config", lambda *_: Blocks(*blocks))
+    monkeypatch.setattr("genai_pl.kernels.flash.problem.launch_config", lambda *_: Blocks(*blocks))
     mask, sizes = MASKS[name]
     check(mask, inputs(**sizes))
 

@@ -13,9 +13,9 @@ from flash import DEVICE
 from torch import Tensor
 
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.flash_blocks import clip, key_blocks, query_blocks, walk
-from genai_pl.kernels.flash_common import Features, Sizes
-from genai_pl.kernels.flash_tables import mask_tables
+from genai_pl.kernels.flash.blocks import clip, key_blocks, query_blocks, walk
+from genai_pl.kernels.flash.common import Features, Sizes
+from genai_pl.kernels.flash.mask_tables import mask_tables
 
 BLOCK = 4
 LENGTHS = (1, 3, 4, 6, 9)

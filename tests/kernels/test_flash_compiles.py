@@ -12,9 +12,9 @@ COMPILE = """
 import re, subprocess, sys, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from genai_pl.kernels.flash_common import Extras
-from genai_pl.kernels.flash_problem import Case
-from genai_pl.kernels.flash_source import launches, source
+from genai_pl.kernels.flash.common import Extras
+from genai_pl.kernels.flash.problem import Case
+from genai_pl.kernels.flash.compile import launches, source
 
 capability, D, featured = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "featured"
 q, k, v = (torch.empty(2, 256, 4, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))

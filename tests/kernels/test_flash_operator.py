@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, attention, choose_backend
-from genai_pl.kernels.flash_attention import flash_attention
-from genai_pl.kernels.flash_tables import mask_tables
+from genai_pl.kernels.flash.mask_tables import mask_tables
+from genai_pl.kernels.flash.operator import flash_attention
 
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 8 + [0] * 3]).to(DEVICE)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,10 +51,10 @@ def numpy_keep(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
 
 @pytest.mark.parametrize("blocks", [None, (16, 64, 4, 1)])
 def test_dropout_is_philox_of_key_query_and_head_whatever_the_blocks(monkeypatch, blocks: tuple | None):
-    from genai_pl.kernels.flash_config import Blocks
+    from genai_pl.kernels.flash.config import Blocks
 
     if blocks is not None:
-        monkeypatch.setattr("genai_pl.kernels.flash_problem.launch_config", lambda *_: Blocks(*blocks))
+        monkeypatch.setattr("genai_pl.kernels.flash.problem.launch_config", lambda *_: Blocks(*blocks))
     p, mask = 0.3, AttentionMask(causal=True)
     tensors = inputs(H=4, T=40)
     with torch.random.fork_rng():

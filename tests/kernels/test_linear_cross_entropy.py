@@ -5,7 +5,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from genai_pl.kernels import linear_cross_entropy
-from genai_pl.kernels.projection import tokens_at_once
+from genai_pl.kernels.chunked_logits import tokens_at_once
 
 N, C, V = 23, 8, 37
 

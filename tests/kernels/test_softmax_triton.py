@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from flash import DEVICE
 
-from genai_pl.kernels import linear_cross_entropy, linear_logprobs, projection, softmax_triton
+from genai_pl.kernels import chunked_logits as projection
+from genai_pl.kernels import linear_cross_entropy, linear_logprobs, softmax_triton
 from genai_pl.kernels.softmax_triton import Softmax, cross_entropy_
 
 N = 5

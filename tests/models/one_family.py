@@ -10,10 +10,10 @@ from tiny_families import tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.generation import generate
-from genai_pl.models.wrapped import load_wrapped, save_wrapped
-from genai_pl.specs import GenerationConfig
+from genai_pl.models.hf.transformers_model import load_wrapped, save_wrapped
 
 T, SPLIT, PAD, NEW = 13, 6, 4, 16
 MAX_PARAMETERS = 3_000_000

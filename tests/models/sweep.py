@@ -15,9 +15,9 @@ from test_against_transformers import shaken
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from genai_pl.config.enums import Head
 from genai_pl.errors import CheckpointError
 from genai_pl.models import load_pretrained
-from genai_pl.names import Head
 
 REMOVED = object()
 LENGTH = 17

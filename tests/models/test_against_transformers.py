@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genai_pl.models import Decoder, ModelConfig, load_pretrained, save_pretrained
-from genai_pl.models.hf_config import family_of
+from genai_pl.models.hf.config import family_of
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "vocab_size": 61}
 LLAMA = {

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from genai_pl import peft
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate
 from genai_pl.models import Decoder, ModelConfig, build_model, join
-from genai_pl.models.slots import SlotCache
-from genai_pl.specs import GenerationConfig
+from genai_pl.models.kv_cache import SlotCache
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "bias": False}
 KINDS = {

@@ -10,13 +10,13 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from genai_pl.config.enums import Activation
 from genai_pl.kernels import AttentionMask
 from genai_pl.models import Block, Decoder, ModelConfig
 from genai_pl.models.attention import Attention
-from genai_pl.models.families import ACTIVATIONS
+from genai_pl.models.hf.families import ACTIVATIONS
 from genai_pl.models.layers import build_activation, build_norm
 from genai_pl.models.positions import alibi_slopes, rotary, rotate, sinusoidal
-from genai_pl.names import Activation
 
 CAUSAL = AttentionMask(causal=True)
 

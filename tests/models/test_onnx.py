@@ -11,19 +11,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from genai_pl import run_generate
-from genai_pl.config import CONF, register
+from genai_pl.cli import generate as run_generate
+from genai_pl.cli.command import CONF, register
+from genai_pl.cli.export import export
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.data import byte_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.export import export_model
+from genai_pl.exporting import export_model
 from genai_pl.generation import generate, generate_text
 from genai_pl.loading import load
 from genai_pl.models import Decoder, ModelConfig, build_model, load_pretrained
-from genai_pl.models.onnx_export import past_names, write_description, write_graphs
-from genai_pl.models.onnx_model import load_onnx, open_session
-from genai_pl.models.onnx_quantize import quantize_graph
-from genai_pl.run_export import export
-from genai_pl.specs import GenerationConfig
+from genai_pl.models.onnx.export import past_names, write_description, write_graphs
+from genai_pl.models.onnx.model import load_onnx, open_session
+from genai_pl.models.onnx.quantize import quantize_graph
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

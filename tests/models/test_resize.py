@@ -6,8 +6,8 @@ from test_against_transformers import shaken
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genai_pl.models import ModelConfig, build_model
+from genai_pl.models.hf.transformers_model import WrappedDecoder, register
 from genai_pl.models.resize import resize_vocabulary
-from genai_pl.models.wrapped import WrappedDecoder, register
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 61, "max_seq_len": 24}
 KINDS = {

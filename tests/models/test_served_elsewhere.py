@@ -9,8 +9,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.chat import ensure_template
-from genai_pl.export import export_model
+from genai_pl.data.prompt_tokens import ensure_template
+from genai_pl.exporting import export_model
 from genai_pl.models import load_pretrained
 
 TOKENIZER = byte_tokenizer()

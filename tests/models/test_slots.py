@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.models import slots as slots_module
-from genai_pl.models.slots import SlotCache
+from genai_pl.models.kv_cache import SlotCache
 
 SHAPES = {
     "gpt2": {"position": "learned", "norm": "layernorm", "bias": True},

@@ -13,7 +13,7 @@ from genai_pl.data import byte_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.loading import load
 from genai_pl.models import load_pretrained
-from genai_pl.models.wrapped import build_wrapped, load_wrapped, save_wrapped
+from genai_pl.models.hf.transformers_model import build_wrapped, load_wrapped, save_wrapped
 
 SIZES = {
     "hidden_size": 32,

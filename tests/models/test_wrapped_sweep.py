@@ -10,14 +10,14 @@ from test_against_transformers import shaken
 from tiny_families import tiny_config
 from transformers import masking_utils
 
+from genai_pl.checkpoints.file import MARK
 from genai_pl.data import byte_tokenizer
 from genai_pl.data.tokenizer import files_of
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
 from genai_pl.loading import load
-from genai_pl.models.checkpoint import MARK
-from genai_pl.models.wrapped import build_wrapped, load_wrapped
-from genai_pl.models.wrapped_attention import Packing, attend, rules
+from genai_pl.models.hf.transformers_attention import Packing, attend, rules
+from genai_pl.models.hf.transformers_model import build_wrapped, load_wrapped
 from genai_pl.peft import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from genai_pl.data.loader import EpochLoader, Plan
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules.preference import PreferenceModule
-from genai_pl.objectives.vocabulary import Vocabulary
+from genai_pl.objectives.special_tokens import Vocabulary
 from genai_pl.optim import sgd
 
 ROWS = 8

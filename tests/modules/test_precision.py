@@ -14,8 +14,8 @@ from genai_pl.kernels import AttentionMask, attention
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import base
 from genai_pl.objectives import CausalLMCollator
-from genai_pl.objectives.tokens import token_loss
-from genai_pl.run import quiet
+from genai_pl.objectives.token_loss import token_loss
+from genai_pl.training.trainer import quiet
 from tests.modules.test_normalization import module, rows, weights
 
 

@@ -235,7 +235,7 @@ def test_whitening_keeps_float32_and_large_offsets() -> None:
 
 
 def test_entropy_is_that_of_the_distribution_at_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 11 * 3)  # three tokens a chunk
+    monkeypatch.setattr("genai_pl.kernels.chunked_logits.CHUNK_BYTES", 4 * 11 * 3)  # three tokens a chunk
     hidden, head, bias = normal(2, 5, 4), normal(11, 4), normal(11)
     labels = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
     labels[0, :2] = IGNORED
@@ -250,7 +250,7 @@ def test_entropy_is_that_of_the_distribution_at_each_label(monkeypatch: pytest.M
 
 
 def test_the_gradient_of_entropy_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genai_pl.kernels.projection.CHUNK_BYTES", 4 * 11 * 3)  # three tokens a chunk
+    monkeypatch.setattr("genai_pl.kernels.chunked_logits.CHUNK_BYTES", 4 * 11 * 3)  # three tokens a chunk
     hidden, head = normal(2, 5, 4).requires_grad_(), normal(11, 4).requires_grad_()
     labels = torch.zeros(2, 5, dtype=torch.long)
     labels[1, 3:] = IGNORED

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genai_pl.kernels import projection
+from genai_pl.kernels import chunked_logits as projection
 from genai_pl.objectives import IGNORED, masked_accuracy, token_loss
 
 

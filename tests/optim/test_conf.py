@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from genai_pl.length import with_warmup
 from genai_pl.optim.settings import configure, settings_of
+from genai_pl.training.length import with_warmup
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genai_pl.models import ModelConfig, WrappedDecoder, build_model
-from genai_pl.models.wrapped import build_wrapped
+from genai_pl.models.hf.transformers_model import build_wrapped
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 61, "max_seq_len": 24}
 MODERN = {**SIZES, "position": "rotary", "norm": "rmsnorm", "activation": "silu", "gated_mlp": True, "bias": False}

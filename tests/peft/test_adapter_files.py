@@ -18,9 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import save_pretrained
-from genai_pl.names import Head
 from genai_pl.peft import adapters_disabled, adapters_of, bitfit, bottleneck, ia3, load_adapter, lora, save_adapter
 
 peft = pytest.importorskip("peft")

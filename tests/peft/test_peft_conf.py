@@ -9,7 +9,7 @@ from hydra.utils import get_method
 from omegaconf import OmegaConf
 from peft_models import build, logits, said, shaken
 
-from genai_pl.config import CONF
+from genai_pl.cli.command import CONF
 from genai_pl.peft import METHODS, adapters_of, lora
 
 OPTIONS = sorted(path for path in CONF.glob("peft/*.yaml") if path.stem not in ("none", "dora"))

@@ -12,7 +12,7 @@ from virtual_files import TASKS, assert_padded_rows_are_the_same, assert_same, b
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.peft import prompt
-from genai_pl.peft.contents import Contents
+from genai_pl.peft.io.tensors import Contents
 from genai_pl.peft.prompt import read_prompt, write_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")

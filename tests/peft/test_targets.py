@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft_models import build, theirs_of
 
+from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
-from genai_pl.names import Head
 from genai_pl.peft import adapters_of, describe, ia3, lora
 from genai_pl.peft.targets import match, sites
 

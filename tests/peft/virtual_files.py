@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from genai_pl.models import load_pretrained, load_wrapped
 from genai_pl.peft import adapters_of
-from genai_pl.peft.contents import Contents
+from genai_pl.peft.io.tensors import Contents
 
 LLAMA = {
     "model_type": "llama",

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.data import byte_tokenizer
 from genai_pl.models import Decoder, ModelConfig, build_model
-from genai_pl.serving.engine import Engine
-from genai_pl.serving.requests import Stream
-from genai_pl.specs import GenerationConfig
+from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.request import Stream
 
 TOKENIZER = byte_tokenizer()
 SHAPES = {

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from genai_pl.serving.requests import Busy, Piece, Request
+from genai_pl.serving.engine.request import Busy, Piece, Request
 
 
 class FakeStream:

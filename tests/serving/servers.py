@@ -12,8 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.chat import ensure_template
-from genai_pl.export import export_model
+from genai_pl.data.prompt_tokens import ensure_template
+from genai_pl.exporting import export_model
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.serving.app import create_app
 from genai_pl.serving.metrics import Metrics

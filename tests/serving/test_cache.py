@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 redis = pytest.importorskip("redis", reason="needs pip install -e '.[serve]'")
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.serving.cache import MemoryCache, RedisCache, make_cache, model_hash
+from genai_pl.serving.response_cache import MemoryCache, RedisCache, make_cache, model_hash
 from genai_pl.serving.server import bind
 from tests.serving.fake import FakeEngine
 from tests.serving.servers import eventually, make_service, serving

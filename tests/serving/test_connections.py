@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
-from genai_pl.serving import bodies, connections
+from genai_pl.serving import connections
 from genai_pl.serving.app import create_app
 from genai_pl.serving.connections import Connection, connection_limits, connection_options
-from genai_pl.serving.quiet import Quiet
+from genai_pl.serving.http import bodies
+from genai_pl.serving.log_limits import Quiet
 from genai_pl.serving.settings import Limits
 from tests.serving.fake import FakeEngine
 from tests.serving.probe import Probed

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from genai_pl import peft
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import complete, generate_text
-from genai_pl.serving.engine import Engine
-from genai_pl.serving.requests import Busy, Observer, Piece, Request, Stream
-from genai_pl.specs import GenerationConfig
+from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.request import Busy, Observer, Piece, Request, Stream
 from tests.serving.engines import PROMPTS, SHAPES, TOKENIZER, build, greedy, ids, running, text_of
 
 

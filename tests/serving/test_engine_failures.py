@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from genai_pl import peft
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import complete, generate_text
-from genai_pl.serving.engine import Engine
-from genai_pl.serving.requests import Busy, Observer, Request
-from genai_pl.specs import GenerationConfig
+from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.request import Busy, Observer, Request
 from tests.serving.engines import SHAPES, TOKENIZER, Slow, build, greedy, ids, running, text_of
 
 

@@ -13,12 +13,12 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from genai_pl.serving.app import create_app
-from genai_pl.serving.bodies import HEAVY, Bodies
-from genai_pl.serving.openai_format import Chat, Completion, listed
-from genai_pl.serving.rendering import PIECE, written
-from genai_pl.serving.requests import Piece
+from genai_pl.serving.engine.request import Piece
+from genai_pl.serving.http.bodies import HEAVY, Bodies
+from genai_pl.serving.http.rendering import PIECE, written
+from genai_pl.serving.http.responses import Chat, Completion, listed
+from genai_pl.serving.http.tools import read_calls
 from genai_pl.serving.settings import Limits
-from genai_pl.serving.tools import read_calls
 from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.probe import Probed
 from tests.serving.servers import make_service, running

@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
-from genai_pl.serving.engine import Engine
+from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.request import Busy, Request
+from genai_pl.serving.engine.scheduler import eligible, read_prompts
+from genai_pl.serving.engine.scoring_queue import Passes
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.fair import CLIENT, FairQueue, Full, Turns, network
-from genai_pl.serving.passes import Passes
-from genai_pl.serving.prompts import eligible, read_prompts
-from genai_pl.serving.reading import SHORT, Lane, Reading
-from genai_pl.serving.requests import Busy, Request
+from genai_pl.serving.fair_queue import CLIENT, FairQueue, Full, Turns, network
 from genai_pl.serving.settings import Limits
+from genai_pl.serving.tokenize_threads import SHORT, Lane, Reading
 from tests.serving.engines import TOKENIZER, build, greedy, ids, text_of
 from tests.serving.servers import make_service, serving, write_model
 from tests.serving.test_vectors import SMALL, encoder, expected
@@ -228,7 +228,7 @@ def test_a_long_prompt_does_not_wait_for_short_ones_for_ever() -> None:
 
 def test_answers_go_on_however_many_prompts_come() -> None:
     """A prompt's chunk is followed by steps for half of its time, by a clock that the test has in its hand."""
-    import genai_pl.serving.engine as module
+    import genai_pl.serving.engine.engine as module
 
     engine = Engine(build(), TOKENIZER, slots=2, prefill_chunk=8)
     clock, turns = [0.0], []
@@ -469,7 +469,7 @@ def test_a_text_that_cannot_fit_needs_no_tokenizer(tiny: Path, monkeypatch: pyte
 def test_vectors_in_slices_are_those_of_transformers(
     shape: str, pooling: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genai_pl.serving.slices.CPU_TOKENS", 7)  # some texts have more
+    monkeypatch.setattr("genai_pl.serving.engine.scoring.CPU_TOKENS", 7)  # some texts have more
     folder = tiny if shape == "decoder" else encoder(tmp_path / "bert")
     texts = ["A short text", "something longer than that, with a comma", "x", "yz", "five"]
     with serving(make_service(folder, pooling=pooling)) as client:
@@ -483,7 +483,7 @@ def test_scores_in_slices_are_those_of_transformers(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    monkeypatch.setattr("genai_pl.serving.slices.CPU_TOKENS", 7)
+    monkeypatch.setattr("genai_pl.serving.engine.scoring.CPU_TOKENS", 7)
     model = AutoModelForCausalLM.from_pretrained(tiny)
 
     def logprob(text: bytes, n_given: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
-from genai_pl.serving.cache import MemoryCache
+from genai_pl.serving.response_cache import MemoryCache
 from genai_pl.serving.settings import Limits
 from tests.serving.test_proxy import ASKED, proxy
 

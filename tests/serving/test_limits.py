@@ -160,7 +160,7 @@ def test_pages_of_other_origins_may_ask_where_that_is_allowed(origins: list[str]
 
 
 def test_characters_of_several_tokens_arrive_whole(tiny: Path) -> None:
-    from genai_pl.serving.events import EventStream
+    from genai_pl.serving.http.streaming import EventStream
 
     sent = []
 

@@ -150,8 +150,8 @@ REPLIES = st.tuples(
 
 
 def test_no_answer_of_another_server_makes_ours_fail() -> None:
+    from genai_pl.serving.http.upstream import Upstream
     from genai_pl.serving.settings import Settings
-    from genai_pl.serving.upstream import Upstream
 
     given_reply = [(b"", 200, "")]
 
@@ -199,7 +199,8 @@ CUTS = st.lists(st.tuples(st.integers(0, len(HTTP)), st.binary(max_size=8), st.i
 def test_no_bytes_make_the_server_fail(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    from genai_pl.serving import bodies, connections
+    from genai_pl.serving import connections
+    from genai_pl.serving.http import bodies
 
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(bodies, "SECONDS", 0.3)
@@ -245,8 +246,8 @@ def test_strange_paths_are_not_found(path: str, client) -> None:
 
 
 def test_a_description_of_the_proxy_is_the_same(tiny: Path) -> None:
+    from genai_pl.serving.http.upstream import Upstream
     from genai_pl.serving.settings import Settings
-    from genai_pl.serving.upstream import Upstream
 
     proxied = Settings(backend="openai", url="http://elsewhere/v1")
     metrics = Metrics()

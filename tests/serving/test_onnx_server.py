@@ -7,7 +7,7 @@ import pytest
 from genai_pl.data import byte_tokenizer
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
-from genai_pl.models.onnx_export import write_description, write_graphs
+from genai_pl.models.onnx.export import write_description, write_graphs
 from tests.serving.servers import make_service, serving
 
 pytest.importorskip("onnxruntime")

@@ -76,7 +76,7 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
 
 
 def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, monkeypatch) -> None:
-    from genai_pl.serving import reading
+    from genai_pl.serving import tokenize_threads as reading
     from tests.serving.servers import make_service, serving
 
     made = []

@@ -12,10 +12,10 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from genai_pl.serving.app import create_app
+from genai_pl.serving.http.upstream import Upstream
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.server import bind
 from genai_pl.serving.settings import Limits, Settings
-from genai_pl.serving.upstream import Upstream
 from tests.serving.servers import running
 
 

@@ -13,11 +13,11 @@ pytest.importorskip("redis", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from genai_pl.errors import ConfigError
-from genai_pl.serving.cache import make_cache
+from genai_pl.serving.http.upstream import Upstream
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.response_cache import make_cache
 from genai_pl.serving.server import bind
 from genai_pl.serving.settings import Settings
-from genai_pl.serving.upstream import Upstream
 from genai_pl.serving.worker import description
 from tests.serving.fake import FakeEngine
 from tests.serving.servers import make_service, serving

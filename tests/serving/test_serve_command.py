@@ -196,17 +196,17 @@ def test_a_port_that_is_taken_is_one_line(command, tiny: Path) -> None:
 
 
 def test_a_missing_library_is_one_line(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    import genai_pl.run_serve
+    import genai_pl.cli.serve
 
-    monkeypatch.setattr(genai_pl.run_serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(genai_pl.cli.serve, "find_spec", lambda name: None)
     result = command("serve", "checkpoint=tiny")
     assert result.status == 2
     assert result.err == "error: serve needs fastapi, uvicorn, prometheus_client, httpx: pip install -e '.[serve]'\n"
 
 
 def test_adapters_are_called_by_their_folders_or_as_they_are_named() -> None:
+    from genai_pl.cli.serve import name_adapters
     from genai_pl.errors import ConfigError
-    from genai_pl.run_serve import name_adapters
 
     assert name_adapters(None) == {}
     assert name_adapters("runs/polite/adapter") == {"polite": "runs/polite/adapter"}

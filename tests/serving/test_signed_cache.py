@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 redis = pytest.importorskip("redis", reason="needs pip install -e '.[serve]'")
 
-from genai_pl.serving.answers import recorded, replay
-from genai_pl.serving.cache import RedisCache
-from genai_pl.serving.requests import Piece
+from genai_pl.serving.answer_streams import recorded, replay
+from genai_pl.serving.engine.request import Piece
+from genai_pl.serving.response_cache import RedisCache
 from genai_pl.serving.settings import CACHE_KEY
 from tests.serving.fake import FakeEngine
 from tests.serving.servers import make_service, serving

@@ -23,7 +23,8 @@ from tests.serving.servers import eventually
 STUCK = """
 import time
 from pathlib import Path
-from genai_pl.serving import service, slices
+from genai_pl.serving import service
+from genai_pl.serving.engine import scoring as slices
 def stuck(*arguments):
     Path("begun").touch()
     time.sleep(600)
@@ -32,7 +33,7 @@ MANY = """
 import time
 from pathlib import Path
 import torch
-from genai_pl.serving import slices
+from genai_pl.serving.engine import scoring as slices
 slices.CPU_TOKENS = 1
 def embed(model, rows, head):
     Path("begun").touch()

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from genai_pl.checkpoints.file import MARK, read_checkpoint, read_contents
+from genai_pl.checkpoints.sharded import PieceSaver
 from genai_pl.errors import CheckpointError
-from genai_pl.models.checkpoint import MARK, read_checkpoint, read_contents
-from genai_pl.strategies.saving import PieceSaver
 
 
 @pytest.fixture(scope="module", autouse=True)

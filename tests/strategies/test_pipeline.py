@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from genai_pl.errors import ConfigError
 from genai_pl.strategies import PipelineStrategy
-from genai_pl.strategies.stages import stage_of
+from genai_pl.strategies.pipeline_stages import stage_of
 from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, start, table, train
 from tests.strategies.test_kills import processes, wait_for_step
 

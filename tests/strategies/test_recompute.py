@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from genai_pl.config.enums import Shape
 from genai_pl.models import ModelConfig, build_model
-from genai_pl.names import Shape
 from genai_pl.strategies import recompute
 
 SEGMENTS = torch.tensor([[1] * 9 + [2] * 7 + [0] * 4, [1] * 20])

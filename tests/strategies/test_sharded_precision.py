@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from genai_pl.callbacks import StepCheckpoint
+from genai_pl.config.enums import Norm
 from genai_pl.models import ModelConfig, build_model
-from genai_pl.names import Norm
 from genai_pl.objectives import token_loss
 from genai_pl.strategies import ShardedStrategy
 

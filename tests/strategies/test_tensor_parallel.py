@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from genai_pl.distributed.dtensor import whole
+from genai_pl.distributed.tensor_parallel_group import sum_gradients
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_cross_entropy
 from genai_pl.models import Decoder, ModelConfig, build_model
 from genai_pl.objectives import masked_accuracy, token_loss
-from genai_pl.optim.sharding import whole
 from genai_pl.peft import lora
-from genai_pl.strategies.peers import sum_gradients
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 from tests.small_models import GPT, LLAMA
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.attention import attention
-from genai_pl.kernels.efficient.refusals import refuse
+from genai_pl.kernels.efficient.common import refuse
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from genai_pl.kernels.efficient.refusals import refuse
+from genai_pl.kernels.efficient.common import refuse
 from genai_pl.kernels.efficient.scan import attend_by_features, attend_without_mask
 from genai_pl.kernels.mask import AttentionMask
 

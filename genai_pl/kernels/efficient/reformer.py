@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.attention import attention
-from genai_pl.kernels.efficient.blocks import cut, cut_with_neighbours, pad_to_blocks
-from genai_pl.kernels.efficient.refusals import refuse
+from genai_pl.kernels.efficient.common import cut, cut_with_neighbours, pad_to_blocks, refuse
 from genai_pl.kernels.mask import AttentionMask
 
 ONLY_CHOICE = -3e4  # added to a position's score of itself: far below every other, and finite in float16

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genai_pl.kernels.efficient.blocks import cut
+from genai_pl.kernels.efficient.common import cut
 from genai_pl.kernels.mask import AttentionMask
 
 BLOCK = 128

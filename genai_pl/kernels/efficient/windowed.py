@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.kernels.attention import attention, choose_backend
-from genai_pl.kernels.efficient.blocks import cut, cut_with_neighbours, pad_to_blocks
-from genai_pl.kernels.efficient.refusals import refuse
+from genai_pl.kernels.efficient.common import cut, cut_with_neighbours, pad_to_blocks, refuse
 from genai_pl.kernels.mask import AttentionMask
 
 MIN_BLOCK = 64  # shorter blocks are matrices too small to multiply well

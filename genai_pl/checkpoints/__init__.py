@@ -1,0 +1,1 @@
+"""Checkpoints of training: one file or sharded, data only."""

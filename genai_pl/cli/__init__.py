@@ -1,0 +1,1 @@
+"""Commands: what each does with its configuration, and everything of Hydra."""

@@ -1,0 +1,204 @@
+"""A conversation in the terminal, or through a pipe: lines in, answers out as they are written."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.errors import ConfigError, UserError
+from genai_pl.generation import Acceptance, complete, limits_of
+from genai_pl.generation.conversation import Conversation
+from genai_pl.loading import Loaded, load_draft
+from genai_pl.models.virtual_tokens import VirtualTokens
+
+QUOTES = '"""'  # around a message of several lines
+HELP = f"""/help        these lines
+/reset       begin anew: all that was said is forgotten, but for system=
+/save FILE   append the conversation to a file, a line of JSON that data=chat trains on
+/exit        end; Ctrl-D does so too
+{QUOTES}          before and after a message of several lines
+Ctrl-C       stop the answer; once more, end"""
+
+
+class Chat:
+    """What is asked of a model, turn by turn, and what it answers."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        options: GenerationConfig,
+        *,
+        system: str | None,
+        stream: bool,
+        generator: torch.Generator,
+    ) -> None:
+        model, tokenizer, _ = loaded
+        if not model.config.writes:
+            raise ConfigError("chat=true needs a model that writes, this one reads only")
+        virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
+        self.loaded, self.options, self.stream, self.generator = loaded, options, stream, generator
+        self.conversation = Conversation(tokenizer, context=model.config.max_seq_len - virtual, system=system)
+        self.draft = load_draft(options.draft, loaded)
+        self.ends = limits_of(tokenizer, options, model.config.eos_token_ids).ends
+        # a short context is not all for the answer
+        self.room = min(options.max_new_tokens, max(1, self.conversation.context // 2))
+
+    def ask(self, text: str) -> None:
+        """Print the answer to a message; Ctrl-C stops it, and what was written until then is kept."""
+        prompt = self.conversation.prompt(text, room=self.room)
+        if prompt.n_dropped:
+            note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
+        most = min(self.options.max_new_tokens, self.conversation.context - len(prompt.tokens))
+        options = replace(self.options, max_new_tokens=most, min_new_tokens=min(self.options.min_new_tokens, most))
+        pieces: list[str] = []
+
+        def show(_: int, piece: str) -> None:
+            pieces.append(piece)
+            if self.stream:
+                print(piece, end="", flush=True)
+
+        stopped, reason = False, ""
+        try:
+            written = complete(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                [prompt.tokens],
+                options,
+                generator=self.generator,
+                on_text=show,
+                draft=self.draft,
+                acceptance=Acceptance(),
+            )[0][0]
+            if len(written.tokens) >= most and written.tokens[-1] not in self.ends:
+                short = most < self.options.max_new_tokens
+                reason = "the context is full" if short else f"generation.max_new_tokens={most}"
+        except KeyboardInterrupt:
+            stopped = True
+        answer = "".join(pieces)
+        print("" if self.stream else answer, flush=True)
+        if answer.strip():
+            self.conversation.add(text, answer, prompt.n_dropped)
+        elif not stopped:
+            note("the model ended its answer before it began; the message is taken back")
+        if reason:
+            note(f"the answer was cut: {reason}")
+        if stopped:
+            raise KeyboardInterrupt
+
+    def save(self, path: str) -> None:
+        """Append the conversation to a file, as one line of JSON."""
+        messages = [*self.conversation.head, *self.conversation.messages]
+        if not path:
+            raise ConfigError("/save FILE: name a file")
+        if not self.conversation.messages:
+            raise ConfigError("/save: nothing was said yet")
+        try:
+            with Path(path).expanduser().open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ConfigError(f"/save {path}: cannot be written ({error.strerror or error})") from None
+        note(f"{len(messages)} messages appended to {path}")
+
+
+def converse(chat: Chat, messages: Iterable[str]) -> None:
+    """Answer each of the messages."""
+    for text in messages:
+        chat.ask(text)
+
+
+def talk(chat: Chat) -> int:
+    """Answer what is typed or piped until it ends; the exit status."""
+    typed = sys.stdin.isatty()
+    if typed:
+        note("/help says what can be typed; Ctrl-D ends")
+    read = _type if typed else _read_line
+    interrupted = False  # by a Ctrl-C after which nothing was typed
+    with ctrl_c():
+        while True:
+            try:
+                text = read_message(read)
+                interrupted = False
+                if text is None or not obey(chat, text):
+                    return 0
+            except KeyboardInterrupt:
+                print(flush=True)
+                if interrupted or not typed:
+                    return 128 + signal.SIGINT
+                interrupted = True
+                note("stopped; Ctrl-C once more ends")
+            except UserError as error:
+                if not typed:
+                    raise
+                note(str(error))
+
+
+def obey(chat: Chat, text: str) -> bool:
+    """Do what a line says, or ask the model; False if it is to end."""
+    word, _, rest = text.strip().partition(" ")
+    if not (word[:1] == "/" and word[1:].isalpha() and "\n" not in text):
+        if text.strip():
+            chat.ask(text)
+        return True
+    if word == "/exit":
+        return False
+    if word == "/help":
+        note(HELP)
+    elif word == "/reset":
+        chat.conversation.reset()
+        note("forgotten")
+    elif word == "/save":
+        chat.save(rest.strip())
+    else:
+        raise ConfigError(f"{word}: no such command; there are /help, /reset, /save FILE and /exit")
+    return True
+
+
+def read_message(read: Callable[[str], str | None]) -> str | None:
+    """The next line, or the lines between two marks; None at the end."""
+    line = read("> ")
+    if line is None or not line.lstrip().startswith(QUOTES):
+        return line
+    lines = [line.lstrip().removeprefix(QUOTES)]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        following = read(". ")
+        if following is None:
+            break
+        lines.append(following)
+    return "\n".join(lines).rstrip().removesuffix(QUOTES).strip("\n")
+
+
+def _type(prompt: str) -> str | None:
+    """A line of the terminal, which can be edited; those before it are a key away."""
+    import readline  # noqa: F401  # makes input() edit lines and remember them
+
+    try:
+        return input(prompt)
+    except EOFError:
+        print(flush=True)
+        return None
+
+
+def _read_line(_: str) -> str | None:
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+@contextmanager
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt inside."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def note(text: str) -> None:
+    """Say what is no answer, beside the answers."""
+    print(text, file=sys.stderr, flush=True)

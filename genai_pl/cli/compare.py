@@ -1,0 +1,152 @@
+"""The runs of a sweep beside each other: what differs in their settings, how their metric went, and which won."""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genai_pl.atomic_io import write_atomic
+from genai_pl.cli.compared_runs import Run, number, read_runs, varied
+from genai_pl.errors import DataError, UserError
+from genai_pl.references import named_run, named_sweep, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GREATER_IS_BETTER = ("accuracy", "accuracies", "scores", "margins", "rlhf_reward", "tokens_per_sec", "mfu", "recall@1")
+SPEEDS = ("tokens_per_sec", "mfu")  # which compare whatever is trained
+INSTALL = "pip install -e '.[plots]'"
+MOST_CURVES = 12  # in one picture
+
+
+def notes(runs: list[Run], metric: str) -> list[str]:
+    """What a table of the metric does not show: the runs without it, and that it is of several objectives."""
+    lines = []
+    if none := [run.name for run in runs if not run.values]:
+        lines.append(f"{len(none)} {'run has' if len(none) == 1 else 'runs have'} no {metric}: {', '.join(none)}")
+    objectives = sorted({run.objective for run in runs if run.values} - {""})
+    if len(objectives) > 1 and metric.rpartition("/")[2] not in SPEEDS:
+        lines.append(f"{metric} of different objectives does not compare: {', '.join(objectives)}")
+    return [f"note: {line}" for line in lines]
+
+
+def table(runs: list[Run], metric: str, *, greater: bool) -> list[str]:
+    """Lines of text, the best run first."""
+    names = varied(runs)
+    ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
+    tagged = ["tags"] if any(run.tags for run in runs) else []
+    rows = [["run", *tagged, *names, f"best {metric}", "at step", "last"]]
+    for run in ranked:
+        value, step = run.best(greater=greater)
+        given = [run.settings.get(name, "") for name in names]
+        tags = [", ".join(sorted(run.tags))] if tagged else []
+        rows.append([run.name, *tags, *given, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def draw(runs: list[Run], metric: str, path: Path, *, greater: bool) -> None:
+    """Write a PNG: the metric by step and, where settings differ, each run as a line through its settings to its best value."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise UserError(f"compare.py draws with matplotlib: {INSTALL}, or give --no-picture") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
+    names = varied(runs)
+    figure, axes = pyplot.subplots(1, 2 if names else 1, figsize=(13 if names else 7, 4.5), squeeze=False)
+    colors = mpl.colormaps["viridis"](_spread(len(ranked)))
+    _curves(axes[0, 0], ranked, metric, names, colors)
+    if names:
+        _coordinates(axes[0, 1], ranked, metric, names, colors, greater=greater)
+    figure.tight_layout()
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def _curves(axes: "Axes", ranked: list[Run], metric: str, names: list[str], colors: object) -> None:
+    for run, color in list(zip(ranked, colors, strict=True))[:MOST_CURVES]:
+        label = ", ".join(f"{name.rpartition('.')[2]}={run.settings.get(name, '')}" for name in names) or run.name
+        axes.plot(run.steps, run.values, color=color, marker="." if len(run.steps) < 30 else None, label=label)
+    more = f" (the best {MOST_CURVES} of {len(ranked)})" if len(ranked) > MOST_CURVES else ""
+    axes.set(xlabel="step", ylabel=metric, title=f"{metric} by step{more}")
+    axes.legend(fontsize=7)
+
+
+def _coordinates(
+    axes: "Axes", ranked: list[Run], metric: str, names: list[str], colors: object, *, greater: bool
+) -> None:
+    """Parallel coordinates: an axis for each setting, and the last one for the metric."""
+    columns = [[run.settings.get(name, "") for run in ranked] for name in names]
+    scales = [_scale(column) for column in columns]
+    best = [run.best(greater=greater)[0] for run in ranked]
+    low, high = min(best), max(best)
+    heights = [(value - low) / ((high - low) or 1) for value in best]
+    for n, color in list(enumerate(colors))[::-1]:  # the best on top
+        places = [scale[column[n]] for scale, column in zip(scales, columns, strict=True)]
+        axes.plot(range(len(names) + 1), [*places, heights[n]], color=color, linewidth=3 if n == 0 else 1.5)
+    for x, scale in enumerate(scales):
+        for value, height in scale.items():
+            axes.annotate(value, (x, height), fontsize=8, xytext=(3, 3), textcoords="offset points")
+    for value in {low, high}:
+        place = (len(names), (value - low) / ((high - low) or 1))
+        axes.annotate(f"{value:.4g}", place, fontsize=8, xytext=(3, 3), textcoords="offset points")
+    axes.set_xticks(range(len(names) + 1), [*names, metric], fontsize=8)
+    axes.set(yticks=[], ylim=(-0.05, 1.1), title="settings to the best value; thick: the winner")
+    for x in range(len(names) + 1):
+        axes.axvline(x, color="0.8", zorder=0)
+
+
+def _scale(column: list[str]) -> dict[str, float]:
+    """The height of each value between 0 and 1, by size of numbers, otherwise by the alphabet."""
+    values = sorted(set(column), key=lambda v: (number(v) is None, number(v) or 0.0, v))
+    return dict(zip(values, _spread(len(values)), strict=True))
+
+
+def _spread(n: int) -> list[float]:
+    return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__)
+    parser.add_argument(
+        "folder", help="a multirun folder, or any folder with runs below it; or the name of a sweep or run"
+    )
+    parser.add_argument("--metric", default="val/loss", help="the metric that decides")
+    parser.add_argument(
+        "--max", action="store_true", help="greater is better (known of accuracies, rewards and speeds)"
+    )
+    parser.add_argument(
+        "--tag", action="append", default=[], help="only runs with this tag (tags=[...] of train.py); may be repeated"
+    )
+    parser.add_argument("--out", type=Path, help="the picture; default: FOLDER/compare.png")
+    parser.add_argument("--no-picture", action="store_true", help="the table alone")
+    args = parser.parse_args()
+    greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
+    try:
+        folder = find(args.folder)
+        runs = read_runs(folder, args.metric, args.tag)
+        logged = [run for run in runs if run.values]
+        print(*table(logged, args.metric, greater=greater), *notes(runs, args.metric), sep="\n", flush=True)
+        if args.out is None and not args.no_picture and find_spec("matplotlib") is None:
+            print(f"picture: none, it is drawn with matplotlib: {INSTALL}")
+        elif not args.no_picture:
+            out = args.out or folder / "compare.png"
+            draw(logged, args.metric, out, greater=greater)
+            print(f"picture: {out}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+def find(reference: str) -> Path:
+    """The folder that a path, or the name of a sweep or a run, stands for; DataError if there is none."""
+    path = Path(reference)
+    found = path if path.exists() else named_sweep(reference, "FOLDER") or named_run(reference, "FOLDER")
+    if found is None:
+        raise DataError(f"{reference}: no such folder, nor a sweep or run of this name{nearest(reference)}")
+    return found

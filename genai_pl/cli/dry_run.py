@@ -1,0 +1,224 @@
+"""What a run would cost: the configuration in, tables of memory, traffic and time out; nothing is built or trained."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from omegaconf import DictConfig
+
+from genai_pl.callbacks import duration
+from genai_pl.cli.planned_run import (
+    Work,
+    find_layout,
+    find_machine,
+    planned_config,
+    planned_steps,
+    planned_work,
+    stored_config,
+)
+from genai_pl.config.enums import Head
+from genai_pl.devices import DTYPES
+from genai_pl.errors import ConfigError
+from genai_pl.kernels.chunked_logits import CHUNK_BYTES, GPU_CHUNK_BYTES
+from genai_pl.models import Model, ModelConfig, build_model, flops_per_token, n_parameters
+from genai_pl.modules import BaseModule
+from genai_pl.planning import cost_model as planning
+from genai_pl.planning.count import (
+    activation_bytes,
+    largest_gradient,
+    largest_part,
+    moments,
+    n_again,
+    part_of,
+    stage_sizes,
+    training_flops,
+    weightless,
+)
+from genai_pl.training.initial_model import adapt, check_shape, fit_rows, say_unused, typed_now
+from genai_pl.training.length import check_length
+from genai_pl.training.report import describe_model, describe_rollout, describe_step, human
+from genai_pl.training.targets import named
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of a run."""
+
+    machine: planning.Machine
+    layout: planning.Layout
+    memory: planning.Memory  # of one device
+    traffic: list[planning.Traffic]
+    time: planning.Time
+    tokens: int  # on all devices
+
+
+def dry_run(config: DictConfig) -> int:
+    """Print what the run would cost, from a model that takes no memory."""
+    if config.peft.init_from:
+        raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
+    lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
+    check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    say_unused(config, typed_now(config))
+    objective = named(config.objective._target_)
+    values = planned_config(config, objective)
+    check_shape(config, values, objective)
+    with weightless(torch.float32):
+        model = whole_model(config, objective, values)
+    rows, seq_len, clamped = fit_rows(config, model)
+    work = planned_work(config, objective, rows, seq_len)
+    plan = make_plan(config, objective, values, model, work)
+    steps, passes = planned_steps(config, objective)
+    device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
+    print(*describe_model(model, device), sep="\n")
+    if clamped:
+        print(f"clamped     {clamped}")
+    counted = {"devices": plan.layout.data, "total_steps": steps}
+    if work.prompts is not None:
+        options = {"prompts": work.prompts, "group_size": work.completions, "n_updates": work.n_updates}
+        print(describe_rollout(**options, max_new_tokens=config.objective.max_new_tokens, **counted))
+    print(describe_step(model, rows=work.rows, seq_len=work.seq_len, accumulate=work.passes, **counted))
+    if passes is not None:
+        print(f"length      {passes} passes over the data, which a plan does not read")
+    print(*describe_plan(plan, steps), sep="\n", flush=True)
+    if work.prompts is not None:
+        print("left out    the time that writing completions and judging them takes, and the memory of a reward model")
+    return 0
+
+
+def whole_model(config: DictConfig, objective: type[BaseModule], values: ModelConfig) -> Model:
+    """The model that the run trains, with its head and its adapters."""
+    model = build_model(values)
+    if objective.head is not None:
+        model.set_head(objective.head)
+    return adapt(config.peft, model, None)
+
+
+def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConfig, model: Model, work: Work) -> Plan:
+    """Memory, traffic and time of a step, counted on what one device holds of the model."""
+    layout = find_layout(config)
+    weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
+    gathers = layout.zero == 3 and layout.data > 1
+    with weightless(product if gathers and product else weight):
+        part = whole_model(config, objective, part_of(values, layout))
+        head = part.lm_head
+        share = find_share(config, part, weight_bytes=weight.itemsize, compute_bytes=(product or weight).itemsize)
+        again = blocks_again(config, part)
+        activations = find_activations(config, part, work, product, layout)
+    loss = planning.loss_bytes(
+        tokens=work.rows * work.seq_len,
+        vocab_size=0 if head is None else part.config.vocab_size,
+        n_embd=values.n_embd,
+        compute_bytes=share.compute_bytes,
+        chunk_bytes=CHUNK_BYTES if config.plan.gpu == "cpu" else GPU_CHUNK_BYTES,
+        head_learns=head is not None and head.weight.requires_grad,
+    )
+    if layout.stages > 1:
+        share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
+    else:
+        memory = planning.memory(share, layout, activations=activations, loss=loss)
+    copied = memory.weights if work.reference else 0.0
+    critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
+    memory = replace(memory, reference=copied, critic=critic)
+    sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
+    sent = planning.traffic(share, layout, **sizes, passes=work.passes, again=again)
+    tokens = work.rows * work.seq_len * work.passes * layout.data
+    # a forward pass is a third of the work where every weight learns
+    unlearned = work.unlearned * flops_per_token(model, values, work.seq_len) / 3
+    flops = (training_flops(model, values, work.seq_len, again=again) + unlearned) * tokens / layout.devices
+    machine = find_machine(config, layout)
+    time = planning.step_time(machine, layout, sent, flops=flops)
+    return Plan(machine, layout, memory, sent, time, tokens)
+
+
+def find_share(config: DictConfig, part: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
+    """The numbers that one device holds, of which it is given its part of the model."""
+    return planning.Share(
+        weights=n_parameters(part),
+        trained=n_parameters(part, trainable=True),
+        largest=largest_part(part),
+        largest_gradient=largest_gradient(part) if config.trainer.optimizer_in_backward else None,
+        weight_bytes=weight_bytes,
+        compute_bytes=compute_bytes,
+        moments=moments(config.optimizer._target_.rpartition(".")[2], part),
+    )
+
+
+def blocks_again(config: DictConfig, part: Model) -> float:
+    """The share of blocks that run again in the backward pass."""
+    every, kind = _recomputed(config)
+    return n_again(part, every) / len(part.blocks) if every and kind == "full" else 0.0
+
+
+def _recomputed(config: DictConfig) -> tuple[int | None, str]:
+    options = config.trainer
+    every = options.recompute_every if options.recompute is None else options.recompute_every or 1
+    return every, options.recompute or "full"
+
+
+def find_activations(
+    config: DictConfig, part: Model, work: Work, product: torch.dtype | None, layout: planning.Layout
+) -> float:
+    """Bytes that a forward pass leaves for the backward pass."""
+    every, kind = _recomputed(config)
+    return activation_bytes(
+        part,
+        rows=work.rows,
+        seq_len=work.seq_len,
+        product=product,
+        every=every,
+        kind=kind,
+        fused=config.plan.gpu != "cpu",
+        pieces=layout.tensor if layout.sequence else 1,
+    )
+
+
+def critic_bytes(config: DictConfig, work: Work, layout: planning.Layout) -> float:
+    """Bytes of the model that judges states, which is trained with the policy."""
+    values, _ = stored_config(config.objective.critic, option="objective.critic")
+    weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
+    with weightless(weight):
+        critic = build_model(values)
+        critic.set_head(Head.none)
+        sizes = {"weight_bytes": weight.itemsize, "compute_bytes": (product or weight).itemsize}
+        share = find_share(config, critic, **sizes)
+        activations = find_activations(config, critic, work, product, layout)
+    return planning.memory(share, layout, activations=activations, loss=0.0).total
+
+
+def costliest_stage(
+    model: Model, share: planning.Share, layout: planning.Layout, *, activations: float, loss: float
+) -> tuple[planning.Share, planning.Memory]:
+    """What the stage of a pipeline holds that takes most: the first has the embeddings, the last the head and its loss."""
+    found = []
+    for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
+        own = replace(share, weights=weights, trained=trained)
+        taken = loss if stage == layout.stages - 1 else 0.0
+        found.append((own, planning.memory(own, layout, activations=activations, loss=taken, stage=stage)))
+    return max(found, key=lambda stage: stage[1].total)
+
+
+def describe_plan(plan: Plan, steps: int | None) -> list[str]:
+    """Tables of memory, traffic and time."""
+    memory, time, machine, layout = plan.memory, plan.time, plan.machine, plan.layout
+    parts = [field.name for field in fields(memory)]
+    lines = ["memory      per device, estimated"]
+    lines += [f"  {part:<12}{human(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
+    fits = "fits in" if memory.total < 0.95 * machine.memory else "DOES NOT FIT in"
+    lines.append(f"  {'total':<12}{human(memory.total):>10}  {fits} the {human(machine.memory)} of {machine.name}")
+    if plan.traffic:
+        shape = {"data": layout.data, "tensor": layout.tensor, "stages": layout.stages}
+        on = " x ".join(f"{n} ({name})" for name, n in shape.items() if n > 1)
+        lines.append(f"traffic     per device and step, on {on} devices")
+        lines += [
+            f"  {t.what:<28}{human(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
+            for t in plan.traffic
+        ]
+    rate = plan.tokens / time.step
+    lines += [
+        f"time        per step, on {machine.name} at {machine.efficiency:.0%} of {machine.flops / 1e12:.4g} TFLOP/s",
+        f"  {'computing':<28}{time.compute:>9.3g}s",
+    ]
+    if plan.traffic:
+        lines.append(f"  {'communication':<28}{time.communication:>9.3g}s")
+    lines.append(f"  {'step':<28}{time.step:>9.3g}s  bottleneck: {time.bottleneck}")
+    whole = f"; {steps:,} steps in {duration(steps * time.step)}" if steps else ""
+    return [*lines, f"rate        {rate:,.0f} tokens per second, {rate / layout.devices:,.0f} per device{whole}"]

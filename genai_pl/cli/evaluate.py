@@ -1,0 +1,244 @@
+"""The evaluate command: a resolved configuration in, a table of metrics on stdout out."""
+
+import json
+import math
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from genai_pl.atomic_io import write_atomic
+from genai_pl.config.enums import Head
+from genai_pl.data import token_bytes
+from genai_pl.devices import choose_device, dtypes_of
+from genai_pl.errors import DISK_FULL, ConfigError, DataError
+from genai_pl.evaluation import (
+    Kind,
+    Metrics,
+    Row,
+    choice_metrics,
+    choice_rows,
+    completion_metrics,
+    completion_rows,
+    conversation_rows,
+    judge,
+    naming,
+    pair_metrics,
+    pair_rows,
+    read_examples,
+    score,
+    share,
+    text_metrics,
+    text_rows,
+)
+from genai_pl.evaluation.harness import check_harness, run_tasks
+from genai_pl.exporting import export_model
+from genai_pl.loading import Loaded, load
+from genai_pl.models.virtual_tokens import n_virtual
+from genai_pl.peft import adapters_of, merge
+from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.unused_options import EVALUATE, NO_BOS, refuse_unused
+
+OF_FIGURES = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
+
+
+def evaluate(config: DictConfig) -> int:
+    """Print what the model's predictions are worth, and write it to `out` if that is given."""
+    check(config)
+    torch.set_float32_matmul_precision(config.precision.matmul)
+    figures = of_data(config) if config.tasks is None else of_tasks(config)
+    if config.out:
+        write(config, figures)
+    return 0
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for values that cannot work, before anything is read."""
+    for name, value in (
+        ("limit", config.limit),
+        ("batch_tokens", config.batch_tokens),
+        ("batch_size", config.batch_size),
+        ("data.seq_len", config.data.seq_len),
+        ("data.stride", config.data.stride),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    if config.num_fewshot is not None and (config.tasks is None or config.num_fewshot < 0):
+        raise ConfigError(f"num_fewshot={config.num_fewshot} is for tasks=, and not below 0")
+    if config.tasks is not None and not config.tasks:
+        raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
+    if config.out:
+        check_out(config)
+    refuse_unused(config, given_overrides(), EVALUATE)
+
+
+def check_out(config: DictConfig) -> None:
+    """ConfigError for an `out` that is a folder, or a file of anything but figures of this command."""
+    out, data = Path(config.out), Path(config.data.path)
+    if out.is_dir():
+        raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
+    if os.path.lexists(out) and (not _are_figures(out) or (data.exists() and out.samefile(data))):
+        raise ConfigError(f"out={config.out}: exists already, and is no table of evaluate.py; name a new file")
+
+
+def _are_figures(path: Path) -> bool:
+    """Whether a file is what `write` has written: the figures, and the configuration that they are of."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and set(found["config"]) >= OF_FIGURES
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
+
+
+def of_data(config: DictConfig) -> dict[str, float]:
+    """The figures of the model on the rows of `data`, printed."""
+    options = config.data
+    device = choose_device(config.device)
+    kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
+    if kind in (Kind.preferences, Kind.conversations):
+        refuse_unused(config, given_overrides(), [NO_BOS])
+    loaded = load_model(config, judges=kind is Kind.preferences)
+    model = loaded.model.to(device)
+    rows = build_rows(options, kind, columns, loaded)
+    products = dtypes_of(config.precision.lightning)[1]
+    with (
+        tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        torch.autocast(device.type, dtype=products, enabled=products is not None),
+    ):
+        measure = compare if kind is Kind.preferences else predict
+        metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
+    counts = {"rows": len(columns[0]), "tokens": sum(row.n_scored for row in rows), "cut": sum(row.cut for row in rows)}
+    show(metrics)
+    print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
+    if counts["cut"]:
+        context = options.seq_len or context_of(model)
+        print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")
+    return {**metrics, **counts}
+
+
+def of_tasks(config: DictConfig) -> dict[str, float]:
+    """The figures of the model on tasks of lm-evaluation-harness, printed."""
+    check_harness()
+    tasks = config.tasks if isinstance(config.tasks, ListConfig) else [config.tasks]
+    dtype, products = dtypes_of(config.precision.lightning)
+    device = choose_device(config.device)
+    with TemporaryDirectory() as temporary:
+        metrics = run_tasks(
+            readable_folder(config, Path(temporary) / "model"),
+            [str(task) for task in tasks],
+            device=device,
+            dtype=dtype,
+            products=products,
+            batch_size=config.batch_size,
+            seq_len=config.data.seq_len,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+        )
+    show(metrics)
+    return metrics
+
+
+def readable_folder(config: DictConfig, temporary: Path) -> Path:
+    """The folder of the checkpoint where transformers can read it; else one is written, with adapters folded in."""
+    model, tokenizer, path = load_model(config, judges=False)
+    if (path / "config.json").is_file():
+        return path
+    export_model(merge(model) if adapters_of(model) else model, tokenizer, temporary, card={})
+    return temporary
+
+
+def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+    """What the model's predictions of texts, completions or choices are worth."""
+    scores = score(loaded.model, rows, **scoring)
+    if kind is Kind.choices:
+        return choice_metrics(scores.nll, columns[0])
+    measure = text_metrics if kind is Kind.text else completion_metrics
+    return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
+
+
+def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+    """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
+    n = len(columns[0])  # the chosen ones, then the rejected ones
+    lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
+    judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
+    found = judge(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
+    metrics = pair_metrics(found[:n], found[n:], lengths)
+    if judges:
+        return metrics
+    means = (found.view(2, n).T / lengths).unbind(1)
+    return {**metrics, "accuracy_per_token": share(means[0] - means[1])}
+
+
+def load_model(config: DictConfig, *, judges: bool) -> Loaded:
+    """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts.
+
+    It is also refused where data.seq_len is more than its context.
+    """
+    loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
+    found = loaded.model.config
+    if found.head is Head.score and not judges:
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: a reward model compares; give data.path= with prompt, chosen and rejected"
+        )
+    context = context_of(loaded.model)
+    if (config.data.seq_len or 0) > context:
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len}: more than the model's context of {context} tokens; lower it"
+        )
+    if found.head is not Head.score and found.shape.value != "decoder":
+        raise ConfigError(
+            f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {found.shape.value}"
+        )
+    return loaded
+
+
+def context_of(model: nn.Module) -> int:
+    """How many tokens of a text the model reads at once, as in training: virtual tokens of an adapter take places."""
+    return model.config.max_seq_len - n_virtual(model)
+
+
+def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[Row]:
+    """What the model reads and what of it is scored."""
+    tokenizer, values = loaded.tokenizer, loaded.model.config
+    seq_len, bos = options.seq_len or context_of(loaded.model), options.bos
+    if kind is not Kind.text and options.stride is not None:
+        raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
+    with naming(options.path):
+        if kind is Kind.text:
+            rows = text_rows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
+        elif kind is Kind.completions:
+            rows = completion_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+        elif kind is Kind.conversations:
+            rows = conversation_rows(*columns, tokenizer, seq_len=seq_len)
+        elif kind is Kind.choices:
+            rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+        else:
+            prompts, chosen, rejected, tools = columns
+            judges = values.head is Head.score
+            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges, tools=tools * 2)
+    if not rows:
+        raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
+    return rows
+
+
+def show(metrics: Metrics) -> None:
+    """Print a name and a value a line."""
+    width = max([22, *(len(name) + 2 for name in metrics)])
+    for name, value in metrics.items():
+        print(f"{name:<{width}}{value:>12.4f}")
+
+
+def write(config: DictConfig, figures: dict[str, float]) -> None:
+    """Write the figures and what they are of; one that is not finite becomes null, as JSON has no other."""
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    text = json.dumps({**finite, "config": OmegaConf.to_container(config)}, indent=2) + "\n"
+    try:
+        write_atomic(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise ConfigError(f"out={config.out}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,116 @@
+"""The export command: a model in, a folder for others out."""
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from genai_pl.atomic_io import ADAPTER, write_atomic
+from genai_pl.data.end_tokens import generation_values
+from genai_pl.data.tokenizer import save_tokenizer
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.evaluation.embeddings import described_head
+from genai_pl.exporting import export_model, read_alike, token_ids
+from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtypes
+from genai_pl.models.onnx.export import write_description, write_graphs
+from genai_pl.models.onnx.quantize import quantize_graph
+from genai_pl.peft import adapters_of, merge
+from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.unused_options import EXPORT, refuse_unused
+
+FORMATS = ("hf", "merged", "peft", "onnx")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(config: DictConfig) -> int:
+    """Write the model in the format asked for."""
+    if config.format not in FORMATS:
+        raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}")
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise ConfigError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
+    if config.quantize not in (None, "int8"):
+        raise ConfigError(f"quantize={config.quantize} is not null or int8")
+    if config.quantize and config.format != "onnx":
+        raise ConfigError("quantize=int8 goes with format=onnx")
+    refuse_unused(config, given_overrides(), EXPORT)
+    if not config.out:
+        raise ConfigError("out='': name the folder to write")
+    out = Path(config.out)
+    if os.path.lexists(out):
+        raise ConfigError(f"out={out}: exists already; name another, or remove it first")
+    if config.format == "peft":
+        return copy_adapter(config, out)
+    loaded = load(config.checkpoint, adapters=[config.adapter] if config.adapter else ())
+    model = loaded.model
+    if adapters_of(model):
+        if config.format == "hf":
+            raise ConfigError(
+                "format=hf: this model has an adapter; format=merged folds it in, format=peft writes it alone"
+            )
+        model = merge(model)
+    if config.dtype:
+        model = model.to(DTYPES[config.dtype])
+    elif config.format != "onnx":
+        _as_stored(model, stored_dtypes(config.checkpoint))
+    if config.format == "onnx":
+        reader = write_onnx(model, loaded, config)
+    else:
+        card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
+        options = {"card": card, "defaults": loaded.defaults, "files": sentence_files(loaded)}
+        with read_alike(model, loaded.tokenizer):
+            reader = export_model(model, loaded.tokenizer, out, **options)
+    print(f"model       {out}, read by {reader}")
+    return 0
+
+
+def sentence_files(loaded: Loaded) -> dict[str, object]:
+    """What the model's folder or checkpoint tells sentence-transformers."""
+    head = described_head(loaded.path, loaded.tokenizer, loaded.model.config)
+    return {} if head is None else {**head.files, **dict(head.tensors())}
+
+
+def _as_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give each weight the dtype that it was read in: nothing was rounded before, and what was merged is rounded once."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+
+
+def copy_adapter(config: DictConfig, out: Path) -> int:
+    """Copy the adapter of a run, or the one named."""
+    if config.adapter:
+        folder = resolve_adapter(config.adapter)
+    elif not ((folder := resolve(config.checkpoint)) / ADAPTER).is_file():
+        raise CheckpointError(
+            f"checkpoint={config.checkpoint}: no {ADAPTER} in {folder}: format=peft copies an adapter, format=hf a model"
+        )
+    write_atomic(out, lambda path: shutil.copytree(folder, path, dirs_exist_ok=True))
+    print(f"adapter     {out}, read by PEFT")
+    return 0
+
+
+def write_onnx(model: nn.Module, loaded: Loaded, config: DictConfig) -> str:
+    """Write ONNX graphs with configuration and tokenizer beside them; returns what reads them."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"format=onnx needs {', '.join(missing)}: pip install -e '.[onnx]'")
+    if config.dtype == "bf16":
+        raise ConfigError("format=onnx: ONNX Runtime multiplies no bf16 on a CPU: leave dtype out, or dtype=fp16")
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        files = write_graphs(model, folder)
+        ids, defaults = token_ids(loaded.tokenizer), loaded.defaults
+        generation = generation_values(model.config, ids, defaults)
+        write_description(model, folder, token_ids=ids | dict(defaults.config), generation=generation)
+        save_tokenizer(loaded.tokenizer, folder)
+        sizes = {name: getattr(model.config, name) for name in ("vocab_size", "max_seq_len")}
+        for file in files if config.quantize else ():
+            print(f"{file.stem:<12}{quantize_graph(file, **sizes)}")
+
+    write_atomic(Path(config.out), write)
+    return "ONNX Runtime, generate.py and serve.py" if model.config.writes else "ONNX Runtime"

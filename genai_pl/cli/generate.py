@@ -1,0 +1,250 @@
+"""The generate command: a resolved configuration in, text or lines of JSON on stdout out."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from genai_pl.cli.chat import Chat, converse, talk
+from genai_pl.config.enums import Head, Shape
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.devices import choose_device, dtypes_of
+from genai_pl.errors import ConfigError, DataError
+from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
+from genai_pl.generation.fill_mask import fill
+from genai_pl.loading import Loaded, load, load_draft
+from genai_pl.models import Encoder, join
+from genai_pl.peft import adapters_of
+from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.unused_options import ENCODER, GENERATE, WRITER, refuse_unused
+
+
+def generate(config: DictConfig) -> int:
+    """Continue the prompts, fill in their masks, embed or score them, as the options and the model say."""
+    check(config)
+    prompts = [] if config.chat else read_prompts(config)
+    device = choose_device(config.device)
+    weights, products = dtypes_of(config.precision.lightning)
+    loaded = load(
+        config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
+    )
+    refuse_unused(config, given_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
+    if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
+        head = loaded.model.config.head
+        other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
+        raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
+    loaded.model.to(device)
+    if products is None:
+        join(loaded.model)
+    mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
+    with torch.inference_mode(), mixed:
+        if config.embed:
+            print_embeddings(loaded, prompts, config.pooling)
+        elif config.score:
+            print_scores(loaded, prompts)
+        elif config.chat:
+            return hold_chat(config, loaded, device)
+        elif isinstance(loaded.model, Encoder):
+            print_candidates(loaded, prompts, config.top_k)
+        else:
+            write(config, loaded, prompts, device)
+    return 0
+
+
+def check(config: DictConfig) -> None:
+    """ConfigError for values that cannot work, before anything is read."""
+    for name in ("num_samples", "top_k"):
+        if config[name] < 1:
+            raise ConfigError(f"{name}={config[name]} must be at least 1")
+    chosen = [f"{name}=true" for name in ("embed", "score", "logprobs", "chat") if config[name]]
+    if len(chosen) > 1 and chosen != ["score=true", "logprobs=true"]:
+        raise ConfigError(f"{' and '.join(chosen)}: choose one of them")
+    if config.system is not None and not config.chat:
+        raise ConfigError("system is what a chat begins with: set chat=true")
+    if config.chat and (config.num_samples > 1 or config.generation.num_return > 1):
+        raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
+    if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
+        raise ConfigError("chat=true: several adapters answer together; give adapter_weights, or one adapter")
+    refuse_unused(config, given_overrides(), GENERATE)
+
+
+def hold_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
+    """Answer the prompts as turns of a conversation, or what is typed; the exit status."""
+    names = adapter_names(config)
+    choose_adapters(loaded.model, names, config.adapter_weights, 1, 1)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    options: GenerationConfig = OmegaConf.to_object(config.generation)
+    chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator)
+    if config.prompt is None and config.prompt_file is None:
+        return talk(chat)
+    converse(chat, read_prompts(config))
+    return 0
+
+
+def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
+    """Print continuations of the prompts; a single one is printed while it grows."""
+    options: GenerationConfig = OmegaConf.to_object(config.generation)
+    names = adapter_names(config)
+    choices = choose_adapters(loaded.model, names, config.adapter_weights, len(prompts), config.num_samples)
+    if choices > 1 and (options.num_beams > 1 or options.speculates):
+        raise ConfigError("several adapters side by side go with sampling: give one, or adapter_weights")
+    n = options.num_return if options.num_beams > 1 else config.num_samples
+    single = len(prompts) * n * choices == 1 and not config.logprobs
+    streaming = config.stream and single
+    if single:
+        print(prompts[0], end=joint(loaded), flush=True)
+    rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * choices
+    if choices > 1:  # an adapter for each row: no two share one that is read once
+        rows = [row for row in rows for _ in range(n)]
+    acceptance = Acceptance()
+    found = complete(
+        loaded.model,
+        loaded.tokenizer,
+        rows,
+        options,
+        generator=torch.Generator(device).manual_seed(config.seed),
+        num_samples=1 if choices > 1 else config.num_samples,
+        on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
+        logprobs=config.logprobs,
+        draft=load_draft(options.draft, loaded),
+        acceptance=acceptance,
+    )
+    completions = [completion for of_row in found for completion in of_row]
+    if single:
+        print("" if streaming else completions[0].text, flush=True)
+    else:
+        for i, completion in enumerate(completions):
+            name = names[i // (len(prompts) * n)] if choices > 1 else None
+            show(loaded, prompts[i // n % len(prompts)], completion, name, as_json=config.logprobs)
+    if options.speculates:
+        print(f"speculation: {acceptance}", file=sys.stderr)
+    n_empty = sum(not completion.text.strip() for completion in completions)
+    if line := hint(loaded, prompts, n_empty=n_empty, n=len(completions)):
+        print(line, file=sys.stderr)
+
+
+def hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> str | None:
+    """A line on how a model is asked that ends at once, or that a person at a terminal asks without its chat template."""
+    tokenizer = loaded.tokenizer
+    ended = "hint: the model ended its text at once" + (f", {n_empty} times of {n}" if n > 1 else "")
+    if tokenizer.chat_template is None:
+        advice = "; write the prompt as its training data has them, or set generation.min_new_tokens=1"
+        return ended + advice if n_empty else None
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    if any(token in prompt for prompt in prompts for token in special):
+        return ended if n_empty else None
+    if n_empty:
+        return f"{ended}; it has a chat template, so ask it as in a conversation: chat=true"
+    if n == 1 and sys.stderr.isatty():
+        return "hint: the model has a chat template, and the prompt was continued as bare text; chat=true asks it"
+    return None
+
+
+def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool) -> None:
+    """Print one of several completions, or all that is known of it."""
+    if not as_json:
+        heading = "" if adapter is None else f"[{adapter}] "
+        print(f"{heading}{prompt}{joint(loaded)}{completion.text}\n{'-' * 40}", flush=True)
+        return
+    pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
+    line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
+    line |= {} if completion.score is None else {"score": completion.score}
+    print_json(line if adapter is None else {"adapter": adapter, **line})
+
+
+def joint(loaded: Loaded) -> str:
+    """What stands between prompt and completion: an encoder-decoder does not continue, it answers on a line of its own."""
+    return "\n" if loaded.model.config.shape is Shape.encoder_decoder else ""
+
+
+def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
+    """Print what may stand in place of each mask, with probabilities."""
+    for prompt in prompts:
+        found = fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k)
+        print(prompt)
+        for n, candidates in enumerate(found, start=1):
+            for candidate in candidates:
+                print(f"{n:>4}  {candidate.probability:.4f}  {candidate.text}", flush=True)
+
+
+def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
+    """Print one line of JSON for each prompt with its vector."""
+    from genai_pl.evaluation.embeddings import embed, encode_sentences, find_head
+
+    config = loaded.model.config
+    if config.shape is Shape.encoder_decoder:
+        raise ConfigError("embed=true needs an encoder or a decoder, this is an encoder-decoder")
+    head = find_head(pooling, loaded.path, loaded.tokenizer, config)
+    rows = encode_sentences(loaded.tokenizer, prompts, head, max_length=config.max_seq_len)
+    for prompt, vector in zip(prompts, embed(loaded.model, rows, head).tolist(), strict=True):
+        print_json({"prompt": prompt, "embedding": vector})
+
+
+def print_scores(loaded: Loaded, prompts: list[str]) -> None:
+    """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
+    from genai_pl.evaluation.embeddings import encode_whole, judge, logprobs
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if model.config.head is Head.score:
+        rows = [row[-model.config.max_seq_len :] for row in encode_whole(tokenizer, prompts)]
+        for prompt, reward in zip(prompts, judge(model, rows).tolist(), strict=True):
+            print_json({"prompt": prompt, "score": reward})
+        return
+    if model.config.shape is not Shape.decoder or not model.config.writes:
+        raise ConfigError("score=true needs a decoder that predicts the next token, or a reward model")
+    for prompt, (total, n) in zip(prompts, logprobs(model, tokenizer, None, prompts), strict=True):
+        mean = total / n if n else None  # nothing precedes the first token of a text without a bos
+        perplexity = None if mean is None else math.exp(-mean)
+        print_json({"prompt": prompt, "logprob": total, "mean": mean, "perplexity": perplexity, "tokens": n})
+
+
+def print_json(line: dict[str, object]) -> None:
+    """Print one line."""
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def adapter_names(config: DictConfig) -> list[str]:
+    """The adapters asked for: one, several, or none."""
+    if config.adapter is None:
+        return []
+    return [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
+
+
+def choose_adapters(
+    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int, num_samples: int
+) -> int:
+    """Set how much of each adapter counts for each row, and return how often every prompt is continued."""
+    found = adapters_of(model)[-len(names) :] if names else []
+    if weights is not None:
+        if len(weights) != len(names):
+            raise ConfigError(f"adapter_weights has {len(weights)} numbers for {len(names)} adapters")
+        for adapter, weight in zip(found, weights, strict=True):
+            adapter.weight = float(weight)
+        return 1
+    if len(names) < 2:
+        return 1
+    rows = torch.arange(len(names)).repeat_interleave(n_prompts * num_samples)  # the adapter of each row
+    for n, adapter in enumerate(found):
+        adapter.rows = (rows == n).float().to(next(model.parameters()).device)
+    return len(names)
+
+
+def read_prompts(config: DictConfig) -> list[str]:
+    """The prompt given, the lines of prompt_file, or all of stdin."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompt_file is None:
+        return [sys.stdin.read()]
+    path = Path(config.prompt_file).expanduser()
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # a line ends where a file has a line break, nowhere else
+            lines = [line.removesuffix("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt_file={path}: cannot be read ({error})") from None
+    if not any(lines):
+        raise DataError(f"prompt_file={path}: empty")
+    return [line for line in lines if line]

@@ -1,0 +1,182 @@
+"""The run that a plan is of: its model and what is read in a step, from configuration files alone."""
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.callbacks.monitor import peak_flops
+from genai_pl.checkpoints.file import MARK, read_contents
+from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data.tokenizer import from_files
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models import ModelConfig
+from genai_pl.models.hf.config import is_supported, prefix_of, read_config
+from genai_pl.models.hf.folder import TensorFiles
+from genai_pl.modules import BaseModule
+from genai_pl.modules.kto import KTOModule
+from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.preference import PreferenceModule
+from genai_pl.objectives.preference import WITH_REFERENCE
+from genai_pl.planning import cost_model as planning
+from genai_pl.references import folder_of, is_hub_id, resolve
+from genai_pl.training.initial_model import check_loaded, model_config, typed_now
+from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
+from genai_pl.training.report import texts_of_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Work(NamedTuple):
+    """What a device works on in an optimizer step."""
+
+    rows: int  # of a forward and backward pass
+    seq_len: int
+    passes: int  # so many of them in a step
+    unlearned: float  # forward passes without a gradient beside each: of the reference, of the policy that wrote
+    reference: bool  # whether a frozen copy of the model, as it was, is kept
+    prompts: int | None = None  # of a rollout
+    completions: int = 1  # of each prompt
+    n_updates: int = 1  # steps that a rollout is good for
+
+
+def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConfig:
+    """The model that the run would train, with the tokens that its objective needs; no weights are read."""
+    if "name" in config.model:
+        raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
+    if config.init_from:
+        values, tokenizer = stored_config(config.init_from, option="init_from")
+        check_loaded(config, values, tokenizer, typed_now(config))
+        add_missing(tokenizer, objective.needs)
+        values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
+        return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))
+    kind = config.tokenizer.kind
+    tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
+    learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
+    add_missing(tokenizer, objective.needs)
+    return model_config(config, len(tokenizer) + learned)
+
+
+def stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
+    """The configuration and tokenizer of a model of ours that a run folder, a .ckpt or a Hugging Face folder holds."""
+    if is_hub_id(reference):
+        path = folder_of(reference)
+        if not path.is_dir():
+            raise CheckpointError(f"{option}={reference}: not here, and dry_run=true downloads nothing")
+    else:
+        path = resolve(reference, option=option)
+    adapter = ConfigError(
+        f"dry_run=true reads no adapter, and {option}={reference} holds one: name its base, and its method as peft=lora"
+    )
+    if is_checkpoint(path):
+        ours = read_contents(path)[MARK]
+        if ours.get("peft"):
+            raise adapter
+        if "wrapped" in ours["model"]:
+            raise ConfigError(
+                f"dry_run=true needs a model of our own, and {option}={reference} is one of transformers'"
+            )
+        return ModelConfig.from_dict(ours["model"]), from_files(ours["tokenizer"])
+    if (path / ADAPTER).is_file():
+        raise adapter
+    file = path / "config.json"
+    if not file.is_file() or not is_supported(file):
+        raise ConfigError(f"dry_run=true needs a model of our own, and {option}={reference} is no folder of one")
+    values, _ = read_config(file, TensorFiles(path, prefix_of(file)))
+    return values, pretrained_tokenizer(str(path))
+
+
+def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq_len: int) -> Work:
+    """What a step reads of batches of so many rows: these, pairs of completions, texts of pairs, or a part of a rollout."""
+    options, adapts = config.objective, config.peft._target_ is not None
+    passes = config.trainer.accumulate_grad_batches
+    if issubclass(objective, RLModule):
+        completions = rows * options.get("group_size", 1)
+        step = options.minibatch_size or completions
+        part = min(options.micro_batch_size or step, step)
+        return Work(
+            rows=part,
+            seq_len=seq_len,
+            passes=-(-step // part),
+            unlearned=2 / options.epochs,  # under the policy that wrote and the reference, once for a rollout
+            reference=not adapts,
+            prompts=rows,
+            completions=options.get("group_size", 1),
+            n_updates=options.epochs * -(-completions // step),
+        )
+    texts = texts_of_row(objective.data_kind, config.data)
+    unlearned, reference = 0.0, False
+    if issubclass(objective, PreferenceModule) and options.loss in WITH_REFERENCE:
+        unlearned, reference = 1.0 - options.precompute_reference, not adapts
+    if issubclass(objective, KTOModule):
+        unlearned, reference = (
+            3.0,
+            not adapts,
+        )  # both models on completions of other prompts, and the reference on these
+    return Work(rows * texts, seq_len, passes, unlearned, reference)
+
+
+def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int | None, int | None]:
+    """Optimizer steps of the run, or else its passes over the data, which a plan does not read."""
+    options = config.trainer
+    if options.max_epochs is not None:
+        return None, options.max_epochs
+    if options.max_steps is not None:
+        return options.max_steps, None
+    fine_tunes = config.init_from and objective.data_kind != "text"
+    return (None, DEFAULT_PASSES) if fine_tunes else (DEFAULT_STEPS, None)
+
+
+def find_layout(config: DictConfig) -> planning.Layout:
+    """How the strategy lays the run on trainer.devices x trainer.num_nodes devices."""
+    per_node = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
+    n = per_node * config.trainer.num_nodes
+    if config.trainer.num_nodes == 1:
+        per_node = config.plan.per_node
+    strategy, target = config.strategy, config.strategy.get("_target_", "").rpartition(".")[2]
+    if target == "ShardedStrategy":
+        data, tensor = strategy.data_parallel_size, strategy.tensor_parallel_size
+        tensor = n // (data or 1) if tensor is None else tensor
+        data = data or n // tensor
+        if data * tensor != n:
+            raise ConfigError(
+                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
+                "number of devices"
+            )
+        again, cut = strategy.reshard_after_forward, strategy.sequence_parallel
+        return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again, sequence=cut)
+    if target == "PipelineStrategy":
+        data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
+        stages = strategy.pipeline_parallel_size or n // data
+        if data * stages != n:
+            raise ConfigError(
+                f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
+                "number of devices"
+            )
+        pipe = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        return planning.Layout(data=data, stages=stages, per_node=per_node, **pipe)
+    zero = strategy.stage if target == "deepspeed" else 0
+    return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
+
+
+def find_machine(config: DictConfig, layout: planning.Layout) -> planning.Machine:
+    """The device of the group `plan`, with the FLOP/s of the run's precision; what a CPU leaves open is measured."""
+    plan, precision = config.plan, config.precision
+    kind = "bf16" if precision.lightning != "32-true" else "fp32" if precision.matmul == "highest" else "tf32"
+    if precision.lightning == "transformer-engine" or precision.get("float8"):
+        kind = "fp8"
+    if plan.gpu == "cpu":
+        flops = (plan[kind] or peak_flops(torch.device("cpu")) / 1e12) / min(layout.devices, layout.per_node)
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        memory = (plan.memory or ram) / min(layout.devices, layout.per_node)
+    else:
+        flops, memory = plan[kind], plan.memory
+    if flops is None:
+        raise ConfigError(f"plan={plan.gpu} has no {kind}: choose another precision, or set plan.{kind}")
+    return planning.Machine(
+        plan.gpu, flops * 1e12, memory * 1e9, plan.link * 1e9, plan.network * 1e9, efficiency=plan.efficiency
+    )

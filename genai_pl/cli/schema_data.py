@@ -1,0 +1,93 @@
+"""What every kind of training data takes."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Rows:
+    """What every kind of data takes."""
+
+    path: str = MISSING
+    val_path: str | None = None
+    val_fraction: float = 0.1
+    seq_len: int = MISSING
+    batch_size: int = MISSING
+    val_batch_size: int | None = None
+    workers: int = 0
+    shuffle: bool = True
+
+
+@dataclass
+class Data(Rows):
+    """Text to train and validate on."""
+
+    _target_: str = "genai_pl.data.text.TextDataModule"
+    column: str = "text"
+    streaming: bool = False
+    block_rows: int = 1024
+    val_documents: int = 100
+    separate_documents: bool = True
+
+
+@dataclass
+class Pairs(Rows):
+    """Pairs of texts to train and validate embeddings on."""
+
+    _target_: str = "genai_pl.data.pairs.PairsDataModule"
+    anchor: str = "anchor"
+    positive: str | None = "positive"
+    negative: str | None = None
+
+
+@dataclass
+class Seq2Seq(Rows):
+    """Sources and targets for an encoder-decoder."""
+
+    _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
+    source: str = "source"
+    target: str = "target"
+    packing: bool = True
+
+
+@dataclass
+class Chat(Rows):
+    """Examples to imitate."""
+
+    _target_: str = "genai_pl.data.chat.ChatDataModule"
+    messages: str = "messages"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    packing: bool = True
+
+
+@dataclass
+class Preference(Rows):
+    """Prompts with a chosen and a rejected completion."""
+
+    _target_: str = "genai_pl.data.preference.PreferenceDataModule"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    completions: str = "completions"
+    margin: str | None = None
+
+
+@dataclass
+class Unpaired(Rows):
+    """Completions that were liked or not."""
+
+    _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    label: str = "label"
+
+
+@dataclass
+class Prompts(Rows):
+    """Prompts that the model answers in training."""
+
+    _target_: str = "genai_pl.data.prompts.PromptsDataModule"
+    prompt: str = "prompt"
+    max_prompt_len: int = MISSING

@@ -1,0 +1,72 @@
+"""Decoding settings as plain data."""
+
+from dataclasses import dataclass, field
+
+from genai_pl.errors import ConfigError
+
+
+@dataclass
+class GenerationConfig:
+    """How tokens are chosen; the order of what acts on logits is transformers', see `generation/processors.py`."""
+
+    max_new_tokens: int = 200  # most tokens of a continuation
+    min_new_tokens: int = 0  # no end token before
+    temperature: float = 1.0  # below 1 the likely becomes likelier, above 1 less so; 0: greedy
+    top_k: int | None = None  # draw among the likeliest k tokens only
+    top_p: float | None = None  # draw among the likeliest tokens that reach this probability together
+    min_p: float | None = None  # draw among tokens of at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1: tokens that stand in the text already become less likely
+    no_repeat_ngram_size: int | None = None  # no n tokens twice, those of the prompt included
+    bad_words: list[str] = field(default_factory=list)  # never written, alone or after a space, in the usual tokens
+    prefix: str = ""  # text that a continuation begins with
+    stop: list[str] = field(default_factory=list)  # text that ends a sequence; it is not returned
+    logit_bias: dict[int, float] = field(default_factory=dict)  # added to the logits of tokens, by their numbers
+    json_schema: str | None = None  # a file, or the schema itself: what follows the prefix is JSON of this kind
+    regex: str | None = None  # or matches this expression as a whole
+    num_beams: int = 1  # sequences that are kept; 1: no beam search
+    num_return: int = 1  # of the best beams
+    length_penalty: float = 1.0  # scores are divided by length ** this
+    early_stopping: str = "false"  # true: at num_beams ended ones; false: by a heuristic; never: as none can be better
+    num_beam_groups: int = 1  # above 1: diverse beam search
+    diversity_penalty: float = 0.0  # of a token, for each beam of earlier groups that takes it in the same step
+    draft: str | None = None  # a smaller model of the same tokenizer, which proposes tokens
+    prompt_lookup: int | None = None  # propose what followed the last n tokens (or fewer) where they stood before
+    draft_tokens: int = 8  # proposed at a time, at most
+
+    def __post_init__(self) -> None:
+        self.early_stopping = str(self.early_stopping).lower()
+        ones = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "prompt_lookup", "draft_tokens")
+        ones = dict.fromkeys((*ones, "num_beams", "num_return", "num_beam_groups"), 1)
+        least = {**ones, "min_new_tokens": 0, "temperature": 0, "min_p": 0, "diversity_penalty": 0}
+        checks = {name: (value := getattr(self, name)) is None or value >= bound for name, bound in least.items()}
+        checks["top_p"] = self.top_p is None or 0 < self.top_p <= 1
+        checks["min_p"] &= self.min_p is None or self.min_p <= 1
+        checks["repetition_penalty"] = self.repetition_penalty > 0
+        checks["logit_bias"] = all(i >= 0 and abs(value) < float("inf") for i, value in self.logit_bias.items())
+        checks["early_stopping"] = self.early_stopping in ("true", "false", "never")
+        checks |= {name: all(getattr(self, name)) for name in ("stop", "bad_words")}  # no empty text
+        for name, holds in checks.items():
+            if not holds:
+                raise ConfigError(f"generation.{name}={getattr(self, name)} is out of range")
+        if self.temperature < 1e-4:  # logits divided by it overflow: the likeliest token is what is left to draw
+            self.temperature = 0.0
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.num_return > self.num_beams:
+            raise ConfigError(f"generation.num_return={self.num_return} needs as many generation.num_beams")
+        if self.num_beams % self.num_beam_groups:
+            raise ConfigError(f"generation.num_beams={self.num_beams} must be a multiple of generation.num_beam_groups")
+        if self.num_beams > 1 and self.temperature != 0:
+            raise ConfigError("generation.num_beams looks for the likeliest text: set generation.temperature=0")
+        if self.num_beams > 1 and self.speculates:
+            raise ConfigError("generation.draft and generation.prompt_lookup have no use with generation.num_beams")
+        if self.draft is not None and self.prompt_lookup is not None:
+            raise ConfigError("generation.draft and generation.prompt_lookup both propose tokens: give one of them")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"generation.min_new_tokens={self.min_new_tokens} is more than generation.max_new_tokens")
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are proposed before the model reads them."""
+        return self.draft is not None or self.prompt_lookup is not None

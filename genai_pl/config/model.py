@@ -1,0 +1,193 @@
+"""What a model and a decoding are, as plain data: read from YAML, stored in checkpoints, never code."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from genai_pl.config.enums import (
+    Activation,
+    AttentionBackend,
+    AttentionKind,
+    Head,
+    Norm,
+    NormOrder,
+    Position,
+    RopeKind,
+    Shape,
+)
+from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, plain
+from genai_pl.errors import ConfigError
+
+POSITIVE = (
+    "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim", "intermediate_size",
+    "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
+    "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
+    "softcap", "logit_softcap", "init_std",
+)  # fmt: skip
+
+
+@dataclass
+class RopeScaling:
+    """Rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
+
+    kind: RopeKind = RopeKind.none
+    factor: float = 1.0  # how many times longer
+    original_max_seq_len: int = 8192  # llama3, yarn: the length of the training
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        parse_enums(self, "model.rope_scaling")
+        check_numbers(self, "model.rope_scaling")
+        if not self.factor >= 1.0:
+            raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError("model.rope_scaling.high_freq_factor must be above low_freq_factor")
+
+
+@dataclass
+class ModelConfig:
+    """Everything that determines the shape and the arithmetic of a model; sizes left null are derived."""
+
+    shape: Shape = Shape.decoder
+    n_layer: int = 12
+    n_decoder_layer: int | None = None  # of an encoder_decoder; null: n_layer
+    n_head: int = 12
+    n_kv_head: int | None = None  # null: n_head (no grouping)
+    n_embd: int = 768
+    embedding_size: int | None = None  # narrower embeddings, projected to n_embd (Lan et al. 2020); null: n_embd
+    head_dim: int | None = None  # null: n_embd / n_head
+    intermediate_size: int | None = None  # null: 4 n_embd, or 8/3 n_embd to a multiple of 32 when gated
+    vocab_size: int | None = None  # null: the tokenizer's
+    max_seq_len: int = 1024
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
+    n_token_types: int = 0  # kinds of segments that an encoder tells apart (BERT: 2)
+    share_layers: bool = False  # one block, used n_layer times (Lan et al. 2020)
+    position: Position = Position.learned
+    position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa: 2)
+    rope_theta: float = 10000.0
+    rope_theta_local: float | None = None  # of layers with a window, never scaled; null: as all the others
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    relative_buckets: int = 32  # of position=relative
+    relative_max_distance: int = 128
+    norm: Norm = Norm.layernorm
+    norm_order: NormOrder = NormOrder.pre
+    norm_eps: float = 1e-5
+    embed_norm: bool = False  # normalize the sum of the embeddings
+    scale_embeddings: bool = False  # by sqrt(n_embd)
+    activation: Activation = Activation.gelu_tanh
+    gated_mlp: bool = False
+    bias: bool = True  # in every linear layer and LayerNorm
+    qkv_bias: bool | None = None  # null: as bias
+    o_bias: bool | None = None  # null: as bias
+    qk_norm: bool = False
+    head: Head = Head.linear
+    head_bias: bool = False
+    scale_head: bool = False  # hidden states by 1/sqrt(n_embd) before the head (T5)
+    tie_embeddings: bool = True
+    pooler: bool = False  # keep the dense layer over the first state that a folder brought (BERT), for those who use it
+    decoder_start_token_id: int | None = None  # what an encoder_decoder begins to write with; null: the pad token
+    attention_kind: AttentionKind = AttentionKind.full
+    attention_scale: float | None = None  # of scores; null: 1/sqrt(head_dim)
+    window: int | None = None  # a token sees this many, itself included (in an encoder: to either side)
+    full_every: int | None = None  # every so many layers there is no window (Gemma 3: 6)
+    n_global: int = 0  # attention_kind=window: the first tokens, which see all and are seen by all
+    linformer_rank: int = 64  # keys that the positions are projected to
+    performer_features: int = 128  # random features per head
+    reformer_hashes: int = 2
+    reformer_bucket: int = 64  # positions per chunk
+    softcap: float | None = None  # of attention scores
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    attention: AttentionBackend = AttentionBackend.auto
+    extra: dict[str, Any] = field(default_factory=dict)  # of the config.json it was read from, to be written again
+
+    def __post_init__(self) -> None:
+        self.eos_token_ids = tuple(int(i) for i in self.eos_token_ids)
+        parse_enums(self, "model")
+        if not isinstance(self.rope_scaling, RopeScaling):
+            self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
+        check_positive(self, "model", POSITIVE)
+        check_numbers(self, "model")
+        self._derive()
+        self._check_pairs()
+
+    def _derive(self) -> None:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_decoder_layer is None and self.shape is Shape.encoder_decoder:
+            self.n_decoder_layer = self.n_layer
+        if self.embedding_size is None:
+            self.embedding_size = self.n_embd
+        if self.qkv_bias is None:
+            self.qkv_bias = self.bias
+        if self.o_bias is None:
+            self.o_bias = self.bias
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                sizes = f"model.n_embd ({self.n_embd}) must be divisible by model.n_head ({self.n_head})"
+                raise ConfigError(f"{sizes}; change one of them, or set model.head_dim")
+            self.head_dim = self.n_embd // self.n_head
+        if self.intermediate_size is None:
+            self.intermediate_size = 32 * -(-8 * self.n_embd // (3 * 32)) if self.gated_mlp else 4 * self.n_embd
+
+    def _check_pairs(self) -> None:
+        if max(self.n_layer, self.n_decoder_layer or 0) > MAX_LAYERS:
+            raise ConfigError(f"model.n_layer and model.n_decoder_layer are at most {MAX_LAYERS:,}")
+        if min(self.n_token_types, self.n_global, self.position_offset) < 0:
+            raise ConfigError("model.n_token_types, model.n_global and model.position_offset are at least 0")
+        if self.n_head % self.n_kv_head:
+            raise ConfigError(f"model.n_head ({self.n_head}) must be a multiple of model.n_kv_head ({self.n_kv_head})")
+        if self.position is Position.rotary and self.head_dim % 2:
+            raise ConfigError(f"model.head_dim ({self.head_dim}) must be even for model.position=rotary")
+        if self.position is Position.xl and self.shape is not Shape.encoder:
+            raise ConfigError("model.position=xl needs model.shape=encoder")
+        if self.pooler and self.shape is not Shape.encoder:
+            raise ConfigError("model.pooler needs model.shape=encoder")
+        if not 0 <= self.start_token(0) < (self.vocab_size or MAX_SIZE):
+            raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
+        if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
+            raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
+        if self.full_every and self.window is None:
+            raise ConfigError("model.full_every needs model.window: without one every layer is full already")
+        if self.attention_kind is AttentionKind.window and self.window is None:
+            raise ConfigError("model.attention_kind=window needs model.window")
+        if self.attention_kind is AttentionKind.linformer and self.shape is not Shape.encoder:
+            raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
+        if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
+            raise ConfigError("model.attention_kind=reformer has its queries for keys: set model.n_kv_head=null")
+        if self.share_layers and self.shape is not Shape.encoder:
+            raise ConfigError("model.share_layers needs model.shape=encoder: a cache has one place per layer")
+        if self.tie_embeddings and self.head is Head.linear and self.embedding_size != self.n_embd:
+            raise ConfigError("model.embedding_size below n_embd needs model.head=transform or tie_embeddings=false")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout must be in [0, 1), not {self.dropout}")
+        if self.attention is AttentionBackend.sdpa and self.softcap is not None:
+            raise ConfigError("model.attention=sdpa has no softcap: set model.attention=auto, or model.softcap=null")
+
+    @property
+    def writes(self) -> bool:
+        """Whether a model of this shape continues text, token by token."""
+        return self.shape is not Shape.encoder and self.head in (Head.linear, Head.transform)
+
+    def start_token(self, pad: int) -> int:
+        """What the decoder beside an encoder begins with, for a tokenizer with this pad token."""
+        return pad if self.decoder_start_token_id is None else self.decoder_start_token_id
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as JSON values (enums by name)."""
+        return plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
+        """The configuration that `to_dict` wrote; unknown fields and foreign values are a ConfigError."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"unknown model field {min(unknown)!r}")
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"bad model configuration: {error}") from None

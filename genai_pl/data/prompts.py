@@ -1,0 +1,73 @@
+"""Prompts that the policy answers while it trains."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from genai_pl.data import sources
+from genai_pl.data.columns import Place
+from genai_pl.data.messages import texts_in
+from genai_pl.data.messages_datamodule import TalksDataModule, of_tools, prompt_of
+from genai_pl.data.prompt_tokens import encode_prompts
+from genai_pl.data.records import Row
+from genai_pl.data.table_datamodule import lists
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each prompt."""
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch))}
+
+
+log = logging.getLogger(__name__)
+
+
+class PromptsDataModule(TalksDataModule):
+    """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
+
+    kind = "prompts"
+    passes_on = True
+
+    def __init__(self, *, prompt: str, max_prompt_len: int, **rest: object) -> None:
+        super().__init__(**rest)
+        self.column, self.max_prompt_len = prompt, max_prompt_len
+
+    def wanted(self) -> dict[str, str]:
+        return {"data.prompt": self.column}
+
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        return {"prompt": prompt_of(row, roles["prompt"], place)}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        return train_bpe((text for row in train for text in texts_in(json.loads(row["prompt"]))), vocab_size)
+
+    def rows(self, table: "Table") -> Dataset:
+        prompts = lists(self.encoded(table, self.encoding(table, "prompt"), encode_asked), "prompt")
+        source = self.source_of(table)
+        given = [row for _, row in sources.rows(source)]
+        names = dict.fromkeys(name for row in given for name in row)
+        room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
+        n_cut, rows = sum(len(ids) > room for ids in prompts), []
+        if n_cut:
+            log.info(
+                "data        %d of %d prompts are longer than %d tokens: their end is kept", n_cut, len(prompts), room
+            )
+        for ids, prompt, number in zip(prompts, table["prompt"], table["row"], strict=True):
+            if not len(ids):
+                raise DataError(f"{sources.place_of(source, number)}: an empty prompt cannot be answered")
+            columns = {name: given[number - 1].get(name) for name in names}
+            rows.append({"prompt_ids": ids[-room:], "prompt": json.loads(prompt), "columns": columns})
+        return rows
+
+    def prompt(self) -> str:
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))

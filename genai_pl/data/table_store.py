@@ -1,0 +1,129 @@
+"""Tables on disk that rows are written to once: found again by a name that says what they hold, checked against damage,
+and mapped into memory."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genai_pl.data import checksummed as sealed
+from genai_pl.data.columns import Place, refuse
+from genai_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+FORMAT = 5  # of what is read from files: raise it when the same file gives other rows
+ROWS, CHARACTERS = 1000, 1 << 26  # of a batch at most
+TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
+EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
+
+Cells = Iterable[tuple[Place, Sequence[object]]]
+
+
+def keep(name: str, kinds: Mapping[str, str], cells: Cells) -> "Dataset":
+    """The table called `name`, with columns of these kinds; it is written from the cells of its rows if it is not there."""
+    return mapped(f"table-{name}", partial(_write, kinds=kinds, cells=cells), fingerprint=name)
+
+
+def keep_encoded(
+    kind: str,
+    name: str,
+    table: "Dataset",
+    encode: Callable[..., dict[str, list]],
+    *,
+    batch_size: int,
+    **options: object,
+) -> "Dataset":
+    """What `encode` makes of batches of the table, under a `name` of all that it depends on; written if it is not there."""
+    if not len(table):
+        return table
+    write = partial(_write_encoded, table=table, encode=partial(encode, **options), batch_size=batch_size)
+    return mapped(f"{kind}-{name}", write, fingerprint=name)
+
+
+def mapped(name: str, write: Callable[[Path], object], *, fingerprint: str) -> "Dataset":
+    """The table in a file of the cache, which `write` makes if it is not there, or damaged."""
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    path = cache_folder() / f"{name}.arrow"
+    sealed.build(path, write)
+    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: beside those of `datasets`."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "genai_pl"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dict[str, list]], batch_size: int) -> None:
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.utils import tqdm  # as datasets' own bars: on a terminal only
+
+    with ArrowWriter(path=str(path)) as writer, tqdm(total=len(table), unit=" rows", desc="tokenizing") as bar:
+        for batch in table.iter(batch_size):
+            writer.write_batch(encode(batch))
+            bar.update(min(batch_size, len(table) - bar.n))
+        writer.finalize()
+
+
+def _write(path: Path, *, kinds: Mapping[str, str], cells: Cells) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in kinds.items()])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for place, batch in _batches(cells):
+            try:
+                arrays = [
+                    pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)
+                ]
+                writer.write_batch(pa.record_batch(arrays, schema))
+            except (pa.ArrowException, TypeError) as error:  # more than 2 GiB of text
+                raise DataError(f"{place}: too long ({error})") from None
+
+
+def _batches(cells: Cells) -> Iterator[tuple[Place, list[Sequence[object]]]]:
+    """Rows of cells that fit into memory together, and the place of the last one."""
+    batch, size, place = [], 0, None
+    for place, row in cells:
+        batch.append(row)
+        size += sum(len(cell) for cell in row if isinstance(cell, str))
+        if len(batch) == ROWS or size > CHARACTERS:
+            yield place, batch
+            batch, size = [], 0
+    if batch:
+        yield place, batch
+
+
+def say_empty(table: "Dataset", kinds: Mapping[str, str], name: str) -> None:
+    """Log how many texts of each column are empty, and which is the first."""
+    import pyarrow.compute as pc
+
+    for column, kind in kinds.items():
+        if kind not in EMPTY or column == "tools":  # most conversations have none
+            continue
+        empty = pc.equal(pc.binary_length(table.with_format("arrow")[:][column]), EMPTY[kind])
+        if count := pc.sum(empty).as_py():
+            where = name, column, pc.index(empty, True).as_py() + 1
+            log.info("data        %s of %s rows of %s have an empty %s, first row %s", count, len(table), *where)
+
+
+def dumps(value: object, place: Place) -> str:
+    """JSON of a text, messages or tools, as tables keep them."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        refuse(place, "half of a surrogate pair is no text")
+    except (TypeError, RecursionError) as error:
+        refuse(place, f"not JSON ({error})")
+    return text

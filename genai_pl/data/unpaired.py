@@ -1,0 +1,78 @@
+"""Unpaired preferences: a prompt and a completion that was liked or not."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from genai_pl.data.columns import Place, label_of
+from genai_pl.data.loader import Plan
+from genai_pl.data.messages import given_of, split_answers, texts_in
+from genai_pl.data.messages_datamodule import TalksDataModule, of_tools, prompt_of
+from genai_pl.data.prompt_tokens import encode_answers
+from genai_pl.data.records import Row
+from genai_pl.data.table_datamodule import lists
+from genai_pl.data.tokenizer import train_bpe
+from genai_pl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+    """Token ids of each prompt and of its completion."""
+    rows = encode_answers(tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], **of_tools(batch))
+    return {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, (answer,) in rows]}
+
+
+class UnpairedDataModule(TalksDataModule):
+    """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
+
+    kind = "unpaired"
+    least_rows = 2
+    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "label": "label"}
+
+    def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
+        super().__init__(**rest)
+        self.columns = {"prompt": prompt, "completion": completion, "label": label}
+
+    def wanted(self) -> dict[str, str]:
+        return {f"data.{role}": column for role, column in self.columns.items()}
+
+    def plan(self) -> Plan:
+        plan = super().plan()
+        smallest = min(plan.batch_size, len(self.train_rows) - plan.batch_size * (plan.world_size - 1))
+        if smallest < self.least_rows:
+            raise ConfigError(
+                f"data.batch_size={plan.batch_size} gives a process {max(smallest, 0)} of {len(self.train_rows)} rows: "
+                "KTO compares a completion with another row's of the batch; it needs 2 rows or more"
+            )
+        return plan
+
+    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+        label = label_of(row.get(roles["label"]), place._replace(column=roles["label"]))
+        return {"prompt": prompt, "completion": completion, "label": label}
+
+    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+        train, _ = self.tables()
+        parts = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
+        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
+
+    def rows(self, table: "Table") -> Dataset:
+        found = self.encoded(table, self.encoding(table, "prompt", "completion"), encode_answered)
+        columns = (lists(found, "prompt"), lists(found, "completion"), table["label"])
+        return [self._row(*row) for row in zip(*columns, strict=True)]
+
+    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
+        """The completion is cut to half of the row at most, the prompt on its left to what is left."""
+        completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
+        kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
+        return {"prompt": kept, "completion": completion, "label": label}
+
+    def prompt(self) -> str:
+        return self.text(json.loads(self.tables()[1][0]["prompt"]))

@@ -1,0 +1,1 @@
+"""Sharded tensors and the collectives of a tensor-parallel group."""

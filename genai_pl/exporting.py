@@ -1,0 +1,124 @@
+"""A trained model as a folder that transformers, PEFT and vLLM can load."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from genai_pl.atomic_io import write_atomic
+from genai_pl.config.enums import Head, Shape
+from genai_pl.data.end_tokens import UNSAID, WritingDefaults, generation_values
+from genai_pl.data.tokenizer import is_read_alike, save_tokenizer
+from genai_pl.errors import CheckpointError
+from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
+from genai_pl.models.hf.config import NATIVE, write_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TASKS = {
+    (Shape.decoder, True): "text-generation",
+    (Shape.encoder, True): "fill-mask",
+    (Shape.encoder_decoder, True): "text2text-generation",
+    (Shape.decoder, False): "feature-extraction",
+    (Shape.encoder, False): "feature-extraction",
+}
+
+
+def export_model(
+    model: Model,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    *,
+    card: dict[str, str],
+    defaults: WritingDefaults = UNSAID,
+    files: dict[str, object] | None = None,
+) -> str:
+    """Write the folder whole or not at all; returns the name of the class that reads it.
+
+    card: headings and paragraphs of the model card. defaults: of the folder that the model came from. files: what
+    `write_files` takes.
+    """
+    reader = []
+
+    def write(temporary: Path) -> None:
+        ids = token_ids(tokenizer)
+        generation = generation_values(model.config, ids, defaults)
+        reader.append(save_pretrained(model, temporary, token_ids=ids | dict(defaults.config), generation=generation))
+        save_tokenizer(tokenizer, temporary)
+        write_files(temporary, files or {})
+        (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
+
+    write_atomic(folder, write)
+    return reader[0]
+
+
+@contextmanager
+def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Inside, a folder of the model is one beside whose config.json AutoTokenizer finds the tokenizer as it is.
+
+    For a qwen2 it builds a pre-tokenizer of its own, whatever the file says; with output biases of zero, which change
+    nothing, such a model is a llama. CheckpointError where there is no other way to say what the model is.
+    """
+    kind = _model_type(model)
+    if is_read_alike(tokenizer, kind):
+        yield
+        return
+    if isinstance(model, WrappedDecoder) or kind != "qwen2":
+        raise CheckpointError(f"AutoTokenizer reads another tokenizer than this one beside a model of type {kind}")
+    before, layers = model.config, [block.attention.o_proj for block in model.blocks]
+    for layer in layers:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
+    model.config = replace(before, o_bias=True)
+    try:
+        yield
+    finally:
+        model.config = before
+        for layer in layers:
+            layer.bias = None
+
+
+def _model_type(model: Model | WrappedDecoder) -> str:
+    """As config.json has it."""
+    values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config, {})[0]
+    return str(values["model_type"])
+
+
+def write_files(folder: Path, files: Mapping[str, object]) -> None:
+    """Write JSON values, or the tensors of a .safetensors file, by path."""
+    from safetensors.torch import save_file
+
+    for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(values, folder / name, metadata={"format": "pt"})
+        else:
+            (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:
+    """bos_token_id, eos_token_id and pad_token_id, as config.json has them."""
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def adapter_card(base: str, card: dict[str, str]) -> str:
+    """The README of an adapter folder."""
+    lines = ["---", f"base_model: {base}", "library_name: peft", "---", "", "# Adapter", ""]
+    for heading, paragraph in card.items():
+        lines += [f"## {heading}", "", paragraph, ""]
+    return "\n".join(lines)
+
+
+def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
+    scores = model.config.head is Head.score
+    task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]
+    library = NATIVE if reader == NATIVE else "transformers"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
+    lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]
+    for heading, paragraph in card.items():
+        lines += [f"## {heading}", "", paragraph, ""]
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""What an encoder puts where words are masked."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genai_pl.config.enums import Position
+from genai_pl.errors import ConfigError
+from genai_pl.generation.decode import evaluating
+from genai_pl.models import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+ALIASES = ("[MASK]", "<mask>", "<|mask|>")  # what the tokenizers of BERT, of RoBERTa and ours call it
+
+
+class Candidate(NamedTuple):
+    """A token for a masked place, as text, and its probability."""
+
+    text: str
+    probability: float
+
+
+@torch.no_grad()
+def fill(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str, *, top_k: int) -> list[list[Candidate]]:
+    """The `top_k` likeliest tokens for each mask token of the text, the likeliest first; ConfigError without a mask."""
+    input_ids = torch.tensor([_encode(model, tokenizer, text)], device=model.embed.weight.device)
+    places = (input_ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # (M,)
+    with evaluating(model):
+        hidden = _hidden(model, input_ids, places)  # (M, C)
+        best = model.logits(hidden).float().softmax(dim=-1).topk(min(top_k, model.config.vocab_size))
+    return [
+        [Candidate(tokenizer.decode([token]).strip(), p) for token, p in zip(tokens, probabilities, strict=True)]
+        for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    if model.lm_head is None:
+        raise ConfigError("this encoder has no language-model head to fill masks with: set embed=true")
+    if tokenizer.mask_token_id is None:
+        raise ConfigError("this encoder's tokenizer has no mask token: set embed=true")
+    row = tokenizer.encode(_with_own_masks(tokenizer, text), verbose=False)
+    if tokenizer.mask_token_id not in row:
+        raise ConfigError(f"prompt: no {tokenizer.mask_token} in it for this encoder to fill in; or set embed=true")
+    if len(row) > model.config.max_seq_len:
+        raise ConfigError(
+            f"prompt: {len(row)} tokens are more than the {model.config.max_seq_len} that the model reads "
+            "(model.max_seq_len): shorten it"
+        )
+    return row
+
+
+def _with_own_masks(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """The text with the tokenizer's mask token for those of other tokenizers, unless it holds its own or knows theirs."""
+    if tokenizer.mask_token in text:
+        return text
+    for alias in ALIASES:
+        if alias not in tokenizer.get_vocab():
+            text = text.replace(alias, tokenizer.mask_token)
+    return text
+
+
+def _hidden(model: Encoder, input_ids: Tensor, places: Tensor) -> Tensor:
+    """Hidden states (M, C) at the masks; permutation LM has a stream for places that it knows nothing of."""
+    if model.config.position is not Position.xl:
+        return model.features(input_ids)[0, places]
+    order = torch.zeros_like(input_ids)
+    order[0, places] = 1  # all else comes before them
+    return model.permuted_features(input_ids, order, places[None])[0]

@@ -1,0 +1,73 @@
+"""A sequence cut into blocks of equal length."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.kernels.mask import AttentionMask
+
+FIXES = {
+    "window": ("a window", "model.window=null"),
+    "order": ("permutation masks", "model.attention_kind=full"),
+    "prefix": ("a bidirectional prefix", "model.attention_kind=full"),
+    "bias": ("biases of the scores", "model.position=rotary"),
+    "alibi": ("ALiBi", "model.position=rotary"),
+    "softcap": ("a softcap", "model.softcap=null"),
+    "dropout": ("attention dropout", "model.dropout=0"),
+}
+
+
+def refuse(
+    kind: str,
+    mask: AttentionMask,
+    *,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    """ConfigError if any of these is given, or if the mask has an order, a prefix or a window other than `window`."""
+    given = {
+        "window": mask.window not in (None, window),
+        "order": mask.order is not None,
+        "prefix": mask.prefix is not None,
+        "bias": bias is not None,
+        "alibi": alibi is not None,
+        "softcap": softcap is not None,
+        "dropout": dropout_p > 0.0,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            what, fix = FIXES[name]
+            raise ConfigError(f"model.attention_kind={kind} has no {what}: set {fix}{_or_full(fix)}")
+
+
+def _or_full(fix: str) -> str:
+    return "" if fix == "model.attention_kind=full" else ", or model.attention_kind=full"
+
+
+def pad_to_blocks(x: Tensor, block: int) -> Tensor:
+    """Zeros after the last position, (..., L, D) -> (..., N * block, D)."""
+    missing = -x.shape[-2] % block
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def cut(x: Tensor, block: int) -> Tensor:
+    """(..., N * block, D) -> (..., N, block, D)."""
+    return x.unflatten(-2, (-1, block))
+
+
+def cut_with_neighbours(x: Tensor, block: int, *, before: int, after: int) -> Tensor:
+    """Each block between the positions before and after it, (..., N * block, D) -> (..., N, before + block + after, D).
+
+    At most one block's length on either side; zeros stand beyond the ends.
+    """
+    blocks = cut(x, block)
+    parts = [blocks]
+    if before:
+        parts.insert(0, F.pad(blocks[..., :-1, block - before :, :], (0, 0, 0, 0, 1, 0)))
+    if after:
+        parts.append(F.pad(blocks[..., 1:, :after, :], (0, 0, 0, 0, 0, 1)))
+    return torch.cat(parts, dim=-2)

@@ -1,0 +1,1 @@
+"""Flash attention in Triton: forward, backward, and the operator around them."""

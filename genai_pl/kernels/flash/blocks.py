@@ -1,0 +1,123 @@
+"""Which blocks of keys a block of queries visits, and the other way round.
+
+Both are (start, full_start, full_end, end): blocks in [full_start, full_end) are visible throughout, those before and
+after are edges. Start and the bounds of the full part are multiples of the block.
+"""
+
+import triton
+import triton.language as tl
+
+from genai_pl.kernels.flash import mask_tables as flash_tables
+
+SEEN_START, SEEN_END = tl.constexpr(flash_tables.SEEN_START), tl.constexpr(flash_tables.SEEN_END)
+FULL_START, FULL_END = tl.constexpr(flash_tables.FULL_START), tl.constexpr(flash_tables.FULL_END)
+
+
+@triton.jit
+def key_blocks(i0, table, sizes, F: tl.constexpr):
+    """The blocks of keys that the F.BLOCK_M queries from i0 see."""
+    if F.tables:
+        rows = tl.minimum(i0 + tl.arange(0, F.BLOCK_M), sizes.rows - 1)
+        return _from_table(table, rows % sizes.T if F.packed else rows, sizes.T, F.BLOCK_N, F)
+    start = 0
+    full_start = 0
+    end = sizes.S
+    full_end = sizes.S
+    first = (sizes.S - sizes.T) + (0 if F.packed else i0)  # the positions of the queries
+    last = sizes.S - 1
+    if not F.packed:
+        last = tl.minimum(first + F.BLOCK_M, sizes.S) - 1
+    if F.window:
+        start = first - sizes.window + 1
+        full_start = last - sizes.window + 1
+        end = last + sizes.window
+        full_end = first + sizes.window
+    if F.causal:
+        end = last + 1
+        full_end = first + 1
+    return _cut(start, full_start, full_end, end, sizes.S, F.BLOCK_N, F)
+
+
+@triton.jit
+def query_blocks(j0, table, sizes, F: tl.constexpr):
+    """The blocks of queries that see the F.BLOCK_N keys from j0."""
+    if F.tables:
+        keys = tl.minimum(j0 + tl.arange(0, F.BLOCK_N), sizes.S - 1)
+        return _from_table(table, keys, sizes.S, F.BLOCK_M, F)
+    start = 0
+    full_start = 0
+    end = sizes.T
+    full_end = sizes.T
+    first = j0 - (sizes.S - sizes.T)  # where queries at the keys' positions stand
+    last = tl.minimum(first + F.BLOCK_N, sizes.T) - 1
+    if F.window:
+        start = first - sizes.window + 1
+        full_start = last - sizes.window + 1
+        end = last + sizes.window
+        full_end = first + sizes.window
+    if F.causal:
+        start = first
+        full_start = last
+    return _cut(start, full_start, full_end, end, sizes.T, F.BLOCK_M, F)
+
+
+@triton.jit
+def _from_table(table, index, length, BLOCK: tl.constexpr, F: tl.constexpr):
+    start = tl.min(tl.load(table + SEEN_START * length + index), 0)
+    end = tl.max(tl.load(table + SEEN_END * length + index), 0)
+    full_start = tl.max(tl.load(table + FULL_START * length + index), 0)
+    full_end = tl.min(tl.load(table + FULL_END * length + index), 0)
+    # the intervals are inside the sequence already: any bound does that they do not reach
+    return _cut(start, full_start, full_end, end, 2147483647, BLOCK, F)
+
+
+@triton.jit
+def _cut(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.constexpr):
+    """Intervals to multiples of the block, the full part inside the rest."""
+    start = tl.maximum(start, 0) // BLOCK * BLOCK
+    end = tl.maximum(tl.minimum(end, length), 0)
+    if F.order > 0:  # ranks may hide a key anywhere
+        return start, start, start, end
+    full_start = tl.minimum(tl.cdiv(tl.maximum(full_start, 0), BLOCK), tl.cdiv(end, BLOCK)) * BLOCK
+    full_start = tl.maximum(full_start, start)
+    full_end = tl.maximum(tl.minimum(full_end, length), 0) // BLOCK * BLOCK
+    return start, full_start, tl.maximum(full_end, full_start), end
+
+
+@triton.jit
+def split_shared(blocks, shared, BLOCK: tl.constexpr):
+    """The blocks of the first `shared` keys, all of them edges, and the others."""
+    start, full_start, full_end, end = blocks
+    cut = tl.cdiv(shared, BLOCK) * BLOCK
+    full_start = tl.maximum(full_start, cut)
+    return (cut * 0, cut, cut, cut * 0), (tl.maximum(start, cut), full_start, tl.maximum(full_end, full_start), end)
+
+
+@triton.jit
+def clip(blocks, first, last):
+    """The part of the blocks in [first, last), which are multiples of the block."""
+    start, full_start, full_end, end = blocks
+    full_start = tl.minimum(tl.maximum(full_start, first), last)
+    full_end = tl.minimum(tl.maximum(full_end, first), last)
+    return tl.maximum(start, first), full_start, full_end, tl.minimum(end, last)
+
+
+@triton.jit
+def walk(blocks, BLOCK: tl.constexpr, EDGES: tl.constexpr):
+    """(first, number, number before the gap, gap) of the blocks of one kind; edges lie on both sides of the full part."""
+    start, full_start, full_end, end = blocks
+    if EDGES:
+        n_left = tl.maximum(full_start - start, 0) // BLOCK
+        n_right = tl.cdiv(tl.maximum(end - full_end, 0), BLOCK)
+        return start, n_left + n_right, n_left, full_end - full_start
+    return full_start, (full_end - full_start) // BLOCK, 0, 0
+
+
+@triton.jit
+def step_to(walk, step, BLOCK: tl.constexpr, EDGES: tl.constexpr):
+    """The first index of the block of this step."""
+    first, _, n_left, gap = walk
+    index = first + step * BLOCK
+    if EDGES:
+        index += tl.where(step >= n_left, gap, 0)
+    return tl.multiple_of(index, BLOCK)

@@ -1,0 +1,250 @@
+"""What the flash attention kernels share: which blocks to visit, who sees whom in them, scores and dropout.
+
+A query sees keys in one interval almost always, so a block of keys is outside (skipped), full (no mask work) or an edge,
+where every pair is compared as `AttentionMask` words it. Scores live in the log2 domain, where exp2 is one instruction.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genai_pl.kernels.flash import mask_tables as flash_tables
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SEGMENT, RANK = tl.constexpr(flash_tables.SEGMENT), tl.constexpr(flash_tables.RANK)
+PREFIX, SHARED = tl.constexpr(flash_tables.PREFIX), tl.constexpr(flash_tables.SHARED)
+PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one kernel is compiled for: a constexpr, so that what a case does not use costs it nothing."""
+
+    D: int
+    D_V: int
+    BLOCK_D: int
+    BLOCK_D_V: int
+    causal: bool = False
+    window: bool = False
+    prefix: bool = False
+    segments: bool = False
+    shared: bool = False
+    order: int = 0  # 1: keys of the query's rank or lower, 2: lower only
+    bias: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    dropout: bool = False
+    packed: bool = False  # rows are all the (query head, query) pairs of one key head
+    precision: str = "ieee"  # of products of float32
+    carrier: str = ""  # interpreter only: the low precision that float32 operands stand for
+    BLOCK_M: int = 0  # queries
+    BLOCK_N: int = 0  # keys
+    even_m: bool = False  # blocks of queries, or of keys, that need no check of the end
+    even_n: bool = False
+
+    @property
+    def tables(self) -> bool:
+        """Whether the blocks to visit are read from tables rather than computed."""
+        return self.prefix or self.segments or self.shared
+
+    @property
+    def plain(self) -> bool:
+        """Whether a logit is nothing but a scaled product."""
+        return not (self.softcap or self.bias or self.alibi)
+
+    @property
+    def hides(self) -> bool:
+        return self.causal or self.window or self.tables or self.order > 0
+
+
+class Sizes(NamedTuple):
+    """Integers that change from call to call: B sequences, T queries, S keys, H heads of `rows` queries each."""
+
+    T: int
+    S: int
+    H: int
+    group: int  # query heads per key head
+    rows: int
+    padded: int  # rows of the buffers of the backward pass
+    window: int
+    query_table: int  # strides of the batch in the tables
+    key_table: int
+
+
+class Scalars(NamedTuple):
+    scale: float
+    scale_log2: float  # scores to log2 units
+    softcap_in: float  # scores to the argument of exp(2 x), in log2 units
+    softcap_out: float  # tanh to log2 units
+    dropout_p: float
+    keep_scale: float
+
+
+class Extras(NamedTuple):
+    """Tensors that a case may do without."""
+
+    bias: Tensor | None = None
+    alibi: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class Strides(NamedTuple):
+    """Elements from one batch row, head and position to the next; the last dimension is contiguous."""
+
+    b: int
+    h: int
+    t: int
+
+
+class BiasStrides(NamedTuple):
+    b: int
+    h: int
+    t: int
+    s: int
+
+
+@triton.jit
+def base(pointer, b, h, t, stride):
+    """The address of position t of a head; 64-bit, since a batch may pass 2^31 elements."""
+    return pointer + b.to(tl.int64) * stride.b + h.to(tl.int64) * stride.h + t.to(tl.int64) * stride.t
+
+
+@triton.jit
+def offsets(stride, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.arange(0, LENGTH)[:, None] * stride.t + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(pointers, t, end, CHECK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows t, zeros from `end` and from column D on."""
+    if D == BLOCK_D:
+        if CHECK:
+            return tl.load(pointers, mask=(t < end)[:, None], other=0.0)
+        return tl.load(pointers)
+    inside = (tl.arange(0, BLOCK_D) < D)[None, :]
+    if CHECK:
+        inside = inside & (t < end)[:, None]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(pointers, values, t, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    inside = (t < end)[:, None]
+    if D != BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a, b, acc, F: tl.constexpr):
+    """acc + a b with a rounded to the precision of b.
+
+    The interpreter multiplies the bit patterns of bfloat16 and truncates instead of rounding. There, operands are float32
+    holding values rounded to nearest even: products of two such numbers are exact, as in a tensor core.
+    """
+    if F.carrier == "bf16":
+        bits = a.to(tl.uint32, bitcast=True)
+        a = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif F.carrier == "fp16":
+        a = a.to(tl.float16).to(tl.float32)
+    return tl.dot(a.to(b.dtype), b, acc, input_precision=F.precision)
+
+
+@triton.jit
+def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
+    """(bias, slope, seed, row of the dropout counter, prefix, shared) of one head; 0 where the case has none."""
+    bias = 0
+    slope = 0.0
+    seed = 0
+    prefix = 0
+    shared = 0
+    if F.bias:
+        bias = extras.bias + b.to(tl.int64) * bias_stride.b + h.to(tl.int64) * bias_stride.h
+    if F.alibi:
+        slope = tl.load(extras.alibi + h) * LOG2E
+    if F.dropout:
+        seed = tl.load(extras.seed)
+    if F.prefix:
+        prefix = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + PREFIX * sizes.T)
+    if F.shared:
+        shared = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + SHARED * sizes.T)
+    return bias, slope, seed, b * sizes.H + h, prefix, shared
+
+
+@triton.jit
+def table_of(table, b, stride, F: tl.constexpr):
+    """The table of one batch row, or 0 where the mask needs none."""
+    return table + b.to(tl.int64) * stride if F.tables or F.order > 0 else 0
+
+
+@triton.jit
+def marks(table, index, length, F: tl.constexpr):
+    """(segment, rank) of each index, segment 0 past the end."""
+    segment = index
+    rank = index
+    if F.segments:
+        segment = tl.load(table + SEGMENT * length + index, mask=index < length, other=0)
+    if F.order > 0:
+        rank = tl.load(table + RANK * length + index, mask=index < length, other=0)
+    return segment, rank
+
+
+@triton.jit
+def as_column(pair):
+    return pair[0][:, None], pair[1][:, None]
+
+
+@triton.jit
+def as_row(pair):
+    return pair[0][None, :], pair[1][None, :]
+
+
+@triton.jit
+def visible(i, j, of_query, of_key, head, sizes, F: tl.constexpr):
+    """`AttentionMask.dense` at queries i and keys j, which broadcast; rows past the last query are arbitrary."""
+    position = i + (sizes.S - sizes.T)
+    ok = j <= position if F.causal else j < sizes.S
+    if F.window:
+        ok = ok & (tl.abs(position - j) < sizes.window)
+    if F.prefix:
+        ok = ok | (j < head[4])
+    if F.segments:
+        ok = ok & (of_query[0] == of_key[0]) & (of_key[0] != 0)
+    if F.shared:
+        ok = ok | ((j < head[5]) & (j <= position if F.causal else j < sizes.S))
+    if F.order > 0:
+        ok = ok & (of_key[1] <= of_query[1] if F.order == 1 else of_key[1] < of_query[1])
+    return ok
+
+
+@triton.jit
+def logits(scores, i, j, head, bias_stride, sizes, scalars, CHECK: tl.constexpr, F: tl.constexpr):
+    """What exp2 is taken of, and the tanh of the softcap, from raw products at queries i and keys j, which broadcast."""
+    ratio = scores
+    if F.softcap:
+        ratio = 1.0 - 2.0 / (tl.exp2(scores * scalars.softcap_in) + 1.0)
+        out = ratio * scalars.softcap_out
+    else:
+        out = scores * scalars.scale_log2
+    if F.bias:
+        pointers = head[0] + i.to(tl.int64) * bias_stride.t + j.to(tl.int64) * bias_stride.s
+        bias = tl.load(pointers, mask=(i < sizes.T) & (j < sizes.S), other=0.0) if CHECK else tl.load(pointers)
+        out += bias.to(tl.float32) * LOG2E
+    if F.alibi:
+        out -= tl.abs(i + (sizes.S - sizes.T) - j).to(tl.float32) * head[1]
+    return out, ratio
+
+
+@triton.jit
+def keep(i, j, head, scalars):
+    """Which weights dropout keeps: Philox of (key, query, head), the same whatever the blocks (Salmon et al. 2011)."""
+    key, query = tl.broadcast(j.to(tl.uint32), i.to(tl.uint32))
+    zero = tl.zeros_like(key)
+    bits, _, _, _ = tl.philox(head[2], key, query, zero + head[3].to(tl.uint32), zero, PHILOX_ROUNDS)
+    return (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0) >= scalars.dropout_p

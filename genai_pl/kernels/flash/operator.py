@@ -1,0 +1,142 @@
+"""Flash attention as one differentiable operator: torch.compile, checkpointing, autocast and FLOP counters know it.
+
+The kernels are Triton's, which is imported when the first of them runs.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from genai_pl.kernels.flash.mask_tables import mask_tables
+from genai_pl.kernels.mask import AttentionMask
+
+EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
+CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
+CASE += ", bool shared"
+N_EXTRAS = 5
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """What `reference_attention` gives, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
+
+    Both are differentiable in q, k, v and bias. A query that sees nothing has a log-sum-exp of -inf.
+    """
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if alibi is not None and alibi.requires_grad:
+        raise ValueError("alibi slopes are constants here: backend triton gives them no gradient")
+    if 0 in (B, T, S):
+        return q.new_zeros(B, H, T, v.shape[-1]), q.new_full((B, H, T), float("-inf"), dtype=torch.float32)
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):  # only these: slopes and bias stay exact, and are read once
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    queries, keys = mask_tables(mask, T, S, q.device)
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0.0 else None
+    case = (
+        mask.causal,
+        mask.window or 0,
+        mask.prefix is not None,
+        mask.segments is not None,
+        0 if mask.order is None else 1 + mask.strict,
+        D**-0.5 if scale is None else scale,
+        softcap or 0.0,
+        dropout_p,
+        mask.shared is not None,
+    )
+    return torch.ops.genai_pl.flash_forward(q, k, v, bias, alibi, queries, keys, seed, *case)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    from genai_pl.kernels.flash.common import Extras
+    from genai_pl.kernels.flash.launch import run_forward
+    from genai_pl.kernels.flash.problem import Case
+
+    return run_forward(q, k, v, Extras(*rest[:N_EXTRAS]), Case(*rest[N_EXTRAS:]))
+
+
+def _backward(
+    d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from genai_pl.kernels.flash.common import Extras
+    from genai_pl.kernels.flash.launch import run_backward
+    from genai_pl.kernels.flash.problem import Case
+
+    *rest, need_bias = rest
+    extras, case = Extras(*rest[:N_EXTRAS]), Case(*rest[N_EXTRAS:])
+    dq, dk, dv, d_bias = run_backward(q, k, v, o, lse, d_o, d_lse, extras, case, need_bias=need_bias)
+    return dq, dk, dv, q.new_empty(0) if d_bias is None else d_bias  # an operator returns no None
+
+
+def _heads_aside(x: Tensor, width: int | None = None) -> Tensor:
+    """Empty, of this shape, laid out as the kernels lay their outputs."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D if width is None else width).transpose(1, 2)
+
+
+def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _heads_aside(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward_shapes(
+    d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, need_bias = rest[0], rest[-1]
+    d_bias = bias.new_empty(bias.shape) if need_bias else q.new_empty(0)
+    return _heads_aside(q), _heads_aside(k), _heads_aside(v), d_bias
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    tensors = inputs[: 3 + N_EXTRAS]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.case = inputs[3 + N_EXTRAS :]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, d_o: Tensor | None, d_lse: Tensor | None) -> tuple:
+    o, lse, q, k, v, *extras = ctx.saved_tensors
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    need_bias = extras[0] is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, d_bias = torch.ops.genai_pl.flash_backward(d_o, d_lse, o, lse, q, k, v, *extras, *ctx.case, need_bias)
+    return dq, dk, dv, d_bias if need_bias else None, *(None,) * (N_EXTRAS - 1 + len(ctx.case))
+
+
+def _register() -> None:
+    """Define both operators once: schema, kernels, shapes for tracing, gradient and FLOPs."""
+    arguments = f"Tensor q, Tensor k, Tensor v, {EXTRAS}, {CASE}"
+    torch.library.define("genai_pl::flash_forward", f"({arguments}) -> (Tensor, Tensor)")
+    torch.library.define(
+        "genai_pl::flash_backward",
+        f"(Tensor d_o, Tensor? d_lse, Tensor o, Tensor lse, {arguments}, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    )
+    for name, run, shapes in (("forward", _forward, _forward_shapes), ("backward", _backward, _backward_shapes)):
+        for device in ("CUDA", "CPU"):
+            torch.library.impl(f"genai_pl::flash_{name}", device, run)
+        torch.library.register_fake(f"genai_pl::flash_{name}", shapes)
+    torch.library.register_autograd("genai_pl::flash_forward", _gradients, setup_context=_save)
+    register_flop_formula(torch.ops.genai_pl.flash_forward)(_forward_flops)
+    register_flop_formula(torch.ops.genai_pl.flash_backward)(_backward_flops)
+
+
+def _forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """Two products, as for torch's own attention: what a mask hides is counted too."""
+    B, H, T, D = q
+    return 2 * B * H * T * k[2] * (D + v[3])
+
+
+def _backward_flops(d_o: object, d_lse: object, o: object, lse: object, q, k, v, *_: object, **__: object) -> int:
+    """Five products (the kernels do seven rather than share sums by atomics)."""
+    B, H, T, D = q
+    return 2 * B * H * T * k[2] * (3 * D + 2 * v[3])
+
+
+_register()

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configuration and weights in both directions, and models that transformers runs."""

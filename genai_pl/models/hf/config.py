@@ -1,0 +1,214 @@
+"""config.json of a Hugging Face folder, in both directions."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from genai_pl.config.enums import AttentionBackend, Head, RopeKind, Shape
+from genai_pl.config.model import ModelConfig
+from genai_pl.config.values import MAX_LAYERS
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.build import build_model
+from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
+from genai_pl.models.hf.folder import TensorFiles, read_json
+from genai_pl.models.hf.ties import settle
+
+# keys that are not kept: what is written says its own, and code beside the weights is not written
+WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id")
+ONE_LABEL = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
+NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
+
+
+def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelConfig, Iterable[Weight]]:
+    """The configuration that a config.json describes, and where its tensors lie; CheckpointError if we cannot.
+
+    `stored` are the tensors beside it, which have a say in ties, poolers and heads; they are compared before anything is
+    built. Without them, config.json alone counts.
+    """
+    values = read_json(file)
+    try:
+        return _from_any(values, stored)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
+    except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # of values of any type
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
+
+
+def prefix_of(file: Path) -> str:
+    """What stands before the names of tensors in models with a head, in the family of a config.json."""
+    kind = read_json(file).get("model_type")
+    return next((family.prefix for family in FAMILIES if family.model_type == kind), "")
+
+
+def is_supported(file: Path) -> bool:
+    """Whether a config.json is of a family that our own models can be."""
+    return read_json(file).get("model_type") in {NATIVE, *(family.model_type for family in FAMILIES)}
+
+
+def write_config(
+    config: ModelConfig, token_ids: Mapping[str, int | None]
+) -> tuple[dict[str, object], list[Weight], str]:
+    """What to write in config.json, where to write each tensor, and the name of the class that reads both.
+
+    token_ids (bos_token_id, ...) are the tokenizer's; where it has none, those of the folder it was read from stay.
+    """
+    family = family_of(config)
+    given = {key: n for key, n in token_ids.items() if n is not None}
+    if family is not None:
+        values = _to_family(family, config)
+        # a number that means more than a token is not to be overwritten: RoBERTa counts positions from it
+        if all(values[key] == n for key, n in given.items() if key in family.keys):
+            if config.shape is Shape.encoder_decoder:
+                values = {"decoder_start_token_id": given.get("pad_token_id", 0), **values}
+            return {**token_ids, **values, **given}, family.table(config), family.architectures[config.head][0]
+    values = {"model_type": NATIVE, "architectures": [type(_shell(config)).__name__], "model": config.to_dict()}
+    return {**values, **token_ids}, _native_table(config), NATIVE
+
+
+def generation_values(values: Mapping[str, object], token_ids: Mapping[str, int | None]) -> dict[str, object]:
+    """What generation_config.json says beside a config.json of these values: the tokens that begin and end a text."""
+    found = {key: values.get(key) for key in (*token_ids, "decoder_start_token_id")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def family_of(config: ModelConfig) -> Family | None:
+    """The family it was read from, or the first one whose config.json can say all that it says, or None."""
+    own = config.extra.get("model_type")
+    ordered = sorted(FAMILIES, key=lambda family: family.model_type != own)
+    return next((family for family in ordered if _expresses(family, config)), None)
+
+
+def _expresses(family: Family, config: ModelConfig) -> bool:
+    if config.head not in family.architectures or (config.pooler and not family.pooler):
+        return False
+    try:
+        read_back = _from_family(family, _to_family(family, config), None)
+    except (ConfigError, StopIteration):  # what the family cannot say, or a size that it derives otherwise
+        return False
+    return _arithmetic(read_back) == _arithmetic(config)
+
+
+def _arithmetic(config: ModelConfig) -> ModelConfig:
+    """The configuration without what does not change the logits of given weights."""
+    same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0, "eos_token_ids": ()}
+    same |= {"extra": {}, "pooler": False}
+    if config.full_every and config.full_every > config.n_layer:
+        same["full_every"] = None
+    if config.head in (Head.none, Head.score):
+        same |= {"tie_embeddings": True, "head_bias": False}
+    if config.attention_scale == config.head_dim**-0.5:
+        same["attention_scale"] = None
+    if config.rope_theta_local == config.rope_theta and config.rope_scaling.kind is RopeKind.none:
+        same["rope_theta_local"] = None
+    return replace(config, **same)
+
+
+def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, Iterable[Weight]]:
+    kind = values["model_type"]
+    if kind == NATIVE:
+        config = ModelConfig.from_dict(values["model"])
+        if stored is not None:
+            check_blocks(config, stored.files)
+        return config, _native_table(config)
+    for family in FAMILIES:
+        if family.model_type == kind:
+            config = _from_family(family, values, stored)
+            config = config if stored is None else settle(family, config, stored)
+            return config, family.rows(config)
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ConfigError(f"model_type {kind!r} is not supported; supported: {known} (others: model=hf model.name=...)")
+
+
+def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> ModelConfig:
+    values = {**family.defaults, **_without_synonyms(family, given)}
+    for key, needed in {**family.constants, "quantization_config": None, "per_layer_config": None}.items():
+        if values.get(key, needed) != needed:
+            raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
+    ours = {name: values[key] for name, key in family.fields.items()}
+    if type(ours["n_layer"]) is not int or not 0 < ours["n_layer"] <= MAX_LAYERS:  # before anything counts to it
+        raise ConfigError(f"{family.fields['n_layer']}={ours['n_layer']!r} is no number from 1 to {MAX_LAYERS:,}")
+    if "activation" in ours:
+        if ours["activation"] not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation {ours['activation']!r} is not supported; supported: {supported}")
+        ours["activation"] = ACTIVATIONS[ours["activation"]]
+    for codec in family.codecs:
+        ours |= codec.read(values)
+    if ours.get("shape") is Shape.encoder and ours.get("window") is not None:
+        raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({ours['window']}) is not supported")
+    head = family.head_of(values, stored)
+    if head is Head.score:
+        _check_labels(values)
+    pooler = {"pooler": True} if stored is not None and family.pooler and f"{family.pooler}.weight" in stored else {}
+    known = {*family.keys, *WRITTEN} - {family.fields.get("activation")}
+    extra = {key: value for key, value in given.items() if key not in known}
+    head_bias = family.head_bias and head is not Head.none
+    try:
+        return ModelConfig(
+            **{**family.fixed, "head": head, "head_bias": head_bias, **pooler, **ours},
+            extra={**extra, "model_type": family.model_type},
+        )
+    except ConfigError as error:
+        keys = [f"{name} is {key}" for name, key in family.fields.items() if f"model.{name}" in str(error).split()]
+        raise ConfigError(f"{error}{' (' + ', '.join(keys) + ' here)' if keys else ''}") from None
+
+
+def _without_synonyms(family: Family, values: dict) -> dict:
+    """The same with the key in place of each of its other names."""
+    values = dict(values)
+    for name, key in family.synonyms:
+        if name in values:
+            value = values.pop(name)
+            if values.setdefault(key, value) != value:
+                raise ConfigError(f"{name}={value!r} and {key}={values[key]!r} are one number here, and differ")
+    return values
+
+
+def _check_labels(values: dict) -> None:
+    """ConfigError unless there is one label; transformers takes two where config.json is silent."""
+    labels = values.get("id2label")
+    n = (values.get("num_labels") or 2) if labels is None else len(labels)
+    if n != 1:
+        raise ConfigError(f"a model that scores texts has one label here, and num_labels or id2label says {n}")
+
+
+def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
+    """ConfigError where the last block has no tensors, by our names: so that no more are built than there are."""
+    pairs = {Shape.encoder_decoder: {"encoder.": config.n_layer, "decoder.": config.n_decoder_layer}}
+    for part, n in pairs.get(config.shape, {"": 1 if config.share_layers else config.n_layer}).items():
+        last = f"{part}blocks.{n - 1}."
+        if not any(name.startswith(last) for name in names):
+            raise ConfigError(f"the configuration has {n} layers, and tensors {last}* are missing")
+
+
+def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
+    values = {key: getattr(config, name) for name, key in family.fields.items()}
+    if "activation" in family.fields:
+        key = family.fields["activation"]
+        same = [name for name, ours in ACTIVATIONS.items() if ours is config.activation]
+        values[key] = config.extra[key] if config.extra.get(key) in same else same[0]  # some have several names
+    for codec in family.codecs:
+        values |= codec.write(config)
+    if config.dropout or not set(family.dropouts) & set(config.extra):
+        values |= dict.fromkeys(family.dropouts, config.dropout)
+    extra = config.extra
+    if config.head is Head.score and "id2label" not in extra:
+        extra = {**ONE_LABEL, **extra}
+    named = {"model_type": family.model_type, "architectures": [family.architectures[config.head][0]]}
+    return {**extra, **named, **family.constants, **values}
+
+
+def _shell(config: ModelConfig) -> torch.nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def _native_table(config: ModelConfig) -> list[Weight]:
+    model = _shell(config)
+    kept = model.state_dict()
+    buffers = [name for name, _ in model.named_buffers() if name in kept]
+    names = [name for name, _ in model.named_parameters()]  # what is shared appears once
+    return [Weight(name, (name,)) for name in names + buffers]

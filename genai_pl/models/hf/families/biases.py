@@ -1,0 +1,18 @@
+"""Biases of attention, as Llama's config.json has them: in all projections or in none."""
+
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.family import Codec, Values
+
+
+def _read(values: Values) -> dict[str, object]:
+    return {"qkv_bias": values["attention_bias"], "o_bias": values["attention_bias"]}
+
+
+def _write(config: ModelConfig) -> dict[str, object]:
+    if config.qkv_bias != config.o_bias:
+        raise ConfigError("Llama has biases in all projections of its attention or in none")
+    return {"attention_bias": config.qkv_bias}
+
+
+ATTENTION_BIAS = Codec(_read, _write, ("attention_bias",))

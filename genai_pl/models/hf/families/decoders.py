@@ -1,0 +1,209 @@
+"""Decoders: GPT-2, Llama and its relatives."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from genai_pl.config.enums import Head, Norm, NormOrder, Position, Shape
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.biases import ATTENTION_BIAS
+from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, both, one
+from genai_pl.models.hf.families.rope import ROPE
+
+
+def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
+    """What follows the last norm of a decoder, where it has weights of its own."""
+    if config.head is Head.score:
+        return (one("score", "score"),)
+    return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)
+
+
+def _gpt2(config: ModelConfig) -> Iterator[Weight]:
+    layer = "transformer.h.{i}"
+    qkv = tuple(f"blocks.{{i}}.attention.{p}_proj" for p in "qkv")
+    yield one("transformer.wte", "embed")
+    yield one("transformer.wpe", "position")
+    yield from both(f"{layer}.ln_1", "blocks.{i}.norm1")
+    yield from both(f"{layer}.attn.c_attn", *qkv, transposed=True)
+    yield from both(f"{layer}.attn.c_proj", "blocks.{i}.attention.o_proj", transposed=True)
+    yield from both(f"{layer}.ln_2", "blocks.{i}.norm2")
+    yield from both(f"{layer}.mlp.c_fc", "blocks.{i}.mlp.up_proj", transposed=True)
+    yield from both(f"{layer}.mlp.c_proj", "blocks.{i}.mlp.down_proj", transposed=True)
+    yield from both("transformer.ln_f", "norm")
+    yield from lm_head(config)
+
+
+def _llama(config: ModelConfig) -> Iterator[Weight]:
+    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    yield one("model.embed_tokens", "embed")
+    yield one("model.norm", "norm")
+    yield one(f"{theirs}.input_layernorm", f"{ours}.norm1")
+    yield one(f"{theirs}.post_attention_layernorm", f"{ours}.norm2")
+    yield from projections(config)
+    yield from lm_head(config)
+
+
+def projections(config: ModelConfig) -> Iterator[Weight]:
+    """Attention and MLP of Llama's kind."""
+    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    for p in "qkvo":
+        yield one(f"{theirs}.self_attn.{p}_proj", f"{ours}.attention.{p}_proj")
+    for p in ("gate", "up", "down"):
+        yield one(f"{theirs}.mlp.{p}_proj", f"{ours}.mlp.{p}_proj")
+    if config.qkv_bias:
+        for p in "qkv":
+            yield Weight(f"{theirs}.self_attn.{p}_proj.bias", (f"{ours}.attention.{p}_proj.bias",))
+    if config.o_bias:
+        yield Weight(f"{theirs}.self_attn.o_proj.bias", (f"{ours}.attention.o_proj.bias",))
+    if config.qk_norm and config.norm_order is NormOrder.pre:
+        for p in "qk":
+            yield one(f"{theirs}.self_attn.{p}_norm", f"{ours}.attention.{p}_norm")
+
+
+def _classes(name: str) -> dict[Head, tuple[str, ...]]:
+    return {
+        Head.linear: (f"{name}ForCausalLM",),
+        Head.score: (f"{name}ForSequenceClassification",),
+        Head.none: (f"{name}Model",),
+    }
+
+
+def _read_causal(values: Values) -> dict[str, object]:
+    if values.get("is_causal", True):
+        return {}
+    if any(str(name).endswith("ForSequenceClassification") for name in values.get("architectures") or ()):
+        raise ConfigError("is_causal=false is not supported for a model that scores texts")
+    return {"shape": Shape.encoder}
+
+
+def _write_causal(config: ModelConfig) -> dict[str, object]:
+    if config.shape is not Shape.encoder:
+        return {}
+    if "model_type" not in config.extra or config.head is Head.score:  # older readers take no notice of the key
+        raise ConfigError("an encoder is written as a decoder only if it was read as one")
+    return {"is_causal": False}
+
+
+def _check_width(config: ModelConfig) -> dict[str, object]:
+    if config.n_embd % config.n_head:  # transformers 5 refuses that, although head_dim may be another number
+        raise ConfigError("hidden_size must be a multiple of num_attention_heads")
+    return {}
+
+
+CAUSAL = Codec(_read_causal, _write_causal, ("is_causal",))  # of transformers: a decoder whose tokens see all others
+WIDTH = Codec(lambda values: {}, _check_width, ())
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    architectures={**_classes("GPT2"), Head.linear: ("GPT2LMHeadModel",)},
+    fixed={},
+    fields={
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "intermediate_size": "n_inner",
+        "vocab_size": "vocab_size",
+        "max_seq_len": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+        "activation": "activation_function",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    },
+    constants={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    defaults={
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+    },
+    weights=_gpt2,
+    codecs=(CAUSAL,),
+    dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    prefix="transformer.",
+    ties=(("lm_head.weight", "transformer.wte.weight"),),
+    synonyms=(
+        ("hidden_size", "n_embd"),
+        ("max_position_embeddings", "n_positions"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+    ),
+)
+LLAMA = Family(
+    model_type="llama",
+    architectures=_classes("Llama"),
+    fixed={
+        "position": Position.rotary,
+        "norm": Norm.rmsnorm,
+        "gated_mlp": True,
+        "bias": False,
+    },
+    fields={
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "n_embd": "hidden_size",
+        "head_dim": "head_dim",
+        "intermediate_size": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "max_seq_len": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "activation": "hidden_act",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_std": "initializer_range",
+    },
+    constants={"mlp_bias": False},
+    defaults={
+        "attention_bias": False,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    },
+    weights=_llama,
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, WIDTH),
+    prefix="model.",
+    ties=TIED,
+)
+UNBIASED = replace(LLAMA, fixed={**LLAMA.fixed, "qkv_bias": False}, codecs=(ROPE, CAUSAL))
+
+
+def _check_layer_types(values: Values) -> dict[str, object]:
+    kinds = values.get("layer_types")
+    if kinds is not None and (len(kinds) != values["num_hidden_layers"] or {*kinds} != {"full_attention"}):
+        raise ConfigError(f"layer_types={kinds!r} is not supported without a window")
+    return {}
+
+
+FULL = Codec(_check_layer_types, lambda config: {}, ("layer_types", "sliding_window", "max_window_layers"))
+MISTRAL = replace(
+    UNBIASED,
+    model_type="mistral",
+    architectures=_classes("Mistral"),
+    fields={**LLAMA.fields, "window": "sliding_window"},
+    constants={},
+    defaults={**LLAMA.defaults, "num_key_value_heads": 8, "sliding_window": 4096},
+    codecs=(ROPE, CAUSAL),
+)
+QWEN2 = replace(
+    UNBIASED,
+    model_type="qwen2",
+    architectures=_classes("Qwen2"),
+    fixed={**UNBIASED.fixed, "qkv_bias": True},
+    constants={"use_sliding_window": False},
+    defaults={**LLAMA.defaults, "num_key_value_heads": 32},
+    codecs=(ROPE, CAUSAL, FULL),
+)
+QWEN3 = replace(
+    UNBIASED,
+    model_type="qwen3",
+    architectures=_classes("Qwen3"),
+    fixed={**UNBIASED.fixed, "qk_norm": True},
+    constants={"attention_bias": False, "use_sliding_window": False},
+    defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
+    codecs=(ROPE, CAUSAL, FULL),
+)

@@ -1,0 +1,113 @@
+"""Gemma 3, the decoder of texts: windows in most layers, norms before and after each part."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from genai_pl.config.enums import Head, NormOrder
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.decoders import CAUSAL, LLAMA, UNBIASED, WIDTH, lm_head, projections
+from genai_pl.models.hf.families.family import Codec, Values, Weight, one
+from genai_pl.models.hf.families.rope import TWO_ROPES
+
+
+def _gemma3(config: ModelConfig) -> Iterator[Weight]:
+    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    norms = {
+        "input_layernorm": "norm1",
+        "post_attention_layernorm": "norm1_after",
+        "pre_feedforward_layernorm": "norm2",
+        "post_feedforward_layernorm": "norm2_after",
+        "self_attn.q_norm": "attention.q_norm",
+        "self_attn.k_norm": "attention.k_norm",
+    }
+    yield one("model.embed_tokens", "embed")
+    yield one("model.norm", "norm", offset=1.0)  # it multiplies by 1 + weight
+    for name, norm in norms.items():
+        yield one(f"{theirs}.{name}", f"{ours}.{norm}", offset=1.0)
+    yield from projections(config)
+    yield from lm_head(config)
+
+
+def _read_gemma3(values: Values) -> dict[str, object]:
+    n, kinds = values["num_hidden_layers"], values.get("layer_types")
+    pattern = values["sliding_window_pattern"]
+    if kinds is None:
+        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n)]
+    elif len(kinds) != n or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"layer_types={kinds!r} must say full_attention or sliding_attention for each of {n} layers")
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else max(pattern, n + 1)
+    if [kind == "full_attention" for kind in kinds] != [(i + 1) % every == 0 for i in range(n)]:
+        raise ConfigError(f"layer_types={kinds!r} without a period are not supported")
+    if values["sliding_window"] is None and "sliding_attention" in kinds:
+        raise ConfigError("sliding_window=None is not supported where layer_types has sliding_attention")
+    window = {"window": values["sliding_window"], "full_every": every if values["sliding_window"] else None}
+    return {**window, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
+
+
+def _write_gemma3(config: ModelConfig) -> dict[str, object]:
+    if config.window is None:
+        raise ConfigError("Gemma 3 needs model.window")
+    scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
+    if abs(scalar - round(scalar)) > 1e-6:
+        raise ConfigError("Gemma 3's query_pre_attn_scalar is an integer")
+    every = config.full_every or config.n_layer + 1
+    full = [(i + 1) % every == 0 for i in range(config.n_layer)]
+    return {
+        "sliding_window": config.window,
+        "sliding_window_pattern": every,
+        "layer_types": ["full_attention" if here else "sliding_attention" for here in full],
+        "query_pre_attn_scalar": round(scalar),
+    }
+
+
+GEMMA3 = replace(
+    UNBIASED,
+    model_type="gemma3_text",
+    architectures={
+        Head.linear: ("Gemma3ForCausalLM",),
+        Head.score: ("Gemma3TextForSequenceClassification",),
+        Head.none: ("Gemma3TextModel",),
+    },
+    fixed={
+        **UNBIASED.fixed,
+        "qk_norm": True,
+        "norm_order": NormOrder.sandwich,
+        "scale_embeddings": True,
+    },
+    fields={
+        **LLAMA.fields,
+        "activation": "hidden_activation",
+        "logit_softcap": "final_logit_softcapping",
+    },
+    # transformers 5 reads attn_logit_softcapping, and its attention does not get to know it
+    constants={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "final_logit_softcapping": None,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 256,
+    },
+    weights=_gemma3,
+    codecs=(
+        TWO_ROPES,
+        CAUSAL,
+        WIDTH,
+        Codec(
+            _read_gemma3,
+            _write_gemma3,
+            (
+                "sliding_window",
+                "sliding_window_pattern",
+                "layer_types",
+                "query_pre_attn_scalar",
+            ),
+        ),
+    ),
+)

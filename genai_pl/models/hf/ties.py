@@ -1,0 +1,37 @@
+"""Which tensors of a folder are one: what config.json says, as far as the file agrees."""
+
+import logging
+from dataclasses import replace
+
+from genai_pl.config.enums import Head
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.family import Family
+from genai_pl.models.hf.folder import TensorFiles
+
+log = logging.getLogger(__name__)
+
+
+def settle(family: Family, config: ModelConfig, stored: TensorFiles) -> ModelConfig:
+    """The configuration with a head as the file has it, where one tensor is read for two that are tied.
+
+    As transformers 5 does: two that are stored and differ are not tied, whatever config.json says, and of two that are
+    tied the file may leave out either.
+    """
+    if config.head in (Head.none, Head.score) or not (config.tie_embeddings or family.always_ties):
+        return config
+    for name, source in family.ties:
+        if name not in stored or source not in stored:
+            if name in stored:
+                stored.alias(source, name)
+            elif source in stored:
+                stored.alias(name, source)
+        elif not stored.equal(name, source):
+            if name.endswith(".bias"):
+                stored.alias(source, name)  # which is the one that is added
+            elif name != family.ties[0][0]:
+                raise ConfigError(f"tensors {name} and {source} differ, and are one here")
+            elif config.tie_embeddings:
+                config = replace(config, tie_embeddings=False)
+                log.warning("%s: %s is not %s, and is used", stored.folder, name, source)
+    return config

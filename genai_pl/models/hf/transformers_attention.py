@@ -1,0 +1,113 @@
+"""Our attention as transformers calls it, and masks that are rules instead of tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import ConfigError
+from genai_pl.kernels import AttentionMask, attention
+from genai_pl.models.virtual_tokens import NOTHING, Front
+
+NAME = "genai_pl"  # under which transformers knows our attention
+# what some layers hand to every attention, and what their own does not calculate with either
+INERT = {
+    "is_causal",  # the mask says it
+    "sliding_window",  # likewise
+    "position_ids",  # already in the queries and keys
+    "use_cache",
+    "output_attentions",  # which nobody asks for
+}
+# of a mask: sizes are those of the queries and keys, and we give ones for the mask of padding
+INERT_IN_MASKS = {
+    "batch_size",
+    "q_length",
+    "q_offset",
+    "kv_offset",
+    "attention_mask",
+    "allow_is_causal_skip",
+    "allow_is_bidirectional_skip",
+    "dtype",
+    "device",
+}
+
+
+class Packing(NamedTuple):
+    """What goes through a model of transformers to each attention beside its own arguments."""
+
+    segments: Tensor | None  # (B, S)
+    backend: str
+    front: Front = NOTHING
+
+
+def register() -> None:
+    """Tell transformers about our attention, and about masks that are rules instead of tensors."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, rules)
+
+
+def rules(
+    *,
+    mask_function: object,
+    config: object,
+    use_vmap: bool = False,
+    local_size: int | None = None,
+    kv_length: int = 0,
+    **others: object,
+) -> AttentionMask | None:
+    """The mask of layers, if it is causal, with or without a window; else None, which `attend` refuses.
+
+    Some models make masks that no layer is given: not here is one told from the other.
+    """
+    refuse_unknown(config.model_type, "a mask", others, INERT_IN_MASKS)
+    if use_vmap or local_size == 0:
+        return None
+    far = max(2 * (local_size or 4), kv_length)
+    key = torch.arange(far + 1)
+    query = torch.tensor([[0], [far // 2], [far]])
+    want = (key <= query) if local_size is None else (key <= query) & (query - key < local_size)
+    try:
+        is_ours = torch.equal(mask_function(0, 0, query, key).expand_as(want), want)
+    except (RuntimeError, IndexError):  # it looks at more than places
+        is_ours = False
+    return AttentionMask(causal=True, window=local_size) if is_ours else None
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: AttentionMask,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    packing: Packing | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """(B, T, H, D), as transformers' attention functions give it; ConfigError for an argument that ours does not take."""
+    refuse_unknown(type(module).__name__, "attention", others, INERT)
+    if packing is None:
+        raise ConfigError(f"{type(module).__name__} does not hand its arguments on to attention")
+    if not isinstance(attention_mask, AttentionMask):
+        raise ConfigError(f"{type(module).__name__} has masks other than causal ones and windows")
+    front, window = packing.front, attention_mask.window
+    if front.layers is not None:
+        new = front.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
+        k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
+    shared = None if window is None and packing.segments is None else front.shared
+    mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
+    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
+
+
+def refuse_unknown(architecture: str, to: str, given: dict[str, object], known: set[str]) -> None:
+    """ConfigError for an argument with a value that nobody here calculates with."""
+    unknown = sorted(name for name, value in given.items() if name not in known and value is not None)
+    if unknown:
+        raise ConfigError(f"{architecture} gives {to} {', '.join(unknown)}, which ours does not take")

@@ -1,0 +1,218 @@
+"""Any causal language model of transformers, with our attention in it and the interface of our decoder around it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.config.enums import AttentionBackend, AttentionKind, Head, Shape
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.kernels import positions_from_segments
+from genai_pl.models.hf.transformers_attention import NAME, Packing, register
+from genai_pl.models.hf.transformers_check import check, refusal
+from genai_pl.models.hf.transformers_sizes import check_counts, check_sizes
+from genai_pl.models.kv_cache import WrappedCache
+from genai_pl.models.virtual_tokens import Front, VirtualTokens, front_of
+from genai_pl.plugins import ADVICE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class WrappedConfig:
+    """What the rest of the code asks of a configuration, read from transformers' own."""
+
+    vocab_size: int
+    max_seq_len: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_kv_head: int
+    head_dim: int
+    init_std: float
+    values: dict[str, object]  # transformers' configuration
+    attention: AttentionBackend = AttentionBackend.auto
+    dropout: float = 0.0
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    window: int | None = None
+    n_decoder_layer: int | None = None
+    shape: Shape = Shape.decoder
+    head: Head = Head.linear
+    attention_kind: AttentionKind = AttentionKind.full
+    tie_embeddings: bool = False
+    writes: bool = True
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
+
+    @property
+    def embedding_size(self) -> int:
+        return self.n_embd
+
+    def to_dict(self) -> dict[str, object]:
+        """What a checkpoint stores."""
+        return {"wrapped": self.values, "eos_token_ids": list(self.eos_token_ids)}
+
+
+class WrappedDecoder(nn.Module):
+    """A decoder whose layers are transformers'; segment ids reach our attention as an argument of every layer."""
+
+    def __init__(self, inner: "PreTrainedModel", *, attention: AttentionBackend = AttentionBackend.auto) -> None:
+        super().__init__()
+        self.inner = inner
+        self.transform, self.embed_proj = nn.Identity(), nn.Identity()
+        self.virtual: VirtualTokens | None = None
+        self.max_length, self.embed_scale, values = None, None, inner.config.get_text_config(decoder=True)
+        self.config = WrappedConfig(
+            vocab_size=inner.get_input_embeddings().weight.shape[0],
+            max_seq_len=values.max_position_embeddings,
+            n_layer=values.num_hidden_layers,
+            n_head=values.num_attention_heads,
+            n_embd=values.hidden_size,
+            n_kv_head=getattr(values, "num_key_value_heads", None) or values.num_attention_heads,
+            init_std=getattr(values, "initializer_range", 0.02),
+            head_dim=getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads,
+            values=inner.config.to_dict(),
+            attention=attention,
+            logit_softcap=getattr(values, "final_logit_softcapping", None),
+        )
+
+    @property
+    def embed(self) -> nn.Embedding:
+        """The embedding of the tokens."""
+        return self.inner.get_input_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The layer that makes logits."""
+        return self.inner.get_output_embeddings()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers: the longest list of modules in the model."""
+        return max((m for m in self.inner.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=len)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
+        """Logits (B, T, V)."""
+        return self.logits(self.features(input_ids, segment_ids, **given))
+
+    def features(
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: WrappedCache | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances."""
+        B, T = input_ids.shape
+        past = 0 if cache is None else cache.length
+        front = self._front(enters=past == 0)
+        if cache is not None:
+            segment_ids = cache.segments(segment_ids, B, T, input_ids.device)
+        if segment_ids is None:
+            positions = torch.arange(past + T, device=input_ids.device).expand(B, -1)
+        else:
+            positions = positions_from_segments(segment_ids)
+        segments, positions = front.before(segment_ids, positions, explicit=False)
+        x = front.put(self.embed(input_ids))
+        n_keys = past + T + (0 if front.layers is not None else front.n)
+        hidden = self.inner.base_model(
+            inputs_embeds=x,
+            # ones: else transformers looks for packed documents in the positions, and builds masks of its own
+            attention_mask=torch.ones(B, n_keys, dtype=torch.long, device=input_ids.device),
+            position_ids=positions[:, -x.shape[1] :],
+            past_key_values=None if cache is None else cache.inner,
+            use_cache=cache is not None,
+            packing=Packing(segments, self.config.attention.value, front),
+        ).last_hidden_state
+        if cache is not None:
+            cache.length += T
+        return hidden[:, front.n_queries :]
+
+    def _front(self, *, enters: bool) -> Front:
+        """The virtual tokens: embeddings enter once, keys and values are given again, as transformers' cache has only its own."""
+        front = front_of(self.virtual, enters=True)
+        return front if enters else front._replace(embeddings=None)
+
+    def to_head(self, hidden: Tensor) -> Tensor:
+        """What `lm_head` multiplies."""
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def tie_weights(self) -> None:
+        """As transformers ties them."""
+        self.inner.tie_weights()
+
+    def new_cache(self, batch_size: int, max_length: int) -> WrappedCache:
+        """An empty cache."""
+        return WrappedCache(max_length)
+
+
+def load_wrapped(
+    name: str, *, dtype: torch.dtype = torch.float32, attention: AttentionBackend = AttentionBackend.auto
+) -> WrappedDecoder:
+    """The causal language model of a Hugging Face folder or hub id, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    try:
+        inner, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
+        if NAME in str(error):
+            raise refusal(name, "it takes no attention but its own") from None
+        advice = ADVICE if "does not recognize this architecture" in str(error) else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
+    if found["missing_keys"]:  # transformers would draw them
+        raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
+    try:
+        model = WrappedDecoder(inner.eval(), attention=attention)
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # RuntimeError: a size that every layer has for itself
+        reason = f"its configuration does not give the sizes of a decoder ({str(error).partition('. ')[0]})"
+        raise refusal(name, reason) from None
+    return check(model, name)
+
+
+def build_wrapped(
+    values: dict[str, object],
+    stored: Mapping[str, Tensor] | None = None,
+    *,
+    attention: AttentionBackend = AttentionBackend.auto,
+) -> WrappedDecoder:
+    """The same from a configuration as `WrappedConfig.to_dict` stores it, with weights still to be loaded.
+
+    ConfigError where it is no configuration, or asks for more memory than weights that are `stored` with it bear out.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    try:
+        config = AutoConfig.for_model(**values)
+        if stored is not None:
+            check_counts(config.to_dict(), len(stored))
+            with torch.device("meta"):
+                check_sizes(AutoModelForCausalLM.from_config(config, attn_implementation=NAME), stored)
+    except ConfigError:
+        raise
+    except Exception as error:  # anybody's code, given anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"its configuration is none that transformers builds ({reason})") from None
+    inner = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=False)
+    return WrappedDecoder(inner, attention=attention)
+
+
+def save_wrapped(model: WrappedDecoder, folder: Path) -> str:
+    """Write the folder as transformers does; returns the name of the class that reads it."""
+    model.inner.save_pretrained(folder)
+    return type(model.inner).__name__

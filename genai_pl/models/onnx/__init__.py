@@ -1,0 +1,1 @@
+"""ONNX graphs of models: export, quantization, and decoders run by ONNX Runtime."""

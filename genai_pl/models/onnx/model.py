@@ -1,0 +1,163 @@
+"""A folder of ONNX graphs with the interface of our decoders, run by ONNX Runtime: decoding and serving see no difference."""
+
+import hashlib
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.config.enums import Shape
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.hf.config import read_config
+from genai_pl.models.onnx.export import DECODER, ENCODER, MODEL, past_names, source_names
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+
+class OnnxCache:
+    """The keys and values of the past as the graph gave them, with the interface of `KVCache`."""
+
+    def __init__(self, batch_size: int, max_length: int, past: list[Tensor]) -> None:
+        self.max_length, self.length = max_length, 0
+        self.past = past  # key and value (B, K, P, D) of each layer in turn
+        self.mask = torch.ones(batch_size, 0, dtype=torch.long)  # (B, P), 0 where padding is
+
+    @property
+    def n_text(self) -> int:
+        """Tokens that it holds."""
+        return self.length
+
+    def seen(self, segment_ids: Tensor | None, n_new: int) -> Tensor:
+        """The mask (B, P + T) with new tokens; those without ids are like the last ones before them."""
+        if self.length + n_new > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")
+        if segment_ids is None:
+            segment_ids = self.mask[:, -1:] if self.length else torch.ones(len(self.mask), 1, dtype=torch.long)
+        return torch.cat([self.mask, segment_ids.cpu().long().expand(-1, n_new)], dim=1)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Reorder, repeat or drop rows of the batch, (B',) indices."""
+        rows = rows.cpu()
+        self.past = [tensor[rows] for tensor in self.past]
+        self.mask = self.mask[rows]
+
+    reorder = keep_rows
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens; fewer than it has."""
+        self.length -= n
+        self.past = [tensor[:, :, : self.length].contiguous() for tensor in self.past]
+        self.mask = self.mask[:, : self.length]
+
+
+class OnnxDecoder(nn.Module):
+    """`features` are logits already; rows are one text each, padded on the left where segment_ids is 0."""
+
+    def __init__(self, config: ModelConfig, session: "InferenceSession", digest: bytes = b"") -> None:
+        super().__init__()
+        self.config, self.session = config, session
+        self.embed = nn.Embedding(config.vocab_size, 0)  # the graph has the weights: this says where tokens are
+        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))  # what tells models apart
+        self.names = past_names(config.n_decoder_layer or config.n_layer)
+        types = {given.name: given.type for given in session.get_inputs()}
+        self.dtype = torch.float16 if types[self.names[0]] == "tensor(float16)" else torch.float32
+        self.source: dict[str, Tensor] = {}  # what else the graph reads, of each row
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V)."""
+        return self.features(input_ids, segment_ids)
+
+    def features(
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: OnnxCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) in float32 of tokens that follow those in the cache, which advances."""
+        B, T = input_ids.shape
+        cache = self.new_cache(B, T) if cache is None else cache
+        mask = cache.seen(segment_ids, T)
+        given = {"input_ids": input_ids.cpu(), "attention_mask": mask, **self.source}
+        given |= dict(zip(self.names, cache.past, strict=True))
+        logits, *cache.past = run(self.session, given)
+        cache.mask, cache.length = mask, cache.length + T
+        return logits.float().to(input_ids.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `features` gave."""
+        return hidden
+
+    def new_cache(self, batch_size: int, max_length: int) -> OnnxCache:
+        """An empty cache."""
+        size = (batch_size, self.config.n_kv_head, 0, self.config.head_dim)
+        return OnnxCache(batch_size, max_length, [torch.zeros(size, dtype=self.dtype) for _ in self.names])
+
+    def keep_rows(self, rows: Tensor) -> "OnnxDecoder":
+        """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
+        kept = copy(self)
+        kept.source = {name: tensor[rows.cpu()] for name, tensor in self.source.items()}
+        return kept
+
+
+class OnnxEncoderDecoder(nn.Module):
+    """An encoder's graph, and a decoder's that reads what it makes of a text."""
+
+    def __init__(self, encoder: "InferenceSession", decoder: OnnxDecoder) -> None:
+        super().__init__()
+        self.config, self.encoder, self.decoder = decoder.config, encoder, decoder
+
+    @property
+    def embed(self) -> nn.Embedding:
+        """The decoder's."""
+        return self.decoder.embed
+
+    def reading(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
+        """The decoder with one source (B, S), to decode from as from a decoder alone."""
+        mask = torch.ones_like(input_ids) if segment_ids is None else segment_ids.long()
+        _, *made = run(self.encoder, {"input_ids": input_ids.cpu(), "attention_mask": mask.cpu()})
+        names = source_names(self.config.n_decoder_layer)
+        reader = copy(self.decoder)
+        reader.source = {"encoder_attention_mask": mask.cpu(), **dict(zip(names, made, strict=True))}
+        return reader
+
+
+def run(session: "InferenceSession", given: dict[str, Tensor]) -> list[Tensor]:
+    """What a graph gives, which shares memory with nobody."""
+    found = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    return [torch.from_numpy(array) for array in found]
+
+
+def is_onnx(folder: Path) -> bool:
+    """Whether a folder holds graphs that `load_onnx` reads, and no weights of torch."""
+    names = (MODEL, DECODER)
+    return any((folder / name).is_file() for name in names) and not any(folder.glob("*.safetensors*"))
+
+
+def load_onnx(folder: Path) -> OnnxDecoder | OnnxEncoderDecoder:
+    """The model of a folder; CheckpointError if it has no cache to decode with."""
+    config, _ = read_config(folder / "config.json")
+    if not config.writes:
+        raise CheckpointError(f"{folder}: an ONNX model that writes no text; run {MODEL} with onnxruntime")
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.glob("*.onnx*")):
+        digest.update(file.read_bytes())
+    if config.shape is not Shape.encoder_decoder:
+        return OnnxDecoder(config, open_session(folder / MODEL), digest.digest()).eval()
+    decoder = OnnxDecoder(config, open_session(folder / DECODER), digest.digest())
+    return OnnxEncoderDecoder(open_session(folder / ENCODER), decoder).eval()
+
+
+def open_session(file: Path) -> "InferenceSession":
+    """ONNX Runtime on a graph, with as many threads as torch has."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ConfigError("an ONNX model needs onnxruntime: pip install -e '.[onnx]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own kinds have no common base
+        raise CheckpointError(f"{file}: ONNX Runtime refuses it ({str(error).splitlines()[0]})") from None

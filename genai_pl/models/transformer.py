@@ -1,0 +1,210 @@
+"""What decoder and encoder share: embeddings, a stack of blocks, and a head."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.config.enums import Head, NormOrder, Position
+from genai_pl.config.model import ModelConfig
+from genai_pl.errors import ConfigError
+from genai_pl.kernels import AttentionMask
+from genai_pl.models.block import Block
+from genai_pl.models.init import init_weights
+from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.layers import HeadTransform, OffsetEmbedding, Pooler, build_norm
+from genai_pl.models.positions import rotary, sinusoidal
+from genai_pl.models.relative_positions import RelativeBias
+from genai_pl.models.virtual_tokens import NOTHING, Front, VirtualTokens, distance_bias, front_of
+
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json, of the head that a folder had
+
+
+class Stack(nn.Module):
+    """input_ids (B, T) to hidden states (B, T, C), and those to logits (B, T, V)."""
+
+    causal: bool
+
+    def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ConfigError("model.vocab_size is not known: set it, or build the model with a tokenizer")
+        self.config = config
+        E = config.embedding_size
+        self.embed = nn.Embedding(config.vocab_size, E)
+        self.position = _build_added_positions(config)
+        self.types = nn.Embedding(config.n_token_types, E) if config.n_token_types else None
+        self.embed_norm = build_norm(config, E) if config.embed_norm else nn.Identity()
+        self.embed_proj = nn.Linear(E, config.n_embd) if config.n_embd != E else nn.Identity()
+        self.embed_scale = math.sqrt(config.n_embd) if config.scale_embeddings else None
+        self.rotary, self.rotary_local = _build_rotary(config)
+        self.relative = RelativeBias(config, causal=self.causal) if config.position is Position.relative else None
+        self.max_length = config.max_seq_len if config.position is Position.learned else None
+        self.n_alibi = config.n_head if config.position is Position.alibi else 0
+        self.virtual: VirtualTokens | None = None
+        self.dropout = nn.Dropout(config.dropout)
+        if config.share_layers:
+            self.blocks = nn.ModuleList([Block(config, 0, cross=cross)] * config.n_layer)
+        else:
+            self.blocks = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(config.n_layer))
+        self.windows = [_window(config, layer) for layer in range(config.n_layer)]
+        # a post-norm block ends in a norm of its own
+        self.norm = nn.Identity() if config.norm_order is NormOrder.post else build_norm(config, config.n_embd)
+        self.transform = HeadTransform(config) if config.head is Head.transform else nn.Identity()
+        self.pooler = Pooler(config.n_embd) if config.pooler else None
+        self.head_scale = config.n_embd**-0.5 if config.scale_head else None
+        self.logit_softcap = config.logit_softcap
+        self.lm_head = None
+        self.score = nn.Linear(config.n_embd, 1, bias=False) if config.head is Head.score else None
+        if config.head in (Head.linear, Head.transform):
+            width = E if config.head is Head.transform else config.n_embd
+            self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
+        init_weights(self, config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight where the configuration says so."""
+        if self.config.tie_embeddings and self.lm_head is not None:
+            self.lm_head.weight = self.embed.weight
+
+    def set_head(self, head: Head) -> None:
+        """Another head instead of the language model's: none, or a new one that scores whole texts."""
+        extra = {key: value for key, value in self.config.extra.items() if key not in LABELS}
+        self.config = replace(self.config, head=head, head_bias=False, extra=extra)
+        self.transform, self.lm_head = nn.Identity(), None
+        if head is Head.score and self.score is None:
+            self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
+            nn.init.zeros_(self.score.weight)  # random scores are as large as the states, and must be unlearned first
+
+    def to_head(self, hidden: Tensor) -> Tensor:
+        """What `lm_head` multiplies, (..., C or embedding_size), of hidden states (..., C)."""
+        if self.lm_head is None:
+            raise ConfigError("this model has no language-model head: it embeds or scores text")
+        hidden = self.transform(hidden)
+        return hidden if self.head_scale is None else hidden * self.head_scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        hidden = self.to_head(hidden)
+        logits = self.lm_head(hidden)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def embedded(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        put: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The input of the first block, (B, T, C); positions are (T,) or (B, T), token types 0 where none are given.
+
+        `put` adds virtual tokens to the embeddings: then there are more positions and types than input_ids.
+        """
+        x = self.embed(input_ids)
+        if self.embed_scale is not None:
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded to it, as Gemma's code does
+        if put is not None:
+            x = put(x)
+        if self.position is not None:
+            x = x + self.position(positions).to(x.dtype)
+        if self.types is not None:
+            zeros = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            x = x + self.types(zeros if token_type_ids is None else token_type_ids)
+        return self.embed_proj(self.dropout(self.embed_norm(x)))
+
+    def run(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        segments: Tensor | None,
+        *,
+        prefix: Tensor | None = None,
+        shared: Tensor | None = None,
+        front: Front = NOTHING,
+        **given: object,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after all blocks and the last norm; the S positions are the keys', x are the last T."""
+        T = x.shape[1]
+        seen = front.shared if shared is None else shared
+        rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
+        # where nothing is hidden from later tokens, they see what is in front anyway
+        masks = {
+            w: AttentionMask(window=w, shared=None if w is None and segments is None else seen, **rules)
+            for w in set(self.windows)
+        }
+        tables = {w: self._rotary_table(w, positions[..., -T:]) for w in set(self.windows)}
+        given["bias"] = self._bias(T, positions, by_position=seen is not None and segments is not None)
+        for n, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            virtual = None if front.layers is None else front.layers[n]
+            x = block(x, masks[window], rotary=tables[window], virtual=virtual, **given)
+        return self.norm(x)
+
+    def front(self, *, enters: bool) -> Front:
+        """The virtual tokens before each row, whose embeddings or keys and values are needed if it enters with this call."""
+        return front_of(self.virtual, enters=enters)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for this model's device and dtype, autocast's where that is on; virtual tokens have room too."""
+        n_virtual = self.front(enters=False).n
+        if n_virtual:
+            longest = max_length + n_virtual
+            max_length = longest if self.max_length is None else min(longest, max(max_length, self.max_length))
+        weight = self.embed.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache(self.config, batch_size, max_length, device=weight.device, dtype=dtype)
+
+    def check_length(self, length: int) -> None:
+        """ConfigError for more tokens than there are learned positions."""
+        # past the table, a CPU raises IndexError and a GPU dies in a device-side assertion
+        if self.max_length is not None and length > self.max_length:
+            raise ConfigError(
+                f"{length} tokens are more than model.max_seq_len ({self.max_length}), where learned positions end: "
+                "shorten the text, or train with a greater model.max_seq_len or with model.position=rotary"
+            )
+
+    def _bias(self, T: int, positions: Tensor, *, by_position: bool) -> Tensor | None:
+        """What is added to the scores of the last T of S keys, (B or 1, H, T, S); None where nothing is, or slopes do it.
+
+        by_position: tokens may lie elsewhere in the row than their positions say.
+        """
+        if not by_position:
+            return None if self.relative is None else self.relative(T, positions.shape[-1])
+        return distance_bias(self.relative, self.n_alibi, positions, T)
+
+    def _rotary_table(self, window: int | None, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        table = self.rotary if window is None else self.rotary_local
+        return None if table is None else table(positions)
+
+
+def _window(config: ModelConfig, layer: int) -> int | None:
+    """The window of a layer: every `full_every`th layer has none."""
+    full = config.full_every is not None and (layer + 1) % config.full_every == 0
+    return None if full else config.window
+
+
+def _build_added_positions(config: ModelConfig) -> nn.Embedding | partial | None:
+    """What is added to the embeddings; the other kinds act in attention."""
+    if config.position is Position.learned:
+        if config.position_offset:
+            return OffsetEmbedding(config.max_seq_len, config.embedding_size, offset=config.position_offset)
+        return nn.Embedding(config.max_seq_len, config.embedding_size)
+    if config.position is Position.sinusoidal:
+        return partial(sinusoidal, n_embd=config.embedding_size)
+    return None
+
+
+def _build_rotary(config: ModelConfig) -> tuple[partial | None, partial | None]:
+    """What turns queries and keys, in layers without and with a window."""
+    if config.position is not Position.rotary:
+        return None, None
+    table = partial(rotary, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+    if config.rope_theta_local is None:
+        return table, table
+    return table, partial(rotary, head_dim=config.head_dim, theta=config.rope_theta_local)

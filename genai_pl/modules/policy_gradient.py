@@ -1,0 +1,137 @@
+"""Reinforcement learning on completions: write, judge, learn from it in minibatches, write again."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from genai_pl.errors import ConfigError
+from genai_pl.modules.base import Batch, Metrics
+from genai_pl.modules.columns import Column
+from genai_pl.modules.rollout import Experience, Rollout, passes, take
+from genai_pl.modules.rollout_module import SHOWN, Means, WritingModule
+
+
+class RLModule(WritingModule):
+    """One batch of prompts is one rollout and `epochs` passes over it, each of as many optimizer steps as it has minibatches.
+
+    What is drawn depends on the seed, the step and the rank alone, so that a resumed run draws the same.
+    """
+
+    # the loss of a policy is no measure of what it has learned: GRPO's is 0 at the first step of every rollout
+    columns = (
+        Column("objective/scores", "reward", "{:8.4f}"),
+        Column("objective/kl", "KL", "{:8.4f}"),
+        Column("objective/response_length", "length", "{:7.1f}"),
+    )
+    loss_falls = False
+    critic_name: str | None = None  # a model of its own that judges states; set by whoever builds the run
+
+    def __init__(
+        self,
+        *args: object,
+        epochs: int,
+        minibatch_size: int | None,
+        max_kl: float | None,
+        **writing: object,
+    ) -> None:
+        super().__init__(*args, **writing)
+        for name, value in {"minibatch_size": minibatch_size, "epochs": epochs}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        if max_kl is not None and not max_kl > 0:
+            raise ConfigError(f"objective.max_kl must be above 0, not {max_kl}")
+        self.automatic_optimization = False
+        self.epochs, self.minibatch_size, self.max_kl = epochs, minibatch_size, max_kl
+        if minibatch_size is not None and minibatch_size % self.group_size:
+            self.share_prompts = False  # a row is learned from in one piece
+        self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
+
+    @abstractmethod
+    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
+
+    @abstractmethod
+    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
+        """The loss of some rows as a sum, and sums over their tokens."""
+
+    @abstractmethod
+    def divisor(self, part: Experience) -> Tensor:
+        """By what the loss of a minibatch is divided, which is added up over ranks."""
+
+    def step(self, batch: Batch) -> Metrics:
+        raise NotImplementedError("rollouts are learned from in training_step")
+
+    def n_updates(self, prompts: int) -> int:
+        """How many optimizer steps a rollout of so many prompts is good for."""
+        n = prompts * self.group_size
+        return self.epochs * -(-n // (self.minibatch_size or n))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        judged = self.write_and_judge(batch, self.group_size, self._generator())
+        batch["input_ids"] = judged.rollout.batch["input_ids"]  # what the monitor counts
+        experience, means = self.learn(judged.rollout, judged.scores)
+        self.examples = judged.examples(experience["kl"], SHOWN)
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        sums: Metrics = {}
+        for part in self._minibatches(experience):
+            optimizer.zero_grad()
+            divisor = self._over_ranks(self.divisor(part).float()).clamp(min=1)
+            found = self._backward(part, self.trainer.world_size / divisor)
+            if sums and self._too_far(found["policy/approxkl"], part["mask"]):
+                optimizer.zero_grad()
+                break
+            loss = found["loss"]
+            self.window = {"loss": loss}  # with the norm of the gradient, what must be finite
+            self.configure_gradient_clipping(optimizer.optimizer, self.clip_norm)
+            optimizer.step()
+            schedule.step()
+            found |= {"loss": loss / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
+            sums = _added(sums, found)
+        self._log_later(means, sums)
+
+    def _backward(self, part: Experience, factor: Tensor) -> Metrics:
+        """Add up the gradient of a minibatch pass by pass; the sums over its tokens, and its loss."""
+        sums: Metrics = {}
+        for _, few in passes(part, self.rows_at_once(part)):
+            loss, found = self.loss(few)
+            self.manual_backward(loss * factor)
+            sums = _added(sums, {**found, "loss": loss.detach()})
+        return sums
+
+    def _log_later(self, means: Means, sums: Metrics) -> None:
+        tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
+        self.means = {**means, **{name: (value, tokens) for name, value in sums.items()}}
+        self.means["loss"] = loss, updates / self.trainer.world_size  # each rank has a part of the sum
+        self.means["policy/updates"] = updates, 1
+
+    def _too_far(self, kl: Tensor, mask: Tensor) -> bool:
+        """Whether the policy has moved so far from the one that wrote that the rollout teaches it no more."""
+        if self.max_kl is None:
+            return False
+        return bool(self._over_ranks(kl) > self.max_kl * self._over_ranks(mask.sum()))
+
+    def step_metrics(self) -> dict[str, float]:
+        """Means over the last rollout, over all ranks."""
+        parts = [[float(part) for part in mean] for mean in self.means.values()]
+        sums, counts = self._over_ranks(torch.tensor(parts, dtype=torch.float64, device=self.device)).unbind(1)
+        means = dict(zip(self.means, (sums / counts.clamp(min=1)).tolist(), strict=True))
+        return {k if "/" in k else f"train/{k}": v for k, v in means.items()}
+
+    def _generator(self) -> torch.Generator:
+        number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
+        return torch.Generator(self.device).manual_seed(number)
+
+    def _minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """`epochs` passes in drawn orders, the same on every rank."""
+        n, completions = len(experience["input_ids"]), len(experience["mask"])
+        size = (self.minibatch_size or completions) * n // completions
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
+        for _ in range(self.epochs):
+            for rows in torch.randperm(n, generator=generator).split(size):
+                yield take(experience, rows.to(self.device), n)
+
+
+def _added(sums: Metrics, found: Metrics) -> Metrics:
+    return {name: sums.get(name, 0) + value for name, value in found.items()}

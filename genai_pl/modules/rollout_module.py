@@ -1,0 +1,152 @@
+"""A policy that writes in training: completions of prompts, what they are worth, and how likely they were."""
+
+import torch
+from torch import Tensor
+
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.errors import ConfigError
+from genai_pl.models import Model
+from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
+from genai_pl.modules.reference import Reference
+from genai_pl.modules.rollout import Example, Experience, Judged, Reward, Rollout, at_places, passes, put_back, write
+from genai_pl.objectives import Vocabulary, token_entropy
+from genai_pl.objectives.prompts import PromptCollator
+
+Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
+SHOWN = 4  # completions of a rollout that people may read
+
+
+class WritingModule(BaseModule):
+    """A module that answers prompts and has its answers judged; a subclass learns from them."""
+
+    shapes = ("decoder",)
+    data_kind = "prompts"
+    needs_reward = True
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        vocabulary: Vocabulary,
+        seed: int,
+        optimizer: object,
+        schedule: object,
+        reward: str | list[str] | None,
+        reward_weights: list[float] | None,
+        group_size: int,
+        micro_batch_size: int | None,
+        max_new_tokens: int,
+        temperature: float,
+        missing_eos_penalty: float,
+    ) -> None:
+        super().__init__(model, optimizer=optimizer, schedule=schedule)
+        if vocabulary.end is None and not model.config.eos_token_ids:
+            raise ConfigError("the tokenizer has no end token: completions could not end")
+        sizes = {"group_size": group_size, "micro_batch_size": micro_batch_size, "max_new_tokens": max_new_tokens}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
+        self.vocabulary, self.seed = vocabulary, seed
+        self.group_size, self.micro_batch_size = group_size, micro_batch_size
+        self.share_prompts = group_size > 1 and shares_beginnings(model)
+        self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
+        self.missing_eos_penalty = missing_eos_penalty
+        self.examples: list[Example] = []  # of the last rollout
+        self.reference = Reference(model)
+        self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
+        self.reward_weights = reward_weights
+        self.reward: Reward  # set by whoever builds the run
+        self.decode: object  # tokens to text, likewise
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
+        judged = self.write_and_judge(batch, 1, generator)
+        rollout, kl = judged.rollout, self.distance(judged.rollout)
+        if batch_idx == 0:
+            self.examples = judged.examples(kl, SHOWN)
+        found = {
+            "scores": judged.scores.nansum(),
+            "scored": (~judged.scores.isnan()).sum(),
+            "kl": kl.sum(),
+            "response_length": rollout.mask.sum(),
+            "ended": rollout.ended.sum(),
+            "targets": batch["targets"],
+        }
+        for name, value in found.items():
+            self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
+
+    def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """Means over all completions; of scores over those to which a reward applies."""
+        scored = sums.pop("scored").clamp(min=1)
+        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
+
+    def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> Judged:
+        """Completions of each prompt, next to each other, and their scores (N,): not a number where no reward applies."""
+        prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
+        columns = [row for row in batch["columns"] for _ in range(copies)]
+        as_given = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
+        ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
+        options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
+        options["share_prompts"] = self.share_prompts and copies > 1
+        with self.whole_model():
+            rollout = write(self.model, batch["prompts"], self.sampling, **options)
+        texts = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
+        asked, said = ([self.decode(row) for row in rows] for rows in (prompts, texts))
+        extra = {name: [row[name] for row in columns] for name in columns[0] if name != "prompt"}
+        given = torch.as_tensor(self.reward(asked, said, as_given, **extra), dtype=torch.float32)
+        if given.shape != (len(prompts),):
+            raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
+        scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        return Judged(rollout, asked, said, scores)
+
+    def distance(self, rollout: Rollout) -> Tensor:
+        """Log-probability of each completion under the policy minus that under the reference, (N,)."""
+        found = self.read(rollout)
+        return torch.where(rollout.mask, found["old"] - found["reference"], 0).sum(1)
+
+    @torch.no_grad()
+    def read(self, rollout: Rollout) -> Experience:
+        """For each token that was drawn, (N, L), `old` and `reference` log-probabilities, `entropy`, and what `states` adds."""
+        rows = {**rollout.batch, "places": rollout.places}
+        numbers, parts = [], []
+        for number, part in passes(rows, self.rows_at_once(rows)):
+            hidden = self.features(part)
+            found = {"entropy": self.entropy(hidden, part["labels"]), **self.states(part, hidden)}
+            found["old"] = token_logprobs(self.model, part, hidden=hidden)
+            with self.reference.of(self.model) as model:
+                found["reference"] = token_logprobs(model, part)
+            numbers.append(number)
+            parts.append({name: at_places(x, part["places"]) for name, x in found.items()})
+        return put_back(numbers, parts)
+
+    def features(self, part: Experience) -> Tensor:
+        """What the policy makes of rows, (R, T, C)."""
+        return self.model.features(part["input_ids"], part["segment_ids"], **shared_beginning(part))
+
+    def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of what the policy predicts at each label (R, T); hidden (R, T, C) are its features."""
+        head, model = self.model.lm_head, self.model
+        options = {"bias": head.bias, "softcap": model.config.logit_softcap}
+        return token_entropy(model.to_head(hidden), head.weight, labels, **options)
+
+    def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, entropy: Tensor) -> Means:
+        """Means over a rollout: kl is (N,), entropy (N, L)."""
+        n, tokens = len(scores), rollout.mask.sum()
+        return {
+            "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
+            "objective/kl": (kl.sum(), n),
+            "objective/entropy": (torch.where(rollout.mask, entropy, 0).sum(), tokens),
+            "objective/response_length": (tokens, n),
+            "objective/ended": (rollout.ended.sum(), n),
+        }
+
+    def states(self, part: Experience, hidden: Tensor) -> Experience:
+        """What else is to be known (R, T) of the states that the policy was in; hidden (R, T, C) are its features."""
+        return {}
+
+    def rows_at_once(self, rows: Experience) -> int:
+        """How many rows go through the model together."""
+        n = len(rows["input_ids"])
+        return n if self.micro_batch_size is None else max(1, self.micro_batch_size * n // len(rows["places"]))

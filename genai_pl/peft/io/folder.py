@@ -1,0 +1,130 @@
+"""Adapter folders: PEFT's layout, written and read; adapter_config.json and adapter_model.safetensors, never code."""
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from genai_pl.atomic_io import ADAPTER, write_atomic
+from genai_pl.config.enums import Position
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.hf.folder import read_json, write_json
+from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_of
+from genai_pl.peft.bitfit import bitfit
+from genai_pl.peft.bottleneck import bottleneck
+from genai_pl.peft.ia3 import ia3
+from genai_pl.peft.io.ia3 import read_ia3, write_ia3
+from genai_pl.peft.io.lora import read_lora, write_lora
+from genai_pl.peft.io.native import read_own, write_own
+from genai_pl.peft.io.tensors import Contents
+from genai_pl.peft.lora import lora
+from genai_pl.peft.prefix import prefix, read_prefix, write_prefix
+from genai_pl.peft.prompt import prompt, read_prompt, write_prompt
+from genai_pl.plugins import ADVICE
+
+log = logging.getLogger(__name__)
+
+XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # in transformers no layers, which alone PEFT wraps
+WEIGHTS = "adapter_model.safetensors"
+OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
+
+
+class Format(NamedTuple):
+    """How adapters of a kind are written and read."""
+
+    write: Callable[[nn.Module, Adapter], Contents]
+    read: Callable[[nn.Module, Contents], nn.Module]
+
+
+class Method(NamedTuple):
+    """How an adapter is made, and which kind of file holds it."""
+
+    make: Callable[..., nn.Module]
+    kind: str
+
+
+FORMATS = {  # by PEFT's name of the kind
+    "LORA": Format(write_lora, read_lora),
+    "IA3": Format(write_ia3, read_ia3),
+    "BOTTLENECK": Format(write_own, partial(read_own, method=bottleneck)),
+    "BITFIT": Format(write_own, partial(read_own, method=bitfit)),
+    "PROMPT_TUNING": Format(write_prompt, read_prompt),
+    "PREFIX_TUNING": Format(write_prefix, read_prefix),
+}
+METHODS = {  # what a checkpoint may ask for: the function, and PEFT's name of its kind
+    "lora": Method(lora, "LORA"),
+    "dora": Method(lora, "LORA"),
+    "ia3": Method(ia3, "IA3"),
+    "bottleneck": Method(bottleneck, "BOTTLENECK"),
+    "bitfit": Method(bitfit, "BITFIT"),
+    "prompt": Method(prompt, "PROMPT_TUNING"),
+    "prefix": Method(prefix, "PREFIX_TUNING"),
+}
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter | None = None) -> None:
+    """Write an adapter, by default the one that is trained, so that PEFT and `load_adapter` read it.
+
+    base: the folder or hub id of the model without adapters.
+    """
+    from safetensors.torch import save_file
+
+    adapter = _the_trained_one(model) if adapter is None else adapter
+    contents = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
+    attention = sorted({name for name in contents.config.get("target_modules") or () if name in XLNET_PARAMETERS})
+    if attention and getattr(model.config, "position", None) is Position.xl:
+        log.warning(
+            "adapter     PEFT finds no %s in transformers' XLNet, whose attention has bare parameters: genai_pl alone reads "
+            "this adapter whole (peft.target_modules=[up_proj,down_proj] suits both)",
+            ", ".join(attention),
+        )
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in contents.tensors.items()}
+    metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
+    config = {**contents.config, "base_model_name_or_path": base}
+    write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomic(folder / ADAPTER, lambda path: write_json(path, config))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapter of a folder around its layers, ours or PEFT's; CheckpointError if it cannot be."""
+    try:
+        config = read_json(folder / ADAPTER)
+        kind = str(config.get("peft_type"))
+        if kind not in FORMATS:
+            raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}{ADVICE}")
+        contents = _contents(folder / WEIGHTS, config)
+        return FORMATS[kind].read(model, contents)
+    except (CheckpointError, ConfigError) as error:
+        said = str(error)
+        raise CheckpointError(said if said.startswith(str(folder)) else f"{folder}: {said}") from None
+
+
+def _the_trained_one(model: nn.Module) -> Adapter:
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    trained = [layer.adapter for layer in layers if any(_is_trained(name, p) for name, p in layer.named_parameters())]
+    found = {id(adapter): adapter for adapter in trained} or {id(a): a for a in adapters_of(model)}
+    if len(found) != 1:
+        raise ConfigError(f"the model has {len(found)} adapters to choose from: name the one to write")
+    return next(iter(found.values()))
+
+
+def _is_trained(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and not name.startswith("base.")
+
+
+def _contents(file: Path, config: dict[str, object]) -> Contents:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        raise CheckpointError(f"no {file.name} in it (other formats: let PEFT save it again)")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            options = json.loads((opened.metadata() or {}).get(OPTIONS, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file.name} cannot be read ({error})") from None
+    return Contents(config, tensors, options)

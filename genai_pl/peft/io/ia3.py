@@ -1,0 +1,96 @@
+"""IA3 as PEFT writes it."""
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import TrainedCopy
+from genai_pl.peft.ia3 import IA3Linear, ia3, ones_like_output
+from genai_pl.peft.io.hf_names import PREFIX, Module, modules_of, short
+from genai_pl.peft.io.modules_to_save import fill_whole, kind_of, write_whole
+from genai_pl.peft.io.tensors import Contents, Tensors, check_neutral, common_config, fill, layer_of, make
+
+SCALE = "ia3_l"
+KINDS = (SCALE, "weight", "bias")
+UNDERSTOOD = ("feedforward_modules", "init_ia3_weights")
+
+
+def write_ia3(model: nn.Module, adapter: Adapter) -> Contents:
+    """The adapter in PEFT's layout; parts of a joined layer that have no scale get ones."""
+    tensors: dict[str, Tensor] = {}
+    on_input: list[str] = []
+    modules = modules_of(model)
+    adapted = [(module, [layer_of(site, adapter) for site in module.parts]) for module in modules]
+    adapted = [(module, layers) for module, layers in adapted if any(layer is not None for layer in layers)]
+    whole = [(module, layers) for module, layers in adapted if kind_of(module, layers) is TrainedCopy]
+    for module, layers in whole:
+        tensors |= {f"{PREFIX}{module.name}.{kind}": value for kind, value in write_whole(module, layers).items()}
+    adapted = [(module, layers) for module, layers in adapted if (module, layers) not in whole]
+    for module, layers in adapted:
+        tensors[f"{PREFIX}{module.name}.{SCALE}"] = _joined(module, layers)
+        on_input += [module.name] if any(layer is not None and layer.on_input for layer in layers) else []
+    names = [module.name for module, _ in adapted]
+    outputs = [name for name in names if name not in on_input]
+    strangers = [module.name for module in modules if module.name not in names]
+    inner = short(on_input, [*outputs, *strangers])
+    config = common_config(model, "IA3") | {
+        "target_modules": inner + short(outputs, [*on_input, *strangers]),
+        "feedforward_modules": inner,
+        "fan_in_fan_out": any(module.transposed for module, _ in adapted),
+        "init_ia3_weights": True,
+        "modules_to_save": [module.name for module, _ in whole] or None,
+    }
+    return Contents(config, tensors, adapter.options)
+
+
+def read_ia3(model: nn.Module, contents: Contents) -> nn.Module:
+    """The model with the adapter around it, ours or one that PEFT has written."""
+    check_neutral(contents.config, UNDERSTOOD)
+    modules = modules_of(model)
+    tensors = Tensors(contents, modules, KINDS)
+    options = _options(modules, tensors) if contents.options is None else contents.options
+    adapter = make(model, ia3, options)
+    for module in modules_of(model):
+        layers = [layer_of(site, adapter) for site in module.parts]
+        if any(isinstance(layer, TrainedCopy) for layer in layers):
+            fill_whole(module, layers, tensors)
+        elif any(layer is not None for layer in layers):
+            scale = tensors.take(module.name, SCALE).flatten()
+            parts = [scale] if any(layer is not None and layer.on_input for layer in layers) else module.split(scale)
+            for layer, part in zip(layers, parts, strict=True):
+                if layer is not None:
+                    fill(layer.scale, part, f"{SCALE} of {module.name}")
+    tensors.finish()
+    return model
+
+
+@torch.no_grad()
+def _joined(module: Module, layers: list[IA3Linear | None]) -> Tensor:
+    """(1, in) for a scale on the input, (out, 1) for one on the output."""
+    if any(layer is not None and layer.on_input for layer in layers):
+        if len(layers) > 1:
+            raise ConfigError(f"peft.feedforward_modules: {module.name} is one layer in transformers: scale its output")
+        return layers[0].scale[None]
+    places = zip(module.parts, layers, strict=True)
+    scales = [ones_like_output(site.inner) if layer is None else layer.scale for site, layer in places]
+    return torch.cat(scales)[:, None]
+
+
+def _options(modules: list[Module], tensors: Tensors) -> dict[str, object]:
+    """The options with which our IA3 has the layers of a file that PEFT wrote."""
+    here = tensors.of(modules, SCALE)
+    if not here:
+        raise CheckpointError("no layer of IA3 in it")
+    ours = [site.names[0] for module in here for site in module.parts]
+    inputs = [module for module in here if tensors.peek(module.name, SCALE).shape[0] == 1]
+    if any(len(module.parts) > 1 for module in inputs):
+        raise CheckpointError("it scales the input of a joined layer, which is not supported")
+    inner = [module.parts[0].names[0] for module in inputs]
+    every = [site.names[0] for module in modules for site in module.parts]
+    whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
+    return {
+        "modules_to_save": short(whole, [name for name in every if name not in whole]) or None,
+        "target_modules": short(ours, [name for name in every if name not in ours]),
+        "feedforward_modules": short(inner, [name for name in every if name not in inner]),
+    }

@@ -1,0 +1,120 @@
+"""LoRA and DoRA as PEFT writes them; a layer of theirs may stand for several of ours, as GPT-2's c_attn does."""
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.errors import CheckpointError
+from genai_pl.peft.adapter import Adapter
+from genai_pl.peft.adapter_layers import TrainedCopy
+from genai_pl.peft.io.hf_names import PREFIX, SHARED, Module, modules_of
+from genai_pl.peft.io.lora_config import (
+    Size,
+    as_plain_lora,
+    check_config,
+    options_of,
+    size_in,
+    size_of,
+    to_config,
+)
+from genai_pl.peft.io.modules_to_save import fill_whole, kind_of, write_whole
+from genai_pl.peft.io.tensors import Contents, Key, Tensors, common_config, fill, layer_of, make
+from genai_pl.peft.lora import LoRALinear, lora
+
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+KINDS = (A, B, MAGNITUDE, "weight", "bias")
+
+
+def write_lora(model: nn.Module, adapter: Adapter) -> Contents:
+    """The adapter in PEFT's layout: `c_attn` for q, k and v gets their A stacked and their B on a diagonal of blocks."""
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, Size] = {}
+    whole: list[Module] = []
+    options = as_plain_lora(adapter.options)
+    modules = modules_of(model)
+    for module in modules:
+        layers = [layer_of(site, adapter) for site in module.parts]
+        kind = kind_of(module, layers)
+        if kind is TrainedCopy:
+            whole.append(module)
+            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in write_whole(module, layers).items()}
+        elif kind is not None:
+            scaling, found = _joined(module, layers)
+            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in found.items()}
+            sizes[module.name] = size_of(scaling, found[A].shape[0], rslora=options["rslora"])
+    transposed = any(module.transposed for module in modules if module.name in sizes)
+    config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
+    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in whole] or None}
+    return Contents(config, tensors, options)
+
+
+def read_lora(model: nn.Module, contents: Contents) -> nn.Module:
+    """The model with the adapter around it, ours or one that PEFT has written."""
+    check_config(contents.config)
+    modules = modules_of(model)
+    tensors = Tensors(contents, modules, KINDS)
+    for names in SHARED.values():
+        tensors.check_equal(names, "weight")
+    ours = contents.options is not None
+    options = contents.options if ours else _options(contents.config, modules, tensors)
+    adapter = make(model, lora, options)
+    for module in modules_of(model):
+        layers = [layer_of(site, adapter) for site in module.parts]
+        if any(isinstance(layer, LoRALinear) for layer in layers):
+            _fill_factors(module, layers, tensors, blocks=ours)
+        elif any(layer is not None for layer in layers):
+            fill_whole(module, layers, tensors)
+    tensors.finish()
+    return model
+
+
+@torch.no_grad()
+def _joined(module: Module, layers: list[LoRALinear | None]) -> tuple[float, dict[str, Tensor]]:
+    """Its scaling, and A, B and magnitude of a module of theirs; parts without an adapter get rows of zeros."""
+    present = [layer for layer in layers if layer is not None]
+    scaling = present[0].scaling
+    blocks, magnitudes = [], []
+    for site, layer in zip(module.parts, layers, strict=True):
+        weight = site.inner.weight
+        if layer is None:
+            blocks.append(present[0].lora_B.new_zeros(weight.shape[0], 0))
+            magnitudes.append(weight.norm(dim=1))
+        else:
+            blocks.append(layer.factors()[1] * (layer.scaling / scaling))
+            magnitudes.append(layer.magnitude)
+    found = {A: torch.cat([layer.factors()[0] for layer in present]), B: torch.block_diag(*blocks)}
+    if present[0].magnitude is not None:
+        found[MAGNITUDE] = torch.cat(magnitudes)
+    return scaling, found
+
+
+def _fill_factors(module: Module, layers: list[LoRALinear | None], tensors: Tensors, *, blocks: bool) -> None:
+    """Give each part its rows of B, and all of A or, where A is stacked, its rows and B's columns."""
+    a, b = tensors.take(module.name, A), tensors.take(module.name, B)
+    present = [layer for layer in layers if layer is not None]
+    ranks = [layer.rank if layer else 0 for layer in layers]
+    magnitudes = [None] * len(layers)
+    if present[0].magnitude is not None:
+        magnitudes = module.split(tensors.take(module.name, MAGNITUDE))
+    if blocks and a.shape[0] != sum(ranks):
+        raise CheckpointError(f"{module.name} has rank {a.shape[0]} in the file, {sum(ranks)} by its options")
+    first = 0
+    for layer, part, rank, magnitude in zip(layers, module.split(b), ranks, magnitudes, strict=True):
+        columns = slice(first, first + rank) if blocks else slice(None)
+        first += rank
+        if layer is None:
+            continue
+        fill(layer.lora_A, a[columns], f"{A} of {module.name}")
+        fill(layer.lora_B, part[:, columns] * (present[0].scaling / layer.scaling), f"{B} of {module.name}")
+        if magnitude is not None:
+            fill(layer.magnitude, magnitude, f"{MAGNITUDE} of {module.name}")
+
+
+def _options(config: dict[str, object], modules: list[Module], tensors: Tensors) -> dict[str, object]:
+    """The options with which our LoRA has the layers of a file that PEFT wrote."""
+    ours: dict[str, Size] = {}
+    for module in tensors.of(modules, A):
+        size = size_in(config, tensors.names[Key(module.name, A)], tensors.peek(module.name, A).shape[0])
+        ours |= {site.names[0]: size for site in module.parts}
+    whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
+    every = [site.names[0] for module in modules for site in module.parts]
+    return options_of(config, ours, whole, every)

@@ -1,0 +1,114 @@
+"""The options of LoRA as PEFT's configuration says them, in both directions."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from genai_pl.errors import CheckpointError
+from genai_pl.peft.io.hf_names import PREFIX, short
+from genai_pl.peft.io.tensors import check_neutral
+
+UNDERSTOOD = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    # without effect where what they belong to is off
+    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "ensure_weight_tying",
+)  # fmt: skip
+# initial values that leave the base what it was, so that the file alone says what the adapter does
+KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class Size(NamedTuple):
+    """Rank and alpha of a layer."""
+
+    rank: int
+    alpha: float
+
+
+def check_config(config: dict[str, object]) -> None:
+    """CheckpointError for a configuration that asks for more than our LoRA does."""
+    check_neutral(config, UNDERSTOOD)
+    init = config.get("init_lora_weights")
+    if init not in KEEPING_BASE:
+        raise CheckpointError(
+            f"init_lora_weights={init!r} changes the base: let PEFT convert it to plain LoRA when saving"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise CheckpointError(f"{key}={config.get(key)!r} is not a number")
+
+
+def size_of(scaling: float, rank: int, *, rslora: bool) -> Size:
+    """The alpha that makes this scaling of this rank."""
+    alpha = scaling * (math.sqrt(rank) if rslora else rank)
+    return Size(rank, round(alpha) if math.isclose(alpha, round(alpha)) else alpha)
+
+
+def to_config(options: dict[str, object], sizes: dict[str, Size], names: list[str]) -> dict[str, object]:
+    """PEFT's keys for an adapter of these sizes by module, of all the names that modules have."""
+    common = Size(options["rank"], options["alpha"])
+    patterns = {key: _pattern({n: s[i] for n, s in sizes.items()}, common[i]) for i, key in enumerate(Size._fields)}
+    return {
+        "r": common.rank,
+        "lora_alpha": common.alpha,
+        "lora_dropout": options["dropout"],
+        "use_rslora": options["rslora"],
+        "use_dora": options["dora"],
+        "bias": "none",
+        "init_lora_weights": True,
+        "target_modules": short(sizes, [name for name in names if name not in sizes]),
+        "rank_pattern": patterns["rank"],
+        "alpha_pattern": patterns["alpha"],
+    }
+
+
+def size_in(config: dict[str, object], tensor: str, rank: int) -> Size:
+    """Rank and alpha of the layer whose A has this name and rank."""
+    name = tensor.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+    pattern = config.get("alpha_pattern") or {}
+    alphas = (alpha for key, alpha in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name))
+    return Size(rank, next(alphas, config["lora_alpha"]))
+
+
+def options_of(
+    config: dict[str, object], sizes: dict[str, Size], whole: list[str], names: Iterable[str]
+) -> dict[str, object]:
+    """Our options for layers of these sizes by their names in our model, and layers that are trained whole."""
+    if not sizes:
+        raise CheckpointError("no layer of LoRA in it")
+    names = list(names)
+    rank, alpha = config["r"], config["lora_alpha"]
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": bool(config.get("use_rslora")),
+        "dora": bool(config.get("use_dora")),
+        "target_modules": short(sizes, [name for name in names if name not in sizes]),
+        "rank_pattern": _pattern({name: size.rank for name, size in sizes.items()}, rank),
+        "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items()}, alpha),
+        "modules_to_save": short(whole, [name for name in names if name not in whole]) or None,
+    }
+
+
+def as_plain_lora(options: dict[str, object]) -> dict[str, object]:
+    """The options of the adapter as it is written: PiSSA becomes LoRA of twice the rank beside an unchanged base."""
+    if options["init"] != "pissa":
+        return options
+    grow = math.sqrt(2) if options["rslora"] else 2
+    return options | {
+        "init": "default",
+        "rank": 2 * options["rank"],
+        "alpha": grow * options["alpha"],
+        "rank_pattern": {name: 2 * rank for name, rank in options["rank_pattern"].items()},
+        "alpha_pattern": {name: grow * alpha for name, alpha in options["alpha_pattern"].items()},
+    }
+
+
+def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
+    """{end of a name: value} for those that are not common."""
+    found = {}
+    for value in sorted(set(values.values()) - {common}):
+        others = [name for name in values if values[name] != value]
+        found |= dict.fromkeys(short([name for name in values if values[name] == value], others), value)
+    return found

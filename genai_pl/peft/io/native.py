@@ -1,0 +1,46 @@
+"""Adapters that PEFT has no counterpart of: its two files, with our names in them."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from genai_pl.errors import CheckpointError
+from genai_pl.peft.adapter import Adapter, AdapterLayer
+from genai_pl.peft.io.hf_names import PREFIX
+from genai_pl.peft.io.tensors import Contents, common_config, fill, layer_of, make
+from genai_pl.peft.targets import sites
+
+
+def write_own(model: nn.Module, adapter: Adapter) -> Contents:
+    """Every parameter of the adapter's layers under the name of its place."""
+    tensors = dict(_parameters(model, adapter))
+    return Contents(common_config(model, adapter.method.upper()), tensors, adapter.options)
+
+
+def read_own(model: nn.Module, contents: Contents, method: Callable[..., nn.Module]) -> nn.Module:
+    """The model with the adapter around it, made by `method` with the options that the file holds."""
+    if contents.options is None:
+        raise CheckpointError("the options of its adapter are missing: not written by genai_pl")
+    adapter = make(model, method, contents.options)
+    asked = dict(_parameters(model, adapter))
+    for name in (*asked, *contents.tensors):
+        if name not in contents.tensors:
+            raise CheckpointError(f"tensor {name} is missing")
+        if name not in asked:
+            raise CheckpointError(f"tensor {name} fits no layer of this model")
+        fill(asked[name], contents.tensors[name], name)
+    return model
+
+
+def _parameters(model: nn.Module, adapter: Adapter) -> list[tuple[str, Tensor]]:
+    layers = [(site.names[0], layer_of(site, adapter)) for site in sites(model)]
+    return [
+        (f"{PREFIX}{place}.{name}", value.detach())
+        for place, layer in layers
+        if layer is not None
+        for name, value in _of(layer)
+    ]
+
+
+def _of(layer: AdapterLayer) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in layer.named_parameters() if not name.startswith("base.")]

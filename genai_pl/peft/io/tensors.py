@@ -1,0 +1,123 @@
+"""What an adapter's folder holds, between the model and the files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genai_pl.config.enums import Head, Shape
+from genai_pl.errors import CheckpointError
+from genai_pl.models import EncoderDecoder
+from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_of
+from genai_pl.peft.io.hf_names import PREFIX, Module, lookup
+from genai_pl.peft.targets import Site, layers_at
+
+# of every adapter_config.json, and without effect on what is computed
+HARMLESS = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+    "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules",
+)  # fmt: skip
+
+
+@dataclass
+class Contents:
+    """adapter_config.json and adapter_model.safetensors."""
+
+    config: dict[str, object]
+    tensors: dict[str, Tensor]
+    options: dict[str, object] | None = None  # with which we made the adapter, if it was us
+
+
+class Key(NamedTuple):
+    """Where a tensor belongs: a module of theirs, and which tensor of it."""
+
+    module: str
+    kind: str
+
+
+class Tensors:
+    """The tensors of a file by module and kind, each to be taken once."""
+
+    def __init__(self, contents: Contents, modules: list[Module], kinds: tuple[str, ...]) -> None:
+        self.names: dict[Key, str] = {}
+        self.tensors = contents.tensors
+        self.filled: dict[nn.Parameter, Tensor] = {}
+        for name in contents.tensors:
+            plain = name.removeprefix(PREFIX)
+            kind = next((kind for kind in kinds if plain.endswith(f".{kind}")), None)
+            module = lookup(modules, plain.removesuffix(f".{kind}")) if kind else None
+            if module is None:
+                hint = ": it is the base's own, as PEFT stores those of embeddings; save it with save_embedding_layers=False"
+                raise CheckpointError(
+                    f"tensor {name} fits no layer of this model{hint if '.base_layer.' in name else ''}"
+                )
+            self.names[Key(module.name, kind)] = name
+
+    def check_equal(self, names: tuple[str, ...], kind: str) -> None:
+        """CheckpointError if modules that are one here have different tensors."""
+        found = [self.peek(name, kind) for name in names if Key(name, kind) in self.names]
+        if any(not torch.equal(tensor, found[0]) for tensor in found):
+            raise CheckpointError(f"{' and '.join(names)} differ, and are one layer here")
+
+    def of(self, modules: list[Module], kind: str) -> list[Module]:
+        """The modules that have a tensor of that kind here."""
+        return [module for module in modules if Key(module.name, kind) in self.names]
+
+    def take(self, module: str, kind: str) -> Tensor:
+        """The tensor; CheckpointError if it is missing."""
+        if Key(module, kind) not in self.names:
+            raise CheckpointError(f"tensor {PREFIX}{module}.{kind} is missing")
+        return self.tensors[self.names.pop(Key(module, kind))]
+
+    def peek(self, module: str, kind: str) -> Tensor:
+        """The tensor, without taking it."""
+        return self.tensors[self.names[Key(module, kind)]]
+
+    def finish(self) -> None:
+        """CheckpointError if there was more than was taken."""
+        if self.names:
+            raise CheckpointError(f"tensor {next(iter(self.names.values()))} fits no layer of this adapter")
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, tensor: Tensor, what: str) -> None:
+    """Copy a tensor of a file into a parameter; CheckpointError if the shapes differ."""
+    if parameter.shape != tensor.shape:
+        raise CheckpointError(f"{what} has shape {list(tensor.shape)}, this model asks for {list(parameter.shape)}")
+    parameter.copy_(tensor)
+
+
+def make(model: nn.Module, method: Callable[..., nn.Module], options: dict[str, object]) -> Adapter:
+    """Wrap the model by a method with options that a file gave; the adapter that this has added."""
+    before = {id(adapter) for adapter in adapters_of(model)}
+    try:
+        method(model, **options)
+    except TypeError as error:
+        raise CheckpointError(f"its options cannot be used ({error})") from None
+    return next(adapter for adapter in adapters_of(model) if id(adapter) not in before)
+
+
+def layer_of(site: Site, adapter: Adapter) -> AdapterLayer | None:
+    """The layer of the adapter at a place."""
+    return next((layer for layer in layers_at(site.module) if layer.adapter is adapter), None)
+
+
+def common_config(model: nn.Module, peft_type: str) -> dict[str, object]:
+    """What every adapter_config.json says."""
+    task = "CAUSAL_LM"
+    if isinstance(model, EncoderDecoder):
+        task = "SEQ_2_SEQ_LM"
+    elif model.config.head is Head.score:
+        task = "SEQ_CLS"
+    elif model.config.shape is Shape.encoder:
+        task = "FEATURE_EXTRACTION" if model.config.head is Head.none else None
+    return {"peft_type": peft_type, "task_type": task, "inference_mode": True}
+
+
+def check_neutral(config: dict[str, object], understood: tuple[str, ...]) -> None:
+    """CheckpointError for a key that is not understood and asks for something."""
+    for key, value in config.items():
+        if key not in HARMLESS and key not in understood and value not in (None, False, "none", {}, []):
+            raise CheckpointError(f"{key}={value!r} is not supported")

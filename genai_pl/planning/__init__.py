@@ -1,0 +1,1 @@
+"""Cost of a training step on other machines: memory, traffic and time."""

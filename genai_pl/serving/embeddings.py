@@ -1,0 +1,160 @@
+"""Embeddings and scores: texts become rows of tokens a group at a time, and rows pass the model a slice at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from genai_pl.data.prompt_tokens import Messages
+from genai_pl.data.text_tokens import encode_whole
+from genai_pl.evaluation.embeddings import encode_sentences, logprob_rows
+from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.evaluation.windows import Row
+from genai_pl.models.onnx.model import is_onnx
+from genai_pl.serving.engine.scoring import embedding_slices, logprob_slices, reward_slices
+from genai_pl.serving.engine.scoring_queue import Slices
+from genai_pl.serving.errors import ApiError
+from genai_pl.serving.tokenize_threads import SHORT
+
+if TYPE_CHECKING:
+    from genai_pl.serving.service import Service
+
+T = TypeVar("T")
+CHARACTERS = 8  # of a request for each token that it may have: English has 4 to 5
+TURN = 16  # characters that stand for what a template puts around a turn
+Scored = list[tuple[float, int]]
+
+
+class Measures:
+    """What is asked of a model beside text that it writes, within the limit of tokens of a request."""
+
+    def __init__(self, service: "Service") -> None:
+        self.service, self.model, self.limit = service, service.model, service.limits.max_input_tokens
+
+    async def embed(
+        self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """Vectors (N, D) by the base or by an adapter, and how many tokens were read."""
+        if self.service.is_reward:
+            raise ApiError(400, f"{self.service.name} is a reward model: it gives scores at /score")
+        self._check_one_stack("embeddings")
+        rows: list[Sequence[int]] = [[] if isinstance(item, str) else self.service.known(item) for item in inputs]
+        where = [n for n, item in enumerate(inputs) if isinstance(item, str)]
+        self._check_tokens(rows, "input")
+        texts = [inputs[n] for n in where]
+        for part in self._groups([len(text) for text in texts], "input"):
+            found = await self._read(partial(encode_sentences, head=self.service.sentence), texts[part])
+            for n, row in zip(where[part], found, strict=True):
+                rows[n] = row
+            self._check_tokens(rows, "input")
+        self._check_rows(rows)
+        slices = embedding_slices(self.model, rows, self.service.sentence)
+        return await self._pass(slices, adapter), sum(map(len, rows))
+
+    async def score(
+        self, prompts: Sequence[str | Messages] | None, texts: Sequence[str], adapter: str | None = None
+    ) -> Scored:
+        """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
+        if not (self.service.is_reward or self.service.engine is not None):
+            raise ApiError(400, f"{self.service.name} gives no scores: it is for embeddings")
+        self._check_one_stack("scores")
+        if not self.service.is_reward and any(not isinstance(prompt, str) for prompt in prompts or ()):
+            raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")
+        given = {id(prompt): size_of(prompt) for prompt in prompts or ()}  # one prompt may stand before all texts
+        sizes = [len(text) + (given[id(prompts[n])] if prompts else 0) for n, text in enumerate(texts)]
+        groups = self._groups(sizes, "text")
+        return await (self._judged if self.service.is_reward else self._scored)(prompts, texts, groups, adapter)
+
+    async def _judged(
+        self,
+        prompts: Sequence[str | Messages] | None,
+        texts: Sequence[str],
+        groups: Iterator[slice],
+        adapter: str | None,
+    ) -> Scored:
+        rows: list[Sequence[int]] = []
+        for part in groups:
+            given = [texts[part]] if prompts is None else [prompts[part], texts[part]]
+            rows += await self._read(encode_whole if prompts is None else judged_tokens, *given)
+            self._check_tokens(rows, "text")
+        self._check_rows(rows)
+        found = await self._pass(reward_slices(self.model, rows), adapter)
+        return list(zip(found.tolist(), map(len, rows), strict=True))
+
+    async def _scored(
+        self, prompts: Sequence[str] | None, texts: Sequence[str], groups: Iterator[slice], adapter: str | None
+    ) -> Scored:
+        rows: list[Row] = []
+        owners: list[int] = []
+        for part in groups:
+            encode = partial(logprob_rows, seq_len=self.model.config.max_seq_len, first=part.start)
+            found = await self._read(encode, None if prompts is None else prompts[part], texts[part])
+            rows += found[0]
+            owners += found[1]
+            self._check_tokens([row.tokens for row in rows], "text")
+        return await self._pass(logprob_slices(self.model, rows, owners, len(texts)), adapter)
+
+    async def _read(self, encode: Callable[..., T], *lists: Sequence[str | Messages] | None) -> T:
+        size = sum(size_of(item) for items in lists if items is not None for item in items)
+        return await self.service.reading.tokens(encode, *lists, size=size)
+
+    async def _pass(self, slices: Slices[T], adapter: str | None) -> T:
+        if is_onnx(self.service.path):
+            name = self.service.name
+            raise ApiError(400, f"{name} is an ONNX model, which writes only: serve the one it was made of")
+        return await self.service.passes.run(slices, adapter=adapter)
+
+    def _groups(self, sizes: Sequence[int], param: str) -> Iterator[slice]:
+        """Which texts of so many characters are read together; ApiError where they are too many in all."""
+        most = self.limit * CHARACTERS
+        if sum(sizes) > most:
+            raise ApiError(
+                422,
+                f"{param}: {sum(sizes):,} characters in one request, at most {most:,} "
+                f"({CHARACTERS} for each of max_input_tokens={self.limit:,})",
+                param=param,
+            )
+        return in_groups(sizes)
+
+    def _check_tokens(self, rows: Sequence[Sequence[int]], param: str) -> None:
+        n = sum(map(len, rows))
+        if n > self.limit:
+            raise ApiError(
+                422, f"{param}: {n:,} tokens in one request, at most {self.limit:,} (max_input_tokens)", param=param
+            )
+
+    def _check_one_stack(self, what: str) -> None:
+        if self.service.has_two_stacks:
+            raise ApiError(
+                400,
+                f"{self.service.name} gives no {what}: it is an encoder-decoder, which reads one text and writes another",
+            )
+
+    def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        for n, row in enumerate(rows):
+            if len(row) == 0:
+                raise ApiError(400, f"text {n} has no tokens", param="input")
+            if len(row) > self.service.context:
+                raise ApiError(
+                    400, f"text {n} has {len(row)} tokens, the model reads at most {self.service.context}: shorten it"
+                )
+
+
+def in_groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that are short together; a long one is alone."""
+    begin = total = 0
+    for n, size in enumerate(sizes):
+        if n > begin and total + size > SHORT:
+            yield slice(begin, n)
+            begin, total = n, 0
+        total += size
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))
+
+
+def size_of(prompt: str | Sequence[Mapping[str, object]]) -> int:
+    """Characters of a text, or of a conversation."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(TURN + len(str(turn["content"])) + len(str(turn.get("tool_calls", ""))) for turn in prompt)

@@ -1,0 +1,1 @@
+"""The batching engine: scheduler, model runner and sampler."""

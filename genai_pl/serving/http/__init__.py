@@ -1,0 +1,1 @@
+"""Routes: OpenAI's, our own, and those in front of another server."""

@@ -1,0 +1,105 @@
+"""Our own routes: text, scores, health, numbers, and the page."""
+
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from genai_pl.serving.answer_streams import Answer
+from genai_pl.serving.errors import ApiError, documented, json_response
+from genai_pl.serving.http.build_request import ask, generation_config
+from genai_pl.serving.http.schemas import GenerateAnswer, GenerateBody, ScoreAnswer, ScoreBody
+from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
+from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.service import Service
+
+PAGE = Path(__file__).parent / "static" / "index.html"
+ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
+# the page runs only its own script, and speaks only to its own server
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+def plain_routes(service: Service) -> APIRouter:
+    """The routes in front of one model."""
+    router = APIRouter(responses=ERRORS, tags=["genai_pl"])
+
+    @router.post("/generate", response_model=GenerateAnswer)
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Continue a text."""
+        body.refuse_unknown()
+        adapter = service.adapter_of(body.adapter, "adapter")
+        default = service.settings.defaults.max_new_tokens
+        config = generation_config(
+            service, body, max_tokens=body.max_new_tokens, param="max_new_tokens", stop=body.stop, default=default
+        )
+        prompt = await while_connected(request.receive, service.tokens(body.prompt))
+        answers = await ask(service, body, [prompt], config, adapter=adapter)
+        if body.stream:
+            return await stream_events(request, pieces_of(answers, len(prompt)))
+        [pieces] = await while_connected(request.receive, collect(answers))
+        text = "".join(piece.text for piece in pieces)
+        whole = text if service.has_two_stacks else body.prompt + text
+        return json_response({"response": whole, "text": text, **ending(answers[0], len(prompt))})
+
+    @router.post("/score", response_model=ScoreAnswer)
+    async def score(body: ScoreBody, request: Request) -> Response:
+        """What a reward model thinks of texts, or how likely a language model finds them."""
+        body.refuse_unknown()
+        if len(body.texts) > service.limits.max_inputs:
+            raise ApiError(
+                422, f"text: {len(body.texts)} in one request, at most {service.limits.max_inputs}", param="text"
+            )
+        adapter = service.adapter_of(body.model)
+        found = await while_connected(request.receive, service.measures.score(body.prompts, body.texts, adapter))
+        kind = "reward" if service.is_reward else "log_probability"
+        scores = [{"score": value, "n_tokens": n} for value, n in found]
+        return json_response({"model": body.model or service.name, "kind": kind, "scores": scores})
+
+    return router
+
+
+async def pieces_of(answers: list[Answer], n_prompt: int) -> Events:
+    """The events of /generate: pieces of text, then why there are no more."""
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
+        async for _, piece in pieces:
+            if piece.text:
+                yield {"text": piece.text}
+    yield {"text": "", **ending(answers[0], n_prompt)}
+
+
+def ending(answer: Answer, n_prompt: int) -> dict[str, object]:
+    """Why an answer ended, and what it cost."""
+    return {"finish_reason": answer.finish, "prompt_tokens": n_prompt, "generated_tokens": answer.n_generated}
+
+
+def state_routes(metrics: Metrics, refresh: Callable[[], None], ready: Callable[[], bool]) -> APIRouter:
+    """What orchestrators, Prometheus and browsers ask of any server."""
+    router = APIRouter(tags=["state"])
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @router.get("/ready", responses=documented(503))
+    async def is_ready() -> dict[str, str]:
+        """The model answers."""
+        if not ready():
+            raise ApiError(503, "not ready", headers={"Retry-After": "5"})
+        return {"status": "ready"}
+
+    @router.get("/metrics", response_class=Response)
+    async def numbers() -> Response:
+        """For Prometheus."""
+        refresh()
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """A page to talk with the model."""
+        return FileResponse(PAGE, media_type="text/html", headers={"content-security-policy": POLICY})
+
+    return router

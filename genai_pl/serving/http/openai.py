@@ -1,0 +1,181 @@
+"""OpenAI's routes: models, completions, chat completions, embeddings."""
+
+import asyncio
+import base64
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from torch import Tensor
+
+from genai_pl.serving.answer_streams import Answer
+from genai_pl.serving.errors import ApiError, documented
+from genai_pl.serving.http.build_request import ask, check_count, generation_config
+from genai_pl.serving.http.rendering import json_answer, written
+from genai_pl.serving.http.responses import Chat, Completion, Format, header, usage
+from genai_pl.serving.http.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
+from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
+from genai_pl.serving.http.structured import with_form
+from genai_pl.serving.http.tools import ToolChat, offered
+from genai_pl.serving.service import Service
+
+ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
+
+
+def openai_routes(service: Service) -> APIRouter:
+    """The routes in front of one model."""
+    router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI"])
+
+    @router.get("/models")
+    async def models() -> dict:
+        """The model, and its adapters."""
+        return {"object": "list", "data": [model_entry(service, name) for name in service.names]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict:
+        """One of them."""
+        service.adapter_of(name)
+        return model_entry(service, name)
+
+    @router.post("/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one text or several."""
+        check(service, body, len(body.prompts))
+
+        async def read() -> list[tuple[int, ...]]:
+            return [await service.tokens(prompt) for prompt in body.prompts]
+
+        prompts = await while_connected(request.receive, read())
+        wanted = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
+        return await respond(service, body, request, prompts, Completion(decoder(service), body.logprobs), wanted)
+
+    @router.post("/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        check(service, body, 1)
+        tools = offered(service, body)
+        turns = [message.plain() for message in body.messages]
+        prompts = [await while_connected(request.receive, service.chat_tokens(turns, tools))]
+        param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        wanted = {"max_tokens": getattr(body, param), "param": param, "default": None}
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        form = ToolChat(decoder(service), top, tools) if tools else Chat(decoder(service), top)
+        return await respond(service, body, request, prompts, form, wanted)
+
+    @router.post("/embeddings")
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """Texts as unit vectors."""
+        body.refuse_unknown()
+        return await while_connected(request.receive, embed(service, body))
+
+    return router
+
+
+def check(service: Service, body: OpenAISampling, n_prompts: int) -> None:
+    """ApiError for options that cannot be, before anything is read."""
+    body.refuse_unknown()
+    service.adapter_of(body.model)
+    check_count(service, n_prompts * body.n, param="n" if body.n > 1 else "prompt")
+
+
+def model_entry(service: Service, name: str) -> dict[str, object]:
+    """A model in the list; max_model_len as vLLM has it."""
+    root = None if name == service.name else service.name
+    entry = {"id": name, "object": "model", "created": service.started, "owned_by": "genai_pl"}
+    return {**entry, "max_model_len": service.context, "parent": root}
+
+
+def decoder(service: Service):
+    """The text of one token, as logprobs show it."""
+    return lambda token: service.tokenizer.decode([token], skip_special_tokens=False)
+
+
+async def respond(
+    service: Service,
+    body: OpenAISampling,
+    request: Request,
+    prompts: list[tuple[int, ...]],
+    form: Format,
+    wanted: dict[str, object],
+) -> Response:
+    """The answers to the prompts, whole or as a stream."""
+    config = generation_config(service, body, stop=body.stops, **wanted)
+    config = await while_connected(request.receive, with_form(service, body, config))
+    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": form.logprobs}
+    answers = await ask(service, body, prompts, config, **options)
+    n_prompt, name = sum(map(len, prompts)), body.model or service.name
+    if body.stream:
+        by = whole_chunks if form.is_whole else chunks
+        events = by(answers, form, header(form.chunk_kind, name), n_prompt, with_usage=body.with_usage)
+        return await stream_events(request, events)
+    pieces = await while_connected(request.receive, collect(answers))
+
+    def whole() -> dict[str, object]:
+        choices = (form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces))
+        return {**header(form.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
+
+    return await json_answer(whole)
+
+
+async def chunks(answers: list[Answer], form: Format, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
+    """The events of a stream: for each answer its opening, its pieces and its end; then what it cost."""
+    rest = {"usage": None} if with_usage else {}
+    opened: set[int] = set()
+
+    def opening(n: int) -> list[dict]:
+        first = None if n in opened else form.opening(n)
+        opened.add(n)
+        return [] if first is None else [{**head, "choices": [first], **rest}]
+
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
+        async for n, piece in pieces:
+            for event in opening(n):
+                yield event
+            if piece.text or form.logprobs is not None:
+                yield {**head, "choices": [form.piece(n, piece)], **rest}
+    for n, answer in enumerate(answers):
+        for event in opening(n):
+            yield event
+        yield {**head, "choices": [form.closing(n, answer.finish)], **rest}
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
+
+
+async def whole_chunks(answers: list[Answer], form: ToolChat, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
+    """The events of a stream in which each answer comes at once, when all are finished; then what it cost."""
+    rest = {"usage": None} if with_usage else {}
+    for n, pieces in enumerate(await collect(answers)):
+        chunk = await asyncio.to_thread(form.chunk, n, pieces, answers[n].finish)
+        pieces = await asyncio.to_thread(written, {**head, "choices": [chunk], **rest}, in_ascii=True)
+        yield b"".join(pieces).decode()
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
+
+
+async def embed(service: Service, body: EmbeddingBody) -> Response:
+    """The answer of /v1/embeddings."""
+    inputs = body.inputs
+    if len(inputs) > service.limits.max_inputs:
+        raise ApiError(
+            422, f"input: {len(inputs)} texts in one request, at most {service.limits.max_inputs}", param="input"
+        )
+    vectors, n_tokens = await service.measures.embed(inputs, service.adapter_of(body.model))
+    if body.dimensions is not None:
+        if body.dimensions > vectors.shape[1]:
+            raise ApiError(
+                422, f"dimensions={body.dimensions}: the vectors have {vectors.shape[1]}", param="dimensions"
+            )
+        vectors = vectors[:, : body.dimensions]
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+    def number(vector: Tensor) -> str | list[float]:
+        if body.encoding_format == "base64":
+            return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+        return vector.tolist()
+
+    def whole() -> dict[str, object]:
+        data = ({"object": "embedding", "index": n, "embedding": number(vector)} for n, vector in enumerate(vectors))
+        costs = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": body.model or service.name, "usage": costs}
+
+    return await json_answer(whole)

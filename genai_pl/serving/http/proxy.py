@@ -1,0 +1,130 @@
+"""The same routes in front of another server: requests are checked, and handed on with all that they say."""
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from genai_pl.serving.errors import ApiError, documented, json_response
+from genai_pl.serving.http.schemas import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerateAnswer,
+    GenerateBody,
+    ScoreBody,
+)
+from genai_pl.serving.http.streaming import Events, stream_events, while_connected
+from genai_pl.serving.http.upstream import Upstream
+from genai_pl.serving.http.upstream_answers import Json, counted, models_of, objects_of, parse, reading_foreign, text_of
+
+ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
+PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
+
+
+def proxy_routes(upstream: Upstream) -> APIRouter:
+    """The routes in front of another server."""
+    router = APIRouter(responses=ERRORS)
+
+    @router.get("/v1/models", tags=["OpenAI"])
+    async def models() -> Response:
+        """The models of the other server."""
+        return json_response(await upstream.get("models"))
+
+    @router.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> Response:
+        """One of them."""
+        for entry in models_of(await upstream.get("models")):
+            if entry["id"] == name:
+                return json_response(entry)
+        raise ApiError(404, f"model={name}: not served there", param="model")
+
+    @router.post("/v1/completions", tags=["OpenAI"])
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue one text or several."""
+        return await forward(upstream, request, "completions", body, stream=body.stream)
+
+    @router.post("/v1/chat/completions", tags=["OpenAI"])
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await forward(upstream, request, "chat/completions", body, stream=body.stream)
+
+    @router.post("/v1/embeddings", tags=["OpenAI"])
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """Texts as vectors."""
+        return await forward(upstream, request, "embeddings", body, stream=False)
+
+    @router.post("/generate", response_model=GenerateAnswer, tags=["genai_pl"])
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Continue a text."""
+        asked = await completion_of(upstream, body)
+        if body.stream:
+            return await stream_events(request, pieces_of(upstream, asked))
+        found = await while_connected(request.receive, upstream.post("completions", asked))
+        return json_response(answer_of(body.prompt, found))
+
+    @router.post("/score", tags=["genai_pl"])
+    async def score(body: ScoreBody) -> Response:
+        """Not in OpenAI's API."""
+        raise ApiError(400, "backend=openai gives no scores: OpenAI's API has none")
+
+    return router
+
+
+async def forward(upstream: Upstream, request: Request, path: str, body: Body, *, stream: bool) -> Response:
+    """The other server's answer to what the client said, whole or event by event."""
+    try:
+        asked = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
+        json.dumps(asked, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ApiError(422, "the body has a value that JSON has no words for") from None
+    asked["model"] = asked.get("model") or await upstream.default_model()
+    if stream:
+        return await stream_events(request, upstream.stream(path, asked))
+    return json_response(await while_connected(request.receive, upstream.post(path, asked)))
+
+
+async def completion_of(upstream: Upstream, body: GenerateBody) -> Json:
+    """The request of /generate in OpenAI's words."""
+    said = {name: getattr(body, name) for name in PASSED if getattr(body, name) not in (None, [])}
+    n = body.max_new_tokens or min(upstream.limits.max_tokens, upstream.settings.defaults.max_new_tokens)
+    model = body.adapter or await upstream.default_model()
+    options = {"stream": True, "stream_options": {"include_usage": True}} if body.stream else {}
+    return {"model": model, "prompt": body.prompt, "max_tokens": n, **said, **options}
+
+
+def answer_of(prompt: str, found: Json) -> Json:
+    """The answer of /generate."""
+    with reading_foreign():
+        [choice] = objects_of(found, "choices")
+        text, reason = text_of(choice["text"]), text_of(choice["finish_reason"])
+        return {"response": prompt + text, "text": text, "finish_reason": reason, **_counts(found.get("usage"))}
+
+
+async def pieces_of(upstream: Upstream, asked: Json) -> Events:
+    """The events of /generate."""
+    reason, costs = "stop", None
+    events: AsyncGenerator[str, None] = upstream.stream("completions", asked)
+    async with aclosing(events):
+        async for event in events:
+            chunk = parse(event)
+            costs = chunk.get("usage") or costs
+            with reading_foreign():
+                choices = objects_of(chunk, "choices")
+                texts = [text_of(choice.get("text") or "") for choice in choices]
+                reason = next((text_of(c["finish_reason"]) for c in choices if c.get("finish_reason")), reason)
+            for text in filter(None, texts):
+                yield {"text": text}
+    with reading_foreign():
+        counts = _counts(costs)
+    yield {"text": "", "finish_reason": reason, **counts}
+
+
+def _counts(costs: object) -> dict[str, int]:
+    return {
+        "prompt_tokens": counted(costs, "prompt_tokens"),
+        "generated_tokens": counted(costs, "completion_tokens"),
+    }

@@ -1,0 +1,144 @@
+"""Answers that come in pieces, and clients that leave before the end."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from genai_pl.serving.errors import ApiError, ClientGone, as_api_error, too_busy
+
+if TYPE_CHECKING:
+    from genai_pl.serving.engine.request import Piece
+    from genai_pl.serving.service import Answer
+
+T = TypeVar("T")
+Events = AsyncGenerator[object, None]
+DONE = "[DONE]"
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Task) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """What the work gives; it is cancelled, and ClientGone raised, when the client closes the connection."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _end(task, gone)
+
+
+class EventStream(Response):
+    """Server-sent events: JSON values one by one, then `[DONE]`; an error on the way is an event too."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: object, rest: Events) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.first, self.rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await while_connected(receive, self._pump(send))
+
+    async def _pump(self, send: Send) -> None:
+        async def say(event: object) -> None:
+            text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=True)
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+        try:
+            await say(self.first)
+            async for event in self.rest:
+                await say(event)
+            await say(DONE)
+        except OSError:
+            raise ClientGone from None
+        except Exception as error:
+            await say(as_api_error(error).body())
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def stream_events(request: Request, events: Events) -> EventStream:
+    """The events as an answer; what goes wrong before the first of them still has its status."""
+    try:
+        first = await while_connected(request.receive, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events)
+
+
+@asynccontextmanager
+async def cancelled_at_exit(answers: Sequence["Answer"]) -> AsyncIterator[None]:
+    """Whatever happens inside, nothing is generated for nobody afterwards."""
+    try:
+        yield
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piece"], None]:
+    """The pieces of all answers as they come, with the number of their answer; ApiError where one cannot be finished."""
+    queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+
+    async def pump(n: int, answer: "Answer") -> None:
+        try:
+            async for piece in answer:
+                await queue.put((n, piece))
+                await asyncio.sleep(0)  # others have their turn even where pieces come faster than they can be sent
+        finally:
+            await queue.put((n, None))
+
+    tasks = [asyncio.ensure_future(pump(n, answer)) for n, answer in enumerate(answers)]
+    try:
+        left = len(tasks)
+        while left:
+            n, piece = await queue.get()
+            if piece is not None:
+                yield n, piece
+                continue
+            await tasks[n]  # raises what ended it
+            check_finish(answers[n])
+            left -= 1
+    finally:
+        await _end(*tasks)
+
+
+async def collect(answers: Sequence["Answer"]) -> list[list["Piece"]]:
+    """All pieces of each answer."""
+    found: list[list[Piece]] = [[] for _ in answers]
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
+        async for n, piece in pieces:
+            found[n].append(piece)
+    return found
+
+
+def check_finish(answer: "Answer") -> None:
+    """ApiError if the answer ended before its end."""
+    if answer.finish == "deadline":
+        raise ApiError(504, f"not finished in time, after {answer.n_generated} tokens: ask for fewer, or set timeout")
+    if answer.finish == "cancelled":
+        raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+    if answer.finish == "busy":  # others, who had less, needed its place in the queue
+        raise too_busy(1.0)
+    if answer.finish == "error":
+        raise ApiError(500, "the model failed; the log has the reason")

@@ -1,0 +1,118 @@
+"""The form that a client asks of an answer: JSON, JSON of a schema, what a regular expression matches, one of some texts."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.errors import ConfigError
+from genai_pl.serving.errors import ApiError
+from genai_pl.serving.http.schemas import OpenAISampling
+from genai_pl.serving.service import Service
+
+MAX_FORM = 65_536  # characters of a schema, or of all texts to choose from
+MAX_PATTERN = 4096  # of a regular expression, and of all that a schema has: compiling takes the third power of it
+
+
+class Wish(NamedTuple):
+    """A form, and the field of the request that asks for it."""
+
+    param: str
+    kind: str  # json, json_object, regex or choice, as vLLM calls them
+    value: object
+
+
+async def with_form(service: Service, body: OpenAISampling, config: GenerationConfig) -> GenerationConfig:
+    """The way to choose tokens with the form that the client asks for; ApiError 422 for one that cannot be."""
+    wishes = list(_wishes(body))
+    if not wishes:
+        return config
+    param = wishes[0].param
+    if len(wishes) > 1:
+        raise ApiError(422, f"{param} and {wishes[1].param}: give one of them", param=param)
+    config = replace(config, **_constraint(wishes[0]))
+    try:
+        await service.prepare(config)
+    except (ConfigError, UnicodeError) as error:  # half a surrogate pair is no text
+        reason = re.sub(r"generation\.(json_schema|regex)", param, str(error))
+        raise ApiError(422, reason, param=param) from None
+    return config
+
+
+def _wishes(body: OpenAISampling) -> Iterator[Wish]:
+    """All that the client says about the form, in OpenAI's words and in both of vLLM's."""
+    if body.response_format is not None:
+        yield from _response_format(body.response_format)
+    for kind in ("json", "regex", "choice"):
+        value = getattr(body, f"guided_{kind}")
+        if value is not None:
+            yield Wish(f"guided_{kind}", kind, value)
+    for kind, value in (body.structured_outputs or {}).items():
+        if value is not None and value is not False:
+            yield Wish(f"structured_outputs.{kind}", kind, value)
+
+
+def _response_format(given: dict[str, object]) -> Iterator[Wish]:
+    kind = given.get("type")
+    if kind == "json_object":
+        yield Wish("response_format", "json_object", True)
+    elif kind == "json_schema":
+        inner = given.get("json_schema")
+        yield Wish("response_format.json_schema", "json", inner.get("schema") if isinstance(inner, dict) else None)
+    elif kind != "text":
+        raise ApiError(422, "response_format: its type is text, json_object or json_schema", param="response_format")
+
+
+def _constraint(wish: Wish) -> dict[str, str | None]:
+    """The two fields of GenerationConfig; a schema is text that begins with a brace, and so never the name of a file."""
+    if wish.kind == "json_object":
+        return {"json_schema": '{"type": "object"}', "regex": None}
+    if wish.kind == "json":
+        return {"json_schema": _schema(wish), "regex": None}
+    if wish.kind == "regex" and isinstance(wish.value, str):
+        _check_length(wish, len(wish.value), MAX_PATTERN)
+        return {"json_schema": None, "regex": wish.value}
+    texts = wish.value if isinstance(wish.value, list) else []
+    if wish.kind == "choice" and texts and all(isinstance(text, str) and text for text in texts):
+        _check_length(wish, sum(map(len, texts)), MAX_FORM)
+        return {"json_schema": None, "regex": "|".join(re.escape(text) for text in texts)}
+    kinds = {"regex": "an expression", "choice": "a list of texts"}
+    said = f"give {kinds[wish.kind]}" if wish.kind in kinds else "no such option of this server"
+    raise ApiError(422, f"{wish.param}: {said}", param=wish.param)
+
+
+def _schema(wish: Wish) -> str:
+    """The text of a schema, which vLLM's clients may send as text too."""
+    try:
+        schema = json.loads(wish.value) if isinstance(wish.value, str) else wish.value
+        if isinstance(schema, dict):
+            text = json.dumps(schema)
+            _check_length(wish, len(text), MAX_FORM)
+            _check_length(wish, sum(map(len, _patterns(schema))), MAX_PATTERN, what="of regular expressions")
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ApiError(422, f"{wish.param}: give a JSON schema, which is an object", param=wish.param)
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    """The regular expressions in a schema."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("pattern"), str):
+                yield part["pattern"]
+            if isinstance(part.get("patternProperties"), dict):
+                yield from part["patternProperties"]
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _check_length(wish: Wish, n: int, most: int, *, what: str = "in all") -> None:
+    """ApiError 422 for a form whose compiling would take long."""
+    if n > most:
+        raise ApiError(422, f"{wish.param}: {n:,} characters {what}, at most {most:,}", param=wish.param)

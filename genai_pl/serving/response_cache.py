@@ -1,0 +1,162 @@
+"""Answers that are kept: in memory, least recently used first to go, or in a Redis that several servers share."""
+
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from genai_pl.config.redaction import masked
+from genai_pl.data import fingerprint
+from genai_pl.errors import ConfigError
+from genai_pl.serving.settings import cache_secret
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("genai_pl.serving")
+PAUSE = 5.0  # seconds before a Redis that failed is asked again
+SIGNATURE_BYTES = 32
+LARGEST = 64 * 2**20  # bytes of an entry that are read: others may have written any number of them
+
+
+class Cache(Protocol):
+    """Bytes by name; what cannot be kept or found is not there, and never an error."""
+
+    async def get(self, key: str) -> bytes | None: ...
+    async def set(self, key: str, value: bytes) -> None: ...
+    async def close(self) -> None: ...
+
+
+def key_of(*parts: object) -> str:
+    """A name for values of JSON, the same in every process."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=24).hexdigest()
+
+
+def model_hash(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A name for what the model computes: its weights as they are loaded, its configuration and its tokenizer."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{model.config}{fingerprint(tokenizer)}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """A name for the contents of an adapter's folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("adapter_*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class MemoryCache:
+    """At most `limit` bytes, each entry for `ttl` seconds."""
+
+    def __init__(self, *, limit: int, ttl: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.ttl, self.now = limit, ttl, now
+        self.entries: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self.size = 0
+
+    async def get(self, key: str) -> bytes | None:
+        if key not in self.entries:
+            return None
+        expires, value = self.entries[key]
+        if expires <= self.now():
+            self._drop(key)
+            return None
+        self.entries.move_to_end(key)
+        return value
+
+    async def set(self, key: str, value: bytes) -> None:
+        if key in self.entries:
+            self._drop(key)
+        if len(value) > self.limit:
+            return
+        self.entries[key] = (self.now() + self.ttl, value)
+        self.size += len(value)
+        while self.size > self.limit:
+            self._drop(next(iter(self.entries)))
+
+    async def close(self) -> None:
+        self.entries.clear()
+
+    def _drop(self, key: str) -> None:
+        self.size -= len(self.entries.pop(key)[1])
+
+
+class RedisCache:
+    """Shared by all servers of that Redis; while it cannot be reached the server goes on without, and says so once.
+
+    Whoever reaches that Redis may write there: entries are signed for their name (HMAC, RFC 2104, with SHA-256), and one
+    without the right signature is not there.
+    """
+
+    def __init__(self, url: str, *, ttl: float, now: Callable[[], float] = time.monotonic) -> None:
+        from redis.asyncio import Redis
+        from redis.exceptions import RedisError
+
+        try:
+            self.client = Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)
+        except (ValueError, TypeError, RedisError):  # its message may show a part of the password
+            raise ConfigError(f"cache={masked(url)}: write redis://:PASSWORD@HOST:PORT/DB") from None
+        self.ttl, self.now = ttl, now
+        self.secret = cache_secret()
+        self.down_until: float | None = None  # while it is set, the last call failed
+
+    async def get(self, key: str) -> bytes | None:
+        found = await self._try(self.client.getrange, f"genai_pl:{key}", 0, LARGEST)
+        if not found:
+            return None
+        value = found[SIGNATURE_BYTES:]
+        if not hmac.compare_digest(found[:SIGNATURE_BYTES], self._signature(key, value)):
+            log.warning("cache: an entry is not signed with the secret of this server: it does not count")
+            return None
+        return value
+
+    async def set(self, key: str, value: bytes) -> None:
+        signed = self._signature(key, value) + value
+        await self._try(self.client.set, f"genai_pl:{key}", signed, px=max(1, int(self.ttl * 1000)))
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    def _signature(self, key: str, value: bytes) -> bytes:
+        return hmac.digest(self.secret, f"{key}:".encode() + value, "sha256")
+
+    async def _try(self, call: Callable, *arguments: object, **options: object) -> bytes | None:
+        from redis.exceptions import RedisError, ResponseError
+
+        if self.down_until is not None and self.now() < self.down_until:
+            return None
+        try:
+            found = await call(*arguments, **options)
+        except ResponseError as error:  # something else than an answer lies there, or it is full
+            log.warning("cache: Redis refuses (%s)", masked(error))
+            return None
+        except (RedisError, OSError) as error:
+            if self.down_until is None:
+                log.warning("cache: Redis does not answer (%s); going on without it", masked(error))
+            self.down_until = self.now() + PAUSE
+            return None
+        if self.down_until is not None:
+            log.warning("cache: Redis answers again")
+            self.down_until = None
+        return found
+
+
+def make_cache(name: str | None, *, ttl: float, mib: float) -> Cache | None:
+    """The cache that the option `cache` names."""
+    if name is None:
+        return None
+    if name == "memory":
+        return MemoryCache(limit=int(mib * 2**20), ttl=ttl)
+    return RedisCache(name, ttl=ttl)

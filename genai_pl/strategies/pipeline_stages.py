@@ -1,0 +1,154 @@
+"""The blocks of a model divided among the stages of a pipeline, and the passes of its microbatches."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from genai_pl.models import Model
+from genai_pl.modules.token_prediction import TokenModule
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+SCHEDULES = ("gpipe", "1f1b")
+FIRST = ("embed", "position", "types", "embed_norm", "embed_proj")  # what makes the input of the first block
+LAST = ("norm", "transform", "lm_head")  # what follows the last one
+Batch = dict[str, Tensor]
+Sums = dict[str, Tensor]
+
+
+def find_holders(model: Model, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
+    """The stages that compute with each parameter: one for a block's, first and last for a tied embedding."""
+    found: dict[nn.Parameter, set[int]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            stages = {stage_of(int(rest.partition(".")[0]), len(model.blocks), n_stages)}
+        elif part in FIRST or part in LAST:
+            stages = {0 if part in FIRST else n_stages - 1}
+        else:  # T5's bias is looked up by every block
+            stages = set(range(n_stages))
+        found.setdefault(parameter, set()).update(stages)
+    return {parameter: tuple(sorted(stages)) for parameter, stages in found.items()}
+
+
+def stage_of(block: int, n_blocks: int, n_stages: int) -> int:
+    """The stage of a block: neighbours together, as many blocks to each as to the others, or one fewer."""
+    return ((block + 1) * n_stages - 1) // n_blocks
+
+
+def release(parameter: nn.Parameter, device: torch.device) -> None:
+    """Free the memory of a parameter that others hold; its shape stays, so that optimizers number all alike."""
+    parameter.data = parameter.data.new_zeros((), device=device).expand(parameter.shape)
+
+
+class Stage(nn.Module):
+    """The objective of one microbatch as far as this stage computes it: hidden states (B, T, C), on the last one the loss (1,).
+
+    What other stages do is passed over, so that masks and positions are made by the model's own code, from the batch
+    that all stages have.
+    """
+
+    def __init__(
+        self, module: TokenModule, stage: int, n_stages: int, precision: Callable[[], AbstractContextManager]
+    ) -> None:
+        super().__init__()
+        self.module, self.precision = module, precision
+        self.is_last = stage == n_stages - 1
+        self.share = torch.ones(())  # of a sum over targets in what is minimized
+        self.sums: Counter[str] = Counter()
+        model = module.model
+        for n, block in enumerate(model.blocks):
+            if stage_of(n, len(model.blocks), n_stages) != stage:
+                block.forward = _pass
+        if not self.is_last:
+            model.norm.forward = _pass
+        if stage > 0:
+            model.embedded = lambda *_, **__: self._received
+
+    def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
+        self._received = x  # the first stage has the tokens instead
+        with self.precision():
+            if not self.is_last:
+                hidden = self.module.hidden(rows).to(self.module.model.embed.weight.dtype)
+                # the schedule asks for a gradient even where everything up to here is frozen
+                return hidden if hidden.requires_grad or not self.training else hidden.requires_grad_()
+            sums = self.module.step(rows)
+        self.sums.update({name: value.detach() for name, value in sums.items()})
+        return (sums["loss"] * self.share)[None]
+
+
+class Pipeline:
+    """The passes of a batch through all stages, one of which lies on this process."""
+
+    def __init__(self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int) -> None:
+        self.stage, self.index, self.group = stage, index, group
+        self.schedule, self.microbatches = schedule, microbatches
+        self._built: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}
+        self._names: dict[bool, list[str]] = {}
+
+    def run(self, batch: Batch, share: Tensor, *, train: bool) -> Sums:
+        """Sums over the targets of the batch, the same on all stages; gradients of the loss times `share` are added up."""
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        rows = {name: value for name, value in batch.items() if value.ndim}
+        self.stage.train(train)
+        self.stage.share = share
+        self.stage.sums = Counter()
+        given = (input_ids,) if self.index == 0 else ()
+        target = labels if train and self.stage.is_last else None
+        schedule = self._schedule(input_ids, train)
+        with torch.set_grad_enabled(train):
+            schedule.step(*given, target=target, return_outputs=False, **rows)
+        return self._told(train)
+
+    def _schedule(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
+        if train not in self._built or self._built[train][0] != input_ids.shape:
+            self._built[train] = (input_ids.shape, self._build(input_ids, train))
+        return self._built[train][1]
+
+    def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
+        # a third of a second that other runs need not wait
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+        B, T = input_ids.shape
+        n_stages, n = self.group.size(), math.gcd(B, self.microbatches)
+        model = self.stage.module.model
+        hidden = torch.empty(B // n, T, model.config.n_embd, dtype=model.embed.weight.dtype, device="meta")
+        hidden.requires_grad_(train)
+        loss = torch.empty(1, device="meta", requires_grad=train)
+        stage = PipelineStage(
+            self.stage,
+            self.index,
+            n_stages,
+            input_ids.device,
+            input_args=input_ids[: B // n].to("meta") if self.index == 0 else hidden,
+            output_args=loss if self.stage.is_last else hidden,
+            group=self.group,
+        )
+        # 1F1B wants a microbatch for every stage, which the last rows of an epoch may not be
+        kind = Schedule1F1B if self.schedule == "1f1b" and train and n >= n_stages else ScheduleGPipe
+        return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
+
+    def _told(self, train: bool) -> Sums:
+        """What the last stage has summed."""
+        last, sums = self.group.size() - 1, self.stage.sums
+        if train not in self._names:
+            names = [list(sums)]
+            dist.broadcast_object_list(names, group=self.group, group_src=last)
+            self._names[train] = names[0]
+        names, share = self._names[train], self.stage.share
+        values = torch.zeros(len(names), dtype=torch.float64, device=share.device)
+        if self.stage.is_last:
+            values = torch.stack([sums[name].double() for name in names])
+        dist.broadcast(values, group=self.group, group_src=last)
+        return {name: value.to(share.dtype) for name, value in zip(names, values, strict=True)}
+
+
+def _pass(x: Tensor, *_: object, **__: object) -> Tensor:
+    return x

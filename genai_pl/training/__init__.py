@@ -1,0 +1,1 @@
+"""Training runs from the configuration to the exported folder."""

@@ -1,0 +1,186 @@
+"""A model's judgement in place of people's: which of two answers is better, and how one might be improved.
+
+RLAIF (Lee et al. 2023) compares; Constitutional AI (Bai et al. 2022) criticizes and revises by written principles.
+"""
+
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from genai_pl.config.enums import Head
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.data.prompt_tokens import Messages
+from genai_pl.errors import ConfigError
+from genai_pl.generation import encode_prompt, generate_text
+from genai_pl.kernels import linear_logprobs
+from genai_pl.loading import Loaded, load
+from genai_pl.training.rewards import Judge
+
+COMPARISON = """Which answer to the request is better? {rubric}
+
+Request: {prompt}
+
+Answer A: {first}
+
+Answer B: {second}
+
+The better answer is Answer"""
+CRITIQUE = "Request: {prompt}\n\nAnswer: {answer}\n\n{critique}\n\nCritique:"
+REVISION = "Request: {prompt}\n\nAnswer: {answer}\n\nCritique: {said}\n\n{revision}\n\nRevised answer:"
+
+
+class Writer(Protocol):
+    """What answers a prompt, and says how likely it would go on with one text rather than another."""
+
+    concurrent: bool
+
+    def answer(self, prompt: str | Messages) -> str: ...
+    def preference(self, prompt: str, options: Sequence[str]) -> list[float]: ...
+
+
+def as_text(prompt: str | Messages) -> str:
+    """A prompt as a judge reads it: of messages, a line for each with its role; what a user alone says is a text."""
+    if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, rubric: str) -> dict[str, object]:
+    """The better and the worse answer, from both orders of asking; margin is the difference of probabilities."""
+    forward = _prefers_a(judge, prompt, first, second, rubric)
+    backward = _prefers_a(judge, prompt, second, first, rubric)
+    wins = (forward + 1 - backward) / 2  # of the first answer
+    chosen, rejected = (first, second) if wins >= 0.5 else (second, first)
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": abs(2 * wins - 1),
+        "position_bias": (forward + backward) / 2 - 0.5,
+    }
+
+
+def _prefers_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
+    asked = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
+    a, b = judge.preference(asked, [" A", " B"])
+    top = max(a, b)
+    a, b = math.exp(a - top), math.exp(b - top)
+    return a / (a + b)
+
+
+def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mapping[str, str]]) -> dict[str, object]:
+    """An answer, criticized and revised by each principle in turn: data to imitate, and a pair to prefer."""
+    first = answer = writer.answer(prompt).strip()
+    record = []
+    for principle in principles:
+        asked = CRITIQUE.format(prompt=as_text(prompt), answer=answer, critique=principle["critique"])
+        said = writer.answer(asked).strip()
+        again = REVISION.format(prompt=as_text(prompt), answer=answer, said=said, revision=principle["revision"])
+        answer = writer.answer(again).strip()
+        record.append({"critique": said, "revision": answer})
+    return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": first, "record": record}
+
+
+def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str) -> dict[str, object]:
+    """The better and the worse answer by a reward model, which sees no order of them.
+
+    margin is the difference of the probabilities that it gives them (Bradley and Terry 1952).
+    """
+    a, b = judge([prompt, prompt], [first, second])
+    chosen, rejected = (first, second) if a >= b else (second, first)
+    margin = math.tanh(abs(a - b) / 2)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "position_bias": 0.0}
+
+
+class _Local:
+    """A model of ours, one prompt at a time."""
+
+    concurrent = False
+
+    def __init__(self, loaded: Loaded, *, device: torch.device, options: dict[str, object], seed: int) -> None:
+        self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
+        self.config = GenerationConfig(**options)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def answer(self, prompt: str | Messages) -> str:
+        with torch.inference_mode():
+            return generate_text(self.model, self.tokenizer, [prompt], self.config, generator=self.generator)[0][0]
+
+    @torch.inference_mode()
+    def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
+        """Log-probability of each option after the prompt."""
+        device = self.model.embed.weight.device
+        found = []
+        for option in options:
+            given = encode_prompt(self.tokenizer, prompt)
+            said = self.tokenizer(option, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([(given + said)[-self.model.config.max_seq_len :]], device=device)
+            hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(said) :]
+            head = self.model.lm_head
+            logprobs = linear_logprobs(hidden, head.weight, ids[:, -len(said) :], bias=head.bias)
+            found.append(float(logprobs.sum()))
+        return found
+
+
+@dataclass
+class _Remote:
+    """An endpoint that speaks OpenAI's protocol of chat completions."""
+
+    url: str
+    model: str
+    key: str
+    retries: int
+    concurrent: bool = True
+
+    def answer(self, prompt: str | Messages) -> str:
+        return self._ask(prompt, max_tokens=512)
+
+    def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
+        """0 for the option that the answer begins with and -10 for others: probabilities are not in the protocol."""
+        said = self._ask(f"{prompt}: reply with one letter.", max_tokens=4).strip().upper()
+        return [0.0 if said.startswith(option.strip()) else -10.0 for option in options]
+
+    def _ask(self, prompt: str | Messages, *, max_tokens: int) -> str:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        for attempt in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=120) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"]
+            except (urllib.error.URLError, TimeoutError, KeyError, ValueError) as error:
+                if attempt == self.retries:
+                    raise ConfigError(f"judge={self.url}: no answer ({error})") from None
+                time.sleep(min(2**attempt, 30))
+        raise AssertionError
+
+
+def local_writer(
+    name: str, *, option: str, device: torch.device, options: dict[str, object], seed: int
+) -> Writer | Judge:
+    """The model that a reference stands for; a reward model may be the judge. ConfigError names the option it was given by."""
+    loaded = load(name, option=option)
+    scores = loaded.model.config.head is Head.score
+    if scores and option == "judge":
+        return Judge(loaded, device)
+    if scores:
+        raise ConfigError(
+            f"{option}={name}: a reward model, which writes no answers; give it as judge=, and here a language model"
+        )
+    if not loaded.model.config.writes:
+        raise ConfigError(f"{option}={name}: it writes no text; name a language model")
+    return _Local(loaded, device=device, options=options, seed=seed)
+
+
+def remote_writer(url: str, *, model: str, key_variable: str, retries: int) -> Writer:
+    """An endpoint; its key is read from an environment variable."""
+    return _Remote(url, model, os.environ.get(key_variable, ""), retries)

@@ -1,0 +1,123 @@
+"""Objects of a run, made from its configuration in order."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from genai_pl.checkpoints.file import MARK, read_contents
+from genai_pl.config.enums import Shape
+from genai_pl.data import vocabulary
+from genai_pl.devices import choose_device
+from genai_pl.errors import ConfigError
+from genai_pl.loading import load
+from genai_pl.models import Model
+from genai_pl.modules import BaseModule
+from genai_pl.modules.base import n_replicas
+from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.recipes.made import check_made
+from genai_pl.strategies import float8
+from genai_pl.training.fit import Parts
+from genai_pl.training.initial_model import (
+    adapt,
+    check_loaded,
+    check_shape,
+    fit_rows,
+    keep_base,
+    say_unused,
+    start,
+    typed_now,
+)
+from genai_pl.training.length import begun_length, check_length, passed_line, with_warmup
+from genai_pl.training.rewards import load_rewards
+from genai_pl.training.targets import make, named
+from genai_pl.training.trainer import build_trainer, run_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+
+def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Parts:
+    """Every object of the run, which goes on from the checkpoint if there is one."""
+    check_made(config.data.path)
+    lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
+    check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
+    typed = typed_now(config)
+    say_unused(config, typed)
+    data = make(config.data, seed=config.seed)
+    objective = named(config.objective._target_)
+    if data.kind != objective.data_kind:
+        names = HydraConfig.get().runtime.choices
+        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+    begun = start(config, data, objective)
+    model, tokenizer = begun.model, begun.tokenizer
+    if config.init_from or "name" in config.model:
+        check_loaded(config, model.config, tokenizer, typed)
+    check_shape(config, model.config, objective)
+    if objective.head is not None:
+        model.set_head(objective.head)
+    base = keep_base(config, run, begun)
+    model = adapt(config.peft, model, tokenizer)
+    rows, data.seq_len, clamped = fit_rows(config, model)
+    data.batch_size, data.val_batch_size = rows, config.data.val_batch_size or rows
+    if clamped:
+        rank_zero_only(log.info)("clamped     %s", clamped)
+    module = build_module(config, model, tokenizer)
+    if objective.embeds:
+        module.use_sentence(begun.sentence, tokenizer)
+    if objective.needs_reward:
+        connect_reward(config, module, tokenizer)
+    trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
+    data.prepare(tokenizer, module.collator)
+    contents = None if checkpoint is None else read_contents(checkpoint)
+    before = None if contents is None else begun_length(contents[MARK])
+    length = run_length(config, data, module, n_replicas(trainer), before)
+    epochs = config.trainer.max_epochs
+    if before and (line := passed_line(length, contents["global_step"], before, max_epochs=epochs)):
+        log.warning(line)
+    module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
+    module.schedule = with_warmup(module.schedule, length.steps, before)
+    module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step
+    data.n_batches = length.steps * trainer.accumulate_grad_batches
+    return Parts(run, trainer, module, data, tokenizer, length, **callbacks, defaults=begun.defaults, base=base)
+
+
+def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
+    """The LightningModule of the objective, around the model."""
+    if config.precision.get("float8"):
+        float8(model)
+    tokens = vocabulary(tokenizer, model.config.vocab_size)
+    if model.config.shape is Shape.encoder_decoder:
+        tokens = tokens._replace(start=model.config.decoder_start_token_id)
+    module = make(config.objective)(
+        model,
+        vocabulary=tokens,
+        seed=config.seed,
+        optimizer=make(config.optimizer),
+        schedule=make(config.scheduler),
+    )
+    module.make_optimizer(module.trained())  # its mistakes are told before the data are read
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    return module
+
+
+def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
+    if config.trainer.accumulate_grad_batches != 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
+        )
+    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
+    module.reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+    if module.critic_name is not None:
+        module.use_critic(load(module.critic_name, option="objective.critic").model)
+    module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None

@@ -1,0 +1,199 @@
+"""Rewards of completions: any Python function, or a reward model trained here; several with weights."""
+
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from genai_pl.config.enums import Head
+from genai_pl.data.columns import Place
+from genai_pl.data.messages import tools_of
+from genai_pl.data.prompt_tokens import Messages
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.loading import Loaded, load
+from genai_pl.models.pooling import scores
+from genai_pl.modules.reward_calls import call, numbers
+from genai_pl.objectives.collate import pad_rows
+from genai_pl.peft import share_frozen
+
+log = logging.getLogger(__name__)
+
+Reward = Callable[..., Sequence[float]]
+ARGUMENTS = ("prompts", "completions")  # of a reward, before the columns of the data
+HOW = "name a function as module:function or file.py:function, or a reward model"
+
+
+def load_rewards(
+    names: Sequence[str], weights: Sequence[float] | None, *, policy: nn.Module, device: torch.device
+) -> Reward:
+    """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder.
+
+    A function is given prompts as text; a model is given them as they were `asked`, text or messages, and reads them in its
+    own chat template. A reward that gives None for a completion does not apply to it, and is left out of its sum; the sum
+    of none is not a number. A reward model that is an adapter on the frozen base of the policy is held in memory as its
+    adapter alone.
+    """
+    if not names:
+        raise ConfigError(f"objective.reward is not set: {HOW}")
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names):
+        raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
+    found = [_find(name) for name in names]
+    rewards = [
+        _load_judge(name, policy, device) if place is None else _function(name, *place)
+        for name, place in zip(names, found, strict=True)
+    ]
+    told: set[str] = set()
+
+    def tell_once(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            log.warning(message)
+
+    def reward(
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        asked: Sequence[str | Messages] | None = None,
+        /,
+        **columns: Sequence[object],
+    ) -> list[float]:
+        for taken in columns.keys() & set(ARGUMENTS):
+            tell_once(f"reward      column {taken} of the data is not handed on: an argument of rewards is called so")
+        columns = {name: values for name, values in columns.items() if name not in ARGUMENTS}
+        asked = prompts if asked is None else asked
+        judges = [
+            partial(_judged, function, asked) if isinstance(function, Judge) else function for function in rewards
+        ]
+        given = call(names, judges, prompts, completions, columns)
+        each = [numbers(name, values, prompts) for name, values in zip(names, given, strict=True)]
+        sums = [_sum(weights, row) for row in zip(*each, strict=True)]
+        if any(map(math.isnan, sums)):
+            tell_once(
+                "reward      no reward applies to some completions (all gave None): nothing is learned from these"
+            )
+        return sums
+
+    return reward
+
+
+def _sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
+    """The weighted sum of what applies; not a number where nothing does."""
+    terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
+    return sum(terms) if terms else math.nan
+
+
+def _find(name: str) -> tuple[str, str] | None:
+    """The module or .py file and the function that a name stands for, None for that of a model."""
+    if name.endswith(".py") and not Path(name).is_dir():
+        raise ConfigError(f"objective.reward={name}: name the function in the file too, as {name}:FUNCTION")
+    if Path(name).exists():
+        return None
+    if ":" in name:
+        module, _, attribute = name.rpartition(":")
+        return module, attribute
+    if "/" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        return None
+    module, _, attribute = name.rpartition(".")
+    _add_folder(Path.cwd())
+    try:
+        known = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        known = False
+    if not known:
+        raise ConfigError(f"objective.reward={name}: no module {module} to import, nor such a run or folder; {HOW}")
+    return module, attribute
+
+
+def _add_folder(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _function(name: str, module: str, attribute: str) -> Reward:
+    """The function of a module from the working folder or the environment, or of a file."""
+    _add_folder(Path(os.getcwd()))
+    try:
+        function = attrgetter(attribute)(
+            _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        )
+    except (Exception, SystemExit) as error:  # a module may raise whatever it likes while it is imported
+        reason = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, ImportError | AttributeError | OSError)
+        reason = reason if known else f"{type(error).__name__}: {reason}"
+        raise ConfigError(f"objective.reward={name}: cannot be imported ({reason})") from None
+    if not callable(function):
+        raise ConfigError(f"objective.reward={name}: not a function")
+    return function
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module that a file is; files beside it can be imported from it."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    _add_folder(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem if known is None else f"reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Judge:
+    """A reward model, which reads prompt and completion in its own tokens, as it did when it was trained."""
+
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str],
+        tools: Sequence[object] | None = None,
+    ) -> list[float]:
+        """The score of each completion after its prompt; `tools` are the cells of that column, for messages."""
+        cells = [None] * len(prompts) if tools is None else tools
+        offered = [
+            () if isinstance(prompt, str) else tools_of(cell, Place("data.path", n, "tools"))
+            for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
+        ]
+        limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
+        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions, offered)]
+        ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
+        segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
+        return scores(self.model, ids, segments, 1)[:, 0].tolist()
+
+
+def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
+    loaded = load(name, option="objective.reward")
+    if loaded.model.config.head is not Head.score:
+        raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
+    share_frozen(loaded.model, policy)
+    return Judge(loaded, device)
+
+
+def _judged(
+    judge: Judge,
+    asked: Sequence[str | Messages],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    tools: Sequence[object] | None = None,
+    **_: object,
+) -> list[float]:
+    return judge(asked, completions, tools)

@@ -1,0 +1,87 @@
+"""Descriptions of a run in its folder and checkpoints, and what a run that goes on must have kept."""
+
+import logging
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl.atomic_io import write_atomic
+from genai_pl.checkpoints.file import MARK, read_contents
+from genai_pl.data import sources
+from genai_pl.errors import CheckpointError, ConfigError, DataError
+from genai_pl.training import output_folders as folders
+from genai_pl.training import run_log
+from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.resume import TYPED
+from genai_pl.training.trust import key_of
+
+log = logging.getLogger(__name__)
+
+LOG = "train.log"
+DATA = ("data.path", "data.val_path")
+FREE = {  # of the groups below, what a run may change in its middle
+    *("model.dropout", "model.attention", "data.batch_size", "data.val_batch_size", "peft.init_from", "peft.dropout"),
+    *("data.workers", "tokenizer.name", "model.name", *DATA),
+}
+GROUPS = ("model", "data", "tokenizer", "peft")
+
+
+def start_writing(run: Path) -> None:
+    """Keep the folder of a run that has started, and write its train.log from here on."""
+    folders.started()
+    run_log.keep(run / LOG)
+
+
+def write_settings(run: Path, config: DictConfig) -> None:
+    """Write `.hydra/` as Hydra does before anybody knows whether there will be a run."""
+    files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": given_overrides()}
+    for name, values in files.items():
+        text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))
+        write_atomic(run / ".hydra" / f"{name}.yaml", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+def description(config: DictConfig) -> dict[str, object]:
+    """What a checkpoint keeps of the configuration: what cannot change in the middle of a run, and the data's contents."""
+    fixed: dict[str, object] = {"seed": config.seed}
+    fixed |= {f"{name}._target_": config[name]._target_ for name in ("objective", "optimizer")}
+    for group in GROUPS:
+        values = OmegaConf.to_container(config[group], resolve=True, enum_to_str=True)
+        fixed |= {f"{group}.{key}": value for key, value in values.items() if f"{group}.{key}" not in FREE}
+    if config.data.get("streaming"):  # workers share the documents
+        fixed["data.workers"] = config.data.workers
+    return {"fixed": fixed, "data": {option: _digest(OmegaConf.select(config, option)) for option in DATA}}
+
+
+def check_goes_on(now: dict[str, dict], checkpoint: Path, run: Path) -> None:
+    """UserError where the run of a checkpoint had other fixed settings, or other data than are there now."""
+    ours = read_contents(checkpoint)[MARK]
+    before, data = ours.get("fixed", {}), ours.get("data", {})
+    if not isinstance(before, dict) or not isinstance(data, dict):
+        raise CheckpointError(f"{checkpoint}: refused, it does not say how its run was configured")
+    for key, value in now["fixed"].items():
+        if key in before and before[key] != value:
+            raise ConfigError(
+                f"{key}={value}: the run was begun with {before[key]}, which cannot change in its middle; "
+                f"start another one from its weights with init_from={run}"
+            )
+    typed = {key_of(a) for a in TYPED}
+    for option, digest in now["data"].items():
+        if digest is None or data.get(option, digest) == digest:
+            continue  # where there is none, whoever reads it says so
+        if option not in typed:
+            raise DataError(
+                f"{option}: its contents have changed since {checkpoint} was written; "
+                f"type {option}= again to go on with what is there now"
+            )
+        log.info("changed     the contents of %s: the run goes on at its place in them", option)
+
+
+def _digest(path: str | None) -> str | None:
+    """A name for the contents of files; None for none, and for what is not read as files."""
+    if path is None:
+        return None
+    try:
+        return sources.find(path).content
+    except DataError:
+        return None  # a data module of one's own reads it

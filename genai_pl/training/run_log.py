@@ -1,0 +1,141 @@
+"""train.log: what a command printed and warned, in that order, in the folder of its run."""
+
+import logging
+import re
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from genai_pl.config.redaction import masked
+from genai_pl.errors import reason_of
+from genai_pl.training.output_folders import is_first_process
+
+MOST_EARLY = 10_000  # lines that are kept until the run has a folder
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")  # of terminals
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class RunLog:
+    """Lines as a terminal shows them, without what it obeys and without secrets; in memory until they have a file."""
+
+    def __init__(self, say: TextIO) -> None:
+        self._say = say  # where a disk that refuses the file is told of
+        self._path: Path | None = None
+        self._early: deque[str] = deque(maxlen=MOST_EARLY)
+        self._begun: dict[int, str] = {}  # lines that have not ended yet, by stream
+
+    def add(self, stream: int, text: str) -> None:
+        """Take what a stream is given."""
+        *ended, begun = (self._begun.get(stream, "") + text).split("\n")
+        self._begun[stream] = begun[begun.rstrip("\r").rfind("\r") + 1 :]  # a bar writes over itself
+        self._write([line for line in map(_shown, ended) if line is not None])
+
+    def keep(self, path: Path) -> None:
+        """Append to this file what was printed so far, and all that follows."""
+        self._path = path
+        self._write([])
+
+    def close(self) -> None:
+        """End the lines under way; what follows belongs to another run."""
+        for stream, begun in self._begun.items():
+            if begun:
+                self.add(stream, "\n")
+        self._path = None
+        self._early.clear()
+
+    def _write(self, lines: Iterable[str]) -> None:
+        self._early.extend(lines)
+        if self._path is None or not self._early:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"{line}\n" for line in self._early)
+        except OSError as error:  # a run does not end for its log; what it depends on says so itself
+            if not any(line.startswith("error: ") for line in self._early):  # which has told of the disk already
+                print(f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._say)
+            self._path = None
+        self._early.clear()
+
+
+def _shown(line: str) -> str | None:
+    """What is left of a line when all its characters are on the terminal; None for a bar that was wiped."""
+    text = line.rstrip("\r").rpartition("\r")[2]
+    if not text.strip() and text != line.rstrip("\r"):
+        return None
+    return masked(CONTROL.sub("?", ESCAPES.sub("", text)))
+
+
+class _Recorded:
+    """A stream that tells a log what it is given."""
+
+    def __init__(self, stream: TextIO, log: RunLog) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        written = self._stream.write(text)
+        self._log.add(id(self), text)
+        return written
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+_log: RunLog | None = None
+
+
+def keep(path: Path) -> None:
+    """Append what this process has recorded, and all that follows, to a file; nothing where it records nothing."""
+    if _log is not None:
+        _log.keep(path)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record stdout and stderr, in the first process of a run. Inside another recording it bounds one run of several."""
+    if not is_first_process():
+        yield
+        return
+    if _log is not None:
+        try:
+            yield
+        except Exception:
+            _log.add(0, traceback.format_exc())  # which the interpreter prints when all is over
+            raise
+        finally:
+            _log.close()
+        return
+    with _replaced():
+        yield
+
+
+@contextmanager
+def _replaced() -> Iterator[None]:
+    global _log
+    before = sys.stdout, sys.stderr
+    _log = RunLog(sys.stderr)
+    sys.stdout, sys.stderr = (_Recorded(stream, _log) for stream in before)
+    pairs = [*zip(before, (sys.stdout, sys.stderr), strict=True)]
+    _redirect(pairs)
+    try:
+        yield
+    finally:
+        _log.close()
+        _log = None
+        _redirect([(new, old) for old, new in pairs])
+        sys.stdout, sys.stderr = before
+
+
+def _redirect(pairs: Iterable[tuple[object, object]]) -> None:
+    """Have handlers of the root logger write to another stream."""
+    for handler in logging.root.handlers:
+        for old, new in pairs:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.stream = new  # setStream would flush the old one, which a full disk refuses

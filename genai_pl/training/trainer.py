@@ -1,0 +1,224 @@
+"""The Trainer of a run, with its callbacks and loggers, from the configuration."""
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from omegaconf import DictConfig, OmegaConf
+
+from genai_pl import callbacks as cb
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.tokenizer import files_of
+from genai_pl.errors import ConfigError
+from genai_pl.models import flop_rates
+from genai_pl.modules import BaseModule
+from genai_pl.peft import adapters_of
+from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.training.fit import Parts
+from genai_pl.training.hydra_job import rank_command
+from genai_pl.training.length import (
+    Length,
+    choose_length,
+    warmup_of,
+)
+from genai_pl.training.output_folders import write_early
+from genai_pl.training.targets import make
+
+log = logging.getLogger(__name__)
+
+OURS = (
+    "recompute",
+    "recompute_every",
+    "optimizer_in_backward",
+    "grace_period",
+)  # fields of `trainer` that Lightning does not know
+NOT_TAKEN = {  # arguments of Lightning's Trainer that are decided elsewhere, or void here
+    **{name: f"set {name}=" for name in ("precision", "strategy", "logger")},
+    "callbacks": "add to callbacks.extra",
+    "plugins": "ours write the checkpoints",
+    "default_root_dir": "set output_dir=",
+    "check_val_every_n_epoch": "trainer.val_check_interval counts steps",
+    "num_sanity_val_steps": "trainer.val_check_interval says when is validated",
+    "min_steps": "trainer.max_steps is the length, and what stops a run stops it at once",
+    "min_epochs": "trainer.max_epochs is the length, and what stops a run stops it at once",
+    "fast_dev_run": "set trainer.max_steps=1 and trainer.limit_val_batches=1",
+    "enable_checkpointing": "callbacks.checkpoint says what is kept",
+    "enable_model_summary": "what is trained is printed already",
+    "use_distributed_sampler": "the data are divided already",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val is of the norm",
+    "limit_test_batches": "nothing is tested: evaluate.py",
+    "limit_predict_batches": "nothing is predicted: generate.py",
+}
+
+
+def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
+    """The Trainer and our callbacks by name."""
+    follow_launcher()
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    every = options.pop("log_every_n_steps")
+    for name in OURS:
+        del options[name]
+    for name in options.keys() & NOT_TAKEN:
+        raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {NOT_TAKEN[name]}; leave it out")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+        options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+    strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
+    # ours count optimizer steps, across epochs; Lightning counts batches
+    options["val_check_interval"] *= options["accumulate_grad_batches"]
+    options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
+    settings = config.callbacks
+    loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
+    checkpoints = cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint)
+    callbacks = {
+        "monitor": cb.Monitor(every),
+        "console": cb.Console(),
+        "interrupt": cb.Interrupt(),
+        "checkpoints": checkpoints,
+    }
+    # text is written by one process, which must hold the whole model for a while
+    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
+    if samples and settings.samples.every_n_steps and gathers:
+        sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
+        prompts = list(settings.samples.prompts or ())
+        callbacks["samples"] = cb.Samples(
+            every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling
+        )
+    elif samples and settings.samples.every_n_steps:
+        log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
+    for name, entry in config.callbacks.extra.items():
+        if not isinstance(entry, DictConfig) or "_target_" not in entry:
+            raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
+    further = [*make(config.callbacks.extra).values(), *([cb.Profile(run)] if config.profile else [])]
+    try:
+        trainer = L.Trainer(
+            **options,
+            precision=config.precision.lightning,
+            strategy=strategy,
+            logger=[make(node, at="logger") for node in loggers],
+            callbacks=[*callbacks.values(), cb.Divergence(), *further],
+            plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
+            default_root_dir=str(run),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+    if config.precision.lightning in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
+        raise ConfigError("precision=fp16 needs a GPU: on a CPU Lightning takes bf16 instead; precision=bf16")
+    trainer._signal_connector = NoSignals(trainer)
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
+    return trainer, callbacks
+
+
+class NoSignals(_SignalConnector):
+    """In the place of Lightning's handlers, which talk to other processes from inside, and requeue jobs of Slurm."""
+
+    def register_signal_handlers(self) -> None:
+        """Signals have an owner already: genai_pl.signals."""
+
+
+def run_length(
+    config: DictConfig,
+    data: RowsDataModule,
+    module: BaseModule,
+    world_size: int,
+    begun: Mapping[str, int | None] | None,
+) -> Length:
+    """The length of the run, from our own numbers; begun: what a checkpoint says of it."""
+    accumulate, options = config.trainer.accumulate_grad_batches, config.trainer
+    batches = None if data.streaming else data.steps_per_epoch(accumulate, world_size)
+    trained = bool(config.init_from) or "name" in config.model
+    return choose_length(
+        max_steps=options.max_steps,
+        max_epochs=options.max_epochs,
+        steps_per_pass=None if batches is None else batches * module.n_updates(data.batch_size),
+        fine_tunes=trained and data.kind != "text",
+        begun=begun,
+    )
+
+
+def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+    """Tell the callbacks and loggers about each other and about what is trained."""
+    model, monitor = parts.module.model, parts.monitor
+    monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
+    monitor.listeners.append(parts.console.show)
+    defaults = {name: dict(values) for name, values in parts.defaults._asdict().items()}
+    parts.checkpoints.contents = {
+        "model": model.config.to_dict(),
+        "tokenizer": files_of(parts.tokenizer),
+        "defaults": defaults,
+        "length": {"steps": parts.length.steps, "warmup_steps": warmup_of(parts.module.schedule)},
+    }
+    if files := {name: values for name, values in parts.module.export_files().items() if name.endswith(".json")}:
+        parts.checkpoints.contents["files"] = files
+    for adapter in adapters_of(model):
+        parts.checkpoints.contents |= {
+            "peft": {"method": adapter.method, "options": adapter.options},
+            "base": parts.base,
+        }
+        parts.checkpoints.trained_only = parts.base is not None
+        parts.module.strict_loading = parts.base is None  # the base is there already
+    if parts.samples:
+        parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
+        parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
+    for logger in parts.trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        write_early(Path(logger.log_dir))
+        if checkpoint:
+            logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
+    strategy = parts.trainer.strategy
+    strategy.connect(parts.module)
+    if isinstance(strategy, ShardedStrategy):
+        strategy.check(parts.module, rows=parts.data.batch_size)
+    if config.trainer.optimizer_in_backward:
+        check_in_backward(config, parts)
+        parts.module.steps_in_backward = True
+    kind, every = config.trainer.recompute, config.trainer.recompute_every
+    if kind is not None or every is not None:
+        recompute(model, 1 if every is None else every, kind=kind or "full")
+
+
+def check_in_backward(config: DictConfig, parts: Parts) -> None:
+    """ConfigError for what needs all gradients of a step at once."""
+    name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, parts.trainer
+    if options.gradient_clip_val is not None:
+        raise ConfigError(f"{name} cannot clip the norm of all gradients: set trainer.gradient_clip_val=null")
+    if options.accumulate_grad_batches != 1:
+        raise ConfigError(f"{name} keeps no gradients to add to: set trainer.accumulate_grad_batches=1")
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
+    if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
+        raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
+    if not parts.module.automatic_optimization:
+        raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
+
+
+def quiet() -> None:
+    """Silence what Lightning and datasets say that a user cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for text in (
+        "does not have many workers",
+        "Checkpoint directory",
+        "GPU available but not",
+        "treespec, LeafSpec",
+        "sync_dist=True",
+        "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
+        "FSDP2-wrapped module",
+        "but AMP with fp16 is not supported on CPU",  # refused
+        "Detected call of `lr_scheduler.step",  # fp16 may skip the first step
+    ):
+        warnings.filterwarnings("ignore", f".*{text}.*")
