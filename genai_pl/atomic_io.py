@@ -11,7 +11,7 @@ from pathlib import Path
 
 from genai_pl.errors import UserError, system_error
 
-RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
+SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
 LOCK = ".lock"  # of a run folder: who writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
 ADAPTER = "adapter_config.json"  # what makes a folder an adapter

@@ -7,9 +7,8 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from genai_pl.atomic_io import ADAPTER, RESULTS, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint
 from genai_pl.errors import CheckpointError
-from genai_pl.training.output_folders import SWEEP
 
 ROOTS = ("outputs", "multirun")  # where runs are
 # what people call the folders that they keep models in: no account of the hub

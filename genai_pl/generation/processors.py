@@ -1,7 +1,7 @@
 """How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions.
 
 The order is: logit bias; repetition penalty; then what excludes tokens (no-repeat n-grams, bad words, min_new_tokens, the
-prefix and the constraint: `rules.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search
+prefix and the constraint: `banned_tokens.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search
 applies the first three to log-probabilities, as transformers does.
 """
 

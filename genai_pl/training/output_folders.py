@@ -10,9 +10,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from genai_pl.atomic_io import SWEEP
 from genai_pl.signals import RANK_VARIABLES
-
-SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
 
 _made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
 _early: list[Path] = []  # what it writes before the run has started

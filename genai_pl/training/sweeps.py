@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from genai_pl.atomic_io import RESULTS, write_atomic
+from genai_pl.atomic_io import RESULTS, SWEEP, write_atomic
 from genai_pl.errors import UserError
-from genai_pl.training.output_folders import SWEEP
 from genai_pl.training.trust import ASIDE, check_links, key_of, plain, read_overrides
 
 ROOT = "multirun"

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from genai_pl.config.redaction import holds_secret
 from genai_pl.errors import UserError
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = {  # of whose fields each may be set
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
     *("precision", "strategy", "trainer", "generation", "plan"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cli.test_commands import table
 from tests.conftest import TINY
-from tests.test_commands import table
 
 LR = ("optimizer=adamw", "optimizer.lr=1e-2", "scheduler=constant", "scheduler.warmup_steps=0")
 JOB = (*TINY, *LR, "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=9")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from genai_pl.optim import StepInBackward, adamw
+from tests.cli.test_commands import table
 from tests.conftest import TINY
-from tests.test_commands import table
 
 PLAIN = (*TINY, "trainer.gradient_clip_val=null", "callbacks.checkpoint.every_n_steps=2")
 

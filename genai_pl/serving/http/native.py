@@ -16,7 +16,7 @@ from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, 
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service
 
-PAGE = Path(__file__).parent / "static" / "index.html"
+PAGE = Path(__file__).parents[1] / "static" / "index.html"
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 # the page runs only its own script, and speaks only to its own server
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import odd_overrides
-from tests.odd_overrides import ROOT, Case, Outcome, draw
+from tests.cli import odd_overrides
+from tests.cli.odd_overrides import ROOT, Case, Outcome, draw
 
 KNOWN = {  # base, and what is typed: what the line begins with
     "callbacks.samples=null": "callbacks.samples=null: has fields of its own to be set: every_n_steps, ",

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from genai_pl.errors import UserError
 from genai_pl.training.resume import replay
 from genai_pl.training.sweeps import finished, replay_sweep, write_results
+from tests.cli.test_commands import start, table, wait_for_step
 from tests.conftest import TINY
-from tests.test_commands import start, table, wait_for_step
 
 JOB = (*TINY, "callbacks.export=false", "callbacks.checkpoint.every_n_steps=2", "trainer.limit_val_batches=1")
 SWEEP = (*JOB, "optimizer.lr=1e-2,1e-3,1e-4")

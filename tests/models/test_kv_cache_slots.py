@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genai_pl.models import Decoder, ModelConfig
-from genai_pl.models import slots as slots_module
+from genai_pl.models import Decoder, ModelConfig, kv_cache
 from genai_pl.models.kv_cache import SlotCache
 
 SHAPES = {
@@ -35,7 +34,7 @@ def alone(model: Decoder, row: list[int]) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_rows_that_come_and_go_are_read_as_each_alone(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots_module, "SPARE", 3)  # so that rows move, and buffers grow, all the time
+    monkeypatch.setattr(kv_cache, "SPARE", 3)  # so that rows move, and buffers grow, all the time
     model, draw = build(**SHAPES[shape]), random.Random(0)
     cache, rows, worst, n_moves = SlotCache(4), [], 0.0, 0
     for _ in range(70):

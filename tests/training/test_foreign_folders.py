@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import foreign
 from tests.conftest import ROOT, TINY
+from tests.training import foreign
 
 GIB = 2**20  # KiB, in which the kernel counts
 SECONDS = 120  # after which a command hangs

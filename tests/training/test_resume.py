@@ -16,8 +16,8 @@ from genai_pl.atomic_io import claimed
 from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.training.resume import replay
+from tests.cli.test_commands import table
 from tests.conftest import ROOT
-from tests.test_commands import table
 
 SMALL = (
     *("model.n_layer=1", "model.n_embd=32", "model.max_seq_len=32", "model.dropout=0.1", "tokenizer=byte"),

@@ -232,7 +232,7 @@ def test_the_commands_of_the_documentation_work_as_written(command, tmp_path: Pa
     ):
         write(tmp_path / f"{name}.jsonl", [{column: row[column] for column in columns} for row in rows])
     assert command("train", "data.path=chat.jsonl", "data.column=prompt", *LLAMA, "hydra.run.dir=first").status == 0
-    text = (Path(__file__).parent.parent / "docs" / "alignment.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "alignment.md").read_text()
     lines = [line.partition("#")[0] for line in text.split("```")[1].strip().splitlines()]
     assert len(lines) == 7
     small = ("data.batch_size=2", "trainer.max_steps=2", "callbacks.samples.every_n_steps=null")

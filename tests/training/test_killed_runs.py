@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from genai_pl.checkpoints.file import read_checkpoint
-from tests.forked_runs import TORN, Moment
-from tests.killing import Killer
+from tests.training.forked_runs import TORN, Moment
+from tests.training.killing import Killer
 
 SMALL = (
     *("model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.max_seq_len=48", "model.dropout=0.1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.conftest import ROOT
-from tests.forked_runs import Moment
+from tests.training.forked_runs import Moment
 
 
 class Ended(NamedTuple):
@@ -26,7 +26,7 @@ class Killer:
     def __init__(self, folder: Path) -> None:
         self.folder, self.n = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked_runs"],
+            [sys.executable, "-m", "tests.training.forked_runs"],
             cwd=ROOT,
             text=True,
             stdin=subprocess.PIPE,

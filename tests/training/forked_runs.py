@@ -1,8 +1,8 @@
 """Runs of train.py as children of one process that has imported everything, each killed at the moment that is chosen for it.
 
-`python -m tests.forked_runs` reads one job a line as JSON and answers with how its run ended. A moment is the n-th line of
-our own code that is executed in a stage of the run (STAGES), or the n-th file that is flushed, which is cut in its middle
-(TORN).
+`python -m tests.training.forked_runs` reads one job a line as JSON and answers with how its run ended. A moment is the n-th
+line of our own code that is executed in a stage of the run (STAGES), or the n-th file that is flushed, which is cut in its
+middle (TORN).
 """
 
 import ctypes
@@ -105,7 +105,7 @@ def serve() -> None:
 
     import train  # noqa: F401
 
-    for name in ("run", "dry_run", "export"):
+    for name in ("training.train", "cli.dry_run", "exporting"):
         __import__(f"genai_pl.{name}")
     for module in (ROOT / "genai_pl" / "modules").glob("[a-z]*.py"):
         __import__(f"genai_pl.modules.{module.stem}")

@@ -51,7 +51,7 @@ def digits_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_application_says_what_it_does_and_names_its_own_data(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.test_config import composed
+    from tests.config.test_config import composed
 
     path = Path(composed(f"experiment={name}").data.path)
     assert path in (Path(f"data/{name}/train.jsonl"), Path("shakespeare"))
