@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from genai_pl.atomic_io import ADAPTER, is_checkpoint
 from genai_pl.callbacks.monitor import peak_flops
 from genai_pl.checkpoints.file import MARK, read_contents
-from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
-from genai_pl.data.tokenizer import from_files
+from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig
 from genai_pl.models.hf.config import is_supported, prefix_of, read_config
@@ -51,13 +51,13 @@ def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConf
     if config.init_from:
         values, tokenizer = stored_config(config.init_from, option="init_from")
         check_loaded(config, values, tokenizer, typed_now(config))
-        add_missing(tokenizer, objective.needs)
+        add_missing_tokens(tokenizer, objective.needs)
         values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
         return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))
     kind = config.tokenizer.kind
     tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
     learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
-    add_missing(tokenizer, objective.needs)
+    add_missing_tokens(tokenizer, objective.needs)
     return model_config(config, len(tokenizer) + learned)
 
 
@@ -80,7 +80,7 @@ def stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrai
             raise ConfigError(
                 f"dry_run=true needs a model of our own, and {option}={reference} is one of transformers'"
             )
-        return ModelConfig.from_dict(ours["model"]), from_files(ours["tokenizer"])
+        return ModelConfig.from_dict(ours["model"]), tokenizer_from_files(ours["tokenizer"])
     if (path / ADAPTER).is_file():
         raise adapter
     file = path / "config.json"

@@ -96,7 +96,7 @@ class Packer:
         self.document = state["document"]
 
 
-class NumberedRows(Dataset):
+class KeyedExamples(Dataset):
     """The rows of another data set, asked for by (epoch, index) and told it as `key`: noise is drawn from it."""
 
     def __init__(self, rows: Dataset) -> None:

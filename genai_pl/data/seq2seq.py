@@ -31,7 +31,7 @@ class Seq2SeqDataModule(TextsDataModule):
             raise DataError(f"data.path={self.path}: no rows to train on")
 
     def rows(self, table: "Table") -> Dataset:
-        return PackedPairs(self.texts(table), self.seq_len if self.packing else 0)
+        return PackedPairs(self.tokenized_texts(table), self.seq_len if self.packing else 0)
 
     def summary(self) -> str:
         train, val = self.tables()

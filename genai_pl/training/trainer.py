@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl import callbacks as cb
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.tokenizer import files_of
+from genai_pl.data.tokenizer import tokenizer_files
 from genai_pl.errors import ConfigError
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
@@ -156,7 +156,7 @@ def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
     defaults = {name: dict(values) for name, values in parts.defaults._asdict().items()}
     parts.checkpoints.contents = {
         "model": model.config.to_dict(),
-        "tokenizer": files_of(parts.tokenizer),
+        "tokenizer": tokenizer_files(parts.tokenizer),
         "defaults": defaults,
         "length": {"steps": parts.length.steps, "warmup_steps": warmup_of(parts.module.schedule)},
     }

@@ -94,7 +94,7 @@ def _nll(model: Model, row: ScoredWindow) -> Generator[None, None, float]:
     tokens, found = torch.from_numpy(row.tokens).long(), []
 
     def take(start: int, hidden: Tensor) -> None:
-        first = max(start, row.n_given - 1)  # the position that predicts the first scored token
+        first = max(start, row.n_context - 1)  # the position that predicts the first scored token
         goal = tokens[first + 1 : start + hidden.shape[1] + 1].to(hidden.device)
         if len(goal) > 0:
             logprobs = model.logits(hidden[0, first - start :]).float().log_softmax(-1)
