@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -164,7 +165,7 @@ def _restoring(parts: Parts, checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if checkpoint is None or parts.checkpoints.started:
+        if checkpoint is None or parts.checkpoints.started or isinstance(error, dist.DistError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise CheckpointError(f"{checkpoint}: does not fit the run as it is configured ({reason})") from error
@@ -182,6 +183,9 @@ def _explained(parts: Parts) -> Iterator[None]:
             asked = getattr(parts.trainer, found[1])
             line = f"trainer.{found[1]}={asked}: less than one batch; take at least {found[2]}, or a number of batches"
         raise ConfigError(line) from None
+    except dist.DistNetworkError as error:  # a port that was free when Lightning looked, or a machine out of reach
+        line = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the processes of the run cannot connect: {line}; start the command again") from None
     except Exception as error:
         refused = system_error(error)
         if refused is None and not isinstance(error, TrainingError):
