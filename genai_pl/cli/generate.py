@@ -186,11 +186,11 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
 
 def print_scores(loaded: Loaded, prompts: list[str]) -> None:
     """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
-    from genai_pl.evaluation.embeddings import encode_whole, judge, logprobs
+    from genai_pl.evaluation.embeddings import encode_texts, judge, logprobs
 
     model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.head is Head.score:
-        rows = [row[-model.config.max_seq_len :] for row in encode_whole(tokenizer, prompts)]
+        rows = [row[-model.config.max_seq_len :] for row in encode_texts(tokenizer, prompts)]
         for prompt, reward in zip(prompts, judge(model, rows).tolist(), strict=True):
             print_json({"prompt": prompt, "score": reward})
         return

@@ -97,7 +97,7 @@ class BaseModule(L.LightningModule, ABC):
         """What the optimizer is given."""
         yield from self.model.named_parameters()
 
-    def held_metrics(self) -> Metrics:
+    def epoch_metrics(self) -> Metrics:
         """Metrics of a whole validation that are no sums over its batches."""
         return {}
 
@@ -211,7 +211,7 @@ class BaseModule(L.LightningModule, ABC):
         targets = sums.pop("targets")
         if targets > 0 and not torch.isfinite(sums.get("loss", targets)):
             raise LossError(f"the validation loss is not finite after step {self.trainer.global_step}")
-        metrics = self.summarize(sums, targets) | self.held_metrics()
+        metrics = self.summarize(sums, targets) | self.epoch_metrics()
         step = torch.tensor(
             float(self.trainer.global_step)
         )  # else Lightning counts the last step of a fit as not yet done

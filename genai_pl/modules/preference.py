@@ -12,7 +12,7 @@ from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
 from genai_pl.modules.columns import Column
 from genai_pl.modules.precompute import annotate, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
-from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
+from genai_pl.objectives import IGNORED, PreferenceCollator, SpecialTokens
 from genai_pl.objectives import preference as losses
 from genai_pl.objectives.preference import WITH_REFERENCE, WITHOUT_REFERENCE
 from genai_pl.objectives.preference_collators import text_labels
@@ -37,7 +37,7 @@ class PreferenceModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,

@@ -11,7 +11,7 @@ from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import shared_beginning, shares_beginnings
 from genai_pl.objectives import (
     RankingCollator,
-    Vocabulary,
+    SpecialTokens,
     centering_penalty,
     pairwise_reward_loss,
     plackett_luce_loss,
@@ -39,7 +39,7 @@ class RewardModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,

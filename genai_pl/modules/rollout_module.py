@@ -10,7 +10,7 @@ from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.rollout import Example, Experience, Judged, Reward, Rollout, at_places, passes, put_back, write
-from genai_pl.objectives import Vocabulary, token_entropy
+from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
@@ -28,7 +28,7 @@ class WritingModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,

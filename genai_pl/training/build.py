@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
-from genai_pl.data import vocabulary
+from genai_pl.data import special_tokens
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
@@ -92,7 +92,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     """The LightningModule of the objective, around the model."""
     if config.precision.get("float8"):
         float8(model)
-    tokens = vocabulary(tokenizer, model.config.vocab_size)
+    tokens = special_tokens(tokenizer, model.config.vocab_size)
     if model.config.shape is Shape.encoder_decoder:
         tokens = tokens._replace(start=model.config.decoder_start_token_id)
     module = instantiate(config.objective)(

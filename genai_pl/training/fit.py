@@ -21,7 +21,7 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.config.redaction import masked
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.end_tokens import GENERATION, UNSAID, WritingDefaults, generation_values
+from genai_pl.data.generation_defaults import GENERATION, NO_DEFAULTS, GenerationDefaults, generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError, LossError, TrainingError, system_error, system_line
 from genai_pl.exporting import adapter_card, export_model, read_alike, token_ids, write_files
@@ -58,7 +58,7 @@ class Run:
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
-    defaults: WritingDefaults = UNSAID  # of the folder that the model came from
+    defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
     base: str | None = None  # where the model can be had as it began
 
 
@@ -148,7 +148,7 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
     model, tokenizer = run.module.model, run.tokenizer
     save_adapter(model, folder, base=run.base)
     save_tokenizer(tokenizer, folder)
-    write_json(folder / GENERATION, generation_values(model.config, token_ids(tokenizer), run.defaults))
+    write_json(folder / GENERATION, generation_config_values(model.config, token_ids(tokenizer), run.defaults))
     write_files(folder, run.module.export_files())
     (folder / "README.md").write_text(adapter_card(run.base, card), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.end_tokens import set_ends
+from genai_pl.data.generation_defaults import set_end_tokens
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.generation import complete
@@ -135,10 +135,10 @@ def test_a_template_that_fits_no_conversation_hinders_nobody(template: str) -> N
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     config = ModelConfig(vocab_size=SIZE)
-    set_ends(config, tokenizer)
+    set_end_tokens(config, tokenizer)
     assert config.eos_token_ids == (EOS,)
     tokenizer.chat_template = {"rag": "{{ messages[0].content }}", "tool_use": "{{ messages[0].content }}"}
-    set_ends(config, tokenizer)  # there is no default among them
+    set_end_tokens(config, tokenizer)  # there is no default among them
     assert config.eos_token_ids == (EOS,)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionKind
-from genai_pl.data.end_tokens import named_ends, read_defaults
+from genai_pl.data.generation_defaults import end_token_ids, read_generation_defaults
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.onnx.model import OnnxDecoder
@@ -30,7 +30,7 @@ class Adapters:
         for name, folder in folders.items():
             load_adapter(model, Path(folder))
             self.adapters[name] = adapters_of(model)[-1]
-            self.own_ends[name] = named_ends(read_defaults(Path(folder)))
+            self.own_ends[name] = end_token_ids(read_generation_defaults(Path(folder)))
         model.to(self.device).eval()
 
     def ends(self, name: str | None) -> set[int]:
