@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash.blocks import key_blocks, query_blocks, split_shared, step_to, walk
+from genai_pl.kernels.flash.blocks import key_blocks, query_blocks, split_global_prefix, step_to, walk
 from genai_pl.kernels.flash.common import (
     LOG2E,
     as_column,
@@ -149,8 +149,8 @@ def query_gradient(
     k_head, v_head = base(K, b, h // sizes.group, b * 0, k_stride), base(V, b, h // sizes.group, b * 0, v_stride)
     blocks = key_blocks(i0, q_table, sizes, F)
     dq = tl.zeros([F.BLOCK_M, F.BLOCK_D], tl.float32)
-    if F.shared:
-        first, blocks = split_shared(blocks, head[5], F.BLOCK_N)
+    if F.global_prefix:
+        first, blocks = split_global_prefix(blocks, head[5], F.BLOCK_N)
         dq = _queries_of(
             dq, q, d_o, lse2, delta, k_head, v_head, i, q_table, k_table, head, first, k_stride, v_stride, bias_stride,
             sizes, scalars, True, F,

@@ -85,10 +85,10 @@ def _cut(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.co
 
 
 @triton.jit
-def split_shared(blocks, shared, BLOCK: tl.constexpr):
-    """The blocks of the first `shared` keys, all of them edges, and the others."""
+def split_global_prefix(blocks, global_prefix, BLOCK: tl.constexpr):
+    """The blocks of the first `global_prefix` keys, all of them edges, and the others."""
     start, full_start, full_end, end = blocks
-    cut = tl.cdiv(shared, BLOCK) * BLOCK
+    cut = tl.cdiv(global_prefix, BLOCK) * BLOCK
     full_start = tl.maximum(full_start, cut)
     return (cut * 0, cut, cut, cut * 0), (tl.maximum(start, cut), full_start, tl.maximum(full_end, full_start), end)
 

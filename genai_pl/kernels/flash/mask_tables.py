@@ -6,17 +6,17 @@ from torch import Tensor
 from genai_pl.kernels.mask import AttentionMask
 
 # rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows;
-# of a query, [seen) leaves out the first SHARED keys
-SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, SHARED = range(8)
+# of a query, [seen) leaves out the first GLOBAL_PREFIX keys
+SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, GLOBAL_PREFIX = range(8)
 Interval = tuple[Tensor, Tensor]
 
 
 def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Tables (B or 1, rows, T) of the queries and (B or 1, rows, S) of the keys; None twice for a mask that needs none.
 
-    The row SHARED is there only if the mask has such keys.
+    The row GLOBAL_PREFIX is there only if the mask has such keys.
     """
-    if mask.prefix is None and mask.segments is None and mask.order is None and mask.shared is None:
+    if mask.prefix is None and mask.segments is None and mask.order is None and mask.global_prefix is None:
         return None, None
     return mask.remember("tables", (T, S, device), lambda: _build(mask, T, S, device))
 
@@ -33,10 +33,10 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
     rest = [prefix]
-    if mask.shared is not None:
-        shared = _length(mask.shared, S, device)
-        rest.append(shared)
-        seen_by, full_by = _by_all(seen_by, full_by, mask, shared, T, S)
+    if mask.global_prefix is not None:
+        global_prefix = _length(mask.global_prefix, S, device)
+        rest.append(global_prefix)
+        seen_by, full_by = _by_all(seen_by, full_by, mask, global_prefix, T, S)
     queries = _stack([*seen, *full, query_segment, query_rank, *rest], T)
     return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *rest], S)
 
@@ -49,12 +49,12 @@ def _length(given: int | Tensor | None, S: int, device: torch.device) -> Tensor:
 
 
 def _by_all(
-    seen_by: Interval, full_by: Interval, mask: AttentionMask, shared: Tensor, T: int, S: int
+    seen_by: Interval, full_by: Interval, mask: AttentionMask, global_prefix: Tensor, T: int, S: int
 ) -> tuple[Interval, Interval]:
-    """The same intervals where the first `shared` keys are seen by all queries, or by all from their own position on."""
-    key = torch.arange(S, device=shared.device)[None]  # (1, S)
+    """The same intervals where the first `global_prefix` keys are seen by all queries, or by all from their own position on."""
+    key = torch.arange(S, device=global_prefix.device)[None]  # (1, S)
     start = (key - (S - T)).clamp(0, T) if mask.causal else torch.zeros_like(key)
-    free = key < shared  # (B or 1, S)
+    free = key < global_prefix  # (B or 1, S)
     first = torch.where(free, torch.minimum(start, seen_by[0]), seen_by[0])  # a prefix may reach further
     end, full_end = (torch.where(free, T, interval[1]) for interval in (seen_by, full_by))
     return (first, end), (torch.where(free, start, full_by[0]), full_end)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, attention
-from genai_pl.models.virtual_tokens import NOTHING, Front
+from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix
 
 NAME = "genai_pl"  # under which transformers knows our attention
 # what some layers hand to every attention, and what their own does not calculate with either
@@ -37,7 +37,7 @@ class Packing(NamedTuple):
 
     segments: Tensor | None  # (B, S)
     backend: str
-    front: Front = NOTHING
+    virtual: VirtualPrefix = NO_PREFIX
 
 
 def register() -> None:
@@ -96,12 +96,14 @@ def attend(
         raise ConfigError(f"{type(module).__name__} does not hand its arguments on to attention")
     if not isinstance(attention_mask, AttentionMask):
         raise ConfigError(f"{type(module).__name__} has masks other than causal ones and windows")
-    front, window = packing.front, attention_mask.window
-    if front.layers is not None:
-        new = front.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
+    virtual, window = packing.virtual, attention_mask.window
+    if virtual.layers is not None:
+        new = virtual.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
         k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
-    shared = None if window is None and packing.segments is None else front.shared
-    mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
+    global_prefix = None if window is None and packing.segments is None else virtual.global_prefix
+    mask = AttentionMask(
+        causal=attention_mask.causal, window=window, segments=packing.segments, global_prefix=global_prefix
+    )
     options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
 

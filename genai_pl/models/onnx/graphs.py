@@ -55,7 +55,7 @@ class SourceGraph(nn.Module):
         return hidden, *made
 
 
-class ReaderGraph(nn.Module):
+class DecoderWithSourceGraph(nn.Module):
     """As `DecoderGraph`, of a decoder that also attends to the keys and values of a source."""
 
     def __init__(self, model: EncoderDecoder) -> None:
@@ -98,9 +98,9 @@ def hidden_states(
     """Hidden states (B, T, C) of the last T tokens of the mask; those of padding are finite and mean nothing."""
     T = input_ids.shape[1]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, P + T)
-    x = model.embedded(input_ids, positions[..., -T:], types)
+    x = model.embed_inputs(input_ids, positions[..., -T:], types)
     # padding is a document of its own: an ONNX softmax of a query that sees nothing is NaN, which spreads
-    return model.run(x, positions, 2 - attention_mask, **given)
+    return model.forward_blocks(x, positions, 2 - attention_mask, **given)
 
 
 def _read_at(hidden: Tensor, attention_mask: Tensor, *, first: bool) -> Tensor:

@@ -112,7 +112,7 @@ class OnnxEncoderDecoder(nn.Module):
         """The decoder's."""
         return self.decoder.embed
 
-    def reading(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
+    def encode_source(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
         """The decoder with one source (B, S), to decode from as from a decoder alone."""
         mask = torch.ones_like(input_ids) if segment_ids is None else segment_ids.long()
         _, *made = run(self.encoder, {"input_ids": input_ids.cpu(), "attention_mask": mask.cpu()})
