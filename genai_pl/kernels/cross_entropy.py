@@ -55,8 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
     ) -> Tensor:
-        shard, given = options.shard, {"softcap": options.softcap, "matmul_dtype": matmul_dtype(hidden)}
-        projection = Projection(hidden, weight, bias, may_fuse=shard is None, **given)
+        shard, precision = options.shard, {"softcap": options.softcap, "matmul_dtype": matmul_dtype(hidden)}
+        projection = Projection(hidden, weight, bias, may_fuse=shard is None, **precision)
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=projection.dtype)

@@ -19,22 +19,22 @@ class VocabShard(NamedTuple):
     def find(self, tokens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
         """Which tokens are among the `n_tokens` of this process, and their ids there; 0 for others."""
         local_ids = tokens - self.first
-        own = (local_ids >= 0) & (local_ids < n_tokens)
-        return own, local_ids.where(own, 0)
+        is_local = (local_ids >= 0) & (local_ids < n_tokens)
+        return is_local, local_ids.where(is_local, 0)
 
     def cross_entropy_(self, logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
         """The summed loss of a chunk of all words; its logits (n, V of this process) become their own gradient."""
         n, n_tokens = logits.shape
-        own, local_ids = self.find(labels, n_tokens)
+        is_local, local_ids = self.find(labels, n_tokens)
         rows = torch.arange(n, device=labels.device)
         peak = self._all(logits.amax(-1), dist.ReduceOp.MAX)
-        goal = logits[rows, local_ids].where(own, 0)
+        goal = logits[rows, local_ids].where(is_local, 0)
         mean = logits.sum(-1) / self.vocab_size if label_smoothing else torch.zeros_like(goal)
         logits.sub_(peak[:, None]).exp_()
         total, goal, mean = self._all(torch.stack([logits.sum(-1), goal, mean]), dist.ReduceOp.SUM)
         logsumexp = peak + total.log()
         logits.mul_(((1 + 2 * z_loss * logsumexp) / total)[:, None])
-        logits[rows, local_ids] -= (1 - label_smoothing) * own
+        logits[rows, local_ids] -= (1 - label_smoothing) * is_local
         if label_smoothing:
             logits.sub_(label_smoothing / self.vocab_size)
         return (logsumexp - torch.lerp(goal, mean, label_smoothing) + z_loss * logsumexp.square()).sum()

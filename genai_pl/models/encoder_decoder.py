@@ -89,10 +89,10 @@ class DecoderWithSource(nn.Module):
 
     def keep_rows(self, rows: Tensor) -> "DecoderWithSource":
         """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
-        kept = copy(self)
-        kept.source = self.source[rows]
-        kept.source_segments = None if self.source_segments is None else self.source_segments[rows]
-        return kept
+        reordered = copy(self)
+        reordered.source = self.source[rows]
+        reordered.source_segments = None if self.source_segments is None else self.source_segments[rows]
+        return reordered
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V)."""

@@ -128,13 +128,13 @@ def interleave(segments: Tensor | None, virtual: VirtualPrefix, B: int, T: int, 
     token_positions = text + n * n_documents
     S = T + n * int(n_documents[:, -1].max())
     index = torch.full((B, S), n + T, device=device).scatter(1, token_positions, text + n)
-    longer = torch.zeros(B, S, dtype=segments.dtype, device=device).scatter(1, token_positions, segments)
+    interleaved_segments = torch.zeros(B, S, dtype=segments.dtype, device=device).scatter(1, token_positions, segments)
     row, column = is_first.nonzero(as_tuple=True)  # (N,) documents
     virtual_ids = torch.arange(n, device=device)
-    slots = token_positions[row, column][:, None] - n + virtual_ids  # (N, n)
-    index[row[:, None], slots] = virtual_ids
-    longer[row[:, None], slots] = segments[row, column][:, None]
-    return Interleaved(index, longer, token_positions)
+    columns = token_positions[row, column][:, None] - n + virtual_ids  # (N, n)
+    index[row[:, None], columns] = virtual_ids
+    interleaved_segments[row[:, None], columns] = segments[row, column][:, None]
+    return Interleaved(index, interleaved_segments, token_positions)
 
 
 def distance_bias(relative: RelativeBias | None, n_alibi: int, positions: Tensor, T: int) -> Tensor | None:

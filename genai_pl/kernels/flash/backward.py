@@ -112,12 +112,12 @@ def _keys_of(
             weights = tl.where(visible(i[None, :], j[:, None], of_query, of_key, head, sizes, F), weights, 0.0)
         d_o = load_tile(do_head + i0.to(tl.int64) * do_stride.t + do_tile, i, sizes.T, CHECK, F.D_V, F.BLOCK_D_V)
         d_weights = product(v, tl.trans(d_o), tl.zeros([F.BLOCK_N, F.BLOCK_M], tl.float32), F)
-        kept = weights
+        dropped_weights = weights
         if F.dropout:
             mask = keep(i[None, :], j[:, None], head, scalars)
-            kept = tl.where(mask, weights * scalars.keep_scale, 0.0)
+            dropped_weights = tl.where(mask, weights * scalars.keep_scale, 0.0)
             d_weights = tl.where(mask, d_weights * scalars.keep_scale, 0.0)
-        dv = product(kept, d_o, dv, F)
+        dv = product(dropped_weights, d_o, dv, F)
         d_scores = weights * (d_weights - tl.load(delta + i)[None, :])
         if F.softcap:
             d_scores = d_scores * (1.0 - ratio * ratio)

@@ -32,20 +32,20 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
         seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
-    rest = [prefix]
+    lengths = [prefix]
     if mask.global_prefix is not None:
         global_prefix = _length(mask.global_prefix, S, device)
-        rest.append(global_prefix)
+        lengths.append(global_prefix)
         seen_by, full_by = _by_all(seen_by, full_by, mask, global_prefix, T, S)
-    queries = _stack([*seen, *full, query_segment, query_rank, *rest], T)
-    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *rest], S)
+    queries = _stack([*seen, *full, query_segment, query_rank, *lengths], T)
+    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *lengths], S)
 
 
-def _length(given: int | Tensor | None, S: int, device: torch.device) -> Tensor:
+def _length(length: int | Tensor | None, S: int, device: torch.device) -> Tensor:
     """How many of S keys, (B or 1, 1)."""
-    if isinstance(given, Tensor):
-        return given.clamp(0, S).view(-1, 1)
-    return torch.full((1, 1), max(0, min(given or 0, S)), device=device)  # no copy that a GPU would wait for
+    if isinstance(length, Tensor):
+        return length.clamp(0, S).view(-1, 1)
+    return torch.full((1, 1), max(0, min(length or 0, S)), device=device)  # no copy that a GPU would wait for
 
 
 def _by_all(
@@ -93,17 +93,17 @@ def _queries_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) ->
     return torch.where(free, 0, start.clamp(0, T)), torch.where(free, T, end.clamp(0, T))
 
 
-def _runs(ids: Tensor, others: Tensor) -> tuple[Interval, Interval]:
-    """Of each id, (B, N), the span of its occurrences in others, (B, M); twice, the second empty if the span has gaps."""
-    ids, others = (x.contiguous() for x in _same_batch(ids, others))
-    M = others.shape[1]
-    ordered, index = others.sort(stable=True)
+def _runs(ids: Tensor, haystack: Tensor) -> tuple[Interval, Interval]:
+    """Of each id, (B, N), the span of its occurrences in haystack, (B, M); twice, the second empty if the span has gaps."""
+    ids, haystack = (x.contiguous() for x in _same_batch(ids, haystack))
+    M = haystack.shape[1]
+    ordered, index = haystack.sort(stable=True)
     left, right = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
     start = index.gather(1, left.clamp(max=M - 1))
     end = index.gather(1, (right - 1).clamp(min=0)) + 1
-    found = (right > left) & (ids != 0)
-    whole = found & (end - start == right - left)
-    spans = [(torch.where(here, start, M), torch.where(here, end, 0)) for here in (found, whole)]
+    occurs = (right > left) & (ids != 0)
+    has_no_gap = occurs & (end - start == right - left)
+    spans = [(torch.where(here, start, M), torch.where(here, end, 0)) for here in (occurs, has_no_gap)]
     return spans[0], spans[1]
 
 

@@ -95,9 +95,9 @@ class WrappedDecoder(nn.Module):
         """The layers: the longest list of modules in the model."""
         return max((m for m in self.inner.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=len)
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **options: object) -> Tensor:
         """Logits (B, T, V)."""
-        return self.logits(self.features(input_ids, segment_ids, **given))
+        return self.logits(self.features(input_ids, segment_ids, **options))
 
     def features(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: WrappedCache | None = None
@@ -160,7 +160,7 @@ def load_wrapped(
 
     register()
     try:
-        inner, found = AutoModelForCausalLM.from_pretrained(
+        inner, loading_info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
@@ -169,8 +169,8 @@ def load_wrapped(
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
-    if found["missing_keys"]:  # transformers would draw them
-        raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
+    if loading_info["missing_keys"]:  # transformers would draw them
+        raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
     except (

@@ -49,7 +49,7 @@ def load_pretrained(
         tensor = stored.read(row.hf_name)
         _assign(model, row, tensor if dtype is None else tensor.to(dtype))
     model.tie_weights()
-    _tell_unread(stored)
+    _warn_of_unused(stored)
     return model.eval()
 
 
@@ -85,7 +85,7 @@ def save_pretrained(
     write_json(folder / "config.json", {**values, "dtype": dtype})
     write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **generation})
     state = model.state_dict()
-    tensors = ((row.hf_name, _join(state, row)) for row in table)
+    tensors = ((row.hf_name, _to_hf(state, row)) for row in table)
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
     return reader
 
@@ -114,15 +114,15 @@ def _without_memory(config: ModelConfig, folder: Path) -> Model:
 def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path) -> None:
     """CheckpointError if a tensor of theirs has another shape than the configuration asks for."""
     parts = [operator.attrgetter(name)(model) for name in row.names]
-    asked = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
-    if shape != asked:
+    expected = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
+    if shape != expected:
         raise CheckpointError(
-            f"{folder}: tensor {row.hf_name} has shape {list(shape)}, config.json asks for {list(asked)}"
+            f"{folder}: tensor {row.hf_name} has shape {list(shape)}, config.json asks for {list(expected)}"
         )
 
 
-def _tell_unread(stored: TensorFiles) -> None:
-    names = stored.unread()
+def _warn_of_unused(stored: TensorFiles) -> None:
+    names = stored.unused()
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         log.warning("%s: %s tensors have no place in this model and are left out: %s", stored.folder, len(names), shown)
@@ -139,7 +139,7 @@ def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
         setattr(owner, leaf, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
-def _join(state: dict[str, Tensor], row: Weight) -> Tensor:
+def _to_hf(state: dict[str, Tensor], row: Weight) -> Tensor:
     """The tensor of theirs that holds these of ours."""
     parts = [state[name].detach().cpu() for name in row.names]
     return row.to_hf(parts[0] if len(parts) == 1 else torch.cat(parts)).clone()  # one of ours may be two of theirs

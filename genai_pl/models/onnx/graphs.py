@@ -51,8 +51,8 @@ class SourceGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         hidden = hidden_states(self.model.encoder, input_ids, attention_mask)
-        made = [t for block in self.model.decoder.blocks for t in block.cross.keys_and_values(hidden)]
-        return hidden, *made
+        source_tensors = [t for block in self.model.decoder.blocks for t in block.cross.keys_and_values(hidden)]
+        return hidden, *source_tensors
 
 
 class DecoderWithSourceGraph(nn.Module):
@@ -105,7 +105,7 @@ def hidden_states(
 
 def _read_at(hidden: Tensor, attention_mask: Tensor, *, first: bool) -> Tensor:
     """The hidden state (B, C) of the first or the last token."""
-    places = torch.arange(attention_mask.shape[1], device=hidden.device)
-    ranks = attention_mask * (places.flip(0) if first else places) + attention_mask
+    token_positions = torch.arange(attention_mask.shape[1], device=hidden.device)
+    ranks = attention_mask * (token_positions.flip(0) if first else token_positions) + attention_mask
     index = ranks.argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])
     return hidden.gather(1, index)[:, 0]

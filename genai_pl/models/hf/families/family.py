@@ -92,17 +92,17 @@ class Family:
 
     def head_of(self, values: Values, stored: Container[str] | None) -> Head:
         """The head of the class that wrote config.json; where none of its classes is ours, the one that the file has."""
-        named = values.get("architectures") or []
-        first, *others = self.architectures
-        found = next((h for h, classes in self.architectures.items() if any(n in classes for n in named)), None)
-        if found not in (None, Head.none) or Head.none not in others:
-            return found or first
-        if found is None and stored is not None and Head.score in others and SCORE in stored:
+        class_names = values.get("architectures") or []
+        first, *other_heads = self.architectures
+        head = next((h for h, classes in self.architectures.items() if any(n in classes for n in class_names)), None)
+        if head not in (None, Head.none) or Head.none not in other_heads:
+            return head or first
+        if head is None and stored is not None and Head.score in other_heads and SCORE in stored:
             return Head.score
         if values.get("tie_word_embeddings") and not self.head_bias:
             return first  # which is the embedding
-        if found is Head.none or stored is None:
-            return Head.none if named else first
+        if head is Head.none or stored is None:
+            return Head.none if class_names else first
         return first if self.head_tensor in stored else Head.none
 
 

@@ -66,20 +66,20 @@ def _read(values: Values) -> dict[str, object]:
 def _write(config: ModelConfig) -> dict[str, object]:
     if config.tie_embeddings and not config.scale_head:
         raise ConfigError("T5 scales a tied head")
-    name = next((name for name, ours in ACTIVATIONS.items() if ours is config.activation), None)
+    name = next((name for name, activation in ACTIVATIONS.items() if activation is config.activation), None)
     if name is None or (name == "gelu" and not config.gated_mlp):
         raise ConfigError("an activation that T5 has not")
-    said = {
+    values = {
         "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
         "tie_word_embeddings": config.tie_embeddings,
         "num_decoder_layers": config.n_decoder_layer,
         "is_encoder_decoder": True,
     }
     if config.scale_head and not config.tie_embeddings:
-        said["scale_decoder_outputs"] = True
+        values["scale_decoder_outputs"] = True
     if config.decoder_start_token_id is not None:
-        said["decoder_start_token_id"] = config.decoder_start_token_id
-    return said
+        values["decoder_start_token_id"] = config.decoder_start_token_id
+    return values
 
 
 T5 = Family(
