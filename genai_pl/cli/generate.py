@@ -17,7 +17,7 @@ from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
-from genai_pl.models import Encoder, join
+from genai_pl.models import Encoder, prepare_for_decoding
 from genai_pl.peft import adapters_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import ENCODER, GENERATE, WRITER, refuse_unused
@@ -39,7 +39,7 @@ def generate(config: DictConfig) -> int:
         raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
     loaded.model.to(device)
     if products is None:
-        join(loaded.model)
+        prepare_for_decoding(loaded.model)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:

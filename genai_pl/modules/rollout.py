@@ -51,7 +51,9 @@ Reward = Callable[..., Sequence[float]]  # (prompts, completions, **columns) -> 
 class Rollout(NamedTuple):
     """What was written: rows of a prompt and its completions, their tokens, where they stand, and which of them ended."""
 
-    batch: Batch  # input_ids, labels, segment_ids (R, T), and shared (R,) where rows hold several completions
+    batch: (
+        Batch  # input_ids, labels, segment_ids (R, T), and shared_prompt_len (R,) where rows hold several completions
+    )
     places: Tensor  # (N, L) where in its row each token of a completion is predicted, 0 after its end
     mask: Tensor  # (N, L) which of the places are tokens
     completions: list[list[int]]

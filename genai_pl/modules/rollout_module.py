@@ -7,7 +7,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
+from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts, token_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.rollout import Example, Experience, Judged, Reward, Rollout, at_places, passes, put_back, write
 from genai_pl.objectives import SpecialTokens, token_entropy
@@ -50,7 +50,7 @@ class WritingModule(BaseModule):
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
-        self.share_prompts = group_size > 1 and shares_beginnings(model)
+        self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
         self.missing_eos_penalty = missing_eos_penalty
         self.examples: list[Example] = []  # of the last rollout
@@ -123,7 +123,7 @@ class WritingModule(BaseModule):
 
     def features(self, part: Experience) -> Tensor:
         """What the policy makes of rows, (R, T, C)."""
-        return self.model.features(part["input_ids"], part["segment_ids"], **shared_beginning(part))
+        return self.model.features(part["input_ids"], part["segment_ids"], **shared_prompt_inputs(part))
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of what the policy predicts at each label (R, T); hidden (R, T, C) are its features."""

@@ -22,8 +22,8 @@ class PreferenceCollator(Collator):
     token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
     "reference" (2,), which is handed on.
 
-    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared` (B,) beginning of every
-    segment, and only the first segment holds them.
+    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared_prompt_len` (B,) beginning
+    of every segment, and only the first segment holds them.
 
     likelihood: whose tokens are counted as `tokens`, those of chosen completions ("chosen"), or of prompts too ("whole").
     """
@@ -105,7 +105,7 @@ def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Bat
     parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
     batch = completions_batch(parts, pad)
     if share_prompts:
-        batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
+        batch["shared_prompt_len"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
     return batch
 
 

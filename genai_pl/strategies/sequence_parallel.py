@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.distributed.tensor_parallel_group import Peers
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 
 
 class Pieces:
@@ -15,7 +15,7 @@ class Pieces:
     Norms, dropout and residual additions are computed of pieces; attention and MLP are given whole sequences.
     """
 
-    def __init__(self, stack: Stack, peers: Peers) -> None:
+    def __init__(self, stack: Transformer, peers: Peers) -> None:
         self.peers, self.length = peers, 0  # of the sequences under way
         stack.blocks[0].register_forward_pre_hook(self._cut)
         stack.norm.register_forward_hook(self._join)

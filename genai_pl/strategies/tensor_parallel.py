@@ -16,10 +16,10 @@ from genai_pl.distributed.dtensor import local
 from genai_pl.distributed.tensor_parallel_group import Peers
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.vocab_parallel import own_words
+from genai_pl.kernels.vocab_parallel import local_vocab_shard
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
 from genai_pl.peft.targets import innermost
@@ -65,7 +65,7 @@ def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) 
     gradients must be added up.
     """
     peers, shared = Peers.of(mesh.get_group()), []
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+    for stack in (module for module in model.modules() if isinstance(module, Transformer)):
         pieces = Pieces(stack, peers) if sequence_parallel else None
         enter, leave = (peers.copied, peers.summed) if pieces is None else (pieces.enter, pieces.leave)
         for block in dict.fromkeys(stack.blocks):
@@ -157,7 +157,7 @@ def _whole(module: nn.Module) -> Places:
 
 def _look_up(embed: nn.Embedding, peers: Peers, tokens: Tensor) -> Tensor:
     """The rows of tokens (...), each of which one process holds, (..., C)."""
-    table, _, part = own_words(embed.weight, None)
+    table, _, part = local_vocab_shard(embed.weight, None)
     own, places = part.find(tokens, table.shape[0])
     return peers.summed(F.embedding(places, table).masked_fill(~own[..., None], 0))
 

@@ -65,14 +65,14 @@ class Together:
 
     def join(self, row: Row) -> None:
         """Take in a row that has read its prompt."""
-        self.cache.join(row.cache, row.begin, row.end_of_prompt)
+        self.cache.add_sequence(row.cache, row.begin, row.end_of_prompt)
         row.cache = None
         self.rows.append(row)
 
     def leave(self, n: int) -> Row:
         """Row n, which is over; the last one takes its place."""
         row = self.rows[n]
-        self.cache.leave(n, clean=row.ending == "error")
+        self.cache.remove_sequence(n, clean=row.ending == "error")
         _remove(self.rows, n)
         return row
 
@@ -85,7 +85,7 @@ class Together:
     def read(self) -> Tensor:
         """The logits (B, V) of what follows the last token of each row."""
         self.adapters.choose([row.request.adapter for row in self.rows])
-        self.cache.reserve()
+        self.cache.ensure_capacity()
         tokens = torch.tensor([[row.written[-1]] for row in self.rows], device=self.adapters.device)
         return self.model.logits(self.model.features(tokens, cache=self.cache)[:, -1])
 

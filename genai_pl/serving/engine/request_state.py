@@ -14,7 +14,7 @@ from genai_pl.config.enums import Shape
 from genai_pl.generation import Limits, TextStream
 from genai_pl.generation.banned_tokens import Rules, build_rules
 from genai_pl.generation.text import read_source
-from genai_pl.models import Decoder, KVCache, Model, Reader, WrappedDecoder
+from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
 from genai_pl.serving.engine.request import Observer, Piece, Request, Stream
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Row:
         self.submitted = self.told = time.monotonic()
         self.n_read = 0  # of the prompt
         self.begin = 0  # where the prompt begins in the cache, which several prompts may share while they are read
-        self.model: Decoder | WrappedDecoder | Reader | None = None
+        self.model: Decoder | WrappedDecoder | DecoderWithSource | None = None
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
         self.seen: Tensor | None = None  # (V,) what the repetition penalty counts
