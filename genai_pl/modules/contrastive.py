@@ -112,7 +112,7 @@ class ContrastiveModule(BaseModule):
         yield "log_temperature", self.log_temperature
         yield from self.sentence.named_parameters("sentence")
 
-    def held_metrics(self) -> Metrics:
+    def epoch_metrics(self) -> Metrics:
         """Recall@k: the share of held anchors that find their own among the k nearest of all held positives."""
         parts = [tuple(x.cpu() for x in batch) for batch in self.held]
         self.held = []
