@@ -53,7 +53,7 @@ def test_frozen_weights_have_neither_gradients_nor_states_and_steps_in_backward_
 def test_data_parallelism_sends_twice_the_gradients_and_fsdp_three_times_the_weights():
     # Rajbhandari et al. 2020, section 7: 2 Psi and 3 Psi, for many devices
     share, n = Share(weights=1_000_000, trained=1_000_000, largest=1, weight_bytes=2, compute_bytes=2), 1024
-    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "recomputed": 0.0}
     for zero, times in ((0, 2), (3, 3)):
         sent = traffic(share, Layout(data=n, zero=zero), **sizes)
         assert sum(t.n_bytes for t in sent) == pytest.approx(times * 2e6 * (n - 1) / n)
@@ -69,16 +69,16 @@ def test_tensor_parallelism_sums_hidden_states_four_times_a_layer():
     (sent,) = traffic(share, Layout(tensor=8), **sizes, recomputed=0.0)
     crossing = (2 * 7 / 8) * 2048 * 1024 * 2
     assert sent.n_bytes == 3 * (24 * 4 + 2) * crossing
-    (again,) = traffic(share, Layout(tensor=8), **sizes, recomputed=1.0)
-    assert again.n_bytes == 3 * (24 * 6 + 2) * crossing
+    (recomputed,) = traffic(share, Layout(tensor=8), **sizes, recomputed=1.0)
+    assert recomputed.n_bytes == 3 * (24 * 6 + 2) * crossing
     # Korthikanti et al. 2022, 4.2.2: a gather and a scatter send what an all-reduce does; here one more of each around all
-    (pieces,) = traffic(share, Layout(tensor=8, sequence=True), **sizes, recomputed=0.0)
-    assert pieces.n_bytes == sent.n_bytes + 3 * crossing
+    (sharded,) = traffic(share, Layout(tensor=8, sequence=True), **sizes, recomputed=0.0)
+    assert sharded.n_bytes == sent.n_bytes + 3 * crossing
 
 
 def test_a_step_waits_for_what_is_slowest():
     share = Share(weights=10**9, trained=10**9, largest=1)
-    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "recomputed": 0.0}
     for per_node, where, seconds in ((8, "computing", 1.0), (4, "over the network", 8e9 * 7 / 8 / 25e9)):
         layout = Layout(data=8, per_node=per_node)
         flops = A100.flops * A100.efficiency * (1.0 if per_node == 8 else 0.01)
