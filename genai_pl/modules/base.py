@@ -105,6 +105,10 @@ class BaseModule(L.LightningModule, ABC):
         """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
         return {}
 
+    def n_tokens(self, batch: Batch) -> int:
+        """Tokens, padding included, that the model reads in a training step on the batch."""
+        return batch["input_ids"].numel()
+
     def n_updates(self, rows: int) -> int:
         """Optimizer steps that a batch of so many rows is good for, where nothing is accumulated."""
         return 1

@@ -46,6 +46,7 @@ class PolicyGradientModule(RolloutModule):
         self.epochs, self.minibatch_size, self.max_kl = epochs, minibatch_size, max_kl
         if minibatch_size is not None and minibatch_size % self.group_size:
             self.share_prompts = False  # a row is learned from in one piece
+        self._rollout_tokens = 0  # of the last rollout: prompts, completions and padding
         self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
 
     @abstractmethod
@@ -63,6 +64,10 @@ class PolicyGradientModule(RolloutModule):
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
 
+    def n_tokens(self, batch: Batch) -> int:
+        """Tokens of the rows that the last rollout made of the batch: the batch itself holds prompts only."""
+        return self._rollout_tokens
+
     def n_updates(self, prompts: int) -> int:
         """How many optimizer steps a rollout of so many prompts is good for."""
         n = prompts * self.group_size
@@ -70,7 +75,7 @@ class PolicyGradientModule(RolloutModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         scored = self.generate_and_score(batch, self.group_size, self._generator())
-        batch["input_ids"] = scored.rollout.batch["input_ids"]  # what the monitor counts
+        self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)
         self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
