@@ -75,10 +75,10 @@ class RewardModule(BaseModule):
     def _ranked(self, batch: Batch) -> Metrics:
         """Sums over prompts; chosen is the best of its completions, rejected the worst."""
         sizes = batch["sizes"]
-        found = self._scores(batch, int(sizes.max()))
+        all_scores = self._scores(batch, int(sizes.max()))
         sums: Metrics = {}
         for k in sizes.unique().tolist():
-            rewards = found[sizes == k, :k]  # (b, k)
+            rewards = all_scores[sizes == k, :k]  # (b, k)
             best, worst = rewards.detach()[:, 0], rewards.detach()[:, -1]
             part = {
                 "loss": self.ranking(rewards) + self.centering * centering_penalty(rewards),

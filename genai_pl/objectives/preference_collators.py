@@ -20,7 +20,7 @@ class PreferenceCollator(Collator):
     Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
     token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
-    "reference" (2,), which is handed on.
+    "reference_logprobs" (2,), which is handed on.
 
     With `share_prompts` a prompt stands in its row once: all but its last token are the `shared_prompt_len` (B,) beginning
     of every segment, and only the first segment holds them.
@@ -45,8 +45,8 @@ class PreferenceCollator(Collator):
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
         batch |= {"margin": torch.tensor(margins)} if margins else {}
-        if "reference" in rows[0]:  # log-probabilities that were made before
-            batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        if "reference_logprobs" in rows[0]:  # log-probabilities that were made before
+            batch["reference_logprobs"] = torch.from_numpy(np.stack([row["reference_logprobs"] for row in rows]))
         if self.likelihood:
             labels = batch["labels"] if self.likelihood == "chosen" else text_labels(batch)
             batch["tokens"] = ((labels != IGNORED) & (batch["segment_ids"] == 1)).sum().float()

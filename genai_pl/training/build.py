@@ -17,7 +17,7 @@ from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.recipes.made import check_made
 from genai_pl.strategies import float8
 from genai_pl.training.fit import Run
@@ -109,7 +109,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
-def wire_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+def wire_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
