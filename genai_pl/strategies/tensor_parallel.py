@@ -22,7 +22,7 @@ from genai_pl.models.attention import Attention
 from genai_pl.models.transformer import Stack
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
-from genai_pl.peft.targets import innermost
+from genai_pl.peft.targets import base_module
 from genai_pl.strategies.sequence_parallel import Pieces
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
@@ -104,7 +104,7 @@ def _split_block(
 
 def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> Places:
     """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
     _cut(base, mesh, {"weight": 0, "bias": 0})
     base.forward = lambda x: F.linear(x, local(base.weight), None if base.bias is None else local(base.bias))
     if layer is base:
@@ -115,7 +115,7 @@ def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> Places:
 
 def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> Places:
     """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
 
     def added(_: nn.Module, given: tuple, y: Tensor) -> Tensor:
         y = leave(y)
