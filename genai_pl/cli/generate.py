@@ -108,7 +108,7 @@ def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.
         options,
         generator=torch.Generator(device).manual_seed(config.seed),
         num_samples=1 if choices > 1 else config.num_samples,
-        on_text=(lambda _, piece: print(piece, end="", flush=True)) if streaming else None,
+        on_text=(lambda _, delta: print(delta, end="", flush=True)) if streaming else None,
         logprobs=config.logprobs,
         draft=load_draft(options.draft, loaded),
         acceptance=acceptance,

@@ -15,7 +15,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_head
-from genai_pl.generation import encode_prompt, limits_of
+from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
@@ -140,8 +140,8 @@ class Service:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
 
         def compiled() -> None:
-            limits = limits_of(self.engine.tokenizer, config, self.model.config.eos_token_ids)
-            limits.constraint.begin(self.model.config.vocab_size)
+            constraints = build_output_constraints(self.engine.tokenizer, config, self.model.config.eos_token_ids)
+            constraints.constraint.begin(self.model.config.vocab_size)
 
         if self.engine is not None:
             await self.reading.grammars.run(compiled)

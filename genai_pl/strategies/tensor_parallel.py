@@ -22,7 +22,7 @@ from genai_pl.models.attention import Attention
 from genai_pl.models.transformer import Transformer
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
-from genai_pl.peft.targets import innermost
+from genai_pl.peft.targets import base_module
 from genai_pl.strategies.sequence_parallel import SequenceShards
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
@@ -110,7 +110,7 @@ def _split_block(
 
 def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
     """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
     _shard_parameters(base, mesh, {"weight": 0, "bias": 0})
     base.forward = lambda x: F.linear(
         x, local_shard(base.weight), None if base.bias is None else local_shard(base.bias)
@@ -123,7 +123,7 @@ def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
 
 def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> ParameterSites:
     """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
 
     def reduce_output(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
         y = leave(y)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation import limits_of
+from genai_pl.generation import build_output_constraints
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.model_runner import Adapters, make_batch
 from genai_pl.serving.engine.request import Busy, Observer, Request, Stream, check_request
@@ -153,9 +153,9 @@ class Engine:
         with self._changed:
             if self._is_stopping or not self.waiting.admits(request.client):  # before any work
                 raise Busy(self._wait())
-        limits = limits_of(self.tokenizer, request.config, self.adapters.ends(request.adapter))
+        constraints = build_output_constraints(self.tokenizer, request.config, self.adapters.ends(request.adapter))
         stream = Stream(lambda: self._forget(row))
-        row = Row(request, stream, limits=limits, model=self.model, tokenizer=self.tokenizer)
+        row = Row(request, stream, constraints=constraints, model=self.model, tokenizer=self.tokenizer)
         with self._changed:
             if self._is_stopping:
                 raise Busy(self._wait())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.enums import Shape
-from genai_pl.generation import Limits, TextStream
-from genai_pl.generation.banned_tokens import Rules, build_rules
-from genai_pl.generation.text import read_source
+from genai_pl.generation import OutputConstraints, TextStream
+from genai_pl.generation.banned_tokens import BannedTokens, build_banned_tokens
+from genai_pl.generation.text import encode_sources
 from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
 from genai_pl.serving.engine.request import Observer, Piece, Request, Stream
 
@@ -33,7 +33,7 @@ class Row:
         request: Request,
         stream: Stream,
         *,
-        limits: Limits,
+        constraints: OutputConstraints,
         model: Model | WrappedDecoder,
         tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
@@ -43,8 +43,10 @@ class Row:
         writes_beside = model.config.shape is Shape.encoder_decoder
         self.prompt = [model.config.start_token(pad)] if writes_beside else list(request.input_ids)
         vocab_size = model.config.vocab_size
-        self.rules: Rules | None = build_rules(self.config, limits, torch.tensor([self.prompt]), None, vocab_size)
-        self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(limits.ends))
+        self.banned_tokens: BannedTokens | None = build_banned_tokens(
+            self.config, constraints, torch.tensor([self.prompt]), None, vocab_size
+        )
+        self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(constraints.ends))
         self.written: list[int] = []
         self.ending: str | None = None
         self.submitted = self.told = time.monotonic()
@@ -58,7 +60,7 @@ class Row:
     def open(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Get ready to read the prompt."""
         if model.config.shape is Shape.encoder_decoder:
-            model = read_source(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
+            model = encode_sources(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
         self.model = model
         if self.config.temperature > 0:
             self.generator = torch.Generator(device)
