@@ -22,7 +22,7 @@ IDLE_SECONDS = 5  # between two requests
 MOST = 4096  # connections
 OWN_FILES = 64  # descriptors for files, Redis, and a server behind this one
 AHEAD = 65_536  # bytes of requests that are sent before they can be answered
-PIECE = 8192  # bytes that h11 is given at a time: a body may come in chunks of one byte
+FEED_BYTES = 8192  # bytes that h11 is given at a time: a body may come in chunks of one byte
 
 
 def open_files() -> int:
@@ -83,9 +83,9 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             self.rest.clear()
             return
-        piece = bytes(self.rest[:PIECE])
-        super().data_received(piece)
-        del self.rest[:PIECE]
+        data = bytes(self.rest[:FEED_BYTES])
+        super().data_received(data)
+        del self.rest[:FEED_BYTES]
         if not self.is_waiting:
             self._expect(None)
         elif self.deadline is None:

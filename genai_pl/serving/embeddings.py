@@ -26,7 +26,7 @@ TURN = 16  # characters that stand for what a template puts around a turn
 Scored = list[tuple[float, int]]
 
 
-class Measures:
+class TextScorer:
     """What is asked of a model beside text that it writes, within the limit of tokens of a request."""
 
     def __init__(self, service: "Service") -> None:
@@ -103,7 +103,7 @@ class Measures:
         if is_onnx(self.service.path):
             name = self.service.name
             raise ApiError(400, f"{name} is an ONNX model, which writes only: serve the one it was made of")
-        return await self.service.passes.run(slices, adapter=adapter)
+        return await self.service.scoring_queue.run(slices, adapter=adapter)
 
     def _groups(self, sizes: Sequence[int], param: str) -> Iterator[slice]:
         """Which texts of so many characters are read together; ApiError where they are too many in all."""

@@ -44,7 +44,9 @@ class Metrics:
         self.queue_seconds = self._histogram("queue_seconds", "Time that a request waited for a slot", SECONDS)
         self.batch = self._histogram("batch_size", "Rows of each step of the model", BATCHES)
         self.first = self._histogram("first_token_seconds", "From request to its first token", SECONDS)
-        self.between = self._histogram("inter_token_seconds", "From one token of an answer to the next", STEP_SECONDS)
+        self.run_between_steps = self._histogram(
+            "inter_token_seconds", "From one token of an answer to the next", STEP_SECONDS
+        )
         self.cache = self._counter("cache_lookups", "Lookups in the cache of answers", "result")
         self.memory = self._gauge("memory_bytes", "Memory of the process, and of the accelerator", "kind")
         for result in ("hit", "miss"):
@@ -71,7 +73,7 @@ class Metrics:
         self.first.observe(seconds)
 
     def token(self, seconds_since_last: float) -> None:
-        self.between.observe(seconds_since_last)
+        self.run_between_steps.observe(seconds_since_last)
 
     def finished(self, reason: str, n_prompt: int, n_generated: int) -> None:
         self.answers.labels(reason).inc()

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genai_pl.serving.errors import CLIENT_GONE, REQUEST, ApiError, ClientGone, unexpected
 from genai_pl.serving.fair_queue import CLIENT, network
-from genai_pl.serving.http.bodies import HELD, Bodies
+from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # without a key
@@ -33,7 +33,7 @@ class Guard:
             return
         number = uuid.uuid4().hex[:12]
         REQUEST.set(number)
-        HELD.set([])
+        RESERVED_BYTES.set([])
         began, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:

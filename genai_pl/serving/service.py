@@ -19,11 +19,11 @@ from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import join
 from genai_pl.models.onnx.model import is_onnx
-from genai_pl.serving.answer_streams import Answer, Recorded, is_repeatable, replay, request_key
-from genai_pl.serving.embeddings import Measures, size_of
+from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
+from genai_pl.serving.embeddings import TextScorer, size_of
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy, Request, Stream
-from genai_pl.serving.engine.scoring_queue import Passes
+from genai_pl.serving.engine.request import QueueFull, Request, TokenStream
+from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import CLIENT
 from genai_pl.serving.metrics import Metrics
@@ -72,8 +72,8 @@ class Service:
         self.started = int(time.time())
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
         self.reading = Reading(self.tokenizer, **waiting)
-        self.passes = Passes(self.engine, **waiting)
-        self.measures = Measures(self)
+        self.scoring_queue = ScoringQueue(self.engine, **waiting)
+        self.scorer = TextScorer(self)
         self.longest = max(LONGEST, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
     def _hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
@@ -90,17 +90,17 @@ class Service:
 
     def give_up(self) -> None:
         """End what runs, after the step or slice that it is in: the time to finish is over."""
-        self.passes.stop()
+        self.scoring_queue.stop()
         if self.engine is not None:
             self.engine.cancel_all()
 
     async def stop(self) -> None:
         """End; whatever could be finished is."""
-        self.passes.stop()
+        self.scoring_queue.stop()
         if self.engine is not None:
             await asyncio.to_thread(partial(self.engine.stop, drain=False))
         self.reading.close()
-        self.passes.close()
+        self.scoring_queue.close()
         if self.cache is not None:
             await self.cache.close()
 
@@ -165,7 +165,7 @@ class Service:
         if self.cache is not None and is_repeatable(request):
             key = request_key(self.hashes[request.adapter], request)
             contents = await self.cache.get(key)
-            known = None if contents is None else await asyncio.to_thread(replay, contents)
+            known = None if contents is None else await asyncio.to_thread(decode_answer, contents)
             self.metrics.looked_up(found=known is not None)
             if known is not None:
                 return known
@@ -175,16 +175,16 @@ class Service:
                 stream = self.engine.submit(request)
             else:  # its grammar may have to be compiled once more
                 stream = await self._submitted(request)
-        except Busy as busy:
+        except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
-        return stream if key is None else Recorded(stream, partial(self.cache.set, key))
+        return stream if key is None else RecordingStream(stream, partial(self.cache.set, key))
 
-    async def _submitted(self, request: Request) -> Stream:
+    async def _submitted(self, request: Request) -> TokenStream:
         """The answer to a request that is submitted beside the event loop; nobody waits for it once this is cancelled."""
-        made: list[Stream] = []
+        made: list[TokenStream] = []
         is_over = threading.Event()
 
-        def submit() -> Stream:
+        def submit() -> TokenStream:
             made.append(self.engine.submit(request))
             if is_over.is_set():
                 made[0].cancel()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from genai_pl.data.prompt_tokens import ChatTemplate, Messages, Tools
 from genai_pl.generation import encode_prompt
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.fair_queue import Turns
+from genai_pl.serving.fair_queue import FairLock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ class Lane:
 
     def __init__(self, name: str, *, queue_size: int, timeout: float) -> None:
         self.pool = ThreadPoolExecutor(1, name)
-        self.turns, self.timeout = Turns(queue_size), timeout
+        self.lock, self.timeout = FairLock(queue_size), timeout
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
         """What the work gives; ApiError 429 where too many wait, 504 where it takes too long."""
@@ -33,7 +33,7 @@ class Lane:
             raise ApiError(504, f"not read within {self.timeout:g} seconds") from None
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
-        async with self.turns.turn():
+        async with self.lock.acquire():
             return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
     def close(self) -> None:

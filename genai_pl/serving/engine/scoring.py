@@ -11,7 +11,7 @@ from genai_pl.evaluation.scoring import batches, score
 from genai_pl.evaluation.windows import Row
 from genai_pl.models import Model
 from genai_pl.models.sentence import SentenceHead
-from genai_pl.serving.engine.model_runner import why_apart
+from genai_pl.serving.engine.model_runner import unbatchable_reason
 
 CPU_TOKENS, GPU_TOKENS = 256, 8192  # of a slice, padding included: well below a second
 Rows = Sequence[Sequence[int]]
@@ -64,7 +64,7 @@ def logprob_slices(
 
 def _plan(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Rows that are read in one slice, and whether it is one row that is read in several, out of a cache."""
-    size, in_parts = slice_tokens(model), why_apart(model) is None
+    size, in_parts = slice_tokens(model), unbatchable_reason(model) is None
     for batch in batches(lengths, size):
         yield batch, in_parts and lengths[batch[0]] > size
 

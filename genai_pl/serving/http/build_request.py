@@ -47,7 +47,7 @@ def check_count(service: Service, n: int, *, param: str) -> None:
         raise ApiError(422, f"{param}: {n} answers in one request, at most {service.limits.max_n}", param=param)
 
 
-async def ask(
+async def submit_requests(
     service: Service,
     body: Sampling,
     prompts: Sequence[tuple[int, ...]],

@@ -62,7 +62,7 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
         """Continue a text."""
         asked = await completion_of(upstream, body)
         if body.stream:
-            return await stream_events(request, pieces_of(upstream, asked))
+            return await stream_events(request, generate_events(upstream, asked))
         found = await while_connected(request.receive, upstream.post("completions", asked))
         return json_response(answer_of(body.prompt, found))
 
@@ -104,7 +104,7 @@ def answer_of(prompt: str, found: Json) -> Json:
         return {"response": prompt + text, "text": text, "finish_reason": reason, **_counts(found.get("usage"))}
 
 
-async def pieces_of(upstream: Upstream, asked: Json) -> Events:
+async def generate_events(upstream: Upstream, asked: Json) -> Events:
     """The events of /generate."""
     reason, costs = "stop", None
     events: AsyncGenerator[str, None] = upstream.stream("completions", asked)
