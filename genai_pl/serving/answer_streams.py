@@ -106,11 +106,11 @@ def decode_answer(contents: bytes) -> CachedAnswer | None:
     return CachedAnswer(finish_reason, len(outputs), outputs)
 
 
-def _parse_output(found: object) -> "TokenOutput":
+def _parse_output(value: object) -> "TokenOutput":
     """A piece of these JSON values; ValueError or TypeError where they are not those of one."""
     from genai_pl.serving.engine.request import TokenOutput
 
-    text, token, logprob, top = found
+    text, token, logprob, top = value
     alternatives = tuple((_token(t), _logprob(p)) for t, p in top)
     if not isinstance(text, str) or (logprob is None and alternatives):
         raise TypeError("no piece of an answer")
@@ -118,13 +118,13 @@ def _parse_output(found: object) -> "TokenOutput":
     return TokenOutput(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
 
 
-def _token(found: object) -> int:
-    if type(found) is not int or not 0 <= found < 2**31:
+def _token(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
         raise ValueError("no token")
-    return found
+    return value
 
 
-def _logprob(found: object) -> float:
-    if type(found) is not float or math.isnan(found) or found > 1e-3:
+def _logprob(value: object) -> float:
+    if type(value) is not float or math.isnan(value) or value > 1e-3:
         raise ValueError("no log-probability")
-    return found
+    return value

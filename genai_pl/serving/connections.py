@@ -45,7 +45,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
-        self.began = time.monotonic()  # of waiting for a request
+        self.waiting_since = time.monotonic()  # of waiting for a request
         self.deadline: asyncio.TimerHandle | None = None  # for what the client has to do next
         self.reading: asyncio.TimerHandle | None = None  # for the client to read
         self.rest = bytearray()  # received, not yet given to h11
@@ -60,10 +60,10 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.address = network(self.client[0]) if self.client else ""
         self._expect(HEAD_SECONDS)
-        most, _ = connection_limits(open_files())
-        if len(self.connections) > most:
+        limit, _ = connection_limits(open_files())
+        if len(self.connections) > limit:
             victim = self._superfluous()
-            log.warning("too many connections, at most %d: those that have asked for nothing yet are closed", most)
+            log.warning("too many connections, at most %d: those that have asked for nothing yet are closed", limit)
             victim.transport.abort()
             self.connections.discard(victim)
 
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if unread and not self.transport.is_closing():
             self._expect(HEAD_SECONDS)
-        self.began = time.monotonic()
+        self.waiting_since = time.monotonic()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         """The one that goes: of the address with most of them, that which has waited longest; this one if none waits."""
         counts = Counter(one.address for one in self.connections)
         waiting = [one for one in self.connections if one.is_waiting and one is not self]
-        return max(waiting, key=lambda one: (counts[one.address], -one.began), default=self)
+        return max(waiting, key=lambda one: (counts[one.address], -one.waiting_since), default=self)
 
     def _expect(self, seconds: float | None) -> None:
         """Close it after this time; None: nothing is expected of the client any more."""

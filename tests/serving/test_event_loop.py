@@ -162,7 +162,7 @@ ANSWERS = {
 def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
     service = make_service(tiny, limits=Limits(max_tokens=4096))
     service.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool }}{% endfor %}{{ messages[0].content }}"
-    for one in service.reading.tokenizers.values():
+    for one in service.tokenize_threads.tokenizers.values():
         one.chat_template = service.tokenizer.chat_template
     engine = service.engine = FakeEngine([])
     probed = Probed(create_app(service, service.settings, service.metrics))

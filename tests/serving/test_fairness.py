@@ -18,7 +18,7 @@ from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.fair_queue import CLIENT, FairLock, FairQueue, Full, network
 from genai_pl.serving.settings import Limits
-from genai_pl.serving.tokenize_threads import SHORT, Lane, Reading
+from genai_pl.serving.tokenize_threads import SHORT, FairThread, TokenizeThreads
 from tests.serving.engines import TOKENIZER, build, greedy, ids, text_of
 from tests.serving.servers import make_service, serving, write_model
 from tests.serving.test_vectors import SMALL, encoder, expected
@@ -356,18 +356,18 @@ def test_a_text_of_a_client_that_has_left_is_not_read() -> None:
     done = []
 
     async def use() -> None:
-        lane, gate = Lane("a", queue_size=16, timeout=20), threading.Event()
-        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        thread, gate = FairThread("a", queue_size=16, timeout=20), threading.Event()
+        first = asyncio.ensure_future(thread.run(gate.wait, 20))
         await asyncio.sleep(0)
-        gone = [asyncio.ensure_future(lane.run(done.append, "gone")) for _ in range(8)]
-        patient = asyncio.ensure_future(lane.run(done.append, "patient"))
+        gone = [asyncio.ensure_future(thread.run(done.append, "gone")) for _ in range(8)]
+        patient = asyncio.ensure_future(thread.run(done.append, "patient"))
         await asyncio.sleep(0)
         for one in gone:
             one.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         gate.set()
         await asyncio.gather(first, patient)
-        lane.close()
+        thread.close()
 
     asyncio.run(use())
     assert done == ["patient"]
@@ -375,19 +375,19 @@ def test_a_text_of_a_client_that_has_left_is_not_read() -> None:
 
 def test_a_turn_that_was_given_to_somebody_who_left_is_passed_on() -> None:
     async def use() -> str:
-        turns = FairLock(4)
+        lock = FairLock(4)
         order = []
 
         async def have(name: str) -> None:
-            async with turns.acquire():
+            async with lock.acquire():
                 order.append(name)
 
-        async with turns.acquire():
+        async with lock.acquire():
             tasks = [asyncio.ensure_future(have(name)) for name in ("a", "b", "c")]
             await asyncio.sleep(0)
         tasks[0].cancel()  # it has its turn, and has not begun
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert not turns.is_taken
+        assert not lock.is_taken
         return "".join(order)
 
     assert asyncio.run(use()) == "bc"
@@ -397,19 +397,19 @@ def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
     done = []
 
     async def use() -> list[object]:
-        lane, gate = Lane("a", queue_size=4, timeout=20), threading.Event()
-        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        thread, gate = FairThread("a", queue_size=4, timeout=20), threading.Event()
+        first = asyncio.ensure_future(thread.run(gate.wait, 20))
         await asyncio.sleep(0)
         asked = []
         for name in ("a1", "a2", "a3", "a4", "b1"):
             CLIENT.set(name[0])
-            asked.append(asyncio.ensure_future(lane.run(done.append, name)))
+            asked.append(asyncio.ensure_future(thread.run(done.append, name)))
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         gate.set()
         found = await asyncio.gather(*asked, return_exceptions=True)
         await first
-        lane.close()
+        thread.close()
         return found
 
     found = asyncio.run(use())
@@ -419,13 +419,13 @@ def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
 
 def test_short_texts_do_not_wait_for_long_ones() -> None:
     async def use() -> str:
-        reading, gate = Reading(TOKENIZER, queue_size=4, timeout=20), threading.Event()
-        long = asyncio.ensure_future(reading.tokens(lambda tokenizer: gate.wait(20), size=SHORT + 1))
+        threads, gate = TokenizeThreads(TOKENIZER, queue_size=4, timeout=20), threading.Event()
+        long = asyncio.ensure_future(threads.encode(lambda tokenizer: gate.wait(20), size=SHORT + 1))
         await asyncio.sleep(0)
-        found = await reading.tokens(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
+        found = await threads.encode(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
         gate.set()
         await long
-        reading.close()
+        threads.close()
         return bytes(found).decode()
 
     assert asyncio.run(use()) == "ab"
@@ -451,7 +451,7 @@ def test_a_request_has_no_more_tokens_than_it_may(tiny: Path) -> None:
 
 def test_a_text_that_cannot_fit_needs_no_tokenizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = make_service(tiny)
-    monkeypatch.setattr(service.reading, "tokens", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr(service.tokenize_threads, "encode", lambda *a, **k: pytest.fail("it was read"))
     with serving(service) as client:
         text = "x" * (128 * service.longest + 1)
         for path, body in (

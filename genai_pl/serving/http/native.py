@@ -53,9 +53,9 @@ def plain_routes(service: Service) -> APIRouter:
                 422, f"text: {len(body.texts)} in one request, at most {service.limits.max_inputs}", param="text"
             )
         adapter = service.adapter_of(body.model)
-        found = await while_connected(request.receive, service.scorer.score(body.prompts, body.texts, adapter))
+        scored = await while_connected(request.receive, service.scorer.score(body.prompts, body.texts, adapter))
         kind = "reward" if service.is_reward else "log_probability"
-        scores = [{"score": value, "n_tokens": n} for value, n in found]
+        scores = [{"score": value, "n_tokens": n} for value, n in scored]
         return json_response({"model": body.model or service.name, "kind": kind, "scores": scores})
 
     return router

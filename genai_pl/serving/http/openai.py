@@ -46,8 +46,10 @@ def openai_routes(service: Service) -> APIRouter:
             return [await service.tokens(prompt) for prompt in body.prompts]
 
         prompts = await while_connected(request.receive, read())
-        wanted = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
-        return await respond(service, body, request, prompts, CompletionFormat(decoder(service), body.logprobs), wanted)
+        token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
+        return await respond(
+            service, body, request, prompts, CompletionFormat(decoder(service), body.logprobs), token_limit
+        )
 
     @router.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -57,10 +59,10 @@ def openai_routes(service: Service) -> APIRouter:
         turns = [message.plain() for message in body.messages]
         prompts = [await while_connected(request.receive, service.chat_tokens(turns, tools))]
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        wanted = {"max_tokens": getattr(body, param), "param": param, "default": None}
+        token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
         top = (body.top_logprobs or 0) if body.logprobs else None
         answer_format = ToolChatFormat(decoder(service), top, tools) if tools else ChatFormat(decoder(service), top)
-        return await respond(service, body, request, prompts, answer_format, wanted)
+        return await respond(service, body, request, prompts, answer_format, token_limit)
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
@@ -96,17 +98,17 @@ async def respond(
     request: Request,
     prompts: list[tuple[int, ...]],
     answer_format: AnswerFormat,
-    wanted: dict[str, object],
+    token_limit: dict[str, object],
 ) -> Response:
     """The answers to the prompts, whole or as a stream."""
-    config = generation_config(service, body, stop=body.stops, **wanted)
+    config = generation_config(service, body, stop=body.stops, **token_limit)
     config = await while_connected(request.receive, apply_response_format(service, body, config))
     options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
     answers = await submit_requests(service, body, prompts, config, **options)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
     if body.stream:
-        by = whole_chunks if answer_format.streams_whole_answers else chunks
-        events = by(
+        make_events = whole_chunks if answer_format.streams_whole_answers else chunks
+        events = make_events(
             answers, answer_format, header(answer_format.chunk_kind, name), n_prompt, with_usage=body.with_usage
         )
         return await stream_events(request, events)

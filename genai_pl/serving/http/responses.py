@@ -92,11 +92,11 @@ class CompletionFormat:
         return self._choice(n, "", [], finish_reason)
 
     def _choice(self, n: int, text: str, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
-        found = None
+        logprobs = None
         if self.logprobs is not None and outputs:
-            found = text_logprobs(outputs, self.decode, offset=self.offsets.get(n, 0))
+            logprobs = text_logprobs(outputs, self.decode, offset=self.offsets.get(n, 0))
             self.offsets[n] = self.offsets.get(n, 0) + len(text)
-        return {"index": n, "text": text, "logprobs": found, "finish_reason": finish_reason}
+        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 class ChatFormat:

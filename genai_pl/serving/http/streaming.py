@@ -125,11 +125,11 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Toke
 
 async def collect(answers: Sequence["Answer"]) -> list[list["TokenOutput"]]:
     """All pieces of each answer."""
-    found: list[list[TokenOutput]] = [[] for _ in answers]
+    outputs_by_answer: list[list[TokenOutput]] = [[] for _ in answers]
     async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
         async for n, output in outputs:
-            found[n].append(output)
-    return found
+            outputs_by_answer[n].append(output)
+    return outputs_by_answer
 
 
 def check_finish(answer: "Answer") -> None:

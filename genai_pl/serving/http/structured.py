@@ -54,12 +54,12 @@ def _requested_constraints(body: OpenAISampling) -> Iterator[FormatConstraint]:
             yield FormatConstraint(f"structured_outputs.{kind}", kind, value)
 
 
-def _response_format(given: dict[str, object]) -> Iterator[FormatConstraint]:
-    kind = given.get("type")
+def _response_format(response_format: dict[str, object]) -> Iterator[FormatConstraint]:
+    kind = response_format.get("type")
     if kind == "json_object":
         yield FormatConstraint("response_format", "json_object", True)
     elif kind == "json_schema":
-        inner = given.get("json_schema")
+        inner = response_format.get("json_schema")
         yield FormatConstraint(
             "response_format.json_schema", "json", inner.get("schema") if isinstance(inner, dict) else None
         )
@@ -81,8 +81,8 @@ def _constraint(constraint: FormatConstraint) -> dict[str, str | None]:
         _check_length(constraint, sum(map(len, texts)), MAX_FORM)
         return {"json_schema": None, "regex": "|".join(re.escape(text) for text in texts)}
     kinds = {"regex": "an expression", "choice": "a list of texts"}
-    said = f"give {kinds[constraint.kind]}" if constraint.kind in kinds else "no such option of this server"
-    raise ApiError(422, f"{constraint.param}: {said}", param=constraint.param)
+    problem = f"give {kinds[constraint.kind]}" if constraint.kind in kinds else "no such option of this server"
+    raise ApiError(422, f"{constraint.param}: {problem}", param=constraint.param)
 
 
 def _schema(constraint: FormatConstraint) -> str:

@@ -36,12 +36,12 @@ def parse_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]
     """The text outside of calls, and the calls; all of it is text where one of them cannot be read."""
     calls, outside, end = [], [], 0
     for begin, after in tool_call_spans(text):
-        found = text[begin + len(OPENING) : after - len(CLOSING)].strip()
+        source = text[begin + len(OPENING) : after - len(CLOSING)].strip()
         outside.append(text[end:begin])
         end = after
         try:
-            said = json.loads(found)
-            name, arguments = said["name"], said.get("arguments", {})
+            call = json.loads(source)
+            name, arguments = call["name"], call.get("arguments", {})
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return text, []
         if name not in names or not isinstance(arguments, dict):
