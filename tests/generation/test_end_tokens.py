@@ -283,9 +283,9 @@ def test_a_request_ends_at_any_of_the_ends(llama: tuple[Path, int]) -> None:
     try:
         config = GenerationConfig(max_new_tokens=24, temperature=0.0)
         streams = [engine.submit(Request(tuple(TOKENIZER.encode(prompt)), config)) for prompt in PROMPTS]
-        found = [[piece.token for piece in stream] for stream in streams]
+        found = [[output.token for output in stream] for stream in streams]
     finally:
         engine.stop()
     assert found == [their_tokens(folder, prompt) for prompt in PROMPTS]
     assert found[0][-1] == second
-    assert streams[0].finish == "stop"
+    assert streams[0].finish_reason == "stop"

@@ -19,7 +19,7 @@ from genai_pl.serving import connections
 from genai_pl.serving.app import create_app
 from genai_pl.serving.connections import Connection, connection_limits, connection_options
 from genai_pl.serving.http import bodies
-from genai_pl.serving.log_limits import Quiet
+from genai_pl.serving.log_limits import RepeatFilter
 from genai_pl.serving.settings import Limits
 from tests.serving.fake import FakeEngine
 from tests.serving.probe import Probed
@@ -288,7 +288,7 @@ def record(message: str, *arguments: object, error: BaseException | None = None)
 
 def test_a_line_that_is_repeated_is_said_once_a_minute() -> None:
     clock = [0.0]
-    quiet = Quiet(now=lambda: clock[0])
+    quiet = RepeatFilter(now=lambda: clock[0])
     assert [quiet.filter(record("Invalid HTTP request received.")) for _ in range(3)] == [True, False, False]
     assert quiet.filter(record("request %s: 504", "a"))
     assert quiet.filter(record("request %s: 504", "b"))  # each request has its line
