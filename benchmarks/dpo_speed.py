@@ -40,9 +40,9 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
     from genai_pl.peft import lora
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     model, tokenizer, _ = load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/pairs.jsonl", "w", encoding="utf-8") as file:

@@ -45,9 +45,9 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
     from genai_pl.peft import lora
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     model, tokenizer, _ = load(args.model)
     module = SFTModule(
         lora(model.train()), vocabulary=special_tokens(tokenizer, model.config.vocab_size), seed=0,

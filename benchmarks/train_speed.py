@@ -62,9 +62,9 @@ def ours(args: argparse.Namespace) -> float:
     from genai_pl.modules import CausalLMModule
     from genai_pl.objectives import CausalLMCollator, SpecialTokens
     from genai_pl.optim import adamw, constant
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     clock = Clock(args)
 
     class Ticks(L.Callback):

@@ -19,7 +19,7 @@ from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtyp
 from genai_pl.models.onnx.export import write_description, write_graphs
 from genai_pl.models.onnx.quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EXPORT, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")
@@ -36,7 +36,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"quantize={config.quantize} is not null or int8")
     if config.quantize and config.format != "onnx":
         raise ConfigError("quantize=int8 goes with format=onnx")
-    refuse_unused(config, given_overrides(), EXPORT)
+    refuse_unused(config, job_overrides(), EXPORT)
     if not config.out:
         raise ConfigError("out='': name the folder to write")
     out = Path(config.out)

@@ -20,10 +20,10 @@ class PreferenceCollator(Collator):
     Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
     token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
-    "reference" (2,), which is handed on.
+    "reference_logprobs" (2,), which is handed on.
 
-    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared` (B,) beginning of every
-    segment, and only the first segment holds them.
+    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared_prompt_len` (B,) beginning
+    of every segment, and only the first segment holds them.
 
     likelihood: whose tokens are counted as `tokens`, those of chosen completions ("chosen"), or of prompts too ("whole").
     """
@@ -45,8 +45,8 @@ class PreferenceCollator(Collator):
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
         batch |= {"margin": torch.tensor(margins)} if margins else {}
-        if "reference" in rows[0]:  # log-probabilities that were made before
-            batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        if "reference_logprobs" in rows[0]:  # log-probabilities that were made before
+            batch["reference_logprobs"] = torch.from_numpy(np.stack([row["reference_logprobs"] for row in rows]))
         if self.likelihood:
             labels = batch["labels"] if self.likelihood == "chosen" else text_labels(batch)
             batch["tokens"] = ((labels != IGNORED) & (batch["segment_ids"] == 1)).sum().float()
@@ -105,7 +105,7 @@ def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Bat
     parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
     batch = completions_batch(parts, pad)
     if share_prompts:
-        batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
+        batch["shared_prompt_len"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
     return batch
 
 

@@ -203,12 +203,12 @@ def test_damaged_answers_of_a_reference_are_asked_for_again(
 ) -> None:
     file = tmp_path / "a.npz"
     known = {bytes([n] * 32): np.array([n, n + 0.5], np.float32) for n in range(3)}
-    precompute.write(file, known)
-    assert {key: value.tolist() for key, value in precompute.read(file).items()} == {
+    precompute.write_logprobs(file, known)
+    assert {key: value.tolist() for key, value in precompute.read_logprobs(file).items()} == {
         key: value.tolist() for key, value in known.items()
     }
     file.write_bytes(file.read_bytes()[damage])
-    assert precompute.read(file) == {}
+    assert precompute.read_logprobs(file) == {}
     assert "a.npz was damaged" in caplog.text
 
 

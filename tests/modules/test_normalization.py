@@ -117,9 +117,9 @@ def test_a_loss_that_is_not_a_number_names_the_step() -> None:
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
     monkeypatch.chdir(tmp_path)
-    quiet()
+    silence_libraries()
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")

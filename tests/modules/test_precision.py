@@ -15,13 +15,13 @@ from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import base
 from genai_pl.objectives import CausalLMCollator
 from genai_pl.objectives.token_loss import token_loss
-from genai_pl.training.trainer import quiet
+from genai_pl.training.trainer import silence_libraries
 from tests.modules.test_normalization import module, rows, weights
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    quiet()
+    silence_libraries()
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
 
 
