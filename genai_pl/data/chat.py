@@ -22,7 +22,7 @@ from genai_pl.data.messages_datamodule import (
     parse_prompt,
     tools_argument,
 )
-from genai_pl.data.packing import Example
+from genai_pl.data.packing import PackedExamples
 from genai_pl.data.prompt_tokens import (
     TokenizedExample,
     as_messages,
@@ -34,7 +34,6 @@ from genai_pl.data.prompt_tokens import (
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
-from genai_pl.objectives.sft import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -166,27 +165,6 @@ class ChatDataModule(MessagesDataModule):
         return self.render(
             json.loads(first["prompt"]) if "prompt" in first else _opening(json.loads(first["messages"]))
         )
-
-
-class PackedExamples(Dataset):
-    """Rows of examples that fit into `room` tokens together; one example a row where it is 0."""
-
-    def __init__(self, examples: list[TokenizedExample], room: int) -> None:
-        self.examples = examples
-        lengths = [len(example.input_ids) for example in examples]
-        self.bins = pack(lengths, room) if room else [[n] for n in range(len(examples))]
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def __getitem__(self, index: int) -> Example:
-        chosen = [self.examples[n] for n in self.bins[index]]
-        lengths = [len(example.input_ids) for example in chosen]
-        return {
-            "input_ids": np.concatenate([example.input_ids for example in chosen]),
-            "segment_ids": np.repeat(np.arange(len(chosen)) + 1, lengths),
-            "loss_mask": np.concatenate([example.loss_mask for example in chosen]),
-        }
 
 
 def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:

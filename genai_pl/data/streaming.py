@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.loader import Batch, BatchPlan, Collate, with_window_targets
-from genai_pl.data.packing import Example, Packer
+from genai_pl.data.packing import Packer
 from genai_pl.data.tokenize import CHUNK, chunk_encoder, encode_batch, find_split
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import CheckpointError, DataError
+from genai_pl.objectives.collate import Example
 from genai_pl.signals import outlive_signals
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class TextDataModule(RowsDataModule):
         )
         self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
         self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
-        self.apart = separate_documents
+        self.separate_documents = separate_documents
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.source = sources.find_source(path)
@@ -95,7 +95,7 @@ class TextDataModule(RowsDataModule):
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         """Tokenize and pack."""
         self.tokenizer, self.collate = tokenizer, collate
-        self.packing = {"overlap": collate.overlap, "apart": self.apart}
+        self.packing = {"overlap": collate.overlap, "separate": self.separate_documents}
         self.row_length = collate.row_length(self.seq_len)
         train, val = self.documents()
         if not self.streaming:
