@@ -63,7 +63,7 @@ def set_end_tokens(
 ) -> None:
     """Set config.eos_token_ids to every token that ends a text, without repetition.
 
-    In this order: those of the folder's files, those set before, the tokenizer's of_tokenizer, and the one that closes a turn.
+    In this order: those of the folder's files, those set before, the tokenizer's own, and the one that closes a turn.
     """
     of_tokenizer = [end_token(tokenizer), _turn_end(tokenizer)]
     candidates = [*end_token_ids(defaults), *config.eos_token_ids, *(i for i in of_tokenizer if i is not None)]

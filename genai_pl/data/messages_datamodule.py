@@ -82,9 +82,7 @@ class MessagesDataModule(TableDataModule):
             first = is_text if first is None else first
             if is_text is not first:
                 names = ("messages", "a text") if is_text else ("a text", "messages")
-                refuse(
-                    place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way"
-                )
+                refuse(place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way")
             # a system message and tools are part of a conversation; a text has neither
             opening = "messages" if "messages" in example else "prompt"
             if not is_text:

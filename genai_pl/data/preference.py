@@ -1,8 +1,8 @@
 """Preference data: prompts with a chosen and a rejected completion, or with completions ranked from best to worst.
 
-Long rows are shortened so that both completions keep the same prompt and the same limit: the longest completion takes
-at least half of the row, and the prompt is truncated on its left. A pair that differed in its prompt would teach more than
-the preference.
+Long rows are shortened so that both completions keep the same prompt and the same limit: completions are limited to half
+of the row, or to what the prompt leaves if that is more, and the prompt is truncated on its left. A pair that differed in
+its prompt would teach more than the preference.
 """
 
 import json

@@ -87,7 +87,7 @@ def encode_sentences(
     """Tokens of each text behind the head's prompt, cut to its length and to max_length, without losing special tokens."""
     limits = [limit for limit in (head.max_length, max_length) if limit is not None]
     whole = [head.prompt + text for text in texts]
-    return encode_texts(tokenizer, whole, max_length=min(limits, default=None), closes=head.closes)
+    return encode_texts(tokenizer, whole, max_length=min(limits, default=None), add_end=head.closes)
 
 
 @torch.inference_mode()
