@@ -58,7 +58,7 @@ class BaseModule(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.total_steps = 0  # set once the length of the data is known
+        self.total_steps = 0  # until set_run_length
         self.validated_at = -1  # step of the last validation
         self.validation_cut = False  # whether the one under way was stopped before its last batch
         self.val_sums: Metrics = {}
@@ -70,7 +70,7 @@ class BaseModule(L.LightningModule, ABC):
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
         # around what runs the model as often as it likes, in this process alone; a strategy may have to gather weights
         self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.steps_in_backward = False  # whether weights move during the backward pass
+        self.steps_in_backward = False  # until step_in_backward
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
         self._targets = torch.ones(())
@@ -78,6 +78,19 @@ class BaseModule(L.LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch."""
+
+    def set_run_length(self, total_steps: int, schedule: Callable[..., float]) -> None:
+        """Take the optimizer steps of the run and the schedule over them; ConfigError for a schedule that does not fit."""
+        self.total_steps, self.schedule = total_steps, schedule
+        schedule(0, total_steps=total_steps)
+
+    def step_in_backward(self) -> None:
+        """Update each weight as soon as its gradient is complete, so that no two gradients need to exist at once."""
+        self.steps_in_backward = True
+
+    def load_trained_only(self) -> None:
+        """Accept checkpoints that lack the frozen weights, which the model has already."""
+        self.strict_loading = False
 
     def models(self) -> list[nn.Module]:
         """The model, and those beside it that a strategy may cut in pieces."""

@@ -1,5 +1,7 @@
 """A policy that writes in training: completions of prompts, what they are worth, and how likely they were."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
+Decode = Callable[[Sequence[int]], str]
 SHOWN = 4  # completions of a rollout that people may read
 
 
@@ -67,8 +70,16 @@ class RolloutModule(BaseModule):
         self.reference = Reference(model)
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
         self.reward_weights = reward_weights
-        self.reward: Reward  # set by whoever builds the run
-        self.decode: object  # tokens to text, likewise
+        self.reward: Reward  # these three from `use_reward`
+        self.decode: Decode
+        self.clip_norm: float | None = None
+
+    def use_reward(self, reward: Reward, *, decode: Decode, clip_norm: float | None = None) -> None:
+        """Take the reward of completions, what turns their tokens into text, and the largest norm of a gradient.
+
+        The norm is given here because Lightning's Trainer clips in automatic optimization only.
+        """
+        self.reward, self.decode, self.clip_norm = reward, decode, clip_norm
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
