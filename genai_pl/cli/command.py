@@ -22,18 +22,18 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from genai_pl import signals
 from genai_pl.cli.option_help import ASKS, help_of
-from genai_pl.cli.quoting import quoted
+from genai_pl.cli.quoting import quote_argument
 from genai_pl.cli.schema import MAPPINGS, NODES
-from genai_pl.config.redaction import masked, remember
+from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.plugins import import_plugins
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
-from genai_pl.training.hydra_job import job_overrides, searches
-from genai_pl.training.output_folders import give_back, give_back_job, unused_folder
-from genai_pl.training.resume import TYPED
+from genai_pl.training.hydra_job import is_search_job, job_overrides
+from genai_pl.training.output_folders import remove_unstarted, remove_unstarted_job, reserve_folder
+from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.run_log import recording
 from genai_pl.training.sweeps import Outcome
-from genai_pl.training.trust import CONF, names_code
+from genai_pl.training.trust import CONF, names_user_code
 
 RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 
@@ -42,7 +42,7 @@ def register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    OmegaConf.register_new_resolver("unused", unused_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("unused", reserve_folder, replace=True, use_cache=True)
     for name, node in (*NODES.items(), *MAPPINGS.items()):
         store.store(group="schema", name=name, node=opened(node))
 
@@ -95,8 +95,8 @@ def command(
             with answered(), record():  # a launcher of Hydra may call it in a process of its own
                 status, value = _guarded(main, config)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
-                give_back_job(Path(HydraConfig.get().runtime.output_dir))
-            if status and not (searches() and value is not None):
+                remove_unstarted_job(Path(HydraConfig.get().runtime.output_dir))
+            if status and not (is_search_job() and value is not None):
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
             return value
 
@@ -114,15 +114,15 @@ def command(
                 with record():
                     call(hydrated)
             finally:
-                give_back()
+                remove_unstarted()
 
         def call(hydrated: Callable[[], None]) -> None:
             try:
                 if set(ASKS) & set(sys.argv[1:]):
                     print(help_of(config_name, sys.argv[1:]))
                     return
-                import_plugins(named=names_code(sys.argv[1:]))
-                sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
+                import_plugins(named=names_user_code(sys.argv[1:]))
+                sys.argv[1:] = [quote_argument(a) for a in prepare(sys.argv[1:])]
                 check_choices(sys.argv[1:], CONF)
                 hydrated()
             except KeyboardInterrupt:
@@ -147,20 +147,20 @@ def with_option(line: str, arguments: list[str]) -> str:
     for argument in arguments:
         option, _, value = argument.partition("=")
         if option in ("hydra.run.dir", "hydra.sweep.dir") and line.startswith(value.strip("'\"")):
-            typed = "output_dir" if any(a.startswith("output_dir=") for a in TYPED) else option
+            typed = "output_dir" if any(a.startswith("output_dir=") for a in TYPED_ARGUMENTS) else option
             return f"{typed}={line}"
     return line
 
 
 def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
-        remember_environment(config)
+        register_environment_secrets(config)
         check_types(config, job_overrides(), CONF, HydraConfig.get().job.config_name)
         check_bounds(config)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         # a trial of a search that diverged is one more result
         return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
     except MissingMandatoryValue as error:
@@ -169,7 +169,7 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
     except (HydraException, OmegaConfBaseException) as error:  # of what is composed or made later
         if (line := explain(error, CONF, HydraConfig.get().job.config_name, job_overrides())) is None:
             raise
-        print(f"error: {masked(line)}", file=sys.stderr)
+        print(f"error: {redact(line)}", file=sys.stderr)
         return Outcome(2)
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -178,18 +178,18 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
         refused = system_error(error)
         if refused is None:
             raise
-        print(f"error: {masked(system_line(refused))}", file=sys.stderr)
+        print(f"error: {redact(system_line(refused))}", file=sys.stderr)
         return Outcome(1)
 
 
-def remember_environment(config: DictConfig) -> None:
+def register_environment_secrets(config: DictConfig) -> None:
     """Print the name of an environment variable wherever a value of the configuration that it gives would stand."""
 
     def walk(node: DictConfig | ListConfig, path: str) -> None:
         for key in node.keys() if isinstance(node, DictConfig) else range(len(node)):
             raw = node._get_node(key)._value()
             if isinstance(raw, str) and "${oc.env:" in raw:
-                remember(str(node[key]), raw)
+                register_secret(str(node[key]), raw)
             elif OmegaConf.is_config(node._get_node(key)) and isinstance(raw, dict | list):
                 walk(node._get_node(key), f"{path}{key}.")
 
@@ -198,5 +198,5 @@ def remember_environment(config: DictConfig) -> None:
 
 def fail(line: str, status: int) -> None:
     """Print the line as an error and end the process with the status."""
-    print(f"error: {masked(line)}", file=sys.stderr)
+    print(f"error: {redact(line)}", file=sys.stderr)
     sys.exit(status)

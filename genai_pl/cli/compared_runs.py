@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import DataError
-from genai_pl.training.trust import read_overrides, read_plain
+from genai_pl.training.trust import read_overrides, read_untrusted_yaml
 
 MARKS = ("resume", "output_dir", "run_name", "tags")  # no settings of the training
 
@@ -82,13 +82,13 @@ def _settings(run: Path) -> dict[str, str]:
     """The overrides of a run, which the sweep has varied."""
     path = run / ".hydra" / "overrides.yaml"
     given = read_overrides(path) if path.is_file() else []
-    pairs = ["".join(c if c.isprintable() else "?" for c in masked(o)).partition("=") for o in given]
+    pairs = ["".join(c if c.isprintable() else "?" for c in redact(o)).partition("=") for o in given]
     return {name.lstrip("+~"): value for name, _, value in pairs if name not in MARKS}
 
 
 def _loaded(path: Path, *keys: str) -> dict[str, object]:
     """The mapping in a small YAML file, under these keys of it; empty where there is none."""
-    found = read_plain(path) if path.is_file() else {}
+    found = read_untrusted_yaml(path) if path.is_file() else {}
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}

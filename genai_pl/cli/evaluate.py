@@ -41,7 +41,7 @@ from genai_pl.loading import Loaded, load
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import adapters_of, merge
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import EVALUATE, NO_BOS, refuse_unused
+from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, refuse_unused
 
 OF_FIGURES = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
 
@@ -73,7 +73,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out:
         check_out(config)
-    refuse_unused(config, job_overrides(), EVALUATE)
+    refuse_unused(config, job_overrides(), EVALUATE_RULES)
 
 
 def check_out(config: DictConfig) -> None:
@@ -100,7 +100,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     device = choose_device(config.device)
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     if kind in (Kind.preferences, Kind.conversations):
-        refuse_unused(config, job_overrides(), [NO_BOS])
+        refuse_unused(config, job_overrides(), [NO_BOS_RULE])
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)

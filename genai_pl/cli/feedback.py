@@ -24,7 +24,7 @@ from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.report import pasted
 from genai_pl.training.rewards import Judge
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import ADDRESSES, FEEDBACK, refuse_unused
+from genai_pl.training.unused_options import ADDRESSES, FEEDBACK_RULES, refuse_unused
 
 TASKS = {  # what a line holds
     "label": {"row", "prompt", "chosen", "rejected", "margin", "position_bias"},
@@ -68,7 +68,7 @@ def check(config: DictConfig) -> None:
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
-    refuse_unused(config, job_overrides(), FEEDBACK)
+    refuse_unused(config, job_overrides(), FEEDBACK_RULES)
 
 
 def asked_of(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Asked:

@@ -20,7 +20,7 @@ from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import Encoder, join
 from genai_pl.peft import adapters_of
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import ENCODER, GENERATE, WRITER, refuse_unused
+from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITER_RULE, refuse_unused
 
 
 def generate(config: DictConfig) -> int:
@@ -32,7 +32,7 @@ def generate(config: DictConfig) -> int:
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
-    refuse_unused(config, job_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
+    refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
         head = loaded.model.config.head
         other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
@@ -69,7 +69,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
     if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
         raise ConfigError("chat=true: several adapters answer together; give adapter_weights, or one adapter")
-    refuse_unused(config, job_overrides(), GENERATE)
+    refuse_unused(config, job_overrides(), GENERATE_RULES)
 
 
 def hold_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:

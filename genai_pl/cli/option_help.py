@@ -10,7 +10,7 @@ from typing import NamedTuple
 import yaml
 
 from genai_pl.errors import ConfigError
-from genai_pl.training.trust import CONF, own_folders
+from genai_pl.training.trust import CONF, user_config_folders
 
 ASKS = ("--help", "-h")
 WIDEST = 140  # characters of a line
@@ -75,8 +75,8 @@ def help_of(config_name: str, arguments: Sequence[str]) -> str:
     path = CONF / f"{config_name}.yaml"
     contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     texts, groups = contents["hydra"]["help"], _groups(contents["defaults"])
-    folders = [CONF, *own_folders(arguments)]
-    paths = {str(folder) for folder in own_folders(arguments)}
+    folders = [CONF, *user_config_folders(arguments)]
+    paths = {str(folder) for folder in user_config_folders(arguments)}
     words = [a for a in arguments if a not in ASKS and not a.startswith("-") and str(Path(a).resolve()) not in paths]
     if words:
         fields = of_yaml(path)[1]

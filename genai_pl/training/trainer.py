@@ -30,7 +30,7 @@ from genai_pl.training.length import (
     choose_length,
     warmup_of,
 )
-from genai_pl.training.output_folders import write_early
+from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.targets import instantiate
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def wire_callbacks(config: DictConfig, run: Run, checkpoint: Path | None) -> Non
     for logger in run.trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        write_early(Path(logger.log_dir))
+        register_early_output(Path(logger.log_dir))
         if checkpoint:
             logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
     strategy = run.trainer.strategy
