@@ -19,20 +19,10 @@ TRUSTED_GROUPS = {  # of whose fields each may be set
     *("precision", "strategy", "trainer", "generation", "plan"),
 }
 TRUSTED_CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, but for fields of ours
-PER_COMMAND = {
-    "resume",
-    "dry_run",
-    "output_dir",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "hydra.mode",
-}  # a new command's own
-MAX_BYTES, MAX_OVERRIDE_CHARS, MAX_OVERRIDES, MAX_BRACKETS = (
-    2**18,
-    2**12,
-    500,
-    20,
-)  # bytes of a file, characters and number of overrides, brackets
+# options that each command gives anew: they are never taken from a saved run
+PER_COMMAND = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}
+MAX_BYTES, MAX_OVERRIDES = 2**18, 500  # of one file
+MAX_OVERRIDE_CHARS, MAX_BRACKETS = 2**12, 20  # of one override
 CHOICE_NAME = re.compile(r"[\w-]+")
 FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
