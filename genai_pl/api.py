@@ -16,7 +16,7 @@ from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import join
-from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
+from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
 from genai_pl.training.output_folders import remove_unstarted
 from genai_pl.training.resume import replay
 from genai_pl.training.run_log import recording
@@ -64,7 +64,7 @@ def _composed(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
             config = compose("config", overrides=overrides, return_hydra_config=True)
     except Exception as error:
-        line = explain(error, CONF, "config", overrides)
+        line = explain_config_error(error, CONF, "config", overrides)
         if line is None:
             raise
         raise ConfigError(line) from None

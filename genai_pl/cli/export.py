@@ -55,7 +55,7 @@ def export(config: DictConfig) -> int:
     if config.dtype:
         model = model.to(DTYPES[config.dtype])
     elif config.format != "onnx":
-        _as_stored(model, stored_dtypes(config.checkpoint))
+        _restore_dtypes(model, stored_dtypes(config.checkpoint))
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
     else:
@@ -73,7 +73,7 @@ def sentence_files(loaded: Loaded) -> dict[str, object]:
     return {} if head is None else {**head.files, **dict(head.tensors())}
 
 
-def _as_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+def _restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     """Give each weight the dtype that it was read in: nothing was rounded before, and what was merged is rounded once."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():

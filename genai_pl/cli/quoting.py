@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from genai_pl.cli.schema import NODES
+from genai_pl.cli.schema import SCHEMAS
 from genai_pl.training.hydra_job import quote_for_hydra
 
 VERBATIM_OPTIONS = (
@@ -100,7 +100,7 @@ def _fields(schema: type, prefix: str) -> Iterator[tuple[str, set[object]]]:
 def _options_of(*kinds: object) -> set[str]:
     """The options whose values are of these kinds or null."""
     schemas = [
-        (schema, GROUP_PREFIXES.get(name, "data." if name in DATA_KINDS else "")) for name, schema in NODES.items()
+        (schema, GROUP_PREFIXES.get(name, "data." if name in DATA_KINDS else "")) for name, schema in SCHEMAS.items()
     ]
     fields = [field for schema, prefix in schemas for field in _fields(schema, prefix)]
     return {name for name, types in fields if types <= {*kinds, type(None)} and set(kinds) & types}

@@ -333,10 +333,10 @@ def test_an_adapter_that_names_itself_as_its_base_is_one_line(place: Path, comma
 
 @pytest.mark.parametrize("contents", ["[]", "1", '{"step": "x"}', '{"step": null}', "[" * 9999, "{", "{}"])
 def test_results_of_somebody_else_do_not_end_a_run(contents: str, place: Path) -> None:
-    from genai_pl.training.sweeps import finished
+    from genai_pl.training.sweeps import read_results
 
     (place / "results.json").write_text(contents)
-    assert finished(place, 1) is None
+    assert read_results(place, 1) is None
 
 
 @pytest.mark.parametrize("rows", ["a,b\n1,2\n", "step,val/loss\nx,1.0\n", "\0\n", 'step,val/loss\n"' + "x" * 200_000])
