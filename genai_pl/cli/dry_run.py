@@ -35,7 +35,7 @@ from genai_pl.planning.count import (
 )
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
-from genai_pl.training.report import describe_model, describe_rollout, describe_step, human
+from genai_pl.training.report import describe_model, describe_rollout, describe_step, format_bytes
 from genai_pl.training.targets import locate_target
 
 
@@ -210,15 +210,17 @@ def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
     memory, time, machine, layout = estimate.memory, estimate.time, estimate.machine, estimate.layout
     parts = [field.name for field in fields(memory)]
     lines = ["memory      per device, estimated"]
-    lines += [f"  {part:<12}{human(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
+    lines += [f"  {part:<12}{format_bytes(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
     fits = "fits in" if memory.total < 0.95 * machine.memory else "DOES NOT FIT in"
-    lines.append(f"  {'total':<12}{human(memory.total):>10}  {fits} the {human(machine.memory)} of {machine.name}")
+    lines.append(
+        f"  {'total':<12}{format_bytes(memory.total):>10}  {fits} the {format_bytes(machine.memory)} of {machine.name}"
+    )
     if estimate.traffic:
         shape = {"data": layout.data, "tensor": layout.tensor, "stages": layout.stages}
         on = " x ".join(f"{n} ({name})" for name, n in shape.items() if n > 1)
         lines.append(f"traffic     per device and step, on {on} devices")
         lines += [
-            f"  {t.what:<28}{human(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
+            f"  {t.what:<28}{format_bytes(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
             for t in estimate.traffic
         ]
     rate = estimate.tokens / time.step

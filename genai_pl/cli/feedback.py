@@ -21,7 +21,7 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.report import pasted
+from genai_pl.training.report import shell_arguments
 from genai_pl.training.rewards import Judge
 from genai_pl.training.trust import key_of
 from genai_pl.training.unused_options import ADDRESSES, FEEDBACK_RULES, refuse_unused
@@ -250,4 +250,6 @@ def report(config: DictConfig, out: Path, *, scores: bool) -> None:
         bias = sum(row["position_bias"] for row in rows) / len(rows)
         print(f"bias        the first place is worth {bias:+.3f} of probability; both orders were asked and averaged")
     options = {"init_from": "MODEL" if config.checkpoint.startswith(ADDRESSES) else config.checkpoint, "data.path": out}
-    print(f"next        python train.py objective={'dpo' if config.task == 'label' else 'sft'} {pasted(options)}")
+    print(
+        f"next        python train.py objective={'dpo' if config.task == 'label' else 'sft'} {shell_arguments(options)}"
+    )

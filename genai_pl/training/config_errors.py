@@ -179,8 +179,8 @@ def check_bounds(config: DictConfig) -> None:
         if not isinstance(node, DictConfig) or leaf not in node or OmegaConf.is_missing(node, leaf):
             continue
         value = plain_value(node[leaf])
-        if not bound.holds(value):
-            raise ConfigError(f"{option}={as_typed(value)}: expected {bound.words}{ADVICE.get(option, '')}")
+        if not bound.accepts(value):
+            raise ConfigError(f"{option}={as_typed(value)}: expected {bound.expected}{ADVICE.get(option, '')}")
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:

@@ -87,8 +87,8 @@ def check_arguments(node: object, path: str) -> None:
         if parameters is not None and name not in parameters and not name.startswith("_"):
             raise ConfigError(f"{path}.{name}: no such option{did_you_mean(name, parameters)}")
         bounded = f"{path}.{name}" in BOUNDS  # by the configuration, which may take null for a default of its own
-        if name in hints and not bounded and not (bound := bound_of(hints[name])).holds(value):
-            raise ConfigError(f"{path}.{name}={as_typed(value)}: expected {bound.words}")
+        if name in hints and not bounded and not (bound := bound_of(hints[name])).accepts(value):
+            raise ConfigError(f"{path}.{name}={as_typed(value)}: expected {bound.expected}")
         check_arguments(value, f"{path}.{name}")
 
 
