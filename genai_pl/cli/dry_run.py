@@ -24,14 +24,14 @@ from genai_pl.modules import BaseModule
 from genai_pl.planning import cost_model as planning
 from genai_pl.planning.count import (
     activation_bytes,
+    fake_tensors,
     largest_gradient,
     largest_part,
+    local_model_config,
     moments,
-    n_again,
-    part_of,
+    n_recomputed,
     stage_sizes,
     training_flops,
-    weightless,
 )
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
@@ -61,7 +61,7 @@ def dry_run(config: DictConfig) -> int:
     objective = locate_target(config.objective._target_)
     model_config = planned_model_config(config, objective)
     check_shape(config, model_config, objective)
-    with weightless(torch.float32):
+    with fake_tensors(torch.float32):
         model = build_full_model(config, objective, model_config)
     batch_size, seq_len, clamped = fit_to_context(config, model)
     work = planned_work(config, objective, batch_size, seq_len)
@@ -99,8 +99,8 @@ def estimate_step(
     layout = device_layout(config)
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.data > 1
-    with weightless(matmul_dtype if gathers and matmul_dtype else weight_dtype):
-        local_model = build_full_model(config, objective, part_of(model_config, layout))
+    with fake_tensors(matmul_dtype if gathers and matmul_dtype else weight_dtype):
+        local_model = build_full_model(config, objective, local_model_config(model_config, layout))
         head = local_model.lm_head
         share = model_share(
             config,
@@ -126,11 +126,13 @@ def estimate_step(
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
     memory = replace(memory, reference=reference, critic=critic)
     sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
-    traffic = planning.traffic(share, layout, **sizes, passes=work.passes, again=recomputed)
+    traffic = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=recomputed)
     tokens = work.rows * work.seq_len * work.passes * layout.data
     # a forward pass is a third of the work where every weight learns
     unlearned = work.unlearned * flops_per_token(model, model_config, work.seq_len) / 3
-    flops = (training_flops(model, model_config, work.seq_len, again=recomputed) + unlearned) * tokens / layout.devices
+    flops = (
+        (training_flops(model, model_config, work.seq_len, recomputed=recomputed) + unlearned) * tokens / layout.devices
+    )
     machine = plan_machine(config, layout)
     time = planning.step_time(machine, layout, traffic, flops=flops)
     return StepEstimate(machine, layout, memory, traffic, time, tokens)
@@ -152,7 +154,7 @@ def model_share(config: DictConfig, local_model: Model, *, weight_bytes: int, co
 def recomputed_share(config: DictConfig, local_model: Model) -> float:
     """The share of blocks that run again in the backward pass."""
     every, kind = _recompute_options(config)
-    return n_again(local_model, every) / len(local_model.blocks) if every and kind == "full" else 0.0
+    return n_recomputed(local_model, every) / len(local_model.blocks) if every and kind == "full" else 0.0
 
 
 def _recompute_options(config: DictConfig) -> tuple[int | None, str]:
@@ -174,7 +176,7 @@ def stored_activation_bytes(
         every=every,
         kind=kind,
         fused=config.plan.gpu != "cpu",
-        pieces=layout.tensor if layout.sequence else 1,
+        sequence_shards=layout.tensor if layout.sequence else 1,
     )
 
 
@@ -182,7 +184,7 @@ def critic_bytes(config: DictConfig, work: DeviceWork, layout: planning.Layout) 
     """Bytes of the model that judges states, which is trained with the policy."""
     model_config, _ = read_stored_config(config.objective.critic, option="objective.critic")
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
-    with weightless(weight_dtype):
+    with fake_tensors(weight_dtype):
         critic = build_model(model_config)
         critic.set_head(Head.none)
         sizes = {"weight_bytes": weight_dtype.itemsize, "compute_bytes": (matmul_dtype or weight_dtype).itemsize}

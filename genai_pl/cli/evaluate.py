@@ -19,7 +19,7 @@ from genai_pl.errors import DISK_FULL, ConfigError, DataError
 from genai_pl.evaluation import (
     Kind,
     Metrics,
-    Row,
+    ScoredWindow,
     choice_metrics,
     choice_rows,
     completion_metrics,
@@ -151,7 +151,9 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
     return temporary
 
 
-def prediction_metrics(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+def prediction_metrics(
+    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
+) -> Metrics:
     """What the model's predictions of texts, completions or choices are worth."""
     scores = score(loaded.model, rows, **scoring)
     if kind is Kind.choices:
@@ -160,7 +162,9 @@ def prediction_metrics(kind: Kind, columns: list[list], loaded: Loaded, rows: li
     return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
 
 
-def preference_metrics(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+def preference_metrics(
+    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
+) -> Metrics:
     """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
     n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
@@ -201,7 +205,7 @@ def context_of(model: nn.Module) -> int:
     return model.config.max_seq_len - n_virtual(model)
 
 
-def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[Row]:
+def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[ScoredWindow]:
     """What the model reads and what of it is scored."""
     tokenizer, values = loaded.tokenizer, loaded.model.config
     seq_len, bos = options.seq_len or context_of(loaded.model), options.bos

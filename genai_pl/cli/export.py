@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from genai_pl.atomic_io import ADAPTER, write_atomic
-from genai_pl.data.end_tokens import generation_values
+from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.embeddings import described_head
@@ -105,7 +105,7 @@ def write_onnx(model: nn.Module, loaded: Loaded, config: DictConfig) -> str:
         folder.mkdir()
         files = write_graphs(model, folder)
         ids, defaults = token_ids(loaded.tokenizer), loaded.defaults
-        generation = generation_values(model.config, ids, defaults)
+        generation = generation_config_values(model.config, ids, defaults)
         write_description(model, folder, token_ids=ids | dict(defaults.config), generation=generation)
         save_tokenizer(loaded.tokenizer, folder)
         sizes = {name: getattr(model.config, name) for name in ("vocab_size", "max_seq_len")}

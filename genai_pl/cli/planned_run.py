@@ -18,7 +18,7 @@ from genai_pl.models.hf.config import is_supported, prefix_of, read_config
 from genai_pl.models.hf.folder import TensorFiles
 from genai_pl.modules import BaseModule
 from genai_pl.modules.kto import KTOModule
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
@@ -94,7 +94,7 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
     """What a step reads of batches of so many rows: these, pairs of completions, texts of pairs, or a part of a rollout."""
     options, has_adapter = config.objective, config.peft._target_ is not None
     passes = config.trainer.accumulate_grad_batches
-    if issubclass(objective, RLModule):
+    if issubclass(objective, PolicyGradientModule):
         completions = rows * options.get("group_size", 1)
         step = options.minibatch_size or completions
         micro_batch = min(options.micro_batch_size or step, step)

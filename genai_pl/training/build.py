@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
-from genai_pl.data import vocabulary
+from genai_pl.data import special_tokens
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.recipes.made import check_made
 from genai_pl.strategies import float8
 from genai_pl.training.fit import Run
@@ -92,7 +92,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     """The LightningModule of the objective, around the model."""
     if config.precision.get("float8"):
         float8(model)
-    tokens = vocabulary(tokenizer, model.config.vocab_size)
+    tokens = special_tokens(tokenizer, model.config.vocab_size)
     if model.config.shape is Shape.encoder_decoder:
         tokens = tokens._replace(start=model.config.decoder_start_token_id)
     module = instantiate(config.objective)(
@@ -109,7 +109,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
-def wire_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+def wire_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(

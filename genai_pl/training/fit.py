@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -20,7 +21,7 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.config.redaction import redact
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.end_tokens import GENERATION, UNSAID, WritingDefaults, generation_values
+from genai_pl.data.generation_defaults import GENERATION, NO_DEFAULTS, GenerationDefaults, generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError, LossError, TrainingError, system_error, system_line
 from genai_pl.exporting import adapter_card, export_model, read_alike, token_ids, write_files
@@ -57,7 +58,7 @@ class Run:
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
-    defaults: WritingDefaults = UNSAID  # of the folder that the model came from
+    defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
     base: str | None = None  # where the model can be had as it began
 
 
@@ -147,7 +148,7 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
     model, tokenizer = run.module.model, run.tokenizer
     save_adapter(model, folder, base=run.base)
     save_tokenizer(tokenizer, folder)
-    write_json(folder / GENERATION, generation_values(model.config, token_ids(tokenizer), run.defaults))
+    write_json(folder / GENERATION, generation_config_values(model.config, token_ids(tokenizer), run.defaults))
     write_files(folder, run.module.export_files())
     (folder / "README.md").write_text(adapter_card(run.base, card), encoding="utf-8")
 
@@ -172,7 +173,7 @@ def _restore_errors(run: Run, checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if checkpoint is None or run.checkpoints.started:
+        if checkpoint is None or run.checkpoints.started or isinstance(error, dist.DistError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise CheckpointError(f"{checkpoint}: does not fit the run as it is configured ({reason})") from error
@@ -190,6 +191,9 @@ def _one_line_errors(run: Run) -> Iterator[None]:
             value = getattr(run.trainer, match[1])
             line = f"trainer.{match[1]}={value}: less than one batch; take at least {match[2]}, or a number of batches"
         raise ConfigError(line) from None
+    except dist.DistNetworkError as error:  # a port that was free when Lightning looked, or a machine out of reach
+        line = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the processes of the run cannot connect: {line}; start the command again") from None
     except Exception as error:
         os_error = system_error(error)
         if os_error is None and not isinstance(error, TrainingError):

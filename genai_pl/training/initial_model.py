@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.config.enums import Head
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.end_tokens import UNSAID, WritingDefaults, read_defaults, set_ends
+from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, read_generation_defaults, set_end_tokens
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import described_head
@@ -46,7 +46,7 @@ class InitialModel(NamedTuple):
     model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
-    defaults: WritingDefaults = UNSAID
+    defaults: GenerationDefaults = NO_DEFAULTS
     sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
 
 
@@ -57,7 +57,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         tokenizer = build_tokenizer(config, data)
         complete_tokenizer(tokenizer, data, objective)
         model = build_model(model_config(config, len(tokenizer)))
-        set_ends(model.config, tokenizer)
+        set_end_tokens(model.config, tokenizer)
         return InitialModel(model, tokenizer, True)
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wraps_transformers else {}
@@ -68,7 +68,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
-        defaults = read_defaults(folder_of(config.model.name))
+        defaults = read_generation_defaults(folder_of(config.model.name))
     n_known, capacity = len(tokenizer), model.config.vocab_size
     complete_tokenizer(tokenizer, data, objective)
     n_tokens = len(tokenizer)
@@ -80,7 +80,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         log.info(
             "vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(n_known, capacity), f"{n_known:,}"
         )
-    set_ends(model.config, tokenizer, defaults)
+    set_end_tokens(model.config, tokenizer, defaults)
     return InitialModel(model.train(), tokenizer, n_tokens > min(n_known, capacity), defaults, sentence)
 
 

@@ -20,7 +20,7 @@ from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
@@ -106,7 +106,7 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
     trainer, module, model = run.trainer, run.module, run.module.model
     device = trainer.strategy.root_device
     batch_rows, sizes = run.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
-    if isinstance(module, RLModule):
+    if isinstance(module, PolicyGradientModule):
         options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
         step = describe_rollout(prompts=batch_rows, n_updates=module.n_updates(batch_rows), **options, **sizes)
     else:
