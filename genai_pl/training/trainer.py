@@ -31,7 +31,7 @@ from genai_pl.training.length import (
     choose_length,
     warmup_of,
 )
-from genai_pl.training.output_folders import write_early
+from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.targets import instantiate
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def prepare_loggers(trainer: L.Trainer, checkpoint: Path | None) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        write_early(Path(logger.log_dir))
+        register_early_output(Path(logger.log_dir))
         if checkpoint:
             logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
 

@@ -55,7 +55,7 @@ def test_every_option_is_explained(path: Path) -> None:
         "generation",
         "logger",
         "experiment",
-    )  # their fields are explained in specs.py
+    )  # their fields are explained in genai_pl/config/model.py
     silent = [
         line for line in body
         if not plain and ":" in line and "#" not in line
