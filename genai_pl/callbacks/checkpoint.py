@@ -193,7 +193,7 @@ def _is_finite(trainer: L.Trainer) -> bool:
 
 def rows_per_batch(trainer: L.Trainer) -> int:
     """How many rows all processes take together for a batch."""
-    plan = trainer.datamodule.plan()
+    plan = trainer.datamodule.batch_plan()
     return plan.batch_size * plan.world_size
 
 

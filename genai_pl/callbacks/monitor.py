@@ -17,8 +17,8 @@ Listener = Callable[[int, dict[str, float]], None]
 class Monitor(L.Callback):
     """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
 
-    `flops` gives those of a token, for MFU, once the data are there; `listeners` are called with (step, metrics) for every row, so that the console
-    prints what the files hold.
+    `flops` gives those of a token, for MFU, once the data are there; `listeners` are called with (step, metrics) for
+    every row, so that the console prints what the files hold.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
-from genai_pl.recipes.made import check_made
+from genai_pl.recipes.made import check_prepared
 from genai_pl.strategies import float8
 from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> Run:
     """Every object of the run, which goes on from the checkpoint if there is one."""
     # what can be refused before anything is read
-    check_made(config.data.path)
+    check_prepared(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     new_options = new_overrides(config)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl import callbacks as cb
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.tokenizer import files_of
+from genai_pl.data.tokenizer import tokenizer_files
 from genai_pl.errors import ConfigError
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
@@ -188,7 +188,7 @@ def checkpoint_contents(run: Run) -> dict[str, object]:
     """What a checkpoint of the run holds besides Lightning's state: model, tokenizer, length, adapter."""
     contents: dict[str, object] = {
         "model": run.module.model.config.to_dict(),
-        "tokenizer": files_of(run.tokenizer),
+        "tokenizer": tokenizer_files(run.tokenizer),
         "defaults": {name: dict(values) for name, values in run.defaults._asdict().items()},
         "length": {"steps": run.length.steps, "warmup_steps": warmup_of(run.module.schedule)},
     }
