@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from genai_pl.config.enums import Position
 from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask, positions_from_segments
+from genai_pl.models.attention import AttentionInputs
 from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import NO_PREFIX, Interleaved, VirtualPrefix, interleave
 
@@ -78,7 +79,7 @@ class Encoder(Transformer):
         )
         unseen = self.dropout(self.unseen.to(x.dtype).expand(*targets.shape, -1))  # (B, M, C)
         for n, block in enumerate(self.blocks, 1):
-            unseen = block(unseen, query, token_positions=targets, content_stream=x)
+            unseen = block(unseen, query, AttentionInputs(token_positions=targets, source=x))
             x = block(x, content) if n < len(self.blocks) else x  # the last content is read by nobody
         return self.norm(unseen)
 

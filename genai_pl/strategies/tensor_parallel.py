@@ -15,7 +15,7 @@ from genai_pl.config.model import ModelConfig
 from genai_pl.distributed.dtensor import local
 from genai_pl.distributed.tensor_parallel_group import Peers
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.vocab_parallel import local_vocab_shard
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
@@ -43,12 +43,10 @@ class LocalHeads:
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        bias: Tensor | None,
-        alibi: Tensor | None,
-        **given: object,
+        options: ScoreOptions,
     ) -> Tensor:
-        return self.attend(q, k, v, mask, bias=self._cut(bias, 1), alibi=self._cut(alibi, 0), **given)
+        options = options._replace(bias=self._cut(options.bias, 1), alibi=self._cut(options.alibi, 0))
+        return self.attend(q, k, v, mask, options)
 
     def _cut(self, value: Tensor | None, dim: int) -> Tensor | None:
         if value is None:
@@ -81,15 +79,16 @@ def _split_block(
 ) -> Places:
     """Divide the parts of a block; returns what stays whole and works on some heads."""
 
-    def entered(_: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
+    def entered(_: nn.Module, given: tuple) -> tuple:
         x, *others = given
-        if named.get("source") is not None:  # another text, which all processes have whole
-            named = {**named, "source": peers.copied(named["source"])}
-        return (enter(x), *others), named
+        if others and others[-1].source is not None:  # of attention: another text, which all processes have whole
+            *others, inputs = others
+            others = [*others, inputs._replace(source=peers.copied(inputs.source))]
+        return enter(x), *others
 
     shared: Places = []
     for part in filter(None, (block.attention, block.cross, block.mlp)):
-        part.register_forward_pre_hook(entered, with_kwargs=True)
+        part.register_forward_pre_hook(entered)
         if isinstance(part, Attention):
             part.attend = LocalHeads(part.attend, mesh)
         for name, layer in part.named_children():
