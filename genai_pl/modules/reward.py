@@ -11,7 +11,7 @@ from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts
 from genai_pl.objectives import (
     RankingCollator,
-    Vocabulary,
+    SpecialTokens,
     centering_penalty,
     pairwise_reward_loss,
     plackett_luce_loss,
@@ -39,7 +39,7 @@ class RewardModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -75,10 +75,10 @@ class RewardModule(BaseModule):
     def _ranked(self, batch: Batch) -> Metrics:
         """Sums over prompts; chosen is the best of its completions, rejected the worst."""
         sizes = batch["sizes"]
-        found = self._scores(batch, int(sizes.max()))
+        all_scores = self._scores(batch, int(sizes.max()))
         sums: Metrics = {}
         for k in sizes.unique().tolist():
-            rewards = found[sizes == k, :k]  # (b, k)
+            rewards = all_scores[sizes == k, :k]  # (b, k)
             best, worst = rewards.detach()[:, 0], rewards.detach()[:, -1]
             part = {
                 "loss": self.ranking(rewards) + self.centering * centering_penalty(rewards),

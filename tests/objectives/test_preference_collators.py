@@ -189,7 +189,7 @@ def test_a_ranking_is_a_row_with_a_segment_for_each_completion() -> None:
 
 def test_what_a_reference_said_before_goes_with_its_pair() -> None:
     rows = [
-        {**pair((1,), (2,), (3,)), "reference": np.array([-1.0, -2.0], np.float32)},
-        {**pair((4,), (5,), (6,)), "reference": np.array([-3.0, -4.0], np.float32)},
+        {**pair((1,), (2,), (3,)), "reference_logprobs": np.array([-1.0, -2.0], np.float32)},
+        {**pair((4,), (5,), (6,)), "reference_logprobs": np.array([-3.0, -4.0], np.float32)},
     ]
-    assert PAIRED(rows)["reference"].tolist() == [[-1, -2], [-3, -4]]
+    assert PAIRED(rows)["reference_logprobs"].tolist() == [[-1, -2], [-3, -4]]
