@@ -12,7 +12,7 @@ import torch
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.generation import Acceptance, complete, limits_of
+from genai_pl.generation import Acceptance, build_output_constraints, complete
 from genai_pl.generation.conversation import Conversation
 from genai_pl.loading import Loaded, load_draft
 from genai_pl.models.virtual_tokens import VirtualTokens
@@ -45,23 +45,23 @@ class Chat:
         self.loaded, self.options, self.stream, self.generator = loaded, options, stream, generator
         self.conversation = Conversation(tokenizer, context=model.config.max_seq_len - virtual, system=system)
         self.draft = load_draft(options.draft, loaded)
-        self.ends = limits_of(tokenizer, options, model.config.eos_token_ids).ends
+        self.ends = build_output_constraints(tokenizer, options, model.config.eos_token_ids).ends
         # a short context is not all for the answer
-        self.room = min(options.max_new_tokens, max(1, self.conversation.context // 2))
+        self.answer_tokens = min(options.max_new_tokens, max(1, self.conversation.context // 2))
 
     def ask(self, text: str) -> None:
         """Print the answer to a message; Ctrl-C stops it, and what was written until then is kept."""
-        prompt = self.conversation.prompt(text, room=self.room)
+        prompt = self.conversation.prompt(text, max_new_tokens=self.answer_tokens)
         if prompt.n_dropped:
             note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
         most = min(self.options.max_new_tokens, self.conversation.context - len(prompt.tokens))
         options = replace(self.options, max_new_tokens=most, min_new_tokens=min(self.options.min_new_tokens, most))
-        pieces: list[str] = []
+        deltas: list[str] = []
 
-        def show(_: int, piece: str) -> None:
-            pieces.append(piece)
+        def show(_: int, delta: str) -> None:
+            deltas.append(delta)
             if self.stream:
-                print(piece, end="", flush=True)
+                print(delta, end="", flush=True)
 
         stopped, reason = False, ""
         try:
@@ -80,7 +80,7 @@ class Chat:
                 reason = "the context is full" if short else f"generation.max_new_tokens={most}"
         except KeyboardInterrupt:
             stopped = True
-        answer = "".join(pieces)
+        answer = "".join(deltas)
         print("" if self.stream else answer, flush=True)
         if answer.strip():
             self.conversation.add(text, answer, prompt.n_dropped)

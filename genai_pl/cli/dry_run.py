@@ -33,10 +33,10 @@ from genai_pl.planning.count import (
     stage_sizes,
     training_flops,
 )
-from genai_pl.training.initial_model import adapt, check_shape, fit_rows, say_unused, typed_now
+from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, human
-from genai_pl.training.targets import named
+from genai_pl.training.targets import locate_target
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def dry_run(config: DictConfig) -> int:
         raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
-    say_unused(config, typed_now(config))
-    objective = named(config.objective._target_)
+    report_unused(config, new_overrides(config))
+    objective = locate_target(config.objective._target_)
     values = planned_config(config, objective)
     check_shape(config, values, objective)
     with fake_tensors(torch.float32):
         model = whole_model(config, objective, values)
-    rows, seq_len, clamped = fit_rows(config, model)
-    work = planned_work(config, objective, rows, seq_len)
+    batch_size, seq_len, clamped = fit_to_context(config, model)
+    work = planned_work(config, objective, batch_size, seq_len)
     plan = make_plan(config, objective, values, model, work)
     steps, passes = planned_steps(config, objective)
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
@@ -89,7 +89,7 @@ def whole_model(config: DictConfig, objective: type[BaseModule], values: ModelCo
     model = build_model(values)
     if objective.head is not None:
         model.set_head(objective.head)
-    return adapt(config.peft, model, None)
+    return apply_peft(config.peft, model, None)
 
 
 def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConfig, model: Model, work: Work) -> Plan:

@@ -23,7 +23,7 @@ from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
-from genai_pl.training.initial_model import check_loaded, model_config, typed_now
+from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
 
@@ -50,7 +50,7 @@ def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConf
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
         values, tokenizer = stored_config(config.init_from, option="init_from")
-        check_loaded(config, values, tokenizer, typed_now(config))
+        check_loaded_model(config, values, tokenizer, new_overrides(config))
         add_missing(tokenizer, objective.needs)
         values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
         return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))

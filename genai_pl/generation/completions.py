@@ -13,9 +13,9 @@ from genai_pl.errors import ConfigError
 from genai_pl.generation.beam import beam_search
 from genai_pl.generation.decode import decode, evaluating
 from genai_pl.generation.detokenize import TextStream
-from genai_pl.generation.output_constraints import Limits
-from genai_pl.generation.speculative import Acceptance, Target, build_proposer, speculate
-from genai_pl.models import Decoder, Reader
+from genai_pl.generation.output_constraints import OutputConstraints
+from genai_pl.generation.speculative import Acceptance, TargetModel, build_proposer, speculate
+from genai_pl.models import Decoder, DecoderWithSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,59 +33,59 @@ class Completion(NamedTuple):
 
 
 @dataclass
-class Writer:
+class CompletionRunner:
     """What all ways of writing take: a model, its tokenizer, the rows it continues and how."""
 
-    model: Decoder | Reader
+    model: Decoder | DecoderWithSource
     tokenizer: "PreTrainedTokenizerBase"
     rows: Sequence[Sequence[int]]
     config: GenerationConfig
-    limits: Limits
+    constraints: OutputConstraints
     pad: int
     on_text: OnText | None = None
     wants_logprobs: bool = False
 
-    def samples(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
+    def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
         """n continuations of each row, decoded in one batch."""
-        streams = [self.stream(i) for i in range(len(self.rows)) for _ in range(n)]
+        streams = [self.text_stream(i) for i in range(len(self.rows)) for _ in range(n)]
         input_ids, segment_ids = self._batch()
         finished = torch.zeros(len(streams), dtype=torch.bool, device=input_ids.device)
         logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
-        options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "limits": self.limits}
-        given = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
-        steps = decode(self.model, input_ids, self.config, **options, **given)
-        found = self._follow(steps, streams, finished, logprobs, first=0)
-        return [found[i : i + n] for i in range(0, len(found), n)]
+        options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "constraints": self.constraints}
+        outputs = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
+        steps = decode(self.model, input_ids, self.config, **options, **outputs)
+        completions = self._collect(steps, streams, finished, logprobs, first=0)
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
 
-    def speculated(
+    def speculate(
         self, n: int, generator: torch.Generator | None, draft: Decoder | None, acceptance: Acceptance | None
     ) -> list[list[Completion]]:
         """The same one after the other, as rows that accept unlike numbers of tokens would have to wait for each other."""
-        found: list[list[Completion]] = []
+        completions: list[list[Completion]] = []
         with nullcontext() if draft is None else evaluating(draft):
             for number, row in enumerate(self.rows):
-                target = Target(self.model, row, self.config, self.limits)
+                target = TargetModel(self.model, row, self.config, self.constraints)
                 sizes = {
                     "n_tokens": len(row) + self.config.max_new_tokens,
                     "vocab_size": self.model.config.vocab_size,
                 }
                 proposer = build_proposer(self.config, draft, **sizes)
-                found.append([])
+                completions.append([])
                 for sample in range(n):
                     finished = torch.zeros(1, dtype=torch.bool)
                     logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
                     options = {"generator": generator, "finished": finished, "logprobs": logprobs}
                     steps = speculate(target, proposer, **options, acceptance=acceptance)
-                    found[-1] += self._follow(
-                        steps, [self.stream(number)], finished, logprobs, first=number * n + sample
+                    completions[-1] += self._collect(
+                        steps, [self.text_stream(number)], finished, logprobs, first=number * n + sample
                     )
-        return found
+        return completions
 
-    def beams(self) -> list[list[Completion]]:
+    def beam_search(self) -> list[list[Completion]]:
         """The num_return best continuations of each row."""
         input_ids, segment_ids = self._batch()
-        stopped = Branches(self) if self.config.stop else None
-        options = {"segment_ids": segment_ids, "limits": self.limits, "stopped": stopped}
+        stop_check = StopStringTracker(self) if self.config.stop else None
+        options = {"segment_ids": segment_ids, "constraints": self.constraints, "stop_check": stop_check}
         completions = []
         for number, best in enumerate(beam_search(self.model, input_ids, self.config, **options)):
             if not best:
@@ -95,23 +95,23 @@ class Writer:
                 )
             completions.append([])
             for place, (tokens, score, logprobs) in enumerate(best):
-                stream = self.stream(number)
+                stream = self.text_stream(number)
                 for token in tokens:
                     stream.push(token)
                 stream.close()
-                self._show(number * self.config.num_return + place, stream.text)
+                self._emit(number * self.config.num_return + place, stream.text)
                 completions[-1].append(Completion(stream.text, tokens, logprobs, score))
         return completions
 
-    def stream(self, number: int) -> TextStream:
+    def text_stream(self, number: int) -> TextStream:
         """The text of a continuation of a row, still empty."""
-        ends = set(self.limits.ends)
+        ends = set(self.constraints.ends)
         return TextStream(self.tokenizer, self.rows[number], stop=self.config.stop, end_tokens=ends)
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         return left_pad(self.rows, self.pad, device=next(self.model.parameters()).device)
 
-    def _follow(
+    def _collect(
         self,
         steps: Generator[Tensor, None, None],
         streams: Sequence[TextStream],
@@ -127,26 +127,26 @@ class Writer:
                 for n, token in enumerate(step.tolist()):
                     if not streams[n].ended:
                         tokens[n].append(token)
-                        self._show(first + n, streams[n].push(token))
+                        self._emit(first + n, streams[n].push(token))
                 finished.copy_(torch.tensor([stream.ended for stream in streams]))
         for n, stream in enumerate(streams):
-            self._show(first + n, stream.close())
-        drawn = torch.stack(logprobs, dim=1).tolist() if logprobs else [[] for _ in streams]
+            self._emit(first + n, stream.close())
+        logprobs_by_row = torch.stack(logprobs, dim=1).tolist() if logprobs else [[] for _ in streams]
         return [
-            Completion(stream.text, row, found[: len(row)])
-            for stream, row, found in zip(streams, tokens, drawn, strict=True)
+            Completion(stream.text, row, row_logprobs[: len(row)])
+            for stream, row, row_logprobs in zip(streams, tokens, logprobs_by_row, strict=True)
         ]
 
-    def _show(self, number: int, piece: str) -> None:
-        if piece and self.on_text is not None:
-            self.on_text(number, piece)
+    def _emit(self, number: int, delta: str) -> None:
+        if delta and self.on_text is not None:
+            self.on_text(number, delta)
 
 
-class Branches:
+class StopStringTracker:
     """Whether a sequence's text has a stop string, for sequences that grow by a token at a time and share beginnings."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
+    def __init__(self, runner: CompletionRunner) -> None:
+        self.runner = runner
         self.length = 0
         self.shorter: dict[tuple[int, ...], TextStream] = {}  # by prompt and tokens, those of one token less
         self.streams: dict[tuple[int, ...], TextStream] = {}
@@ -156,7 +156,7 @@ class Branches:
         if len(tokens) != self.length:
             self.shorter, self.streams, self.length = self.streams, {}, len(tokens)
         *before, last = (prompt, *tokens)
-        parent = self.shorter[tuple(before)] if len(tokens) > 1 else self.writer.stream(prompt)
+        parent = self.shorter[tuple(before)] if len(tokens) > 1 else self.runner.text_stream(prompt)
         stream = parent.fork()
         stream.push(last)
         self.streams[(*before, last)] = stream

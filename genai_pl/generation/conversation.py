@@ -40,20 +40,20 @@ class Conversation:
         """The system's message, or none."""
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def prompt(self, text: str, *, room: int) -> NextPrompt:
-        """The prompt that ends with this message of the user and leaves room for an answer of so many tokens.
+    def prompt(self, text: str, *, max_new_tokens: int) -> NextPrompt:
+        """The prompt that ends with this message of the user and leaves max_new_tokens for an answer.
 
         Oldest turns are left out until it does; ConfigError where the message alone does not fit.
         """
-        asked = {"role": "user", "content": text}
+        question = {"role": "user", "content": text}
         starts = [n for n in range(self.first, len(self.messages)) if self.messages[n]["role"] == "user"]
         for start in [*starts, len(self.messages)]:
-            tokens = encode_prompt(self.tokenizer, [*self.head, *self.messages[start:], asked])
-            if len(tokens) + room <= self.context:
+            tokens = encode_prompt(self.tokenizer, [*self.head, *self.messages[start:], question])
+            if len(tokens) + max_new_tokens <= self.context:
                 return NextPrompt(tokens, start - self.first)
         raise ConfigError(
             f"the message has {len(tokens)} tokens with what the template adds, and the context is {self.context}, "
-            f"of which an answer takes {room}: shorten it"
+            f"of which an answer takes {max_new_tokens}: shorten it"
         )
 
     def add(self, text: str, answer: str, n_dropped: int) -> None:

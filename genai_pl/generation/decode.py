@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.generation.banned_tokens import build_rules
-from genai_pl.generation.decode_state import Context, check_prompt
-from genai_pl.generation.output_constraints import NO_LIMITS, Limits
+from genai_pl.generation.banned_tokens import build_banned_tokens
+from genai_pl.generation.decode_state import DecodeState, check_prompt
+from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import sample, token_logprobs
-from genai_pl.models import Decoder, Reader
+from genai_pl.models import Decoder, DecoderWithSource
 
 WORTH_DROPPING = 8  # finished rows; to drop fewer costs a copy of the cache and saves little
 
 
 @torch.no_grad()  # as a decorator it leaves the caller's mode alone between two steps
 def decode(
-    model: Decoder | Reader,
+    model: Decoder | DecoderWithSource,
     input_ids: Tensor,
     config: GenerationConfig,
     *,
@@ -28,7 +28,7 @@ def decode(
     pad_token_id: int = 0,
     finished: Tensor | None = None,
     num_samples: int = 1,
-    limits: Limits = NO_LIMITS,
+    constraints: OutputConstraints = NO_CONSTRAINTS,
     logprobs: list[Tensor] | None = None,
 ) -> Generator[Tensor, None, None]:
     """The next tokens (B * num_samples,) of each step, until every row is finished or max_new_tokens are reached.
@@ -46,35 +46,39 @@ def decode(
         finished = torch.zeros(N, dtype=torch.bool, device=input_ids.device)
     segment = continued(segment_ids, num_samples)
     seen = seen_tokens(input_ids, segment_ids, config, V, num_samples)
-    ends = torch.tensor(_listed(eos_token_id), dtype=torch.long, device=input_ids.device)
-    rules = build_rules(config, limits.and_ends(ends.tolist()), input_ids, segment_ids, V)
-    written: list[list[int]] = [[] for _ in range(N)]  # for the rules
+    ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=input_ids.device)
+    banned_tokens = build_banned_tokens(config, constraints.and_ends(ends.tolist()), input_ids, segment_ids, V)
+    generated: list[list[int]] = [[] for _ in range(N)]  # for the rules
     with evaluating(model):
-        context = Context(model, B, T + config.max_new_tokens - 1)  # nobody reads the last token
-        logits = context.read(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
-        context.expand(num_samples)
+        state = DecodeState(model, B, T + config.max_new_tokens - 1)  # the last token is never an input
+        logits = state.forward(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
+        state.expand(num_samples)
         for n_left in reversed(range(config.max_new_tokens)):
-            excluded = None if rules is None else rules.excluded(_going_on(written, finished), input_ids.device)
-            token = sample(logits, config, generator, seen=seen, excluded=excluded).masked_fill_(finished, pad_token_id)
+            banned = (
+                None
+                if banned_tokens is None
+                else banned_tokens.mask(_unfinished(generated, finished), input_ids.device)
+            )
+            token = sample(logits, config, generator, seen=seen, banned=banned).masked_fill_(finished, pad_token_id)
             if logprobs is not None:
                 logprobs.append(token_logprobs(logits, token))
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
-            if rules is not None:
-                written = [[*row, new] for row, new in zip(written, token.tolist(), strict=True)]
+            if banned_tokens is not None:
+                generated = [[*row, new] for row, new in zip(generated, token.tolist(), strict=True)]
             if len(ends):
                 finished |= torch.isin(token, ends)
             yield token
-            n_going = N - int(finished.sum())
-            if n_left == 0 or n_going == 0:
+            n_unfinished = N - int(finished.sum())
+            if n_left == 0 or n_unfinished == 0:
                 return
-            if WORTH_DROPPING <= context.n_rows - n_going >= n_going:
-                context.drop(finished)
-            logits = context.read_on(logits, token, segment)
+            if WORTH_DROPPING <= state.n_rows - n_unfinished >= n_unfinished:
+                state.drop_finished(finished)
+            logits = state.step(logits, token, segment)
 
 
 def generate(
-    model: Decoder | Reader,
+    model: Decoder | DecoderWithSource,
     input_ids: Tensor,
     config: GenerationConfig,
     generator: torch.Generator | None = None,
@@ -82,7 +86,7 @@ def generate(
     segment_ids: Tensor | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
-    limits: Limits = NO_LIMITS,
+    constraints: OutputConstraints = NO_CONSTRAINTS,
 ) -> Tensor:
     """Prompts and continuations (B, T + n), n <= max_new_tokens: a row ends with any eos, pad_token_id fills up."""
     steps = decode(
@@ -93,7 +97,7 @@ def generate(
         generator=generator,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
-        limits=limits,
+        constraints=constraints,
     )
     return torch.cat([input_ids, torch.stack(list(steps), dim=1)], dim=1)
 
@@ -126,11 +130,11 @@ def seen_tokens(
     return (counts.scatter_add_(1, input_ids, present) > 0).repeat_interleave(n, dim=0)
 
 
-def _listed(eos_token_id: int | Sequence[int] | None) -> list[int]:
+def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
     if eos_token_id is None:
         return []
     return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
-def _going_on(written: list[list[int]], finished: Tensor) -> list[list[int] | None]:
-    return [None if done else row for row, done in zip(written, finished.tolist(), strict=True)]
+def _unfinished(generated: list[list[int]], finished: Tensor) -> list[list[int] | None]:
+    return [None if done else row for row, done in zip(generated, finished.tolist(), strict=True)]

@@ -29,11 +29,11 @@ class Detokenizer:
         self.tokens.append(token)
         text = self._text()
         end = len(text.rstrip(INCOMPLETE))
-        piece = text[self.released : end]
+        delta = text[self.released : end]
         self.released = max(self.released, end)
         if end == len(text):
             self._slide()
-        return piece
+        return delta
 
     def _slide(self) -> None:
         if len(self.tokens) > FRAME:
@@ -51,14 +51,14 @@ class StopFilter:
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = [s for s in stop if s]
         self.held = ""
-        self.found = False
+        self.matched = False
 
-    def push(self, piece: str) -> str:
+    def push(self, delta: str) -> str:
         """The text that certainly stands before any stop string."""
-        self.held += piece
+        self.held += delta
         hits = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
         if hits:  # the string that is complete first, so that the borders of tokens make no difference
-            self.found = True
+            self.matched = True
             cut = min(hits)[1]
             text, self.held = self.held[:cut], ""
             return text
@@ -98,10 +98,10 @@ class TextStream:
             return ""
         if token in self.end_tokens:
             return self.close()
-        piece = self.filter.push(self.detokenizer.push(token))
-        self.ended = self.filter.found
-        self.text += piece
-        return piece
+        delta = self.filter.push(self.detokenizer.push(token))
+        self.ended = self.filter.matched
+        self.text += delta
+        return delta
 
     def fork(self) -> "TextStream":
         """A stream of the same text, which may go on with other tokens."""
@@ -112,7 +112,7 @@ class TextStream:
 
     def close(self) -> str:
         """The rest, once no token will come."""
-        piece = self.filter.close()
+        delta = self.filter.close()
         self.ended = True
-        self.text += piece
-        return piece
+        self.text += delta
+        return delta

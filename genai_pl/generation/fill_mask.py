@@ -28,9 +28,9 @@ class Candidate(NamedTuple):
 def fill(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str, *, top_k: int) -> list[list[Candidate]]:
     """The `top_k` likeliest tokens for each mask token of the text, the likeliest first; ConfigError without a mask."""
     input_ids = torch.tensor([_encode(model, tokenizer, text)], device=model.embed.weight.device)
-    places = (input_ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # (M,)
+    mask_positions = (input_ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # (M,)
     with evaluating(model):
-        hidden = _hidden(model, input_ids, places)  # (M, C)
+        hidden = _hidden(model, input_ids, mask_positions)  # (M, C)
         best = model.logits(hidden).float().softmax(dim=-1).topk(min(top_k, model.config.vocab_size))
     return [
         [Candidate(tokenizer.decode([token]).strip(), p) for token, p in zip(tokens, probabilities, strict=True)]
@@ -64,10 +64,10 @@ def _with_own_masks(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     return text
 
 
-def _hidden(model: Encoder, input_ids: Tensor, places: Tensor) -> Tensor:
+def _hidden(model: Encoder, input_ids: Tensor, mask_positions: Tensor) -> Tensor:
     """Hidden states (M, C) at the masks; permutation LM has a stream for places that it knows nothing of."""
     if model.config.position is not Position.xl:
-        return model.features(input_ids)[0, places]
+        return model.features(input_ids)[0, mask_positions]
     order = torch.zeros_like(input_ids)
-    order[0, places] = 1  # all else comes before them
-    return model.permuted_features(input_ids, order, places[None])[0]
+    order[0, mask_positions] = 1  # all else comes before them
+    return model.permuted_features(input_ids, order, mask_positions[None])[0]

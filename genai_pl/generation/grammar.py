@@ -29,7 +29,7 @@ class Constraint:
         self.tokenizer, self.grammar, self.option = tokenizer, grammar, option
         self.ends = tuple(sorted({*ends, tokenizer.eos_token_id} - {None}))
         self.matcher: LLMatcher | None = None
-        self.read: list[int] = []
+        self.consumed: list[int] = []
         self.vocab_size = 0
 
     def begin(self, vocab_size: int) -> None:
@@ -38,18 +38,18 @@ class Constraint:
             return
         if not self.ends:
             raise ConfigError(f"{self.option}: the tokenizer has no eos token, so a text could not end")
-        self.vocab_size, self.read = vocab_size, []
+        self.vocab_size, self.consumed = vocab_size, []
         self.matcher = _compiled(self.tokenizer, vocab_size, self.grammar, self.ends).deep_copy()
         self._check()
 
-    def allowed(self, written: Sequence[int]) -> Tensor:
+    def allowed(self, generated: Sequence[int]) -> Tensor:
         """Which tokens (V,) may follow; the end tokens are among them where the text is complete."""
-        written = list(written)
-        n = common_length(self.read, written)
-        self.matcher.rollback(len(self.read) - n)
-        self.matcher.consume_tokens(written[n:])
+        generated = list(generated)
+        n = common_length(self.consumed, generated)
+        self.matcher.rollback(len(self.consumed) - n)
+        self.matcher.consume_tokens(generated[n:])
         self._check()
-        self.read = written
+        self.consumed = generated
         if self.matcher.is_stopped():
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
             mask[list(self.ends)] = True
@@ -105,14 +105,16 @@ def build_constraint(
     return Constraint(tokenizer, grammar, option=option, ends=ends)
 
 
-def _read_schema(given: str) -> str:
+def _read_schema(schema_or_path: str) -> str:
     """The text of a schema; ConfigError if it is not a JSON object."""
-    path = Path(given)
+    path = Path(schema_or_path)
     try:
-        text = given if given.lstrip().startswith("{") else path.read_text(encoding="utf-8")
+        text = schema_or_path if schema_or_path.lstrip().startswith("{") else path.read_text(encoding="utf-8")
         schema = json.loads(text)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"generation.json_schema={given}: neither a file nor a JSON schema ({error})") from None
+        raise ConfigError(
+            f"generation.json_schema={schema_or_path}: neither a file nor a JSON schema ({error})"
+        ) from None
     if not isinstance(schema, dict):
-        raise ConfigError(f"generation.json_schema={given}: a schema is a JSON object")
+        raise ConfigError(f"generation.json_schema={schema_or_path}: a schema is a JSON object")
     return text

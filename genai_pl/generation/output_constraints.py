@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Limits:
+class OutputConstraints:
     """What a continuation must be like, whatever the model says."""
 
     ends: frozenset[int] = frozenset()  # tokens that end a row
@@ -20,19 +20,21 @@ class Limits:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that it must not have
     constraint: Constraint | None = None  # a grammar that it follows, after the prefix
 
-    def and_ends(self, tokens: Collection[int]) -> "Limits":
+    def and_ends(self, tokens: Collection[int]) -> "OutputConstraints":
         """The same with more tokens that end a row."""
         return replace(self, ends=self.ends | set(tokens))
 
 
-NO_LIMITS = Limits()
+NO_CONSTRAINTS = OutputConstraints()
 
 
-def limits_of(tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig, ends: Collection[int] = ()) -> Limits:
+def build_output_constraints(
+    tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig, ends: Collection[int] = ()
+) -> OutputConstraints:
     """What the options that are text ask for; `ends` are the tokens that end a text of the model."""
     ends = end_tokens(tokenizer, config.stop) | set(ends)
     words = [spelling for word in config.bad_words if word for spelling in (word, f" {word}")]
-    return Limits(
+    return OutputConstraints(
         ends=frozenset(ends),
         prefix=inner_tokens(tokenizer, config.prefix),
         bad_words=tuple(dict.fromkeys(inner_tokens(tokenizer, word) for word in words)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
 
-EXCLUDED = -float("inf")
+FILTERED_LOGIT = -float("inf")
 
 
 def logit_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
@@ -44,7 +44,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     [-inf, 3.0, 2.0]
     """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < least, EXCLUDED)
+    return logits.masked_fill(logits < least, FILTERED_LOGIT)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
@@ -56,7 +56,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     ascending, order = logits.sort()
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     removed[..., -1] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), EXCLUDED)
+    return logits.masked_fill(removed.scatter(-1, order, removed), FILTERED_LOGIT)
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
@@ -66,29 +66,29 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     [True, True, False]
     """
     probabilities = logits.softmax(dim=-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), EXCLUDED)
+    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), FILTERED_LOGIT)
 
 
 def penalize(
-    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, excluded: Tensor | None = None
+    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
 ) -> Tensor:
     """Logits or log-probabilities (B, V) before any temperature, in float32.
 
-    `seen` (B, V) marks the tokens to penalize, `excluded` (B, V) those that must not come.
+    `seen` (B, V) marks the tokens to penalize, `banned` (B, V) those that must not come.
     """
     logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
     if config.logit_bias:
         logits = logit_bias(logits, config.logit_bias)
     if seen is not None:
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
-    return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
+    return logits if banned is None else logits.masked_fill(banned, FILTERED_LOGIT)
 
 
 def process(
-    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, excluded: Tensor | None = None
+    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
 ) -> Tensor:
-    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `excluded` are those of `penalize`."""
-    logits = penalize(logits, config, seen=seen, excluded=excluded)
+    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `banned` are those of `penalize`."""
+    logits = penalize(logits, config, seen=seen, banned=banned)
     if config.temperature not in (0.0, 1.0):
         logits = temperature(logits, config.temperature)
     if config.top_k is not None:
@@ -106,10 +106,10 @@ def sample(
     generator: torch.Generator | None = None,
     *,
     seen: Tensor | None = None,
-    excluded: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
     """The next tokens (B,): drawn from the processed logits, or the likeliest where temperature is 0."""
-    logits = process(logits, config, seen=seen, excluded=excluded)
+    logits = process(logits, config, seen=seen, banned=banned)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

@@ -9,11 +9,11 @@ from genai_pl.config.enums import Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data import prompt_tokens as chat
 from genai_pl.errors import ConfigError
-from genai_pl.generation.completions import Completion, OnText, Writer, left_pad
+from genai_pl.generation.completions import Completion, CompletionRunner, OnText, left_pad
 from genai_pl.generation.decode import evaluating
-from genai_pl.generation.output_constraints import limits_of
+from genai_pl.generation.output_constraints import build_output_constraints
 from genai_pl.generation.speculative import Acceptance
-from genai_pl.models import Decoder, Encoder, EncoderDecoder, Model, Reader
+from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,11 +31,13 @@ def generate_text(
 ) -> list[list[str]]:
     """`num_samples` continuations of every prompt, or its `num_return` best beams.
 
-    `on_text(i * num_samples + j, piece)` is given continuation j of prompt i as it grows; the pieces add up to it.
+    `on_text(i * num_samples + j, delta)` is given continuation j of prompt i as it grows; the deltas add up to it.
     """
     options = {"generator": generator, "num_samples": num_samples, "on_text": on_text}
-    found = complete(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], config, **options)
-    return [[completion.text for completion in of_prompt] for of_prompt in found]
+    completions = complete(
+        model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], config, **options
+    )
+    return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
 
 def continue_rows(
@@ -79,26 +81,26 @@ def complete(
     if config.speculates and model.config.shape is Shape.encoder_decoder:
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    limits = limits_of(tokenizer, config, model.config.eos_token_ids)
+    constraints = build_output_constraints(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
-        model, rows = read_source(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
+        model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
-    writer = Writer(model, tokenizer, rows, config, limits, **options)
+    runner = CompletionRunner(model, tokenizer, rows, config, constraints, **options)
     if config.num_beams > 1:
-        return writer.beams()
+        return runner.beam_search()
     if config.speculates:
-        return writer.speculated(num_samples, generator, draft, acceptance)
-    return writer.samples(num_samples, generator)
+        return runner.speculate(num_samples, generator, draft, acceptance)
+    return runner.sample(num_samples, generator)
 
 
-def read_source(
+def encode_sources(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
-) -> Reader:
+) -> DecoderWithSource:
     """The decoder after the encoder has read the rows, each closed by the end token; it begins with the start token."""
     end = tokenizer.eos_token_id
     closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
     with torch.no_grad(), evaluating(model):
-        return model.reading(*left_pad(closed, pad, device=next(model.parameters()).device))
+        return model.encode_source(*left_pad(closed, pad, device=next(model.parameters()).device))
 
 
 def encode_prompt(

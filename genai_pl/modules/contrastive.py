@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import Head
-from genai_pl.data.text_tokens import close_texts
+from genai_pl.data.text_tokens import append_end_token
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS
 from genai_pl.models.sentence import SentenceHead, default_head
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.objectives import PairCollator, Vocabulary, info_nce, matryoshka, recall_at_k
+from genai_pl.objectives import PairCollator, SpecialTokens, info_nce, matryoshka, recall_at_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class ContrastiveModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -81,7 +81,7 @@ class ContrastiveModule(BaseModule):
         Any other model gets the default head, and its tokenizer closes every text with an end token.
         """
         if head is None:
-            close_texts(tokenizer)
+            append_end_token(tokenizer)
             head = self._default_head(closes=False)
         self.sentence = (head if self.pooling is None else head.with_pooling(self.pooling)).train()
         collator = self.collator

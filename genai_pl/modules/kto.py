@@ -9,7 +9,7 @@ from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import completion_logprobs
 from genai_pl.modules.reference import Reference
-from genai_pl.objectives import UnpairedPreferenceCollator, Vocabulary, kto_loss
+from genai_pl.objectives import SpecialTokens, UnpairedPreferenceCollator, kto_loss
 
 
 class KTOModule(BaseModule):
@@ -34,7 +34,7 @@ class KTOModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,

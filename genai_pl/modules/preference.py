@@ -18,7 +18,7 @@ from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
 from genai_pl.modules.columns import Column
 from genai_pl.modules.precompute import add_reference_logprobs, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
-from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
+from genai_pl.objectives import IGNORED, PreferenceCollator, SpecialTokens
 from genai_pl.objectives import preference as losses
 from genai_pl.objectives.preference import WITH_REFERENCE, WITHOUT_REFERENCE
 from genai_pl.objectives.preference_collators import text_labels
@@ -55,7 +55,7 @@ class PreferenceModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -73,7 +73,7 @@ class PreferenceModule(BaseModule):
             raise ConfigError(f"objective.loss={loss} is not one of {known}")
         if not beta > 0:
             raise ConfigError(f"objective.beta must be above 0, not {beta}")
-        options = {"share_prompts": shares_beginnings(model), "likelihood": LIKELIHOODS.get(loss)}
+        options = {"share_prompts": supports_shared_prompts(model), "likelihood": LIKELIHOODS.get(loss)}
         self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, **options)
         self._tokens = torch.ones(())  # tokens of the current step in the likelihood term
         self.likelihood_coef = nll_coef if loss == "cpo" else 1.0
@@ -197,14 +197,14 @@ def _describe(policy: Tensor, rewards: Tensor) -> Metrics:
     return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
 
 
-def shares_beginnings(model: nn.Module) -> bool:
+def supports_shared_prompts(model: nn.Module) -> bool:
     """Whether completions of a prompt can be read in one row that holds the prompt once."""
-    return getattr(model, "shares_beginnings", False)
+    return getattr(model, "supports_shared_prompts", False)
 
 
-def shared_beginning(batch: Batch) -> Batch:
+def shared_prompt_inputs(batch: Batch) -> Batch:
     """What `features` has to know where the completions of a row share the prompt."""
-    return {"shared": batch["shared"]} if "shared" in batch else {}
+    return {"shared_prompt_len": batch["shared_prompt_len"]} if "shared_prompt_len" in batch else {}
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = None) -> Tensor:
@@ -213,7 +213,7 @@ def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = No
     hidden: (B, T, C), the features of the batch, where they have been computed already
     """
     if hidden is None:
-        hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_beginning(batch))
+        hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_prompt_inputs(batch))
     hidden, head = model.to_head(hidden), model.lm_head
     return linear_logprobs(
         hidden, head.weight, batch["labels"], bias=head.bias, softcap=model.config.logit_softcap, ignore_index=IGNORED

@@ -11,7 +11,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
+from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts, token_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.rollout import (
     Example,
@@ -24,7 +24,7 @@ from genai_pl.modules.rollout import (
     micro_batches,
     restore_order,
 )
-from genai_pl.objectives import Vocabulary, token_entropy
+from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[
@@ -56,7 +56,7 @@ class RolloutModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -78,7 +78,7 @@ class RolloutModule(BaseModule):
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
-        self.share_prompts = group_size > 1 and shares_beginnings(model)
+        self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
         self.missing_eos_penalty = missing_eos_penalty
         self.examples: list[Example] = []  # of the last rollout
@@ -175,7 +175,7 @@ class RolloutModule(BaseModule):
     def features(self, micro_batch: Experience) -> Tensor:
         """Hidden states (R, T, C) of rows under the policy."""
         return self.model.features(
-            micro_batch["input_ids"], micro_batch["segment_ids"], **shared_beginning(micro_batch)
+            micro_batch["input_ids"], micro_batch["segment_ids"], **shared_prompt_inputs(micro_batch)
         )
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:

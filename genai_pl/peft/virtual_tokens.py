@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionKind, Position
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import Encoder, EncoderDecoder, WrappedDecoder
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
 from genai_pl.peft.adapter import Adapter, AdapterLayer
-from genai_pl.peft.io.tensors import Contents, common_config
+from genai_pl.peft.io.tensors import AdapterFile, common_config
 
 KEY = "prompt_embeddings"  # the one tensor of the file
 
@@ -32,7 +32,7 @@ class VirtualAdapter(AdapterLayer, VirtualTokens):
         return None if weights is None else weights == 1
 
 
-def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Stack | WrappedDecoder:
+def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Transformer | WrappedDecoder:
     """Where virtual tokens go, in an encoder-decoder the half that reads or the one that writes; ConfigError if nowhere."""
     stack = model
     if isinstance(model, EncoderDecoder):
@@ -40,20 +40,20 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> S
     config = stack.config
     if config.attention_kind is not AttentionKind.full:
         raise ConfigError(f"peft={method} needs model.attention_kind=full, not {config.attention_kind.value}")
-    if isinstance(stack, Stack) and config.position is Position.xl:
+    if isinstance(stack, Transformer) and config.position is Position.xl:
         raise ConfigError(f"peft={method} has no place for its tokens in model.position=xl: choose peft=lora")
     if stack.virtual is not None:
         raise ConfigError(
             f"peft={method}: this model has virtual tokens of peft={stack.virtual.adapter.method} already"
         )
-    room = stack.max_length
-    if n_tokens < 1 or (room is not None and n_tokens >= room):
-        limit = "" if room is None else f" and below model.max_seq_len ({room}), whose positions they share"
+    capacity = stack.max_length
+    if n_tokens < 1 or (capacity is not None and n_tokens >= capacity):
+        limit = "" if capacity is None else f" and below model.max_seq_len ({capacity}), whose positions they share"
         raise ConfigError(f"peft.n_tokens must be at least 1{limit}, not {n_tokens}")
     return stack
 
 
-def install(model: nn.Module, stack: Stack, tokens: VirtualAdapter) -> nn.Module:
+def install(model: nn.Module, stack: Transformer, tokens: VirtualAdapter) -> nn.Module:
     """The model, frozen, with the virtual tokens in it."""
     model.requires_grad_(False)
     stack.virtual = tokens.requires_grad_(True).train(stack.training)
@@ -78,9 +78,9 @@ def config_of(model: nn.Module, peft_type: str, tokens: VirtualAdapter) -> dict[
     return config
 
 
-def table_in(contents: Contents) -> tuple[Tensor, int]:
+def table_in(file: AdapterFile) -> tuple[Tensor, int]:
     """The one tensor of the file, (rows, width), and how many virtual tokens it is for."""
-    tensors, n_tokens = contents.tensors, contents.config.get("num_virtual_tokens")
+    tensors, n_tokens = file.tensors, file.config.get("num_virtual_tokens")
     if set(tensors) != {KEY}:
         raise CheckpointError(f"there must be a tensor {KEY} and no other, not {', '.join(sorted(tensors)) or 'none'}")
     table = tensors[KEY]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
@@ -113,7 +113,7 @@ def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:
     def gather(x: torch.Tensor) -> torch.Tensor:
         return x.repeat(1, n_shards, 1)[:, :seq_len]
 
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+    for stack in (module for module in model.modules() if isinstance(module, Transformer)):
         stack.blocks[0].register_forward_pre_hook(lambda _, args: (shard(args[0]), *args[1:]))
         stack.norm.register_forward_hook(lambda _, args, hidden: gather(hidden))
         for block in dict.fromkeys(stack.blocks):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from genai_pl.checkpoints.optimizer_state import parameters_by_number, restore_state
 from genai_pl.config.enums import Position
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.modules.base import BaseModule, Batch, global_norm
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.strategies.pipeline_stages import SCHEDULES, Pipeline, Stage, free_storage, parameter_stages
@@ -66,7 +66,7 @@ class PipelineStrategy(ShardedStrategy):
         model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
         if not isinstance(module, TokenModule):
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
-        if not isinstance(model, Stack) or model.config.position is Position.xl:
+        if not isinstance(model, Transformer) or model.config.position is Position.xl:
             raise ConfigError(
                 f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}"
             )

@@ -70,7 +70,7 @@ class Stage(nn.Module):
         if not self.is_last:
             model.norm.forward = skip_block
         if stage > 0:
-            model.embedded = lambda *_, **__: self._received
+            model.embed_inputs = lambda *_, **__: self._received
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
         self._received = x  # the first stage has the tokens instead

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 
 
 class SequenceShards:
@@ -15,7 +15,7 @@ class SequenceShards:
     Norms, dropout and residual additions are computed of pieces; attention and MLP are given whole sequences.
     """
 
-    def __init__(self, stack: Stack, group: TensorParallelGroup) -> None:
+    def __init__(self, stack: Transformer, group: TensorParallelGroup) -> None:
         self.group, self.length = group, 0  # of the sequences under way
         stack.blocks[0].register_forward_pre_hook(self._shard)
         stack.norm.register_forward_hook(self._gather)

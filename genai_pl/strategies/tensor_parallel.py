@@ -16,13 +16,13 @@ from genai_pl.distributed.dtensor import local_shard
 from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.vocab_parallel import own_words
+from genai_pl.kernels.vocab_parallel import local_vocab_shard
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
-from genai_pl.peft.targets import innermost
+from genai_pl.peft.targets import base_module
 from genai_pl.strategies.sequence_parallel import SequenceShards
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
@@ -65,7 +65,7 @@ def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) 
     gradients must be added up.
     """
     group, shared = TensorParallelGroup.of(mesh.get_group()), []
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
+    for stack in (module for module in model.modules() if isinstance(module, Transformer)):
         shards = SequenceShards(stack, group) if sequence_parallel else None
         enter, leave = group.copy_to_region, group.reduce_from_region
         if shards is not None:
@@ -110,7 +110,7 @@ def _split_block(
 
 def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
     """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
     _shard_parameters(base, mesh, {"weight": 0, "bias": 0})
     base.forward = lambda x: F.linear(
         x, local_shard(base.weight), None if base.bias is None else local_shard(base.bias)
@@ -123,7 +123,7 @@ def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
 
 def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> ParameterSites:
     """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
-    base = innermost(layer)
+    base = base_module(layer)
 
     def reduce_output(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
         y = leave(y)
@@ -165,7 +165,7 @@ def _unsharded_parameters(module: nn.Module) -> ParameterSites:
 
 def _look_up(embed: nn.Embedding, group: TensorParallelGroup, tokens: Tensor) -> Tensor:
     """The rows of tokens (...), each of which one process holds, (..., C)."""
-    table, _, part = own_words(embed.weight, None)
+    table, _, part = local_vocab_shard(embed.weight, None)
     own, places = part.find(tokens, table.shape[0])
     return group.reduce_from_region(F.embedding(places, table).masked_fill(~own[..., None], 0))
 

@@ -18,7 +18,7 @@ from genai_pl.data.pairs import PairsDataModule
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
 from genai_pl.modules import precompute
-from genai_pl.objectives import CausalLMCollator, Vocabulary
+from genai_pl.objectives import CausalLMCollator, SpecialTokens
 from genai_pl.objectives.pairs import PairCollator
 
 END = 256
@@ -120,7 +120,7 @@ def test_the_tokens_of_a_table_of_pairs_are_made_again_where_they_are_damaged(ca
 
     def read() -> list[list[int]]:
         data = PairsDataModule(path=str(path), **PAIRS)
-        data.prepare(byte_tokenizer(), PairCollator(vocabulary=Vocabulary(size=258, end=END, pad=257)))
+        data.prepare(byte_tokenizer(), PairCollator(vocabulary=SpecialTokens(size=258, end=END, pad=257)))
         return [np.asarray(value).tolist() for row in data.train_rows for value in row.values()]
 
     right = read()
