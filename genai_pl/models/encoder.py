@@ -16,6 +16,7 @@ class Encoder(Transformer):
     """Hidden states and logits of input_ids (B, T), where every token sees its whole document."""
 
     causal = False
+    feature_methods = ("features", "permuted_features")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

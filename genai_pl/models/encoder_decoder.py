@@ -15,6 +15,8 @@ from genai_pl.models.kv_cache import KVCache
 class EncoderDecoder(nn.Module):
     """Next-token logits of decoder_input_ids (B, T) given input_ids (B, S); one embedding serves both."""
 
+    feature_methods = ("features",)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
