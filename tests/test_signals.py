@@ -19,7 +19,7 @@ from genai_pl.data import table_store as store
 from genai_pl.data.table_store import cache_folder
 from genai_pl.data.text import TextDataModule
 from genai_pl.modules import rollout_module as writing
-from genai_pl.signals import Stopped, exit_status, taken
+from genai_pl.signals import Stopped, exit_status, handle_signals
 from genai_pl.training import fit
 from genai_pl.training import train as run
 from tests.conftest import ROOT, TINY
@@ -81,7 +81,7 @@ def assert_equal(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("signum", STATUS)
 def test_a_command_that_has_nothing_to_save_ends_at_once_with_one_line(signum: int, capfd) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(SystemExit) as end, taken():
+    with pytest.raises(SystemExit) as end, handle_signals():
         signal.raise_signal(signum)
     assert end.value.code == STATUS[signum] == exit_status(signum)
     assert capfd.readouterr().err == f"stopped     by {signal.Signals(signum).name}\n"
@@ -89,11 +89,11 @@ def test_a_command_that_has_nothing_to_save_ends_at_once_with_one_line(signum: i
 
 
 def test_where_a_run_is_to_be_saved_a_signal_waits_and_a_second_ctrl_c_does_not() -> None:
-    with taken():
+    with handle_signals():
         signals.save_first(lambda: "")
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert signals.received() == signal.SIGTERM
+        assert signals.received_signal() == signal.SIGTERM
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)
 
@@ -113,11 +113,11 @@ def hang(path):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # as in a collective, the main thread runs no handler
     for signum in SENT:
         os.kill(os.getpid(), signum)
-        while signals.received() is None:  # two that wait at a time count as one
+        while signals.received_signal() is None:  # two that wait at a time count as one
             pass
     ctypes.CDLL(None).sleep(600)
 
-with signals.taken():
+with signals.handle_signals():
     signals.end_at_once("nothing", grace_period=PERIOD)
     signals.save_first(lambda: "saved in last.ckpt")
     write_atomic(Path("model"), hang)

@@ -50,31 +50,31 @@ class StopFilter:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = [s for s in stop if s]
-        self.held = ""
+        self.buffer = ""
         self.matched = False
 
     def push(self, delta: str) -> str:
         """The text that certainly stands before any stop string."""
-        self.held += delta
-        hits = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
+        self.buffer += delta
+        hits = [(i + len(s), i) for s in self.stop if (i := self.buffer.find(s)) >= 0]
         if hits:  # the string that is complete first, so that the borders of tokens make no difference
             self.matched = True
             cut = min(hits)[1]
-            text, self.held = self.held[:cut], ""
+            text, self.buffer = self.buffer[:cut], ""
             return text
         kept = max((self._overlap(s) for s in self.stop), default=0)
-        cut = len(self.held) - kept
-        text, self.held = self.held[:cut], self.held[cut:]
+        cut = len(self.buffer) - kept
+        text, self.buffer = self.buffer[:cut], self.buffer[cut:]
         return text
 
     def close(self) -> str:
         """What was held back and turned out not to be a stop string."""
-        text, self.held = self.held, ""
+        text, self.buffer = self.buffer, ""
         return text
 
     def _overlap(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+        longest = min(len(stop) - 1, len(self.buffer))
+        return next((n for n in range(longest, 0, -1) if self.buffer.endswith(stop[:n])), 0)
 
 
 class TextStream:
