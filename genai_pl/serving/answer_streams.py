@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Protocol
 from genai_pl.serving.response_cache import key_of
 
 if TYPE_CHECKING:
-    from genai_pl.serving.engine.request import Piece, Request, Stream
+    from genai_pl.serving.engine.request import Request, TokenOutput, TokenStream
 
 log = logging.getLogger("genai_pl.serving")
-WHOLE = ("stop", "length")  # how an answer ends that is worth keeping
+COMPLETE = ("stop", "length")  # how an answer ends that is worth keeping
 
 
 class Answer(Protocol):
     """Pieces of text one by one; `finish` says why there are no more."""
 
-    finish: str | None
+    finish_reason: str | None
     n_generated: int
 
-    def __aiter__(self) -> "AsyncIterator[Piece]": ...
+    def __aiter__(self) -> "AsyncIterator[TokenOutput]": ...
     def cancel(self) -> None: ...
 
 
@@ -37,15 +37,15 @@ def request_key(model: str, request: "Request") -> str:
     return key_of(model, request.input_ids, vars(request.config), seed, request.logprobs)
 
 
-class Recorded:
+class RecordingStream:
     """The engine's answer, which is handed to `keep` when it is whole."""
 
-    def __init__(self, stream: "Stream", keep: Callable[[bytes], Awaitable[None]]) -> None:
+    def __init__(self, stream: "TokenStream", keep: Callable[[bytes], Awaitable[None]]) -> None:
         self.stream, self.keep = stream, keep
 
     @property
-    def finish(self) -> str | None:
-        return self.stream.finish
+    def finish_reason(self) -> str | None:
+        return self.stream.finish_reason
 
     @property
     def n_generated(self) -> int:
@@ -54,77 +54,77 @@ class Recorded:
     def cancel(self) -> None:
         self.stream.cancel()
 
-    async def __aiter__(self) -> "AsyncIterator[Piece]":
+    async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
         lines = []  # as they come, so that no step takes long
-        async for piece in self.stream:
-            lines.append(_line(piece))
-            yield piece
-        if self.finish in WHOLE:
-            await self.keep(_whole(self.finish, lines))
+        async for output in self.stream:
+            lines.append(_line(output))
+            yield output
+        if self.finish_reason in COMPLETE:
+            await self.keep(_join_lines(self.finish_reason, lines))
 
 
-class Replayed:
+class CachedAnswer:
     """An answer that was kept."""
 
-    def __init__(self, finish: str, n_generated: int, pieces: "list[Piece]") -> None:
-        self.finish: str | None = finish
+    def __init__(self, finish_reason: str, n_generated: int, outputs: "list[TokenOutput]") -> None:
+        self.finish_reason: str | None = finish_reason
         self.n_generated = n_generated
-        self.pieces = pieces
+        self.outputs = outputs
 
     def cancel(self) -> None:
         """Nothing runs."""
 
-    async def __aiter__(self) -> "AsyncIterator[Piece]":
-        for piece in self.pieces:
-            yield piece
+    async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
+        for output in self.outputs:
+            yield output
             await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
 
 
-def recorded(finish: str, pieces: "Sequence[Piece]") -> bytes:
+def encode_answer(finish_reason: str, outputs: "Sequence[TokenOutput]") -> bytes:
     """An answer as it is kept: a line that says why it ended, and one for each piece."""
-    return _whole(finish, map(_line, pieces))
+    return _join_lines(finish_reason, map(_line, outputs))
 
 
-def _line(piece: "Piece") -> str:
-    return json.dumps((piece.text, piece.token, piece.logprob, piece.top))
+def _line(output: "TokenOutput") -> str:
+    return json.dumps((output.text, output.token, output.logprob, output.top))
 
 
-def _whole(finish: str, lines: Iterable[str]) -> bytes:
-    return "\n".join([json.dumps(finish), *lines]).encode()
+def _join_lines(finish_reason: str, lines: Iterable[str]) -> bytes:
+    return "\n".join([json.dumps(finish_reason), *lines]).encode()
 
 
-def replay(contents: bytes) -> Replayed | None:
+def decode_answer(contents: bytes) -> CachedAnswer | None:
     """The answer that `recorded` wrote; None where the contents are anything else."""
     try:
-        finish, *lines = contents.decode().split("\n")
-        pieces = [_piece(json.loads(line)) for line in lines]
-        if (ending := json.loads(finish)) not in WHOLE or not pieces:
+        first, *lines = contents.decode().split("\n")
+        outputs = [_parse_output(json.loads(line)) for line in lines]
+        if (finish_reason := json.loads(first)) not in COMPLETE or not outputs:
             raise ValueError("it is not whole")
     except (ValueError, TypeError, RecursionError) as error:
         log.warning("cache: an entry is no answer (%s)", type(error).__name__)
         return None
-    return Replayed(ending, len(pieces), pieces)
+    return CachedAnswer(finish_reason, len(outputs), outputs)
 
 
-def _piece(found: object) -> "Piece":
+def _parse_output(value: object) -> "TokenOutput":
     """A piece of these JSON values; ValueError or TypeError where they are not those of one."""
-    from genai_pl.serving.engine.request import Piece
+    from genai_pl.serving.engine.request import TokenOutput
 
-    text, token, logprob, top = found
+    text, token, logprob, top = value
     alternatives = tuple((_token(t), _logprob(p)) for t, p in top)
     if not isinstance(text, str) or (logprob is None and alternatives):
         raise TypeError("no piece of an answer")
     text.encode()
-    return Piece(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
+    return TokenOutput(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
 
 
-def _token(found: object) -> int:
-    if type(found) is not int or not 0 <= found < 2**31:
+def _token(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
         raise ValueError("no token")
-    return found
+    return value
 
 
-def _logprob(found: object) -> float:
-    if type(found) is not float or math.isnan(found) or found > 1e-3:
+def _logprob(value: object) -> float:
+    if type(value) is not float or math.isnan(value) or value > 1e-3:
         raise ValueError("no log-probability")
-    return found
+    return value

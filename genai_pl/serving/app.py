@@ -24,12 +24,12 @@ VALUES = 65_536  # in a body, which are some milliseconds of work
 REFRESH_SECONDS = 1.0  # between two looks at what is a state: queues, memory
 
 
-def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics, keys: Sequence[str] = ()) -> FastAPI:
+def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics, keys: Sequence[str] = ()) -> FastAPI:
     """The application in front of a model, or of another server; `keys` empty asks for none."""
     is_ready = False
 
     def refresh() -> None:
-        metrics.refresh(behind.engine if isinstance(behind, Service) else behind)
+        metrics.refresh(backend.engine if isinstance(backend, Service) else backend)
 
     async def refreshing() -> None:
         while True:
@@ -39,8 +39,8 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         nonlocal is_ready
-        behind.start()
-        undo = stop_in_time(settings.drain, behind.give_up)
+        backend.start()
+        undo = stop_in_time(settings.drain, backend.give_up)
         is_ready = True
         task = asyncio.ensure_future(refreshing())
         try:
@@ -50,18 +50,18 @@ def create_app(behind: Service | Upstream, settings: Settings, metrics: Metrics,
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            await behind.stop()
+            await backend.stop()
             undo()
             gc.unfreeze()  # libraries look at the end for what is still there
 
     app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
     install(app)
     app.include_router(state_routes(metrics, refresh, lambda: is_ready))
-    if isinstance(behind, Service):
-        app.include_router(plain_routes(behind))
-        app.include_router(openai_routes(behind))
+    if isinstance(backend, Service):
+        app.include_router(plain_routes(backend))
+        app.include_router(openai_routes(backend))
     else:
-        app.include_router(proxy_routes(behind))
+        app.include_router(proxy_routes(backend))
     limits = settings.limits
     bodies = Bodies(max_body=int(limits.max_body_mib * 2**20), max_values=max(VALUES, 2 * limits.max_input_tokens))
     app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies)

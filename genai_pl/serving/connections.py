@@ -22,7 +22,7 @@ IDLE_SECONDS = 5  # between two requests
 MOST = 4096  # connections
 OWN_FILES = 64  # descriptors for files, Redis, and a server behind this one
 AHEAD = 65_536  # bytes of requests that are sent before they can be answered
-PIECE = 8192  # bytes that h11 is given at a time: a body may come in chunks of one byte
+FEED_BYTES = 8192  # bytes that h11 is given at a time: a body may come in chunks of one byte
 
 
 def open_files() -> int:
@@ -45,7 +45,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
-        self.began = time.monotonic()  # of waiting for a request
+        self.waiting_since = time.monotonic()  # of waiting for a request
         self.deadline: asyncio.TimerHandle | None = None  # for what the client has to do next
         self.reading: asyncio.TimerHandle | None = None  # for the client to read
         self.rest = bytearray()  # received, not yet given to h11
@@ -60,10 +60,10 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.address = network(self.client[0]) if self.client else ""
         self._expect(HEAD_SECONDS)
-        most, _ = connection_limits(open_files())
-        if len(self.connections) > most:
+        limit, _ = connection_limits(open_files())
+        if len(self.connections) > limit:
             victim = self._superfluous()
-            log.warning("too many connections, at most %d: those that have asked for nothing yet are closed", most)
+            log.warning("too many connections, at most %d: those that have asked for nothing yet are closed", limit)
             victim.transport.abort()
             self.connections.discard(victim)
 
@@ -83,9 +83,9 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             self.rest.clear()
             return
-        piece = bytes(self.rest[:PIECE])
-        super().data_received(piece)
-        del self.rest[:PIECE]
+        data = bytes(self.rest[:FEED_BYTES])
+        super().data_received(data)
+        del self.rest[:FEED_BYTES]
         if not self.is_waiting:
             self._expect(None)
         elif self.deadline is None:
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if unread and not self.transport.is_closing():
             self._expect(HEAD_SECONDS)
-        self.began = time.monotonic()
+        self.waiting_since = time.monotonic()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         """The one that goes: of the address with most of them, that which has waited longest; this one if none waits."""
         counts = Counter(one.address for one in self.connections)
         waiting = [one for one in self.connections if one.is_waiting and one is not self]
-        return max(waiting, key=lambda one: (counts[one.address], -one.began), default=self)
+        return max(waiting, key=lambda one: (counts[one.address], -one.waiting_since), default=self)
 
     def _expect(self, seconds: float | None) -> None:
         """Close it after this time; None: nothing is expected of the client any more."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from genai_pl.data.prompt_tokens import Messages
-from genai_pl.data.text_tokens import encode_whole
+from genai_pl.data.text_tokens import encode_texts
 from genai_pl.evaluation.embeddings import encode_sentences, logprob_rows
 from genai_pl.evaluation.preferences import judged_tokens
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models.onnx.model import is_onnx
 from genai_pl.serving.engine.scoring import embedding_slices, logprob_slices, reward_slices
 from genai_pl.serving.engine.scoring_queue import Slices
@@ -26,7 +26,7 @@ TURN = 16  # characters that stand for what a template puts around a turn
 Scored = list[tuple[float, int]]
 
 
-class Measures:
+class TextScorer:
     """What is asked of a model beside text that it writes, within the limit of tokens of a request."""
 
     def __init__(self, service: "Service") -> None:
@@ -39,18 +39,20 @@ class Measures:
         if self.service.is_reward:
             raise ApiError(400, f"{self.service.name} is a reward model: it gives scores at /score")
         self._check_one_stack("embeddings")
-        rows: list[Sequence[int]] = [[] if isinstance(item, str) else self.service.known(item) for item in inputs]
-        where = [n for n, item in enumerate(inputs) if isinstance(item, str)]
+        rows: list[Sequence[int]] = [
+            [] if isinstance(item, str) else self.service.check_token_ids(item) for item in inputs
+        ]
+        text_indices = [n for n, item in enumerate(inputs) if isinstance(item, str)]
         self._check_tokens(rows, "input")
-        texts = [inputs[n] for n in where]
-        for part in self._groups([len(text) for text in texts], "input"):
-            found = await self._read(partial(encode_sentences, head=self.service.sentence), texts[part])
-            for n, row in zip(where[part], found, strict=True):
+        texts = [inputs[n] for n in text_indices]
+        for group in self._encode_groups([len(text) for text in texts], "input"):
+            token_rows = await self._encode(partial(encode_sentences, head=self.service.sentence), texts[group])
+            for n, row in zip(text_indices[group], token_rows, strict=True):
                 rows[n] = row
             self._check_tokens(rows, "input")
         self._check_rows(rows)
         slices = embedding_slices(self.model, rows, self.service.sentence)
-        return await self._pass(slices, adapter), sum(map(len, rows))
+        return await self._run_slices(slices, adapter), sum(map(len, rows))
 
     async def score(
         self, prompts: Sequence[str | Messages] | None, texts: Sequence[str], adapter: str | None = None
@@ -61,12 +63,16 @@ class Measures:
         self._check_one_stack("scores")
         if not self.service.is_reward and any(not isinstance(prompt, str) for prompt in prompts or ()):
             raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")
-        given = {id(prompt): size_of(prompt) for prompt in prompts or ()}  # one prompt may stand before all texts
-        sizes = [len(text) + (given[id(prompts[n])] if prompts else 0) for n, text in enumerate(texts)]
-        groups = self._groups(sizes, "text")
-        return await (self._judged if self.service.is_reward else self._scored)(prompts, texts, groups, adapter)
+        prompt_sizes = {
+            id(prompt): size_of(prompt) for prompt in prompts or ()
+        }  # one prompt may stand before all texts
+        sizes = [len(text) + (prompt_sizes[id(prompts[n])] if prompts else 0) for n, text in enumerate(texts)]
+        groups = self._encode_groups(sizes, "text")
+        return await (self._score_rewards if self.service.is_reward else self._score_logprobs)(
+            prompts, texts, groups, adapter
+        )
 
-    async def _judged(
+    async def _score_rewards(
         self,
         prompts: Sequence[str | Messages] | None,
         texts: Sequence[str],
@@ -74,38 +80,40 @@ class Measures:
         adapter: str | None,
     ) -> Scored:
         rows: list[Sequence[int]] = []
-        for part in groups:
-            given = [texts[part]] if prompts is None else [prompts[part], texts[part]]
-            rows += await self._read(encode_whole if prompts is None else judged_tokens, *given)
+        for group in groups:
+            columns = [texts[group]] if prompts is None else [prompts[group], texts[group]]
+            rows += await self._encode(encode_texts if prompts is None else judged_tokens, *columns)
             self._check_tokens(rows, "text")
         self._check_rows(rows)
-        found = await self._pass(reward_slices(self.model, rows), adapter)
-        return list(zip(found.tolist(), map(len, rows), strict=True))
+        rewards = await self._run_slices(reward_slices(self.model, rows), adapter)
+        return list(zip(rewards.tolist(), map(len, rows), strict=True))
 
-    async def _scored(
+    async def _score_logprobs(
         self, prompts: Sequence[str] | None, texts: Sequence[str], groups: Iterator[slice], adapter: str | None
     ) -> Scored:
-        rows: list[Row] = []
+        rows: list[ScoredWindow] = []
         owners: list[int] = []
-        for part in groups:
-            encode = partial(logprob_rows, seq_len=self.model.config.max_seq_len, first=part.start)
-            found = await self._read(encode, None if prompts is None else prompts[part], texts[part])
-            rows += found[0]
-            owners += found[1]
+        for group in groups:
+            encode = partial(logprob_rows, seq_len=self.model.config.max_seq_len, first=group.start)
+            windows, text_numbers = await self._encode(
+                encode, None if prompts is None else prompts[group], texts[group]
+            )
+            rows += windows
+            owners += text_numbers
             self._check_tokens([row.tokens for row in rows], "text")
-        return await self._pass(logprob_slices(self.model, rows, owners, len(texts)), adapter)
+        return await self._run_slices(logprob_slices(self.model, rows, owners, len(texts)), adapter)
 
-    async def _read(self, encode: Callable[..., T], *lists: Sequence[str | Messages] | None) -> T:
+    async def _encode(self, encode: Callable[..., T], *lists: Sequence[str | Messages] | None) -> T:
         size = sum(size_of(item) for items in lists if items is not None for item in items)
-        return await self.service.reading.tokens(encode, *lists, size=size)
+        return await self.service.tokenize_threads.encode(encode, *lists, size=size)
 
-    async def _pass(self, slices: Slices[T], adapter: str | None) -> T:
+    async def _run_slices(self, slices: Slices[T], adapter: str | None) -> T:
         if is_onnx(self.service.path):
             name = self.service.name
             raise ApiError(400, f"{name} is an ONNX model, which writes only: serve the one it was made of")
-        return await self.service.passes.run(slices, adapter=adapter)
+        return await self.service.scoring_queue.run(slices, adapter=adapter)
 
-    def _groups(self, sizes: Sequence[int], param: str) -> Iterator[slice]:
+    def _encode_groups(self, sizes: Sequence[int], param: str) -> Iterator[slice]:
         """Which texts of so many characters are read together; ApiError where they are too many in all."""
         most = self.limit * CHARACTERS
         if sum(sizes) > most:
@@ -115,7 +123,7 @@ class Measures:
                 f"({CHARACTERS} for each of max_input_tokens={self.limit:,})",
                 param=param,
             )
-        return in_groups(sizes)
+        return group_by_size(sizes)
 
     def _check_tokens(self, rows: Sequence[Sequence[int]], param: str) -> None:
         n = sum(map(len, rows))
@@ -141,7 +149,7 @@ class Measures:
                 )
 
 
-def in_groups(sizes: Sequence[int]) -> Iterator[slice]:
+def group_by_size(sizes: Sequence[int]) -> Iterator[slice]:
     """Neighbours that are short together; a long one is alone."""
     begin = total = 0
     for n, size in enumerate(sizes):

@@ -115,13 +115,13 @@ def as_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Let every error that a route raises be answered in the one shape."""
 
-    async def known(request: Request, error: Exception) -> Response:
+    async def known_error(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
@@ -132,10 +132,10 @@ def install(app: FastAPI) -> None:
             return ApiError(422, "send JSON, with the header Content-Type: application/json").response()
         return ApiError(422, f"{where or 'body'}: {first['msg']}", param=where or None).response()
 
-    app.add_exception_handler(ApiError, known)
-    app.add_exception_handler(UserError, known)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ApiError, known_error)
+    app.add_exception_handler(UserError, known_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid_body)
 
 
 def _names_a_type(part: str | int) -> bool:

@@ -19,10 +19,10 @@ CLIENT: ContextVar[str] = ContextVar("client", default="")  # who asks: a key, e
 def network(address: str) -> str:
     """Whom an address belongs to: of version 6 one customer has as many as he likes, which share 64 bits."""
     try:
-        found = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    return address if found.version == 4 else str(ipaddress.ip_network((found, 64), strict=False))
+    return address if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 class Full(Exception):
@@ -41,8 +41,8 @@ class FairQueue(Generic[T]):
         self.limit, self.cost = limit, cost
         self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # of equal tags the first client's is next
         self._n = 0
-        self._now = 0.0
-        self._served: dict[str, float] = {}  # the tag of each client's last one, unless it lies in the past
+        self._virtual_time = 0.0
+        self._finish_tags: dict[str, float] = {}  # the tag of each client's last one, unless it lies in the past
 
     def __len__(self) -> int:
         return self._n
@@ -51,21 +51,21 @@ class FairQueue(Generic[T]):
         """All of them as their turns would come."""
         tagged = []
         for client, line in self._waiting.items():
-            tags = accumulate((self.cost(item) for item in line), initial=self._served[client])
+            tags = accumulate((self.cost(item) for item in line), initial=self._finish_tags[client])
             tagged += zip(islice(tags, 1, None), line, strict=True)
         return (item for _, item in sorted(tagged, key=lambda pair: pair[0]))
 
     def add(self, client: str, item: T, *, force: bool = False) -> T | None:
         """Let it wait; what has to leave for it, if the queue was full. Full if nobody has more in it than this client."""
-        if not force and not self.admits(client):
+        if not force and not self.accepts(client):
             raise Full
-        pushed = None if force or self._n < self.limit else self._push()
+        evicted = None if force or self._n < self.limit else self._evict()
         if client not in self._waiting:
             self._waiting[client] = deque()
-            self._served[client] = max(self._now, self._served.get(client, 0.0))
+            self._finish_tags[client] = max(self._virtual_time, self._finish_tags.get(client, 0.0))
         self._waiting[client].append(item)
         self._n += 1
-        return pushed
+        return evicted
 
     def remove(self, client: str, item: T) -> bool:
         """Whether it waited; now it does not."""
@@ -78,44 +78,48 @@ class FairQueue(Generic[T]):
             self._forget()
         return True
 
-    def take(self, client: str, item: T) -> None:
+    def dequeue(self, client: str, item: T) -> None:
         """It is this one's turn: its client has had what it costs."""
         if item in self._waiting.get(client, ()):
-            self._served[client] += self.cost(item)
-            self._now = max(self._now, self._served[client])
+            self._finish_tags[client] += self.cost(item)
+            self._virtual_time = max(self._virtual_time, self._finish_tags[client])
             self._waiting.move_to_end(client)
             self.remove(client, item)
 
-    def give_back(self, client: str, cost: float) -> None:
+    def refund(self, client: str, cost: float) -> None:
         """So much less than it seemed was what the client has had."""
-        if client in self._served:
-            self._served[client] -= cost
+        if client in self._finish_tags:
+            self._finish_tags[client] -= cost
 
-    def first(self) -> tuple[str, T]:
+    def peek(self) -> tuple[str, T]:
         """The client whose turn it is, and its first; there has to be one."""
-        client = min(self._waiting, key=lambda name: self._served[name] + self.cost(self._waiting[name][0]))
+        client = min(self._waiting, key=lambda name: self._finish_tags[name] + self.cost(self._waiting[name][0]))
         return client, self._waiting[client][0]
 
     def _forget(self) -> None:
         """Keep no tags of clients that would begin at the present anyhow."""
-        if len(self._served) > 2 * len(self._waiting) + MOST_KEPT:
-            past = [name for name, tag in self._served.items() if tag <= self._now and name not in self._waiting]
+        if len(self._finish_tags) > 2 * len(self._waiting) + MOST_KEPT:
+            past = [
+                name
+                for name, tag in self._finish_tags.items()
+                if tag <= self._virtual_time and name not in self._waiting
+            ]
             for name in past:
-                del self._served[name]
+                del self._finish_tags[name]
 
-    def admits(self, client: str) -> bool:
+    def accepts(self, client: str) -> bool:
         """Whether another one of this client may wait."""
         most = max(map(len, self._waiting.values()), default=0)
         return self._n < self.limit or most > len(self._waiting.get(client, ())) + 1
 
-    def _push(self) -> T:
+    def _evict(self) -> T:
         greediest = max(self._waiting, key=lambda name: len(self._waiting[name]))
         last = self._waiting[greediest][-1]
         self.remove(greediest, last)
         return last
 
 
-class Turns:
+class FairLock:
     """A thing that one request has at a time; at most `limit` others wait for it (ApiError 429)."""
 
     def __init__(self, limit: int) -> None:
@@ -123,7 +127,7 @@ class Turns:
         self.is_taken = False
 
     @asynccontextmanager
-    async def turn(self, *, force: bool = False) -> AsyncIterator[None]:
+    async def acquire(self, *, force: bool = False) -> AsyncIterator[None]:
         """Have it inside; `force`: wait for it even where too many do, as a request does that has begun."""
         if self.is_taken:
             await self._wait(CLIENT.get(), force=force)
@@ -136,11 +140,11 @@ class Turns:
     async def _wait(self, client: str, *, force: bool) -> None:
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            pushed = self.waiting.add(client, mine, force=force)
+            evicted = self.waiting.add(client, mine, force=force)
         except Full:
             raise too_busy(1.0) from None
-        if pushed is not None and not pushed.done():
-            pushed.set_exception(too_busy(1.0))
+        if evicted is not None and not evicted.done():
+            evicted.set_exception(too_busy(1.0))
         try:
             await mine
         except asyncio.CancelledError:
@@ -150,8 +154,8 @@ class Turns:
 
     def _next(self) -> None:
         while len(self.waiting):
-            client, waiting = self.waiting.first()
-            self.waiting.take(client, waiting)
+            client, waiting = self.waiting.peek()
+            self.waiting.dequeue(client, waiting)
             if not waiting.done():
                 waiting.set_result(None)
                 return

@@ -17,7 +17,7 @@ STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Occupied(Protocol):
+class HasQueues(Protocol):
     """What has requests in it."""
 
     @property
@@ -44,7 +44,9 @@ class Metrics:
         self.queue_seconds = self._histogram("queue_seconds", "Time that a request waited for a slot", SECONDS)
         self.batch = self._histogram("batch_size", "Rows of each step of the model", BATCHES)
         self.first = self._histogram("first_token_seconds", "From request to its first token", SECONDS)
-        self.between = self._histogram("inter_token_seconds", "From one token of an answer to the next", STEP_SECONDS)
+        self.run_between_steps = self._histogram(
+            "inter_token_seconds", "From one token of an answer to the next", STEP_SECONDS
+        )
         self.cache = self._counter("cache_lookups", "Lookups in the cache of answers", "result")
         self.memory = self._gauge("memory_bytes", "Memory of the process, and of the accelerator", "kind")
         for result in ("hit", "miss"):
@@ -71,7 +73,7 @@ class Metrics:
         self.first.observe(seconds)
 
     def token(self, seconds_since_last: float) -> None:
-        self.between.observe(seconds_since_last)
+        self.run_between_steps.observe(seconds_since_last)
 
     def finished(self, reason: str, n_prompt: int, n_generated: int) -> None:
         self.answers.labels(reason).inc()
@@ -88,17 +90,17 @@ class Metrics:
         self.requests.labels(route, status).inc()
         self.seconds.labels(route).observe(seconds)
 
-    def looked_up(self, *, found: bool) -> None:
+    def cache_lookup(self, *, hit: bool) -> None:
         """The cache was asked."""
-        self.cache.labels("hit" if found else "miss").inc()
+        self.cache.labels("hit" if hit else "miss").inc()
 
-    def refresh(self, engine: Occupied | None) -> None:
+    def refresh(self, engine: HasQueues | None) -> None:
         """Set what is a state rather than an event."""
         if engine is not None:
             self.waiting.set(engine.n_waiting)
             self.running.set(engine.n_running)
-        for kind, n_bytes in memory().items():
-            self.memory.labels(kind).set(n_bytes)
+        for kind, size in memory().items():
+            self.memory.labels(kind).set(size)
 
     def text(self) -> bytes:
         """Everything in Prometheus's text format, of all workers."""
@@ -116,10 +118,10 @@ def memory() -> Mapping[str, int]:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # no Linux: the most it ever was
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"resident": resident}
+    n_bytes = {"resident": resident}
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.memory_allocated()
-    return found
+        n_bytes["cuda"] = torch.cuda.memory_allocated()
+    return n_bytes
 
 
 def forget_dead(folder: Path) -> None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genai_pl.serving.errors import CLIENT_GONE, REQUEST, ApiError, ClientGone, unexpected
 from genai_pl.serving.fair_queue import CLIENT, network
-from genai_pl.serving.http.bodies import HELD, Bodies
+from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
 
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # without a key
@@ -33,8 +33,8 @@ class Guard:
             return
         number = uuid.uuid4().hex[:12]
         REQUEST.set(number)
-        HELD.set([])
-        began, status = time.perf_counter(), 0
+        RESERVED_BYTES.set([])
+        start, status = time.perf_counter(), 0
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -58,15 +58,15 @@ class Guard:
                 await answer.response()(scope, receive, counted)
         finally:
             self.bodies.release()
-            self.metrics.answered(route_name(scope), status or CLIENT_GONE, time.perf_counter() - began)
+            self.metrics.answered(route_name(scope), status or CLIENT_GONE, time.perf_counter() - start)
 
     def _client(self, scope: Scope) -> str:
         """Who asks, as far as it is known: the key, else the address; ApiError 401 without a key where one is asked for."""
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, key = authorization.partition(b" ")
         if self.keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
-            right = [hmac.compare_digest(key.strip(), known) for known in self.keys]  # all: time tells nothing
-            if kind.lower() != b"bearer" or not any(right):
+            matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # all: time tells nothing
+            if kind.lower() != b"bearer" or not any(matches):
                 raise ApiError(401, "give a key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
             return hashlib.sha256(key.strip()).hexdigest()
         return network(scope["client"][0]) if scope.get("client") else ""

@@ -113,11 +113,11 @@ class RedisCache:
         self.down_until: float | None = None  # while it is set, the last call failed
 
     async def get(self, key: str) -> bytes | None:
-        found = await self._try(self.client.getrange, f"genai_pl:{key}", 0, LARGEST)
-        if not found:
+        entry = await self._try(self.client.getrange, f"genai_pl:{key}", 0, LARGEST)
+        if not entry:
             return None
-        value = found[SIGNATURE_BYTES:]
-        if not hmac.compare_digest(found[:SIGNATURE_BYTES], self._signature(key, value)):
+        signature, value = entry[:SIGNATURE_BYTES], entry[SIGNATURE_BYTES:]
+        if not hmac.compare_digest(signature, self._signature(key, value)):
             log.warning("cache: an entry is not signed with the secret of this server: it does not count")
             return None
         return value
@@ -138,7 +138,7 @@ class RedisCache:
         if self.down_until is not None and self.now() < self.down_until:
             return None
         try:
-            found = await call(*arguments, **options)
+            value = await call(*arguments, **options)
         except ResponseError as error:  # something else than an answer lies there, or it is full
             log.warning("cache: Redis refuses (%s)", masked(error))
             return None
@@ -150,7 +150,7 @@ class RedisCache:
         if self.down_until is not None:
             log.warning("cache: Redis answers again")
             self.down_until = None
-        return found
+        return value
 
 
 def make_cache(name: str | None, *, ttl: float, mib: float) -> Cache | None:

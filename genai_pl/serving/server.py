@@ -36,8 +36,8 @@ def server_options(settings: Settings) -> dict[str, object]:
 def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
     from genai_pl.serving.worker import build, description
 
-    behind, app = build(settings)
-    print(description(behind, settings), flush=True)
+    backend, app = build(settings)
+    print(description(backend, settings), flush=True)
     signal.signal(
         signal.SIGTERM, lambda *_: None
     )  # uvicorn has one of its own, and sends the signal on when it is done

@@ -17,19 +17,19 @@ from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_head
 from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
-from genai_pl.models import join
+from genai_pl.models import prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
-from genai_pl.serving.answer_streams import Answer, Recorded, is_repeatable, replay, request_key
-from genai_pl.serving.embeddings import Measures, size_of
+from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
+from genai_pl.serving.embeddings import TextScorer, size_of
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy, Request, Stream
-from genai_pl.serving.engine.scoring_queue import Passes
+from genai_pl.serving.engine.request import QueueFull, Request, TokenStream
+from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import CLIENT
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.settings import Settings
-from genai_pl.serving.tokenize_threads import Reading
+from genai_pl.serving.tokenize_threads import TokenizeThreads
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # tokens of prompts that are read before others have their turn
 LONGEST = 32  # characters that a token has at least room for, as a rare word may that is one
@@ -52,10 +52,10 @@ class Service:
         self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
-        self.hashes = self._hashes(folders)
+        self.hashes = self._model_hashes(folders)
         self.engine: Engine | None = None
         if not folders:
-            join(self.model)
+            prepare_for_decoding(self.model)
         if config.writes:
             self.engine = Engine(
                 self.model,
@@ -71,12 +71,12 @@ class Service:
             raise ConfigError("adapter needs a model that writes; give this one its adapter as checkpoint=")
         self.started = int(time.time())
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
-        self.reading = Reading(self.tokenizer, **waiting)
-        self.passes = Passes(self.engine, **waiting)
-        self.measures = Measures(self)
+        self.tokenize_threads = TokenizeThreads(self.tokenizer, **waiting)
+        self.scoring_queue = ScoringQueue(self.engine, **waiting)
+        self.scorer = TextScorer(self)
         self.longest = max(LONGEST, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
-    def _hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
+    def _model_hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
         """The name of what answers, for the base (None) and each adapter."""
         if self.cache is None:
             return {}
@@ -90,17 +90,17 @@ class Service:
 
     def give_up(self) -> None:
         """End what runs, after the step or slice that it is in: the time to finish is over."""
-        self.passes.stop()
+        self.scoring_queue.stop()
         if self.engine is not None:
             self.engine.cancel_all()
 
     async def stop(self) -> None:
         """End; whatever could be finished is."""
-        self.passes.stop()
+        self.scoring_queue.stop()
         if self.engine is not None:
             await asyncio.to_thread(partial(self.engine.stop, drain=False))
-        self.reading.close()
-        self.passes.close()
+        self.tokenize_threads.close()
+        self.scoring_queue.close()
         if self.cache is not None:
             await self.cache.close()
 
@@ -120,9 +120,9 @@ class Service:
     async def tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """What the model continues."""
         if not isinstance(prompt, str):
-            return self.known(prompt)
+            return self.check_token_ids(prompt)
         self._check_size(len(prompt))
-        return tuple(await self.reading.tokens(encode_prompt, prompt, size=len(prompt)))
+        return tuple(await self.tokenize_threads.encode(encode_prompt, prompt, size=len(prompt)))
 
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
@@ -134,7 +134,7 @@ class Service:
             )
         size = size_of(messages)
         self._check_size(size)
-        return tuple(await self.reading.conversation(messages, tools, size=size + len(str(tools))))
+        return tuple(await self.tokenize_threads.encode_chat(messages, tools, size=size + len(str(tools))))
 
     async def prepare(self, config: GenerationConfig) -> None:
         """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
@@ -144,14 +144,14 @@ class Service:
             constraints.constraint.begin(self.model.config.vocab_size)
 
         if self.engine is not None:
-            await self.reading.grammars.run(compiled)
+            await self.tokenize_threads.grammars.run(compiled)
 
     def _check_size(self, n: int) -> None:
         """ApiError for so many characters that it needs no tokenizer to see that they are too many."""
         if n > self.context * self.longest:
             raise ApiError(400, f"the prompt has {n:,} characters, more than {self.context:,} tokens have: shorten it")
 
-    def known(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def check_token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         size = self.model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
@@ -160,45 +160,45 @@ class Service:
 
     async def answer(self, request: Request) -> Answer:
         """The model's answer, from the cache where it is known already; ApiError 429 when too many wait."""
-        request = self._fitting(request)
+        request = self._clamp_to_context(request)
         key = None
         if self.cache is not None and is_repeatable(request):
             key = request_key(self.hashes[request.adapter], request)
             contents = await self.cache.get(key)
-            known = None if contents is None else await asyncio.to_thread(replay, contents)
-            self.metrics.looked_up(found=known is not None)
-            if known is not None:
-                return known
+            cached = None if contents is None else await asyncio.to_thread(decode_answer, contents)
+            self.metrics.cache_lookup(hit=cached is not None)
+            if cached is not None:
+                return cached
         request = replace(request, client=CLIENT.get())
         try:
             if request.config.json_schema is None and request.config.regex is None:
                 stream = self.engine.submit(request)
             else:  # its grammar may have to be compiled once more
-                stream = await self._submitted(request)
-        except Busy as busy:
+                stream = await self._submit_off_loop(request)
+        except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
-        return stream if key is None else Recorded(stream, partial(self.cache.set, key))
+        return stream if key is None else RecordingStream(stream, partial(self.cache.set, key))
 
-    async def _submitted(self, request: Request) -> Stream:
+    async def _submit_off_loop(self, request: Request) -> TokenStream:
         """The answer to a request that is submitted beside the event loop; nobody waits for it once this is cancelled."""
-        made: list[Stream] = []
+        streams: list[TokenStream] = []
         is_over = threading.Event()
 
-        def submit() -> Stream:
-            made.append(self.engine.submit(request))
+        def submit() -> TokenStream:
+            streams.append(self.engine.submit(request))
             if is_over.is_set():
-                made[0].cancel()
-            return made[0]
+                streams[0].cancel()
+            return streams[0]
 
         try:
-            return await self.reading.grammars.run(submit)
+            return await self.tokenize_threads.grammars.run(submit)
         except BaseException:
             is_over.set()
-            for stream in made:
+            for stream in streams:
                 stream.cancel()
             raise
 
-    def _fitting(self, request: Request) -> Request:
+    def _clamp_to_context(self, request: Request) -> Request:
         """The request with room for what it asks for; ApiError where there is none."""
         if self.engine is None:
             raise ApiError(400, f"{self.name} writes no text: it is for {'scores' if self.is_reward else 'embeddings'}")

@@ -13,7 +13,7 @@ from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.serving.app import create_app
 from genai_pl.serving.http.upstream import Upstream
-from genai_pl.serving.log_limits import be_quiet
+from genai_pl.serving.log_limits import limit_repeated_lines
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
 from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
@@ -21,13 +21,13 @@ from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     """What answers, and the application in front of it."""
-    be_quiet()
+    limit_repeated_lines()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
-    behind = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
+    backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
     gc.collect()
     gc.freeze()  # what is there by now stays: to look through it again and again would take a second each time
-    return behind, create_app(behind, settings, metrics, keys)
+    return backend, create_app(backend, settings, metrics, keys)
 
 
 def create() -> FastAPI:
@@ -37,13 +37,13 @@ def create() -> FastAPI:
             raise ConfigError(f"{VARIABLE} is not set: start with serve.py, or with deploy/gunicorn.conf.py")
         import_plugins()
         settings = Settings.from_json(os.environ[VARIABLE])
-        behind, app = build(settings)
+        backend, app = build(settings)
     except UserError as error:
         if first_to("fail"):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(STARTUP_FAILURE)  # another try would fail too
     if first_to("describe"):
-        print(description(behind, settings), flush=True)
+        print(description(backend, settings), flush=True)
     return app
 
 
@@ -58,32 +58,32 @@ def first_to(what: str) -> bool:
     return True
 
 
-def description(behind: Service | Upstream, settings: Settings) -> str:
+def description(backend: Service | Upstream, settings: Settings) -> str:
     """What is served, where, and a command to try."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{settings.port}"
     lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
-    if isinstance(behind, Upstream):
+    if isinstance(backend, Upstream):
         lines["serving"] = f"what {masked(settings.url)} serves"
     else:
-        kind = "a reward model" if behind.is_reward else "a language model" if behind.engine else "an encoder"
-        lines["serving"] = f"{behind.name}, {kind}"
-        lines["context"] = f"{behind.context:,} tokens"
-        if behind.engine is not None:
+        kind = "a reward model" if backend.is_reward else "a language model" if backend.engine else "an encoder"
+        lines["serving"] = f"{backend.name}, {kind}"
+        lines["context"] = f"{backend.context:,} tokens"
+        if backend.engine is not None:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = masked(settings.cache or "none")
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
-    lines["try"] = curl(behind, address)
+    lines["try"] = curl(backend, address)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
 
 
-def curl(behind: Service | Upstream, address: str) -> str:
+def curl(backend: Service | Upstream, address: str) -> str:
     """A command that shows the server at work."""
-    if isinstance(behind, Upstream) or behind.engine is not None:
+    if isinstance(backend, Upstream) or backend.engine is not None:
         path, body = "/generate", '{"prompt": "Once upon a time", "max_new_tokens": 20}'
-    elif behind.is_reward:
+    elif backend.is_reward:
         path, body = "/score", '{"text": "Once upon a time"}'
     else:
         path, body = "/v1/embeddings", '{"input": "Once upon a time"}'

@@ -11,7 +11,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.data import byte_tokenizer
 from genai_pl.models import Decoder, ModelConfig, build_model
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Stream
+from genai_pl.serving.engine.request import TokenStream
 
 TOKENIZER = byte_tokenizer()
 SHAPES = {
@@ -40,8 +40,8 @@ def greedy(n: int, **options: object) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=n, temperature=0.0, **options)
 
 
-def text_of(stream: Stream) -> str:
-    return "".join(piece.text for piece in stream)
+def text_of(stream: TokenStream) -> str:
+    return "".join(output.text for output in stream)
 
 
 @contextmanager

@@ -4,15 +4,15 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from genai_pl.serving.engine.request import Busy, Piece, Request
+from genai_pl.serving.engine.request import QueueFull, Request, TokenOutput
 
 
 class FakeStream:
     """Gives the pieces, then ends as it is told; without an end it goes on until it is cancelled."""
 
-    def __init__(self, texts: list[str], finish: str | None) -> None:
-        self.texts, self.ending = texts, finish
-        self.finish: str | None = None
+    def __init__(self, texts: list[str], finish_reason: str | None) -> None:
+        self.texts, self.last_reason = texts, finish_reason
+        self.finish_reason: str | None = None
         self.n_generated = 0
         self.cancelled = threading.Event()
         self.released = threading.Event()
@@ -20,31 +20,31 @@ class FakeStream:
     def cancel(self) -> None:
         self.cancelled.set()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[TokenOutput]:
         for text in self.texts:
             self.n_generated += 1
-            yield Piece(text, 65, None, ())
-        while self.ending is None and not self.cancelled.is_set() and not self.released.is_set():
+            yield TokenOutput(text, 65, None, ())
+        while self.last_reason is None and not self.cancelled.is_set() and not self.released.is_set():
             await asyncio.sleep(0.002)
         if self.released.is_set():
             self.n_generated += 1
-            yield Piece("!", 33, None, ())
-        self.finish = self.ending or ("stop" if self.released.is_set() else "cancelled")
+            yield TokenOutput("!", 33, None, ())
+        self.finish_reason = self.last_reason or ("stop" if self.released.is_set() else "cancelled")
 
 
 class FakeEngine:
     """Answers every request with the same stream, or is busy."""
 
-    def __init__(self, texts: list[str], finish: str | None = "stop", *, room: int = 100) -> None:
-        self.make: Callable[[], FakeStream] = lambda: FakeStream(texts, finish)
-        self.room = room
+    def __init__(self, texts: list[str], finish_reason: str | None = "stop", *, capacity: int = 100) -> None:
+        self.make: Callable[[], FakeStream] = lambda: FakeStream(texts, finish_reason)
+        self.capacity = capacity
         self.requests: list[Request] = []
         self.streams: list[FakeStream] = []
         self.n_waiting = 0
 
     @property
     def n_running(self) -> int:
-        return len([s for s in self.streams if s.finish is None and not s.cancelled.is_set()])
+        return len([s for s in self.streams if s.finish_reason is None and not s.cancelled.is_set()])
 
     def start(self) -> None:
         """It always runs."""
@@ -53,8 +53,8 @@ class FakeEngine:
         """It never did anything."""
 
     def submit(self, request: Request) -> FakeStream:
-        if len(self.streams) >= self.room:
-            raise Busy(2.5)
+        if len(self.streams) >= self.capacity:
+            raise QueueFull(2.5)
         self.requests.append(request)
         self.streams.append(self.make())
         return self.streams[-1]

@@ -114,10 +114,10 @@ def test_a_stream_is_answered_from_the_cache_too(tiny: Path) -> None:
     assert first.count("data: ") == again.count("data: ") == 4
 
 
-@pytest.mark.parametrize("finish", ["deadline", "error"])
-def test_what_broke_off_is_not_kept(finish: str, tiny: Path) -> None:
+@pytest.mark.parametrize("finish_reason", ["deadline", "error"])
+def test_what_broke_off_is_not_kept(finish_reason: str, tiny: Path) -> None:
     service = make_service(tiny)
-    service.engine = FakeEngine(["some"], finish)
+    service.engine = FakeEngine(["some"], finish_reason)
     with serving(service) as client:
         for _ in range(2):
             assert client.post("/generate", json={"prompt": "x"}).status_code >= 500

@@ -13,7 +13,7 @@ from genai_pl import peft
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import complete, generate_text
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy, Observer, Piece, Request, Stream
+from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request, TokenOutput, TokenStream
 from tests.serving.engines import PROMPTS, SHAPES, TOKENIZER, build, greedy, ids, running, text_of
 
 
@@ -22,10 +22,10 @@ def test_greedy_answers_of_a_batch_are_those_of_each_prompt_alone(shape: str) ->
     model = build(**SHAPES[shape])
     with running(model, slots=3, prefill_chunk=5) as engine:
         streams = [engine.submit(Request(ids(p), greedy(6 + 5 * n))) for n, p in enumerate(PROMPTS)]
-        found = [(text_of(stream), stream.finish) for stream in streams]
-    for n, (prompt, (text, finish)) in enumerate(zip(PROMPTS, found, strict=True)):
+        found = [(text_of(stream), stream.finish_reason) for stream in streams]
+    for n, (prompt, (text, finish_reason)) in enumerate(zip(PROMPTS, found, strict=True)):
         assert text == generate_text(model, TOKENIZER, [prompt], greedy(6 + 5 * n))[0][0]
-        assert finish in ("length", "stop")
+        assert finish_reason in ("length", "stop")
 
 
 def test_a_seed_gives_one_text_whatever_else_is_in_the_batch() -> None:
@@ -39,7 +39,7 @@ def test_a_seed_gives_one_text_whatever_else_is_in_the_batch() -> None:
     with running(model, slots=4, prefill_chunk=3) as engine:
         requests = [(p, way, 7 + n) for n, (p, way) in enumerate(zip(PROMPTS * 2, ways * 3, strict=True))]
         streams = [engine.submit(Request(ids(p), way, seed)) for p, way, seed in requests]
-        found = [[piece.token for piece in stream] for stream in streams]
+        found = [[output.token for output in stream] for stream in streams]
     for (prompt, way, seed), tokens in zip(requests, found, strict=True):
         generator = torch.Generator().manual_seed(seed)
         assert tokens == complete(model, TOKENIZER, [ids(prompt)], way, generator=generator)[0][0].tokens
@@ -85,14 +85,14 @@ def test_a_stop_string_ends_an_answer_and_nothing_of_it_is_shown() -> None:
     with running(model) as engine:
         stream = engine.submit(Request(ids("The cat"), greedy(30, stop=[stop])))
         assert text_of(stream) == whole[: whole.index(stop)]
-    assert stream.finish == "stop"
+    assert stream.finish_reason == "stop"
 
 
 def test_an_answer_that_fills_the_context_ends_with_length() -> None:
     with running(build(), max_length=20) as engine:
         stream = engine.submit(Request(ids("The cat"), greedy(200, min_new_tokens=200)))
         n = len(list(stream))
-    assert (stream.finish, stream.n_generated) == ("length", n)
+    assert (stream.finish_reason, stream.n_generated) == ("length", n)
     assert len(ids("The cat")) + n == 21  # nobody reads the last one
 
 
@@ -100,14 +100,14 @@ def test_logprobs_are_the_models_own() -> None:
     model = build()
     with running(model) as engine:
         stream = engine.submit(Request(ids("It was"), GenerationConfig(max_new_tokens=5, temperature=0.5), 1, None, 3))
-        pieces = list(stream)
-    row = torch.tensor([[*ids("It was"), *(piece.token for piece in pieces)]])
+        outputs = list(stream)
+    row = torch.tensor([[*ids("It was"), *(output.token for output in outputs)]])
     logprobs = model(row)[0].log_softmax(-1)[len(ids("It was")) - 1 :]
-    for piece, expected in zip(pieces, logprobs, strict=False):
-        assert piece.logprob == pytest.approx(expected[piece.token].item(), abs=1e-4)
+    for output, expected in zip(outputs, logprobs, strict=False):
+        assert output.logprob == pytest.approx(expected[output.token].item(), abs=1e-4)
         best = expected.topk(3)
-        assert [token for token, _ in piece.top] == best.indices.tolist()
-        assert [p for _, p in piece.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [token for token, _ in output.top] == best.indices.tolist()
+        assert [p for _, p in output.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 def test_a_cancelled_answer_frees_its_slot_for_the_next_one() -> None:
@@ -118,8 +118,8 @@ def test_a_cancelled_answer_frees_its_slot_for_the_next_one() -> None:
         long.cancel()
         assert len(list(other)) <= 3
         list(long)
-    assert long.finish in ("cancelled", "length")
-    assert other.finish in ("length", "stop")
+    assert long.finish_reason in ("cancelled", "length")
+    assert other.finish_reason in ("length", "stop")
 
 
 def test_cancelled_late_and_waiting_requests_end_without_a_slot() -> None:
@@ -128,8 +128,8 @@ def test_cancelled_late_and_waiting_requests_end_without_a_slot() -> None:
     cancelled = engine.submit(Request(ids("x"), greedy(5)))
     cancelled.cancel()
     engine.start()
-    assert (list(late), late.finish) == ([], "deadline")
-    assert (list(cancelled), cancelled.finish) == ([], "cancelled")
+    assert (list(late), late.finish_reason) == ([], "deadline")
+    assert (list(cancelled), cancelled.finish_reason) == ([], "cancelled")
     engine.stop()
 
 
@@ -137,7 +137,7 @@ def test_requests_beyond_the_queue_are_told_to_come_again() -> None:
     engine = Engine(build(), TOKENIZER, slots=1, queue_size=2)
     streams = [engine.submit(Request(ids("x"), greedy(3))) for _ in range(2)]
     assert engine.n_waiting == 2
-    with pytest.raises(Busy) as busy:
+    with pytest.raises(QueueFull) as busy:
         engine.submit(Request(ids("x"), greedy(3)))
     assert busy.value.retry_after > 0
     engine.start()
@@ -164,7 +164,7 @@ def test_many_readers_in_one_event_loop_get_their_own_answers() -> None:
     model = build()
 
     async def read(engine: Engine, prompt: str) -> str:
-        return "".join([piece.text async for piece in engine.submit(Request(ids(prompt), greedy(15)))])
+        return "".join([output.text async for output in engine.submit(Request(ids(prompt), greedy(15)))])
 
     async def main() -> list[str]:
         with running(model, slots=2) as engine:
@@ -174,7 +174,7 @@ def test_many_readers_in_one_event_loop_get_their_own_answers() -> None:
 
 
 def test_a_reader_that_is_gone_keeps_nobody() -> None:
-    stream = Stream(lambda: None)
+    stream = TokenStream(lambda: None)
 
     async def begin() -> None:
         task = asyncio.ensure_future(anext(stream))
@@ -182,12 +182,12 @@ def test_a_reader_that_is_gone_keeps_nobody() -> None:
         task.cancel()
 
     asyncio.run(begin())
-    stream.put(Piece("a", 1, None, ()))  # its loop is closed
+    stream.put(TokenOutput("a", 1, None, ()))  # its loop is closed
     assert next(stream).text == "a"
 
 
 def test_the_observer_is_told_of_every_token_and_every_end() -> None:
-    class Counting(Observer):
+    class Counting(EngineObserver):
         def __init__(self) -> None:
             self.events: list[str] = []
             self.ends: list[tuple[str, int, int]] = []

@@ -13,7 +13,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import complete, generate_text
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy, Observer, Request
+from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request
 from tests.serving.engines import SHAPES, TOKENIZER, Slow, build, greedy, ids, running, text_of
 
 
@@ -32,35 +32,35 @@ def test_a_model_that_fails_ends_its_answers_and_goes_on(caplog: pytest.LogCaptu
         next(failing)
         broken.set()
         list(failing)
-        assert failing.finish == "error"
+        assert failing.finish_reason == "error"
         broken.set()
         unread = engine.submit(Request(ids("y"), greedy(5)))
-        assert (list(unread), unread.finish) == ([], "error")
+        assert (list(unread), unread.finish_reason) == ([], "error")
         assert text_of(engine.submit(Request(ids("The cat"), greedy(10)))) == expected
     assert "a kernel died" in caplog.text
 
 
 SPOILED = {
-    "draw": lambda row: setattr(row, "generator", object()),
-    "penalty": lambda row: setattr(row, "seen", torch.ones(3, dtype=torch.bool)),
-    "rules": lambda row: setattr(row, "rules", object()),
-    "text": lambda row: setattr(row, "text", object()),
+    "draw": lambda state: setattr(state, "generator", object()),
+    "penalty": lambda state: setattr(state, "seen_tokens", torch.ones(3, dtype=torch.bool)),
+    "rules": lambda state: setattr(state, "rules", object()),
+    "text": lambda state: setattr(state, "text", object()),
 }
 
 
 @pytest.mark.parametrize("part", SPOILED)
 def test_what_fails_for_one_row_ends_it_alone(part: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Spoiler(Observer):
+    class Spoiler(EngineObserver):
         def step(self, batch_size: int) -> None:
-            for row in engine.batch.rows:
-                if row.request.seed == 13 and len(row.written) == 4:
-                    SPOILED[part](row)
+            for state in engine.model_runner.states:
+                if state.request.seed == 13 and len(state.output_ids) == 4:
+                    SPOILED[part](state)
 
     model, way = build(), GenerationConfig(max_new_tokens=20, min_new_tokens=20, repetition_penalty=1.2)
     with running(model, slots=3, observer=Spoiler()) as engine:
         streams = [engine.submit(Request(ids("The cat"), way, seed)) for seed in (12, 13, 14)]
-        found = [[piece.token for piece in stream] for stream in streams]
-        assert [stream.finish for stream in streams] == ["length", "error", "length"]
+        found = [[output.token for output in stream] for stream in streams]
+        assert [stream.finish_reason for stream in streams] == ["length", "error", "length"]
         assert text_of(engine.submit(Request(ids("x"), greedy(3)))) is not None
     assert "an answer ends, the others go on" in caplog.text
     assert len(found[1]) == 4
@@ -70,16 +70,16 @@ def test_what_fails_for_one_row_ends_it_alone(part: str, caplog: pytest.LogCaptu
 
 
 def test_a_pass_that_fails_ends_its_row_alone_where_each_has_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    class Spoiler(Observer):
+    class Spoiler(EngineObserver):
         def step(self, batch_size: int) -> None:
-            for row in engine.batch.rows:
-                if row.request.input_ids == ids("x"):
-                    row.cache = object()
+            for state in engine.model_runner.states:
+                if state.request.input_ids == ids("x"):
+                    state.cache = object()
 
     model = build(**SHAPES["longformer"])
     with running(model, slots=2, observer=Spoiler()) as engine:
         bad, good = (engine.submit(Request(ids(text), greedy(10, min_new_tokens=10))) for text in ("x", "The cat"))
-        assert (len(list(bad)), bad.finish) == (2, "error")
+        assert (len(list(bad)), bad.finish_reason) == (2, "error")
         assert text_of(good) == generate_text(model, TOKENIZER, ["The cat"], greedy(10, min_new_tokens=10))[0][0]
     assert "an answer ends, the others go on" in caplog.text
 
@@ -96,14 +96,14 @@ def test_others_use_the_model_between_steps_with_an_adapter_of_their_own(tmp_pat
     alone = generate_text(model, TOKENIZER, ["The cat"], greedy(40))[0][0]
     with running(build(), slots=2, adapters={"a": str(tmp_path / "a")}) as engine:
         stream = engine.submit(Request(ids("The cat"), greedy(40), adapter="a"))
-        jobs = [(name, engine.between(lambda: engine.model(row).clone(), name)) for name in (None, "a") * 4]
+        jobs = [(name, engine.run_between_steps(lambda: engine.model(row).clone(), name)) for name in (None, "a") * 4]
         for name, job in jobs:
             torch.testing.assert_close(job.result(20), expected[name], atol=1e-5, rtol=0)
         assert text_of(stream) == alone
         with pytest.raises(ZeroDivisionError):
-            engine.between(lambda: 1 / 0).result(20)
-    with pytest.raises(Busy):
-        engine.between(lambda: None)
+            engine.run_between_steps(lambda: 1 / 0).result(20)
+    with pytest.raises(QueueFull):
+        engine.run_between_steps(lambda: None)
 
 
 def test_logits_that_are_no_numbers_end_one_answer_only() -> None:
@@ -113,9 +113,9 @@ def test_logits_that_are_no_numbers_end_one_answer_only() -> None:
     with running(model, slots=2) as engine:
         good = engine.submit(Request(ids("The cat"), greedy(20)))
         bad = engine.submit(Request((5, 200), greedy(20)))
-        assert (list(bad), bad.finish) == ([], "error")
+        assert (list(bad), bad.finish_reason) == ([], "error")
         assert list(good)
-    assert good.finish in ("length", "stop")
+    assert good.finish_reason in ("length", "stop")
 
 
 def test_stop_drains_what_is_there_and_takes_no_more() -> None:
@@ -123,8 +123,8 @@ def test_stop_drains_what_is_there_and_takes_no_more() -> None:
     engine.start()
     streams = [engine.submit(Request(ids("x"), greedy(10, min_new_tokens=10))) for _ in range(3)]
     engine.stop(drain=True)
-    assert [(len(list(s)), s.finish) for s in streams] == [(10, "length")] * 3
-    with pytest.raises(Busy):
+    assert [(len(list(s)), s.finish_reason) for s in streams] == [(10, "length")] * 3
+    with pytest.raises(QueueFull):
         engine.submit(Request(ids("x"), greedy(1)))
     assert (engine.n_waiting, engine.n_running) == (0, 0)
 
@@ -143,7 +143,7 @@ def test_stop_without_drain_cancels_and_so_does_its_timeout() -> None:
             time.sleep(0.001)
         slow.gate.release(100)
         stopping.join(20)
-        assert [(list(s) != [], s.finish) for s in streams] == [(True, "cancelled"), (False, "cancelled")]
+        assert [(list(s) != [], s.finish_reason) for s in streams] == [(True, "cancelled"), (False, "cancelled")]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx")
 
 from genai_pl.serving.app import create_app
-from genai_pl.serving.engine.request import Piece
+from genai_pl.serving.engine.request import TokenOutput
 from genai_pl.serving.http.bodies import HEAVY, Bodies
-from genai_pl.serving.http.rendering import PIECE, written
-from genai_pl.serving.http.responses import Chat, Completion, listed
-from genai_pl.serving.http.tools import read_calls
+from genai_pl.serving.http.rendering import CHUNK_CHARS, json_chunks
+from genai_pl.serving.http.responses import ChatFormat, CompletionFormat, listed
+from genai_pl.serving.http.tools import parse_tool_calls
 from genai_pl.serving.settings import Limits
 from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.probe import Probed
@@ -39,13 +39,13 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_calls_are_looked_for_in_a_time_that_grows_with_the_text_alone(case: str) -> None:
     began = time.perf_counter()
-    assert read_calls(BROKEN[case], {"a"}) == (BROKEN[case], [])
+    assert parse_tool_calls(BROKEN[case], {"a"}) == (BROKEN[case], [])
     assert time.perf_counter() - began < 2  # the square of it would be minutes
 
 
 def test_many_calls_are_all_read() -> None:
     call = '<tool_call>\n {"name": "a", "arguments": {"n": 1}} </tool_call>'
-    text, calls = read_calls(f"x {call} y {call} z", {"a"})
+    text, calls = parse_tool_calls(f"x {call} y {call} z", {"a"})
     assert text == "x  y  z"
     assert [found["function"]["arguments"] for found in calls] == ['{"n": 1}'] * 2
 
@@ -137,8 +137,8 @@ class Long(FakeStream):
         self.top = tuple((token, -1.0) for token in range(n_top))
 
     async def __aiter__(self):
-        async for piece in super().__aiter__():
-            yield Piece(piece.text, 65, -1.0, self.top)
+        async for output in super().__aiter__():
+            yield TokenOutput(output.text, 65, -1.0, self.top)
 
 
 ANSWERS = {
@@ -162,7 +162,7 @@ ANSWERS = {
 def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
     service = make_service(tiny, limits=Limits(max_tokens=4096))
     service.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool }}{% endfor %}{{ messages[0].content }}"
-    for one in service.reading.tokenizers.values():
+    for one in service.tokenize_threads.tokenizers.values():
         one.chat_template = service.tokenizer.chat_template
     engine = service.engine = FakeEngine([])
     probed = Probed(create_app(service, service.settings, service.metrics))
@@ -181,10 +181,10 @@ def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
     assert max(lags.values()) < MOST, lags
 
 
-@pytest.mark.parametrize("form", [Chat, Completion])
-def test_a_large_answer_is_made_of_few_objects_at_a_time(form: type) -> None:
+@pytest.mark.parametrize("answer_format", [ChatFormat, CompletionFormat])
+def test_a_large_answer_is_made_of_few_objects_at_a_time(answer_format: type) -> None:
     """Python looks through all of them from time to time, while nothing else runs."""
-    pieces = [Piece("a", 65, -1.0, tuple((token, -1.0) for token in range(20))) for _ in range(2000)]
+    outputs = [TokenOutput("a", 65, -1.0, tuple((token, -1.0) for token in range(20))) for _ in range(2000)]
     counts = []
 
     def decode(token: int) -> str:
@@ -192,17 +192,17 @@ def test_a_large_answer_is_made_of_few_objects_at_a_time(form: type) -> None:
             counts.append(len(gc.get_objects()) if len(counts) % 500 == 0 else 0)
         return "é"
 
-    choice = form(decode, 20).choice(0, pieces, "stop")
+    choice = answer_format(decode, 20).choice(0, outputs, "stop")
     gc.collect()
     gc.disable()
     try:
-        made = written({"choices": iter([choice])})
+        made = json_chunks({"choices": iter([choice])})
     finally:
         gc.enable()
     assert max(counts) - counts[0] < 2000  # of 40,000 alternatives
-    assert max(map(len, made)) < 2 * PIECE + 5000
+    assert max(map(len, made)) < 2 * CHUNK_CHARS + 5000
     found = json.loads(b"".join(made))["choices"][0]
-    expected = form(lambda token: "é", 20).choice(0, pieces, "stop")
+    expected = answer_format(lambda token: "é", 20).choice(0, outputs, "stop")
     assert found == {**expected, "logprobs": listed(expected["logprobs"])}
 
 

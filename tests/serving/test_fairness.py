@@ -12,13 +12,13 @@ import torch
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy, Request
-from genai_pl.serving.engine.scheduler import eligible, read_prompts
-from genai_pl.serving.engine.scoring_queue import Passes
+from genai_pl.serving.engine.request import QueueFull, Request
+from genai_pl.serving.engine.scheduler import eligible, prefill
+from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.fair_queue import CLIENT, FairQueue, Full, Turns, network
+from genai_pl.serving.fair_queue import CLIENT, FairLock, FairQueue, Full, network
 from genai_pl.serving.settings import Limits
-from genai_pl.serving.tokenize_threads import SHORT, Lane, Reading
+from genai_pl.serving.tokenize_threads import SHORT, FairThread, TokenizeThreads
 from tests.serving.engines import TOKENIZER, build, greedy, ids, text_of
 from tests.serving.servers import make_service, serving, write_model
 from tests.serving.test_vectors import SMALL, encoder, expected
@@ -31,8 +31,8 @@ def test_clients_take_turns_and_each_has_its_own_order() -> None:
     assert list(queue) == ["a1", "b1", "c1", "a2", "b2", "a3"]
     order = []
     while len(queue):
-        client, item = queue.first()
-        queue.take(client, item)
+        client, item = queue.peek()
+        queue.dequeue(client, item)
         order.append(item)
         if item == "b1":
             queue.add("d", "d1")
@@ -42,7 +42,7 @@ def test_clients_take_turns_and_each_has_its_own_order() -> None:
 def test_in_a_full_queue_the_greediest_makes_room() -> None:
     queue: FairQueue[str] = FairQueue(4)
     assert [queue.add("a", item) for item in ("a1", "a2", "a3", "a4")] == [None] * 4
-    assert not queue.admits("a")
+    assert not queue.accepts("a")
     with pytest.raises(Full):
         queue.add("a", "a5")
     assert queue.add("b", "b1") == "a4"  # the last one came last
@@ -66,8 +66,8 @@ def test_waiting_rows_are_admitted_client_by_client() -> None:
     for n in range(4):
         engine.submit(Request(ids(f"a{n}"), greedy(2), client="a"))
     engine.submit(Request(ids("b0"), greedy(2), client="b"))
-    rows = [row for _ in range(5) for row in engine.next_rows(lambda: eligible(engine)[:1])]
-    assert [bytes(row.request.input_ids).decode() for row in rows] == ["a0", "b0", "a1", "a2", "a3"]
+    states = [state for _ in range(5) for state in engine.take_waiting(lambda: eligible(engine)[:1])]
+    assert [bytes(state.request.input_ids).decode() for state in states] == ["a0", "b0", "a1", "a2", "a3"]
 
 
 def test_a_place_in_the_queue_is_free_as_soon_as_its_client_has_left() -> None:
@@ -77,20 +77,20 @@ def test_a_place_in_the_queue_is_free_as_soon_as_its_client_has_left() -> None:
     assert engine.n_waiting == 0
     gone = engine.submit(Request(ids("x"), greedy(2)))
     gone.cancel()
-    assert gone.finish == "cancelled"
+    assert gone.finish_reason == "cancelled"
 
 
 def test_who_has_less_in_a_full_queue_gets_in_and_the_greedy_is_told() -> None:
     engine = Engine(build(), TOKENIZER, slots=1, queue_size=3)
     greedy_ones = [engine.submit(Request(ids("x"), greedy(2), client="a")) for _ in range(3)]
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.submit(Request(ids("x"), greedy(2), client="a"))
     patient = engine.submit(Request(ids("y"), greedy(2), client="b"))
-    assert [stream.finish for stream in greedy_ones] == [None, None, "busy"]
+    assert [stream.finish_reason for stream in greedy_ones] == [None, None, "busy"]
     engine.start()
     text_of(patient)
     engine.stop()
-    assert patient.finish in ("stop", "length")
+    assert patient.finish_reason in ("stop", "length")
 
 
 def test_a_client_whose_request_had_to_make_room_is_told_to_come_again(tiny: Path) -> None:
@@ -112,9 +112,9 @@ def test_clients_take_turns_by_what_their_requests_cost() -> None:
         queue.add("light", ("light", 10))
     order = []
     while len(queue):
-        assert next(iter(queue)) == queue.first()[1]
-        client, item = queue.first()
-        queue.take(client, item)
+        assert next(iter(queue)) == queue.peek()[1]
+        client, item = queue.peek()
+        queue.dequeue(client, item)
         order.append(client[0])
     assert "".join(order) == "lllhl" * 3  # 40 tokens of each at a time
 
@@ -122,20 +122,20 @@ def test_clients_take_turns_by_what_their_requests_cost() -> None:
 def test_what_was_not_written_after_all_counts_for_nothing() -> None:
     queue: FairQueue[tuple[str, int]] = FairQueue(100, lambda item: item[1])
     queue.add("a", ("a1", 100))
-    queue.take("a", ("a1", 100))
-    queue.give_back("a", 95)
+    queue.dequeue("a", ("a1", 100))
+    queue.refund("a", 95)
     queue.add("a", ("a2", 100))
     queue.add("b", ("b1", 190))
-    assert queue.first() == ("a", ("a2", 100))
+    assert queue.peek() == ("a", ("a2", 100))
 
 
 def test_clients_that_come_and_go_leave_nothing_in_the_queue() -> None:
     queue: FairQueue[str] = FairQueue(10)
     for n in range(5000):
         queue.add(f"client {n}", "x")
-        queue.take(*queue.first())
+        queue.dequeue(*queue.peek())
     assert len(queue) == 0
-    assert len(queue._served) < 200
+    assert len(queue._finish_tags) < 200
 
 
 def submit_to(engine: Engine, name: str, n: int, tokens: int, **options: object) -> list:
@@ -145,12 +145,12 @@ def submit_to(engine: Engine, name: str, n: int, tokens: int, **options: object)
 
 def begun(engine: Engine) -> list[str]:
     """The prompts that are answered now, once all that may has begun."""
-    while engine.waiting and len(engine.running()) < engine.places:
+    while engine.waiting and len(engine.running()) < engine.max_running:
         before = len(engine.running())
-        read_prompts(engine)
+        prefill(engine)
         if len(engine.running()) == before:
             break
-    return [bytes(row.request.input_ids).decode() for row in engine.batch.rows]
+    return [bytes(state.request.input_ids).decode() for state in engine.model_runner.states]
 
 
 def test_as_many_answers_as_there_are_slots_are_written_together() -> None:
@@ -188,10 +188,10 @@ def test_one_address_with_many_answers_does_not_starve_patient_clients() -> None
         steps = []
         for _ in range(10):
             stream, n = submit_to(engine, "y", 1, 8, client="patient")[0], 0
-            while stream.finish is None and n < 500:
-                engine._turn()
+            while stream.finish_reason is None and n < 500:
+                engine.step()
                 n += 1
-                while stream._pieces:
+                while stream._outputs:
                     next(stream)
             steps.append(n)
     assert max(steps) <= 12, steps
@@ -246,14 +246,14 @@ def test_answers_go_on_however_many_prompts_come() -> None:
         turns.append("step")
         clock[0] += 0.1
 
-    engine.batch.rows = [object()]
+    engine.model_runner.states = [object()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "time", Clock)
-        patch.setattr(module, "read_prompts", read)
-        patch.setattr(engine, "_step", step)
-        patch.setattr(engine, "_sweep", lambda: None)
+        patch.setattr(module, "prefill", read)
+        patch.setattr(engine, "decode", step)
+        patch.setattr(engine, "_finish_stopped", lambda: None)
         for _ in range(15):
-            engine._turn()
+            engine.step()
     assert turns.count("step") == 15
     assert 2 <= turns.count("read") <= 4
 
@@ -269,12 +269,12 @@ def test_passes_take_turns_slice_by_slice() -> None:
     seen: list[tuple[str, int]] = []
 
     async def use() -> list[int]:
-        passes = Passes(None, queue_size=8, timeout=20)
-        heavy = asyncio.ensure_future(passes.run(counting(50, seen, "heavy")))
+        scoring_queue = ScoringQueue(None, queue_size=8, timeout=20)
+        heavy = asyncio.ensure_future(scoring_queue.run(counting(50, seen, "heavy")))
         await asyncio.sleep(0)
-        small = asyncio.ensure_future(passes.run(counting(1, seen, "small")))
+        small = asyncio.ensure_future(scoring_queue.run(counting(1, seen, "small")))
         found = await asyncio.gather(heavy, small)
-        passes.close()
+        scoring_queue.close()
         return found
 
     assert asyncio.run(use()) == [50, 1]
@@ -293,14 +293,14 @@ def test_a_pass_that_nobody_waits_for_ends_with_its_slice() -> None:
         yield
 
     async def use() -> int:
-        passes = Passes(None, queue_size=8, timeout=20)
-        gone = asyncio.ensure_future(passes.run(slices()))
+        scoring_queue = ScoringQueue(None, queue_size=8, timeout=20)
+        gone = asyncio.ensure_future(scoring_queue.run(slices()))
         await asyncio.to_thread(entered.wait, 20)
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         gate.set()
-        found = await passes.run(counting(3, seen, "next"))
-        passes.close()
+        found = await scoring_queue.run(counting(3, seen, "next"))
+        scoring_queue.close()
         return found
 
     assert asyncio.run(use()) == 3
@@ -315,15 +315,15 @@ def test_passes_that_take_too_long_or_are_too_many_are_refused() -> None:
             gate.wait(20)
             yield
 
-        passes, statuses = Passes(None, queue_size=1, timeout=0.2), []
-        asked = [asyncio.ensure_future(passes.run(slices())) for _ in range(3)]
+        scoring_queue, statuses = ScoringQueue(None, queue_size=1, timeout=0.2), []
+        asked = [asyncio.ensure_future(scoring_queue.run(slices())) for _ in range(3)]
         for one in asked:
             try:
                 await one
             except ApiError as error:
                 statuses.append(error.status)
         gate.set()
-        passes.close()
+        scoring_queue.close()
         return statuses
 
     assert asyncio.run(use()) == [504, 504, 429]
@@ -332,7 +332,7 @@ def test_passes_that_take_too_long_or_are_too_many_are_refused() -> None:
 def test_answers_grow_between_the_slices_of_a_pass_with_an_adapter() -> None:
     engine = Engine(build(), TOKENIZER, slots=2)
     engine.adapters.adapters["a"] = engine  # requests choose among some: passes are done in the engine's thread
-    engine.adapters.choose = lambda names: None
+    engine.adapters.activate = lambda names: None
     grown = []
 
     def slices() -> Iterator[None]:
@@ -345,7 +345,7 @@ def test_answers_grow_between_the_slices_of_a_pass_with_an_adapter() -> None:
     engine.start()
 
     async def use() -> None:
-        await Passes(engine, queue_size=8, timeout=20).run(slices(), adapter="a")
+        await ScoringQueue(engine, queue_size=8, timeout=20).run(slices(), adapter="a")
 
     asyncio.run(use())
     engine.stop(drain=False)
@@ -356,18 +356,18 @@ def test_a_text_of_a_client_that_has_left_is_not_read() -> None:
     done = []
 
     async def use() -> None:
-        lane, gate = Lane("a", queue_size=16, timeout=20), threading.Event()
-        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        thread, gate = FairThread("a", queue_size=16, timeout=20), threading.Event()
+        first = asyncio.ensure_future(thread.run(gate.wait, 20))
         await asyncio.sleep(0)
-        gone = [asyncio.ensure_future(lane.run(done.append, "gone")) for _ in range(8)]
-        patient = asyncio.ensure_future(lane.run(done.append, "patient"))
+        gone = [asyncio.ensure_future(thread.run(done.append, "gone")) for _ in range(8)]
+        patient = asyncio.ensure_future(thread.run(done.append, "patient"))
         await asyncio.sleep(0)
         for one in gone:
             one.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         gate.set()
         await asyncio.gather(first, patient)
-        lane.close()
+        thread.close()
 
     asyncio.run(use())
     assert done == ["patient"]
@@ -375,19 +375,19 @@ def test_a_text_of_a_client_that_has_left_is_not_read() -> None:
 
 def test_a_turn_that_was_given_to_somebody_who_left_is_passed_on() -> None:
     async def use() -> str:
-        turns = Turns(4)
+        lock = FairLock(4)
         order = []
 
         async def have(name: str) -> None:
-            async with turns.turn():
+            async with lock.acquire():
                 order.append(name)
 
-        async with turns.turn():
+        async with lock.acquire():
             tasks = [asyncio.ensure_future(have(name)) for name in ("a", "b", "c")]
             await asyncio.sleep(0)
         tasks[0].cancel()  # it has its turn, and has not begun
         await asyncio.gather(*tasks, return_exceptions=True)
-        assert not turns.is_taken
+        assert not lock.is_taken
         return "".join(order)
 
     assert asyncio.run(use()) == "bc"
@@ -397,19 +397,19 @@ def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
     done = []
 
     async def use() -> list[object]:
-        lane, gate = Lane("a", queue_size=4, timeout=20), threading.Event()
-        first = asyncio.ensure_future(lane.run(gate.wait, 20))
+        thread, gate = FairThread("a", queue_size=4, timeout=20), threading.Event()
+        first = asyncio.ensure_future(thread.run(gate.wait, 20))
         await asyncio.sleep(0)
         asked = []
         for name in ("a1", "a2", "a3", "a4", "b1"):
             CLIENT.set(name[0])
-            asked.append(asyncio.ensure_future(lane.run(done.append, name)))
+            asked.append(asyncio.ensure_future(thread.run(done.append, name)))
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         gate.set()
         found = await asyncio.gather(*asked, return_exceptions=True)
         await first
-        lane.close()
+        thread.close()
         return found
 
     found = asyncio.run(use())
@@ -419,13 +419,13 @@ def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
 
 def test_short_texts_do_not_wait_for_long_ones() -> None:
     async def use() -> str:
-        reading, gate = Reading(TOKENIZER, queue_size=4, timeout=20), threading.Event()
-        long = asyncio.ensure_future(reading.tokens(lambda tokenizer: gate.wait(20), size=SHORT + 1))
+        threads, gate = TokenizeThreads(TOKENIZER, queue_size=4, timeout=20), threading.Event()
+        long = asyncio.ensure_future(threads.encode(lambda tokenizer: gate.wait(20), size=SHORT + 1))
         await asyncio.sleep(0)
-        found = await reading.tokens(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
+        found = await threads.encode(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
         gate.set()
         await long
-        reading.close()
+        threads.close()
         return bytes(found).decode()
 
     assert asyncio.run(use()) == "ab"
@@ -451,7 +451,7 @@ def test_a_request_has_no_more_tokens_than_it_may(tiny: Path) -> None:
 
 def test_a_text_that_cannot_fit_needs_no_tokenizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = make_service(tiny)
-    monkeypatch.setattr(service.reading, "tokens", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr(service.tokenize_threads, "encode", lambda *a, **k: pytest.fail("it was read"))
     with serving(service) as client:
         text = "x" * (128 * service.longest + 1)
         for path, body in (

@@ -48,7 +48,7 @@ PROMPT = {"prompt": "x", "max_new_tokens": 4}
 
 
 def test_too_many_requests_are_told_when_to_come_again(play) -> None:
-    client = play(FakeEngine(["a"], room=1))
+    client = play(FakeEngine(["a"], capacity=1))
     assert client.post("/generate", json=PROMPT).json()["text"] == "a"
     reply = client.post("/generate", json=PROMPT)
     assert reply.status_code == 429
@@ -58,15 +58,15 @@ def test_too_many_requests_are_told_when_to_come_again(play) -> None:
 
 
 def test_answers_of_one_request_wait_together_or_not_at_all(play) -> None:
-    engine = FakeEngine(["a"], None, room=2)
+    engine = FakeEngine(["a"], None, capacity=2)
     client = play(engine)
     assert client.post("/v1/completions", json={"prompt": "x", "n": 3}).status_code == 429
     assert [stream.cancelled.is_set() for stream in engine.streams] == [True, True]
 
 
-@pytest.mark.parametrize(("finish", "status"), [("deadline", 504), ("error", 500), ("cancelled", 503)])
-def test_an_answer_that_breaks_off_is_an_error(finish: str, status: int, play) -> None:
-    client = play(FakeEngine(["a", "b"], finish))
+@pytest.mark.parametrize(("finish_reason", "status"), [("deadline", 504), ("error", 500), ("cancelled", 503)])
+def test_an_answer_that_breaks_off_is_an_error(finish_reason: str, status: int, play) -> None:
+    client = play(FakeEngine(["a", "b"], finish_reason))
     reply = client.post("/generate", json=PROMPT)
     assert reply.status_code == status
     assert "a" not in reply.json()

@@ -76,17 +76,17 @@ def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
 
 
 def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, monkeypatch) -> None:
-    from genai_pl.serving import tokenize_threads as reading
+    from genai_pl.serving import tokenize_threads
     from tests.serving.servers import make_service, serving
 
     made = []
 
-    class Counted(reading.ChatTemplate):
+    class Counted(tokenize_threads.ChatTemplate):
         def __init__(self, tokenizer: object) -> None:
             made.append(tokenizer)
             super().__init__(tokenizer)
 
-    monkeypatch.setattr(reading, "ChatTemplate", Counted)
+    monkeypatch.setattr(tokenize_threads, "ChatTemplate", Counted)
     _, tokenizer = theirs
     service = make_service(tiny, cache=None)
     with serving(service) as client:
@@ -95,7 +95,7 @@ def test_the_chat_template_of_a_served_model_is_tried_once(tiny: Path, theirs, m
             reply = client.post("/v1/chat/completions", json={"messages": turns, "max_tokens": 1})
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
             assert reply.json()["usage"]["prompt_tokens"] == len(ids)
-    assert made == [service.reading.tokenizers[service.reading.short]]
+    assert made == [service.tokenize_threads.tokenizers[service.tokenize_threads.short]]
 
 
 def test_a_conversation_is_rendered_by_the_template(ai, theirs) -> None:

@@ -92,12 +92,12 @@ def test_a_password_in_the_url_is_shown_to_the_server_behind_alone() -> None:
     assert SECRET not in str(seen[0].url)
 
 
-@pytest.mark.parametrize(("finish", "status"), [("deadline", 504), ("error", 500), ("cancelled", 503)])
+@pytest.mark.parametrize(("finish_reason", "status"), [("deadline", 504), ("error", 500), ("cancelled", 503)])
 def test_every_failure_has_a_number_that_the_log_knows(
-    finish: str, status: int, tiny: Path, caplog: pytest.LogCaptureFixture
+    finish_reason: str, status: int, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = make_service(tiny, cache=None)
-    service.engine = FakeEngine(["a"], finish)
+    service.engine = FakeEngine(["a"], finish_reason)
     with caplog.at_level(logging.WARNING, "genai_pl.serving"), serving(service) as client:
         reply = client.post("/generate", json={"prompt": "x"})
         assert reply.status_code == status

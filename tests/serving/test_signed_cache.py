@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 redis = pytest.importorskip("redis", reason="needs pip install -e '.[serve]'")
 
-from genai_pl.serving.answer_streams import recorded, replay
-from genai_pl.serving.engine.request import Piece
+from genai_pl.serving.answer_streams import decode_answer, encode_answer
+from genai_pl.serving.engine.request import TokenOutput
 from genai_pl.serving.response_cache import RedisCache
 from genai_pl.serving.settings import CACHE_KEY
 from tests.serving.fake import FakeEngine
@@ -77,12 +77,12 @@ def test_an_entry_of_somebody_else_is_a_miss(case: str, cache: RedisCache) -> No
     assert asyncio.run(use()) == [None, b"2"]  # and the rest goes on
 
 
-PIECES = [Piece("né\n", 65, -0.5, ((65, -0.5), (66, float("-inf")))), Piece("", 256, None, ())]
+OUTPUTS = [TokenOutput("né\n", 65, -0.5, ((65, -0.5), (66, float("-inf")))), TokenOutput("", 256, None, ())]
 
 
 def test_an_answer_comes_back_as_it_was() -> None:
-    again = replay(recorded("length", PIECES))
-    assert (again.finish, again.n_generated, again.pieces) == ("length", 2, PIECES)
+    again = decode_answer(encode_answer("length", OUTPUTS))
+    assert (again.finish_reason, again.n_generated, again.outputs) == ("length", 2, OUTPUTS)
 
 
 def lines(*values: object) -> bytes:
@@ -115,7 +115,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("case", STRANGE)
 def test_what_is_no_answer_is_a_miss_even_where_it_is_signed(case: str, tiny: Path, monkeypatch) -> None:
-    assert replay(STRANGE[case]) is None
+    assert decode_answer(STRANGE[case]) is None
     service = make_service(tiny)
     service.engine = FakeEngine(["some", " text"])
 

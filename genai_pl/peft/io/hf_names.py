@@ -38,18 +38,18 @@ class HFModule(NamedTuple):
 def hf_modules(model: nn.Module) -> list[HFModule]:
     """Every module with weights under its name in transformers; our own where no class of transformers is the model."""
     places = {name: site for site in module_sites(model) if site.parameters for name in site.names}
-    rows = {row.theirs: row for row in _table(model, places)}
+    rows = {row.hf_name: row for row in _table(model, places)}
     modules: list[HFModule] = []
     for row in rows.values():
-        owners = [name.rpartition(".")[0] for name in row.ours]
-        if not all(name.endswith(".weight") for name in row.ours) or any(owner not in places for owner in owners):
+        owners = [name.rpartition(".")[0] for name in row.names]
+        if not all(name.endswith(".weight") for name in row.names) or any(owner not in places for owner in owners):
             continue
-        name, _, kind = row.theirs.rpartition(".")
+        name, _, kind = row.hf_name.rpartition(".")
         parts = tuple(places[owner] for owner in owners)
         if kind != "weight":  # a bare parameter of theirs, which PEFT cannot wrap
             modules += [_native_module(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
-        weights = [rows[key] for key in (row.theirs, f"{name}.bias") if key in rows]
+        weights = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]
         modules += [HFModule(other, parts, tuple(weights), row.transposed) for other in SHARED.get(name, (name,))]
     return modules
 

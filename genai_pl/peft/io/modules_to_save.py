@@ -26,15 +26,15 @@ def saved_module_tensors(module: HFModule, layers: Layers) -> dict[str, Tensor]:
     tensors = {}
     for weight in module.weights:
         parts = [_parameter(holder, name).detach() for name, holder in _holders(module, layers, weight)]
-        tensors[_kind(weight.theirs)] = weight.write(torch.cat(parts))
+        tensors[_kind(weight.hf_name)] = weight.to_hf(torch.cat(parts))
     return tensors
 
 
 def load_saved_modules(module: HFModule, layers: Layers, tensors: TensorReader) -> None:
     """Put what `saved_module_tensors` wrote into the copies."""
     for weight in module.weights:
-        kind, ours = _kind(weight.theirs), _kind(weight.ours[0])
-        parts = module.split(weight.read(tensors.pop(module.name, kind)))
+        kind, ours = _kind(weight.hf_name), _kind(weight.names[0])
+        parts = module.split(weight.from_hf(tensors.pop(module.name, kind)))
         for (_, holder), layer, part in zip(_holders(module, layers, weight), layers, parts, strict=True):
             if layer is not None:
                 _fill(holder, ours, part, tensors.filled, f"{kind} of {module.name}")
@@ -52,7 +52,7 @@ def _fill(holder: nn.Module, kind: str, part: Tensor, filled: dict[nn.Parameter,
 def _holders(module: HFModule, layers: Layers, weight: Weight) -> list[tuple[str, nn.Module]]:
     """The names of the parameters, and the modules that hold what counts."""
     inner = [layer.copy if layer else site.inner for site, layer in zip(module.parts, layers, strict=True)]
-    return list(zip(weight.ours, inner, strict=True))
+    return list(zip(weight.names, inner, strict=True))
 
 
 def _parameter(holder: nn.Module, name: str) -> nn.Parameter:

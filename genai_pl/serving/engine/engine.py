@@ -14,15 +14,15 @@ import torch
 from genai_pl.errors import ConfigError
 from genai_pl.generation import build_output_constraints
 from genai_pl.models import Model, WrappedDecoder
-from genai_pl.serving.engine.model_runner import Adapters, make_batch
-from genai_pl.serving.engine.request import Busy, Observer, Request, Stream, check_request
-from genai_pl.serving.engine.request_state import Row, ending_alone
-from genai_pl.serving.engine.sampler import choose
-from genai_pl.serving.engine.scheduler import read_prompts, spare_places
+from genai_pl.serving.engine.model_runner import AdapterSelector, make_model_runner
+from genai_pl.serving.engine.request import EngineObserver, QueueFull, Request, TokenStream, check_request
+from genai_pl.serving.engine.request_state import RequestState, isolate_failure
+from genai_pl.serving.engine.sampler import sample
+from genai_pl.serving.engine.scheduler import n_spare_slots, prefill
 from genai_pl.serving.fair_queue import FairQueue, Full
 
 
-class Jobs:
+class ThreadQueue:
     """What waits to be done, the oldest first; whoever handed it in gets what it gives or raises."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Engine:
         queue_size: int = 64,
         prefill_chunk: int = 512,
         adapters: Mapping[str, str] | None = None,
-        observer: Observer | None = None,
+        observer: EngineObserver | None = None,
     ) -> None:
         for name, value in {"slots": slots, "queue_size": queue_size, "prefill_chunk": prefill_chunk}.items():
             if value < 1:
@@ -87,18 +87,21 @@ class Engine:
         self.tokenizer = deepcopy(tokenizer)  # for another thread: tokenizers change state while they work
         self.slots, self.queue_size = slots, queue_size
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
-        self.observer = observer or Observer()
-        self.adapters = Adapters(model, adapters or {})
+        self.observer = observer or EngineObserver()
+        self.adapters = AdapterSelector(model, adapters or {})
         self.device = self.adapters.device
-        self.places = slots + spare_places(slots)
-        self.batch = make_batch(model, self.adapters, self.places)
-        self.chunk = self.max_length if self.batch.whole_prompts else prefill_chunk
-        self.waiting: FairQueue[Row] = FairQueue(queue_size, lambda row: row.n_tokens)
-        self.jobs = Jobs()
-        self.reading: list[Row] = []  # one whose prompt is read, or some that are read whole in one pass
-        self.resting: deque[Row] = deque()  # those whose prompts are read in part, the next one first
-        self.is_newcomers_turn = True  # else of those that rest
-        self.owed, self.seconds = 0.0, 1.0  # that steps have before the next chunk; that a request takes on average
+        self.max_running = slots + n_spare_slots(slots)
+        self.model_runner = make_model_runner(model, self.adapters, self.max_running)
+        self.chunk_tokens = self.max_length if self.model_runner.prefills_whole_prompts else prefill_chunk
+        self.waiting: FairQueue[RequestState] = FairQueue(queue_size, lambda state: state.n_tokens)
+        self.thread_queue = ThreadQueue()
+        self.prefilling: list[RequestState] = []  # one whose prompt is read, or some that are read whole in one pass
+        self.paused: deque[RequestState] = deque()  # those whose prompts are read in part, the next one first
+        self.new_requests_first = True  # else of those that rest
+        self.decode_seconds_owed, self.mean_seconds = (
+            0.0,
+            1.0,
+        )  # that steps have before the next chunk; that a request takes on average
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -130,68 +133,70 @@ class Engine:
         if self._thread is not None:
             self._thread.join()  # the step that it is in
             self._thread = None
-        self._sweep()
-        self.jobs.cancel()
+        self._finish_stopped()
+        self.thread_queue.cancel()
 
-    def between(self, work: Callable[[], object], adapter: str | None = None) -> Future:
+    def run_between_steps(self, work: Callable[[], object], adapter: str | None = None) -> Future:
         """What the work will give, done with that adapter in the thread that owns the model, between two steps."""
 
-        def done() -> object:
-            self.adapters.choose([adapter])
+        def run() -> object:
+            self.adapters.activate([adapter])
             return work()
 
         with self._changed:
             if self._is_stopping:
-                raise Busy(self._wait())
+                raise QueueFull(self._retry_after())
             self._changed.notify_all()
-            return self.jobs.add(done)
+            return self.thread_queue.add(run)
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request) -> TokenStream:
         """The answer, which begins as soon as a slot is free; Busy if too many wait, ConfigError for what cannot work."""
         vocab_size, adapters = self.model.config.vocab_size, self.adapters.adapters
         check_request(request, max_length=self.max_length, vocab_size=vocab_size, adapters=adapters)
         with self._changed:
-            if self._is_stopping or not self.waiting.admits(request.client):  # before any work
-                raise Busy(self._wait())
-        constraints = build_output_constraints(self.tokenizer, request.config, self.adapters.ends(request.adapter))
-        stream = Stream(lambda: self._forget(row))
-        row = Row(request, stream, constraints=constraints, model=self.model, tokenizer=self.tokenizer)
+            if self._is_stopping or not self.waiting.accepts(request.client):  # before any work
+                raise QueueFull(self._retry_after())
+        constraints = build_output_constraints(
+            self.tokenizer, request.config, self.adapters.end_tokens(request.adapter)
+        )
+        stream = TokenStream(lambda: self._cancelled(state))
+        state = RequestState(request, stream, constraints=constraints, model=self.model, tokenizer=self.tokenizer)
         with self._changed:
             if self._is_stopping:
-                raise Busy(self._wait())
+                raise QueueFull(self._retry_after())
             try:
-                pushed = self.waiting.add(request.client, row)
+                evicted = self.waiting.add(request.client, state)
             except Full:
-                raise Busy(self._wait()) from None
+                raise QueueFull(self._retry_after()) from None
             self._changed.notify_all()
-        if pushed is not None:
-            self.end(pushed, "busy")
+        if evicted is not None:
+            self.finish(evicted, "busy")
         self.observer.queued()
-        return row.stream
+        return state.stream
 
-    def _forget(self, row: Row) -> None:
+    def _cancelled(self, state: RequestState) -> None:
         """Whoever asked has left: the place of a row that waits is free at once."""
         with self._changed:
-            waited = self.waiting.remove(row.request.client, row)
+            waited = self.waiting.remove(state.request.client, state)
             self._changed.notify_all()
         if waited:
-            self.end(row, "cancelled")
+            self.finish(state, "cancelled")
 
-    def _wait(self) -> float:
+    def _retry_after(self) -> float:
         """Seconds until a place in the queue is likely to be free."""
-        return max(1.0, self.seconds / self.slots)
+        return max(1.0, self.mean_seconds / self.slots)
 
-    def next_rows(self, choose: Callable[[], list[Row]]) -> list[Row]:
+    def take_waiting(self, select: Callable[[], list[RequestState]]) -> list[RequestState]:
         """Those that are chosen among the ones that wait; they wait no longer."""
         with self._changed:
-            rows = choose()
-            for row in rows:
-                self.waiting.take(row.request.client, row)
-            return rows
+            states = select()
+            for state in states:
+                self.waiting.dequeue(state.request.client, state)
+            return states
 
-    def running(self) -> list[Row]:
+    def running(self) -> list[RequestState]:
         """Those that have a slot."""
-        return [*self.batch.rows, *self.reading, *self.resting]
+        return [*self.model_runner.states, *self.prefilling, *self.paused]
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -201,81 +206,81 @@ class Engine:
                 if not self._is_busy():
                     return
                 try:
-                    self._turn()
+                    self.step()
                 except Exception:
                     log.exception("a step failed: the answers in it end")
-                    for row in self.batch.clear():
-                        self.end(row, "error")
+                    for state in self.model_runner.clear():
+                        self.finish(state, "error")
 
     def _is_busy(self) -> bool:
-        return bool(self.waiting or self.n_running or self.jobs)
+        return bool(self.waiting or self.n_running or self.thread_queue)
 
-    def _turn(self) -> None:
+    def step(self) -> None:
         """End what is over, do a job of others, read a chunk of prompts, and give every row its next token.
 
         However many come, and leave again, those that are being answered have their share of the time.
         """
-        self._sweep()
-        if self.owed <= 0 or not self.batch.rows:
+        self._finish_stopped()
+        if self.decode_seconds_owed <= 0 or not self.model_runner.states:
             began = time.monotonic()
-            if self.jobs:
-                self.jobs.do_next()
-            read_prompts(self)
-            self.owed = STEPS_SHARE * (time.monotonic() - began)
-        if self.batch.rows:
+            if self.thread_queue:
+                self.thread_queue.do_next()
+            prefill(self)
+            self.decode_seconds_owed = STEPS_SHARE * (time.monotonic() - began)
+        if self.model_runner.states:
             began = time.monotonic()
-            self._step()
-            self.owed -= time.monotonic() - began
+            self.decode()
+            self.decode_seconds_owed -= time.monotonic() - began
 
-    def _sweep(self) -> None:
+    def _finish_stopped(self) -> None:
         """End the answers that are over, or that nobody waits for."""
         now = time.monotonic()
         with self._changed:
-            for row in self.waiting:
-                row.check(now)
-            over = [r for r in list(self.waiting) if r.ending and self.waiting.remove(r.request.client, r)]
-        for row in over:
-            self.end(row)
-        for row in list(self.resting):
-            row.check(now)
-            if row.ending:
-                self.resting.remove(row)
-                self.end(row)
-        for row in self.batch.rows:
-            row.check(now)
-        self._leave()
+            for state in self.waiting:
+                state.check_stopped(now)
+            over = [r for r in list(self.waiting) if r.finish_reason and self.waiting.remove(r.request.client, r)]
+        for state in over:
+            self.finish(state)
+        for state in list(self.paused):
+            state.check_stopped(now)
+            if state.finish_reason:
+                self.paused.remove(state)
+                self.finish(state)
+        for state in self.model_runner.states:
+            state.check_stopped(now)
+        self._remove_finished()
 
-    def _step(self) -> None:
+    def decode(self) -> None:
         """One more token for every row."""
-        rows = list(self.batch.rows)
-        self.take(self.batch.read(), rows)
-        self.observer.step(len(rows))
-        self._leave()
+        states = list(self.model_runner.states)
+        self.append_tokens(self.model_runner.decode(), states)
+        self.observer.step(len(states))
+        self._remove_finished()
 
-    def take(self, logits: torch.Tensor, rows: list[Row]) -> None:
+    def append_tokens(self, logits: torch.Tensor, states: list[RequestState]) -> None:
         """Give each row its next token by the logits (B, V), unless it is over."""
-        for row, chosen in zip(rows, choose(logits, rows), strict=True):
-            if chosen is not None:
-                with ending_alone(row):
-                    row.take(*chosen, max_length=self.max_length)
-                    row.tell(self.observer)
+        for state, token in zip(states, sample(logits, states), strict=True):
+            if token is not None:
+                with isolate_failure(state):
+                    state.append_token(*token, max_length=self.max_length)
+                    state.report_latency(self.observer)
 
-    def _leave(self) -> None:
-        for n in reversed(range(len(self.batch.rows))):
-            if self.batch.rows[n].ending:
-                self.end(self.batch.leave(n))
+    def _remove_finished(self) -> None:
+        for n in reversed(range(len(self.model_runner.states))):
+            if self.model_runner.states[n].finish_reason:
+                self.finish(self.model_runner.remove_request(n))
 
-    def end(self, row: Row, reason: str | None = None) -> None:
+    def finish(self, state: RequestState, finish_reason: str | None = None) -> None:
         """Let a row go, for a reason or for the one that it has."""
-        row.ending = reason or row.ending
-        self.seconds += 0.1 * (time.monotonic() - row.submitted - self.seconds)
+        state.finish_reason = finish_reason or state.finish_reason
+        self.mean_seconds += 0.1 * (time.monotonic() - state.submit_time - self.mean_seconds)
         with self._changed:
-            self.waiting.give_back(row.request.client, row.n_unwritten)
-        row.end(self.observer)
+            self.waiting.refund(state.request.client, state.n_remaining)
+        state.finish(self.observer)
 
     def cancel_all(self) -> None:
         """Let all answers end after the step that runs."""
         with self._changed:
-            for row in [*self.waiting, *self.running()]:
-                row.stream.is_cancelled = True
+            for state in [*self.waiting, *self.running()]:
+                state.stream.is_cancelled = True
             self._changed.notify_all()

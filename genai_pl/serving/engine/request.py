@@ -27,7 +27,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenOutput:
     """One token and the text that it set free, which may be none."""
 
     text: str
@@ -51,7 +51,7 @@ def check_request(request: Request, *, max_length: int, vocab_size: int, adapter
         raise ConfigError("serving draws one token at a time: no num_beams, draft or prompt_lookup in generation")
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """No more requests can wait; one may try again after so many seconds."""
 
     def __init__(self, retry_after: float) -> None:
@@ -59,7 +59,7 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
-class Stream:
+class TokenStream:
     """The pieces of one answer as they come: `for` in a thread, `async for` in any event loop; one reader.
 
     The engine calls `put` and `end` from its own thread.
@@ -69,55 +69,55 @@ class Stream:
         self.n_generated = 0
         self.is_cancelled = False
         self._on_cancel = on_cancel
-        self._pieces: deque[Piece] = deque()
-        self._ending: str | None = None
+        self._outputs: deque[TokenOutput] = deque()
+        self._finish_reason: str | None = None
         self._changed = threading.Condition()
         self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     @property
-    def finish(self) -> str | None:
+    def finish_reason(self) -> str | None:
         """Why there are no more: stop, length, deadline, cancelled, busy or error; None before all pieces are taken."""
         with self._changed:
-            return None if self._pieces else self._ending
+            return None if self._outputs else self._finish_reason
 
     def cancel(self) -> None:
         """Ask for no more; the slot is free after the engine's current step."""
         self.is_cancelled = True
         self._on_cancel()
 
-    def put(self, piece: Piece) -> None:
+    def put(self, output: TokenOutput) -> None:
         """Hand a piece to the reader."""
         with self._changed:
-            self._pieces.append(piece)
+            self._outputs.append(output)
             self.n_generated += 1
             self._wake()
 
     def end(self, reason: str) -> None:
         """Say why there is no more; only the first reason counts."""
         with self._changed:
-            self._ending = self._ending or reason
+            self._finish_reason = self._finish_reason or reason
             self._wake()
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> TokenOutput:
         with self._changed:
-            self._changed.wait_for(lambda: self._pieces or self._ending)
-            if not self._pieces:
+            self._changed.wait_for(lambda: self._outputs or self._finish_reason)
+            if not self._outputs:
                 raise StopIteration
-            return self._pieces.popleft()
+            return self._outputs.popleft()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> TokenOutput:
         loop = asyncio.get_running_loop()
         while True:
             with self._changed:
-                if self._pieces:
-                    return self._pieces.popleft()
-                if self._ending:
+                if self._outputs:
+                    return self._outputs.popleft()
+                if self._finish_reason:
                     raise StopAsyncIteration
                 waiting = loop.create_future()
                 self._reader = (loop, waiting)
@@ -136,7 +136,7 @@ def _resolve(waiting: "asyncio.Future[None]") -> None:
         waiting.set_result(None)
 
 
-class Observer:
+class EngineObserver:
     """Told what happens to requests, from the engine's thread; everything is ignored unless a subclass says otherwise."""
 
     def queued(self) -> None:

@@ -14,8 +14,8 @@ from genai_pl.config.enums import Shape
 from genai_pl.generation import OutputConstraints, TextStream
 from genai_pl.generation.banned_tokens import BannedTokens, build_banned_tokens
 from genai_pl.generation.text import encode_sources
-from genai_pl.models import Decoder, KVCache, Model, Reader, WrappedDecoder
-from genai_pl.serving.engine.request import Observer, Piece, Request, Stream
+from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
+from genai_pl.serving.engine.request import EngineObserver, Request, TokenOutput, TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("genai_pl.serving")
 
 
-class Row:
+class RequestState:
     """Its prompt, what it has written, and all that its next token depends on; `ending` says why it is over."""
 
     def __init__(
         self,
         request: Request,
-        stream: Stream,
+        stream: TokenStream,
         *,
         constraints: OutputConstraints,
         model: Model | WrappedDecoder,
@@ -47,17 +47,17 @@ class Row:
             self.config, constraints, torch.tensor([self.prompt]), None, vocab_size
         )
         self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(constraints.ends))
-        self.written: list[int] = []
-        self.ending: str | None = None
-        self.submitted = self.told = time.monotonic()
-        self.n_read = 0  # of the prompt
-        self.begin = 0  # where the prompt begins in the cache, which several prompts may share while they are read
-        self.model: Decoder | WrappedDecoder | Reader | None = None
+        self.output_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.submit_time = self.last_token_time = time.monotonic()
+        self.n_prefilled = 0  # of the prompt
+        self.cache_start = 0  # column of the prompt's first token in a cache that several prompts may share in prefill
+        self.model: Decoder | WrappedDecoder | DecoderWithSource | None = None
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
-        self.seen: Tensor | None = None  # (V,) what the repetition penalty counts
+        self.seen_tokens: Tensor | None = None  # (V,) what the repetition penalty counts
 
-    def open(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
+    def start(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Get ready to read the prompt."""
         if model.config.shape is Shape.encoder_decoder:
             model = encode_sources(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
@@ -69,15 +69,15 @@ class Row:
             else:
                 self.generator.manual_seed(self.request.seed)
         if self.config.repetition_penalty != 1:
-            self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-            self.seen[self.prompt] = True
+            self.seen_tokens = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+            self.seen_tokens[self.prompt] = True
 
-    def read(self, limit: int, device: torch.device) -> Tensor | None:
+    def prefill_chunk(self, limit: int, device: torch.device) -> Tensor | None:
         """Read at most `limit` more tokens of the prompt; the logits (1, V) of what follows it once it is read."""
-        new = self.prompt[self.n_read : self.n_read + limit]
+        new = self.prompt[self.n_prefilled : self.n_prefilled + limit]
         hidden = self.model.features(torch.tensor([new], device=device), cache=self.cache)
-        self.n_read += len(new)
-        return self.model.logits(hidden[:, -1]) if self.n_read == len(self.prompt) else None
+        self.n_prefilled += len(new)
+        return self.model.logits(hidden[:, -1]) if self.n_prefilled == len(self.prompt) else None
 
     @property
     def n_tokens(self) -> int:
@@ -85,93 +85,95 @@ class Row:
         return len(self.prompt) + self.config.max_new_tokens
 
     @property
-    def n_unwritten(self) -> int:
+    def n_remaining(self) -> int:
         """How many it may still write, once it has begun."""
-        return 0 if self.model is None else self.config.max_new_tokens - len(self.written)
+        return 0 if self.model is None else self.config.max_new_tokens - len(self.output_ids)
 
     @property
-    def end_of_prompt(self) -> int:
+    def cache_end(self) -> int:
         """Where it ends in the cache."""
-        return self.begin + len(self.prompt)
+        return self.cache_start + len(self.prompt)
 
-    def take(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int) -> None:
+    def append_token(
+        self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int
+    ) -> None:
         """Write a token; the last one brings the text that was held back."""
-        self.written.append(token)
-        if self.seen is not None:
-            self.seen[token] = True
+        self.output_ids.append(token)
+        if self.seen_tokens is not None:
+            self.seen_tokens[token] = True
         text = self.text.push(token)
-        n = len(self.written)
+        n = len(self.output_ids)
         if self.text.ended:
-            self.ending = "stop"
+            self.finish_reason = "stop"
         elif n >= self.config.max_new_tokens or len(self.prompt) + n > max_length:
-            self.ending = "length"
+            self.finish_reason = "length"
             text += self.text.close()
-        self.stream.put(Piece(text, token, logprob, top))
+        self.stream.put(TokenOutput(text, token, logprob, top))
 
-    def tell(self, observer: Observer) -> None:
+    def report_latency(self, observer: EngineObserver) -> None:
         """Say how long its newest token took."""
         now = time.monotonic()
-        if len(self.written) == 1:
-            observer.first_token(now - self.submitted)
+        if len(self.output_ids) == 1:
+            observer.first_token(now - self.submit_time)
         else:
-            observer.token(now - self.told)
-        self.told = now
+            observer.token(now - self.last_token_time)
+        self.last_token_time = now
 
-    def check(self, now: float) -> None:
+    def check_stopped(self, now: float) -> None:
         """Set `ending` for an answer that nobody waits for any more."""
         if self.stream.is_cancelled:
-            self.ending = "cancelled"
+            self.finish_reason = "cancelled"
         elif self.request.deadline is not None and now > self.request.deadline:
-            self.ending = "deadline"
+            self.finish_reason = "deadline"
 
-    def end(self, observer: Observer) -> None:
+    def finish(self, observer: EngineObserver) -> None:
         """Tell reader and observer why there is no more, and let go of all memory."""
-        observer.finished(self.ending, len(self.request.input_ids), len(self.written))
-        self.cache = self.model = self.seen = None
-        self.stream.end(self.ending)
+        observer.finished(self.finish_reason, len(self.request.input_ids), len(self.output_ids))
+        self.cache = self.model = self.seen_tokens = None
+        self.stream.end(self.finish_reason)
 
 
 @contextmanager
-def ending_alone(row: Row) -> Iterator[None]:
+def isolate_failure(state: RequestState) -> Iterator[None]:
     """What fails inside because of this row ends it, and no other."""
     try:
         yield
     except Exception:
         log.exception("an answer ends, the others go on")
-        row.ending = "error"
+        state.finish_reason = "error"
 
 
-def n_together(waiting: Iterable[Row], free: int, limit: int) -> int:
+def n_packed(waiting: Iterable[RequestState], free: int, limit: int) -> int:
     """How many of those that wait are read next, of one adapter: with at most `limit` tokens in all, but one anyhow."""
     n, total, adapter = 0, 0, None
-    for row in islice(waiting, max(0, free)):
-        total += len(row.prompt)
-        if n > 0 and (row.request.adapter != adapter or total > limit):
+    for state in islice(waiting, max(0, free)):
+        total += len(state.prompt)
+        if n > 0 and (state.request.adapter != adapter or total > limit):
             break
-        n, adapter = n + 1, row.request.adapter
+        n, adapter = n + 1, state.request.adapter
     return n
 
 
-def share_cache(rows: list[Row], room: int) -> None:
+def share_cache(states: list[RequestState], capacity: int) -> None:
     """Give rows one cache for so many tokens, in which their prompts stand one after the other."""
-    cache, begin = rows[0].model.new_cache(1, room), 0
-    for row in rows:
-        row.cache, row.begin = cache, begin
-        begin = row.end_of_prompt
+    cache, begin = states[0].model.new_cache(1, capacity), 0
+    for state in states:
+        state.cache, state.cache_start = cache, begin
+        begin = state.cache_end
 
 
-def read_whole(rows: list[Row], device: torch.device) -> Tensor:
+def prefill_packed(states: list[RequestState], device: torch.device) -> Tensor:
     """The logits (B, V) of what follows each prompt, all of them read as the documents of one packed row."""
-    input_ids = torch.tensor([[token for row in rows for token in row.prompt]], device=device)
-    documents = [[n + 1] * len(row.prompt) for n, row in enumerate(rows)]
+    input_ids = torch.tensor([[token for state in states for token in state.prompt]], device=device)
+    documents = [[n + 1] * len(state.prompt) for n, state in enumerate(states)]
     segment_ids = torch.tensor([[n for document in documents for n in document]], device=device)
-    hidden = rows[0].model.features(input_ids, segment_ids, cache=rows[0].cache)
-    for row in rows:
-        row.n_read = len(row.prompt)
-    logits = rows[0].model.logits(hidden[0, [row.end_of_prompt - 1 for row in rows]])
+    hidden = states[0].model.features(input_ids, segment_ids, cache=states[0].cache)
+    for state in states:
+        state.n_prefilled = len(state.prompt)
+    logits = states[0].model.logits(hidden[0, [state.cache_end - 1 for state in states]])
     if logits.amax().isfinite():
         return logits
-    for row in rows:  # what is no number reaches all of a pass: each alone
-        row.n_read = 0
-        share_cache([row], len(row.prompt))
-    return torch.cat([row.read(len(row.prompt), device) for row in rows])
+    for state in states:  # what is no number reaches all of a pass: each alone
+        state.n_prefilled = 0
+        share_cache([state], len(state.prompt))
+    return torch.cat([state.prefill_chunk(len(state.prompt), device) for state in states])

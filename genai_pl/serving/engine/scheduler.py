@@ -5,7 +5,7 @@ import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from genai_pl.serving.engine.request_state import Row, ending_alone, n_together, read_whole, share_cache
+from genai_pl.serving.engine.request_state import RequestState, isolate_failure, n_packed, prefill_packed, share_cache
 
 if TYPE_CHECKING:
     from genai_pl.serving.engine.engine import Engine
@@ -14,121 +14,127 @@ log = logging.getLogger("genai_pl.serving")
 SPARE = 4  # slots to one spare place
 
 
-def read_prompts(engine: "Engine") -> None:
+def prefill(engine: "Engine") -> None:
     """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins the batch."""
-    left = engine.chunk
-    while left > 0 and _next(engine, left):
-        rows, before = list(engine.reading), sum(row.n_read for row in engine.reading)
+    budget = engine.chunk_tokens
+    while budget > 0 and _next(engine, budget):
+        states, before = list(engine.prefilling), sum(state.n_prefilled for state in engine.prefilling)
         try:
-            engine.adapters.choose([rows[0].request.adapter])
-            logits = read_whole(rows, engine.device) if len(rows) > 1 else rows[0].read(left, engine.device)
-            left -= sum(row.n_read for row in rows) - before
+            engine.adapters.activate([states[0].request.adapter])
+            logits = (
+                prefill_packed(states, engine.device)
+                if len(states) > 1
+                else states[0].prefill_chunk(budget, engine.device)
+            )
+            budget -= sum(state.n_prefilled for state in states) - before
             if logits is None:
-                engine.resting.append(rows[0])
-                engine.reading = []
+                engine.paused.append(states[0])
+                engine.prefilling = []
                 continue
-            engine.take(logits, rows)
-            _join(engine, rows)
+            engine.append_tokens(logits, states)
+            _start_decoding(engine, states)
         except Exception:
             log.exception("a prompt cannot be read: its answer ends")
             _fail(engine)
-        engine.reading = []
+        engine.prefilling = []
 
 
-def _next(engine: "Engine", left: int) -> bool:
+def _next(engine: "Engine", budget: int) -> bool:
     """Whether there are rows to read now: newcomers and those that are read in part take turns."""
-    is_newcomers_turn, engine.is_newcomers_turn = engine.is_newcomers_turn, not engine.is_newcomers_turn
-    if is_newcomers_turn and _admit(engine, left):
+    admits_new, engine.new_requests_first = engine.new_requests_first, not engine.new_requests_first
+    if admits_new and _admit(engine, budget):
         return True
-    if engine.resting:
-        engine.reading = [engine.resting.popleft()]
+    if engine.paused:
+        engine.prefilling = [engine.paused.popleft()]
         return True
-    return not is_newcomers_turn and _admit(engine, left)
+    return not admits_new and _admit(engine, budget)
 
 
-def _join(engine: "Engine", rows: list[Row]) -> None:
+def _start_decoding(engine: "Engine", states: list[RequestState]) -> None:
     """Let rows that are read take part in steps, unless they are over."""
-    for row in rows:
-        if row.ending is None:
-            engine.batch.join(row)
+    for state in states:
+        if state.finish_reason is None:
+            engine.model_runner.add_request(state)
         else:
-            engine.end(row)
-        engine.reading.remove(row)
+            engine.finish(state)
+        engine.prefilling.remove(state)
 
 
-def _admit(engine: "Engine", left: int) -> bool:
+def _admit(engine: "Engine", budget: int) -> bool:
     """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
-    engine.reading = engine.next_rows(lambda: _admitted(engine, left if engine.batch.packs else 0))
-    if not engine.reading:
+    engine.prefilling = engine.take_waiting(lambda: _select(engine, budget if engine.model_runner.packs_prompts else 0))
+    if not engine.prefilling:
         return False
     try:
-        engine.adapters.choose([engine.reading[0].request.adapter])  # virtual tokens have room where they are on
-        for row in list(engine.reading):
-            _open(engine, row)
-        if engine.reading:
-            several, first = len(engine.reading) > 1, engine.reading[0]
-            n_tokens = sum(len(row.prompt) for row in engine.reading)
-            share_cache(engine.reading, n_tokens if several else engine.batch.room(first, engine.max_length))
+        engine.adapters.activate([engine.prefilling[0].request.adapter])  # virtual tokens have room where they are on
+        for state in list(engine.prefilling):
+            _start(engine, state)
+        if engine.prefilling:
+            several, first = len(engine.prefilling) > 1, engine.prefilling[0]
+            n_tokens = sum(len(state.prompt) for state in engine.prefilling)
+            share_cache(
+                engine.prefilling, n_tokens if several else engine.model_runner.cache_capacity(first, engine.max_length)
+            )
             return True
     except Exception:
         log.exception("a request cannot begin")
         _fail(engine)
-    return _admit(engine, left)
+    return _admit(engine, budget)
 
 
-def _admitted(engine: "Engine", limit: int) -> list[Row]:
+def _select(engine: "Engine", budget: int) -> list[RequestState]:
     """Those that begin now: as many as slots are free, or one that has a spare place when none is."""
-    rows, free = eligible(engine), engine.slots - engine.n_running
+    states, free = eligible(engine), engine.slots - engine.n_running
     if free > 0:
-        return rows[: n_together(rows, free, limit)]
-    if engine.n_running >= engine.places:
+        return states[: n_packed(states, free, budget)]
+    if engine.n_running >= engine.max_running:
         return []
-    return [row for row in rows if needs_spare(engine, row)][:1]
+    return [state for state in states if may_use_spare_slot(engine, state)][:1]
 
 
-def spare_places(slots: int) -> int:
+def n_spare_slots(slots: int) -> int:
     """How many rows there may be beyond the slots."""
     return -(-slots // SPARE)
 
 
-def needs_spare(engine: "Engine", row: Row) -> bool:
+def may_use_spare_slot(engine: "Engine", state: RequestState) -> bool:
     """Whether a row may have a spare place: nothing runs for its client, or for its request, which is over by the time
     that a slot is free."""
     running = engine.running()
-    if all(row.request.client != other.request.client for other in running):
+    if all(state.request.client != other.request.client for other in running):
         return True
-    if row.request.group is not None and any(row.request.group is other.request.group for other in running):
+    if state.request.group is not None and any(state.request.group is other.request.group for other in running):
         return False
-    return row.config.max_new_tokens < min(other.n_unwritten for other in running)
+    return state.config.max_new_tokens < min(other.n_remaining for other in running)
 
 
-def eligible(engine: "Engine") -> list[Row]:
+def eligible(engine: "Engine") -> list[RequestState]:
     """Those that wait, in the order of their turns.
 
     Of one client's, what has less for its request comes first: one with many prompts is read beside others, not before.
     """
-    running = Counter(id(row.request.group) for row in engine.running())
+    running = Counter(id(state.request.group) for state in engine.running())
     waiting, ranks, lines = list(engine.waiting), {}, defaultdict(list)
-    for row in waiting:
-        group = id(row.request.group)
-        ranks[id(row)] = 0 if row.request.group is None else running[group]
+    for state in waiting:
+        group = id(state.request.group)
+        ranks[id(state)] = 0 if state.request.group is None else running[group]
         running[group] += 1
-        lines[row.request.client].append(row)
-    turns = {client: iter(sorted(line, key=lambda row: ranks[id(row)])) for client, line in lines.items()}
-    return [next(turns[row.request.client]) for row in waiting]
+        lines[state.request.client].append(state)
+    turns = {client: iter(sorted(line, key=lambda state: ranks[id(state)])) for client, line in lines.items()}
+    return [next(turns[state.request.client]) for state in waiting]
 
 
-def _open(engine: "Engine", row: Row) -> None:
+def _start(engine: "Engine", state: RequestState) -> None:
     """Get a row ready, or end it."""
-    engine.observer.started(time.monotonic() - row.submitted)
-    with ending_alone(row):
-        row.open(engine.model, engine.tokenizer, engine.device)
-    if row.ending:
-        engine.reading.remove(row)
-        engine.end(row)
+    engine.observer.started(time.monotonic() - state.submit_time)
+    with isolate_failure(state):
+        state.start(engine.model, engine.tokenizer, engine.device)
+    if state.finish_reason:
+        engine.prefilling.remove(state)
+        engine.finish(state)
 
 
 def _fail(engine: "Engine") -> None:
-    for row in engine.reading:
-        engine.end(row, "error")
-    engine.reading = []
+    for state in engine.prefilling:
+        engine.finish(state, "error")
+    engine.prefilling = []

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from genai_pl.evaluation.embeddings import embed, judge
 from genai_pl.evaluation.scoring import batches, score
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models import Model
 from genai_pl.models.sentence import SentenceHead
-from genai_pl.serving.engine.model_runner import why_apart
+from genai_pl.serving.engine.model_runner import unbatchable_reason
 
 CPU_TOKENS, GPU_TOKENS = 256, 8192  # of a slice, padding included: well below a second
 Rows = Sequence[Sequence[int]]
@@ -24,35 +24,35 @@ def slice_tokens(model: Model) -> int:
 
 def embedding_slices(model: Model, rows: Rows, head: SentenceHead) -> Generator[None, None, Tensor]:
     """Vectors (N, D) of rows of tokens, float32 on the CPU."""
-    found = torch.empty(len(rows), head.size)
-    for batch, is_long in _plan(model, [len(row) for row in rows]):
+    vectors = torch.empty(len(rows), head.size)
+    for batch, is_long in _plan_slices(model, [len(row) for row in rows]):
         if is_long:
-            hidden = yield from _hidden(model, rows[batch[0]])
+            hidden = yield from _sliced_features(model, rows[batch[0]])
             ones = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-            found[batch] = head.to(hidden.float())(hidden.float(), ones).detach().cpu()
+            vectors[batch] = head.to(hidden.float())(hidden.float(), ones).detach().cpu()
         else:
-            found[batch] = embed(model, [rows[n] for n in batch], head)
+            vectors[batch] = embed(model, [rows[n] for n in batch], head)
             yield
-    return found
+    return vectors
 
 
 def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
     """A reward model's score of each row, (N,) float64 on the CPU."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
+    rewards = torch.zeros(len(rows), dtype=torch.float64)
     for batch in batches([len(row) for row in rows], slice_tokens(model)):
-        found[batch] = judge(model, [rows[n] for n in batch])
+        rewards[batch] = judge(model, [rows[n] for n in batch])
         yield
-    return found
+    return rewards
 
 
 def logprob_slices(
-    model: Model, rows: Sequence[Row], owners: Sequence[int], n_texts: int
+    model: Model, rows: Sequence[ScoredWindow], owners: Sequence[int], n_texts: int
 ) -> Generator[None, None, list[tuple[float, int]]]:
     """The log-probability in nats of each text, the sum over the rows that it owns; and of how many tokens."""
     totals, counts = np.zeros(n_texts), np.zeros(n_texts, dtype=int)
-    for batch, is_long in _plan(model, [len(row.tokens) - 1 for row in rows]):
+    for batch, is_long in _plan_slices(model, [len(row.tokens) - 1 for row in rows]):
         if is_long:
-            nll = [(yield from _nll(model, rows[batch[0]]))]
+            nll = [(yield from _sliced_nll(model, rows[batch[0]]))]
         else:
             nll = score(model, [rows[n] for n in batch], batch_tokens=slice_tokens(model)).nll.tolist()
             yield
@@ -62,43 +62,45 @@ def logprob_slices(
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
-def _plan(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+def _plan_slices(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Rows that are read in one slice, and whether it is one row that is read in several, out of a cache."""
-    size, in_parts = slice_tokens(model), why_apart(model) is None
+    size, can_slice = slice_tokens(model), unbatchable_reason(model) is None
     for batch in batches(lengths, size):
-        yield batch, in_parts and lengths[batch[0]] > size
+        yield batch, can_slice and lengths[batch[0]] > size
 
 
-def _parts(model: Model, tokens: Sequence[int], take: Callable[[int, Tensor], None]) -> Generator[None, None, None]:
+def _cached_slices(
+    model: Model, tokens: Sequence[int], on_chunk: Callable[[int, Tensor], None]
+) -> Generator[None, None, None]:
     """Read the tokens; `take` is given where each part begins and its hidden states (1, T, C)."""
     size, device = slice_tokens(model), next(model.parameters()).device
     with torch.inference_mode():
         cache = model.new_cache(1, len(tokens))
     for start in range(0, len(tokens), size):
         with torch.inference_mode():
-            part = torch.tensor([tokens[start : start + size]], device=device)
-            take(start, model.features(part, cache=cache))
+            chunk = torch.tensor([tokens[start : start + size]], device=device)
+            on_chunk(start, model.features(chunk, cache=cache))
         yield
 
 
-def _hidden(model: Model, row: Sequence[int]) -> Generator[None, None, Tensor]:
+def _sliced_features(model: Model, row: Sequence[int]) -> Generator[None, None, Tensor]:
     """The hidden states (1, T, C) of a long row."""
     parts: list[Tensor] = []
-    yield from _parts(model, list(row), lambda start, hidden: parts.append(hidden))
+    yield from _cached_slices(model, list(row), lambda start, hidden: parts.append(hidden))
     with torch.inference_mode():
         return torch.cat(parts, dim=1)
 
 
-def _nll(model: Model, row: Row) -> Generator[None, None, float]:
+def _sliced_nll(model: Model, row: ScoredWindow) -> Generator[None, None, float]:
     """The negative log-likelihood of what is scored of a long row, in nats."""
-    tokens, found = torch.from_numpy(row.tokens).long(), []
+    tokens, nll = torch.from_numpy(row.tokens).long(), []
 
-    def take(start: int, hidden: Tensor) -> None:
+    def add_nll(start: int, hidden: Tensor) -> None:
         first = max(start, row.n_given - 1)  # the position that predicts the first scored token
-        goal = tokens[first + 1 : start + hidden.shape[1] + 1].to(hidden.device)
-        if len(goal) > 0:
+        targets = tokens[first + 1 : start + hidden.shape[1] + 1].to(hidden.device)
+        if len(targets) > 0:
             logprobs = model.logits(hidden[0, first - start :]).float().log_softmax(-1)
-            found.append(-logprobs.gather(1, goal[:, None]).double().sum().item())
+            nll.append(-logprobs.gather(1, targets[:, None]).double().sum().item())
 
-    yield from _parts(model, tokens[:-1].tolist(), take)
-    return sum(found)
+    yield from _cached_slices(model, tokens[:-1].tolist(), add_nll)
+    return sum(nll)

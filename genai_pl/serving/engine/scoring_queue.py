@@ -7,15 +7,15 @@ from functools import partial
 from typing import TypeVar
 
 from genai_pl.serving.engine.engine import Engine
-from genai_pl.serving.engine.request import Busy
+from genai_pl.serving.engine.request import QueueFull
 from genai_pl.serving.errors import ApiError, too_busy
-from genai_pl.serving.fair_queue import Turns
+from genai_pl.serving.fair_queue import FairLock
 
 T = TypeVar("T")
 Slices = Generator[None, None, T]  # each step is a slice of the work, which in the end returns its result
 
 
-class Passes:
+class ScoringQueue:
     """They run beside the engine or, where requests choose adapters of the model, in its thread between two steps.
 
     At most `queue_size` of them wait for a first slice. One that nobody waits for any more ends with its slice.
@@ -24,7 +24,7 @@ class Passes:
     def __init__(self, engine: Engine | None, *, queue_size: int, timeout: float) -> None:
         self.engine, self.timeout = engine, timeout
         self.pool = ThreadPoolExecutor(1, "vectors")
-        self.turns = Turns(queue_size)
+        self.lock = FairLock(queue_size)
         self.is_stopped = False
 
     async def run(self, slices: Slices[T], *, adapter: str | None = None) -> T:
@@ -46,7 +46,7 @@ class Passes:
     async def _run(self, slices: Slices[T], adapter: str | None) -> T:
         has_begun = False
         while True:
-            async with self.turns.turn(force=has_begun):
+            async with self.lock.acquire(force=has_begun):
                 if self.is_stopped:
                     raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
                 is_over, result = await asyncio.wrap_future(self._begin(partial(_advance, slices), adapter))
@@ -58,8 +58,8 @@ class Passes:
         if self.engine is None or not self.engine.adapters.adapters:
             return self.pool.submit(work)
         try:
-            return self.engine.between(work, adapter)
-        except Busy as busy:
+            return self.engine.run_between_steps(work, adapter)
+        except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
 
 

@@ -13,7 +13,7 @@ SMALL = 65_536  # bytes: of these there are never too many, since connections ar
 LARGE_AT_ONCE = 32  # times the largest body: what all others may occupy together
 HEAVY = 8  # numbers that are as much work as a text, a list or an object
 PART = re.compile(rb'["\[{,:]')
-HELD: ContextVar[list[int]] = ContextVar("held")
+RESERVED_BYTES: ContextVar[list[int]] = ContextVar("held")
 
 
 class Bodies:
@@ -24,7 +24,7 @@ class Bodies:
 
     def __init__(self, *, max_body: int, max_values: int) -> None:
         self.max_body, self.max_values = max_body, max_values
-        self.room = max_body * LARGE_AT_ONCE
+        self.remaining_bytes = max_body * LARGE_AT_ONCE
 
     async def read(self, receive: Receive, length: bytes) -> bytes:
         """The whole body; ApiError where it is too large or does not come."""
@@ -42,11 +42,11 @@ class Bodies:
 
     def release(self) -> None:
         """The request is over, and its body with it."""
-        self.room += sum(HELD.get([]))
-        HELD.set([])
+        self.remaining_bytes += sum(RESERVED_BYTES.get([]))
+        RESERVED_BYTES.set([])
 
     async def _read(self, receive: Receive) -> bytes:
-        body, held = bytearray(), HELD.get()
+        body, reserved = bytearray(), RESERVED_BYTES.get()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -54,12 +54,12 @@ class Bodies:
             body += message.get("body", b"")
             if len(body) > self.max_body:
                 raise self._too_large()
-            new = len(body) - SMALL - sum(held)
+            new = len(body) - SMALL - sum(reserved)
             if new > 0:
-                if new > self.room:
+                if new > self.remaining_bytes:
                     raise too_busy(2.0)
-                self.room -= new
-                held.append(new)
+                self.remaining_bytes -= new
+                reserved.append(new)
             if not message.get("more_body", False):
                 return bytes(body)
 

@@ -14,7 +14,7 @@ from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.schemas import Sampling
 from genai_pl.serving.service import Service
 
-CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
 def generation_config(
@@ -24,9 +24,9 @@ def generation_config(
     limit = service.limits.max_tokens
     if max_tokens is not None and max_tokens > limit:
         raise ApiError(422, f"{param}={max_tokens}: this server gives at most {limit}", param=param)
-    said = {name: getattr(body, name) for name in CHOICES if getattr(body, name) is not None}
+    overrides = {name: getattr(body, name) for name in SAMPLING_FIELDS if getattr(body, name) is not None}
     n = max_tokens or min(limit, default or limit)
-    config = replace(service.settings.defaults, **said, max_new_tokens=n)
+    config = replace(service.settings.defaults, **overrides, max_new_tokens=n)
     if body.logit_bias is not None:
         try:
             check_bias(config, service.model.config.vocab_size)
@@ -47,7 +47,7 @@ def check_count(service: Service, n: int, *, param: str) -> None:
         raise ApiError(422, f"{param}: {n} answers in one request, at most {service.limits.max_n}", param=param)
 
 
-async def ask(
+async def submit_requests(
     service: Service,
     body: Sampling,
     prompts: Sequence[tuple[int, ...]],

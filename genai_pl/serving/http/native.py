@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.errors import ApiError, documented, json_response
-from genai_pl.serving.http.build_request import ask, generation_config
+from genai_pl.serving.http.build_request import generation_config, submit_requests
 from genai_pl.serving.http.schemas import GenerateAnswer, GenerateBody, ScoreAnswer, ScoreBody
 from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
 from genai_pl.serving.metrics import Metrics
@@ -36,13 +36,13 @@ def plain_routes(service: Service) -> APIRouter:
             service, body, max_tokens=body.max_new_tokens, param="max_new_tokens", stop=body.stop, default=default
         )
         prompt = await while_connected(request.receive, service.tokens(body.prompt))
-        answers = await ask(service, body, [prompt], config, adapter=adapter)
+        answers = await submit_requests(service, body, [prompt], config, adapter=adapter)
         if body.stream:
-            return await stream_events(request, pieces_of(answers, len(prompt)))
-        [pieces] = await while_connected(request.receive, collect(answers))
-        text = "".join(piece.text for piece in pieces)
+            return await stream_events(request, generate_events(answers, len(prompt)))
+        [outputs] = await while_connected(request.receive, collect(answers))
+        text = "".join(output.text for output in outputs)
         whole = text if service.has_two_stacks else body.prompt + text
-        return json_response({"response": whole, "text": text, **ending(answers[0], len(prompt))})
+        return json_response({"response": whole, "text": text, **finish_fields(answers[0], len(prompt))})
 
     @router.post("/score", response_model=ScoreAnswer)
     async def score(body: ScoreBody, request: Request) -> Response:
@@ -53,26 +53,26 @@ def plain_routes(service: Service) -> APIRouter:
                 422, f"text: {len(body.texts)} in one request, at most {service.limits.max_inputs}", param="text"
             )
         adapter = service.adapter_of(body.model)
-        found = await while_connected(request.receive, service.measures.score(body.prompts, body.texts, adapter))
+        scored = await while_connected(request.receive, service.scorer.score(body.prompts, body.texts, adapter))
         kind = "reward" if service.is_reward else "log_probability"
-        scores = [{"score": value, "n_tokens": n} for value, n in found]
+        scores = [{"score": value, "n_tokens": n} for value, n in scored]
         return json_response({"model": body.model or service.name, "kind": kind, "scores": scores})
 
     return router
 
 
-async def pieces_of(answers: list[Answer], n_prompt: int) -> Events:
+async def generate_events(answers: list[Answer], n_prompt: int) -> Events:
     """The events of /generate: pieces of text, then why there are no more."""
-    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
-        async for _, piece in pieces:
-            if piece.text:
-                yield {"text": piece.text}
-    yield {"text": "", **ending(answers[0], n_prompt)}
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
+        async for _, output in outputs:
+            if output.text:
+                yield {"text": output.text}
+    yield {"text": "", **finish_fields(answers[0], n_prompt)}
 
 
-def ending(answer: Answer, n_prompt: int) -> dict[str, object]:
+def finish_fields(answer: Answer, n_prompt: int) -> dict[str, object]:
     """Why an answer ended, and what it cost."""
-    return {"finish_reason": answer.finish, "prompt_tokens": n_prompt, "generated_tokens": answer.n_generated}
+    return {"finish_reason": answer.finish_reason, "prompt_tokens": n_prompt, "generated_tokens": answer.n_generated}
 
 
 def state_routes(metrics: Metrics, refresh: Callable[[], None], ready: Callable[[], bool]) -> APIRouter:

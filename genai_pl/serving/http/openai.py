@@ -10,13 +10,13 @@ from torch import Tensor
 
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.errors import ApiError, documented
-from genai_pl.serving.http.build_request import ask, check_count, generation_config
-from genai_pl.serving.http.rendering import json_answer, written
-from genai_pl.serving.http.responses import Chat, Completion, Format, header, usage
+from genai_pl.serving.http.build_request import check_count, generation_config, submit_requests
+from genai_pl.serving.http.rendering import json_answer, json_chunks
+from genai_pl.serving.http.responses import AnswerFormat, ChatFormat, CompletionFormat, header, usage
 from genai_pl.serving.http.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
 from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
-from genai_pl.serving.http.structured import with_form
-from genai_pl.serving.http.tools import ToolChat, offered
+from genai_pl.serving.http.structured import apply_response_format
+from genai_pl.serving.http.tools import ToolChatFormat, offered_tools
 from genai_pl.serving.service import Service
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
@@ -46,21 +46,23 @@ def openai_routes(service: Service) -> APIRouter:
             return [await service.tokens(prompt) for prompt in body.prompts]
 
         prompts = await while_connected(request.receive, read())
-        wanted = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
-        return await respond(service, body, request, prompts, Completion(decoder(service), body.logprobs), wanted)
+        token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
+        return await respond(
+            service, body, request, prompts, CompletionFormat(decoder(service), body.logprobs), token_limit
+        )
 
     @router.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         check(service, body, 1)
-        tools = offered(service, body)
+        tools = offered_tools(service, body)
         turns = [message.plain() for message in body.messages]
         prompts = [await while_connected(request.receive, service.chat_tokens(turns, tools))]
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        wanted = {"max_tokens": getattr(body, param), "param": param, "default": None}
+        token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
         top = (body.top_logprobs or 0) if body.logprobs else None
-        form = ToolChat(decoder(service), top, tools) if tools else Chat(decoder(service), top)
-        return await respond(service, body, request, prompts, form, wanted)
+        answer_format = ToolChatFormat(decoder(service), top, tools) if tools else ChatFormat(decoder(service), top)
+        return await respond(service, body, request, prompts, answer_format, token_limit)
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
@@ -95,59 +97,65 @@ async def respond(
     body: OpenAISampling,
     request: Request,
     prompts: list[tuple[int, ...]],
-    form: Format,
-    wanted: dict[str, object],
+    answer_format: AnswerFormat,
+    token_limit: dict[str, object],
 ) -> Response:
     """The answers to the prompts, whole or as a stream."""
-    config = generation_config(service, body, stop=body.stops, **wanted)
-    config = await while_connected(request.receive, with_form(service, body, config))
-    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": form.logprobs}
-    answers = await ask(service, body, prompts, config, **options)
+    config = generation_config(service, body, stop=body.stops, **token_limit)
+    config = await while_connected(request.receive, apply_response_format(service, body, config))
+    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
+    answers = await submit_requests(service, body, prompts, config, **options)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
     if body.stream:
-        by = whole_chunks if form.is_whole else chunks
-        events = by(answers, form, header(form.chunk_kind, name), n_prompt, with_usage=body.with_usage)
+        make_events = whole_chunks if answer_format.streams_whole_answers else chunks
+        events = make_events(
+            answers, answer_format, header(answer_format.chunk_kind, name), n_prompt, with_usage=body.with_usage
+        )
         return await stream_events(request, events)
-    pieces = await while_connected(request.receive, collect(answers))
+    outputs = await while_connected(request.receive, collect(answers))
 
     def whole() -> dict[str, object]:
-        choices = (form.choice(n, found, answers[n].finish) for n, found in enumerate(pieces))
-        return {**header(form.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
+        choices = (answer_format.choice(n, found, answers[n].finish_reason) for n, found in enumerate(outputs))
+        return {**header(answer_format.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
 
     return await json_answer(whole)
 
 
-async def chunks(answers: list[Answer], form: Format, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
+async def chunks(
+    answers: list[Answer], answer_format: AnswerFormat, head: dict, n_prompt: int, *, with_usage: bool
+) -> Events:
     """The events of a stream: for each answer its opening, its pieces and its end; then what it cost."""
     rest = {"usage": None} if with_usage else {}
     opened: set[int] = set()
 
-    def opening(n: int) -> list[dict]:
-        first = None if n in opened else form.opening(n)
+    def first_chunk(n: int) -> list[dict]:
+        first = None if n in opened else answer_format.first_chunk(n)
         opened.add(n)
         return [] if first is None else [{**head, "choices": [first], **rest}]
 
-    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
-        async for n, piece in pieces:
-            for event in opening(n):
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
+        async for n, output in outputs:
+            for event in first_chunk(n):
                 yield event
-            if piece.text or form.logprobs is not None:
-                yield {**head, "choices": [form.piece(n, piece)], **rest}
+            if output.text or answer_format.logprobs is not None:
+                yield {**head, "choices": [answer_format.chunk(n, output)], **rest}
     for n, answer in enumerate(answers):
-        for event in opening(n):
+        for event in first_chunk(n):
             yield event
-        yield {**head, "choices": [form.closing(n, answer.finish)], **rest}
+        yield {**head, "choices": [answer_format.last_chunk(n, answer.finish_reason)], **rest}
     if with_usage:
         yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
 
 
-async def whole_chunks(answers: list[Answer], form: ToolChat, head: dict, n_prompt: int, *, with_usage: bool) -> Events:
+async def whole_chunks(
+    answers: list[Answer], answer_format: ToolChatFormat, head: dict, n_prompt: int, *, with_usage: bool
+) -> Events:
     """The events of a stream in which each answer comes at once, when all are finished; then what it cost."""
     rest = {"usage": None} if with_usage else {}
-    for n, pieces in enumerate(await collect(answers)):
-        chunk = await asyncio.to_thread(form.chunk, n, pieces, answers[n].finish)
-        pieces = await asyncio.to_thread(written, {**head, "choices": [chunk], **rest}, in_ascii=True)
-        yield b"".join(pieces).decode()
+    for n, outputs in enumerate(await collect(answers)):
+        chunk = await asyncio.to_thread(answer_format.whole_chunk, n, outputs, answers[n].finish_reason)
+        event = await asyncio.to_thread(json_chunks, {**head, "choices": [chunk], **rest}, in_ascii=True)
+        yield b"".join(event).decode()
     if with_usage:
         yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
 
@@ -159,7 +167,7 @@ async def embed(service: Service, body: EmbeddingBody) -> Response:
         raise ApiError(
             422, f"input: {len(inputs)} texts in one request, at most {service.limits.max_inputs}", param="input"
         )
-    vectors, n_tokens = await service.measures.embed(inputs, service.adapter_of(body.model))
+    vectors, n_tokens = await service.scorer.embed(inputs, service.adapter_of(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
             raise ApiError(

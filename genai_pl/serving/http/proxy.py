@@ -19,7 +19,15 @@ from genai_pl.serving.http.schemas import (
 )
 from genai_pl.serving.http.streaming import Events, stream_events, while_connected
 from genai_pl.serving.http.upstream import Upstream
-from genai_pl.serving.http.upstream_answers import Json, counted, models_of, objects_of, parse, reading_foreign, text_of
+from genai_pl.serving.http.upstream_answers import (
+    Json,
+    list_of_models,
+    list_of_objects,
+    parse,
+    text_of,
+    token_count,
+    upstream_errors,
+)
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
 PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
@@ -37,7 +45,7 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     @router.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> Response:
         """One of them."""
-        for entry in models_of(await upstream.get("models")):
+        for entry in list_of_models(await upstream.get("models")):
             if entry["id"] == name:
                 return json_response(entry)
         raise ApiError(404, f"model={name}: not served there", param="model")
@@ -60,11 +68,11 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     @router.post("/generate", response_model=GenerateAnswer, tags=["genai_pl"])
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Continue a text."""
-        asked = await completion_of(upstream, body)
+        payload = await completion_payload(upstream, body)
         if body.stream:
-            return await stream_events(request, pieces_of(upstream, asked))
-        found = await while_connected(request.receive, upstream.post("completions", asked))
-        return json_response(answer_of(body.prompt, found))
+            return await stream_events(request, generate_events(upstream, payload))
+        reply = await while_connected(request.receive, upstream.post("completions", payload))
+        return json_response(generate_answer(body.prompt, reply))
 
     @router.post("/score", tags=["genai_pl"])
     async def score(body: ScoreBody) -> Response:
@@ -77,54 +85,54 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
 async def forward(upstream: Upstream, request: Request, path: str, body: Body, *, stream: bool) -> Response:
     """The other server's answer to what the client said, whole or event by event."""
     try:
-        asked = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
-        json.dumps(asked, allow_nan=False)
+        payload = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
+        json.dumps(payload, allow_nan=False)
     except (ValueError, RecursionError):
         raise ApiError(422, "the body has a value that JSON has no words for") from None
-    asked["model"] = asked.get("model") or await upstream.default_model()
+    payload["model"] = payload.get("model") or await upstream.default_model()
     if stream:
-        return await stream_events(request, upstream.stream(path, asked))
-    return json_response(await while_connected(request.receive, upstream.post(path, asked)))
+        return await stream_events(request, upstream.stream(path, payload))
+    return json_response(await while_connected(request.receive, upstream.post(path, payload)))
 
 
-async def completion_of(upstream: Upstream, body: GenerateBody) -> Json:
+async def completion_payload(upstream: Upstream, body: GenerateBody) -> Json:
     """The request of /generate in OpenAI's words."""
-    said = {name: getattr(body, name) for name in PASSED if getattr(body, name) not in (None, [])}
+    options_set = {name: getattr(body, name) for name in PASSED if getattr(body, name) not in (None, [])}
     n = body.max_new_tokens or min(upstream.limits.max_tokens, upstream.settings.defaults.max_new_tokens)
     model = body.adapter or await upstream.default_model()
     options = {"stream": True, "stream_options": {"include_usage": True}} if body.stream else {}
-    return {"model": model, "prompt": body.prompt, "max_tokens": n, **said, **options}
+    return {"model": model, "prompt": body.prompt, "max_tokens": n, **options_set, **options}
 
 
-def answer_of(prompt: str, found: Json) -> Json:
+def generate_answer(prompt: str, reply: Json) -> Json:
     """The answer of /generate."""
-    with reading_foreign():
-        [choice] = objects_of(found, "choices")
+    with upstream_errors():
+        [choice] = list_of_objects(reply, "choices")
         text, reason = text_of(choice["text"]), text_of(choice["finish_reason"])
-        return {"response": prompt + text, "text": text, "finish_reason": reason, **_counts(found.get("usage"))}
+        return {"response": prompt + text, "text": text, "finish_reason": reason, **_usage_fields(reply.get("usage"))}
 
 
-async def pieces_of(upstream: Upstream, asked: Json) -> Events:
+async def generate_events(upstream: Upstream, payload: Json) -> Events:
     """The events of /generate."""
     reason, costs = "stop", None
-    events: AsyncGenerator[str, None] = upstream.stream("completions", asked)
+    events: AsyncGenerator[str, None] = upstream.stream("completions", payload)
     async with aclosing(events):
         async for event in events:
             chunk = parse(event)
             costs = chunk.get("usage") or costs
-            with reading_foreign():
-                choices = objects_of(chunk, "choices")
+            with upstream_errors():
+                choices = list_of_objects(chunk, "choices")
                 texts = [text_of(choice.get("text") or "") for choice in choices]
                 reason = next((text_of(c["finish_reason"]) for c in choices if c.get("finish_reason")), reason)
             for text in filter(None, texts):
                 yield {"text": text}
-    with reading_foreign():
-        counts = _counts(costs)
+    with upstream_errors():
+        counts = _usage_fields(costs)
     yield {"text": "", "finish_reason": reason, **counts}
 
 
-def _counts(costs: object) -> dict[str, int]:
+def _usage_fields(costs: object) -> dict[str, int]:
     return {
-        "prompt_tokens": counted(costs, "prompt_tokens"),
-        "generated_tokens": counted(costs, "completion_tokens"),
+        "prompt_tokens": token_count(costs, "prompt_tokens"),
+        "generated_tokens": token_count(costs, "completion_tokens"),
     }

@@ -12,44 +12,44 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 DEPTH = 6  # of an answer's parts that are written one by one: choices, logprobs, tokens
-PIECE = 1 << 16  # characters that are encoded and sent at a time
+CHUNK_CHARS = 1 << 16  # characters that are encoded and sent at a time
 
 
 async def json_answer(make: Callable[[], object]) -> Response:
     """The answer that `make` gives, in JSON."""
-    return InPieces(await asyncio.to_thread(lambda: written(make())))
+    return ChunkedJSONResponse(await asyncio.to_thread(lambda: json_chunks(make())))
 
 
-class InPieces(Response):
+class ChunkedJSONResponse(Response):
     """A body of JSON that is sent piece by piece, each when the client has room for it."""
 
     media_type = "application/json"
 
-    def __init__(self, pieces: list[bytes]) -> None:
-        super().__init__(headers={"content-length": str(sum(map(len, pieces)))})
-        self.pieces = pieces
+    def __init__(self, chunks: list[bytes]) -> None:
+        super().__init__(headers={"content-length": str(sum(map(len, chunks)))})
+        self.chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for piece in self.pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        for chunk in self.chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await asyncio.sleep(0)  # others have their turn, even where the client reads as fast as this is sent
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def written(value: object, *, in_ascii: bool = False) -> list[bytes]:
+def json_chunks(value: object, *, in_ascii: bool = False) -> list[bytes]:
     """The value in JSON, in pieces; an iterator is a list, and json.dumps lets nobody else work: it is given small parts."""
-    writer = _Writer(in_ascii)
+    writer = _JSONWriter(in_ascii)
     writer.write(value, DEPTH)
     writer.encode()
-    return writer.pieces
+    return writer.chunks
 
 
-class _Writer:
+class _JSONWriter:
     """Texts, which become bytes when there are PIECE characters of them."""
 
     def __init__(self, in_ascii: bool) -> None:
-        self.in_ascii, self.pieces, self.texts, self.n = in_ascii, [], [], 0
+        self.in_ascii, self.chunks, self.texts, self.n = in_ascii, [], [], 0
 
     def write(self, value: object, depth: int) -> None:
         """A value, whose parts are written one by one down to this depth."""
@@ -70,13 +70,13 @@ class _Writer:
 
     def encode(self) -> None:
         """Make bytes of the texts."""
-        self.pieces.append("".join(self.texts).encode())
+        self.chunks.append("".join(self.texts).encode())
         self.texts, self.n = [], 0
 
     def _add(self, text: str) -> None:
         self.texts.append(text)
         self.n += len(text)
-        if self.n >= PIECE:
+        if self.n >= CHUNK_CHARS:
             self.encode()
 
     def _dumps(self, value: object) -> str:

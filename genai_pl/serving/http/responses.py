@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from genai_pl.serving.answer_streams import Answer
-    from genai_pl.serving.engine.request import Piece
+    from genai_pl.serving.engine.request import TokenOutput
 
 Json = dict[str, object]
 Decode = Callable[[int], str]
@@ -30,21 +30,21 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, LEAST)
 
 
-def text_logprobs(pieces: "Sequence[Piece]", decode: Decode, *, offset: int = 0) -> Json:
+def text_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode, *, offset: int = 0) -> Json:
     """Of /v1/completions: lists by token, top_logprobs as an iterator; text_offset counts characters of the answer."""
     offsets = []
-    for piece in pieces:
+    for output in outputs:
         offsets.append(offset)
-        offset += len(piece.text)
+        offset += len(output.text)
     return {
-        "tokens": [decode(piece.token) for piece in pieces],
-        "token_logprobs": [_finite(piece.logprob) for piece in pieces],
-        "top_logprobs": ({decode(token): _finite(p) for token, p in reversed(piece.top)} for piece in pieces),
+        "tokens": [decode(output.token) for output in outputs],
+        "token_logprobs": [_finite(output.logprob) for output in outputs],
+        "top_logprobs": ({decode(token): _finite(p) for token, p in reversed(output.top)} for output in outputs),
         "text_offset": offsets,
     }
 
 
-def chat_logprobs(pieces: "Sequence[Piece]", decode: Decode) -> Json:
+def chat_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode) -> Json:
     """Of /v1/chat/completions: an entry per token, with its alternatives; an iterator of them."""
 
     def entry(token: int, logprob: float | None) -> Json:
@@ -54,8 +54,8 @@ def chat_logprobs(pieces: "Sequence[Piece]", decode: Decode) -> Json:
 
     return {
         "content": (
-            {**entry(piece.token, piece.logprob), "top_logprobs": [entry(*one) for one in piece.top]}
-            for piece in pieces
+            {**entry(output.token, output.logprob), "top_logprobs": [entry(*one) for one in output.top]}
+            for output in outputs
         )
     }
 
@@ -65,72 +65,74 @@ def listed(logprobs: Json | None) -> Json | None:
     return logprobs and {name: list(value) for name, value in logprobs.items()}
 
 
-class Completion:
+class CompletionFormat:
     """/v1/completions: each choice is text."""
 
-    is_whole = False  # whether a stream waits for the end of each answer
+    streams_whole_answers = False  # whether a stream waits for the end of each answer
     kind, chunk_kind = "text_completion", "text_completion"
 
     def __init__(self, decode: Decode, logprobs: int | None) -> None:
         self.decode, self.logprobs = decode, logprobs
         self.offsets: dict[int, int] = {}
 
-    def choice(self, n: int, pieces: "Sequence[Piece]", finish: str | None) -> Json:
+    def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """Answer n, whole."""
-        return self._choice(n, "".join(piece.text for piece in pieces), pieces, finish)
+        return self._choice(n, "".join(output.text for output in outputs), outputs, finish_reason)
 
-    def opening(self, n: int) -> Json | None:
+    def first_chunk(self, n: int) -> Json | None:
         """What stands before the pieces of answer n."""
 
-    def piece(self, n: int, piece: "Piece") -> Json:
+    def chunk(self, n: int, output: "TokenOutput") -> Json:
         """One piece of answer n."""
-        choice = self._choice(n, piece.text, [piece], None)
+        choice = self._choice(n, output.text, [output], None)
         return {**choice, "logprobs": listed(choice["logprobs"])}
 
-    def closing(self, n: int, finish: str | None) -> Json:
+    def last_chunk(self, n: int, finish_reason: str | None) -> Json:
         """The end of answer n."""
-        return self._choice(n, "", [], finish)
+        return self._choice(n, "", [], finish_reason)
 
-    def _choice(self, n: int, text: str, pieces: "Sequence[Piece]", finish: str | None) -> Json:
-        found = None
-        if self.logprobs is not None and pieces:
-            found = text_logprobs(pieces, self.decode, offset=self.offsets.get(n, 0))
+    def _choice(self, n: int, text: str, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
+        logprobs = None
+        if self.logprobs is not None and outputs:
+            logprobs = text_logprobs(outputs, self.decode, offset=self.offsets.get(n, 0))
             self.offsets[n] = self.offsets.get(n, 0) + len(text)
-        return {"index": n, "text": text, "logprobs": found, "finish_reason": finish}
+        return {"index": n, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-class Chat:
+class ChatFormat:
     """/v1/chat/completions: each choice is a message of the assistant, in a stream a delta of it."""
 
-    is_whole = False
+    streams_whole_answers = False
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, decode: Decode, logprobs: int | None) -> None:
         self.decode, self.logprobs = decode, logprobs
 
-    def choice(self, n: int, pieces: "Sequence[Piece]", finish: str | None) -> Json:
+    def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """Answer n, whole."""
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
-        return {"index": n, "message": message, "logprobs": self._logprobs(pieces), "finish_reason": finish}
+        message = {"role": "assistant", "content": "".join(output.text for output in outputs), "refusal": None}
+        return {"index": n, "message": message, "logprobs": self._logprobs(outputs), "finish_reason": finish_reason}
 
-    def opening(self, n: int) -> Json | None:
+    def first_chunk(self, n: int) -> Json | None:
         """What stands before the pieces of answer n."""
         return self._delta(n, {"role": "assistant", "content": ""}, [], None)
 
-    def piece(self, n: int, piece: "Piece") -> Json:
+    def chunk(self, n: int, output: "TokenOutput") -> Json:
         """One piece of answer n."""
-        return self._delta(n, {"content": piece.text}, [piece], None)
+        return self._delta(n, {"content": output.text}, [output], None)
 
-    def closing(self, n: int, finish: str | None) -> Json:
+    def last_chunk(self, n: int, finish_reason: str | None) -> Json:
         """The end of answer n."""
-        return self._delta(n, {}, [], finish)
+        return self._delta(n, {}, [], finish_reason)
 
-    def _delta(self, n: int, delta: Mapping[str, str], pieces: "Sequence[Piece]", finish: str | None) -> Json:
-        logprobs = listed(self._logprobs(pieces))
-        return {"index": n, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish}
+    def _delta(
+        self, n: int, delta: Mapping[str, str], outputs: "Sequence[TokenOutput]", finish_reason: str | None
+    ) -> Json:
+        logprobs = listed(self._logprobs(outputs))
+        return {"index": n, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, pieces: "Sequence[Piece]") -> Json | None:
-        return None if self.logprobs is None or not pieces else chat_logprobs(pieces, self.decode)
+    def _logprobs(self, outputs: "Sequence[TokenOutput]") -> Json | None:
+        return None if self.logprobs is None or not outputs else chat_logprobs(outputs, self.decode)
 
 
-Format = Completion | Chat
+AnswerFormat = CompletionFormat | ChatFormat

@@ -20,11 +20,11 @@ IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identi
 MAX_BIAS = 1024  # tokens
 
 
-def _not_too_many(found: object) -> object:
+def _check_bias_size(bias: object) -> object:
     """Said before each of them is looked at."""
-    if isinstance(found, dict) and len(found) > MAX_BIAS:
-        raise ValueError(f"{len(found)} tokens, at most {MAX_BIAS}")
-    return found
+    if isinstance(bias, dict) and len(bias) > MAX_BIAS:
+        raise ValueError(f"{len(bias)} tokens, at most {MAX_BIAS}")
+    return bias
 
 
 # lists fail at their first mistake: a client may make as many as there are values
@@ -37,7 +37,7 @@ Count = Annotated[int, Field(ge=1, le=2**31)]
 Bias = Annotated[
     dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIAS),
-    BeforeValidator(_not_too_many),
+    BeforeValidator(_check_bias_size),
 ]
 
 

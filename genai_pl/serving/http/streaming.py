@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from genai_pl.serving.errors import ApiError, ClientGone, as_api_error, too_busy
 
 if TYPE_CHECKING:
-    from genai_pl.serving.engine.request import Piece
+    from genai_pl.serving.engine.request import TokenOutput
     from genai_pl.serving.service import Answer
 
 T = TypeVar("T")
@@ -96,14 +96,14 @@ async def cancelled_at_exit(answers: Sequence["Answer"]) -> AsyncIterator[None]:
             answer.cancel()
 
 
-async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piece"], None]:
+async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "TokenOutput"], None]:
     """The pieces of all answers as they come, with the number of their answer; ApiError where one cannot be finished."""
-    queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, TokenOutput | None]] = asyncio.Queue()
 
     async def pump(n: int, answer: "Answer") -> None:
         try:
-            async for piece in answer:
-                await queue.put((n, piece))
+            async for output in answer:
+                await queue.put((n, output))
                 await asyncio.sleep(0)  # others have their turn even where pieces come faster than they can be sent
         finally:
             await queue.put((n, None))
@@ -112,9 +112,9 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piec
     try:
         left = len(tasks)
         while left:
-            n, piece = await queue.get()
-            if piece is not None:
-                yield n, piece
+            n, output = await queue.get()
+            if output is not None:
+                yield n, output
                 continue
             await tasks[n]  # raises what ended it
             check_finish(answers[n])
@@ -123,22 +123,22 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Piec
         await _end(*tasks)
 
 
-async def collect(answers: Sequence["Answer"]) -> list[list["Piece"]]:
+async def collect(answers: Sequence["Answer"]) -> list[list["TokenOutput"]]:
     """All pieces of each answer."""
-    found: list[list[Piece]] = [[] for _ in answers]
-    async with cancelled_at_exit(answers), aclosing(merged(answers)) as pieces:
-        async for n, piece in pieces:
-            found[n].append(piece)
-    return found
+    outputs_by_answer: list[list[TokenOutput]] = [[] for _ in answers]
+    async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
+        async for n, output in outputs:
+            outputs_by_answer[n].append(output)
+    return outputs_by_answer
 
 
 def check_finish(answer: "Answer") -> None:
     """ApiError if the answer ended before its end."""
-    if answer.finish == "deadline":
+    if answer.finish_reason == "deadline":
         raise ApiError(504, f"not finished in time, after {answer.n_generated} tokens: ask for fewer, or set timeout")
-    if answer.finish == "cancelled":
+    if answer.finish_reason == "cancelled":
         raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
-    if answer.finish == "busy":  # others, who had less, needed its place in the queue
+    if answer.finish_reason == "busy":  # others, who had less, needed its place in the queue
         raise too_busy(1.0)
-    if answer.finish == "error":
+    if answer.finish_reason == "error":
         raise ApiError(500, "the model failed; the log has the reason")

@@ -16,7 +16,7 @@ MAX_FORM = 65_536  # characters of a schema, or of all texts to choose from
 MAX_PATTERN = 4096  # of a regular expression, and of all that a schema has: compiling takes the third power of it
 
 
-class Wish(NamedTuple):
+class FormatConstraint(NamedTuple):
     """A form, and the field of the request that asks for it."""
 
     param: str
@@ -24,15 +24,15 @@ class Wish(NamedTuple):
     value: object
 
 
-async def with_form(service: Service, body: OpenAISampling, config: GenerationConfig) -> GenerationConfig:
+async def apply_response_format(service: Service, body: OpenAISampling, config: GenerationConfig) -> GenerationConfig:
     """The way to choose tokens with the form that the client asks for; ApiError 422 for one that cannot be."""
-    wishes = list(_wishes(body))
-    if not wishes:
+    constraints = list(_requested_constraints(body))
+    if not constraints:
         return config
-    param = wishes[0].param
-    if len(wishes) > 1:
-        raise ApiError(422, f"{param} and {wishes[1].param}: give one of them", param=param)
-    config = replace(config, **_constraint(wishes[0]))
+    param = constraints[0].param
+    if len(constraints) > 1:
+        raise ApiError(422, f"{param} and {constraints[1].param}: give one of them", param=param)
+    config = replace(config, **_constraint(constraints[0]))
     try:
         await service.prepare(config)
     except (ConfigError, UnicodeError) as error:  # half a surrogate pair is no text
@@ -41,60 +41,62 @@ async def with_form(service: Service, body: OpenAISampling, config: GenerationCo
     return config
 
 
-def _wishes(body: OpenAISampling) -> Iterator[Wish]:
+def _requested_constraints(body: OpenAISampling) -> Iterator[FormatConstraint]:
     """All that the client says about the form, in OpenAI's words and in both of vLLM's."""
     if body.response_format is not None:
         yield from _response_format(body.response_format)
     for kind in ("json", "regex", "choice"):
         value = getattr(body, f"guided_{kind}")
         if value is not None:
-            yield Wish(f"guided_{kind}", kind, value)
+            yield FormatConstraint(f"guided_{kind}", kind, value)
     for kind, value in (body.structured_outputs or {}).items():
         if value is not None and value is not False:
-            yield Wish(f"structured_outputs.{kind}", kind, value)
+            yield FormatConstraint(f"structured_outputs.{kind}", kind, value)
 
 
-def _response_format(given: dict[str, object]) -> Iterator[Wish]:
-    kind = given.get("type")
+def _response_format(response_format: dict[str, object]) -> Iterator[FormatConstraint]:
+    kind = response_format.get("type")
     if kind == "json_object":
-        yield Wish("response_format", "json_object", True)
+        yield FormatConstraint("response_format", "json_object", True)
     elif kind == "json_schema":
-        inner = given.get("json_schema")
-        yield Wish("response_format.json_schema", "json", inner.get("schema") if isinstance(inner, dict) else None)
+        inner = response_format.get("json_schema")
+        yield FormatConstraint(
+            "response_format.json_schema", "json", inner.get("schema") if isinstance(inner, dict) else None
+        )
     elif kind != "text":
         raise ApiError(422, "response_format: its type is text, json_object or json_schema", param="response_format")
 
 
-def _constraint(wish: Wish) -> dict[str, str | None]:
+def _constraint(constraint: FormatConstraint) -> dict[str, str | None]:
     """The two fields of GenerationConfig; a schema is text that begins with a brace, and so never the name of a file."""
-    if wish.kind == "json_object":
+    if constraint.kind == "json_object":
         return {"json_schema": '{"type": "object"}', "regex": None}
-    if wish.kind == "json":
-        return {"json_schema": _schema(wish), "regex": None}
-    if wish.kind == "regex" and isinstance(wish.value, str):
-        _check_length(wish, len(wish.value), MAX_PATTERN)
-        return {"json_schema": None, "regex": wish.value}
-    texts = wish.value if isinstance(wish.value, list) else []
-    if wish.kind == "choice" and texts and all(isinstance(text, str) and text for text in texts):
-        _check_length(wish, sum(map(len, texts)), MAX_FORM)
+    if constraint.kind == "json":
+        return {"json_schema": _schema(constraint), "regex": None}
+    if constraint.kind == "regex" and isinstance(constraint.value, str):
+        _check_length(constraint, len(constraint.value), MAX_PATTERN)
+        return {"json_schema": None, "regex": constraint.value}
+    texts = constraint.value if isinstance(constraint.value, list) else []
+    if constraint.kind == "choice" and texts and all(isinstance(text, str) and text for text in texts):
+        _check_length(constraint, sum(map(len, texts)), MAX_FORM)
         return {"json_schema": None, "regex": "|".join(re.escape(text) for text in texts)}
     kinds = {"regex": "an expression", "choice": "a list of texts"}
-    said = f"give {kinds[wish.kind]}" if wish.kind in kinds else "no such option of this server"
-    raise ApiError(422, f"{wish.param}: {said}", param=wish.param)
+    problem = f"give {kinds[constraint.kind]}" if constraint.kind in kinds else "no such option of this server"
+    raise ApiError(422, f"{constraint.param}: {problem}", param=constraint.param)
 
 
-def _schema(wish: Wish) -> str:
+def _schema(constraint: FormatConstraint) -> str:
     """The text of a schema, which vLLM's clients may send as text too."""
     try:
-        schema = json.loads(wish.value) if isinstance(wish.value, str) else wish.value
+        schema = json.loads(constraint.value) if isinstance(constraint.value, str) else constraint.value
         if isinstance(schema, dict):
             text = json.dumps(schema)
-            _check_length(wish, len(text), MAX_FORM)
-            _check_length(wish, sum(map(len, _patterns(schema))), MAX_PATTERN, what="of regular expressions")
+            _check_length(constraint, len(text), MAX_FORM)
+            _check_length(constraint, sum(map(len, _patterns(schema))), MAX_PATTERN, what="of regular expressions")
             return text
     except (ValueError, RecursionError):
         pass
-    raise ApiError(422, f"{wish.param}: give a JSON schema, which is an object", param=wish.param)
+    raise ApiError(422, f"{constraint.param}: give a JSON schema, which is an object", param=constraint.param)
 
 
 def _patterns(schema: object) -> Iterator[str]:
@@ -112,7 +114,7 @@ def _patterns(schema: object) -> Iterator[str]:
             waiting += part
 
 
-def _check_length(wish: Wish, n: int, most: int, *, what: str = "in all") -> None:
+def _check_length(constraint: FormatConstraint, n: int, most: int, *, what: str = "in all") -> None:
     """ApiError 422 for a form whose compiling would take long."""
     if n > most:
-        raise ApiError(422, f"{wish.param}: {n:,} characters {what}, at most {most:,}", param=wish.param)
+        raise ApiError(422, f"{constraint.param}: {n:,} characters {what}, at most {most:,}", param=constraint.param)

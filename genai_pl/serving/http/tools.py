@@ -6,17 +6,17 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.responses import Chat, Decode, Json
+from genai_pl.serving.http.responses import ChatFormat, Decode, Json
 from genai_pl.serving.http.schemas import ChatBody
 from genai_pl.serving.service import Service
 
 if TYPE_CHECKING:
-    from genai_pl.serving.engine.request import Piece
+    from genai_pl.serving.engine.request import TokenOutput
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"  # as Hermes and Qwen write them
 
 
-def offered(service: Service, body: ChatBody) -> list[Json]:
+def offered_tools(service: Service, body: ChatBody) -> list[Json]:
     """The tools that the chat template is told of; ApiError 422 where it has no place for any."""
     if body.tool_choice not in (None, "none", "auto"):
         raise ApiError(422, "tool_choice: this server has none and auto", param="tool_choice")
@@ -32,16 +32,16 @@ def offered(service: Service, body: ChatBody) -> list[Json]:
     return tools
 
 
-def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
+def parse_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
     """The text outside of calls, and the calls; all of it is text where one of them cannot be read."""
     calls, outside, end = [], [], 0
-    for begin, after in call_spans(text):
-        found = text[begin + len(OPENING) : after - len(CLOSING)].strip()
+    for begin, after in tool_call_spans(text):
+        source = text[begin + len(OPENING) : after - len(CLOSING)].strip()
         outside.append(text[end:begin])
         end = after
         try:
-            said = json.loads(found)
-            name, arguments = said["name"], said.get("arguments", {})
+            call = json.loads(source)
+            name, arguments = call["name"], call.get("arguments", {})
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             return text, []
         if name not in names or not isinstance(arguments, dict):
@@ -51,7 +51,7 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
     return ("".join([*outside, text[end:]]).strip() if calls else text), calls
 
 
-def call_spans(text: str) -> Iterator[tuple[int, int]]:
+def tool_call_spans(text: str) -> Iterator[tuple[int, int]]:
     """Where calls begin and end in the text, markers included; every character is looked at once or twice."""
     end = 0
     while (begin := text.find(OPENING, end)) >= 0:
@@ -62,27 +62,27 @@ def call_spans(text: str) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-class ToolChat(Chat):
+class ToolChatFormat(ChatFormat):
     """A chat in which the assistant may call tools; a stream has each answer in one delta, once it is whole."""
 
-    is_whole = True
+    streams_whole_answers = True
 
     def __init__(self, decode: Decode, logprobs: int | None, tools: Sequence[Json]) -> None:
         super().__init__(decode, logprobs)
         self.names = {tool["function"]["name"] for tool in tools}
 
-    def choice(self, n: int, pieces: "Sequence[Piece]", finish: str | None) -> Json:
+    def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """Answer n, whole."""
-        choice = super().choice(n, pieces, finish)
-        text, calls = read_calls(choice["message"]["content"], self.names)
+        choice = super().choice(n, outputs, finish_reason)
+        text, calls = parse_tool_calls(choice["message"]["content"], self.names)
         if calls:
             choice["message"] |= {"content": text or None, "tool_calls": calls}
             choice["finish_reason"] = "tool_calls"
         return choice
 
-    def chunk(self, n: int, pieces: "Sequence[Piece]", finish: str | None) -> Json:
+    def whole_chunk(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """Answer n as the one delta of a stream."""
-        choice = self.choice(n, pieces, finish)
+        choice = self.choice(n, outputs, finish_reason)
         delta = {k: v for k, v in choice.pop("message").items() if k != "refusal"}
         if "tool_calls" in delta:
             delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]

@@ -17,15 +17,15 @@ from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.http.streaming import DONE
 from genai_pl.serving.http.upstream_answers import (
     Json,
-    counted,
-    lines,
-    models_of,
-    objects_of,
+    client_error,
+    list_of_models,
+    list_of_objects,
     parse,
-    reading_foreign,
-    refusal,
+    read_body,
+    read_lines,
     sendable,
-    whole,
+    token_count,
+    upstream_errors,
 )
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.response_cache import key_of, make_cache
@@ -73,7 +73,7 @@ class Upstream:
     async def default_model(self) -> str:
         """The model of requests that name none: the option `name`, or the first one that the other server has."""
         if self.name is None:
-            entries = models_of(await self.get("models"))
+            entries = list_of_models(await self.get("models"))
             if not entries:
                 raise ApiError(502, "the server behind this one names no model: set name=")
             self.name = entries[0]["id"]
@@ -81,45 +81,45 @@ class Upstream:
 
     async def get(self, path: str) -> Json:
         """What the other server answers, as JSON."""
-        return await self._fetched("GET", path, None)
+        return await self._fetch("GET", path, None)
 
     async def post(self, path: str, body: Json) -> Json:
         """The same to a request with a body; repeatable ones are answered from the cache."""
         key = self._key(path, body)
-        kept = await self._kept(key)
-        if isinstance(kept, dict):
-            return kept
-        found = await self._fetched("POST", path, body)
-        with reading_foreign():
-            objects_of(found, "data" if path == "embeddings" else "choices")
-            costs = found.get("usage")
-            self.metrics.finished("stop", counted(costs, "prompt_tokens"), counted(costs, "completion_tokens"))
+        cached = await self._cached(key)
+        if isinstance(cached, dict):
+            return cached
+        reply_json = await self._fetch("POST", path, body)
+        with upstream_errors():
+            list_of_objects(reply_json, "data" if path == "embeddings" else "choices")
+            costs = reply_json.get("usage")
+            self.metrics.finished("stop", token_count(costs, "prompt_tokens"), token_count(costs, "completion_tokens"))
         if key is not None:
-            await self.cache.set(key, json.dumps(found).encode())
-        return found
+            await self.cache.set(key, json.dumps(reply_json).encode())
+        return reply_json
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[str]:
         """The events of a stream, each the text of a JSON object; whole streams of repeatable requests are kept."""
         key = self._key(path, body)
-        kept = await self._kept(key)
-        if isinstance(kept, list):
-            for event in kept:
+        cached = await self._cached(key)
+        if isinstance(cached, list):
+            for event in cached:
                 yield event
                 await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
             return
         events: list[str] = []
-        began = last = time.perf_counter()
-        async with self._sent("POST", path, body) as reply, aclosing(lines(reply)) as source:
-            while (line := await self._in_time(anext(source, None), began)) is not None:
+        start = last = time.perf_counter()
+        async with self._open_response("POST", path, body) as reply, aclosing(read_lines(reply)) as source:
+            while (line := await self._with_timeout(anext(source, None), start)) is not None:
                 if not line.startswith("data:"):
                     continue
                 event = line.removeprefix("data:").strip()
                 if event == DONE:
                     break
-                if "error" in (said := parse(event)):
-                    raise ApiError(502, "the server behind this one broke off its answer", reason=said["error"])
+                if "error" in (chunk := parse(event)):
+                    raise ApiError(502, "the server behind this one broke off its answer", reason=chunk["error"])
                 now = time.perf_counter()
-                self.metrics.token(now - last) if events else self.metrics.first_token(now - began)
+                self.metrics.token(now - last) if events else self.metrics.first_token(now - start)
                 last = now
                 events.append(event)
                 yield event
@@ -134,37 +134,39 @@ class Upstream:
             return None
         return key_of(str(self.address), path, {k: v for k, v in body.items() if k != "user"})
 
-    async def _kept(self, key: str | None) -> Json | list[str] | None:
+    async def _cached(self, key: str | None) -> Json | list[str] | None:
         """What the cache has: an answer, or the events of one; None where that is neither."""
         contents = None if key is None else await self.cache.get(key)
-        found = None if contents is None else _read_kept(contents)
+        reply_json = None if contents is None else _decode_cached(contents)
         if key is not None:
-            self.metrics.looked_up(found=found is not None)
-        return found
+            self.metrics.cache_lookup(hit=reply_json is not None)
+        return reply_json
 
-    async def _fetched(self, method: str, path: str, body: Json | None) -> Json:
+    async def _fetch(self, method: str, path: str, body: Json | None) -> Json:
         async def fetch() -> Json:
-            async with self._sent(method, path, body) as reply:
-                return parse(await whole(reply))
+            async with self._open_response(method, path, body) as reply:
+                return parse(await read_body(reply))
 
-        return await self._in_time(fetch(), time.perf_counter())
+        return await self._with_timeout(fetch(), time.perf_counter())
 
-    async def _in_time(self, work: Awaitable[T], began: float) -> T:
+    async def _with_timeout(self, work: Awaitable[T], start: float) -> T:
         """What the work gives within the time of a request that began then, however slowly the other server drips."""
 
         async def awaited() -> T:
             return await work
 
         try:
-            return await asyncio.wait_for(awaited(), began + self.limits.timeout - time.perf_counter())
+            return await asyncio.wait_for(awaited(), start + self.limits.timeout - time.perf_counter())
         except asyncio.TimeoutError:
-            raise self._late() from None
+            raise self._timeout_error() from None
 
-    def _late(self) -> ApiError:
+    def _timeout_error(self) -> ApiError:
         return ApiError(504, f"the server behind this one did not answer within {self.limits.timeout:g} seconds")
 
     @asynccontextmanager
-    async def _sent(self, method: str, path: str, body: Mapping[str, object] | None) -> AsyncIterator[httpx.Response]:
+    async def _open_response(
+        self, method: str, path: str, body: Mapping[str, object] | None
+    ) -> AsyncIterator[httpx.Response]:
         """The other server's answer, its body still to be read; ApiError if it is an error or does not come."""
         if self.n_running >= self.limits.queue_size:
             raise too_busy(1.0)
@@ -174,10 +176,10 @@ class Upstream:
         try:
             async with self.client.stream(method, path, content=content, headers=headers) as reply:
                 if reply.status_code != 200:
-                    raise refusal(reply, await self._in_time(whole(reply), time.perf_counter()))
+                    raise client_error(reply, await self._with_timeout(read_body(reply), time.perf_counter()))
                 yield reply
         except httpx.TimeoutException:
-            raise self._late() from None
+            raise self._timeout_error() from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = f"{self.address}: {type(error).__name__}: {error}"
             raise ApiError(502, "the server behind this one cannot be reached", reason=reason) from None
@@ -185,14 +187,14 @@ class Upstream:
             self.n_running -= 1
 
 
-def _read_kept(contents: bytes) -> Json | list[str] | None:
+def _decode_cached(contents: bytes) -> Json | list[str] | None:
     """What was kept: an answer, or a list of events that are answers; None where it is anything else."""
     try:
-        found = json.loads(contents)
-        if isinstance(found, list) and found:
-            for event in found:
+        reply_json = json.loads(contents)
+        if isinstance(reply_json, list) and reply_json:
+            for event in reply_json:
                 sendable(event)
-            return found
-        return sendable(contents) if isinstance(found, dict) else None
+            return reply_json
+        return sendable(contents) if isinstance(reply_json, dict) else None
     except (TypeError, ValueError, RecursionError):
         return None

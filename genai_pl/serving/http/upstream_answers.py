@@ -20,7 +20,7 @@ def bad_gateway(reason: object) -> ApiError:
 
 
 @contextmanager
-def reading_foreign() -> Iterator[None]:
+def upstream_errors() -> Iterator[None]:
     """What goes wrong inside because of the other server's answer is its fault, not ours."""
     try:
         yield
@@ -30,20 +30,20 @@ def reading_foreign() -> Iterator[None]:
 
 def parse(content: bytes | str) -> Json:
     """The JSON object, of which ours can be made; ApiError 502 for anything else."""
-    with reading_foreign():
+    with upstream_errors():
         return sendable(content)
 
 
 def sendable(content: bytes | str) -> Json:
     """The JSON object; TypeError, ValueError or RecursionError for anything else, or for what cannot be sent on."""
-    found = json.loads(content, parse_constant=_refuse)
-    if not isinstance(found, dict):
-        raise TypeError(f"{type(found).__name__} where an object belongs")
-    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # 1e999 and half characters cannot be sent
-    return found
+    value = json.loads(content, parse_constant=_refuse)
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} where an object belongs")
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 and half characters cannot be sent
+    return value
 
 
-def counted(usage: object, name: str) -> int:
+def token_count(usage: object, name: str) -> int:
     """A number of tokens in what an answer says it cost; 0 where it says nothing, TypeError where it is no number."""
     n = usage.get(name) if isinstance(usage, dict) else None
     if n is None:
@@ -53,18 +53,18 @@ def counted(usage: object, name: str) -> int:
     return n
 
 
-def objects_of(found: Json, name: str) -> list[Json]:
+def list_of_objects(value: Json, name: str) -> list[Json]:
     """The answers, vectors or models in it; TypeError or KeyError where they are not what a client expects."""
-    objects = found[name]
+    objects = value[name]
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
         raise TypeError(f"{name} is no list of objects")
     return objects
 
 
-def models_of(found: Json) -> list[Json]:
+def list_of_models(value: Json) -> list[Json]:
     """The models that it serves, each with an id."""
-    with reading_foreign():
-        entries = objects_of(found, "data")
+    with upstream_errors():
+        entries = list_of_objects(value, "data")
         for entry in entries:
             text_of(entry["id"])
         return entries
@@ -77,7 +77,7 @@ def text_of(value: object) -> str:
     return value
 
 
-async def whole(reply: httpx.Response) -> bytes:
+async def read_body(reply: httpx.Response) -> bytes:
     """Its body; ApiError 502 for one without end."""
     body = bytearray()
     async for part in reply.aiter_bytes():
@@ -87,7 +87,7 @@ async def whole(reply: httpx.Response) -> bytes:
     return bytes(body)
 
 
-async def lines(reply: httpx.Response) -> AsyncIterator[str]:
+async def read_lines(reply: httpx.Response) -> AsyncIterator[str]:
     """Its body line by line as it comes."""
     rest = bytearray()
     async for part in reply.aiter_bytes():
@@ -102,20 +102,20 @@ async def lines(reply: httpx.Response) -> AsyncIterator[str]:
         yield rest.decode("utf-8", "replace").strip()
 
 
-def refusal(reply: httpx.Response, content: bytes) -> ApiError:
+def client_error(reply: httpx.Response, content: bytes) -> ApiError:
     """The other server's error in our shape; its own failures are 502 here, and its keys are not the client's business."""
     message, param = f"status {reply.status_code}", None
     try:
-        found = json.loads(content)
-        detail = found.get("error", found)
-        said = detail.get("message", detail) if isinstance(detail, dict) else detail
+        value = json.loads(content)
+        detail = value.get("error", value)
+        text = detail.get("message", detail) if isinstance(detail, dict) else detail
         param = detail.get("param") if isinstance(detail, dict) else None
-        message = str(said)[:SHOWN]
+        message = str(text)[:SHOWN]
     except (ValueError, AttributeError, RecursionError):
         pass
     if reply.status_code in (401, 403) or not 400 <= reply.status_code < 500:
-        words = f"the server behind this one failed (status {reply.status_code})"
-        return ApiError(502, words, reason=message)
+        answer = f"the server behind this one failed (status {reply.status_code})"
+        return ApiError(502, answer, reason=message)
     again = reply.headers.get("retry-after", "")
     headers = {"Retry-After": again} if again.isascii() and again.isdigit() and int(again[:9]) <= AGAIN else {}
     return ApiError(reply.status_code, message, param=param if isinstance(param, str) else None, headers=headers)
