@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Constraint:
+class GrammarConstraint:
     """Which tokens may follow a text so that it can still become one that the grammar accepts.
 
     One matcher serves all rows: it goes back to where two texts part, and reads on from there (0.3 us a token).
@@ -85,7 +85,7 @@ def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, ends: tup
 
 def build_constraint(
     tokenizer: "PreTrainedTokenizerBase", *, json_schema: str | None, regex: str | None, ends: Collection[int] = ()
-) -> Constraint | None:
+) -> GrammarConstraint | None:
     """What the options ask for: json_schema is a file or the text of a schema; None where neither is given.
 
     The eos token, or one of the tokens `ends`, follows a text that is complete.
@@ -100,9 +100,9 @@ def build_constraint(
     except ImportError:
         raise ConfigError(f"{option} needs llguidance: pip install 'genai_pl[constrain]'") from None
     if json_schema is None:
-        return Constraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
+        return GrammarConstraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
     grammar = LLMatcher.grammar_from_json_schema(_read_schema(json_schema))
-    return Constraint(tokenizer, grammar, option=option, ends=ends)
+    return GrammarConstraint(tokenizer, grammar, option=option, ends=ends)
 
 
 def _read_schema(schema_or_path: str) -> str:
