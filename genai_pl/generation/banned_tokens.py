@@ -19,12 +19,9 @@ TokenIds = Sequence[int]
 class BannedTokens:
     """The rules of a batch of prompts. `mask` depends on the generated ids alone, not on earlier calls.
 
-    That makes the order of rows free: beams are reordered, speculation rejects tokens, serving drops requests.
-
-    config: no_repeat_ngram_size and min_new_tokens are read from it.
-    constraints: end tokens, prefix, bad words and grammar.
-    prompts: ids of each prompt without padding; n-grams and bad words may begin in the prompt.
-    vocab_size: V, the width of the logits.
+    So rows may be reordered (beams), rejected (speculation) and dropped (serving) freely. config: no_repeat_ngram_size and
+    min_new_tokens. constraints: end tokens, prefix, bad words, grammar. prompts: ids without padding, in which n-grams and bad
+    words may begin. vocab_size: V, the width of the logits.
     """
 
     def __init__(
@@ -37,10 +34,9 @@ class BannedTokens:
             constraints.constraint.begin(vocab_size)
 
     def mask(self, generated: Sequence[TokenIds | None], device: torch.device, *, strict: bool = True) -> Tensor:
-        """Mask (N, V), True for tokens that must not follow; on `device`.
+        """Mask (N, V), True for tokens that must not follow, on `device`.
 
-        generated: the ids of each of the N rows so far; None for a finished row, whose mask stays empty. N is a multiple of the
-            number of prompts, and the rows of one prompt are next to each other.
+        generated: ids of each of the N rows so far, those of one prompt next to each other; None for a finished row.
         strict: ConfigError where a row is left without any token. Beam search passes False: such a beam only loses.
         """
         each = len(generated) // len(self.prompts)

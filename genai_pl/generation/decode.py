@@ -37,13 +37,10 @@ def decode(
 ) -> Generator[Tensor, None, None]:
     """Yields the next tokens (N,) of each step, N = B * num_samples, until all rows are finished or max_new_tokens are reached.
 
-    A generator, so that a caller may stream text, stop a row on a condition of its own, or stop altogether.
-
     input_ids: prompts (B, T); shorter ones are padded on the left, where segment_ids (B, T) is 0. Each prompt is prefilled once,
         and its samples are rows next to each other.
     eos_token_id: ids that finish a row once sampled. pad_token_id: the token that a finished row yields.
     finished: (N,) bool, updated in place and shared with the caller, who may set rows of it between two steps.
-    constraints: prefix, forbidden sequences and grammar of the continuation.
     logprobs: a list that receives (N,) per step: log-probabilities of the tokens under the model's own distribution, before
         temperature, penalties and masks.
 

@@ -1,8 +1,4 @@
-"""Decode state: the tokens of a batch together with their KV cache, one forward pass at a time.
-
-`DecodeState` serves plain sampling and beam search; `PrefixReuseState` serves speculative decoding, where the tail of the
-text changes between two calls.
-"""
+"""Decode state: the tokens of a batch together with their KV cache, one forward pass at a time."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,18 +12,15 @@ from genai_pl.models import Decoder, DecoderWithSource
 
 
 class DecodeState:
-    """The tokens of a batch of B rows and the KV cache of all of them.
+    """The tokens of a batch of B rows and the KV cache of all of them, which holds at most max_seq_len tokens.
 
-    The cache holds at most max_seq_len tokens. When it is full, a new cache is prefilled with the last half of the text, as if
-    nothing had preceded it: positions start at 0 again, and no token ever attends to more than max_seq_len others. The obvious
-    alternative, dropping the oldest token at each step, would keep keys and values that were computed from tokens no longer
-    there, and would ask learned positions for more than they have; one prefill in max_seq_len / 2 steps is cheap.
+    When the cache is full, a new one is prefilled with the last half of the text, as if nothing had preceded it: positions start
+    at 0 again, and no token ever attends to more than max_seq_len others. Dropping the oldest token at each step instead would
+    keep keys and values that were computed from tokens no longer there, and ask learned positions for more than they have.
 
-    model: a decoder, or a decoder with an encoded source.
-    cache: the model's own kind of KV cache; only this class advances it.
-    tokens: (B, n) token ids since the last restart.
-    segments: (B, n) segment ids of the same tokens, or None where no call gave any.
-    row_ids: (n_rows,) the numbers of the rows that are still decoded, in the caller's numbering; None while all are.
+    model: a decoder, or a decoder with an encoded source. cache: the model's own kind of KV cache; only this class advances it.
+    tokens: (B, n) ids since the last restart. segments: (B, n) their segment ids, or None where no call gave any.
+    row_ids: (n_rows,) numbers of the rows that are still decoded, as the caller counts them; None while all are.
     """
 
     def __init__(self, model: Decoder | DecoderWithSource, batch_size: int, n_tokens: int) -> None:
@@ -123,10 +116,9 @@ class DecodeState:
         self.row_ids = self.row_ids[unfinished]
 
     def step(self, logits: Tensor, token: Tensor, segment: Tensor | None) -> Tensor:
-        """Logits (N, V) after one more token per row, in the numbering of the rows as they were at first.
+        """Logits (N, V) after one more token (N,) of segment (N, 1) per row, in the numbering that the rows had at first.
 
-        logits: (N, V) of the previous step; dropped rows keep them, since nobody samples from them.
-        token: (N,) the tokens just sampled. segment: (N, 1) their segment ids, or None.
+        Dropped rows keep the logits (N, V) of the previous step, since nobody samples from them.
         """
         if self.row_ids is None:
             return self.forward(token[:, None], segment)
@@ -151,11 +143,8 @@ class DecodeState:
 class PrefixReuseState:
     """The state of one text whose end may change between two calls: the cache of the common prefix is reused.
 
-    Speculative decoding appends draft tokens, and after a rejection replaces them. The caller passes the whole text each time;
-    this class compares it with the previous text, rewinds the cache to the common prefix and computes only the rest.
-
-    model: the draft or the target. n_tokens: the longest text to come, prompt included.
-    text: the token ids of the last call.
+    Speculative decoding appends draft tokens and replaces rejected ones. The caller passes the whole text each time; this class
+    compares it with the previous one, rewinds the cache to the common prefix and computes the rest. n_tokens: the longest text.
     """
 
     def __init__(self, model: Decoder | DecoderWithSource, n_tokens: int) -> None:

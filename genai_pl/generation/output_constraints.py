@@ -1,7 +1,6 @@
 """Output constraints: the options that are text (stop strings, prefix, bad words, JSON schema), converted to token ids.
 
-`banned_tokens.py` turns them into a mask for each step. They are separate from `GenerationConfig` because the same text has
-other tokens under another tokenizer.
+They are separate from `GenerationConfig` because the same text has other ids under another tokenizer.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,11 +18,9 @@ if TYPE_CHECKING:
 class OutputConstraints:
     """Requirements on a continuation that hold whatever the model's probabilities are.
 
-    ends: ids of tokens that finish a row.
-    prefix: ids that every continuation begins with.
-    bad_words: id sequences that no continuation contains.
-    constraint: an object with `begin(vocab_size)` and `allowed(generated) -> (V,) bool`, such as a grammar; it sees the tokens
-        after the prefix.
+    ends: ids of tokens that finish a row. prefix: ids that every continuation begins with. bad_words: id sequences that no
+    continuation contains. constraint: an object with `begin(vocab_size)` and `allowed(generated) -> (V,) bool`, such as a
+    grammar, for the tokens after the prefix.
     """
 
     ends: frozenset[int] = frozenset()
