@@ -47,7 +47,7 @@ class Interrupt(L.Callback):
 
     def agree(self, trainer: L.Trainer) -> bool:
         """Whether any process was sent a signal: all of them must ask at the same place."""
-        signum = self.signum or signals.received() or 0
+        signum = self.signum or signals.received_signal() or 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
             signum = int(trainer.strategy.reduce(torch.tensor(float(signum), device=device), reduce_op="max"))

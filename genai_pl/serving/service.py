@@ -229,5 +229,5 @@ def open_service(settings: Settings, metrics: Metrics) -> Service:
     if settings.backend == "onnx" and not is_onnx(loaded.path):
         raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
     for name in settings.adapters.values():
-        refuse_twice(loaded.path, resolve_adapter(name), said=f"adapter={name}: checkpoint={settings.checkpoint}")
+        refuse_twice(loaded.path, resolve_adapter(name), message=f"adapter={name}: checkpoint={settings.checkpoint}")
     return Service(settings, loaded, metrics)
