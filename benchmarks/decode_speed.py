@@ -19,7 +19,7 @@ from torch import Tensor
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate
 from genai_pl.loading import load
-from genai_pl.models import join
+from genai_pl.models import prepare_for_decoding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Side = Callable[[Tensor], Tensor]  # a prompt (B, T) to prompt and continuation (B, T + n)
@@ -71,7 +71,7 @@ def llama_cpp(file: Path, n: int, threads: int) -> Side:
 
 def sides(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Side]:
     n, model = args.tokens, load(str(args.folder), dtype=dtype).model
-    join(model)
+    prepare_for_decoding(model)
     found = {"ours": ours(model, n), "transformers": transformers(args.folder, dtype, n)}
     for number, folder in enumerate(args.onnx):
         found[f"onnx {number + 1}"] = ours(load(str(folder), onnx=True).model, n)

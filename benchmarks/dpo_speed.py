@@ -35,20 +35,20 @@ def pairs(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our PreferenceModule in Lightning's Trainer."""
-    from genai_pl.data import vocabulary
+    from genai_pl.data import special_tokens
     from genai_pl.data.preference import PreferenceDataModule
     from genai_pl.loading import load
     from genai_pl.modules.preference import PreferenceModule
     from genai_pl.peft import lora
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     model, tokenizer, _ = load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/pairs.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in [*pairs(args), pairs(args)[0]])
         module = PreferenceModule(
-            lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
+            lora(model.train()), vocabulary=special_tokens(tokenizer, model.config.vocab_size), seed=0,
             precompute_reference=args.precompute, reference_cache=folder,
             **training(3e-4),
         )  # fmt: skip

@@ -36,9 +36,9 @@ def letters(prompts: list[str], completions: list[str], **columns: object) -> li
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our GRPOModule in Lightning's Trainer."""
     from genai_pl.modules.grpo import GRPOModule
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     options = {"group_size": args.group, "max_new_tokens": args.new}
     module, tokenizer = learner(GRPOModule, "grpo", args.model, **options)
     module.reward = letters

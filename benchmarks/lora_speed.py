@@ -41,16 +41,16 @@ def chat(args: argparse.Namespace, *, packing: bool, batch_size: int) -> object:
 
 def ours(args: argparse.Namespace) -> dict[str, float]:
     """A run of our SFTModule in Lightning's Trainer."""
-    from genai_pl.data import vocabulary
+    from genai_pl.data import special_tokens
     from genai_pl.loading import load
     from genai_pl.modules.sft import SFTModule
     from genai_pl.peft import lora
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     model, tokenizer, _ = load(args.model)
     module = SFTModule(
-        lora(model.train()), vocabulary=vocabulary(tokenizer, model.config.vocab_size), seed=0,
+        lora(model.train()), vocabulary=special_tokens(tokenizer, model.config.vocab_size), seed=0,
         **training(3e-4),
     )  # fmt: skip
     data = chat(args, packing=not args.equal, batch_size=args.examples if args.equal else 2)
@@ -73,14 +73,14 @@ def peft(args: argparse.Namespace) -> dict[str, float]:
         TrainingArguments,
     )
 
-    from genai_pl.data import vocabulary
+    from genai_pl.data import special_tokens
     from genai_pl.objectives.sft import SFTCollator
 
     times: list[float] = []
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     data = chat(args, packing=False, batch_size=1)
-    data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, model.config.vocab_size)))
+    data.prepare(tokenizer, SFTCollator(vocabulary=special_tokens(tokenizer, model.config.vocab_size)))
     rows = []
     for n in range(min(len(data.train_rows), args.examples * (args.steps + 1))):
         row = data.train_rows[n]

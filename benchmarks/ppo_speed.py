@@ -42,9 +42,9 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     from genai_pl.modules.ppo import PPOModule
     from genai_pl.peft import lora, save_adapter
     from genai_pl.training.rewards import load_rewards
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     options = {"epochs": PASSES, "minibatch_size": args.minibatch, "max_new_tokens": args.new}
     module, tokenizer = learner(PPOModule, "ppo", args.model, **options)
     updates = PASSES * -(-args.batch // args.minibatch) * (args.rollouts + 1)

@@ -19,7 +19,7 @@ def learner(kind: type, objective: str, name: str, **options: object) -> tuple[A
     import torch
     from omegaconf import OmegaConf
 
-    from genai_pl.data import vocabulary
+    from genai_pl.data import special_tokens
     from genai_pl.loading import load
     from genai_pl.peft import lora
 
@@ -27,7 +27,7 @@ def learner(kind: type, objective: str, name: str, **options: object) -> tuple[A
     model, tokenizer, _ = load(name)
     conf = OmegaConf.to_container(OmegaConf.load(Path(__file__).parent.parent / f"conf/objective/{objective}.yaml"))
     conf = {key: value for key, value in conf.items() if key != "defaults" and not key.startswith("_")}
-    known = vocabulary(tokenizer, model.config.vocab_size)
+    known = special_tokens(tokenizer, model.config.vocab_size)
     module = kind(lora(model.train()), vocabulary=known, seed=0, **training(1e-6), **{**conf, **options})
     module.decode = tokenizer.decode
     return module, tokenizer

@@ -44,7 +44,15 @@ class Outcome:
     seconds: float = 0.0
 
 
-def draw(n: int, *, scale: float, vocab_size: int = 10_000) -> Iterator[tuple[list[int], int]]:
+def vocab_size_of(checkpoint: str) -> int:
+    """The number of tokens that a run or model folder knows, 10,000 at most; 1,000 for what is not a folder."""
+    for path in (Path(checkpoint, "config.json"), Path(checkpoint, "model", "config.json")):
+        if path.exists():
+            return min(10_000, json.loads(path.read_text())["vocab_size"])
+    return 1000
+
+
+def draw(n: int, *, scale: float, vocab_size: int) -> Iterator[tuple[list[int], int]]:
     """Prompts and the lengths of their answers, n of them and always the same."""
     rng = random.Random(SEED)
 
@@ -52,7 +60,7 @@ def draw(n: int, *, scale: float, vocab_size: int = 10_000) -> Iterator[tuple[li
         return max(4, min(int(most * scale), int(scale * median * rng.lognormvariate(0, 1.1))))
 
     for _ in range(n):
-        yield [rng.randrange(1000, vocab_size) for _ in range(length(80, 512))], length(180, 1024)
+        yield [rng.randrange(vocab_size // 10, vocab_size) for _ in range(length(80, 512))], length(180, 1024)
 
 
 async def ask(client: httpx.AsyncClient, prompt: list[int], n: int, seed: int, outcome: Outcome) -> None:
@@ -206,9 +214,11 @@ def main() -> None:
     for name, command in servers.items():
         with server([sys.executable, *command]) as process:
             url = f"http://127.0.0.1:{command[-1].rpartition('=')[2]}"
-            asyncio.run(load(url, 1, [([1000, 1001], 4)], until=None))  # what is slow once
+            asyncio.run(load(url, 1, [([100, 101], 4)], until=None))  # what is slow once
             for clients in options.clients:
-                requests = list(draw(clients * options.requests, scale=options.scale))
+                requests = list(
+                    draw(clients * options.requests, scale=options.scale, vocab_size=vocab_size_of(checkpoint))
+                )
                 before, until = resident(process), None
                 if options.minutes is not None:
                     until = time.monotonic() + 60 * options.minutes

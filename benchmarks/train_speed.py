@@ -57,14 +57,14 @@ def ours(args: argparse.Namespace) -> float:
     import lightning as L
     import numpy as np
 
-    from genai_pl.data.loader import EpochLoader, Plan
+    from genai_pl.data.loader import BatchPlan, EpochLoader
     from genai_pl.models import Decoder, ModelConfig
     from genai_pl.modules import CausalLMModule
-    from genai_pl.objectives import CausalLMCollator, Vocabulary
+    from genai_pl.objectives import CausalLMCollator, SpecialTokens
     from genai_pl.optim import adamw, constant
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
-    quiet()
+    silence_libraries()
     clock = Clock(args)
 
     class Ticks(L.Callback):
@@ -78,7 +78,7 @@ def ours(args: argparse.Namespace) -> float:
             block.compile()
     module = CausalLMModule(
         model,
-        vocabulary=Vocabulary(size=args.vocab_size, n_bytes=np.ones(args.vocab_size, np.int64)),
+        vocabulary=SpecialTokens(size=args.vocab_size, n_bytes=np.ones(args.vocab_size, np.int64)),
         seed=0,
         optimizer=lambda named: adamw(named, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
         schedule=lambda step, total_steps: constant(step, total_steps=total_steps, warmup_steps=0),
@@ -89,7 +89,7 @@ def ours(args: argparse.Namespace) -> float:
         max_steps=args.steps + 2, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, EpochLoader(data, CausalLMCollator(), Plan(batch_size=args.batch_size)))
+    trainer.fit(module, EpochLoader(data, CausalLMCollator(), BatchPlan(batch_size=args.batch_size)))
     return clock.rate()
 
 

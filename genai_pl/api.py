@@ -15,7 +15,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
-from genai_pl.models import join
+from genai_pl.models import prepare_for_decoding
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
 from genai_pl.training.output_folders import give_back
 from genai_pl.training.resume import replay
@@ -46,7 +46,7 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
     loaded = model
     if isinstance(model, str):
         loaded = load(model, onnx=True)
-        join(loaded.model)
+        prepare_for_decoding(loaded.model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     generator = torch.Generator(loaded.model.embed.weight.device).manual_seed(seed)
     config = GenerationConfig(**settings)

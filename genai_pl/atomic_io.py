@@ -31,11 +31,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
     What the disk refuses is an OSError that names `path`, whatever library met it.
     """
-    temporary = start_writing(path)
+    temporary = open_temporary(path)
     try:
         with naming(path):
             write(temporary)
-            put_in_place(temporary, path)
+            commit(temporary, path)
     finally:
         _remove(temporary)
         UNFINISHED.discard(temporary)
@@ -83,7 +83,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def start_writing(path: Path) -> Path:
+def open_temporary(path: Path) -> Path:
     """A name beside `path` for what is to take its place; what killed writers left there is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -92,7 +92,7 @@ def start_writing(path: Path) -> Path:
     return temporary
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def commit(temporary: Path, path: Path) -> None:
     """Flush the file or folder and give it the name of `path`."""
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)

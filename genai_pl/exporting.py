@@ -11,7 +11,7 @@ from torch import nn
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.enums import Head, Shape
-from genai_pl.data.end_tokens import UNSAID, WritingDefaults, generation_values
+from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, generation_config_values
 from genai_pl.data.tokenizer import is_read_alike, save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
@@ -35,7 +35,7 @@ def export_model(
     folder: Path,
     *,
     card: dict[str, str],
-    defaults: WritingDefaults = UNSAID,
+    defaults: GenerationDefaults = NO_DEFAULTS,
     files: dict[str, object] | None = None,
 ) -> str:
     """Write the folder whole or not at all; returns the name of the class that reads it.
@@ -47,7 +47,7 @@ def export_model(
 
     def write(temporary: Path) -> None:
         ids = token_ids(tokenizer)
-        generation = generation_values(model.config, ids, defaults)
+        generation = generation_config_values(model.config, ids, defaults)
         reader.append(save_pretrained(model, temporary, token_ids=ids | dict(defaults.config), generation=generation))
         save_tokenizer(tokenizer, temporary)
         write_files(temporary, files or {})

@@ -14,7 +14,13 @@ from genai_pl.atomic_io import ADAPTER, is_checkpoint
 from genai_pl.checkpoints.file import MARK, read_checkpoint
 from genai_pl.config.enums import AttentionBackend, Head
 from genai_pl.config.model import ModelConfig
-from genai_pl.data.end_tokens import GENERATION, UNSAID, WritingDefaults, read_defaults, set_ends
+from genai_pl.data.generation_defaults import (
+    GENERATION,
+    NO_DEFAULTS,
+    GenerationDefaults,
+    read_generation_defaults,
+    set_end_tokens,
+)
 from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
@@ -46,9 +52,9 @@ class Loaded(_Loaded):
     `defaults` is what that folder says of writing.
     """
 
-    defaults: WritingDefaults = UNSAID
+    defaults: GenerationDefaults = NO_DEFAULTS
 
-    def __new__(cls, *parts: object, defaults: WritingDefaults = UNSAID, **named: object) -> "Loaded":
+    def __new__(cls, *parts: object, defaults: GenerationDefaults = NO_DEFAULTS, **named: object) -> "Loaded":
         found = super().__new__(cls, *parts, **named)
         found.defaults = defaults
         return found
@@ -93,7 +99,7 @@ def load(
         folder = resolve_adapter(name)
         refuse_twice(path, folder, said=f"adapter={name}: {option}={reference}")
         peft.load_adapter(loaded.model, folder)
-        set_ends(loaded.model.config, loaded.tokenizer, read_defaults(folder))
+        set_end_tokens(loaded.model.config, loaded.tokenizer, read_generation_defaults(folder))
     return loaded._replace(model=loaded.model.eval())
 
 
@@ -113,7 +119,7 @@ def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
         raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")
     if adapters:
         raise ConfigError(f"{path}: an ONNX model takes no adapters; export it with one: format=onnx adapter=...")
-    return _finished(load_onnx(path), pretrained_tokenizer(str(path)), path, read_defaults(path))
+    return _finished(load_onnx(path), pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
@@ -121,7 +127,7 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
         model = load_wrapped(str(path), dtype=dtype, attention=attention)
     else:
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
-    return _finished(model, pretrained_tokenizer(str(path)), path, read_defaults(path))
+    return _finished(model, pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
 
 
 def _is_ours(file: Path) -> bool:
@@ -140,9 +146,11 @@ def _is_ours(file: Path) -> bool:
     return True
 
 
-def _finished(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: WritingDefaults) -> Loaded:
+def _finished(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: GenerationDefaults
+) -> Loaded:
     """What was loaded, once the model knows the tokens that end its texts."""
-    set_ends(model.config, tokenizer, defaults)
+    set_end_tokens(model.config, tokenizer, defaults)
     return Loaded(model, tokenizer, path, defaults=defaults)
 
 
@@ -152,7 +160,7 @@ def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
         _score(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
-    own = read_defaults(path) if (path / GENERATION).is_file() else base.defaults
+    own = read_generation_defaults(path) if (path / GENERATION).is_file() else base.defaults
     return _finished(peft.load_adapter(base.model, path), tokenizer, path, own)
 
 
@@ -173,7 +181,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         model.load_state_dict(state, assign=True, strict=base is None)
         ends = (*ours["model"].get("eos_token_ids", ()), *model.config.eos_token_ids)  # the run's, and its base's
         model.config.eos_token_ids = tuple(int(i) for i in ends)
-        defaults = WritingDefaults(**ours.get("defaults", {}))
+        defaults = GenerationDefaults(**ours.get("defaults", {}))
         peft.tie_weights(model)
         loaded = _finished(model, from_files(ours["tokenizer"]), path, defaults)
     except KeyError as error:

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from genai_pl import generate, load, train
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.errors import ConfigError
+from genai_pl.errors import ConfigError, TrainingError
 from tests.conftest import TINY
 
 
@@ -52,6 +53,22 @@ def test_a_mistake_is_an_exception_with_the_line_of_the_command(given: str, mess
         train(*TINY, given, "hydra.run.dir=here")
     assert message in str(error.value)
     assert issubclass(ConfigError, UserError)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_processes_that_cannot_connect_are_no_fault_of_a_checkpoint(
+    resumed: bool, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(*TINY, "callbacks.checkpoint.every_n_steps=2", "hydra.run.dir=here")
+    saved = run / "checkpoints" / "step=000002.ckpt"
+
+    def fit(*_: object, **__: object) -> None:
+        raise DistNetworkError("The server socket has failed to listen on any local network address. port: 40000")
+
+    monkeypatch.setattr("lightning.Trainer.fit", fit)
+    with pytest.raises(TrainingError, match=r"processes of the run cannot connect: .* port: 40000; start the command"):
+        train(*([f"resume={saved}"] if resumed else [*TINY, "hydra.run.dir=there"]))
+    assert saved.exists()
 
 
 def test_the_package_alone_imports_nothing_heavy() -> None:

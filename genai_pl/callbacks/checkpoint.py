@@ -12,12 +12,12 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
-from genai_pl.callbacks.checkpoint_files import forget, link, named_step, newest_checkpoints, step_of
+from genai_pl.callbacks.checkpoint_files import link, named_step, newest_checkpoints, remove_checkpoint_files, step_of
 from genai_pl.callbacks.due import passed
-from genai_pl.callbacks.shares import gather_shares, take_share
-from genai_pl.callbacks.validation import validate_what_is_due
+from genai_pl.callbacks.shares import gather_shares, restore_share
+from genai_pl.callbacks.validation import validate_if_due
 from genai_pl.checkpoints.file import MARK, read_checkpoint, write_checkpoint
-from genai_pl.distributed.dtensor import local
+from genai_pl.distributed.dtensor import local_shard
 from genai_pl.errors import CheckpointError, ConfigError, TrainingError
 from genai_pl.modules.base import n_replicas
 
@@ -84,13 +84,13 @@ class StepCheckpoint(Checkpoint):
         link(path, self.last)
         self._unconfirmed = True
         # the one before is good, as is known of this one only after a step more
-        self._forget_all_but(max(self.keep, 2))
+        self._keep_newest(max(self.keep, 2))
 
     def confirm(self) -> None:
         """Say that the weights of the newest checkpoint have given a finite loss: older ones may go."""
         if self._unconfirmed:
             self._unconfirmed = False
-            self._forget_all_but(self.keep)
+            self._keep_newest(self.keep)
 
     def set_aside(self, step: int) -> Path | None:
         """Take the checkpoint of a step, whose weights give no finite loss, out of those that a run goes on from."""
@@ -103,9 +103,9 @@ class StepCheckpoint(Checkpoint):
             link(left[0], self.last)
         return aside
 
-    def _forget_all_but(self, n: int) -> None:
+    def _keep_newest(self, n: int) -> None:
         for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
-            forget(old)
+            remove_checkpoint_files(old)
 
     def begin(self) -> None:
         """Say that all is restored: from here on the run writes."""
@@ -152,14 +152,14 @@ class StepCheckpoint(Checkpoint):
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
         ours = checkpoint[MARK]
-        take_share(trainer, checkpoint, ours)
+        restore_share(trainer, checkpoint, ours)
         if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begin()
         self._seen = trainer.global_step
-        validate_what_is_due(trainer)
+        validate_if_due(trainer)
         # the data iterators exist by now: nothing draws between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
@@ -172,7 +172,9 @@ class StepCheckpoint(Checkpoint):
 @torch.no_grad()
 def _is_finite(trainer: L.Trainer) -> bool:
     """Whether the norm of each trained weight is a number, on all ranks: squares that overflow do so in a model, too."""
-    weights = [local(p) for p in trainer.lightning_module.parameters() if p.requires_grad and p.is_floating_point()]
+    weights = [
+        local_shard(p) for p in trainer.lightning_module.parameters() if p.requires_grad and p.is_floating_point()
+    ]
     norms = torch._foreach_norm(weights, 2, torch.float32) if weights else []
     finite = all(bool(torch.isfinite(norm)) for norm in norms)
     return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite, all=True)

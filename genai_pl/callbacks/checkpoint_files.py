@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from genai_pl.atomic_io import CONTENTS, is_checkpoint, start_writing
+from genai_pl.atomic_io import CONTENTS, is_checkpoint, open_temporary
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.errors import CheckpointError
 
@@ -14,8 +14,8 @@ from genai_pl.errors import CheckpointError
 def newest_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run by their steps, the last first; times say nothing of a folder that was copied."""
     paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
-    found = {path.stat().st_ino: path for path in paths}
-    return sorted(found.values(), key=_step_at_least, reverse=True)
+    by_inode = {path.stat().st_ino: path for path in paths}
+    return sorted(by_inode.values(), key=_step_at_least, reverse=True)
 
 
 def named_step(path: Path) -> int:
@@ -53,7 +53,7 @@ def saved_at(path: Path) -> tuple[float, int]:
 
 def link(path: Path, link: Path) -> None:
     """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
-    temporary = start_writing(link)
+    temporary = open_temporary(link)
     try:
         if path.is_dir():
             temporary.symlink_to(path.name)
@@ -65,7 +65,7 @@ def link(path: Path, link: Path) -> None:
     temporary.unlink(missing_ok=True)  # two names of one file are left as they are: `link` was that of `path`
 
 
-def forget(path: Path) -> None:
+def remove_checkpoint_files(path: Path) -> None:
     if path.is_dir():
         (path / CONTENTS).unlink(missing_ok=True)  # half a folder is no checkpoint
         shutil.rmtree(path)

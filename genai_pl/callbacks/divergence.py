@@ -51,11 +51,11 @@ class LossWatch:
             noise = fmean(self.differences)
             most = max(abs(self.best), abs(self.first)) + 1
             self.noise = min(noise, most) if self.n_steps <= FIRST else noise
-        far = len(self.recent) == RECENT and min(self.recent) > self.limit()
+        is_far_above = len(self.recent) == RECENT and min(self.recent) > self.limit()
         explodes = self.n_steps >= LEAST and min(list(self.recent)[-2:]) > max(
             3 * self.limit(), EXPLODES * max(abs(self.first), 1.0)
         )
-        before, self.diverged = self.diverged, far or explodes
+        before, self.diverged = self.diverged, is_far_above or explodes
         return self.diverged and not before
 
     def limit(self) -> float:
@@ -78,8 +78,8 @@ class Divergence(L.Callback):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         for name, value in vars(self.watch).items():
-            found = state.get(name, value)
-            setattr(self.watch, name, deque(found, maxlen=value.maxlen) if isinstance(value, deque) else found)
+            restored = state.get(name, value)
+            setattr(self.watch, name, deque(restored, maxlen=value.maxlen) if isinstance(value, deque) else restored)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         if not module.loss_falls or trainer.global_step == self.watch.last_step or module.window:

@@ -54,7 +54,7 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
-        n_tokens = batch["input_ids"].numel() * n_replicas(trainer)
+        n_tokens = module.n_tokens(batch) * n_replicas(trainer)
         self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
         self._targets = self._targets + batch["targets"]
         self._written += batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else 0

@@ -10,7 +10,7 @@ from genai_pl.callbacks.due import passed
 from genai_pl.config.enums import Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate_text
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.rollout import Example
 
 
@@ -34,18 +34,18 @@ class Samples(L.Callback):
         self._last = step
         if not due or step == before:
             return
-        if not isinstance(module, RLModule):
-            with module.whole_model(), trainer.precision_plugin.forward_context():
+        if not isinstance(module, PolicyGradientModule):
+            with module.unsharded_model(), trainer.precision_plugin.forward_context():
                 if trainer.is_global_zero:
-                    self._continued(trainer, module, step)
+                    self._show_continuations(trainer, module, step)
         elif trainer.is_global_zero:
-            self._judged(trainer, module.examples, "training", step)
+            self._show_scored(trainer, module.examples, "training", step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if isinstance(module, RLModule) and trainer.is_global_zero and not module.validation_cut:
-            self._judged(trainer, module.examples, "validation", trainer.global_step)
+        if isinstance(module, PolicyGradientModule) and trainer.is_global_zero and not module.validation_cut:
+            self._show_scored(trainer, module.examples, "validation", trainer.global_step)
 
-    def _continued(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def _show_continuations(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         generator = torch.Generator(module.device).manual_seed(self.seed)
         texts = generate_text(module.model, self.tokenizer, self.prompts, self.config, generator=generator)
         apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # it does not continue, it answers
@@ -55,7 +55,7 @@ class Samples(L.Callback):
             quoted = "\n".join(f"    {line}" for line in shown.splitlines())
             _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
 
-    def _judged(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:
+    def _show_scored(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:
         for prompt, completion, score, kl in examples:
             self.say(f"--- step {step}, {part}: score {score:.3f}, KL {kl:.3f} ---\n{prompt}{completion}\n---")
         rows = [f"| {_cell(e.prompt)} | {_cell(e.completion)} | {e.score:.3f} | {e.kl:.3f} |" for e in examples]

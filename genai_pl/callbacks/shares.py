@@ -15,12 +15,12 @@ def gather_shares(trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, o
     """What a checkpoint says besides of a stream that several replicas read; all processes have to call this."""
     if not trainer.datamodule.streaming or n_replicas(trainer) == 1:
         return {}
-    found: list[tuple[int, object]] = [(0, None)] * trainer.world_size
-    dist.all_gather_object(found, (_replica(trainer), _progress(checkpoint)["combined_loader"]))
-    return {SHARES: dict(found)}
+    shares: list[tuple[int, object]] = [(0, None)] * trainer.world_size
+    dist.all_gather_object(shares, (_replica(trainer), _progress(checkpoint)["combined_loader"]))
+    return {SHARES: dict(shares)}
 
 
-def take_share(trainer: L.Trainer, checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
+def restore_share(trainer: L.Trainer, checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
     """Put this process's share where Lightning looks for it; ConfigError where there are as many replicas no more."""
     if not trainer.datamodule.streaming:
         return

@@ -3,7 +3,7 @@
 import lightning as L
 
 
-def validate_what_is_due(trainer: L.Trainer) -> None:
+def validate_if_due(trainer: L.Trainer) -> None:
     """Validate if the step that was restored is one to validate at; Lightning takes it for validated."""
     if trainer.global_step == 0 or not trainer.enable_validation:
         return

@@ -16,17 +16,17 @@ def read_checkpoint(path: Path) -> dict:
     """The contents of a checkpoint; CheckpointError if it is truncated, foreign, or holds anything but data."""
     contents = read_contents(path)
     if path.is_dir():
-        from genai_pl.checkpoints import sharded as pieces  # DCP takes half a second to import
+        from genai_pl.checkpoints import sharded as shards  # DCP takes half a second to import
 
-        return pieces.join(path, contents, {})
+        return shards.load_shards(path, contents, {})
     return contents
 
 
 def read_contents(path: Path) -> dict:
     """The same, but of a checkpoint in pieces the names of its tensors only."""
-    in_pieces = path.is_dir()
+    sharded = path.is_dir()
     try:
-        contents = torch.load(path / CONTENTS if in_pieces else path, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(path / CONTENTS if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises whatever its unpickler meets in a broken file
@@ -43,10 +43,10 @@ def read_contents(path: Path) -> dict:
     if unsafe:
         raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
     _check_kinds(path, contents)
-    if in_pieces:
-        from genai_pl.checkpoints import sharded as pieces
+    if sharded:
+        from genai_pl.checkpoints import sharded as shards
 
-        pieces.check(path, contents)
+        shards.check_shards(path, contents)
     return contents
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from genai_pl.atomic_io import CONTENTS, put_in_place, start_writing
+from genai_pl.atomic_io import CONTENTS, commit, open_temporary
 from genai_pl.errors import CheckpointError, TrainingError, reason_of, system_error
 
 SHAPES = "shapes"  # of all tensors, by name
@@ -29,24 +29,24 @@ WEIGHTS = {
 }  # the second beside means of weights; what their names begin with
 
 
-def split(checkpoint: dict) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of weights and optimizers by name, and the checkpoint with those names in their places."""
+def split_tensors(checkpoint: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of weights and optimizers by name, and the checkpoint with those names in their templates."""
     names: dict[Tensor, str] = {}  # a tied weight is written once
 
-    def take(name: str, value: object) -> object:
+    def name_of(name: str, value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         return names.setdefault(value, name) if value.ndim else value.detach().clone()
 
-    rest = _replace(checkpoint, take)
+    rest = _replace(checkpoint, name_of)
     tensors = {name: value.detach() for value, name in names.items()}
     return tensors, {**rest, SHAPES: {name: list(value.shape) for name, value in tensors.items()}}
 
 
-def join(folder: Path, rest: dict, places: Mapping[str, Tensor]) -> dict:
-    """The checkpoint with its tensors: in pieces of this process where `places` has a DTensor of a name, whole elsewhere."""
-    found = _found(folder)
-    tensors = {name: _room(found[name], places.get(name)) for name in rest[SHAPES]}
+def load_shards(folder: Path, rest: dict, templates: Mapping[str, Tensor]) -> dict:
+    """The checkpoint with its tensors: in pieces of this process where `templates` has a DTensor of a name, whole elsewhere."""
+    stored = _stored_tensors(folder)
+    tensors = {name: _empty_tensor(stored[name], templates.get(name)) for name in rest[SHAPES]}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that each process reads for itself
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     checkpoint = _replace(rest, lambda _, value: tensors[value] if isinstance(value, str) else value)
@@ -54,28 +54,28 @@ def join(folder: Path, rest: dict, places: Mapping[str, Tensor]) -> dict:
     return checkpoint
 
 
-def check(folder: Path, rest: dict) -> None:
+def check_shards(folder: Path, rest: dict) -> None:
     """CheckpointError unless every tensor is there, whole."""
-    found = _found(folder)
+    stored = _stored_tensors(folder)
     if SHAPES not in rest:
         raise CheckpointError(f"{folder}: refused, it does not list its tensors")
     for name, shape in rest[SHAPES].items():
-        pieces = found[name].chunks if name in found else []
-        if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
+        chunks = stored[name].chunks if name in stored else []
+        if sum(prod(chunk.sizes) for chunk in chunks) != prod(shape):
             raise CheckpointError(f"{folder}: refused, a part of {name} is missing")
 
 
-def _found(folder: Path) -> dict[str, TensorStorageMetadata]:
+def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: refused, {str(error).splitlines()[0]}") from None
 
 
-def _room(stored: TensorStorageMetadata, place: Tensor | None) -> Tensor:
+def _empty_tensor(stored: TensorStorageMetadata, template: Tensor | None) -> Tensor:
     dtype = stored.properties.dtype
-    if isinstance(place, DTensor) and place.shape == stored.size:
-        return torch.empty_like(place.detach(), dtype=dtype)
+    if isinstance(template, DTensor) and template.shape == stored.size:
+        return torch.empty_like(template.detach(), dtype=dtype)
     return torch.empty(stored.size, dtype=dtype)
 
 
@@ -89,64 +89,64 @@ def _replace(checkpoint: dict, replacement: Callable[[str, object], object]) -> 
     optimizers = []
     for i, optimizer in enumerate(checkpoint["optimizer_states"]):
         state = {
-            n: {name: replacement(f"optimizer.{i}.{n}.{name}", value) for name, value in kept.items()}
-            for n, kept in optimizer["state"].items()
+            n: {name: replacement(f"optimizer.{i}.{n}.{name}", value) for name, value in values.items()}
+            for n, values in optimizer["state"].items()
         }
         optimizers.append({**optimizer, "state": state})
     return {**checkpoint, **weights, "optimizer_states": optimizers}
 
 
-class PieceWriter(HuggingFaceStorageWriter):
+class ShardedWriter(HuggingFaceStorageWriter):
     """safetensors files under a temporary name, which the first process renames when all have written theirs."""
 
-    def __init__(self, temporary: Path, path: Path, written: Callable[[Path], None]) -> None:
+    def __init__(self, temporary: Path, path: Path, on_commit: Callable[[Path], None]) -> None:
         super().__init__(str(temporary), save_distributed=True)
-        self.target, self.written = path, written
+        self.target, self.on_commit = path, on_commit
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        put_in_place(Path(self.path), self.target)
-        self.written(self.target)
+        commit(Path(self.path), self.target)
+        self.on_commit(self.target)
 
 
-class PieceSaver:
+class ShardedSaver:
     """Writes one checkpoint at a time; all processes must call its methods."""
 
-    def __init__(self, *, later: bool) -> None:
-        self.later = later  # go on while a copy in RAM is being written
+    def __init__(self, *, asynchronous: bool) -> None:
+        self.asynchronous = asynchronous  # go on while a copy in RAM is being written
         self._group = dist.new_group(backend="gloo")  # what a write says must not mix with what the run says
-        self._under_way: Future | None = None
+        self._pending: Future | None = None
         self._path = Path()
 
-    def save(self, checkpoint: dict, path: Path, written: Callable[[Path], None]) -> None:
+    def save(self, checkpoint: dict, path: Path, on_commit: Callable[[Path], None]) -> None:
         """Write the checkpoint as a folder, after the one before; TrainingError if that, or this one, went wrong."""
         self.wait()
         self._path = path
-        tensors, rest = split(checkpoint)
-        place: list[Path | None] = [None]
+        tensors, rest = split_tensors(checkpoint)
+        temporary: list[Path | None] = [None]
         if dist.get_rank() == 0:
-            place = [start_writing(path)]
-            place[0].mkdir()
-            torch.save(rest, place[0] / CONTENTS)
-        dist.broadcast_object_list(place, group=self._group)
-        options = {"storage_writer": PieceWriter(place[0], path, written), "process_group": self._group}
-        if self.later:
-            self._under_way = dcp.async_save(tensors, **options)
+            temporary = [open_temporary(path)]
+            temporary[0].mkdir()
+            torch.save(rest, temporary[0] / CONTENTS)
+        dist.broadcast_object_list(temporary, group=self._group)
+        options = {"storage_writer": ShardedWriter(temporary[0], path, on_commit), "process_group": self._group}
+        if self.asynchronous:
+            self._pending = dcp.async_save(tensors, **options)
             return
         try:
             dcp.save(tensors, **options)
         except CheckpointException as error:
-            raise self._explained(error) from error
+            raise self._as_training_error(error) from error
 
     def wait(self) -> None:
         """Return when nothing is being written any more; TrainingError if it went wrong."""
-        writing, self._under_way = self._under_way, None
+        writing, self._pending = self._pending, None
         try:
             if writing is not None:
                 writing.result()
         except CheckpointException as error:
-            raise self._explained(error) from error
+            raise self._as_training_error(error) from error
 
-    def _explained(self, error: CheckpointException) -> TrainingError:
+    def _as_training_error(self, error: CheckpointException) -> TrainingError:
         causes = [cause for cause, _ in error.failures.values()]
         refused = next(filter(None, map(system_error, causes)), None)
         reason = reason_of(refused) if refused else str(causes[0]).splitlines()[0]

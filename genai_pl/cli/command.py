@@ -28,7 +28,7 @@ from genai_pl.config.redaction import masked, remember
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.plugins import import_plugins
 from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
-from genai_pl.training.hydra_job import given_overrides, searches
+from genai_pl.training.hydra_job import job_overrides, searches
 from genai_pl.training.output_folders import give_back, give_back_job, unused_folder
 from genai_pl.training.resume import TYPED
 from genai_pl.training.run_log import recording
@@ -155,7 +155,7 @@ def with_option(line: str, arguments: list[str]) -> str:
 def _guarded(main: Main, config: DictConfig) -> Outcome:
     try:
         remember_environment(config)
-        check_types(config, given_overrides(), CONF, HydraConfig.get().job.config_name)
+        check_types(config, job_overrides(), CONF, HydraConfig.get().job.config_name)
         check_bounds(config)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
@@ -167,7 +167,7 @@ def _guarded(main: Main, config: DictConfig) -> Outcome:
         print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
         return Outcome(2)
     except (HydraException, OmegaConfBaseException) as error:  # of what is composed or made later
-        if (line := explain(error, CONF, HydraConfig.get().job.config_name, given_overrides())) is None:
+        if (line := explain(error, CONF, HydraConfig.get().job.config_name, job_overrides())) is None:
             raise
         print(f"error: {masked(line)}", file=sys.stderr)
         return Outcome(2)

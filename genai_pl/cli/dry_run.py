@@ -24,19 +24,19 @@ from genai_pl.modules import BaseModule
 from genai_pl.planning import cost_model as planning
 from genai_pl.planning.count import (
     activation_bytes,
+    fake_tensors,
     largest_gradient,
     largest_part,
+    local_model_config,
     moments,
-    n_again,
-    part_of,
+    n_recomputed,
     stage_sizes,
     training_flops,
-    weightless,
 )
-from genai_pl.training.initial_model import adapt, check_shape, fit_rows, say_unused, typed_now
+from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, human
-from genai_pl.training.targets import named
+from genai_pl.training.targets import locate_target
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def dry_run(config: DictConfig) -> int:
         raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
-    say_unused(config, typed_now(config))
-    objective = named(config.objective._target_)
+    report_unused(config, new_overrides(config))
+    objective = locate_target(config.objective._target_)
     values = planned_config(config, objective)
     check_shape(config, values, objective)
-    with weightless(torch.float32):
+    with fake_tensors(torch.float32):
         model = whole_model(config, objective, values)
-    rows, seq_len, clamped = fit_rows(config, model)
-    work = planned_work(config, objective, rows, seq_len)
+    batch_size, seq_len, clamped = fit_to_context(config, model)
+    work = planned_work(config, objective, batch_size, seq_len)
     plan = make_plan(config, objective, values, model, work)
     steps, passes = planned_steps(config, objective)
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
@@ -89,7 +89,7 @@ def whole_model(config: DictConfig, objective: type[BaseModule], values: ModelCo
     model = build_model(values)
     if objective.head is not None:
         model.set_head(objective.head)
-    return adapt(config.peft, model, None)
+    return apply_peft(config.peft, model, None)
 
 
 def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConfig, model: Model, work: Work) -> Plan:
@@ -97,8 +97,8 @@ def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConf
     layout = find_layout(config)
     weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.data > 1
-    with weightless(product if gathers and product else weight):
-        part = whole_model(config, objective, part_of(values, layout))
+    with fake_tensors(product if gathers and product else weight):
+        part = whole_model(config, objective, local_model_config(values, layout))
         head = part.lm_head
         share = find_share(config, part, weight_bytes=weight.itemsize, compute_bytes=(product or weight).itemsize)
         again = blocks_again(config, part)
@@ -119,11 +119,11 @@ def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConf
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
     memory = replace(memory, reference=copied, critic=critic)
     sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
-    sent = planning.traffic(share, layout, **sizes, passes=work.passes, again=again)
+    sent = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=again)
     tokens = work.rows * work.seq_len * work.passes * layout.data
     # a forward pass is a third of the work where every weight learns
     unlearned = work.unlearned * flops_per_token(model, values, work.seq_len) / 3
-    flops = (training_flops(model, values, work.seq_len, again=again) + unlearned) * tokens / layout.devices
+    flops = (training_flops(model, values, work.seq_len, recomputed=again) + unlearned) * tokens / layout.devices
     machine = find_machine(config, layout)
     time = planning.step_time(machine, layout, sent, flops=flops)
     return Plan(machine, layout, memory, sent, time, tokens)
@@ -145,7 +145,7 @@ def find_share(config: DictConfig, part: Model, *, weight_bytes: int, compute_by
 def blocks_again(config: DictConfig, part: Model) -> float:
     """The share of blocks that run again in the backward pass."""
     every, kind = _recomputed(config)
-    return n_again(part, every) / len(part.blocks) if every and kind == "full" else 0.0
+    return n_recomputed(part, every) / len(part.blocks) if every and kind == "full" else 0.0
 
 
 def _recomputed(config: DictConfig) -> tuple[int | None, str]:
@@ -167,7 +167,7 @@ def find_activations(
         every=every,
         kind=kind,
         fused=config.plan.gpu != "cpu",
-        pieces=layout.tensor if layout.sequence else 1,
+        sequence_shards=layout.tensor if layout.sequence else 1,
     )
 
 
@@ -175,7 +175,7 @@ def critic_bytes(config: DictConfig, work: Work, layout: planning.Layout) -> flo
     """Bytes of the model that judges states, which is trained with the policy."""
     values, _ = stored_config(config.objective.critic, option="objective.critic")
     weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
-    with weightless(weight):
+    with fake_tensors(weight):
         critic = build_model(values)
         critic.set_head(Head.none)
         sizes = {"weight_bytes": weight.itemsize, "compute_bytes": (product or weight).itemsize}

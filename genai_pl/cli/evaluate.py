@@ -19,7 +19,7 @@ from genai_pl.errors import DISK_FULL, ConfigError, DataError
 from genai_pl.evaluation import (
     Kind,
     Metrics,
-    Row,
+    ScoredWindow,
     choice_metrics,
     choice_rows,
     completion_metrics,
@@ -40,7 +40,7 @@ from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import adapters_of, merge
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EVALUATE, NO_BOS, refuse_unused
 
 OF_FIGURES = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
@@ -73,7 +73,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out:
         check_out(config)
-    refuse_unused(config, given_overrides(), EVALUATE)
+    refuse_unused(config, job_overrides(), EVALUATE)
 
 
 def check_out(config: DictConfig) -> None:
@@ -100,7 +100,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     device = choose_device(config.device)
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     if kind in (Kind.preferences, Kind.conversations):
-        refuse_unused(config, given_overrides(), [NO_BOS])
+        refuse_unused(config, job_overrides(), [NO_BOS])
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
@@ -151,7 +151,7 @@ def readable_folder(config: DictConfig, temporary: Path) -> Path:
     return temporary
 
 
-def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object) -> Metrics:
     """What the model's predictions of texts, completions or choices are worth."""
     scores = score(loaded.model, rows, **scoring)
     if kind is Kind.choices:
@@ -160,7 +160,7 @@ def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **
     return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
 
 
-def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[Row], **scoring: object) -> Metrics:
+def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object) -> Metrics:
     """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
     n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
@@ -201,7 +201,7 @@ def context_of(model: nn.Module) -> int:
     return model.config.max_seq_len - n_virtual(model)
 
 
-def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[Row]:
+def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[ScoredWindow]:
     """What the model reads and what of it is scored."""
     tokenizer, values = loaded.tokenizer, loaded.model.config
     seq_len, bos = options.seq_len or context_of(loaded.model), options.bos

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from genai_pl.atomic_io import ADAPTER, write_atomic
-from genai_pl.data.end_tokens import generation_values
+from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.embeddings import described_head
@@ -19,7 +19,7 @@ from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtyp
 from genai_pl.models.onnx.export import write_description, write_graphs
 from genai_pl.models.onnx.quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EXPORT, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")
@@ -36,7 +36,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"quantize={config.quantize} is not null or int8")
     if config.quantize and config.format != "onnx":
         raise ConfigError("quantize=int8 goes with format=onnx")
-    refuse_unused(config, given_overrides(), EXPORT)
+    refuse_unused(config, job_overrides(), EXPORT)
     if not config.out:
         raise ConfigError("out='': name the folder to write")
     out = Path(config.out)
@@ -105,7 +105,7 @@ def write_onnx(model: nn.Module, loaded: Loaded, config: DictConfig) -> str:
         folder.mkdir()
         files = write_graphs(model, folder)
         ids, defaults = token_ids(loaded.tokenizer), loaded.defaults
-        generation = generation_values(model.config, ids, defaults)
+        generation = generation_config_values(model.config, ids, defaults)
         write_description(model, folder, token_ids=ids | dict(defaults.config), generation=generation)
         save_tokenizer(loaded.tokenizer, folder)
         sizes = {name: getattr(model.config, name) for name in ("vocab_size", "max_seq_len")}

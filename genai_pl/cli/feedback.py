@@ -20,7 +20,7 @@ from genai_pl.data.messages_datamodule import INPUT, prompt_of
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.report import pasted
 from genai_pl.training.rewards import Judge
 from genai_pl.training.trust import key_of
@@ -54,7 +54,7 @@ def feedback(config: DictConfig) -> int:
     if judge is None:
         raise ConfigError("judge is not set: name a model, or the URL of an endpoint")
     scores = isinstance(judge, Judge)
-    if scores and "rubric" in map(key_of, given_overrides()):
+    if scores and "rubric" in map(key_of, job_overrides()):
         raise ConfigError(f"rubric: not read by a reward model (judge={config.judge}); leave it out")
     run(config, left, writer, judge, done)
     report(config, out, scores=scores)
@@ -68,7 +68,7 @@ def check(config: DictConfig) -> None:
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
-    refuse_unused(config, given_overrides(), FEEDBACK)
+    refuse_unused(config, job_overrides(), FEEDBACK)
 
 
 def asked_of(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Asked:

@@ -17,9 +17,9 @@ from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
-from genai_pl.models import Encoder, join
+from genai_pl.models import Encoder, prepare_for_decoding
 from genai_pl.peft import adapters_of
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import ENCODER, GENERATE, WRITER, refuse_unused
 
 
@@ -32,14 +32,14 @@ def generate(config: DictConfig) -> int:
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
-    refuse_unused(config, given_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
+    refuse_unused(config, job_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
         head = loaded.model.config.head
         other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
         raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
     loaded.model.to(device)
     if products is None:
-        join(loaded.model)
+        prepare_for_decoding(loaded.model)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:
@@ -69,7 +69,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
     if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
         raise ConfigError("chat=true: several adapters answer together; give adapter_weights, or one adapter")
-    refuse_unused(config, given_overrides(), GENERATE)
+    refuse_unused(config, job_overrides(), GENERATE)
 
 
 def hold_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
@@ -186,11 +186,11 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
 
 def print_scores(loaded: Loaded, prompts: list[str]) -> None:
     """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
-    from genai_pl.evaluation.embeddings import encode_whole, judge, logprobs
+    from genai_pl.evaluation.embeddings import encode_texts, judge, logprobs
 
     model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.head is Head.score:
-        rows = [row[-model.config.max_seq_len :] for row in encode_whole(tokenizer, prompts)]
+        rows = [row[-model.config.max_seq_len :] for row in encode_texts(tokenizer, prompts)]
         for prompt, reward in zip(prompts, judge(model, rows).tolist(), strict=True):
             print_json({"prompt": prompt, "score": reward})
         return

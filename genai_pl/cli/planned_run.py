@@ -18,12 +18,12 @@ from genai_pl.models.hf.config import is_supported, prefix_of, read_config
 from genai_pl.models.hf.folder import TensorFiles
 from genai_pl.modules import BaseModule
 from genai_pl.modules.kto import KTOModule
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
-from genai_pl.training.initial_model import check_loaded, model_config, typed_now
+from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
 
@@ -50,7 +50,7 @@ def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConf
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
         values, tokenizer = stored_config(config.init_from, option="init_from")
-        check_loaded(config, values, tokenizer, typed_now(config))
+        check_loaded_model(config, values, tokenizer, new_overrides(config))
         add_missing(tokenizer, objective.needs)
         values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
         return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))
@@ -94,7 +94,7 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
     """What a step reads of batches of so many rows: these, pairs of completions, texts of pairs, or a part of a rollout."""
     options, adapts = config.objective, config.peft._target_ is not None
     passes = config.trainer.accumulate_grad_batches
-    if issubclass(objective, RLModule):
+    if issubclass(objective, PolicyGradientModule):
         completions = rows * options.get("group_size", 1)
         step = options.minibatch_size or completions
         part = min(options.micro_batch_size or step, step)

@@ -1,6 +1,6 @@
 """Text in, batches out; the DataModule lies in `genai_pl.data.datamodule`, since it alone needs Lightning."""
 
-from genai_pl.data.token_bytes import token_bytes, vocabulary
+from genai_pl.data.token_bytes import special_tokens, token_bytes
 from genai_pl.data.tokenizer import add_missing, byte_tokenizer, fingerprint, pretrained_tokenizer, train_bpe
 
 __all__ = [
@@ -10,5 +10,5 @@ __all__ = [
     "pretrained_tokenizer",
     "token_bytes",
     "train_bpe",
-    "vocabulary",
+    "special_tokens",
 ]

@@ -18,20 +18,20 @@ from genai_pl.data.messages_datamodule import (
     INSTRUCTION,
     OUTPUT,
     TOOLS,
-    TalksDataModule,
-    of_tools,
+    MessagesDataModule,
     prompt_of,
+    tools_argument,
 )
-from genai_pl.data.packing import Row
+from genai_pl.data.packing import Example
 from genai_pl.data.prompt_tokens import (
-    Example,
+    TokenizedExample,
     as_messages,
     encode_completions,
     encode_conversations,
     encode_messages,
     encode_prompt,
 )
-from genai_pl.data.table_datamodule import lists
+from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -47,7 +47,7 @@ ROLES = {"system", "user", "assistant", "tool", "developer", "function"}
 CONVERSATIONS = "conversations"  # as ShareGPT has them
 
 
-class ChatDataModule(TalksDataModule):
+class ChatDataModule(MessagesDataModule):
     """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
 
     kind = "chat"
@@ -126,10 +126,10 @@ class ChatDataModule(TalksDataModule):
         cut = silent = 0
         option = "data.path" if self.source_of(table) is self.source else "data.val_path"
         spoken = self._speakers(table)
-        found = self.encoded(table, self.encoding(table, *roles), encode_examples)
-        for example in map(Example, lists(found, "input_ids"), lists(found, "loss_mask")):
+        found = self.encoded(table, self.encoding(table, *roles), tokenize_examples)
+        for example in map(TokenizedExample, as_arrays(found, "input_ids"), as_arrays(found, "loss_mask")):
             cut += len(example.input_ids) > self.room
-            example = Example(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
+            example = TokenizedExample(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
             if example.loss_mask[1:].any():  # the first token of a row is predicted by nothing
                 examples.append(example)
             else:
@@ -169,7 +169,7 @@ class ChatDataModule(TalksDataModule):
 class PackedExamples(Dataset):
     """Rows of examples that fit into `room` tokens together; one example a row where it is 0."""
 
-    def __init__(self, examples: list[Example], room: int) -> None:
+    def __init__(self, examples: list[TokenizedExample], room: int) -> None:
         self.examples = examples
         lengths = [len(example.input_ids) for example in examples]
         self.bins = pack(lengths, room) if room else [[n] for n in range(len(examples))]
@@ -177,7 +177,7 @@ class PackedExamples(Dataset):
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Example:
         chosen = [self.examples[n] for n in self.bins[index]]
         lengths = [len(example.input_ids) for example in chosen]
         return {
@@ -187,13 +187,13 @@ class PackedExamples(Dataset):
         }
 
 
-def encode_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each example, and 1 where they are to be learned."""
     if "messages" in batch:
         given = [0] * len(batch["messages"])
-        examples = encode_conversations(tokenizer, batch["messages"], given, **of_tools(batch))
+        examples = encode_conversations(tokenizer, batch["messages"], given, **tools_argument(batch))
     else:
-        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **of_tools(batch))
+        examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **tools_argument(batch))
     return {
         "input_ids": [example.input_ids for example in examples],
         # as bytes: arrow packs bits, and no array could lie there

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from genai_pl.data.loader import Collate, EpochLoader, Plan, held_batches
+from genai_pl.data.loader import BatchPlan, Collate, EpochLoader, validation_batches
 from genai_pl.data.packing import NumberedRows
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class RowsDataModule(L.LightningDataModule):
         """Words of the validation text: something the model should be able to continue."""
         raise NotImplementedError
 
-    def plan(self) -> Plan:
+    def plan(self) -> BatchPlan:
         """How rows are dealt to this process."""
         trainer = self.trainer
         ranks = trainer.strategy.distributed_sampler_kwargs if trainer and trainer.world_size > 1 else {}
-        return Plan(
+        return BatchPlan(
             batch_size=self.batch_size,
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
             rank=ranks.get("rank", 0),
@@ -73,7 +73,9 @@ class RowsDataModule(L.LightningDataModule):
         # validation draws nothing from the global generator, so that it cannot change the training
         return DataLoader(
             NumberedRows(self.val_rows),
-            batch_sampler=held_batches(len(self.val_rows), self.val_batch_size, self.plan(), least=self.least_rows),
+            batch_sampler=validation_batches(
+                len(self.val_rows), self.val_batch_size, self.plan(), least=self.least_rows
+            ),
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(0),
         )

@@ -16,7 +16,7 @@ Collate = Callable[[list], Batch]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """How many rows a step takes, and which of them are this rank's."""
 
     batch_size: int
@@ -49,7 +49,7 @@ def _stamp(window: list[Batch]) -> list[Batch]:
     return [{**batch, **totals} for batch in window]
 
 
-def held_batches(n_rows: int, batch_size: int, plan: Plan, *, least: int = 1) -> list[list[tuple[int, int]]]:
+def validation_batches(n_rows: int, batch_size: int, plan: BatchPlan, *, least: int = 1) -> list[list[tuple[int, int]]]:
     """Lists of (0, row number) to validate on, as many for every rank; a row too many joins the last of them.
 
     Ranks whose weights lie in pieces send them in each batch, and wait for all others. A batch has at least `least` rows.
@@ -71,7 +71,7 @@ def held_batches(n_rows: int, batch_size: int, plan: Plan, *, least: int = 1) ->
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Lists of (epoch, row number); the rows of a step are the same for any split into ranks and accumulated batches."""
 
-    def __init__(self, n_rows: int, plan: Plan, *, shuffle: bool) -> None:
+    def __init__(self, n_rows: int, plan: BatchPlan, *, shuffle: bool) -> None:
         self.n_rows, self.plan, self.shuffle = n_rows, plan, shuffle
         self.epoch, self.first = 0, 0
 
@@ -90,7 +90,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 class EpochLoader:
     """One epoch of batches per `iter`; `state_dict` says how far it is, for any number of workers and ranks."""
 
-    def __init__(self, rows: Dataset, collate: Collate, plan: Plan, *, shuffle: bool = True) -> None:
+    def __init__(self, rows: Dataset, collate: Collate, plan: BatchPlan, *, shuffle: bool = True) -> None:
         if len(rows) < plan.world_size:
             raise DataError(f"data: {len(rows)} rows cannot be shared by {plan.world_size} processes")
         self.plan = plan

@@ -9,7 +9,7 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, refuse, text_of
 from genai_pl.data.messages import Given, given_of, is_written, tools_of, with_system
 from genai_pl.data.prompt_tokens import prompt_text
-from genai_pl.data.records import Records, Row
+from genai_pl.data.records import Record, Records
 from genai_pl.data.table_datamodule import TableDataModule
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ SYSTEM = "system"  # of a conversation, in a column of its own
 TOOLS = "tools"  # what the conversation of a row may call
 
 
-class TalksDataModule(TableDataModule):
+class MessagesDataModule(TableDataModule):
     """Rows of which parts are texts, or messages that a chat template renders."""
 
     kinds: ClassVar[dict[str, str]] = dict.fromkeys(("messages", "prompt", "completion", "answers", TOOLS), "json")
     beside = (INPUT, CONTEXT, SYSTEM, TOOLS)
-    passes_on = False  # whether the columns that are not read go on to somebody else
+    keeps_all_columns = False  # whether the columns that are not read go on to somebody else
 
     def has_conversations(self) -> bool:
         train, _ = self.tables()
@@ -40,7 +40,7 @@ class TalksDataModule(TableDataModule):
     ) -> None:
         """Adds the first text that is the JSON of messages; columns that go on to somebody else are not said."""
         self._say_written(table, source)
-        if not self.passes_on:
+        if not self.keeps_all_columns:
             talks = not isinstance(
                 json.loads(table[0]["messages" if "messages" in table.column_names else "prompt"]), str
             )
@@ -91,7 +91,7 @@ class TalksDataModule(TableDataModule):
         return prompt_text(self.tokenizer, given) if given else ""
 
 
-def prompt_of(row: Row, column: str, place: Place) -> Given:
+def prompt_of(row: Record, column: str, place: Place) -> Given:
     """What a row gives: a text or messages; to an `instruction` its `input` belongs (Alpaca), or `context` (Dolly)."""
     found = given_of(row.get(column), place._replace(column=column))
     beside = INPUT if INPUT in row else CONTEXT
@@ -109,6 +109,6 @@ def _say_unused(source: sources.Source, roles: Mapping[str, str], columns: Seque
         log.info("data        %s: columns not used: %s", source.name, ", ".join(unused))
 
 
-def of_tools(batch: Mapping[str, list]) -> dict[str, list]:
+def tools_argument(batch: Mapping[str, list]) -> dict[str, list]:
     """The tools of a batch as the argument of an encoder, where it has any."""
     return {TOOLS: batch[TOOLS]} if TOOLS in batch else {}

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from genai_pl.objectives.collate import Example
+
 if TYPE_CHECKING:
     import datasets
-
-Row = dict[str, np.ndarray]
 
 
 class PackedRows(Dataset):
@@ -33,16 +33,16 @@ class PackedRows(Dataset):
     def __len__(self) -> int:
         return max(0, self.n_tokens - self.overlap) // (self.length - self.overlap)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Example:
         start = index * (self.length - self.overlap)
         return self._row(start, start + self.length)
 
-    def tail(self) -> Row | None:
+    def tail(self) -> Example | None:
         """What is left after the last full row, a shorter one, or None: validation counts every token."""
         start = len(self) * (self.length - self.overlap)
         return None if self.n_tokens - start < 2 else self._row(start, self.n_tokens)
 
-    def _row(self, start: int, stop: int) -> Row:
+    def _row(self, start: int, stop: int) -> Example:
         segments = np.ones(stop - start, np.int64)
         if self.apart:
             ends = np.searchsorted(self.document_ends, np.arange(start, stop), side="right")
@@ -70,7 +70,7 @@ class Packer:
         self.segments = np.zeros(0, np.int64)
         self.document = 0
 
-    def push(self, ids: np.ndarray, *, ends: bool = True) -> list[Row]:
+    def push(self, ids: np.ndarray, *, ends: bool = True) -> list[Example]:
         """Rows that the new tokens complete; `ends` says that the document is over with them."""
         self.tokens = np.concatenate([self.tokens, ids])
         self.segments = np.concatenate([self.segments, np.full(len(ids), self.document)])
@@ -105,5 +105,5 @@ class NumberedRows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> Row:
+    def __getitem__(self, key: tuple[int, int]) -> Example:
         return {**self.rows[key[1]], "key": key}

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from genai_pl.data.table_datamodule import TableDataModule
-from genai_pl.data.text_tokens import encode_whole
+from genai_pl.data.text_tokens import encode_texts
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.objectives.pairs import PairCollator
 
@@ -21,7 +21,7 @@ class TextsDataModule(TableDataModule):
         super().__init__(**rest)
         self.columns = columns
 
-    def wanted(self) -> dict[str, str]:
+    def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
@@ -31,11 +31,11 @@ class TextsDataModule(TableDataModule):
     def texts(self, table: "Dataset") -> "Dataset":
         """Token ids of all texts."""
         return self.encoded(
-            table, list(self.columns), encode_texts, seq_len=self.seq_len, **self.reading()
+            table, list(self.columns), tokenize_texts, seq_len=self.seq_len, **self.reading()
         ).with_format("numpy")
 
     def reading(self) -> dict[str, object]:
-        """How a text becomes tokens, beyond its length: options of `encode_texts`."""
+        """How a text becomes tokens, beyond its length: options of `tokenize_texts`."""
         return {}
 
 
@@ -65,7 +65,7 @@ class PairsDataModule(TextsDataModule):
         return self.tables()[1][0]["anchor"]
 
 
-def encode_texts(
+def tokenize_texts(
     batch: dict[str, list[str]],
     tokenizer: "PreTrainedTokenizerBase",
     seq_len: int,
@@ -74,6 +74,6 @@ def encode_texts(
 ) -> dict[str, list[list[int]]]:
     """Token ids of the texts of each column behind the prompt, cut to seq_len, special tokens and an end token included."""
     return {
-        role: encode_whole(tokenizer, [prompt + text for text in texts], max_length=seq_len, closes=closes)
+        role: encode_texts(tokenizer, [prompt + text for text in texts], max_length=seq_len, closes=closes)
         for role, texts in batch.items()
     }

@@ -12,10 +12,10 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, list_of, number_of
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import given_of, split_answers, texts_in
-from genai_pl.data.messages_datamodule import TOOLS, TalksDataModule, of_tools, prompt_of
+from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, prompt_of, tools_argument
 from genai_pl.data.prompt_tokens import encode_answers
-from genai_pl.data.records import Row
-from genai_pl.data.table_datamodule import lists
+from genai_pl.data.records import Record
+from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PreferenceDataModule(TalksDataModule):
+class PreferenceDataModule(MessagesDataModule):
     """Rows of token ids: prompt, chosen, rejected, and a margin where there is one; or prompt and completions, ranked."""
 
     kind = "preference"
-    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "completions": "json", "margin": "number"}
+    kinds: ClassVar[dict[str, str]] = {**MessagesDataModule.kinds, "completions": "json", "margin": "number"}
 
     def __init__(
         self, *, prompt: str, chosen: str, rejected: str, completions: str, margin: str | None, **rest: object
@@ -71,7 +71,7 @@ class PreferenceDataModule(TalksDataModule):
         answers = "completions" if "completions" in roles else "answers"
         return ["prompt", answers, *(role for role in roles if role == "margin"), TOOLS]
 
-    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         prompt = prompt_of(row, roles["prompt"], place) if "prompt" in roles else None
         columns = {role: place._replace(column=column) for role, column in roles.items()}
         if "completions" in roles:
@@ -86,8 +86,8 @@ class PreferenceDataModule(TalksDataModule):
 
     def rows(self, table: "Table") -> Dataset:
         answers = "completions" if is_ranked(table) else "answers"
-        found = self.encoded(table, self.encoding(table, "prompt", answers), encode_compared)
-        rows = map(self._row, lists(found, "prompt"), lists(found, "said"), lists(found, "sizes"))
+        found = self.encoded(table, self.encoding(table, "prompt", answers), tokenize_preference)
+        rows = map(self._row, as_arrays(found, "prompt"), as_arrays(found, "said"), as_arrays(found, "sizes"))
         if is_ranked(table):
             return [{"prompt": prompt, "completions": said} for prompt, said in rows]
         pairs = [{"prompt": prompt, "chosen": said[0], "rejected": said[1]} for prompt, said in rows]
@@ -110,10 +110,10 @@ def is_ranked(table: "Table") -> bool:
     return "completions" in table.column_names
 
 
-def encode_compared(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+def tokenize_preference(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt, of its completions end to end, and how many each of them has."""
     given = batch["completions"] if "completions" in batch else batch["answers"]
-    rows = encode_answers(tokenizer, batch["prompt"], given, **of_tools(batch))
+    rows = encode_answers(tokenizer, batch["prompt"], given, **tools_argument(batch))
     return {
         "prompt": [prompt for prompt, _ in rows],
         "said": [np.concatenate([*answers, np.zeros(0, np.int32)]) for _, answers in rows],

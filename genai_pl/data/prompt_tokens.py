@@ -17,7 +17,7 @@ from genai_pl.data.chat_template import (
     ensure_template,
     turn_end,
 )
-from genai_pl.data.text_tokens import closes_texts
+from genai_pl.data.text_tokens import appends_end_token
 from genai_pl.data.token_boundaries import QUIET, encode_continuations, encode_with_seams
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import DataError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TEMPLATE",
     "ChatTemplate",
-    "Example",
+    "TokenizedExample",
     "Messages",
     "Tools",
     "as_messages",
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-class Example(NamedTuple):
+class TokenizedExample(NamedTuple):
     """Tokens of one example, and which of them the model is to say."""
 
     input_ids: np.ndarray  # (n,) int32
@@ -57,7 +57,7 @@ class Example(NamedTuple):
         return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.loss_mask)
 
 
-def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, tools: Tools = ()) -> Example:
+def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, tools: Tools = ()) -> TokenizedExample:
     """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
     return encode_conversations(tokenizer, [messages], [0], [tools])[0]
 
@@ -67,7 +67,7 @@ def encode_conversations(
     conversations: Sequence[Messages],
     n_given: Sequence[int],
     tools: Sequence[Tools] | None = None,
-) -> list[Example]:
+) -> list[TokenizedExample]:
     """The same of each; nothing is to be learned of its first `n_given` messages. `tools` are those of each conversation.
 
     The tokens are those of the whole text, as transformers makes them, except where the generation prompt alone has others
@@ -84,7 +84,7 @@ def encode_conversations(
 
 def encode_completion(
     tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages, tools: Tools = ()
-) -> Example:
+) -> TokenizedExample:
     """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
     return encode_completions(tokenizer, [prompt], [completion], [tools])[0]
 
@@ -94,7 +94,7 @@ def encode_completions(
     prompts: Sequence[str | Messages],
     completions: Sequence[str | Messages],
     tools: Sequence[Tools] | None = None,
-) -> list[Example]:
+) -> list[TokenizedExample]:
     """The same of each; the prompts are texts, or all of them messages."""
     if prompts and not isinstance(prompts[0], str):
         whole = [[*prompt, *as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
@@ -105,7 +105,7 @@ def encode_completions(
         (given, np.asarray([*said, *end], dtype=np.int32))
         for given, said in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
     ]
-    return [Example(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
+    return [TokenizedExample(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
 
 
 def encode_answers(
@@ -154,7 +154,7 @@ def encode_prompts(
     if not prompts or isinstance(prompts[0], str):
         rows = tokenizer(list(prompts), **QUIET)["input_ids"]
         end = _end(tokenizer)
-        if closes_texts(tokenizer):  # what some tokenizers close every text with would end what is to be continued
+        if appends_end_token(tokenizer):  # what some tokenizers close every text with would end what is to be continued
             rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
         begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
@@ -170,14 +170,14 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, to
     return prompt if isinstance(prompt, str) else ChatTemplate(tokenizer).prompt(prompt, tools)
 
 
-def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: Sequence[int]) -> Example:
+def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: Sequence[int]) -> TokenizedExample:
     """The tokens, of which those that begin in a span are to be learned; an answer that nothing closes gets the end token."""
     mask = np.zeros(len(starts), bool)
     for start, stop in rendering.spans:
         mask |= (starts >= start) & (starts < stop)
     if rendering.is_open and rendering.spans:
         ids, mask = [*ids, *end], np.concatenate([mask, np.ones(len(end), bool)])
-    return Example(np.asarray(ids, dtype=np.int32), mask)
+    return TokenizedExample(np.asarray(ids, dtype=np.int32), mask)
 
 
 def as_messages(completion: str | Messages) -> Messages:

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 from genai_pl.data import sources
 from genai_pl.data.columns import Place
 from genai_pl.data.messages import texts_in
-from genai_pl.data.messages_datamodule import TalksDataModule, of_tools, prompt_of
+from genai_pl.data.messages_datamodule import MessagesDataModule, prompt_of, tools_argument
 from genai_pl.data.prompt_tokens import encode_prompts
-from genai_pl.data.records import Row
-from genai_pl.data.table_datamodule import lists
+from genai_pl.data.records import Record
+from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_asked(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+def tokenize_prompts(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt."""
-    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **of_tools(batch))}
+    return {"prompt": encode_prompts(tokenizer, batch["prompt"], **tools_argument(batch))}
 
 
 log = logging.getLogger(__name__)
 
 
-class PromptsDataModule(TalksDataModule):
+class PromptsDataModule(MessagesDataModule):
     """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
 
     kind = "prompts"
-    passes_on = True
+    keeps_all_columns = True
 
     def __init__(self, *, prompt: str, max_prompt_len: int, **rest: object) -> None:
         super().__init__(**rest)
         self.column, self.max_prompt_len = prompt, max_prompt_len
 
-    def wanted(self) -> dict[str, str]:
+    def required_columns(self) -> dict[str, str]:
         return {"data.prompt": self.column}
 
-    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         return {"prompt": prompt_of(row, roles["prompt"], place)}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
@@ -52,7 +52,7 @@ class PromptsDataModule(TalksDataModule):
         return train_bpe((text for row in train for text in texts_in(json.loads(row["prompt"]))), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        prompts = lists(self.encoded(table, self.encoding(table, "prompt"), encode_asked), "prompt")
+        prompts = as_arrays(self.encoded(table, self.encoding(table, "prompt"), tokenize_prompts), "prompt")
         source = self.source_of(table)
         given = [row for _, row in sources.rows(source)]
         names = dict.fromkeys(name for row in given for name in row)

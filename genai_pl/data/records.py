@@ -15,8 +15,8 @@ from genai_pl.errors import DataError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-Row = Mapping[str, object]
-Records = Iterator[tuple[Place, Row]]
+Record = Mapping[str, object]
+Records = Iterator[tuple[Place, Record]]
 FIRST = 1000  # rows that tell the columns of JSON
 BYTES = "utf-8-sig"  # UTF-8, with or without a byte order mark
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -40,7 +40,7 @@ def rows(files: Sequence[Path], *, columns: Collection[str] | None = None, by_li
             raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def reader(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Row]:
+def reader(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Record]:
     """The rows of a file of a known kind."""
     kind_of_file = BUILDERS[path.suffix.lower()]
     if kind_of_file == "parquet":
@@ -62,19 +62,19 @@ def column_names(files: Sequence[Path]) -> list[str]:
     return []
 
 
-def text_rows(path: Path) -> Iterator[Row]:
+def text_rows(path: Path) -> Iterator[Record]:
     """The whole text as one row."""
     yield {"text": path.read_text(encoding=BYTES)}
 
 
-def text_lines(path: Path) -> Iterator[Row]:
+def text_lines(path: Path) -> Iterator[Record]:
     """The lines of a text, with their line breaks."""
     with path.open(encoding=BYTES) as file:
         for line in file:
             yield {"text": line}
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path) -> Iterator[Record]:
     """Rows of cells, all of them text; empty lines are none."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding=BYTES, newline="") as file:
@@ -93,7 +93,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{path}: line {lines.line_num}: not csv ({error})") from None
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[Record]:
     """The objects of a list, of lines, or one after the other; a text stands for an object with that `text`."""
     with path.open(encoding=BYTES) as file:
         first = next((line for line in file if not line.isspace()), "")
@@ -113,19 +113,19 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _of_list(path: Path) -> Iterator[Row]:
+def _of_list(path: Path) -> Iterator[Record]:
     found, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
     for number, value in enumerate(found, start=1):
         yield _row(value, path, number)
 
 
-def _of_lines(path: Path) -> Iterator[Row]:
+def _of_lines(path: Path) -> Iterator[Record]:
     with path.open(encoding=BYTES, newline="\n") as file:
         for number, line in enumerate((line for line in file if not line.isspace()), start=1):
             yield _row(_decoded(line, path, number)[0], path, number)
 
 
-def _of_values(path: Path) -> Iterator[Row]:
+def _of_values(path: Path) -> Iterator[Record]:
     """Objects over several lines, with whitespace between them."""
     text, number, end = path.read_text(encoding=BYTES).strip(), 0, 0
     while end < len(text):
@@ -147,7 +147,7 @@ def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tu
     raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{why})")
 
 
-def _row(value: object, path: Path, number: int) -> Row:
+def _row(value: object, path: Path, number: int) -> Record:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
@@ -170,7 +170,7 @@ def parquet_file(path: Path) -> "ParquetFile":
     return file
 
 
-def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row]:
+def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
     """Rows of Python values, of structs only the keys that hold something."""
     import pyarrow as pa
 

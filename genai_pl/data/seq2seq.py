@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data.loader import Collate
-from genai_pl.data.packing import Row
+from genai_pl.data.packing import Example
 from genai_pl.data.pairs import TextsDataModule
 from genai_pl.errors import DataError
 from genai_pl.objectives.sft import pack
@@ -54,7 +54,7 @@ class PackedPairs(Dataset):
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Example:
         chosen = [self.pairs[n] for n in self.bins[index]]
         row = {}
         for role in ("source", "target"):

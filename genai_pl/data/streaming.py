@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from genai_pl.data.columns import Place, text_of
-from genai_pl.data.loader import Batch, Collate, Plan, with_window_targets
-from genai_pl.data.packing import Packer, Row
+from genai_pl.data.loader import Batch, BatchPlan, Collate, with_window_targets
+from genai_pl.data.packing import Example, Packer
 from genai_pl.data.tokenize import PIECE, encode_batch, encoder, find_cut
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import CheckpointError, DataError
@@ -35,7 +35,7 @@ class StreamRows(IterableDataset):
         source: "datasets.IterableDataset",
         tokenizer: "PreTrainedTokenizerBase",
         collate: Collate,
-        plan: Plan,
+        plan: BatchPlan,
         *,
         build_packer: Callable[[], Packer],
         block_rows: int,
@@ -72,13 +72,13 @@ class _Stream:
         self.data, self.share = data, share
         self.packer = data.build_packer()
         self.epoch, self.block, self.position, self.seen = 0, 0, 0, 0
-        self.rows: list[Row] = []
+        self.rows: list[Example] = []
         self.order: list[int] = []
         self.held = ""  # lines that were read and belong to the next passage
         self.begin = self._mark()
         self.documents = self._read()
 
-    def next_row(self) -> Row:
+    def next_row(self) -> Example:
         """The next row of the drawn order; fills the next block when this one is used up."""
         if self.position >= len(self.order):
             self.block += bool(self.order)

@@ -13,7 +13,7 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, text_of
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate
-from genai_pl.data.records import Records, Row
+from genai_pl.data.records import Record, Records
 from genai_pl.data.table_store import dumps, keep, keep_encoded, say_empty
 from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import ConfigError, DataError
@@ -81,11 +81,11 @@ class TableDataModule(RowsDataModule):
             yield place, [*cells, number]
 
     def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
-        """The columns that are read, by role; DataError if one of those in `wanted` is not there."""
-        sources.check_columns(source, found, self.wanted())
-        return {option.removeprefix("data."): column for option, column in self.wanted().items()}
+        """The columns that are read, by role; DataError if one of those in `required_columns` is not there."""
+        sources.check_columns(source, found, self.required_columns())
+        return {option.removeprefix("data."): column for option, column in self.required_columns().items()}
 
-    def wanted(self) -> dict[str, str]:
+    def required_columns(self) -> dict[str, str]:
         """The columns that must be there, by the option that names them."""
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class TableDataModule(RowsDataModule):
         """The example of each row."""
         return ((place, self.example(row, roles, place)) for place, row in rows)
 
-    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         """What a row says in each of the stored roles."""
         return {role: text_of(row.get(column), place._replace(column=column)) for role, column in roles.items()}
 
@@ -147,8 +147,8 @@ def _encoded(
         raise
 
 
-def lists(table: "Table", column: str) -> list[np.ndarray]:
-    """The lists of a column of numbers, as arrays that lie in the file the table is mapped from."""
+def as_arrays(table: "Table", column: str) -> list[np.ndarray]:
+    """The as_arrays of a column of numbers, as arrays that lie in the file the table is mapped from."""
     found: list[np.ndarray] = []
     for chunk in table.select_columns([column]).with_format("arrow")[:][column].chunks:
         ends = chunk.offsets.to_numpy()

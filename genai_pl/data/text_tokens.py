@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_whole(
+def encode_texts(
     tokenizer: "PreTrainedTokenizerBase", texts: Texts[str], *, max_length: int | None = None, closes: bool = True
 ) -> list[list[int]]:
     """Token ids of each text with the tokenizer's special tokens, cut to max_length without losing them.
@@ -20,23 +20,23 @@ def encode_whole(
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     rows = tokenizer(list(texts), **cut, verbose=False)["input_ids"] if texts else []
     end = end_token(tokenizer)
-    if not closes or end is None or closes_texts(tokenizer):
+    if not closes or end is None or appends_end_token(tokenizer):
         return rows
     return [[*(row if max_length is None else row[: max_length - 1]), end] for row in rows]
 
 
-def closes_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def appends_end_token(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer puts a special token behind every text."""
     plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     return whole[-1:] != plain[-1:]
 
 
-def close_texts(tokenizer: "PreTrainedTokenizerBase") -> None:
+def append_end_token(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Have the tokenizer put its end token behind every text, for whoever reads its tokenizer.json too."""
     from tokenizers import Tokenizer, models
 
     end = end_token(tokenizer)
-    if end is None or closes_texts(tokenizer):
+    if end is None or appends_end_token(tokenizer):
         return
     backend, name = tokenizer.backend_tokenizer, tokenizer.convert_ids_to_tokens(end)
     found = json.loads(backend.to_str())["post_processor"]
@@ -55,7 +55,7 @@ def close_texts(tokenizer: "PreTrainedTokenizerBase") -> None:
     backend.post_processor = Tokenizer.from_str(json.dumps(shell)).post_processor
 
 
-def lower_texts(tokenizer: "PreTrainedTokenizerBase") -> None:
+def lowercase_texts(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Have the tokenizer write texts in lower case first."""
     from tokenizers.normalizers import Lowercase, Sequence
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from genai_pl.data.tokenizer import FIM, SENTINELS, end_token
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> SpecialTokens:
     """What objectives must know of a tokenizer whose model has `size` ids."""
     vocab = tokenizer.get_vocab()
     wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
@@ -22,7 +22,7 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
     for token, i in vocab.items():
         special[i] = i in added
         starts_word[i] = _starts_word(token, wordpiece=wordpiece)
-    return Vocabulary(
+    return SpecialTokens(
         size=size,
         pad=tokenizer.pad_token_id or 0,
         end=end_token(tokenizer),

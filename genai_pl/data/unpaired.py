@@ -8,12 +8,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data.columns import Place, label_of
-from genai_pl.data.loader import Plan
+from genai_pl.data.loader import BatchPlan
 from genai_pl.data.messages import given_of, split_answers, texts_in
-from genai_pl.data.messages_datamodule import TalksDataModule, of_tools, prompt_of
+from genai_pl.data.messages_datamodule import MessagesDataModule, prompt_of, tools_argument
 from genai_pl.data.prompt_tokens import encode_answers
-from genai_pl.data.records import Row
-from genai_pl.data.table_datamodule import lists
+from genai_pl.data.records import Record
+from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError
 
@@ -22,27 +22,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_answered(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
+def tokenize_completions(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt and of its completion."""
-    rows = encode_answers(tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], **of_tools(batch))
+    rows = encode_answers(
+        tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], **tools_argument(batch)
+    )
     return {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, (answer,) in rows]}
 
 
-class UnpairedDataModule(TalksDataModule):
+class UnpairedDataModule(MessagesDataModule):
     """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
 
     kind = "unpaired"
     least_rows = 2
-    kinds: ClassVar[dict[str, str]] = {**TalksDataModule.kinds, "label": "label"}
+    kinds: ClassVar[dict[str, str]] = {**MessagesDataModule.kinds, "label": "label"}
 
     def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
         super().__init__(**rest)
         self.columns = {"prompt": prompt, "completion": completion, "label": label}
 
-    def wanted(self) -> dict[str, str]:
+    def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def plan(self) -> Plan:
+    def plan(self) -> BatchPlan:
         plan = super().plan()
         smallest = min(plan.batch_size, len(self.train_rows) - plan.batch_size * (plan.world_size - 1))
         if smallest < self.least_rows:
@@ -52,7 +54,7 @@ class UnpairedDataModule(TalksDataModule):
             )
         return plan
 
-    def example(self, row: Row, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
         prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
         label = label_of(row.get(roles["label"]), place._replace(column=roles["label"]))
@@ -64,8 +66,8 @@ class UnpairedDataModule(TalksDataModule):
         return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        found = self.encoded(table, self.encoding(table, "prompt", "completion"), encode_answered)
-        columns = (lists(found, "prompt"), lists(found, "completion"), table["label"])
+        found = self.encoded(table, self.encoding(table, "prompt", "completion"), tokenize_completions)
+        columns = (as_arrays(found, "prompt"), as_arrays(found, "completion"), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
     def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:

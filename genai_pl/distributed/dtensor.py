@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
-def gathered(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A sharded tensor put together; every process of its mesh must ask for it. Any other as it is."""
     if not isinstance(value, DTensor):
         return value
@@ -17,17 +17,17 @@ def gathered(value: Tensor) -> Tensor:
     return value.detach().to(value.device_mesh.device_type).full_tensor()
 
 
-def whole(value: object) -> object:
+def full_tensor_on_cpu(value: object) -> object:
     """The same, on the CPU; what is not sharded as it is."""
-    return gathered(value).cpu() if isinstance(value, DTensor) else value
+    return full_tensor(value).cpu() if isinstance(value, DTensor) else value
 
 
-def local(value: Tensor) -> Tensor:
+def local_shard(value: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def piece(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is to be cut as `like` is."""
     if not isinstance(like, DTensor) or isinstance(full, DTensor):  # it need not be, or is cut already
         return full
@@ -43,19 +43,19 @@ def piece(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def to_device(module: nn.Module, device: torch.device) -> None:
+def move_unsharded(module: nn.Module, device: torch.device) -> None:
     """Move what is not in pieces, in place: pieces lie where they are stepped."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
 
 
-def share_out(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
+def map_across_ranks(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
     """The function of each of several matrices in pieces, whole: each process of the mesh calls it for its share."""
-    group, rank, size = _sharers(mesh)
+    group, rank, size = _shard_group(mesh)
     results: list[Tensor] = []
     for first in range(0, len(values), size):
-        some = [gathered(value) for value in values[first : first + size]]
+        some = [full_tensor(value) for value in values[first : first + size]]
         own = function(some[rank]).to(some[rank].dtype).contiguous() if rank < len(some) else None
         for owner, value in enumerate(some):
             result = own if owner == rank else torch.empty_like(value)
@@ -65,7 +65,7 @@ def share_out(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: 
     return results
 
 
-def _sharers(mesh: DeviceMesh) -> tuple[dist.ProcessGroup | None, int, int]:
+def _shard_group(mesh: DeviceMesh) -> tuple[dist.ProcessGroup | None, int, int]:
     """The processes that hold pieces of the same matrix: their group, the place of this one, and how many they are."""
     if mesh.ndim == 1:
         return mesh.get_group(), mesh.get_local_rank(), mesh.size()

@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from genai_pl.distributed.dtensor import local
+from genai_pl.distributed.dtensor import local_shard
 
 Exchange = Callable[[Tensor], Tensor]
 COLLECTIVES = torch.ops._c10d_functional  # those that torch.compile can follow
 
 
 @dataclass(frozen=True)
-class Peers:
+class TensorParallelGroup:
     """The processes of a tensor-parallel group, in pairs of what follows each other in a layer.
 
     copied and summed are f and g of Shoeybi et al. 2019, 3; gathered and scattered are g and g-bar of Korthikanti et al.
-    2022, 4.2.2, on pieces of sequences (B, T, C) along T, the last of which end in zeros where T does not divide.
+    2022, 4.2.2, on shards of sequences (B, T, C) along T, the last of which end in zeros where T does not divide.
     """
 
     group: str  # its name
@@ -29,77 +29,77 @@ class Peers:
     rank: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> "Peers":
+    def of(cls, group: dist.ProcessGroup) -> "TensorParallelGroup":
         """Those of a group that this process is in."""
         return cls(group.group_name, group.size(), group.rank())
 
-    def copied(self, x: Tensor) -> Tensor:
+    def copy_to_region(self, x: Tensor) -> Tensor:
         """What all have, of which each uses a part: its gradient is the sum of theirs."""
-        return _Exchanged.apply(x, _same, self._sum)
+        return _Collective.apply(x, _identity, self._all_reduce)
 
-    def summed(self, x: Tensor) -> Tensor:
+    def reduce_from_region(self, x: Tensor) -> Tensor:
         """The sum of what each has, with which all do the same."""
-        return _Exchanged.apply(x, self._sum, _same)
+        return _Collective.apply(x, self._all_reduce, _identity)
 
-    def gathered(self, piece: Tensor, length: int) -> Tensor:
+    def gather_from_sequence(self, shard: Tensor, length: int) -> Tensor:
         """The sequences of that length, of whose channels each uses a part."""
-        return _Exchanged.apply(piece, partial(self._join, length), self._sum_piece)
+        return _Collective.apply(shard, partial(self._all_gather, length), self._reduce_scatter)
 
-    def scattered(self, x: Tensor) -> Tensor:
+    def reduce_scatter_to_sequence(self, x: Tensor) -> Tensor:
         """This process's piece of the sum of what each has."""
-        return _Exchanged.apply(x, self._sum_piece, partial(self._join, x.shape[1]))
+        return _Collective.apply(x, self._reduce_scatter, partial(self._all_gather, x.shape[1]))
 
-    def cut(self, x: Tensor) -> Tensor:
+    def scatter_to_sequence(self, x: Tensor) -> Tensor:
         """This process's piece of what all have."""
-        return _Exchanged.apply(x, self._piece, partial(self._join, x.shape[1]))
+        return _Collective.apply(x, self._own_shard, partial(self._all_gather, x.shape[1]))
 
-    def joined(self, piece: Tensor, length: int) -> Tensor:
+    def gather_without_grad_sum(self, shard: Tensor, length: int) -> Tensor:
         """The sequences of that length, with which all do the same."""
-        return _Exchanged.apply(piece, partial(self._join, length), self._piece)
+        return _Collective.apply(shard, partial(self._all_gather, length), self._own_shard)
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _all_reduce(self, x: Tensor) -> Tensor:
         return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(x.contiguous(), "sum", self.group))
 
-    def _join(self, length: int, piece: Tensor) -> Tensor:
-        B, t, C = piece.shape
-        pieces = COLLECTIVES.all_gather_into_tensor(piece.contiguous(), self.size, self.group)  # (processes * B, t, C)
-        pieces = COLLECTIVES.wait_tensor(pieces).view(self.size, B, t, C)
-        return pieces.transpose(0, 1).reshape(B, self.size * t, C)[:, :length]
+    def _all_gather(self, length: int, shard: Tensor) -> Tensor:
+        B, t, C = shard.shape
+        shards = COLLECTIVES.all_gather_into_tensor(shard.contiguous(), self.size, self.group)  # (processes * B, t, C)
+        shards = COLLECTIVES.wait_tensor(shards).view(self.size, B, t, C)
+        return shards.transpose(0, 1).reshape(B, self.size * t, C)[:, :length]
 
-    def _sum_piece(self, x: Tensor) -> Tensor:
-        pieces = self._pieces(x).flatten(0, 1).contiguous()  # (processes * B, t, C)
-        return COLLECTIVES.wait_tensor(COLLECTIVES.reduce_scatter_tensor(pieces, "sum", self.size, self.group))
+    def _reduce_scatter(self, x: Tensor) -> Tensor:
+        shards = self._shards(x).flatten(0, 1).contiguous()  # (processes * B, t, C)
+        return COLLECTIVES.wait_tensor(COLLECTIVES.reduce_scatter_tensor(shards, "sum", self.size, self.group))
 
-    def _piece(self, x: Tensor) -> Tensor:
-        return self._pieces(x)[self.rank].clone(memory_format=torch.contiguous_format)
+    def _own_shard(self, x: Tensor) -> Tensor:
+        return self._shards(x)[self.rank].clone(memory_format=torch.contiguous_format)
 
-    def _pieces(self, x: Tensor) -> Tensor:
-        """All pieces of sequences, (processes, B, t, C)."""
+    def _shards(self, x: Tensor) -> Tensor:
+        """All shards of sequences, (processes, B, t, C)."""
         B, T, C = x.shape
         t = -(-T // self.size)
         return F.pad(x, (0, 0, 0, t * self.size - T)).view(B, self.size, t, C).transpose(0, 1)
 
 
-class _Exchanged(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     """One exchange on the way forward, another on the way back."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, there: Exchange, back: Exchange) -> Tensor:
-        ctx.back = back
-        return there(x)
+    def forward(ctx: FunctionCtx, x: Tensor, collective: Exchange, grad_collective: Exchange) -> Tensor:
+        ctx.grad_collective = grad_collective
+        return collective(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, d: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(d), None, None
+        return ctx.grad_collective(d), None, None
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
 def sum_gradients(parameters: list[Tensor], group: dist.ProcessGroup) -> None:
     """Add up what the processes of a group know of the gradients of parameters that each of them holds, in place."""
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total, group=group)

@@ -6,13 +6,13 @@ from genai_pl.evaluation.examples import Kind, naming, read_examples
 from genai_pl.evaluation.metrics import Metrics, completion_metrics, text_metrics
 from genai_pl.evaluation.preferences import conversation_rows, pair_metrics, pair_rows, share
 from genai_pl.evaluation.scoring import Scores, score
-from genai_pl.evaluation.windows import Row, completion_rows, text_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_rows, text_rows
 
 __all__ = [
     "Kind",
     "Metrics",
     "Question",
-    "Row",
+    "ScoredWindow",
     "Scores",
     "choice_metrics",
     "choice_rows",

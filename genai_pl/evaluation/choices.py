@@ -9,7 +9,7 @@ from torch import Tensor
 from genai_pl.data.columns import view
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import Metrics, with_interval
-from genai_pl.evaluation.windows import Row, completion_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def meanings(choices: Sequence[str], answer: object) -> set[int]:
 
 def choice_rows(
     questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, bos: bool | None = None
-) -> list[Row]:
+) -> list[ScoredWindow]:
     """A row for each choice of each question in turn; a space goes before a choice that no whitespace keeps apart."""
     owners, prompts, completions = [], [], []
     for n, (prompt, choices, _) in enumerate(questions, start=1):

@@ -12,10 +12,10 @@ from genai_pl.atomic_io import ADAPTER, is_checkpoint
 from genai_pl.checkpoints.file import MARK, read_checkpoint
 from genai_pl.config.enums import Shape
 from genai_pl.config.model import ModelConfig
-from genai_pl.data.text_tokens import encode_whole, lower_texts
+from genai_pl.data.text_tokens import encode_texts, lowercase_texts
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.scoring import batches, score
-from genai_pl.evaluation.windows import Row, completion_rows, text_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_rows, text_rows
 from genai_pl.models import Model
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.pooling import POOLINGS, scores
@@ -56,7 +56,7 @@ def described_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: Mod
         head.max_length = min(tokenizer.model_max_length, config.max_seq_len)
     head.max_length = min(head.max_length, config.max_seq_len)
     if head.lower_case:
-        lower_texts(tokenizer)
+        lowercase_texts(tokenizer)
     return head
 
 
@@ -87,7 +87,7 @@ def encode_sentences(
     """Tokens of each text behind the head's prompt, cut to its length and to max_length, without losing special tokens."""
     limits = [limit for limit in (head.max_length, max_length) if limit is not None]
     whole = [head.prompt + text for text in texts]
-    return encode_whole(tokenizer, whole, max_length=min(limits, default=None), closes=head.closes)
+    return encode_texts(tokenizer, whole, max_length=min(limits, default=None), closes=head.closes)
 
 
 @torch.inference_mode()
@@ -137,7 +137,7 @@ def logprob_rows(
     *,
     seq_len: int,
     first: int = 0,
-) -> tuple[list[Row], list[int]]:
+) -> tuple[list[ScoredWindow], list[int]]:
     """Rows to be scored, and to which text each belongs; the texts are numbered from `first` on."""
     if prompts is not None:
         owners = list(range(first, first + len(texts)))

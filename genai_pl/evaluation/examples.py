@@ -11,7 +11,7 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, json_of, list_of, text_of
 from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of, with_system
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, prompt_of
-from genai_pl.data.records import Row
+from genai_pl.data.records import Record
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_labelled, read_question
 
@@ -87,17 +87,17 @@ def read_examples(
     return kind, columns
 
 
-def read_texts(place: Place, row: Row) -> list[str]:
+def read_texts(place: Place, row: Record) -> list[str]:
     """The texts of a row."""
     return [text_of(cell, place._replace(column=name)) for name, cell in row.items()]
 
 
-def read_pair(place: Place, row: Row) -> list[Given]:
+def read_pair(place: Place, row: Record) -> list[Given]:
     """Prompt, chosen and rejected answer of a row, as in training, and the tools that may be called in it."""
     return _split(place, row, "chosen", "rejected")
 
 
-def read_conversation(place: Place, row: Row) -> list[Conversation]:
+def read_conversation(place: Place, row: Record) -> list[Conversation]:
     """The conversation of a row."""
     name = "messages" if "messages" in row else "conversations"
     messages = with_system(
@@ -106,12 +106,12 @@ def read_conversation(place: Place, row: Row) -> list[Conversation]:
     return [Conversation(messages, 0, tools_of(row.get("tools"), place._replace(column="tools")))]
 
 
-def read_completion(place: Place, row: Row) -> list[Given]:
+def read_completion(place: Place, row: Record) -> list[Given]:
     """Prompt and completion of a row, texts or the messages of both, and the tools that may be called in it."""
     return _split(place, row, "completion" if "completion" in row else OUTPUT)
 
 
-def _split(place: Place, row: Row, *columns: str) -> list[Given]:
+def _split(place: Place, row: Record, *columns: str) -> list[Given]:
     """The prompt of a row, if it has one, and its answers."""
     asked = next((name for name in ("prompt", INSTRUCTION) if name in row), None)
     answers = [given_of(row[name], place._replace(column=name)) for name in columns]
@@ -122,7 +122,7 @@ def _split(place: Place, row: Row, *columns: str) -> list[Given]:
     return [prompt, *answers, tools]
 
 
-def read_choice(place: Place, row: Row) -> Question:
+def read_choice(place: Place, row: Record) -> Question:
     """The question of a row, which is asked as ARC is where it is called that."""
     names = list(row)
     question, choices, answer = row.values()

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from genai_pl.evaluation.scoring import Scores
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 
 Metrics = dict[str, float]
 Z = 1.959964  # of 95 %
 BINS = 15  # of confidences, as in Guo et al. 2017
 
 
-def text_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]) -> Metrics:
+def text_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequence[int]) -> Metrics:
     """Per token: loss in nats, perplexity, share of most likely tokens, calibration error; bits per byte of the text.
 
     token_bytes: UTF-8 bytes of text that each token stands for, (V,).
@@ -34,7 +34,7 @@ def text_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]
     }
 
 
-def completion_metrics(scores: Scores, rows: Sequence[Row], token_bytes: Sequence[int]) -> Metrics:
+def completion_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequence[int]) -> Metrics:
     """Those of `text_metrics`, and per completion: share that greedy decoding would give, exp of the mean loss.
 
     The last two are what lm-evaluation-harness calls accuracy and perplexity of LAMBADA (Paperno et al. 2016).

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from genai_pl.data.prompt_tokens import (
-    Example,
     Messages,
+    TokenizedExample,
     Tools,
     encode_completion,
     encode_completions,
@@ -18,7 +18,7 @@ from genai_pl.data.prompt_tokens import (
 from genai_pl.errors import DataError
 from genai_pl.evaluation.examples import Conversation
 from genai_pl.evaluation.metrics import with_interval
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def _examples(
     prompts: Sequence[str | Messages],
     completions: Sequence[str | Messages],
     tools: Sequence[Tools] | None,
-) -> list[Example]:
+) -> list[TokenizedExample]:
     """Prompts with their completions as in training; all at once where all are texts or all messages."""
     if len({isinstance(prompt, str) for prompt in prompts}) == 1:
         return encode_completions(tokenizer, prompts, completions, tools)
@@ -55,7 +55,7 @@ def pair_rows(
     seq_len: int,
     judges: bool = False,
     tools: Sequence[Tools] | None = None,
-) -> list[Row]:
+) -> list[ScoredWindow]:
     """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left.
 
     A model that judges reads all tokens of a row, one that predicts all but the last.
@@ -70,13 +70,13 @@ def pair_rows(
         if n_scored >= room:
             raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
         kept = example.input_ids[-room:]
-        rows.append(Row(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
+        rows.append(ScoredWindow(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
     return rows
 
 
 def conversation_rows(
     conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
-) -> list[Row]:
+) -> list[ScoredWindow]:
     """A row for each turn of an assistant that training would learn, given all before it; cut on the left to seq_len."""
     examples = encode_conversations(tokenizer, *map(list, zip(*conversations, strict=True)))
     rows = []
@@ -87,7 +87,7 @@ def conversation_rows(
                 raise DataError(f"row {n}: an answer has {end - start} tokens, more than the context of {seq_len}")
             kept = ids[max(0, end - seq_len - 1) : end]
             if start:  # nothing precedes the first token of all
-                rows.append(Row(kept, len(kept) - (end - start), cut=len(kept) < end))
+                rows.append(ScoredWindow(kept, len(kept) - (end - start), cut=len(kept) < end))
     return rows
 
 

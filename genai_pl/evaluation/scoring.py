@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.kernels.chunked_logits import tokens_at_once
 from genai_pl.models import Decoder
 
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def score(
-    model: Decoder, rows: Sequence[Row], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
+    model: Decoder, rows: Sequence[ScoredWindow], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
 ) -> Scores:
     """The scores of the rows in their order; `on_batch` hears of every batch how many rows it had.
 
@@ -55,7 +55,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         first += size
 
 
-def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+def collate(rows: Sequence[ScoredWindow], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """input_ids, labels and segment_ids (B, T), padded on the right; segment_ids is None where nothing is padded."""
     lengths = [len(row.tokens) - 1 for row in rows]
     B, T = len(rows), max(lengths)
@@ -70,7 +70,7 @@ def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, 
     return input_ids.to(device), labels.to(device), segments
 
 
-def _score_batch(model: Decoder, rows: Sequence[Row]) -> Scores:
+def _score_batch(model: Decoder, rows: Sequence[ScoredWindow]) -> Scores:
     """The scores of rows (B,) that are one batch."""
     input_ids, labels, segment_ids = collate(rows, model.embed.weight.device)
     hidden = model.features(input_ids, segment_ids)  # (B, T, C)
@@ -98,7 +98,7 @@ def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tenso
     return torch.cat(nll).cpu(), torch.cat(confidence).cpu(), torch.cat(correct).cpu()
 
 
-def _check_vocabulary(model: Decoder, rows: Sequence[Row]) -> None:
+def _check_vocabulary(model: Decoder, rows: Sequence[ScoredWindow]) -> None:
     largest, size = max((int(row.tokens.max()) for row in rows), default=0), model.config.vocab_size
     if largest >= size:
         raise ConfigError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Row(NamedTuple):
+class ScoredWindow(NamedTuple):
     """Tokens of which the first `n_given` are given and each of the others is scored, given all before it."""
 
     tokens: np.ndarray
@@ -31,7 +31,7 @@ def text_rows(
     seq_len: int,
     stride: int | None = None,
     bos: bool | None = None,
-) -> list[Row]:
+) -> list[ScoredWindow]:
     """The windows of every text; its first token is scored only where a bos precedes it."""
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
@@ -41,12 +41,12 @@ def text_rows(
     return [row for ids in documents for row in windows(np.concatenate([start, ids]), seq_len=seq_len, stride=stride)]
 
 
-def windows(tokens: np.ndarray, *, seq_len: int, stride: int) -> Iterator[Row]:
+def windows(tokens: np.ndarray, *, seq_len: int, stride: int) -> Iterator[ScoredWindow]:
     """Rows of at most seq_len + 1 tokens, `stride` apart, which score every token but the first exactly once."""
     scored = 1
     for start in range(0, len(tokens) - 1, stride):
         end = min(start + seq_len + 1, len(tokens))
-        yield Row(tokens[start:end], scored - start)
+        yield ScoredWindow(tokens[start:end], scored - start)
         if end == len(tokens):
             return
         scored = end
@@ -60,7 +60,7 @@ def completion_rows(
     seq_len: int,
     bos: bool | None = None,
     owners: Sequence[int] | None = None,
-) -> list[Row]:
+) -> list[ScoredWindow]:
     """One row for each pair, split into tokens as lm-evaluation-harness does.
 
     Both are encoded together, whitespace that ends the prompt counts as the completion's, and the completion is what
@@ -93,14 +93,14 @@ def _split(n: int, prompt: object, completion: object) -> tuple[str, str]:
     return stripped, prompt[len(stripped) :] + completion
 
 
-def _completion_row(n: int, tokens: list[int], n_given: int, seq_len: int) -> Row:
+def _completion_row(n: int, tokens: list[int], n_given: int, seq_len: int) -> ScoredWindow:
     n_scored = len(tokens) - n_given
     if n_scored < 1:
         raise DataError(f"row {n}: completion has no tokens, there is nothing to score")
     if n_scored > seq_len:
         raise DataError(f"row {n}: completion has {n_scored} tokens, more than the context of {seq_len}")
     kept = tokens[-(seq_len + 1) :]  # the model reads all but the last
-    return Row(np.asarray(kept, dtype=np.int32), len(kept) - n_scored, cut=len(kept) < len(tokens))
+    return ScoredWindow(np.asarray(kept, dtype=np.int32), len(kept) - n_scored, cut=len(kept) < len(tokens))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

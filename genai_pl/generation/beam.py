@@ -12,7 +12,7 @@ from genai_pl.generation.decode import continued, evaluating, seen_tokens
 from genai_pl.generation.decode_state import Context, check_prompt
 from genai_pl.generation.output_constraints import NO_LIMITS, Limits
 from genai_pl.generation.processors import penalize
-from genai_pl.models import Decoder, Reader
+from genai_pl.models import Decoder, DecoderWithSource
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is none: not begun yet, ended, or excluded
 Stopped = Callable[[int, Sequence[int]], bool]  # (number of the prompt, tokens of a continuation)
@@ -70,7 +70,7 @@ class Group:
 
 @torch.no_grad()
 def beam_search(
-    model: Decoder | Reader,
+    model: Decoder | DecoderWithSource,
     input_ids: Tensor,
     config: GenerationConfig,
     *,

@@ -15,7 +15,7 @@ from genai_pl.generation.decode import decode, evaluating
 from genai_pl.generation.detokenize import TextStream
 from genai_pl.generation.output_constraints import Limits
 from genai_pl.generation.speculative import Acceptance, Target, build_proposer, speculate
-from genai_pl.models import Decoder, Reader
+from genai_pl.models import Decoder, DecoderWithSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Completion(NamedTuple):
 class Writer:
     """What all ways of writing take: a model, its tokenizer, the rows it continues and how."""
 
-    model: Decoder | Reader
+    model: Decoder | DecoderWithSource
     tokenizer: "PreTrainedTokenizerBase"
     rows: Sequence[Sequence[int]]
     config: GenerationConfig

@@ -11,14 +11,14 @@ from genai_pl.generation.banned_tokens import build_rules
 from genai_pl.generation.decode_state import Context, check_prompt
 from genai_pl.generation.output_constraints import NO_LIMITS, Limits
 from genai_pl.generation.processors import sample, token_logprobs
-from genai_pl.models import Decoder, Reader
+from genai_pl.models import Decoder, DecoderWithSource
 
 WORTH_DROPPING = 8  # finished rows; to drop fewer costs a copy of the cache and saves little
 
 
 @torch.no_grad()  # as a decorator it leaves the caller's mode alone between two steps
 def decode(
-    model: Decoder | Reader,
+    model: Decoder | DecoderWithSource,
     input_ids: Tensor,
     config: GenerationConfig,
     *,
@@ -74,7 +74,7 @@ def decode(
 
 
 def generate(
-    model: Decoder | Reader,
+    model: Decoder | DecoderWithSource,
     input_ids: Tensor,
     config: GenerationConfig,
     generator: torch.Generator | None = None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
-from genai_pl.models import Decoder, Reader
+from genai_pl.models import Decoder, DecoderWithSource
 
 
 class Context:
@@ -18,7 +18,7 @@ class Context:
     positions restart, and no token ever sees more than max_seq_len others.
     """
 
-    def __init__(self, model: Decoder | Reader, batch_size: int, n_tokens: int) -> None:
+    def __init__(self, model: Decoder | DecoderWithSource, batch_size: int, n_tokens: int) -> None:
         self.model = model
         self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
         self.tokens: Tensor | None = None  # (B, n), all that was read or, after a restart, the half of it
@@ -119,7 +119,7 @@ class Context:
 class Follower:
     """A context of one row that follows a text which may change at its end."""
 
-    def __init__(self, model: Decoder | Reader, n_tokens: int) -> None:
+    def __init__(self, model: Decoder | DecoderWithSource, n_tokens: int) -> None:
         self.model, self.n_tokens = model, n_tokens
         self.device = model.embed.weight.device
         self.context = Context(model, 1, n_tokens)
@@ -152,7 +152,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check_prompt(model: Decoder | Reader, input_ids: Tensor, segment_ids: Tensor | None) -> None:
+def check_prompt(model: Decoder | DecoderWithSource, input_ids: Tensor, segment_ids: Tensor | None) -> None:
     """ConfigError for a prompt (B, T) that is empty or longer than the model reads."""
     n_tokens, limit = input_ids.shape[1], model.config.max_seq_len
     if n_tokens == 0:

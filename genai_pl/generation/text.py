@@ -13,7 +13,7 @@ from genai_pl.generation.completions import Completion, OnText, Writer, left_pad
 from genai_pl.generation.decode import evaluating
 from genai_pl.generation.output_constraints import limits_of
 from genai_pl.generation.speculative import Acceptance
-from genai_pl.models import Decoder, Encoder, EncoderDecoder, Model, Reader
+from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,12 +93,12 @@ def complete(
 
 def read_source(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
-) -> Reader:
+) -> DecoderWithSource:
     """The decoder after the encoder has read the rows, each closed by the end token; it begins with the start token."""
     end = tokenizer.eos_token_id
     closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
     with torch.no_grad(), evaluating(model):
-        return model.reading(*left_pad(closed, pad, device=next(model.parameters()).device))
+        return model.encode_source(*left_pad(closed, pad, device=next(model.parameters()).device))
 
 
 def encode_prompt(

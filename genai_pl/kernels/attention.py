@@ -44,17 +44,17 @@ def attention(
     A query that sees no key gets zeros and gives zero gradient.
     """
     _check_shapes(q, k, v)
-    chosen, reason = choose_backend(
+    selected, reason = choose_backend(
         q.device, softcap=softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
     )
-    if backend == "auto" and chosen == "reference" and not torch.compiler.is_compiling():
-        _log_once(f"attention: {chosen}, because {reason}")
+    if backend == "auto" and selected == "reference" and not torch.compiler.is_compiling():
+        log_once(f"attention: {selected}, because {reason}")
     options = {"scale": scale, "bias": bias, "alibi": alibi, "dropout_p": dropout_p}
-    if chosen == "triton":
+    if selected == "triton":
         from genai_pl.kernels.flash.operator import flash_attention
 
         return flash_attention(q, k, v, mask, softcap=softcap, **options)[0]
-    if chosen == "sdpa":
+    if selected == "sdpa":
         return sdpa_attention(q, k, v, mask, **options)
     return reference_attention(q, k, v, mask, softcap=softcap, **options)
 
@@ -101,7 +101,7 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
     log.info(message)
 
 

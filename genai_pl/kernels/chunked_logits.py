@@ -63,14 +63,14 @@ class Projection:
     def logits(self, rows: Rows) -> Tensor:
         """The logits of some tokens, (n, V), in memory that the next call overwrites."""
         hidden = self.hidden[rows].to(self.matmul_weight.dtype)  # (n, C)
-        logits = self._room(hidden.shape[0])
+        logits = self._logits_buffer(hidden.shape[0])
         if hidden.dtype == logits.dtype:
             torch.mm(hidden, self.matmul_weight.t(), out=logits)
         else:
             logits.copy_(hidden @ self.matmul_weight.t())
         return logits if self.fused else self._cap_(logits)
 
-    def _room(self, n: int) -> Tensor:
+    def _logits_buffer(self, n: int) -> Tensor:
         """An empty (n, V), part of the buffer."""
         V = self.weight.shape[0]
         if self.buffer.shape[0] < n:
@@ -165,9 +165,9 @@ def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: 
     """
     size = chunk_tokens or tokens_at_once(vocab_size, labels.device)
     N = labels.numel()
-    kept = (labels != ignore_index).nonzero().squeeze(-1)
-    if kept.numel() < N:
-        yield from kept.split(size)
+    labelled = (labels != ignore_index).nonzero().squeeze(-1)
+    if labelled.numel() < N:
+        yield from labelled.split(size)
     else:
         yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from genai_pl.kernels.chunked_logits import Projection, chunks, exp_, matmul_dtype
-from genai_pl.kernels.vocab_parallel import VocabularyPart, own_words
+from genai_pl.kernels.vocab_parallel import VocabShard, local_vocab_shard
 
 
 class _Options(NamedTuple):
@@ -20,7 +20,7 @@ class _Options(NamedTuple):
     ignore_index: int
     chunk_tokens: int | None
     with_gradients: bool
-    part: VocabularyPart | None
+    shard: VocabShard | None
 
 
 @torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
@@ -44,8 +44,8 @@ def linear_cross_entropy(
     """
     # inside the Function grad mode is always off, and inputs look as if they needed gradients under no_grad too
     with_gradients = torch.is_grad_enabled()
-    weight, bias, part = own_words(weight, bias)
-    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, part)
+    weight, bias, shard = local_vocab_shard(weight, bias)
+    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, shard)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1), options)
 
@@ -55,14 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
     ) -> Tensor:
-        part, given = options.part, {"softcap": options.softcap, "matmul_dtype": matmul_dtype(hidden)}
-        projection = Projection(hidden, weight, bias, may_fuse=part is None, **given)
+        shard, precision = options.shard, {"softcap": options.softcap, "matmul_dtype": matmul_dtype(hidden)}
+        projection = Projection(hidden, weight, bias, may_fuse=shard is None, **precision)
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=projection.dtype)
         for rows in chunks(
             labels,
-            vocab_size=weight.shape[0] if part is None else part.room,
+            vocab_size=weight.shape[0] if shard is None else shard.shard_size,
             ignore_index=options.ignore_index,
             chunk_tokens=options.chunk_tokens,
         ):
@@ -70,8 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += _loss_(projection, logits, labels[rows], options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
-        if part is not None and projection.d_hidden is not None:
-            part.sum_(projection.d_hidden)
+        if shard is not None and projection.d_hidden is not None:
+            shard.sum_(projection.d_hidden)
         ctx.gradients = projection.gradients()
         return total
 
@@ -88,8 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
     """The summed loss of a chunk; its logits (n, V) become their own gradient if the projection tracks any."""
     smoothing, z_loss = options.label_smoothing, options.z_loss
-    if options.part is not None:
-        return options.part.cross_entropy_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
+    if options.shard is not None:
+        return options.shard.cross_entropy_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
     if not projection.fused:
         return _eager_loss_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
     return projection.cross_entropy_(

@@ -14,15 +14,17 @@ Built = TypeVar("Built")
 class AttentionMask:
     """Visibility of S keys to T queries, where query i stands at key position S - T + i.
 
-    causal    keys up to the query's own position
-    window    keys fewer than `window` positions away; with causal, the last `window` keys, the query's own included
-    prefix    the first `prefix` keys ((B,) if they differ) are visible whatever causal and window say
-    segments  (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments` (B, T)
-    order     (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`; queries are the
-              last T unless `query_order` (B, T)
-    shared    the first `shared` keys ((B,) if they differ) are visible whatever window and segments say, to padding too
+    causal         keys up to the query's own position
+    window         keys fewer than `window` positions away; with causal, the last `window` keys, the query's own included
+    prefix         the first `prefix` keys ((B,) if they differ) are visible whatever causal and window say
+    segments       (B, S) 0 = padding, 1.. = document: equal and not 0; queries are the last T unless `query_segments`
+                   (B, T)
+    order          (B, S) rank of each position: keys of the query's rank or lower, only lower if `strict`; queries are
+                   the last T unless `query_order` (B, T)
+    global_prefix  the first `global_prefix` keys ((B,) if they differ) are visible whatever window and segments say, to
+                   padding too
 
-    Everything given must hold at once; only `prefix` and `shared` widen. What is derived from a mask is kept with it, so
+    Everything given must hold at once; only `prefix` and `global_prefix` widen. What is derived from a mask is kept with it, so
     its tensors must not change any more.
     """
 
@@ -34,7 +36,7 @@ class AttentionMask:
     query_order: Tensor | None = None
     strict: bool = False
     prefix: int | Tensor | None = None
-    shared: int | Tensor | None = None
+    global_prefix: int | Tensor | None = None
     _memory: dict[str, tuple[Hashable, object]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,9 +80,11 @@ class AttentionMask:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
             query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (query == key) & (key != 0)
-        if self.shared is not None:
+        if self.global_prefix is not None:
             key = torch.arange(S, device=device)  # (S,)
-            seen = key < (self.shared.view(-1, 1, 1, 1) if isinstance(self.shared, Tensor) else self.shared)
+            seen = key < (
+                self.global_prefix.view(-1, 1, 1, 1) if isinstance(self.global_prefix, Tensor) else self.global_prefix
+            )
             if self.causal:
                 seen = seen & (key <= torch.arange(S - T, S, device=device)[:, None])
             visible = visible | seen

@@ -22,7 +22,7 @@ class Attention(nn.Module):
     """softmax(q k' / sqrt(D)) v per head, joined by `o_proj` (Vaswani et al. 2017, eq. 1).
 
     Keys and values are made of the same text as the queries, or of `source` (B, S, C): an encoder's output, or the
-    content stream of permutation language modelling.
+    content_stream stream of permutation language modelling.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -50,20 +50,20 @@ class Attention(nn.Module):
         *,
         rotary: Rotary | None = None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
-        other: Tensor | None = None,
+        token_positions: Tensor | None = None,
+        segment_differs: Tensor | None = None,
         source: Tensor | None = None,
-        virtual: Tensor | None = None,
+        virtual_kv: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         q = q if rotary is None else rotate(q, rotary)
-        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q, virtual)  # (B, K, S, D)
+        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q, virtual_kv)  # (B, K, S, D)
         q = q.to(v.dtype)  # under autocast norms give float32
         if self.xl is not None:
-            places = torch.arange(T, device=x.device)[None] if places is None else places
-            q, bias = self.xl(q, places, k.shape[2], scale=self.scale, other=other)
+            token_positions = torch.arange(T, device=x.device)[None] if token_positions is None else token_positions
+            q, bias = self.xl(q, token_positions, k.shape[2], scale=self.scale, segment_differs=segment_differs)
         y = self.attend(
             q,
             k,
@@ -79,7 +79,12 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor | None, virtual: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        cache: KVCache | None,
+        q: Tensor | None,
+        virtual_kv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -89,9 +94,10 @@ class Attention(nn.Module):
             k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
             k = k if rotary is None else rotate(k, rotary)
         k = k.to(v.dtype)
-        if virtual is not None:  # (2, K, P, D), in front of all others
+        if virtual_kv is not None:  # (2, K, P, D), in front of all others
             k, v = (
-                torch.cat([new.to(v.dtype).expand(B, -1, -1, -1), y], 2) for new, y in zip(virtual, (k, v), strict=True)
+                torch.cat([new.to(v.dtype).expand(B, -1, -1, -1), y], 2)
+                for new, y in zip(virtual_kv, (k, v), strict=True)
             )
         return (k, v) if cache is None else cache.update(self.layer, k, v)
 
@@ -100,7 +106,12 @@ class CrossAttention(Attention):
     """Attention to a text that does not grow: its keys and values are made once per cache."""
 
     def _keys_and_values(
-        self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, q: Tensor | None, virtual: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        cache: KVCache | None,
+        q: Tensor | None,
+        virtual_kv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if cache is None:
             return self.keys_and_values(x)

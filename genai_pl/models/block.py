@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.norm1_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.cross = None
-        if cross:  # the other text has places of its own
+        if cross:  # the segment_differs text has token_positions of its own
             plain = replace(config, position=Position.learned, attention_kind=AttentionKind.full)
             self.norm_cross = build_norm(config, config.n_embd)
             self.cross = CrossAttention(plain, layer)
@@ -40,22 +40,29 @@ class Block(nn.Module):
         *,
         rotary: Rotary | None = None,
         bias: Tensor | None = None,
-        places: Tensor | None = None,
-        other: Tensor | None = None,
-        content: Tensor | None = None,
+        token_positions: Tensor | None = None,
+        segment_differs: Tensor | None = None,
+        content_stream: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: AttentionMask | None = None,
-        virtual: Tensor | None = None,
+        virtual_kv: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The next layer's x; keys come from `content` where x is the query stream of it, and `source` is another text.
+        """The next layer's x; keys come from `content_stream` where x is the query stream of it, and `source` is another text.
 
-        virtual (2, K, P, D) are keys and values before those of the text.
+        virtual_kv (2, K, P, D) are keys and values before those of the text.
         """
-        if content is not None and self.pre_norm:
-            content = self.norm1(content)
-        given = {"rotary": rotary, "bias": bias, "places": places, "other": other, "source": content, "cache": cache}
-        given["virtual"] = virtual
+        if content_stream is not None and self.pre_norm:
+            content_stream = self.norm1(content_stream)
+        given = {
+            "rotary": rotary,
+            "bias": bias,
+            "token_positions": token_positions,
+            "segment_differs": segment_differs,
+            "source": content_stream,
+            "cache": cache,
+        }
+        given["virtual_kv"] = virtual_kv
         x = self._add(x, self.norm1, lambda y: self.norm1_after(self.attention(y, mask, **given)))
         if self.cross is not None:
             x = self._add(x, self.norm_cross, lambda y: self.cross(y, source_mask, source=source, cache=cache))

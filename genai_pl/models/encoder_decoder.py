@@ -56,7 +56,7 @@ class EncoderDecoder(nn.Module):
         decoder_segment_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) of the decoder; documents of equal segment ids read each other."""
-        source, source_segments, _ = self.encoder.read(input_ids, segment_ids)
+        source, source_segments, _ = self.encoder.encode(input_ids, segment_ids)
         given = {"source": source, "source_segments": source_segments}
         return self.decoder.features(decoder_input_ids, decoder_segment_ids, **given)
 
@@ -68,12 +68,12 @@ class EncoderDecoder(nn.Module):
         """Logits (..., V) of hidden states (..., C) of the decoder."""
         return self.decoder.logits(hidden)
 
-    def reading(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> "Reader":
+    def encode_source(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> "DecoderWithSource":
         """The decoder with one source (B, S), to decode from as from a decoder alone."""
-        return Reader(self, *self.encoder.read(input_ids, segment_ids)[:2])
+        return DecoderWithSource(self, *self.encoder.encode(input_ids, segment_ids)[:2])
 
 
-class Reader(nn.Module):
+class DecoderWithSource(nn.Module):
     """A decoder that has read a source: `features` and `new_cache` are a decoder's."""
 
     def __init__(self, model: EncoderDecoder, source: Tensor, source_segments: Tensor | None) -> None:
@@ -87,12 +87,12 @@ class Reader(nn.Module):
             input_ids, segment_ids, cache=cache, source=self.source, source_segments=self.source_segments
         )
 
-    def keep_rows(self, rows: Tensor) -> "Reader":
+    def keep_rows(self, rows: Tensor) -> "DecoderWithSource":
         """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
-        kept = copy(self)
-        kept.source = self.source[rows]
-        kept.source_segments = None if self.source_segments is None else self.source_segments[rows]
-        return kept
+        reordered = copy(self)
+        reordered.source = self.source[rows]
+        reordered.source_segments = None if self.source_segments is None else self.source_segments[rows]
+        return reordered
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V)."""

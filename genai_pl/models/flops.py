@@ -48,5 +48,5 @@ def flops_per_token(model: nn.Module, config: ModelConfig, seq_len: int) -> floa
 
 def _multiplied(model: nn.Module) -> int:
     """Numbers in the matrices that multiply each token, the head's left out."""
-    inside = [*model.blocks, model.transform, model.embed_proj]
-    return sum(p.numel() for part in inside for p in part.parameters() if p.dim() >= 2)  # a shared block counts again
+    parts = [*model.blocks, model.transform, model.embed_proj]
+    return sum(p.numel() for part in parts for p in part.parameters() if p.dim() >= 2)  # a shared block counts again

@@ -21,7 +21,7 @@ from genai_pl.models.positions import rotate
 
 
 class Layer(NamedTuple):
-    """A block, with its joined weights and biases."""
+    """A block, with its concatenated weights and biases."""
 
     block: Block
     qkv: Tensor
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     gate_up_bias: Tensor | None
 
 
-class Step:
+class FusedDecodeStep:
     """Hidden states (B, 1, C) of one more token (B, 1) of each row, as the decoder's `features` gives them."""
 
     def __init__(self, model: Decoder) -> None:
@@ -43,45 +43,51 @@ class Step:
             positions = torch.tensor([cache.n_text], device=input_ids.device)
         else:
             positions = positions_from_segments(segments)[:, -1:]
-        x = self.model.embedded(input_ids, positions)
+        x = self.model.embed_inputs(input_ids, positions)
         mask, table = AttentionMask(causal=True, segments=segments), self.model.rotary(positions)
         for layer in self.layers:
-            x = x + self._attended(self._normed(x, layer.block.norm1), layer, mask, table, cache)
-            gate, up = F.linear(self._normed(x, layer.block.norm2), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = x + self._attend(self._normalize(x, layer.block.norm1), layer, mask, table, cache)
+            gate, up = F.linear(self._normalize(x, layer.block.norm2), layer.gate_up, layer.gate_up_bias).chunk(
+                2, dim=-1
+            )
             mlp = layer.block.mlp
             x = x + mlp.down_proj(mlp.activation(gate) * up)
         cache.advance(1)
-        return self._normed(x, self.model.norm)
+        return self._normalize(x, self.model.norm)
 
-    def _attended(
+    def _attend(
         self, x: Tensor, layer: Layer, mask: AttentionMask, table: tuple[Tensor, Tensor], cache: KVCache
     ) -> Tensor:
         B, H, K = x.shape[0], self.config.n_head, self.config.n_kv_head
-        part = layer.block.attention
-        y = F.linear(x, layer.qkv, layer.qkv_bias).view(B, H + 2 * K, 1, part.head_dim)
+        attention_layer = layer.block.attention
+        y = F.linear(x, layer.qkv, layer.qkv_bias).view(B, H + 2 * K, 1, attention_layer.head_dim)
         qk = rotate(y[:, : H + K], table)
-        k, v = cache.update(part.layer, qk[:, H:], y[:, H + K :])
-        options = {"scale": part.scale, "softcap": part.softcap, "backend": self.config.attention.value}
-        return part.o_proj(attention(qk[:, :H], k, v, mask, **options).reshape(B, 1, -1))
+        k, v = cache.update(attention_layer.layer, qk[:, H:], y[:, H + K :])
+        options = {
+            "scale": attention_layer.scale,
+            "softcap": attention_layer.softcap,
+            "backend": self.config.attention.value,
+        }
+        return attention_layer.o_proj(attention(qk[:, :H], k, v, mask, **options).reshape(B, 1, -1))
 
-    def _normed(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    def _normalize(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
         # what torch's own does for this in more, and slower, operations
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
-def join(model: nn.Module) -> bool:
+def prepare_for_decoding(model: nn.Module) -> bool:
     """Ready a model that is only read from now on; whether it can take such steps. No memory is added."""
-    joins = can_join(model)
-    if joins:
-        model.step = Step(model)
+    is_fused = supports_fused_decode(model)
+    if is_fused:
+        model.fused_step = FusedDecodeStep(model)
     for module in model.modules():
         if type(module) is nn.Linear and _is_plain(module.weight):
             module.weight.data = _by_columns(module.weight.data)
-    return joins
+    return is_fused
 
 
-def can_join(model: nn.Module) -> bool:
-    """Whether a step of this model is what `Step` computes."""
+def supports_fused_decode(model: nn.Module) -> bool:
+    """Whether a step of this model is what `FusedDecodeStep` computes."""
     if type(model) is not Decoder or not _is_plain(model.embed.weight):
         return False
     c = model.config
@@ -94,16 +100,16 @@ def can_join(model: nn.Module) -> bool:
 
 
 def _linears(block: Block) -> list[nn.Module]:
-    part, mlp = block.attention, block.mlp
-    return [part.q_proj, part.k_proj, part.v_proj, mlp.gate_proj, mlp.up_proj]
+    attention_layer, mlp = block.attention, block.mlp
+    return [attention_layer.q_proj, attention_layer.k_proj, attention_layer.v_proj, mlp.gate_proj, mlp.up_proj]
 
 
 def _layer(block: Block) -> Layer:
     linears = _linears(block)
-    return Layer(block, *_joined(linears[:3]), *_joined(linears[3:]))
+    return Layer(block, *_concatenated(linears[:3]), *_concatenated(linears[3:]))
 
 
-def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _concatenated(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight and bias of several layers, whose own weights become parts of it."""
     weight = _by_columns(torch.cat([linear.weight.detach() for linear in linears]))
     for linear, part in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):

@@ -28,7 +28,7 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, S, D) of the past and of the T new tokens, which are stored."""
-        end = self._end(k.shape[2])
+        end = self._next_length(k.shape[2])
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -43,7 +43,7 @@ class KVCache:
         if self._segments is None:
             size = (self.k.shape[1], self.max_length)
             self._segments = torch.ones(size, device=self.k.device, dtype=torch.long)
-        self._end(n_new)
+        self._next_length(n_new)
         start, end = self.n_text, self.n_text + n_new
         last = self._segments[:, start - 1 : start]  # (B, 1)
         self._segments[:, start:end] = last if new is None else new
@@ -73,7 +73,7 @@ class KVCache:
         """Forget the last n tokens; fewer than it has of text."""
         self.length -= n
 
-    def _end(self, n_new: int) -> int:
+    def _next_length(self, n_new: int) -> int:
         if self.length + n_new > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")
         return self.length + n_new
@@ -94,104 +94,106 @@ class SlotCache:
         self.slots = slots
         self.k: Tensor | None = None  # (L, slots, K, columns, D)
         self.v: Tensor | None = None
-        self.starts: list[int] = []  # the first column of each row
-        self.end = 0  # the column of the next token
+        self.first_columns: list[int] = []  # the first column of each row
+        self.next_column = 0  # the column of the next token
         self.source: dict[int, tuple[Tensor, Tensor]] = {}  # a decoder that reads another text has no slots
-        self._starts: Tensor | None = None
+        self._first_columns: Tensor | None = None
 
     @property
     def n_text(self) -> int:
         """Columns that a step reads: as many as the longest row has tokens."""
-        return self.end - self._first
+        return self.next_column - self._leftmost
 
     length = n_text
 
     @property
-    def _first(self) -> int:
-        return min(self.starts, default=self.end)
+    def _leftmost(self) -> int:
+        return min(self.first_columns, default=self.next_column)
 
-    def join(self, cache: KVCache, begin: int = 0, end: int | None = None) -> int:
+    def add_sequence(self, cache: KVCache, begin: int = 0, end: int | None = None) -> int:
         """The new row that holds what a cache of one row has read, or one document of it: tokens begin to end."""
         end = cache.length if end is None else end
-        n, row = end - begin, len(self.starts)
+        n, row = end - begin, len(self.first_columns)
         if row == self.slots:
             raise ValueError(f"all {self.slots} slots are taken")
-        self._make_room(max(n, self.n_text), like=cache.k)
-        first = self.end - n
-        self.k[:, row, :, first : self.end] = cache.k[:, 0, :, begin:end]
-        self.v[:, row, :, first : self.end] = cache.v[:, 0, :, begin:end]
-        self._set([*self.starts, first])
+        self._grow_or_shift(max(n, self.n_text), like=cache.k)
+        first = self.next_column - n
+        self.k[:, row, :, first : self.next_column] = cache.k[:, 0, :, begin:end]
+        self.v[:, row, :, first : self.next_column] = cache.v[:, 0, :, begin:end]
+        self._set_first_columns([*self.first_columns, first])
         return row
 
-    def leave(self, row: int, *, clean: bool = False) -> None:
+    def remove_sequence(self, row: int, *, clean: bool = False) -> None:
         """Forget a row; the last row takes its number. `clean` also wipes what it held: a NaN is no padding."""
-        last = len(self.starts) - 1
+        last = len(self.first_columns) - 1
         if clean:
             self.k[:, row], self.v[:, row] = 0, 0
-        starts = list(self.starts)
+        first_columns = list(self.first_columns)
         if row != last:
-            columns = slice(starts[last], self.end)
+            columns = slice(first_columns[last], self.next_column)
             self.k[:, row, :, columns] = self.k[:, last, :, columns]
             self.v[:, row, :, columns] = self.v[:, last, :, columns]
-            starts[row] = starts[last]
-        self._set(starts[:last])
+            first_columns[row] = first_columns[last]
+        self._set_first_columns(first_columns[:last])
 
     def clear(self) -> None:
         """Forget all rows and what they held."""
         self.k = self.v = None
-        self.end = 0
-        self._set([])
+        self.next_column = 0
+        self._set_first_columns([])
 
-    def reserve(self) -> None:
+    def ensure_capacity(self) -> None:
         """Make room for a token of every row."""
-        if self.end == self.k.shape[3]:
-            self._make_room(self.n_text, like=self.k)
+        if self.next_column == self.k.shape[3]:
+            self._grow_or_shift(self.n_text, like=self.k)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, S, D) of the past and of the new token (B, K, 1, D), which are stored."""
-        B, first = len(self.starts), self._first
-        self.k[layer, :B, :, self.end : self.end + 1] = k
-        self.v[layer, :B, :, self.end : self.end + 1] = v
-        return self.k[layer, :B, :, first : self.end + 1], self.v[layer, :B, :, first : self.end + 1]
+        B, first = len(self.first_columns), self._leftmost
+        self.k[layer, :B, :, self.next_column : self.next_column + 1] = k
+        self.v[layer, :B, :, self.next_column : self.next_column + 1] = v
+        return self.k[layer, :B, :, first : self.next_column + 1], self.v[layer, :B, :, first : self.next_column + 1]
 
     def segments(self, new: Tensor | None, n_new: int) -> Tensor | None:
         """1 where a row has a token, (B, S) with the new ones; None where all rows are equally long."""
-        if len(set(self.starts)) == 1:
+        if len(set(self.first_columns)) == 1:
             return None
-        columns = torch.arange(self._first, self.end + n_new, device=self._starts.device)
-        return (columns >= self._starts).long()
+        columns = torch.arange(self._leftmost, self.next_column + n_new, device=self._first_columns.device)
+        return (columns >= self._first_columns).long()
 
     def advance(self, n_new: int, n_virtual: int = 0) -> None:
         """Count the new token of each row as past, once every layer has stored it."""
-        self.end += n_new
+        self.next_column += n_new
 
-    def _set(self, starts: list[int]) -> None:
-        self.starts = starts
-        self._starts = None if self.k is None else torch.tensor(starts, device=self.k.device)[:, None]  # (B, 1)
+    def _set_first_columns(self, first_columns: list[int]) -> None:
+        self.first_columns = first_columns
+        self._first_columns = (
+            None if self.k is None else torch.tensor(first_columns, device=self.k.device)[:, None]
+        )  # (B, 1)
 
-    def _make_room(self, n: int, *, like: Tensor) -> None:
+    def _grow_or_shift(self, n: int, *, like: Tensor) -> None:
         """Have n columns before the end, and one behind it."""
         columns = 0 if self.k is None else self.k.shape[3]
-        if self.starts and n <= self.end < columns:
+        if self.first_columns and n <= self.next_column < columns:
             return
-        moved, first = n - self.end, self._first
+        shift, first = n - self.next_column, self._leftmost
         if columns < n + SPARE:
             columns = max(columns * 3 // 2, n + SPARE)
-        self.k, self.v = (self._moved(old, first, moved, columns, like) for old in (self.k, self.v))
-        self.end = n
-        self._set([start + moved for start in self.starts])
+        self.k, self.v = (self._shifted(old, first, shift, columns, like) for old in (self.k, self.v))
+        self.next_column = n
+        self._set_first_columns([column + shift for column in self.first_columns])
 
-    def _moved(self, old: Tensor | None, first: int, moved: int, columns: int, like: Tensor) -> Tensor:
+    def _shifted(self, old: Tensor | None, first: int, shift: int, columns: int, like: Tensor) -> Tensor:
         """The buffer with the columns from `first` on moved to the right, or a greater one with them."""
-        B, filled = len(self.starts), slice(first + moved, self.end + moved)
+        B, filled = len(self.first_columns), slice(first + shift, self.next_column + shift)
         if old is None or old.shape[3] != columns:
             L, _, K, _, D = like.shape
             new = torch.zeros(L, self.slots, K, columns, D, dtype=like.dtype, device=like.device)
             if old is not None:
-                new[:, :B, :, filled] = old[:, :B, :, first : self.end]
+                new[:, :B, :, filled] = old[:, :B, :, first : self.next_column]
             return new
         for layer in old:  # one at a time: a copy of all would be as great as the buffer
-            layer[:B, :, filled] = layer[:B, :, first : self.end].clone()
+            layer[:B, :, filled] = layer[:B, :, first : self.next_column].clone()
         return old
 
 

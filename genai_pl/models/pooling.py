@@ -33,13 +33,13 @@ def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
     return (hidden * weights).sum(1) / (total.sqrt() if kind == "mean_sqrt_len" else total)
 
 
-def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **given: Tensor) -> Tensor:
+def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **extra_inputs: Tensor) -> Tensor:
     """The scores (B, n) of segments 1 .. n of each row, in float32: read at the last token, of an encoder at the first."""
-    hidden = model.features(input_ids, segment_ids, **given)  # (B, T, C)
+    hidden = model.features(input_ids, segment_ids, **extra_inputs)  # (B, T, C)
     if model.config.shape is Shape.encoder:
         numbers = torch.arange(1, n + 1, device=hidden.device)
-        places = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first of each
+        token_positions = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first of each
     else:
-        places = segment_ends(segment_ids, n)  # (B, n)
+        token_positions = segment_ends(segment_ids, n)  # (B, n)
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return model.score(hidden[rows, places]).squeeze(-1).float()
+    return model.score(hidden[rows, token_positions]).squeeze(-1).float()

@@ -38,12 +38,14 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device
         return frequency, 1.0
     if scaling.kind is RopeKind.linear:  # positions closer together (Chen et al. 2023)
         return frequency / scaling.factor, 1.0
-    kept = _llama3(frequency, scaling) if scaling.kind is RopeKind.llama3 else _yarn(head_dim, theta, scaling, device)
+    unscaled = (
+        _llama3(frequency, scaling) if scaling.kind is RopeKind.llama3 else _yarn(head_dim, theta, scaling, device)
+    )
     factor = 1.0
     if scaling.kind is RopeKind.yarn:
         factor = 0.1 * math.log(scaling.factor) + 1.0  # Peng et al. 2023, eq. 22
         factor = factor if scaling.attention_factor is None else scaling.attention_factor
-    return frequency * (kept + (1.0 - kept) / scaling.factor), factor
+    return frequency * (unscaled + (1.0 - unscaled) / scaling.factor), factor
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:

@@ -56,21 +56,21 @@ class XLPositions(nn.Module):
         self.type_embed = nn.Parameter(torch.empty(2, H, D))  # of keys in the query's segment, and in another
 
     def forward(
-        self, q: Tensor, places: Tensor, S: int, *, scale: float, other: Tensor | None
+        self, q: Tensor, token_positions: Tensor, S: int, *, scale: float, segment_differs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The queries (B, H, T, D) to multiply keys with, and what is added to the scaled scores, (B, H, T, S).
 
-        places (B or 1, T) are the queries' positions among the S keys; other (B, T, S) is True where a key is of
-        another segment, None where nobody tells segments apart.
+        token_positions (B or 1, T) are the queries' positions among the S keys; segment_differs (B, T, S) is True where a
+        key is of another segment, None where nobody tells segments apart.
         """
         encoding = self._encode(torch.arange(-S + 1, S, device=q.device))  # (2S-1, C), of query minus key
         r = self.r_proj(encoding.to(self.r_proj.weight.dtype)).view(2 * S - 1, q.shape[1], -1)  # (2S-1, H, D)
         by_distance = torch.einsum("bhtd,lhd->bhtl", q + self.position_bias[:, None].to(q.dtype), r.to(q.dtype))
-        index = places[:, :, None] - torch.arange(S, device=q.device) + S - 1  # (B or 1, T, S)
+        index = token_positions[:, :, None] - torch.arange(S, device=q.device) + S - 1  # (B or 1, T, S)
         bias = by_distance.gather(3, index[:, None].expand(q.shape[0], q.shape[1], -1, -1))
-        if other is not None:
+        if segment_differs is not None:
             by_type = torch.einsum("bhtd,shd->bhts", q + self.type_bias[:, None], self.type_embed)  # (B, H, T, 2)
-            bias = bias + torch.where(other[:, None], by_type[..., 1:], by_type[..., :1])
+            bias = bias + torch.where(segment_differs[:, None], by_type[..., 1:], by_type[..., :1])
         return q + self.content_bias[:, None].to(q.dtype), bias * scale
 
     def _encode(self, distance: Tensor) -> Tensor:

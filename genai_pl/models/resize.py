@@ -25,7 +25,7 @@ def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:
     layers = [model.embed] if model.lm_head is None else [model.embed, model.lm_head]
     for layer in layers:
         for name in [name for name, value in layer.named_parameters() if value is not None]:
-            setattr(layer, name, _longer(getattr(layer, name), size))
+            setattr(layer, name, _with_rows(getattr(layer, name), size))
     model.embed.num_embeddings = size
     if model.lm_head is not None:
         model.lm_head.out_features = size
@@ -43,7 +43,7 @@ def fill_vocabulary(model: Model | WrappedDecoder, first: int, size: int) -> Non
         _fill(table.data[:size], first)
 
 
-def _longer(old: nn.Parameter, size: int) -> nn.Parameter:
+def _with_rows(old: nn.Parameter, size: int) -> nn.Parameter:
     new = old.new_empty(size, *old.shape[1:])
     new[: len(old)] = old.detach()
     _fill(new, len(old))

@@ -30,12 +30,12 @@ class Dense(nn.Module):
             raise CheckpointError(f"{name}: this Dense module is not supported ({settings})")
         self.linear = nn.Linear(*sizes, bias=settings.get("bias", True))
         self.activation = getattr(nn, kind)()
-        self.adds = bool(settings.get("use_residual"))
-        self.residual = nn.Linear(*sizes, bias=False) if self.adds and sizes[0] != sizes[1] else nn.Identity()
+        self.has_residual = bool(settings.get("use_residual"))
+        self.residual = nn.Linear(*sizes, bias=False) if self.has_residual and sizes[0] != sizes[1] else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.activation(self.linear(x))
-        return y + self.residual(x) if self.adds else y
+        return y + self.residual(x) if self.has_residual else y
 
 
 class LayerNorm(nn.Module):
@@ -80,17 +80,17 @@ class SentenceHead(nn.Module):
     def __init__(self, files: Files, *, n_embd: int, where: str, closes: bool = False) -> None:
         super().__init__()
         self.files, self.n_embd, self.where, self.closes = dict(files), n_embd, where, closes
-        (_, _, tokens), (_, place, pooled), *rest = modules(files, where)
+        (_, _, tokens), (_, pooling_path, pooling_config), *rest = modules(files, where)
         check_transformer(tokens, where)
-        self.poolings = poolings(pooled, f"{where}/{place}/config.json")
+        self.poolings = poolings(pooling_config, f"{where}/{pooling_path}/config.json")
         self.max_length: int | None = tokens.get("max_seq_length")
         self.lower_case = bool(tokens.get("do_lower_case"))
-        self.prompt, self.truncate_dim = self._prompt(pooled)
+        self.prompt, self.truncate_dim = self._prompt(pooling_config)
         self.paths = [path for _, path, _ in rest]
         self.layers = nn.ModuleList(LAYERS[kind](given, f"{where}/{path}/config.json") for kind, path, given in rest)
         self._check_sizes()
 
-    def _prompt(self, pooled: dict) -> tuple[str, int | None]:
+    def _prompt(self, pooling_config: dict) -> tuple[str, int | None]:
         settings = self.files.get("config_sentence_transformers.json") or {}
         name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
         if name is not None and name not in prompts:
@@ -98,7 +98,7 @@ class SentenceHead(nn.Module):
                 f"{self.where}/config_sentence_transformers.json: default_prompt_name={name} is none of its prompts"
             )
         prompt = "" if name is None else prompts[name] or ""
-        if prompt and not pooled.get("include_prompt", True):
+        if prompt and not pooling_config.get("include_prompt", True):
             raise CheckpointError(
                 f"{self.where}/{POOLING}: include_prompt=false is not supported with a default prompt"
             )
@@ -107,10 +107,10 @@ class SentenceHead(nn.Module):
     def _check_sizes(self) -> None:
         size = self.n_embd * len(self.poolings)
         for path, layer in zip(self.paths, self.layers, strict=True):
-            takes = {Dense: lambda x: x.linear.in_features, LayerNorm: lambda x: x.norm.normalized_shape[0]}
-            wanted = takes.get(type(layer), lambda _, size=size: size)(layer)
-            if wanted != size:
-                raise CheckpointError(f"{self.where}/{path}: it takes {wanted} numbers, and is given {size}")
+            input_sizes = {Dense: lambda x: x.linear.in_features, LayerNorm: lambda x: x.norm.normalized_shape[0]}
+            expected = input_sizes.get(type(layer), lambda _, size=size: size)(layer)
+            if expected != size:
+                raise CheckpointError(f"{self.where}/{path}: it takes {expected} numbers, and is given {size}")
             size = layer.linear.out_features if isinstance(layer, Dense) else size
         self.size = min(size, self.truncate_dim or size)
 
@@ -129,13 +129,13 @@ class SentenceHead(nn.Module):
         """The same with another pooling; CheckpointError where the modules behind it take other numbers."""
         if self.poolings == (kind,):
             return self
-        place = f"{self.files[MODULES][1]['path']}/config.json"
-        return self.with_settings(place, pooling_settings(kind, self.n_embd))
+        config_file = f"{self.files[MODULES][1]['path']}/config.json"
+        return self.with_settings(config_file, pooling_settings(kind, self.n_embd))
 
-    def with_settings(self, place: str, settings: dict) -> "SentenceHead":
+    def with_settings(self, config_file: str, settings: dict) -> "SentenceHead":
         """The same with one of its files exchanged."""
         options = {"n_embd": self.n_embd, "where": self.where, "closes": self.closes}
-        head = SentenceHead({**self.files, place: settings}, **options)
+        head = SentenceHead({**self.files, config_file: settings}, **options)
         head.load_state_dict(self.state_dict())
         head.max_length = self.max_length
         return head
@@ -150,12 +150,12 @@ class SentenceHead(nn.Module):
 def default_head(pooling: str, *, n_embd: int, max_length: int | None, closes: bool) -> SentenceHead:
     """Unit vectors by a pooling, as a model without sentence-transformers' files is given it."""
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    listed = [
+    listing = [
         {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for n, (path, kind) in enumerate(kinds)
     ]
     files = {
-        MODULES: listed,
+        MODULES: listing,
         TOKENS[0]: {"max_seq_length": max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
         POOLING: pooling_settings(pooling, n_embd),
@@ -165,7 +165,7 @@ def default_head(pooling: str, *, n_embd: int, max_length: int | None, closes: b
 
 def pooling_settings(kind: str, n_embd: int) -> dict[str, object]:
     """The values of 1_Pooling/config.json, as every version of sentence-transformers reads them."""
-    return {"word_embedding_dimension": n_embd, **{flag: found == kind for flag, found in FLAGS.items()}}
+    return {"word_embedding_dimension": n_embd, **{flag: pooling == kind for flag, pooling in FLAGS.items()}}
 
 
 def read_head(folder: Path, *, n_embd: int) -> SentenceHead | None:
@@ -173,13 +173,15 @@ def read_head(folder: Path, *, n_embd: int) -> SentenceHead | None:
     if not (folder / MODULES).is_file():
         return None
     try:
-        listed = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        listing = json.loads((folder / MODULES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODULES}: not readable as JSON ({error})") from None
-    places = [f"{entry['path']}/config.json" for entry in listed if isinstance(entry, dict) and entry.get("path")]
-    names = ["config_sentence_transformers.json", *TOKENS, *places]
+    config_files = [
+        f"{entry['path']}/config.json" for entry in listing if isinstance(entry, dict) and entry.get("path")
+    ]
+    names = ["config_sentence_transformers.json", *TOKENS, *config_files]
     files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
-    head = SentenceHead({MODULES: listed, **files}, n_embd=n_embd, where=str(folder))
+    head = SentenceHead({MODULES: listing, **files}, n_embd=n_embd, where=str(folder))
     for path, layer in zip(head.paths, head.layers, strict=True):
         if layer.state_dict():
             _load(layer, folder / path)

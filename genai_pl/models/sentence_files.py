@@ -35,42 +35,44 @@ HARMLESS = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", 
 
 def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dict]]:
     """Kind, path and settings of each module in turn: Transformer, Pooling, and what follows them."""
-    found, listed = [], files[MODULES]
-    for entry in listed if isinstance(listed, list) else []:
+    entries, listing = [], files[MODULES]
+    for entry in listing if isinstance(listing, list) else []:
         kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(path, str):
             raise CheckpointError(f"{where}/{MODULES}: a module needs a type and a path, not {entry}")
         library, *_, name = kind.split(".")
-        wanted = ("Transformer", "Pooling")[len(found) : len(found) + 1] or BEHIND
-        if library != "sentence_transformers" or name not in wanted or entry.get("kwargs"):
+        allowed = ("Transformer", "Pooling")[len(entries) : len(entries) + 1] or BEHIND
+        if library != "sentence_transformers" or name not in allowed or entry.get("kwargs"):
             raise CheckpointError(
-                f"{where}/{MODULES}: module {path or len(found)} ({kind}) is not supported; "
-                f"here there may be {', '.join(wanted)}"
+                f"{where}/{MODULES}: module {path or len(entries)} ({kind}) is not supported; "
+                f"here there may be {', '.join(allowed)}"
             )
         tokens = next((files[name] for name in TOKENS if files.get(name)), {})
-        found.append((name, path, files.get(f"{path}/config.json", {}) if found else tokens))
-    if len(found) < 2:
+        entries.append((name, path, files.get(f"{path}/config.json", {}) if entries else tokens))
+    if len(entries) < 2:
         raise CheckpointError(f"{where}/{MODULES}: needs the modules Transformer and Pooling")
-    if found[0][1]:
-        raise CheckpointError(f"{where}/{MODULES}: module {found[0][1]}: the Transformer must lie in the folder itself")
-    return found
+    if entries[0][1]:
+        raise CheckpointError(
+            f"{where}/{MODULES}: module {entries[0][1]}: the Transformer must lie in the folder itself"
+        )
+    return entries
 
 
 def check_transformer(settings: dict, where: str) -> None:
     """CheckpointError for what would give other tokens or hidden states than those of the model alone."""
-    wrong = {name: value for name, value in settings.items() if name not in KEYS and _matters(value)}
+    unsupported = {name: value for name, value in settings.items() if name not in KEYS and _matters(value)}
     modality = settings.get("modality_config") or {"text": TEXT}
     if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
-        wrong["transformer_task"] = settings["transformer_task"]
+        unsupported["transformer_task"] = settings["transformer_task"]
     if not isinstance(modality, dict) or "message" in modality or modality.get("text") != TEXT:
-        wrong["modality_config"] = modality
+        unsupported["modality_config"] = modality
     if settings.get("module_output_name", NAMES[1]) != NAMES[1]:
-        wrong["module_output_name"] = settings["module_output_name"]
+        unsupported["module_output_name"] = settings["module_output_name"]
     length = settings.get("max_seq_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        wrong["max_seq_length"] = length
-    if wrong:
-        raise CheckpointError(f"{where}: the Transformer module's settings are not supported: {wrong}")
+        unsupported["max_seq_length"] = length
+    if unsupported:
+        raise CheckpointError(f"{where}: the Transformer module's settings are not supported: {unsupported}")
 
 
 def _matters(value: object) -> bool:

@@ -18,12 +18,12 @@ from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import HeadTransform, OffsetEmbedding, Pooler, build_norm
 from genai_pl.models.positions import rotary, sinusoidal
 from genai_pl.models.relative_positions import RelativeBias
-from genai_pl.models.virtual_tokens import NOTHING, Front, VirtualTokens, distance_bias, front_of
+from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix, VirtualTokens, distance_bias, virtual_prefix
 
 LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json, of the head that a folder had
 
 
-class Stack(nn.Module):
+class Transformer(nn.Module):
     """input_ids (B, T) to hidden states (B, T, C), and those to logits (B, T, V)."""
 
     causal: bool
@@ -94,23 +94,23 @@ class Stack(nn.Module):
             return logits
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def embedded(
+    def embed_inputs(
         self,
         input_ids: Tensor,
         positions: Tensor,
         token_type_ids: Tensor | None = None,
         *,
-        put: Callable[[Tensor], Tensor] | None = None,
+        insert_virtual: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The input of the first block, (B, T, C); positions are (T,) or (B, T), token types 0 where none are given.
 
-        `put` adds virtual tokens to the embeddings: then there are more positions and types than input_ids.
+        `insert_virtual` adds virtual tokens to the embeddings: then there are more positions and types than input_ids.
         """
         x = self.embed(input_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded to it, as Gemma's code does
-        if put is not None:
-            x = put(x)
+        if insert_virtual is not None:
+            x = insert_virtual(x)
         if self.position is not None:
             x = x + self.position(positions).to(x.dtype)
         if self.types is not None:
@@ -118,40 +118,40 @@ class Stack(nn.Module):
             x = x + self.types(zeros if token_type_ids is None else token_type_ids)
         return self.embed_proj(self.dropout(self.embed_norm(x)))
 
-    def run(
+    def forward_blocks(
         self,
         x: Tensor,
         positions: Tensor,
         segments: Tensor | None,
         *,
         prefix: Tensor | None = None,
-        shared: Tensor | None = None,
-        front: Front = NOTHING,
+        shared_prompt_len: Tensor | None = None,
+        virtual: VirtualPrefix = NO_PREFIX,
         **given: object,
     ) -> Tensor:
         """Hidden states (B, T, C) after all blocks and the last norm; the S positions are the keys', x are the last T."""
         T = x.shape[1]
-        seen = front.shared if shared is None else shared
+        global_prefix = virtual.global_prefix if shared_prompt_len is None else shared_prompt_len
         rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
         # where nothing is hidden from later tokens, they see what is in front anyway
         masks = {
-            w: AttentionMask(window=w, shared=None if w is None and segments is None else seen, **rules)
+            w: AttentionMask(window=w, global_prefix=None if w is None and segments is None else global_prefix, **rules)
             for w in set(self.windows)
         }
         tables = {w: self._rotary_table(w, positions[..., -T:]) for w in set(self.windows)}
-        given["bias"] = self._bias(T, positions, by_position=seen is not None and segments is not None)
+        given["bias"] = self._bias(T, positions, by_position=global_prefix is not None and segments is not None)
         for n, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
-            virtual = None if front.layers is None else front.layers[n]
-            x = block(x, masks[window], rotary=tables[window], virtual=virtual, **given)
+            virtual_kv = None if virtual.layers is None else virtual.layers[n]
+            x = block(x, masks[window], rotary=tables[window], virtual_kv=virtual_kv, **given)
         return self.norm(x)
 
-    def front(self, *, enters: bool) -> Front:
+    def virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
         """The virtual tokens before each row, whose embeddings or keys and values are needed if it enters with this call."""
-        return front_of(self.virtual, enters=enters)
+        return virtual_prefix(self.virtual, enters=enters)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this model's device and dtype, autocast's where that is on; virtual tokens have room too."""
-        n_virtual = self.front(enters=False).n
+        n_virtual = self.virtual_prefix(enters=False).n
         if n_virtual:
             longest = max_length + n_virtual
             max_length = longest if self.max_length is None else min(longest, max(max_length, self.max_length))

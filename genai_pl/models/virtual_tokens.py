@@ -37,7 +37,7 @@ class VirtualTokens(nn.Module):
         return None
 
 
-class Front(NamedTuple):
+class VirtualPrefix(NamedTuple):
     """The virtual tokens as one call meets them: n take room in front of each row's text, and `rows` see them."""
 
     n: int = 0
@@ -46,7 +46,7 @@ class Front(NamedTuple):
     layers: Tensor | None = None  # (L, 2, K, P, D), if they do
 
     @property
-    def shared(self) -> int | Tensor | None:
+    def global_prefix(self) -> int | Tensor | None:
         """How many keys each row sees whatever document a query is of, as `AttentionMask` takes it."""
         if self.rows is None:
             return self.n or None
@@ -57,7 +57,9 @@ class Front(NamedTuple):
         """How many are queries in this call."""
         return 0 if self.embeddings is None else self.n
 
-    def before(self, segments: Tensor | None, positions: Tensor, *, explicit: bool) -> tuple[Tensor | None, Tensor]:
+    def prepend_positions(
+        self, segments: Tensor | None, positions: Tensor, *, explicit: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """Segments (B, S) and positions (S,) or (B, S) of a text with the virtual tokens before it, (..., n + S).
 
         They belong to no document; `explicit` wants segments even where none are needed.
@@ -66,12 +68,12 @@ class Front(NamedTuple):
             return segments, positions
         if segments is None and (explicit or self.rows is not None):
             segments = torch.ones_like(positions).expand(1 if self.rows is None else len(self.rows), -1)
-        shift = self.n if self.rows is None else self.shared[:, None]
+        shift = self.n if self.rows is None else self.global_prefix[:, None]
         positions = positions + shift  # (S,) or (B, S)
         first = torch.arange(self.n, device=positions.device).expand(*positions.shape[:-1], -1)
         return None if segments is None else F.pad(segments, (self.n, 0)), torch.cat([first, positions], dim=-1)
 
-    def put(self, x: Tensor) -> Tensor:
+    def prepend(self, x: Tensor) -> Tensor:
         """The embeddings that enter, and then x (B, T, E)."""
         if self.embeddings is None:
             return x
@@ -83,16 +85,16 @@ def n_virtual(model: nn.Module) -> int:
     return max((module.n_tokens for module in model.modules() if isinstance(module, VirtualTokens)), default=0)
 
 
-NOTHING = Front()
+NO_PREFIX = VirtualPrefix()
 
 
-def front_of(virtual: VirtualTokens | None, *, enters: bool) -> Front:
+def virtual_prefix(virtual: VirtualTokens | None, *, enters: bool) -> VirtualPrefix:
     """What stands in front of a row: nothing if there are no virtual tokens, or if they are off."""
     if virtual is None or virtual.is_off():
-        return NOTHING
+        return NO_PREFIX
     if not enters:
-        return Front(virtual.n_tokens, virtual.rows())
-    return Front(virtual.n_tokens, virtual.rows(), virtual.embeddings(), virtual.layers())
+        return VirtualPrefix(virtual.n_tokens, virtual.rows())
+    return VirtualPrefix(virtual.n_tokens, virtual.rows(), virtual.embeddings(), virtual.layers())
 
 
 class Interleaved(NamedTuple):
@@ -100,9 +102,9 @@ class Interleaved(NamedTuple):
 
     index: Tensor  # (B, S) into the virtual tokens, then the text, then nothing
     segments: Tensor | None  # (B, S)
-    places: Tensor  # (B, T) where the text is
+    token_positions: Tensor  # (B, T) where the text is
 
-    def put(self, embeddings: Tensor, x: Tensor) -> Tensor:
+    def insert(self, embeddings: Tensor, x: Tensor) -> Tensor:
         """The embeddings (P, E) among x (B, T, E), (B, S, E)."""
         B, _, E = x.shape
         parts = torch.cat([embeddings.to(x.dtype).expand(B, -1, -1), x, x.new_zeros(B, 1, E)], dim=1)
@@ -110,29 +112,29 @@ class Interleaved(NamedTuple):
 
     def text(self, hidden: Tensor) -> Tensor:
         """The hidden states of the text alone, (B, S, C) -> (B, T, C)."""
-        return hidden.gather(1, self.places[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden.gather(1, self.token_positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def interleave(segments: Tensor | None, front: Front, B: int, T: int, device: torch.device) -> Interleaved:
+def interleave(segments: Tensor | None, virtual: VirtualPrefix, B: int, T: int, device: torch.device) -> Interleaved:
     """Where the virtual tokens go in rows of these segments (B, T), or of one document each."""
-    n, text = front.n, torch.arange(T, device=device).expand(B, -1)
-    if segments is None and front.rows is None:
+    n, text = virtual.n, torch.arange(T, device=device).expand(B, -1)
+    if segments is None and virtual.rows is None:
         return Interleaved(torch.arange(n + T, device=device).expand(B, -1), None, text + n)
     segments = torch.ones_like(text) if segments is None else segments
-    starts = (positions_from_segments(segments) == 0) & (segments != 0)  # (B, T)
-    if front.rows is not None:
-        starts = starts & front.rows[:, None]
-    n_begun = starts.cumsum(1)
-    places = text + n * n_begun
-    S = T + n * int(n_begun[:, -1].max())
-    index = torch.full((B, S), n + T, device=device).scatter(1, places, text + n)
-    longer = torch.zeros(B, S, dtype=segments.dtype, device=device).scatter(1, places, segments)
-    row, column = starts.nonzero(as_tuple=True)  # (N,) documents
-    virtual = torch.arange(n, device=device)
-    slots = places[row, column][:, None] - n + virtual  # (N, n)
-    index[row[:, None], slots] = virtual
-    longer[row[:, None], slots] = segments[row, column][:, None]
-    return Interleaved(index, longer, places)
+    is_first = (positions_from_segments(segments) == 0) & (segments != 0)  # (B, T)
+    if virtual.rows is not None:
+        is_first = is_first & virtual.rows[:, None]
+    n_documents = is_first.cumsum(1)
+    token_positions = text + n * n_documents
+    S = T + n * int(n_documents[:, -1].max())
+    index = torch.full((B, S), n + T, device=device).scatter(1, token_positions, text + n)
+    interleaved_segments = torch.zeros(B, S, dtype=segments.dtype, device=device).scatter(1, token_positions, segments)
+    row, column = is_first.nonzero(as_tuple=True)  # (N,) documents
+    virtual_ids = torch.arange(n, device=device)
+    columns = token_positions[row, column][:, None] - n + virtual_ids  # (N, n)
+    index[row[:, None], columns] = virtual_ids
+    interleaved_segments[row[:, None], columns] = segments[row, column][:, None]
+    return Interleaved(index, interleaved_segments, token_positions)
 
 
 def distance_bias(relative: RelativeBias | None, n_alibi: int, positions: Tensor, T: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.config.enums import Head
-from genai_pl.distributed.dtensor import local
+from genai_pl.distributed.dtensor import local_shard
 from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
@@ -69,7 +69,7 @@ class BaseModule(L.LightningModule, ABC):
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
         # around what runs the model as often as it likes, in this process alone; a strategy may have to gather weights
-        self.whole_model: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
         self.steps_in_backward = False  # whether weights move during the backward pass
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
@@ -97,13 +97,17 @@ class BaseModule(L.LightningModule, ABC):
         """What the optimizer is given."""
         yield from self.model.named_parameters()
 
-    def held_metrics(self) -> Metrics:
+    def epoch_metrics(self) -> Metrics:
         """Metrics of a whole validation that are no sums over its batches."""
         return {}
 
     def export_files(self) -> dict[str, object]:
         """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
         return {}
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Tokens, padding included, that the model reads in a training step on the batch."""
+        return batch["input_ids"].numel()
 
     def n_updates(self, rows: int) -> int:
         """Optimizer steps that a batch of so many rows is good for, where nothing is accumulated."""
@@ -162,7 +166,7 @@ class BaseModule(L.LightningModule, ABC):
             raise LossError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
         if gradient_clip_val:
             scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(grad) for group in groups for grad in group], scale)
+            torch._foreach_mul_([local_shard(grad) for group in groups for grad in group], scale)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         """What scales the loss of fp16, and skips a step whose gradients are not finite at that scale."""
@@ -211,7 +215,7 @@ class BaseModule(L.LightningModule, ABC):
         targets = sums.pop("targets")
         if targets > 0 and not torch.isfinite(sums.get("loss", targets)):
             raise LossError(f"the validation loss is not finite after step {self.trainer.global_step}")
-        metrics = self.summarize(sums, targets) | self.held_metrics()
+        metrics = self.summarize(sums, targets) | self.epoch_metrics()
         step = torch.tensor(
             float(self.trainer.global_step)
         )  # else Lightning counts the last step of a fit as not yet done

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import Head
-from genai_pl.data.text_tokens import close_texts
+from genai_pl.data.text_tokens import append_end_token
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.models.pooling import POOLINGS
 from genai_pl.models.sentence import SentenceHead, default_head
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.objectives import PairCollator, Vocabulary, info_nce, matryoshka, recall_at_k
+from genai_pl.objectives import PairCollator, SpecialTokens, info_nce, matryoshka, recall_at_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class ContrastiveModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -69,7 +69,7 @@ class ContrastiveModule(BaseModule):
     def use_sentence(self, head: SentenceHead | None, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Make vectors as the head of the model's folder does, if it has one; else have the tokenizer close every text."""
         if head is None:
-            close_texts(tokenizer)
+            append_end_token(tokenizer)
             head = self._default_head(closes=False)
         self.sentence = (head if self.pooling is None else head.with_pooling(self.pooling)).train()
         collator = self.collator
@@ -112,7 +112,7 @@ class ContrastiveModule(BaseModule):
         yield "log_temperature", self.log_temperature
         yield from self.sentence.named_parameters("sentence")
 
-    def held_metrics(self) -> Metrics:
+    def epoch_metrics(self) -> Metrics:
         """Recall@k: the share of held anchors that find their own among the k nearest of all held positives."""
         parts = [tuple(x.cpu() for x in batch) for batch in self.held]
         self.held = []

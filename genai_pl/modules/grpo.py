@@ -5,9 +5,9 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rollout import Experience, Rollout, at_places
+from genai_pl.modules.rollout import Experience, Rollout, gather_tokens
 from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
 from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
@@ -15,7 +15,7 @@ from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metri
 ADVANTAGES = ("group", "rloo")
 
 
-class GRPOModule(RLModule):
+class GRPOModule(PolicyGradientModule):
     """The advantage of a completion is its score against its group's; no value model (Shao et al. 2024)."""
 
     def __init__(
@@ -27,9 +27,9 @@ class GRPOModule(RLModule):
         advantage: str,
         scale: str,
         normalization: str,
-        **rl: object,
+        **options: object,
     ) -> None:
-        super().__init__(*args, **rl)
+        super().__init__(*args, **options)
         if advantage not in ADVANTAGES:
             raise ConfigError(f"objective.advantage={advantage} is not one of {', '.join(ADVANTAGES)}")
         if self.group_size < 2:
@@ -37,41 +37,41 @@ class GRPOModule(RLModule):
         self.beta, self.clip = beta, {"clip_range": clip_range, "clip_range_high": clip_range_high}
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
 
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        found = self.read(rollout)
-        old, reference = found["old"], found["reference"]
+    def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        outputs = self.rollout_logprobs(rollout)
+        old_logprobs, reference_logprobs = outputs["old_logprobs"], outputs["reference_logprobs"]
         if self.advantage == "rloo":
             advantages = rloo_advantages(scores, self.group_size)
         else:
             advantages = group_advantages(scores, self.group_size, scale=self.scale)
         mask = rollout.mask
-        kl = torch.where(mask, kl_estimate(old, reference, "k3"), 0).sum(1)
-        means = self.describe(rollout, scores, kl, found["entropy"])
+        kl = torch.where(mask, kl_estimate(old_logprobs, reference_logprobs, "k3"), 0).sum(1)
+        means = self.describe(rollout, scores, kl, outputs["entropy"])
         means["objective/rlhf_reward"] = (scores - self.beta * kl).nansum(), (~scores.isnan()).sum()
         groups = advantages.view(-1, self.group_size)
         means["objective/equal_groups"] = (groups == 0).all(1).sum(), len(groups)  # they teach nothing
         experience = {
-            "places": rollout.places,
+            "token_positions": rollout.token_positions,
             "mask": mask,
-            "old": old,
-            "reference": reference,
+            "old_logprobs": old_logprobs,
+            "reference_logprobs": reference_logprobs,
             "advantages": advantages,
             "kl": kl,
         }
         return {**rollout.batch, **experience}, means
 
-    def divisor(self, part: Experience) -> Tensor:
-        return self._weights(part["mask"])[1]
+    def loss_normalizer(self, minibatch: Experience) -> Tensor:
+        return self._weights(minibatch["mask"])[1]
 
     def _weights(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         return completion_weights(mask, normalization=self.normalization, length=self.sampling.max_new_tokens)
 
-    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
-        logprobs = at_places(token_logprobs(self.model, part), part["places"])
-        mask, old, advantages = part["mask"], part["old"], part["advantages"]
+    def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
+        logprobs = gather_tokens(token_logprobs(self.model, minibatch), minibatch["token_positions"])
+        mask, old_logprobs, advantages = minibatch["mask"], minibatch["old_logprobs"], minibatch["advantages"]
         weights, _ = self._weights(mask)
-        kl = {"reference_logprobs": part["reference"], "beta": self.beta} if self.beta else {}
-        loss = grpo_loss(logprobs, old, advantages, weights, **self.clip, **kl)
-        given = (logprobs.detach(), old, advantages[:, None], mask)
-        policy = clipped_surrogate(*given, **self.clip).sum()
-        return loss, policy_metrics(*given, **self.clip) | {"loss/policy": policy}
+        kl = {"reference_logprobs": minibatch["reference_logprobs"], "beta": self.beta} if self.beta else {}
+        loss = grpo_loss(logprobs, old_logprobs, advantages, weights, **self.clip, **kl)
+        arguments = (logprobs.detach(), old_logprobs, advantages[:, None], mask)
+        policy = clipped_surrogate(*arguments, **self.clip).sum()
+        return loss, policy_metrics(*arguments, **self.clip) | {"loss/policy": policy}

@@ -1,4 +1,4 @@
-"""Learning from completions that were liked or not, each alone."""
+"""Learning from completions that were desirable or not, each alone."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.columns import Column
 from genai_pl.modules.preference import completion_logprobs
 from genai_pl.modules.reference import Reference
-from genai_pl.objectives import UnpairedPreferenceCollator, Vocabulary, kto_loss
+from genai_pl.objectives import SpecialTokens, UnpairedPreferenceCollator, kto_loss
 
 
 class KTOModule(BaseModule):
@@ -27,7 +27,7 @@ class KTOModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -44,24 +44,24 @@ class KTOModule(BaseModule):
         self.reference = Reference(model)
 
     def step(self, batch: Batch) -> Metrics:
-        liked = batch["desirable"]
-        B = len(liked)
+        desirable = batch["desirable"]
+        B = len(desirable)
         own, mismatched = ({k: x[rows] for k, x in _texts(batch).items()} for rows in (slice(B), slice(B, None)))
         ratios = self._ratios(own)
         with torch.no_grad():
             kl = self._mean(self._ratios(mismatched)).clamp(min=0)
-        loss = kto_loss(ratios, liked, kl, beta=self.beta, **self.weights)
+        loss = kto_loss(ratios, desirable, kl, beta=self.beta, **self.weights)
         rewards = self.beta * ratios.detach()
         return {
             "loss": loss,
-            "rewards/chosen": rewards[liked].sum(),
-            "rewards/rejected": rewards[~liked].sum(),
+            "rewards/chosen": rewards[desirable].sum(),
+            "rewards/rejected": rewards[~desirable].sum(),
             "kl": kl * B,
-            "desirable": liked.sum().float(),
+            "desirable": desirable.sum().float(),
         }
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Means over all completions; rewards over those that were liked, and over the others."""
+        """Means over all completions; rewards over those that were desirable, and over the others."""
         n = sums["desirable"]
         chosen = sums["rewards/chosen"] / n.clamp(min=1)
         rejected = sums["rewards/rejected"] / (targets - n).clamp(min=1)

@@ -9,11 +9,11 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.columns import Column
-from genai_pl.modules.rollout import Experience, Rollout, passes, take
-from genai_pl.modules.rollout_module import SHOWN, Means, WritingModule
+from genai_pl.modules.rollout import Experience, Rollout, micro_batches, select_rows
+from genai_pl.modules.rollout_module import SHOWN, Means, RolloutModule
 
 
-class RLModule(WritingModule):
+class PolicyGradientModule(RolloutModule):
     """One batch of prompts is one rollout and `epochs` passes over it, each of as many optimizer steps as it has minibatches.
 
     What is drawn depends on the seed, the step and the rank alone, so that a resumed run draws the same.
@@ -34,9 +34,9 @@ class RLModule(WritingModule):
         epochs: int,
         minibatch_size: int | None,
         max_kl: float | None,
-        **writing: object,
+        **options: object,
     ) -> None:
-        super().__init__(*args, **writing)
+        super().__init__(*args, **options)
         for name, value in {"minibatch_size": minibatch_size, "epochs": epochs}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
@@ -46,22 +46,27 @@ class RLModule(WritingModule):
         self.epochs, self.minibatch_size, self.max_kl = epochs, minibatch_size, max_kl
         if minibatch_size is not None and minibatch_size % self.group_size:
             self.share_prompts = False  # a row is learned from in one piece
+        self._rollout_tokens = 0  # of the last rollout: prompts, completions and padding
         self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
 
     @abstractmethod
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+    def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
 
     @abstractmethod
-    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
         """The loss of some rows as a sum, and sums over their tokens."""
 
     @abstractmethod
-    def divisor(self, part: Experience) -> Tensor:
+    def loss_normalizer(self, minibatch: Experience) -> Tensor:
         """By what the loss of a minibatch is divided, which is added up over ranks."""
 
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
+
+    def n_tokens(self, batch: Batch) -> int:
+        """Tokens of the rows that the last rollout made of the batch: the batch itself holds prompts only."""
+        return self._rollout_tokens
 
     def n_updates(self, prompts: int) -> int:
         """How many optimizer steps a rollout of so many prompts is good for."""
@@ -69,44 +74,44 @@ class RLModule(WritingModule):
         return self.epochs * -(-n // (self.minibatch_size or n))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        judged = self.write_and_judge(batch, self.group_size, self._generator())
-        batch["input_ids"] = judged.rollout.batch["input_ids"]  # what the monitor counts
-        experience, means = self.learn(judged.rollout, judged.scores)
-        self.examples = judged.examples(experience["kl"], SHOWN)
+        scored = self.generate_and_score(batch, self.group_size, self._generator())
+        self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
+        experience, means = self.make_experience(scored.rollout, scored.scores)
+        self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         sums: Metrics = {}
-        for part in self._minibatches(experience):
+        for minibatch in self._minibatches(experience):
             optimizer.zero_grad()
-            divisor = self._over_ranks(self.divisor(part).float()).clamp(min=1)
-            found = self._backward(part, self.trainer.world_size / divisor)
-            if sums and self._too_far(found["policy/approxkl"], part["mask"]):
+            normalizer = self._over_ranks(self.loss_normalizer(minibatch).float()).clamp(min=1)
+            metrics = self._backward(minibatch, self.trainer.world_size / normalizer)
+            if sums and self._kl_exceeded(metrics["policy/approxkl"], minibatch["mask"]):
                 optimizer.zero_grad()
                 break
-            loss = found["loss"]
+            loss = metrics["loss"]
             self.window = {"loss": loss}  # with the norm of the gradient, what must be finite
             self.configure_gradient_clipping(optimizer.optimizer, self.clip_norm)
             optimizer.step()
             schedule.step()
-            found |= {"loss": loss / divisor, "tokens": part["mask"].sum(), "updates": loss.new_ones(())}
-            sums = _added(sums, found)
-        self._log_later(means, sums)
+            metrics |= {"loss": loss / normalizer, "tokens": minibatch["mask"].sum(), "updates": loss.new_ones(())}
+            sums = _add_sums(sums, metrics)
+        self._keep_means(means, sums)
 
-    def _backward(self, part: Experience, factor: Tensor) -> Metrics:
+    def _backward(self, minibatch: Experience, factor: Tensor) -> Metrics:
         """Add up the gradient of a minibatch pass by pass; the sums over its tokens, and its loss."""
         sums: Metrics = {}
-        for _, few in passes(part, self.rows_at_once(part)):
-            loss, found = self.loss(few)
+        for _, micro_batch in micro_batches(minibatch, self.rows_at_once(minibatch)):
+            loss, metrics = self.loss(micro_batch)
             self.manual_backward(loss * factor)
-            sums = _added(sums, {**found, "loss": loss.detach()})
+            sums = _add_sums(sums, {**metrics, "loss": loss.detach()})
         return sums
 
-    def _log_later(self, means: Means, sums: Metrics) -> None:
+    def _keep_means(self, means: Means, sums: Metrics) -> None:
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
         self.means = {**means, **{name: (value, tokens) for name, value in sums.items()}}
         self.means["loss"] = loss, updates / self.trainer.world_size  # each rank has a part of the sum
         self.means["policy/updates"] = updates, 1
 
-    def _too_far(self, kl: Tensor, mask: Tensor) -> bool:
+    def _kl_exceeded(self, kl: Tensor, mask: Tensor) -> bool:
         """Whether the policy has moved so far from the one that wrote that the rollout teaches it no more."""
         if self.max_kl is None:
             return False
@@ -130,8 +135,8 @@ class RLModule(WritingModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)
         for _ in range(self.epochs):
             for rows in torch.randperm(n, generator=generator).split(size):
-                yield take(experience, rows.to(self.device), n)
+                yield select_rows(experience, rows.to(self.device), n)
 
 
-def _added(sums: Metrics, found: Metrics) -> Metrics:
-    return {name: sums.get(name, 0) + value for name, value in found.items()}
+def _add_sums(sums: Metrics, metrics: Metrics) -> Metrics:
+    return {name: sums.get(name, 0) + value for name, value in metrics.items()}

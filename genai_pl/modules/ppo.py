@@ -7,9 +7,9 @@ from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder
 from genai_pl.modules.base import Batch, Metrics
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rollout import Experience, Rollout, at_places
+from genai_pl.modules.rollout import Experience, Rollout, gather_tokens
 from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.ppo import (
     adapt_kl_coef,
@@ -24,7 +24,7 @@ from genai_pl.objectives.ppo import (
 )
 
 
-class PPOModule(RLModule):
+class PPOModule(PolicyGradientModule):
     """Clipped policy and value losses on advantages of rewards that pay for distance to the reference (Ziegler et al. 2019)."""
 
     def __init__(
@@ -41,9 +41,9 @@ class PPOModule(RLModule):
         value_coef: float,
         entropy_coef: float,
         critic: str | None,
-        **rl: object,
+        **options: object,
     ) -> None:
-        super().__init__(*args, group_size=1, **rl)
+        super().__init__(*args, group_size=1, **options)
         self.register_buffer("kl_coef", torch.tensor(kl_coef))
         self.kl_target, self.kl_horizon, self.kl_estimator = kl_target, kl_horizon, kl_estimator
         self.gamma, self.gae_lambda = gamma, gae_lambda
@@ -85,36 +85,36 @@ class PPOModule(RLModule):
             hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
         return self.value_head(hidden).squeeze(-1).float()
 
-    def states(self, part: Experience, hidden: Tensor) -> Experience:
-        return {"values": self._values(part, hidden)}
+    def extra_outputs(self, minibatch: Experience, hidden: Tensor) -> Experience:
+        return {"values": self._values(minibatch, hidden)}
 
-    def learn(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+    def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
         if scores.isnan().any():
             raise ConfigError(
                 "objective.reward: no reward applies to some completions (all gave None); PPO needs one for each"
             )
-        mask, found = rollout.mask, self.read(rollout)
-        old, values = found["old"], torch.where(mask, found["values"], 0)
-        kl = torch.where(mask, kl_estimate(old, found["reference"], self.kl_estimator), 0)
+        mask, outputs = rollout.mask, self.rollout_logprobs(rollout)
+        old_logprobs, values = outputs["old_logprobs"], torch.where(mask, outputs["values"], 0)
+        kl = torch.where(mask, kl_estimate(old_logprobs, outputs["reference_logprobs"], self.kl_estimator), 0)
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
         kl = kl.sum(1)
-        means = self.describe(rollout, scores, kl, found["entropy"])
+        means = self.describe(rollout, scores, kl, outputs["entropy"])
         means |= {"objective/rlhf_reward": (rewards.sum(), len(scores)), "objective/kl_coef": (self.kl_coef.clone(), 1)}
-        self._adapt(kl.mean(), len(scores))
+        self._adapt_kl_coef(kl.mean(), len(scores))
         experience = {
-            "old": old,
+            "old_logprobs": old_logprobs,
             "values": values,
             "advantages": advantages,
             "returns": returns,
-            "places": rollout.places,
+            "token_positions": rollout.token_positions,
             "mask": mask,
             "kl": kl,
         }
         return {**rollout.batch, **experience}, means
 
-    def _adapt(self, kl: Tensor, n: int) -> None:
+    def _adapt_kl_coef(self, kl: Tensor, n: int) -> None:
         if self.kl_target is None:
             return
         ranks = self.trainer.world_size
@@ -122,18 +122,20 @@ class PPOModule(RLModule):
         coef = adapt_kl_coef(float(self.kl_coef), kl, target=self.kl_target, horizon=self.kl_horizon, n_steps=n * ranks)
         self.kl_coef.fill_(coef)
 
-    def divisor(self, part: Experience) -> Tensor:
-        return part["mask"].sum()
+    def loss_normalizer(self, minibatch: Experience) -> Tensor:
+        return minibatch["mask"].sum()
 
-    def loss(self, part: Experience) -> tuple[Tensor, Metrics]:
-        mask, old, hidden = part["mask"], part["old"], self.features(part)
-        values = at_places(self._values(part, hidden), part["places"])
-        logprobs = at_places(token_logprobs(self.model, part, hidden=hidden), part["places"])
-        policy = policy_loss(logprobs, old, part["advantages"], mask, clip_range=self.clip_range)
-        value = value_loss(values, part["values"], part["returns"], mask, clip_range=self.value_clip_range)
-        metrics = policy_metrics(logprobs.detach(), old, part["advantages"], mask, clip_range=self.clip_range)
+    def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
+        mask, old_logprobs, hidden = minibatch["mask"], minibatch["old_logprobs"], self.features(minibatch)
+        values = gather_tokens(self._values(minibatch, hidden), minibatch["token_positions"])
+        logprobs = gather_tokens(token_logprobs(self.model, minibatch, hidden=hidden), minibatch["token_positions"])
+        policy = policy_loss(logprobs, old_logprobs, minibatch["advantages"], mask, clip_range=self.clip_range)
+        value = value_loss(values, minibatch["values"], minibatch["returns"], mask, clip_range=self.value_clip_range)
+        metrics = policy_metrics(
+            logprobs.detach(), old_logprobs, minibatch["advantages"], mask, clip_range=self.clip_range
+        )
         metrics |= {"loss/policy": policy.detach(), "loss/value": value.detach()}
         loss = policy + self.value_coef * value
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * self.entropy(hidden, part["labels"]).sum()
+            loss = loss - self.entropy_coef * self.entropy(hidden, minibatch["labels"]).sum()
         return loss, metrics

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.data import checksummed as sealed
-from genai_pl.distributed.dtensor import gathered
+from genai_pl.distributed.dtensor import full_tensor
 from genai_pl.peft import base_tensors
 
 log = logging.getLogger(__name__)
 ROLES = ("prompt", "chosen", "rejected")
 
 Row = dict[str, object]
-Kept = dict[bytes, np.ndarray]  # (2,) by the key of a row
+CachedLogprobs = dict[bytes, np.ndarray]  # (2,) by the key of a row
 
 
-def annotate(
+def add_reference_logprobs(
     rows: Sequence[Row],
     logprobs: Callable[[list[Row]], Tensor],
     *,
@@ -35,26 +35,26 @@ def annotate(
 
     Every rank asks for its share in as many batches as the others, and over_ranks adds up what they found.
     """
-    known = read(file)
+    cached = read_logprobs(file)
     keys = [row_key(row) for row in rows]
     first = {key: n for n, key in reversed(list(enumerate(keys)))}  # of equal rows the first is asked for
-    missing = sorted((n for key, n in first.items() if key not in known), key=lambda n: -_length(rows[n]))
-    log.info("reference   %s of %s pairs are in %s", f"{len(rows) - len(missing):,}", f"{len(rows):,}", file)
-    found = torch.zeros(len(missing), 2, dtype=torch.float64)
-    batches = [range(i, min(i + batch_size, len(missing))) for i in range(0, len(missing), batch_size)]
+    uncached = sorted((n for key, n in first.items() if key not in cached), key=lambda n: -_length(rows[n]))
+    log.info("reference   %s of %s pairs are in %s", f"{len(rows) - len(uncached):,}", f"{len(rows):,}", file)
+    logprob_sums = torch.zeros(len(uncached), 2, dtype=torch.float64)
+    batches = [range(i, min(i + batch_size, len(uncached))) for i in range(0, len(uncached), batch_size)]
     for first_batch in range(0, len(batches), world_size):
         own = first_batch + rank
         batch = batches[min(own, len(batches) - 1)]
-        values = logprobs([rows[missing[i]] for i in batch])
+        values = logprobs([rows[uncached[i]] for i in batch])
         if own < len(batches):
-            found[batch.start : batch.stop] = values.double().cpu()
-    if missing:
-        values = over_ranks(found).float().numpy()
-        known |= {keys[n]: value for n, value in zip(missing, values, strict=True)}
+            logprob_sums[batch.start : batch.stop] = values.double().cpu()
+    if uncached:
+        values = over_ranks(logprob_sums).float().numpy()
+        cached |= {keys[n]: value for n, value in zip(uncached, values, strict=True)}
         if rank == 0:
-            write(file, known)
+            write_logprobs(file, cached)
     for key, row in zip(keys, rows, strict=True):
-        row["reference"] = known[key]
+        row["reference_logprobs"] = cached[key]
 
 
 def default_cache() -> Path:
@@ -69,9 +69,9 @@ def fingerprint(model: nn.Module, *more: str) -> str:
     """A name for a model without its adapters, by its configuration and weights, and for what else matters."""
     digest = hashlib.sha256("\n".join([repr(sorted(model.config.to_dict().items())), *more]).encode())
     for name, _, _, tensor in base_tensors(model):
-        whole = gathered(tensor)
-        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-        digest.update(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        weight = full_tensor(tensor)
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 
@@ -85,25 +85,25 @@ def row_key(row: Row) -> bytes:
     return digest.digest()
 
 
-def read(file: Path) -> Kept:
+def read_logprobs(file: Path) -> CachedLogprobs:
     """What the file holds; nothing if it is not there, or damaged."""
     if not file.exists():
         return {}
     if why := sealed.damage(file):
         log.warning("cache       %s was damaged (%s): the reference is asked again", file, why)
         return {}
-    with np.load(io.BytesIO(sealed.read_sealed(file))) as found:
-        return {key.tobytes(): value for key, value in zip(found["keys"], found["values"], strict=True)}
+    with np.load(io.BytesIO(sealed.read_sealed(file))) as arrays:
+        return {key.tobytes(): value for key, value in zip(arrays["keys"], arrays["values"], strict=True)}
 
 
-def write(file: Path, known: Kept) -> None:
+def write_logprobs(file: Path, cached: CachedLogprobs) -> None:
     """Write the file whole, or not at all, with a seal that `read` checks."""
-    keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in known])  # (n, 32)
-    values = np.stack(list(known.values()))
+    keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in cached])  # (n, 32)
+    values = np.stack(list(cached.values()))
 
     def save(path: Path) -> None:
-        with path.open("wb") as opened:
-            np.savez(opened, keys=keys, values=values)
+        with path.open("wb") as stream:
+            np.savez(stream, keys=keys, values=values)
 
     sealed.write_sealed(file, save)
 

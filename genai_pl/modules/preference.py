@@ -10,9 +10,9 @@ from genai_pl.kernels import linear_logprobs
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
 from genai_pl.modules.columns import Column
-from genai_pl.modules.precompute import annotate, default_cache, fingerprint
+from genai_pl.modules.precompute import add_reference_logprobs, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
-from genai_pl.objectives import IGNORED, PreferenceCollator, Vocabulary
+from genai_pl.objectives import IGNORED, PreferenceCollator, SpecialTokens
 from genai_pl.objectives import preference as losses
 from genai_pl.objectives.preference import WITH_REFERENCE, WITHOUT_REFERENCE
 from genai_pl.objectives.preference_collators import text_labels
@@ -37,7 +37,7 @@ class PreferenceModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -55,7 +55,7 @@ class PreferenceModule(BaseModule):
             raise ConfigError(f"objective.loss={loss} is not one of {known}")
         if not beta > 0:
             raise ConfigError(f"objective.beta must be above 0, not {beta}")
-        options = {"share_prompts": shares_beginnings(model), "likelihood": LIKELIHOODS.get(loss)}
+        options = {"share_prompts": supports_shared_prompts(model), "likelihood": LIKELIHOODS.get(loss)}
         self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, **options)
         self._tokens = torch.ones(())  # whose likelihood the step under way learns
         self.likelihood_coef = nll_coef if loss == "cpo" else 1.0
@@ -77,21 +77,21 @@ class PreferenceModule(BaseModule):
         with reference.of(self.model) as model:
             name = fingerprint(model, trainer.precision)
         ranks = trainer.strategy.distributed_sampler_kwargs if n_replicas(trainer) > 1 else {}
-        annotate(
+        add_reference_logprobs(
             [*data.train_rows, *data.val_rows],
             self._reference_logprobs,
             file=(Path(folder) if folder else default_cache()) / f"{name}.npz",
             batch_size=data.val_batch_size,
             rank=ranks.get("rank", 0),
             world_size=n_replicas(trainer),
-            over_ranks=lambda found: self._over_ranks(found.to(self.device)).cpu(),
+            over_ranks=lambda values: self._over_ranks(values.to(self.device)).cpu(),
         )
         self.reference = None
 
     def _reference_logprobs(self, rows: list[dict[str, object]]) -> Tensor:
         batch = {name: x.to(self.device) for name, x in self.collator(rows).items()}
         with self.trainer.precision_plugin.forward_context():
-            return self._ask_reference(batch)
+            return self._compute_reference(batch)
 
     def begin(self, batch: Batch) -> Tensor:
         if not self.window and "window_tokens" in batch:
@@ -107,26 +107,29 @@ class PreferenceModule(BaseModule):
             loss = losses.simpo_loss(policy, lengths, beta=self.beta, target_margin=self.target_margin)
             rewards = self.beta * policy.detach()
         else:
-            reference = batch["reference"] if self.reference is None else self._ask_reference(batch)
-            loss, rewards = self._against(policy, reference, lengths), self.beta * (policy - reference).detach()
+            reference = batch["reference_logprobs"] if self.reference is None else self._compute_reference(batch)
+            loss, rewards = (
+                self._loss_against_reference(policy, reference, lengths),
+                self.beta * (policy - reference).detach(),
+            )
         return {"loss": loss, **_describe(policy, rewards)}
 
     def _with_likelihood(self, batch: Batch) -> Metrics:
         """A mean over pairs and one over tokens: per token, each weighs as many pairs as the step has for one."""
         labels, segments = batch["labels"], batch["segment_ids"]
-        read = labels if self.kind == "cpo" else text_labels(batch)
-        logprobs = token_logprobs(self.model, {**batch, "labels": read})
+        text_or_completion_labels = labels if self.kind == "cpo" else text_labels(batch)
+        logprobs = token_logprobs(self.model, {**batch, "labels": text_or_completion_labels})
         policy = losses.segment_sums(torch.where(labels != IGNORED, logprobs, 0), segments, 2)
         lengths = losses.segment_sums(labels != IGNORED, segments, 2)
         likelihood = losses.segment_sums(logprobs, segments, 1)[:, 0]
         pairs, tokens = (self._targets, self._tokens) if self.training else (batch["targets"], batch["tokens"])
-        given = {"beta": self.beta, "likelihood": likelihood * (pairs / tokens.clamp(min=1))}
+        options = {"beta": self.beta, "likelihood": likelihood * (pairs / tokens.clamp(min=1))}
         if self.kind == "orpo":
-            loss = losses.orpo_loss(policy, lengths, **given)
+            loss = losses.orpo_loss(policy, lengths, **options)
         else:
-            loss = losses.cpo_loss(policy, lengths, nll_coef=self.likelihood_coef, **given)
+            loss = losses.cpo_loss(policy, lengths, nll_coef=self.likelihood_coef, **options)
         sums = {
-            "preference": loss.detach() + self.likelihood_coef * given["likelihood"].detach().sum(),
+            "preference": loss.detach() + self.likelihood_coef * options["likelihood"].detach().sum(),
             "nll": -likelihood.sum(),
         }
         return {"loss": loss, **sums, "tokens": batch["tokens"], **_describe(policy, self.beta * policy.detach())}
@@ -139,11 +142,11 @@ class PreferenceModule(BaseModule):
         loss = preference + self.likelihood_coef * nll
         return {"loss": loss, "nll": nll, **super().summarize(rest, targets)}
 
-    def _ask_reference(self, batch: Batch) -> Tensor:
+    def _compute_reference(self, batch: Batch) -> Tensor:
         with self.reference.of(self.model) as model:
             return completion_logprobs(model, batch)
 
-    def _against(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+    def _loss_against_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
         if self.kind == "ipo":
             policy, reference = policy / lengths, reference / lengths
         margins = [logprobs[:, 0] - logprobs[:, 1] for logprobs in (policy, reference)]
@@ -162,14 +165,14 @@ def _describe(policy: Tensor, rewards: Tensor) -> Metrics:
     return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
 
 
-def shares_beginnings(model: nn.Module) -> bool:
+def supports_shared_prompts(model: nn.Module) -> bool:
     """Whether completions of a prompt can be read in one row that holds the prompt once."""
-    return getattr(model, "shares_beginnings", False)
+    return getattr(model, "supports_shared_prompts", False)
 
 
-def shared_beginning(batch: Batch) -> Batch:
+def shared_prompt_inputs(batch: Batch) -> Batch:
     """What `features` has to know where the completions of a row share the prompt."""
-    return {"shared": batch["shared"]} if "shared" in batch else {}
+    return {"shared_prompt_len": batch["shared_prompt_len"]} if "shared_prompt_len" in batch else {}
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = None) -> Tensor:
@@ -178,7 +181,7 @@ def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = No
     hidden (B, T, C) are the features of the batch, if somebody has them.
     """
     if hidden is None:
-        hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_beginning(batch))
+        hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_prompt_inputs(batch))
     hidden, head = model.to_head(hidden), model.lm_head
     return linear_logprobs(
         hidden, head.weight, batch["labels"], bias=head.bias, softcap=model.config.logit_softcap, ignore_index=IGNORED

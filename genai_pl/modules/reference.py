@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from genai_pl.distributed.dtensor import to_device
+from genai_pl.distributed.dtensor import move_unsharded
 from genai_pl.generation.decode import evaluating
 from genai_pl.peft.adapter import adapters_disabled, adapters_of
 
@@ -21,7 +21,7 @@ class Reference:
     def to(self, device: torch.device) -> None:
         """Move the copy, if there is one."""
         if self.copy is not None:
-            to_device(self.copy, device)
+            move_unsharded(self.copy, device)
 
     @contextmanager
     def of(self, policy: nn.Module) -> Iterator[nn.Module]:

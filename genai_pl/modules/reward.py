@@ -8,10 +8,10 @@ from genai_pl.models import Model
 from genai_pl.models.pooling import scores
 from genai_pl.modules.base import BaseModule, Batch, Metrics
 from genai_pl.modules.columns import Column
-from genai_pl.modules.preference import shared_beginning, shares_beginnings
+from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts
 from genai_pl.objectives import (
     RankingCollator,
-    Vocabulary,
+    SpecialTokens,
     centering_penalty,
     pairwise_reward_loss,
     plackett_luce_loss,
@@ -39,7 +39,7 @@ class RewardModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -49,7 +49,7 @@ class RewardModule(BaseModule):
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if ranking not in RANKING:
             raise ConfigError(f"objective.ranking={ranking} is not one of {', '.join(RANKING)}")
-        self.collator = RankingCollator(vocabulary=vocabulary, seed=seed, share_prompts=shares_beginnings(model))
+        self.collator = RankingCollator(vocabulary=vocabulary, seed=seed, share_prompts=supports_shared_prompts(model))
         self.centering, self.ranking = centering, RANKING[ranking]
 
     def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
@@ -70,15 +70,15 @@ class RewardModule(BaseModule):
         }
 
     def _scores(self, batch: Batch, n: int) -> Tensor:
-        return scores(self.model, batch["input_ids"], batch["segment_ids"], n, **shared_beginning(batch))
+        return scores(self.model, batch["input_ids"], batch["segment_ids"], n, **shared_prompt_inputs(batch))
 
     def _ranked(self, batch: Batch) -> Metrics:
         """Sums over prompts; chosen is the best of its completions, rejected the worst."""
         sizes = batch["sizes"]
-        found = self._scores(batch, int(sizes.max()))
+        all_scores = self._scores(batch, int(sizes.max()))
         sums: Metrics = {}
         for k in sizes.unique().tolist():
-            rewards = found[sizes == k, :k]  # (b, k)
+            rewards = all_scores[sizes == k, :k]  # (b, k)
             best, worst = rewards.detach()[:, 0], rewards.detach()[:, -1]
             part = {
                 "loss": self.ranking(rewards) + self.centering * centering_penalty(rewards),

@@ -23,18 +23,18 @@ def call(
     columns: Mapping[str, Sequence[object]],
 ) -> list[object]:
     """What each reward gives; those that are coroutines run beside each other."""
-    given, waiting = [], {}
+    results, awaited = [], {}
     for n, (name, function) in enumerate(zip(names, rewards, strict=True)):
-        with _Explained(name):
-            given.append(_call(function, prompts, completions, columns))
-        if inspect.isawaitable(given[n]):
-            waiting[n] = asyncio.run_coroutine_threadsafe(_await(given[n]), _loop())
-    for n, future in waiting.items():
-        with _Explained(names[n]):
-            given[n] = future.result()
-            if isinstance(given[n], SystemExit):
-                raise given[n]
-    return given
+        with _OneLineErrors(name):
+            results.append(_call(function, prompts, completions, columns))
+        if inspect.isawaitable(results[n]):
+            awaited[n] = asyncio.run_coroutine_threadsafe(_await(results[n]), _loop())
+    for n, future in awaited.items():
+        with _OneLineErrors(names[n]):
+            results[n] = future.result()
+            if isinstance(results[n], SystemExit):
+                raise results[n]
+    return results
 
 
 def _call(
@@ -92,7 +92,7 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _loops[0]
 
 
-class _Explained:
+class _OneLineErrors:
     """What a reward raises is told in one line, with its place."""
 
     def __init__(self, name: str) -> None:
@@ -105,23 +105,25 @@ class _Explained:
         if not isinstance(error, Exception | SystemExit) or isinstance(error, UserError):
             return
         place = traceback.extract_tb(trace)[-1]
-        said = " ".join(str(error).split()) or "without a message"
+        message = " ".join(str(error).split()) or "without a message"
         raise ConfigError(
-            f"objective.reward={self.name}: raised {kind.__name__}, {said} ({Path(place.filename).name}, line {place.lineno})"
+            f"objective.reward={self.name}: raised {kind.__name__}, {message} ({Path(place.filename).name}, line {place.lineno})"
         ) from None
 
 
-def numbers(name: str, given: object, prompts: Sequence[str]) -> list[float | None]:
+def numbers(name: str, result: object, prompts: Sequence[str]) -> list[float | None]:
     """One number for each completion, or None where the reward does not apply; ConfigError names the reward and the row."""
     n = len(prompts)
-    if isinstance(given, torch.Tensor | np.ndarray):
-        shape = tuple(given.shape)
-        values = given.reshape(n).tolist() if shape in ((n,), (n, 1)) else None
-    elif given is None or isinstance(given, str | bytes | Mapping | AbstractSet) or not hasattr(given, "__iter__"):
-        raise ConfigError(f"objective.reward gave {_shown(given)} for {n} completions ({name}): give a list of numbers")
+    if isinstance(result, torch.Tensor | np.ndarray):
+        shape = tuple(result.shape)
+        values = result.reshape(n).tolist() if shape in ((n,), (n, 1)) else None
+    elif result is None or isinstance(result, str | bytes | Mapping | AbstractSet) or not hasattr(result, "__iter__"):
+        raise ConfigError(
+            f"objective.reward gave {_shown(result)} for {n} completions ({name}): give a list of numbers"
+        )
     else:
-        with _Explained(name):
-            values = list(given)
+        with _OneLineErrors(name):
+            values = list(result)
         shape = (len(values),)
     if values is None or len(values) != n:
         raise ConfigError(f"objective.reward gave {shape} numbers for {n} completions ({name}): give one for each")

@@ -7,18 +7,28 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.modules.preference import shared_beginning, shares_beginnings, token_logprobs
+from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts, token_logprobs
 from genai_pl.modules.reference import Reference
-from genai_pl.modules.rollout import Example, Experience, Judged, Reward, Rollout, at_places, passes, put_back, write
-from genai_pl.objectives import Vocabulary, token_entropy
+from genai_pl.modules.rollout import (
+    Example,
+    Experience,
+    Reward,
+    Rollout,
+    ScoredRollout,
+    gather_tokens,
+    generate_rollout,
+    micro_batches,
+    restore_order,
+)
+from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
 SHOWN = 4  # completions of a rollout that people may read
 
 
-class WritingModule(BaseModule):
-    """A module that answers prompts and has its answers judged; a subclass learns from them."""
+class RolloutModule(BaseModule):
+    """A module that answers prompts and has its answers scored_rollout; a subclass learns from them."""
 
     shapes = ("decoder",)
     data_kind = "prompts"
@@ -28,7 +38,7 @@ class WritingModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,
@@ -50,7 +60,7 @@ class WritingModule(BaseModule):
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
-        self.share_prompts = group_size > 1 and shares_beginnings(model)
+        self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
         self.missing_eos_penalty = missing_eos_penalty
         self.examples: list[Example] = []  # of the last rollout
@@ -62,19 +72,19 @@ class WritingModule(BaseModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
-        judged = self.write_and_judge(batch, 1, generator)
-        rollout, kl = judged.rollout, self.distance(judged.rollout)
+        scored_rollout = self.generate_and_score(batch, 1, generator)
+        rollout, kl = scored_rollout.rollout, self.kl_to_reference(scored_rollout.rollout)
         if batch_idx == 0:
-            self.examples = judged.examples(kl, SHOWN)
-        found = {
-            "scores": judged.scores.nansum(),
-            "scored": (~judged.scores.isnan()).sum(),
+            self.examples = scored_rollout.examples(kl, SHOWN)
+        sums = {
+            "scores": scored_rollout.scores.nansum(),
+            "scored": (~scored_rollout.scores.isnan()).sum(),
             "kl": kl.sum(),
             "response_length": rollout.mask.sum(),
             "ended": rollout.ended.sum(),
             "targets": batch["targets"],
         }
-        for name, value in found.items():
+        for name, value in sums.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
@@ -82,48 +92,55 @@ class WritingModule(BaseModule):
         scored = sums.pop("scored").clamp(min=1)
         return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
 
-    def write_and_judge(self, batch: Batch, copies: int, generator: torch.Generator) -> Judged:
+    def generate_and_score(self, batch: Batch, copies: int, generator: torch.Generator) -> ScoredRollout:
         """Completions of each prompt, next to each other, and their scores (N,): not a number where no reward applies."""
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
-        as_given = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
+        raw_prompts = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
         ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
         options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1
-        with self.whole_model():
-            rollout = write(self.model, batch["prompts"], self.sampling, **options)
-        texts = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
-        asked, said = ([self.decode(row) for row in rows] for rows in (prompts, texts))
+        with self.unsharded_model():
+            rollout = generate_rollout(self.model, batch["prompts"], self.sampling, **options)
+        without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
+        prompt_texts, completion_texts = ([self.decode(row) for row in rows] for rows in (prompts, without_end))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name != "prompt"}
-        given = torch.as_tensor(self.reward(asked, said, as_given, **extra), dtype=torch.float32)
-        if given.shape != (len(prompts),):
-            raise ConfigError(f"objective.reward gave {tuple(given.shape)} numbers for {len(prompts)} completions")
-        scores = given.to(self.device) - self.missing_eos_penalty * ~rollout.ended
-        return Judged(rollout, asked, said, scores)
+        rewards = torch.as_tensor(
+            self.reward(prompt_texts, completion_texts, raw_prompts, **extra), dtype=torch.float32
+        )
+        if rewards.shape != (len(prompts),):
+            raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
+        scores = rewards.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
 
-    def distance(self, rollout: Rollout) -> Tensor:
+    def kl_to_reference(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,)."""
-        found = self.read(rollout)
-        return torch.where(rollout.mask, found["old"] - found["reference"], 0).sum(1)
+        outputs = self.rollout_logprobs(rollout)
+        return torch.where(rollout.mask, outputs["old_logprobs"] - outputs["reference_logprobs"], 0).sum(1)
 
     @torch.no_grad()
-    def read(self, rollout: Rollout) -> Experience:
+    def rollout_logprobs(self, rollout: Rollout) -> Experience:
         """For each token that was drawn, (N, L), `old` and `reference` log-probabilities, `entropy`, and what `states` adds."""
-        rows = {**rollout.batch, "places": rollout.places}
-        numbers, parts = [], []
-        for number, part in passes(rows, self.rows_at_once(rows)):
-            hidden = self.features(part)
-            found = {"entropy": self.entropy(hidden, part["labels"]), **self.states(part, hidden)}
-            found["old"] = token_logprobs(self.model, part, hidden=hidden)
+        rows = {**rollout.batch, "token_positions": rollout.token_positions}
+        row_indices, parts = [], []
+        for indices, micro_batch in micro_batches(rows, self.rows_at_once(rows)):
+            hidden = self.features(micro_batch)
+            outputs = {
+                "entropy": self.entropy(hidden, micro_batch["labels"]),
+                **self.extra_outputs(micro_batch, hidden),
+            }
+            outputs["old_logprobs"] = token_logprobs(self.model, micro_batch, hidden=hidden)
             with self.reference.of(self.model) as model:
-                found["reference"] = token_logprobs(model, part)
-            numbers.append(number)
-            parts.append({name: at_places(x, part["places"]) for name, x in found.items()})
-        return put_back(numbers, parts)
+                outputs["reference_logprobs"] = token_logprobs(model, micro_batch)
+            row_indices.append(indices)
+            parts.append({name: gather_tokens(x, micro_batch["token_positions"]) for name, x in outputs.items()})
+        return restore_order(row_indices, parts)
 
-    def features(self, part: Experience) -> Tensor:
+    def features(self, micro_batch: Experience) -> Tensor:
         """What the policy makes of rows, (R, T, C)."""
-        return self.model.features(part["input_ids"], part["segment_ids"], **shared_beginning(part))
+        return self.model.features(
+            micro_batch["input_ids"], micro_batch["segment_ids"], **shared_prompt_inputs(micro_batch)
+        )
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of what the policy predicts at each label (R, T); hidden (R, T, C) are its features."""
@@ -142,11 +159,11 @@ class WritingModule(BaseModule):
             "objective/ended": (rollout.ended.sum(), n),
         }
 
-    def states(self, part: Experience, hidden: Tensor) -> Experience:
+    def extra_outputs(self, micro_batch: Experience, hidden: Tensor) -> Experience:
         """What else is to be known (R, T) of the states that the policy was in; hidden (R, T, C) are its features."""
         return {}
 
     def rows_at_once(self, rows: Experience) -> int:
         """How many rows go through the model together."""
         n = len(rows["input_ids"])
-        return n if self.micro_batch_size is None else max(1, self.micro_batch_size * n // len(rows["places"]))
+        return n if self.micro_batch_size is None else max(1, self.micro_batch_size * n // len(rows["token_positions"]))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
-from genai_pl.objectives import IGNORED, Collator, Vocabulary, masked_accuracy, token_loss
+from genai_pl.objectives import IGNORED, Collator, SpecialTokens, masked_accuracy, token_loss
 
 
 class TokenModule(BaseModule):
@@ -23,7 +23,7 @@ class TokenModule(BaseModule):
         self,
         model: Model,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         optimizer: object,
         schedule: object,

@@ -53,7 +53,7 @@ from genai_pl.objectives.reward import (
 from genai_pl.objectives.seq2seq import Seq2SeqCollator
 from genai_pl.objectives.sft import SFTCollator, pack
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED, masked_accuracy, token_loss
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "Seq2SeqCollator",
     "SpanCorruptionCollator",
     "UnpairedPreferenceCollator",
-    "Vocabulary",
+    "SpecialTokens",
     "adapt_kl_coef",
     "causal_lm_loss",
     "centering_penalty",

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from genai_pl.objectives.collate import Batch, Collator, Row, pad_rows, with_segments
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, pad_rows, with_segments
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED, token_loss
 
-ANY = Vocabulary(size=0)
+ANY = SpecialTokens(size=0)
 causal_lm_loss = token_loss  # labels[t] is what position t should predict
 
 
@@ -18,10 +18,10 @@ class CausalLMCollator(Collator):
 
     overlap = 1
 
-    def __init__(self, *, vocabulary: Vocabulary = ANY, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens = ANY, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
         return next_token_batch(ids, segments, pad=self.pad)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 
-Row = dict[str, np.ndarray]  # input_ids (n,), segment_ids (n,) and key (epoch, index)
+Example = dict[str, np.ndarray]  # input_ids (n,), segment_ids (n,) and key (epoch, index)
 Batch = dict[str, Tensor]
 
 
@@ -22,7 +22,7 @@ class Collator:
         return seq_len + self.overlap
 
 
-def noise(seed: int, row: Row) -> np.random.Generator:
+def row_rng(seed: int, row: Example) -> np.random.Generator:
     """The row's own randomness: the same in every worker, batch and run."""
     return np.random.default_rng([seed, *row["key"]])
 
@@ -45,7 +45,7 @@ def with_segments(batch: Batch, segments: Tensor) -> Batch:
     return batch if bool((segments == 1).all()) else {**batch, "segment_ids": segments}
 
 
-def missing(objective: str, token: str) -> ConfigError:
+def missing_token_error(objective: str, token: str) -> ConfigError:
     """What to say to a tokenizer without a token that the objective is made of."""
     return ConfigError(
         f"objective={objective} needs {token}, which the tokenizer lacks; choose one that has it, "

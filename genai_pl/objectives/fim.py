@@ -6,8 +6,8 @@ import numpy as np
 
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.collate import Batch, Collator, Row, missing, noise
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, missing_token_error, row_rng
+from genai_pl.objectives.special_tokens import SpecialTokens
 
 N_SENTINELS = 3
 SHORTEST = 4  # tokens of a document that is worth cutting in three
@@ -23,24 +23,24 @@ class FimCollator(Collator):
 
     overlap = 1
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int, fim_rate: float = 0.5, spm_rate: float = 0.5) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int, fim_rate: float = 0.5, spm_rate: float = 0.5) -> None:
         if vocabulary.fim is None:
-            raise missing("fim", "prefix, middle and suffix tokens (<|fim_prefix|>, ...)")
+            raise missing_token_error("fim", "prefix, middle and suffix tokens (<|fim_prefix|>, ...)")
         for name, rate in (("fim_rate", fim_rate), ("spm_rate", spm_rate)):
             if not 0 <= rate <= 1:
                 raise ConfigError(f"objective.{name} is a probability, not {rate}")
         self.vocabulary, self.seed = vocabulary, seed
         self.fim_rate, self.spm_rate = fim_rate, spm_rate
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         rearranged = [self._rearrange(row) for row in rows]
         ids = [np.concatenate(documents) for documents in rearranged]
         segments = [np.repeat(np.arange(len(row)) + 1, [len(d) for d in row]) for row in rearranged]
         return next_token_batch(ids, segments, pad=self.vocabulary.pad)
 
-    def _rearrange(self, row: Row) -> list[np.ndarray]:
+    def _rearrange(self, row: Example) -> list[np.ndarray]:
         """The row's documents, some of them rearranged, in as many tokens as before."""
-        rng = noise(self.seed, row)
+        rng = row_rng(self.seed, row)
         ids, borders = row["input_ids"].astype(np.int64), np.flatnonzero(np.diff(row["segment_ids"])) + 1
         room, documents = len(ids), []
         for document in np.split(ids, borders):

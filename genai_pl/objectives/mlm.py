@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.collate import Batch, Collator, Row, missing, noise, pad_rows, with_segments
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, missing_token_error, pad_rows, row_rng, with_segments
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -20,7 +20,7 @@ class MaskedLMCollator(Collator):
     def __init__(
         self,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         mask_probability: float = 0.15,
         whole_word: bool = False,
@@ -28,7 +28,7 @@ class MaskedLMCollator(Collator):
         replace_with_random: float = 0.1,
     ) -> None:
         if vocabulary.mask is None:
-            raise missing("mlm", "a mask token")
+            raise missing_token_error("mlm", "a mask token")
         if whole_word and not vocabulary.starts_word.any():
             raise ConfigError("objective.whole_word: no token of the tokenizer begins a word; set it to false")
         if not 0 < mask_probability <= 1:
@@ -43,7 +43,7 @@ class MaskedLMCollator(Collator):
         self.replace_with_mask, self.replace_with_random = replace_with_mask, replace_with_random
         self.text_tokens = np.flatnonzero(~vocabulary.special)  # what a random replacement may be
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         noised = [self._noise(row) for row in rows]
         labels = pad_rows([labels for _, labels in noised], IGNORED)
         batch = {
@@ -53,8 +53,8 @@ class MaskedLMCollator(Collator):
         }
         return with_segments(batch, pad_rows([row["segment_ids"] for row in rows], 0))
 
-    def _noise(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        rng = noise(self.seed, row)
+    def _noise(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
+        rng = row_rng(self.seed, row)
         original = row["input_ids"]
         chosen = self._choose(original, row["segment_ids"], rng)  # (n,) positions
         draw = rng.random(len(chosen))

@@ -8,7 +8,7 @@ import torch
 
 from genai_pl.errors import DataError
 from genai_pl.objectives.collate import Batch, Collator, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.special_tokens import SpecialTokens
 
 
 class PairCollator(Collator):
@@ -26,7 +26,7 @@ class PairCollator(Collator):
     max_length: int | None = None
     closes: bool = True
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn: the noise of SimCSE is dropout
 
     def __call__(self, rows: Sequence[dict[str, np.ndarray]]) -> Batch:

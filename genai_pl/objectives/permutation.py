@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.collate import Batch, Collator, Row, noise, pad_rows, with_segments
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, pad_rows, row_rng, with_segments
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -20,7 +20,7 @@ class PermutationCollator(Collator):
     """
 
     def __init__(
-        self, *, vocabulary: Vocabulary, seed: int, predict_fraction: float = 1 / 6, max_span: int = 5
+        self, *, vocabulary: SpecialTokens, seed: int, predict_fraction: float = 1 / 6, max_span: int = 5
     ) -> None:
         if not 0 < predict_fraction <= 1:
             raise ConfigError(f"objective.predict_fraction must lie in (0, 1], not {predict_fraction}")
@@ -29,7 +29,7 @@ class PermutationCollator(Collator):
         self.vocabulary, self.seed = vocabulary, seed
         self.predict_fraction, self.max_span = predict_fraction, max_span
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         drawn = [self._draw(row) for row in rows]
         ids = [row["input_ids"] for row in rows]
         positions = [positions for positions, _ in drawn]
@@ -47,9 +47,9 @@ class PermutationCollator(Collator):
     def _n_targets(self, n_tokens: int) -> int:
         return max(1, int(n_tokens * self.predict_fraction + 1e-6))
 
-    def _draw(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the targets, and the rank of every position."""
-        rng = noise(self.seed, row)
+        rng = row_rng(self.seed, row)
         text = np.flatnonzero(~self.vocabulary.special[row["input_ids"]])
         order = np.zeros(len(row["input_ids"]), np.int64)
         if len(text) == 0:

@@ -7,10 +7,10 @@ import torch
 
 from genai_pl.errors import DataError
 from genai_pl.objectives.collate import Batch, Collator, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
-TextRow = dict[str, np.ndarray]  # token ids by role
+Example = dict[str, np.ndarray]  # token ids by role
 Group = tuple[np.ndarray, Sequence[np.ndarray]]  # a prompt and its completions
 
 
@@ -20,10 +20,10 @@ class PreferenceCollator(Collator):
     Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
     token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
-    "reference" (2,), which is handed on.
+    "reference_logprobs" (2,), which is handed on.
 
-    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared` (B,) beginning of every
-    segment, and only the first segment holds them.
+    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared_prompt_len` (B,) beginning
+    of every segment, and only the first segment holds them.
 
     likelihood: whose tokens are counted as `tokens`, those of chosen completions ("chosen"), or of prompts too ("whole").
     """
@@ -31,7 +31,7 @@ class PreferenceCollator(Collator):
     ranks = False  # whether it takes more than two completions
 
     def __init__(
-        self, *, vocabulary: Vocabulary, seed: int = 0, share_prompts: bool = False, likelihood: str | None = None
+        self, *, vocabulary: SpecialTokens, seed: int = 0, share_prompts: bool = False, likelihood: str | None = None
     ) -> None:
         self.pad, self.share_prompts, self.likelihood = (
             vocabulary.pad,
@@ -39,14 +39,14 @@ class PreferenceCollator(Collator):
             likelihood,
         )  # and nothing is drawn
 
-    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         batch = self.compared([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
         margins = [float(row["margin"]) for row in rows if "margin" in row]
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
         batch |= {"margin": torch.tensor(margins)} if margins else {}
-        if "reference" in rows[0]:  # log-probabilities that were made before
-            batch["reference"] = torch.from_numpy(np.stack([row["reference"] for row in rows]))
+        if "reference_logprobs" in rows[0]:  # log-probabilities that were made before
+            batch["reference_logprobs"] = torch.from_numpy(np.stack([row["reference_logprobs"] for row in rows]))
         if self.likelihood:
             labels = batch["labels"] if self.likelihood == "chosen" else text_labels(batch)
             batch["tokens"] = ((labels != IGNORED) & (batch["segment_ids"] == 1)).sum().float()
@@ -65,7 +65,7 @@ class RankingCollator(PreferenceCollator):
 
     ranks = True
 
-    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         if "completions" not in rows[0]:
             return super().__call__(rows)
         batch = self.compared([(row["prompt"], row["completions"]) for row in rows])
@@ -80,10 +80,10 @@ class UnpairedPreferenceCollator(Collator):
     and needs no gradient; a batch of one row has nobody else's completion in it, and is refused. `desirable` (B,) are the labels.
     """
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn
 
-    def __call__(self, rows: Sequence[TextRow]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         if len(rows) < 2:
             raise DataError(
                 "KTO compares a completion with another row's: a batch needs 2 rows or more (data.batch_size)"
@@ -95,7 +95,7 @@ class UnpairedPreferenceCollator(Collator):
         return {**completions_batch(own + mismatched, self.pad), "desirable": desirable, "targets": _count(rows)}
 
 
-def _count(rows: Sequence[TextRow]) -> torch.Tensor:
+def _count(rows: Sequence[Example]) -> torch.Tensor:
     return torch.tensor(float(len(rows)))
 
 
@@ -105,7 +105,7 @@ def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Bat
     parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
     batch = completions_batch(parts, pad)
     if share_prompts:
-        batch["shared"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
+        batch["shared_prompt_len"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
     return batch
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.collate import Batch, Collator, Row, noise
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, row_rng
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -19,10 +19,10 @@ class PrefixLMCollator(Collator):
 
     overlap = 1
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int) -> None:
         self.vocabulary, self.seed = vocabulary, seed
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
         batch = next_token_batch(ids, segments, pad=self.vocabulary.pad)
         prefix = torch.tensor([self._prefix(row) for row in rows])
@@ -31,6 +31,6 @@ class PrefixLMCollator(Collator):
         labels = batch["labels"].masked_fill(known, IGNORED)
         return {**batch, "labels": labels, "prefix": prefix, "targets": (labels != IGNORED).sum().float()}
 
-    def _prefix(self, row: Row) -> int:
+    def _prefix(self, row: Example) -> int:
         n = int((row["segment_ids"] == row["segment_ids"][0]).sum())
-        return int(noise(self.seed, row).integers(1, max(n, 2)))  # 1 sees what a causal row sees
+        return int(row_rng(self.seed, row).integers(1, max(n, 2)))  # 1 sees what a causal row sees

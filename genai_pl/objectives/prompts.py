@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.collate import Collator, Row, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Collator, Example, pad_rows
+from genai_pl.objectives.special_tokens import SpecialTokens
 
 
 class PromptCollator(Collator):
@@ -15,7 +15,7 @@ class PromptCollator(Collator):
     Rows are {"prompt_ids": ids, "prompt": the text or messages that they are of, "columns": all columns}.
     """
 
-    def __init__(self, *, vocabulary: Vocabulary, max_new_tokens: int, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, max_new_tokens: int, seed: int = 0) -> None:
         self.pad, self.max_new_tokens = vocabulary.pad, max_new_tokens  # and nothing is drawn
 
     def row_length(self, seq_len: int) -> int:
@@ -27,7 +27,7 @@ class PromptCollator(Collator):
             )
         return seq_len - self.max_new_tokens
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, object]:
+    def __call__(self, rows: Sequence[Example]) -> dict[str, object]:
         prompts = [row["prompt_ids"] for row in rows]
         return {
             "input_ids": pad_rows(prompts, self.pad),

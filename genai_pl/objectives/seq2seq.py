@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from genai_pl.objectives.collate import Batch, Collator, Row, missing, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, missing_token_error, pad_rows
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -17,12 +17,12 @@ class Seq2SeqCollator(Collator):
     decoder_segment_ids are there only where a row has padding or two pairs.
     """
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         if vocabulary.end is None:
-            raise missing("seq2seq", "an end-of-text token")
+            raise missing_token_error("seq2seq", "an end-of-text token")
         self.pad, self.start = vocabulary.pad, vocabulary.first  # and nothing is drawn
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         labels = pad_rows([row["target"] for row in rows], IGNORED)
         segments = pad_rows([row["source_segments"] for row in rows], 0)
         decoder_segments = pad_rows([row["target_segments"] for row in rows], 0)
@@ -36,7 +36,7 @@ class Seq2SeqCollator(Collator):
             return batch
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
-    def _shifted(self, row: Row) -> np.ndarray:
+    def _shifted(self, row: Example) -> np.ndarray:
         """What the decoder reads: each target one place later, behind the start token."""
         target, segments = row["target"], row["target_segments"]
         first = np.diff(segments, prepend=0) > 0

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 
 from genai_pl.objectives.clm import next_token_batch
-from genai_pl.objectives.collate import Batch, Collator, Row, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, pad_rows
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
 class SFTCollator(Collator):
     """Batches as in causal language modelling, where only tokens whose `loss_mask` (n,) is True are predicted."""
 
-    def __init__(self, *, vocabulary: Vocabulary, seed: int = 0) -> None:
+    def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn
 
     def row_length(self, seq_len: int) -> int:
         """One more than the model reads: the last token is only predicted. Rows do not overlap."""
         return seq_len + 1
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
         batch = next_token_batch(ids, segments, pad=self.pad)
         learned = pad_rows([row["loss_mask"] for row in rows], 0)[:, 1:] > 0  # (B, T)

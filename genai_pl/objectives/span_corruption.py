@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.collate import Batch, Collator, Row, missing, noise, pad_rows
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.collate import Batch, Collator, Example, missing_token_error, pad_rows, row_rng
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -52,16 +52,16 @@ class SpanCorruptionCollator(Collator):
     def __init__(
         self,
         *,
-        vocabulary: Vocabulary,
+        vocabulary: SpecialTokens,
         seed: int,
         noise_density: float = 0.15,
         mean_span_length: float = 3.0,
         mixture: Sequence[Mapping[str, float | None]] | None = None,
     ) -> None:
         if not vocabulary.sentinels:
-            raise missing("span_corruption", "sentinels (<extra_id_0>, ...)")
+            raise missing_token_error("span_corruption", "sentinels (<extra_id_0>, ...)")
         if vocabulary.end is None:
-            raise missing("span_corruption", "an end-of-text token")
+            raise missing_token_error("span_corruption", "an end-of-text token")
         plain = {"noise_density": noise_density, "mean_span_length": mean_span_length}
         self.vocabulary, self.seed = vocabulary, seed
         self.denoisers = [_denoiser(options) for options in mixture or [plain]]
@@ -73,7 +73,7 @@ class SpanCorruptionCollator(Collator):
             self._sentinels(denoiser.counts(n_tokens)[1], n_tokens)
         return n_tokens
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Example]) -> Batch:
         pairs = [self._corrupt(row) for row in rows]
         inputs, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         pad, start = self.vocabulary.pad, self.vocabulary.first
@@ -90,9 +90,9 @@ class SpanCorruptionCollator(Collator):
             return batch
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
-    def _corrupt(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    def _corrupt(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
         """Input and target of a row: kept and hidden runs take turns, a kept one first."""
-        rng = noise(self.seed, row)
+        rng = row_rng(self.seed, row)
         denoiser = self.denoisers[rng.integers(len(self.denoisers))]
         ids = row["input_ids"].astype(np.int64)
         n_hidden, n_spans = denoiser.counts(len(ids))

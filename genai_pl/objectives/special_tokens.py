@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Vocabulary(NamedTuple):
+class SpecialTokens(NamedTuple):
     """Token ids with a meaning, and what each of the `size` ids stands for; a token that does not exist is None."""
 
     size: int  # of the model, which may exceed the tokenizer's

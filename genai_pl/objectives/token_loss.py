@@ -5,7 +5,7 @@ from torch import Tensor
 
 from genai_pl.kernels import linear_cross_entropy
 from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
-from genai_pl.kernels.vocab_parallel import own_words
+from genai_pl.kernels.vocab_parallel import local_vocab_shard
 
 IGNORED = -100
 
@@ -42,8 +42,8 @@ def masked_accuracy(hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tenso
     """How many labelled tokens have the highest logit of their position; a softcap does not change which is highest."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (N, C), (N,)
     dtype = matmul_dtype(hidden)
-    head, bias, part = own_words(head.to(dtype), bias)
-    vocab_size = head.shape[0] if part is None else part.room
+    head, bias, part = local_vocab_shard(head.to(dtype), bias)
+    vocab_size = head.shape[0] if part is None else part.shard_size
     correct = labels.new_zeros(())
     for rows in chunks(labels, vocab_size=vocab_size, ignore_index=IGNORED, chunk_tokens=None):
         logits = hidden[rows].to(dtype) @ head.t()  # (n, V)

@@ -26,6 +26,6 @@ class StepInBackward:
 
     def norms(self) -> list[Tensor]:
         """The norm of the gradients of each group since the last call."""
-        found = [torch.stack(norms).norm() if norms else torch.zeros(()) for norms in self._measured]
+        group_norms = [torch.stack(norms).norm() if norms else torch.zeros(()) for norms in self._measured]
         self._measured = [[] for _ in self._measured]
-        return found
+        return group_norms

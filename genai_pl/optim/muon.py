@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from genai_pl.distributed.dtensor import local, piece, share_out
+from genai_pl.distributed.dtensor import local_shard, map_across_ranks, shard_like
 from genai_pl.errors import ConfigError
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
@@ -122,12 +122,12 @@ class MuonAdamW(Optimizer):
     def _step_some(self, parameters: list[Tensor], group: Group, mesh: DeviceMesh | None) -> None:
         updates = [self._update(parameter, group) for parameter in parameters]
         # Newton-Schulz on pieces would send them around in each of its steps
-        directions = map(orthogonalize, updates) if mesh is None else share_out(orthogonalize, updates, mesh)
+        directions = map(orthogonalize, updates) if mesh is None else map_across_ranks(orthogonalize, updates, mesh)
         for parameter, direction in zip(parameters, directions, strict=True):
             scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape)
-            own = local(parameter)
+            own = local_shard(parameter)
             own.mul_(1.0 - group["lr"] * group["weight_decay"])
-            own.add_(local(piece(direction, parameter)), alpha=-group["lr"] * scale)
+            own.add_(local_shard(shard_like(direction, parameter)), alpha=-group["lr"] * scale)
 
     def _update(self, parameter: Tensor, group: Group) -> Tensor:
         """The momentum of a matrix after this step; with `nesterov`, a step ahead."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.distributed.dtensor import local
+from genai_pl.distributed.dtensor import local_shard
 from genai_pl.errors import ConfigError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, train_whole
@@ -95,7 +95,7 @@ class LoRALinear(WeightAdapter):
     def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float) -> Tensor:
         """factor (B A dropped - B0 A0 x), multiplied where it is thinnest."""
         # a process of several holds some rows or columns
-        change = F.linear(F.linear(self._cast(dropped), local(self.lora_A)) * factor, local(self.lora_B))
+        change = F.linear(F.linear(self._cast(dropped), local_shard(self.lora_A)) * factor, local_shard(self.lora_B))
         if self.start_A is None:
             return change
         return change - F.linear(F.linear(self._cast(x), self.start_A) * factor, self.start_B)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import EncoderDecoder
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
 from genai_pl.peft.io.tensors import Contents, fill
@@ -15,7 +15,7 @@ from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install
 class Prefix(VirtualAdapter):
     """Keys and values (P, L * 2 * K * D) of all layers, or what an MLP with one hidden layer makes of P embeddings."""
 
-    def __init__(self, adapter: Adapter, stack: Stack, n_tokens: int, hidden_size: int | None, seed: int) -> None:
+    def __init__(self, adapter: Adapter, stack: Transformer, n_tokens: int, hidden_size: int | None, seed: int) -> None:
         super().__init__(adapter, n_tokens)
         config, like, generator = stack.config, stack.embed.weight, torch.Generator().manual_seed(seed)
         self.shape = (n_tokens, config.n_layer, 2, config.n_kv_head, config.head_dim)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
 from genai_pl.peft.io.tensors import Contents, fill
@@ -74,7 +74,7 @@ def read_prompt(model: nn.Module, contents: Contents) -> nn.Module:
 
 
 @torch.no_grad()
-def _first(stack: Stack, n_tokens: int, init: str, init_ids: Sequence[int] | None, seed: int) -> Tensor:
+def _first(stack: Transformer, n_tokens: int, init: str, init_ids: Sequence[int] | None, seed: int) -> Tensor:
     """The initial embeddings, (P, E)."""
     generator, table = torch.Generator().manual_seed(seed), stack.embed.weight
     if init == "random":

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionKind, Position
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import Encoder, EncoderDecoder, WrappedDecoder
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
 from genai_pl.peft.adapter import Adapter, AdapterLayer
 from genai_pl.peft.io.tensors import Contents, common_config
@@ -32,7 +32,7 @@ class VirtualAdapter(AdapterLayer, VirtualTokens):
         return None if weights is None else weights == 1
 
 
-def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Stack | WrappedDecoder:
+def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Transformer | WrappedDecoder:
     """Where virtual tokens go, in an encoder-decoder the half that reads or the one that writes; ConfigError if nowhere."""
     stack = model
     if isinstance(model, EncoderDecoder):
@@ -40,7 +40,7 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> S
     config = stack.config
     if config.attention_kind is not AttentionKind.full:
         raise ConfigError(f"peft={method} needs model.attention_kind=full, not {config.attention_kind.value}")
-    if isinstance(stack, Stack) and config.position is Position.xl:
+    if isinstance(stack, Transformer) and config.position is Position.xl:
         raise ConfigError(f"peft={method} has no place for its tokens in model.position=xl: choose peft=lora")
     if stack.virtual is not None:
         raise ConfigError(
@@ -53,7 +53,7 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> S
     return stack
 
 
-def install(model: nn.Module, stack: Stack, tokens: VirtualAdapter) -> nn.Module:
+def install(model: nn.Module, stack: Transformer, tokens: VirtualAdapter) -> nn.Module:
     """The model, frozen, with the virtual tokens in it."""
     model.requires_grad_(False)
     stack.virtual = tokens.requires_grad_(True).train(stack.training)

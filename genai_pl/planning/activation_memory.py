@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+def saved_tensor_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     """The bytes that `run` leaves alive for its backward pass, weights left out; under FakeTensorMode nothing is computed."""
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}  # which keeps them alive: no address is used twice

@@ -28,7 +28,7 @@ class Layout:
     def devices(self) -> int:
         return self.data * self.tensor * self.stages
 
-    def under_way(self, stage: int) -> int:
+    def in_flight(self, stage: int) -> int:
         """Microbatches that a stage holds at once: under 1F1B one for each stage from it on (Narayanan et al. 2019)."""
         return self.microbatches if self.gpipe else min(self.stages - stage, self.microbatches)
 
@@ -87,7 +87,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
         optimizer_bytes=share.weight_bytes * share.moments,
     )
     gathered = 0.0
-    activations *= layout.under_way(stage) / layout.microbatches
+    activations *= layout.in_flight(stage) / layout.microbatches
     if layout.zero == 3 and layout.data > 1:
         # the block at work and the next, which is fetched meanwhile, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
@@ -102,8 +102,12 @@ def states(
     n: int, trained: int, layout: Layout, *, weight_bytes: float, gradient_bytes: float, optimizer_bytes: float
 ) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer states of one device."""
-    pieces = [layout.data if layout.zero >= stage else 1 for stage in (3, 2, 1)]
-    return n * weight_bytes / pieces[0], trained * gradient_bytes / pieces[1], trained * optimizer_bytes / pieces[2]
+    divisors = [layout.data if layout.zero >= stage else 1 for stage in (3, 2, 1)]
+    return (
+        n * weight_bytes / divisors[0],
+        trained * gradient_bytes / divisors[1],
+        trained * optimizer_bytes / divisors[2],
+    )
 
 
 def loss_bytes(
@@ -126,41 +130,41 @@ class Traffic:
 
 
 def traffic(
-    share: Share, layout: Layout, *, tokens: int, n_layer: int, n_embd: int, passes: int, again: float
+    share: Share, layout: Layout, *, tokens: int, n_layer: int, n_embd: int, passes: int, recomputed: float
 ) -> list[Traffic]:
     """Every collective of an optimizer step of `passes` batches of `tokens` tokens per device, rings throughout.
 
     A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that to sum on all (Patarasu and Yuan 2009).
-    `again` is the share of blocks whose forward pass runs again.
+    `recomputed` is the share of blocks whose forward pass runs again.
     """
-    found: list[Traffic] = []
+    collectives: list[Traffic] = []
     wide = layout.data > 1 and layout.devices > layout.per_node
     ring = (layout.data - 1) / layout.data
     if layout.data > 1 and layout.zero == 3:
         # gathered for the forward pass and the backward pass (Rajbhandari et al. 2020, section 7.2.2: 1.5 times DDP)
         times = passes * (2 if layout.regathers else 1)
         gathered, summed = share.weights * share.compute_bytes, share.trained * share.weight_bytes
-        found.append(Traffic("all-gather of weights", times * ring * gathered, layout.data, wide, True))
-        found.append(Traffic("reduce-scatter of gradients", passes * ring * summed, layout.data, wide, True))
+        collectives.append(Traffic("all-gather of weights", times * ring * gathered, layout.data, wide, True))
+        collectives.append(Traffic("reduce-scatter of gradients", passes * ring * summed, layout.data, wide, True))
     elif layout.data > 1:
         summed = 2 * ring * share.trained * share.weight_bytes
-        found.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
+        collectives.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
     crossing = tokens * n_embd * share.compute_bytes  # hidden states of a batch
     if layout.tensor > 1:
         # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it reruns;
         # after the embedding, and of what the head says of them
-        times = passes * (n_layer / layout.stages * (4 + 2 * again) + 2)
+        times = passes * (n_layer / layout.stages * (4 + 2 * recomputed) + 2)
         what = "all-reduce of hidden states"
         if layout.sequence:
             # one gather and one scatter instead send as much (Korthikanti et al. 2022, 4.2.2), and at both ends a gather
             what, times = "exchange of hidden states", times + passes
         ring = 2 * (layout.tensor - 1) / layout.tensor
         wide = layout.tensor > layout.per_node
-        found.append(Traffic(what, times * ring * crossing, layout.tensor, wide, False))
+        collectives.append(Traffic(what, times * ring * crossing, layout.tensor, wide, False))
     if layout.stages > 1:
         wide = layout.devices > layout.per_node
-        found.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))
-    return found
+        collectives.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))
+    return collectives
 
 
 @dataclass(frozen=True)

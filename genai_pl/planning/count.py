@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
-from genai_pl.planning.activation_memory import ResultBytes, saved_bytes
+from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout
 from genai_pl.strategies import kept_operations, recompute
-from genai_pl.strategies.pipeline_stages import find_holders
+from genai_pl.strategies.pipeline_stages import parameter_stages
 
 # numbers of state per weight; Adafactor keeps a row and a column
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.01}
@@ -30,7 +30,7 @@ class _Mode(FakeTensorMode):
 
 
 @contextmanager
-def weightless(dtype: torch.dtype) -> Iterator[None]:
+def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
     """Inside, tensors have shapes and dtypes and no memory; new weights are of the dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -42,7 +42,7 @@ def weightless(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def part_of(config: ModelConfig, layout: Layout) -> ModelConfig:
+def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
     """The model that one device holds: some of the heads, channels and words, or of the layers."""
     for name, parts in (("n_head", layout.tensor), ("n_kv_head", layout.tensor), ("intermediate_size", layout.tensor)):
         if getattr(config, name) % parts:
@@ -59,9 +59,9 @@ def part_of(config: ModelConfig, layout: Layout) -> ModelConfig:
 
 def stage_sizes(model: Model, n_stages: int) -> list[tuple[int, int]]:
     """How many numbers each stage of a pipeline holds, and how many of them learn."""
-    holders = find_holders(model, n_stages)
-    held = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
-    return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in held]
+    holders = parameter_stages(model, n_stages)
+    stage_parameters = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
+    return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in stage_parameters]
 
 
 def activation_bytes(
@@ -73,15 +73,15 @@ def activation_bytes(
     every: int | None,
     kind: str,
     fused: bool,
-    pieces: int = 1,
+    sequence_shards: int = 1,
 ) -> float:
     """Bytes that a batch leaves for the backward pass of the layers; where blocks run again, what one of them adds then.
 
     `fused` attention keeps no scores of dropout, as our kernels for GPUs do. Between the parts of blocks there is one of
-    `pieces` of each sequence.
+    `sequence_shards` of each sequence.
     """
-    if pieces > 1:
-        _cut_sequences(model, seq_len, pieces)
+    if sequence_shards > 1:
+        _shard_sequences(model, seq_len, sequence_shards)
     for module in model.modules():
         if fused and "attend" in vars(module):
             module.dropout = 0.0
@@ -92,37 +92,37 @@ def activation_bytes(
         with torch.autocast("cpu", product) if product else nullcontext():
             return model.features(ids, **target)
 
-    everything = saved_bytes(model, run)
+    everything = saved_tensor_bytes(model, run)
     if every is None:
         return everything
     with ResultBytes(kept_operations()) as products:
         run()
     recompute(model, every)  # `full` also to count `selective`: what that keeps is no tensor saved by autograd
-    inputs = saved_bytes(model, run)
-    n = max(1, n_again(model, every))
-    kept = products.n_bytes * n / len(model.blocks) if kind == "selective" else 0
-    return inputs + kept + (everything - inputs - kept) / n
+    inputs = saved_tensor_bytes(model, run)
+    n = max(1, n_recomputed(model, every))
+    products_kept = products.n_bytes * n / len(model.blocks) if kind == "selective" else 0
+    return inputs + products_kept + (everything - inputs - products_kept) / n
 
 
-def _cut_sequences(model: Model, seq_len: int, pieces: int) -> None:
+def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:
     """Give a model the hidden states that sequence parallelism leaves to one process, in place."""
 
-    def cut(x: torch.Tensor) -> torch.Tensor:
-        return x[:, : -(-seq_len // pieces)].clone()  # a view would count as the whole
+    def shard(x: torch.Tensor) -> torch.Tensor:
+        return x[:, : -(-seq_len // n_shards)].clone()  # a view would count as the whole
 
-    def joined(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat(1, pieces, 1)[:, :seq_len]
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(1, n_shards, 1)[:, :seq_len]
 
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
-        stack.blocks[0].register_forward_pre_hook(lambda _, given: (cut(given[0]), *given[1:]))
-        stack.norm.register_forward_hook(lambda _, given, hidden: joined(hidden))
+    for stack in (module for module in model.modules() if isinstance(module, Transformer)):
+        stack.blocks[0].register_forward_pre_hook(lambda _, args: (shard(args[0]), *args[1:]))
+        stack.norm.register_forward_hook(lambda _, args, hidden: gather(hidden))
         for block in dict.fromkeys(stack.blocks):
             for part in filter(None, (block.attention, block.cross, block.mlp)):
-                part.register_forward_pre_hook(lambda _, given: (joined(given[0]), *given[1:]))
-                part.register_forward_hook(lambda _, given, y: cut(y))
+                part.register_forward_pre_hook(lambda _, args: (gather(args[0]), *args[1:]))
+                part.register_forward_hook(lambda _, args, y: shard(y))
 
 
-def n_again(model: Model, every: int) -> int:
+def n_recomputed(model: Model, every: int) -> int:
     """How many blocks run again in the backward pass."""
     return len(model.blocks) // every
 
@@ -148,8 +148,8 @@ def moments(optimizer: str, model: Model) -> float:
     return 2.0 - matrices / sum(p.numel() for _, p in trained)
 
 
-def training_flops(model: Model, config: ModelConfig, seq_len: int, *, again: float) -> float:
-    """FLOPs of a token: 6 N and attention, 2 less for each frozen weight, and the share `again` of the forward pass more."""
+def training_flops(model: Model, config: ModelConfig, seq_len: int, *, recomputed: float) -> float:
+    """FLOPs of a token: 6 N and attention, 2 less for each frozen weight, and the share `recomputed` of the forward pass more."""
     flops = flops_per_token(model, config, seq_len)
     frozen = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim >= 2 and not p.requires_grad)
-    return flops * (1 + again / 3) - 2.0 * frozen
+    return flops * (1 + recomputed / 3) - 2.0 * frozen

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.recipes.fetch import Row, Write, read_rows, write_parts
+from genai_pl.recipes.fetch import Record, Write, read_rows, write_parts
 
 N_HELD = 400
 SHORTEST, LONGEST = 80, 1200  # characters of a function
@@ -39,7 +39,7 @@ def prepare(files: list[Path], out: Path) -> str:
         except (SyntaxError, UnicodeDecodeError):  # examples of what Python refuses
             continue
     kept = [text for text in found if SHORTEST < len(text) < LONGEST]
-    rows: list[Row] = [{"text": kept[n] + "\n"} for n in np.random.default_rng(0).permutation(len(kept))]
+    rows: list[Record] = [{"text": kept[n] + "\n"} for n in np.random.default_rng(0).permutation(len(kept))]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from genai_pl.atomic_io import write_atomic
 from genai_pl.errors import DataError
 
-Row = Mapping[str, str]
+Record = Mapping[str, str]
 Write = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes
 
 
@@ -37,7 +37,7 @@ def from_apt(package: str, pattern: str, work: Path) -> list[Path]:
     return _matching(root, pattern, package)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
+def write_rows(path: Path, rows: Iterable[Record]) -> int:
     """Write one line of JSON for each row, and return how many there are."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     if not lines:
@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     return len(lines)
 
 
-def write_parts(folder: Path, rows: list[Row], *, held: int) -> str:
+def write_parts(folder: Path, rows: list[Record], *, held: int) -> str:
     """Write all rows but the last `held` to train.jsonl, those to val.jsonl; a line that says so."""
     n_train = write_rows(folder / "train.jsonl", rows[:-held])
     n_val = write_rows(folder / "val.jsonl", rows[-held:])

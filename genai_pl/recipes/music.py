@@ -8,7 +8,7 @@ import numpy as np
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes import abc
-from genai_pl.recipes.fetch import Row, Write, from_pip, read_rows, write_parts
+from genai_pl.recipes.fetch import Record, Write, from_pip, read_rows, write_parts
 from genai_pl.recipes.midi import midi
 
 BOOKS = "music21/corpus/{book}/*.abc"
@@ -58,7 +58,7 @@ def prepare(files: list[Path], out: Path) -> str:
     """Write each tune as a text."""
     found = {tune for path in files for tune in tunes(path.read_text(encoding="latin-1"))}
     kept = sorted(tune for tune in found if 100 < len(tune) < LONGEST)
-    rows: list[Row] = [{"text": kept[n]} for n in np.random.default_rng(0).permutation(len(kept))]
+    rows: list[Record] = [{"text": kept[n]} for n in np.random.default_rng(0).permutation(len(kept))]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 

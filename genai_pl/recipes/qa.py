@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.recipes.fetch import Row, Write, from_apt, read_rows, write_parts
+from genai_pl.recipes.fetch import Record, Write, from_apt, read_rows, write_parts
 
 N_HELD = 80
 # quiz: the fields that are asked for and answered, and the question
@@ -54,7 +54,9 @@ def prepare(files: list[Path], out: Path) -> str:
     """Write questions as prompts and answers as completions; other questions are held back."""
     found = [pair for path in files for pair in questions(path.name, path.read_text(encoding="latin-1"))]
     order = np.random.default_rng(0).permutation(len(found))
-    rows: list[Row] = [{"prompt": f"Question: {found[n][0]}\nAnswer:", "completion": f" {found[n][1]}"} for n in order]
+    rows: list[Record] = [
+        {"prompt": f"Question: {found[n][0]}\nAnswer:", "completion": f" {found[n][1]}"} for n in order
+    ]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from genai_pl.recipes import code
 from genai_pl.recipes import pairs as shown
 from genai_pl.recipes.code import ASIDE
-from genai_pl.recipes.fetch import Row, Write, write_parts
+from genai_pl.recipes.fetch import Record, Write, write_parts
 
 N_HELD = 500
 LONGEST = 400  # characters that are read
@@ -45,7 +45,7 @@ def prepare(files: list[Path], out: Path) -> str:
             continue
     kept = list(found.items())
     order = np.random.default_rng(0).permutation(len(kept))
-    rows: list[Row] = [{"source": kept[n][1], "target": kept[n][0]} for n in order]
+    rows: list[Record] = [{"source": kept[n][1], "target": kept[n][0]} for n in order]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.recipes import pairs as shown
-from genai_pl.recipes.fetch import Row, Write, from_apt, write_parts
+from genai_pl.recipes.fetch import Record, Write, from_apt, write_parts
 
 N_HELD = 500
 LONGEST = 12  # words of a sentence: what a small model can learn
@@ -44,7 +44,7 @@ def prepare(files: list[Path], out: Path) -> str:
     sentences = [pair for pair in found.items() if all(map(is_sentence, pair))]
     phrases = [(de, en) for de, en in found.items() if 2 <= de.count(" ") < 6 and de[-1] not in ".!?"]
     order = np.random.default_rng(0).permutation(len(sentences))
-    rows: list[Row] = [{"source": de, "target": en} for de, en in [*phrases, *(sentences[n] for n in order)]]
+    rows: list[Record] = [{"source": de, "target": en} for de, en in [*phrases, *(sentences[n] for n in order)]]
     return write_parts(out, rows, held=min(N_HELD, len(sentences) // 10 + 1))
 
 

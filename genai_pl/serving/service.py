@@ -17,7 +17,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_head
 from genai_pl.generation import encode_prompt, limits_of
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
-from genai_pl.models import join
+from genai_pl.models import prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
 from genai_pl.serving.answer_streams import Answer, RecordingStream, decode_answer, is_repeatable, request_key
 from genai_pl.serving.embeddings import TextScorer, size_of
@@ -55,7 +55,7 @@ class Service:
         self.hashes = self._model_hashes(folders)
         self.engine: Engine | None = None
         if not folders:
-            join(self.model)
+            prepare_for_decoding(self.model)
         if config.writes:
             self.engine = Engine(
                 self.model,

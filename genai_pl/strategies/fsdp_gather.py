@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from genai_pl.distributed.dtensor import whole
+from genai_pl.distributed.dtensor import full_tensor_on_cpu
 
 
-def gather(model: nn.Module) -> None:
+def gather_parameters(model: nn.Module) -> None:
     """Give the first process every parameter whole, in place and on the CPU; all processes must call it.
 
     A model that is not sharded stays as it is. A sharded one cannot be trained on.
@@ -19,16 +19,16 @@ def gather(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # weights of the last forward pass may lie around, rounded
-    found: dict[nn.Parameter, nn.Parameter] = {}
+    full_parameters: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not isinstance(parameter, DTensor):
                 continue
-            if parameter not in found:  # a tied weight stays tied
-                full = whole(parameter)
-                found[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+            if parameter not in full_parameters:  # a tied weight stays tied
+                full = full_tensor_on_cpu(parameter)
+                full_parameters[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
             if dist.get_rank() == 0:
-                setattr(module, name, found[parameter])
+                setattr(module, name, full_parameters[parameter])
 
 
 @contextmanager

@@ -29,16 +29,16 @@ class RankLauncher(_SubprocessScriptLauncher):
     def __init__(self, replaced: _SubprocessScriptLauncher, command: list[str]) -> None:
         super().__init__(replaced.cluster_environment, replaced.num_processes, replaced.num_nodes)
         self.command = command
-        self.is_ending = False  # whether this process has done its work
-        self.is_over = False  # whether all have
+        self.is_done = False  # whether this process has done its work
+        self.all_are_done = False  # whether all have
         self._has_started = False
 
-    def launch(self, function: Callable, *args: object, trainer: L.Trainer | None = None, **given: object) -> object:
+    def launch(self, function: Callable, *args: object, trainer: L.Trainer | None = None, **kwargs: object) -> object:
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
             self._start()
-        return function(*args, **given)
+        return function(*args, **kwargs)
 
     def _start(self) -> None:
         self._has_started = True
@@ -54,7 +54,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             self.procs.append(subprocess.Popen(self.command, env=variables))
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def explain(self, error: Exception) -> None:
+    def end_if_rank_lost(self, error: Exception) -> None:
         """End the run with one line if a process has ended: what this one met is that the other no longer answers."""
         # whoever has closed a connection is about to end, and takes its time
         deadline = time.monotonic() + (GRACE if LOST.search(str(error)) else PERIOD)
@@ -81,7 +81,7 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _watch(self) -> None:
         """End this process, and with it all others, when one that it started has failed, or is stopped for too long."""
-        stopped = [Stillness(process.pid) for process in self.procs]
+        timers = [StopTimer(process.pid) for process in self.procs]
         while self.procs:
             time.sleep(PERIOD)
             # one that was killed made the others fail
@@ -93,15 +93,15 @@ class RankLauncher(_SubprocessScriptLauncher):
                 if 0 < status not in signals.STATUSES:  # it has told why, and this process may be about to
                     time.sleep(GRACE)
                 self._end(rank)
-            for rank, still in enumerate(stopped, 1):
-                if still.is_too_long():
-                    signals.end_process(still.line(rank), 1)
+            for rank, timer in enumerate(timers, 1):
+                if timer.is_too_long():
+                    signals.end_process(timer.line(rank), 1)
 
     def _is_lost(self, process: subprocess.Popen) -> bool:
         status = process.poll()
         if status in signals.STATUSES:  # by a signal that this process has its own time for, if it was sent it too
-            return not self.is_ending and signals.received() is None
-        return bool(status) and not self.is_over
+            return not self.is_done and signals.received() is None
+        return bool(status) and not self.all_are_done
 
     def _kill(self) -> None:
         for process in self.procs:
@@ -116,7 +116,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         signals.end_process(f"error: process {rank} of the run {how}; all end here", 1)
 
 
-class Stillness:
+class StopTimer:
     """For how long another process of this machine has been stopped (SIGSTOP): counted in looks, which stop with this one."""
 
     def __init__(self, pid: int) -> None:
@@ -150,11 +150,11 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
         if own:
-            own.is_ending = True
+            own.is_done = True
         if dist.is_initialized():
             trainer.strategy.barrier()
         if own:
-            own.is_over = True
+            own.all_are_done = True
     except BaseException as error:
         if MARK in os.environ and isinstance(error, signals.Stopped):
             signals.end_process("", error.code)  # before its connections end: the first process sees why
@@ -162,7 +162,7 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
             time.sleep(GRACE / 2)  # the first process tells what all of them met
         if own:
             if isinstance(error, Exception):
-                own.explain(error)
+                own.end_if_rank_lost(error)
             own.close(failed=True)
         signum = signals.received()
         memory = isinstance(error, torch.OutOfMemoryError)
@@ -182,15 +182,15 @@ def follow_launcher() -> None:
 
 
 def _follow(launcher: int) -> None:
-    still = Stillness(launcher)
+    timer = StopTimer(launcher)
     while os.getppid() == launcher:
         time.sleep(PERIOD)
-        if still.is_too_long():
-            _tell(still.line(0))
-    _tell("error: process 0 of the run was lost; all end here")
+        if timer.is_too_long():
+            _end_process(timer.line(0))
+    _end_process("error: process 0 of the run was lost; all end here")
 
 
-def _tell(line: str) -> None:
+def _end_process(line: str) -> None:
     """End this process; one of those that follow tells for all."""
     if os.environ["LOCAL_RANK"] == "1":
         print(line, file=sys.stderr, flush=True)

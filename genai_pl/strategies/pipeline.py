@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from genai_pl.checkpoints.optimizer_state import find_owners, restore_state
+from genai_pl.checkpoints.optimizer_state import parameters_by_number, restore_state
 from genai_pl.config.enums import Position
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.modules.base import BaseModule, Batch, global_norm
 from genai_pl.modules.token_prediction import TokenModule
-from genai_pl.strategies.pipeline_stages import SCHEDULES, Pipeline, Stage, find_holders, release
+from genai_pl.strategies.pipeline_stages import SCHEDULES, Pipeline, Stage, free_storage, parameter_stages
 from genai_pl.strategies.sharded import ShardedStrategy
 
 
@@ -41,7 +41,7 @@ class PipelineStrategy(ShardedStrategy):
             raise ConfigError(f"strategy.microbatches={microbatches}: at least 1")
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=pipeline_parallel_size)
         self.schedule, self.microbatches = schedule, microbatches
-        self._holders: dict[nn.Parameter, tuple[int, ...]] = {}
+        self._stages_of: dict[nn.Parameter, tuple[int, ...]] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of processes that hold the same parameters
         self._batch: Batch = {}
 
@@ -66,7 +66,7 @@ class PipelineStrategy(ShardedStrategy):
         model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
         if not isinstance(module, TokenModule):
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
-        if not isinstance(model, Stack) or model.config.position is Position.xl:
+        if not isinstance(model, Transformer) or model.config.position is Position.xl:
             raise ConfigError(
                 f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}"
             )
@@ -85,35 +85,35 @@ class PipelineStrategy(ShardedStrategy):
     def _split(self, module: L.LightningModule) -> None:
         """Keep the blocks of this process's stage, in place."""
         n_stages, stage = self.sizes[1], self.stage
-        self._holders = find_holders(module.model, n_stages)
-        for parameter, stages in self._holders.items():
+        self._stages_of = parameter_stages(module.model, n_stages)
+        for parameter, stages in self._stages_of.items():
             if stage not in stages:
-                release(parameter, parameter.device)
+                free_storage(parameter, parameter.device)
         pipelines = self.device_mesh.mesh.tolist()  # (data, stages) ranks
-        shared = sorted({stages for stages in self._holders.values() if len(stages) > 1})
+        shared = sorted({stages for stages in self._stages_of.values() if len(stages) > 1})
         for stages in shared:
-            self._groups[stages] = self._own_group([[ranks[s] for s in stages] for ranks in pipelines])
-        self._cpu_group = self._own_group(pipelines, backend="gloo")
+            self._groups[stages] = self._group_of_this_rank([[ranks[s] for s in stages] for ranks in pipelines])
+        self._cpu_group = self._group_of_this_rank(pipelines, backend="gloo")
         torch.manual_seed(torch.initial_seed() + stage)  # dropout differs from block to block
         group = self.device_mesh["tensor_parallel"].get_group()
         part = Stage(module, stage, n_stages, self.precision_plugin.forward_context)
         self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, microbatches=self.microbatches)
         module.global_norm = self._global_norm
 
-    def _own_group(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:
+    def _group_of_this_rank(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:
         """That of the groups which this process is in; all processes make all of them."""
-        made = [dist.new_group(ranks, **options) for ranks in groups]
-        return next((group for group, ranks in zip(made, groups, strict=True) if self.global_rank in ranks), None)
+        created = [dist.new_group(ranks, **options) for ranks in groups]
+        return next((group for group, ranks in zip(created, groups, strict=True) if self.global_rank in ranks), None)
 
-    def _holds(self, parameter: Tensor) -> bool:
-        return self.stage in self._holders[parameter]
+    def _is_local(self, parameter: Tensor) -> bool:
+        return self.stage in self._stages_of[parameter]
 
     def model_to_device(self) -> None:
-        for parameter in self._holders:
-            if self._holds(parameter):
+        for parameter in self._stages_of:
+            if self._is_local(parameter):
                 parameter.data = parameter.data.to(self.root_device)
             else:
-                release(parameter, self.root_device)
+                free_storage(parameter, self.root_device)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.root_device)
 
@@ -132,20 +132,20 @@ class PipelineStrategy(ShardedStrategy):
         module.count_validated(batch, self._pipeline.run(batch, torch.ones((), device=self.root_device), train=False))
 
     def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **given: object
+        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **kwargs: object
     ) -> object:
-        def complete() -> object:
+        def closure_with_summed_gradients() -> object:
             loss = closure()
             self._sum_gradients()
             return loss
 
-        return super().optimizer_step(optimizer, complete, model, **given)
+        return super().optimizer_step(optimizer, closure_with_summed_gradients, model, **kwargs)
 
     def _sum_gradients(self) -> None:
         """Add up what the stages that hold a parameter, and pipelines that see other batches, say about it."""
         data = self.device_mesh["data_parallel"]
-        for parameter, stages in self._holders.items():
-            if not parameter.requires_grad or not self._holds(parameter):
+        for parameter, stages in self._stages_of.items():
+            if not parameter.requires_grad or not self._is_local(parameter):
                 continue
             if parameter.grad is None and len(stages) > 1:
                 parameter.grad = torch.zeros_like(parameter)
@@ -156,8 +156,8 @@ class PipelineStrategy(ShardedStrategy):
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm over all stages, in which what several hold counts once."""
-        again = {id(p.grad) for p, stages in self._holders.items() if self.stage in stages[1:]}
-        own = global_norm([gradient for gradient in gradients if id(gradient) not in again])
+        counted_elsewhere = {id(p.grad) for p, stages in self._stages_of.items() if self.stage in stages[1:]}
+        own = global_norm([gradient for gradient in gradients if id(gradient) not in counted_elsewhere])
         square = own.to(self.root_device).double() ** 2
         dist.all_reduce(square, group=self._pipeline.group)
         return square.sqrt().to(own.dtype)
@@ -172,28 +172,28 @@ class PipelineStrategy(ShardedStrategy):
 
     def gather(self) -> None:
         named = dict(self.lightning_module.named_parameters())
-        found = self._collect({name: p.detach().cpu() for name, p in named.items() if self._holds(p)})
-        for name, value in found.items():
+        collected = self._collect({name: p.detach().cpu() for name, p in named.items() if self._is_local(p)})
+        for name, value in collected.items():
             named[name].data = value
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         state = self.lightning_module.state_dict(keep_vars=True)
         copies = {
-            value: value.detach().cpu() for value in state.values() if self._keeps(value)
+            value: value.detach().cpu() for value in state.values() if self._is_on_this_stage(value)
         }  # a tied weight stays tied
-        found = self._collect({name: copies[value] for name, value in state.items() if value in copies})
-        return {name: found[name] for name in state} if self.is_global_zero else {}
+        collected = self._collect({name: copies[value] for name, value in state.items() if value in copies})
+        return {name: collected[name] for name in state} if self.is_global_zero else {}
 
-    def _keeps(self, value: Tensor) -> bool:
+    def _is_on_this_stage(self, value: Tensor) -> bool:
         """Whether it is a parameter of this stage, or a buffer, which all have."""
-        return value not in self._holders or self._holds(value)
+        return value not in self._stages_of or self._is_local(value)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         module, saved = self.lightning_module, checkpoint["state_dict"]
         own = module.state_dict(keep_vars=True)
         if strict and (differing := own.keys() ^ saved.keys()):
             raise CheckpointError(f"the checkpoint is of another model: only one of them has {min(differing)}")
-        kept = {name: value for name, value in saved.items() if name in own and self._keeps(own[name])}
+        kept = {name: value for name, value in saved.items() if name in own and self._is_on_this_stage(own[name])}
         module.load_state_dict(kept, strict=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
@@ -203,8 +203,8 @@ class PipelineStrategy(ShardedStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            owners = find_owners(optimizer, saved)
-            kept = {n: values for n, values in saved["state"].items() if self._holds(owners[n])}
+            parameters = parameters_by_number(optimizer, saved)
+            kept = {n: values for n, values in saved["state"].items() if self._is_local(parameters[n])}
             restore_state(optimizer, {**saved, "state": kept})
 
 

@@ -23,9 +23,9 @@ Batch = dict[str, Tensor]
 Sums = dict[str, Tensor]
 
 
-def find_holders(model: Model, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
+def parameter_stages(model: Model, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
     """The stages that compute with each parameter: one for a block's, first and last for a tied embedding."""
-    found: dict[nn.Parameter, set[int]] = {}
+    stages_of: dict[nn.Parameter, set[int]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         part, _, rest = name.partition(".")
         if part == "blocks":
@@ -34,8 +34,8 @@ def find_holders(model: Model, n_stages: int) -> dict[nn.Parameter, tuple[int, .
             stages = {0 if part in FIRST else n_stages - 1}
         else:  # T5's bias is looked up by every block
             stages = set(range(n_stages))
-        found.setdefault(parameter, set()).update(stages)
-    return {parameter: tuple(sorted(stages)) for parameter, stages in found.items()}
+        stages_of.setdefault(parameter, set()).update(stages)
+    return {parameter: tuple(sorted(stages)) for parameter, stages in stages_of.items()}
 
 
 def stage_of(block: int, n_blocks: int, n_stages: int) -> int:
@@ -43,7 +43,7 @@ def stage_of(block: int, n_blocks: int, n_stages: int) -> int:
     return ((block + 1) * n_stages - 1) // n_blocks
 
 
-def release(parameter: nn.Parameter, device: torch.device) -> None:
+def free_storage(parameter: nn.Parameter, device: torch.device) -> None:
     """Free the memory of a parameter that others hold; its shape stays, so that optimizers number all alike."""
     parameter.data = parameter.data.new_zeros((), device=device).expand(parameter.shape)
 
@@ -61,16 +61,16 @@ class Stage(nn.Module):
         super().__init__()
         self.module, self.precision = module, precision
         self.is_last = stage == n_stages - 1
-        self.share = torch.ones(())  # of a sum over targets in what is minimized
+        self.loss_scale = torch.ones(())  # of a sum over targets in what is minimized
         self.sums: Counter[str] = Counter()
         model = module.model
         for n, block in enumerate(model.blocks):
             if stage_of(n, len(model.blocks), n_stages) != stage:
-                block.forward = _pass
+                block.forward = skip_block
         if not self.is_last:
-            model.norm.forward = _pass
+            model.norm.forward = skip_block
         if stage > 0:
-            model.embedded = lambda *_, **__: self._received
+            model.embed_inputs = lambda *_, **__: self._received
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
         self._received = x  # the first stage has the tokens instead
@@ -81,7 +81,7 @@ class Stage(nn.Module):
                 return hidden if hidden.requires_grad or not self.training else hidden.requires_grad_()
             sums = self.module.step(rows)
         self.sums.update({name: value.detach() for name, value in sums.items()})
-        return (sums["loss"] * self.share)[None]
+        return (sums["loss"] * self.loss_scale)[None]
 
 
 class Pipeline:
@@ -90,27 +90,27 @@ class Pipeline:
     def __init__(self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int) -> None:
         self.stage, self.index, self.group = stage, index, group
         self.schedule, self.microbatches = schedule, microbatches
-        self._built: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}
+        self._schedules: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}
         self._names: dict[bool, list[str]] = {}
 
-    def run(self, batch: Batch, share: Tensor, *, train: bool) -> Sums:
-        """Sums over the targets of the batch, the same on all stages; gradients of the loss times `share` are added up."""
+    def run(self, batch: Batch, loss_scale: Tensor, *, train: bool) -> Sums:
+        """Sums over the targets of the batch, the same on all stages; gradients of the loss times `loss_scale` are added up."""
         input_ids, labels = batch["input_ids"], batch["labels"]
         rows = {name: value for name, value in batch.items() if value.ndim}
         self.stage.train(train)
-        self.stage.share = share
+        self.stage.loss_scale = loss_scale
         self.stage.sums = Counter()
-        given = (input_ids,) if self.index == 0 else ()
+        inputs = (input_ids,) if self.index == 0 else ()
         target = labels if train and self.stage.is_last else None
         schedule = self._schedule(input_ids, train)
         with torch.set_grad_enabled(train):
-            schedule.step(*given, target=target, return_outputs=False, **rows)
-        return self._told(train)
+            schedule.step(*inputs, target=target, return_outputs=False, **rows)
+        return self._broadcast_sums(train)
 
     def _schedule(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
-        if train not in self._built or self._built[train][0] != input_ids.shape:
-            self._built[train] = (input_ids.shape, self._build(input_ids, train))
-        return self._built[train][1]
+        if train not in self._schedules or self._schedules[train][0] != input_ids.shape:
+            self._schedules[train] = (input_ids.shape, self._build(input_ids, train))
+        return self._schedules[train][1]
 
     def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
         # a third of a second that other runs need not wait
@@ -135,20 +135,20 @@ class Pipeline:
         kind = Schedule1F1B if self.schedule == "1f1b" and train and n >= n_stages else ScheduleGPipe
         return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
 
-    def _told(self, train: bool) -> Sums:
+    def _broadcast_sums(self, train: bool) -> Sums:
         """What the last stage has summed."""
         last, sums = self.group.size() - 1, self.stage.sums
         if train not in self._names:
             names = [list(sums)]
             dist.broadcast_object_list(names, group=self.group, group_src=last)
             self._names[train] = names[0]
-        names, share = self._names[train], self.stage.share
-        values = torch.zeros(len(names), dtype=torch.float64, device=share.device)
+        names, loss_scale = self._names[train], self.stage.loss_scale
+        values = torch.zeros(len(names), dtype=torch.float64, device=loss_scale.device)
         if self.stage.is_last:
             values = torch.stack([sums[name].double() for name in names])
         dist.broadcast(values, group=self.group, group_src=last)
-        return {name: value.to(share.dtype) for name, value in zip(names, values, strict=True)}
+        return {name: value.to(loss_scale.dtype) for name, value in zip(names, values, strict=True)}
 
 
-def _pass(x: Tensor, *_: object, **__: object) -> Tensor:
+def skip_block(x: Tensor, *_: object, **__: object) -> Tensor:
     return x

@@ -16,13 +16,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.optim import Optimizer
 
 from genai_pl.checkpoints.file import read_contents
-from genai_pl.checkpoints.optimizer_state import places, restore_state, saved_state
-from genai_pl.distributed.dtensor import local, piece, to_device, whole
+from genai_pl.checkpoints.optimizer_state import restore_state, saved_state, shard_templates
+from genai_pl.distributed.dtensor import full_tensor_on_cpu, local_shard, move_unsharded, shard_like
 from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
-from genai_pl.strategies.fsdp_gather import gather, unsharded
+from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 
 # what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
@@ -54,7 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend)
-        self._given, self.replicate_size = (data_parallel_size, tensor_parallel_size), replicate_size
+        self._requested_sizes, self.replicate_size = (data_parallel_size, tensor_parallel_size), replicate_size
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
         self.sequence_parallel = sequence_parallel
@@ -65,7 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
     @property
     def sizes(self) -> tuple[int, int]:
         """How many processes see different batches, and how many share a batch."""
-        data, tensor = self._given
+        data, tensor = self._requested_sizes
         n_processes = self.num_processes * self.num_nodes
         if tensor is None:
             tensor = n_processes // (data or 1)
@@ -74,7 +74,7 @@ class ShardedStrategy(ModelParallelStrategy):
     @property
     def gathers(self) -> bool:
         """Whether a process can hold the whole model for a while, and write text."""
-        return self._given[1] == 1
+        return self._requested_sizes[1] == 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -126,9 +126,9 @@ class ShardedStrategy(ModelParallelStrategy):
             self._split(self.lightning_module)
             self._is_split = True
         if self.sharded_checkpoints and self._saver is None:
-            from genai_pl.checkpoints.sharded import PieceSaver  # DCP takes half a second to import
+            from genai_pl.checkpoints.sharded import ShardedSaver  # DCP takes half a second to import
 
-            self._saver = PieceSaver(later=self.async_checkpoints)
+            self._saver = ShardedSaver(asynchronous=self.async_checkpoints)
         super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
 
     def teardown(self) -> None:
@@ -145,15 +145,15 @@ class ShardedStrategy(ModelParallelStrategy):
             shared = split_model(module.model, tensor, sequence_parallel=self.sequence_parallel)
         models = module.models()
         divided = {parameter for model in models for parameter in model.parameters()}
-        everywhere = [parameter for parameter in module.parameters() if parameter not in divided]
+        replicated = [parameter for parameter in module.parameters() if parameter not in divided]
         if data.size() > 1 or tensor.size() == 1:
             mesh = self.device_mesh["replicate", "shard"] if self.replicate_size > 1 else data
-            everywhere += [parameter for model in models for parameter in self._shard(model, mesh)]
+            replicated += [parameter for model in models for parameter in self._shard(model, mesh)]
         if tensor.size() == 1:
-            module.whole_model = partial(unsharded, module.model, reshard=self.reshard_after_forward)
-        for parameter in everywhere:
+            module.unsharded_model = partial(unsharded, module.model, reshard=self.reshard_after_forward)
+        for parameter in replicated:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: average(local(p.grad), data.get_group()))
+                parameter.register_post_accumulate_grad_hook(lambda p: average(local_shard(p.grad), data.get_group()))
         self._shared = [getattr(part, name) for part, name in shared]  # which may lie in pieces by now
 
     def _shard(self, model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
@@ -178,40 +178,40 @@ class ShardedStrategy(ModelParallelStrategy):
         return ignored
 
     def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **given: object
+        self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **kwargs: object
     ) -> object:
-        def complete() -> object:
+        def closure_with_shared_gradients() -> object:
             loss = closure()
             if self._shared:
                 sum_gradients(self._shared, self.device_mesh["tensor_parallel"].get_group())
             return loss
 
-        return super().optimizer_step(optimizer, complete, model, **given)
+        return super().optimizer_step(optimizer, closure_with_shared_gradients, model, **kwargs)
 
     def model_to_device(self) -> None:
         if self.cpu_offload:
-            to_device(self.model, self.root_device)
+            move_unsharded(self.model, self.root_device)
         else:
             super().model_to_device()
 
     def gather(self) -> None:
         """Give the first process all parameters, in place and on the CPU; all processes must call it."""
-        gather(self.lightning_module.model)
+        gather_parameters(self.lightning_module.model)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         state = self.lightning_module.state_dict(keep_vars=True)
         if self._saver is not None:
             return state
-        full: dict[Tensor, Tensor] = {}
+        copies: dict[Tensor, Tensor] = {}
         for value in dict.fromkeys(state.values()):  # a tied weight stays tied
-            gathered = whole(value.detach())
+            full = full_tensor_on_cpu(value.detach())
             if self.is_global_zero:
-                full[value] = gathered
-        return {name: full[value] for name, value in state.items()} if self.is_global_zero else {}
+                copies[value] = full
+        return {name: copies[value] for name, value in state.items()} if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return saved_state(inner, in_pieces=self._saver is not None)
+        return saved_state(inner, sharded=self._saver is not None)
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
         if self._saver is None:
@@ -227,15 +227,15 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(checkpoint_path)
         if not path.is_dir():
             return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only)
-        from genai_pl.checkpoints.sharded import join
+        from genai_pl.checkpoints.sharded import load_shards
 
         contents, weights = read_contents(path), self.lightning_module.state_dict(keep_vars=True)
-        return join(path, contents, places(contents, weights, self.optimizers))
+        return load_shards(path, contents, shard_templates(contents, weights, self.optimizers))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         module = self.lightning_module
         own = module.state_dict(keep_vars=True)
-        state = {k: piece(v, own[k]) if k in own else v for k, v in checkpoint["state_dict"].items()}
+        state = {k: shard_like(v, own[k]) if k in own else v for k, v in checkpoint["state_dict"].items()}
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:

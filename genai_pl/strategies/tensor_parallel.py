@@ -12,22 +12,22 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from genai_pl.config.enums import AttentionKind, Position
 from genai_pl.config.model import ModelConfig
-from genai_pl.distributed.dtensor import local
-from genai_pl.distributed.tensor_parallel_group import Peers
+from genai_pl.distributed.dtensor import local_shard
+from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
-from genai_pl.kernels.vocab_parallel import own_words
+from genai_pl.kernels.vocab_parallel import local_vocab_shard
 from genai_pl.models import Block
 from genai_pl.models.attention import Attention
-from genai_pl.models.transformer import Stack
+from genai_pl.models.transformer import Transformer
 from genai_pl.peft.lora import LoRALinear
 from genai_pl.peft.prefix import Prefix
 from genai_pl.peft.targets import innermost
-from genai_pl.strategies.sequence_parallel import Pieces
+from genai_pl.strategies.sequence_parallel import SequenceShards
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
-Places = list[tuple[nn.Module, str]]  # of parameters
+ParameterSites = list[tuple[nn.Module, str]]  # of parameters
 
 
 @dataclass
@@ -46,11 +46,11 @@ class LocalHeads:
         *,
         bias: Tensor | None,
         alibi: Tensor | None,
-        **given: object,
+        **kwargs: object,
     ) -> Tensor:
-        return self.attend(q, k, v, mask, bias=self._cut(bias, 1), alibi=self._cut(alibi, 0), **given)
+        return self.attend(q, k, v, mask, bias=self._shard(bias, 1), alibi=self._shard(alibi, 0), **kwargs)
 
-    def _cut(self, value: Tensor | None, dim: int) -> Tensor | None:
+    def _shard(self, value: Tensor | None, dim: int) -> Tensor | None:
         if value is None:
             return None
         # the gradient of the cut is put together again, for the table that all processes hold
@@ -58,38 +58,44 @@ class LocalHeads:
         return all_heads.redistribute(placements=[Shard(dim)]).to_local()
 
 
-def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> Places:
+def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> ParameterSites:
     """Divide every block, the embedding and the head, in place.
 
     Returns the parameters that stay whole although a process sees only some of the heads or tokens that they work on: their
     gradients must be added up.
     """
-    peers, shared = Peers.of(mesh.get_group()), []
-    for stack in (module for module in model.modules() if isinstance(module, Stack)):
-        pieces = Pieces(stack, peers) if sequence_parallel else None
-        enter, leave = (peers.copied, peers.summed) if pieces is None else (pieces.enter, pieces.leave)
+    group, shared = TensorParallelGroup.of(mesh.get_group()), []
+    for stack in (module for module in model.modules() if isinstance(module, Transformer)):
+        shards = SequenceShards(stack, group) if sequence_parallel else None
+        enter, leave = group.copy_to_region, group.reduce_from_region
+        if shards is not None:
+            enter, leave = shards.enter_region, shards.leave_region
         for block in dict.fromkeys(stack.blocks):
-            shared += _split_block(block, mesh, peers, enter, leave)
-            shared += [] if pieces is None else _whole(block)
-        shared += [] if pieces is None else _whole(stack.norm)
-    _split_vocabulary(model, mesh, peers)
+            shared += _split_block(block, mesh, group, enter, leave)
+            shared += [] if shards is None else _unsharded_parameters(block)
+        shared += [] if shards is None else _unsharded_parameters(stack.norm)
+    _split_vocabulary(model, mesh, group)
     return list(dict.fromkeys(shared))
 
 
 def _split_block(
-    block: Block, mesh: DeviceMesh, peers: Peers, enter: Callable[[Tensor], Tensor], leave: Callable[[Tensor], Tensor]
-) -> Places:
+    block: Block,
+    mesh: DeviceMesh,
+    group: TensorParallelGroup,
+    enter: Callable[[Tensor], Tensor],
+    leave: Callable[[Tensor], Tensor],
+) -> ParameterSites:
     """Divide the parts of a block; returns what stays whole and works on some heads."""
 
-    def entered(_: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
-        x, *others = given
-        if named.get("source") is not None:  # another text, which all processes have whole
-            named = {**named, "source": peers.copied(named["source"])}
-        return (enter(x), *others), named
+    def enter_part(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x, *rest = args
+        if kwargs.get("source") is not None:  # another text, which all processes have whole
+            kwargs = {**kwargs, "source": group.copy_to_region(kwargs["source"])}
+        return (enter(x), *rest), kwargs
 
-    shared: Places = []
+    shared: ParameterSites = []
     for part in filter(None, (block.attention, block.cross, block.mlp)):
-        part.register_forward_pre_hook(entered, with_kwargs=True)
+        part.register_forward_pre_hook(enter_part, with_kwargs=True)
         if isinstance(part, Attention):
             part.attend = LocalHeads(part.attend, mesh)
         for name, layer in part.named_children():
@@ -98,54 +104,56 @@ def _split_block(
             elif name in ROWS:
                 shared += _split_rows(layer, mesh, leave)
             elif name in HEAD_NORMS:
-                shared += _whole(layer)
+                shared += _unsharded_parameters(layer)
     return shared
 
 
-def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> Places:
+def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
     """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
     base = innermost(layer)
-    _cut(base, mesh, {"weight": 0, "bias": 0})
-    base.forward = lambda x: F.linear(x, local(base.weight), None if base.bias is None else local(base.bias))
+    _shard_parameters(base, mesh, {"weight": 0, "bias": 0})
+    base.forward = lambda x: F.linear(
+        x, local_shard(base.weight), None if base.bias is None else local_shard(base.bias)
+    )
     if layer is base:
         return []
-    _cut(layer, mesh, {"lora_B": 0})
+    _shard_parameters(layer, mesh, {"lora_B": 0})
     return [(layer, "lora_A")]
 
 
-def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> Places:
+def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> ParameterSites:
     """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
     base = innermost(layer)
 
-    def added(_: nn.Module, given: tuple, y: Tensor) -> Tensor:
+    def reduce_output(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
         y = leave(y)
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
-    _cut(base, mesh, {"weight": 1})
-    base.forward = lambda x: F.linear(x, local(base.weight))
-    layer.register_forward_hook(added)
+    _shard_parameters(base, mesh, {"weight": 1})
+    base.forward = lambda x: F.linear(x, local_shard(base.weight))
+    layer.register_forward_hook(reduce_output)
     if layer is base:
         return []
-    _cut(layer, mesh, {"lora_A": 1})
+    _shard_parameters(layer, mesh, {"lora_A": 1})
     return [(layer, "lora_B")]
 
 
-def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, peers: Peers) -> None:
+def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, group: TensorParallelGroup) -> None:
     """Divide the words of embedding and head; a tied head stays tied."""
-    _cut(model.embed, mesh, {"weight": 0})
-    model.embed.forward = partial(_look_up, model.embed, peers)
+    _shard_parameters(model.embed, mesh, {"weight": 0})
+    model.embed.forward = partial(_look_up, model.embed, group)
     parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
     model.tie_weights()
 
 
-def _cut(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
+def _shard_parameters(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
     for name, parameter in list(layer.named_parameters(recurse=False)):
         if name in dims:
-            piece = distribute_tensor(parameter.detach(), mesh, [Shard(dims[name])])
-            setattr(layer, name, nn.Parameter(piece, requires_grad=parameter.requires_grad))
+            shard = distribute_tensor(parameter.detach(), mesh, [Shard(dims[name])])
+            setattr(layer, name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
 
 
-def _whole(module: nn.Module) -> Places:
+def _unsharded_parameters(module: nn.Module) -> ParameterSites:
     """The parameters of a module that are not cut."""
     return [
         (part, name)
@@ -155,11 +163,11 @@ def _whole(module: nn.Module) -> Places:
     ]
 
 
-def _look_up(embed: nn.Embedding, peers: Peers, tokens: Tensor) -> Tensor:
+def _look_up(embed: nn.Embedding, group: TensorParallelGroup, tokens: Tensor) -> Tensor:
     """The rows of tokens (...), each of which one process holds, (..., C)."""
-    table, _, part = own_words(embed.weight, None)
+    table, _, part = local_vocab_shard(embed.weight, None)
     own, places = part.find(tokens, table.shape[0])
-    return peers.summed(F.embedding(places, table).masked_fill(~own[..., None], 0))
+    return group.reduce_from_region(F.embedding(places, table).masked_fill(~own[..., None], 0))
 
 
 def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None:

@@ -10,31 +10,31 @@ from omegaconf import DictConfig
 
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
-from genai_pl.data import vocabulary
+from genai_pl.data import special_tokens
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.recipes.made import check_made
 from genai_pl.strategies import float8
-from genai_pl.training.fit import Parts
+from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
-    adapt,
-    check_loaded,
+    apply_peft,
+    build_initial_model,
+    check_loaded_model,
     check_shape,
-    fit_rows,
-    keep_base,
-    say_unused,
-    start,
-    typed_now,
+    fit_to_context,
+    new_overrides,
+    report_unused,
+    save_base,
 )
-from genai_pl.training.length import begun_length, check_length, passed_line, with_warmup
+from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
 from genai_pl.training.rewards import load_rewards
-from genai_pl.training.targets import make, named
-from genai_pl.training.trainer import build_trainer, run_length
+from genai_pl.training.targets import instantiate, locate_target
+from genai_pl.training.trainer import build_trainer, choose_run_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,64 +43,64 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(config: DictConfig, run: Path, checkpoint: Path | None = None) -> Parts:
+def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> Run:
     """Every object of the run, which goes on from the checkpoint if there is one."""
     check_made(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
-    typed = typed_now(config)
-    say_unused(config, typed)
-    data = make(config.data, seed=config.seed)
-    objective = named(config.objective._target_)
+    new_options = new_overrides(config)
+    report_unused(config, new_options)
+    data = instantiate(config.data, seed=config.seed)
+    objective = locate_target(config.objective._target_)
     if data.kind != objective.data_kind:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
-    begun = start(config, data, objective)
-    model, tokenizer = begun.model, begun.tokenizer
+    initial = build_initial_model(config, data, objective)
+    model, tokenizer = initial.model, initial.tokenizer
     if config.init_from or "name" in config.model:
-        check_loaded(config, model.config, tokenizer, typed)
+        check_loaded_model(config, model.config, tokenizer, new_options)
     check_shape(config, model.config, objective)
     if objective.head is not None:
         model.set_head(objective.head)
-    base = keep_base(config, run, begun)
-    model = adapt(config.peft, model, tokenizer)
-    rows, data.seq_len, clamped = fit_rows(config, model)
-    data.batch_size, data.val_batch_size = rows, config.data.val_batch_size or rows
+    base = save_base(config, folder, initial)
+    model = apply_peft(config.peft, model, tokenizer)
+    batch_size, data.seq_len, clamped = fit_to_context(config, model)
+    data.batch_size, data.val_batch_size = batch_size, config.data.val_batch_size or batch_size
     if clamped:
         rank_zero_only(log.info)("clamped     %s", clamped)
     module = build_module(config, model, tokenizer)
     if objective.embeds:
-        module.use_sentence(begun.sentence, tokenizer)
+        module.use_sentence(initial.sentence, tokenizer)
     if objective.needs_reward:
-        connect_reward(config, module, tokenizer)
-    trainer, callbacks = build_trainer(config, run, samples=model.config.writes)
+        wire_reward(config, module, tokenizer)
+    trainer, callbacks = build_trainer(config, folder, samples=model.config.writes)
     data.prepare(tokenizer, module.collator)
     contents = None if checkpoint is None else read_contents(checkpoint)
-    before = None if contents is None else begun_length(contents[MARK])
-    length = run_length(config, data, module, n_replicas(trainer), before)
+    stored_length = None if contents is None else read_stored_length(contents[MARK])
+    length = choose_run_length(config, data, module, n_replicas(trainer), stored_length)
     epochs = config.trainer.max_epochs
-    if before and (line := passed_line(length, contents["global_step"], before, max_epochs=epochs)):
+    if stored_length and (line := overrun_line(length, contents["global_step"], stored_length, max_epochs=epochs)):
         log.warning(line)
     module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
-    module.schedule = with_warmup(module.schedule, length.steps, before)
+    module.schedule = with_warmup(module.schedule, length.steps, stored_length)
     module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step
     data.n_batches = length.steps * trainer.accumulate_grad_batches
-    return Parts(run, trainer, module, data, tokenizer, length, **callbacks, defaults=begun.defaults, base=base)
+    return Run(folder, trainer, module, data, tokenizer, length, **callbacks, defaults=initial.defaults, base=base)
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
     """The LightningModule of the objective, around the model."""
     if config.precision.get("float8"):
         float8(model)
-    tokens = vocabulary(tokenizer, model.config.vocab_size)
+    tokens = special_tokens(tokenizer, model.config.vocab_size)
     if model.config.shape is Shape.encoder_decoder:
         tokens = tokens._replace(start=model.config.decoder_start_token_id)
-    module = make(config.objective)(
+    module = instantiate(config.objective)(
         model,
         vocabulary=tokens,
         seed=config.seed,
-        optimizer=make(config.optimizer),
-        schedule=make(config.scheduler),
+        optimizer=instantiate(config.optimizer),
+        schedule=instantiate(config.scheduler),
     )
     module.make_optimizer(module.trained())  # its mistakes are told before the data are read
     if config.compile:
@@ -109,7 +109,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
-def connect_reward(config: DictConfig, module: RLModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+def wire_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai_pl.config.bounds import BOUNDS
 from genai_pl.errors import ConfigError, UserError
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 
 PLUGINS = {  # of Hydra
     "hydra/launcher/joblib": "hydra-joblib-launcher",
@@ -144,7 +144,7 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
         return
     hydra = HydraConfig.get()
     own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *given_overrides("hydra")])
+    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *job_overrides("hydra")])
     base = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
     for override in values:
         key = override.get_key_element()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -20,7 +21,7 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
 from genai_pl.config.redaction import masked
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.end_tokens import GENERATION, UNSAID, WritingDefaults, generation_values
+from genai_pl.data.generation_defaults import GENERATION, NO_DEFAULTS, GenerationDefaults, generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError, LossError, TrainingError, system_error, system_line
 from genai_pl.exporting import adapter_card, export_model, read_alike, token_ids, write_files
@@ -31,7 +32,7 @@ from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.signals import exit_status
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
-from genai_pl.training.report import closing
+from genai_pl.training.report import final_lines
 from genai_pl.training.sweeps import write_results
 from genai_pl.training.trust import ASIDE, key_of, read_overrides
 
@@ -43,10 +44,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Parts:
+class Run:
     """The objects of one run."""
 
-    run: Path
+    folder: Path
     trainer: L.Trainer
     module: BaseModule
     data: RowsDataModule
@@ -57,160 +58,169 @@ class Parts:
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
-    defaults: WritingDefaults = UNSAID  # of the folder that the model came from
+    defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
     base: str | None = None  # where the model can be had as it began
 
 
-def fit(parts: Parts, checkpoint: Path | None) -> None:
+def fit(run: Run, checkpoint: Path | None) -> None:
     """Train to the end or to the first signal; validate once more if the last step was not."""
-    with _explained(parts):
-        with _restoring(parts, checkpoint):
-            parts.trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
-        if not parts.checkpoints.started:
-            parts.checkpoints.begin()
-            log.info("finished    already at step %d of %d", parts.trainer.global_step, parts.module.total_steps)
-        _validate_the_end(parts)
-        if not parts.interrupt.left_out and parts.trainer.is_global_zero:
-            parts.checkpoints.confirm()
-    if parts.interrupt.left_out and parts.trainer.is_global_zero:
+    with _one_line_errors(run):
+        with _restore_errors(run, checkpoint):
+            run.trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=True)
+        if not run.checkpoints.started:
+            run.checkpoints.begin()
+            log.info("finished    already at step %d of %d", run.trainer.global_step, run.module.total_steps)
+        _validate_the_end(run)
+        if not run.interrupt.left_out and run.trainer.is_global_zero:
+            run.checkpoints.confirm()
+    if run.interrupt.left_out and run.trainer.is_global_zero:
         name, step, last = (
-            signal.Signals(parts.interrupt.signum).name,
-            parts.trainer.global_step,
-            parts.checkpoints.last,
+            signal.Signals(run.interrupt.signum).name,
+            run.trainer.global_step,
+            run.checkpoints.last,
         )
-        log.warning("stopped     by %s at step %d of %d, saved in %s", name, step, parts.module.total_steps, last)
+        log.warning("stopped     by %s at step %d of %d, saved in %s", name, step, run.module.total_steps, last)
 
 
-def _validate_the_end(parts: Parts) -> None:
+def _validate_the_end(run: Run) -> None:
     """Validate once more if the last step was not, unless a signal has come to one of the processes."""
-    parts.interrupt.begin()
-    trainer, module = parts.trainer, parts.module
-    if parts.interrupt.left_out or module.validated_at == trainer.global_step or not trainer.limit_val_batches:
+    run.interrupt.begin()
+    trainer, module = run.trainer, run.module
+    if run.interrupt.left_out or module.validated_at == trainer.global_step or not trainer.limit_val_batches:
         return
-    if parts.interrupt.agree(trainer):
-        parts.interrupt.left_out = True
+    if run.interrupt.agree(trainer):
+        run.interrupt.left_out = True
     else:
-        trainer.validate(module, parts.data, verbose=False)
+        trainer.validate(module, run.data, verbose=False)
 
 
-def describe_saved(parts: Parts, again: list[str]) -> str:
+def describe_saved(run: Run, arguments: list[str]) -> str:
     """What a run that ends now has saved, and the command that goes on with it."""
-    last = parts.checkpoints.last
-    return f"saved in {last}; python train.py {shlex.join(again)}" if last.exists() else "no checkpoint was written yet"
+    last = run.checkpoints.last
+    return (
+        f"saved in {last}; python train.py {shlex.join(arguments)}"
+        if last.exists()
+        else "no checkpoint was written yet"
+    )
 
 
 def finish(
-    parts: Parts, *, flat: dict[str, object], export: bool, again: Iterable[str] = (), whole: Path | None = None
+    run: Run, *, flat: dict[str, object], export: bool, arguments: Iterable[str] = (), sweep: Path | None = None
 ) -> int:
     """Export, say where everything lies and how to go on, itself or the whole sweep, and return the exit status."""
-    metrics = {k: float(v) for k, v in parts.trainer.callback_metrics.items() if k.startswith("val/")}
-    with _explained(parts):
-        for logger in parts.trainer.loggers:
+    metrics = {k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith("val/")}
+    with _one_line_errors(run):
+        for logger in run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and metrics:
-                logger.log_hyperparams(flat, metrics, step=parts.trainer.global_step)
+                logger.log_hyperparams(flat, metrics, step=run.trainer.global_step)
             logger.finalize("success")
-        if export and isinstance(parts.trainer.strategy, ShardedStrategy):
-            parts.trainer.strategy.gather()
-        if export and parts.trainer.is_global_zero:
-            export_run(parts, _card(parts, flat, metrics))
-        done = parts.trainer.global_step >= parts.module.total_steps and not parts.interrupt.left_out
-        if done and parts.trainer.is_global_zero:
-            write_results(parts.run, parts.trainer.global_step, metrics)
-    if parts.trainer.is_global_zero:
-        options = parts.module.generate_options(parts.data.prompt(), parts.tokenizer.mask_token)
-        name = ("adapter" if adapters_of(parts.module.model) else "model") if export else None
-        lines = closing(parts.run, exported=name, finished=done, generate=options, again=again, whole=whole)
+        if export and isinstance(run.trainer.strategy, ShardedStrategy):
+            run.trainer.strategy.gather()
+        if export and run.trainer.is_global_zero:
+            export_run(run, _card(run, flat, metrics))
+        done = run.trainer.global_step >= run.module.total_steps and not run.interrupt.left_out
+        if done and run.trainer.is_global_zero:
+            write_results(run.folder, run.trainer.global_step, metrics)
+    if run.trainer.is_global_zero:
+        options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
+        name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
+        lines = final_lines(
+            run.folder, exported=name, finished=done, generate=options, arguments=arguments, sweep=sweep
+        )
         print(*lines, sep="\n", flush=True)
-    return exit_status(parts.interrupt.signum) if parts.interrupt.left_out else 0
+    return exit_status(run.interrupt.signum) if run.interrupt.left_out else 0
 
 
-def export_run(parts: Parts, card: dict[str, str]) -> None:
+def export_run(run: Run, card: dict[str, str]) -> None:
     """Write the model, or the adapter with the name of its base."""
-    model, tokenizer, run = parts.module.model, parts.tokenizer, parts.run
+    model, tokenizer, folder = run.module.model, run.tokenizer, run.folder
     if not adapters_of(model):
-        options = {"card": card, "defaults": parts.defaults, "files": parts.module.export_files()}
+        options = {"card": card, "defaults": run.defaults, "files": run.module.export_files()}
         with read_alike(model, tokenizer):
-            reader = export_model(model, tokenizer, run / "model", **options)
+            reader = export_model(model, tokenizer, folder / "model", **options)
         if reader == NATIVE:
             log.info("export      for this project alone: transformers has no class for such a model")
         return
-    write_atomic(run / "adapter", partial(_write_adapter, parts, card))
+    write_atomic(folder / "adapter", partial(_write_adapter, run, card))
 
 
-def _write_adapter(parts: Parts, card: dict[str, str], folder: Path) -> None:
-    model, tokenizer = parts.module.model, parts.tokenizer
-    save_adapter(model, folder, base=parts.base)
+def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
+    model, tokenizer = run.module.model, run.tokenizer
+    save_adapter(model, folder, base=run.base)
     save_tokenizer(tokenizer, folder)
-    write_json(folder / GENERATION, generation_values(model.config, token_ids(tokenizer), parts.defaults))
-    write_files(folder, parts.module.export_files())
-    (folder / "README.md").write_text(adapter_card(parts.base, card), encoding="utf-8")
+    write_json(folder / GENERATION, generation_config_values(model.config, token_ids(tokenizer), run.defaults))
+    write_files(folder, run.module.export_files())
+    (folder / "README.md").write_text(adapter_card(run.base, card), encoding="utf-8")
 
 
-def _card(parts: Parts, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
-    overrides = read_overrides(parts.run / ".hydra" / "overrides.yaml")
-    given = masked(" ".join(o for o in overrides if key_of(o) not in ASIDE))  # a run is one, however often taken up
-    named = {"run_name": "Name", "tags": "Tags"}
+def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
+    overrides = read_overrides(run.folder / ".hydra" / "overrides.yaml")
+    command = masked(" ".join(o for o in overrides if key_of(o) not in ASIDE))  # a run is one, however often taken up
+    headings = {"run_name": "Name", "tags": "Tags"}
     return {
-        **{heading: str(flat[option]) for option, heading in named.items() if option in flat},
-        "Training": f"`python train.py {given}`".replace(" `", "`") + f", {parts.trainer.global_step} steps.",
-        "Data": f"{masked(str(flat['data.path']))}, {parts.monitor.tokens_seen:,} tokens seen.",
+        **{heading: str(flat[option]) for option, heading in headings.items() if option in flat},
+        "Training": f"`python train.py {command}`".replace(" `", "`") + f", {run.trainer.global_step} steps.",
+        "Data": f"{masked(str(flat['data.path']))}, {run.monitor.tokens_seen:,} tokens seen.",
         "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",
     }
 
 
 @contextmanager
-def _restoring(parts: Parts, checkpoint: Path | None) -> Iterator[None]:
+def _restore_errors(run: Run, checkpoint: Path | None) -> Iterator[None]:
     """What a checkpoint does not fit is told in one line, as long as the first step has not begun."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if checkpoint is None or parts.checkpoints.started:
+        if checkpoint is None or run.checkpoints.started or isinstance(error, dist.DistError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise CheckpointError(f"{checkpoint}: does not fit the run as it is configured ({reason})") from error
 
 
 @contextmanager
-def _explained(parts: Parts) -> Iterator[None]:
+def _one_line_errors(run: Run) -> Iterator[None]:
     """What ends a run by no fault of the code is told in one line, with the last good checkpoint."""
     try:
-        with _quiet_writers():
+        with _silence_writers():
             yield
     except MisconfigurationException as error:  # Lightning's checks of what it was given
         line = str(error).splitlines()[0]
-        if found := re.search(r"Try at least `(\w+)=(\S+)`", line):
-            asked = getattr(parts.trainer, found[1])
-            line = f"trainer.{found[1]}={asked}: less than one batch; take at least {found[2]}, or a number of batches"
+        if match := re.search(r"Try at least `(\w+)=(\S+)`", line):
+            value = getattr(run.trainer, match[1])
+            line = f"trainer.{match[1]}={value}: less than one batch; take at least {match[2]}, or a number of batches"
         raise ConfigError(line) from None
+    except dist.DistNetworkError as error:  # a port that was free when Lightning looked, or a machine out of reach
+        line = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the processes of the run cannot connect: {line}; start the command again") from None
     except Exception as error:
-        refused = system_error(error)
-        if refused is None and not isinstance(error, TrainingError):
+        os_error = system_error(error)
+        if os_error is None and not isinstance(error, TrainingError):
             raise
-        what = str(error) if refused is None else system_line(refused)
-        if refused is not None and refused.filename is None:
-            what = f"{parts.run}: {what}"
-        checkpoints = parts.checkpoints
-        if isinstance(error, LossError) and parts.trainer.is_global_zero:
-            aside = checkpoints.set_aside(parts.trainer.global_step)
-            what += f" ({aside} is set aside)" if aside else ""
-        none = "no good checkpoint is left" if checkpoints.last_step > 0 else "no checkpoint was written yet"
-        saved = f"last good checkpoint: {checkpoints.last}" if checkpoints.last.exists() else none
-        raise TrainingError(f"{what}; {saved}") from None
+        message = str(error) if os_error is None else system_line(os_error)
+        if os_error is not None and os_error.filename is None:
+            message = f"{run.folder}: {message}"
+        checkpoints = run.checkpoints
+        if isinstance(error, LossError) and run.trainer.is_global_zero:
+            kept_as = checkpoints.set_aside(run.trainer.global_step)
+            message += f" ({kept_as} is set aside)" if kept_as else ""
+        otherwise = "no good checkpoint is left" if checkpoints.last_step > 0 else "no checkpoint was written yet"
+        saved = f"last good checkpoint: {checkpoints.last}" if checkpoints.last.exists() else otherwise
+        raise TrainingError(f"{message}; {saved}") from None
 
 
 @contextmanager
-def _quiet_writers() -> Iterator[None]:
+def _silence_writers() -> Iterator[None]:
     """Inside, TensorBoard's thread prints no trace of what the disk refuses it: the next write raises it here."""
     from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
-    before = threading.excepthook
+    previous_hook = threading.excepthook
 
-    def hook(what: threading.ExceptHookArgs) -> None:
-        if not (isinstance(what.thread, _AsyncWriterThread) and isinstance(what.exc_value, OSError)):
-            before(what)
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.thread, _AsyncWriterThread) and isinstance(args.exc_value, OSError)):
+            previous_hook(args)
 
     threading.excepthook = hook
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous_hook

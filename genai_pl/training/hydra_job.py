@@ -12,7 +12,7 @@ from genai_pl.training.sweeps import saved_overrides
 from genai_pl.training.trust import ASIDE, CONF, key_of, unplain
 
 
-def given_overrides(kind: str = "task") -> list[str]:
+def job_overrides(kind: str = "task") -> list[str]:
     """The overrides of this command as they were typed: reading them one by one would fill in what `${...}` asks for.
 
     None where no command was typed: its function is called by itself.
@@ -28,21 +28,21 @@ def searches() -> bool:
     return hydra.mode is RunMode.MULTIRUN and not hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
-def sweep_of_job() -> Path | None:
+def job_sweep() -> Path | None:
     """The sweep that this run is a job of; None for that of a search, which goes on by a storage of its own."""
     hydra = HydraConfig.get()
     return relative(Path(hydra.sweep.dir)) if hydra.mode is RunMode.MULTIRUN and not searches() else None
 
 
-def retyped(sweep: Path | None) -> list[str]:
+def resume_arguments(sweep: Path | None) -> list[str]:
     """The words of this command line that the folder of a run, or sweep, is not believed: a resume takes them from its own."""
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     given = [f"--config-dir={relative(Path(folder))}" for folder in folders]
-    searched = [o for o in given_overrides("hydra") if o.startswith("hydra.searchpath")]
+    searched = [o for o in job_overrides("hydra") if o.startswith("hydra.searchpath")]
     arguments = [*given, *searched]
     if sweep is None:
-        return [*arguments, *unplain(given_overrides(), arguments)]
+        return [*arguments, *unplain(job_overrides(), arguments)]
     saved = [o for o in saved_overrides(sweep) if key_of(o) not in {*ASIDE, "hydra.searchpath"}]
     return ["-m", *arguments, *unplain(saved, arguments)]
 
@@ -59,8 +59,8 @@ def rank_command(config: DictConfig) -> list[str]:
     return [
         *(sys.executable, str(CONF.parent / "train.py"), "--config-name", hydra.job.config_name),
         *(part for folder in folders for part in ("--config-dir", folder)),
-        *(override for override in given_overrides("hydra") if override.startswith("hydra.searchpath")),
-        *given_overrides(),
+        *(override for override in job_overrides("hydra") if override.startswith("hydra.searchpath")),
+        *job_overrides(),
         # the first process writes the run folder and its log
         *(f"hydra.run.dir={quote(config.output_dir)}", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
     ]

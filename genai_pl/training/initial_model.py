@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.config.enums import Head
 from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.end_tokens import UNSAID, WritingDefaults, read_defaults, set_ends
+from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, read_generation_defaults, set_end_tokens
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import described_head
@@ -26,10 +26,10 @@ from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.output_folders import write_early
 from genai_pl.training.resume import TYPED
-from genai_pl.training.targets import make
+from genai_pl.training.targets import instantiate
 from genai_pl.training.trust import key_of
 from genai_pl.training.unused_options import TRAIN, refuse_other_model, unused
 
@@ -40,46 +40,48 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Start(NamedTuple):
+class InitialModel(NamedTuple):
     """A model before its first step, its tokenizer, whether it lies nowhere yet, and what the folder it came from says."""
 
     model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
-    defaults: WritingDefaults = UNSAID
+    defaults: GenerationDefaults = NO_DEFAULTS
     sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
 
 
-def start(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> Start:
+def build_initial_model(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> InitialModel:
     """The model before its first step, with the tokenizer that it reads by; both know the tokens that are needed."""
-    wrapped = "name" in config.model
-    if not (config.init_from or wrapped):
+    wraps_transformers = "name" in config.model
+    if not (config.init_from or wraps_transformers):
         tokenizer = build_tokenizer(config, data)
         complete_tokenizer(tokenizer, data, objective)
         model = build_model(model_config(config, len(tokenizer)))
-        set_ends(model.config, tokenizer)
-        return Start(model, tokenizer, True)
+        set_end_tokens(model.config, tokenizer)
+        return InitialModel(model, tokenizer, True)
     if config.init_from:
-        options = {k: config.model[k] for k in ("attention", "dropout")} if not wrapped else {}
-        loaded = load(config.init_from, wrap=wrapped, option="init_from", **options)
+        options = {k: config.model[k] for k in ("attention", "dropout")} if not wraps_transformers else {}
+        loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
         model, tokenizer, path = loaded
         defaults = loaded.defaults
         sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
-        defaults = read_defaults(folder_of(config.model.name))
-    known, room = len(tokenizer), model.config.vocab_size
+        defaults = read_generation_defaults(folder_of(config.model.name))
+    n_known, capacity = len(tokenizer), model.config.vocab_size
     complete_tokenizer(tokenizer, data, objective)
     n_tokens = len(tokenizer)
-    if n_tokens > known and known < room:
-        fill_vocabulary(model, known, min(n_tokens, room))
-    if n_tokens > room:
+    if n_tokens > n_known and n_known < capacity:
+        fill_vocabulary(model, n_known, min(n_tokens, capacity))
+    if n_tokens > capacity:
         resize_vocabulary(model, n_tokens)
-    if n_tokens > min(known, room):
-        log.info("vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(known, room), f"{known:,}")
-    set_ends(model.config, tokenizer, defaults)
-    return Start(model.train(), tokenizer, n_tokens > min(known, room), defaults, sentence)
+    if n_tokens > min(n_known, capacity):
+        log.info(
+            "vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(n_known, capacity), f"{n_known:,}"
+        )
+    set_end_tokens(model.config, tokenizer, defaults)
+    return InitialModel(model.train(), tokenizer, n_tokens > min(n_known, capacity), defaults, sentence)
 
 
 def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objective: type[BaseModule]) -> None:
@@ -102,7 +104,7 @@ def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModul
         ensure_template(tokenizer)
 
 
-def adapt(
+def apply_peft(
     peft: DictConfig, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase"
 ) -> Model | WrappedDecoder:
     """The model with the adapter that the group `peft` asks for, if any; only that is trained then."""
@@ -115,23 +117,23 @@ def adapt(
     if "init_text" in node:
         text = node.pop("init_text")
         node["init_ids"] = tokenizer.encode(text, add_special_tokens=False) if text else None
-    return make(node, at="peft")(model)
+    return instantiate(node, at="peft")(model)
 
 
-def keep_base(config: DictConfig, run: Path, begun: Start) -> str | None:
+def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> str | None:
     """Where the model can be had again as it begins, from any folder; a new one under an adapter is written down."""
     name = config.init_from or config.model.get("name")
-    if not begun.is_new:
+    if not initial.is_new:
         return str(resolve(name).resolve()) if Path(name).exists() or name == "auto" else name
     if config.peft._target_ is None and config.peft.init_from is None:
         return None
-    folder = run / "base"
+    folder = run_folder / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
         write_early(folder)
-        what = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
-        written = {"card": {"Base": f"{what}, under an adapter."}, "defaults": begun.defaults}
-        with read_alike(begun.model, begun.tokenizer):
-            export_model(begun.model, begun.tokenizer, folder, **written)
+        origin = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
+        export_options = {"card": {"Base": f"{origin}, under an adapter."}, "defaults": initial.defaults}
+        with read_alike(initial.model, initial.tokenizer):
+            export_model(initial.model, initial.tokenizer, folder, **export_options)
     return str(folder.resolve())
 
 
@@ -146,75 +148,79 @@ def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedToke
 
 def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
     """The model's configuration with the vocabulary of the tokenizer."""
-    found: ModelConfig = OmegaConf.to_object(config.model)
-    if found.vocab_size is None:
-        found.vocab_size = n_tokens
-    if found.vocab_size < n_tokens:
-        raise ConfigError(f"model.vocab_size ({found.vocab_size}) is below the tokenizer's {n_tokens} tokens")
-    return found
+    values: ModelConfig = OmegaConf.to_object(config.model)
+    if values.vocab_size is None:
+        values.vocab_size = n_tokens
+    if values.vocab_size < n_tokens:
+        raise ConfigError(f"model.vocab_size ({values.vocab_size}) is below the tokenizer's {n_tokens} tokens")
+    return values
 
 
-def typed_now(config: DictConfig) -> list[str]:
+def new_overrides(config: DictConfig) -> list[str]:
     """What was typed for this run: not what it goes on with, nor what the first process has handed to the others."""
     if rank_zero_only.rank:
         return []
-    now = {key_of(a) for a in TYPED}
-    return [o for o in given_overrides() if not config.resume or key_of(o) in now]
+    typed_keys = {key_of(a) for a in TYPED}
+    return [o for o in job_overrides() if not config.resume or key_of(o) in typed_keys]
 
 
-def say_unused(config: DictConfig, typed: list[str]) -> None:
+def report_unused(config: DictConfig, typed: list[str]) -> None:
     """A line for each typed option that has no effect; ConfigError for a length beside another one."""
-    both = config.trainer.max_epochs is not None and config.trainer.max_steps not in (None, -1)
-    if given := next((o for o in typed if both and key_of(o) == "trainer.max_steps"), None):
+    has_both = config.trainer.max_epochs is not None and config.trainer.max_steps not in (None, -1)
+    if max_steps := next((o for o in typed if has_both and key_of(o) == "trainer.max_steps"), None):
         epochs = config.trainer.max_epochs
-        raise ConfigError(f"{given}: has no effect beside trainer.max_epochs={epochs}, which counts; set one to null")
+        raise ConfigError(
+            f"{max_steps}: has no effect beside trainer.max_epochs={epochs}, which counts; set one to null"
+        )
     for line in unused(config, typed, TRAIN):
         log.info("unused      %s", line)
 
 
-def check_loaded(
+def check_loaded_model(
     config: DictConfig, loaded: object, tokenizer: "PreTrainedTokenizerBase", typed: Sequence[str]
 ) -> None:
     """ConfigError for typed options of `model` and `tokenizer` that a loaded model, which brings both, is not like."""
     source = f"init_from={config.init_from}" if config.init_from else f"model.name={config.model.get('name')}"
     if any(key_of(a).startswith("model") for a in typed):
         refuse_other_model(OmegaConf.to_object(config.model), loaded, typed, source=source)
-    given = next((a for a in typed if key_of(a).partition(".")[0] == "tokenizer"), None)
-    if given is not None and not _is_tokenizer(config, tokenizer):
-        raise ConfigError(f"{given}: has no effect: {source} brings a tokenizer of its own; leave it out")
+    argument = next((a for a in typed if key_of(a).partition(".")[0] == "tokenizer"), None)
+    if argument is not None and not _is_tokenizer(config, tokenizer):
+        raise ConfigError(f"{argument}: has no effect: {source} brings a tokenizer of its own; leave it out")
 
 
 def _is_tokenizer(config: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a tokenizer can be what the group of that name describes, but for tokens that were added since."""
-    known, options = tokenizer.get_vocab(), config.tokenizer
+    vocabulary, options = tokenizer.get_vocab(), config.tokenizer
     if options.kind == "bpe":
-        return options.vocab_size in (tokenizer.vocab_size, len(known))
-    described = byte_tokenizer() if options.kind == "byte" else pretrained_tokenizer(options.name)
-    return described.get_vocab().items() <= known.items()
+        return options.vocab_size in (tokenizer.vocab_size, len(vocabulary))
+    expected = byte_tokenizer() if options.kind == "byte" else pretrained_tokenizer(options.name)
+    return expected.get_vocab().items() <= vocabulary.items()
 
 
-def fit_rows(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, int, str | None]:
+def fit_to_context(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, int, str | None]:
     """Rows of a batch and their tokens, cut to the model's context, and a line on what that changed.
 
     Virtual tokens of an adapter take their places from the text. A batch of as many rows as make so many tokens, which is
     the default, has as many of the rows that are cut.
     """
-    virtual = n_virtual(model)
-    asked, most = config.data.seq_len, model.config.max_seq_len - virtual
-    if virtual and most < 2:
+    n_prefix = n_virtual(model)
+    seq_len, longest = config.data.seq_len, model.config.max_seq_len - n_prefix
+    if n_prefix and longest < 2:
         source = "peft.n_tokens" if config.peft._target_ else "peft.init_from" if config.peft.init_from else "init_from"
-        given = OmegaConf.select(config, source)
+        value = OmegaConf.select(config, source)
         raise ConfigError(
-            f"{source}={given}: {virtual} virtual tokens leave no text to learn in the model's context of "
+            f"{source}={value}: {n_prefix} virtual tokens leave no text to learn in the model's context of "
             f"{model.config.max_seq_len}; {'lower it' if source == 'peft.n_tokens' else 'give one of fewer'}"
         )
-    if asked <= most:
-        return config.data.batch_size, asked, None
-    less = f" less {virtual} virtual tokens" if virtual else ""
-    line = f"data.seq_len {asked:,} -> {most:,}: the model's context{less}"
-    rows = before = config.data.batch_size
+    if seq_len <= longest:
+        return config.data.batch_size, seq_len, None
+    less = f" less {n_prefix} virtual tokens" if n_prefix else ""
+    line = f"data.seq_len {seq_len:,} -> {longest:,}: the model's context{less}"
+    fitted_size = batch_size = config.data.batch_size
     if isinstance(config.data._get_node("batch_size")._value(), str):  # an interpolation: nobody has typed a number
-        whole = config.copy()
-        whole.data.seq_len = most
-        rows = whole.data.batch_size
-    return rows, most, line if rows == before else f"{line}; data.batch_size {before:,} -> {rows:,}: as many tokens"
+        clamped_config = config.copy()
+        clamped_config.data.seq_len = longest
+        fitted_size = clamped_config.data.batch_size
+    if fitted_size != batch_size:
+        line += f"; data.batch_size {batch_size:,} -> {fitted_size:,}: as many tokens"
+    return fitted_size, longest, line

@@ -46,11 +46,11 @@ def choose_length(
     max_epochs: int | None,
     steps_per_pass: int | None,
     fine_tunes: bool,
-    begun: Mapping[str, int | None] | None,
+    stored: Mapping[str, int | None] | None,
 ) -> Length:
     """The length of a run from `trainer.max_steps` and `trainer.max_epochs`, which wins; ConfigError for passes of a stream.
 
-    steps_per_pass: None for a stream. fine_tunes: a trained model learns from examples. begun: what the checkpoint says
+    steps_per_pass: None for a stream. fine_tunes: a trained model learns from examples. stored: what the checkpoint says
     that the run goes on from; a length that nobody has given stays what it was at the beginning.
     """
     if max_epochs is not None and steps_per_pass is None:
@@ -59,21 +59,21 @@ def choose_length(
         return Length(max_epochs * steps_per_pass, steps_per_pass)
     if max_steps is not None:
         return Length(max_steps, steps_per_pass)
-    if begun is not None:
-        return Length(int(begun["steps"]), steps_per_pass, is_default=True)
+    if stored is not None:
+        return Length(int(stored["steps"]), steps_per_pass, is_default=True)
     steps = DEFAULT_PASSES * steps_per_pass if fine_tunes and steps_per_pass else DEFAULT_STEPS
     return Length(steps, steps_per_pass, is_default=True)
 
 
-def passed_line(length: Length, step: int, begun: Mapping[str, int | None], *, max_epochs: int | None) -> str | None:
+def overrun_line(length: Length, step: int, stored: Mapping[str, int | None], *, max_epochs: int | None) -> str | None:
     """One line where a run that goes on has passed a length shorter than the one it was begun with.
 
     Beyond that one it may be by itself: a rollout of several steps ends where it ends.
 
-    >>> passed_line(Length(2, 10), 3, {"steps": 3}, max_epochs=None)
+    >>> overrun_line(Length(2, 10), 3, {"steps": 3}, max_epochs=None)
     'passed      the run is at step 3, past trainer.max_steps=2: nothing is trained'
     """
-    if length.steps >= min(step, begun["steps"]):
+    if length.steps >= min(step, stored["steps"]):
         return None
     given = f"trainer.max_steps={length.steps}" if max_epochs is None else f"trainer.max_epochs={max_epochs}"
     return f"passed      the run is at step {step}, past {given}: nothing is trained"
@@ -89,12 +89,12 @@ def default_warmup(total_steps: int) -> int:
 
 
 def with_warmup(
-    schedule: Callable[..., float], total_steps: int, begun: Mapping[str, int | None] | None
+    schedule: Callable[..., float], total_steps: int, stored: Mapping[str, int | None] | None
 ) -> Callable[..., float]:
     """The schedule with its default warmup, if it takes one and has none; a run that goes on keeps that of its beginning."""
     if not isinstance(schedule, partial) or schedule.keywords.get("warmup_steps", 0) is not None:
         return schedule
-    kept = None if begun is None else begun["warmup_steps"]
+    kept = None if stored is None else stored["warmup_steps"]
     return partial(schedule, warmup_steps=default_warmup(total_steps) if kept is None else int(kept))
 
 
@@ -103,11 +103,11 @@ def warmup_of(schedule: Callable[..., float]) -> int | None:
     return schedule.keywords.get("warmup_steps") if isinstance(schedule, partial) else None
 
 
-def begun_length(contents: Mapping[str, object]) -> Mapping[str, int | None]:
+def read_stored_length(contents: Mapping[str, object]) -> Mapping[str, int | None]:
     """What a checkpoint says of the length its run was begun with; where it does not say, what the defaults were then."""
-    found = contents.get("length")
-    valid = isinstance(found, dict) and all(v is None or type(v) is int for v in found.values())
-    return {**BEFORE, **found} if valid else BEFORE
+    stored = contents.get("length")
+    valid = isinstance(stored, dict) and all(v is None or type(v) is int for v in stored.values())
+    return {**BEFORE, **stored} if valid else BEFORE
 
 
 def describe_length(length: Length, warmup: int | None) -> str:

@@ -66,14 +66,14 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes:.4g} TiB"
 
 
-def closing(
+def final_lines(
     run: Path,
     *,
     exported: str | None,
     finished: bool,
     generate: Mapping[str, object],
-    again: Iterable[str] = (),
-    whole: Path | None = None,
+    arguments: Iterable[str] = (),
+    sweep: Path | None = None,
 ) -> list[str]:
     """Where everything lies, and the next command to type.
 
@@ -89,7 +89,7 @@ def closing(
         return [*lines, f"next        python generate.py {pasted({'checkpoint': run, **generate})}"]
     return [
         *lines,
-        f"next        python train.py {shlex.join(again)}{' ' * bool(again)}{pasted({'resume': whole or run})}",
+        f"next        python train.py {shlex.join(arguments)}{' ' * bool(arguments)}{pasted({'resume': sweep or run})}",
     ]
 
 

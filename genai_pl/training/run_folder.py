@@ -12,7 +12,7 @@ from genai_pl.data import sources
 from genai_pl.errors import CheckpointError, ConfigError, DataError
 from genai_pl.training import output_folders as folders
 from genai_pl.training import run_log
-from genai_pl.training.hydra_job import given_overrides
+from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.resume import TYPED
 from genai_pl.training.trust import key_of
 
@@ -35,7 +35,7 @@ def start_writing(run: Path) -> None:
 
 def write_settings(run: Path, config: DictConfig) -> None:
     """Write `.hydra/` as Hydra does before anybody knows whether there will be a run."""
-    files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": given_overrides()}
+    files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job_overrides()}
     for name, values in files.items():
         text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))
         write_atomic(run / ".hydra" / f"{name}.yaml", lambda path, text=text: path.write_text(text, encoding="utf-8"))
@@ -53,7 +53,7 @@ def description(config: DictConfig) -> dict[str, object]:
     return {"fixed": fixed, "data": {option: _digest(OmegaConf.select(config, option)) for option in DATA}}
 
 
-def check_goes_on(now: dict[str, dict], checkpoint: Path, run: Path) -> None:
+def check_settings_unchanged(now: dict[str, dict], checkpoint: Path, run: Path) -> None:
     """UserError where the run of a checkpoint had other fixed settings, or other data than are there now."""
     ours = read_contents(checkpoint)[MARK]
     before, data = ours.get("fixed", {}), ours.get("data", {})

@@ -20,18 +20,18 @@ from genai_pl.callbacks import MetricsCSV, step_of
 from genai_pl.config.redaction import masked
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
-from genai_pl.modules.policy_gradient import RLModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
-from genai_pl.training.fit import Parts, describe_saved, finish, fit
-from genai_pl.training.hydra_job import relative, retyped, searches, sweep_of_job
+from genai_pl.training.fit import Run, describe_saved, finish, fit
+from genai_pl.training.hydra_job import job_sweep, relative, resume_arguments, searches
 from genai_pl.training.length import describe_length, warmup_of
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import choose_checkpoint, describe_resume
-from genai_pl.training.run_folder import check_goes_on, description, start_writing, write_settings
+from genai_pl.training.run_folder import check_settings_unchanged, description, start_writing, write_settings
 from genai_pl.training.sweeps import Outcome, finished
-from genai_pl.training.trainer import connect, quiet
+from genai_pl.training.trainer import silence_libraries, wire_callbacks
 
 if TYPE_CHECKING:
     pass
@@ -43,49 +43,49 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig) -> Outcome:
     """Train as the configuration says; status 0, or that of the signal which ended the run; the value of optimized_metric."""
     signals.end_at_once("training had not begun, nothing was saved", grace_period=config.trainer.grace_period)
-    run = relative(Path(config.output_dir))
-    goes_on = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
-    if goes_on and (results := finished(run, config.trainer.max_steps)):
-        print(f"run         {run} is finished: skipped", flush=True)
+    folder = relative(Path(config.output_dir))
+    in_sweep = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
+    if in_sweep and (results := finished(folder, config.trainer.max_steps)):
+        print(f"run         {folder} is finished: skipped", flush=True)
         return Outcome(0, results.get(config.optimized_metric))
-    quiet()
+    silence_libraries()
     torch.set_float32_matmul_precision(config.precision.matmul)
     # model.attention=sdpa: cuDNN's kernel gives NaN gradients under a dense mask (pytorch/pytorch 196678, on H100)
     torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
-    begun = config.resume and (not goes_on or any((run / "checkpoints").glob("*.ckpt")))
-    checkpoint = relative(choose_checkpoint(config.resume, run)) if begun else None
-    with claimed(run) if rank_zero_only.rank == 0 else nullcontext():
-        status, parts = _train(config, run, checkpoint)
-    return Outcome(status, None if status else optimized(config.optimized_metric, parts.trainer))
+    resumes = config.resume and (not in_sweep or any((folder / "checkpoints").glob("*.ckpt")))
+    checkpoint = relative(choose_checkpoint(config.resume, folder)) if resumes else None
+    with claimed(folder) if rank_zero_only.rank == 0 else nullcontext():
+        status, run = _train(config, folder, checkpoint)
+    return Outcome(status, None if status else optimized(config.optimized_metric, run.trainer))
 
 
-def _train(config: DictConfig, run: Path, checkpoint: Path | None) -> tuple[int, Parts]:
-    settings, told = deepcopy(config), description(config)
+def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
+    settings, constraints = deepcopy(config), description(config)
     if checkpoint:
-        check_goes_on(told, checkpoint, run)
-    parts = build(config, run, checkpoint)
-    connect(config, parts, checkpoint)
-    parts.checkpoints.contents |= told
-    sweep = sweep_of_job()
-    again = retyped(sweep)
-    parts.interrupt.describe = partial(describe_saved, parts, [*again, f"resume={sweep or run}"])
-    parts.checkpoints.on_start = partial(_begin, settings, parts, checkpoint)
-    announce(config, parts, checkpoint)
-    with launched(parts.trainer):
-        fit(parts, checkpoint)
-        return finish(parts, flat=flatten(config), export=config.callbacks.export, again=again, whole=sweep), parts
+        check_settings_unchanged(constraints, checkpoint, folder)
+    run = build(config, folder, checkpoint)
+    wire_callbacks(config, run, checkpoint)
+    run.checkpoints.contents |= constraints
+    sweep = job_sweep()
+    arguments = resume_arguments(sweep)
+    run.interrupt.describe = partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"])
+    run.checkpoints.on_start = partial(_open_run_folder, settings, run, checkpoint)
+    print_summary(config, run, checkpoint)
+    with launched(run.trainer):
+        fit(run, checkpoint)
+        return finish(run, flat=flatten(config), export=config.callbacks.export, arguments=arguments, sweep=sweep), run
 
 
 @rank_zero_only
-def _begin(settings: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+def _open_run_folder(settings: DictConfig, run: Run, checkpoint: Path | None) -> None:
     """Write what the folder says of the run, and take back what it said of steps that are made again."""
-    start_writing(parts.run)
-    if checkpoint is None or step_of(checkpoint) < parts.module.total_steps:  # else no step is made by these settings
-        write_settings(parts.run, settings)
+    start_writing(run.folder)
+    if checkpoint is None or step_of(checkpoint) < run.module.total_steps:  # else no step is made by these settings
+        write_settings(run.folder, settings)
     if checkpoint:
-        parts.checkpoints.rewind(checkpoint)
-    for logger in parts.trainer.loggers:
+        run.checkpoints.rewind(checkpoint)
+    for logger in run.trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.resume(step_of(checkpoint) if checkpoint else 0)
 
@@ -96,31 +96,31 @@ def optimized(name: str | None, trainer: L.Trainer) -> float | None:
     if name in metrics:
         return float(metrics[name])
     if searches():
-        known = ", ".join(sorted(k for k in metrics if k.startswith("val/"))) or "none: trainer.limit_val_batches=0"
-        raise ConfigError(f"optimized_metric={name}: no such metric; validation measures {known}")
+        names = ", ".join(sorted(k for k in metrics if k.startswith("val/"))) or "none: trainer.limit_val_batches=0"
+        raise ConfigError(f"optimized_metric={name}: no such metric; validation measures {names}")
     return None
 
 
-def announce(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
     """Print what is about to be trained, on what, for how long, with which attention."""
-    trainer, module, model = parts.trainer, parts.module, parts.module.model
+    trainer, module, model = run.trainer, run.module, run.module.model
     device = trainer.strategy.root_device
-    rows, counted = parts.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
-    if isinstance(module, RLModule):
+    batch_rows, sizes = run.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
+    if isinstance(module, PolicyGradientModule):
         options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
-        step = describe_rollout(prompts=rows, n_updates=module.n_updates(rows), **options, **counted)
+        step = describe_rollout(prompts=batch_rows, n_updates=module.n_updates(batch_rows), **options, **sizes)
     else:
         accumulate = trainer.accumulate_grad_batches
-        rows *= texts_of_row(module.data_kind, config.data)
-        step = describe_step(model, rows=rows, seq_len=parts.data.seq_len, accumulate=accumulate, **counted)
+        batch_rows *= texts_of_row(module.data_kind, config.data)
+        step = describe_step(model, rows=batch_rows, seq_len=run.data.seq_len, accumulate=accumulate, **sizes)
     if trainer.is_global_zero:
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        print(f"run         {parts.run}")
+        print(f"run         {run.folder}")
         if checkpoint:
             print(describe_resume(checkpoint))
-        print(f"data        {masked(parts.data.summary())}")
+        print(f"data        {masked(run.data.summary())}")
         print(*describe_model(model, device), step, sep="\n")
-        print(describe_length(parts.length, warmup_of(module.schedule)))
+        print(describe_length(run.length, warmup_of(module.schedule)))
         if adapters_of(model):
             print(*describe(model), sep="\n")
         print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
@@ -138,8 +138,8 @@ def flatten(config: DictConfig) -> dict[str, object]:
             flat[name] = value if isinstance(value, bool | int | float) else masked(str(value))
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    aside = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    left_out = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
     values["tags"] = ", ".join(values["tags"])
-    aside |= {name for name in ("run_name", "tags") if not values[name]}
-    walk({k: v for k, v in values.items() if k not in aside}, "")
+    left_out |= {name for name in ("run_name", "tags") if not values[name]}
+    walk({k: v for k, v in values.items() if k not in left_out}, "")
     return flat

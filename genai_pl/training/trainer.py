@@ -23,7 +23,7 @@ from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
-from genai_pl.training.fit import Parts
+from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
 from genai_pl.training.length import (
     Length,
@@ -31,17 +31,17 @@ from genai_pl.training.length import (
     warmup_of,
 )
 from genai_pl.training.output_folders import write_early
-from genai_pl.training.targets import make
+from genai_pl.training.targets import instantiate
 
 log = logging.getLogger(__name__)
 
-OURS = (
+OWN_FIELDS = (
     "recompute",
     "recompute_every",
     "optimizer_in_backward",
     "grace_period",
 )  # fields of `trainer` that Lightning does not know
-NOT_TAKEN = {  # arguments of Lightning's Trainer that are decided elsewhere, or void here
+REFUSED_ARGUMENTS = {  # arguments of Lightning's Trainer that are decided elsewhere, or void here
     **{name: f"set {name}=" for name in ("precision", "strategy", "logger")},
     "callbacks": "add to callbacks.extra",
     "plugins": "ours write the checkpoints",
@@ -60,26 +60,26 @@ NOT_TAKEN = {  # arguments of Lightning's Trainer that are decided elsewhere, or
 }
 
 
-def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
+def build_trainer(config: DictConfig, folder: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer and our callbacks by name."""
     follow_launcher()
     options = OmegaConf.to_container(config.trainer, resolve=True)
-    every = options.pop("log_every_n_steps")
-    for name in OURS:
+    log_every = options.pop("log_every_n_steps")
+    for name in OWN_FIELDS:
         del options[name]
-    for name in options.keys() & NOT_TAKEN:
-        raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {NOT_TAKEN[name]}; leave it out")
+    for name in options.keys() & REFUSED_ARGUMENTS:
+        raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
-    strategy = make(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
+    strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
     # ours count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
     settings = config.callbacks
     loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
-    checkpoints = cb.StepCheckpoint(str(run / "checkpoints"), **settings.checkpoint)
+    checkpoints = cb.StepCheckpoint(str(folder / "checkpoints"), **settings.checkpoint)
     callbacks = {
-        "monitor": cb.Monitor(every),
+        "monitor": cb.Monitor(log_every),
         "console": cb.Console(),
         "interrupt": cb.Interrupt(),
         "checkpoints": checkpoints,
@@ -97,16 +97,16 @@ def build_trainer(config: DictConfig, run: Path, *, samples: bool) -> tuple[L.Tr
     for name, entry in config.callbacks.extra.items():
         if not isinstance(entry, DictConfig) or "_target_" not in entry:
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
-    further = [*make(config.callbacks.extra).values(), *([cb.Profile(run)] if config.profile else [])]
+    extra_callbacks = [*instantiate(config.callbacks.extra).values(), *([cb.Profile(folder)] if config.profile else [])]
     try:
         trainer = L.Trainer(
             **options,
             precision=config.precision.lightning,
             strategy=strategy,
-            logger=[make(node, at="logger") for node in loggers],
-            callbacks=[*callbacks.values(), cb.Divergence(), *further],
+            logger=[instantiate(node, at="logger") for node in loggers],
+            callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
             plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
-            default_root_dir=str(run),
+            default_root_dir=str(folder),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -128,14 +128,14 @@ class NoSignals(_SignalConnector):
         """Signals have an owner already: genai_pl.signals."""
 
 
-def run_length(
+def choose_run_length(
     config: DictConfig,
     data: RowsDataModule,
     module: BaseModule,
     world_size: int,
-    begun: Mapping[str, int | None] | None,
+    stored: Mapping[str, int | None] | None,
 ) -> Length:
-    """The length of the run, from our own numbers; begun: what a checkpoint says of it."""
+    """The length of the run, from our own numbers; stored: what a checkpoint says of it."""
     accumulate, options = config.trainer.accumulate_grad_batches, config.trainer
     batches = None if data.streaming else data.steps_per_epoch(accumulate, world_size)
     trained = bool(config.init_from) or "name" in config.model
@@ -144,55 +144,55 @@ def run_length(
         max_epochs=options.max_epochs,
         steps_per_pass=None if batches is None else batches * module.n_updates(data.batch_size),
         fine_tunes=trained and data.kind != "text",
-        begun=begun,
+        stored=stored,
     )
 
 
-def connect(config: DictConfig, parts: Parts, checkpoint: Path | None) -> None:
+def wire_callbacks(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
     """Tell the callbacks and loggers about each other and about what is trained."""
-    model, monitor = parts.module.model, parts.monitor
-    monitor.flops = flop_rates(model, model.config, parts.data.seq_len)
-    monitor.listeners.append(parts.console.show)
-    defaults = {name: dict(values) for name, values in parts.defaults._asdict().items()}
-    parts.checkpoints.contents = {
+    model, monitor = run.module.model, run.monitor
+    monitor.flops = flop_rates(model, model.config, run.data.seq_len)
+    monitor.listeners.append(run.console.show)
+    defaults = {name: dict(values) for name, values in run.defaults._asdict().items()}
+    run.checkpoints.contents = {
         "model": model.config.to_dict(),
-        "tokenizer": files_of(parts.tokenizer),
+        "tokenizer": files_of(run.tokenizer),
         "defaults": defaults,
-        "length": {"steps": parts.length.steps, "warmup_steps": warmup_of(parts.module.schedule)},
+        "length": {"steps": run.length.steps, "warmup_steps": warmup_of(run.module.schedule)},
     }
-    if files := {name: values for name, values in parts.module.export_files().items() if name.endswith(".json")}:
-        parts.checkpoints.contents["files"] = files
+    if files := {name: values for name, values in run.module.export_files().items() if name.endswith(".json")}:
+        run.checkpoints.contents["files"] = files
     for adapter in adapters_of(model):
-        parts.checkpoints.contents |= {
+        run.checkpoints.contents |= {
             "peft": {"method": adapter.method, "options": adapter.options},
-            "base": parts.base,
+            "base": run.base,
         }
-        parts.checkpoints.trained_only = parts.base is not None
-        parts.module.strict_loading = parts.base is None  # the base is there already
-    if parts.samples:
-        parts.samples.tokenizer, parts.samples.say = parts.tokenizer, parts.console.say
-        parts.samples.prompts = parts.samples.prompts or [parts.module.make_prompt(parts.data.prompt())]
-    for logger in parts.trainer.loggers:
+        run.checkpoints.trained_only = run.base is not None
+        run.module.strict_loading = run.base is None  # the base is there already
+    if run.samples:
+        run.samples.tokenizer, run.samples.say = run.tokenizer, run.console.say
+        run.samples.prompts = run.samples.prompts or [run.module.make_prompt(run.data.prompt())]
+    for logger in run.trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
         write_early(Path(logger.log_dir))
         if checkpoint:
             logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
-    strategy = parts.trainer.strategy
-    strategy.connect(parts.module)
+    strategy = run.trainer.strategy
+    strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
-        strategy.check(parts.module, rows=parts.data.batch_size)
+        strategy.check(run.module, rows=run.data.batch_size)
     if config.trainer.optimizer_in_backward:
-        check_in_backward(config, parts)
-        parts.module.steps_in_backward = True
+        check_in_backward(config, run)
+        run.module.steps_in_backward = True
     kind, every = config.trainer.recompute, config.trainer.recompute_every
     if kind is not None or every is not None:
         recompute(model, 1 if every is None else every, kind=kind or "full")
 
 
-def check_in_backward(config: DictConfig, parts: Parts) -> None:
+def check_in_backward(config: DictConfig, run: Run) -> None:
     """ConfigError for what needs all gradients of a step at once."""
-    name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, parts.trainer
+    name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, run.trainer
     if options.gradient_clip_val is not None:
         raise ConfigError(f"{name} cannot clip the norm of all gradients: set trainer.gradient_clip_val=null")
     if options.accumulate_grad_batches != 1:
@@ -201,11 +201,11 @@ def check_in_backward(config: DictConfig, parts: Parts) -> None:
         raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
     if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
-    if not parts.module.automatic_optimization:
+    if not run.module.automatic_optimization:
         raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence what Lightning and datasets say that a user cannot act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

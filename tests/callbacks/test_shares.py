@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from genai_pl.callbacks.shares import SHARES, take_share
+from genai_pl.callbacks.shares import SHARES, restore_share
 from genai_pl.errors import CheckpointError, ConfigError
 
 
@@ -20,7 +20,7 @@ def checkpoint() -> dict:
 
 def taken(trainer: SimpleNamespace, ours: dict) -> list[str]:
     found = checkpoint()
-    take_share(trainer, found, ours)
+    restore_share(trainer, found, ours)
     return found["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from genai_pl.cli.quoting import quoted
 from genai_pl.modules.mlm import masked_words
-from genai_pl.training.report import closing, pasted
+from genai_pl.training.report import final_lines, pasted
 from tests.conftest import TINY
 
 RUN = (*TINY, "trainer.max_steps=1", "trainer.limit_val_batches=1")
@@ -67,7 +67,9 @@ def test_a_folder_of_any_name_is_pasted_and_read_as_it_is(name: str, tmp_path: P
     monkeypatch.chdir(tmp_path)
     (Path(name) / "run").mkdir(parents=True)
     for finished, option in ((True, "checkpoint"), (False, "resume")):
-        lines = closing(Path(name) / "run", exported=None, finished=finished, generate={"prompt": name}, again=[name])
+        lines = final_lines(
+            Path(name) / "run", exported=None, finished=finished, generate={"prompt": name}, arguments=[name]
+        )
         _, *words = next_of("\n" + lines[-1])
         (found,) = [word for word in words if word.startswith(f"{option}=")]
         override = OverridesParser.create().parse_override(quoted(found))
@@ -80,7 +82,7 @@ def test_a_folder_of_any_name_is_pasted_and_read_as_it_is(name: str, tmp_path: P
 def test_an_interrupted_run_in_an_odd_folder_goes_on_by_its_next_command(command, tmp_path: Path) -> None:
     folder = "it's [1], a=b"
     assert command("train", *RUN, f"output_dir={folder}").status == 0
-    lines = closing(Path(folder), exported=None, finished=False, generate={})
+    lines = final_lines(Path(folder), exported=None, finished=False, generate={})
     _, *words = next_of("\n" + lines[-1])
     result = command("train", *words, "trainer.max_steps=2")
     assert result.status == 0, result.err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genai_pl.objectives import CausalLMCollator, SFTCollator, Vocabulary
+from genai_pl.objectives import CausalLMCollator, SFTCollator, SpecialTokens
 from genai_pl.objectives.collate import Collator
 from genai_pl.objectives.pairs import PairCollator
 from genai_pl.objectives.preference_collators import PreferenceCollator
@@ -26,7 +26,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def collator(kind: str, tokens: Vocabulary) -> Collator:
+def collator(kind: str, tokens: SpecialTokens) -> Collator:
     """The collator of an objective that takes a kind of data."""
     if kind == "text":
         return CausalLMCollator()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.messages import with_system
 from genai_pl.data.text import TextDataModule
@@ -143,7 +143,7 @@ def test_a_conversation_that_a_template_refuses_names_the_file_it_is_in(tmp_path
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     )
     with pytest.raises(DataError, match=r"val\.jsonl: row 2: .*begin with the user"):
-        data.prepare(tokenizer, collator("chat", vocabulary(tokenizer, len(tokenizer))))
+        data.prepare(tokenizer, collator("chat", special_tokens(tokenizer, len(tokenizer))))
 
 
 @pytest.mark.parametrize("role", ["bot", "Assistant"])

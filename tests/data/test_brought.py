@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.pairs import PairsDataModule
@@ -82,7 +82,7 @@ def outcome(kind: str, path: Path) -> str:
         tokenizer = byte_tokenizer()
         if data.has_conversations():
             ensure_template(tokenizer)
-        data.prepare(tokenizer, brought.collator(kind, vocabulary(tokenizer, len(tokenizer))))
+        data.prepare(tokenizer, brought.collator(kind, special_tokens(tokenizer, len(tokenizer))))
     except (DataError, ConfigError) as error:
         return "refused" if "\n" not in str(error) and len(str(error)) < 400 else f"not a line: {error}"
     try:

@@ -18,7 +18,7 @@ from genai_pl.data.pairs import PairsDataModule
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
 from genai_pl.modules import precompute
-from genai_pl.objectives import CausalLMCollator, Vocabulary
+from genai_pl.objectives import CausalLMCollator, SpecialTokens
 from genai_pl.objectives.pairs import PairCollator
 
 END = 256
@@ -120,7 +120,7 @@ def test_the_tokens_of_a_table_of_pairs_are_made_again_where_they_are_damaged(ca
 
     def read() -> list[list[int]]:
         data = PairsDataModule(path=str(path), **PAIRS)
-        data.prepare(byte_tokenizer(), PairCollator(vocabulary=Vocabulary(size=258, end=END, pad=257)))
+        data.prepare(byte_tokenizer(), PairCollator(vocabulary=SpecialTokens(size=258, end=END, pad=257)))
         return [np.asarray(value).tolist() for row in data.train_rows for value in row.values()]
 
     right = read()
@@ -204,12 +204,12 @@ def test_damaged_answers_of_a_reference_are_asked_for_again(
 ) -> None:
     file = tmp_path / "a.npz"
     known = {bytes([n] * 32): np.array([n, n + 0.5], np.float32) for n in range(3)}
-    precompute.write(file, known)
-    assert {key: value.tolist() for key, value in precompute.read(file).items()} == {
+    precompute.write_logprobs(file, known)
+    assert {key: value.tolist() for key, value in precompute.read_logprobs(file).items()} == {
         key: value.tolist() for key, value in known.items()
     }
     file.write_bytes(file.read_bytes()[damage])
-    assert precompute.read(file) == {}
+    assert precompute.read_logprobs(file) == {}
     assert "a.npz was damaged" in caplog.text
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from genai_pl.data import byte_tokenizer, train_bpe
-from genai_pl.data.prompt_tokens import Example, encode_messages, encode_prompt, ensure_template
+from genai_pl.data.prompt_tokens import TokenizedExample, encode_messages, encode_prompt, ensure_template
 from genai_pl.errors import DataError
 
 spec = find_spec("trl")
@@ -71,7 +71,7 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def learned(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[str]:
+def learned(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample) -> list[str]:
     """The texts of the runs of tokens that are learned."""
     return runs(tokenizer, example.input_ids.tolist(), example.loss_mask.tolist())
 

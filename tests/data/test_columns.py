@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data import chat as conversations
 from genai_pl.data.columns import Place, label_of, loads, number_of, text_of
 from genai_pl.data.datamodule import RowsDataModule
@@ -49,7 +49,7 @@ def prepared(data: RowsDataModule, collate: object = None) -> RowsDataModule:
     tokenizer = byte_tokenizer()
     if data.has_conversations():
         ensure_template(tokenizer)
-    data.prepare(tokenizer, collate or collator(data.kind, vocabulary(tokenizer, len(tokenizer))))
+    data.prepare(tokenizer, collate or collator(data.kind, special_tokens(tokenizer, len(tokenizer))))
     return data
 
 
@@ -185,9 +185,9 @@ def test_conversations_with_calls_are_the_same_from_jsonl_and_parquet(
     lines(tmp_path / "text.jsonl", [{**row, "tools": json.dumps(row["tools"])} for row in rows])
     seen = []
 
-    def encode(tokenizer: object, talks: list, given: list, *, tools: list) -> list[conversations.Example]:
+    def encode(tokenizer: object, talks: list, given: list, *, tools: list) -> list[conversations.TokenizedExample]:
         seen.append((talks, tools))
-        return [conversations.Example(np.arange(4), np.ones(4, bool)) for _ in talks]
+        return [conversations.TokenizedExample(np.arange(4), np.ones(4, bool)) for _ in talks]
 
     monkeypatch.setattr(conversations, "encode_conversations", encode)
     for name in ("t.jsonl", "t.parquet", "text.jsonl"):
@@ -249,7 +249,7 @@ ASKED, GOOD, BAD = (
 )
 def test_preferences_are_the_same_tokens_however_prompt_and_answers_are_given(row: dict, tmp_path: Path) -> None:
     plain = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}
-    collate = PreferenceCollator(vocabulary=vocabulary(byte_tokenizer(), 258))
+    collate = PreferenceCollator(vocabulary=special_tokens(byte_tokenizer(), 258))
     found, right = (
         prepared(module("preference", Path(lines(tmp_path / f"{n}.jsonl", [given] * 3))), collate).train_rows[0]
         for n, given in enumerate((row, plain))

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.loader import EpochLoader, Plan, held_batches, with_window_targets
+from genai_pl.data.loader import BatchPlan, EpochLoader, validation_batches, with_window_targets
 from genai_pl.data.packing import Packer
 from genai_pl.data.streaming import StreamLoader, StreamRows
 from genai_pl.errors import DataError
@@ -29,7 +29,7 @@ def seen(loader) -> list[list[int]]:
 
 
 def loader(**plan) -> EpochLoader:
-    return EpochLoader([{"number": i} for i in range(50)], collate, Plan(**{"batch_size": 4, "seed": 1, **plan}))
+    return EpochLoader([{"number": i} for i in range(50)], collate, BatchPlan(**{"batch_size": 4, "seed": 1, **plan}))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -97,7 +97,7 @@ def stream(
 ):
     texts = [f"document {i} " * (i % 7 + 1) for i in range(30)]
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
-    plan = Plan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
+    plan = BatchPlan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
     pack = partial(Packer, 17)
     rows = StreamRows(
         source, byte_tokenizer(), CausalLMCollator(), plan, build_packer=pack, block_rows=10, continuous=False
@@ -134,7 +134,7 @@ def test_workers_of_a_stream_share_its_documents() -> None:
 
 def small_stream(texts: list[str], *, workers: int = 0, world_size: int = 1, rank: int = 0, continuous: bool = False):
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
-    plan = Plan(batch_size=2, accumulate=1, rank=rank, world_size=world_size, workers=workers, seed=3)
+    plan = BatchPlan(batch_size=2, accumulate=1, rank=rank, world_size=world_size, workers=workers, seed=3)
     rows = StreamRows(
         source,
         byte_tokenizer(),
@@ -172,7 +172,9 @@ def test_a_stream_without_any_text_ends_in_one_line(texts: list[str], continuous
 @pytest.mark.parametrize("n_rows", [3, 4, 5, 11, 12, 13, 24])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_ranks_validate_on_as_many_batches_and_on_every_row_once(n_rows: int, batch_size: int) -> None:
-    shares = [held_batches(n_rows, batch_size, Plan(batch_size, rank=rank, world_size=3)) for rank in range(3)]
+    shares = [
+        validation_batches(n_rows, batch_size, BatchPlan(batch_size, rank=rank, world_size=3)) for rank in range(3)
+    ]
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for batch in share for _, row in batch) == list(range(n_rows))
     assert {len(batch) for share in shares for batch in share[:-1]} <= {batch_size}
@@ -183,14 +185,14 @@ def test_too_few_rows_to_validate_on_are_one_line() -> None:
     with pytest.raises(
         DataError, match=r"data\.val_path, data.val_fraction: 2 rows to validate on cannot be shared by 3 processes"
     ):
-        held_batches(2, 4, Plan(4, rank=0, world_size=3))
+        validation_batches(2, 4, BatchPlan(4, rank=0, world_size=3))
 
 
 @pytest.mark.parametrize("n_rows", [6, 7, 8, 9, 11, 12, 13, 14, 24])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_a_lone_row_to_validate_on_joins_its_neighbours_on_every_rank(n_rows: int, batch_size: int) -> None:
-    plans = [Plan(batch_size, rank=rank, world_size=3) for rank in range(3)]
-    shares = [held_batches(n_rows, batch_size, plan, least=2) for plan in plans]
+    plans = [BatchPlan(batch_size, rank=rank, world_size=3) for rank in range(3)]
+    shares = [validation_batches(n_rows, batch_size, plan, least=2) for plan in plans]
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for batch in share for _, row in batch) == list(range(n_rows))
     assert all(len(batch) >= 2 for share in shares for batch in share)
@@ -199,7 +201,7 @@ def test_a_lone_row_to_validate_on_joins_its_neighbours_on_every_rank(n_rows: in
 
 def test_too_few_rows_for_every_rank_to_compare_two_are_one_line() -> None:
     with pytest.raises(DataError, match="5 rows to validate on cannot be shared by 3 processes, which need 2 each"):
-        held_batches(5, 4, Plan(4, rank=0, world_size=3), least=2)
+        validation_batches(5, 4, BatchPlan(4, rank=0, world_size=3), least=2)
 
 
 def test_every_batch_of_a_step_knows_all_tokens_of_the_step() -> None:

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from genai_pl.data.packing import PackedRows, Packer
-from genai_pl.objectives import CausalLMCollator, Vocabulary
+from genai_pl.objectives import CausalLMCollator, SpecialTokens
 
 
 def table(*documents: list[int]) -> Dataset:
@@ -73,7 +73,7 @@ def test_no_target_crosses_the_border_of_a_document() -> None:
 def test_rows_of_one_document_carry_no_segments_and_short_rows_are_padded() -> None:
     rows = PackedRows(table(list(range(12))), length=6)
     assert "segment_ids" not in CausalLMCollator()([rows[0], rows[1]])
-    batch = CausalLMCollator(vocabulary=Vocabulary(size=100, pad=99))([rows[0], rows.tail()])
+    batch = CausalLMCollator(vocabulary=SpecialTokens(size=100, pad=99))([rows[0], rows.tail()])
     assert batch["input_ids"][1].tolist() == [10, 11, 99, 99, 99]
     assert batch["segment_ids"][1].tolist() == [1, 1, 0, 0, 0]
     assert batch["labels"][1].tolist() == [11, -100, -100, -100, -100]

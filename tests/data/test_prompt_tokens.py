@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from genai_pl.data.preference import encode_compared
+from genai_pl.data.preference import tokenize_preference
 from genai_pl.data.prompt_tokens import (
     encode_answers,
     encode_completion,
@@ -16,7 +16,7 @@ from genai_pl.data.prompt_tokens import (
     turn_end,
 )
 from genai_pl.data.tokenizer import end_token
-from genai_pl.data.unpaired import encode_answered
+from genai_pl.data.unpaired import tokenize_completions
 from genai_pl.errors import DataError
 from genai_pl.evaluation.preferences import judged_tokens, pair_rows
 from genai_pl.generation import encode_prompt
@@ -65,8 +65,8 @@ def test_training_generation_evaluation_and_judges_agree_on_the_tokens(
         assert example.loss_mask[n_given:].all()
         # DPO and KTO, rewards in training, evaluate.py on pairs
         (given, (said,)) = encode_answers(tokenizer, [prompt], [[answer]])[0]
-        kto = encode_answered({"prompt": [prompt], "completion": [answer]}, tokenizer)
-        dpo = encode_compared({"prompt": [prompt], "answers": [[answer, "No."]]}, tokenizer)
+        kto = tokenize_completions({"prompt": [prompt], "completion": [answer]}, tokenizer)
+        dpo = tokenize_preference({"prompt": [prompt], "answers": [[answer, "No."]]}, tokenizer)
         for row in (
             np.concatenate([given, said]),
             np.concatenate([kto["prompt"][0], kto["completion"][0]]),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from genai_pl.data.text_tokens import close_texts, closes_texts, encode_whole
+from genai_pl.data.text_tokens import append_end_token, appends_end_token, encode_texts
 from genai_pl.data.tokenizer import byte_tokenizer, pretrained_tokenizer, train_bpe
 from genai_pl.errors import CheckpointError
 from genai_pl.evaluation.embeddings import embed, encode_sentences, find_head
@@ -48,7 +48,7 @@ def write(tmp_path: Path) -> Write:
         *modules: tuple[str, dict], tokens: dict | None = None, prompts: dict | None = None, weights: dict | None = None
     ) -> Path:
         path, tokenizer = tmp_path / "sentences", byte_tokenizer()
-        close_texts(tokenizer)
+        append_end_token(tokenizer)
         sizes = {
             "n_layer": 1,
             "n_head": 2,
@@ -215,18 +215,18 @@ def test_a_closed_tokenizer_gives_the_tokens_of_training_to_whoever_reads_its_fi
 
     tokenizer = tokenizers()[kind]
     texts = [*TEXTS, "", "ends in <|endoftext|>"]
-    expected = encode_whole(tokenizer, texts)
+    expected = encode_texts(tokenizer, texts)
     assert all(row[-1] == tokenizer.eos_token_id for row in expected)
-    assert not closes_texts(tokenizer)
-    close_texts(tokenizer)
-    close_texts(tokenizer)  # once is enough
-    assert closes_texts(tokenizer)
+    assert not appends_end_token(tokenizer)
+    append_end_token(tokenizer)
+    append_end_token(tokenizer)  # once is enough
+    assert appends_end_token(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [file.encode(text).ids for text in texts] == expected
     again = pretrained_tokenizer(str(tmp_path))
-    assert encode_whole(again, texts) == again(texts)["input_ids"] == expected
-    assert encode_whole(again, texts, max_length=6) == [
+    assert encode_texts(again, texts) == again(texts)["input_ids"] == expected
+    assert encode_texts(again, texts, max_length=6) == [
         [*row[:5], row[-1]] if len(row) > 6 else row for row in expected
     ]
 

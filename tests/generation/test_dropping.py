@@ -99,7 +99,7 @@ def test_an_encoder_decoder_drops_the_sources_with_their_rows() -> None:
     model = EncoderDecoder(ModelConfig(shape="encoder_decoder", position="sinusoidal", **sizes)).eval()
 
     with torch.no_grad():
-        reader = model.reading(*left_pad(PROMPTS, 0))
+        reader = model.encode_source(*left_pad(PROMPTS, 0))
     start = (reader, torch.zeros(N, 1, dtype=torch.long), None)
     tokens, read = written(model, ends=ENDS, start=start)
     whole, _ = written(model, ends=NEVER, start=start)

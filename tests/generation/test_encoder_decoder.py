@@ -24,7 +24,7 @@ def starts(n: int = 3) -> Tensor:
 
 def read(model: EncoderDecoder, sources: list[list[int]] = SOURCES):
     with torch.no_grad():
-        return model.reading(*left_pad(sources, 0))
+        return model.encode_source(*left_pad(sources, 0))
 
 
 def their_tokens(model, **options: object):

@@ -12,13 +12,13 @@ from torch import Tensor
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.end_tokens import set_ends
+from genai_pl.data.generation_defaults import set_end_tokens
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.generation import complete
 from genai_pl.generation.grammar import build_constraint
 from genai_pl.loading import Loaded, load
-from genai_pl.modules.rollout import write
+from genai_pl.modules.rollout import generate_rollout
 from tests.conftest import TINY
 
 TOKENIZER = byte_tokenizer()
@@ -135,10 +135,10 @@ def test_a_template_that_fits_no_conversation_hinders_nobody(template: str) -> N
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     config = ModelConfig(vocab_size=SIZE)
-    set_ends(config, tokenizer)
+    set_end_tokens(config, tokenizer)
     assert config.eos_token_ids == (EOS,)
     tokenizer.chat_template = {"rag": "{{ messages[0].content }}", "tool_use": "{{ messages[0].content }}"}
-    set_ends(config, tokenizer)  # there is no default among them
+    set_end_tokens(config, tokenizer)  # there is no default among them
     assert config.eos_token_ids == (EOS,)
 
 
@@ -237,7 +237,7 @@ def test_a_rollout_ends_at_any_of_the_ends_and_says_so(llama: tuple[Path, int]) 
     rows = [torch.tensor(TOKENIZER.encode(prompt)).numpy() for prompt in PROMPTS]
     config = GenerationConfig(max_new_tokens=24, temperature=0.0)
     options = {"generator": torch.Generator(), "pad": SIZE - 1, "ends": model.config.eos_token_ids}
-    rollout = write(model, rows, config, **options)
+    rollout = generate_rollout(model, rows, config, **options)
     theirs = [their_tokens(folder, prompt) for prompt in PROMPTS]
     assert rollout.completions == theirs
     assert rollout.ended.tolist() == [row[-1] in (EOS, second) for row in theirs]

@@ -27,8 +27,8 @@ def sees(mask: AttentionMask, b: int, i: int, j: int, T: int, S: int) -> bool:
     if mask.segments is not None:
         own = value(mask.segments, b, position) if mask.query_segments is None else value(mask.query_segments, b, i)
         near = near and own != 0 and own == value(mask.segments, b, j)
-    if mask.shared is not None:
-        length = mask.shared if isinstance(mask.shared, int) else int(mask.shared[b])
+    if mask.global_prefix is not None:
+        length = mask.global_prefix if isinstance(mask.global_prefix, int) else int(mask.global_prefix[b])
         near = near or (j < length and not (mask.causal and j > position))
     if not near:
         return False

@@ -6,7 +6,7 @@ import torch
 from brute_force import visible
 
 from genai_pl.kernels import AttentionMask, attention, positions_from_segments
-from genai_pl.kernels.flash.mask_tables import SHARED, mask_tables
+from genai_pl.kernels.flash.mask_tables import GLOBAL_PREFIX, mask_tables
 
 B = 2
 SIZES = [(1, 1), (5, 5), (1, 6), (4, 6), (6, 4)]
@@ -27,8 +27,8 @@ def every_mask(T: int, S: int) -> list[AttentionMask]:
     prefixes = [(None, None), (0, None), (2, None), (S, 1), (torch.tensor([1, 3]), None)]
     prefixes += [(None, 0), (None, 2), (1, S), (torch.tensor([3, 0]), torch.tensor([0, 2]))]
     return [
-        AttentionMask(causal=causal, window=window, prefix=prefix, shared=shared, **segment, **order)
-        for causal, window, (prefix, shared), segment, order in itertools.product(
+        AttentionMask(causal=causal, window=window, prefix=prefix, global_prefix=global_prefix, **segment, **order)
+        for causal, window, (prefix, global_prefix), segment, order in itertools.product(
             (False, True), (None, 1, 3, 100), prefixes, segments, orders
         )
     ]
@@ -63,8 +63,8 @@ def test_tables_bound_what_is_visible_from_outside_and_inside(T: int, S: int):
             index = torch.arange(rows.shape[-1])
             bounds = table.expand(B, -1, -1)[..., None]
             seen = (index >= bounds[:, 0]) & (index < bounds[:, 1])
-            if table is tables[0] and mask.shared is not None:
-                seen = seen | (index < bounds[:, SHARED])
+            if table is tables[0] and mask.global_prefix is not None:
+                seen = seen | (index < bounds[:, GLOBAL_PREFIX])
             full = (index >= bounds[:, 2]) & (index < bounds[:, 3])
             assert (seen | ~rows).all(), mask
             assert (~full | rows).all(), mask
@@ -112,7 +112,7 @@ def test_a_mask_first_used_in_inference_mode_can_be_trained_with(backend: str):
         (AttentionMask(causal=True, prefix=9), 4, 9, True),
         (AttentionMask(causal=True, prefix=8), 4, 9, False),
         (AttentionMask(causal=True), 2, 9, False),
-        (AttentionMask(causal=True, window=8, shared=9), 4, 9, False),
+        (AttentionMask(causal=True, window=8, global_prefix=9), 4, 9, False),
         (AttentionMask(segments=torch.ones(1, 9, dtype=torch.long)), 9, 9, False),
     ],
 )
@@ -128,7 +128,7 @@ def test_backends_learn_that_no_mask_is_needed(mask: AttentionMask, T: int, S: i
         (AttentionMask(causal=True, window=8), 9, 9, False),
         (AttentionMask(causal=True), 4, 9, False),
         (AttentionMask(causal=True, prefix=1), 9, 9, False),
-        (AttentionMask(causal=True, shared=3), 9, 9, True),
+        (AttentionMask(causal=True, global_prefix=3), 9, 9, True),
         (AttentionMask(causal=True, order=torch.arange(9)[None]), 9, 9, False),
         (AttentionMask(), 9, 9, False),
     ],

@@ -6,7 +6,7 @@ import torch
 from genai_pl import peft
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate
-from genai_pl.models import Decoder, ModelConfig, build_model, join
+from genai_pl.models import Decoder, ModelConfig, build_model, prepare_for_decoding
 from genai_pl.models.kv_cache import SlotCache
 
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "bias": False}
@@ -32,7 +32,7 @@ def build(**options: object) -> Decoder:
 @torch.no_grad()
 def test_steps_give_the_states_and_tokens_of_the_whole(kind: str) -> None:
     model, plain = build(**KINDS[kind]), build(**KINDS[kind])
-    assert join(model)
+    assert prepare_for_decoding(model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     ids = torch.randint(0, 60, (3, 12), generator=torch.Generator().manual_seed(1))
     segments = (torch.arange(12) >= torch.tensor([0, 3, 7])[:, None]).long()  # padded on the left
@@ -51,13 +51,13 @@ def test_steps_give_the_states_and_tokens_of_the_whole(kind: str) -> None:
 @torch.no_grad()
 def test_rows_of_unequal_length_share_a_step() -> None:
     model, plain = build(n_kv_head=2), build(n_kv_head=2)
-    assert join(model)
+    assert prepare_for_decoding(model)
     slots = SlotCache(2)
     for row in ([1, 2, 3, 4, 5], [7, 8]):
         cache = model.new_cache(1, len(row))
         model.features(torch.tensor([row]), cache=cache)
-        slots.join(cache)
-    slots.reserve()
+        slots.add_sequence(cache)
+    slots.ensure_capacity()
     found = model.features(torch.tensor([[6], [9]]), cache=slots)
     for n, row in enumerate(([1, 2, 3, 4, 5, 6], [7, 8, 9])):
         torch.testing.assert_close(found[n, -1], plain.features(torch.tensor([row]))[0, -1], atol=2e-5, rtol=1e-5)
@@ -77,5 +77,5 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_stay_as_they_are(name: str) -> None:
     model = OTHERS[name]()
-    assert not join(model)
-    assert getattr(model, "step", None) is None
+    assert not prepare_for_decoding(model)
+    assert getattr(model, "fused_step", None) is None

@@ -42,18 +42,18 @@ def test_rows_that_come_and_go_are_read_as_each_alone(shape: str, monkeypatch: p
             row = [draw.randrange(60) for _ in range(draw.randint(1, 30))]
             own = model.new_cache(1, len(row))
             model(torch.tensor([row]), cache=own)
-            assert cache.join(own) == len(rows)
+            assert cache.add_sequence(own) == len(rows)
             rows.append(row)
         over = [n for n, row in enumerate(rows) if len(row) == 47 or draw.random() < 0.04]
         for n in reversed(over):
-            cache.leave(n)
+            cache.remove_sequence(n)
             rows[n] = rows[-1]
             rows.pop()
         if not rows:
             continue
-        before = cache.end
-        cache.reserve()
-        n_moves += cache.end != before
+        before = cache.next_column
+        cache.ensure_capacity()
+        n_moves += cache.next_column != before
         for row in rows:
             row.append(draw.randrange(60))
         logits = model(torch.tensor([[row[-1]] for row in rows]), cache=cache)[:, -1]
@@ -70,7 +70,7 @@ def test_a_longer_row_moves_those_that_are_there() -> None:
     for row in rows:
         own = model.new_cache(1, len(row))
         model(torch.tensor([row]), cache=own)
-        cache.join(own)
+        cache.add_sequence(own)
     logits = model(torch.tensor([[5], [6]]), cache=cache)[:, -1]
     torch.testing.assert_close(logits, torch.stack([alone(model, [*rows[0], 5]), alone(model, [*rows[1], 6])]))
 
@@ -81,7 +81,7 @@ def test_rows_of_one_length_need_no_segments() -> None:
     for _ in range(2):
         own = model.new_cache(1, 3)
         model(torch.tensor([[1, 2, 3]]), cache=own)
-        cache.join(own)
+        cache.add_sequence(own)
     assert cache.segments(None, 1) is None
 
 
@@ -94,12 +94,12 @@ def test_a_row_that_was_no_number_leaves_nothing_to_the_next_one() -> None:
     poison.v.fill_(float("nan"))
     keeper = model.new_cache(1, 30)
     model(torch.arange(30)[None], cache=keeper)
-    cache.join(keeper)
-    cache.join(poison)
-    cache.leave(1, clean=True)
+    cache.add_sequence(keeper)
+    cache.add_sequence(poison)
+    cache.remove_sequence(1, clean=True)
     short = model.new_cache(1, 2)
     model(torch.tensor([[1, 2]]), cache=short)
-    cache.join(short)
+    cache.add_sequence(short)
     logits = model(torch.tensor([[4], [3]]), cache=cache)[:, -1]
     torch.testing.assert_close(logits[1], alone(model, [1, 2, 3]))
 
@@ -109,6 +109,6 @@ def test_more_rows_than_slots_are_refused() -> None:
     own = model.new_cache(1, 2)
     with torch.inference_mode():
         model(torch.tensor([[1, 2]]), cache=own)
-        cache.join(own)
+        cache.add_sequence(own)
         with pytest.raises(ValueError, match="all 1 slots are taken"):
-            cache.join(own)
+            cache.add_sequence(own)

@@ -136,7 +136,7 @@ def test_an_encoder_decoder_gives_the_logits_of_transformers_token_by_token(thei
     mask[1, :2] = 0
     with torch.no_grad():
         expected = model(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
-    reader = load_onnx(folder).reading(source, mask)
+    reader = load_onnx(folder).encode_source(source, mask)
     cache = reader.new_cache(2, 5)
     found = [reader.features(part, cache=cache) for part in target.split([2, 1, 1, 1], dim=1)]
     assert close(torch.cat(found, dim=1), expected)

@@ -11,11 +11,11 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.modules import CausalLMModule, MaskedLMModule, PermutationModule, SpanCorruptionModule, TokenModule
-from genai_pl.objectives import Vocabulary
+from genai_pl.objectives import SpecialTokens
 
 STEPS, T, V = 20, 32, 50
 SPECIAL = np.arange(V) >= 40
-VOCABULARY = Vocabulary(
+VOCABULARY = SpecialTokens(
     size=V, pad=40, end=41, mask=42, sentinels=tuple(range(43, 50)), special=SPECIAL, n_bytes=np.ones(V, np.int64)
 )
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": V, "max_seq_len": T}

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from genai_pl.data.loader import EpochLoader, Plan
+from genai_pl.data.loader import BatchPlan, EpochLoader
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules.preference import PreferenceModule
-from genai_pl.objectives.special_tokens import Vocabulary
+from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.optim import sgd
 
 ROWS = 8
@@ -37,7 +37,7 @@ def module(loss: str) -> PreferenceModule:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=50, max_seq_len=48, init_std=0.5))
     return PreferenceModule(
-        model, vocabulary=Vocabulary(size=50, pad=0), seed=0, loss=loss, beta=0.3, nll_coef=0.7,
+        model, vocabulary=SpecialTokens(size=50, pad=0), seed=0, loss=loss, beta=0.3, nll_coef=0.7,
         optimizer=lambda named: sgd(named, lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0),
         schedule=lambda step, total_steps: 1.0,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def module(loss: str) -> PreferenceModule:
 
 def trained(loss: str, batch_size: int, accumulate: int) -> PreferenceModule:
     ours = module(loss)
-    loader = EpochLoader(rows(), ours.collator, Plan(batch_size=batch_size, accumulate=accumulate, seed=0))
+    loader = EpochLoader(rows(), ours.collator, BatchPlan(batch_size=batch_size, accumulate=accumulate, seed=0))
     trainer = L.Trainer(
         max_steps=1, limit_val_batches=0, accumulate_grad_batches=accumulate, logger=False, accelerator="cpu",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

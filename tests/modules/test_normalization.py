@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from genai_pl.data.loader import EpochLoader, Plan
+from genai_pl.data.loader import BatchPlan, EpochLoader
 from genai_pl.errors import TrainingError
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import CausalLMModule
-from genai_pl.objectives import CausalLMCollator, Vocabulary
+from genai_pl.objectives import CausalLMCollator, SpecialTokens
 from genai_pl.optim import sgd
 
-VOCABULARY = Vocabulary(size=50, n_bytes=np.ones(50, np.int64))
+VOCABULARY = SpecialTokens(size=50, n_bytes=np.ones(50, np.int64))
 
 
 def rows(n: int = 24, seed: int = 0) -> list[dict]:
@@ -42,7 +42,7 @@ def module(**options) -> CausalLMModule:
 
 def trained(batch_size: int, accumulate: int, steps: int = 3, clip: float | None = None, **options) -> CausalLMModule:
     ours = module(**options)
-    loader = EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=batch_size, accumulate=accumulate, seed=0))
+    loader = EpochLoader(rows(), CausalLMCollator(), BatchPlan(batch_size=batch_size, accumulate=accumulate, seed=0))
     trainer = L.Trainer(
         max_steps=steps, limit_val_batches=0, accumulate_grad_batches=accumulate, gradient_clip_val=clip, logger=False,
         accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -64,7 +64,7 @@ def test_accumulation_gives_the_weights_and_losses_of_the_big_batch(batch_size: 
 
 def test_a_step_follows_the_gradient_of_the_mean_over_all_its_tokens() -> None:
     start, ours = module(), trained(8, 2, steps=1)
-    batch = EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=16, seed=0))
+    batch = EpochLoader(rows(), CausalLMCollator(), BatchPlan(batch_size=16, seed=0))
     first = next(iter(batch))
     logits = start.model(first["input_ids"], first.get("segment_ids"))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), first["labels"].flatten(), ignore_index=-100)
@@ -76,7 +76,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_all_its_tokens() -> None:
 
 def test_gradients_are_clipped_to_the_global_norm_as_torch_does_it() -> None:
     start, ours = module(), trained(24, 1, steps=1, clip=0.1)
-    batch = next(iter(EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=24, seed=0))))
+    batch = next(iter(EpochLoader(rows(), CausalLMCollator(), BatchPlan(batch_size=24, seed=0))))
     (start.step(batch)["loss"] / batch["targets"]).backward()
     norm = torch.nn.utils.clip_grad_norm_(start.parameters(), 0.1)
     assert ours.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_a_number_names_the_step() -> None:
     ours = module()
     with torch.no_grad():
         ours.model.norm.weight[0] = float("nan")
-    loader = EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=4))
+    loader = EpochLoader(rows(), CausalLMCollator(), BatchPlan(batch_size=4))
     trainer = L.Trainer(
         max_steps=2, limit_val_batches=0, logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -117,9 +117,9 @@ def test_a_loss_that_is_not_a_number_names_the_step() -> None:
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    from genai_pl.training.trainer import quiet
+    from genai_pl.training.trainer import silence_libraries
 
     monkeypatch.chdir(tmp_path)
-    quiet()
+    silence_libraries()
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")

@@ -8,20 +8,20 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from genai_pl.data.loader import EpochLoader, Plan
+from genai_pl.data.loader import BatchPlan, EpochLoader
 from genai_pl.errors import TrainingError
 from genai_pl.kernels import AttentionMask, attention
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.modules import base
 from genai_pl.objectives import CausalLMCollator
 from genai_pl.objectives.token_loss import token_loss
-from genai_pl.training.trainer import quiet
+from genai_pl.training.trainer import silence_libraries
 from tests.modules.test_normalization import module, rows, weights
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    quiet()
+    silence_libraries()
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
 
 
@@ -42,7 +42,7 @@ class Overflow(nn.Module):
 def fit(bad: set[int], steps: int = 4) -> base.BaseModule:
     ours = module()
     ours.model.norm = nn.Sequential(ours.model.norm, Overflow(bad))
-    loader = EpochLoader(rows(), CausalLMCollator(), Plan(batch_size=4, accumulate=1, seed=0))
+    loader = EpochLoader(rows(), CausalLMCollator(), BatchPlan(batch_size=4, accumulate=1, seed=0))
     trainer = L.Trainer(
         max_steps=steps, limit_val_batches=0, logger=False, accelerator="cpu", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from genai_pl.objectives import Vocabulary
+from genai_pl.objectives import SpecialTokens
 
 TEXT = 880  # ids below are text
 SENTINELS = tuple(range(990, 890, -1))
@@ -10,7 +10,7 @@ END, MASK, PAD = 998, 997, 999
 PREFIX, MIDDLE, SUFFIX = 994, 995, 996
 SIZE = 1000
 
-VOCABULARY = Vocabulary(
+VOCABULARY = SpecialTokens(
     size=SIZE,
     pad=PAD,
     end=END,
@@ -20,7 +20,7 @@ VOCABULARY = Vocabulary(
     special=np.arange(SIZE) >= TEXT,
     starts_word=np.arange(SIZE) % 3 == 0,
 )
-BARE = Vocabulary(size=SIZE, special=np.zeros(SIZE, bool))
+BARE = SpecialTokens(size=SIZE, special=np.zeros(SIZE, bool))
 
 
 def row(length: int, index: int = 0, *, epoch: int = 0, documents: tuple[int, ...] = ()) -> dict:

@@ -90,7 +90,7 @@ def test_with_a_shared_prompt_a_row_holds_it_once_and_its_last_token_before_each
     assert batch["input_ids"].tolist() == [[1, 2, 9, 3, 4, 9, 5], [6, 7, 6, 8, *[PAD] * 3], [4, 5, *[PAD] * 5]]
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0]]
     assert batch["labels"].tolist()[0] == [NONE, NONE, 3, 4, NONE, 5, NONE]
-    assert batch["shared"].tolist() == [2, 0, 0]
+    assert batch["shared_prompt_len"].tolist() == [2, 0, 0]
 
 
 SHARING = {
@@ -109,13 +109,13 @@ def test_completions_that_share_their_prompt_have_the_log_probabilities_and_grad
     torch.manual_seed(0)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY.size, max_seq_len=24, **options)
     model, rng = Decoder(config), np.random.default_rng(0)
-    assert model.shares_beginnings
+    assert model.supports_shared_prompts
     rows = [
         {"prompt": random_text(rng, n), "completions": [random_text(rng, m) for m in lengths]}
         for n, *lengths in [(9, 6, 3, 4), (1, 1, 8), (4, 0, 2)]
     ]
     batch = RankingCollator(vocabulary=VOCABULARY, share_prompts=True)(rows)
-    hidden = model.features(batch["input_ids"], batch["segment_ids"], shared=batch["shared"])
+    hidden = model.features(batch["input_ids"], batch["segment_ids"], shared_prompt_len=batch["shared_prompt_len"])
     found = linear_logprobs(hidden, model.lm_head.weight, batch["labels"], ignore_index=IGNORED)
     sums = segment_sums(found, batch["segment_ids"], 3)
     alone = RankingCollator(vocabulary=VOCABULARY)(rows)
@@ -129,7 +129,7 @@ def test_completions_that_share_their_prompt_have_the_log_probabilities_and_grad
 
 def test_beginnings_are_not_shared_where_layers_look_at_a_window() -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY.size, max_seq_len=64, window=8)
-    assert not Decoder(config).shares_beginnings
+    assert not Decoder(config).supports_shared_prompts
 
 
 def test_margins_are_for_all_pairs_or_for_none() -> None:
@@ -189,7 +189,7 @@ def test_a_ranking_is_a_row_with_a_segment_for_each_completion() -> None:
 
 def test_what_a_reference_said_before_goes_with_its_pair() -> None:
     rows = [
-        {**pair((1,), (2,), (3,)), "reference": np.array([-1.0, -2.0], np.float32)},
-        {**pair((4,), (5,), (6,)), "reference": np.array([-3.0, -4.0], np.float32)},
+        {**pair((1,), (2,), (3,)), "reference_logprobs": np.array([-1.0, -2.0], np.float32)},
+        {**pair((4,), (5,), (6,)), "reference_logprobs": np.array([-3.0, -4.0], np.float32)},
     ]
-    assert PAIRED(rows)["reference"].tolist() == [[-1, -2], [-3, -4]]
+    assert PAIRED(rows)["reference_logprobs"].tolist() == [[-1, -2], [-3, -4]]

@@ -11,10 +11,10 @@ from genai_pl.data.seq2seq import PackedPairs
 from genai_pl.errors import ConfigError
 from genai_pl.models import ModelConfig, build_model, save_pretrained
 from genai_pl.modules.seq2seq import Seq2SeqModule
-from genai_pl.objectives import IGNORED, Seq2SeqCollator, Vocabulary
+from genai_pl.objectives import IGNORED, Seq2SeqCollator, SpecialTokens
 
 END, PAD, SIZE = 60, 0, 61
-VOCABULARY = Vocabulary(size=SIZE, pad=PAD, end=END, n_bytes=np.ones(SIZE, np.int64))
+VOCABULARY = SpecialTokens(size=SIZE, pad=PAD, end=END, n_bytes=np.ones(SIZE, np.int64))
 MODEL = {
     "shape": "encoder_decoder",
     "n_layer": 2,
@@ -105,7 +105,7 @@ def test_padding_is_no_target_and_full_rows_need_no_segments() -> None:
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(ConfigError, match="end-of-text"):
-        Seq2SeqCollator(vocabulary=Vocabulary(size=SIZE))
+        Seq2SeqCollator(vocabulary=SpecialTokens(size=SIZE))
 
 
 def test_an_encoder_decoder_learns_pairs_and_writes_them(command, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_encoder_decoder_reads_and_writes_by_documents_and_rows(method: str, 
 @every_method
 def test_a_reader_decodes_what_the_whole_model_says(method: str):
     model, ids = adapted(T5, method), tokens()
-    reader = model.reading(ids.flip(1))
+    reader = model.encode_source(ids.flip(1))
     cache = reader.new_cache(2, 17)
     parts = [reader.logits(reader.features(part, cache=cache)) for part in ids.split([5, 1, 11], dim=1)]
     assert_equal(torch.cat(parts, 1), logits(model, ids))

@@ -6,9 +6,16 @@ import torch
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
 from genai_pl.optim import muon
 from genai_pl.peft import lora
-from genai_pl.planning.activation_memory import saved_bytes
+from genai_pl.planning.activation_memory import saved_tensor_bytes
 from genai_pl.planning.cost_model import Layout, Machine, Share, loss_bytes, memory, states, step_time, traffic
-from genai_pl.planning.count import activation_bytes, moments, part_of, stage_sizes, training_flops, weightless
+from genai_pl.planning.count import (
+    activation_bytes,
+    fake_tensors,
+    local_model_config,
+    moments,
+    stage_sizes,
+    training_flops,
+)
 from genai_pl.strategies import recompute
 from tests.small_models import GPT, LLAMA
 from tests.small_models import MODELS as DECODERS
@@ -46,7 +53,7 @@ def test_frozen_weights_have_neither_gradients_nor_states_and_steps_in_backward_
 def test_data_parallelism_sends_twice_the_gradients_and_fsdp_three_times_the_weights():
     # Rajbhandari et al. 2020, section 7: 2 Psi and 3 Psi, for many devices
     share, n = Share(weights=1_000_000, trained=1_000_000, largest=1, weight_bytes=2, compute_bytes=2), 1024
-    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "recomputed": 0.0}
     for zero, times in ((0, 2), (3, 3)):
         sent = traffic(share, Layout(data=n, zero=zero), **sizes)
         assert sum(t.n_bytes for t in sent) == pytest.approx(times * 2e6 * (n - 1) / n)
@@ -59,19 +66,19 @@ def test_tensor_parallelism_sums_hidden_states_four_times_a_layer():
     # and one each for embedding and head
     share = Share(weights=1, trained=1, largest=1, compute_bytes=2)
     sizes = {"tokens": 2048, "n_layer": 24, "n_embd": 1024, "passes": 3}
-    (sent,) = traffic(share, Layout(tensor=8), **sizes, again=0.0)
+    (sent,) = traffic(share, Layout(tensor=8), **sizes, recomputed=0.0)
     crossing = (2 * 7 / 8) * 2048 * 1024 * 2
     assert sent.n_bytes == 3 * (24 * 4 + 2) * crossing
-    (again,) = traffic(share, Layout(tensor=8), **sizes, again=1.0)
-    assert again.n_bytes == 3 * (24 * 6 + 2) * crossing
+    (recomputed,) = traffic(share, Layout(tensor=8), **sizes, recomputed=1.0)
+    assert recomputed.n_bytes == 3 * (24 * 6 + 2) * crossing
     # Korthikanti et al. 2022, 4.2.2: a gather and a scatter send what an all-reduce does; here one more of each around all
-    (pieces,) = traffic(share, Layout(tensor=8, sequence=True), **sizes, again=0.0)
-    assert pieces.n_bytes == sent.n_bytes + 3 * crossing
+    (sharded,) = traffic(share, Layout(tensor=8, sequence=True), **sizes, recomputed=0.0)
+    assert sharded.n_bytes == sent.n_bytes + 3 * crossing
 
 
 def test_a_step_waits_for_what_is_slowest():
     share = Share(weights=10**9, trained=10**9, largest=1)
-    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "again": 0.0}
+    sizes = {"tokens": 1, "n_layer": 1, "n_embd": 1, "passes": 1, "recomputed": 0.0}
     for per_node, where, seconds in ((8, "computing", 1.0), (4, "over the network", 8e9 * 7 / 8 / 25e9)):
         layout = Layout(data=8, per_node=per_node)
         flops = A100.flops * A100.efficiency * (1.0 if per_node == 8 else 0.01)
@@ -91,7 +98,7 @@ def test_llama_2_7b_takes_the_hours_that_meta_counted():
     with torch.device("meta"):
         model = Decoder(ModelConfig(**values))
     assert n_parameters(model) == 6_738_415_616
-    flops = training_flops(model, model.config, 4096, again=0.0)
+    flops = training_flops(model, model.config, 4096, recomputed=0.0)
     matrices = n_parameters(model) - 32000 * 4096
     assert flops == pytest.approx(6 * matrices + 12 * 32 * 4096 * 4096, rel=1e-4)  # 6 N + 12 L C T
     hours = step_time(A100, Layout(), [], flops=flops * 2.0e12).step / 3600
@@ -104,7 +111,7 @@ def test_a_layer_keeps_what_korthikanti_counted():
     B, T, C, H = 2, 32, 64, 4
     sizes = []
     for n_layer in (1, 2):
-        with weightless(torch.bfloat16):
+        with fake_tensors(torch.bfloat16):
             model = Decoder(ModelConfig(**{**GPT, "n_layer": n_layer}))
             sizes.append(activation_bytes(model, rows=B, seq_len=T, **PLAIN))
     assert sizes[1] - sizes[0] == pytest.approx(32 * B * T * C + B * T * 4 * (H + 2 * 2), rel=0.02)
@@ -117,16 +124,16 @@ def test_counting_without_memory_finds_what_autograd_holds(values: dict, adapter
         model = build_model(ModelConfig.from_dict(ModelConfig.from_dict(values).to_dict()))
         return lora(model) if adapter else model
 
-    with weightless(torch.float32):
+    with fake_tensors(torch.float32):
         counted = activation_bytes(build(), rows=4, seq_len=32, **PLAIN)
     model, ids = build(), torch.zeros(4, 32, dtype=torch.long)
     target = {"decoder_input_ids": ids} if values.get("shape") == "encoder_decoder" else {}
-    assert counted == saved_bytes(model, lambda: model.features(ids, **target))
+    assert counted == saved_tensor_bytes(model, lambda: model.features(ids, **target))
 
 
 def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():
     def count(every: int | None, kind: str = "full") -> float:
-        with weightless(torch.float32):
+        with fake_tensors(torch.float32):
             return activation_bytes(
                 Decoder(ModelConfig(**GPT)), rows=2, seq_len=32, **{**PLAIN, "every": every, "kind": kind}
             )
@@ -134,7 +141,7 @@ def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too
     def alive(every: int) -> int:
         model, ids = Decoder(ModelConfig(**GPT)), torch.zeros(2, 32, dtype=torch.long)
         recompute(model, every)
-        return saved_bytes(model, lambda: model.features(ids))
+        return saved_tensor_bytes(model, lambda: model.features(ids))
 
     everything = count(None)
     one_block = (everything - alive(1)) / 3
@@ -152,9 +159,11 @@ def test_pieces_of_sequences_leave_less_to_each_device():
     for pieces, expected in ((1, 8 + 24 / n), (n, 4 + (4 + 24) / n)):
         sizes = []
         for n_layer in (1, 2):
-            config = part_of(ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n))
-            with weightless(torch.bfloat16):
-                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, pieces=pieces))
+            config = local_model_config(
+                ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n)
+            )
+            with fake_tensors(torch.bfloat16):
+                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, sequence_shards=pieces))
         statistics = B * T * 4 * (H / n + 2 * 2 / pieces)
         assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
 
@@ -171,8 +180,8 @@ def test_a_stage_holds_its_blocks_and_what_lies_at_its_end():
 
 def test_early_stages_of_1f1b_hold_more_microbatches():
     # Narayanan et al. 2019, section 3.2: as many as there are stages from one on; GPipe: all
-    assert [Layout(stages=4, microbatches=8).under_way(stage) for stage in range(4)] == [4, 3, 2, 1]
-    assert [Layout(stages=4, microbatches=8, gpipe=True).under_way(stage) for stage in range(4)] == [8] * 4
+    assert [Layout(stages=4, microbatches=8).in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [Layout(stages=4, microbatches=8, gpipe=True).in_flight(stage) for stage in range(4)] == [8] * 4
     share = Share(weights=0, trained=0, largest=0)
     assert memory(share, Layout(stages=4, microbatches=8), activations=80, loss=5, stage=2).total == 20 + 5
 
@@ -189,7 +198,7 @@ def test_states_are_counted_by_what_the_optimizer_makes():
 
 def test_a_device_of_a_tensor_parallel_group_holds_its_heads_channels_and_words():
     config = ModelConfig(**LLAMA)
-    part = part_of(config, Layout(tensor=2))
+    part = local_model_config(config, Layout(tensor=2))
     with torch.device("meta"):
         whole, half = Decoder(config), Decoder(part)
     matrices = sum(p.numel() for p in whole.parameters() if p.ndim > 1)

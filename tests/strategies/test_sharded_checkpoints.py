@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from genai_pl.checkpoints.file import MARK, read_checkpoint, read_contents
-from genai_pl.checkpoints.sharded import PieceSaver
+from genai_pl.checkpoints.sharded import ShardedSaver
 from genai_pl.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ def checkpoint() -> dict:
 
 @pytest.fixture(params=[False, True], ids=["at once", "later"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    saver, path = PieceSaver(later=request.param), tmp_path / "step=000007.ckpt"
+    saver, path = ShardedSaver(asynchronous=request.param), tmp_path / "step=000007.ckpt"
     contents, written = checkpoint(), []
     saver.save(contents, path, written.append)
     for value in [*contents["state_dict"].values(), contents["optimizer_states"][0]["state"][0]["step"]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from genai_pl.distributed.dtensor import whole
+from genai_pl.distributed.dtensor import full_tensor_on_cpu
 from genai_pl.distributed.tensor_parallel_group import sum_gradients
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_cross_entropy
@@ -86,7 +86,7 @@ def pass_of(model: nn.Module, shared: Callable[[], None] = lambda: None) -> Resu
         loss.backward()
     shared()
     result = {"loss": loss.detach(), "logits": model.logits(hidden).detach()}
-    return result | {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    return result | {name: full_tensor_on_cpu(p.grad) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def parts_of(name: str, mesh: DeviceMesh, *, sequence_parallel: bool) -> tuple[Result, Result]:

@@ -25,16 +25,16 @@ from tests.conftest import ROOT
 TORN = "torn"
 # the function that a stage of a run lies in, by its file; within one, another may begin
 STAGES = {
-    ("run.py", "_train"): "command",
-    ("run.py", "build"): "preparation",
-    ("run.py", "_begin"): "beginning",
+    ("train.py", "_train"): "command",
+    ("build.py", "build"): "preparation",
+    ("train.py", "_begin"): "beginning",
     ("fit.py", "fit"): "training",
     ("base.py", "validation_step"): "validation",
-    ("writing.py", "validation_step"): "validation",
+    ("rollout_module.py", "validation_step"): "validation",
     ("checkpoint.py", "save"): "checkpoint",
     ("metrics_csv.py", "log_metrics"): "table",
-    ("rollout.py", "write"): "rollout",
-    ("samples.py", "_continued"): "samples",
+    ("rollout.py", "generate_rollout"): "rollout",
+    ("samples.py", "_show_continuations"): "samples",
     ("fit.py", "finish"): "finish",
     ("fit.py", "export_run"): "export",
 }

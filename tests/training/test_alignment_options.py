@@ -100,7 +100,7 @@ def test_completions_that_share_their_prompt_teach_what_they_teach_apart(files: 
     assert command(*given, "hydra.run.dir=shared").status == 0
     together = sum(tokens)
     tokens.clear()
-    monkeypatch.setattr(writing, "shares_beginnings", lambda model: False)
+    monkeypatch.setattr(writing, "supports_shared_prompts", lambda model: False)
     assert command(*given, "hydra.run.dir=apart").status == 0
     assert together < 0.8 * sum(tokens)
     for name in ("train/loss", "objective/scores", "objective/kl", "objective/entropy", "policy/ratio", "val/scores"):

@@ -8,17 +8,17 @@ import pytest
 from genai_pl.training.length import (
     BEFORE,
     Length,
-    begun_length,
     choose_length,
     default_warmup,
     describe_length,
+    read_stored_length,
     with_warmup,
 )
 from tests.conftest import TINY
 
 LINE = "length      "
 ROWS = [{"prompt": f"say {n}", "completion": f"I say {n}."} for n in range(30)]
-GIVEN = {"max_steps": None, "max_epochs": None, "steps_per_pass": 12, "fine_tunes": False, "begun": None}
+GIVEN = {"max_steps": None, "max_epochs": None, "steps_per_pass": 12, "fine_tunes": False, "stored": None}
 
 
 def length_of(out: str) -> str:
@@ -41,9 +41,9 @@ def lines_of(path: str) -> list[dict[str, str]]:
         ({"max_epochs": 2}, 2 * 12),
         ({"max_epochs": 2, "max_steps": 7}, 2 * 12),
         ({"max_steps": 7, "fine_tunes": True}, 7),
-        ({"begun": {"steps": 40, "warmup_steps": 8}, "fine_tunes": True}, 40),
-        ({"begun": BEFORE, "fine_tunes": True}, 500),  # of a run that was begun before lengths were kept
-        ({"begun": {"steps": 40, "warmup_steps": 8}, "max_steps": 90}, 90),
+        ({"stored": {"steps": 40, "warmup_steps": 8}, "fine_tunes": True}, 40),
+        ({"stored": BEFORE, "fine_tunes": True}, 500),  # of a run that was begun before lengths were kept
+        ({"stored": {"steps": 40, "warmup_steps": 8}, "max_steps": 90}, 90),
     ],
 )
 def test_a_run_is_as_long_as_it_is_told_and_else_fits_its_data(changes: dict, steps: int) -> None:
@@ -56,9 +56,9 @@ def test_warmup_is_100_steps_and_at_most_a_fifth_of_the_run(steps: int, warmup: 
 
 
 def test_a_checkpoint_that_does_not_say_its_length_was_begun_with_the_defaults_of_then() -> None:
-    assert begun_length({}) == {"steps": 500, "warmup_steps": 100}
-    assert begun_length({"length": {"steps": 36, "warmup_steps": 7}}) == {"steps": 36, "warmup_steps": 7}
-    assert begun_length({"length": ["no", "numbers"]}) == BEFORE
+    assert read_stored_length({}) == {"steps": 500, "warmup_steps": 100}
+    assert read_stored_length({"length": {"steps": 36, "warmup_steps": 7}}) == {"steps": 36, "warmup_steps": 7}
+    assert read_stored_length({"length": ["no", "numbers"]}) == BEFORE
 
 
 def test_a_warmup_that_swallows_the_run_is_said() -> None:

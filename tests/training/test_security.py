@@ -16,7 +16,7 @@ from genai_pl.config.redaction import holds_secret, masked
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.training.resume import replay
-from genai_pl.training.targets import make, named
+from genai_pl.training.targets import instantiate, locate_target
 from genai_pl.training.trust import read_overrides
 from tests.conftest import ROOT, TINY
 
@@ -364,15 +364,15 @@ def test_only_named_packages_are_made_of_a_configuration(target: str, place: Pat
     import_plugins()
     for node in ({"_target_": target}, {"_target_": "torch.nn.Identity", "x": [{"y": {"_target_": target}}]}):
         with pytest.raises(ConfigError, match="_target_="):
-            make(OmegaConf.create(node))
+            instantiate(OmegaConf.create(node))
     assert not (place / "ran").exists()
 
 
 def test_our_options_and_those_of_lightning_and_torch_are_made() -> None:
     for path in (ROOT / "conf").rglob("*.yaml"):
         for target in re.findall(r"^[- ]*_target_: ([\w.]+)$", path.read_text(), re.M):
-            assert target == "null" or target.endswith("WandbLogger") or callable(named(target))
-    assert isinstance(make(OmegaConf.create({"_target_": "torch.nn.Identity"})), torch.nn.Identity)
+            assert target == "null" or target.endswith("WandbLogger") or callable(locate_target(target))
+    assert isinstance(instantiate(OmegaConf.create({"_target_": "torch.nn.Identity"})), torch.nn.Identity)
 
 
 def test_code_that_is_typed_runs(place: Path, command) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from genai_pl.data import byte_tokenizer, vocabulary
+from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.prompt_tokens import (
     TEMPLATE,
@@ -111,7 +111,7 @@ def test_tokens_are_kept_for_the_same_rows_tokenizer_and_template(
             completion="completion", packing=False, seq_len=400, batch_size=2, val_batch_size=None, workers=0,
             shuffle=True, seed=0,
         )  # fmt: skip
-        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, len(tokenizer))))
+        data.prepare(tokenizer, SFTCollator(vocabulary=special_tokens(tokenizer, len(tokenizer))))
         return [row["input_ids"].tolist() for row in [*data.train_rows, *data.val_rows]]
 
     first, odd = rows(TEMPLATE), rows(ODD)
@@ -224,5 +224,5 @@ def test_a_template_that_asks_otherwise_than_it_teaches_is_said(
             path=str(tmp_path / "talk.jsonl"), messages="messages", prompt="prompt", completion="completion",
             val_batch_size=None, workers=0, shuffle=True, seed=0, **options,
         )  # fmt: skip
-        data.prepare(tokenizer, SFTCollator(vocabulary=vocabulary(tokenizer, 258)))
+        data.prepare(tokenizer, SFTCollator(vocabulary=special_tokens(tokenizer, 258)))
         assert ("the chat template asks with" in caplog.text) is is_said

@@ -1,4 +1,4 @@
-"""A sequence cut into blocks of equal length."""
+"""A sequence split into blocks of equal length."""
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def refuse(
     dropout_p: float = 0.0,
 ) -> None:
     """ConfigError if any of these is given, or if the mask has an order, a prefix or a window other than `window`."""
-    given = {
+    unsupported = {
         "window": mask.window not in (None, window),
         "order": mask.order is not None,
         "prefix": mask.prefix is not None,
@@ -38,8 +38,8 @@ def refuse(
         "softcap": softcap is not None,
         "dropout": dropout_p > 0.0,
     }
-    for name, is_given in given.items():
-        if is_given:
+    for name, is_set in unsupported.items():
+        if is_set:
             what, fix = FIXES[name]
             raise ConfigError(f"model.attention_kind={kind} has no {what}: set {fix}{_or_full(fix)}")
 
@@ -54,17 +54,17 @@ def pad_to_blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def cut(x: Tensor, block: int) -> Tensor:
+def split_into_blocks(x: Tensor, block: int) -> Tensor:
     """(..., N * block, D) -> (..., N, block, D)."""
     return x.unflatten(-2, (-1, block))
 
 
-def cut_with_neighbours(x: Tensor, block: int, *, before: int, after: int) -> Tensor:
+def blocks_with_neighbours(x: Tensor, block: int, *, before: int, after: int) -> Tensor:
     """Each block between the positions before and after it, (..., N * block, D) -> (..., N, before + block + after, D).
 
     At most one block's length on either side; zeros stand beyond the ends.
     """
-    blocks = cut(x, block)
+    blocks = split_into_blocks(x, block)
     parts = [blocks]
     if before:
         parts.insert(0, F.pad(blocks[..., :-1, block - before :, :], (0, 0, 0, 0, 1, 0)))

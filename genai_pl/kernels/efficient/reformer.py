@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.attention import attention
-from genai_pl.kernels.efficient.common import cut, cut_with_neighbours, pad_to_blocks, refuse
+from genai_pl.kernels.efficient.common import blocks_with_neighbours, pad_to_blocks, refuse, split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
 
 ONLY_CHOICE = -3e4  # added to a position's score of itself: far below every other, and finite in float16
@@ -62,14 +62,14 @@ class Reformer(nn.Module):
         block = min(self.bucket_size, S)
         groups = self._groups(q.detach(), mask)  # (B, H, R, S)
         order = groups.argsort(dim=-1, stable=True)
-        place = order.argsort(dim=-1)
+        rank = order.argsort(dim=-1)
         sorted_groups = pad_to_blocks(groups.gather(-1, order)[..., None], block)
-        queries, values = (pad_to_blocks(_take(x, order), block) for x in (q, v))  # (B, H, R, N * block, D)
+        queries, values = (pad_to_blocks(_gather_rounds(x, order), block) for x in (q, v))  # (B, H, R, N * block, D)
         y, log = _attend_to_neighbours(
             queries, values, sorted_groups, block, causal=mask.causal, scale=scale, dropout_p=dropout_p
         )
-        log = log.gather(-1, place)  # (B, H, R, S)
-        y = y.gather(-2, place[..., None].expand(*place.shape, y.shape[-1]))
+        log = log.gather(-1, rank)  # (B, H, R, S)
+        y = y.gather(-2, rank[..., None].expand(*rank.shape, y.shape[-1]))
         return (log.softmax(2)[..., None] * y).sum(2).to(q.dtype)
 
     def _groups(self, q: Tensor, mask: AttentionMask) -> Tensor:
@@ -99,7 +99,7 @@ def _directions(head_dim: int, n: int, seed: int) -> Tensor:
     return torch.randn(head_dim, n, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
-def _take(x: Tensor, order: Tensor) -> Tensor:
+def _gather_rounds(x: Tensor, order: Tensor) -> Tensor:
     """The positions of x (B, H, S, D) in the order (B, H, R, S) of each round: (B, H, R, S, D)."""
     x = x[:, :, None].expand(-1, -1, order.shape[2], -1, -1)
     return x.gather(-2, order[..., None].expand(x.shape))
@@ -110,14 +110,14 @@ def _attend_to_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Attention within groups (..., L, 1) to keys fewer than `block` steps away: (..., L, D) and the log of the sums."""
     reach = {"before": block - 1, "after": 0 if causal else block - 1}
-    keys = cut_with_neighbours(F.normalize(q, dim=-1), block, **reach)  # (..., N, width, D)
-    values = cut_with_neighbours(v, block, **reach)
-    key_groups = cut_with_neighbours(groups, block, **reach).transpose(-2, -1)  # (..., N, 1, width)
+    keys = blocks_with_neighbours(F.normalize(q, dim=-1), block, **reach)  # (..., N, width, D)
+    values = blocks_with_neighbours(v, block, **reach)
+    key_groups = blocks_with_neighbours(groups, block, **reach).transpose(-2, -1)  # (..., N, 1, width)
     steps = torch.arange(keys.shape[-2], device=q.device) - torch.arange(block, device=q.device)[:, None] - (block - 1)
     near = (steps <= 0) & (steps > -block) if causal else steps.abs() < block  # (block, width)
-    visible = (cut(groups, block) == key_groups) & (key_groups != 0) & near  # (..., N, block, width)
+    visible = (split_into_blocks(groups, block) == key_groups) & (key_groups != 0) & near  # (..., N, block, width)
     blind = ~visible.any(-1, keepdim=True)
-    scores = (cut(q, block) * scale) @ keys.transpose(-2, -1)
+    scores = (split_into_blocks(q, block) * scale) @ keys.transpose(-2, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores + torch.where(steps == 0, ONLY_CHOICE, 0.0).masked_fill(~(visible | blind), float("-inf"))
     log = scores.logsumexp(-1, keepdim=True)  # (..., N, block, 1)

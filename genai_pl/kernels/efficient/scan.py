@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genai_pl.kernels.efficient.common import cut
+from genai_pl.kernels.efficient.common import split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
 
 BLOCK = 128
-NOTHING = float("-inf")
+EMPTY = float("-inf")
 
 
 class Sums(NamedTuple):
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 def attend_without_mask(log_q: Tensor, log_k: Tensor, values: Tensor) -> Tensor:
     """Means of values (..., S, D) with the weights sum_m exp(log_q[..., t, m] + log_k[..., s, m]), (..., T, D)."""
-    return _divide([_read(log_q, _state(log_k, _with_ones(values)))])
+    return _divide([_query_state(log_q, _state(log_k, _with_ones(values)))])
 
 
 def attend_by_features(log_q: Tensor, log_k: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
@@ -46,10 +46,10 @@ def attend_by_features(log_q: Tensor, log_k: Tensor, values: Tensor, mask: Atten
     visible = _visible(query_documents, documents[:, :, :, -n:], causal=mask.causal)
     parts = [_within(queries, keys[:, :, :, -n:], values[:, :, :, -n:], visible)]
     parts.append(_from_states(queries, query_documents, _states_before(keys, values, documents)))
-    if not mask.causal:  # what comes after is what comes before in the row turned round
+    if not mask.causal:  # what comes after is what comes before in the reversed row
         last = documents.amax() + 1
-        turned = torch.where(documents == 0, 0, last - documents).flip(3)
-        state, document = _states_before(keys.flip(3), values.flip(3), turned)
+        reversed_documents = torch.where(documents == 0, 0, last - documents).flip(3)
+        state, document = _states_before(keys.flip(3), values.flip(3), reversed_documents)
         after = Sums(state.log.flip(3), state.total.flip(3)), last - document.flip(3)
         parts.append(_from_states(queries, query_documents, after))
     return _divide(parts).flatten(3, 4)[:, :, :, -T:]
@@ -72,7 +72,7 @@ def _documents(mask: AttentionMask, T: int, S: int, device: torch.device) -> tup
 def _blocks(x: Tensor, length: int, block: int) -> Tensor:
     """Zeros before the first position up to whole blocks that hold `length`, (..., L, D) -> (..., N, block, D)."""
     missing = length + -length % block - x.shape[-2]
-    return cut(F.pad(x, (0, 0, missing, 0)) if missing else x, block)
+    return split_into_blocks(F.pad(x, (0, 0, missing, 0)) if missing else x, block)
 
 
 def _visible(query_documents: Tensor, documents: Tensor, *, causal: bool) -> Tensor:
@@ -89,7 +89,7 @@ def _within(log_q: Tensor, log_k: Tensor, values: Tensor, visible: Tensor) -> Su
     """
     top_q, top_k = (x.detach().amax(-1, keepdim=True) for x in (log_q, log_k))
     products = torch.exp(log_q - top_q) @ torch.exp(log_k - top_k).transpose(-2, -1)  # (B, K, G, n, block, block)
-    sizes = top_k.transpose(-2, -1).masked_fill(~visible, NOTHING)  # (B, K, 1, n, block, block)
+    sizes = top_k.transpose(-2, -1).masked_fill(~visible, EMPTY)  # (B, K, 1, n, block, block)
     top = sizes.amax(-1, keepdim=True)
     weights = products * torch.exp(sizes - _finite(top))
     return Sums((top_q + top).squeeze(-1), weights @ values)
@@ -101,7 +101,7 @@ def _state(log_k: Tensor, values: Tensor) -> Sums:
     return Sums(top, torch.exp(log_k - _finite(top)[..., None, :]).transpose(-2, -1) @ values)
 
 
-def _read(log_q: Tensor, state: Sums) -> Sums:
+def _query_state(log_q: Tensor, state: Sums) -> Sums:
     """The sums of each query (..., T, M) over the keys of a state, (..., T, D + 1)."""
     exponents = log_q + state.log[..., None, :]
     top = exponents.detach().amax(-1, keepdim=True)  # (..., T, 1)
@@ -115,13 +115,13 @@ def _states_before(log_k: Tensor, values: Tensor, documents: Tensor) -> tuple[Su
     """
     newest = documents.amax(-1).cummax(-1).values  # (B, 1, 1, N)
     elsewhere = documents != newest[..., None]
-    blocks = _state(log_k.masked_fill(elsewhere[..., None], NOTHING), values)
+    blocks = _state(log_k.masked_fill(elsewhere[..., None], EMPTY), values)
     newest = F.pad(newest, (1, 0))  # (B, 1, 1, N + 1)
     goes_on = newest[..., 1:] == newest[..., :-1]
-    state = Sums(torch.full_like(blocks.log[:, :, :, 0], NOTHING), torch.zeros_like(blocks.total[:, :, :, 0]))
+    state = Sums(torch.full_like(blocks.log[:, :, :, 0], EMPTY), torch.zeros_like(blocks.total[:, :, :, 0]))
     states = [state]
     for i in range(documents.shape[3] - 1):
-        past = state.log.masked_fill(~goes_on[..., i, None], NOTHING)
+        past = state.log.masked_fill(~goes_on[..., i, None], EMPTY)
         top = torch.maximum(past, blocks.log[:, :, :, i])
         old, new = (torch.exp(log - _finite(top))[..., None] for log in (past, blocks.log[:, :, :, i]))
         state = Sums(top, state.total * old + blocks.total[:, :, :, i] * new)
@@ -134,9 +134,9 @@ def _from_states(log_q: Tensor, query_documents: Tensor, states: tuple[Sums, Ten
     """The sums of each query over the state that reaches its block, if that is of its document."""
     n = log_q.shape[3]
     state, document = states
-    sums = _read(log_q, Sums(state.log[:, :, :, -n:], state.total[:, :, :, -n:]))
+    sums = _query_state(log_q, Sums(state.log[:, :, :, -n:], state.total[:, :, :, -n:]))
     other = (query_documents != document[..., -n:, None]) | (query_documents == 0)  # (B, 1, 1, n, block)
-    return Sums(sums.log.masked_fill(other, NOTHING), sums.total)
+    return Sums(sums.log.masked_fill(other, EMPTY), sums.total)
 
 
 def _divide(parts: list[Sums]) -> Tensor:
@@ -149,4 +149,4 @@ def _divide(parts: list[Sums]) -> Tensor:
 
 def _finite(log: Tensor) -> Tensor:
     """Something that can be subtracted: 0 where nothing was seen."""
-    return log.masked_fill(log == NOTHING, 0.0)
+    return log.masked_fill(log == EMPTY, 0.0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.kernels.attention import attention, choose_backend
-from genai_pl.kernels.efficient.common import cut, cut_with_neighbours, pad_to_blocks, refuse
+from genai_pl.kernels.efficient.common import blocks_with_neighbours, pad_to_blocks, refuse, split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
 
 MIN_BLOCK = 64  # shorter blocks are matrices too small to multiply well
@@ -46,9 +46,9 @@ class WindowAttention(nn.Module):
         if n_early:
             parts.append(self._global(q[:, :, :n_early], k, v, mask, T, **options))
         if n_early < T:
-            chosen, _ = choose_backend(q.device, softcap=softcap, head_dim=D, dtype=q.dtype, backend=self.backend)
+            backend, _ = choose_backend(q.device, softcap=softcap, head_dim=D, dtype=q.dtype, backend=self.backend)
             # triton passes over the keys outside a window; the others compute all of them unless they come in blocks
-            in_blocks = chosen != "triton" and T == S and 2 * self.block < S
+            in_blocks = backend != "triton" and T == S and 2 * self.block < S
             local = self._blocks if in_blocks else self._rows
             parts.append(local(q[:, :, n_early:], k, v, mask, **options))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
@@ -91,7 +91,9 @@ class WindowAttention(nn.Module):
         n_early = S - q.shape[2]
         before, after = self._reach(mask)
         q = F.pad(q, (0, 0, n_early, 0))  # so that block and position agree
-        q = cut(pad_to_blocks(q, self.block), self.block).transpose(1, 2).flatten(0, 1)  # (B * N, H, block, D)
+        q = (
+            split_into_blocks(pad_to_blocks(q, self.block), self.block).transpose(1, 2).flatten(0, 1)
+        )  # (B * N, H, block, D)
         k, v = (self._with_globals(x, before, after) for x in (k, v))  # (B * N, K, n_global + width, D)
         key = (B, S, self.window, self.n_global, q.device)
         blocks = mask.remember("window blocks", key, lambda: self._block_mask(mask, B, S, q.device))
@@ -105,7 +107,7 @@ class WindowAttention(nn.Module):
 
     def _with_globals(self, x: Tensor, before: int, after: int) -> Tensor:
         """The global positions and the neighbourhood of each block, (B, K, S, D) -> (B * N, K, n_global + width, D)."""
-        near = cut_with_neighbours(pad_to_blocks(x, self.block), self.block, before=before, after=after)
+        near = blocks_with_neighbours(pad_to_blocks(x, self.block), self.block, before=before, after=after)
         first = x[:, :, None, : self.n_global].expand(-1, -1, near.shape[2], -1, -1)  # (B, K, N, n_global, D)
         return torch.cat([first, near], dim=3).transpose(1, 2).flatten(0, 1)
 
@@ -117,10 +119,12 @@ class WindowAttention(nn.Module):
         queries = ones if mask.segments is None else mask.segments_of_queries(S, S)
         near = keys.clone()
         near[:, : self.n_global] = 0  # these are in the prefix, and must not count twice
-        near = cut_with_neighbours(pad_to_blocks(near[..., None], self.block), self.block, before=before, after=after)
+        near = blocks_with_neighbours(
+            pad_to_blocks(near[..., None], self.block), self.block, before=before, after=after
+        )
         first = keys[:, None, : self.n_global].expand(-1, near.shape[1], -1)  # (B, N, n_global)
         keys = torch.cat([first, near[..., 0]], dim=2).expand(B, -1, -1).flatten(0, 1)  # (B * N, n_global + width)
-        queries = cut(pad_to_blocks(queries[..., None], self.block), self.block)[..., 0]
+        queries = split_into_blocks(pad_to_blocks(queries[..., None], self.block), self.block)[..., 0]
         queries = queries.expand(B, -1, -1).flatten(0, 1)  # (B * N, block)
         # the rows end `after` positions behind their queries, so the window to both sides is a causal one of its width
         window = before + 1 + after

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash.blocks import key_blocks, query_blocks, split_shared, step_to, walk
+from genai_pl.kernels.flash.blocks import key_blocks, query_blocks, split_global_prefix, step_to, walk
 from genai_pl.kernels.flash.common import (
     LOG2E,
     as_column,
@@ -112,12 +112,12 @@ def _keys_of(
             weights = tl.where(visible(i[None, :], j[:, None], of_query, of_key, head, sizes, F), weights, 0.0)
         d_o = load_tile(do_head + i0.to(tl.int64) * do_stride.t + do_tile, i, sizes.T, CHECK, F.D_V, F.BLOCK_D_V)
         d_weights = product(v, tl.trans(d_o), tl.zeros([F.BLOCK_N, F.BLOCK_M], tl.float32), F)
-        kept = weights
+        dropped_weights = weights
         if F.dropout:
             mask = keep(i[None, :], j[:, None], head, scalars)
-            kept = tl.where(mask, weights * scalars.keep_scale, 0.0)
+            dropped_weights = tl.where(mask, weights * scalars.keep_scale, 0.0)
             d_weights = tl.where(mask, d_weights * scalars.keep_scale, 0.0)
-        dv = product(kept, d_o, dv, F)
+        dv = product(dropped_weights, d_o, dv, F)
         d_scores = weights * (d_weights - tl.load(delta + i)[None, :])
         if F.softcap:
             d_scores = d_scores * (1.0 - ratio * ratio)
@@ -149,8 +149,8 @@ def query_gradient(
     k_head, v_head = base(K, b, h // sizes.group, b * 0, k_stride), base(V, b, h // sizes.group, b * 0, v_stride)
     blocks = key_blocks(i0, q_table, sizes, F)
     dq = tl.zeros([F.BLOCK_M, F.BLOCK_D], tl.float32)
-    if F.shared:
-        first, blocks = split_shared(blocks, head[5], F.BLOCK_N)
+    if F.global_prefix:
+        first, blocks = split_global_prefix(blocks, head[5], F.BLOCK_N)
         dq = _queries_of(
             dq, q, d_o, lse2, delta, k_head, v_head, i, q_table, k_table, head, first, k_stride, v_stride, bias_stride,
             sizes, scalars, True, F,

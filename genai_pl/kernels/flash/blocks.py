@@ -35,7 +35,7 @@ def key_blocks(i0, table, sizes, F: tl.constexpr):
     if F.causal:
         end = last + 1
         full_end = first + 1
-    return _cut(start, full_start, full_end, end, sizes.S, F.BLOCK_N, F)
+    return _align_to_blocks(start, full_start, full_end, end, sizes.S, F.BLOCK_N, F)
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def query_blocks(j0, table, sizes, F: tl.constexpr):
     if F.causal:
         start = first
         full_start = last
-    return _cut(start, full_start, full_end, end, sizes.T, F.BLOCK_M, F)
+    return _align_to_blocks(start, full_start, full_end, end, sizes.T, F.BLOCK_M, F)
 
 
 @triton.jit
@@ -68,11 +68,11 @@ def _from_table(table, index, length, BLOCK: tl.constexpr, F: tl.constexpr):
     full_start = tl.max(tl.load(table + FULL_START * length + index), 0)
     full_end = tl.min(tl.load(table + FULL_END * length + index), 0)
     # the intervals are inside the sequence already: any bound does that they do not reach
-    return _cut(start, full_start, full_end, end, 2147483647, BLOCK, F)
+    return _align_to_blocks(start, full_start, full_end, end, 2147483647, BLOCK, F)
 
 
 @triton.jit
-def _cut(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.constexpr):
+def _align_to_blocks(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.constexpr):
     """Intervals to multiples of the block, the full part inside the rest."""
     start = tl.maximum(start, 0) // BLOCK * BLOCK
     end = tl.maximum(tl.minimum(end, length), 0)
@@ -85,12 +85,17 @@ def _cut(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.co
 
 
 @triton.jit
-def split_shared(blocks, shared, BLOCK: tl.constexpr):
-    """The blocks of the first `shared` keys, all of them edges, and the others."""
+def split_global_prefix(blocks, global_prefix, BLOCK: tl.constexpr):
+    """The blocks of the first `global_prefix` keys, all of them edges, and the others."""
     start, full_start, full_end, end = blocks
-    cut = tl.cdiv(shared, BLOCK) * BLOCK
-    full_start = tl.maximum(full_start, cut)
-    return (cut * 0, cut, cut, cut * 0), (tl.maximum(start, cut), full_start, tl.maximum(full_end, full_start), end)
+    boundary = tl.cdiv(global_prefix, BLOCK) * BLOCK
+    full_start = tl.maximum(full_start, boundary)
+    return (boundary * 0, boundary, boundary, boundary * 0), (
+        tl.maximum(start, boundary),
+        full_start,
+        tl.maximum(full_end, full_start),
+        end,
+    )
 
 
 @triton.jit

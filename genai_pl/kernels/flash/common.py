@@ -16,7 +16,7 @@ from genai_pl.kernels.flash import mask_tables as flash_tables
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SEGMENT, RANK = tl.constexpr(flash_tables.SEGMENT), tl.constexpr(flash_tables.RANK)
-PREFIX, SHARED = tl.constexpr(flash_tables.PREFIX), tl.constexpr(flash_tables.SHARED)
+PREFIX, GLOBAL_PREFIX = tl.constexpr(flash_tables.PREFIX), tl.constexpr(flash_tables.GLOBAL_PREFIX)
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
 
@@ -32,7 +32,7 @@ class Features:
     window: bool = False
     prefix: bool = False
     segments: bool = False
-    shared: bool = False
+    global_prefix: bool = False
     order: int = 0  # 1: keys of the query's rank or lower, 2: lower only
     bias: bool = False
     alibi: bool = False
@@ -49,7 +49,7 @@ class Features:
     @property
     def tables(self) -> bool:
         """Whether the blocks to visit are read from tables rather than computed."""
-        return self.prefix or self.segments or self.shared
+        return self.prefix or self.segments or self.global_prefix
 
     @property
     def plain(self) -> bool:
@@ -158,12 +158,12 @@ def product(a, b, acc, F: tl.constexpr):
 
 @triton.jit
 def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
-    """(bias, slope, seed, row of the dropout counter, prefix, shared) of one head; 0 where the case has none."""
+    """(bias, slope, seed, row of the dropout counter, prefix, global_prefix) of one head; 0 where the case has none."""
     bias = 0
     slope = 0.0
     seed = 0
     prefix = 0
-    shared = 0
+    global_prefix = 0
     if F.bias:
         bias = extras.bias + b.to(tl.int64) * bias_stride.b + h.to(tl.int64) * bias_stride.h
     if F.alibi:
@@ -172,9 +172,9 @@ def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
         seed = tl.load(extras.seed)
     if F.prefix:
         prefix = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + PREFIX * sizes.T)
-    if F.shared:
-        shared = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + SHARED * sizes.T)
-    return bias, slope, seed, b * sizes.H + h, prefix, shared
+    if F.global_prefix:
+        global_prefix = tl.load(extras.queries + b.to(tl.int64) * sizes.query_table + GLOBAL_PREFIX * sizes.T)
+    return bias, slope, seed, b * sizes.H + h, prefix, global_prefix
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def visible(i, j, of_query, of_key, head, sizes, F: tl.constexpr):
         ok = ok | (j < head[4])
     if F.segments:
         ok = ok & (of_query[0] == of_key[0]) & (of_key[0] != 0)
-    if F.shared:
+    if F.global_prefix:
         ok = ok | ((j < head[5]) & (j <= position if F.causal else j < sizes.S))
     if F.order > 0:
         ok = ok & (of_key[1] <= of_query[1] if F.order == 1 else of_key[1] < of_query[1])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genai_pl.kernels.flash.blocks import clip, key_blocks, split_shared, step_to, walk
+from genai_pl.kernels.flash.blocks import clip, key_blocks, split_global_prefix, step_to, walk
 from genai_pl.kernels.flash.common import (
     LN2,
     as_column,
@@ -50,8 +50,8 @@ def forward(
         tl.zeros([F.BLOCK_M], tl.float32),
         tl.full([F.BLOCK_M], float("-inf"), tl.float32),
     )
-    if F.shared:
-        first, blocks = split_shared(blocks, head[5], F.BLOCK_N)
+    if F.global_prefix:
+        first, blocks = split_global_prefix(blocks, head[5], F.BLOCK_N)
         if SPLIT:
             first = clip(first, tl.program_id(1) * split_size, (tl.program_id(1) + 1) * split_size)
         state = _attend(

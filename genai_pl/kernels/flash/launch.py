@@ -51,8 +51,8 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
     blocks = blocks._replace(BLOCK_M=min(64, max(16, triton.next_power_of_2(sizes.rows))))
     n_programs = triton.cdiv(sizes.rows, blocks.BLOCK_M) * p.B * sizes.H
     n_blocks = triton.cdiv(p.S, blocks.BLOCK_N)
-    wanted = triton.cdiv(2 * n_processors(p.device), n_programs)
-    split_size = triton.cdiv(n_blocks, min(n_blocks, wanted)) * blocks.BLOCK_N
+    n_wanted = triton.cdiv(2 * n_processors(p.device), n_programs)
+    split_size = triton.cdiv(n_blocks, min(n_blocks, n_wanted)) * blocks.BLOCK_N
     n_splits = triton.cdiv(p.S, split_size)
     parts, parts_lse = p.empty(n_splits * p.B, sizes.H, sizes.rows, f.D_V), p.empty(n_splits, p.B, p.H, p.T)
     # even blocks are not worth a second kernel here: S changes with every token

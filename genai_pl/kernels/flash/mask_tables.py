@@ -6,17 +6,17 @@ from torch import Tensor
 from genai_pl.kernels.mask import AttentionMask
 
 # rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows;
-# of a query, [seen) leaves out the first SHARED keys
-SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, SHARED = range(8)
+# of a query, [seen) leaves out the first GLOBAL_PREFIX keys
+SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, GLOBAL_PREFIX = range(8)
 Interval = tuple[Tensor, Tensor]
 
 
 def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Tables (B or 1, rows, T) of the queries and (B or 1, rows, S) of the keys; None twice for a mask that needs none.
 
-    The row SHARED is there only if the mask has such keys.
+    The row GLOBAL_PREFIX is there only if the mask has such keys.
     """
-    if mask.prefix is None and mask.segments is None and mask.order is None and mask.shared is None:
+    if mask.prefix is None and mask.segments is None and mask.order is None and mask.global_prefix is None:
         return None, None
     return mask.remember("tables", (T, S, device), lambda: _build(mask, T, S, device))
 
@@ -32,29 +32,29 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
         seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
-    rest = [prefix]
-    if mask.shared is not None:
-        shared = _length(mask.shared, S, device)
-        rest.append(shared)
-        seen_by, full_by = _by_all(seen_by, full_by, mask, shared, T, S)
-    queries = _stack([*seen, *full, query_segment, query_rank, *rest], T)
-    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *rest], S)
+    lengths = [prefix]
+    if mask.global_prefix is not None:
+        global_prefix = _length(mask.global_prefix, S, device)
+        lengths.append(global_prefix)
+        seen_by, full_by = _by_all(seen_by, full_by, mask, global_prefix, T, S)
+    queries = _stack([*seen, *full, query_segment, query_rank, *lengths], T)
+    return queries, _stack([*seen_by, *full_by, key_segment, key_rank, *lengths], S)
 
 
-def _length(given: int | Tensor | None, S: int, device: torch.device) -> Tensor:
+def _length(length: int | Tensor | None, S: int, device: torch.device) -> Tensor:
     """How many of S keys, (B or 1, 1)."""
-    if isinstance(given, Tensor):
-        return given.clamp(0, S).view(-1, 1)
-    return torch.full((1, 1), max(0, min(given or 0, S)), device=device)  # no copy that a GPU would wait for
+    if isinstance(length, Tensor):
+        return length.clamp(0, S).view(-1, 1)
+    return torch.full((1, 1), max(0, min(length or 0, S)), device=device)  # no copy that a GPU would wait for
 
 
 def _by_all(
-    seen_by: Interval, full_by: Interval, mask: AttentionMask, shared: Tensor, T: int, S: int
+    seen_by: Interval, full_by: Interval, mask: AttentionMask, global_prefix: Tensor, T: int, S: int
 ) -> tuple[Interval, Interval]:
-    """The same intervals where the first `shared` keys are seen by all queries, or by all from their own position on."""
-    key = torch.arange(S, device=shared.device)[None]  # (1, S)
+    """The same intervals where the first `global_prefix` keys are seen by all queries, or by all from their own position on."""
+    key = torch.arange(S, device=global_prefix.device)[None]  # (1, S)
     start = (key - (S - T)).clamp(0, T) if mask.causal else torch.zeros_like(key)
-    free = key < shared  # (B or 1, S)
+    free = key < global_prefix  # (B or 1, S)
     first = torch.where(free, torch.minimum(start, seen_by[0]), seen_by[0])  # a prefix may reach further
     end, full_end = (torch.where(free, T, interval[1]) for interval in (seen_by, full_by))
     return (first, end), (torch.where(free, start, full_by[0]), full_end)
@@ -93,17 +93,17 @@ def _queries_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) ->
     return torch.where(free, 0, start.clamp(0, T)), torch.where(free, T, end.clamp(0, T))
 
 
-def _runs(ids: Tensor, others: Tensor) -> tuple[Interval, Interval]:
-    """Of each id, (B, N), the span of its occurrences in others, (B, M); twice, the second empty if the span has gaps."""
-    ids, others = (x.contiguous() for x in _same_batch(ids, others))
-    M = others.shape[1]
-    ordered, index = others.sort(stable=True)
+def _runs(ids: Tensor, haystack: Tensor) -> tuple[Interval, Interval]:
+    """Of each id, (B, N), the span of its occurrences in haystack, (B, M); twice, the second empty if the span has gaps."""
+    ids, haystack = (x.contiguous() for x in _same_batch(ids, haystack))
+    M = haystack.shape[1]
+    ordered, index = haystack.sort(stable=True)
     left, right = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
     start = index.gather(1, left.clamp(max=M - 1))
     end = index.gather(1, (right - 1).clamp(min=0)) + 1
-    found = (right > left) & (ids != 0)
-    whole = found & (end - start == right - left)
-    spans = [(torch.where(here, start, M), torch.where(here, end, 0)) for here in (found, whole)]
+    occurs = (right > left) & (ids != 0)
+    has_no_gap = occurs & (end - start == right - left)
+    spans = [(torch.where(here, start, M), torch.where(here, end, 0)) for here in (occurs, has_no_gap)]
     return spans[0], spans[1]
 
 

@@ -12,7 +12,7 @@ from genai_pl.kernels.mask import AttentionMask
 
 EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
 CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
-CASE += ", bool shared"
+CASE += ", bool global_prefix"
 N_EXTRAS = 5
 
 
@@ -51,7 +51,7 @@ def flash_attention(
         D**-0.5 if scale is None else scale,
         softcap or 0.0,
         dropout_p,
-        mask.shared is not None,
+        mask.global_prefix is not None,
     )
     return torch.ops.genai_pl.flash_forward(q, k, v, bias, alibi, queries, keys, seed, *case)
 

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     scale: float
     softcap: float
     dropout_p: float
-    shared: bool
+    global_prefix: bool
 
 
 class Problem:
@@ -49,7 +49,7 @@ class Problem:
             window=case.window > 0,
             prefix=case.prefix,
             segments=case.segments,
-            shared=case.shared,
+            global_prefix=case.global_prefix,
             order=case.order,
             bias=extras.bias is not None,
             alibi=extras.alibi is not None,

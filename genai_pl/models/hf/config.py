@@ -13,7 +13,7 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
 from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.hf.folder import TensorFiles, read_json
-from genai_pl.models.hf.ties import settle
+from genai_pl.models.hf.ties import resolve_ties
 
 # keys that are not kept: what is written says its own, and code beside the weights is not written
 WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id")
@@ -69,8 +69,8 @@ def write_config(
 
 def generation_values(values: Mapping[str, object], token_ids: Mapping[str, int | None]) -> dict[str, object]:
     """What generation_config.json says beside a config.json of these values: the tokens that begin and end a text."""
-    found = {key: values.get(key) for key in (*token_ids, "decoder_start_token_id")}
-    return {key: value for key, value in found.items() if value is not None}
+    tokens = {key: values.get(key) for key in (*token_ids, "decoder_start_token_id")}
+    return {key: value for key, value in tokens.items() if value is not None}
 
 
 def family_of(config: ModelConfig) -> Family | None:
@@ -115,7 +115,7 @@ def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, It
     for family in FAMILIES:
         if family.model_type == kind:
             config = _from_family(family, values, stored)
-            config = config if stored is None else settle(family, config, stored)
+            config = config if stored is None else resolve_ties(family, config, stored)
             return config, family.rows(config)
     known = ", ".join(family.model_type for family in FAMILIES)
     raise ConfigError(f"model_type {kind!r} is not supported; supported: {known} (others: model=hf model.name=...)")
@@ -126,18 +126,18 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     for key, needed in {**family.constants, "quantization_config": None, "per_layer_config": None}.items():
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
-    ours = {name: values[key] for name, key in family.fields.items()}
-    if type(ours["n_layer"]) is not int or not 0 < ours["n_layer"] <= MAX_LAYERS:  # before anything counts to it
-        raise ConfigError(f"{family.fields['n_layer']}={ours['n_layer']!r} is no number from 1 to {MAX_LAYERS:,}")
-    if "activation" in ours:
-        if ours["activation"] not in ACTIVATIONS:
+    fields = {name: values[key] for name, key in family.fields.items()}
+    if type(fields["n_layer"]) is not int or not 0 < fields["n_layer"] <= MAX_LAYERS:  # before anything counts to it
+        raise ConfigError(f"{family.fields['n_layer']}={fields['n_layer']!r} is no number from 1 to {MAX_LAYERS:,}")
+    if "activation" in fields:
+        if fields["activation"] not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"activation {ours['activation']!r} is not supported; supported: {supported}")
-        ours["activation"] = ACTIVATIONS[ours["activation"]]
+            raise ConfigError(f"activation {fields['activation']!r} is not supported; supported: {supported}")
+        fields["activation"] = ACTIVATIONS[fields["activation"]]
     for codec in family.codecs:
-        ours |= codec.read(values)
-    if ours.get("shape") is Shape.encoder and ours.get("window") is not None:
-        raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({ours['window']}) is not supported")
+        fields |= codec.read(values)
+    if fields.get("shape") is Shape.encoder and fields.get("window") is not None:
+        raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({fields['window']}) is not supported")
     head = family.head_of(values, stored)
     if head is Head.score:
         _check_labels(values)
@@ -147,7 +147,7 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     head_bias = family.head_bias and head is not Head.none
     try:
         return ModelConfig(
-            **{**family.fixed, "head": head, "head_bias": head_bias, **pooler, **ours},
+            **{**family.fixed, "head": head, "head_bias": head_bias, **pooler, **fields},
             extra={**extra, "model_type": family.model_type},
         )
     except ConfigError as error:
@@ -187,7 +187,7 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     values = {key: getattr(config, name) for name, key in family.fields.items()}
     if "activation" in family.fields:
         key = family.fields["activation"]
-        same = [name for name, ours in ACTIVATIONS.items() if ours is config.activation]
+        same = [name for name, activation in ACTIVATIONS.items() if activation is config.activation]
         values[key] = config.extra[key] if config.extra.get(key) in same else same[0]  # some have several names
     for codec in family.codecs:
         values |= codec.write(config)
@@ -196,8 +196,8 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     extra = config.extra
     if config.head is Head.score and "id2label" not in extra:
         extra = {**ONE_LABEL, **extra}
-    named = {"model_type": family.model_type, "architectures": [family.architectures[config.head][0]]}
-    return {**extra, **named, **family.constants, **values}
+    identity = {"model_type": family.model_type, "architectures": [family.architectures[config.head][0]]}
+    return {**extra, **identity, **family.constants, **values}
 
 
 def _shell(config: ModelConfig) -> torch.nn.Module:

@@ -45,7 +45,7 @@ class TensorFiles:
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder
         self.files = _files_by_tensor(folder)
-        self.taken: set[str] = set()  # names in the files of what was read
+        self.read_names: set[str] = set()  # names in the files
         self._known: dict[str, str] = {}
         self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         plain = {_renamed(name): name for name in self.files}
@@ -64,7 +64,7 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """The tensor; CheckpointError if it is missing."""
         stored = self._stored(name)
-        self.taken.add(stored)
+        self.read_names.add(stored)
         with _opened(self.files[stored]) as file:
             return file.get_tensor(stored)
 
@@ -91,9 +91,9 @@ class TensorFiles:
         dtype = torch.promote_types(first.dtype, second.dtype)
         return torch.equal(first.to(dtype), second.to(dtype))
 
-    def unread(self) -> list[str]:
+    def unused(self) -> list[str]:
         """Names of tensors that were not asked for, buffers of old files left out."""
-        return [name for name in self.files if name not in self.taken and not name.endswith(BUFFERS)]
+        return [name for name in self.files if name not in self.read_names and not name.endswith(BUFFERS)]
 
     def _stored(self, name: str) -> str:
         if name not in self._known:
@@ -106,20 +106,20 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
     from safetensors.torch import save_file
 
     shards: list[Path] = []
-    where: dict[str, int] = {}
-    held: dict[str, Tensor] = {}
+    shard_of: dict[str, int] = {}
+    shard_tensors: dict[str, Tensor] = {}
     total = size = 0
 
     def flush() -> None:
         shards.append(folder / f"shard-{len(shards)}.safetensors")
-        save_file(held, shards[-1], metadata={"format": "pt"})
-        held.clear()
+        save_file(shard_tensors, shards[-1], metadata={"format": "pt"})
+        shard_tensors.clear()
 
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > max_shard_bytes:
+        if shard_tensors and size + tensor.nbytes > max_shard_bytes:
             flush()
             size = 0
-        held[name], where[name] = tensor, len(shards)
+        shard_tensors[name], shard_of[name] = tensor, len(shards)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     if len(shards) == 1:
@@ -128,7 +128,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
-    weight_map = {name: names[shard] for name, shard in where.items()}
+    weight_map = {name: names[shard] for name, shard in shard_of.items()}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -140,10 +140,12 @@ def _renamed(name: str) -> str:
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
     """The file of each tensor; one file of weights comes before an index of others, as in transformers."""
     shards = _shards(folder) if (folder / INDEX).exists() else None
-    whole = (folder / WEIGHTS).exists()
-    if shards is not None and not (whole and shards and all(p.exists() and p.name != WEIGHTS for p in shards.values())):
+    has_single_file = (folder / WEIGHTS).exists()
+    if shards is not None and not (
+        has_single_file and shards and all(p.exists() and p.name != WEIGHTS for p in shards.values())
+    ):
         return shards
-    if not whole:
+    if not has_single_file:
         raise CheckpointError(f"{folder}: no {WEIGHTS} in it (other formats: convert them with transformers)")
     with _opened(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), folder / WEIGHTS)

@@ -12,7 +12,7 @@ from genai_pl.models.hf.folder import TensorFiles
 log = logging.getLogger(__name__)
 
 
-def settle(family: Family, config: ModelConfig, stored: TensorFiles) -> ModelConfig:
+def resolve_ties(family: Family, config: ModelConfig, stored: TensorFiles) -> ModelConfig:
     """The configuration with a head as the file has it, where one tensor is read for two that are tied.
 
     As transformers 5 does: two that are stored and differ are not tied, whatever config.json says, and of two that are

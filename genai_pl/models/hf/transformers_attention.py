@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, attention
-from genai_pl.models.virtual_tokens import NOTHING, Front
+from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix
 
 NAME = "genai_pl"  # under which transformers knows our attention
 # what some layers hand to every attention, and what their own does not calculate with either
@@ -37,7 +37,7 @@ class Packing(NamedTuple):
 
     segments: Tensor | None  # (B, S)
     backend: str
-    front: Front = NOTHING
+    virtual: VirtualPrefix = NO_PREFIX
 
 
 def register() -> None:
@@ -57,21 +57,21 @@ def rules(
     use_vmap: bool = False,
     local_size: int | None = None,
     kv_length: int = 0,
-    **others: object,
+    **extra: object,
 ) -> AttentionMask | None:
     """The mask of layers, if it is causal, with or without a window; else None, which `attend` refuses.
 
     Some models make masks that no layer is given: not here is one told from the other.
     """
-    refuse_unknown(config.model_type, "a mask", others, INERT_IN_MASKS)
+    refuse_unknown(config.model_type, "a mask", extra, INERT_IN_MASKS)
     if use_vmap or local_size == 0:
         return None
     far = max(2 * (local_size or 4), kv_length)
     key = torch.arange(far + 1)
     query = torch.tensor([[0], [far // 2], [far]])
-    want = (key <= query) if local_size is None else (key <= query) & (query - key < local_size)
+    expected = (key <= query) if local_size is None else (key <= query) & (query - key < local_size)
     try:
-        is_ours = torch.equal(mask_function(0, 0, query, key).expand_as(want), want)
+        is_ours = torch.equal(mask_function(0, 0, query, key).expand_as(expected), expected)
     except (RuntimeError, IndexError):  # it looks at more than places
         is_ours = False
     return AttentionMask(causal=True, window=local_size) if is_ours else None
@@ -88,26 +88,30 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     packing: Packing | None = None,
-    **others: object,
+    **extra: object,
 ) -> tuple[Tensor, None]:
     """(B, T, H, D), as transformers' attention functions give it; ConfigError for an argument that ours does not take."""
-    refuse_unknown(type(module).__name__, "attention", others, INERT)
+    refuse_unknown(type(module).__name__, "attention", extra, INERT)
     if packing is None:
         raise ConfigError(f"{type(module).__name__} does not hand its arguments on to attention")
     if not isinstance(attention_mask, AttentionMask):
         raise ConfigError(f"{type(module).__name__} has masks other than causal ones and windows")
-    front, window = packing.front, attention_mask.window
-    if front.layers is not None:
-        new = front.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)  # (2, B, K, P, D)
-        k, v = torch.cat([new[0], k], dim=2), torch.cat([new[1], v], dim=2)
-    shared = None if window is None and packing.segments is None else front.shared
-    mask = AttentionMask(causal=attention_mask.causal, window=window, segments=packing.segments, shared=shared)
+    virtual, window = packing.virtual, attention_mask.window
+    if virtual.layers is not None:
+        virtual_kv = (
+            virtual.layers[module.layer_idx].to(v.dtype)[:, None].expand(-1, len(k), -1, -1, -1)
+        )  # (2, B, K, P, D)
+        k, v = torch.cat([virtual_kv[0], k], dim=2), torch.cat([virtual_kv[1], v], dim=2)
+    global_prefix = None if window is None and packing.segments is None else virtual.global_prefix
+    mask = AttentionMask(
+        causal=attention_mask.causal, window=window, segments=packing.segments, global_prefix=global_prefix
+    )
     options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
 
 
-def refuse_unknown(architecture: str, to: str, given: dict[str, object], known: set[str]) -> None:
+def refuse_unknown(architecture: str, to: str, arguments: dict[str, object], known: set[str]) -> None:
     """ConfigError for an argument with a value that nobody here calculates with."""
-    unknown = sorted(name for name, value in given.items() if name not in known and value is not None)
+    unknown = sorted(name for name, value in arguments.items() if name not in known and value is not None)
     if unknown:
         raise ConfigError(f"{architecture} gives {to} {', '.join(unknown)}, which ours does not take")

@@ -53,47 +53,47 @@ def _fault(model: "WrappedDecoder") -> str | None:
         return "it has no head that makes logits"
     tokens = _tokens(model).view(2, N)
     with their_attention(model.inner):
-        want = model.inner(input_ids=tokens, use_cache=False).logits
-    if not want.isfinite().all():
-        return f"its logits are not finite in {want.dtype}, whoever computes attention"
-    got = model(tokens)
-    if _near(got, want):
-        return _packing_fault(model, tokens, want) or _cache_fault(model, tokens, want)
+        expected = model.inner(input_ids=tokens, use_cache=False).logits
+    if not expected.isfinite().all():
+        return f"its logits are not finite in {expected.dtype}, whoever computes attention"
+    actual = model(tokens)
+    if _near(actual, expected):
+        return _packing_fault(model, tokens, expected) or _cache_fault(model, tokens, expected)
     options = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     options["packing"] = Packing(None, model.config.attention.value)
-    if not _near(model.inner(input_ids=tokens, **options).logits, want):
+    if not _near(model.inner(input_ids=tokens, **options).logits, expected):
         return "its logits are others with our attention"
-    if not _near(model.inner(inputs_embeds=model.embed(tokens), **options).logits, want):
+    if not _near(model.inner(inputs_embeds=model.embed(tokens), **options).logits, expected):
         return "its layers read more of a token than its embedding"
     return "its head does more than one product, which objectives here rely on"
 
 
-def _packing_fault(model: "WrappedDecoder", tokens: Tensor, want: Tensor) -> str | None:
+def _packing_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
     """What happens to two documents in a row, and to one behind padding."""
     documents = torch.tensor([[1] * N + [2] * N], device=tokens.device)
-    packed = model(tokens.reshape(1, 2 * N), documents).view_as(want)
-    if not _near(packed, want):
+    packed = model(tokens.reshape(1, 2 * N), documents).view_as(expected)
+    if not _near(packed, expected):
         return "documents that are packed into one row come out otherwise than alone"
     rows, segments = _padded(tokens, N)
     padded = model(rows, segments)
-    if not (_near(padded[0, PAD:], want[0, : N - PAD]) and _near(padded[1], want[1])):
+    if not (_near(padded[0, PAD:], expected[0, : N - PAD]) and _near(padded[1], expected[1])):
         return "texts behind padding come out otherwise than without"
     return None
 
 
-def _cache_fault(model: "WrappedDecoder", tokens: Tensor, want: Tensor) -> str | None:
+def _cache_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
     """What happens to tokens that follow a cache, from which some are taken again and whose rows change places."""
     first = N - 2
     rows, segments = _padded(tokens, N)
     new = rows[:, first:]
     cache = model.new_cache(2, N)
-    read = [model(rows[:, :first], segments[:, :first], cache=cache)[:, -1:], model(new[:, :1], cache=cache)]
+    logits = [model(rows[:, :first], segments[:, :first], cache=cache)[:, -1:], model(new[:, :1], cache=cache)]
     cache.rewind(1)
     cache.reorder(torch.tensor([1, 0], device=tokens.device))
-    read += [model(part, cache=cache).flip(0) for part in new.flip(0).split(1, dim=1)]
-    places = torch.tensor([first - 1, first, first, first + 1], device=tokens.device)
-    got = torch.cat(read, dim=1)
-    if not (_near(got[0], want[0, places - PAD]) and _near(got[1], want[1, places])):
+    logits += [model(part, cache=cache).flip(0) for part in new.flip(0).split(1, dim=1)]
+    token_positions = torch.tensor([first - 1, first, first, first + 1], device=tokens.device)
+    actual = torch.cat(logits, dim=1)
+    if not (_near(actual[0], expected[0, token_positions - PAD]) and _near(actual[1], expected[1, token_positions])):
         return "it cannot go on from keys and values of the tokens before"
     return None
 
@@ -106,10 +106,10 @@ def _padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return rows, segments
 
 
-def _near(got: Tensor, want: Tensor) -> bool:
+def _near(actual: Tensor, expected: Tensor) -> bool:
     """Whether all tokens' logits (..., V) are those wanted, but for what softmax takes no notice of."""
-    got, want = (x - x.mean(dim=-1, keepdim=True) for x in (got, want))
-    far = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    actual, expected = (x - x.mean(dim=-1, keepdim=True) for x in (actual, expected))
+    far = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     return bool(far.max() <= TOLERANCE)  # no number is not near
 
 
@@ -135,16 +135,16 @@ def _configs(inner: "PreTrainedModel") -> list["PreTrainedConfig"]:
 def exact(model: nn.Module) -> Iterator[None]:
     """Inside, modules calculate with float32 copies of their parameters, each as long as its call: bfloat16 is too coarse
     to tell another architecture from rounding."""
-    kept: dict[nn.Parameter, Tensor] = {}
+    original: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in (torch.bfloat16, torch.float16):
-                kept[parameter], parameter.data = parameter.data, parameter.data.float()
+                original[parameter], parameter.data = parameter.data, parameter.data.float()
 
     def narrow(module: nn.Module, *_: object) -> None:
         for parameter in module.parameters(recurse=False):
-            parameter.data = kept.pop(parameter, parameter.data)
+            parameter.data = original.pop(parameter, parameter.data)
 
     hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
     hooks += [module.register_forward_hook(narrow, always_call=True) for module in model.modules()]

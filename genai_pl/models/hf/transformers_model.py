@@ -15,7 +15,7 @@ from genai_pl.models.hf.transformers_attention import NAME, Packing, register
 from genai_pl.models.hf.transformers_check import check, refusal
 from genai_pl.models.hf.transformers_sizes import check_counts, check_sizes
 from genai_pl.models.kv_cache import WrappedCache
-from genai_pl.models.virtual_tokens import Front, VirtualTokens, front_of
+from genai_pl.models.virtual_tokens import VirtualPrefix, VirtualTokens, virtual_prefix
 from genai_pl.plugins import ADVICE
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ class WrappedDecoder(nn.Module):
         """The layers: the longest list of modules in the model."""
         return max((m for m in self.inner.get_decoder().modules() if isinstance(m, nn.ModuleList)), key=len)
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **options: object) -> Tensor:
         """Logits (B, T, V)."""
-        return self.logits(self.features(input_ids, segment_ids, **given))
+        return self.logits(self.features(input_ids, segment_ids, **options))
 
     def features(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: WrappedCache | None = None
@@ -105,16 +105,16 @@ class WrappedDecoder(nn.Module):
         """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances."""
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
-        front = self._front(enters=past == 0)
+        virtual = self._virtual_prefix(enters=past == 0)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, B, T, input_ids.device)
         if segment_ids is None:
             positions = torch.arange(past + T, device=input_ids.device).expand(B, -1)
         else:
             positions = positions_from_segments(segment_ids)
-        segments, positions = front.before(segment_ids, positions, explicit=False)
-        x = front.put(self.embed(input_ids))
-        n_keys = past + T + (0 if front.layers is not None else front.n)
+        segments, positions = virtual.prepend_positions(segment_ids, positions, explicit=False)
+        x = virtual.prepend(self.embed(input_ids))
+        n_keys = past + T + (0 if virtual.layers is not None else virtual.n)
         hidden = self.inner.base_model(
             inputs_embeds=x,
             # ones: else transformers looks for packed documents in the positions, and builds masks of its own
@@ -122,16 +122,16 @@ class WrappedDecoder(nn.Module):
             position_ids=positions[:, -x.shape[1] :],
             past_key_values=None if cache is None else cache.inner,
             use_cache=cache is not None,
-            packing=Packing(segments, self.config.attention.value, front),
+            packing=Packing(segments, self.config.attention.value, virtual),
         ).last_hidden_state
         if cache is not None:
             cache.length += T
-        return hidden[:, front.n_queries :]
+        return hidden[:, virtual.n_queries :]
 
-    def _front(self, *, enters: bool) -> Front:
+    def _virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
         """The virtual tokens: embeddings enter once, keys and values are given again, as transformers' cache has only its own."""
-        front = front_of(self.virtual, enters=True)
-        return front if enters else front._replace(embeddings=None)
+        virtual = virtual_prefix(self.virtual, enters=True)
+        return virtual if enters else virtual._replace(embeddings=None)
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """What `lm_head` multiplies."""
@@ -160,7 +160,7 @@ def load_wrapped(
 
     register()
     try:
-        inner, found = AutoModelForCausalLM.from_pretrained(
+        inner, loading_info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=NAME, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
@@ -169,8 +169,8 @@ def load_wrapped(
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
-    if found["missing_keys"]:  # transformers would draw them
-        raise CheckpointError(f"{name}: tensor {min(found['missing_keys'])} is missing in its files")
+    if loading_info["missing_keys"]:  # transformers would draw them
+        raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
     except (

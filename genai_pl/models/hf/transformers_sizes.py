@@ -25,7 +25,9 @@ def check_sizes(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     """ConfigError for a model, on the meta device, that needs more memory than the stored weights and some slack."""
     needed = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     storages = [x.untyped_storage() for x in stored.values() if not x.is_meta]
-    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}  # which a view may claim more of
-    there = sum(size * 4 for size in kept.values())  # of weights in a byte each, or less
-    if needed > there + SLACK:
-        raise ConfigError(f"its configuration needs {needed:,} bytes, and the checkpoint has {sum(kept.values()):,}")
+    stored_bytes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # which a view may claim more of
+    capacity = sum(size * 4 for size in stored_bytes.values())  # of weights in a byte each, or less
+    if needed > capacity + SLACK:
+        raise ConfigError(
+            f"its configuration needs {needed:,} bytes, and the checkpoint has {sum(stored_bytes.values()):,}"
+        )

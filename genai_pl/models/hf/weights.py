@@ -40,16 +40,16 @@ def load_pretrained(
     config = replace(_with_start(config, folder), attention=attention, dropout=dropout)
     table = []
     for row in rows:  # the first that is missing is told before more are built than there are
-        stored.shape(row.theirs)
+        stored.shape(row.hf_name)
         table.append(row)
     model = _without_memory(config, folder)
     for row in table:
-        _check_shape(model, row, stored.shape(row.theirs), folder)
+        _check_shape(model, row, stored.shape(row.hf_name), folder)
     for row in table:
-        tensor = stored.read(row.theirs)
+        tensor = stored.read(row.hf_name)
         _assign(model, row, tensor if dtype is None else tensor.to(dtype))
     model.tie_weights()
-    _tell_unread(stored)
+    _warn_of_unused(stored)
     return model.eval()
 
 
@@ -57,7 +57,7 @@ def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """What the tensors of a folder are stored in, by our names of them."""
     stored = TensorFiles(folder, prefix_of(folder / "config.json"))
     _, rows = read_config(folder / "config.json", stored)
-    return {name: stored.dtype(row.theirs) for row in rows for name in row.ours}
+    return {name: stored.dtype(row.hf_name) for row in rows for name in row.names}
 
 
 def save_pretrained(
@@ -85,7 +85,7 @@ def save_pretrained(
     write_json(folder / "config.json", {**values, "dtype": dtype})
     write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **generation})
     state = model.state_dict()
-    tensors = ((row.theirs, _join(state, row)) for row in table)
+    tensors = ((row.hf_name, _to_hf(state, row)) for row in table)
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
     return reader
 
@@ -113,16 +113,16 @@ def _without_memory(config: ModelConfig, folder: Path) -> Model:
 
 def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path) -> None:
     """CheckpointError if a tensor of theirs has another shape than the configuration asks for."""
-    parts = [operator.attrgetter(name)(model) for name in row.ours]
-    asked = row.write(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
-    if shape != asked:
+    parts = [operator.attrgetter(name)(model) for name in row.names]
+    expected = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
+    if shape != expected:
         raise CheckpointError(
-            f"{folder}: tensor {row.theirs} has shape {list(shape)}, config.json asks for {list(asked)}"
+            f"{folder}: tensor {row.hf_name} has shape {list(shape)}, config.json asks for {list(expected)}"
         )
 
 
-def _tell_unread(stored: TensorFiles) -> None:
-    names = stored.unread()
+def _warn_of_unused(stored: TensorFiles) -> None:
+    names = stored.unused()
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         log.warning("%s: %s tensors have no place in this model and are left out: %s", stored.folder, len(names), shown)
@@ -130,16 +130,16 @@ def _tell_unread(stored: TensorFiles) -> None:
 
 def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
     """Put one tensor of theirs where ours are."""
-    owners = [model.get_submodule(name.rpartition(".")[0]) for name in row.ours]
-    leaves = [name.rpartition(".")[2] for name in row.ours]
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in row.names]
+    leaves = [name.rpartition(".")[2] for name in row.names]
     before = [getattr(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True)]
     rows = [len(old) for old in before]
-    for owner, leaf, old, part in zip(owners, leaves, before, row.read(tensor).split(rows), strict=True):
+    for owner, leaf, old, part in zip(owners, leaves, before, row.from_hf(tensor).split(rows), strict=True):
         part = part.clone() if len(rows) > 1 else part  # a part must not keep the whole alive, nor share its memory
         setattr(owner, leaf, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
-def _join(state: dict[str, Tensor], row: Weight) -> Tensor:
+def _to_hf(state: dict[str, Tensor], row: Weight) -> Tensor:
     """The tensor of theirs that holds these of ours."""
-    parts = [state[name].detach().cpu() for name in row.ours]
-    return row.write(parts[0] if len(parts) == 1 else torch.cat(parts)).clone()  # one of ours may be two of theirs
+    parts = [state[name].detach().cpu() for name in row.names]
+    return row.to_hf(parts[0] if len(parts) == 1 else torch.cat(parts)).clone()  # one of ours may be two of theirs

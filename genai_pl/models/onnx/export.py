@@ -13,7 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models.build import Model
 from genai_pl.models.hf.config import generation_values, write_config
 from genai_pl.models.hf.folder import write_json
-from genai_pl.models.onnx.graphs import DecoderGraph, PlainGraph, ReaderGraph, SourceGraph
+from genai_pl.models.onnx.graphs import DecoderGraph, DecoderWithSourceGraph, PlainGraph, SourceGraph
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder.onnx", "decoder.onnx"
 BATCH, LENGTH, PAST, TOTAL, SOURCE = "batch", "length", "past", "total", "source"
@@ -93,7 +93,7 @@ def _reader_graph(model: nn.Module) -> Graph:
         "past": _held(model, n, P, PAST),
         "source": _held(model, n, S, SOURCE),
     }
-    return ReaderGraph(model), inputs, ["logits", *present_names(n)]
+    return DecoderWithSourceGraph(model), inputs, ["logits", *present_names(n)]
 
 
 def _plain_graph(model: nn.Module) -> Graph:

@@ -51,11 +51,11 @@ class SourceGraph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         hidden = hidden_states(self.model.encoder, input_ids, attention_mask)
-        made = [t for block in self.model.decoder.blocks for t in block.cross.keys_and_values(hidden)]
-        return hidden, *made
+        source_tensors = [t for block in self.model.decoder.blocks for t in block.cross.keys_and_values(hidden)]
+        return hidden, *source_tensors
 
 
-class ReaderGraph(nn.Module):
+class DecoderWithSourceGraph(nn.Module):
     """As `DecoderGraph`, of a decoder that also attends to the keys and values of a source."""
 
     def __init__(self, model: EncoderDecoder) -> None:
@@ -98,14 +98,14 @@ def hidden_states(
     """Hidden states (B, T, C) of the last T tokens of the mask; those of padding are finite and mean nothing."""
     T = input_ids.shape[1]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, P + T)
-    x = model.embedded(input_ids, positions[..., -T:], types)
+    x = model.embed_inputs(input_ids, positions[..., -T:], types)
     # padding is a document of its own: an ONNX softmax of a query that sees nothing is NaN, which spreads
-    return model.run(x, positions, 2 - attention_mask, **given)
+    return model.forward_blocks(x, positions, 2 - attention_mask, **given)
 
 
 def _read_at(hidden: Tensor, attention_mask: Tensor, *, first: bool) -> Tensor:
     """The hidden state (B, C) of the first or the last token."""
-    places = torch.arange(attention_mask.shape[1], device=hidden.device)
-    ranks = attention_mask * (places.flip(0) if first else places) + attention_mask
+    token_positions = torch.arange(attention_mask.shape[1], device=hidden.device)
+    ranks = attention_mask * (token_positions.flip(0) if first else token_positions) + attention_mask
     index = ranks.argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])
     return hidden.gather(1, index)[:, 0]

@@ -63,7 +63,7 @@ class OnnxDecoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, 0)  # the graph has the weights: this says where tokens are
         self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))  # what tells models apart
         self.names = past_names(config.n_decoder_layer or config.n_layer)
-        types = {given.name: given.type for given in session.get_inputs()}
+        types = {node.name: node.type for node in session.get_inputs()}
         self.dtype = torch.float16 if types[self.names[0]] == "tensor(float16)" else torch.float32
         self.source: dict[str, Tensor] = {}  # what else the graph reads, of each row
 
@@ -78,9 +78,9 @@ class OnnxDecoder(nn.Module):
         B, T = input_ids.shape
         cache = self.new_cache(B, T) if cache is None else cache
         mask = cache.seen(segment_ids, T)
-        given = {"input_ids": input_ids.cpu(), "attention_mask": mask, **self.source}
-        given |= dict(zip(self.names, cache.past, strict=True))
-        logits, *cache.past = run(self.session, given)
+        inputs = {"input_ids": input_ids.cpu(), "attention_mask": mask, **self.source}
+        inputs |= dict(zip(self.names, cache.past, strict=True))
+        logits, *cache.past = run(self.session, inputs)
         cache.mask, cache.length = mask, cache.length + T
         return logits.float().to(input_ids.device)
 
@@ -95,9 +95,9 @@ class OnnxDecoder(nn.Module):
 
     def keep_rows(self, rows: Tensor) -> "OnnxDecoder":
         """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
-        kept = copy(self)
-        kept.source = {name: tensor[rows.cpu()] for name, tensor in self.source.items()}
-        return kept
+        reordered = copy(self)
+        reordered.source = {name: tensor[rows.cpu()] for name, tensor in self.source.items()}
+        return reordered
 
 
 class OnnxEncoderDecoder(nn.Module):
@@ -112,20 +112,20 @@ class OnnxEncoderDecoder(nn.Module):
         """The decoder's."""
         return self.decoder.embed
 
-    def reading(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
+    def encode_source(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
         """The decoder with one source (B, S), to decode from as from a decoder alone."""
         mask = torch.ones_like(input_ids) if segment_ids is None else segment_ids.long()
-        _, *made = run(self.encoder, {"input_ids": input_ids.cpu(), "attention_mask": mask.cpu()})
+        _, *source_tensors = run(self.encoder, {"input_ids": input_ids.cpu(), "attention_mask": mask.cpu()})
         names = source_names(self.config.n_decoder_layer)
-        reader = copy(self.decoder)
-        reader.source = {"encoder_attention_mask": mask.cpu(), **dict(zip(names, made, strict=True))}
-        return reader
+        decoder = copy(self.decoder)
+        decoder.source = {"encoder_attention_mask": mask.cpu(), **dict(zip(names, source_tensors, strict=True))}
+        return decoder
 
 
-def run(session: "InferenceSession", given: dict[str, Tensor]) -> list[Tensor]:
+def run(session: "InferenceSession", inputs: dict[str, Tensor]) -> list[Tensor]:
     """What a graph gives, which shares memory with nobody."""
-    found = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
-    return [torch.from_numpy(array) for array in found]
+    arrays = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def is_onnx(folder: Path) -> bool:

@@ -46,8 +46,8 @@ def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
     for part in _parts(file):
         part.unlink()
     quantizer.model.save_model_to_file(str(file), use_external_data_format=before > 2**31)
-    found = first_output(file, vocab_size, n)
-    return Cost(before, _size(file), float(np.abs(found - exact).mean()), float(exact.std()))
+    quantized = first_output(file, vocab_size, n)
+    return Cost(before, _size(file), float(np.abs(quantized - exact).mean()), float(exact.std()))
 
 
 def fold_transposes(model: "ModelProto") -> None:
@@ -58,8 +58,8 @@ def fold_transposes(model: "ModelProto") -> None:
     weights = {weight.name: weight for weight in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
         order = next(list(attribute.ints) for attribute in node.attribute if attribute.name == "perm")
-        turned = numpy_helper.to_array(weights[node.input[0]]).transpose(order)
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned), node.output[0]))
+        transposed = numpy_helper.to_array(weights[node.input[0]]).transpose(order)
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(transposed), node.output[0]))
         graph.node.remove(node)
     used = {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
@@ -73,18 +73,18 @@ def first_output(file: Path, vocab_size: int, n: int) -> np.ndarray:
     options = SessionOptions()
     options.log_severity_level = 3
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    draw = np.random.default_rng(0)
-    given = {}
+    rng = np.random.default_rng(0)
+    inputs = {}
     for node in session.get_inputs():
         size = [{"batch": 1, "past": 0}.get(d, n) if isinstance(d, str) else d for d in node.shape]
         if node.type != "tensor(int64)":
             kind = np.float16 if node.type == "tensor(float16)" else np.float32
-            given[node.name] = draw.standard_normal(size).astype(kind)
+            inputs[node.name] = rng.standard_normal(size).astype(kind)
         elif node.name == "input_ids":
-            given[node.name] = draw.integers(0, vocab_size, size)
+            inputs[node.name] = rng.integers(0, vocab_size, size)
         else:
-            given[node.name] = np.full(size, int(node.name.endswith("mask")), dtype=np.int64)
-    return session.run(None, given)[0].astype(np.float32)
+            inputs[node.name] = np.full(size, int(node.name.endswith("mask")), dtype=np.int64)
+    return session.run(None, inputs)[0].astype(np.float32)
 
 
 def _parts(file: Path) -> list[Path]:

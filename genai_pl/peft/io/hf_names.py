@@ -38,18 +38,18 @@ class Module(NamedTuple):
 def modules_of(model: nn.Module) -> list[Module]:
     """Every module with weights under its name in transformers; our own where no class of transformers is the model."""
     places = {name: site for site in sites(model) if site.parameters for name in site.names}
-    rows = {row.theirs: row for row in _table(model, places)}
+    rows = {row.hf_name: row for row in _table(model, places)}
     found: list[Module] = []
     for row in rows.values():
-        owners = [name.rpartition(".")[0] for name in row.ours]
-        if not all(name.endswith(".weight") for name in row.ours) or any(owner not in places for owner in owners):
+        owners = [name.rpartition(".")[0] for name in row.names]
+        if not all(name.endswith(".weight") for name in row.names) or any(owner not in places for owner in owners):
             continue
-        name, _, kind = row.theirs.rpartition(".")
+        name, _, kind = row.hf_name.rpartition(".")
         parts = tuple(places[owner] for owner in owners)
         if kind != "weight":  # a bare parameter of theirs, which PEFT cannot wrap
             found += [_own(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
-        held = [rows[key] for key in (row.theirs, f"{name}.bias") if key in rows]
+        held = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]
         found += [Module(other, parts, tuple(held), row.transposed) for other in SHARED.get(name, (name,))]
     return found
 

@@ -26,15 +26,15 @@ def write_whole(module: Module, layers: Layers) -> dict[str, Tensor]:
     found = {}
     for row in module.rows:
         parts = [_parameter(holder, name).detach() for name, holder in _holders(module, layers, row)]
-        found[_kind(row.theirs)] = row.write(torch.cat(parts))
+        found[_kind(row.hf_name)] = row.to_hf(torch.cat(parts))
     return found
 
 
 def fill_whole(module: Module, layers: Layers, tensors: Tensors) -> None:
     """Put what `write_whole` wrote into the copies."""
     for row in module.rows:
-        kind, ours = _kind(row.theirs), _kind(row.ours[0])
-        parts = module.split(row.read(tensors.take(module.name, kind)))
+        kind, ours = _kind(row.hf_name), _kind(row.names[0])
+        parts = module.split(row.from_hf(tensors.take(module.name, kind)))
         for (_, holder), layer, part in zip(_holders(module, layers, row), layers, parts, strict=True):
             if layer is not None:
                 _fill(holder, ours, part, tensors.filled, f"{kind} of {module.name}")
@@ -52,7 +52,7 @@ def _fill(holder: nn.Module, kind: str, part: Tensor, filled: dict[nn.Parameter,
 def _holders(module: Module, layers: Layers, row: Weight) -> list[tuple[str, nn.Module]]:
     """The names of the parameters, and the modules that hold what counts."""
     inner = [layer.copy if layer else site.inner for site, layer in zip(module.parts, layers, strict=True)]
-    return list(zip(row.ours, inner, strict=True))
+    return list(zip(row.names, inner, strict=True))
 
 
 def _parameter(holder: nn.Module, name: str) -> nn.Parameter:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionKind
-from genai_pl.data.end_tokens import named_ends, read_defaults
+from genai_pl.data.generation_defaults import end_token_ids, read_generation_defaults
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.onnx.model import OnnxDecoder
@@ -30,7 +30,7 @@ class AdapterSelector:
         for name, folder in folders.items():
             load_adapter(model, Path(folder))
             self.adapters[name] = adapters_of(model)[-1]
-            self.own_end_tokens[name] = named_ends(read_defaults(Path(folder)))
+            self.own_end_tokens[name] = end_token_ids(read_generation_defaults(Path(folder)))
         model.to(self.device).eval()
 
     def end_tokens(self, name: str | None) -> set[int]:
@@ -65,14 +65,14 @@ class BatchedModelRunner:
 
     def add_request(self, state: RequestState) -> None:
         """Take in a row that has read its prompt."""
-        self.cache.join(state.cache, state.cache_start, state.cache_end)
+        self.cache.add_sequence(state.cache, state.cache_start, state.cache_end)
         state.cache = None
         self.states.append(state)
 
     def remove_request(self, n: int) -> RequestState:
         """Row n, which is over; the last one takes its place."""
         state = self.states[n]
-        self.cache.leave(n, clean=state.finish_reason == "error")
+        self.cache.remove_sequence(n, clean=state.finish_reason == "error")
         _remove(self.states, n)
         return state
 
@@ -85,7 +85,7 @@ class BatchedModelRunner:
     def decode(self) -> Tensor:
         """The logits (B, V) of what follows the last token of each row."""
         self.adapters.activate([state.request.adapter for state in self.states])
-        self.cache.reserve()
+        self.cache.ensure_capacity()
         tokens = torch.tensor([[state.output_ids[-1]] for state in self.states], device=self.adapters.device)
         return self.model.logits(self.model.features(tokens, cache=self.cache)[:, -1])
 

@@ -14,7 +14,7 @@ from genai_pl.config.enums import Shape
 from genai_pl.generation import Limits, TextStream
 from genai_pl.generation.banned_tokens import Rules, build_rules
 from genai_pl.generation.text import read_source
-from genai_pl.models import Decoder, KVCache, Model, Reader, WrappedDecoder
+from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
 from genai_pl.serving.engine.request import EngineObserver, Request, TokenOutput, TokenStream
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RequestState:
         self.cache_start = (
             0  # where the prompt begins in the cache, which several prompts may share while they are read
         )
-        self.model: Decoder | WrappedDecoder | Reader | None = None
+        self.model: Decoder | WrappedDecoder | DecoderWithSource | None = None
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
         self.seen_tokens: Tensor | None = None  # (V,) what the repetition penalty counts

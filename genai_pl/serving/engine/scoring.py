@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai_pl.evaluation.embeddings import embed, judge
 from genai_pl.evaluation.scoring import batches, score
-from genai_pl.evaluation.windows import Row
+from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models import Model
 from genai_pl.models.sentence import SentenceHead
 from genai_pl.serving.engine.model_runner import unbatchable_reason
@@ -46,7 +46,7 @@ def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
 
 
 def logprob_slices(
-    model: Model, rows: Sequence[Row], owners: Sequence[int], n_texts: int
+    model: Model, rows: Sequence[ScoredWindow], owners: Sequence[int], n_texts: int
 ) -> Generator[None, None, list[tuple[float, int]]]:
     """The log-probability in nats of each text, the sum over the rows that it owns; and of how many tokens."""
     totals, counts = np.zeros(n_texts), np.zeros(n_texts, dtype=int)
@@ -91,7 +91,7 @@ def _sliced_features(model: Model, row: Sequence[int]) -> Generator[None, None, 
         return torch.cat(parts, dim=1)
 
 
-def _sliced_nll(model: Model, row: Row) -> Generator[None, None, float]:
+def _sliced_nll(model: Model, row: ScoredWindow) -> Generator[None, None, float]:
     """The negative log-likelihood of what is scored of a long row, in nats."""
     tokens, nll = torch.from_numpy(row.tokens).long(), []
 

@@ -34,30 +34,30 @@ def _gpt2(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _llama(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    hf_layer, layer = "model.layers.{i}", "blocks.{i}"
     yield one("model.embed_tokens", "embed")
     yield one("model.norm", "norm")
-    yield one(f"{theirs}.input_layernorm", f"{ours}.norm1")
-    yield one(f"{theirs}.post_attention_layernorm", f"{ours}.norm2")
+    yield one(f"{hf_layer}.input_layernorm", f"{layer}.norm1")
+    yield one(f"{hf_layer}.post_attention_layernorm", f"{layer}.norm2")
     yield from projections(config)
     yield from lm_head(config)
 
 
 def projections(config: ModelConfig) -> Iterator[Weight]:
     """Attention and MLP of Llama's kind."""
-    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    hf_layer, layer = "model.layers.{i}", "blocks.{i}"
     for p in "qkvo":
-        yield one(f"{theirs}.self_attn.{p}_proj", f"{ours}.attention.{p}_proj")
+        yield one(f"{hf_layer}.self_attn.{p}_proj", f"{layer}.attention.{p}_proj")
     for p in ("gate", "up", "down"):
-        yield one(f"{theirs}.mlp.{p}_proj", f"{ours}.mlp.{p}_proj")
+        yield one(f"{hf_layer}.mlp.{p}_proj", f"{layer}.mlp.{p}_proj")
     if config.qkv_bias:
         for p in "qkv":
-            yield Weight(f"{theirs}.self_attn.{p}_proj.bias", (f"{ours}.attention.{p}_proj.bias",))
+            yield Weight(f"{hf_layer}.self_attn.{p}_proj.bias", (f"{layer}.attention.{p}_proj.bias",))
     if config.o_bias:
-        yield Weight(f"{theirs}.self_attn.o_proj.bias", (f"{ours}.attention.o_proj.bias",))
+        yield Weight(f"{hf_layer}.self_attn.o_proj.bias", (f"{layer}.attention.o_proj.bias",))
     if config.qk_norm and config.norm_order is NormOrder.pre:
         for p in "qk":
-            yield one(f"{theirs}.self_attn.{p}_norm", f"{ours}.attention.{p}_norm")
+            yield one(f"{hf_layer}.self_attn.{p}_norm", f"{layer}.attention.{p}_norm")
 
 
 def _classes(name: str) -> dict[Head, tuple[str, ...]]:

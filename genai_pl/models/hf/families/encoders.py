@@ -17,14 +17,14 @@ def _embeddings(prefix: str) -> Iterator[Weight]:
 
 
 def _layers(prefix: str) -> Iterator[Weight]:
-    theirs, ours = f"{prefix}.encoder.layer.{{i}}", "blocks.{i}"
+    hf_layer, layer = f"{prefix}.encoder.layer.{{i}}", "blocks.{i}"
     for name, p in (("query", "q"), ("key", "k"), ("value", "v")):
-        yield from both(f"{theirs}.attention.self.{name}", f"{ours}.attention.{p}_proj")
-    yield from both(f"{theirs}.attention.output.dense", f"{ours}.attention.o_proj")
-    yield from both(f"{theirs}.attention.output.LayerNorm", f"{ours}.norm1")
-    yield from both(f"{theirs}.intermediate.dense", f"{ours}.mlp.up_proj")
-    yield from both(f"{theirs}.output.dense", f"{ours}.mlp.down_proj")
-    yield from both(f"{theirs}.output.LayerNorm", f"{ours}.norm2")
+        yield from both(f"{hf_layer}.attention.self.{name}", f"{layer}.attention.{p}_proj")
+    yield from both(f"{hf_layer}.attention.output.dense", f"{layer}.attention.o_proj")
+    yield from both(f"{hf_layer}.attention.output.LayerNorm", f"{layer}.norm1")
+    yield from both(f"{hf_layer}.intermediate.dense", f"{layer}.mlp.up_proj")
+    yield from both(f"{hf_layer}.output.dense", f"{layer}.mlp.down_proj")
+    yield from both(f"{hf_layer}.output.LayerNorm", f"{layer}.norm2")
 
 
 def _head(config: ModelConfig, dense: str, norm: str, decoder: str, bias: str) -> Iterator[Weight]:
@@ -52,15 +52,15 @@ def _roberta(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _albert(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "albert.encoder.albert_layer_groups.0.albert_layers.0", "blocks.0"
+    hf_layer, layer = "albert.encoder.albert_layer_groups.0.albert_layers.0", "blocks.0"
     yield from _embeddings("albert")
     yield from both("albert.encoder.embedding_hidden_mapping_in", "embed_proj")
     for name, p in (("query", "q"), ("key", "k"), ("value", "v"), ("dense", "o")):
-        yield from both(f"{theirs}.attention.{name}", f"{ours}.attention.{p}_proj")
-    yield from both(f"{theirs}.attention.LayerNorm", f"{ours}.norm1")
-    yield from both(f"{theirs}.ffn", f"{ours}.mlp.up_proj")
-    yield from both(f"{theirs}.ffn_output", f"{ours}.mlp.down_proj")
-    yield from both(f"{theirs}.full_layer_layer_norm", f"{ours}.norm2")
+        yield from both(f"{hf_layer}.attention.{name}", f"{layer}.attention.{p}_proj")
+    yield from both(f"{hf_layer}.attention.LayerNorm", f"{layer}.norm1")
+    yield from both(f"{hf_layer}.ffn", f"{layer}.mlp.up_proj")
+    yield from both(f"{hf_layer}.ffn_output", f"{layer}.mlp.down_proj")
+    yield from both(f"{hf_layer}.full_layer_layer_norm", f"{layer}.norm2")
     yield from _head(config, "predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias")
 
 

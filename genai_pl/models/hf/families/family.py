@@ -15,21 +15,21 @@ Values = Mapping[str, object]
 class Weight(NamedTuple):
     """One tensor of theirs and the tensors of ours that it holds, joined along the output dimension."""
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_name: str
+    names: tuple[str, ...]
     transposed: bool = False  # theirs is (in, out)
     head_dim: int | None = None  # theirs has two dimensions for the last of ours (before transposing): heads, head_dim
     leading: int = 0  # theirs has so many leading dimensions of 1
     offset: float = 0.0  # ours is theirs plus this
 
-    def read(self, tensor: Tensor) -> Tensor:
+    def from_hf(self, tensor: Tensor) -> Tensor:
         """Theirs as ours."""
         tensor = tensor.reshape(tensor.shape[self.leading :]) if self.leading else tensor
         tensor = tensor.flatten(-2) if self.head_dim else tensor
         tensor = tensor.T.contiguous() if self.transposed else tensor
         return tensor + self.offset if self.offset else tensor
 
-    def write(self, tensor: Tensor) -> Tensor:
+    def to_hf(self, tensor: Tensor) -> Tensor:
         """Ours as theirs."""
         tensor = tensor - self.offset if self.offset else tensor
         tensor = tensor.T if self.transposed else tensor
@@ -80,11 +80,11 @@ class Family:
         counts = {"{i}": 1 if config.share_layers else config.n_layer, "{j}": config.n_decoder_layer or 0}
         pooler = both(self.pooler, "pooler") if config.pooler else ()
         for row in (*self.weights(config), *pooler):
-            count = next((n for mark, n in counts.items() if mark in row.ours[0]), 1)
-            theirs = row.theirs.removeprefix(self.prefix) if config.head is Head.none else row.theirs
+            count = next((n for mark, n in counts.items() if mark in row.names[0]), 1)
+            hf_name = row.hf_name.removeprefix(self.prefix) if config.head is Head.none else row.hf_name
             for i in range(count):
-                names = tuple(name.format(i=i, j=i) for name in row.ours)
-                yield row._replace(theirs=theirs.format(i=i, j=i), ours=names)
+                names = tuple(name.format(i=i, j=i) for name in row.names)
+                yield row._replace(hf_name=hf_name.format(i=i, j=i), names=names)
 
     def table(self, config: ModelConfig) -> list[Weight]:
         """The same as a list."""
@@ -92,29 +92,29 @@ class Family:
 
     def head_of(self, values: Values, stored: Container[str] | None) -> Head:
         """The head of the class that wrote config.json; where none of its classes is ours, the one that the file has."""
-        named = values.get("architectures") or []
-        first, *others = self.architectures
-        found = next((h for h, classes in self.architectures.items() if any(n in classes for n in named)), None)
-        if found not in (None, Head.none) or Head.none not in others:
-            return found or first
-        if found is None and stored is not None and Head.score in others and SCORE in stored:
+        class_names = values.get("architectures") or []
+        first, *other_heads = self.architectures
+        head = next((h for h, classes in self.architectures.items() if any(n in classes for n in class_names)), None)
+        if head not in (None, Head.none) or Head.none not in other_heads:
+            return head or first
+        if head is None and stored is not None and Head.score in other_heads and SCORE in stored:
             return Head.score
         if values.get("tie_word_embeddings") and not self.head_bias:
             return first  # which is the embedding
-        if found is Head.none or stored is None:
-            return Head.none if named else first
+        if head is Head.none or stored is None:
+            return Head.none if class_names else first
         return first if self.head_tensor in stored else Head.none
 
 
-def both(theirs: str, *ours: str, **how: object) -> tuple[Weight, Weight]:
+def both(hf_name: str, *names: str, **layout: object) -> tuple[Weight, Weight]:
     """A linear layer or norm: its weight and its bias."""
-    weight = Weight(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), **how)
-    return weight, Weight(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours))
+    weight = Weight(f"{hf_name}.weight", tuple(f"{name}.weight" for name in names), **layout)
+    return weight, Weight(f"{hf_name}.bias", tuple(f"{name}.bias" for name in names))
 
 
-def one(theirs: str, *ours: str, **how: object) -> Weight:
+def one(hf_name: str, *names: str, **layout: object) -> Weight:
     """A weight without bias."""
-    return Weight(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), **how)
+    return Weight(f"{hf_name}.weight", tuple(f"{name}.weight" for name in names), **layout)
 
 
 ACTIVATIONS = {

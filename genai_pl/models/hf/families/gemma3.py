@@ -12,7 +12,7 @@ from genai_pl.models.hf.families.rope import TWO_ROPES
 
 
 def _gemma3(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "model.layers.{i}", "blocks.{i}"
+    hf_layer, layer = "model.layers.{i}", "blocks.{i}"
     norms = {
         "input_layernorm": "norm1",
         "post_attention_layernorm": "norm1_after",
@@ -24,7 +24,7 @@ def _gemma3(config: ModelConfig) -> Iterator[Weight]:
     yield one("model.embed_tokens", "embed")
     yield one("model.norm", "norm", offset=1.0)  # it multiplies by 1 + weight
     for name, norm in norms.items():
-        yield one(f"{theirs}.{name}", f"{ours}.{norm}", offset=1.0)
+        yield one(f"{hf_layer}.{name}", f"{layer}.{norm}", offset=1.0)
     yield from projections(config)
     yield from lm_head(config)
 

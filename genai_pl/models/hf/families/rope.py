@@ -5,7 +5,7 @@ from genai_pl.config.model import ModelConfig, RopeScaling
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Codec, Values
 
-THEIRS = {  # field of RopeScaling -> key, by kind
+HF_KEYS = {  # field of RopeScaling -> key, by kind
     RopeKind.linear: {"factor": "factor"},
     RopeKind.llama3: {
         "factor": "factor",
@@ -41,32 +41,32 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
     other = rope.pop("type", "default")
     name = rope.pop("rope_type", other)
     rope = {key: value for key, value in rope.items() if value is not None}
-    kind = next((kind for kind in THEIRS if kind.value == name), None)
+    kind = next((kind for kind in HF_KEYS if kind.value == name), None)
     if kind is None and name != "default":
         raise ConfigError(f"rotary positions of rope_type={name!r} are not supported; supported: {_kinds()}")
-    keys = THEIRS.get(kind, {})
+    keys = HF_KEYS.get(kind, {})
     ignored = "original_max_position_embeddings" if kind in (None, RopeKind.linear) else ""
-    strange = [f"{k}={v!r}" for k, v in rope.items() if k not in (*keys.values(), ignored) and v != PLAIN.get(k)]
-    if strange:
-        raise ConfigError(f"rotary positions with {', '.join(strange)} are not supported")
+    unknown = [f"{k}={v!r}" for k, v in rope.items() if k not in (*keys.values(), ignored) and v != PLAIN.get(k)]
+    if unknown:
+        raise ConfigError(f"rotary positions with {', '.join(unknown)} are not supported")
     if kind is None:
         return theta, RopeScaling()
     missing = [key for key in NEEDED[kind] if key not in rope]
     if missing:
         raise ConfigError(f"rotary positions of rope_type={name!r} without {', '.join(missing)} are not supported")
-    given = {field: rope[key] for field, key in keys.items() if key in rope}
+    fields = {field: rope[key] for field, key in keys.items() if key in rope}
     if "original_max_seq_len" in keys:
-        length = given.get("original_max_seq_len", values["max_position_embeddings"])
-        given["original_max_seq_len"] = values.get("original_max_position_embeddings", length)
-    return theta, RopeScaling(kind=kind, **given)
+        length = fields.get("original_max_seq_len", values["max_position_embeddings"])
+        fields["original_max_seq_len"] = values.get("original_max_position_embeddings", length)
+    return theta, RopeScaling(kind=kind, **fields)
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
     """One entry of rope_parameters."""
     if scaling.kind is RopeKind.none:
         return {"rope_type": "default", "rope_theta": theta}
-    said = {key: getattr(scaling, field) for field, key in THEIRS[scaling.kind].items()}
-    return {"rope_type": scaling.kind.value, "rope_theta": theta, **{k: v for k, v in said.items() if v is not None}}
+    entry = {key: getattr(scaling, field) for field, key in HF_KEYS[scaling.kind].items()}
+    return {"rope_type": scaling.kind.value, "rope_theta": theta, **{k: v for k, v in entry.items() if v is not None}}
 
 
 def _read(values: Values) -> dict[str, object]:
@@ -78,14 +78,14 @@ def _read(values: Values) -> dict[str, object]:
 
 def _write(config: ModelConfig) -> dict[str, object]:
     rope = write_rope(config.rope_theta, config.rope_scaling)
-    said = {"rope_theta": config.rope_theta, "rope_parameters": rope}  # transformers 4 reads the first, 5 the second
+    entry = {"rope_theta": config.rope_theta, "rope_parameters": rope}  # transformers 4 reads the first, 5 the second
     if config.rope_scaling.kind is not RopeKind.none:
-        said["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return said
+        entry["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return entry
 
 
 def _kinds() -> str:
-    return ", ".join(["default", *(kind.value for kind in THEIRS)])
+    return ", ".join(["default", *(kind.value for kind in HF_KEYS)])
 
 
 KEYS = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings")
@@ -96,10 +96,10 @@ def _read_two(values: Values) -> dict[str, object]:
     """Gemma 3: full layers have one base and the scaling, windowed ones another base."""
     rope = values.get("rope_parameters") or {}
     full = {**(rope.get("full_attention") or {}), **(values.get("rope_scaling") or {})}
-    whole = {"partial_rotary_factor": values.get("partial_rotary_factor")}
-    theta, scaling = read_rope(whole | full, theta=values.get("rope_theta", 1e6), values=values)
+    common = {"partial_rotary_factor": values.get("partial_rotary_factor")}
+    theta, scaling = read_rope(common | full, theta=values.get("rope_theta", 1e6), values=values)
     base = values.get("rope_local_base_freq", THETA)
-    local, local_scaling = read_rope(whole | (rope.get("sliding_attention") or {}), theta=base, values=values)
+    local, local_scaling = read_rope(common | (rope.get("sliding_attention") or {}), theta=base, values=values)
     if local_scaling.kind is not RopeKind.none:
         raise ConfigError("scaled rotary positions in windowed layers are not supported")
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_theta_local": local}

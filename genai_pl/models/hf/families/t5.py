@@ -13,29 +13,29 @@ ACTIVATIONS = {"relu": Activation.relu, "gelu": Activation.gelu_tanh, "silu": Ac
 def _t5(config: ModelConfig) -> Iterator[Weight]:
     yield one("shared", "decoder.embed")
     for stack, i in (("encoder", "{i}"), ("decoder", "{j}")):
-        theirs, ours = f"{stack}.block.{i}.layer", f"{stack}.blocks.{i}"
+        hf_layer, layer = f"{stack}.block.{i}.layer", f"{stack}.blocks.{i}"
         yield one(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias", f"{stack}.relative.table")
         yield one(f"{stack}.final_layer_norm", f"{stack}.norm")
-        yield one(f"{theirs}.0.layer_norm", f"{ours}.norm1")
+        yield one(f"{hf_layer}.0.layer_norm", f"{layer}.norm1")
         for p in "qkvo":
-            yield one(f"{theirs}.0.SelfAttention.{p}", f"{ours}.attention.{p}_proj")
+            yield one(f"{hf_layer}.0.SelfAttention.{p}", f"{layer}.attention.{p}_proj")
         if stack == "decoder":
-            yield one(f"{theirs}.1.layer_norm", f"{ours}.norm_cross")
+            yield one(f"{hf_layer}.1.layer_norm", f"{layer}.norm_cross")
             for p in "qkvo":
-                yield one(f"{theirs}.1.EncDecAttention.{p}", f"{ours}.cross.{p}_proj")
-        yield from _mlp(config, f"{theirs}.{1 if stack == 'encoder' else 2}", ours)
+                yield one(f"{hf_layer}.1.EncDecAttention.{p}", f"{layer}.cross.{p}_proj")
+        yield from _mlp(config, f"{hf_layer}.{1 if stack == 'encoder' else 2}", layer)
     if not config.tie_embeddings:
         yield one("lm_head", "decoder.lm_head")
 
 
-def _mlp(config: ModelConfig, theirs: str, ours: str) -> Iterator[Weight]:
-    yield one(f"{theirs}.layer_norm", f"{ours}.norm2")
+def _mlp(config: ModelConfig, hf_layer: str, layer: str) -> Iterator[Weight]:
+    yield one(f"{hf_layer}.layer_norm", f"{layer}.norm2")
     if config.gated_mlp:
-        yield one(f"{theirs}.DenseReluDense.wi_0", f"{ours}.mlp.gate_proj")
-        yield one(f"{theirs}.DenseReluDense.wi_1", f"{ours}.mlp.up_proj")
+        yield one(f"{hf_layer}.DenseReluDense.wi_0", f"{layer}.mlp.gate_proj")
+        yield one(f"{hf_layer}.DenseReluDense.wi_1", f"{layer}.mlp.up_proj")
     else:
-        yield one(f"{theirs}.DenseReluDense.wi", f"{ours}.mlp.up_proj")
-    yield one(f"{theirs}.DenseReluDense.wo", f"{ours}.mlp.down_proj")
+        yield one(f"{hf_layer}.DenseReluDense.wi", f"{layer}.mlp.up_proj")
+    yield one(f"{hf_layer}.DenseReluDense.wo", f"{layer}.mlp.down_proj")
 
 
 def _read(values: Values) -> dict[str, object]:
@@ -66,20 +66,20 @@ def _read(values: Values) -> dict[str, object]:
 def _write(config: ModelConfig) -> dict[str, object]:
     if config.tie_embeddings and not config.scale_head:
         raise ConfigError("T5 scales a tied head")
-    name = next((name for name, ours in ACTIVATIONS.items() if ours is config.activation), None)
+    name = next((name for name, activation in ACTIVATIONS.items() if activation is config.activation), None)
     if name is None or (name == "gelu" and not config.gated_mlp):
         raise ConfigError("an activation that T5 has not")
-    said = {
+    values = {
         "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
         "tie_word_embeddings": config.tie_embeddings,
         "num_decoder_layers": config.n_decoder_layer,
         "is_encoder_decoder": True,
     }
     if config.scale_head and not config.tie_embeddings:
-        said["scale_decoder_outputs"] = True
+        values["scale_decoder_outputs"] = True
     if config.decoder_start_token_id is not None:
-        said["decoder_start_token_id"] = config.decoder_start_token_id
-    return said
+        values["decoder_start_token_id"] = config.decoder_start_token_id
+    return values
 
 
 T5 = Family(

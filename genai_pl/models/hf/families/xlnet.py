@@ -9,21 +9,21 @@ from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, bo
 
 
 def _xlnet(config: ModelConfig) -> Iterator[Weight]:
-    theirs, ours = "transformer.layer.{i}", "blocks.{i}"
+    hf_layer, layer = "transformer.layer.{i}", "blocks.{i}"
     heads = {"head_dim": config.head_dim}
     yield one("transformer.word_embedding", "embed")
     yield Weight("transformer.mask_emb", ("unseen",), leading=2)
     for p in "qkv":
-        yield Weight(f"{theirs}.rel_attn.{p}", (f"{ours}.attention.{p}_proj.weight",), transposed=True, **heads)
-    yield Weight(f"{theirs}.rel_attn.o", (f"{ours}.attention.o_proj.weight",), **heads)
-    yield Weight(f"{theirs}.rel_attn.r", (f"{ours}.attention.xl.r_proj.weight",), transposed=True, **heads)
+        yield Weight(f"{hf_layer}.rel_attn.{p}", (f"{layer}.attention.{p}_proj.weight",), transposed=True, **heads)
+    yield Weight(f"{hf_layer}.rel_attn.o", (f"{layer}.attention.o_proj.weight",), **heads)
+    yield Weight(f"{hf_layer}.rel_attn.r", (f"{layer}.attention.xl.r_proj.weight",), transposed=True, **heads)
     for name, bias in (("r_w_bias", "content_bias"), ("r_r_bias", "position_bias"), ("r_s_bias", "type_bias")):
-        yield Weight(f"{theirs}.rel_attn.{name}", (f"{ours}.attention.xl.{bias}",))
-    yield Weight(f"{theirs}.rel_attn.seg_embed", (f"{ours}.attention.xl.type_embed",))
-    yield from both(f"{theirs}.rel_attn.layer_norm", f"{ours}.norm1")
-    yield from both(f"{theirs}.ff.layer_1", f"{ours}.mlp.up_proj")
-    yield from both(f"{theirs}.ff.layer_2", f"{ours}.mlp.down_proj")
-    yield from both(f"{theirs}.ff.layer_norm", f"{ours}.norm2")
+        yield Weight(f"{hf_layer}.rel_attn.{name}", (f"{layer}.attention.xl.{bias}",))
+    yield Weight(f"{hf_layer}.rel_attn.seg_embed", (f"{layer}.attention.xl.type_embed",))
+    yield from both(f"{hf_layer}.rel_attn.layer_norm", f"{layer}.norm1")
+    yield from both(f"{hf_layer}.ff.layer_1", f"{layer}.mlp.up_proj")
+    yield from both(f"{hf_layer}.ff.layer_2", f"{layer}.mlp.down_proj")
+    yield from both(f"{hf_layer}.ff.layer_norm", f"{layer}.norm2")
     if config.head is not Head.none:
         yield Weight("lm_loss.bias", ("lm_head.bias",))
         if not config.tie_embeddings:

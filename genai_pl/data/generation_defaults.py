@@ -19,17 +19,17 @@ GENERATION, EOS = "generation_config.json", "eos_token_id"
 STALE = ("transformers_version", "_from_model_config", "_commit_hash")  # of whoever wrote the file
 
 
-class WritingDefaults(NamedTuple):
+class GenerationDefaults(NamedTuple):
     """What a folder says of how its model writes: decoding here has its own options, folders made of it keep the values."""
 
     generation: Mapping[str, object] = {}  # generation_config.json
     config: Mapping[str, object] = {}  # eos_token_id of config.json, where it has one
 
 
-UNSAID = WritingDefaults()
+NO_DEFAULTS = GenerationDefaults()
 
 
-def read_defaults(folder: Path) -> WritingDefaults:
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """What the two files of a folder say, of those that there are; CheckpointError for an end that is no token."""
     generation, config = (
         read_json(folder / name) if (folder / name).is_file() else {} for name in (GENERATION, "config.json")
@@ -43,28 +43,28 @@ def read_defaults(folder: Path) -> WritingDefaults:
                 f"{folder / name}: {EOS}={values[EOS]!r} is neither a token's number nor a list of them"
             )
     kept = {name: value for name, value in generation.items() if name not in STALE}
-    return WritingDefaults(kept, {EOS: config[EOS]} if EOS in config else {})
+    return GenerationDefaults(kept, {EOS: config[EOS]} if EOS in config else {})
 
 
-def set_ends(
+def set_end_tokens(
     config: "ModelConfig | WrappedConfig",
     tokenizer: "PreTrainedTokenizerBase",
-    defaults: WritingDefaults = UNSAID,
+    defaults: GenerationDefaults = NO_DEFAULTS,
 ) -> None:
     """Set eos_token_ids: those that the folder names, those set before, the tokenizer's own, and what closes a turn."""
     own = [end_token(tokenizer), _turn_end(tokenizer)]
-    found = [*named_ends(defaults), *config.eos_token_ids, *(i for i in own if i is not None)]
+    found = [*end_token_ids(defaults), *config.eos_token_ids, *(i for i in own if i is not None)]
     # a number beyond the vocabulary, as some files have, is never written
     config.eos_token_ids = tuple(i for i in dict.fromkeys(found) if 0 <= i < config.vocab_size)
 
 
-def named_ends(defaults: WritingDefaults) -> list[int]:
+def end_token_ids(defaults: GenerationDefaults) -> list[int]:
     """The tokens that end a text by both files."""
     return [*_listed(defaults.generation.get(EOS)), *_listed(defaults.config.get(EOS))]
 
 
-def generation_values(
-    config: "ModelConfig | WrappedConfig", token_ids: Mapping[str, int | None], defaults: WritingDefaults
+def generation_config_values(
+    config: "ModelConfig | WrappedConfig", token_ids: Mapping[str, int | None], defaults: GenerationDefaults
 ) -> dict[str, object]:
     """generation_config.json of a folder that is written: what it was, with all tokens that end a text of the model."""
     values = {name: i for name, i in token_ids.items() if i is not None} | dict(defaults.generation)
