@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
@@ -24,6 +24,14 @@ class Request:
     deadline: float | None = None  # on time.monotonic(): later it ends with "deadline"
     client: str = ""  # who asks: clients take turns
     group: object = None  # the same for requests that are answers to one question: they never have all slots
+
+
+class SampledToken(NamedTuple):
+    """A token and, if the request asks for them, log-probabilities."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class QueueFull(Exception):
 class TokenStream:
     """The pieces of one answer as they come: `for` in a thread, `async for` in any event loop; one reader.
 
-    The engine calls `put` and `end` from its own thread.
+    The engine calls `put` and `close` from its own thread.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -92,10 +100,10 @@ class TokenStream:
             self.n_generated += 1
             self._wake()
 
-    def end(self, reason: str) -> None:
+    def close(self, finish_reason: str) -> None:
         """Say why there is no more; only the first reason counts."""
         with self._changed:
-            self._finish_reason = self._finish_reason or reason
+            self._finish_reason = self._finish_reason or finish_reason
             self._wake()
 
     def __iter__(self) -> Self:

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from genai_pl.generation import Limits, TextStream
 from genai_pl.generation.banned_tokens import Rules, build_rules
 from genai_pl.generation.text import read_source
 from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
-from genai_pl.serving.engine.request import EngineObserver, Request, TokenOutput, TokenStream
+from genai_pl.serving.engine.request import EngineObserver, Request, SampledToken, TokenOutput, TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,21 +93,19 @@ class RequestState:
         """Where it ends in the cache."""
         return self.cache_start + len(self.prompt)
 
-    def append_token(
-        self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int
-    ) -> None:
+    def append_token(self, sampled: SampledToken, *, max_length: int) -> None:
         """Write a token; the last one brings the text that was held back."""
-        self.output_ids.append(token)
+        self.output_ids.append(sampled.token)
         if self.seen_tokens is not None:
-            self.seen_tokens[token] = True
-        text = self.text.push(token)
+            self.seen_tokens[sampled.token] = True
+        text = self.text.push(sampled.token)
         n = len(self.output_ids)
         if self.text.ended:
             self.finish_reason = "stop"
         elif n >= self.config.max_new_tokens or len(self.prompt) + n > max_length:
             self.finish_reason = "length"
             text += self.text.close()
-        self.stream.put(TokenOutput(text, token, logprob, top))
+        self.stream.put(TokenOutput(text, *sampled))
 
     def report_latency(self, observer: EngineObserver) -> None:
         """Say how long its newest token took."""
@@ -130,7 +127,7 @@ class RequestState:
         """Tell reader and observer why there is no more, and let go of all memory."""
         observer.finished(self.finish_reason, len(self.request.input_ids), len(self.output_ids))
         self.cache = self.model = self.seen_tokens = None
-        self.stream.end(self.finish_reason)
+        self.stream.close(self.finish_reason)
 
 
 @contextmanager
@@ -141,39 +138,3 @@ def isolate_failure(state: RequestState) -> Iterator[None]:
     except Exception:
         log.exception("an answer ends, the others go on")
         state.finish_reason = "error"
-
-
-def n_packed(waiting: Iterable[RequestState], free: int, limit: int) -> int:
-    """How many of those that wait are read next, of one adapter: with at most `limit` tokens in all, but one anyhow."""
-    n, total, adapter = 0, 0, None
-    for state in islice(waiting, max(0, free)):
-        total += len(state.prompt)
-        if n > 0 and (state.request.adapter != adapter or total > limit):
-            break
-        n, adapter = n + 1, state.request.adapter
-    return n
-
-
-def share_cache(states: list[RequestState], capacity: int) -> None:
-    """Give rows one cache for so many tokens, in which their prompts stand one after the other."""
-    cache, begin = states[0].model.new_cache(1, capacity), 0
-    for state in states:
-        state.cache, state.cache_start = cache, begin
-        begin = state.cache_end
-
-
-def prefill_packed(states: list[RequestState], device: torch.device) -> Tensor:
-    """The logits (B, V) of what follows each prompt, all of them read as the documents of one packed row."""
-    input_ids = torch.tensor([[token for state in states for token in state.prompt]], device=device)
-    documents = [[n + 1] * len(state.prompt) for n, state in enumerate(states)]
-    segment_ids = torch.tensor([[n for document in documents for n in document]], device=device)
-    hidden = states[0].model.features(input_ids, segment_ids, cache=states[0].cache)
-    for state in states:
-        state.n_prefilled = len(state.prompt)
-    logits = states[0].model.logits(hidden[0, [state.cache_end - 1 for state in states]])
-    if logits.amax().isfinite():
-        return logits
-    for state in states:  # what is no number reaches all of a pass: each alone
-        state.n_prefilled = 0
-        share_cache([state], len(state.prompt))
-    return torch.cat([state.prefill_chunk(len(state.prompt), device) for state in states])

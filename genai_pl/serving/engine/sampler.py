@@ -3,23 +3,15 @@
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from genai_pl.generation import process
+from genai_pl.serving.engine.request import SampledToken
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 
 log = logging.getLogger("genai_pl.serving")
-
-
-class SampledToken(NamedTuple):
-    """A token and, if the request asks for them, log-probabilities."""
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
 
 
 def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken | None]:
