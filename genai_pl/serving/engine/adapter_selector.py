@@ -11,7 +11,7 @@ from genai_pl.peft import Adapter, adapters_of, load_adapter
 
 
 class AdapterSelector:
-    """The adapters that requests name, loaded into one model; adapters that were merged into it before stay on.
+    """The adapters that requests name, loaded into one model; adapters that the model has already stay as they are.
 
     model: the base, changed in place: every adapter becomes part of it with weight 0 or 1
     folders: adapter folder by the name that requests use
