@@ -1,11 +1,16 @@
-"""Decoding: tokens and text out of a model."""
+"""Decoding: tokens and text from a trained model.
+
+From the outside in: `complete` (text.py) takes prompts; `CompletionRunner` (completions.py) runs sampling, speculation or beam
+search; `decode` (decode.py) is the loop; `DecodeState` (decode_state.py) owns the KV cache; `sample` (processors.py) chooses
+the next token; `BannedTokens` (banned_tokens.py) and `GrammarConstraint` (grammar.py) say which tokens are impossible.
+"""
 
 from genai_pl.generation.beam import Hypothesis, beam_search
 from genai_pl.generation.completions import Completion, left_pad
 from genai_pl.generation.decode import decode, evaluating, generate
-from genai_pl.generation.decode_state import Context
+from genai_pl.generation.decode_state import DecodeState
 from genai_pl.generation.detokenize import Detokenizer, StopFilter, TextStream
-from genai_pl.generation.output_constraints import Limits, limits_of
+from genai_pl.generation.output_constraints import OutputConstraints, build_output_constraints
 from genai_pl.generation.processors import process, sample
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.generation.text import check_bias, complete, continue_rows, encode_prompt, generate_text
@@ -13,10 +18,10 @@ from genai_pl.generation.text import check_bias, complete, continue_rows, encode
 __all__ = [
     "Acceptance",
     "Completion",
-    "Context",
+    "DecodeState",
     "Detokenizer",
     "Hypothesis",
-    "Limits",
+    "OutputConstraints",
     "StopFilter",
     "TextStream",
     "beam_search",
@@ -29,7 +34,7 @@ __all__ = [
     "generate",
     "generate_text",
     "left_pad",
-    "limits_of",
+    "build_output_constraints",
     "process",
     "sample",
 ]

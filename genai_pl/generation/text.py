@@ -1,4 +1,7 @@
-"""Prompts in, continuations out, as text."""
+"""Text generation: prompts as text or messages in, continuations as text out.
+
+`generate_text` is the short form; `complete` takes ids and returns `Completion`s with tokens and log-probabilities.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,9 +12,9 @@ from genai_pl.config.enums import Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data import prompt_tokens as chat
 from genai_pl.errors import ConfigError
-from genai_pl.generation.completions import Completion, OnText, Writer, left_pad
+from genai_pl.generation.completions import Completion, CompletionRunner, OnText, left_pad
 from genai_pl.generation.decode import evaluating
-from genai_pl.generation.output_constraints import limits_of
+from genai_pl.generation.output_constraints import build_output_constraints
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
 
@@ -29,13 +32,15 @@ def generate_text(
     num_samples: int = 1,
     on_text: OnText | None = None,
 ) -> list[list[str]]:
-    """`num_samples` continuations of every prompt, or its `num_return` best beams.
+    """`num_samples` continuations of every prompt (a text, or messages for the chat template), or its `num_return` best beams.
 
-    `on_text(i * num_samples + j, piece)` is given continuation j of prompt i as it grows; the pieces add up to it.
+    on_text: called as on_text(i * num_samples + j, delta) while continuation j of prompt i grows; its deltas add up to the text.
     """
     options = {"generator": generator, "num_samples": num_samples, "on_text": on_text}
-    found = complete(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], config, **options)
-    return [[completion.text for completion in of_prompt] for of_prompt in found]
+    completions = complete(
+        model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], config, **options
+    )
+    return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
 
 def continue_rows(
@@ -47,7 +52,7 @@ def continue_rows(
     generator: torch.Generator | None = None,
     on_text: OnText | None = None,
 ) -> list[str]:
-    """The text that follows each row of tokens, up to a stop string, an end token or max_new_tokens."""
+    """One continuation of each row of ids as text, up to a stop string, an end token or max_new_tokens."""
     return [c[0].text for c in complete(model, tokenizer, rows, config, generator=generator, on_text=on_text)]
 
 
@@ -64,12 +69,16 @@ def complete(
     draft: Decoder | None = None,
     acceptance: Acceptance | None = None,
 ) -> list[list[Completion]]:
-    """The continuations of each row of tokens: `num_samples` of them, or the `num_return` best beams.
+    """The continuations of each prompt: `num_samples` of them, or the `num_return` best beams.
 
-    An encoder-decoder reads the row and writes a text of its own. The generator lives on the model's device; `draft` is
-    the model that `generation.draft` names, and `acceptance` counts what becomes of proposed tokens. Adapters that
-    differ by row need one row for each continuation: num_samples=1, and neither beams nor speculation.
+    rows: ids of each prompt; of an encoder-decoder, of each source, and the continuation is the target.
+    generator: on the model's device. on_text: see `CompletionRunner`. logprobs: whether completions hold log-probabilities.
+    draft: the model that `generation.draft` names. acceptance: counts of proposed and accepted tokens, increased in place.
+
+    Adapter weights by row (`Adapter.rows`) allow one continuation per row only: num_samples=1, no beams, no speculation.
+    ConfigError for empty prompts, ids outside the vocabulary, and options that exclude each other.
     """
+    # refuse what cannot work before any memory is allocated
     if not rows:
         return []
     _check_rows(model, rows)
@@ -78,23 +87,28 @@ def complete(
         raise ConfigError(f"num_samples={num_samples} has no use with beams: set generation.num_return")
     if config.speculates and model.config.shape is Shape.encoder_decoder:
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
+    # options that are text become ids; an encoder-decoder encodes its sources and starts from one token each
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    limits = limits_of(tokenizer, config, model.config.eos_token_ids)
+    constraints = build_output_constraints(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
-        model, rows = read_source(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
+        model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
-    writer = Writer(model, tokenizer, rows, config, limits, **options)
+    runner = CompletionRunner(model, tokenizer, rows, config, constraints, **options)
+    # one of three algorithms
     if config.num_beams > 1:
-        return writer.beams()
+        return runner.beam_search()
     if config.speculates:
-        return writer.speculated(num_samples, generator, draft, acceptance)
-    return writer.samples(num_samples, generator)
+        return runner.speculate(num_samples, generator, draft, acceptance)
+    return runner.sample(num_samples, generator)
 
 
-def read_source(
+def encode_sources(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
 ) -> DecoderWithSource:
-    """The decoder after the encoder has read the rows, each closed by the end token; it begins with the start token."""
+    """The decoder of an encoder-decoder with the sources encoded, ready to decode targets.
+
+    rows: ids of each source; the end token is appended where it is missing, as in training.
+    """
     end = tokenizer.eos_token_id
     closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
     with torch.no_grad(), evaluating(model):
@@ -107,7 +121,10 @@ def encode_prompt(
     tools: chat.Tools = (),
     template: chat.ChatTemplate | None = None,
 ) -> list[int]:
-    """The tokens of a prompt, as in training; an empty one begins with bos, or with eos where the tokenizer has no bos."""
+    """Ids of a prompt, as in training. An empty prompt becomes the bos token, or eos where the tokenizer has no bos.
+
+    prompt: a text, or messages, which `template` or the tokenizer's chat template formats. tools: functions for the template.
+    """
     tokens = chat.encode_prompt(tokenizer, prompt, tools, template).tolist()
     if tokens:
         return tokens
@@ -118,13 +135,17 @@ def encode_prompt(
 
 
 def check_bias(config: GenerationConfig, vocab_size: int) -> None:
-    """ConfigError where a token that is to be more or less likely is not one of the model's."""
+    """ConfigError if generation.logit_bias names an id outside the vocabulary of `vocab_size`."""
     unknown = next((token for token in config.logit_bias if token >= vocab_size), None)
     if unknown is not None:
         raise ConfigError(f"generation.logit_bias: token {unknown} is not one of the model's {vocab_size}")
 
 
 def _check_rows(model: Model, rows: Sequence[Sequence[int]]) -> None:
+    """ConfigError for a model that writes no text, an empty prompt, or an id beyond the vocabulary.
+
+    Checked here because on a GPU an embedding index out of range ends the process with a device-side assertion.
+    """
     if isinstance(model, Encoder):
         raise ConfigError("this model is an encoder: it reads text and writes none")
     if not all(rows):

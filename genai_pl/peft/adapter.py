@@ -22,7 +22,7 @@ class Adapter:
     def is_off(self) -> bool:
         return self.rows is None and self.weight == 0.0
 
-    def strength(self, like: Tensor) -> Tensor | float:
+    def scale(self, like: Tensor) -> Tensor | float:
         """What a layer multiplies its share by, shaped to broadcast over `like` (B, ...)."""
         if self.rows is None:
             return self.weight
@@ -37,22 +37,22 @@ class AdapterLayer(nn.Module):
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
     """The adapters of a model, the first one first."""
-    found: dict[int, Adapter] = {}
+    adapters: dict[int, Adapter] = {}
     for module in model.modules():
         if isinstance(module, AdapterLayer):
-            found[id(module.adapter)] = module.adapter
-    return sorted(found.values(), key=lambda adapter: adapter.number)  # the outermost, the last, is met first
+            adapters[id(module.adapter)] = module.adapter
+    return sorted(adapters.values(), key=lambda adapter: adapter.number)  # the outermost, the last, is met first
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The base alone inside: the reference policy of preference learning, without a second copy of it."""
     adapters = adapters_of(model)
-    before = [(adapter.weight, adapter.rows) for adapter in adapters]
+    saved = [(adapter.weight, adapter.rows) for adapter in adapters]
     for adapter in adapters:
         adapter.weight, adapter.rows = 0.0, None
     try:
         yield
     finally:
-        for adapter, (weight, rows) in zip(adapters, before, strict=True):
+        for adapter, (weight, rows) in zip(adapters, saved, strict=True):
             adapter.weight, adapter.rows = weight, rows

@@ -9,7 +9,7 @@ from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import WrappedDecoder
 from genai_pl.peft.adapter import Adapter, AdapterLayer
-from genai_pl.peft.targets import innermost, layers_at, sites
+from genai_pl.peft.targets import adapter_layers, base_module, module_sites
 
 State = dict[str, Tensor]  # the parameters of one layer, by name
 
@@ -39,7 +39,7 @@ class WeightAdapter(AdapterLayer):
         """The base's."""
         return self.base.bias
 
-    def folded(self, state: State) -> State:
+    def merged(self, state: State) -> State:
         """The parameters with which the base alone does what this layer does, given those of what it wraps."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class TrainedCopy(WeightAdapter):
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__(base, adapter)
-        self.copy = deepcopy(innermost(base)).requires_grad_(True)
+        self.copy = deepcopy(base_module(base)).requires_grad_(True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter.is_off:
@@ -57,7 +57,7 @@ class TrainedCopy(WeightAdapter):
         if self._is_whole:
             return self.copy(x)
         y = self.base(x)
-        return y + self.adapter.strength(y) * (self.copy(x) - y)
+        return y + self.adapter.scale(y) * (self.copy(x) - y)
 
     @property
     def weight(self) -> Tensor:
@@ -69,7 +69,7 @@ class TrainedCopy(WeightAdapter):
         """What the layer adds now."""
         return None if self.base.bias is None else self._now("bias")
 
-    def folded(self, state: State) -> State:
+    def merged(self, state: State) -> State:
         copied = dict(self.copy.named_parameters())
         return {name: value + self.adapter.weight * (copied[name] - value) for name, value in state.items()}
 
@@ -86,7 +86,7 @@ class TrainedCopy(WeightAdapter):
 
 def scalar_weight(layer: WeightAdapter) -> float:
     """The weight of an adapter where one matrix must serve all rows."""
-    if layer.adapter.rows is not None and isinstance(innermost(layer), nn.Linear):
+    if layer.adapter.rows is not None and isinstance(base_module(layer), nn.Linear):
         raise ConfigError(
             f"adapters by row: the head is part of {layer.adapter.method}, so rows need logits, not a loss"
         )
@@ -99,7 +99,7 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
     A head that scores texts is always among them: the base has only its first draw.
     """
     names = [*names, "score"] if model.config.head is Head.score else names
-    places = [site for site in sites(model) if site.parameters]
+    places = [site for site in module_sites(model) if site.parameters]
     for name in names:
         if not any(site.is_called(name) for site in places):
             leaves = ", ".join(dict.fromkeys(site.leaf for site in places))
@@ -108,12 +108,12 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
     for site in places:
         if not any(map(site.is_called, names)):
             continue
-        if any(layer.adapter is adapter for layer in layers_at(site.module)):
+        if any(layer.adapter is adapter for layer in adapter_layers(site.module)):
             raise ConfigError(f"peft.modules_to_save: {site.leaf} is one of peft.target_modules too; name it in one")
         layer = TrainedCopy(site.module, adapter)
-        for name, parameter in innermost(layer).named_parameters():
+        for name, parameter in base_module(layer).named_parameters():
             setattr(layer.copy, name, shared.setdefault(parameter, getattr(layer.copy, name)))
-        site.put(layer)
+        site.replace(layer)
 
 
 def tie_weights(model: nn.Module) -> None:
@@ -122,9 +122,9 @@ def tie_weights(model: nn.Module) -> None:
     tied = model.inner.config.tie_word_embeddings if wrapped else model.config.tie_embeddings
     if not tied or model.lm_head is None:
         return
-    innermost(model.lm_head).weight = innermost(model.embed).weight
-    copies = {id(layer.adapter): layer.copy for layer in layers_at(model.embed) if isinstance(layer, TrainedCopy)}
-    for layer in layers_at(model.lm_head):
+    base_module(model.lm_head).weight = base_module(model.embed).weight
+    copies = {id(layer.adapter): layer.copy for layer in adapter_layers(model.embed) if isinstance(layer, TrainedCopy)}
+    for layer in adapter_layers(model.lm_head):
         twin = copies.get(id(layer.adapter)) if isinstance(layer, TrainedCopy) else None
         if twin is not None and torch.equal(twin.weight, layer.copy.weight):
             layer.copy.weight = twin.weight

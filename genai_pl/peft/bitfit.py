@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, scalar_weight, train_whole
-from genai_pl.peft.targets import innermost, sites
+from genai_pl.peft.targets import base_module, module_sites
 
 
 class TrainedBias(WeightAdapter):
@@ -13,13 +13,13 @@ class TrainedBias(WeightAdapter):
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__(base, adapter)
-        self.shift = new_parameter(innermost(base).bias, *innermost(base).bias.shape)
+        self.shift = new_parameter(base_module(base).bias, *base_module(base).bias.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.adapter.is_off:
             return y
-        return y + (self.adapter.strength(y) * self.shift).to(y.dtype)
+        return y + (self.adapter.scale(y) * self.shift).to(y.dtype)
 
     @property
     def bias(self) -> Tensor:
@@ -28,25 +28,25 @@ class TrainedBias(WeightAdapter):
             return self.base.bias
         return self.base.bias + (scalar_weight(self) * self.shift).to(self.base.bias.dtype)
 
-    def folded(self, state: State) -> State:
+    def merged(self, state: State) -> State:
         return {**state, "bias": state["bias"] + self.adapter.weight * self.shift}
 
 
 def bitfit(model: nn.Module) -> nn.Module:
     """The model, frozen but for the biases of its linear layers and of its LayerNorms."""
     kinds = (nn.Linear, nn.LayerNorm)
-    biased = [site for site in sites(model) if "bias" in site.parameters]
-    strange = [type(site.inner).__name__ for site in biased if not isinstance(site.inner, kinds)]
-    if strange:
-        raise ConfigError(f"peft=bitfit: the bias of a {strange[0]} cannot be trained; choose peft=lora")
-    if not biased:
+    sites = [site for site in module_sites(model) if "bias" in site.parameters]
+    unsupported = [type(site.inner).__name__ for site in sites if not isinstance(site.inner, kinds)]
+    if unsupported:
+        raise ConfigError(f"peft=bitfit: the bias of a {unsupported[0]} cannot be trained; choose peft=lora")
+    if not sites:
         raise ConfigError(
             "peft=bitfit: this model has no biases (GPT, BERT, RoBERTa and XLNet have, and Qwen2 some; Llama and T5 "
             "have none): choose peft=lora, or train a model with model.bias=true"
         )
     adapter = Adapter("bitfit", {})
     model.requires_grad_(False)
-    for site in biased:
-        site.put(TrainedBias(site.module, adapter))
+    for site in sites:
+        site.replace(TrainedBias(site.module, adapter))
     train_whole(model, [], adapter)
     return model

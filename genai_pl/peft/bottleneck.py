@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from genai_pl.errors import ConfigError
 from genai_pl.peft.adapter import Adapter, AdapterLayer
 from genai_pl.peft.adapter_layers import new_parameter, train_whole
-from genai_pl.peft.targets import Site, innermost, sites
+from genai_pl.peft.targets import ModuleSite, base_module, module_sites
 
 ATTENTION, MLP = ("attention", "self_attn", "attn"), ("mlp",)
 PARTS = {"both": (ATTENTION, MLP), "mlp": (MLP,)}
@@ -26,15 +26,15 @@ class Bottleneck(AdapterLayer):
         nn.init.zeros_(self.up.bias)
         self.activation = ACTIVATIONS[activation]()
 
-    def forward(self, *given: object, **named: object) -> Tensor | tuple:
-        y = self.base(*given, **named)
+    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple:
+        y = self.base(*args, **kwargs)
         if self.adapter.is_off:
             return y
         return (self._adapted(y[0]), *y[1:]) if isinstance(y, tuple) else self._adapted(y)
 
     def _adapted(self, y: Tensor) -> Tensor:
         x = y if torch.is_autocast_enabled(y.device.type) else y.to(self.down.weight.dtype)
-        return y + (self.adapter.strength(y) * self.up(self.activation(self.down(x)))).to(y.dtype)
+        return y + (self.adapter.scale(y) * self.up(self.activation(self.down(x)))).to(y.dtype)
 
 
 def bottleneck(model: nn.Module, *, size: int = 64, after: str = "both", activation: str = "relu") -> nn.Module:
@@ -49,18 +49,18 @@ def bottleneck(model: nn.Module, *, size: int = 64, after: str = "both", activat
     parts = [site for names in PARTS[after] for site in _parts(model, names)]
     model.requires_grad_(False)
     for site in parts:
-        site.put(Bottleneck(site.module, adapter, width=model.config.n_embd, size=size, activation=activation))
+        site.replace(Bottleneck(site.module, adapter, width=model.config.n_embd, size=size, activation=activation))
     train_whole(model, [], adapter)
     return model
 
 
-def _parts(model: nn.Module, names: tuple[str, ...]) -> list[Site]:
-    blocks = {id(innermost(block)) for block in model.blocks}
-    found = [s for s in sites(model) if s.leaf in names and any(id(parent) in blocks for parent, _ in s.holders)]
-    if not found:
-        parts = ", ".join(name for name, _ in innermost(model.blocks[0]).named_children())
+def _parts(model: nn.Module, names: tuple[str, ...]) -> list[ModuleSite]:
+    blocks = {id(base_module(block)) for block in model.blocks}
+    sites = [s for s in module_sites(model) if s.leaf in names and any(id(parent) in blocks for parent, _ in s.holders)]
+    if not sites:
+        parts = ", ".join(name for name, _ in base_module(model.blocks[0]).named_children())
         raise ConfigError(f"peft=bottleneck: no block has a part called {' or '.join(names)}; they have: {parts}")
-    return found
+    return sites
 
 
 def _linear(like: Tensor, n_in: int, n_out: int) -> nn.Linear:

@@ -30,7 +30,7 @@ class IA3Linear(WeightAdapter):
             return self.base(self._scaled(x))
         return self._scaled(self.base(x))
 
-    def folded(self, state: State) -> State:
+    def merged(self, state: State) -> State:
         scale = 1 + self.adapter.weight * (self.scale - 1)
         if self.on_input:
             return {**state, "weight": state["weight"] * scale}
@@ -38,7 +38,7 @@ class IA3Linear(WeightAdapter):
         return {name: value * (scale[:, None] if value.dim() == 2 else scale) for name, value in state.items()}
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return x * (1 + self.adapter.strength(x) * (self.scale - 1)).to(x.dtype)
+        return x * (1 + self.adapter.scale(x) * (self.scale - 1)).to(x.dtype)
 
 
 def ia3(
@@ -63,7 +63,7 @@ def ia3(
             raise ConfigError(f"peft.feedforward_modules: {name} is none of peft.target_modules: {leaves}")
     model.requires_grad_(False)
     for site in targets:
-        site.put(IA3Linear(site.module, adapter, on_input=any(map(site.is_called, inner))))
+        site.replace(IA3Linear(site.module, adapter, on_input=any(map(site.is_called, inner))))
     train_whole(model, options["modules_to_save"] or [], adapter)
     return model
 

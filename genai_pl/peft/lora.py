@@ -13,7 +13,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, train_whole
 from genai_pl.peft.quantize import quantize as quantize_blocks
-from genai_pl.peft.targets import Site, listed, match
+from genai_pl.peft.targets import ModuleSite, listed, match
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 INITS = ("default", "pissa")
@@ -56,17 +56,17 @@ class LoRALinear(WeightAdapter):
         y = self.base(x)
         if self.adapter.is_off:
             return y
-        strength = self.adapter.strength(x)
+        scale = self.adapter.scale(x)
         dropped = self.dropout(x)
         if self.magnitude is None:
-            return y + self._change(x, dropped, strength * self.scaling).to(y.dtype)
-        scale = self.magnitude / self.norms()  # the norms count as constants (section 4.3)
+            return y + self._change(x, dropped, scale * self.scaling).to(y.dtype)
+        norm_ratio = self.magnitude / self.norms()  # the norms count as constants (section 4.3)
         if self.training and self.dropout.p > 0.0:
             straight = F.linear(dropped, self.weight.to(dropped.dtype))
         else:
             straight = y if self.bias is None else y - self.bias
-        change = (scale - 1) * straight + scale * self._change(x, dropped, self.scaling)
-        return y + (strength * change).to(y.dtype)
+        change = (norm_ratio - 1) * straight + norm_ratio * self._change(x, dropped, self.scaling)
+        return y + (scale * change).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(R, in) and (out, R) whose product, times `scaling`, is all that is added to the weight."""
@@ -80,7 +80,7 @@ class LoRALinear(WeightAdapter):
         A, B = self.factors()
         return (self.weight.to(A.dtype) + self.scaling * (B @ A)).norm(dim=1)
 
-    def folded(self, state: State) -> State:
+    def merged(self, state: State) -> State:
         A, B = self.factors()
         weight, share = state["weight"], self.adapter.weight
         change = self.scaling * (B @ A)
@@ -150,12 +150,14 @@ def lora(
     alpha_of = partial(_by_pattern, "alpha_pattern", alphas, targets, alpha)
     model.requires_grad_(False)
     for site in targets:
-        site.put(LoRALinear(site.module, adapter, rank=rank_of(site), alpha=alpha_of(site), **common))
+        site.replace(LoRALinear(site.module, adapter, rank=rank_of(site), alpha=alpha_of(site), **common))
     train_whole(model, names["modules_to_save"] or [], adapter)
     return model
 
 
-def _by_pattern(option: str, pattern: dict[str, float], targets: list[Site], default: float, site: Site) -> float:
+def _by_pattern(
+    option: str, pattern: dict[str, float], targets: list[ModuleSite], default: float, site: ModuleSite
+) -> float:
     for name in pattern:
         if not any(target.is_called(name) for target in targets):
             raise ConfigError(f"peft.{option}: no target is called {name}")

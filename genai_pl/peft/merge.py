@@ -10,7 +10,7 @@ from genai_pl.models import EncoderDecoder, WrappedDecoder
 from genai_pl.peft.adapter import AdapterLayer
 from genai_pl.peft.adapter_layers import WeightAdapter
 from genai_pl.peft.quantize import dequantize
-from genai_pl.peft.targets import innermost, layers_at, sites
+from genai_pl.peft.targets import adapter_layers, base_module, module_sites
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -18,26 +18,26 @@ def merge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
             raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
-    for site in sites(dequantize(model)):
-        layers = layers_at(site.module)
+    for site in module_sites(dequantize(model)):
+        layers = adapter_layers(site.module)
         if layers:
-            site.put(_folded(layers))
+            site.replace(_merged(layers))
     _settle_ties(model)
     return model.requires_grad_(True)
 
 
 @torch.no_grad()
-def _folded(layers: list[WeightAdapter]) -> nn.Module:
+def _merged(layers: list[WeightAdapter]) -> nn.Module:
     """The innermost module with new parameters where they change."""
-    module = innermost(layers[0])
-    old = dict(module.named_parameters())
-    state = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in old.items()}
+    module = base_module(layers[0])
+    parameters = dict(module.named_parameters())
+    state = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
     before = dict(state)
     for layer in reversed(layers):
-        state = layer.folded(state)
+        state = layer.merged(state)
     for name, value in state.items():
         if value is not before[name]:
-            setattr(module, name, nn.Parameter(value.to(old[name].dtype)))
+            setattr(module, name, nn.Parameter(value.to(parameters[name].dtype)))
     return module
 
 

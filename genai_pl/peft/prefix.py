@@ -8,7 +8,7 @@ from genai_pl.models import EncoderDecoder
 from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
-from genai_pl.peft.io.tensors import Contents, fill
+from genai_pl.peft.io.tensors import AdapterFile, fill
 from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
 
 
@@ -57,7 +57,7 @@ def prefix(model: nn.Module, *, n_tokens: int = 20, hidden_size: int | None = No
 
 
 @torch.no_grad()
-def write_prefix(model: nn.Module, adapter: Adapter) -> Contents:
+def write_prefix(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """The adapter in PEFT's layout, where an MLP has done its work."""
     tokens = virtual_of(model)
     P, L, _, K, D = tokens.shape
@@ -73,12 +73,12 @@ def write_prefix(model: nn.Module, adapter: Adapter) -> Contents:
     if two:  # PEFT reads four parts per layer, of which the last two fall away
         table = nn.functional.pad(table.view(P, L, 2 * K * D), (0, 2 * K * D)).flatten(1)
         config["num_layers"] = 2 * L
-    return Contents(config, {KEY: table}, {**adapter.options, "hidden_size": None})
+    return AdapterFile(config, {KEY: table}, {**adapter.options, "hidden_size": None})
 
 
-def read_prefix(model: nn.Module, contents: Contents) -> nn.Module:
+def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
     """The model with the prefix, ours or one that PEFT has written."""
-    table, n_tokens = table_in(contents)
+    table, n_tokens = table_in(file)
     model = prefix(model, n_tokens=n_tokens)
     if isinstance(model, EncoderDecoder):
         table = _of_decoder(table, model.config.n_decoder_layer, model.config.n_kv_head * model.config.head_dim)

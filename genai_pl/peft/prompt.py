@@ -9,7 +9,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
-from genai_pl.peft.io.tensors import Contents, fill
+from genai_pl.peft.io.tensors import AdapterFile, fill
 from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
 
 INITS = ("random", "text", "vocabulary")
@@ -53,7 +53,7 @@ def prompt(
     return install(model, stack, Prompt(adapter, _first(stack, n_tokens, init, init_ids, seed)))
 
 
-def write_prompt(model: nn.Module, adapter: Adapter) -> Contents:
+def write_prompt(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """The adapter in PEFT's layout."""
     tokens = virtual_of(model)
     config = config_of(model, "PROMPT_TUNING", tokens) | {
@@ -61,12 +61,12 @@ def write_prompt(model: nn.Module, adapter: Adapter) -> Contents:
         "num_attention_heads": model.config.n_head,
         "num_transformer_submodules": 1,
     }
-    return Contents(config, {KEY: tokens.weight.detach()}, dict(adapter.options))
+    return AdapterFile(config, {KEY: tokens.weight.detach()}, dict(adapter.options))
 
 
-def read_prompt(model: nn.Module, contents: Contents) -> nn.Module:
+def read_prompt(model: nn.Module, file: AdapterFile) -> nn.Module:
     """The model with the prompt, ours or one that PEFT has written."""
-    table, n_tokens = table_in(contents)
+    table, n_tokens = table_in(file)
     model = prompt(model, n_tokens=n_tokens)
     # PEFT has more for an encoder-decoder, and does not use them
     fill(virtual_of(model).weight, table[:n_tokens], KEY)
@@ -78,8 +78,8 @@ def _first(stack: Transformer, n_tokens: int, init: str, init_ids: Sequence[int]
     """The initial embeddings, (P, E)."""
     generator, table = torch.Generator().manual_seed(seed), stack.embed.weight
     if init == "random":
-        drawn = torch.empty(n_tokens, table.shape[1]).normal_(std=stack.config.init_std, generator=generator)
-        return drawn.to(table)
+        embeddings = torch.empty(n_tokens, table.shape[1]).normal_(std=stack.config.init_std, generator=generator)
+        return embeddings.to(table)
     if init == "vocabulary":
         ids = torch.randint(table.shape[0], (n_tokens,), generator=generator)
     else:

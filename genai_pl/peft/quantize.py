@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from genai_pl.errors import ConfigError
-from genai_pl.peft.targets import ALL_LINEAR, Site, layers_at, match, sites
+from genai_pl.peft.targets import ALL_LINEAR, ModuleSite, adapter_layers, match, module_sites
 
 BLOCK = 64  # weights that share a scale in nf4
 aten = torch.ops.aten
@@ -79,17 +79,17 @@ class Quantized(Tensor):
 
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Quantized":
         """The same weight with something done to codes and scales."""
-        held = (change(self.codes), change(self.scales))
-        return Quantized(*held, self.kind, self.shape, self.dtype if dtype is None else dtype)
+        tensors = (change(self.codes), change(self.scales))
+        return Quantized(*tensors, self.kind, self.shape, self.dtype if dtype is None else dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:
         return ["codes", "scales"], (self.kind, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
-        held: dict[str, Tensor], given: tuple[str, torch.dtype], shape: torch.Size, stride: tuple[int, ...]
+        tensors: dict[str, Tensor], kind_and_dtype: tuple[str, torch.dtype], shape: torch.Size, stride: tuple[int, ...]
     ) -> "Quantized":
-        return Quantized(held["codes"], held["scales"], given[0], torch.Size(shape), given[1])
+        return Quantized(tensors["codes"], tensors["scales"], kind_and_dtype[0], torch.Size(shape), kind_and_dtype[1])
 
     @classmethod
     def __torch_dispatch__(
@@ -102,7 +102,7 @@ class Quantized(Tensor):
             return args[0].each(torch.clone)
         if function is aten._to_copy.default and kwargs.get("dtype", torch.float32).is_floating_point:
             device = kwargs.get("device")
-            return args[0].each(lambda held: held.to(device, copy=True), kwargs.get("dtype"))
+            return args[0].each(lambda part: part.to(device, copy=True), kwargs.get("dtype"))
         if function is aten.copy_.default and isinstance(args[0], cls):  # processes agree on their weights at the start
             codes, scales = quantized(args[1], args[0].kind)
             args[0].codes.copy_(codes)
@@ -137,8 +137,8 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         weight = base.weight.detach()
-        held = Quantized(*quantized(weight, kind), kind, weight.shape, weight.dtype)
-        self.weight = nn.Parameter(held, requires_grad=False)
+        codes = Quantized(*quantized(weight, kind), kind, weight.shape, weight.dtype)
+        self.weight = nn.Parameter(codes, requires_grad=False)
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,24 +162,24 @@ def quantize(model: nn.Module, *, kind: str, keep: Sequence[str] = ()) -> nn.Mod
             if site.inner.weight.kind != kind:
                 raise ConfigError(f"peft.quantize={kind}: this model is quantized to {site.inner.weight.kind} already")
         elif not any(map(site.is_called, keep)):
-            _replace(site, QuantizedLinear(site.inner, kind))
+            _replace_base(site, QuantizedLinear(site.inner, kind))
     return model
 
 
 def dequantize(model: nn.Module) -> nn.Module:
     """The model with plain linear layers in place of the quantized ones."""
-    for site in sites(model):
+    for site in module_sites(model):
         if isinstance(site.inner, QuantizedLinear):
             plain = nn.Linear(site.inner.in_features, site.inner.out_features, bias=False, device="meta")
             plain.weight, plain.bias = nn.Parameter(site.inner.weight.dense(), requires_grad=False), site.inner.bias
-            _replace(site, plain)
+            _replace_base(site, plain)
     return model
 
 
-def _replace(site: Site, module: nn.Module) -> None:
+def _replace_base(site: ModuleSite, module: nn.Module) -> None:
     """Let a module stand in the innermost place, inside whatever adapters are there."""
-    layers = layers_at(site.module)
+    layers = adapter_layers(site.module)
     if layers:
         layers[-1].base = module.train(layers[-1].training)
     else:
-        site.put(module)
+        site.replace(module)

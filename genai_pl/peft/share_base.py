@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from genai_pl.peft.targets import sites
+from genai_pl.peft.targets import module_sites
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Parameters and buffers that belong to no adapter: name without adapters, module, attribute, tensor."""
-    places = [("", model), *((f"{site.names[0]}.", site.inner) for site in sites(model))]
+    places = [("", model), *((f"{site.names[0]}.", site.inner) for site in module_sites(model))]
     for prefix, module in places:
         if module is not None:
             for attribute, tensor in {**module._parameters, **module._buffers}.items():

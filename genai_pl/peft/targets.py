@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 NO_TARGETS = ("r_proj", "score")
 
 
-class Site(NamedTuple):
+class ModuleSite(NamedTuple):
     """A place in the model, with whatever adapters wrap the module there."""
 
     names: tuple[str, ...]  # more than one where a module is shared
@@ -34,74 +34,74 @@ class Site(NamedTuple):
     @property
     def inner(self) -> nn.Module | None:
         """The module without the adapters around it; None where an adapter stands for itself."""
-        return innermost(self.module)
+        return base_module(self.module)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those that the module holds itself."""
-        held = {} if self.inner is None else self.inner._parameters
-        return {name: parameter for name, parameter in held.items() if parameter is not None}
+        parameters = {} if self.inner is None else self.inner._parameters
+        return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
-    def put(self, module: nn.Module) -> None:
+    def replace(self, module: nn.Module) -> None:
         """Let another module stand here."""
         module.train(self.module.training)
         for parent, attribute in self.holders:
             setattr(parent, attribute, module)
 
 
-def sites(model: nn.Module) -> list[Site]:
+def module_sites(model: nn.Module) -> list[ModuleSite]:
     """Every place of the model; adapters change neither the places nor their names."""
-    found: dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
-    _walk(model, "", found)
-    return [Site(tuple(names), module, tuple(holders)) for module, (names, holders) in found.items()]
+    known: dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
+    _walk(model, "", known)
+    return [ModuleSite(tuple(names), module, tuple(holders)) for module, (names, holders) in known.items()]
 
 
-def wrapped(module: nn.Module) -> nn.Module | None:
+def wrapped_module(module: nn.Module) -> nn.Module | None:
     """What an adapter layer wraps, or None."""
     return module._modules.get("base") if isinstance(module, AdapterLayer) else None
 
 
-def layers_at(module: nn.Module) -> list[AdapterLayer]:
+def adapter_layers(module: nn.Module) -> list[AdapterLayer]:
     """The adapter layers around a module, the outermost first."""
     layers = []
     while isinstance(module, AdapterLayer):
         layers.append(module)
-        module = wrapped(module)
+        module = wrapped_module(module)
     return layers
 
 
-def innermost(module: nn.Module | None) -> nn.Module | None:
+def base_module(module: nn.Module | None) -> nn.Module | None:
     """The module without the adapter layers around it."""
     while isinstance(module, AdapterLayer):
-        module = wrapped(module)
+        module = wrapped_module(module)
     return module
 
 
-def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, default: Sequence[str]) -> list[Site]:
+def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, default: Sequence[str]) -> list[ModuleSite]:
     """The linear layers that `target_modules` means: names, one regular expression, "all-linear", or None.
 
     None means those of the default names that exist. The head is never among them.
     """
     linears = _linears(model)
     if target_modules is None:
-        chosen = [site for site in linears if any(map(site.is_called, default))]
+        targets = [site for site in linears if any(map(site.is_called, default))]
         missing = [name for name in default if not any(site.is_called(name) for site in linears)]
         # what transformers calls otherwise must be named: half of the default would be no default
-        missing = missing if isinstance(model, WrappedDecoder) or not chosen else []
+        missing = missing if isinstance(model, WrappedDecoder) or not targets else []
     elif target_modules == ALL_LINEAR:
         inside = {id(module) for block in model.blocks for module in block.modules()}
-        chosen, missing = [site for site in linears if id(site.module) in inside], []
+        targets, missing = [site for site in linears if id(site.module) in inside], []
     elif isinstance(target_modules, str):
-        chosen = [site for site in linears if any(_full_match(target_modules, name) for name in site.names)]
-        missing = [] if chosen else [f"{target_modules} (a regular expression of whole names; write [a,b] for names)"]
+        targets = [site for site in linears if any(_full_match(target_modules, name) for name in site.names)]
+        missing = [] if targets else [f"{target_modules} (a regular expression of whole names; write [a,b] for names)"]
     else:
-        chosen = [site for site in linears if any(map(site.is_called, target_modules))]
+        targets = [site for site in linears if any(map(site.is_called, target_modules))]
         missing = [name for name in target_modules if not any(site.is_called(name) for site in linears)]
     if missing:
         raise ConfigError(f"peft.target_modules: {_why_not(model, missing[0])}; there are: {_leaves(linears)}")
-    if not chosen:
+    if not targets:
         raise ConfigError(f"peft.target_modules is empty; there are: {_leaves(linears)}")
-    return chosen
+    return targets
 
 
 def listed(names: str | Iterable[str] | None) -> str | list[str] | None:
@@ -112,10 +112,10 @@ def listed(names: str | Iterable[str] | None) -> str | list[str] | None:
 def describe(model: nn.Module) -> list[str]:
     """Lines on what is adapted: the adapters, a table of layers, and how much of the model is trained."""
     counts: dict[tuple[str, str, str, int], int] = {}
-    for site in sites(model):
-        for layer in layers_at(site.module):
+    for site in module_sites(model):
+        for layer in adapter_layers(site.module):
             size = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("base."))
-            row = (site.leaf, type(layer).__name__, _shape(innermost(layer)), size)
+            row = (site.leaf, type(layer).__name__, _shape(base_module(layer)), size)
             counts[row] = counts.get(row, 0) + 1
     lines = [f"adapter     {adapter.method}: {_options(adapter.options)}" for adapter in adapters_of(model)]
     lines += [
@@ -130,23 +130,23 @@ def describe(model: nn.Module) -> list[str]:
     ]
 
 
-def _walk(parent: nn.Module, prefix: str, found: dict) -> None:
+def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
     for attribute, module in parent._modules.items():  # named_children leaves out a block that is used again
         if module is None:
             continue
-        known = module in found
-        names, holders = found.setdefault(module, ([], []))
+        is_known = module in known
+        names, holders = known.setdefault(module, ([], []))
         names.append(prefix + attribute)
         holders.append((parent, attribute))
-        inner = innermost(module)
-        if not known and inner is not None:
-            _walk(inner, f"{prefix}{attribute}.", found)
+        inner = base_module(module)
+        if not is_known and inner is not None:
+            _walk(inner, f"{prefix}{attribute}.", known)
 
 
-def _linears(model: nn.Module) -> list[Site]:
-    head = innermost(model.lm_head)
-    found = [site for site in sites(model) if isinstance(site.inner, nn.Linear)]
-    return [site for site in found if site.inner is not head and site.leaf not in NO_TARGETS]
+def _linears(model: nn.Module) -> list[ModuleSite]:
+    head = base_module(model.lm_head)
+    linears = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
+    return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
 
 
 def _full_match(pattern: str, name: str) -> bool:
@@ -158,16 +158,16 @@ def _full_match(pattern: str, name: str) -> bool:
 
 def _why_not(model: nn.Module, name: str) -> str:
     """Why nothing of that name can be wrapped."""
-    there = next((site for site in sites(model) if site.is_called(name)), None)
-    if there is None:
+    site = next((site for site in module_sites(model) if site.is_called(name)), None)
+    if site is None:
         return f"no module is called {name}"
-    if there.inner is innermost(model.lm_head) or isinstance(there.inner, nn.Embedding):
+    if site.inner is base_module(model.lm_head) or isinstance(site.inner, nn.Embedding):
         return f"{name} is not adapted but trained whole, by peft.modules_to_save=[{name}]"
-    return f"{name} is a {type(there.inner).__name__}, which is not adapted"
+    return f"{name} is a {type(site.inner).__name__}, which is not adapted"
 
 
-def _leaves(found: list[Site]) -> str:
-    return ", ".join(dict.fromkeys(site.leaf for site in found))
+def _leaves(sites: list[ModuleSite]) -> str:
+    return ", ".join(dict.fromkeys(site.leaf for site in sites))
 
 
 def _shape(module: nn.Module | None) -> str:

@@ -8,7 +8,7 @@ from genai_pl.models import Encoder, EncoderDecoder, WrappedDecoder
 from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
 from genai_pl.peft.adapter import Adapter, AdapterLayer
-from genai_pl.peft.io.tensors import Contents, common_config
+from genai_pl.peft.io.tensors import AdapterFile, common_config
 
 KEY = "prompt_embeddings"  # the one tensor of the file
 
@@ -46,9 +46,9 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> T
         raise ConfigError(
             f"peft={method}: this model has virtual tokens of peft={stack.virtual.adapter.method} already"
         )
-    room = stack.max_length
-    if n_tokens < 1 or (room is not None and n_tokens >= room):
-        limit = "" if room is None else f" and below model.max_seq_len ({room}), whose positions they share"
+    capacity = stack.max_length
+    if n_tokens < 1 or (capacity is not None and n_tokens >= capacity):
+        limit = "" if capacity is None else f" and below model.max_seq_len ({capacity}), whose positions they share"
         raise ConfigError(f"peft.n_tokens must be at least 1{limit}, not {n_tokens}")
     return stack
 
@@ -78,9 +78,9 @@ def config_of(model: nn.Module, peft_type: str, tokens: VirtualAdapter) -> dict[
     return config
 
 
-def table_in(contents: Contents) -> tuple[Tensor, int]:
+def table_in(file: AdapterFile) -> tuple[Tensor, int]:
     """The one tensor of the file, (rows, width), and how many virtual tokens it is for."""
-    tensors, n_tokens = contents.tensors, contents.config.get("num_virtual_tokens")
+    tensors, n_tokens = file.tensors, file.config.get("num_virtual_tokens")
     if set(tensors) != {KEY}:
         raise CheckpointError(f"there must be a tensor {KEY} and no other, not {', '.join(sorted(tensors)) or 'none'}")
     table = tensors[KEY]

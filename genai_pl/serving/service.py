@@ -14,8 +14,8 @@ from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.embeddings import find_head
-from genai_pl.generation import encode_prompt, limits_of
+from genai_pl.evaluation.embeddings import find_sentence_head
+from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import prepare_for_decoding
 from genai_pl.models.onnx.model import is_onnx
@@ -58,7 +58,7 @@ class Service:
         self.is_reward = config.head is Head.score
         self.has_two_stacks = config.shape is Shape.encoder_decoder
         # embeddings, cache
-        self.sentence = find_head(settings.pooling, loaded.path, self.tokenizer, config)
+        self.sentence = find_sentence_head(settings.pooling, loaded.path, self.tokenizer, config)
         self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
@@ -159,8 +159,8 @@ class Service:
         """
 
         def compiled() -> None:
-            limits = limits_of(self.engine.tokenizer, config, self.model.config.eos_token_ids)
-            limits.constraint.begin(self.model.config.vocab_size)
+            constraints = build_output_constraints(self.engine.tokenizer, config, self.model.config.eos_token_ids)
+            constraints.constraint.begin(self.model.config.vocab_size)
 
         if self.engine is not None:
             await self.tokenize_threads.grammars.run(compiled)
@@ -258,5 +258,5 @@ def open_service(settings: Settings, metrics: Metrics) -> Service:
     if settings.backend == "onnx" and not is_onnx(loaded.path):
         raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
     for name in settings.adapters.values():
-        refuse_twice(loaded.path, resolve_adapter(name), said=f"adapter={name}: checkpoint={settings.checkpoint}")
+        refuse_twice(loaded.path, resolve_adapter(name), message=f"adapter={name}: checkpoint={settings.checkpoint}")
     return Service(settings, loaded, metrics)

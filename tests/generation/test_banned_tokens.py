@@ -6,8 +6,8 @@ import transformers
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
-from genai_pl.generation import Limits, complete, generate, generate_text, left_pad, limits_of
-from genai_pl.generation.banned_tokens import Rules, build_rules
+from genai_pl.generation import OutputConstraints, build_output_constraints, complete, generate, generate_text, left_pad
+from genai_pl.generation.banned_tokens import BannedTokens, build_banned_tokens
 
 CPU = torch.device("cpu")
 
@@ -23,18 +23,20 @@ def masked(processor: transformers.LogitsProcessor, ids: torch.Tensor, vocab_siz
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_ngrams_are_excluded_as_transformers_excludes_them(n):
     ids = torch.randint(0, 4, (20, 15), generator=torch.Generator().manual_seed(n))
-    rules = Rules(GenerationConfig(no_repeat_ngram_size=n), Limits(), ids[:, :6].tolist(), 4)
+    banned_tokens = BannedTokens(GenerationConfig(no_repeat_ngram_size=n), OutputConstraints(), ids[:, :6].tolist(), 4)
     expected = masked(transformers.NoRepeatNGramLogitsProcessor(n), ids, 4)
-    assert torch.equal(rules.excluded(ids[:, 6:].tolist(), CPU, strict=False), expected)
+    assert torch.equal(banned_tokens.mask(ids[:, 6:].tolist(), CPU, strict=False), expected)
     assert expected.any()
 
 
 def test_bad_words_are_excluded_as_transformers_excludes_them():
     ids = torch.randint(0, 5, (30, 8), generator=torch.Generator().manual_seed(0))
     words = [[4], [1, 2], [3, 3, 0], [0] * 12]
-    rules = Rules(GenerationConfig(), Limits(bad_words=tuple(map(tuple, words))), ids[:, :2].tolist(), 5)
+    banned_tokens = BannedTokens(
+        GenerationConfig(), OutputConstraints(bad_words=tuple(map(tuple, words))), ids[:, :2].tolist(), 5
+    )
     expected = masked(transformers.NoBadWordsLogitsProcessor(words), ids, 5)
-    assert torch.equal(rules.excluded(ids[:, 2:].tolist(), CPU), expected)
+    assert torch.equal(banned_tokens.mask(ids[:, 2:].tolist(), CPU), expected)
 
 
 def test_greedy_tokens_under_all_rules_equal_transformers(pair):
@@ -51,20 +53,22 @@ def test_greedy_tokens_under_all_rules_equal_transformers(pair):
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=30, do_sample=False, pad_token_id=0,
         eos_token_id=eos, bad_words_ids=words, prefix_allowed_tokens_fn=allowed, **options,
     )  # fmt: skip
-    limits = Limits(ends=frozenset({eos}), bad_words=tuple(map(tuple, words)), prefix=prefix)
-    tokens = generate(ours, input_ids, greedy(30, **options), eos_token_id=eos, limits=limits)
+    constraints = OutputConstraints(ends=frozenset({eos}), bad_words=tuple(map(tuple, words)), prefix=prefix)
+    tokens = generate(ours, input_ids, greedy(30, **options), eos_token_id=eos, constraints=constraints)
     assert torch.equal(tokens, expected)
     assert tokens[0, 4:6].tolist() == list(prefix)
 
 
 def test_padding_is_in_no_ngram():
     input_ids, segment_ids = left_pad([[1, 2, 3, 1], [0, 0]], 0)
-    rules = build_rules(GenerationConfig(no_repeat_ngram_size=1), Limits(), input_ids, segment_ids, 5)
-    assert rules.excluded([[], []], CPU).tolist() == [[False, True, True, True, False], [True] + [False] * 4]
+    banned_tokens = build_banned_tokens(
+        GenerationConfig(no_repeat_ngram_size=1), OutputConstraints(), input_ids, segment_ids, 5
+    )
+    assert banned_tokens.mask([[], []], CPU).tolist() == [[False, True, True, True, False], [True] + [False] * 4]
 
 
 def test_no_rule_costs_nothing():
-    assert build_rules(GenerationConfig(), Limits(), torch.ones(1, 2), None, 5) is None
+    assert build_banned_tokens(GenerationConfig(), OutputConstraints(), torch.ones(1, 2), None, 5) is None
 
 
 def test_the_prefix_comes_first_whatever_else_is_asked(small_model, byte_tokenizer):
@@ -74,8 +78,8 @@ def test_the_prefix_comes_first_whatever_else_is_asked(small_model, byte_tokeniz
 
 
 def test_a_prefix_has_the_tokens_that_it_has_inside_a_text(word_tokenizer):
-    limits = limits_of(word_tokenizer, GenerationConfig(prefix="world how"))
-    assert word_tokenizer.decode([*word_tokenizer.encode("Hello"), *limits.prefix]) == "Helloworld how"
+    constraints = build_output_constraints(word_tokenizer, GenerationConfig(prefix="world how"))
+    assert word_tokenizer.decode([*word_tokenizer.encode("Hello"), *constraints.prefix]) == "Helloworld how"
 
 
 def test_bad_words_never_appear(small_model, byte_tokenizer):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
-from genai_pl.generation import Limits, beam_search, complete, generate_text, left_pad
+from genai_pl.generation import OutputConstraints, beam_search, complete, generate_text, left_pad
 from genai_pl.generation.beam import Hypothesis
 from genai_pl.models import Decoder, load_wrapped
 
@@ -41,8 +41,8 @@ def test_beams_of_unequal_prompts_equal_transformers(pair, early_stopping, lengt
         num_return_sequences=3, eos_token_id=list(ends) or None, return_dict_in_generate=True, output_scores=True,
         **options,
     )  # fmt: skip
-    limits = Limits(ends=frozenset(ends))
-    found = beam_search(ours, input_ids, beams(12, 3, **options), segment_ids=segment_ids, limits=limits)
+    constraints = OutputConstraints(ends=frozenset(ends))
+    found = beam_search(ours, input_ids, beams(12, 3, **options), segment_ids=segment_ids, constraints=constraints)
     assert_equal_theirs(found, expected, 7)
 
 
@@ -56,8 +56,8 @@ def test_beams_with_penalties_and_exclusions_equal_transformers(pair):
         eos_token_id=50, num_beams=4, num_return_sequences=4, bad_words_ids=words, return_dict_in_generate=True,
         output_scores=True, **options,
     )  # fmt: skip
-    limits = Limits(ends=frozenset({50}), bad_words=tuple(map(tuple, words)))
-    assert_equal_theirs(beam_search(ours, input_ids, beams(15, 4, **options), limits=limits), expected, 4)
+    constraints = OutputConstraints(ends=frozenset({50}), bad_words=tuple(map(tuple, words)))
+    assert_equal_theirs(beam_search(ours, input_ids, beams(15, 4, **options), constraints=constraints), expected, 4)
 
 
 def log_probability(model: Decoder, prompt: list[int], tokens: list[int]) -> float:

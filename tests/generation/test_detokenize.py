@@ -69,7 +69,7 @@ def streamed(stop: list[str], *parts: str) -> tuple[list[str], bool]:
     found = []
     for part in parts:
         found.append(stop_filter.push(part))
-        if stop_filter.found:
+        if stop_filter.matched:
             return found, True
     return [*found, stop_filter.close()], False
 

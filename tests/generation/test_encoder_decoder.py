@@ -7,7 +7,7 @@ from torch import Tensor
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
-from genai_pl.generation import Limits, beam_search, complete, decode, generate, left_pad
+from genai_pl.generation import OutputConstraints, beam_search, complete, decode, generate, left_pad
 from genai_pl.models import EncoderDecoder
 
 SOURCES = [[5, 6, 7, 8, 9, 1], [3, 4, 1], [12, 13, 14, 15, 1]]
@@ -61,7 +61,11 @@ def test_beams_of_t5_equal_transformers(t5_pair, early_stopping, length_penalty)
     wanted = {"num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
     expected = their_tokens(theirs, **options, **wanted)
     config = greedy(15, **options, num_return=3)
-    found = [h for row in beam_search(read(ours), starts(), config, limits=Limits(ends=frozenset({1}))) for h in row]
+    found = [
+        h
+        for row in beam_search(read(ours), starts(), config, constraints=OutputConstraints(ends=frozenset({1})))
+        for h in row
+    ]
     rows = expected.sequences[:, 1:].tolist()
     assert [h.tokens for h in found] == [row[: len(h.tokens)] for h, row in zip(found, rows, strict=True)]
     assert [h.score for h in found] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)

@@ -6,7 +6,7 @@ import torch
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
-from genai_pl.generation import complete, generate_text, limits_of
+from genai_pl.generation import build_output_constraints, complete, generate_text
 from genai_pl.generation.grammar import build_constraint
 
 pytest.importorskip("llguidance")
@@ -111,4 +111,4 @@ def test_a_tokenizer_without_an_end_token_is_an_error(byte_level_tokenizer, smal
 def test_no_library_is_one_line_that_names_the_extra(byte_tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r"pip install 'genai_pl\[constrain\]'"):
-        limits_of(byte_tokenizer, GenerationConfig(regex="a"))
+        build_output_constraints(byte_tokenizer, GenerationConfig(regex="a"))

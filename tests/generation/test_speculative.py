@@ -9,8 +9,8 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import Acceptance, complete, generate, process
-from genai_pl.generation.output_constraints import Limits
-from genai_pl.generation.speculative import DraftModel, PromptLookup, Target, speculate
+from genai_pl.generation.output_constraints import OutputConstraints
+from genai_pl.generation.speculative import DraftModel, PromptLookup, TargetModel, speculate
 from genai_pl.models import Decoder, KVCache
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
@@ -33,7 +33,7 @@ def drafted(model: Decoder, draft: Decoder, config: GenerationConfig, n_prompt: 
     return DraftModel(draft, config, **sizes)
 
 
-def written(target: Target, proposer, seed: int = 0, **options: object) -> list[int]:
+def generated(target: TargetModel, proposer, seed: int = 0, **options: object) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return [int(token) for token in speculate(target, proposer, generator=generator, **options)]
 
@@ -46,10 +46,10 @@ def test_greedy_tokens_with_a_draft_are_those_without(small_model, options, draf
     config = GenerationConfig(max_new_tokens=40, temperature=0, draft_tokens=draft_tokens, repetition_penalty=1.1)
     counts = Acceptance()
     draft = near(model, small_model, noise, **options)
-    found = written(Target(model, PROMPT, config), drafted(model, draft, config, 5), acceptance=counts)
-    assert found == generate(model, torch.tensor([PROMPT]), config)[0, 5:].tolist()
-    assert counts.written == 40
-    assert counts.reads + counts.accepted == 40
+    tokens = generated(TargetModel(model, PROMPT, config), drafted(model, draft, config, 5), acceptance=counts)
+    assert tokens == generate(model, torch.tensor([PROMPT]), config)[0, 5:].tolist()
+    assert counts.generated == 40
+    assert counts.forward_passes + counts.accepted == 40
     if noise == 0.02:
         assert 0 < counts.accepted < counts.proposed
 
@@ -58,8 +58,8 @@ def test_greedy_tokens_with_a_draft_are_those_without(small_model, options, draf
 def test_greedy_tokens_with_prompt_lookup_are_those_without(small_model, prompt_lookup):
     model = small_model(vocab_size=12)
     config, counts = GenerationConfig(max_new_tokens=50, temperature=0), Acceptance()
-    found = written(Target(model, PROMPT, config), PromptLookup(prompt_lookup), acceptance=counts)
-    assert found == generate(model, torch.tensor([PROMPT]), config)[0, 5:].tolist()
+    tokens = generated(TargetModel(model, PROMPT, config), PromptLookup(prompt_lookup), acceptance=counts)
+    assert tokens == generate(model, torch.tensor([PROMPT]), config)[0, 5:].tolist()
     assert 0 < counts.accepted < counts.proposed
 
 
@@ -72,9 +72,9 @@ def test_past_the_context_length_too(small_model, max_seq_len):
         PromptLookup(2),
         drafted(model, near(model, small_model, 0.02, max_seq_len=max_seq_len), config, 5),
     ):
-        target = Target(model, PROMPT, config)
-        assert written(target, proposer) == expected
-        assert written(target, proposer) == expected  # the prompt is no more in the cache
+        target = TargetModel(model, PROMPT, config)
+        assert generated(target, proposer) == expected
+        assert generated(target, proposer) == expected  # the prompt is no more in the cache
 
 
 def test_what_the_text_held_before_is_proposed():
@@ -120,8 +120,8 @@ def test_samples_have_the_probabilities_of_the_model(chance_of_a_worse_fit, kind
     table, noise = torch.randn(2, V, V, generator=generator)
     config, counts = GenerationConfig(max_new_tokens=n, draft_tokens=2, **options), Acceptance()
     draft = Markov(table + noise * (0.3 if kind == "near_draft" else 3.0))
-    target = Target(Markov(table), [1, 2, 3, 1, 2], config)
-    proposer = PromptLookup(2) if kind == "prompt_lookup" else drafted(target.follower.model, draft, config, 5)
+    target = TargetModel(Markov(table), [1, 2, 3, 1, 2], config)
+    proposer = PromptLookup(2) if kind == "prompt_lookup" else drafted(target.state.model, draft, config, 5)
     codes = []
     for _ in range(1500):
         tokens = [int(t) for t in speculate(target, proposer, generator=generator, acceptance=counts)]
@@ -133,18 +133,18 @@ def test_samples_have_the_probabilities_of_the_model(chance_of_a_worse_fit, kind
 def test_rules_hold_for_tokens_that_are_proposed(small_model):
     model = small_model(vocab_size=12)
     config = GenerationConfig(max_new_tokens=20, temperature=0, no_repeat_ngram_size=2)
-    limits = Limits(bad_words=((3,), (5, 6)), prefix=(8, 9))
-    expected = generate(model, torch.tensor([PROMPT]), config, limits=limits)[0, 5:].tolist()
-    assert written(Target(model, PROMPT, config, limits), PromptLookup(1)) == expected
+    constraints = OutputConstraints(bad_words=((3,), (5, 6)), prefix=(8, 9))
+    expected = generate(model, torch.tensor([PROMPT]), config, constraints=constraints)[0, 5:].tolist()
+    assert generated(TargetModel(model, PROMPT, config, constraints), PromptLookup(1)) == expected
 
 
 def test_the_caller_may_finish_in_the_middle_of_accepted_tokens(small_model):
     model, config = small_model(), GenerationConfig(max_new_tokens=20, temperature=0)
-    finished, found = torch.zeros(1, dtype=torch.bool), []
-    for token in speculate(Target(model, PROMPT, config), drafted(model, model, config, 5), finished=finished):
-        found.append(int(token))
-        finished[0] = len(found) == 3
-    assert found == generate(model, torch.tensor([PROMPT]), config)[0, 5:8].tolist()
+    finished, tokens = torch.zeros(1, dtype=torch.bool), []
+    for token in speculate(TargetModel(model, PROMPT, config), drafted(model, model, config, 5), finished=finished):
+        tokens.append(int(token))
+        finished[0] = len(tokens) == 3
+    assert tokens == generate(model, torch.tensor([PROMPT]), config)[0, 5:8].tolist()
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup": 2}, {"draft": "small"}])
@@ -154,18 +154,18 @@ def test_texts_stops_and_log_probabilities_are_those_without(small_model, byte_t
     stop = complete(model, byte_tokenizer, rows, GenerationConfig(**common))[0][0].text[9:11]
     shown: dict[int, str] = {}
 
-    def show(n: int, piece: str) -> None:
-        shown[n] = shown.get(n, "") + piece
+    def show(n: int, delta: str) -> None:
+        shown[n] = shown.get(n, "") + delta
 
-    given = {"num_samples": 2, "logprobs": True}
+    arguments = {"num_samples": 2, "logprobs": True}
     config = GenerationConfig(**common, stop=[stop], **options)
-    found = complete(model, byte_tokenizer, rows, config, draft=model, on_text=show, **given)
-    plain = complete(model, byte_tokenizer, rows, GenerationConfig(**common, stop=[stop]), **given)
-    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*plain), strict=True):
+    completions = complete(model, byte_tokenizer, rows, config, draft=model, on_text=show, **arguments)
+    plain = complete(model, byte_tokenizer, rows, GenerationConfig(**common, stop=[stop]), **arguments)
+    for ours, theirs in zip(itertools.chain(*completions), itertools.chain(*plain), strict=True):
         assert (ours.text, ours.tokens) == (theirs.text, theirs.tokens)
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-    assert shown == {n: completion.text for n, completion in enumerate(itertools.chain(*found))}
-    assert 0 < len(found[0][0].tokens) < 30
+    assert shown == {n: completion.text for n, completion in enumerate(itertools.chain(*completions))}
+    assert 0 < len(completions[0][0].tokens) < 30
 
 
 def test_a_draft_that_nobody_loaded_is_named(small_model, byte_tokenizer):
@@ -176,7 +176,7 @@ def test_a_draft_that_nobody_loaded_is_named(small_model, byte_tokenizer):
 def test_a_draft_of_another_vocabulary_size_proposes_what_the_model_knows(small_model):
     model, config = small_model(), GenerationConfig(max_new_tokens=20, draft_tokens=3)
     for size in (290, 310):
-        target = Target(model, PROMPT, config)
-        found = written(target, drafted(model, small_model(vocab_size=size), config, 5))
-        assert len(found) == 20
-        assert max(found) < 300
+        target = TargetModel(model, PROMPT, config)
+        tokens = generated(target, drafted(model, small_model(vocab_size=size), config, 5))
+        assert len(tokens) == 20
+        assert max(tokens) < 300

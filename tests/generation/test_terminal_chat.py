@@ -126,7 +126,7 @@ def test_the_oldest_turns_are_left_out_with_a_line_once_they_do_not_fit(talker):
     conversation = Conversation(talker, context=100, system="s")
     shown = [{"role": "system", "content": "s"}]
     for n, text in enumerate(("first", "second", "third", "fourth")):
-        prompt = conversation.prompt(text, room=10)
+        prompt = conversation.prompt(text, max_new_tokens=10)
         shown = shown[:1] + shown[1 + prompt.n_dropped :]
         expected = talker.apply_chat_template([*shown, {"role": "user", "content": text}], add_generation_prompt=True)
         assert prompt.tokens == expected["input_ids"]
@@ -155,7 +155,7 @@ def test_thoughts_are_kept_in_what_is_saved_and_shown_again_as_the_template_says
     talker.chat_template = THINKING
     conversation = Conversation(talker, context=1000)
     conversation.add("two and two?", "let me see\n</think>\n\nfour", 0)
-    tokens = conversation.prompt("sure?", room=10).tokens
+    tokens = conversation.prompt("sure?", max_new_tokens=10).tokens
     expected = talker.apply_chat_template(
         [*conversation.messages, {"role": "user", "content": "sure?"}], add_generation_prompt=True, tokenize=False
     )

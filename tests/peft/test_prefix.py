@@ -12,7 +12,7 @@ from virtual_files import TASKS, assert_padded_rows_are_the_same, assert_same, b
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.peft import prefix
-from genai_pl.peft.io.tensors import Contents
+from genai_pl.peft.io.tensors import AdapterFile
 from genai_pl.peft.prefix import read_prefix, write_prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
@@ -73,6 +73,6 @@ def test_options_that_cannot_be_are_one_line():
     ("kind", "width", "message"), [("gpt2", 100, "this model asks for"), ("t5", 64, "of 2 layers")]
 )
 def test_a_file_that_does_not_fit_is_one_line(kind: str, width: int, message: str):
-    contents = Contents({"num_virtual_tokens": 3}, {"prompt_embeddings": torch.zeros(3, width)})
+    contents = AdapterFile({"num_virtual_tokens": 3}, {"prompt_embeddings": torch.zeros(3, width)})
     with pytest.raises(CheckpointError, match=message):
         read_prefix(build(kind), contents)

@@ -12,7 +12,7 @@ from virtual_files import TASKS, assert_padded_rows_are_the_same, assert_same, b
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.peft import prompt
-from genai_pl.peft.io.tensors import Contents
+from genai_pl.peft.io.tensors import AdapterFile
 from genai_pl.peft.prompt import read_prompt, write_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
@@ -90,4 +90,4 @@ def test_options_that_do_not_fit_are_one_line(options: dict, message: str):
 )
 def test_a_file_that_does_not_fit_is_one_line(config: dict, tensors: dict, message: str):
     with pytest.raises(CheckpointError, match=message):
-        read_prompt(build("gpt2"), Contents(config, tensors))
+        read_prompt(build("gpt2"), AdapterFile(config, tensors))

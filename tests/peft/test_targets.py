@@ -7,7 +7,7 @@ from peft_models import build, theirs_of
 from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.peft import adapters_of, describe, ia3, lora
-from genai_pl.peft.targets import match, sites
+from genai_pl.peft.targets import match, module_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # in the peft library
 DEFAULT = ("q_proj", "v_proj")
@@ -43,7 +43,7 @@ def test_all_linear_is_what_the_peft_library_takes():
 @pytest.mark.parametrize("how", [lora, ia3])
 def test_adapters_do_not_change_the_names(how):
     plain, model = build("t5"), build("t5")
-    assert [site.names for site in sites(how(how(model)))] == [site.names for site in sites(plain)]
+    assert [site.names for site in module_sites(how(how(model)))] == [site.names for site in module_sites(plain)]
     assert names(model, "all-linear") == names(plain, "all-linear")
     assert len(adapters_of(model)) == 2
 

@@ -8,7 +8,7 @@ from peft_models import SHAPES, build, logits, shaken, tokens
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation.decode import Context
+from genai_pl.generation.decode import DecodeState
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.peft import adapters_disabled, adapters_of, lora, prefix, prompt
 
@@ -92,10 +92,10 @@ def test_rows_of_a_cache_can_be_reordered_and_dropped(method: str):
 @pytest.mark.parametrize("kind", ["learned", "rotary, grouped keys"])
 def test_a_text_longer_than_the_model_reads_goes_on_from_its_last_half(method: str, kind: str):
     model, text = adapted(DECODERS[kind], method), torch.cat([tokens(2)] * 3, dim=1)  # 51 tokens, max_seq_len is 24
-    context, lengths = Context(model, 2, 100), []
+    state, lengths = DecodeState(model, 2, 100), []
     for part in text.split([10, *[1] * 41], dim=1):
-        said = context.read(part)
-        read = context.tokens
+        said = state.forward(part)
+        read = state.tokens
         lengths.append(read.shape[1])
         assert_equal(said, model(read)[:, -1])
     longest = 21 if kind == "learned" else 24  # learned positions are shared with the virtual tokens

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from genai_pl.models import load_pretrained, load_wrapped
 from genai_pl.peft import adapters_of
-from genai_pl.peft.io.tensors import Contents
+from genai_pl.peft.io.tensors import AdapterFile
 
 LLAMA = {
     "model_type": "llama",
@@ -63,12 +63,12 @@ def given_to_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn
     return PeftModel.from_pretrained(theirs, folder).eval()
 
 
-def made_by_peft(theirs: nn.Module, config, folder: Path) -> tuple[nn.Module, Contents]:
+def made_by_peft(theirs: nn.Module, config, folder: Path) -> tuple[nn.Module, AdapterFile]:
     """Theirs with an adapter of PEFT's, and what it has saved."""
     model = shaken(get_peft_model(theirs, config), of="trained", std=0.5)
     model.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    return model, Contents(config, load_file(folder / "adapter_model.safetensors"))
+    return model, AdapterFile(config, load_file(folder / "adapter_model.safetensors"))
 
 
 def said(kind: str, model: nn.Module, ids: Tensor, **given: Tensor) -> Tensor:

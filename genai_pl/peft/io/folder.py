@@ -20,7 +20,7 @@ from genai_pl.peft.ia3 import ia3
 from genai_pl.peft.io.ia3 import read_ia3, write_ia3
 from genai_pl.peft.io.lora import read_lora, write_lora
 from genai_pl.peft.io.native import read_own, write_own
-from genai_pl.peft.io.tensors import Contents
+from genai_pl.peft.io.tensors import AdapterFile
 from genai_pl.peft.lora import lora
 from genai_pl.peft.prefix import prefix, read_prefix, write_prefix
 from genai_pl.peft.prompt import prompt, read_prompt, write_prompt
@@ -36,8 +36,8 @@ OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options,
 class Format(NamedTuple):
     """How adapters of a kind are written and read."""
 
-    write: Callable[[nn.Module, Adapter], Contents]
-    read: Callable[[nn.Module, Contents], nn.Module]
+    write: Callable[[nn.Module, Adapter], AdapterFile]
+    read: Callable[[nn.Module, AdapterFile], nn.Module]
 
 
 class Method(NamedTuple):
@@ -73,18 +73,18 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
     """
     from safetensors.torch import save_file
 
-    adapter = _the_trained_one(model) if adapter is None else adapter
-    contents = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
-    attention = sorted({name for name in contents.config.get("target_modules") or () if name in XLNET_PARAMETERS})
+    adapter = _trained_adapter(model) if adapter is None else adapter
+    file = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
+    attention = sorted({name for name in file.config.get("target_modules") or () if name in XLNET_PARAMETERS})
     if attention and getattr(model.config, "position", None) is Position.xl:
         log.warning(
             "adapter     PEFT finds no %s in transformers' XLNet, whose attention has bare parameters: genai_pl alone reads "
             "this adapter whole (peft.target_modules=[up_proj,down_proj] suits both)",
             ", ".join(attention),
         )
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in contents.tensors.items()}
-    metadata = {"format": "pt", OPTIONS: json.dumps(contents.options)}
-    config = {**contents.config, "base_model_name_or_path": base}
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in file.tensors.items()}
+    metadata = {"format": "pt", OPTIONS: json.dumps(file.options)}
+    config = {**file.config, "base_model_name_or_path": base}
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
     write_atomic(folder / ADAPTER, lambda path: write_json(path, config))
 
@@ -96,35 +96,35 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         kind = str(config.get("peft_type"))
         if kind not in FORMATS:
             raise CheckpointError(f"peft_type={kind} is not supported; supported: {', '.join(FORMATS)}{ADVICE}")
-        contents = _contents(folder / WEIGHTS, config)
-        return FORMATS[kind].read(model, contents)
+        file = _read_file(folder / WEIGHTS, config)
+        return FORMATS[kind].read(model, file)
     except (CheckpointError, ConfigError) as error:
-        said = str(error)
-        raise CheckpointError(said if said.startswith(str(folder)) else f"{folder}: {said}") from None
+        message = str(error)
+        raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
 
 
-def _the_trained_one(model: nn.Module) -> Adapter:
+def _trained_adapter(model: nn.Module) -> Adapter:
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     trained = [layer.adapter for layer in layers if any(_is_trained(name, p) for name, p in layer.named_parameters())]
-    found = {id(adapter): adapter for adapter in trained} or {id(a): a for a in adapters_of(model)}
-    if len(found) != 1:
-        raise ConfigError(f"the model has {len(found)} adapters to choose from: name the one to write")
-    return next(iter(found.values()))
+    candidates = {id(adapter): adapter for adapter in trained} or {id(a): a for a in adapters_of(model)}
+    if len(candidates) != 1:
+        raise ConfigError(f"the model has {len(candidates)} adapters to choose from: name the one to write")
+    return next(iter(candidates.values()))
 
 
 def _is_trained(name: str, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and not name.startswith("base.")
 
 
-def _contents(file: Path, config: dict[str, object]) -> Contents:
+def _read_file(path: Path, config: dict[str, object]) -> AdapterFile:
     from safetensors import SafetensorError, safe_open
 
-    if not file.exists():
-        raise CheckpointError(f"no {file.name} in it (other formats: let PEFT save it again)")
+    if not path.exists():
+        raise CheckpointError(f"no {path.name} in it (other formats: let PEFT save it again)")
     try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            options = json.loads((opened.metadata() or {}).get(OPTIONS, "null"))
+        with safe_open(path, "pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            options = json.loads((reader.metadata() or {}).get(OPTIONS, "null"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error})") from None
-    return Contents(config, tensors, options)
+        raise CheckpointError(f"{path.name} cannot be read ({error})") from None
+    return AdapterFile(config, tensors, options)

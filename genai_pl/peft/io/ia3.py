@@ -7,56 +7,58 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import TrainedCopy
 from genai_pl.peft.ia3 import IA3Linear, ia3, ones_like_output
-from genai_pl.peft.io.hf_names import PREFIX, Module, modules_of, short
-from genai_pl.peft.io.modules_to_save import fill_whole, kind_of, write_whole
-from genai_pl.peft.io.tensors import Contents, Tensors, check_neutral, common_config, fill, layer_of, make
+from genai_pl.peft.io.hf_names import PREFIX, HFModule, hf_modules, shortest_suffixes
+from genai_pl.peft.io.modules_to_save import layer_type, load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.tensors import AdapterFile, TensorReader, check_neutral, common_config, fill, layer_of, make
 
 SCALE = "ia3_l"
 KINDS = (SCALE, "weight", "bias")
 UNDERSTOOD = ("feedforward_modules", "init_ia3_weights")
 
 
-def write_ia3(model: nn.Module, adapter: Adapter) -> Contents:
+def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """The adapter in PEFT's layout; parts of a joined layer that have no scale get ones."""
     tensors: dict[str, Tensor] = {}
     on_input: list[str] = []
-    modules = modules_of(model)
+    modules = hf_modules(model)
     adapted = [(module, [layer_of(site, adapter) for site in module.parts]) for module in modules]
     adapted = [(module, layers) for module, layers in adapted if any(layer is not None for layer in layers)]
-    whole = [(module, layers) for module, layers in adapted if kind_of(module, layers) is TrainedCopy]
+    whole = [(module, layers) for module, layers in adapted if layer_type(module, layers) is TrainedCopy]
     for module, layers in whole:
-        tensors |= {f"{PREFIX}{module.name}.{kind}": value for kind, value in write_whole(module, layers).items()}
+        tensors |= {
+            f"{PREFIX}{module.name}.{kind}": value for kind, value in saved_module_tensors(module, layers).items()
+        }
     adapted = [(module, layers) for module, layers in adapted if (module, layers) not in whole]
     for module, layers in adapted:
-        tensors[f"{PREFIX}{module.name}.{SCALE}"] = _joined(module, layers)
+        tensors[f"{PREFIX}{module.name}.{SCALE}"] = _join_scales(module, layers)
         on_input += [module.name] if any(layer is not None and layer.on_input for layer in layers) else []
     names = [module.name for module, _ in adapted]
     outputs = [name for name in names if name not in on_input]
-    strangers = [module.name for module in modules if module.name not in names]
-    inner = short(on_input, [*outputs, *strangers])
+    other_modules = [module.name for module in modules if module.name not in names]
+    inner = shortest_suffixes(on_input, [*outputs, *other_modules])
     config = common_config(model, "IA3") | {
-        "target_modules": inner + short(outputs, [*on_input, *strangers]),
+        "target_modules": inner + shortest_suffixes(outputs, [*on_input, *other_modules]),
         "feedforward_modules": inner,
         "fan_in_fan_out": any(module.transposed for module, _ in adapted),
         "init_ia3_weights": True,
         "modules_to_save": [module.name for module, _ in whole] or None,
     }
-    return Contents(config, tensors, adapter.options)
+    return AdapterFile(config, tensors, adapter.options)
 
 
-def read_ia3(model: nn.Module, contents: Contents) -> nn.Module:
+def read_ia3(model: nn.Module, file: AdapterFile) -> nn.Module:
     """The model with the adapter around it, ours or one that PEFT has written."""
-    check_neutral(contents.config, UNDERSTOOD)
-    modules = modules_of(model)
-    tensors = Tensors(contents, modules, KINDS)
-    options = _options(modules, tensors) if contents.options is None else contents.options
+    check_neutral(file.config, UNDERSTOOD)
+    modules = hf_modules(model)
+    tensors = TensorReader(file, modules, KINDS)
+    options = _options(modules, tensors) if file.options is None else file.options
     adapter = make(model, ia3, options)
-    for module in modules_of(model):
+    for module in hf_modules(model):
         layers = [layer_of(site, adapter) for site in module.parts]
         if any(isinstance(layer, TrainedCopy) for layer in layers):
-            fill_whole(module, layers, tensors)
+            load_saved_modules(module, layers, tensors)
         elif any(layer is not None for layer in layers):
-            scale = tensors.take(module.name, SCALE).flatten()
+            scale = tensors.pop(module.name, SCALE).flatten()
             parts = [scale] if any(layer is not None and layer.on_input for layer in layers) else module.split(scale)
             for layer, part in zip(layers, parts, strict=True):
                 if layer is not None:
@@ -66,7 +68,7 @@ def read_ia3(model: nn.Module, contents: Contents) -> nn.Module:
 
 
 @torch.no_grad()
-def _joined(module: Module, layers: list[IA3Linear | None]) -> Tensor:
+def _join_scales(module: HFModule, layers: list[IA3Linear | None]) -> Tensor:
     """(1, in) for a scale on the input, (out, 1) for one on the output."""
     if any(layer is not None and layer.on_input for layer in layers):
         if len(layers) > 1:
@@ -77,7 +79,7 @@ def _joined(module: Module, layers: list[IA3Linear | None]) -> Tensor:
     return torch.cat(scales)[:, None]
 
 
-def _options(modules: list[Module], tensors: Tensors) -> dict[str, object]:
+def _options(modules: list[HFModule], tensors: TensorReader) -> dict[str, object]:
     """The options with which our IA3 has the layers of a file that PEFT wrote."""
     here = tensors.of(modules, SCALE)
     if not here:
@@ -90,7 +92,7 @@ def _options(modules: list[Module], tensors: Tensors) -> dict[str, object]:
     every = [site.names[0] for module in modules for site in module.parts]
     whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
     return {
-        "modules_to_save": short(whole, [name for name in every if name not in whole]) or None,
-        "target_modules": short(ours, [name for name in every if name not in ours]),
-        "feedforward_modules": short(inner, [name for name in every if name not in inner]),
+        "modules_to_save": shortest_suffixes(whole, [name for name in every if name not in whole]) or None,
+        "target_modules": shortest_suffixes(ours, [name for name in every if name not in ours]),
+        "feedforward_modules": shortest_suffixes(inner, [name for name in every if name not in inner]),
     }

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from genai_pl.errors import CheckpointError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import TrainedCopy
-from genai_pl.peft.io.hf_names import PREFIX, SHARED, Module, modules_of
+from genai_pl.peft.io.hf_names import PREFIX, SHARED, HFModule, hf_modules
 from genai_pl.peft.io.lora_config import (
     Size,
     as_plain_lora,
@@ -16,59 +16,61 @@ from genai_pl.peft.io.lora_config import (
     size_of,
     to_config,
 )
-from genai_pl.peft.io.modules_to_save import fill_whole, kind_of, write_whole
-from genai_pl.peft.io.tensors import Contents, Key, Tensors, common_config, fill, layer_of, make
+from genai_pl.peft.io.modules_to_save import layer_type, load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.tensors import AdapterFile, Key, TensorReader, common_config, fill, layer_of, make
 from genai_pl.peft.lora import LoRALinear, lora
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 KINDS = (A, B, MAGNITUDE, "weight", "bias")
 
 
-def write_lora(model: nn.Module, adapter: Adapter) -> Contents:
+def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """The adapter in PEFT's layout: `c_attn` for q, k and v gets their A stacked and their B on a diagonal of blocks."""
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, Size] = {}
-    whole: list[Module] = []
+    whole: list[HFModule] = []
     options = as_plain_lora(adapter.options)
-    modules = modules_of(model)
+    modules = hf_modules(model)
     for module in modules:
         layers = [layer_of(site, adapter) for site in module.parts]
-        kind = kind_of(module, layers)
+        kind = layer_type(module, layers)
         if kind is TrainedCopy:
             whole.append(module)
-            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in write_whole(module, layers).items()}
+            tensors |= {
+                f"{PREFIX}{module.name}.{name}": value for name, value in saved_module_tensors(module, layers).items()
+            }
         elif kind is not None:
-            scaling, found = _joined(module, layers)
-            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in found.items()}
-            sizes[module.name] = size_of(scaling, found[A].shape[0], rslora=options["rslora"])
+            scaling, factors = _join_factors(module, layers)
+            tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in factors.items()}
+            sizes[module.name] = size_of(scaling, factors[A].shape[0], rslora=options["rslora"])
     transposed = any(module.transposed for module in modules if module.name in sizes)
     config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
     config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in whole] or None}
-    return Contents(config, tensors, options)
+    return AdapterFile(config, tensors, options)
 
 
-def read_lora(model: nn.Module, contents: Contents) -> nn.Module:
+def read_lora(model: nn.Module, file: AdapterFile) -> nn.Module:
     """The model with the adapter around it, ours or one that PEFT has written."""
-    check_config(contents.config)
-    modules = modules_of(model)
-    tensors = Tensors(contents, modules, KINDS)
+    check_config(file.config)
+    modules = hf_modules(model)
+    tensors = TensorReader(file, modules, KINDS)
     for names in SHARED.values():
         tensors.check_equal(names, "weight")
-    ours = contents.options is not None
-    options = contents.options if ours else _options(contents.config, modules, tensors)
+    ours = file.options is not None
+    options = file.options if ours else _options(file.config, modules, tensors)
     adapter = make(model, lora, options)
-    for module in modules_of(model):
+    for module in hf_modules(model):
         layers = [layer_of(site, adapter) for site in module.parts]
         if any(isinstance(layer, LoRALinear) for layer in layers):
             _fill_factors(module, layers, tensors, blocks=ours)
         elif any(layer is not None for layer in layers):
-            fill_whole(module, layers, tensors)
+            load_saved_modules(module, layers, tensors)
     tensors.finish()
     return model
 
 
 @torch.no_grad()
-def _joined(module: Module, layers: list[LoRALinear | None]) -> tuple[float, dict[str, Tensor]]:
+def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[float, dict[str, Tensor]]:
     """Its scaling, and A, B and magnitude of a module of theirs; parts without an adapter get rows of zeros."""
     present = [layer for layer in layers if layer is not None]
     scaling = present[0].scaling
@@ -81,20 +83,20 @@ def _joined(module: Module, layers: list[LoRALinear | None]) -> tuple[float, dic
         else:
             blocks.append(layer.factors()[1] * (layer.scaling / scaling))
             magnitudes.append(layer.magnitude)
-    found = {A: torch.cat([layer.factors()[0] for layer in present]), B: torch.block_diag(*blocks)}
+    factors = {A: torch.cat([layer.factors()[0] for layer in present]), B: torch.block_diag(*blocks)}
     if present[0].magnitude is not None:
-        found[MAGNITUDE] = torch.cat(magnitudes)
-    return scaling, found
+        factors[MAGNITUDE] = torch.cat(magnitudes)
+    return scaling, factors
 
 
-def _fill_factors(module: Module, layers: list[LoRALinear | None], tensors: Tensors, *, blocks: bool) -> None:
+def _fill_factors(module: HFModule, layers: list[LoRALinear | None], tensors: TensorReader, *, blocks: bool) -> None:
     """Give each part its rows of B, and all of A or, where A is stacked, its rows and B's columns."""
-    a, b = tensors.take(module.name, A), tensors.take(module.name, B)
+    a, b = tensors.pop(module.name, A), tensors.pop(module.name, B)
     present = [layer for layer in layers if layer is not None]
     ranks = [layer.rank if layer else 0 for layer in layers]
     magnitudes = [None] * len(layers)
     if present[0].magnitude is not None:
-        magnitudes = module.split(tensors.take(module.name, MAGNITUDE))
+        magnitudes = module.split(tensors.pop(module.name, MAGNITUDE))
     if blocks and a.shape[0] != sum(ranks):
         raise CheckpointError(f"{module.name} has rank {a.shape[0]} in the file, {sum(ranks)} by its options")
     first = 0
@@ -109,7 +111,7 @@ def _fill_factors(module: Module, layers: list[LoRALinear | None], tensors: Tens
             fill(layer.magnitude, magnitude, f"{MAGNITUDE} of {module.name}")
 
 
-def _options(config: dict[str, object], modules: list[Module], tensors: Tensors) -> dict[str, object]:
+def _options(config: dict[str, object], modules: list[HFModule], tensors: TensorReader) -> dict[str, object]:
     """The options with which our LoRA has the layers of a file that PEFT wrote."""
     ours: dict[str, Size] = {}
     for module in tensors.of(modules, A):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from genai_pl.errors import CheckpointError
-from genai_pl.peft.io.hf_names import PREFIX, short
+from genai_pl.peft.io.hf_names import PREFIX, shortest_suffixes
 from genai_pl.peft.io.tensors import check_neutral
 
 UNDERSTOOD = (
@@ -56,7 +56,7 @@ def to_config(options: dict[str, object], sizes: dict[str, Size], names: list[st
         "use_dora": options["dora"],
         "bias": "none",
         "init_lora_weights": True,
-        "target_modules": short(sizes, [name for name in names if name not in sizes]),
+        "target_modules": shortest_suffixes(sizes, [name for name in names if name not in sizes]),
         "rank_pattern": patterns["rank"],
         "alpha_pattern": patterns["alpha"],
     }
@@ -84,10 +84,10 @@ def options_of(
         "dropout": config.get("lora_dropout", 0.0),
         "rslora": bool(config.get("use_rslora")),
         "dora": bool(config.get("use_dora")),
-        "target_modules": short(sizes, [name for name in names if name not in sizes]),
+        "target_modules": shortest_suffixes(sizes, [name for name in names if name not in sizes]),
         "rank_pattern": _pattern({name: size.rank for name, size in sizes.items()}, rank),
         "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items()}, alpha),
-        "modules_to_save": short(whole, [name for name in names if name not in whole]) or None,
+        "modules_to_save": shortest_suffixes(whole, [name for name in names if name not in whole]) or None,
     }
 
 
@@ -107,8 +107,8 @@ def as_plain_lora(options: dict[str, object]) -> dict[str, object]:
 
 def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
     """{end of a name: value} for those that are not common."""
-    found = {}
+    pattern = {}
     for value in sorted(set(values.values()) - {common}):
         others = [name for name in values if values[name] != value]
-        found |= dict.fromkeys(short([name for name in values if values[name] == value], others), value)
-    return found
+        pattern |= dict.fromkeys(shortest_suffixes([name for name in values if values[name] == value], others), value)
+    return pattern

@@ -7,33 +7,33 @@ from torch import Tensor, nn
 from genai_pl.errors import CheckpointError
 from genai_pl.peft.adapter import Adapter, AdapterLayer
 from genai_pl.peft.io.hf_names import PREFIX
-from genai_pl.peft.io.tensors import Contents, common_config, fill, layer_of, make
-from genai_pl.peft.targets import sites
+from genai_pl.peft.io.tensors import AdapterFile, common_config, fill, layer_of, make
+from genai_pl.peft.targets import module_sites
 
 
-def write_own(model: nn.Module, adapter: Adapter) -> Contents:
+def write_own(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """Every parameter of the adapter's layers under the name of its place."""
     tensors = dict(_parameters(model, adapter))
-    return Contents(common_config(model, adapter.method.upper()), tensors, adapter.options)
+    return AdapterFile(common_config(model, adapter.method.upper()), tensors, adapter.options)
 
 
-def read_own(model: nn.Module, contents: Contents, method: Callable[..., nn.Module]) -> nn.Module:
+def read_own(model: nn.Module, file: AdapterFile, method: Callable[..., nn.Module]) -> nn.Module:
     """The model with the adapter around it, made by `method` with the options that the file holds."""
-    if contents.options is None:
+    if file.options is None:
         raise CheckpointError("the options of its adapter are missing: not written by genai_pl")
-    adapter = make(model, method, contents.options)
-    asked = dict(_parameters(model, adapter))
-    for name in (*asked, *contents.tensors):
-        if name not in contents.tensors:
+    adapter = make(model, method, file.options)
+    parameters = dict(_parameters(model, adapter))
+    for name in (*parameters, *file.tensors):
+        if name not in file.tensors:
             raise CheckpointError(f"tensor {name} is missing")
-        if name not in asked:
+        if name not in parameters:
             raise CheckpointError(f"tensor {name} fits no layer of this model")
-        fill(asked[name], contents.tensors[name], name)
+        fill(parameters[name], file.tensors[name], name)
     return model
 
 
 def _parameters(model: nn.Module, adapter: Adapter) -> list[tuple[str, Tensor]]:
-    layers = [(site.names[0], layer_of(site, adapter)) for site in sites(model)]
+    layers = [(site.names[0], layer_of(site, adapter)) for site in module_sites(model)]
     return [
         (f"{PREFIX}{place}.{name}", value.detach())
         for place, layer in layers

@@ -11,8 +11,8 @@ from genai_pl.config.enums import Head, Shape
 from genai_pl.errors import CheckpointError
 from genai_pl.models import EncoderDecoder
 from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_of
-from genai_pl.peft.io.hf_names import PREFIX, Module, lookup
-from genai_pl.peft.targets import Site, layers_at
+from genai_pl.peft.io.hf_names import PREFIX, HFModule, lookup
+from genai_pl.peft.targets import ModuleSite, adapter_layers
 
 # of every adapter_config.json, and without effect on what is computed
 HARMLESS = (
@@ -22,7 +22,7 @@ HARMLESS = (
 
 
 @dataclass
-class Contents:
+class AdapterFile:
     """adapter_config.json and adapter_model.safetensors."""
 
     config: dict[str, object]
@@ -37,14 +37,14 @@ class Key(NamedTuple):
     kind: str
 
 
-class Tensors:
+class TensorReader:
     """The tensors of a file by module and kind, each to be taken once."""
 
-    def __init__(self, contents: Contents, modules: list[Module], kinds: tuple[str, ...]) -> None:
+    def __init__(self, file: AdapterFile, modules: list[HFModule], kinds: tuple[str, ...]) -> None:
         self.names: dict[Key, str] = {}
-        self.tensors = contents.tensors
+        self.tensors = file.tensors
         self.filled: dict[nn.Parameter, Tensor] = {}
-        for name in contents.tensors:
+        for name in file.tensors:
             plain = name.removeprefix(PREFIX)
             kind = next((kind for kind in kinds if plain.endswith(f".{kind}")), None)
             module = lookup(modules, plain.removesuffix(f".{kind}")) if kind else None
@@ -57,15 +57,15 @@ class Tensors:
 
     def check_equal(self, names: tuple[str, ...], kind: str) -> None:
         """CheckpointError if modules that are one here have different tensors."""
-        found = [self.peek(name, kind) for name in names if Key(name, kind) in self.names]
-        if any(not torch.equal(tensor, found[0]) for tensor in found):
+        tensors = [self.peek(name, kind) for name in names if Key(name, kind) in self.names]
+        if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
             raise CheckpointError(f"{' and '.join(names)} differ, and are one layer here")
 
-    def of(self, modules: list[Module], kind: str) -> list[Module]:
+    def of(self, modules: list[HFModule], kind: str) -> list[HFModule]:
         """The modules that have a tensor of that kind here."""
         return [module for module in modules if Key(module.name, kind) in self.names]
 
-    def take(self, module: str, kind: str) -> Tensor:
+    def pop(self, module: str, kind: str) -> Tensor:
         """The tensor; CheckpointError if it is missing."""
         if Key(module, kind) not in self.names:
             raise CheckpointError(f"tensor {PREFIX}{module}.{kind} is missing")
@@ -99,9 +99,9 @@ def make(model: nn.Module, method: Callable[..., nn.Module], options: dict[str, 
     return next(adapter for adapter in adapters_of(model) if id(adapter) not in before)
 
 
-def layer_of(site: Site, adapter: Adapter) -> AdapterLayer | None:
+def layer_of(site: ModuleSite, adapter: Adapter) -> AdapterLayer | None:
     """The layer of the adapter at a place."""
-    return next((layer for layer in layers_at(site.module) if layer.adapter is adapter), None)
+    return next((layer for layer in adapter_layers(site.module) if layer.adapter is adapter), None)
 
 
 def common_config(model: nn.Module, peft_type: str) -> dict[str, object]:

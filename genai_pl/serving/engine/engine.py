@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation import limits_of
+from genai_pl.generation import build_output_constraints
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
 from genai_pl.serving.engine.model_runner import make_model_runner
@@ -247,9 +247,11 @@ class Engine:
         with self._changed:
             if self._is_stopping or not self.scheduler.waiting.accepts(request.client):
                 raise QueueFull(self._retry_after())
-        limits = limits_of(self.tokenizer, request.config, self.adapters.end_tokens(request.adapter))
+        constraints = build_output_constraints(
+            self.tokenizer, request.config, self.adapters.end_tokens(request.adapter)
+        )
         stream = TokenStream(lambda: self._cancel_waiting(state))
-        state = RequestState(request, stream, limits=limits, model=self.model, tokenizer=self.tokenizer)
+        state = RequestState(request, stream, constraints=constraints, model=self.model, tokenizer=self.tokenizer)
         # enqueue; a full queue evicts the newest request of the client that has most in it
         with self._changed:
             if self._is_stopping:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.enums import Shape
-from genai_pl.generation import Limits, TextStream
-from genai_pl.generation.banned_tokens import Rules, build_rules
-from genai_pl.generation.text import read_source
+from genai_pl.generation import OutputConstraints, TextStream
+from genai_pl.generation.banned_tokens import BannedTokens, build_banned_tokens
+from genai_pl.generation.text import encode_sources
 from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
 from genai_pl.serving.engine.request import EngineObserver, Request, SampledToken, TokenOutput, TokenStream
 
@@ -28,7 +28,7 @@ class RequestState:
     """Everything that the next token of one request depends on.
 
     request, stream: the settings, and where the outputs go
-    limits: end tokens, banned words, prefix and grammar of the settings, as tokens
+    constraints: end tokens, banned words, prefix and grammar of the settings, as tokens
     model, tokenizer: the shape of the model and the detokenizer; no pass runs before `start`
 
     Attributes that other files use:
@@ -47,7 +47,7 @@ class RequestState:
         request: Request,
         stream: TokenStream,
         *,
-        limits: Limits,
+        constraints: OutputConstraints,
         model: Model | WrappedDecoder,
         tokenizer: "PreTrainedTokenizerBase",
     ) -> None:
@@ -58,8 +58,10 @@ class RequestState:
         self.prompt = [model.config.start_token(pad)] if writes_beside else list(request.input_ids)
         # text that the request forbids, requires and ends with
         vocab_size = model.config.vocab_size
-        self.rules: Rules | None = build_rules(self.config, limits, torch.tensor([self.prompt]), None, vocab_size)
-        self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(limits.ends))
+        self.banned_tokens: BannedTokens | None = build_banned_tokens(
+            self.config, constraints, torch.tensor([self.prompt]), None, vocab_size
+        )
+        self.text = TextStream(tokenizer, self.prompt, stop=self.config.stop, end_tokens=set(constraints.ends))
         self.output_ids: list[int] = []
         self.finish_reason: str | None = None
         self.submit_time = self.last_token_time = time.monotonic()
@@ -76,7 +78,7 @@ class RequestState:
         The adapter of the request must be active, since an encoder-decoder's encoder runs.
         """
         if model.config.shape is Shape.encoder_decoder:
-            model = read_source(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
+            model = encode_sources(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
         self.model = model
         if self.config.temperature > 0:
             self.generator = torch.Generator(device)

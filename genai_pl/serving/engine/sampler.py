@@ -26,17 +26,17 @@ def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken 
     """
     sampled: list[SampledToken | None] = [None] * len(states)
     tokens: dict[int, Tensor] = {}
-    excluded = _excluded(logits, states)
+    banned = _banned(logits, states)
     # requests by settings: those of one group are processed together
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for n, state in enumerate(states):
         if state.finish_reason is None:
             c = state.config
             settings = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty, tuple(c.logit_bias.items()))
-            groups[(*settings, state.rules is None)].append(n)
+            groups[(*settings, state.banned_tokens is None)].append(n)
     # a token for each; they stay on the device, so that the whole batch waits for it once
     for members in groups.values():
-        for n, options in _options(logits, states, members, excluded):
+        for n, options in _options(logits, states, members, banned):
             with isolate_failure(states[n]):
                 tokens[n] = options if options.dim() == 0 else _draw(options, states[n])
     # log-probabilities, where they are asked for
@@ -46,43 +46,41 @@ def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken 
     return sampled
 
 
-def _excluded(logits: Tensor, states: Sequence[RequestState]) -> dict[int, Tensor]:
+def _banned(logits: Tensor, states: Sequence[RequestState]) -> dict[int, Tensor]:
     """Masks (V,) of the tokens that bans and grammars exclude, by index of the request; only for requests that have some."""
     for state, ok in zip(states, logits.amax(dim=-1).isfinite().tolist(), strict=True):
         if not ok:
             log.error("a row of the model's logits is not finite: its answer ends")
             state.finish_reason = "error"
-    excluded = {}
+    banned = {}
     for n, state in enumerate(states):
-        if state.rules is not None and state.finish_reason is None:
+        if state.banned_tokens is not None and state.finish_reason is None:
             with isolate_failure(state):
-                excluded[n] = state.rules.excluded([state.output_ids], logits.device)[0]
-    return excluded
+                banned[n] = state.banned_tokens.mask([state.output_ids], logits.device)[0]
+    return banned
 
 
 def _options(
-    logits: Tensor, states: Sequence[RequestState], members: list[int], excluded: dict[int, Tensor]
+    logits: Tensor, states: Sequence[RequestState], members: list[int], banned: dict[int, Tensor]
 ) -> list[tuple[int, Tensor]]:
     """(index, likeliest token () or probabilities (V,)) of each member of a group with equal settings."""
     try:
-        return list(zip(members, _processed(logits, states, members, excluded), strict=True))
+        return list(zip(members, _processed(logits, states, members, banned), strict=True))
     except Exception:
         if len(members) > 1:  # one of them is to blame: find it
-            return [option for n in members for option in _options(logits, states, [n], excluded)]
+            return [option for n in members for option in _options(logits, states, [n], banned)]
         with isolate_failure(states[members[0]]):
             raise
         return []
 
 
-def _processed(
-    logits: Tensor, states: Sequence[RequestState], members: list[int], excluded: dict[int, Tensor]
-) -> Tensor:
+def _processed(logits: Tensor, states: Sequence[RequestState], members: list[int], banned: dict[int, Tensor]) -> Tensor:
     """Of a group's B members the likeliest tokens (B,) at temperature 0, else probabilities (B, V)."""
     config = states[members[0]].config
     seen = None if config.repetition_penalty == 1 else torch.stack([states[n].seen_tokens for n in members])
-    masks = torch.stack([excluded[n] for n in members]) if members[0] in excluded else None
+    masks = torch.stack([banned[n] for n in members]) if members[0] in banned else None
     logits = logits if len(members) == len(states) else logits[members]  # no copy in the common case
-    logits = process(logits, config, seen=seen, excluded=masks)
+    logits = process(logits, config, seen=seen, banned=masks)
     return logits.argmax(dim=-1) if config.temperature == 0 else logits.softmax(dim=-1)
 
 
