@@ -28,7 +28,7 @@ class RequestState:
     """Everything that the next token of one request depends on.
 
     request, stream: the settings, and where the outputs go
-    limits: end tokens, banned words, prefix and grammar of the settings, as tokens
+    constraints: end tokens, banned words, prefix and grammar of the settings, as tokens
     model, tokenizer: the shape of the model and the detokenizer; no pass runs before `start`
 
     Attributes that other files use:
