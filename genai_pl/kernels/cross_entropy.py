@@ -75,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         projection = Projection(hidden, weight, bias, may_fuse=shard is None, **precision)
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
+        # chunk by chunk: logits, loss and their gradient in place, gradients of the inputs
         total = hidden.new_zeros((), dtype=projection.dtype)
         for rows in chunks(
             labels,
@@ -86,6 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += _loss_(projection, logits, labels[rows], options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
+        # each process knows the gradient of hidden states through its own words
         if shard is not None and projection.d_hidden is not None:
             shard.sum_(projection.d_hidden)
         ctx.gradients = projection.gradients()

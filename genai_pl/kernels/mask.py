@@ -88,10 +88,12 @@ class AttentionMask:
     def _build_dense(self, T: int, S: int, device: torch.device | None) -> Tensor:
         """The rules one by one, (B or 1, 1, T, S): positions, documents, the global prefix, ranks."""
         visible = self._by_position(T, S, device)
+        # the own document only
         if self.segments is not None:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
             query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (query == key) & (key != 0)
+        # the first keys whatever the document, though not the future
         if self.global_prefix is not None:
             key = torch.arange(S, device=device)  # (S,)
             seen = key < (
@@ -100,6 +102,7 @@ class AttentionMask:
             if self.causal:
                 seen = seen & (key <= torch.arange(S - T, S, device=device)[:, None])
             visible = visible | seen
+        # ranks of a permutation
         if self.order is not None:
             key = self.order[:, None, None, :]  # (B, 1, 1, S)
             query = self.order_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)

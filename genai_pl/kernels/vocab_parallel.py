@@ -81,7 +81,9 @@ def local_vocab_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
         return weight, bias, None
     mesh = weight.device_mesh
     if weight.placements != (Shard(0),):
-        raise ValueError(f"a head lies over its words, in one dimension of processes, not as {weight.placements}")
+        raise ValueError(
+            f"a head must be sharded over its tokens, in one dimension of processes, not as {weight.placements}"
+        )
     shard_size = -(-weight.shape[0] // mesh.size())
     shard = VocabShard(mesh.get_local_rank() * shard_size, weight.shape[0], shard_size, mesh.get_group())
     return weight.to_local(), None if bias is None else bias.to_local(), shard

@@ -42,6 +42,7 @@ def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dic
 
     files: JSON contents by path. where: the folder, for errors. CheckpointError for another order or kind.
     """
+    # kind by kind: the first two are fixed
     entries, listing = [], files[MODULES]
     for entry in listing if isinstance(listing, list) else []:
         kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
@@ -56,6 +57,7 @@ def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dic
             )
         tokens = next((files[name] for name in TOKENS if files.get(name)), {})
         entries.append((name, path, files.get(f"{path}/config.json", {}) if entries else tokens))
+    # the folder's own files configure the Transformer
     if len(entries) < 2:
         raise CheckpointError(f"{where}/{MODULES}: needs the modules Transformer and Pooling")
     if entries[0][1]:

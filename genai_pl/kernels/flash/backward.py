@@ -43,6 +43,7 @@ def row_sums(OUT, D_OUT, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HA
     i0 = tl.program_id(0) % n_blocks * F.BLOCK_M
     b, h = bh // sizes.H, bh % sizes.H
     i = i0 + tl.arange(0, F.BLOCK_M)
+    # delta = sum over channels of o * d_o
     o_tile = base(OUT, b, h, i0, o_stride) + offsets(o_stride, F.BLOCK_M, F.BLOCK_D_V)
     do_tile = base(D_OUT, b, h, i0, do_stride) + offsets(do_stride, F.BLOCK_M, F.BLOCK_D_V)
     o = load_tile(o_tile, i, sizes.T, True, F.D_V, F.BLOCK_D_V).to(tl.float32)
@@ -208,6 +209,7 @@ def _queries_of(
         j = j0 + tl.arange(0, F.BLOCK_N)
         k = load_tile(k_head + j0.to(tl.int64) * k_stride.t + k_tile, j, sizes.S, CHECK, F.D, F.BLOCK_D)
         v = load_tile(v_head + j0.to(tl.int64) * v_stride.t + v_tile, j, sizes.S, CHECK, F.D_V, F.BLOCK_D_V)
+        # the gradient of the scores, and through the cap to the products
         d_scores, ratio = score_gradient(
             q, d_o, lse2, delta, k, v, i, j, of_query, k_table, head, bias_stride, sizes, scalars, EDGES, F
         )
@@ -252,6 +254,7 @@ def bias_gradient(
     i0, j0 = tile // n_j * F.BLOCK_M, tile % n_j * F.BLOCK_N
     i, j = i0 + tl.arange(0, F.BLOCK_M), j0 + tl.arange(0, F.BLOCK_N)
     total = tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32)
+    # a loop in a fixed order, so that the sum is the same in every run
     for step in range(n_sequences * n_heads):
         b, h = out // n_bias_heads + step // n_heads, out % n_bias_heads + step % n_heads
         q_table = table_of(extras.queries, b, sizes.query_table, F)

@@ -50,7 +50,8 @@ def query_blocks(j0, table, sizes, F: tl.constexpr):
     full_start = 0
     end = sizes.T
     full_end = sizes.T
-    first = j0 - (sizes.S - sizes.T)  # where queries at the keys' positions stand
+    # the same as above with queries and keys exchanged: a query at a key's position is its first under a causal mask
+    first = j0 - (sizes.S - sizes.T)
     last = tl.minimum(first + F.BLOCK_N, sizes.T) - 1
     if F.window:
         start = first - sizes.window + 1

@@ -27,12 +27,13 @@ PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 
 class Features:
     """The compile-time argument of a kernel: one kernel is compiled for each value.
 
-    D, D_V           dimensions of queries and keys, and of values; BLOCK_D, BLOCK_D_V the powers of two that hold them
-    causal ... dropout  which rules and options the call has
-    packed           split forward only: rows are all (query head, query) pairs of one key head
-    precision        of products of float32: ieee or tf32
-    carrier          interpreter only: the low precision whose numbers float32 operands hold
-    BLOCK_M, BLOCK_N queries and keys per block; even_m, even_n: they divide T and S, so that loads need no check
+    D, D_V              dimensions of queries and keys, and of values; BLOCK_D, BLOCK_D_V: the powers of two that hold them
+    causal ... dropout  the rules and options of the call
+    packed              split forward only: rows are all (query head, query) pairs of one key head
+    precision           of products of float32: ieee or tf32
+    carrier             interpreter only: the low precision whose numbers float32 operands hold
+    BLOCK_M, BLOCK_N    queries and keys per block
+    even_m, even_n      BLOCK_M divides T, BLOCK_N divides S: loads need no check
     """
 
     D: int
@@ -189,6 +190,7 @@ def product(a, b, acc, F: tl.constexpr):
 @triton.jit
 def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
     """(bias, slope, seed, row of the dropout counter, prefix, global_prefix) of one head; 0 where the case has none."""
+    # placeholders for what the call does not have: the branches are decided when the kernel is compiled
     bias = 0
     slope = 0.0
     seed = 0

@@ -141,12 +141,14 @@ def combine(PARTS, PARTS_LSE, OUT, LSE, o_stride, sizes, n_splits, n_heads, F: t
 
     PARTS (splits, rows, D_V) and PARTS_LSE (splits, rows), rows ordered by batch row, key head, query head and query.
     """
+    # the largest log-sum-exp of all parts
     row = tl.program_id(0).to(tl.int64)
     n_rows = tl.num_programs(0)
     d = tl.arange(0, F.BLOCK_D_V)
     peak = tl.full([], float("-inf"), tl.float32)
     for split in range(n_splits):
         peak = tl.maximum(peak, tl.load(PARTS_LSE + split * n_rows + row))
+    # parts weighted by their share of the whole denominator
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     acc = tl.zeros([F.BLOCK_D_V], tl.float32)
     total = tl.zeros([], tl.float32)

@@ -28,16 +28,19 @@ def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tu
 
 def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both tables, rule by rule: positions, documents, ranks, global prefix."""
+    # by position
     prefix = _length(mask.prefix, S, device)  # (B or 1, 1)
     seen, full = _keys_by_position(mask, prefix, T, S)
     seen_by = full_by = _queries_by_position(mask, prefix, T, S)
     key_segment = query_segment = key_rank = query_rank = torch.zeros_like(prefix)
+    # by document and rank
     if mask.segments is not None:
         key_segment, query_segment = mask.segments, mask.segments_of_queries(T, S)
         seen, full = _meet(seen, full, *_runs(query_segment, key_segment))
         seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
+    # keys that are visible whatever the rules above say
     lengths = [prefix]
     if mask.global_prefix is not None:
         global_prefix = _length(mask.global_prefix, S, device)

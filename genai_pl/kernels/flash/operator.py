@@ -39,6 +39,7 @@ def flash_attention(
     kind = q.device.type
     if torch.is_autocast_enabled(kind):  # slopes and bias stay exact: they are read once
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    # the mask as tables and numbers, which an operator can take
     queries, keys = mask_tables(mask, T, S, q.device)
     seed = torch.randint(2**62, (1,), device=q.device) if options.dropout_p > 0.0 else None
     case = (

@@ -43,9 +43,11 @@ class Problem:
         (self.B, self.H, self.T, D), (_, self.K, self.S, D_V) = q.shape, v.shape
         self.dtype, self.device, self.arch, self.case = q.dtype, q.device, arch, case
         self.carrier = CARRIERS.get(q.dtype, "") if arch == "interpreter" else ""
+        # tensors as the kernels read them
         self.q, self.k, self.v = (self.operand(x) for x in (q, k, v))
         self.bias_shape = () if extras.bias is None else (1,) * (4 - extras.bias.dim()) + extras.bias.shape
         self.extras, self.bias_stride = self._prepare(extras)
+        # what they are compiled for
         self.scalars = _scalars(case)
         self.features = Features(
             D=D,

@@ -189,7 +189,7 @@ def _check_labels(values: dict) -> None:
 
 
 def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
-    """ConfigError where the last block has no tensor among these names of ours, before as many blocks are built."""
+    """ConfigError where the last block has no tensor among `names` (in our terms), before as many blocks are built."""
     pairs = {Shape.encoder_decoder: {"encoder.": config.n_layer, "decoder.": config.n_decoder_layer}}
     for part, n in pairs.get(config.shape, {"": 1 if config.share_layers else config.n_layer}).items():
         last = f"{part}blocks.{n - 1}."

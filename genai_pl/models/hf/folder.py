@@ -123,6 +123,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
     total = size = 0
 
     def flush() -> None:
+        """Write the tensors at hand as a shard."""
         shards.append(folder / f"shard-{len(shards)}.safetensors")
         save_file(shard_tensors, shards[-1], metadata={"format": "pt"})
         shard_tensors.clear()

@@ -20,6 +20,7 @@ def resolve_ties(family: Family, config: ModelConfig, stored: TensorFiles) -> Mo
     """
     if config.head in (Head.none, Head.score) or not (config.tie_embeddings or family.always_ties):
         return config
+    # a missing tensor is its partner, two equal ones are one, two different ones are not tied
     for name, source in family.ties:
         if name not in stored or source not in stored:
             if name in stored:

@@ -146,11 +146,13 @@ def exact(model: nn.Module) -> Iterator[None]:
     original: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
+        """Before a module's call: float32 parameters."""
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 original[parameter], parameter.data = parameter.data, parameter.data.float()
 
     def narrow(module: nn.Module, *_: object) -> None:
+        """After the call, also one that fails: the original parameters."""
         for parameter in module.parameters(recurse=False):
             parameter.data = original.pop(parameter, parameter.data)
 

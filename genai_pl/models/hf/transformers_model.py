@@ -59,6 +59,7 @@ class WrappedConfig:
 
     @property
     def embedding_size(self) -> int:
+        """The width of the embeddings, that of the layers."""
         return self.n_embd
 
     def to_dict(self) -> dict[str, object]:
@@ -79,6 +80,7 @@ class WrappedDecoder(nn.Module):
         self.transform, self.embed_proj = nn.Identity(), nn.Identity()
         self.virtual: VirtualTokens | None = None
         self.max_length, self.embed_scale, values = None, None, inner.config.get_text_config(decoder=True)
+        # families name sizes differently; these are the names that most have
         self.config = WrappedConfig(
             vocab_size=inner.get_input_embeddings().weight.shape[0],
             max_seq_len=values.max_position_embeddings,
@@ -179,6 +181,7 @@ def load_wrapped(
     """
     from transformers import AutoModelForCausalLM
 
+    # read the files
     register()
     try:
         inner, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -192,14 +195,11 @@ def load_wrapped(
         raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
     if loading_info["missing_keys"]:  # transformers would initialize them at random
         raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
+    # find the sizes that other folders ask for, and compare with transformers
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
-    except (
-        AttributeError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # RuntimeError: a size that every layer has for itself
+    # a RuntimeError is a size that every layer has for itself
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = f"its configuration does not give the sizes of a decoder ({str(error).partition('. ')[0]})"
         raise refusal(name, reason) from None
     return check(model, name)
@@ -218,6 +218,7 @@ def build_wrapped(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # without memory first: the configuration may come from anyone
     register()
     try:
         config = AutoConfig.for_model(**values)

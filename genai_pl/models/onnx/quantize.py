@@ -41,6 +41,7 @@ def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(
         logging.WARNING
     )  # a line for each node
+    # outputs before, quantization, outputs after
     n = min(SEEN, max_seq_len)
     exact, before = first_output(file, vocab_size, n), _size(file)
     model = onnx.load(file)
@@ -77,6 +78,7 @@ def first_output(file: Path, vocab_size: int, n: int) -> np.ndarray:
     options = SessionOptions()
     options.log_severity_level = 3
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    # inputs of the graph's own shapes and types: random tokens and source states, masks of ones
     rng = np.random.default_rng(0)
     inputs = {}
     for node in session.get_inputs():

@@ -1,6 +1,6 @@
 """Families of Hugging Face models as tables in our terms, read in both directions.
 
-One object `Family` per model_type: which of its keys is which of our fields, and which of its tensors is which of ours.
+One `Family` per model_type maps its keys of config.json to fields of `ModelConfig`, and its tensors to ours.
 A new family is a new table; the code that reads and writes stays as it is (docs/extending.md has an example).
 """
 

@@ -79,6 +79,7 @@ def _write(config: ModelConfig) -> dict[str, object]:
     name = next((name for name, activation in ACTIVATIONS.items() if activation is config.activation), None)
     if name is None or (name == "gelu" and not config.gated_mlp):
         raise ConfigError("an activation that T5 has not")
+    # keys at transformers' defaults are left out
     values = {
         "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
         "tie_word_embeddings": config.tie_embeddings,

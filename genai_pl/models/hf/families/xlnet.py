@@ -14,6 +14,7 @@ from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, bo
 def _xlnet(config: ModelConfig) -> Iterator[Weight]:
     hf_layer, layer = "transformer.layer.{i}", "blocks.{i}"
     heads = {"head_dim": config.head_dim}
+    # embeddings, attention with its relative positions, MLP, head
     yield one("transformer.word_embedding", "embed")
     yield Weight("transformer.mask_emb", ("unseen",), leading=2)
     for p in "qkv":
