@@ -17,24 +17,29 @@ from genai_pl.models.fused_decode import prepare_for_decoding
 from genai_pl.models.hf.transformers_model import WrappedDecoder, load_wrapped
 from genai_pl.models.hf.weights import load_pretrained, save_pretrained
 from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.protocol import CausalModel, LanguageModel, PipelineModel, TensorParallelLayer
 
 __all__ = [
     "Block",
+    "CausalModel",
     "Decoder",
+    "DecoderWithSource",
     "Encoder",
     "EncoderDecoder",
     "FlopRates",
     "KVCache",
+    "LanguageModel",
     "Model",
     "ModelConfig",
-    "DecoderWithSource",
+    "PipelineModel",
+    "TensorParallelLayer",
     "WrappedDecoder",
     "build_model",
     "flop_rates",
     "flops_per_token",
-    "prepare_for_decoding",
     "load_pretrained",
     "load_wrapped",
     "n_parameters",
+    "prepare_for_decoding",
     "save_pretrained",
 ]

@@ -79,6 +79,16 @@ class Attention(nn.Module):
         self.xl = XLPositions(config) if config.position is Position.xl else None
         self.attend = build_attend(config, layer)
 
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers whose output channels are those of heads."""
+        return [layer for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer whose input channels are those of heads."""
+        return [self.o_proj]
+
     def forward(self, x: Tensor, mask: AttentionMask, inputs: AttentionInputs = NO_INPUTS) -> Tensor:
         """The attention's share of the residual stream, (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape

@@ -41,6 +41,11 @@ class Block(nn.Module):
         self.norm2_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Attention, cross-attention where there is one, and MLP."""
+        return [part for part in (self.attention, self.cross, self.mlp) if part is not None]
+
     def forward(
         self,
         x: Tensor,

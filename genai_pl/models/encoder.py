@@ -26,6 +26,7 @@ class Encoder(Transformer):
     """
 
     causal = False
+    feature_methods = ("features", "permuted_features")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -24,6 +24,8 @@ class EncoderDecoder(nn.Module):
     head where `tie_embeddings` is set.
     """
 
+    feature_methods = ("features",)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

@@ -56,6 +56,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
 
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers that make the hidden channels."""
+        return [self.up_proj]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer that takes the hidden channels."""
+        return [self.down_proj]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
 
@@ -72,6 +82,16 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
+
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers that make the hidden channels."""
+        return [self.gate_proj, self.up_proj]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer that takes the hidden channels."""
+        return [self.down_proj]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

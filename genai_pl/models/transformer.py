@@ -41,6 +41,7 @@ class Transformer(nn.Module):
     """
 
     causal: bool
+    feature_methods: tuple[str, ...] = ("features",)  # see `LanguageModel`
 
     def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
         super().__init__()
@@ -97,6 +98,31 @@ class Transformer(nn.Module):
         if head is Head.score and self.score is None:
             self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
             nn.init.zeros_(self.score.weight)  # random scores are as large as the states, and must be unlearned first
+
+    @property
+    def input_modules(self) -> list[nn.Module]:
+        """The modules that make the input of the first block; positions without weights are functions, not modules."""
+        parts = (self.embed, self.position, self.types, self.embed_norm, self.embed_proj)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @property
+    def output_modules(self) -> list[nn.Module]:
+        """The modules behind the last block."""
+        return [part for part in (self.norm, self.transform, self.lm_head) if part is not None]
+
+    def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
+        """Compute these blocks only, from now on, in place: a stage of a pipeline.
+
+        `received` returns the hidden states (B, T, C) that enter the first of them; None: the embeddings do. The other
+        blocks, and the last norm if the last block is not among these, pass their input on. Parameters stay.
+        """
+        for n, block in enumerate(self.blocks):
+            if n not in blocks:
+                block.forward = _pass_on
+        if len(self.blocks) - 1 not in blocks:
+            self.norm.forward = _pass_on
+        if received is not None:
+            self.embed_inputs = lambda *_, **__: received()
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """The input of `lm_head`, (..., C or embedding_size), from hidden states (..., C).
@@ -225,6 +251,11 @@ class Transformer(nn.Module):
         """Cosines and sines of the queries' positions; Gemma 3 has another base in layers with a window."""
         table = self.rotary if window is None else self.rotary_local
         return None if table is None else table(positions)
+
+
+def _pass_on(x: Tensor, *_: object, **__: object) -> Tensor:
+    """The input: the forward pass of a block or norm that another stage of a pipeline computes."""
+    return x
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:

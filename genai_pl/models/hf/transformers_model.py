@@ -74,6 +74,8 @@ class WrappedDecoder(nn.Module):
     `inner.*`. RuntimeError, TypeError or AttributeError where the configuration does not state the sizes of a decoder.
     """
 
+    feature_methods = ("features",)
+
     def __init__(self, inner: "PreTrainedModel", *, attention: AttentionBackend = AttentionBackend.auto) -> None:
         super().__init__()
         self.inner = inner
