@@ -39,6 +39,7 @@ class Monitor(L.Callback):
         self.tokens_seen = state["tokens_seen"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Measure the peak of the device, and start the first interval."""
         self._peak_flops = peak_flops(module.device)
         self._step = trainer.global_step
         self._reset()

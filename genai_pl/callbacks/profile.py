@@ -24,6 +24,7 @@ class Profile(L.Callback):
         self._profiler: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the profiler, which waits and warms up for a batch each; the first rank writes."""
         activities = [ProfilerActivity.CPU]
         if module.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -33,6 +34,7 @@ class Profile(L.Callback):
         self._profiler.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Advance by a batch, and stop after the last measured one."""
         if self._profiler is None:
             return
         self._profiler.step()

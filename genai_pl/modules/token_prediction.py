@@ -52,6 +52,7 @@ class TokenModule(BaseModule):
 
     def step(self, batch: Batch) -> Metrics:
         # hidden states of positions that have a label, and their loss; logits of all positions never exist
+        """Sums over labelled tokens; regularizers of the loss act in training only, so validation losses compare."""
         labels, model = batch["labels"], self.model
         labelled = labels != IGNORED
         hidden = self.hidden(batch)

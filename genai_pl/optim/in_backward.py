@@ -21,6 +21,7 @@ class StepInBackward:
                 parameter.register_post_accumulate_grad_hook(lambda p, n=n: self._step(p, n))
 
     def _step(self, parameter: Tensor, n: int) -> None:
+        """Measure, step and free one gradient: the only one that exists."""
         self._measured[n].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
         self.optimizer.step()
         parameter.grad = None

@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread over devices.
+    """The spread of a run over devices.
 
     data: replicas that see different batches
     tensor: devices that share each layer

@@ -142,7 +142,7 @@ class RankLauncher(_SubprocessScriptLauncher):
 
 
 class StopTimer:
-    """How long another process of this machine has been stopped (SIGSTOP), counted in looks.
+    """A counter of the looks at which another process of this machine was stopped (SIGSTOP) in a row.
 
     Looks, not seconds: they stop when this process is stopped itself, as a whole job is by a scheduler.
 

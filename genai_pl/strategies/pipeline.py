@@ -83,6 +83,7 @@ class PipelineStrategy(ShardedStrategy):
             raise ConfigError(
                 f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}"
             )
+        # blocks to divide, and nothing outside of blocks that every stage would need
         if model.config.share_layers or model.config.n_layer < stages:
             raise ConfigError(
                 f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "

@@ -39,11 +39,13 @@ class SequenceShards:
         return self.group.reduce_scatter_to_sequence(x)
 
     def _shard(self, block: nn.Module, args: tuple) -> tuple:
+        """Before the first block: note the full length, and keep this rank's shard."""
         x, *rest = args
         self.length = x.shape[1]
         return self.group.scatter_to_sequence(x), *rest
 
     def _gather(self, norm: nn.Module, args: tuple, hidden: Tensor) -> Tensor:
+        """After the last norm: the full sequences again."""
         return self.group.gather_without_grad_sum(hidden, self.length)
 
 

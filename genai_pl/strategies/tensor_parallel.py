@@ -59,6 +59,7 @@ class LocalHeads:
         return self.attend(q, k, v, mask, bias=self._shard(bias, 1), alibi=self._shard(alibi, 0), **kwargs)
 
     def _shard(self, value: Tensor | None, dim: int) -> Tensor | None:
+        """This rank's heads of a tensor of all heads along a dimension; None stays None."""
         if value is None:
             return None
         # a DTensor, so that the gradient is gathered again, for the table that all ranks hold
