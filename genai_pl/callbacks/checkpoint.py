@@ -57,21 +57,30 @@ class StepCheckpoint(Checkpoint):
     every_n_steps: optimizer steps between two of them; the last step of a run always gets one
     keep: how many stay; at least the newest two until a step after the newest has given a finite loss
 
-    Whoever builds the run also sets: `contents` (what a checkpoint holds besides Lightning's state: model, tokenizer),
-        `trained_only` (leave out frozen weights: the base of an adapter) and `on_start` (called once per process when
-        all is restored).
+    `describe_run` gives the rest, which is known only when model and tokenizer are.
     """
 
     def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
-        self.contents: dict[str, object] = {}  # stored beside Lightning's state
+        self.contents: dict[str, object] = {}  # these three from `describe_run`
         self.trained_only = False
+        self.on_start: Callable[[], None] = lambda: None
         self.last_step = -1
         self.started = False  # whether a first step has begun
-        self.on_start: Callable[[], None] = lambda: None
         self._seen = 0
         self._unconfirmed = False  # whether no step has followed the newest checkpoint yet
         self._rng: list[dict] = []  # generator states of the resumed run, by rank
+
+    def describe_run(
+        self, contents: dict[str, object], *, trained_only: bool = False, on_start: Callable[[], None]
+    ) -> None:
+        """Set what a checkpoint holds besides Lightning's state, and what to call when the run starts.
+
+        contents: model, tokenizer, length, settings
+        trained_only: leave out frozen weights: the base of an adapter, which is kept elsewhere
+        on_start: called once by each process when all is restored
+        """
+        self.contents, self.trained_only, self.on_start = contents, trained_only, on_start
 
     @property
     def last(self) -> Path:
@@ -233,7 +242,7 @@ def _is_finite(trainer: L.Trainer) -> bool:
 
 def rows_per_batch(trainer: L.Trainer) -> int:
     """Rows of one batch over all processes."""
-    plan = trainer.datamodule.plan()
+    plan = trainer.datamodule.batch_plan()
     return plan.batch_size * plan.world_size
 
 

@@ -16,7 +16,6 @@ from genai_pl import signals
 class Interrupt(L.Callback):
     """Stops the run, all processes at one place, after one of them has received a signal.
 
-    describe: returns the last line, which says what is saved
     signum: the signal that all processes have agreed on, None before
     left_out: whether training, or the validation of the last step, was cut short for it
     """
@@ -24,7 +23,11 @@ class Interrupt(L.Callback):
     def __init__(self) -> None:
         self.signum: int | None = None
         self.left_out = False
-        self.describe: Callable[[], str] = str
+        self.describe: Callable[[], str] = str  # from `describe_with`
+
+    def describe_with(self, describe: Callable[[], str]) -> None:
+        """Set the function that returns the last line: what is saved and how the run goes on."""
+        self.describe = describe
 
     def begin(self) -> None:
         """From now on there is something to save: signals wait for the next place to stop at."""
@@ -51,7 +54,7 @@ class Interrupt(L.Callback):
 
     def agree(self, trainer: L.Trainer) -> bool:
         """Whether any process has received a signal; a collective, so all must ask at the same places."""
-        signum = self.signum or signals.received() or 0
+        signum = self.signum or signals.received_signal() or 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
             signum = int(trainer.strategy.reduce(torch.tensor(float(signum), device=device), reduce_op="max"))

@@ -5,6 +5,7 @@ MFU divides the FLOPs of those tokens by the peak of the devices: measured for a
 """
 
 import time
+from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
@@ -14,20 +15,25 @@ from genai_pl.callbacks.due import passed
 from genai_pl.models import FlopRates
 from genai_pl.modules.base import n_replicas
 
+Listener = Callable[[int, dict[str, float]], None]
+
 
 class Monitor(L.Callback):
     """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
 
     every_n_steps: optimizer steps between rows; the first and the last step always give one
-    flops: FLOPs per token of the model; set by whoever builds the run
+    flops: function of no arguments that returns the FLOPs per token of the model, called when training starts
     listeners: called with (step, metrics) of every row, such as the console
-    tokens_seen: of the whole run, over all ranks; part of the checkpoint
+
+    `tokens_seen`, of the whole run over all ranks, is part of the checkpoint.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(
+        self, every_n_steps: int, *, flops: Callable[[], FlopRates], listeners: Sequence[Listener] = ()
+    ) -> None:
+        self.every_n_steps, self._count_flops, self.listeners = every_n_steps, flops, listeners
+        self.tokens_seen = 0
         self.flops = FlopRates(0.0, 0.0, 0.0)
-        self.tokens_seen, self.listeners = 0, []
         self._peak_flops: float | None = None
         self._step = 0
         self._reset()  # a run that is at its last step already only validates
@@ -40,7 +46,7 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Measure the peak of the device, and start the first interval."""
-        self._peak_flops = peak_flops(module.device)
+        self.flops, self._peak_flops = self._count_flops(), peak_flops(module.device)
         self._step = trainer.global_step
         self._reset()
 

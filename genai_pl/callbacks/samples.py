@@ -1,6 +1,7 @@
 """Samples: text that the model generates during training, in the console and in TensorBoard."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -13,22 +14,36 @@ from genai_pl.generation import generate_text
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.rollout import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Samples(L.Callback):
     """Continues each prompt every n optimizer steps.
 
     every_n_steps: optimizer steps between samples; the last step always gives some
-    prompts: texts to continue
+    prompts: function of no arguments that returns the texts to continue
     config: how to generate
+    tokenizer: of the model
+    say: where to print
     seed: of a generator of their own: training draws the same numbers with and without samples
 
     A policy that learns from rollouts shows completions of those instead, with score and KL, in training and
-    validation. Whoever builds the run sets `tokenizer`, and `say` (where to print).
+    validation.
     """
 
-    def __init__(self, *, every_n_steps: int, prompts: list[str], config: GenerationConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        prompts: Callable[[], Sequence[str]],
+        config: GenerationConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        say: Callable[[str], None] = print,
+        seed: int = 0,
+    ) -> None:
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
-        self.tokenizer, self.say = None, print
+        self.tokenizer, self.say = tokenizer, say
         self._last = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -56,9 +71,10 @@ class Samples(L.Callback):
     def _show_continuations(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Generate and show a continuation of each prompt."""
         generator = torch.Generator(module.device).manual_seed(self.seed)
-        texts = generate_text(module.model, self.tokenizer, self.prompts, self.config, generator=generator)
+        prompts = self.prompts()
+        texts = generate_text(module.model, self.tokenizer, prompts, self.config, generator=generator)
         apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # its target is a text of its own
-        for prompt, (text, *_) in zip(self.prompts, texts, strict=True):
+        for prompt, (text, *_) in zip(prompts, texts, strict=True):
             shown = f"{prompt}{apart}{text}"
             self.say(f"--- step {step} ---\n{shown}\n---")
             quoted = "\n".join(f"    {line}" for line in shown.splitlines())

@@ -1,4 +1,10 @@
-"""Transformers: one configuration, one block, wired as the shape says."""
+"""Transformers: one configuration, one block, three shapes (decoder, encoder, encoder-decoder).
+
+To read the code as a lesson, begin with `decoder.py` and follow a pass of GPT: `transformer.py` (embeddings, stack, head),
+`block.py` (one layer), `attention.py` (heads and cache), `kernels/attention.py` (the softmax). The rest are variants:
+positions in `positions.py` and `relative_positions.py`, virtual tokens of prompt tuning, fused decoding steps. `hf/` reads
+and writes folders of transformers, `onnx/` graphs for ONNX Runtime.
+"""
 
 from genai_pl.config.model import ModelConfig
 from genai_pl.models.block import Block

@@ -71,7 +71,7 @@ class BaseModule(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.total_steps = 0  # optimizer steps of the run; set once the length of the data is known
+        self.total_steps = 0  # optimizer steps of the run, from `set_run_length`
         self.validated_at = -1  # step of the last validation
         self.validation_cut = False  # whether the current validation was stopped before its last batch
         self.val_sums: Metrics = {}
@@ -83,7 +83,7 @@ class BaseModule(L.LightningModule, ABC):
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
         # a context in which this process may run the model alone, any number of times; FSDP gathers the weights for it
         self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.steps_in_backward = False  # whether weights move during the backward pass
+        self.steps_in_backward = False  # until step_in_backward
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that fp16 loss scaling skipped
         self._targets = torch.ones(())
@@ -91,6 +91,19 @@ class BaseModule(L.LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """Sums over the targets of one batch: `loss`, differentiable, and detached sums for the logs."""
+
+    def set_run_length(self, total_steps: int, schedule: Callable[..., float]) -> None:
+        """Set the optimizer steps of the run and the schedule over them; ConfigError for a schedule that does not fit."""
+        self.total_steps, self.schedule = total_steps, schedule
+        schedule(0, total_steps=total_steps)
+
+    def step_in_backward(self) -> None:
+        """Step each weight as soon as its gradient is complete, so that no two gradients need to exist at once."""
+        self.steps_in_backward = True
+
+    def load_trained_only(self) -> None:
+        """Accept checkpoints without the frozen weights, which the model has already."""
+        self.strict_loading = False
 
     def models(self) -> list[nn.Module]:
         """The model, and the frozen or critic models beside it whose parameters a strategy may shard."""

@@ -59,7 +59,6 @@ class PolicyGradientModule(RolloutModule):
         if minibatch_size is not None and minibatch_size % self.group_size:
             self.share_prompts = False  # a row, with all its completions, must fall into one minibatch
         self._rollout_tokens = 0  # of the last rollout: prompts, completions and padding
-        self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
 
     @abstractmethod
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:

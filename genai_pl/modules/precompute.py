@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genai_pl.data import checksummed as sealed
+from genai_pl.data import checksummed
 from genai_pl.distributed.dtensor import full_tensor
 from genai_pl.peft import base_tensors
 
@@ -105,10 +105,10 @@ def read_logprobs(file: Path) -> CachedLogprobs:
     """The cached values of a file; none where it does not exist, or is damaged, which is logged."""
     if not file.exists():
         return {}
-    if why := sealed.damage(file):
+    if why := checksummed.find_damage(file):
         log.warning("cache       %s was damaged (%s): the reference is asked again", file, why)
         return {}
-    with np.load(io.BytesIO(sealed.read_sealed(file))) as arrays:
+    with np.load(io.BytesIO(checksummed.read_checksummed(file))) as arrays:
         return {key.tobytes(): value for key, value in zip(arrays["keys"], arrays["values"], strict=True)}
 
 
@@ -121,7 +121,7 @@ def write_logprobs(file: Path, cached: CachedLogprobs) -> None:
         with path.open("wb") as stream:
             np.savez(stream, keys=keys, values=values)
 
-    sealed.write_sealed(file, save)
+    checksummed.write_checksummed(file, save)
 
 
 def _length(row: Row) -> int:

@@ -4,6 +4,8 @@ GRPO and PPO derive from it by way of `PolicyGradientModule`. What is here needs
 log-probabilities under policy and reference, and the validation metrics made of them.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,8 @@ from genai_pl.modules.rollout import (
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
-Means = dict[
-    str, tuple[Tensor, float | Tensor]
-]  # (sum, count) by metric name; both are summed over ranks before division
+Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
+Decode = Callable[[Sequence[int]], str]
 SHOWN = 4  # completions of a rollout that are printed
 
 
@@ -45,7 +46,7 @@ class RolloutModule(BaseModule):
     temperature: of sampling
     missing_eos_penalty: subtracted from the score of a completion without an end token
 
-    Whoever builds the run sets `reward` (prompts, completions, columns -> scores) and `decode` (token ids -> text).
+    `use_reward` gives the reward function itself, which needs the tokenizer.
     """
 
     shapes = ("decoder",)
@@ -85,8 +86,16 @@ class RolloutModule(BaseModule):
         self.reference = Reference(model)
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
         self.reward_weights = reward_weights
-        self.reward: Reward  # set by whoever builds the run
-        self.decode: object  # tokens to text, likewise
+        self.reward: Reward  # these three from `use_reward`
+        self.decode: Decode
+        self.clip_norm: float | None = None
+
+    def use_reward(self, reward: Reward, *, decode: Decode, clip_norm: float | None = None) -> None:
+        """Set the reward function, the decoding of tokens for it, and the largest gradient norm.
+
+        The norm is set here because Lightning's Trainer clips in automatic optimization only.
+        """
+        self.reward, self.decode, self.clip_norm = reward, decode, clip_norm
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sample one completion of each prompt, from a generator that depends on the batch only, and add up its metrics."""

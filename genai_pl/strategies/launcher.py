@@ -124,7 +124,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         """
         status = process.poll()
         if status in signals.STATUSES:
-            return not self.is_done and signals.received() is None
+            return not self.is_done and signals.received_signal() is None
         return bool(status) and not self.all_are_done
 
     def _kill(self) -> None:
@@ -135,7 +135,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         """End this process, and with it all, in one line about the process of that rank."""
         status = self.procs[rank - 1].poll()
         if status in signals.STATUSES:
-            signum = signals.received() or status - 128
+            signum = signals.received_signal() or status - 128
             signals.end_process(f"{signals.last_line(signum)} (sent to process {rank} of the run)", status)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         signals.end_process(f"error: process {rank} of the run {how}; all end here", 1)
@@ -198,7 +198,7 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
             if isinstance(error, Exception):
                 own.end_if_rank_lost(error)
             own.close(failed=True)
-        signum = signals.received()
+        signum = signals.received_signal()
         memory = isinstance(error, torch.OutOfMemoryError)
         if signum is not None and isinstance(error, RuntimeError) and not memory and trainer.world_size > 1:
             raise signals.Stopped(signum) from None  # another process has ended by the signal, and no longer answers

@@ -21,7 +21,7 @@ from genai_pl.config.model import ModelConfig
 from genai_pl.distributed.dtensor import local_shard
 from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.vocab_parallel import local_vocab_shard
 from genai_pl.models import Block, TensorParallelLayer
 from genai_pl.models.attention import Attention
@@ -51,12 +51,10 @@ class LocalHeads:
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        bias: Tensor | None,
-        alibi: Tensor | None,
-        **kwargs: object,
+        options: ScoreOptions,
     ) -> Tensor:
-        return self.attend(q, k, v, mask, bias=self._shard(bias, 1), alibi=self._shard(alibi, 0), **kwargs)
+        options = options._replace(bias=self._shard(options.bias, 1), alibi=self._shard(options.alibi, 0))
+        return self.attend(q, k, v, mask, options)
 
     def _shard(self, value: Tensor | None, dim: int) -> Tensor | None:
         """This rank's heads of a tensor of all heads along a dimension; None stays None."""
@@ -100,15 +98,16 @@ def _split_block(
     enter, leave: collectives at entry and exit of a part
     """
 
-    def enter_part(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter_part(_: nn.Module, args: tuple) -> tuple:
         x, *rest = args
-        if kwargs.get("source") is not None:  # an encoder's output, which all ranks hold in full
-            kwargs = {**kwargs, "source": group.copy_to_region(kwargs["source"])}
-        return (enter(x), *rest), kwargs
+        if rest and rest[-1].source is not None:  # of attention: an encoder's output, which all ranks hold in full
+            *rest, inputs = rest
+            rest = [*rest, inputs._replace(source=group.copy_to_region(inputs.source))]
+        return enter(x), *rest
 
     shared: ParameterSites = []
     for part in block.parts:
-        part.register_forward_pre_hook(enter_part, with_kwargs=True)
+        part.register_forward_pre_hook(enter_part)
         for layer in part.column_layers:
             shared += _split_columns(layer, mesh)
         for layer in part.row_layers:
