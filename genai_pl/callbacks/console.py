@@ -60,12 +60,12 @@ class Console(ProgressBar):
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Print one row of training metrics, the headings before every twentieth."""
-        shown = [column for column in self._columns if column.metric in metrics]
+        columns = [column for column in self._columns if column.metric in metrics]
         if self._rows % 20 == 0:
-            names = [column.heading.rjust(len(column.form.format(0))) for column in shown]
+            names = [column.heading.rjust(len(column.form.format(0))) for column in columns]
             self.say("  ".join(["    step", *names, "    left"]))
         self._rows += 1
-        cells = [column.form.format(metrics[column.metric]) for column in shown]
+        cells = [column.form.format(metrics[column.metric]) for column in columns]
         self.say("  ".join([f"{step:8d}", *cells, f"{self._left(step):>8}"]))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

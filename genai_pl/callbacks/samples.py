@@ -75,9 +75,9 @@ class Samples(L.Callback):
         texts = generate_text(module.model, self.tokenizer, prompts, self.config, generator=generator)
         apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # its target is a text of its own
         for prompt, (text, *_) in zip(prompts, texts, strict=True):
-            shown = f"{prompt}{apart}{text}"
-            self.say(f"--- step {step} ---\n{shown}\n---")
-            quoted = "\n".join(f"    {line}" for line in shown.splitlines())
+            sample = f"{prompt}{apart}{text}"
+            self.say(f"--- step {step} ---\n{sample}\n---")
+            quoted = "\n".join(f"    {line}" for line in sample.splitlines())
             _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
 
     def _show_scored(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:

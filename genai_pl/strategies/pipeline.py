@@ -219,8 +219,8 @@ class PipelineStrategy(ShardedStrategy):
         own = module.state_dict(keep_vars=True)
         if strict and (differing := own.keys() ^ saved.keys()):
             raise CheckpointError(f"the checkpoint is of another model: only one of them has {min(differing)}")
-        kept = {name: value for name, value in saved.items() if name in own and self._is_on_this_stage(own[name])}
-        module.load_state_dict(kept, strict=False)
+        own_values = {name: value for name, value in saved.items() if name in own and self._is_on_this_stage(own[name])}
+        module.load_state_dict(own_values, strict=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         """The state of all stages on the first rank, in RAM, by parameter number; a collective."""
@@ -232,8 +232,8 @@ class PipelineStrategy(ShardedStrategy):
         """Load the states of this stage's parameters."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = parameters_by_number(optimizer, saved)
-            kept = {n: values for n, values in saved["state"].items() if self._is_local(parameters[n])}
-            restore_state(optimizer, {**saved, "state": kept})
+            own_values = {n: values for n, values in saved["state"].items() if self._is_local(parameters[n])}
+            restore_state(optimizer, {**saved, "state": own_values})
 
 
 def _on_cpu(value: object) -> object:
