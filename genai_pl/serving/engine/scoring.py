@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai_pl.evaluation.embeddings import embed, judge
+from genai_pl.evaluation.embeddings import embed, reward_scores
 from genai_pl.evaluation.scoring import batches, score
 from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models import Model
@@ -54,7 +54,7 @@ def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
     """
     rewards = torch.zeros(len(rows), dtype=torch.float64)
     for batch in batches([len(row) for row in rows], slice_tokens(model)):
-        rewards[batch] = judge(model, [rows[n] for n in batch])
+        rewards[batch] = reward_scores(model, [rows[n] for n in batch])
         yield
     return rewards
 
