@@ -1,9 +1,8 @@
 """Optimizer states of sharded parameters: saved full or sharded, restored on any number of ranks.
 
-torch numbers an optimizer's parameters in the order of its groups and saves states by those numbers. A state whose
-tensors have the shape of their parameter (moments) is sharded as the parameter is; anything else (step counters,
-Adafactor's rows and columns) is held in full by every rank. So one rank's file can be loaded by eight, and shards of
-eight by one: `restore_state` shards each full value like the parameter that it belongs to here.
+torch saves states by the numbers of parameters, in the order of the groups. A tensor with the shape of its parameter
+(moments) is sharded as the parameter is; anything else (step counters, Adafactor's rows and columns) is held in full
+by every rank. So one rank's file can be loaded by eight, and shards of eight by one.
 """
 
 from collections.abc import Sequence

@@ -130,7 +130,7 @@ class RolloutModule(BaseModule):
         # prompts and columns once per completion
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
-        raw_prompts = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
+        raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
         options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1

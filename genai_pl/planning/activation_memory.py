@@ -1,7 +1,6 @@
 """Activation memory: bytes that autograd saves for the backward pass, counted on fake tensors.
 
-Formulas for activations grow stale with every change of a layer. Instead the forward pass runs on tensors that have
-shapes and no memory, and a hook sees every tensor that autograd saves.
+Formulas for activations become wrong with every change of a layer; a hook on saved tensors does not.
 """
 
 from collections.abc import Callable, Collection

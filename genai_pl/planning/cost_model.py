@@ -1,8 +1,9 @@
 """Cost model of a training step: memory, traffic and time on the devices of a run, from numbers alone.
 
-`count.py` measures a model (weights, activations, FLOPs); the functions here divide that by a layout of devices,
-following the papers they cite, and know nothing of torch. Times are those of a roofline: products at a share of the
-peak, traffic at the bandwidth of its links, hidden behind products where the schedule allows it.
+`count.py` measures a model; the functions here divide that by a layout of devices, following the papers they cite.
+Times are those of
+a roofline: products at a share of the peak, traffic at the bandwidth of its links, overlapping where the schedule
+    allows it.
 """
 
 from collections.abc import Iterable
@@ -159,10 +160,8 @@ class Traffic:
     """The bytes that one device sends in an optimizer step, in one kind of collective.
 
     what: name of the collective, as it is printed
-    n_bytes: sent by one device
-    group: devices that take part
-    across_nodes: whether some of them are on other nodes
-    hidden: whether it overlaps with products
+    n_bytes, group: sent by one device, and the devices that take part
+    across_nodes, hidden: whether some are on other nodes, and whether it overlaps with products
     """
 
     what: str
@@ -214,12 +213,7 @@ def traffic(
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of an optimizer step, and what bounds them.
-
-    compute, communication: seconds of products and of all traffic
-    step: seconds of the step, overlap considered
-    bottleneck: text that names what the step waits for
-    """
+    """Seconds of an optimizer step, of its products, and of all traffic; `bottleneck` names what the step waits for."""
 
     compute: float
     communication: float

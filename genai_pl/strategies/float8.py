@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.models import LanguageModel
 
 CAPABILITY = (8, 9)  # compute capability of the first GPUs with float8 products
 MULTIPLE = 16  # both sizes of a weight must be one, for torch's float8 product
 
 
-def float8(model: nn.Module) -> None:
+def float8(model: LanguageModel) -> None:
     """Make the linear layers of the blocks multiply in float8, each tensor scaled by its largest value, in place.
 
     Weights keep their dtype and are converted in each forward pass (Micikevicius et al. 2022; E4M3 forward, E5M2 for

@@ -3,16 +3,16 @@
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import genai_pl.kernels.flash.operator  # noqa: F401  defines its operator
 from genai_pl.errors import ConfigError
+from genai_pl.models import LanguageModel
 
 KINDS = ("full", "selective")
 
 
-def recompute(model: nn.Module, every: int, *, kind: str = "full") -> None:
+def recompute(model: LanguageModel, every: int, *, kind: str = "full") -> None:
     """Recompute every n-th block in the backward pass instead of keeping its activations (Chen et al. 2016), in place.
 
     every: 1 is every block
