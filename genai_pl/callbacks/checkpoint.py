@@ -163,8 +163,8 @@ class StepCheckpoint(Checkpoint):
             link(checkpoint, self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
-        # generator states of all ranks, in one file
         """Add generator states of all ranks, data positions and `contents`; drop frozen weights if so set. A collective."""
+        # generator states of all ranks, in one file
         states = [None] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, _rng_state())

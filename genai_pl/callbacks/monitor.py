@@ -70,8 +70,8 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
-        # tokens read by the model, targets, and tokens that an encoder-decoder writes
         """Count the tokens of a batch, and log a row if one is due."""
+        # tokens read by the model, targets, and tokens that an encoder-decoder writes
         n_tokens = module.n_tokens(batch) * n_replicas(trainer)
         self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
         self._targets = self._targets + batch["targets"]

@@ -25,7 +25,7 @@ def saved_state(optimizer: Optimizer, *, sharded: bool) -> State:
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = {
-        # of tensors of another shape there are few: one value per row or column
+        # values of another shape are small: one number per row or column
         n: {
             name: v if sharded and _is_sharded_like(v, parameters[n]) else full_tensor_on_cpu(v)
             for name, v in values.items()
@@ -45,7 +45,7 @@ def restore_state(optimizer: Optimizer, saved: State) -> None:
     state = {
         n: {name: _shard_value(v, parameters[n]) for name, v in values.items()} for n, values in saved["state"].items()
     }
-    # which kernel steps the parameters depends on how they lie here
+    # which kernel may step the parameters depends on how they are sharded here
     groups = [
         {**group, **{name: own[name] for name in ("fused", "foreach") if name in own}}
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)

@@ -18,7 +18,7 @@ def full_tensor(value: Tensor) -> Tensor:
     """The full tensor of a DTensor, detached, on the device of its mesh (a collective); any other unchanged."""
     if not isinstance(value, DTensor):
         return value
-    # weights that wait in RAM travel between devices
+    # shards that are kept in RAM are gathered through the devices of the mesh
     return value.detach().to(value.device_mesh.device_type).full_tensor()
 
 

@@ -156,8 +156,8 @@ class PPOModule(PolicyGradientModule):
         return minibatch["mask"].sum()
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
-        # one forward pass serves log-probabilities, values and entropy
         """Policy loss plus weighted value loss of some rows, minus the entropy bonus, as sums over tokens."""
+        # one forward pass serves log-probabilities, values and entropy
         mask, old_logprobs, hidden = minibatch["mask"], minibatch["old_logprobs"], self.features(minibatch)
         values = gather_tokens(self._values(minibatch, hidden), minibatch["token_positions"])
         logprobs = gather_tokens(token_logprobs(self.model, minibatch, hidden=hidden), minibatch["token_positions"])

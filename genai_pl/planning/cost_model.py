@@ -122,7 +122,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
     gathered = 0.0
     activations *= layout.in_flight(stage) / layout.microbatches
     if layout.zero == 3 and layout.data > 1:
-        # the block at work and the next, which is fetched meanwhile, and the gradient of one
+        # the current block and the next, which is prefetched, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
     elif layout.buckets and layout.data > 1:
         gathered = gradients
@@ -195,8 +195,8 @@ def traffic(
     # inside a layer, and between stages: hidden states
     crossing = tokens * n_embd * share.compute_bytes  # hidden states of a batch
     if layout.tensor > 1:
-        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it reruns;
-        # after the embedding, and of what the head says of them
+        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it is
+        # recomputed; after the embedding, and of the gradient at the head
         times = passes * (n_layer / layout.stages * (4 + 2 * recomputed) + 2)
         what = "all-reduce of hidden states"
         if layout.sequence:

@@ -136,8 +136,8 @@ class Pipeline:
         return self._schedules[train][1]
 
     def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
-        # imported here: it takes a third of a second
         """A schedule of torch for microbatches of B / n rows; shapes are given by meta tensors, so that none are sent."""
+        # imported here: it takes a third of a second
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
         # shapes of what this stage receives and sends

@@ -156,12 +156,12 @@ class ShardedStrategy(ModelParallelStrategy):
         super().teardown()
 
     def _split(self, module: L.LightningModule) -> None:
-        # it warns that a tensor sharded over two dimensions is gathered in two steps, as it must be
         """Divide layers along the tensor dimension, then shard along the data dimension, in place.
 
         Parameters that stay unsharded over replicas get a hook that averages their gradients, as FSDP does for its
         own.
         """
+        # it warns that a tensor sharded over two dimensions is gathered in two steps, as it must be
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         shared = []
