@@ -10,14 +10,14 @@ from omegaconf import DictConfig, open_dict
 
 from genai_pl import signals
 from genai_pl.cli.command import CONF, register
-from genai_pl.cli.quoting import quoted
+from genai_pl.cli.quoting import quote_argument
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError, TrainingError
 from genai_pl.generation import complete, encode_prompt
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import prepare_for_decoding
-from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
-from genai_pl.training.output_folders import give_back
+from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
+from genai_pl.training.output_folders import remove_unstarted
 from genai_pl.training.resume import replay
 from genai_pl.training.run_log import recording
 
@@ -28,12 +28,12 @@ def train(*overrides: str) -> Path:
 
     try:
         with recording(), signals.handle_signals():
-            config = _composed([quoted(override) for override in replay(list(overrides))])
+            config = _composed([quote_argument(override) for override in replay(list(overrides))])
             folder = Path(config.output_dir)
             if run(config).status:
                 raise TrainingError(f"{folder}: stopped by a signal; continue it with resume={folder}")
     finally:
-        give_back()
+        remove_unstarted()
     return folder
 
 
@@ -64,7 +64,7 @@ def _composed(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
             config = compose("config", overrides=overrides, return_hydra_config=True)
     except Exception as error:
-        line = explain(error, CONF, "config", overrides)
+        line = explain_config_error(error, CONF, "config", overrides)
         if line is None:
             raise
         raise ConfigError(line) from None

@@ -21,7 +21,7 @@ from genai_pl.data.generation_defaults import (
     read_generation_defaults,
     set_end_tokens,
 )
-from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
+from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
@@ -183,7 +183,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         model.config.eos_token_ids = tuple(int(i) for i in ends)
         defaults = GenerationDefaults(**ours.get("defaults", {}))
         peft.tie_weights(model)
-        loaded = _with_end_tokens(model, from_files(ours["tokenizer"]), path, defaults)
+        loaded = _with_end_tokens(model, tokenizer_from_files(ours["tokenizer"]), path, defaults)
     except KeyError as error:
         advice = ADVICE if adapter is not None and error.args[0] == adapter.get("method") else ""
         raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known{advice}") from None

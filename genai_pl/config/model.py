@@ -14,10 +14,10 @@ from genai_pl.config.enums import (
     RopeKind,
     Shape,
 )
-from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, plain
+from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, to_json_values
 from genai_pl.errors import ConfigError
 
-POSITIVE = (
+POSITIVE_FIELDS = (
     "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim", "intermediate_size",
     "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
     "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
@@ -110,7 +110,7 @@ class ModelConfig:
         parse_enums(self, "model")
         if not isinstance(self.rope_scaling, RopeScaling):
             self.rope_scaling = RopeScaling(**(self.rope_scaling or {}))
-        check_positive(self, "model", POSITIVE)
+        check_positive(self, "model", POSITIVE_FIELDS)
         check_numbers(self, "model")
         self._derive()
         self._check_pairs()
@@ -179,7 +179,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON values (enums by name)."""
-        return plain(self)
+        return to_json_values(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":

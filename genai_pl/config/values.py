@@ -37,19 +37,19 @@ def check_numbers(config: object, prefix: str) -> None:
         if get_origin(option.type) in (list, tuple, dict):
             continue
         value, kinds = getattr(config, option.name), get_args(option.type) or (option.type,)
-        what = next((words for kind, words in NUMBERS.items() if kind in kinds), None)
-        if what is not None and not _is_of(value, kinds):
-            raise ConfigError(f"{prefix}.{option.name} must be {what}, not {value!r}")
+        description = next((words for kind, words in NUMBERS.items() if kind in kinds), None)
+        if description is not None and not _has_type(value, kinds):
+            raise ConfigError(f"{prefix}.{option.name} must be {description}, not {value!r}")
 
 
-def _is_of(value: object, kinds: tuple[type, ...]) -> bool:
+def _has_type(value: object, kinds: tuple[type, ...]) -> bool:
     if type(value) is float or (type(value) is int and float in kinds):
         return float in kinds and math.isfinite(value)
     return type(value) in kinds and (type(value) is not int or abs(value) <= MAX_SIZE)
 
 
-def plain(config: object) -> dict[str, object]:
+def to_json_values(config: object) -> dict[str, object]:
     """The fields as JSON values, enums by name."""
-    named = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
-    named = {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
-    return {key: plain(value) if is_dataclass(value) else value for key, value in named.items()}
+    values = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: to_json_values(value) if is_dataclass(value) else value for key, value in values.items()}

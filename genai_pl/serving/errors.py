@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import UserError
 
 log = logging.getLogger("genai_pl.serving")
@@ -65,7 +65,7 @@ class ApiError(Exception):
     ) -> None:
         if status >= 500 and not is_logged:
             number = request_number()
-            log.warning("request %s: %d, %s%s", number, status, message, f" ({masked(reason)})" if reason else "")
+            log.warning("request %s: %d, %s%s", number, status, message, f" ({redact(reason)})" if reason else "")
             message = f"{message} (request {number})"
         super().__init__(message)
         self.status = status

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.data import fingerprint
 from genai_pl.errors import ConfigError
 from genai_pl.serving.settings import cache_secret
@@ -107,7 +107,7 @@ class RedisCache:
         try:
             self.client = Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)
         except (ValueError, TypeError, RedisError):  # its message may show a part of the password
-            raise ConfigError(f"cache={masked(url)}: write redis://:PASSWORD@HOST:PORT/DB") from None
+            raise ConfigError(f"cache={redact(url)}: write redis://:PASSWORD@HOST:PORT/DB") from None
         self.ttl, self.now = ttl, now
         self.secret = cache_secret()
         self.down_until: float | None = None  # while it is set, the last call failed
@@ -140,11 +140,11 @@ class RedisCache:
         try:
             value = await call(*arguments, **options)
         except ResponseError as error:  # something else than an answer lies there, or it is full
-            log.warning("cache: Redis refuses (%s)", masked(error))
+            log.warning("cache: Redis refuses (%s)", redact(error))
             return None
         except (RedisError, OSError) as error:
             if self.down_until is None:
-                log.warning("cache: Redis does not answer (%s); going on without it", masked(error))
+                log.warning("cache: Redis does not answer (%s); going on without it", redact(error))
             self.down_until = self.now() + PAUSE
             return None
         if self.down_until is not None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 
 VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
@@ -70,12 +70,12 @@ class Settings:
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend} is not one of {', '.join(BACKENDS)}")
         if self.backend == "openai" and not (self.url or "").startswith(("http://", "https://")):
-            raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {masked(self.url)}")
+            raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {redact(self.url)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
         known = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
         if not known:
-            raise ConfigError(f"cache={masked(self.cache)} is not null, memory or redis://HOST:PORT/DB")
+            raise ConfigError(f"cache={redact(self.cache)} is not null, memory or redis://HOST:PORT/DB")
         for name in ("workers", "slots", "cache_ttl", "cache_mib", "drain"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.serving.app import create_app
@@ -64,7 +64,7 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
     address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{settings.port}"
     lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
     if isinstance(backend, Upstream):
-        lines["serving"] = f"what {masked(settings.url)} serves"
+        lines["serving"] = f"what {redact(settings.url)} serves"
     else:
         kind = "a reward model" if backend.is_reward else "a language model" if backend.engine else "an encoder"
         lines["serving"] = f"{backend.name}, {kind}"
@@ -73,7 +73,7 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
     lines["workers"] = f"{settings.workers}"
-    lines["cache"] = masked(settings.cache or "none")
+    lines["cache"] = redact(settings.cache or "none")
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
     lines["try"] = curl(backend, address)
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items())

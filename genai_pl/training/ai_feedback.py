@@ -34,7 +34,7 @@ Answer B: {second}
 
 The better answer is Answer"""
 CRITIQUE = "Request: {prompt}\n\nAnswer: {answer}\n\n{critique}\n\nCritique:"
-REVISION = "Request: {prompt}\n\nAnswer: {answer}\n\nCritique: {said}\n\n{revision}\n\nRevised answer:"
+REVISION = "Request: {prompt}\n\nAnswer: {answer}\n\nCritique: {criticism}\n\n{revision}\n\nRevised answer:"
 
 
 class Writer(Protocol):
@@ -55,8 +55,8 @@ def as_text(prompt: str | Messages) -> str:
 
 def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, rubric: str) -> dict[str, object]:
     """The better and the worse answer, from both orders of asking; margin is the difference of probabilities."""
-    forward = _prefers_a(judge, prompt, first, second, rubric)
-    backward = _prefers_a(judge, prompt, second, first, rubric)
+    forward = _probability_of_a(judge, prompt, first, second, rubric)
+    backward = _probability_of_a(judge, prompt, second, first, rubric)
     wins = (forward + 1 - backward) / 2  # of the first answer
     chosen, rejected = (first, second) if wins >= 0.5 else (second, first)
     return {
@@ -68,9 +68,9 @@ def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, r
     }
 
 
-def _prefers_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
-    asked = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
-    a, b = judge.preference(asked, [" A", " B"])
+def _probability_of_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
+    question = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
+    a, b = judge.preference(question, [" A", " B"])
     top = max(a, b)
     a, b = math.exp(a - top), math.exp(b - top)
     return a / (a + b)
@@ -81,11 +81,13 @@ def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mappin
     first = answer = writer.answer(prompt).strip()
     record = []
     for principle in principles:
-        asked = CRITIQUE.format(prompt=as_text(prompt), answer=answer, critique=principle["critique"])
-        said = writer.answer(asked).strip()
-        again = REVISION.format(prompt=as_text(prompt), answer=answer, said=said, revision=principle["revision"])
-        answer = writer.answer(again).strip()
-        record.append({"critique": said, "revision": answer})
+        request = CRITIQUE.format(prompt=as_text(prompt), answer=answer, critique=principle["critique"])
+        criticism = writer.answer(request).strip()
+        revision_request = REVISION.format(
+            prompt=as_text(prompt), answer=answer, criticism=criticism, revision=principle["revision"]
+        )
+        answer = writer.answer(revision_request).strip()
+        record.append({"critique": criticism, "revision": answer})
     return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": first, "record": record}
 
 
@@ -100,7 +102,7 @@ def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "position_bias": 0.0}
 
 
-class _Local:
+class _LocalWriter:
     """A model of ours, one prompt at a time."""
 
     concurrent = False
@@ -118,20 +120,20 @@ class _Local:
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
         """Log-probability of each option after the prompt."""
         device = self.model.embed.weight.device
-        found = []
+        scores = []
         for option in options:
-            given = encode_prompt(self.tokenizer, prompt)
-            said = self.tokenizer(option, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([(given + said)[-self.model.config.max_seq_len :]], device=device)
-            hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(said) :]
+            prompt_ids = encode_prompt(self.tokenizer, prompt)
+            option_ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([(prompt_ids + option_ids)[-self.model.config.max_seq_len :]], device=device)
+            hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(option_ids) :]
             head = self.model.lm_head
-            logprobs = linear_logprobs(hidden, head.weight, ids[:, -len(said) :], bias=head.bias)
-            found.append(float(logprobs.sum()))
-        return found
+            token_logprobs = linear_logprobs(hidden, head.weight, ids[:, -len(option_ids) :], bias=head.bias)
+            scores.append(float(token_logprobs.sum()))
+        return scores
 
 
 @dataclass
-class _Remote:
+class _EndpointWriter:
     """An endpoint that speaks OpenAI's protocol of chat completions."""
 
     url: str
@@ -145,8 +147,8 @@ class _Remote:
 
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
         """0 for the option that the answer begins with and -10 for others: probabilities are not in the protocol."""
-        said = self._ask(f"{prompt}: reply with one letter.", max_tokens=4).strip().upper()
-        return [0.0 if said.startswith(option.strip()) else -10.0 for option in options]
+        reply = self._ask(f"{prompt}: reply with one letter.", max_tokens=4).strip().upper()
+        return [0.0 if reply.startswith(option.strip()) else -10.0 for option in options]
 
     def _ask(self, prompt: str | Messages, *, max_tokens: int) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -169,18 +171,18 @@ def local_writer(
 ) -> Writer | Judge:
     """The model that a reference stands for; a reward model may be the judge. ConfigError names the option it was given by."""
     loaded = load(name, option=option)
-    scores = loaded.model.config.head is Head.score
-    if scores and option == "judge":
+    is_reward_model = loaded.model.config.head is Head.score
+    if is_reward_model and option == "judge":
         return Judge(loaded, device)
-    if scores:
+    if is_reward_model:
         raise ConfigError(
             f"{option}={name}: a reward model, which writes no answers; give it as judge=, and here a language model"
         )
     if not loaded.model.config.writes:
         raise ConfigError(f"{option}={name}: it writes no text; name a language model")
-    return _Local(loaded, device=device, options=options, seed=seed)
+    return _LocalWriter(loaded, device=device, options=options, seed=seed)
 
 
 def remote_writer(url: str, *, model: str, key_variable: str, retries: int) -> Writer:
     """An endpoint; its key is read from an environment variable."""
-    return _Remote(url, model, os.environ.get(key_variable, ""), retries)
+    return _EndpointWriter(url, model, os.environ.get(key_variable, ""), retries)

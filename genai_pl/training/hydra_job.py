@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.training.sweeps import saved_overrides
-from genai_pl.training.trust import ASIDE, CONF, key_of, unplain
+from genai_pl.training.trust import CONF, PER_COMMAND, key_of, untrusted_overrides
 
 
 def job_overrides(kind: str = "task") -> list[str]:
@@ -22,7 +22,7 @@ def job_overrides(kind: str = "task") -> list[str]:
     return OmegaConf.to_container(HydraConfig.get().overrides[kind], resolve=False)
 
 
-def searches() -> bool:
+def is_search_job() -> bool:
     """Whether this is a job of a sweep whose sweeper chooses the next values by what a job gives back."""
     hydra = HydraConfig.get()
     return hydra.mode is RunMode.MULTIRUN and not hydra.sweeper._target_.endswith(".BasicSweeper")
@@ -31,23 +31,23 @@ def searches() -> bool:
 def job_sweep() -> Path | None:
     """The sweep that this run is a job of; None for that of a search, which goes on by a storage of its own."""
     hydra = HydraConfig.get()
-    return relative(Path(hydra.sweep.dir)) if hydra.mode is RunMode.MULTIRUN and not searches() else None
+    return shown_path(Path(hydra.sweep.dir)) if hydra.mode is RunMode.MULTIRUN and not is_search_job() else None
 
 
 def resume_arguments(sweep: Path | None) -> list[str]:
     """The words of this command line that the folder of a run, or sweep, is not believed: a resume takes them from its own."""
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    given = [f"--config-dir={relative(Path(folder))}" for folder in folders]
-    searched = [o for o in job_overrides("hydra") if o.startswith("hydra.searchpath")]
-    arguments = [*given, *searched]
+    config_dirs = [f"--config-dir={shown_path(Path(folder))}" for folder in folders]
+    search_paths = [o for o in job_overrides("hydra") if o.startswith("hydra.searchpath")]
+    arguments = [*config_dirs, *search_paths]
     if sweep is None:
-        return [*arguments, *unplain(job_overrides(), arguments)]
-    saved = [o for o in saved_overrides(sweep) if key_of(o) not in {*ASIDE, "hydra.searchpath"}]
-    return ["-m", *arguments, *unplain(saved, arguments)]
+        return [*arguments, *untrusted_overrides(job_overrides(), arguments)]
+    saved = [o for o in saved_overrides(sweep) if key_of(o) not in {*PER_COMMAND, "hydra.searchpath"}]
+    return ["-m", *arguments, *untrusted_overrides(saved, arguments)]
 
 
-def relative(path: Path) -> Path:
+def shown_path(path: Path) -> Path:
     """The path as a person would type it from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -62,11 +62,15 @@ def rank_command(config: DictConfig) -> list[str]:
         *(override for override in job_overrides("hydra") if override.startswith("hydra.searchpath")),
         *job_overrides(),
         # the first process writes the run folder and its log
-        *(f"hydra.run.dir={quote(config.output_dir)}", "hydra.output_subdir=null", "hydra/job_logging=disabled"),
+        *(
+            f"hydra.run.dir={quote_for_hydra(config.output_dir)}",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=disabled",
+        ),
     ]
 
 
-def quote(value: str) -> str:
+def quote_for_hydra(value: str) -> str:
     """The value in quotes, as Hydra reads it."""
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return "'" + text.replace("${", "\\${") + "'"

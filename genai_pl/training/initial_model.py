@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.config.enums import Head
-from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, read_generation_defaults, set_end_tokens
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.embeddings import described_head
+from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.exporting import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
@@ -27,11 +27,11 @@ from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.output_folders import write_early
-from genai_pl.training.resume import TYPED
+from genai_pl.training.output_folders import register_early_output
+from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.targets import instantiate
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import TRAIN, refuse_other_model, unused
+from genai_pl.training.unused_options import TRAIN_RULES, refuse_other_model, unused_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
         model, tokenizer, path = loaded
         defaults = loaded.defaults
-        sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
+        sentence = saved_sentence_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
@@ -99,7 +99,7 @@ def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objectiv
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
     """Give the tokenizer the special tokens that the objective needs, and a chat template where the data are conversations."""
-    add_missing(tokenizer, objective.needs)
+    add_missing_tokens(tokenizer, objective.needs)
     if data.has_conversations():
         ensure_template(tokenizer)
 
@@ -129,7 +129,7 @@ def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> st
         return None
     folder = run_folder / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
-        write_early(folder)
+        register_early_output(folder)
         origin = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
         export_options = {"card": {"Base": f"{origin}, under an adapter."}, "defaults": initial.defaults}
         with read_alike(initial.model, initial.tokenizer):
@@ -160,7 +160,7 @@ def new_overrides(config: DictConfig) -> list[str]:
     """What was typed for this run: not what it goes on with, nor what the first process has handed to the others."""
     if rank_zero_only.rank:
         return []
-    typed_keys = {key_of(a) for a in TYPED}
+    typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
     return [o for o in job_overrides() if not config.resume or key_of(o) in typed_keys]
 
 
@@ -172,7 +172,7 @@ def report_unused(config: DictConfig, typed: list[str]) -> None:
         raise ConfigError(
             f"{max_steps}: has no effect beside trainer.max_epochs={epochs}, which counts; set one to null"
         )
-    for line in unused(config, typed, TRAIN):
+    for line in unused_lines(config, typed, TRAIN_RULES):
         log.info("unused      %s", line)
 
 

@@ -13,25 +13,25 @@ from omegaconf.errors import OmegaConfBaseException
 from genai_pl.atomic_io import SWEEP
 from genai_pl.signals import RANK_VARIABLES
 
-_made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
-_early: list[Path] = []  # what it writes before the run has started
+_created_folders: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
+_early_outputs: list[Path] = []  # what it writes before the run has started
 
 
-def unused_folder(path: str) -> str:
+def reserve_folder(path: str) -> str:
     """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
     if not os.environ.keys().isdisjoint(
         RANK_VARIABLES
     ):  # all processes of a run that torchrun or Slurm has started must find the same
         return path
     for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
-        missing = _missing(Path(name))
+        new_folders = _missing_ancestors(Path(name))
         try:
             Path(name).mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError:
             break  # Hydra cannot make it either, and says so
-        _made.extend(missing)
+        _created_folders.extend(new_folders)
         return name
     return path
 
@@ -41,37 +41,37 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in (*RANK_VARIABLES, "NODE_RANK"))
 
 
-def write_early(path: Path) -> None:
+def register_early_output(path: Path) -> None:
     """Say that `path` is about to be written before the run has started; it goes if the run never does."""
     if is_first_process() and not path.exists():
-        _made.extend(_missing(path.parent))
-        _early.append(path.absolute())
+        _created_folders.extend(_missing_ancestors(path.parent))
+        _early_outputs.append(path.absolute())
 
 
-def started() -> None:
+def keep_outputs() -> None:
     """Say that the run has started: what was written stays."""
-    _early.clear()
+    _early_outputs.clear()
 
 
-def give_back() -> None:
+def remove_unstarted() -> None:
     """Remove what was written for a run that has not started, and the folders of this command that are empty."""
-    for path in _early:
+    for path in _early_outputs:
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(set(_made), key=lambda path: -len(path.parts)):
+    for path in sorted(set(_created_folders), key=lambda path: -len(path.parts)):
         _remove_empty(path)
-    _early.clear()
-    _made.clear()
+    _early_outputs.clear()
+    _created_folders.clear()
 
 
-def give_back_job(folder: Path) -> None:
+def remove_unstarted_job(folder: Path) -> None:
     """Remove the folder of a job of a sweep that has not started."""
-    for path in [*_early]:
+    for path in [*_early_outputs]:
         shutil.rmtree(path, ignore_errors=True)
-    _early.clear()
+    _early_outputs.clear()
     _remove_empty(folder)
 
 
-def _missing(path: Path) -> list[Path]:
+def _missing_ancestors(path: Path) -> list[Path]:
     path = path.absolute()
     return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
 
@@ -89,10 +89,10 @@ class HydraFolders(Callback):
     """Remembers which folders Hydra makes, before it does."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        _expect(config, "hydra.run.dir")
+        _expect_hydra_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        _expect(config, "hydra.sweep.dir")
+        _expect_hydra_folder(config, "hydra.sweep.dir")
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
         """Print the command that ranks the jobs, which all have ended."""
@@ -104,8 +104,8 @@ class HydraFolders(Callback):
             print(f"next        python compare.py {shlex.quote(str(folder))}", flush=True)
 
 
-def _expect(config: DictConfig, key: str) -> None:
+def _expect_hydra_folder(config: DictConfig, key: str) -> None:
     try:
-        _made.extend(_missing(Path(OmegaConf.select(config, key))))
+        _created_folders.extend(_missing_ancestors(Path(OmegaConf.select(config, key))))
     except OmegaConfBaseException:
         return  # known to Hydra alone, which reads it later

@@ -57,7 +57,7 @@ def describe_rollout(
     )
 
 
-def human(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024:
@@ -86,17 +86,17 @@ def final_lines(
     if (run / "tensorboard").exists():
         lines += [f"curves      {shlex.join(['tensorboard', '--logdir', str(run)])}"]
     if finished:
-        return [*lines, f"next        python generate.py {pasted({'checkpoint': run, **generate})}"]
+        return [*lines, f"next        python generate.py {shell_arguments({'checkpoint': run, **generate})}"]
     return [
         *lines,
-        f"next        python train.py {shlex.join(arguments)}{' ' * bool(arguments)}{pasted({'resume': sweep or run})}",
+        f"next        python train.py {shlex.join(arguments)}{' ' * bool(arguments)}{shell_arguments({'resume': sweep or run})}",
     ]
 
 
-def pasted(options: Mapping[str, object]) -> str:
+def shell_arguments(options: Mapping[str, object]) -> str:
     """Options as a shell takes them, each value as a whole; a command quotes for Hydra what it is given.
 
-    >>> print(pasted({"checkpoint": "runs/a b", "prompt": "it's", "score": True}))
+    >>> print(shell_arguments({"checkpoint": "runs/a b", "prompt": "it's", "score": True}))
     checkpoint='runs/a b' prompt='it'"'"'s' score=true
     """
     words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}

@@ -18,10 +18,10 @@ from torch import nn
 
 from genai_pl.config.enums import Head
 from genai_pl.data.columns import Place
-from genai_pl.data.messages import tools_of
+from genai_pl.data.messages import parse_tools
 from genai_pl.data.prompt_tokens import Messages
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.loading import Loaded, load
 from genai_pl.models.pooling import scores
 from genai_pl.modules.reward_calls import call, numbers
@@ -31,7 +31,7 @@ from genai_pl.peft import share_frozen
 log = logging.getLogger(__name__)
 
 Reward = Callable[..., Sequence[float]]
-ARGUMENTS = ("prompts", "completions")  # of a reward, before the columns of the data
+REWARD_ARGUMENTS = ("prompts", "completions")  # of a reward, before the columns of the data
 HOW = "name a function as module:function or file.py:function, or a reward model"
 
 
@@ -50,37 +50,38 @@ def load_rewards(
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
-    found = [_find(name) for name in names]
+    places = [_locate(name) for name in names]
     rewards = [
         _load_judge(name, policy, device) if place is None else _function(name, *place)
-        for name, place in zip(names, found, strict=True)
+        for name, place in zip(names, places, strict=True)
     ]
-    told: set[str] = set()
+    warned: set[str] = set()
 
-    def tell_once(message: str) -> None:
-        if message not in told:
-            told.add(message)
+    def warn_once(message: str) -> None:
+        if message not in warned:
+            warned.add(message)
             log.warning(message)
 
     def reward(
         prompts: Sequence[str],
         completions: Sequence[str],
-        asked: Sequence[str | Messages] | None = None,
+        raw_prompts: Sequence[str | Messages] | None = None,
         /,
         **columns: Sequence[object],
     ) -> list[float]:
-        for taken in columns.keys() & set(ARGUMENTS):
-            tell_once(f"reward      column {taken} of the data is not handed on: an argument of rewards is called so")
-        columns = {name: values for name, values in columns.items() if name not in ARGUMENTS}
-        asked = prompts if asked is None else asked
+        for column in columns.keys() & set(REWARD_ARGUMENTS):
+            warn_once(f"reward      column {column} of the data is not handed on: an argument of rewards is called so")
+        columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
+        raw_prompts = prompts if raw_prompts is None else raw_prompts
         judges = [
-            partial(_judged, function, asked) if isinstance(function, Judge) else function for function in rewards
+            partial(_score_with_judge, function, raw_prompts) if isinstance(function, Judge) else function
+            for function in rewards
         ]
-        given = call(names, judges, prompts, completions, columns)
-        each = [numbers(name, values, prompts) for name, values in zip(names, given, strict=True)]
-        sums = [_sum(weights, row) for row in zip(*each, strict=True)]
+        rewards_given = call(names, judges, prompts, completions, columns)
+        columns_of_numbers = [numbers(name, values, prompts) for name, values in zip(names, rewards_given, strict=True)]
+        sums = [_weighted_sum(weights, row) for row in zip(*columns_of_numbers, strict=True)]
         if any(map(math.isnan, sums)):
-            tell_once(
+            warn_once(
                 "reward      no reward applies to some completions (all gave None): nothing is learned from these"
             )
         return sums
@@ -88,13 +89,13 @@ def load_rewards(
     return reward
 
 
-def _sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
+def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
     """The weighted sum of what applies; not a number where nothing does."""
     terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
     return sum(terms) if terms else math.nan
 
 
-def _find(name: str) -> tuple[str, str] | None:
+def _locate(name: str) -> tuple[str, str] | None:
     """The module or .py file and the function that a name stands for, None for that of a model."""
     if name.endswith(".py") and not Path(name).is_dir():
         raise ConfigError(f"objective.reward={name}: name the function in the file too, as {name}:FUNCTION")
@@ -106,32 +107,32 @@ def _find(name: str) -> tuple[str, str] | None:
     if "/" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
         return None
     module, _, attribute = name.rpartition(".")
-    _add_folder(Path.cwd())
+    _make_importable(Path.cwd())
     try:
-        known = importlib.util.find_spec(module) is not None
+        exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        known = False
-    if not known:
+        exists = False
+    if not exists:
         raise ConfigError(f"objective.reward={name}: no module {module} to import, nor such a run or folder; {HOW}")
     return module, attribute
 
 
-def _add_folder(folder: Path) -> None:
+def _make_importable(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 
 def _function(name: str, module: str, attribute: str) -> Reward:
     """The function of a module from the working folder or the environment, or of a file."""
-    _add_folder(Path(os.getcwd()))
+    _make_importable(Path(os.getcwd()))
     try:
         function = attrgetter(attribute)(
             _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         )
     except (Exception, SystemExit) as error:  # a module may raise whatever it likes while it is imported
         reason = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, ImportError | AttributeError | OSError)
-        reason = reason if known else f"{type(error).__name__}: {reason}"
+        is_import_error = isinstance(error, ImportError | AttributeError | OSError)
+        reason = reason if is_import_error else f"{type(error).__name__}: {reason}"
         raise ConfigError(f"objective.reward={name}: cannot be imported ({reason})") from None
     if not callable(function):
         raise ConfigError(f"objective.reward={name}: not a function")
@@ -143,11 +144,11 @@ def _from_file(path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path):
-        return known
-    _add_folder(path.parent)
-    spec = importlib.util.spec_from_file_location(path.stem if known is None else f"reward_{path.stem}", path)
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    _make_importable(path.parent)
+    spec = importlib.util.spec_from_file_location(path.stem if loaded is None else f"reward_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -168,12 +169,12 @@ class Judge:
     ) -> list[float]:
         """The score of each completion after its prompt; `tools` are the cells of that column, for messages."""
         cells = [None] * len(prompts) if tools is None else tools
-        offered = [
-            () if isinstance(prompt, str) else tools_of(cell, Place("data.path", n, "tools"))
+        tools_of_prompts = [
+            () if isinstance(prompt, str) else parse_tools(cell, Place("data.path", n, "tools"))
             for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
         ]
         limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
-        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions, offered)]
+        rows = [row[-limit:] for row in reward_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
         return scores(self.model, ids, segments, 1)[:, 0].tolist()
@@ -187,13 +188,13 @@ def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
     return Judge(loaded, device)
 
 
-def _judged(
+def _score_with_judge(
     judge: Judge,
-    asked: Sequence[str | Messages],
+    raw_prompts: Sequence[str | Messages],
     prompts: Sequence[str],
     completions: Sequence[str],
     *,
     tools: Sequence[object] | None = None,
     **_: object,
 ) -> list[float]:
-    return judge(asked, completions, tools)
+    return judge(raw_prompts, completions, tools)

@@ -13,7 +13,7 @@ from genai_pl.errors import CheckpointError, ConfigError, DataError
 from genai_pl.training import output_folders as folders
 from genai_pl.training import run_log
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.resume import TYPED
+from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.trust import key_of
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ FREE = {  # of the groups below, what a run may change in its middle
 GROUPS = ("model", "data", "tokenizer", "peft")
 
 
-def start_writing(run: Path) -> None:
+def keep_run_folder(run: Path) -> None:
     """Keep the folder of a run that has started, and write its train.log from here on."""
-    folders.started()
+    folders.keep_outputs()
     run_log.keep(run / LOG)
 
 
@@ -41,35 +41,35 @@ def write_settings(run: Path, config: DictConfig) -> None:
         write_atomic(run / ".hydra" / f"{name}.yaml", lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
-def description(config: DictConfig) -> dict[str, object]:
+def resume_constraints(config: DictConfig) -> dict[str, object]:
     """What a checkpoint keeps of the configuration: what cannot change in the middle of a run, and the data's contents."""
-    fixed: dict[str, object] = {"seed": config.seed}
-    fixed |= {f"{name}._target_": config[name]._target_ for name in ("objective", "optimizer")}
+    settings: dict[str, object] = {"seed": config.seed}
+    settings |= {f"{name}._target_": config[name]._target_ for name in ("objective", "optimizer")}
     for group in GROUPS:
         values = OmegaConf.to_container(config[group], resolve=True, enum_to_str=True)
-        fixed |= {f"{group}.{key}": value for key, value in values.items() if f"{group}.{key}" not in FREE}
+        settings |= {f"{group}.{key}": value for key, value in values.items() if f"{group}.{key}" not in FREE}
     if config.data.get("streaming"):  # workers share the documents
-        fixed["data.workers"] = config.data.workers
-    return {"fixed": fixed, "data": {option: _digest(OmegaConf.select(config, option)) for option in DATA}}
+        settings["data.workers"] = config.data.workers
+    return {"fixed": settings, "data": {option: _digest(OmegaConf.select(config, option)) for option in DATA}}
 
 
-def check_settings_unchanged(now: dict[str, dict], checkpoint: Path, run: Path) -> None:
+def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run: Path) -> None:
     """UserError where the run of a checkpoint had other fixed settings, or other data than are there now."""
-    ours = read_contents(checkpoint)[MARK]
-    before, data = ours.get("fixed", {}), ours.get("data", {})
-    if not isinstance(before, dict) or not isinstance(data, dict):
+    contents = read_contents(checkpoint)[MARK]
+    stored_settings, stored_digests = contents.get("fixed", {}), contents.get("data", {})
+    if not isinstance(stored_settings, dict) or not isinstance(stored_digests, dict):
         raise CheckpointError(f"{checkpoint}: refused, it does not say how its run was configured")
-    for key, value in now["fixed"].items():
-        if key in before and before[key] != value:
+    for key, value in constraints["fixed"].items():
+        if key in stored_settings and stored_settings[key] != value:
             raise ConfigError(
-                f"{key}={value}: the run was begun with {before[key]}, which cannot change in its middle; "
+                f"{key}={value}: the run was begun with {stored_settings[key]}, which cannot change in its middle; "
                 f"start another one from its weights with init_from={run}"
             )
-    typed = {key_of(a) for a in TYPED}
-    for option, digest in now["data"].items():
-        if digest is None or data.get(option, digest) == digest:
+    typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
+    for option, digest in constraints["data"].items():
+        if digest is None or stored_digests.get(option, digest) == digest:
             continue  # where there is none, whoever reads it says so
-        if option not in typed:
+        if option not in typed_keys:
             raise DataError(
                 f"{option}: its contents have changed since {checkpoint} was written; "
                 f"type {option}= again to go on with what is there now"
@@ -82,6 +82,6 @@ def _digest(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return sources.find(path).content
+        return sources.find_source(path).content
     except DataError:
         return None  # a data module of one's own reads it

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import reason_of
 from genai_pl.training.output_folders import is_first_process
 
-MOST_EARLY = 10_000  # lines that are kept until the run has a folder
+MAX_EARLY_LINES = 10_000  # lines that are kept until the run has a folder
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)")  # of terminals
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -22,17 +22,17 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 class RunLog:
     """Lines as a terminal shows them, without what it obeys and without secrets; in memory until they have a file."""
 
-    def __init__(self, say: TextIO) -> None:
-        self._say = say  # where a disk that refuses the file is told of
+    def __init__(self, fallback: TextIO) -> None:
+        self._fallback = fallback  # where a disk that refuses the file is told of
         self._path: Path | None = None
-        self._early: deque[str] = deque(maxlen=MOST_EARLY)
-        self._begun: dict[int, str] = {}  # lines that have not ended yet, by stream
+        self._early: deque[str] = deque(maxlen=MAX_EARLY_LINES)
+        self._unfinished: dict[int, str] = {}  # lines that have not ended yet, by stream
 
     def add(self, stream: int, text: str) -> None:
         """Take what a stream is given."""
-        *ended, begun = (self._begun.get(stream, "") + text).split("\n")
-        self._begun[stream] = begun[begun.rstrip("\r").rfind("\r") + 1 :]  # a bar writes over itself
-        self._write([line for line in map(_shown, ended) if line is not None])
+        *lines, rest = (self._unfinished.get(stream, "") + text).split("\n")
+        self._unfinished[stream] = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # a bar writes over itself
+        self._write([line for line in map(_visible_text, lines) if line is not None])
 
     def keep(self, path: Path) -> None:
         """Append to this file what was printed so far, and all that follows."""
@@ -41,8 +41,8 @@ class RunLog:
 
     def close(self) -> None:
         """End the lines under way; what follows belongs to another run."""
-        for stream, begun in self._begun.items():
-            if begun:
+        for stream, text in self._unfinished.items():
+            if text:
                 self.add(stream, "\n")
         self._path = None
         self._early.clear()
@@ -56,20 +56,22 @@ class RunLog:
                 file.writelines(f"{line}\n" for line in self._early)
         except OSError as error:  # a run does not end for its log; what it depends on says so itself
             if not any(line.startswith("error: ") for line in self._early):  # which has told of the disk already
-                print(f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._say)
+                print(
+                    f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._fallback
+                )
             self._path = None
         self._early.clear()
 
 
-def _shown(line: str) -> str | None:
+def _visible_text(line: str) -> str | None:
     """What is left of a line when all its characters are on the terminal; None for a bar that was wiped."""
     text = line.rstrip("\r").rpartition("\r")[2]
     if not text.strip() and text != line.rstrip("\r"):
         return None
-    return masked(CONTROL.sub("?", ESCAPES.sub("", text)))
+    return redact(CONTROL.sub("?", ESCAPES.sub("", text)))
 
 
-class _Recorded:
+class _LoggedStream:
     """A stream that tells a log what it is given."""
 
     def __init__(self, stream: TextIO, log: RunLog) -> None:
@@ -112,17 +114,17 @@ def recording() -> Iterator[None]:
         finally:
             _log.close()
         return
-    with _replaced():
+    with _replace_streams():
         yield
 
 
 @contextmanager
-def _replaced() -> Iterator[None]:
+def _replace_streams() -> Iterator[None]:
     global _log
-    before = sys.stdout, sys.stderr
+    originals = sys.stdout, sys.stderr
     _log = RunLog(sys.stderr)
-    sys.stdout, sys.stderr = (_Recorded(stream, _log) for stream in before)
-    pairs = [*zip(before, (sys.stdout, sys.stderr), strict=True)]
+    sys.stdout, sys.stderr = (_LoggedStream(stream, _log) for stream in originals)
+    pairs = [*zip(originals, (sys.stdout, sys.stderr), strict=True)]
     _redirect(pairs)
     try:
         yield
@@ -130,7 +132,7 @@ def _replaced() -> Iterator[None]:
         _log.close()
         _log = None
         _redirect([(new, old) for old, new in pairs])
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = originals
 
 
 def _redirect(pairs: Iterable[tuple[object, object]]) -> None:

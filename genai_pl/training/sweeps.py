@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from genai_pl.atomic_io import RESULTS, SWEEP, write_atomic
 from genai_pl.errors import UserError
-from genai_pl.training.trust import ASIDE, check_links, key_of, plain, read_overrides
+from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides
 
 ROOT = "multirun"
 
@@ -21,29 +21,33 @@ class Outcome(NamedTuple):
 
 def replay_sweep(arguments: list[str]) -> list[str]:
     """The command line that goes on with the newest sweep, or that of hydra.sweep.dir: its own overrides, then the new ones."""
-    given = {key_of(a): a for a in arguments}
-    chosen = given.get("hydra.sweep.dir")
-    folder = _newest(Path(_value(chosen) if chosen else ROOT))
+    typed = {key_of(a): a for a in arguments}
+    sweep_dir = typed.get("hydra.sweep.dir")
+    folder = _newest_sweep(Path(_value(sweep_dir) if sweep_dir else ROOT))
     if folder is None:
         print("resume=auto: no sweep to continue, starting a new one", flush=True)
         return [a for a in arguments if key_of(a) != "resume"]
     for job in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         check_links(job)
     saved = saved_overrides(folder)
-    ours = {key_of(o): o for o in saved if key_of(o) not in ASIDE}
-    for key, argument in given.items():
-        before = ours.get(key)
-        if before != argument and (_sweeps(argument) or (before is not None and _sweeps(before))):
-            had = f"was started with {before}" if before else f"was started without {key}"
-            raise UserError(f"resume=auto: the sweep {folder} {had}, not {argument}; leave out resume to start another")
-    sweeper = ours.get("hydra/sweeper", given.get("hydra/sweeper"))
+    saved_by_key = {key_of(o): o for o in saved if key_of(o) not in PER_COMMAND}
+    for key, argument in typed.items():
+        saved_override = saved_by_key.get(key)
+        if saved_override != argument and (
+            _is_swept(argument) or (saved_override is not None and _is_swept(saved_override))
+        ):
+            description = f"was started with {saved_override}" if saved_override else f"was started without {key}"
+            raise UserError(
+                f"resume=auto: the sweep {folder} {description}, not {argument}; leave out resume to start another"
+            )
+    sweeper = saved_by_key.get("hydra/sweeper", typed.get("hydra/sweeper"))
     if sweeper and _value(sweeper) != "basic":
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
-    kept = plain(ours.values(), folder / SWEEP, arguments)
+    trusted = trusted_overrides(saved_by_key.values(), folder / SWEEP, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
     flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
-    new = [a for a in arguments if not a.startswith("-")]
-    return [*flags, *kept, *new, *([] if chosen else [f"hydra.sweep.dir='{folder}'"])]
+    overrides = [a for a in arguments if not a.startswith("-")]
+    return [*flags, *trusted, *overrides, *([] if sweep_dir else [f"hydra.sweep.dir='{folder}'"])]
 
 
 def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
@@ -52,7 +56,7 @@ def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
     write_atomic(run / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def finished(run: Path, max_steps: int | None) -> dict[str, float] | None:
+def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
     """The results of a run that reached its end, unless it is to take more steps now."""
     try:
         results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
@@ -62,9 +66,9 @@ def finished(run: Path, max_steps: int | None) -> dict[str, float] | None:
     return results if step >= (max_steps or 0) else None
 
 
-def _newest(root: Path) -> Path | None:
-    found = [root / SWEEP] if (root / SWEEP).exists() else list(root.rglob(SWEEP))
-    return max((path.parent for path in found), key=_saved_last) if found else None
+def _newest_sweep(root: Path) -> Path | None:
+    files = [root / SWEEP] if (root / SWEEP).exists() else list(root.rglob(SWEEP))
+    return max((path.parent for path in files), key=_saved_last) if files else None
 
 
 def _saved_last(sweep: Path) -> float:
@@ -84,6 +88,6 @@ def _value(argument: str) -> str:
     return argument.partition("=")[2].strip("'\"")
 
 
-def _sweeps(argument: str) -> bool:
+def _is_swept(argument: str) -> bool:
     value = argument.partition("=")[2]
     return bool(re.match(r"(choice|range|interval|glob)\(", value)) or ("," in value and value[0] not in "[{'\"")

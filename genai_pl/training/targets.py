@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl.config.bounds import BOUNDS, bound_of
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import VARIABLE
-from genai_pl.training.config_errors import meant, shown
+from genai_pl.training.config_errors import as_typed, did_you_mean
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.trust import CONF
 
@@ -85,10 +85,10 @@ def check_arguments(node: object, path: str) -> None:
     parameters = None if target is None else _parameters(target)
     for name, value in node.items():
         if parameters is not None and name not in parameters and not name.startswith("_"):
-            raise ConfigError(f"{path}.{name}: no such option{meant(name, parameters)}")
+            raise ConfigError(f"{path}.{name}: no such option{did_you_mean(name, parameters)}")
         bounded = f"{path}.{name}" in BOUNDS  # by the configuration, which may take null for a default of its own
-        if name in hints and not bounded and not (bound := bound_of(hints[name])).holds(value):
-            raise ConfigError(f"{path}.{name}={shown(value)}: expected {bound.words}")
+        if name in hints and not bounded and not (bound := bound_of(hints[name])).accepts(value):
+            raise ConfigError(f"{path}.{name}={as_typed(value)}: expected {bound.expected}")
         check_arguments(value, f"{path}.{name}")
 
 

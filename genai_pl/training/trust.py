@@ -10,22 +10,24 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, RangeSweep
 from hydra.errors import HydraException
 
-from genai_pl.config.redaction import holds_secret
+from genai_pl.config.redaction import contains_secret
 from genai_pl.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = {  # of whose fields each may be set
+TRUSTED_GROUPS = {  # of whose fields each may be set
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
     *("precision", "strategy", "trainer", "generation", "plan"),
 }
-CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, but for fields of ours
-ASIDE = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}  # a new command's own
-LARGEST, LONGEST, MOST, DEEPEST = 2**18, 2**12, 500, 20  # bytes of a file, characters and number of overrides, brackets
-NAME = re.compile(r"[\w-]+")
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
+TRUSTED_CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, but for fields of ours
+# options that each command gives anew: they are never taken from a saved run
+PER_COMMAND = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}
+MAX_BYTES, MAX_OVERRIDES = 2**18, 500  # of one file
+MAX_OVERRIDE_CHARS, MAX_BRACKETS = 2**12, 20  # of one override
+CHOICE_NAME = re.compile(r"[\w-]+")
+FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
 
-class _Plain(yaml.SafeLoader):
+class _ReferenceFreeLoader(yaml.SafeLoader):
     """YAML without references, a few of which can stand for gigabytes."""
 
     def compose_node(self, parent, index):
@@ -34,28 +36,28 @@ class _Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_plain(path: Path) -> object:
+def read_untrusted_yaml(path: Path) -> object:
     """The contents of a small YAML file; UserError if it is anything else, which quotes nothing of it."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise UserError(f"{path}: cannot be read (not a file of at most {LARGEST // 1024} KiB)")
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: cannot be read (not a file of at most {MAX_BYTES // 1024} KiB)")
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_ReferenceFreeLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
 def read_overrides(path: Path, *keys: str) -> list[str]:
     """The list of overrides in a file, under these keys of it; UserError if there is none."""
-    found = read_plain(path)
+    contents = read_untrusted_yaml(path)
     for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    if found is None and not keys:
+        contents = contents.get(key) if isinstance(contents, dict) else None
+    if contents is None and not keys:
         return []
-    if not isinstance(found, list) or len(found) > MOST or not all(isinstance(o, str) for o in found):
+    if not isinstance(contents, list) or len(contents) > MAX_OVERRIDES or not all(isinstance(o, str) for o in contents):
         raise UserError(f"{path}: cannot be read (not a list of overrides)")
-    if any(len(o) > LONGEST or sum(map(o.count, "[{(")) > DEEPEST for o in found):
+    if any(len(o) > MAX_OVERRIDE_CHARS or sum(map(o.count, "[{(")) > MAX_BRACKETS for o in contents):
         raise UserError(f"{path}: cannot be read (an override is too long)")
-    return found
+    return contents
 
 
 def key_of(argument: str) -> str:
@@ -63,50 +65,50 @@ def key_of(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
-def plain(overrides: Iterable[str], path: Path, arguments: Sequence[str]) -> list[str]:
+def trusted_overrides(overrides: Iterable[str], path: Path, arguments: Sequence[str]) -> list[str]:
     """The overrides of a file that count beside a command line: those it gives itself do not; UserError for what is not plain."""
-    given = {key_of(a) for a in arguments}
-    kept = [o for o in overrides if key_of(o) not in given | ASIDE]
-    if found := unplain(kept, arguments):
-        what = "; ".join(f"{_shown(o)} {reason}" for o, reason in found.items())
-        raise UserError(f"{path}: {what}; what of that you trust must be typed again on the command line")
+    typed_keys = {key_of(a) for a in arguments}
+    kept = [o for o in overrides if key_of(o) not in typed_keys | PER_COMMAND]
+    if refused := untrusted_overrides(kept, arguments):
+        reasons = "; ".join(f"{_printable(o)} {reason}" for o, reason in refused.items())
+        raise UserError(f"{path}: {reasons}; what of that you trust must be typed again on the command line")
     return kept
 
 
-def unplain(overrides: Iterable[str], arguments: Sequence[str]) -> dict[str, str]:
+def untrusted_overrides(overrides: Iterable[str], arguments: Sequence[str]) -> dict[str, str]:
     """The overrides that count only where they are typed, each with the reason."""
-    folders = [CONF, *own_folders(arguments)]
-    return {o: reason for o in overrides if (reason := _objection(o, folders))}
+    folders = [CONF, *user_config_folders(arguments)]
+    return {o: reason for o in overrides if (reason := _distrust_reason(o, folders))}
 
 
 def check_links(run: Path) -> None:
     """UserError where something that a run writes is a link to a place outside of its folder."""
-    inside = [p for folder in (run, run / ".hydra", run / "checkpoints") if folder.is_dir() for p in folder.iterdir()]
-    for path in inside:
+    paths = [p for folder in (run, run / ".hydra", run / "checkpoints") if folder.is_dir() for p in folder.iterdir()]
+    for path in paths:
         if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
             raise UserError(
                 f"{path}: a link out of the run folder, which would be written to; put the thing itself there"
             )
 
 
-def names_code(arguments: Sequence[str]) -> bool:
+def names_user_code(arguments: Sequence[str]) -> bool:
     """Whether a command line names code of the user's own, or a folder with options that may."""
-    functions = (re.search(FUNCTION, a.partition("=")[2]) for a in arguments if key_of(a).startswith("objective."))
-    return any("_target_" in a for a in arguments) or any(functions) or bool(own_folders(arguments))
+    functions = (re.search(FUNCTION_NAME, a.partition("=")[2]) for a in arguments if key_of(a).startswith("objective."))
+    return any("_target_" in a for a in arguments) or any(functions) or bool(user_config_folders(arguments))
 
 
-def own_folders(arguments: Sequence[str]) -> list[Path]:
+def user_config_folders(arguments: Sequence[str]) -> list[Path]:
     """The folders with options that a command line names."""
-    named = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
-    named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
-    searched = [a.partition("=")[2] for a in arguments if key_of(a) == "hydra.searchpath"]
-    named += [found for text in searched for found in re.findall(r"file://([^'\",\]]+)", text)]
-    return [Path(folder).resolve() for folder in named]
+    paths = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
+    paths += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    search_paths = [a.partition("=")[2] for a in arguments if key_of(a) == "hydra.searchpath"]
+    paths += [path for text in search_paths for path in re.findall(r"file://([^'\",\]]+)", text)]
+    return [Path(folder).resolve() for folder in paths]
 
 
-def _objection(text: str, folders: Sequence[Path]) -> str | None:
+def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
     """Why an override is not plain, or None."""
-    if holds_secret(text):
+    if contains_secret(text):
         return "holds a secret"
     try:
         override = OverridesParser.create().parse_override(text)
@@ -114,8 +116,8 @@ def _objection(text: str, folders: Sequence[Path]) -> str | None:
     except (HydraException, ValueError, RecursionError):
         return "is not understood"
     key, parts = override.key_or_group, re.split(r"[./]", override.key_or_group)
-    extra = parts[:2] == ["callbacks", "extra"] and tuple(parts[2:]) not in _extras()
-    if any(part.startswith("_") for part in parts) or extra or "_target_" in text:
+    is_foreign_callback = parts[:2] == ["callbacks", "extra"] and tuple(parts[2:]) not in _shipped_callback_fields()
+    if any(part.startswith("_") for part in parts) or is_foreign_callback or "_target_" in text:
         return "names code to run"
     if parts[0] == "hydra" and parts[1:2] != ["launcher"] and parts[1:2] != ["sweeper"]:
         return "changes Hydra: where options are found, the environment, or where files are written"
@@ -124,16 +126,16 @@ def _objection(text: str, folders: Sequence[Path]) -> str | None:
     if override.package is not None or override.type is not OverrideType.CHANGE or values is None:
         return "is not a plain option"
     if "/" in key or any((folder / key).is_dir() for folder in folders):
-        chosen = all(_is_choice(key, value, folders) for value in values)
-        return None if chosen else "is not an option of ours"
-    return _field_objection(parts, values)
+        all_shipped = all(_is_choice(key, value, folders) for value in values)
+        return None if all_shipped else "is not an option of ours"
+    return _field_distrust_reason(parts, values)
 
 
-def _extras() -> set[tuple[str, ...]]:
+def _shipped_callback_fields() -> set[tuple[str, ...]]:
     """The fields of the further callbacks that are files of ours."""
     files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "callbacks").glob("*.yaml")]
-    named = [(name, fields) for file in files for name, fields in file.get("extra", {}).items()]
-    return {(name, field) for name, fields in named for field in fields}
+    entries = [(name, fields) for file in files for name, fields in file.get("extra", {}).items()]
+    return {(name, field) for name, fields in entries for field in fields}
 
 
 def _values(override: Override) -> list[object] | None:
@@ -149,24 +151,26 @@ def _values(override: Override) -> list[object] | None:
 def _is_choice(group: str, value: object, folders: Sequence[Path]) -> bool:
     if value is None or value == []:
         return True
-    if not isinstance(value, str) or not NAME.fullmatch(value):
+    if not isinstance(value, str) or not CHOICE_NAME.fullmatch(value):
         return False
     return group in ("hydra/launcher", "hydra/sweeper") or any(
         (folder / group / f"{value}.yaml").is_file() for folder in folders
     )
 
 
-def _field_objection(parts: list[str], values: list[object]) -> str | None:
-    flat = [leaf for value in values for leaf in _leaves(value)]
+def _field_distrust_reason(parts: list[str], values: list[object]) -> str | None:
+    leaves = [leaf for value in values for leaf in _leaves(value)]
     if parts[0] == "hydra":  # launchers take shell commands too
-        numbers = len(parts) == 3 and all(isinstance(leaf, int | float) for leaf in flat)
+        numbers = len(parts) == 3 and all(isinstance(leaf, int | float) for leaf in leaves)
         return None if numbers else "changes Hydra: what a launcher runs"
     options = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    root = len(parts) == 1 and parts[0] in options.keys() - {"defaults", "hydra"}
-    if not (root or parts[0] in GROUPS or (parts[0] == "callbacks" and parts[1] in {*CALLBACKS, "extra"})):
+    is_root = len(parts) == 1 and parts[0] in options.keys() - {"defaults", "hydra"}
+    if not (
+        is_root or parts[0] in TRUSTED_GROUPS or (parts[0] == "callbacks" and parts[1] in {*TRUSTED_CALLBACKS, "extra"})
+    ):
         return "is not a plain option"
-    texts = [leaf for leaf in flat if isinstance(leaf, str)]
-    if parts[0] == "objective" and any(FUNCTION.fullmatch(text) for text in texts):
+    texts = [leaf for leaf in leaves if isinstance(leaf, str)]
+    if parts[0] == "objective" and any(FUNCTION_NAME.fullmatch(text) for text in texts):
         return "names code to run"
     return "is a network address" if any("://" in text for text in texts) else None
 
@@ -183,8 +187,8 @@ def _leaves(value: object) -> Iterable[object]:
         yield value
 
 
-def _shown(override: str) -> str:
+def _printable(override: str) -> str:
     """The override on one line, without what a terminal would obey; no more than its option where it holds a secret."""
-    text = key_of(override) if holds_secret(override) else override
+    text = key_of(override) if contains_secret(override) else override
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) < 100 else f"{text[:97]}..."

@@ -96,7 +96,7 @@ def _sliced_nll(model: Model, row: ScoredWindow) -> Generator[None, None, float]
     tokens, nll = torch.from_numpy(row.tokens).long(), []
 
     def add_nll(start: int, hidden: Tensor) -> None:
-        first = max(start, row.n_given - 1)  # the position that predicts the first scored token
+        first = max(start, row.n_context - 1)  # the position that predicts the first scored token
         targets = tokens[first + 1 : start + hidden.shape[1] + 1].to(hidden.device)
         if len(targets) > 0:
             logprobs = model.logits(hidden[0, first - start :]).float().log_softmax(-1)

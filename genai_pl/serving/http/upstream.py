@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import httpx
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.http.streaming import DONE
@@ -47,7 +47,7 @@ class Upstream:
         try:
             url = httpx.URL(settings.url.rstrip("/") + "/")
         except (httpx.InvalidURL, ValueError):  # its message may show a part of the password
-            raise ConfigError(f"url={masked(settings.url)}: write http://HOST:PORT/v1") from None
+            raise ConfigError(f"url={redact(settings.url)}: write http://HOST:PORT/v1") from None
         self.address = url.copy_with(userinfo=b"")
         auth = (url.username, url.password) if url.userinfo else None
         timeout = httpx.Timeout(settings.limits.timeout, connect=5.0)
