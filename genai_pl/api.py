@@ -27,7 +27,7 @@ def train(*overrides: str) -> Path:
     from genai_pl.training.train import train as run
 
     try:
-        with recording(), signals.taken():
+        with recording(), signals.handle_signals():
             config = _composed([quote_argument(override) for override in replay(list(overrides))])
             folder = Path(config.output_dir)
             if run(config).status:
@@ -52,7 +52,7 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
     config = GenerationConfig(**settings)
     rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts]
     options = {"generator": generator, "draft": load_draft(config.draft, loaded)}
-    texts = [found[0].text for found in complete(loaded.model, loaded.tokenizer, rows, config, **options)]
+    texts = [row[0].text for row in complete(loaded.model, loaded.tokenizer, rows, config, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -72,8 +72,8 @@ def _composed(overrides: list[str]) -> DictConfig:
     with open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
         HydraConfig.instance().set_config(config)
-        given = [o for o in overrides if not o.startswith("hydra.")]
+        task_overrides = [o for o in overrides if not o.startswith("hydra.")]
         config.pop("hydra")
-    check_types(config, given, CONF, "config")
+    check_types(config, task_overrides, CONF, "config")
     check_bounds(config)
     return config

@@ -20,7 +20,7 @@ RESULTS = "results.json"  # of a run that reached its end: its last step and wha
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path is a training checkpoint, by its looks: a file, or a folder of pieces."""
+    """Whether the path looks like a training checkpoint: a file, or a folder of shards."""
     return path.is_file() or (path / CONTENTS).is_file()
 
 

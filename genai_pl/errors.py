@@ -5,7 +5,7 @@ import os
 import re
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a write says when no room, or no share of it, is left
-IN_WORDS = re.compile(
+OS_ERROR_NUMBER = re.compile(
     r"\(os error (\d+)\)|\[Errno (\d+)\]"
 )  # how Rust's libraries, and shutil, tell what the system says
 
@@ -48,8 +48,8 @@ def system_error(error: BaseException) -> OSError | None:
         return error
     if isinstance(error, UserError):
         return None
-    if found := IN_WORDS.search(str(error)):
-        number = int(found[1] or found[2])
+    if match := OS_ERROR_NUMBER.search(str(error)):
+        number = int(match[1] or match[2])
         return OSError(number, os.strerror(number))
     hidden = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
     return None if hidden is None else system_error(hidden)

@@ -12,7 +12,7 @@ from torch import nn
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.enums import Head, Shape
 from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, generation_config_values
-from genai_pl.data.tokenizer import is_read_alike, save_tokenizer
+from genai_pl.data.tokenizer import reloads_unchanged, save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
 from genai_pl.models.hf.config import NATIVE, write_config
@@ -65,7 +65,7 @@ def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBas
     nothing, such a model is a llama. CheckpointError where there is no other way to say what the model is.
     """
     kind = _model_type(model)
-    if is_read_alike(tokenizer, kind):
+    if reloads_unchanged(tokenizer, kind):
         yield
         return
     if isinstance(model, WrappedDecoder) or kind != "qwen2":

@@ -21,7 +21,7 @@ from genai_pl.data.generation_defaults import (
     read_generation_defaults,
     set_end_tokens,
 )
-from genai_pl.data.tokenizer import from_files, pretrained_tokenizer
+from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
@@ -54,10 +54,10 @@ class Loaded(_Loaded):
 
     defaults: GenerationDefaults = NO_DEFAULTS
 
-    def __new__(cls, *parts: object, defaults: GenerationDefaults = NO_DEFAULTS, **named: object) -> "Loaded":
-        found = super().__new__(cls, *parts, **named)
-        found.defaults = defaults
-        return found
+    def __new__(cls, *parts: object, defaults: GenerationDefaults = NO_DEFAULTS, **fields: object) -> "Loaded":
+        loaded = super().__new__(cls, *parts, **fields)
+        loaded.defaults = defaults
+        return loaded
 
     def _replace(self, **changes: object) -> "Loaded":
         return Loaded(**{**self._asdict(), **changes}, defaults=self.defaults)
@@ -97,7 +97,7 @@ def load(
         loaded = _load_folder(path, **options)
     for name in adapters:
         folder = resolve_adapter(name)
-        refuse_twice(path, folder, said=f"adapter={name}: {option}={reference}")
+        refuse_twice(path, folder, message=f"adapter={name}: {option}={reference}")
         peft.load_adapter(loaded.model, folder)
         set_end_tokens(loaded.model.config, loaded.tokenizer, read_generation_defaults(folder))
     return loaded._replace(model=loaded.model.eval())
@@ -119,7 +119,7 @@ def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
         raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")
     if adapters:
         raise ConfigError(f"{path}: an ONNX model takes no adapters; export it with one: format=onnx adapter=...")
-    return _finished(load_onnx(path), pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
+    return _with_end_tokens(load_onnx(path), pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
@@ -127,7 +127,7 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
         model = load_wrapped(str(path), dtype=dtype, attention=attention)
     else:
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
-    return _finished(model, pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
+    return _with_end_tokens(model, pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
 
 
 def _is_ours(file: Path) -> bool:
@@ -146,7 +146,7 @@ def _is_ours(file: Path) -> bool:
     return True
 
 
-def _finished(
+def _with_end_tokens(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: GenerationDefaults
 ) -> Loaded:
     """What was loaded, once the model knows the tokens that end its texts."""
@@ -158,10 +158,10 @@ def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -
     """The base that an adapter folder names, with the adapter and its tokenizer."""
     base = load(_base_of(path), above=above, **options)
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
-        _score(base.model)
+        _add_score_head(base.model)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
     own = read_generation_defaults(path) if (path / GENERATION).is_file() else base.defaults
-    return _finished(peft.load_adapter(base.model, path), tokenizer, path, own)
+    return _with_end_tokens(peft.load_adapter(base.model, path), tokenizer, path, own)
 
 
 def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype, **options: object) -> Loaded:
@@ -173,9 +173,9 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         if base is not None:  # the checkpoint holds the adapter alone
             model = load(base, dtype=dtype, above=above, **options).model
             if ours["model"].get("head") == Head.score.value:
-                _score(model)
+                _add_score_head(model)
         else:
-            model = _shell(ours["model"], state, options["attention"], options["dropout"])
+            model = _empty_model(ours["model"], state, options["attention"], options["dropout"])
         if adapter is not None:
             model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
         model.load_state_dict(state, assign=True, strict=base is None)
@@ -183,7 +183,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         model.config.eos_token_ids = tuple(int(i) for i in ends)
         defaults = GenerationDefaults(**ours.get("defaults", {}))
         peft.tie_weights(model)
-        loaded = _finished(model, from_files(ours["tokenizer"]), path, defaults)
+        loaded = _with_end_tokens(model, tokenizer_from_files(ours["tokenizer"]), path, defaults)
     except KeyError as error:
         advice = ADVICE if adapter is not None and error.args[0] == adapter.get("method") else ""
         raise CheckpointError(f"{path}: refused, {error.args[0]} is missing or not known{advice}") from None
@@ -210,14 +210,14 @@ def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
     return {f"inner.{name}": stored.dtype(name) for name in stored.files}
 
 
-def refuse_twice(path: Path, adapter: Path, *, said: str) -> None:
+def refuse_twice(path: Path, adapter: Path, *, message: str) -> None:
     """ConfigError for an adapter folder that is what was loaded, or belongs to the run that a loaded checkpoint is of."""
     path = path.resolve()
     if adapter.resolve() in (path, path.parent.parent / "adapter" if is_checkpoint(path) else path):
-        raise ConfigError(f"{said} brings it already; leave one of them out")
+        raise ConfigError(f"{message} brings it already; leave one of them out")
 
 
-def _score(model: Model | WrappedDecoder) -> None:
+def _add_score_head(model: Model | WrappedDecoder) -> None:
     """Give a base the head that its adapter brings the weights of; the generator of the run draws nothing for it."""
     if not isinstance(model, WrappedDecoder) and model.config.head is not Head.score:
         with torch.random.fork_rng(devices=[]):
@@ -232,7 +232,7 @@ def _base_of(folder: Path) -> str:
     return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
-def _shell(
+def _empty_model(
     stored: dict, weights: Mapping[str, torch.Tensor], attention: AttentionBackend, dropout: float
 ) -> Model | WrappedDecoder:
     """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""

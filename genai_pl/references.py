@@ -25,14 +25,14 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         newest = newest_run(Path())
         if newest is None:
             raise CheckpointError(f"{option}=auto: no run below this folder; train one first")
-        return _of_run(newest, option)
+        return _model_of_run(newest, option)
     path = Path(reference).expanduser()
     if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.is_dir():
-        return _of_run(path, option)
-    if found := named_run(reference, option) or named_sweep(reference, option):
-        return _of_run(found, option)
+        return _model_of_run(path, option)
+    if folder := named_run(reference, option) or named_sweep(reference, option):
+        return _model_of_run(folder, option)
     if not is_hub_id(reference):
         raise CheckpointError(
             f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{nearest(reference)}"
@@ -54,8 +54,8 @@ def folder_of(name: str) -> Path:
 
     if Path(name).is_dir():
         return Path(name)
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else Path(name)
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else Path(name)
 
 
 def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
@@ -69,35 +69,35 @@ def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
     raise CheckpointError(f"{option}={reference}: no {ADAPTER} in this folder, nor in its adapter/")
 
 
-def newest_run(root: Path, *, going_on: bool = False) -> Path | None:
+def newest_run(root: Path, *, resumable: bool = False) -> Path | None:
     """The run below a folder that was saved last, by what its checkpoints say; None if there is none.
 
-    going_on: one that a resume can take up: with a checkpoint, and no job of a sweep.
+    resumable: one that a resume can take up: with a checkpoint, and no job of a sweep.
     """
-    found = {
-        run: saved for run in find_runs(root, jobs=not going_on) if (saved := saved_last(run, exports=not going_on))
+    saved_at = {
+        run: saved for run in find_runs(root, jobs=not resumable) if (saved := saved_last(run, exports=not resumable))
     }
-    return max(found, key=found.__getitem__) if found else None
+    return max(saved_at, key=saved_at.__getitem__) if saved_at else None
 
 
 def find_runs(root: Path, *, jobs: bool) -> Iterator[Path]:
     """The run folders below a folder; jobs: those of sweeps too."""
-    return _found(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
+    return _search(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
 
 
 def find_sweeps(root: Path) -> Iterator[Path]:
     """The folders of sweeps below a folder."""
-    return _found(root, is_sweep, SKIPPED)
+    return _search(root, is_sweep, SKIPPED)
 
 
-def _found(root: Path, wanted: Callable[[Path], bool], ending: set[str]) -> Iterator[Path]:
-    """The folders wanted; none is looked for inside of them, nor beside the files of `ending`."""
+def _search(root: Path, matches: Callable[[Path], bool], stop_files: set[str]) -> Iterator[Path]:
+    """The folders wanted; none is looked for inside of them, nor beside the files of `stop_files`."""
     for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
         path = Path(folder)
-        found = wanted(path)
-        if found:
+        is_match = matches(path)
+        if is_match:
             yield path
-        skipped = found or len(path.relative_to(root).parts) >= DEEPEST or not ending.isdisjoint(files)
+        skipped = is_match or len(path.relative_to(root).parts) >= DEEPEST or not stop_files.isdisjoint(files)
         names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
 
 
@@ -124,15 +124,15 @@ def named_sweep(name: str, option: str) -> Path | None:
 def _named(name: str, option: str, kind: str, search: Callable[[], Iterable[Path]]) -> Path | None:
     if not name or "/" in name or name.startswith((".", "~")):
         return None
-    found = [folder for folder in search() if folder.name == name]
-    if len(found) > 1:
+    folders = [folder for folder in search() if folder.name == name]
+    if len(folders) > 1:
         raise CheckpointError(
-            f"{option}={name}: {len(found)} {kind} are called so; give the path of one: {_among(found)}"
+            f"{option}={name}: {len(folders)} {kind} are called so; give the path of one: {_join_paths(folders)}"
         )
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
-def _among(paths: list[Path]) -> str:
+def _join_paths(paths: list[Path]) -> str:
     return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
 
 
@@ -154,17 +154,19 @@ def refuse_sweep(folder: Path, option: str) -> None:
         return
     jobs = sorted(find_runs(folder, jobs=True), key=lambda job: (len(job.name), job.name))
     here = (
-        f"give one of its jobs: {_among(jobs)} (python compare.py {folder} ranks them)" if jobs else "without a job yet"
+        f"give one of its jobs: {_join_paths(jobs)} (python compare.py {folder} ranks them)"
+        if jobs
+        else "without a job yet"
     )
     raise CheckpointError(f"{option}={folder}: a sweep; {here}")
 
 
-def _of_run(folder: Path, option: str) -> Path:
+def _model_of_run(folder: Path, option: str) -> Path:
     """The exported adapter or model, unless the run has gone on since."""
     refuse_sweep(folder, option)
     last = folder / "checkpoints" / "last.ckpt"
     for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
-        if exported.exists() and not (last.exists() and _went_on(folder, last, exported)):
+        if exported.exists() and not (last.exists() and _has_newer_checkpoint(folder, last, exported)):
             return exported.parent
     if last.exists():
         return last
@@ -175,7 +177,7 @@ def _of_run(folder: Path, option: str) -> Path:
     )
 
 
-def _went_on(run: Path, last: Path, exported: Path) -> bool:
+def _has_newer_checkpoint(run: Path, last: Path, exported: Path) -> bool:
     """Whether the last checkpoint is of a later step than the export; times count where the run did not reach its end."""
     from genai_pl.callbacks import step_of
 
@@ -201,11 +203,11 @@ def nearest(reference: str) -> str:
     """The model, or sweep, here whose path is most like the reference, to be added to a message."""
     path = Path(reference).expanduser()
     above = next((folder for folder in path.parents if folder.is_dir()), Path())
-    found = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
-    found += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
-    near = [str(above)] if is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
+    candidates = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
+    candidates += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
+    near = [str(above)] if is_run(above) else get_close_matches(str(path), candidates, n=1, cutoff=0.6)
     if not near and "/" not in reference:  # a name alone, mistyped
-        by_name = {Path(model).name: model for model in found}
+        by_name = {Path(model).name: model for model in candidates}
         near = [by_name[name] for name in get_close_matches(reference, by_name, n=1, cutoff=0.6)]
     return f" (the nearest here: {near[0]})" if near else ""
 

@@ -1,6 +1,6 @@
 """Signals that ask a command to end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, by which Slurm warns that time is running out.
 
-Handlers only record. Where nothing can be saved they raise `Stopped`; where a run can, it asks `received()` between two
+Handlers only record. Where nothing can be saved they raise `Stopped`; where a run can, it asks `received_signal()` between two
 steps. A thread of its own, which also runs while the main thread waits for another process in a collective, ends the
 process when its time is over.
 """
@@ -46,7 +46,7 @@ def exit_status(signum: int) -> int:
 STATUSES = tuple(exit_status(signum) for signum in SIGNALS)
 
 
-class Watch:
+class SignalWatch:
     """The handlers of this process, and the thread that keeps the time after a signal.
 
     `waits` says whether a signal lets the run save itself first, within `period` seconds; `describe` what it has saved.
@@ -122,13 +122,13 @@ class Watch:
             say(f"{name}: the run is saved and ends, within {self.period:g} s (trainer.grace_period){again}")
 
 
-_watches: list[Watch] = []  # of this process: one or none
+_watches: list[SignalWatch] = []  # of this process: one or none
 AT_END: list[Callable[[], None]] = []  # what `end_process` does first
 _ending = threading.Lock()
 
 
 @contextmanager
-def taken() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Answer signals inside: a command that they end says so in one line and leaves by Stopped.
 
     Does nothing where they are answered already, and outside of the main thread, where Python takes no handlers.
@@ -136,7 +136,7 @@ def taken() -> Iterator[None]:
     if _watches or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = Watch()
+    watch = SignalWatch()
     _watches.append(watch)
     try:
         watch.start()
@@ -149,20 +149,20 @@ def taken() -> Iterator[None]:
         watch.close()
 
 
-def received() -> int | None:
+def received_signal() -> int | None:
     """The first signal that this process was sent; None for none."""
     return _watches[-1].signum if _watches else None
 
 
-def end_at_once(told: str, *, grace_period: float) -> None:
-    """Let the next signal end the command at once: nothing is there to be saved, as `told` says.
+def end_at_once(message: str, *, grace_period: float) -> None:
+    """Let the next signal end the command at once: nothing is there to be saved, as `message` says.
 
     Stopped if there was one already, by which a sweep ends before its next job.
     """
-    Watch.period = _checked(grace_period)
+    SignalWatch.period = _checked(grace_period)
     if _watches:
         watch = _watches[-1]
-        watch.waits, watch.describe = False, lambda: told
+        watch.waits, watch.describe = False, lambda: message
         if watch.signum is not None:
             raise Stopped(watch.signum)
 
@@ -188,13 +188,13 @@ def save_first(describe: Callable[[], str]) -> None:
 
 def grace_period() -> float:
     """Seconds in which this process must have ended when something asks it to."""
-    return Watch.period
+    return SignalWatch.period
 
 
 def last_line(signum: int) -> str:
     """By which signal the process ends, and what it has saved."""
-    told = _watches[-1].describe() if _watches else ""
-    return f"stopped     by {signal.Signals(signum).name}" + (f": {told}" if told else "")
+    message = _watches[-1].describe() if _watches else ""
+    return f"stopped     by {signal.Signals(signum).name}" + (f": {message}" if message else "")
 
 
 def end_process(line: str, status: int) -> NoReturn:

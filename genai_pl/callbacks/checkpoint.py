@@ -46,14 +46,25 @@ class StepCheckpoint(Checkpoint):
 
     def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
-        self.contents: dict[str, object] = {}  # what a checkpoint says besides Lightning's state: model, tokenizer
-        self.trained_only = False  # leave out what is frozen: the base of an adapter, which can be had elsewhere
+        self.contents: dict[str, object] = {}  # these three from `describe_run`
+        self.trained_only = False
+        self.on_start: Callable[[], None] = lambda: None
         self.last_step = -1
         self.started = False  # whether a first step has begun
-        self.on_start: Callable[[], None] = lambda: None  # called once, by each process, when all is restored
         self._seen = 0
         self._unconfirmed = False  # whether the newest one has been written and not been trained on since
         self._rng: list[dict] = []  # of the run that goes on, by rank
+
+    def describe_run(
+        self, contents: dict[str, object], *, trained_only: bool = False, on_start: Callable[[], None]
+    ) -> None:
+        """Take what a checkpoint holds besides Lightning's state, and what to call when the run starts.
+
+        contents: model, tokenizer, length, settings.
+        trained_only: leave out what is frozen, the base of an adapter, which is kept elsewhere.
+        on_start: called once by each process when all is restored.
+        """
+        self.contents, self.trained_only, self.on_start = contents, trained_only, on_start
 
     @property
     def last(self) -> Path:
@@ -182,7 +193,7 @@ def _is_finite(trainer: L.Trainer) -> bool:
 
 def rows_per_batch(trainer: L.Trainer) -> int:
     """How many rows all processes take together for a batch."""
-    plan = trainer.datamodule.plan()
+    plan = trainer.datamodule.batch_plan()
     return plan.batch_size * plan.world_size
 
 

@@ -18,7 +18,11 @@ class Interrupt(L.Callback):
     def __init__(self) -> None:
         self.signum: int | None = None
         self.left_out = False
-        self.describe: Callable[[], str] = str
+        self.describe: Callable[[], str] = str  # from `describe_with`
+
+    def describe_with(self, describe: Callable[[], str]) -> None:
+        """Take the function that says what is saved and how the run goes on."""
+        self.describe = describe
 
     def begin(self) -> None:
         """From here on there is something to save: signals wait for the next place to stop at."""
@@ -43,7 +47,7 @@ class Interrupt(L.Callback):
 
     def agree(self, trainer: L.Trainer) -> bool:
         """Whether any process was sent a signal: all of them must ask at the same place."""
-        signum = self.signum or signals.received() or 0
+        signum = self.signum or signals.received_signal() or 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
             signum = int(trainer.strategy.reduce(torch.tensor(float(signum), device=device), reduce_op="max"))

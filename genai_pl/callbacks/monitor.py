@@ -1,6 +1,7 @@
 """What a run is doing, measured at every log interval and written to all loggers under the documented names."""
 
 import time
+from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
@@ -10,17 +11,22 @@ from genai_pl.callbacks.due import passed
 from genai_pl.models import FlopRates
 from genai_pl.modules.base import n_replicas
 
+Listener = Callable[[int, dict[str, float]], None]
+
 
 class Monitor(L.Callback):
     """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
 
-    `listeners` are called with (step, metrics) for every row, so that the console prints what the files hold.
+    `flops` gives those of a token, for MFU, once the data are there; `listeners` are called with (step, metrics) for
+    every row, so that the console prints what the files hold.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(
+        self, every_n_steps: int, *, flops: Callable[[], FlopRates], listeners: Sequence[Listener] = ()
+    ) -> None:
+        self.every_n_steps, self._count_flops, self.listeners = every_n_steps, flops, listeners
+        self.tokens_seen = 0
         self.flops = FlopRates(0.0, 0.0, 0.0)
-        self.tokens_seen, self.listeners = 0, []
         self._peak_flops: float | None = None
         self._step = 0
         self._reset()  # a run that is at its last step already is validated without being trained
@@ -32,7 +38,7 @@ class Monitor(L.Callback):
         self.tokens_seen = state["tokens_seen"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._peak_flops = peak_flops(module.device)
+        self.flops, self._peak_flops = self._count_flops(), peak_flops(module.device)
         self._step = trainer.global_step
         self._reset()
 

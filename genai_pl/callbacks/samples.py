@@ -1,6 +1,7 @@
 """Text written by the model while it learns, in the console and in TensorBoard."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -13,6 +14,9 @@ from genai_pl.generation import generate_text
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.rollout import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Samples(L.Callback):
     """Continues each prompt every n optimizer steps, from a generator of its own, so that training draws the same numbers.
@@ -20,9 +24,18 @@ class Samples(L.Callback):
     A policy that is judged in training shows what it wrote there and in validation, with scores and distances instead.
     """
 
-    def __init__(self, *, every_n_steps: int, prompts: list[str], config: GenerationConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        prompts: Callable[[], Sequence[str]],
+        config: GenerationConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        say: Callable[[str], None] = print,
+        seed: int = 0,
+    ) -> None:
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
-        self.tokenizer, self.say = None, print
+        self.tokenizer, self.say = tokenizer, say
         self._last = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -47,9 +60,10 @@ class Samples(L.Callback):
 
     def _show_continuations(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         generator = torch.Generator(module.device).manual_seed(self.seed)
-        texts = generate_text(module.model, self.tokenizer, self.prompts, self.config, generator=generator)
+        prompts = self.prompts()
+        texts = generate_text(module.model, self.tokenizer, prompts, self.config, generator=generator)
         apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # it does not continue, it answers
-        for prompt, (text, *_) in zip(self.prompts, texts, strict=True):
+        for prompt, (text, *_) in zip(prompts, texts, strict=True):
             shown = f"{prompt}{apart}{text}"
             self.say(f"--- step {step} ---\n{shown}\n---")
             quoted = "\n".join(f"    {line}" for line in shown.splitlines())

@@ -88,7 +88,7 @@ def command(
     record = recording if records else nullcontext
 
     def handle_signals() -> AbstractContextManager[None]:
-        return nullcontext() if own_signals else signals.taken()
+        return nullcontext() if own_signals else signals.handle_signals()
 
     def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> float | None:

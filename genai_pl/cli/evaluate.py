@@ -21,19 +21,19 @@ from genai_pl.evaluation import (
     Metrics,
     ScoredWindow,
     choice_metrics,
-    choice_rows,
+    choice_windows,
     completion_metrics,
-    completion_rows,
-    conversation_rows,
-    judge,
-    naming,
+    completion_windows,
+    conversation_windows,
+    name_path_in_errors,
     pair_metrics,
-    pair_rows,
+    pair_windows,
     read_examples,
+    reward_scores,
     score,
-    share,
     text_metrics,
-    text_rows,
+    text_windows,
+    win_rate,
 )
 from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.exporting import export_model
@@ -111,7 +111,11 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     ):
         measure = preference_metrics if kind is Kind.preferences else prediction_metrics
         metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
-    counts = {"rows": len(columns[0]), "tokens": sum(row.n_scored for row in rows), "cut": sum(row.cut for row in rows)}
+    counts = {
+        "rows": len(columns[0]),
+        "tokens": sum(row.n_scored for row in rows),
+        "cut": sum(row.truncated for row in rows),
+    }
     print_metrics(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
     if counts["cut"]:
@@ -169,12 +173,12 @@ def preference_metrics(
     n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
     judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
-    scores = judge(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
+    scores = reward_scores(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
     metrics = pair_metrics(scores[:n], scores[n:], lengths)
     if judges:
         return metrics
-    means = (scores.view(2, n).T / lengths).unbind(1)
-    return {**metrics, "accuracy_per_token": share(means[0] - means[1])}
+    means = (scores.preview(2, n).T / lengths).unbind(1)
+    return {**metrics, "accuracy_per_token": win_rate(means[0] - means[1])}
 
 
 def load_model(config: DictConfig, *, judges: bool) -> Loaded:
@@ -211,19 +215,21 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
     seq_len, bos = options.seq_len or context_of(loaded.model), options.bos
     if kind is not Kind.text and options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
-    with naming(options.path):
+    with name_path_in_errors(options.path):
         if kind is Kind.text:
-            rows = text_rows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
+            rows = text_windows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
         elif kind is Kind.completions:
-            rows = completion_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+            rows = completion_windows(*columns, tokenizer, seq_len=seq_len, bos=bos)
         elif kind is Kind.conversations:
-            rows = conversation_rows(*columns, tokenizer, seq_len=seq_len)
+            rows = conversation_windows(*columns, tokenizer, seq_len=seq_len)
         elif kind is Kind.choices:
-            rows = choice_rows(*columns, tokenizer, seq_len=seq_len, bos=bos)
+            rows = choice_windows(*columns, tokenizer, seq_len=seq_len, bos=bos)
         else:
             prompts, chosen, rejected, tools = columns
             judges = values.head is Head.score
-            rows = pair_rows(prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges, tools=tools * 2)
+            rows = pair_windows(
+                prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges, tools=tools * 2
+            )
     if not rows:
         raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
     return rows

@@ -13,7 +13,7 @@ from genai_pl.atomic_io import ADAPTER, write_atomic
 from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.evaluation.embeddings import described_head
+from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.exporting import export_model, read_alike, token_ids
 from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtypes
 from genai_pl.models.onnx.export import write_description, write_graphs
@@ -69,7 +69,7 @@ def export(config: DictConfig) -> int:
 
 def sentence_files(loaded: Loaded) -> dict[str, object]:
     """What the model's folder or checkpoint tells sentence-transformers."""
-    head = described_head(loaded.path, loaded.tokenizer, loaded.model.config)
+    head = saved_sentence_head(loaded.path, loaded.tokenizer, loaded.model.config)
     return {} if head is None else {**head.files, **dict(head.tensors())}
 
 

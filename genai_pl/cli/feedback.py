@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from genai_pl.cli.command import CONF
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, refuse, view
-from genai_pl.data.messages import Given, given_of, split_answers
-from genai_pl.data.messages_datamodule import INPUT, prompt_of
+from genai_pl.data.columns import Place, preview, refuse
+from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messages
+from genai_pl.data.messages_datamodule import INPUT, parse_prompt
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
@@ -31,20 +31,20 @@ TASK_FIELDS = {  # what a line holds
     "critique": {"row", "prompt", "completion", "chosen", "rejected", "record"},
 }
 LINE_START = b'{"row": '  # of each line
-Request = list[Given]  # a prompt, and the answers to it that the data bring
+Request = list[TextOrMessages]  # a prompt, and the answers to it that the data bring
 
 
 def feedback(config: DictConfig) -> int:
     """Write one line of JSON per prompt; prompts that are in the file already are passed over."""
     check_options(config)
     out = Path(config.out)
-    source = sources.find(config.data.path)
+    source = sources.find_source(config.data.path)
     done = read_finished(out, config, source)
     columns_there = sources.column_names(source)
     sources.check_columns(source, columns_there, {"data.prompt": config.data.prompt})
     writes = writes_answers(config, columns_there)
     columns = [config.data.prompt, *([] if writes else [config.data.first, config.data.second])]
-    rows = sources.rows(source, {*columns, INPUT})
+    rows = sources.read_records(source, {*columns, INPUT})
     n_rows = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
     requests = [read_request(row, columns, place) for place, row in islice(rows, n_rows)]
     check_same_requests(done, requests, config)
@@ -73,9 +73,9 @@ def check_options(config: DictConfig) -> None:
 
 def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Request:
     """The prompt of a row, a text or one message of the user, and the texts of the answers; DataError of anything else."""
-    prompt = prompt_of(row, columns[0], place)
-    answers = [given_of(row.get(column), place._replace(column=column)) for column in columns[1:]]
-    prompt, answers = split_answers(prompt, answers, place)
+    prompt = parse_prompt(row, columns[0], place)
+    answers = [text_or_messages(row.get(column), place._replace(column=column)) for column in columns[1:]]
+    prompt, answers = extract_prompt(prompt, answers, place)
     if _single_text(prompt, "user") is None:
         refuse(
             place, f"column {columns[0]!r}: a judge is asked about one request: give a text, or one message of the user"
@@ -89,7 +89,7 @@ def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place
     return [prompt, *answer_texts]
 
 
-def _single_text(value: Given, role: str) -> str | None:
+def _single_text(value: TextOrMessages, role: str) -> str | None:
     """The text, also of a lone message of that role; None of anything else."""
     if isinstance(value, str):
         return value
@@ -218,7 +218,7 @@ def check_same_requests(done: FinishedRows, requests: Sequence[Request], config:
     for number, (n, line) in enumerate(done.rows.items(), start=1):
         prompt, *answers = requests[n] if n < len(requests) else [None]
         if line["prompt"] != prompt or (answers and sorted(answers) != sorted([line["chosen"], line["rejected"]])):
-            why = f"is about {view(line['prompt'])}, which is not row {n + 1} of data.path={config.data.path}"
+            why = f"is about {preview(line['prompt'])}, which is not row {n + 1} of data.path={config.data.path}"
             _refuse_line(
                 config, number, why if line["prompt"] != prompt else f"compares other answers than row {n + 1} has"
             )

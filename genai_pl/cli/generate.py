@@ -175,12 +175,12 @@ def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
 
 def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
     """Print one line of JSON for each prompt with its vector."""
-    from genai_pl.evaluation.embeddings import embed, encode_sentences, find_head
+    from genai_pl.evaluation.embeddings import embed, encode_sentences, find_sentence_head
 
     config = loaded.model.config
     if config.shape is Shape.encoder_decoder:
         raise ConfigError("embed=true needs an encoder or a decoder, this is an encoder-decoder")
-    head = find_head(pooling, loaded.path, loaded.tokenizer, config)
+    head = find_sentence_head(pooling, loaded.path, loaded.tokenizer, config)
     rows = encode_sentences(loaded.tokenizer, prompts, head, max_length=config.max_seq_len)
     for prompt, vector in zip(prompts, embed(loaded.model, rows, head).tolist(), strict=True):
         print_json({"prompt": prompt, "embedding": vector})
@@ -188,12 +188,12 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
 
 def print_scores(loaded: Loaded, prompts: list[str]) -> None:
     """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
-    from genai_pl.evaluation.embeddings import encode_texts, judge, logprobs
+    from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
 
     model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.head is Head.score:
         rows = [row[-model.config.max_seq_len :] for row in encode_texts(tokenizer, prompts)]
-        for prompt, reward in zip(prompts, judge(model, rows).tolist(), strict=True):
+        for prompt, reward in zip(prompts, reward_scores(model, rows).tolist(), strict=True):
             print_json({"prompt": prompt, "score": reward})
         return
     if model.config.shape is not Shape.decoder or not model.config.writes:

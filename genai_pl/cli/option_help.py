@@ -1,5 +1,6 @@
 """Help of the commands: options, choices and comments, read from the files of conf/ and the dataclasses behind them."""
 
+import ast
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -58,16 +59,15 @@ def read_dataclass_fields(name: str) -> list[Field]:
     """The fields of a dataclass of genai_pl/config, by its source: their comments are what they mean."""
     module = next(module for module, names in GROUP_DATACLASSES.items() if name in names)
     source = (CONF.parent / "genai_pl" / "config" / f"{module}.py").read_text(encoding="utf-8")
-    body = source.partition(f"class {name}:")[2].partition("\n    def ")[0].partition("\n\n\n")[0]
+    lines = source.splitlines()
+    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
     fields = []
-    for line in body.splitlines():
-        field, colon, rest = line.strip().partition(": ")
-        if not colon or not field.isidentifier():
-            continue
-        default, _, meaning = rest.partition("  # ")
-        value = default.partition(" = ")[2].replace("None", "null").replace("True", "true").replace("False", "false")
+    for entry in (n for n in node.body if isinstance(n, ast.AnnAssign)):
+        default = "" if entry.value is None else ast.get_source_segment(source, entry.value)
+        value = default.replace("None", "null").replace("True", "true").replace("False", "false")
         value = value.rpartition(".")[2] if value[:1].isupper() else SHOWN_DEFAULTS.get(value, value)
-        fields.append(Field(field, "" if value.startswith("field(") else value, meaning.strip()))
+        meaning = lines[entry.end_lineno - 1].partition("  # ")[2]
+        fields.append(Field(entry.target.id, "" if value.startswith("field(") else value, meaning.strip()))
     return fields
 
 

@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from genai_pl.atomic_io import ADAPTER, is_checkpoint
 from genai_pl.callbacks.monitor import peak_flops
 from genai_pl.checkpoints.file import MARK, read_contents
-from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
-from genai_pl.data.tokenizer import from_files
+from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig
 from genai_pl.models.hf.config import is_supported, prefix_of, read_config
@@ -51,13 +51,13 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
     if config.init_from:
         model_settings, tokenizer = read_stored_config(config.init_from, option="init_from")
         check_loaded_model(config, model_settings, tokenizer, new_overrides(config))
-        add_missing(tokenizer, objective.needs)
+        add_missing_tokens(tokenizer, objective.needs)
         model_settings = replace(model_settings, attention=config.model.attention, dropout=config.model.dropout)
         return replace(model_settings, vocab_size=max(model_settings.vocab_size, len(tokenizer)))
     kind = config.tokenizer.kind
     tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
     n_learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
-    add_missing(tokenizer, objective.needs)
+    add_missing_tokens(tokenizer, objective.needs)
     return model_config(config, len(tokenizer) + n_learned)
 
 
@@ -80,7 +80,7 @@ def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "Pr
             raise ConfigError(
                 f"dry_run=true needs a model of our own, and {option}={reference} is one of transformers'"
             )
-        return ModelConfig.from_dict(contents["model"]), from_files(contents["tokenizer"])
+        return ModelConfig.from_dict(contents["model"]), tokenizer_from_files(contents["tokenizer"])
     if (path / ADAPTER).is_file():
         raise adapter_error
     file = path / "config.json"

@@ -16,8 +16,8 @@ Tools = Sequence[Mapping[str, object]]  # JSON schemas of functions that may be 
 
 # two answers without a common first or last letter: where renderings of both differ, an answer begins and ends
 PROBES = ("qzxjvk", "kvjxzq")
-ASKED = {"role": "user", "content": PROBES[0]}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+PROBE_QUESTION = {"role": "user", "content": PROBES[0]}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,30}\]")  # what markers of turns look like, special tokens or not
 ATOM = re.compile(rf"{MARKER.pattern}|\s+|\w+|.")
 
@@ -36,10 +36,10 @@ def _prefix_span(
     template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools
 ) -> tuple[int, int] | None:
     """Where turn n stands if what is rendered before and up to it are beginnings of the text; None otherwise."""
-    said = text if n == len(messages) - 1 else template.attempt(messages[: n + 1], tools)
+    said = text if n == len(messages) - 1 else template.try_render(messages[: n + 1], tools)
     if not n or said is None or not text.startswith(said):
         return None
-    asked = template.attempt(messages[:n], tools, add_generation_prompt=True)
+    asked = template.try_render(messages[:n], tools, add_generation_prompt=True)
     return None if asked is None or not said.startswith(asked) else (len(asked), len(said))
 
 
@@ -48,7 +48,7 @@ def _probed_span(
 ) -> tuple[int, int] | None:
     """Where turn n stands, found by writing other words in its place; None if they leave no trace."""
     before, after = messages[:n], messages[n + 1 :]
-    probes = [_with_words(messages[n], words) for words in PROBES]
+    probes = [_with_probe(messages[n], words) for words in PROBES]
     first, other = (template.render([*before, probe, *after], tools) for probe in probes)
     if first == other:
         return None
@@ -60,14 +60,14 @@ def _probed_span(
     if not after:
         return start, len(text)
     # what follows the words when nothing follows the turn is its end, as far as the text agrees
-    alone = template.attempt([*before, probes[0]], tools) or ""
+    alone = template.try_render([*before, probes[0]], tools) or ""
     return start, said_until + _n_common_markers(text[said_until:], alone.rpartition(PROBES[0])[2])
 
 
 def _header_end(template: "ChatTemplate", text: str, before: Messages, tools: Tools, lowest: int, highest: int) -> int:
     """Where the generation prompt, or as much of it as stands there, ends between two places of the text."""
-    before = before or [ASKED]  # nothing asks for a first turn: take another's header
-    asked, plain = template.attempt(before, tools, add_generation_prompt=True), template.attempt(before, tools)
+    before = before or [PROBE_QUESTION]  # nothing asks for a first turn: take another's header
+    asked, plain = template.try_render(before, tools, add_generation_prompt=True), template.try_render(before, tools)
     if asked is None or plain is None:
         return highest
     prompt = asked[_n_common_markers(asked, plain) :]
@@ -79,7 +79,7 @@ def _header_end(template: "ChatTemplate", text: str, before: Messages, tools: To
     return highest
 
 
-def closed(special: re.Pattern[str], text: str, end: int) -> int:
+def include_end_token(special: re.Pattern[str], text: str, end: int) -> int:
     """The end of a turn, with the special token that follows where none closes it: the next turn's, in some templates."""
     said = text[:end].rstrip()
     if any(match.end() == len(said) for match in special.finditer(said, max(0, len(said) - 64))):
@@ -88,9 +88,9 @@ def closed(special: re.Pattern[str], text: str, end: int) -> int:
     return end if following is None else following.end()
 
 
-def _with_words(message: Message, words: str) -> dict[str, object]:
+def _with_probe(message: Message, words: str) -> dict[str, object]:
     """The turn with other words wherever it has some, so that they are the first and the last thing that varies."""
-    changed = {**message, **{name: words for name in THOUGHTS if message.get(name)}}
+    changed = {**message, **{name: words for name in REASONING_KEYS if message.get(name)}}
     calls = message.get("tool_calls")
     if not calls or message.get("content"):
         changed["content"] = words

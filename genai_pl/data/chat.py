@@ -9,9 +9,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, view
+from genai_pl.data.columns import Place, preview
 from genai_pl.data.loader import Collate
-from genai_pl.data.messages import Message, given_of, messages_of, split_answers, texts_in
+from genai_pl.data.messages import Message, extract_prompt, message_texts, parse_messages, text_or_messages
 from genai_pl.data.messages_datamodule import (
     CONTEXT,
     INPUT,
@@ -19,10 +19,10 @@ from genai_pl.data.messages_datamodule import (
     OUTPUT,
     TOOLS,
     MessagesDataModule,
-    prompt_of,
+    parse_prompt,
     tools_argument,
 )
-from genai_pl.data.packing import Example
+from genai_pl.data.packing import PackedExamples
 from genai_pl.data.prompt_tokens import (
     TokenizedExample,
     as_messages,
@@ -34,7 +34,6 @@ from genai_pl.data.prompt_tokens import (
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
-from genai_pl.objectives.sft import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -61,16 +60,16 @@ class ChatDataModule(MessagesDataModule):
         train, _ = self.tables()
         roles = [role for role in self.columns if role in train.column_names]
         return train_bpe(
-            (text for row in train for role in roles for text in texts_in(json.loads(row[role]))), vocab_size
+            (text for row in train for role in roles for text in message_texts(json.loads(row[role]))), vocab_size
         )
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.room = collate.row_length(self.seq_len)
         super().prepare(tokenizer, collate)
         if self.has_conversations():
-            self._say_other_prompt()
+            self._warn_prompt_mismatch()
 
-    def _say_other_prompt(self) -> None:
+    def _warn_prompt_mismatch(self) -> None:
         """Log where the template asks for an answer with other words than stand before it in training."""
         row = self.tables()[0][0]
         messages, tools = (json.loads(row[name]) for name in ("messages" if "messages" in row else "prompt", TOOLS))
@@ -114,9 +113,9 @@ class ChatDataModule(MessagesDataModule):
     def example(self, row: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
         if "messages" in roles:
             column = roles["messages"]
-            return {"messages": messages_of(row.get(column), place._replace(column=column))}
-        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
-        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
+            return {"messages": parse_messages(row.get(column), place._replace(column=column))}
+        said = text_or_messages(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = extract_prompt(parse_prompt(row, roles["prompt"], place), [said], place)
         return {"prompt": prompt, "completion": completion}
 
     def rows(self, table: "Table") -> Dataset:
@@ -125,8 +124,8 @@ class ChatDataModule(MessagesDataModule):
         examples = []
         cut = silent = 0
         option = "data.path" if self.source_of(table) is self.source else "data.val_path"
-        spoken = self._speakers(table)
-        found = self.encoded(table, self.encoding(table, *roles), tokenize_examples)
+        spoken = self._unknown_roles(table)
+        found = self.encode_table(table, self.encoded_roles(table, *roles), tokenize_examples)
         for example in map(TokenizedExample, as_arrays(found, "input_ids"), as_arrays(found, "loss_mask")):
             cut += len(example.input_ids) > self.room
             example = TokenizedExample(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
@@ -147,14 +146,14 @@ class ChatDataModule(MessagesDataModule):
                 log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
         return PackedExamples(examples, self.room if self.packing else 0)
 
-    def _speakers(self, table: "Table") -> str:
+    def _unknown_roles(self, table: "Table") -> str:
         """Says who speaks besides the roles that chat templates know, since nothing of that is learned."""
         role = "messages" if "messages" in table.column_names else "completion"
         given = (json.loads(cell) for cell in table[role])
         roles = {message["role"] for messages in given if not isinstance(messages, str) for message in messages}
         if roles <= ROLES:
             return ""
-        return f" (roles: {', '.join(map(view, sorted(roles)))}; only what 'assistant' says is learned)"
+        return f" (roles: {', '.join(map(preview, sorted(roles)))}; only what 'assistant' says is learned)"
 
     def summary(self) -> str:
         train, val = self.tables()
@@ -163,28 +162,9 @@ class ChatDataModule(MessagesDataModule):
 
     def prompt(self) -> str:
         first = self.tables()[1][0]
-        return self.text(json.loads(first["prompt"]) if "prompt" in first else _opening(json.loads(first["messages"])))
-
-
-class PackedExamples(Dataset):
-    """Rows of examples that fit into `room` tokens together; one example a row where it is 0."""
-
-    def __init__(self, examples: list[TokenizedExample], room: int) -> None:
-        self.examples = examples
-        lengths = [len(example.input_ids) for example in examples]
-        self.bins = pack(lengths, room) if room else [[n] for n in range(len(examples))]
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def __getitem__(self, index: int) -> Example:
-        chosen = [self.examples[n] for n in self.bins[index]]
-        lengths = [len(example.input_ids) for example in chosen]
-        return {
-            "input_ids": np.concatenate([example.input_ids for example in chosen]),
-            "segment_ids": np.repeat(np.arange(len(chosen)) + 1, lengths),
-            "loss_mask": np.concatenate([example.loss_mask for example in chosen]),
-        }
+        return self.render(
+            json.loads(first["prompt"]) if "prompt" in first else _opening(json.loads(first["messages"]))
+        )
 
 
 def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from genai_pl.data.assistant_spans import (
-    ASKED,
+    PROBE_QUESTION,
     PROBES,
     Message,
     Messages,
     Tools,
     assistant_span,
-    closed,
+    include_end_token,
     with_arguments,
 )
 from genai_pl.errors import DataError
@@ -35,7 +35,7 @@ class Rendering(NamedTuple):
 
     text: str
     spans: list[tuple[int, int]]  # characters that assistants write, the end of their turn included
-    is_open: bool  # whether nothing closes the last of them: the template leaves that to the end token
+    is_unclosed: bool  # whether nothing closes the last of them: the template leaves that to the end token
 
 
 def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -46,12 +46,12 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.add_tokens([marker for marker in CHATML if marker not in vocab], special_tokens=True)
 
 
-def turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+def turn_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The special token that closes an assistant's turn under the chat template; None where there is none."""
     if tokenizer.chat_template is None:
         return None
     try:
-        text = ChatTemplate(tokenizer).render([ASKED, {"role": "assistant", "content": PROBES[1]}])
+        text = ChatTemplate(tokenizer).render([PROBE_QUESTION, {"role": "assistant", "content": PROBES[1]}])
     except DataError:  # a template that takes no plain conversation
         return None
     _, found, after = text.rpartition(PROBES[1])
@@ -66,19 +66,19 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if tokenizer.chat_template is None:
             raise DataError("messages: the tokenizer has no chat template, so conversations cannot be read")
-        self.tokenizer, self.takes_parts = tokenizer, False
-        self.takes_tools: bool | None = None  # not known before some are given
+        self.tokenizer, self.needs_parts = tokenizer, False
+        self.supports_tools: bool | None = None  # not known before some are given
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         # templates of models that see pictures want the content as a list of parts, and some lose a text without a word
-        self.takes_parts = PROBES[0] not in (self.attempt([ASKED]) or "")
+        self.needs_parts = PROBES[0] not in (self.try_render([PROBE_QUESTION]) or "")
 
     def render(self, messages: Messages, tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation."""
         from jinja2 import TemplateError
 
-        turns = [self._in_parts(message) for message in messages] if self.takes_parts else list(messages)
+        turns = [self._in_parts(message) for message in messages] if self.needs_parts else list(messages)
         options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             try:
@@ -95,11 +95,11 @@ class ChatTemplate:
         self._check_tools(tools)
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
-                _check_kept(message, n, text)
+                _check_turn_rendered(message, n, text)
         return text
 
-    def render_with_spans(self, messages: Messages, n_given: int = 0, tools: Tools = ()) -> Rendering:
-        """The conversation, and what assistants say in it after the first `n_given` messages.
+    def render_with_spans(self, messages: Messages, n_prompt: int = 0, tools: Tools = ()) -> Rendering:
+        """The conversation, and what assistants say in it after the first `n_prompt` messages.
 
         Spans are found in the text that is returned: a template may write a turn otherwise once others follow it.
         """
@@ -109,23 +109,23 @@ class ChatTemplate:
         spans: list[tuple[int, int]] = []
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
-                _check_kept(message, n, text)
-            elif n >= n_given:
+                _check_turn_rendered(message, n, text)
+            elif n >= n_prompt:
                 lowest = spans[-1][1] if spans else 0
                 start, end = assistant_span(self, text, messages, n, tools, lowest=lowest)
-                spans.append((start, closed(self.special, text, end)))
-                _check_kept(message, n, text[start:end])
-                _check_alone(messages, n, text[start:end])
+                spans.append((start, include_end_token(self.special, text, end)))
+                _check_turn_rendered(message, n, text[start:end])
+                _check_turn_separate(messages, n, text[start:end])
         said = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
-        return Rendering(text, spans, is_open=bool(said) and text.endswith(str(said).rstrip()))
+        return Rendering(text, spans, is_unclosed=bool(said) and text.endswith(str(said).rstrip()))
 
     def _check_tools(self, tools: Tools) -> None:
-        if tools and self.takes_tools is None:
-            self.takes_tools = self.attempt([ASKED], tools) != self.attempt([ASKED])
-        if tools and not self.takes_tools:
+        if tools and self.supports_tools is None:
+            self.supports_tools = self.try_render([PROBE_QUESTION], tools) != self.try_render([PROBE_QUESTION])
+        if tools and not self.supports_tools:
             raise DataError("tools: the chat template has no place for them; leave them out, or use one that has")
 
-    def attempt(self, messages: Messages, tools: Tools = (), **options: bool) -> str | None:
+    def try_render(self, messages: Messages, tools: Tools = (), **options: bool) -> str | None:
         """The rendering of a part of a conversation, or None if the template wants a whole one."""
         try:
             return self.render(messages, tools, **options)
@@ -147,7 +147,7 @@ def check_messages(messages: Messages) -> None:
             raise DataError(f"messages: each is an object with role and content, not {message!r}")
 
 
-def _check_kept(message: Message, n: int, text: str) -> None:
+def _check_turn_rendered(message: Message, n: int, text: str) -> None:
     """DataError where the text lacks a turn that a template has left out without a word, or the calls in it."""
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
     # the last line: thoughts before it may be left out, as the model's own template decides
@@ -156,20 +156,20 @@ def _check_kept(message: Message, n: int, text: str) -> None:
         *(("the call in turn", name) for name in calls),
         ("turn" if not calls else "the text of turn", content),
     ]:
-        if not _holds(text, words):
+        if not _contains(text, words):
             raise DataError(f"messages: the chat template leaves out {what} {n + 1} ({message['role']})")
 
 
-def _check_alone(messages: Messages, n: int, text: str) -> None:
+def _check_turn_separate(messages: Messages, n: int, text: str) -> None:
     """DataError where the template writes what a tool answers in the middle of the turn that calls it."""
     own = json.dumps(messages[n], ensure_ascii=False, default=str)
     for message in messages[n + 1 :] if messages[n].get("tool_calls") else ():
         content = str(message.get("content") or "").strip()
-        if message["role"] == "tool" and content and _holds(text, content) and content not in own:
+        if message["role"] == "tool" and content and _contains(text, content) and content not in own:
             raise DataError(f"messages: the chat template writes the answer of a tool into turn {n + 1} (assistant)")
 
 
-def _holds(text: str, words: str) -> bool:
+def _contains(text: str, words: str) -> bool:
     """Whether the words stand in the text, as they are or as JSON has them."""
     words = words.strip()
     return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text

@@ -12,12 +12,12 @@ LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 SHORT = 60  # characters of a value in an error
 
 
-class Written(float):
+class WrittenNumber(float):
     """A number of a JSON file that remembers how it is written there."""
 
     __slots__ = ("text",)
 
-    def __new__(cls, text: str) -> "Written":
+    def __new__(cls, text: str) -> "WrittenNumber":
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -39,7 +39,7 @@ def refuse(place: Place, why: str) -> NoReturn:
     raise DataError(f"{place}: {why}")
 
 
-def text_of(value: object, place: Place) -> str:
+def parse_text(value: object, place: Place) -> str:
     """The text of a cell; a number stands for the text by which the file writes it."""
     if not isinstance(value, str):
         value = _number_text(value, place)
@@ -47,57 +47,57 @@ def text_of(value: object, place: Place) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            refuse(place, f"half of a surrogate pair is no text ({view(value)})")
+            refuse(place, f"half of a surrogate pair is no text ({preview(value)})")
     return value
 
 
 def _number_text(value: object, place: Place) -> str:
     if value is None:
         refuse(place, "missing (null): give it a text, or leave the row out")
-    if isinstance(value, Written):
+    if isinstance(value, WrittenNumber):
         return value.text
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    refuse(place, f"{view(value)} is {kind(value)}, not text; write it in quotes")
+    refuse(place, f"{preview(value)} is {type_name(value)}, not text; write it in quotes")
 
 
-def number_of(value: object, place: Place) -> float:
+def parse_number(value: object, place: Place) -> float:
     """The finite number of a cell, which may be written as text."""
     if isinstance(value, str) and "_" not in value:
         try:
             value = float(value)
         except ValueError:
-            refuse(place, f"{view(value)} is not a number")
+            refuse(place, f"{preview(value)} is not a number")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        refuse(place, f"{view(value)} is not a number")
+        refuse(place, f"{preview(value)} is not a number")
     return float(value)
 
 
-def label_of(value: object, place: Place) -> bool:
+def parse_label(value: object, place: Place) -> bool:
     """Whether a cell says yes: true or false, 1 or 0, as values or as text."""
     if isinstance(value, str):
         found = LABELS.get(value.strip().lower())
     else:
         found = bool(value) if isinstance(value, int | float) and value in (0, 1) else None
     if found is None:
-        refuse(place, f"{view(value)} is no label: write true or false, 1 or 0")
+        refuse(place, f"{preview(value)} is no label: write true or false, 1 or 0")
     return found
 
 
-def list_of(value: object, place: Place, read: Callable[[object, Place], object]) -> list:
+def parse_list(value: object, place: Place, read: Callable[[object, Place], object]) -> list:
     """What `read` makes of each entry of a list, which may be written as JSON."""
-    value = json_of(value, place) if isinstance(value, str) else value
+    value = parse_json(value, place) if isinstance(value, str) else value
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        refuse(place, f"{view(value)} is not a list")
+        refuse(place, f"{preview(value)} is not a list")
     return [read(entry, place) for entry in value]
 
 
-def json_of(text: str, place: Place) -> object:
+def parse_json(text: str, place: Place) -> object:
     """The value that a text writes as JSON."""
     try:
         return loads(text)
     except (ValueError, RecursionError):
-        refuse(place, f"{view(text)} is not JSON, as a list of objects in a text must be")
+        refuse(place, f"{preview(text)} is not JSON, as a list of objects in a text must be")
 
 
 def loads(text: str) -> object:
@@ -109,7 +109,7 @@ def loads(text: str) -> object:
     return _DECODER.decode(text)
 
 
-def value_at(text: str, start: int) -> tuple[object, int]:
+def decode_at(text: str, start: int) -> tuple[object, int]:
     """The value of the JSON that begins there, and where it ends."""
     return _DECODER.raw_decode(text, start)
 
@@ -122,13 +122,13 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-_DECODER = json.JSONDecoder(parse_float=Written, object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(parse_float=WrittenNumber, object_pairs_hook=_object)
 
 
-def kind(value: object) -> str:
+def type_name(value: object) -> str:
     """The name of a value's type, as JSON and tables call it.
 
-    >>> kind(True), kind(2.5), kind([]), kind({})
+    >>> type_name(True), type_name(2.5), type_name([]), type_name({})
     ('a boolean', 'a number', 'a list', 'an object')
     """
     if isinstance(value, Mapping):
@@ -137,13 +137,13 @@ def kind(value: object) -> str:
     return next((name for found, name in names.items() if isinstance(value, found)), type(value).__name__)
 
 
-def view(value: object) -> str:
+def preview(value: object) -> str:
     """The value in one short line.
 
-    >>> view("a" * 100)
+    >>> preview("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
     """
-    shown = value.text if isinstance(value, Written) else ascii(value) if _has_surrogate(value) else repr(value)
+    shown = value.text if isinstance(value, WrittenNumber) else ascii(value) if _has_surrogate(value) else repr(value)
     shown = " ".join(shown.split())
     return shown if len(shown) <= SHORT else f"{shown[: SHORT - 1]}..."
 
@@ -152,8 +152,8 @@ def _has_surrogate(value: object) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in str(value))
 
 
-def spread(value: object) -> object:
+def drop_missing_keys(value: object) -> object:
     """A value of a table without the keys that were not in its rows: one type of struct holds the keys of all of them."""
     if isinstance(value, Mapping):
-        return {key: spread(inner) for key, inner in value.items() if inner is not None}
-    return [spread(inner) for inner in value] if isinstance(value, list) else value
+        return {key: drop_missing_keys(inner) for key, inner in value.items() if inner is not None}
+    return [drop_missing_keys(inner) for inner in value] if isinstance(value, list) else value

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from genai_pl.data.loader import BatchPlan, Collate, EpochLoader, validation_batches
-from genai_pl.data.packing import NumberedRows
+from genai_pl.data.packing import KeyedExamples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ class RowsDataModule(L.LightningDataModule):
 
     kind = "text"  # the option of the group `data` that makes it
     streaming = False
-    least_rows = 1  # of a batch
+    min_batch_rows = 1  # of a batch
     train_rows: Dataset
     val_rows: Dataset
     collate: Collate
@@ -31,6 +31,14 @@ class RowsDataModule(L.LightningDataModule):
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
         self.n_batches = 0  # how many training batches a stream is asked for
+
+    def fit_to_model(self, *, seq_len: int, batch_size: int, val_batch_size: int) -> None:
+        """Take the sizes of batches that fit the model's context; before `prepare`."""
+        self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size
+
+    def limit_batches(self, n_batches: int) -> None:
+        """Take the number of training batches of the run, after which a stream ends."""
+        self.n_batches = n_batches
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         """A byte-pair tokenizer learned from the training text."""
@@ -52,7 +60,7 @@ class RowsDataModule(L.LightningDataModule):
         """Words of the validation text: something the model should be able to continue."""
         raise NotImplementedError
 
-    def plan(self) -> BatchPlan:
+    def batch_plan(self) -> BatchPlan:
         """How rows are dealt to this process."""
         trainer = self.trainer
         ranks = trainer.strategy.distributed_sampler_kwargs if trainer and trainer.world_size > 1 else {}
@@ -67,14 +75,14 @@ class RowsDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> EpochLoader:
-        return EpochLoader(self.train_rows, self.collate, self.plan(), shuffle=self.shuffle)
+        return EpochLoader(self.train_rows, self.collate, self.batch_plan(), shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader:
         # validation draws nothing from the global generator, so that it cannot change the training
         return DataLoader(
-            NumberedRows(self.val_rows),
+            KeyedExamples(self.val_rows),
             batch_sampler=validation_batches(
-                len(self.val_rows), self.val_batch_size, self.plan(), least=self.least_rows
+                len(self.val_rows), self.val_batch_size, self.batch_plan(), min_rows=self.min_batch_rows
             ),
             collate_fn=self.collate,
             generator=torch.Generator().manual_seed(0),

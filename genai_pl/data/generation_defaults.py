@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from genai_pl.config.model import ModelConfig
-from genai_pl.data.prompt_tokens import turn_end
+from genai_pl.data.prompt_tokens import turn_end_token
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import CheckpointError, UserError
 from genai_pl.models.hf.folder import read_json
@@ -75,7 +75,7 @@ def generation_config_values(
 def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """None too for a template that a question and its answer do not fit, or that must be chosen by name."""
     try:
-        return turn_end(tokenizer)
+        return turn_end_token(tokenizer)
     except (UserError, ValueError):
         return None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from genai_pl.data.packing import NumberedRows
+from genai_pl.data.packing import KeyedExamples
 from genai_pl.errors import DataError
 from genai_pl.signals import outlive_signals
 
@@ -38,31 +38,33 @@ def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[B
     for batch in batches:
         window.append(batch)
         if len(window) == accumulate:
-            yield from _stamp(window)
+            yield from _add_totals(window)
             window = []
-    yield from _stamp(window)
+    yield from _add_totals(window)
 
 
-def _stamp(window: list[Batch]) -> list[Batch]:
+def _add_totals(window: list[Batch]) -> list[Batch]:
     names = [name for name in ("targets", "tokens") if window and name in window[0]]
     totals = {f"window_{name}": sum((batch[name] for batch in window), torch.zeros(())) for name in names}
     return [{**batch, **totals} for batch in window]
 
 
-def validation_batches(n_rows: int, batch_size: int, plan: BatchPlan, *, least: int = 1) -> list[list[tuple[int, int]]]:
+def validation_batches(
+    n_rows: int, batch_size: int, plan: BatchPlan, *, min_rows: int = 1
+) -> list[list[tuple[int, int]]]:
     """Lists of (0, row number) to validate on, as many for every rank; a row too many joins the last of them.
 
     Ranks whose weights lie in pieces send them in each batch, and wait for all others. A batch has at least `least` rows.
     """
-    n_own, batch_size = n_rows // plan.world_size, max(batch_size, least)  # what every rank has
-    if n_own < least:
-        needed = f", which need {least} each" if least > 1 else ""
+    n_own, batch_size = n_rows // plan.world_size, max(batch_size, min_rows)  # what every rank has
+    if n_own < min_rows:
+        needed = f", which need {min_rows} each" if min_rows > 1 else ""
         raise DataError(
             f"data.val_path, data.val_fraction: {n_rows} rows to validate on cannot be shared by {plan.world_size} "
             f"processes{needed}; give more rows or raise data.val_fraction"
         )
     keys = [(0, row) for row in range(plan.rank, n_rows, plan.world_size)]
-    n_batches = max(1, (n_own + batch_size - least) // batch_size)
+    n_batches = max(1, (n_own + batch_size - min_rows) // batch_size)
     batches = [keys[n * batch_size : (n + 1) * batch_size] for n in range(n_batches)]
     batches[-1] += keys[n_batches * batch_size :]
     return batches
@@ -96,7 +98,7 @@ class EpochLoader:
         self.plan = plan
         self.sampler = EpochSampler(len(rows), plan, shuffle=shuffle)
         self.loader = DataLoader(
-            NumberedRows(rows),
+            KeyedExamples(rows),
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=plan.workers,

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, refuse, text_of
-from genai_pl.data.messages import Given, given_of, is_written, tools_of, with_system
+from genai_pl.data.columns import Place, parse_text, refuse
+from genai_pl.data.messages import TextOrMessages, is_json_messages, parse_tools, prepend_system, text_or_messages
 from genai_pl.data.prompt_tokens import prompt_text
 from genai_pl.data.records import Record, Records
 from genai_pl.data.table_datamodule import TableDataModule
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WRITTEN = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of texts, one of which begins like a list of objects
+JSON_MESSAGES = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of texts, one of which begins like a list of objects
 INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # as Alpaca has them
 CONTEXT = "context"  # what Dolly calls the input
 SYSTEM = "system"  # of a conversation, in a column of its own
@@ -27,39 +27,39 @@ TOOLS = "tools"  # what the conversation of a row may call
 class MessagesDataModule(TableDataModule):
     """Rows of which parts are texts, or messages that a chat template renders."""
 
-    kinds: ClassVar[dict[str, str]] = dict.fromkeys(("messages", "prompt", "completion", "answers", TOOLS), "json")
-    beside = (INPUT, CONTEXT, SYSTEM, TOOLS)
+    cell_kinds: ClassVar[dict[str, str]] = dict.fromkeys(("messages", "prompt", "completion", "answers", TOOLS), "json")
+    optional_columns = (INPUT, CONTEXT, SYSTEM, TOOLS)
     keeps_all_columns = False  # whether the columns that are not read go on to somebody else
 
     def has_conversations(self) -> bool:
         train, _ = self.tables()
         return "messages" in train.column_names or not isinstance(json.loads(train[0]["prompt"]), str)
 
-    def say_left(
+    def log_unused_columns(
         self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
     ) -> None:
         """Adds the first text that is the JSON of messages; columns that go on to somebody else are not said."""
-        self._say_written(table, source)
+        self._log_json_text(table, source)
         if not self.keeps_all_columns:
             talks = not isinstance(
                 json.loads(table[0]["messages" if "messages" in table.column_names else "prompt"]), str
             )
-            _say_unused(source, roles, columns, talks=talks)
+            _log_unused(source, roles, columns, talks=talks)
 
-    def _say_written(self, table: "Table", source: sources.Source) -> None:
+    def _log_json_text(self, table: "Table", source: sources.Source) -> None:
         """Log the first text that is the JSON of messages."""
         import pyarrow.compute as pc
 
-        for role in (column for column in table.column_names if self.kinds.get(column) == "json"):
+        for role in (column for column in table.column_names if self.cell_kinds.get(column) == "json"):
             cells = table.with_format("arrow")[:][role]
-            for number in pc.indices_nonzero(pc.match_substring_regex(cells, WRITTEN)).to_pylist():
+            for number in pc.indices_nonzero(pc.match_substring_regex(cells, JSON_MESSAGES)).to_pylist():
                 value = json.loads(cells[number].as_py())
-                if any(is_written(text) for text in (value if isinstance(value, list) else [value])):
-                    place = sources.place_of(source, number + 1)
+                if any(is_json_messages(text) for text in (value if isinstance(value, list) else [value])):
+                    place = sources.locate_row(source, number + 1)
                     log.info("data        %s: %s is JSON in a text, and taken as that text: give a list", place, role)
                     break
 
-    def stored(self, roles: Mapping[str, str]) -> list[str]:
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         return [*roles, TOOLS]
 
     def examples(self, rows: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
@@ -74,11 +74,11 @@ class MessagesDataModule(TableDataModule):
                 refuse(place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way")
             opening = "messages" if "messages" in found else "prompt"
             if not is_text:
-                found[opening] = with_system(found[opening], row.get(SYSTEM), place._replace(column=SYSTEM))
-            found[TOOLS] = [] if is_text else tools_of(row.get(TOOLS), place._replace(column=TOOLS))
+                found[opening] = prepend_system(found[opening], row.get(SYSTEM), place._replace(column=SYSTEM))
+            found[TOOLS] = [] if is_text else parse_tools(row.get(TOOLS), place._replace(column=TOOLS))
             yield place, found
 
-    def encoding(self, table: "Table", *roles: str) -> list[str]:
+    def encoded_roles(self, table: "Table", *roles: str) -> list[str]:
         """The roles with that of the tools, where any row has some."""
         import pyarrow.compute as pc
 
@@ -86,21 +86,21 @@ class MessagesDataModule(TableDataModule):
         cells = table.select_columns([TOOLS]).with_format("arrow")[:][TOOLS]
         return [*roles, TOOLS] if pc.any(pc.not_equal(cells, "[]")).as_py() else list(roles)
 
-    def text(self, given: Given) -> str:
+    def render(self, given: TextOrMessages) -> str:
         """A prompt as text, conversations rendered."""
         return prompt_text(self.tokenizer, given) if given else ""
 
 
-def prompt_of(row: Record, column: str, place: Place) -> Given:
+def parse_prompt(row: Record, column: str, place: Place) -> TextOrMessages:
     """What a row gives: a text or messages; to an `instruction` its `input` belongs (Alpaca), or `context` (Dolly)."""
-    found = given_of(row.get(column), place._replace(column=column))
+    found = text_or_messages(row.get(column), place._replace(column=column))
     beside = INPUT if INPUT in row else CONTEXT
     if column != INSTRUCTION or row.get(beside) in (None, "") or not isinstance(found, str):
         return found
-    return f"{found}\n\n{text_of(row[beside], place._replace(column=beside))}"
+    return f"{found}\n\n{parse_text(row[beside], place._replace(column=beside))}"
 
 
-def _say_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, talks: bool) -> None:
+def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, talks: bool) -> None:
     beside = {SYSTEM, TOOLS} if talks else set()
     if not talks and roles.get("prompt") == INSTRUCTION:
         beside = {INPUT if INPUT in columns else CONTEXT}

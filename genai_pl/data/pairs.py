@@ -28,13 +28,13 @@ class TextsDataModule(TableDataModule):
         train, _ = self.tables()
         return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
 
-    def texts(self, table: "Dataset") -> "Dataset":
+    def tokenized_texts(self, table: "Dataset") -> "Dataset":
         """Token ids of all texts."""
-        return self.encoded(
-            table, list(self.columns), tokenize_texts, seq_len=self.seq_len, **self.reading()
+        return self.encode_table(
+            table, list(self.columns), tokenize_texts, seq_len=self.seq_len, **self.encode_options()
         ).with_format("numpy")
 
-    def reading(self) -> dict[str, object]:
+    def encode_options(self) -> dict[str, object]:
         """How a text becomes tokens, beyond its length: options of `tokenize_texts`."""
         return {}
 
@@ -52,11 +52,11 @@ class PairsDataModule(TextsDataModule):
         self.seq_len = min(self.seq_len, collate.max_length or self.seq_len)
         super().prepare(tokenizer, collate)
 
-    def reading(self) -> dict[str, object]:
+    def encode_options(self) -> dict[str, object]:
         return {"prompt": self.collate.prompt, "closes": self.collate.closes}
 
     def rows(self, table: "Dataset") -> "Dataset":
-        return self.texts(table)
+        return self.tokenized_texts(table)
 
     def summary(self) -> str:
         return f"{self.path}, {len(self.train_rows):,} {'/'.join(self.columns)} rows for training, {len(self.val_rows):,} held"

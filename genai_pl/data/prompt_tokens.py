@@ -15,10 +15,10 @@ from genai_pl.data.chat_template import (
     Rendering,
     Tools,
     ensure_template,
-    turn_end,
+    turn_end_token,
 )
 from genai_pl.data.text_tokens import appends_end_token
-from genai_pl.data.token_boundaries import QUIET, encode_continuations, encode_with_seams
+from genai_pl.data.token_boundaries import NO_WARNINGS, encode_continuations, encode_with_boundaries
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import DataError
 
@@ -41,7 +41,7 @@ __all__ = [
     "encode_prompts",
     "ensure_template",
     "prompt_text",
-    "turn_end",
+    "turn_end_token",
 ]
 
 
@@ -52,7 +52,7 @@ class TokenizedExample(NamedTuple):
     loss_mask: np.ndarray  # (n,) bool
 
     @property
-    def n_given(self) -> int:
+    def n_prompt(self) -> int:
         """How many tokens come before the first that is learned; all of them if none is."""
         return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.loss_mask)
 
@@ -65,20 +65,20 @@ def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, to
 def encode_conversations(
     tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[Messages],
-    n_given: Sequence[int],
+    n_prompt: Sequence[int],
     tools: Sequence[Tools] | None = None,
 ) -> list[TokenizedExample]:
-    """The same of each; nothing is to be learned of its first `n_given` messages. `tools` are those of each conversation.
+    """The same of each; nothing is to be learned of its first `n_prompt` messages. `tools` are those of each conversation.
 
     The tokens are those of the whole text, as transformers makes them, except where the generation prompt alone has others
     than it has before the answer (a space that joins the first word, line breaks that go together at the end of a text):
     there the prompt's tokens end, as they do when the model is asked, and the answer's begin.
     """
     template = ChatTemplate(tokenizer)
-    rows = zip(conversations, n_given, _each(tools, len(conversations)), strict=True)
+    rows = zip(conversations, n_prompt, _tools_per_row(tools, len(conversations)), strict=True)
     rendered = [template.render_with_spans(messages, n, its_tools) for messages, n, its_tools in rows]
-    encoded = encode_with_seams(tokenizer, [(r.text, [start for start, _ in r.spans]) for r in rendered])
-    end = _end(tokenizer)
+    encoded = encode_with_boundaries(tokenizer, [(r.text, [start for start, _ in r.spans]) for r in rendered])
+    end = _end_ids(tokenizer)
     return [_masked(*tokens, rendering, end) for tokens, rendering in zip(encoded, rendered, strict=True)]
 
 
@@ -99,7 +99,7 @@ def encode_completions(
     if prompts and not isinstance(prompts[0], str):
         whole = [[*prompt, *as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
         return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
-    end = _end(tokenizer)
+    end = _end_ids(tokenizer)
     answers = encode_continuations(tokenizer, completions)
     parts = [
         (given, np.asarray([*said, *end], dtype=np.int32))
@@ -116,18 +116,18 @@ def encode_answers(
 ) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """The tokens of each prompt, and of each of its answers after it: together those of `encode_completions`."""
     numbers = [n for n, some in enumerate(answers) for _ in some]
-    its_tools = _each(tools, len(prompts))
+    its_tools = _tools_per_row(tools, len(prompts))
     flat = [answer for some in answers for answer in some]
     examples = iter(encode_completions(tokenizer, [prompts[n] for n in numbers], flat, [its_tools[n] for n in numbers]))
     rows = []
     for some in answers:
         own = [next(examples) for _ in some]
-        n_given = min((example.n_given for example in own), default=0)
-        beginnings = {example.input_ids[:n_given].tobytes() for example in own}
+        n_prompt = min((example.n_prompt for example in own), default=0)
+        beginnings = {example.input_ids[:n_prompt].tobytes() for example in own}
         if len(beginnings) > 1:
             raise DataError("messages: the chat template renders the prompt otherwise before another answer")
-        prompt = own[0].input_ids[:n_given] if own else np.zeros(0, np.int32)
-        rows.append((prompt, [example.input_ids[n_given:] for example in own]))
+        prompt = own[0].input_ids[:n_prompt] if own else np.zeros(0, np.int32)
+        rows.append((prompt, [example.input_ids[n_prompt:] for example in own]))
     return rows
 
 
@@ -152,16 +152,16 @@ def encode_prompts(
 ) -> list[np.ndarray]:
     """The same of each; they are texts, or all of them messages."""
     if not prompts or isinstance(prompts[0], str):
-        rows = tokenizer(list(prompts), **QUIET)["input_ids"]
-        end = _end(tokenizer)
+        rows = tokenizer(list(prompts), **NO_WARNINGS)["input_ids"]
+        end = _end_ids(tokenizer)
         if appends_end_token(tokenizer):  # what some tokenizers close every text with would end what is to be continued
             rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
         begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
     else:
         template = template or ChatTemplate(tokenizer)
-        texts = [template.prompt(*row) for row in zip(prompts, _each(tools, len(prompts)), strict=True)]
-        rows = tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
+        texts = [template.prompt(*row) for row in zip(prompts, _tools_per_row(tools, len(prompts)), strict=True)]
+        rows = tokenizer(texts, add_special_tokens=False, **NO_WARNINGS)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in rows]
 
 
@@ -175,7 +175,7 @@ def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: S
     mask = np.zeros(len(starts), bool)
     for start, stop in rendering.spans:
         mask |= (starts >= start) & (starts < stop)
-    if rendering.is_open and rendering.spans:
+    if rendering.is_unclosed and rendering.spans:
         ids, mask = [*ids, *end], np.concatenate([mask, np.ones(len(end), bool)])
     return TokenizedExample(np.asarray(ids, dtype=np.int32), mask)
 
@@ -185,11 +185,11 @@ def as_messages(completion: str | Messages) -> Messages:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
-def _each(tools: Sequence[Tools] | None, n: int) -> Sequence[Tools]:
+def _tools_per_row(tools: Sequence[Tools] | None, n: int) -> Sequence[Tools]:
     return [()] * n if tools is None else tools
 
 
-def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The token that closes a text, or none."""
     end = end_token(tokenizer)
     return [] if end is None else [end]

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place
-from genai_pl.data.messages import texts_in
-from genai_pl.data.messages_datamodule import MessagesDataModule, prompt_of, tools_argument
+from genai_pl.data.messages import message_texts
+from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
@@ -45,16 +45,16 @@ class PromptsDataModule(MessagesDataModule):
         return {"data.prompt": self.column}
 
     def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        return {"prompt": prompt_of(row, roles["prompt"], place)}
+        return {"prompt": parse_prompt(row, roles["prompt"], place)}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        return train_bpe((text for row in train for text in texts_in(json.loads(row["prompt"]))), vocab_size)
+        return train_bpe((text for row in train for text in message_texts(json.loads(row["prompt"]))), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        prompts = as_arrays(self.encoded(table, self.encoding(table, "prompt"), tokenize_prompts), "prompt")
+        prompts = as_arrays(self.encode_table(table, self.encoded_roles(table, "prompt"), tokenize_prompts), "prompt")
         source = self.source_of(table)
-        given = [row for _, row in sources.rows(source)]
+        given = [row for _, row in sources.read_records(source)]
         names = dict.fromkeys(name for row in given for name in row)
         room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
         n_cut, rows = sum(len(ids) > room for ids in prompts), []
@@ -64,10 +64,10 @@ class PromptsDataModule(MessagesDataModule):
             )
         for ids, prompt, number in zip(prompts, table["prompt"], table["row"], strict=True):
             if not len(ids):
-                raise DataError(f"{sources.place_of(source, number)}: an empty prompt cannot be answered")
+                raise DataError(f"{sources.locate_row(source, number)}: an empty prompt cannot be answered")
             columns = {name: given[number - 1].get(name) for name in names}
             rows.append({"prompt_ids": ids[-room:], "prompt": json.loads(prompt), "columns": columns})
         return rows
 
     def prompt(self) -> str:
-        return self.text(json.loads(self.tables()[1][0]["prompt"]))
+        return self.render(json.loads(self.tables()[1][0]["prompt"]))

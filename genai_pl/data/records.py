@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genai_pl.data.columns import Place, kind, loads, spread, value_at, view
+from genai_pl.data.columns import Place, decode_at, drop_missing_keys, loads, preview, type_name
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, object]
 Records = Iterator[tuple[Place, Record]]
-FIRST = 1000  # rows that tell the columns of JSON
+SCHEMA_ROWS = 1000  # rows that tell the columns of JSON
 BYTES = "utf-8-sig"  # UTF-8, with or without a byte order mark
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 SPACE = re.compile(r"\s*")
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def rows(files: Sequence[Path], *, columns: Collection[str] | None = None, by_line: bool = False) -> Records:
+def read_records(files: Sequence[Path], *, columns: Collection[str] | None = None, by_line: bool = False) -> Records:
     """The rows of all files, numbered from 1 in each; a .txt is one row, or with `by_line` one a line.
 
     Of a parquet file only `columns` are read where they are given; a DataError names what cannot be read.
@@ -32,7 +38,7 @@ def rows(files: Sequence[Path], *, columns: Collection[str] | None = None, by_li
     for path in files:
         name = str(path)
         try:
-            for number, row in enumerate(reader(path, columns, by_line), start=1):
+            for number, row in enumerate(_read_file(path, columns, by_line), start=1):
                 yield Place(name, number), row
         except UnicodeDecodeError:
             raise DataError(why_undecodable(path)) from None
@@ -40,7 +46,7 @@ def rows(files: Sequence[Path], *, columns: Collection[str] | None = None, by_li
             raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def reader(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Record]:
+def _read_file(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Record]:
     """The rows of a file of a known kind."""
     kind_of_file = BUILDERS[path.suffix.lower()]
     if kind_of_file == "parquet":
@@ -56,7 +62,8 @@ def column_names(files: Sequence[Path]) -> list[str]:
         if path.suffix.lower() == ".parquet":
             names = parquet_file(path).schema_arrow.names
         else:
-            names = list(dict.fromkeys(name for _, row in islice(rows([path], by_line=True), FIRST) for name in row))
+            records = islice(read_records([path], by_line=True), SCHEMA_ROWS)
+            names = list(dict.fromkeys(name for _, record in records for name in record))
         if names:
             return names
     return []
@@ -137,11 +144,11 @@ def _of_values(path: Path) -> Iterator[Record]:
 def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tuple[object, int]:
     """The JSON value that is all of the text, or the one that begins at `start`, and where it ends."""
     try:
-        return (loads(text), len(text)) if start is None else value_at(text, start)
+        return (loads(text), len(text)) if start is None else decode_at(text, start)
     except RecursionError:
         why = "nested too deeply"
     except json.JSONDecodeError as error:
-        why = f"{error.msg.removesuffix(' at')} at {view(text[error.pos : error.pos + 40])}"
+        why = f"{error.msg.removesuffix(' at')} at {preview(text[error.pos : error.pos + 40])}"
     except ValueError as error:
         why = str(error).split(";")[0]
     raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{why})")
@@ -151,7 +158,7 @@ def _row(value: object, path: Path, number: int) -> Record:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
-        raise DataError(f"{path}: row {number}: {kind(value)}, not an object of columns")
+        raise DataError(f"{path}: row {number}: {type_name(value)}, not an object of columns")
     return value
 
 
@@ -178,9 +185,9 @@ def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Record
     wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
     nested = {name for name in wanted if pa.types.is_nested(file.schema_arrow.field(name).type)}
     try:
-        for batch in file.iter_batches(batch_size=FIRST, columns=wanted):
+        for batch in file.iter_batches(batch_size=SCHEMA_ROWS, columns=wanted):
             for row in batch.to_pylist():
-                yield {name: spread(value) if name in nested else value for name, value in row.items()}
+                yield {name: drop_missing_keys(value) if name in nested else value for name, value in row.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from None
 
@@ -193,7 +200,7 @@ def first_line(error: Exception) -> str:
 def why_undecodable(path: Path) -> str:
     """Names the place of the first bytes of a file that are not UTF-8, and what it may be instead."""
     contents = path.read_bytes()
-    packed = next((name for mark, name in PACKED.items() if contents.startswith(mark)), None)
+    packed = next((name for mark, name in COMPRESSED.items() if contents.startswith(mark)), None)
     if packed:
         return f"{path}: packed by {packed}; unpack it first"
     try:

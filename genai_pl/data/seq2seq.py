@@ -2,14 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data.loader import Collate
-from genai_pl.data.packing import Example
+from genai_pl.data.packing import PackedPairs
 from genai_pl.data.pairs import TextsDataModule
 from genai_pl.errors import DataError
-from genai_pl.objectives.sft import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -31,7 +29,7 @@ class Seq2SeqDataModule(TextsDataModule):
             raise DataError(f"data.path={self.path}: no rows to train on")
 
     def rows(self, table: "Table") -> Dataset:
-        return PackedPairs(self.texts(table), self.seq_len if self.packing else 0)
+        return PackedPairs(self.tokenized_texts(table), self.seq_len if self.packing else 0)
 
     def summary(self) -> str:
         train, val = self.tables()
@@ -39,26 +37,3 @@ class Seq2SeqDataModule(TextsDataModule):
 
     def prompt(self) -> str:
         return self.tables()[1][0]["source"]
-
-
-class PackedPairs(Dataset):
-    """Rows of pairs of which sources and targets both fit into `room` tokens; one pair a row where it is 0."""
-
-    def __init__(self, pairs: "Table", room: int) -> None:
-        self.pairs = pairs
-        lengths = [
-            max(len(source), len(target)) for source, target in zip(pairs["source"], pairs["target"], strict=True)
-        ]
-        self.bins = pack(lengths, room) if room else [[n] for n in range(len(pairs))]
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def __getitem__(self, index: int) -> Example:
-        chosen = [self.pairs[n] for n in self.bins[index]]
-        row = {}
-        for role in ("source", "target"):
-            texts = [pair[role] for pair in chosen]
-            row[role] = np.concatenate(texts)
-            row[f"{role}_segments"] = np.repeat(np.arange(len(texts)) + 1, [len(text) for text in texts])
-        return row

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genai_pl.data import checksummed as sealed
-from genai_pl.data import records
-from genai_pl.data.columns import Place, spread, text_of
+from genai_pl.data import checksummed, records
+from genai_pl.data.columns import Place, drop_missing_keys, parse_text
 from genai_pl.data.records import BUILDERS, Records, first_line
-from genai_pl.data.table_store import FORMAT, Cells, keep, say_empty
+from genai_pl.data.table_store import FORMAT, Cells, cached_table, log_empty_cells
 from genai_pl.errors import DataError, reason_of
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Source:
         return bool(self.files) and BUILDERS[self.files[0].suffix.lower()] == "text"
 
 
-def find(path: str, *, option: str = "data.path") -> Source:
+def find_source(path: str, *, option: str = "data.path") -> Source:
     """The source that a path, folder, glob, shipped name or hub name stands for; a DataError names what is missing."""
     path = os.path.expanduser(path)
     if Path(path).is_file():
@@ -61,9 +60,9 @@ def find(path: str, *, option: str = "data.path") -> Source:
     else:
         files = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
     if files:
-        return _local(path, files, option)
+        return _local_source(path, files, option)
     if (CORPUS / path).is_dir():
-        return _local(path, [next((CORPUS / path).glob("train.*"))], option)
+        return _local_source(path, [next((CORPUS / path).glob("train.*"))], option)
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix:
         return Source(path)
     shipped = ", ".join(sorted(p.name for p in CORPUS.iterdir() if p.is_dir()))
@@ -76,10 +75,10 @@ def shipped_validation(path: str) -> Source | None:
     """The validation file of a shipped set, or None for anything else."""
     if Path(path).expanduser().exists() or not (CORPUS / path).is_dir():
         return None
-    return _local(path, list((CORPUS / path).glob("val.*")), "data.path")
+    return _local_source(path, list((CORPUS / path).glob("val.*")), "data.path")
 
 
-def _local(path: str, files: list[Path], option: str) -> Source:
+def _local_source(path: str, files: list[Path], option: str) -> Source:
     foreign = [p for p in files if p.suffix.lower() not in BUILDERS]
     if foreign:
         raise DataError(f"{option}={foreign[0]}: unknown kind of file; known: {', '.join(BUILDERS)}")
@@ -91,31 +90,32 @@ def _local(path: str, files: list[Path], option: str) -> Source:
     return Source(path, tuple(files))
 
 
-def read(source: Source, column: str, *, streaming: bool = False) -> "Dataset | IterableDataset":
+def read_documents(source: Source, column: str, *, streaming: bool = False) -> "Dataset | IterableDataset":
     """The documents of a source in a column `text`; a streamed .txt comes line by line, else a file is one document."""
-    show_progress()
+    configure_progress_bars()
     if not source.files:
-        return _hub_texts(source, column, streaming=streaming)
+        return _hub_documents(source, column, streaming=streaming)
     check_columns(source, column_names(source), {"data.column": column})
     if streaming:
         from datasets import Features, IterableDataset, Value
 
         options = {"files": list(source.files), "column": column}
-        return IterableDataset.from_generator(_texts, Features({"text": Value("string")}), gen_kwargs=options)
+        return IterableDataset.from_generator(_stream_texts, Features({"text": Value("string")}), gen_kwargs=options)
     cells = (
-        (place, [text_of(row.get(column), place._replace(column=column))]) for place, row in rows(source, [column])
+        (place, [parse_text(row.get(column), place._replace(column=column))])
+        for place, row in read_records(source, [column])
     )
-    table = keep(content_name(source, column), {"text": "text"}, steady(source, cells))
-    return _with_texts(source, table)
+    table = cached_table(cache_name(source, column), {"text": "text"}, verify_unchanged(source, cells))
+    return _check_documents(source, table)
 
 
-def content_name(source: Source, *options: object) -> str:
+def cache_name(source: Source, *options: object) -> str:
     """A name for what is read from a source under the options."""
     parts = f"{FORMAT}/{source.content}/{options}"
     return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
 
-def steady(source: Source, cells: Cells) -> Cells:
+def verify_unchanged(source: Source, cells: Cells) -> Cells:
     """The cells; at their end a DataError if the files are not those any more that the source is named after."""
     before = source.content
     yield from cells
@@ -123,12 +123,12 @@ def steady(source: Source, cells: Cells) -> Cells:
         raise DataError(f"data.path={source.name}: it has changed while it was read; start again")
 
 
-def _texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
-    for place, row in records.rows(files, columns=[column], by_line=True):
-        yield {"text": text_of(row.get(column), place._replace(column=column))}
+def _stream_texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+    for place, row in records.read_records(files, columns=[column], by_line=True):
+        yield {"text": parse_text(row.get(column), place._replace(column=column))}
 
 
-def _hub_texts(source: Source, column: str, *, streaming: bool) -> "Dataset | IterableDataset":
+def _hub_documents(source: Source, column: str, *, streaming: bool) -> "Dataset | IterableDataset":
     from datasets import Value
 
     table = load_hub(source, streaming=streaming)
@@ -138,33 +138,33 @@ def _hub_texts(source: Source, column: str, *, streaming: bool) -> "Dataset | It
         return table if column == "text" else table.rename_column(column, "text")
     if table.features[column] != Value("string") or table.data.column(column).null_count:
         cells = (
-            (place, [text_of(row.get(column), place._replace(column=column))])
+            (place, [parse_text(row.get(column), place._replace(column=column))])
             for place, row in _hub_rows(source, table)
         )
-        return _with_texts(source, keep(f"{table._fingerprint}-{FORMAT}", {"text": "text"}, cells))
-    return _with_texts(source, table if column == "text" else table.rename_column(column, "text"))
+        return _check_documents(source, cached_table(f"{table._fingerprint}-{FORMAT}", {"text": "text"}, cells))
+    return _check_documents(source, table if column == "text" else table.rename_column(column, "text"))
 
 
-def _with_texts(source: Source, table: "Dataset") -> "Dataset":
+def _check_documents(source: Source, table: "Dataset") -> "Dataset":
     if not len(table):
         raise DataError(f"{source.name}: no rows")
-    say_empty(table, {"text": "text"}, source.name)
+    log_empty_cells(table, {"text": "text"}, source.name)
     return table
 
 
-def rows(source: Source, columns: Collection[str] | None = None) -> Records:
+def read_records(source: Source, columns: Collection[str] | None = None) -> Records:
     """The rows of a source, each with its place; only these columns of them, where only they are at hand."""
     if source.files:
-        return records.rows(source.files, columns=columns)
+        return records.read_records(source.files, columns=columns)
     table = load_hub(source)
     return _hub_rows(
         source, table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
     )
 
 
-def place_of(source: Source, number: int) -> Place:
+def locate_row(source: Source, number: int) -> Place:
     """Where row `number` of the whole source stands: its file, and its number there."""
-    return next((place for place, _ in islice(rows(source), number - 1, None)), Place(source.name, number))
+    return next((place for place, _ in islice(read_records(source), number - 1, None)), Place(source.name, number))
 
 
 def column_names(source: Source) -> list[str]:
@@ -174,10 +174,10 @@ def column_names(source: Source) -> list[str]:
 
 def _hub_rows(source: Source, table: "Dataset") -> Records:
     number = 0
-    for batch in table.iter(batch_size=records.FIRST):
+    for batch in table.iter(batch_size=records.SCHEMA_ROWS):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield Place(source.name, number), dict(zip(batch, map(spread, values), strict=True))
+            yield Place(source.name, number), dict(zip(batch, map(drop_missing_keys, values), strict=True))
 
 
 def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":
@@ -185,7 +185,7 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-    show_progress()
+    configure_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised too
     try:
         table = load_dataset(source.name, split=source.split, streaming=streaming)
@@ -224,7 +224,7 @@ def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "t
     return rest, held
 
 
-def show_progress() -> None:
+def configure_progress_bars() -> None:
     """Let `datasets` draw its bars on a terminal only: in a file they are noise."""
     from datasets import disable_progress_bars, enable_progress_bars
 
@@ -239,7 +239,7 @@ def content_hash(source: Source) -> str:
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
         try:
-            digest.update(sealed.digest_again(path) + path.suffix.encode() + b"\0")
+            digest.update(checksummed.cached_digest(path) + path.suffix.encode() + b"\0")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({reason_of(error)})") from None
     return digest.hexdigest()

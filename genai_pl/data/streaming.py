@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from genai_pl.data.columns import Place, text_of
+from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.loader import Batch, BatchPlan, Collate, with_window_targets
-from genai_pl.data.packing import Example, Packer
-from genai_pl.data.tokenize import PIECE, encode_batch, encoder, find_cut
+from genai_pl.data.packing import Packer
+from genai_pl.data.tokenize import CHUNK, chunk_encoder, encode_batch, find_split
 from genai_pl.data.tokenizer import end_token
 from genai_pl.errors import CheckpointError, DataError
+from genai_pl.objectives.collate import Example
 from genai_pl.signals import outlive_signals
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 LOOK_AHEAD = 1 << 13  # characters beyond a passage in which a place to cut is sought
 
 
-class StreamRows(IterableDataset):
+class BatchStream(IterableDataset):
     """An endless stream of batches, each with the state from which the stream goes on after it.
 
     Documents are dealt in turn to the workers of all ranks; of a text that is read line by line (`continuous`), passages of
@@ -53,7 +54,7 @@ class StreamRows(IterableDataset):
         n_workers, worker = (info.num_workers, info.id) if info else (1, 0)
         worker = (worker + self.first) % n_workers
         share = self.plan.rank * n_workers + worker, self.plan.world_size * n_workers
-        stream = _Stream(self, share)
+        stream = _WorkerStream(self, share)
         if worker in self.states:
             stream.load_state_dict(self.states[worker])
         while True:
@@ -65,10 +66,10 @@ class StreamRows(IterableDataset):
             yield worker, stream.state_dict(), self.collate(rows)
 
 
-class _Stream:
+class _WorkerStream:
     """One worker's share of the stream."""
 
-    def __init__(self, data: StreamRows, share: tuple[int, int]) -> None:
+    def __init__(self, data: BatchStream, share: tuple[int, int]) -> None:
         self.data, self.share = data, share
         self.packer = data.build_packer()
         self.epoch, self.block, self.position, self.seen = 0, 0, 0, 0
@@ -155,20 +156,20 @@ class _Stream:
     def _texts(self) -> Iterator[str]:
         # in batches of one: a plain loop would deal the files to the workers a second time
         for number, batch in enumerate(self.data.source.iter(batch_size=1), start=self.seen + 1):
-            yield text_of(batch["text"][0], Place("data.path", number, "text"))
+            yield parse_text(batch["text"][0], Place("data.path", number, "text"))
 
     def _passages(self) -> Iterator[str]:
-        """Lines together, about PIECE characters, cut where that changes no token if there is such a place."""
-        encode = encoder(self.data.tokenizer)
+        """Lines together, about CHUNK characters, cut where that changes no token if there is such a place."""
+        encode = chunk_encoder(self.data.tokenizer)
         n_held = len(self.held)
         lines = [self.held]
         for line in self._texts():
             lines.append(line)
             n_held += len(line)
-            if n_held < PIECE + LOOK_AHEAD:
+            if n_held < CHUNK + LOOK_AHEAD:
                 continue
             text = "".join(lines)
-            cut = find_cut(text, PIECE, encode) or text.find("\n", PIECE) + 1 or len(text)
+            cut = find_split(text, CHUNK, encode) or text.find("\n", CHUNK) + 1 or len(text)
             self.held = text[cut:]
             lines, n_held = [self.held], len(text) - cut
             yield text[:cut]
@@ -180,7 +181,7 @@ class _Stream:
 class StreamLoader:
     """`n_batches` batches of an endless stream; the state is every worker's own."""
 
-    def __init__(self, rows: StreamRows, n_batches: int) -> None:
+    def __init__(self, rows: BatchStream, n_batches: int) -> None:
         self.rows, self.n_batches = rows, n_batches
         self.position = 0
 

@@ -10,11 +10,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, text_of
+from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate
 from genai_pl.data.records import Record, Records
-from genai_pl.data.table_store import dumps, keep, keep_encoded, say_empty
+from genai_pl.data.table_store import cached_encoding, cached_table, log_empty_cells, to_json
 from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import ConfigError, DataError
 
@@ -24,60 +24,65 @@ if TYPE_CHECKING:
 
 
 FORMAT = 5  # of encoded rows: raise it when an encoder gives other ones
-Encode = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
+BatchEncoder = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
 class TableDataModule(RowsDataModule):
     """Rows of a table, one example each."""
 
-    beside: ClassVar[tuple[str, ...]] = ()  # columns that are read where they are there, whatever the options say
-    kinds: ClassVar[dict[str, str]] = {}  # by role what its cells are, in the words of `store.TYPES`, if not text
+    optional_columns: ClassVar[
+        tuple[str, ...]
+    ] = ()  # columns that are read where they are there, whatever the options say
+    cell_kinds: ClassVar[dict[str, str]] = {}  # by role what its cells are, in the words of `store.TYPES`, if not text
 
     def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
         super().__init__(**loading)
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.path, self.val_fraction = path, val_fraction
-        self.source = sources.find(path)
+        self.source = sources.find_source(path)
         self.val_source = (
-            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+            sources.find_source(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
         )
         self._tables: tuple[Table, Table] | None = None
 
     def tables(self) -> tuple["Table", "Table"]:
         """Training and validation rows; without data.val_path a drawn part of them validates."""
         if self._tables is None:
-            table = self.read(self.source)
+            table = self.read_table(self.source)
             if self.val_source:
-                self._tables = table, self.read(self.val_source)
+                self._tables = table, self.read_table(self.val_source)
             else:
                 self._tables = sources.split_rows(table, self.val_fraction, seed=self.seed, path=self.path)
         return self._tables
 
-    def read(self, source: sources.Source) -> "Table":
+    def read_table(self, source: sources.Source) -> "Table":
         """The examples of a source in columns by role, with the number of their `row`; DataError for one that is none."""
         columns = sources.column_names(source)
         roles = self.roles(source, columns)
-        kinds = {role: self.kinds.get(role, "text") for role in self.stored(roles)}
-        name = sources.content_name(source, type(self).__name__, roles, kinds)
-        table = keep(name, {**kinds, "row": "row"}, sources.steady(source, self._cells(source, roles, kinds)))
+        cell_kinds = {role: self.cell_kinds.get(role, "text") for role in self.table_roles(roles)}
+        name = sources.cache_name(source, type(self).__name__, roles, cell_kinds)
+        cells = sources.verify_unchanged(source, self._cells(source, roles, cell_kinds))
+        table = cached_table(name, {**cell_kinds, "row": "row"}, cells)
         if not len(table):
             raise DataError(f"{source.name}: no rows")
-        say_empty(table, kinds, source.name)
-        self.say_left(table, source, roles, columns)
+        log_empty_cells(table, cell_kinds, source.name)
+        self.log_unused_columns(table, source, roles, columns)
         return table
 
-    def say_left(
+    def log_unused_columns(
         self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
     ) -> None:
         """Log what stands in the columns of the source and is not in the table."""
 
     def _cells(
-        self, source: sources.Source, roles: Mapping[str, str], kinds: Mapping[str, str]
+        self, source: sources.Source, roles: Mapping[str, str], cell_kinds: Mapping[str, str]
     ) -> Iterator[tuple[Place, list[object]]]:
-        rows = sources.rows(source, {*roles.values(), *self.beside})
+        rows = sources.read_records(source, {*roles.values(), *self.optional_columns})
         for number, (place, found) in enumerate(self.examples(rows, roles), start=1):
-            cells = [dumps(found[role], place) if kind == "json" else found[role] for role, kind in kinds.items()]
+            cells = [
+                to_json(found[role], place) if kind == "json" else found[role] for role, kind in cell_kinds.items()
+            ]
             yield place, [*cells, number]
 
     def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
@@ -89,7 +94,7 @@ class TableDataModule(RowsDataModule):
         """The columns that must be there, by the option that names them."""
         raise NotImplementedError
 
-    def stored(self, roles: Mapping[str, str]) -> list[str]:
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         """The roles of the columns of the table."""
         return list(roles)
 
@@ -99,27 +104,27 @@ class TableDataModule(RowsDataModule):
 
     def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         """What a row says in each of the stored roles."""
-        return {role: text_of(row.get(column), place._replace(column=column)) for role, column in roles.items()}
+        return {role: parse_text(row.get(column), place._replace(column=column)) for role, column in roles.items()}
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.tokenizer, self.collate = tokenizer, collate
-        self.tokens_name = f"{fingerprint(tokenizer)}/{end_token(tokenizer)}/{tokenizer.chat_template}"
+        self.tokenizer_name = f"{fingerprint(tokenizer)}/{end_token(tokenizer)}/{tokenizer.chat_template}"
         self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
 
     def rows(self, table: "Table") -> Dataset:
         """The tokenized rows."""
         raise NotImplementedError
 
-    def encoded(self, table: "Table", roles: Sequence[str], encode: Encode, **options: object) -> "Table":
+    def encode_table(self, table: "Table", roles: Sequence[str], encode: BatchEncoder, **options: object) -> "Table":
         """What `encode` makes of the columns of the roles; kept on disk by all that it depends on."""
-        sources.show_progress()
+        sources.configure_progress_bars()
         chosen = table.select_columns([*roles, "row"])
-        name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokens_name}/{options}"
+        name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokenizer_name}/{options}"
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         source = self.source_of(table)
-        parsed = [role for role in roles if self.kinds.get(role) == "json"]
+        parsed = [role for role in roles if self.cell_kinds.get(role) == "json"]
         fixed = {"encode": encode, "parsed": parsed, "source": source, "tokenizer": self.tokenizer}
-        return keep_encoded("rows", name, chosen, partial(_encoded, **fixed, **options), batch_size=1000)
+        return cached_encoding("rows", name, chosen, partial(_encoded, **fixed, **options), batch_size=1000)
 
     def source_of(self, table: "Table") -> sources.Source:
         """Where the rows of a table come from."""
@@ -131,7 +136,7 @@ class TableDataModule(RowsDataModule):
 
 
 def _encoded(
-    batch: dict[str, list], *, encode: Encode, parsed: Sequence[str], source: sources.Source, **options: object
+    batch: dict[str, list], *, encode: BatchEncoder, parsed: Sequence[str], source: sources.Source, **options: object
 ) -> dict[str, list]:
     """What `encode` makes of the batch, in which the columns `parsed` are JSON; a DataError names the row."""
     rows = batch["row"]
@@ -143,7 +148,7 @@ def _encoded(
             try:
                 encode({role: values[number : number + 1] for role, values in columns.items()}, **options)
             except DataError as error:
-                raise DataError(f"{sources.place_of(source, row)}: {error}") from None
+                raise DataError(f"{sources.locate_row(source, row)}: {error}") from None
         raise
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genai_pl.data import checksummed as sealed
+from genai_pl.data import checksummed
 from genai_pl.data.columns import Place, refuse
 from genai_pl.errors import DataError
 
@@ -25,12 +25,14 @@ EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two charact
 Cells = Iterable[tuple[Place, Sequence[object]]]
 
 
-def keep(name: str, kinds: Mapping[str, str], cells: Cells) -> "Dataset":
+def cached_table(name: str, cell_kinds: Mapping[str, str], cells: Cells) -> "Dataset":
     """The table called `name`, with columns of these kinds; it is written from the cells of its rows if it is not there."""
-    return mapped(f"table-{name}", partial(_write, kinds=kinds, cells=cells), fingerprint=name)
+    return memory_mapped_table(
+        f"table-{name}", partial(_write_table, cell_kinds=cell_kinds, cells=cells), fingerprint=name
+    )
 
 
-def keep_encoded(
+def cached_encoding(
     kind: str,
     name: str,
     table: "Dataset",
@@ -43,16 +45,16 @@ def keep_encoded(
     if not len(table):
         return table
     write = partial(_write_encoded, table=table, encode=partial(encode, **options), batch_size=batch_size)
-    return mapped(f"{kind}-{name}", write, fingerprint=name)
+    return memory_mapped_table(f"{kind}-{name}", write, fingerprint=name)
 
 
-def mapped(name: str, write: Callable[[Path], object], *, fingerprint: str) -> "Dataset":
+def memory_mapped_table(name: str, write: Callable[[Path], object], *, fingerprint: str) -> "Dataset":
     """The table in a file of the cache, which `write` makes if it is not there, or damaged."""
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
     path = cache_folder() / f"{name}.arrow"
-    sealed.build(path, write)
+    checksummed.ensure(path, write)
     return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=fingerprint)
 
 
@@ -76,10 +78,10 @@ def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dic
         writer.finalize()
 
 
-def _write(path: Path, *, kinds: Mapping[str, str], cells: Cells) -> None:
+def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> None:
     import pyarrow as pa
 
-    schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in kinds.items()])
+    schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in cell_kinds.items()])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for place, batch in _batches(cells):
             try:
@@ -104,11 +106,11 @@ def _batches(cells: Cells) -> Iterator[tuple[Place, list[Sequence[object]]]]:
         yield place, batch
 
 
-def say_empty(table: "Dataset", kinds: Mapping[str, str], name: str) -> None:
+def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) -> None:
     """Log how many texts of each column are empty, and which is the first."""
     import pyarrow.compute as pc
 
-    for column, kind in kinds.items():
+    for column, kind in cell_kinds.items():
         if kind not in EMPTY or column == "tools":  # most conversations have none
             continue
         empty = pc.equal(pc.binary_length(table.with_format("arrow")[:][column]), EMPTY[kind])
@@ -117,7 +119,7 @@ def say_empty(table: "Dataset", kinds: Mapping[str, str], name: str) -> None:
             log.info("data        %s of %s rows of %s have an empty %s, first row %s", count, len(table), *where)
 
 
-def dumps(value: object, place: Place) -> str:
+def to_json(value: object, place: Place) -> str:
     """JSON of a text, messages or tools, as tables keep them."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from torch.utils.data import ConcatDataset, Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, text_of
+from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate, EpochLoader
 from genai_pl.data.packing import PackedRows, Packer
-from genai_pl.data.streaming import StreamLoader, StreamRows
+from genai_pl.data.streaming import BatchStream, StreamLoader
 from genai_pl.data.tokenize import n_characters, split_text, tokenize
 from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
@@ -52,21 +52,21 @@ class TextDataModule(RowsDataModule):
         )
         self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
         self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
-        self.apart = separate_documents
+        self.separate_documents = separate_documents
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
-        self.source = sources.find(path)
+        self.source = sources.find_source(path)
         self.val_source = (
-            sources.find(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+            sources.find_source(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
         )
         self._tables: tuple[Table, Table] | None = None
 
     def documents(self) -> tuple["Table", "Table"]:
         """Training and validation documents; streamed ones are read as they come."""
         if self._tables is None:
-            table = sources.read(self.source, self.column, streaming=self.streaming)
+            table = sources.read_documents(self.source, self.column, streaming=self.streaming)
             if self.val_source:
-                self._tables = table, sources.read(self.val_source, self.column)
+                self._tables = table, sources.read_documents(self.val_source, self.column)
             elif self.streaming:
                 from datasets import Dataset
 
@@ -90,12 +90,12 @@ class TextDataModule(RowsDataModule):
     def _first(self, table: "IterableTable", n: int) -> list[str]:
         """The first texts of a stream."""
         rows = enumerate(table.take(n), start=1)
-        return [text_of(row["text"], Place(self.path, number, self.column)) for number, row in rows]
+        return [parse_text(row["text"], Place(self.path, number, self.column)) for number, row in rows]
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         """Tokenize and pack."""
         self.tokenizer, self.collate = tokenizer, collate
-        self.packing = {"overlap": collate.overlap, "apart": self.apart}
+        self.packing = {"overlap": collate.overlap, "separate": self.separate_documents}
         self.row_length = collate.row_length(self.seq_len)
         train, val = self.documents()
         if not self.streaming:
@@ -115,7 +115,7 @@ class TextDataModule(RowsDataModule):
     def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
         split = part if source is self.source and not (part == "train" and self.val_source) else "all"
         fraction = self.val_fraction if split != "all" else ""
-        content = sources.content_name(source, self.column, split, fraction)
+        content = sources.cache_name(source, self.column, split, fraction)
         return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
@@ -137,9 +137,9 @@ class TextDataModule(RowsDataModule):
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         if not self.streaming:
             return super().train_dataloader()
-        plan = self.plan()
+        plan = self.batch_plan()
         train, _ = self.documents()
-        rows = StreamRows(
+        rows = BatchStream(
             train,
             self.tokenizer,
             self.collate,

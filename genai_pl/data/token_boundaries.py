@@ -8,8 +8,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUIET = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
-AROUND = 64  # characters on both sides of a seam whose tokens are compared
+NO_WARNINGS = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
+CONTEXT_CHARACTERS = 64  # characters on both sides of a seam whose tokens are compared
 Tokens = tuple[list[int], np.ndarray]  # ids (n,), and the character at which each token begins (n,)
 
 
@@ -18,18 +18,20 @@ def encode_continuations(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
     return [ids for ids, _ in _encode(tokenizer, texts, continues=True)]
 
 
-def encode_with_seams(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, Sequence[int]]]) -> list[Tokens]:
+def encode_with_boundaries(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, Sequence[int]]]
+) -> list[Tokens]:
     """Tokens of each text, given with the places at which prompts end; it is cut where the prompt alone has other tokens."""
     encoded = _encode(tokenizer, [text for text, _ in texts], continues=False)
     known: dict[tuple[str, str], bool] = {}
     rows = []
     for (text, ends), (ids, starts) in zip(texts, encoded, strict=True):
-        cuts = [end for end in ends if 0 < end < len(text) and _is_seam(tokenizer, text, end, starts, known)]
-        rows.append(_encode_cut(tokenizer, text, cuts) if cuts else (ids, starts))
+        cuts = [end for end in ends if 0 < end < len(text) and _is_boundary(tokenizer, text, end, starts, known)]
+        rows.append(_encode_parts(tokenizer, text, cuts) if cuts else (ids, starts))
     return rows
 
 
-def _is_seam(
+def _is_boundary(
     tokenizer: "PreTrainedTokenizerBase",
     text: str,
     end: int,
@@ -40,15 +42,15 @@ def _is_seam(
     place = int(np.searchsorted(starts, end))
     if place == len(starts) or starts[place] != end:  # a token reaches over the seam
         return True
-    key = text[max(0, end - AROUND) : end], text[end]
+    key = text[max(0, end - CONTEXT_CHARACTERS) : end], text[end]
     if key not in known:
-        after = text[end : end + AROUND]
+        after = text[end : end + CONTEXT_CHARACTERS]
         together, before = (ids for ids, _ in _encode(tokenizer, [key[0] + after, key[0]], continues=False))
         known[key] = together[: len(before)] != before
     return known[key]
 
 
-def _encode_cut(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: Sequence[int]) -> Tokens:
+def _encode_parts(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: Sequence[int]) -> Tokens:
     """The tokens of the parts of a text, end to end."""
     first, *others = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, None], strict=True))
     parts = [*_encode(tokenizer, [first], continues=False), *_encode(tokenizer, others, continues=True)]
@@ -76,6 +78,6 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, conti
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Tokens]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, **QUIET)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, **NO_WARNINGS)
     rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [(ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]) for ids, offsets in rows]

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genai_pl.data.table_store import keep_encoded
-from genai_pl.data.tokenizer import end_token, fingerprint, without_limits
+from genai_pl.data.table_store import cached_encoding
+from genai_pl.data.tokenizer import end_token, fingerprint, without_truncation
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Encoder = Callable[[str], list[int]]
-PIECE = 1 << 16  # characters; a long document is tokenized in pieces so that cores share it
+EncodeText = Callable[[str], list[int]]
+CHUNK = 1 << 16  # characters; a long document is tokenized in pieces so that cores share it
 LINE_END = re.compile(r"(?<=\S)\r?\n(?=\S)")
-TRIES = 64  # line ends that are tried for a cut
-AROUND = 256  # characters on both sides of a cut whose tokens are compared
+MAX_TRIES = 64  # line ends that are tried for a cut
+CONTEXT_CHARACTERS = 256  # characters on both sides of a cut whose tokens are compared
 
 
 def split_text(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
@@ -59,15 +59,15 @@ def tokenize(
     """
     end = [end_token(tokenizer)] if end_of_text and end_token(tokenizer) is not None else []
     name = hashlib.blake2b(f"4/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
-    return keep_encoded("tokens", name, documents, encode_batch, batch_size=256, tokenizer=tokenizer, end=end)
+    return cached_encoding("tokens", name, documents, encode_batch, batch_size=256, tokenizer=tokenizer, end=end)
 
 
 def encode_batch(
     batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", end: list[int]
 ) -> dict[str, list[np.ndarray]]:
     """Token ids of each text of the batch; the pieces of all texts are encoded in parallel."""
-    encode = encoder(without_limits(tokenizer))  # which a call that cuts may have left behind
-    pieces = [split_pieces(text or "", encode) for text in batch["text"]]
+    encode = chunk_encoder(without_truncation(tokenizer))  # which a call that cuts may have left behind
+    pieces = [split_chunks(text or "", encode) for text in batch["text"]]
     flat = [piece for document in pieces for piece in document]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     rows = []
@@ -77,7 +77,7 @@ def encode_batch(
     return {"input_ids": rows}
 
 
-def encoder(tokenizer: "PreTrainedTokenizerBase") -> Encoder | None:
+def chunk_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeText | None:
     """Tokens of a short text; None for tokenizers without a pre-tokenizer, whose tokens may reach from line to line."""
     backend = tokenizer.backend_tokenizer
     if backend.pre_tokenizer is None:
@@ -85,16 +85,16 @@ def encoder(tokenizer: "PreTrainedTokenizerBase") -> Encoder | None:
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
-def split_pieces(text: str, encode: Encoder | None) -> list[str]:
-    """The text in pieces of about PIECE characters whose tokens, end to end, are those of the whole; a short text is one.
+def split_chunks(text: str, encode: EncodeText | None) -> list[str]:
+    """The text in pieces of about CHUNK characters whose tokens, end to end, are those of the whole; a short text is one.
 
     A piece ends with a line whose neighbour begins right after it: white space on both sides of a cut may be one token.
     Whether the tokens around a cut are the same with and without it is tried: they are not where a tokenizer changes the
     beginning of every text, as SentencePiece's do.
     """
     pieces, start = [], 0
-    while len(text) - start > PIECE:
-        cut = find_cut(text, start + PIECE, encode)
+    while len(text) - start > CHUNK:
+        cut = find_split(text, start + CHUNK, encode)
         if cut is None:
             break
         pieces.append(text[start:cut])
@@ -102,13 +102,13 @@ def split_pieces(text: str, encode: Encoder | None) -> list[str]:
     return [*pieces, text[start:]] if start < len(text) else pieces
 
 
-def find_cut(text: str, first: int, encode: Encoder | None) -> int | None:
+def find_split(text: str, first: int, encode: EncodeText | None) -> int | None:
     """The first place from `first` on where the text can be cut; None if there is none, or the first few do not do."""
     if encode is None:
         return None
-    for match, _ in zip(LINE_END.finditer(text, first), range(TRIES), strict=False):
+    for match, _ in zip(LINE_END.finditer(text, first), range(MAX_TRIES), strict=False):
         cut = match.end()
-        before, after = text[cut - AROUND : cut], text[cut : cut + AROUND]
+        before, after = text[cut - CONTEXT_CHARACTERS : cut], text[cut : cut + CONTEXT_CHARACTERS]
         if encode(before + after) == encode(before) + encode(after):
             return cut
     return None

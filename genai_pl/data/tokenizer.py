@@ -20,7 +20,7 @@ SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # as T5 names them
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as Qwen2.5 names them
 
 # of one call, of one place, or of a class that is not written: nothing that belongs to the tokenizer
-PASSING = {
+TRANSIENT_KEYS = {
     *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "padding", "truncation"),
     *("is_local", "local_files_only", "mistral_format", "backend"),
     *("auto_map", "add_bos_token", "add_eos_token"),
@@ -74,7 +74,7 @@ def _wrap(tokenizer: "Tokenizer", *, use_regex: bool) -> "PreTrainedTokenizerBas
     )
 
 
-def add_missing(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str]) -> None:
+def add_missing_tokens(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str]) -> None:
     """Give the tokenizer the tokens of these kinds (mask, sentinels, fim) that it lacks."""
     names = {"sentinels": SENTINELS, "fim": FIM}
     for kind in needs:
@@ -91,7 +91,7 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
-def without_limits(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+def without_truncation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """The same tokenizer, which cuts and pads nothing: a call that asks for either leaves it so until the next one."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -102,14 +102,14 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A name for what the tokenizer makes of texts and conversations, the same in every process."""
     kinds = sorted(tokenizer.special_tokens_map.items())
     state = f"{tokenizer.split_special_tokens}{kinds}{tokenizer.chat_template}"
-    return hashlib.blake2b((_state(tokenizer) + state).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b((_serialized(tokenizer) + state).encode(), digest_size=8).hexdigest()
 
 
-def _state(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _serialized(tokenizer: "PreTrainedTokenizerBase") -> str:
     """tokenizer.json as it will be once it has been read: of some scores of pieces tokenizers reads a last digit wrongly."""
     from tokenizers import Tokenizer
 
-    state = without_limits(tokenizer).backend_tokenizer.to_str()
+    state = without_truncation(tokenizer).backend_tokenizer.to_str()
     scored = type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
     return Tokenizer.from_str(state).to_str() if scored else state
 
@@ -146,7 +146,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     for template in templates:
         if PurePosixPath(template).name != template:
             raise CheckpointError(f"{name}: a chat template is called {template!r}, which is no name of a file")
-    return without_limits(tokenizer)
+    return without_truncation(tokenizer)
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -155,10 +155,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     The class is the one that builds nothing of its own; what other classes have for defaults is written out.
     """
     with naming(folder):
-        without_limits(tokenizer).save_pretrained(folder)
+        without_truncation(tokenizer).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
-    values = {name: value for name, value in saved.items() if name not in PASSING}
+    values = {name: value for name, value in saved.items() if name not in TRANSIENT_KEYS}
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": list(tokenizer.model_input_names),
@@ -175,16 +175,16 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def is_read_alike(tokenizer: "PreTrainedTokenizerBase", model_type: str) -> bool:
+def reloads_unchanged(tokenizer: "PreTrainedTokenizerBase", model_type: str) -> bool:
     """Whether AutoTokenizer finds this tokenizer beside a config.json of that type: for some it builds another one."""
     with tempfile.TemporaryDirectory() as name:
         save_tokenizer(tokenizer, Path(name))
         (Path(name) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         read = pretrained_tokenizer(name)
-    return _state(read) == _state(tokenizer)
+    return _serialized(read) == _serialized(tokenizer)
 
 
-def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     """The text files that `save_tokenizer` writes, by their path in the folder: what a checkpoint carries."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,8 +193,8 @@ def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
         return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
-def from_files(files: Mapping[str, str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that `files_of` described; CheckpointError for a path that leads out of the folder."""
+def tokenizer_from_files(files: Mapping[str, str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer that `tokenizer_files` described; CheckpointError for a path that leads out of the folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path, text in files.items():

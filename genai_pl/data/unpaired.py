@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from genai_pl.data.columns import Place, label_of
+from genai_pl.data.columns import Place, parse_label
 from genai_pl.data.loader import BatchPlan
-from genai_pl.data.messages import given_of, split_answers, texts_in
-from genai_pl.data.messages_datamodule import MessagesDataModule, prompt_of, tools_argument
+from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
+from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
@@ -34,8 +34,8 @@ class UnpairedDataModule(MessagesDataModule):
     """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
 
     kind = "unpaired"
-    least_rows = 2
-    kinds: ClassVar[dict[str, str]] = {**MessagesDataModule.kinds, "label": "label"}
+    min_batch_rows = 2
+    cell_kinds: ClassVar[dict[str, str]] = {**MessagesDataModule.cell_kinds, "label": "label"}
 
     def __init__(self, *, prompt: str, completion: str, label: str, **rest: object) -> None:
         super().__init__(**rest)
@@ -44,10 +44,10 @@ class UnpairedDataModule(MessagesDataModule):
     def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def plan(self) -> BatchPlan:
-        plan = super().plan()
+    def batch_plan(self) -> BatchPlan:
+        plan = super().batch_plan()
         smallest = min(plan.batch_size, len(self.train_rows) - plan.batch_size * (plan.world_size - 1))
-        if smallest < self.least_rows:
+        if smallest < self.min_batch_rows:
             raise ConfigError(
                 f"data.batch_size={plan.batch_size} gives a process {max(smallest, 0)} of {len(self.train_rows)} rows: "
                 "KTO compares a completion with another row's of the batch; it needs 2 rows or more"
@@ -55,18 +55,18 @@ class UnpairedDataModule(MessagesDataModule):
         return plan
 
     def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        said = given_of(row.get(roles["completion"]), place._replace(column=roles["completion"]))
-        prompt, (completion,) = split_answers(prompt_of(row, roles["prompt"], place), [said], place)
-        label = label_of(row.get(roles["label"]), place._replace(column=roles["label"]))
+        said = text_or_messages(row.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = extract_prompt(parse_prompt(row, roles["prompt"], place), [said], place)
+        label = parse_label(row.get(roles["label"]), place._replace(column=roles["label"]))
         return {"prompt": prompt, "completion": completion, "label": label}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
         parts = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
-        return train_bpe((text for part in parts for text in texts_in(part)), vocab_size)
+        return train_bpe((text for part in parts for text in message_texts(part)), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        found = self.encoded(table, self.encoding(table, "prompt", "completion"), tokenize_completions)
+        found = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)
         columns = (as_arrays(found, "prompt"), as_arrays(found, "completion"), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
@@ -77,4 +77,4 @@ class UnpairedDataModule(MessagesDataModule):
         return {"prompt": kept, "completion": completion, "label": label}
 
     def prompt(self) -> str:
-        return self.text(json.loads(self.tables()[1][0]["prompt"]))
+        return self.render(json.loads(self.tables()[1][0]["prompt"]))

@@ -1,12 +1,12 @@
 """How well a model predicts or judges: texts become rows, rows get log-likelihoods or scores, those become metrics."""
 
-from genai_pl.evaluation.choices import Question, choice_metrics, choice_rows
-from genai_pl.evaluation.embeddings import judge
-from genai_pl.evaluation.examples import Kind, naming, read_examples
+from genai_pl.evaluation.choices import Question, choice_metrics, choice_windows
+from genai_pl.evaluation.embeddings import reward_scores
+from genai_pl.evaluation.examples import Kind, name_path_in_errors, read_examples
 from genai_pl.evaluation.metrics import Metrics, completion_metrics, text_metrics
-from genai_pl.evaluation.preferences import conversation_rows, pair_metrics, pair_rows, share
+from genai_pl.evaluation.preferences import conversation_windows, pair_metrics, pair_windows, win_rate
 from genai_pl.evaluation.scoring import Scores, score
-from genai_pl.evaluation.windows import ScoredWindow, completion_rows, text_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_windows, text_windows
 
 __all__ = [
     "Kind",
@@ -15,17 +15,17 @@ __all__ = [
     "ScoredWindow",
     "Scores",
     "choice_metrics",
-    "choice_rows",
+    "choice_windows",
     "completion_metrics",
-    "completion_rows",
-    "conversation_rows",
-    "judge",
-    "naming",
+    "completion_windows",
+    "conversation_windows",
+    "reward_scores",
+    "name_path_in_errors",
     "pair_metrics",
-    "pair_rows",
+    "pair_windows",
     "read_examples",
     "score",
-    "share",
+    "win_rate",
     "text_metrics",
-    "text_rows",
+    "text_windows",
 ]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from genai_pl.data.columns import view
+from genai_pl.data.columns import preview
 from genai_pl.errors import DataError
 from genai_pl.evaluation.metrics import Metrics, with_interval
-from genai_pl.evaluation.windows import ScoredWindow, completion_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,34 +32,34 @@ def read_question(
     """
     if len(choices) < 2 or not all(choice.strip() for choice in choices):
         raise DataError(f"{place}: choices must be a list of two or more texts")
-    meant = meanings(choices, answer) | (set() if number is None else meanings(choices, number))
+    meant = matching_choices(choices, answer) | (set() if number is None else matching_choices(choices, number))
     if not meant:
         raise DataError(
-            f"{place}: answer {view(answer)} is not the number (from 0), letter or text of one of {len(choices)} choices"
+            f"{place}: answer {preview(answer)} is not the number (from 0), letter or text of one of {len(choices)} choices"
         )
     if len(meant) > 1:
-        raise DataError(f"{place}: answer {view(answer)} stands for several choices: give the number of one, from 0")
+        raise DataError(f"{place}: answer {preview(answer)} stands for several choices: give the number of one, from 0")
     return Question(prompt, list(choices), meant.pop())
 
 
-def read_labelled(
+def read_labelled_question(
     place: object, prompt: str, choices: Sequence[str], labels: Sequence[str], answer: object
 ) -> Question:
     """The question whose choices have labels, one of which is the answer: as ARC and CommonsenseQA have them."""
     answer = str(answer)
     if len(labels) != len(choices) or len(set(labels)) < len(labels):
-        raise DataError(f"{place}: {len(choices)} choices with the labels {view(list(labels))}: give each its own")
+        raise DataError(f"{place}: {len(choices)} choices with the labels {preview(list(labels))}: give each its own")
     if answer not in labels:
-        raise DataError(f"{place}: answer {view(answer)} is none of the labels {', '.join(labels)}")
+        raise DataError(f"{place}: answer {preview(answer)} is none of the labels {', '.join(labels)}")
     return read_question(place, prompt, choices, labels.index(answer))
 
 
-def meanings(choices: Sequence[str], answer: object) -> set[int]:
+def matching_choices(choices: Sequence[str], answer: object) -> set[int]:
     """Which choices a number, a letter or a text may stand for.
 
-    >>> meanings(["red", "blue"], 1), meanings(["red", "blue"], "B"), meanings(["red", "blue"], "blue")
+    >>> matching_choices(["red", "blue"], 1), matching_choices(["red", "blue"], "B"), matching_choices(["red", "blue"], "blue")
     ({1}, {1}, {1})
-    >>> meanings(["red", "blue"], "C")
+    >>> matching_choices(["red", "blue"], "C")
     set()
     """
     if isinstance(answer, str):
@@ -70,7 +70,7 @@ def meanings(choices: Sequence[str], answer: object) -> set[int]:
     return {answer} & set(range(len(choices))) if whole else set()
 
 
-def choice_rows(
+def choice_windows(
     questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, bos: bool | None = None
 ) -> list[ScoredWindow]:
     """A row for each choice of each question in turn; a space goes before a choice that no whitespace keeps apart."""
@@ -81,7 +81,7 @@ def choice_rows(
             owners.append(n)
             prompts.append(prompt)
             completions.append(choice if apart else f" {choice}")
-    return completion_rows(prompts, completions, tokenizer, seq_len=seq_len, bos=bos, owners=owners)
+    return completion_windows(prompts, completions, tokenizer, seq_len=seq_len, bos=bos, owners=owners)
 
 
 def choice_metrics(nll: Tensor, questions: Sequence[Question]) -> Metrics:
@@ -94,8 +94,8 @@ def choice_metrics(nll: Tensor, questions: Sequence[Question]) -> Metrics:
     losses = nll.split([len(question.choices) for question in questions])
     for loss, question in zip(losses, questions, strict=True):
         sizes = torch.tensor([len(choice.encode()) for choice in question.choices])
-        plain.append(credit(loss, question.answer))
-        per_byte.append(credit(loss / sizes, question.answer))
+        plain.append(tie_credit(loss, question.answer))
+        per_byte.append(tie_credit(loss / sizes, question.answer))
     n = len(questions)
     return {
         **with_interval("accuracy", sum(plain) / n, n),
@@ -104,10 +104,10 @@ def choice_metrics(nll: Tensor, questions: Sequence[Question]) -> Metrics:
     }
 
 
-def credit(losses: Tensor, answer: int) -> float:
+def tie_credit(losses: Tensor, answer: int) -> float:
     """1 where the answer alone has the least loss, 1/k where k choices have it, else 0.
 
-    >>> credit(torch.tensor([3.0, 1.0]), 1), credit(torch.tensor([1.0, 1.0]), 1), credit(torch.tensor([1.0, 3.0]), 1)
+    >>> tie_credit(torch.tensor([3.0, 1.0]), 1), tie_credit(torch.tensor([1.0, 1.0]), 1), tie_credit(torch.tensor([1.0, 3.0]), 1)
     (1.0, 0.5, 0.0)
     """
     best = losses == losses.min()

@@ -15,7 +15,7 @@ from genai_pl.config.model import ModelConfig
 from genai_pl.data.text_tokens import encode_texts, lowercase_texts
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.scoring import batches, score
-from genai_pl.evaluation.windows import ScoredWindow, completion_rows, text_rows
+from genai_pl.evaluation.windows import ScoredWindow, completion_windows, text_windows
 from genai_pl.models import Model
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.pooling import POOLINGS, scores
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192  # padding included
-Rows = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int]]
 
 
-def find_head(
-    wanted: str | None, path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig
+def find_sentence_head(
+    pooling: str | None, path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig
 ) -> SentenceHead:
     """How a model makes one vector of a text: by a pooling that is asked for, else as its folder says or its shape suggests."""
-    if wanted is not None and wanted not in POOLINGS:
-        raise ConfigError(f"pooling={wanted} is not one of {', '.join(POOLINGS)}")
-    head = described_head(path, tokenizer, config)
+    if pooling is not None and pooling not in POOLINGS:
+        raise ConfigError(f"pooling={pooling} is not one of {', '.join(POOLINGS)}")
+    head = saved_sentence_head(path, tokenizer, config)
     if head is None:
         kind = "mean" if config.shape is Shape.encoder else "last"
         head = default_head(kind, n_embd=config.n_embd, max_length=None, closes=True)
         if (path / POOLING).is_file():
             head = head.with_settings(POOLING, read_json(path / POOLING))
-    return (head if wanted is None else head.with_pooling(wanted)).eval()
+    return (head if pooling is None else head.with_pooling(pooling)).eval()
 
 
-def described_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> SentenceHead | None:
+def saved_sentence_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> SentenceHead | None:
     """The head that a folder or checkpoint tells sentence-transformers of, None if none; the tokenizer then writes lower case
     where that is said too.
     """
-    head = _read(path, config.n_embd)
+    head = _read_head(path, config.n_embd)
     if head is None:
         return None
     if head.max_length is None:  # sentence-transformers 6 keeps it with the tokenizer
@@ -60,7 +60,7 @@ def described_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: Mod
     return head
 
 
-def _read(path: Path, n_embd: int) -> SentenceHead | None:
+def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
     """The head that belongs to a folder, to the base of an adapter, or to a checkpoint."""
     if is_checkpoint(path):
         contents = read_checkpoint(path)
@@ -91,7 +91,7 @@ def encode_sentences(
 
 
 @torch.inference_mode()
-def embed(model: Model, rows: Rows, head: SentenceHead) -> Tensor:
+def embed(model: Model, rows: TokenRows, head: SentenceHead) -> Tensor:
     """Vectors (N, D) of rows of tokens, float32 on the CPU."""
     found = torch.empty(len(rows), head.size)
     for batch, input_ids, segment_ids in _padded(model, rows, BATCH_TOKENS):
@@ -101,9 +101,9 @@ def embed(model: Model, rows: Rows, head: SentenceHead) -> Tensor:
 
 
 @torch.inference_mode()
-def judge(
+def reward_scores(
     model: Model,
-    rows: Rows,
+    rows: TokenRows,
     *,
     batch_tokens: int = BATCH_TOKENS,
     on_batch: Callable[[int], object] | None = None,
@@ -121,7 +121,7 @@ def logprobs(
     model: Model, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str] | None, texts: Sequence[str]
 ) -> list[tuple[float, int]]:
     """Log-probability in nats of each text, and of how many tokens: after its prompt, or after a bos if the tokenizer has one."""
-    rows, owners = logprob_rows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
+    rows, owners = logprob_windows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
     totals, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     found = score(model, rows, batch_tokens=BATCH_TOKENS)
     for n, row, nll in zip(owners, rows, found.nll.tolist(), strict=True):
@@ -130,7 +130,7 @@ def logprobs(
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
-def logprob_rows(
+def logprob_windows(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str] | None,
     texts: Sequence[str],
@@ -142,13 +142,13 @@ def logprob_rows(
     if prompts is not None:
         owners = list(range(first, first + len(texts)))
         named = [n + 1 for n in owners]  # in what an error says
-        return completion_rows(prompts, texts, tokenizer, seq_len=seq_len, owners=named), owners
-    per_text = [text_rows([text], tokenizer, seq_len=seq_len) for text in texts]
+        return completion_windows(prompts, texts, tokenizer, seq_len=seq_len, owners=named), owners
+    per_text = [text_windows([text], tokenizer, seq_len=seq_len) for text in texts]
     owners = [n for n, one in enumerate(per_text, start=first) for _ in one]
     return [row for one in per_text for row in one], owners
 
 
-def _padded(model: Model, rows: Rows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _padded(model: Model, rows: TokenRows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Which rows, and input_ids and segment_ids (B, T) of them, padded on the right."""
     device = model.embed.weight.device
     for batch in batches([len(row) for row in rows], batch_tokens):

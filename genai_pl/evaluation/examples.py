@@ -8,21 +8,29 @@ from itertools import count, islice
 from typing import NamedTuple
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, json_of, list_of, text_of
-from genai_pl.data.messages import Given, Message, given_of, messages_of, split_answers, tools_of, with_system
-from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, prompt_of
+from genai_pl.data.columns import Place, parse_json, parse_list, parse_text
+from genai_pl.data.messages import (
+    Message,
+    TextOrMessages,
+    extract_prompt,
+    parse_messages,
+    parse_tools,
+    prepend_system,
+    text_or_messages,
+)
+from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, parse_prompt
 from genai_pl.data.records import Record
 from genai_pl.errors import DataError
-from genai_pl.evaluation.choices import Question, read_labelled, read_question
+from genai_pl.evaluation.choices import Question, read_labelled_question, read_question
 
 log = logging.getLogger(__name__)
 
 
 class Conversation(NamedTuple):
-    """Messages, of which what assistants say after the first `n_given` is scored, and the tools that they may call."""
+    """Messages, of which what assistants say after the first `n_prompt` is scored, and the tools that they may call."""
 
     messages: list[Message]
-    n_given: int
+    n_prompt: int
     tools: list[Message]
 
 
@@ -35,17 +43,17 @@ class Kind(Enum):
     preferences = ("prompt", "chosen", "rejected", "tools", "system")
     choices = ("prompt", "choices", "answer")
     questions = ("question", "choices", "answer")
-    lettered = ("question", "choices", "answerKey")  # ARC on the hub
+    labelled = ("question", "choices", "answerKey")  # ARC on the hub
     conversations = ("messages", "tools", "system")
     completions = ("prompt", "completion", "tools", "system")
     pairs = ("chosen", "rejected", "tools", "system")  # preferences that begin with their prompt
-    talks = ("conversations", "tools", "system")  # ShareGPT
+    share_gpt = ("conversations", "tools", "system")  # ShareGPT
     instructions = (INSTRUCTION, OUTPUT, INPUT, CONTEXT)  # Alpaca
     text = ("text",)
 
 
-MEANT = {Kind.questions: Kind.choices, Kind.lettered: Kind.choices, Kind.pairs: Kind.preferences}
-MEANT |= {Kind.talks: Kind.conversations, Kind.instructions: Kind.completions}
+CANONICAL_KINDS = {Kind.questions: Kind.choices, Kind.labelled: Kind.choices, Kind.pairs: Kind.preferences}
+CANONICAL_KINDS |= {Kind.share_gpt: Kind.conversations, Kind.instructions: Kind.completions}
 
 
 def read_examples(
@@ -55,7 +63,7 @@ def read_examples(
 
     `column` names the column of a text. With `last_word` a text becomes a prompt and its last word the completion.
     """
-    source = sources.shipped_validation(path) or sources.find(path)
+    source = sources.shipped_validation(path) or sources.find_source(path)
     found = sources.column_names(source)
     if column is None and not last_word:
         kind = find_kind(path, found)
@@ -63,25 +71,25 @@ def read_examples(
     else:
         kind, names = Kind.text, [column or "text"]
         sources.check_columns(source, found, {"data.column": names[0]})
-    read = READ[kind]
+    read = READERS[kind]
     rows = [
         read(place, {name: row.get(name) for name in names})
-        for place, row in islice(sources.rows(source, names), limit)
+        for place, row in islice(sources.read_records(source, names), limit)
     ]
     if not rows:
         raise DataError(f"data.path={path}: no rows")
-    kind = MEANT.get(kind, kind)
+    kind = CANONICAL_KINDS.get(kind, kind)
     if kind is Kind.choices:
         return kind, [rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     if kind is Kind.completions:
         if isinstance(columns[0][0], str):
             return kind, columns[:2]
-        with naming(path):
-            return Kind.conversations, [[*map(_continued, count(1), *columns)]]
+        with name_path_in_errors(path):
+            return Kind.conversations, [[*map(_given_conversation, count(1), *columns)]]
     if last_word:
-        with naming(path):
-            return Kind.completions, last_words(columns[0])
+        with name_path_in_errors(path):
+            return Kind.completions, split_last_words(columns[0])
     if kind is Kind.text and (empty := [n for n, text in enumerate(columns[0], start=1) if not text]):
         log.warning("data        %s of %s texts are empty, first row %s", len(empty), len(rows), empty[0])
     return kind, columns
@@ -89,36 +97,36 @@ def read_examples(
 
 def read_texts(place: Place, row: Record) -> list[str]:
     """The texts of a row."""
-    return [text_of(cell, place._replace(column=name)) for name, cell in row.items()]
+    return [parse_text(cell, place._replace(column=name)) for name, cell in row.items()]
 
 
-def read_pair(place: Place, row: Record) -> list[Given]:
+def read_pair(place: Place, row: Record) -> list[TextOrMessages]:
     """Prompt, chosen and rejected answer of a row, as in training, and the tools that may be called in it."""
-    return _split(place, row, "chosen", "rejected")
+    return _split_answers(place, row, "chosen", "rejected")
 
 
 def read_conversation(place: Place, row: Record) -> list[Conversation]:
     """The conversation of a row."""
     name = "messages" if "messages" in row else "conversations"
-    messages = with_system(
-        messages_of(row[name], place._replace(column=name)), row.get("system"), place._replace(column="system")
+    messages = prepend_system(
+        parse_messages(row[name], place._replace(column=name)), row.get("system"), place._replace(column="system")
     )
-    return [Conversation(messages, 0, tools_of(row.get("tools"), place._replace(column="tools")))]
+    return [Conversation(messages, 0, parse_tools(row.get("tools"), place._replace(column="tools")))]
 
 
-def read_completion(place: Place, row: Record) -> list[Given]:
+def read_completion(place: Place, row: Record) -> list[TextOrMessages]:
     """Prompt and completion of a row, texts or the messages of both, and the tools that may be called in it."""
-    return _split(place, row, "completion" if "completion" in row else OUTPUT)
+    return _split_answers(place, row, "completion" if "completion" in row else OUTPUT)
 
 
-def _split(place: Place, row: Record, *columns: str) -> list[Given]:
+def _split_answers(place: Place, row: Record, *columns: str) -> list[TextOrMessages]:
     """The prompt of a row, if it has one, and its answers."""
     asked = next((name for name in ("prompt", INSTRUCTION) if name in row), None)
-    answers = [given_of(row[name], place._replace(column=name)) for name in columns]
-    prompt, answers = split_answers(prompt_of(row, asked, place) if asked else None, answers, place)
+    answers = [text_or_messages(row[name], place._replace(column=name)) for name in columns]
+    prompt, answers = extract_prompt(parse_prompt(row, asked, place) if asked else None, answers, place)
     if not isinstance(prompt, str):
-        prompt = with_system(prompt, row.get("system"), place._replace(column="system"))
-    tools = [] if isinstance(prompt, str) else tools_of(row.get("tools"), place._replace(column="tools"))
+        prompt = prepend_system(prompt, row.get("system"), place._replace(column="system"))
+    tools = [] if isinstance(prompt, str) else parse_tools(row.get("tools"), place._replace(column="tools"))
     return [prompt, *answers, tools]
 
 
@@ -126,21 +134,21 @@ def read_choice(place: Place, row: Record) -> Question:
     """The question of a row, which is asked as ARC is where it is called that."""
     names = list(row)
     question, choices, answer = row.values()
-    question = text_of(question, place._replace(column=names[0]))
+    question = parse_text(question, place._replace(column=names[0]))
     asked = f"Question: {question}\nAnswer:" if names[0] == "question" else question
     spot = place._replace(column=names[1])
-    choices = json_of(choices, spot) if isinstance(choices, str) else choices
+    choices = parse_json(choices, spot) if isinstance(choices, str) else choices
     if isinstance(choices, Mapping):
-        return read_labelled(
-            place, asked, *(list_of(choices.get(key), spot, text_of) for key in ("text", "label")), answer
+        return read_labelled_question(
+            place, asked, *(parse_list(choices.get(key), spot, parse_text) for key in ("text", "label")), answer
         )
-    choices = list_of(choices, spot, text_of)
+    choices = parse_list(choices, spot, parse_text)
     if place.name.lower().endswith(".csv") and isinstance(answer, str):  # all cells of a csv are texts
         return read_question(place, asked, choices, answer, number=int(answer) if answer.isdecimal() else None)
     return read_question(place, asked, choices, answer)
 
 
-def _continued(n: int, prompt: Given, said: Given, tools: list[Message]) -> Conversation:
+def _given_conversation(n: int, prompt: TextOrMessages, said: TextOrMessages, tools: list[Message]) -> Conversation:
     """The conversation of row n, of which the prompt is given."""
     if isinstance(prompt, str):
         raise DataError(f"row {n}: the prompt of the first row is messages, this one a text: give all the same way")
@@ -148,14 +156,14 @@ def _continued(n: int, prompt: Given, said: Given, tools: list[Message]) -> Conv
     return Conversation([*prompt, *answer], len(prompt), tools)
 
 
-READ = {
+READERS = {
     Kind.preferences: read_pair,
     Kind.pairs: read_pair,
     Kind.choices: read_choice,
     Kind.questions: read_choice,
-    Kind.lettered: read_choice,
+    Kind.labelled: read_choice,
     Kind.conversations: read_conversation,
-    Kind.talks: read_conversation,
+    Kind.share_gpt: read_conversation,
     Kind.completions: read_completion,
     Kind.instructions: read_completion,
     Kind.text: read_texts,
@@ -174,10 +182,10 @@ def find_kind(path: str, found: Sequence[str]) -> Kind:
     )
 
 
-def last_words(texts: Sequence[str]) -> list[list[str]]:
+def split_last_words(texts: Sequence[str]) -> list[list[str]]:
     """Each text up to its last word, and that with the whitespace before it (LAMBADA: Paperno et al. 2016).
 
-    >>> last_words(["I met him at the docks"])
+    >>> split_last_words(["I met him at the docks"])
     [['I met him at the'], [' docks']]
     """
     prompts = []
@@ -190,7 +198,7 @@ def last_words(texts: Sequence[str]) -> list[list[str]]:
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
+def name_path_in_errors(path: str) -> Iterator[None]:
     """Puts the option in front of what is wrong with a row."""
     try:
         yield

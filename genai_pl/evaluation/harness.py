@@ -43,7 +43,7 @@ def run_tasks(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
-    check_names(tasks, manager.all_tasks)
+    check_task_names(tasks, manager.all_tasks)
     model = HFLM(
         str(folder),
         device=str(device),
@@ -60,13 +60,13 @@ def run_tasks(
         if error.errno in DISK_FULL:
             raise
         raise DataError(f"tasks={','.join(tasks)}: its data cannot be had ({str(error).splitlines()[0]})") from None
-    return flat(found["results"])
+    return flatten_results(found["results"])
 
 
-def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
     """ConfigError for what is neither a task nor a YAML file.
 
-    >>> check_names(["arc_esy"], ["arc_easy", "lambada_openai"])
+    >>> check_task_names(["arc_esy"], ["arc_easy", "lambada_openai"])
     Traceback (most recent call last):
     genai_pl.errors.ConfigError: tasks=arc_esy: no such task of lm-eval, nor a .yaml file; did you mean arc_easy?
     """
@@ -78,10 +78,10 @@ def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         raise ConfigError(f"tasks={task}: no such task of lm-eval, nor a .yaml file{meant}")
 
 
-def flat(results: Mapping[str, Mapping[str, object]]) -> Metrics:
+def flatten_results(results: Mapping[str, Mapping[str, object]]) -> Metrics:
     """Every number of the tasks by the name TASK/METRIC, with /FILTER where there is one.
 
-    >>> flat({"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}, "sums": {"exact_match,strict": 0.2}})
+    >>> flatten_results({"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1}, "sums": {"exact_match,strict": 0.2}})
     {'arc/acc': 0.5, 'arc/acc_stderr': 0.1, 'sums/exact_match/strict': 0.2}
     """
     found = {}

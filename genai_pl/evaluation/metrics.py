@@ -22,7 +22,7 @@ def text_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequ
     """
     n_tokens = sum(row.n_scored for row in rows)
     table = np.asarray(token_bytes)
-    n_bytes = sum(int(table[row.tokens[row.n_given :]].sum()) for row in rows)
+    n_bytes = sum(int(table[row.tokens[row.n_context :]].sum()) for row in rows)
     total = scores.nll.sum()
     loss = total / n_tokens
     return {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def judged_tokens(
+def reward_tokens(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str | Messages],
     completions: Sequence[str],
@@ -47,7 +47,7 @@ def _examples(
     return [encode_completion(tokenizer, *row) for row in rows]
 
 
-def pair_rows(
+def pair_windows(
     prompts: Sequence[object],
     completions: Sequence[object],
     tokenizer: "PreTrainedTokenizerBase",
@@ -63,18 +63,18 @@ def pair_rows(
     room = seq_len if judges else seq_len + 1
     rows = []
     for n, example in enumerate(_examples(tokenizer, prompts, completions, tools), start=1):
-        n_given = example.n_given
-        if n_given < 1:
+        n_prompt = example.n_prompt
+        if n_prompt < 1:
             raise DataError(f"row {n}: an empty prompt")
-        n_scored = len(example.input_ids) - n_given
+        n_scored = len(example.input_ids) - n_prompt
         if n_scored >= room:
             raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
         kept = example.input_ids[-room:]
-        rows.append(ScoredWindow(kept, len(kept) - n_scored, cut=len(kept) < len(example.input_ids)))
+        rows.append(ScoredWindow(kept, len(kept) - n_scored, truncated=len(kept) < len(example.input_ids)))
     return rows
 
 
-def conversation_rows(
+def conversation_windows(
     conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
 ) -> list[ScoredWindow]:
     """A row for each turn of an assistant that training would learn, given all before it; cut on the left to seq_len."""
@@ -87,7 +87,7 @@ def conversation_rows(
                 raise DataError(f"row {n}: an answer has {end - start} tokens, more than the context of {seq_len}")
             kept = ids[max(0, end - seq_len - 1) : end]
             if start:  # nothing precedes the first token of all
-                rows.append(ScoredWindow(kept, len(kept) - (end - start), cut=len(kept) < end))
+                rows.append(ScoredWindow(kept, len(kept) - (end - start), truncated=len(kept) < end))
     return rows
 
 
@@ -99,14 +99,14 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str,
     """
     longer = (lengths[:, 0] - lengths[:, 1]).double()
     return {
-        **with_interval("accuracy", share(chosen - rejected), len(chosen)),
+        **with_interval("accuracy", win_rate(chosen - rejected), len(chosen)),
         "margin": (chosen - rejected).mean().item(),
-        "longer_is_better": share(longer),
+        "longer_is_better": win_rate(longer),
         "length_correlation": correlation(chosen - rejected, longer),
     }
 
 
-def share(difference: Tensor) -> float:
+def win_rate(difference: Tensor) -> float:
     """How many differences (N,) are positive, as a share; 0 counts half."""
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
 

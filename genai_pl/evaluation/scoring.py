@@ -31,7 +31,7 @@ def score(
 
     Rows of like length share a batch of at most `batch_tokens` tokens, padding included.
     """
-    _check_vocabulary(model, rows)
+    _check_vocab_size(model, rows)
     nll = torch.zeros(len(rows), dtype=torch.float64)
     hits = torch.zeros(len(rows), dtype=torch.long)
     confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
@@ -64,7 +64,7 @@ def collate(rows: Sequence[ScoredWindow], device: torch.device) -> tuple[Tensor,
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens = torch.from_numpy(row.tokens).long()
         input_ids[b, :length] = tokens[:-1]
-        labels[b, row.n_given - 1 : length] = tokens[row.n_given :]
+        labels[b, row.n_context - 1 : length] = tokens[row.n_context :]
     padded = min(lengths) < T
     segments = (torch.arange(T) < torch.tensor(lengths)[:, None]).long().to(device) if padded else None
     return input_ids.to(device), labels.to(device), segments
@@ -98,7 +98,7 @@ def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tenso
     return torch.cat(nll).cpu(), torch.cat(confidence).cpu(), torch.cat(correct).cpu()
 
 
-def _check_vocabulary(model: Decoder, rows: Sequence[ScoredWindow]) -> None:
+def _check_vocab_size(model: Decoder, rows: Sequence[ScoredWindow]) -> None:
     largest, size = max((int(row.tokens.max()) for row in rows), default=0), model.config.vocab_size
     if largest >= size:
         raise ConfigError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class ScoredWindow(NamedTuple):
-    """Tokens of which the first `n_given` are given and each of the others is scored, given all before it."""
+    """Tokens of which the first `n_context` are given and each of the others is scored, given all before it."""
 
     tokens: np.ndarray
-    n_given: int
-    cut: bool = False  # whether tokens were dropped on the left to fit the context
+    n_context: int
+    truncated: bool = False  # whether tokens were dropped on the left to fit the context
 
     @property
     def n_scored(self) -> int:
-        return len(self.tokens) - self.n_given
+        return len(self.tokens) - self.n_context
 
 
-def text_rows(
+def text_windows(
     texts: Sequence[str | None],
     tokenizer: "PreTrainedTokenizerBase",
     *,
@@ -52,7 +52,7 @@ def windows(tokens: np.ndarray, *, seq_len: int, stride: int) -> Iterator[Scored
         scored = end
 
 
-def completion_rows(
+def completion_windows(
     prompts: Sequence[str],
     completions: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
@@ -69,7 +69,7 @@ def completion_rows(
     owners: the number of each pair in what an error says; 1, 2, ... if left out.
     """
     owners = range(1, len(prompts) + 1) if owners is None else owners
-    pairs = [_split(*pair) for pair in zip(owners, prompts, completions, strict=True)]
+    pairs = [_split_pair(*pair) for pair in zip(owners, prompts, completions, strict=True)]
     start = bos_ids(tokenizer, bos)
     given = _encode(tokenizer, [prompt for prompt, _ in pairs])
     whole = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
@@ -78,11 +78,11 @@ def completion_rows(
         if len(tokens) <= len(before):
             tokens = before + _encode(tokenizer, [completion])[0]
         prefix = start or ([] if before else bos_ids(tokenizer, True))
-        rows.append(_completion_row(n, prefix + tokens, len(prefix + before), seq_len))
+        rows.append(_completion_window(n, prefix + tokens, len(prefix + before), seq_len))
     return rows
 
 
-def _split(n: int, prompt: object, completion: object) -> tuple[str, str]:
+def _split_pair(n: int, prompt: object, completion: object) -> tuple[str, str]:
     """Prompt and completion of row n, with the whitespace between them in the completion."""
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
@@ -93,14 +93,14 @@ def _split(n: int, prompt: object, completion: object) -> tuple[str, str]:
     return stripped, prompt[len(stripped) :] + completion
 
 
-def _completion_row(n: int, tokens: list[int], n_given: int, seq_len: int) -> ScoredWindow:
-    n_scored = len(tokens) - n_given
+def _completion_window(n: int, tokens: list[int], n_context: int, seq_len: int) -> ScoredWindow:
+    n_scored = len(tokens) - n_context
     if n_scored < 1:
         raise DataError(f"row {n}: completion has no tokens, there is nothing to score")
     if n_scored > seq_len:
         raise DataError(f"row {n}: completion has {n_scored} tokens, more than the context of {seq_len}")
     kept = tokens[-(seq_len + 1) :]  # the model reads all but the last
-    return ScoredWindow(np.asarray(kept, dtype=np.int32), len(kept) - n_scored, cut=len(kept) < len(tokens))
+    return ScoredWindow(np.asarray(kept, dtype=np.int32), len(kept) - n_scored, truncated=len(kept) < len(tokens))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -108,12 +108,12 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def bos_ids(tokenizer: "PreTrainedTokenizerBase", wanted: bool | None) -> list[int]:
+def bos_ids(tokenizer: "PreTrainedTokenizerBase", bos: bool | None) -> list[int]:
     """What every text begins with: one token (bos, or eos where there is no bos) or none; None leaves it to the tokenizer."""
     first = tokenizer.bos_token_id
-    if wanted is None:
-        wanted = first is not None and tokenizer("")["input_ids"][:1] == [first]
-    if not wanted:
+    if bos is None:
+        bos = first is not None and tokenizer("")["input_ids"][:1] == [first]
+    if not bos:
         return []
     first = tokenizer.eos_token_id if first is None else first
     if first is None:

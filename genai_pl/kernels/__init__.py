@@ -1,15 +1,18 @@
 """Attention and cross entropy: what every model computes with."""
 
-from genai_pl.kernels.attention import BACKENDS, attention, choose_backend
+from genai_pl.kernels.attention import BACKENDS, attention, attention_with, choose_backend
 from genai_pl.kernels.cross_entropy import linear_cross_entropy
 from genai_pl.kernels.logprobs import linear_logprobs
 from genai_pl.kernels.mask import AttentionMask, positions_from_segments
+from genai_pl.kernels.score_options import ScoreOptions
 from genai_pl.kernels.vector_math import resolve_vector_math
 
 __all__ = [
     "BACKENDS",
     "AttentionMask",
+    "ScoreOptions",
     "attention",
+    "attention_with",
     "choose_backend",
     "linear_cross_entropy",
     "linear_logprobs",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from genai_pl.kernels.alibi import alibi_bias
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 
 def sdpa_lacks(*, softcap: float | None = None) -> str | None:
@@ -18,14 +19,11 @@ def sdpa_attention(
     k: Tensor,
     v: Tensor,
     mask: AttentionMask,
-    *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    dropout_p: float = 0.0,
+    options: ScoreOptions = PLAIN,
 ) -> Tensor:
     """What `reference_attention` gives without softcap, (B, H, T, D); no (T, S) mask is built where none is needed."""
     T, S = q.shape[2], k.shape[2]
+    bias, alibi = options.bias, options.alibi
     unbiased = bias is None and alibi is None
     # torch aligns is_causal at the top left: only on a square is that our bottom right
     is_causal = unbiased and mask.is_plain_causal(T, S)
@@ -40,9 +38,9 @@ def sdpa_attention(
         k,
         v,
         attn_mask=additive,
-        dropout_p=dropout_p,
+        dropout_p=options.dropout_p,
         is_causal=is_causal,
-        scale=scale,
+        scale=options.scale,
         **grouped,
     )
 

@@ -51,7 +51,7 @@ from genai_pl.objectives.reward import (
     reward_accuracy,
 )
 from genai_pl.objectives.seq2seq import Seq2SeqCollator
-from genai_pl.objectives.sft import SFTCollator, pack
+from genai_pl.objectives.sft import SFTCollator
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
 from genai_pl.objectives.special_tokens import SpecialTokens
 from genai_pl.objectives.token_loss import IGNORED, masked_accuracy, token_loss
@@ -93,7 +93,6 @@ __all__ = [
     "matryoshka",
     "moment_sums",
     "orpo_loss",
-    "pack",
     "pairwise_reward_loss",
     "plackett_luce_loss",
     "policy_loss",

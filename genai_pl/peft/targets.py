@@ -51,9 +51,9 @@ class ModuleSite(NamedTuple):
 
 def module_sites(model: nn.Module) -> list[ModuleSite]:
     """Every place of the model; adapters change neither the places nor their names."""
-    found: dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
-    _walk(model, "", found)
-    return [ModuleSite(tuple(names), module, tuple(holders)) for module, (names, holders) in found.items()]
+    known: dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
+    _walk(model, "", known)
+    return [ModuleSite(tuple(names), module, tuple(holders)) for module, (names, holders) in known.items()]
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
@@ -130,23 +130,23 @@ def describe(model: nn.Module) -> list[str]:
     ]
 
 
-def _walk(parent: nn.Module, prefix: str, found: dict) -> None:
+def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
     for attribute, module in parent._modules.items():  # named_children leaves out a block that is used again
         if module is None:
             continue
-        known = module in found
-        names, holders = found.setdefault(module, ([], []))
+        is_known = module in known
+        names, holders = known.setdefault(module, ([], []))
         names.append(prefix + attribute)
         holders.append((parent, attribute))
         inner = base_module(module)
-        if not known and inner is not None:
-            _walk(inner, f"{prefix}{attribute}.", found)
+        if not is_known and inner is not None:
+            _walk(inner, f"{prefix}{attribute}.", known)
 
 
 def _linears(model: nn.Module) -> list[ModuleSite]:
     head = base_module(model.lm_head)
-    found = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
-    return [site for site in found if site.inner is not head and site.leaf not in NO_TARGETS]
+    linears = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
+    return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
 
 
 def _full_match(pattern: str, name: str) -> bool:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
+from genai_pl.models.attention import Attention
 from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
@@ -83,7 +84,7 @@ def activation_bytes(
     if sequence_shards > 1:
         _shard_sequences(model, seq_len, sequence_shards)
     for module in model.modules():
-        if fused and "attend" in vars(module):
+        if fused and isinstance(module, Attention):
             module.dropout = 0.0
     ids = torch.zeros(rows, seq_len, dtype=torch.long)
     target = {"decoder_input_ids": ids} if model.config.shape is Shape.encoder_decoder else {}
@@ -117,7 +118,7 @@ def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:
         stack.blocks[0].register_forward_pre_hook(lambda _, args: (shard(args[0]), *args[1:]))
         stack.norm.register_forward_hook(lambda _, args, hidden: gather(hidden))
         for block in dict.fromkeys(stack.blocks):
-            for part in filter(None, (block.attention, block.cross, block.mlp)):
+            for part in block.parts:
                 part.register_forward_pre_hook(lambda _, args: (gather(args[0]), *args[1:]))
                 part.register_forward_hook(lambda _, args, y: shard(y))
 

@@ -101,7 +101,7 @@ def _tied(notes: Sequence[Note]) -> list[Note]:
     return joined
 
 
-class _Reader:
+class _TuneParser:
     """What the notes of a tune depend on, as far as it has been read."""
 
     def __init__(self, fields: dict[str, str]) -> None:
@@ -169,7 +169,7 @@ def _read(tune: str) -> Iterator[tuple[Bar, str]]:
     """Each bar and the bar line after it, with the number of the ending that begins there."""
     body = re.split(r"(?m)^K:.*$", tune, maxsplit=1)[-1]
     melody = "\n".join(line for line in body.splitlines() if not re.match("[A-JN-Za-z]:", line))
-    reader, mark = _Reader(header(tune)), ""
+    reader, mark = _TuneParser(header(tune)), ""
     for token in TOKEN.finditer(BESIDE.sub("", melody)):
         if token["note"]:
             reader.add(token)

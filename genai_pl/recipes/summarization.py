@@ -11,7 +11,7 @@ import numpy as np
 from genai_pl.recipes import code
 from genai_pl.recipes import pairs as shown
 from genai_pl.recipes.code import ASIDE
-from genai_pl.recipes.fetch import Record, Write, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, Record, write_parts
 
 N_HELD = 500
 LONGEST = 400  # characters that are read
@@ -49,6 +49,6 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Held pairs with what the model writes, as pairs.md."""
-    return shown.show(write, data, out)
+    return shown.show(generate, data, out)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from genai_pl.recipes import pairs as shown
-from genai_pl.recipes.fetch import Record, Write, from_apt, write_parts
+from genai_pl.recipes.fetch import GenerateTexts, Record, from_apt, write_parts
 
 N_HELD = 500
 LONGEST = 12  # words of a sentence: what a small model can learn
@@ -48,6 +48,6 @@ def prepare(files: list[Path], out: Path) -> str:
     return write_parts(out, rows, held=min(N_HELD, len(sentences) // 10 + 1))
 
 
-def show(write: Write, data: Path, out: Path) -> list[str]:
+def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     """Held pairs with what the model writes, as pairs.md."""
-    return shown.show(write, data, out)
+    return shown.show(generate, data, out)

@@ -8,8 +8,8 @@ import torch
 
 from genai_pl.data.prompt_tokens import Messages
 from genai_pl.data.text_tokens import encode_texts
-from genai_pl.evaluation.embeddings import encode_sentences, logprob_rows
-from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.evaluation.embeddings import encode_sentences, logprob_windows
+from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models.onnx.model import is_onnx
 from genai_pl.serving.engine.scoring import embedding_slices, logprob_slices, reward_slices
@@ -82,7 +82,7 @@ class TextScorer:
         rows: list[Sequence[int]] = []
         for group in groups:
             columns = [texts[group]] if prompts is None else [prompts[group], texts[group]]
-            rows += await self._encode(encode_texts if prompts is None else judged_tokens, *columns)
+            rows += await self._encode(encode_texts if prompts is None else reward_tokens, *columns)
             self._check_tokens(rows, "text")
         self._check_rows(rows)
         rewards = await self._run_slices(reward_slices(self.model, rows), adapter)
@@ -94,7 +94,7 @@ class TextScorer:
         rows: list[ScoredWindow] = []
         owners: list[int] = []
         for group in groups:
-            encode = partial(logprob_rows, seq_len=self.model.config.max_seq_len, first=group.start)
+            encode = partial(logprob_windows, seq_len=self.model.config.max_seq_len, first=group.start)
             windows, text_numbers = await self._encode(
                 encode, None if prompts is None else prompts[group], texts[group]
             )

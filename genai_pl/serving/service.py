@@ -14,7 +14,7 @@ from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.embeddings import find_head
+from genai_pl.evaluation.embeddings import find_sentence_head
 from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import prepare_for_decoding
@@ -48,7 +48,7 @@ class Service:
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = config.head is Head.score
         self.has_two_stacks = config.shape is Shape.encoder_decoder
-        self.sentence = find_head(settings.pooling, loaded.path, self.tokenizer, config)
+        self.sentence = find_sentence_head(settings.pooling, loaded.path, self.tokenizer, config)
         self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
@@ -229,5 +229,5 @@ def open_service(settings: Settings, metrics: Metrics) -> Service:
     if settings.backend == "onnx" and not is_onnx(loaded.path):
         raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
     for name in settings.adapters.values():
-        refuse_twice(loaded.path, resolve_adapter(name), said=f"adapter={name}: checkpoint={settings.checkpoint}")
+        refuse_twice(loaded.path, resolve_adapter(name), message=f"adapter={name}: checkpoint={settings.checkpoint}")
     return Service(settings, loaded, metrics)

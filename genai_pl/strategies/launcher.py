@@ -100,7 +100,7 @@ class RankLauncher(_SubprocessScriptLauncher):
     def _is_lost(self, process: subprocess.Popen) -> bool:
         status = process.poll()
         if status in signals.STATUSES:  # by a signal that this process has its own time for, if it was sent it too
-            return not self.is_done and signals.received() is None
+            return not self.is_done and signals.received_signal() is None
         return bool(status) and not self.all_are_done
 
     def _kill(self) -> None:
@@ -110,7 +110,7 @@ class RankLauncher(_SubprocessScriptLauncher):
     def _end(self, rank: int) -> None:
         status = self.procs[rank - 1].poll()
         if status in signals.STATUSES:
-            signum = signals.received() or status - 128
+            signum = signals.received_signal() or status - 128
             signals.end_process(f"{signals.last_line(signum)} (sent to process {rank} of the run)", status)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         signals.end_process(f"error: process {rank} of the run {how}; all end here", 1)
@@ -164,7 +164,7 @@ def launched(trainer: L.Trainer) -> Iterator[None]:
             if isinstance(error, Exception):
                 own.end_if_rank_lost(error)
             own.close(failed=True)
-        signum = signals.received()
+        signum = signals.received_signal()
         memory = isinstance(error, torch.OutOfMemoryError)
         if signum is not None and isinstance(error, RuntimeError) and not memory and trainer.world_size > 1:
             raise signals.Stopped(signum) from None  # another one has ended by it, and no longer answers

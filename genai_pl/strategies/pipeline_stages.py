@@ -10,32 +10,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from genai_pl.models import Model
+from genai_pl.models import PipelineModel
 from genai_pl.modules.token_prediction import TokenModule
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 SCHEDULES = ("gpipe", "1f1b")
-FIRST = ("embed", "position", "types", "embed_norm", "embed_proj")  # what makes the input of the first block
-LAST = ("norm", "transform", "lm_head")  # what follows the last one
 Batch = dict[str, Tensor]
 Sums = dict[str, Tensor]
 
 
-def parameter_stages(model: Model, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
+def parameter_stages(model: PipelineModel, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
     """The stages that compute with each parameter: one for a block's, first and last for a tied embedding."""
+    parts = [(module, 0) for module in model.input_modules]
+    parts += [(block, stage_of(n, len(model.blocks), n_stages)) for n, block in enumerate(model.blocks)]
+    parts += [(module, n_stages - 1) for module in model.output_modules]
     stages_of: dict[nn.Parameter, set[int]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            stages = {stage_of(int(rest.partition(".")[0]), len(model.blocks), n_stages)}
-        elif part in FIRST or part in LAST:
-            stages = {0 if part in FIRST else n_stages - 1}
-        else:  # T5's bias is looked up by every block
-            stages = set(range(n_stages))
-        stages_of.setdefault(parameter, set()).update(stages)
-    return {parameter: tuple(sorted(stages)) for parameter, stages in stages_of.items()}
+    for module, stage in parts:
+        for parameter in module.parameters():
+            stages_of.setdefault(parameter, set()).add(stage)
+    everywhere = range(n_stages)  # T5's bias is looked up by every block
+    return {parameter: tuple(sorted(stages_of.get(parameter, everywhere))) for parameter in model.parameters()}
 
 
 def stage_of(block: int, n_blocks: int, n_stages: int) -> int:
@@ -63,14 +59,9 @@ class Stage(nn.Module):
         self.is_last = stage == n_stages - 1
         self.loss_scale = torch.ones(())  # of a sum over targets in what is minimized
         self.sums: Counter[str] = Counter()
-        model = module.model
-        for n, block in enumerate(model.blocks):
-            if stage_of(n, len(model.blocks), n_stages) != stage:
-                block.forward = skip_block
-        if not self.is_last:
-            model.norm.forward = skip_block
-        if stage > 0:
-            model.embed_inputs = lambda *_, **__: self._received
+        model: PipelineModel = module.model
+        blocks = [n for n in range(len(model.blocks)) if stage_of(n, len(model.blocks), n_stages) == stage]
+        model.keep_blocks(range(blocks[0], blocks[-1] + 1), None if stage == 0 else lambda: self._received)
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
         self._received = x  # the first stage has the tokens instead
@@ -148,7 +139,3 @@ class Pipeline:
             values = torch.stack([sums[name].double() for name in names])
         dist.broadcast(values, group=self.group, group_src=last)
         return {name: value.to(loss_scale.dtype) for name, value in zip(names, values, strict=True)}
-
-
-def skip_block(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x

@@ -25,9 +25,6 @@ from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 
-# what objectives call instead of `forward`: the weights that belong to no block are gathered on the way in
-FORWARDS = {"features", "permuted_features"}
-
 
 class ShardedStrategy(ModelParallelStrategy):
     """Parameters, gradients and optimizer states in pieces over a (data_parallel, tensor_parallel) mesh of processes.
@@ -173,7 +170,8 @@ class ShardedStrategy(ModelParallelStrategy):
         # embeddings, last norm and head stay whole until the backward pass: losses read the head's weight; and in
         # float32, as all that is added to what the embeddings say
         fully_shard(model, reshard_after_forward=False, mp_policy=policy, **options)
-        for name in FORWARDS.intersection(dir(model)):
+        # objectives call these instead of `forward`: the weights that belong to no block are gathered on the way in
+        for name in model.feature_methods:
             register_fsdp_forward_method(model, name)
         return ignored
 

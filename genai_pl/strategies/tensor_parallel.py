@@ -15,9 +15,9 @@ from genai_pl.config.model import ModelConfig
 from genai_pl.distributed.dtensor import local_shard
 from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.vocab_parallel import local_vocab_shard
-from genai_pl.models import Block
+from genai_pl.models import Block, TensorParallelLayer
 from genai_pl.models.attention import Attention
 from genai_pl.models.transformer import Transformer
 from genai_pl.peft.lora import LoRALinear
@@ -25,8 +25,6 @@ from genai_pl.peft.prefix import Prefix
 from genai_pl.peft.targets import base_module
 from genai_pl.strategies.sequence_parallel import SequenceShards
 
-COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-HEAD_NORMS = ("q_norm", "k_norm")
 ParameterSites = list[tuple[nn.Module, str]]  # of parameters
 
 
@@ -43,12 +41,10 @@ class LocalHeads:
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        bias: Tensor | None,
-        alibi: Tensor | None,
-        **kwargs: object,
+        options: ScoreOptions,
     ) -> Tensor:
-        return self.attend(q, k, v, mask, bias=self._shard(bias, 1), alibi=self._shard(alibi, 0), **kwargs)
+        options = options._replace(bias=self._shard(options.bias, 1), alibi=self._shard(options.alibi, 0))
+        return self.attend(q, k, v, mask, options)
 
     def _shard(self, value: Tensor | None, dim: int) -> Tensor | None:
         if value is None:
@@ -87,24 +83,23 @@ def _split_block(
 ) -> ParameterSites:
     """Divide the parts of a block; returns what stays whole and works on some heads."""
 
-    def enter_part(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter_part(_: nn.Module, args: tuple) -> tuple:
         x, *rest = args
-        if kwargs.get("source") is not None:  # another text, which all processes have whole
-            kwargs = {**kwargs, "source": group.copy_to_region(kwargs["source"])}
-        return (enter(x), *rest), kwargs
+        if rest and rest[-1].source is not None:  # of attention: another text, which all processes have whole
+            *rest, inputs = rest
+            rest = [*rest, inputs._replace(source=group.copy_to_region(inputs.source))]
+        return enter(x), *rest
 
     shared: ParameterSites = []
-    for part in filter(None, (block.attention, block.cross, block.mlp)):
-        part.register_forward_pre_hook(enter_part, with_kwargs=True)
+    for part in block.parts:
+        part.register_forward_pre_hook(enter_part)
+        for layer in part.column_layers:
+            shared += _split_columns(layer, mesh)
+        for layer in part.row_layers:
+            shared += _split_rows(layer, mesh, leave)
         if isinstance(part, Attention):
             part.attend = LocalHeads(part.attend, mesh)
-        for name, layer in part.named_children():
-            if name in COLUMNS:
-                shared += _split_columns(layer, mesh)
-            elif name in ROWS:
-                shared += _split_rows(layer, mesh, leave)
-            elif name in HEAD_NORMS:
-                shared += _unsharded_parameters(layer)
+            shared += _unsharded_parameters(part.q_norm) + _unsharded_parameters(part.k_norm)
     return shared
 
 
@@ -186,10 +181,13 @@ def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None
         raise ConfigError(f"model.attention_kind={config.attention_kind.value} cannot be divided by {option}")
     if sequence_parallel and config.share_layers:
         raise ConfigError("model.share_layers=true: strategy.sequence_parallel needs layers of their own")
-    layers = [m for b in model.blocks for n, m in b.named_modules() if n.rpartition(".")[2] in COLUMNS + ROWS]
+    parts = [part for block in model.blocks for part in block.parts]
+    divisible = all(isinstance(part, TensorParallelLayer) for part in parts)  # an adapter around a part is none
+    layers = [layer for part in parts for layer in (*part.column_layers, *part.row_layers)] if divisible else []
     ends = type(model.embed) is nn.Embedding and type(model.lm_head) is nn.Linear
     virtual = any(isinstance(module, Prefix) for module in model.modules())
-    if virtual or not ends or not all(type(layer) is nn.Linear or _is_plain_lora(layer) for layer in layers):
+    linear = all(type(layer) is nn.Linear or _is_plain_lora(layer) for layer in layers)
+    if virtual or not ends or not divisible or not linear:
         raise ConfigError(f"{option}: of adapters only peft=lora on blocks, without DoRA and PiSSA; use strategy=fsdp")
 
 

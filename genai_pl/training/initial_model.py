@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.config.enums import Head
-from genai_pl.data import add_missing, byte_tokenizer, pretrained_tokenizer
+from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, read_generation_defaults, set_end_tokens
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation.embeddings import described_head
+from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.exporting import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
@@ -64,7 +64,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
         model, tokenizer, path = loaded
         defaults = loaded.defaults
-        sentence = described_head(path, tokenizer, model.config) if objective.embeds else None
+        sentence = saved_sentence_head(path, tokenizer, model.config) if objective.embeds else None
     else:
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
@@ -99,7 +99,7 @@ def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objectiv
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
     """Give the tokenizer the special tokens that the objective needs, and a chat template where the data are conversations."""
-    add_missing(tokenizer, objective.needs)
+    add_missing_tokens(tokenizer, objective.needs)
     if data.has_conversations():
         ensure_template(tokenizer)
 

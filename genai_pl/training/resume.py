@@ -189,7 +189,7 @@ def _find_run(reference: str, arguments: list[str]) -> Path | None:
     from genai_pl.references import is_sweep, named_sweep, nearest, newest_run
 
     if reference == "auto":
-        return newest_run(Path(_chosen_folder(arguments) or "."), going_on=True)
+        return newest_run(Path(_chosen_folder(arguments) or "."), resumable=True)
     path = Path(reference)
     sweep = path if path.exists() else named_sweep(reference, "resume")
     if sweep is not None and is_sweep(sweep):

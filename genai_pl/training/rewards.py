@@ -24,10 +24,10 @@ from torch import nn
 
 from genai_pl.config.enums import Head
 from genai_pl.data.columns import Place
-from genai_pl.data.messages import tools_of
+from genai_pl.data.messages import parse_tools
 from genai_pl.data.prompt_tokens import Messages
 from genai_pl.errors import CheckpointError, ConfigError
-from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.loading import Loaded, load
 from genai_pl.models.pooling import scores
 from genai_pl.modules.reward_calls import call, numbers
@@ -197,12 +197,12 @@ class Judge:
         """
         cells = [None] * len(prompts) if tools is None else tools
         tools_of_prompts = [
-            () if isinstance(prompt, str) else tools_of(cell, Place("data.path", n, "tools"))
+            () if isinstance(prompt, str) else parse_tools(cell, Place("data.path", n, "tools"))
             for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
         ]
         # pad to one batch: (B, T) ids, segment 1 where a token is real
         limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
-        rows = [row[-limit:] for row in judged_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
+        rows = [row[-limit:] for row in reward_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
         segments = pad_rows([[1] * len(row) for row in rows], 0).to(device)
         return scores(self.model, ids, segments, 1)[:, 0].tolist()

@@ -103,6 +103,6 @@ def _digest(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return sources.find(path).content
+        return sources.find_source(path).content
     except DataError:
         return None  # a data module of one's own reads it

@@ -2,10 +2,8 @@
 
 import logging
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -31,11 +29,7 @@ from genai_pl.training.report import describe_model, describe_rollout, describe_
 from genai_pl.training.resume import choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.sweeps import Outcome, read_results
-from genai_pl.training.trainer import silence_libraries, wire_callbacks
-
-if TYPE_CHECKING:
-    pass
-
+from genai_pl.training.trainer import checkpoint_contents, silence_libraries
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +55,25 @@ def train(config: DictConfig) -> Outcome:
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
-    settings, constraints = deepcopy(config), resume_constraints(config)
+    # what must not differ between the parts of a run
+    settings = resume_constraints(config)
     if checkpoint:
-        check_settings_unchanged(constraints, checkpoint, folder)
+        check_settings_unchanged(settings, checkpoint, folder)
     run = build(config, folder, checkpoint)
-    wire_callbacks(config, run, checkpoint)
-    run.checkpoints.contents |= constraints
+
+    # what is written with every checkpoint, and what a run that ends early prints
+    adapted = bool(adapters_of(run.module.model))
+    run.checkpoints.describe_run(
+        {**checkpoint_contents(run), **settings},
+        trained_only=adapted and run.base is not None,
+        on_start=partial(_open_run_folder, config, run, checkpoint),
+    )
+    if adapted and run.base is not None:
+        run.module.load_trained_only()
     sweep = job_sweep()
     arguments = resume_arguments(sweep)
-    run.interrupt.describe = partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"])
-    run.checkpoints.on_start = partial(_open_run_folder, settings, run, checkpoint)
+    run.interrupt.describe_with(partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"]))
+
     print_summary(config, run, checkpoint)
     with launched(run.trainer):
         fit(run, checkpoint)
@@ -78,11 +81,11 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
 
 
 @rank_zero_only
-def _open_run_folder(settings: DictConfig, run: Run, checkpoint: Path | None) -> None:
+def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
     """Write what the folder says of the run, and take back what it said of steps that are made again."""
     keep_run_folder(run.folder)
     if checkpoint is None or step_of(checkpoint) < run.module.total_steps:  # else no step is made by these settings
-        write_settings(run.folder, settings)
+        write_settings(run.folder, config)
     if checkpoint:
         run.checkpoints.rewind(checkpoint)
     for logger in run.trainer.loggers:

@@ -8,7 +8,7 @@ import pytest
 
 from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data.chat import ChatDataModule
-from genai_pl.data.messages import with_system
+from genai_pl.data.messages import prepend_system
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
 from tests.data.brought import collator
@@ -71,9 +71,9 @@ def test_a_system_column_beside_conversations_is_their_first_message(
 
 def test_two_system_messages_are_refused_unless_they_are_the_same() -> None:
     begun = [{"role": "system", "content": "Count."}, *ASKED]
-    assert with_system(begun, "Count.", HERE) == begun
+    assert prepend_system(begun, "Count.", HERE) == begun
     with pytest.raises(DataError, match=r"row 3.*another system message"):
-        with_system(begun, "Sing.", HERE)
+        prepend_system(begun, "Sing.", HERE)
 
 
 def test_a_system_column_beside_a_prompt_of_messages_is_its_first_message(tmp_path: Path) -> None:

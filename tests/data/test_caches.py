@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from genai_pl.data import byte_tokenizer, sources
-from genai_pl.data import checksummed as sealed
+from genai_pl.data import byte_tokenizer, checksummed, sources
 from genai_pl.data.pairs import PairsDataModule
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
@@ -158,14 +157,14 @@ def test_a_file_that_changes_while_it_is_read_is_one_line_and_leaves_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": text} for text in documents(20)])
-    read = sources.rows
+    read = sources.read_records
 
     def changing(*arguments):
         yield from read(*arguments)
         write(path, [{"text": "other"}])
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "rows", changing)
+        patch.setattr(sources, "read_records", changing)
         with pytest.raises(DataError, match="changed while it was read"):
             tokens(path)
     assert not list(cache.glob("*"))
@@ -217,9 +216,9 @@ def test_the_seal_of_a_file_is_its_length_and_digest(tmp_path: Path) -> None:
     import xxhash
 
     path = tmp_path / "a"
-    sealed.write_sealed(path, lambda temporary: temporary.write_bytes(b"contents"))
+    checksummed.write_checksummed(path, lambda temporary: temporary.write_bytes(b"contents"))
     assert path.read_bytes() == (
         b"contents" + b"sealed-1" + (8).to_bytes(8, "little") + xxhash.xxh3_128_digest(b"contents")
     )
-    assert sealed.read_sealed(path) == b"contents"
-    assert sealed.damage(path) is None
+    assert checksummed.read_checksummed(path) == b"contents"
+    assert checksummed.find_damage(path) is None

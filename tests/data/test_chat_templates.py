@@ -178,7 +178,7 @@ def test_the_first_word_behind_a_prompt_that_ends_in_a_space_is_learned() -> Non
     prompt = transformers_ids(tokenizer, TALKS["one turn"][:1], add_generation_prompt=True)
     assert transformers_ids(tokenizer, TALKS["one turn"])[: len(prompt)] != prompt
     example = encode_messages(tokenizer, TALKS["one turn"])
-    assert example.input_ids[: example.n_given].tolist() == prompt
+    assert example.input_ids[: example.n_prompt].tolist() == prompt
     assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(TALKS["one turn"], tokenize=False)
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data import chat as conversations
-from genai_pl.data.columns import Place, label_of, loads, number_of, text_of
+from genai_pl.data.columns import Place, loads, parse_label, parse_number, parse_text
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.messages import messages_of, shared_beginning, split_answers, tools_of
+from genai_pl.data.messages import common_prefix_length, extract_prompt, parse_messages, parse_tools
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.text import TextDataModule
@@ -98,7 +98,7 @@ def test_a_column_of_iso_dates_stays_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, True, [], {}, b"x", float("nan"), 2.5, "\ud800"])
 def test_what_is_no_text_is_refused_with_file_row_and_column(value: object) -> None:
     with pytest.raises(DataError, match=r"^here\.jsonl: row 3: column 'text': [^\n]*$"):
-        text_of(value, HERE)
+        parse_text(value, HERE)
 
 
 def test_a_missing_document_is_refused_and_an_empty_one_is_said(
@@ -120,13 +120,13 @@ LABELS = {True: [True, "true", "True", " TRUE ", 1, 1.0, "1"], False: [False, "f
 
 def test_labels_are_read_by_value() -> None:
     for wanted, values in LABELS.items():
-        assert [label_of(value, HERE) for value in values] == [wanted] * len(values)
+        assert [parse_label(value, HERE) for value in values] == [wanted] * len(values)
 
 
 @pytest.mark.parametrize("value", [None, "good", "", "yes", 2, -1, 0.5, [], "2"])
 def test_a_label_that_is_unclear_is_refused(value: object) -> None:
     with pytest.raises(DataError, match=r"here\.jsonl: row 3: column 'text': .* is no label"):
-        label_of(value, HERE)
+        parse_label(value, HERE)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -141,18 +141,18 @@ def test_the_labels_of_every_kind_of_file_are_the_same(ending: str, tmp_path: Pa
 
 
 def test_numbers_may_be_written_as_text_and_must_be_finite() -> None:
-    assert [number_of(value, HERE) for value in ("1.5", 2, loads("1e-1"))] == [1.5, 2.0, 0.1]
+    assert [parse_number(value, HERE) for value in ("1.5", 2, loads("1e-1"))] == [1.5, 2.0, 0.1]
     for value in ("x", None, True, "nan", float("inf"), "1_0"):
         with pytest.raises(DataError, match="is not a number"):
-            number_of(value, HERE)
+            parse_number(value, HERE)
 
 
 def test_content_in_parts_is_the_text_that_the_server_makes_of_it() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    (message,) = messages_of([{"role": "user", "content": parts}], HERE)
+    (message,) = parse_messages([{"role": "user", "content": parts}], HERE)
     assert message == Message(role="user", content=parts).plain()
     with pytest.raises(DataError, match="only text is read"):
-        messages_of([{"role": "user", "content": [{"type": "image", "url": "x"}]}], HERE)
+        parse_messages([{"role": "user", "content": [{"type": "image", "url": "x"}]}], HERE)
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
@@ -163,7 +163,7 @@ TOOL = {
 
 
 def test_a_turn_of_calls_without_content_is_what_the_server_makes_of_it() -> None:
-    (turn,) = messages_of([{"role": "assistant", "tool_calls": [CALL]}], HERE)
+    (turn,) = parse_messages([{"role": "assistant", "tool_calls": [CALL]}], HERE)
     assert turn == Message(role="assistant", tool_calls=[CALL]).plain()
     assert turn["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
 
@@ -259,7 +259,7 @@ def test_preferences_are_the_same_tokens_however_prompt_and_answers_are_given(ro
 
 def test_a_prompt_that_conversations_do_not_begin_with_is_refused() -> None:
     with pytest.raises(DataError, match=r"row 3.*do not begin with the prompt 'Sea"):
-        split_answers("Sea?", [[ASKED, GOOD], [ASKED, BAD]], HERE)
+        extract_prompt("Sea?", [[ASKED, GOOD], [ASKED, BAD]], HERE)
 
 
 @pytest.mark.parametrize(
@@ -272,15 +272,15 @@ def test_a_prompt_that_conversations_do_not_begin_with_is_refused() -> None:
     ],
 )
 def test_the_prompt_within_two_answers_is_what_they_begin_with(chosen: list, rejected: list, begun: int) -> None:
-    assert shared_beginning([chosen, rejected]) == begun
+    assert common_prefix_length([chosen, rejected]) == begun
 
 
 def test_tools_are_a_list_or_its_json() -> None:
-    assert tools_of([TOOL], HERE) == tools_of(json.dumps([TOOL]), HERE) == [TOOL]
-    assert tools_of(None, HERE) == tools_of("", HERE) == []
+    assert parse_tools([TOOL], HERE) == parse_tools(json.dumps([TOOL]), HERE) == [TOOL]
+    assert parse_tools(None, HERE) == parse_tools("", HERE) == []
     for value in ("no json", [1], 3):
         with pytest.raises(DataError, match="row 3"):
-            tools_of(value, HERE)
+            parse_tools(value, HERE)
 
 
 def test_the_input_of_an_instruction_is_a_part_of_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,7 +298,7 @@ def test_turns_of_from_and_value_are_messages(tmp_path: Path, caplog: pytest.Log
     assert said("chat", data) == [[("user", "a"), ("assistant", "b")]] * 3
     assert "column conversations" in caplog.text
     with pytest.raises(DataError, match="from is 'observation'"):
-        messages_of([{"from": "observation", "value": "x"}], HERE)
+        parse_messages([{"from": "observation", "value": "x"}], HERE)
 
 
 def test_a_reward_gets_all_columns_as_they_are_written(tmp_path: Path) -> None:

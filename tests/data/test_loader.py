@@ -10,7 +10,7 @@ from datasets import Dataset
 from genai_pl.data import byte_tokenizer
 from genai_pl.data.loader import BatchPlan, EpochLoader, validation_batches, with_window_targets
 from genai_pl.data.packing import Packer
-from genai_pl.data.streaming import StreamLoader, StreamRows
+from genai_pl.data.streaming import BatchStream, StreamLoader
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator
 
@@ -99,7 +99,7 @@ def stream(
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
     plan = BatchPlan(batch_size=2, accumulate=accumulate, workers=workers, seed=3)
     pack = partial(Packer, 17)
-    rows = StreamRows(
+    rows = BatchStream(
         source, byte_tokenizer(), CausalLMCollator(), plan, build_packer=pack, block_rows=10, continuous=False
     )
     data = StreamLoader(rows, n_batches)
@@ -135,7 +135,7 @@ def test_workers_of_a_stream_share_its_documents() -> None:
 def small_stream(texts: list[str], *, workers: int = 0, world_size: int = 1, rank: int = 0, continuous: bool = False):
     source = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=1)
     plan = BatchPlan(batch_size=2, accumulate=1, rank=rank, world_size=world_size, workers=workers, seed=3)
-    rows = StreamRows(
+    rows = BatchStream(
         source,
         byte_tokenizer(),
         CausalLMCollator(),
@@ -192,7 +192,7 @@ def test_too_few_rows_to_validate_on_are_one_line() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_a_lone_row_to_validate_on_joins_its_neighbours_on_every_rank(n_rows: int, batch_size: int) -> None:
     plans = [BatchPlan(batch_size, rank=rank, world_size=3) for rank in range(3)]
-    shares = [validation_batches(n_rows, batch_size, plan, least=2) for plan in plans]
+    shares = [validation_batches(n_rows, batch_size, plan, min_rows=2) for plan in plans]
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for batch in share for _, row in batch) == list(range(n_rows))
     assert all(len(batch) >= 2 for share in shares for batch in share)
@@ -201,7 +201,7 @@ def test_a_lone_row_to_validate_on_joins_its_neighbours_on_every_rank(n_rows: in
 
 def test_too_few_rows_for_every_rank_to_compare_two_are_one_line() -> None:
     with pytest.raises(DataError, match="5 rows to validate on cannot be shared by 3 processes, which need 2 each"):
-        validation_batches(5, 4, BatchPlan(4, rank=0, world_size=3), least=2)
+        validation_batches(5, 4, BatchPlan(4, rank=0, world_size=3), min_rows=2)
 
 
 def test_every_batch_of_a_step_knows_all_tokens_of_the_step() -> None:

@@ -13,12 +13,12 @@ from genai_pl.data.prompt_tokens import (
     encode_messages,
     encode_prompts,
     ensure_template,
-    turn_end,
+    turn_end_token,
 )
 from genai_pl.data.tokenizer import end_token
 from genai_pl.data.unpaired import tokenize_completions
 from genai_pl.errors import DataError
-from genai_pl.evaluation.preferences import judged_tokens, pair_rows
+from genai_pl.evaluation.preferences import pair_windows, reward_tokens
 from genai_pl.generation import encode_prompt
 from tests.small_tokenizers import TOKENIZERS
 
@@ -58,11 +58,11 @@ def test_training_generation_evaluation_and_judges_agree_on_the_tokens(
     asked = encode_prompt(tokenizer, prompt) if prompt else []
     for answer in ANSWERS:
         example = encode_completion(tokenizer, prompt, answer)  # SFT
-        n_given = example.n_given
-        assert example.input_ids[:n_given].tolist() == asked or not prompt
-        end = {turn_end(tokenizer), end_token(tokenizer)} & set(example.input_ids[n_given:].tolist())
+        n_prompt = example.n_prompt
+        assert example.input_ids[:n_prompt].tolist() == asked or not prompt
+        end = {turn_end_token(tokenizer), end_token(tokenizer)} & set(example.input_ids[n_prompt:].tolist())
         assert end
-        assert example.loss_mask[n_given:].all()
+        assert example.loss_mask[n_prompt:].all()
         # DPO and KTO, rewards in training, evaluate.py on pairs
         (given, (said,)) = encode_answers(tokenizer, [prompt], [[answer]])[0]
         kto = tokenize_completions({"prompt": [prompt], "completion": [answer]}, tokenizer)
@@ -70,14 +70,14 @@ def test_training_generation_evaluation_and_judges_agree_on_the_tokens(
         for row in (
             np.concatenate([given, said]),
             np.concatenate([kto["prompt"][0], kto["completion"][0]]),
-            np.concatenate([dpo["prompt"][0], dpo["said"][0][: dpo["sizes"][0][0]]]),
-            judged_tokens(tokenizer, [prompt], [answer])[0],
+            np.concatenate([dpo["prompt"][0], dpo["completions"][0][: dpo["lengths"][0][0]]]),
+            reward_tokens(tokenizer, [prompt], [answer])[0],
         ):
             assert row.tolist() == example.input_ids.tolist()
-        if n_given:
-            (scored,) = pair_rows([prompt], [answer], tokenizer, seq_len=500)
+        if n_prompt:
+            (scored,) = pair_windows([prompt], [answer], tokenizer, seq_len=500)
             assert scored.tokens.tolist() == example.input_ids.tolist()
-            assert scored.n_given == n_given
+            assert scored.n_context == n_prompt
 
 
 @pytest.mark.parametrize("template", [None, HEADERS], ids=["chatml", "headers"])

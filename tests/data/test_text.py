@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from genai_pl.data import byte_tokenizer, sources, token_bytes, train_bpe
 from genai_pl.data.text import TextDataModule
-from genai_pl.data.tokenize import encode_batch, split_pieces, split_text, tokenize
-from genai_pl.data.tokenizer import files_of, from_files
+from genai_pl.data.tokenize import encode_batch, split_chunks, split_text, tokenize
+from genai_pl.data.tokenizer import tokenizer_files, tokenizer_from_files
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator
 from tests.small_tokenizers import TOKENIZERS
@@ -47,7 +47,7 @@ def test_a_tokenizer_survives_its_files_and_transformers_reads_them(tmp_path: Pa
     from transformers import AutoTokenizer
 
     tokenizer = train_bpe(["some text to learn from, some text"], 300)
-    again = from_files(files_of(tokenizer))
+    again = tokenizer_from_files(tokenizer_files(tokenizer))
     tokenizer.save_pretrained(tmp_path)
     for other in (again, AutoTokenizer.from_pretrained(tmp_path)):
         assert other.encode(WILD) == tokenizer.encode(WILD)
@@ -68,7 +68,7 @@ def test_the_last_fraction_of_the_characters_validates(texts: list[str], fractio
 
 def test_a_long_text_is_cut_at_line_breaks_and_loses_nothing() -> None:
     text = ("x" * 999 + "\n") * 300
-    pieces = split_pieces(text, lambda part: list(part.encode()))
+    pieces = split_chunks(text, lambda part: list(part.encode()))
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert all(piece.endswith("\n") for piece in pieces)
@@ -115,20 +115,20 @@ def test_every_kind_of_file_gives_the_same_documents(kind: str, tmp_path: Path) 
     where = {"txt": tmp_path / "0.txt", "folder": tmp_path, "glob": tmp_path / "*.txt"}.get(
         kind, tmp_path / f"t.{kind}"
     )
-    found = sources.read(sources.find(str(where)), "text")
+    found = sources.read_documents(sources.find_source(str(where)), "text")
     assert found["text"][:] == (texts[:1] if kind == "txt" else texts)
 
 
 def test_another_column_can_be_the_text(tmp_path: Path) -> None:
     Dataset.from_dict({"body": ["x"], "text": ["y"]}).to_json(tmp_path / "t.jsonl")
-    assert sources.read(sources.find(str(tmp_path / "t.jsonl")), "body")["text"][:] == ["x"]
+    assert sources.read_documents(sources.find_source(str(tmp_path / "t.jsonl")), "body")["text"][:] == ["x"]
 
 
 def test_a_folder_of_mixed_kinds_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.csv").write_text("text\nb\n")
     with pytest.raises(DataError, match="several kinds"):
-        sources.find(str(tmp_path))
+        sources.find_source(str(tmp_path))
 
 
 def test_shipped_text_has_its_own_validation_text() -> None:
@@ -164,4 +164,4 @@ def test_an_edited_file_is_tokenized_anew(tmp_path: Path) -> None:
 def test_a_compressed_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
     with pytest.raises(DataError, match=r"a\.txt\.gz: unknown kind of file"):
-        sources.find(str(tmp_path / "a.txt.gz"))
+        sources.find_source(str(tmp_path / "a.txt.gz"))

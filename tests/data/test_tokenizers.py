@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from genai_pl.data import byte_tokenizer, fingerprint, pretrained_tokenizer, token_bytes, train_bpe
-from genai_pl.data.tokenizer import files_of, from_files, is_read_alike, save_tokenizer
+from genai_pl.data.tokenizer import reloads_unchanged, save_tokenizer, tokenizer_files, tokenizer_from_files
 from genai_pl.errors import CheckpointError
 from genai_pl.loading import load
 from tests.conftest import TINY
@@ -49,7 +49,7 @@ def check_round_trip(folder: Path, out: Path) -> None:
         return
     ours = pretrained_tokenizer(str(folder))
     assert all_ids(ours) == all_ids(theirs)
-    again = from_files(files_of(ours))
+    again = tokenizer_from_files(tokenizer_files(ours))
     save_tokenizer(ours, out)
     if (folder / "config.json").is_file():
         shutil.copy(folder / "config.json", out)
@@ -110,7 +110,7 @@ def test_a_limit_in_tokenizer_json_cuts_and_pads_nothing(state: str, tokenizer_c
 def test_no_limit_is_ever_written(state: str, tmp_path: Path) -> None:
     tokenizer = pretrained_tokenizer(str(write_folder(tmp_path / "there", byte_level(), state=state)))
     tokenizer(["one", "more text"], truncation=True, max_length=2, padding="max_length")  # a state that stays
-    for name, text in files_of(tokenizer).items():
+    for name, text in tokenizer_files(tokenizer).items():
         if name == "tokenizer.json":
             assert json.loads(text)["truncation"] is json.loads(text)["padding"] is None
         if name == "tokenizer_config.json":
@@ -175,7 +175,7 @@ def test_our_tokenizers_are_read_as_they_are_beside_every_family_but_one(make, t
         save_tokenizer(tokenizer, folder)
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
         same = all_ids(AutoTokenizer.from_pretrained(folder)) == all_ids(tokenizer)
-        assert is_read_alike(tokenizer, kind) == same == (kind != "qwen2")
+        assert reloads_unchanged(tokenizer, kind) == same == (kind != "qwen2")
 
 
 def test_named_chat_templates_survive_a_checkpoint_and_an_export(command, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_tokenizer_json_is_read_whatever_lies_beside_it(tmp_path: Path, monkeypa
 
 
 def test_a_file_of_a_checkpoint_cannot_lie_elsewhere(tmp_path: Path) -> None:
-    files = files_of(byte_tokenizer())
+    files = tokenizer_files(byte_tokenizer())
     for name in ("../outside.json", "/tmp/outside.json", "a/../../outside.json"):
         with pytest.raises(CheckpointError, match="which lies elsewhere"):
-            from_files({**files, name: "{}"})
+            tokenizer_from_files({**files, name: "{}"})
 
 
 @pytest.mark.parametrize("broken", ["", "{}", "[1]", '{"model": {"type": "None"}}', '{"version": "1.0", "model": 3}'])
@@ -284,8 +284,8 @@ def test_scores_that_are_read_a_digit_off_are_the_same_tokenizer() -> None:
     again = Tokenizer.from_str(made.to_str())
     assert made.to_str() != again.to_str()
     first, second = (PreTrainedTokenizerFast(tokenizer_object=each) for each in (made, again))
-    assert fingerprint(first) == fingerprint(second) == fingerprint(from_files(files_of(first)))
-    assert is_read_alike(first, "llama")
+    assert fingerprint(first) == fingerprint(second) == fingerprint(tokenizer_from_files(tokenizer_files(first)))
+    assert reloads_unchanged(first, "llama")
 
 
 def test_what_changes_ids_changes_the_fingerprint() -> None:

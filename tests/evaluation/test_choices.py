@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from genai_pl.data import byte_tokenizer
 from genai_pl.data.columns import Place
 from genai_pl.errors import DataError
-from genai_pl.evaluation import Kind, Question, choice_metrics, score, text_rows
+from genai_pl.evaluation import Kind, Question, choice_metrics, score, text_windows
 from genai_pl.evaluation.examples import read_choice
 from genai_pl.kernels.chunked_logits import tokens_at_once
 from genai_pl.loading import load
@@ -179,7 +179,7 @@ def test_the_calibration_error_is_torchmetrics_of_all_logits_which_are_never_mad
     assert tokens_at_once(258, torch.device("cpu")) == 5
     seen, logits = [], ours.model.logits
     monkeypatch.setattr(ours.model, "logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))
-    rows = text_rows(texts, ours.tokenizer, seq_len=CONTEXT)
+    rows = text_windows(texts, ours.tokenizer, seq_len=CONTEXT)
     scores = score(ours.model, rows, batch_tokens=1)  # row by row, the longest first
     assert max(seen) == 5
     order = sorted(range(3), key=lambda n: -len(texts[n]))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genai_pl.evaluation import Kind, read_examples
-from genai_pl.evaluation.preferences import judged_tokens
+from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.loading import load
 from tests.serving.servers import write_model
 
@@ -80,7 +80,7 @@ def test_pairs_are_compared_with_the_tools_that_were_offered(command, tmp_path: 
     assert kind is Kind.preferences
     assert columns[3] == [[tool]]
     tokenizer = load(str(tmp_path / "model")).tokenizer
-    (judged,) = judged_tokens(tokenizer, columns[0], columns[1], columns[3])
+    (judged,) = reward_tokens(tokenizer, columns[0], columns[1], columns[3])
     whole = [*TALK[:1], {"role": "assistant", "content": "2"}]
     assert judged.tolist() == tokenizer.apply_chat_template(whole, tools=[tool], return_dict=True)["input_ids"]
     assert command("evaluate", "checkpoint=model", "data.path=pairs.jsonl").status == 0

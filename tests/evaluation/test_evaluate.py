@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from genai_pl.cli.command import CONF, register
 from genai_pl.data import byte_tokenizer, train_bpe
 from genai_pl.data.sources import CORPUS
-from genai_pl.evaluation import completion_rows, score, text_rows
+from genai_pl.evaluation import completion_windows, score, text_windows
 from genai_pl.evaluation.windows import windows
 from genai_pl.loading import load
 from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
@@ -31,8 +31,8 @@ def test_windows_score_each_token_but_the_first_once_with_the_context_that_the_s
     for row in windows(tokens, seq_len=5, stride=stride):
         assert len(row.tokens) <= 6
         assert row.n_scored >= 1
-        assert row.n_given >= min(int(row.tokens[row.n_given]), 6 - stride)
-        scored += row.tokens[row.n_given :].tolist()
+        assert row.n_context >= min(int(row.tokens[row.n_context]), 6 - stride)
+        scored += row.tokens[row.n_context :].tolist()
     assert scored == list(range(1, n_tokens))
 
 
@@ -89,7 +89,9 @@ def test_completions_get_the_figures_of_transformers_one_by_one(folder: Path, th
 def test_batches_padding_and_chunks_of_logits_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = load(str(folder))
     pairs = [prompt or "a" for prompt in PROMPTS], [" b", " longer", " c d", " e"]
-    rows = completion_rows(*pairs, ours.tokenizer, seq_len=CONTEXT) + text_rows(TEXTS, ours.tokenizer, seq_len=CONTEXT)
+    rows = completion_windows(*pairs, ours.tokenizer, seq_len=CONTEXT) + text_windows(
+        TEXTS, ours.tokenizer, seq_len=CONTEXT
+    )
     seen: list[int] = []
     alone = score(ours.model, rows, batch_tokens=1, on_batch=seen.append)
     assert seen == [1] * len(rows)
@@ -108,28 +110,28 @@ def test_the_first_token_is_scored_only_after_a_bos() -> None:
 
     tokenizer = byte_tokenizer()
     bos = tokenizer.bos_token_id
-    (plainly,) = text_rows(["abc"], tokenizer, seq_len=8)
-    (asked,) = text_rows(["abc"], tokenizer, seq_len=8, bos=True)
+    (plainly,) = text_windows(["abc"], tokenizer, seq_len=8)
+    (asked,) = text_windows(["abc"], tokenizer, seq_len=8, bos=True)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
     )
-    (by_itself,) = text_rows(["abc"], tokenizer, seq_len=8)
-    (refused,) = text_rows(["abc"], tokenizer, seq_len=8, bos=False)
+    (by_itself,) = text_windows(["abc"], tokenizer, seq_len=8)
+    (refused,) = text_windows(["abc"], tokenizer, seq_len=8, bos=False)
     for row in (plainly, refused):
-        assert (row.tokens.tolist(), row.n_given) == ([97, 98, 99], 1)
+        assert (row.tokens.tolist(), row.n_context) == ([97, 98, 99], 1)
     for row in (asked, by_itself):
-        assert (row.tokens.tolist(), row.n_given) == ([bos, 97, 98, 99], 1)
-    (pair,) = completion_rows(["ab"], ["c"], tokenizer, seq_len=8)
-    assert (pair.tokens.tolist(), pair.n_given) == ([bos, 97, 98, 99], 3)
+        assert (row.tokens.tolist(), row.n_context) == ([bos, 97, 98, 99], 1)
+    (pair,) = completion_windows(["ab"], ["c"], tokenizer, seq_len=8)
+    assert (pair.tokens.tolist(), pair.n_context) == ([bos, 97, 98, 99], 3)
 
 
 def test_a_prompt_and_its_completion_are_encoded_together_and_the_space_between_them_is_the_completions() -> None:
     tokenizer = train_bpe(["the sign the signs the sign" * 10], 300)
     whole, prompt = tokenizer.encode("the sign"), tokenizer.encode("the")
     for pair in (("the", " sign"), ("the ", "sign")):
-        (row,) = completion_rows([pair[0]], [pair[1]], tokenizer, seq_len=64)
+        (row,) = completion_windows([pair[0]], [pair[1]], tokenizer, seq_len=64)
         assert row.tokens.tolist() == whole
-        assert row.n_given == len(prompt)
+        assert row.n_context == len(prompt)
 
 
 PAIR = {"prompt": "a", "completion": "b"}
@@ -196,7 +198,7 @@ def test_data_that_cannot_be_read_are_one_line(folder: Path, command, tmp_path: 
 def test_a_completion_that_has_no_token_of_its_own_is_encoded_by_itself() -> None:
     tokenizer = train_bpe(["signs signs signs"] * 10, 300)
     assert len(tokenizer("signs")["input_ids"]) == len(tokenizer("sign")["input_ids"])  # it merges with the prompt
-    _, row = completion_rows(["x", "sign"], [" y", "s"], tokenizer, seq_len=64)
+    _, row = completion_windows(["x", "sign"], [" y", "s"], tokenizer, seq_len=64)
     before, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("sign", "s"))
     assert row.tokens.tolist()[-len(before + completion) :] == before + completion
     assert row.n_scored == len(completion)

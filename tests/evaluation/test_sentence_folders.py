@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from genai_pl.data.text_tokens import append_end_token, appends_end_token, encode_texts
 from genai_pl.data.tokenizer import byte_tokenizer, pretrained_tokenizer, train_bpe
 from genai_pl.errors import CheckpointError
-from genai_pl.evaluation.embeddings import embed, encode_sentences, find_head
+from genai_pl.evaluation.embeddings import embed, encode_sentences, find_sentence_head
 from genai_pl.exporting import export_model
 from genai_pl.loading import load
 from genai_pl.models import ModelConfig, build_model
@@ -78,7 +78,7 @@ def write(tmp_path: Path) -> Write:
 
 def ours(path: Path, texts: list[str] = TEXTS) -> torch.Tensor:
     loaded = load(str(path))
-    head = find_head(None, loaded.path, loaded.tokenizer, loaded.model.config)
+    head = find_sentence_head(None, loaded.path, loaded.tokenizer, loaded.model.config)
     return embed(loaded.model, encode_sentences(loaded.tokenizer, texts, head), head)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.flash.operator import flash_attention
 from genai_pl.kernels.reference import reference_attention
 
@@ -63,7 +63,7 @@ def ours_and_exact(mask: AttentionMask, tensors: list[Tensor], options: dict, dt
     def exact(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
         return reference_attention(q, k, v, mask, **options), exact_lse(q, k, mask, options)
 
-    ours = results(lambda q, k, v, **o: flash_attention(q, k, v, mask, **o), tensors, options, dtype)
+    ours = results(lambda q, k, v, **o: flash_attention(q, k, v, mask, ScoreOptions(**o)), tensors, options, dtype)
     return ours, results(exact, tensors, options, torch.float64)
 
 

@@ -12,7 +12,7 @@ from transformers import masking_utils
 
 from genai_pl.checkpoints.file import MARK
 from genai_pl.data import byte_tokenizer
-from genai_pl.data.tokenizer import files_of
+from genai_pl.data.tokenizer import tokenizer_files
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
 from genai_pl.loading import load
@@ -121,7 +121,7 @@ def test_a_mask_is_taken_for_a_window_only_if_it_is_one_of_that_size(size: int):
 def test_a_checkpoint_of_a_family_that_does_not_run_is_refused_with_an_adapter_too(with_lora: bool, tmp_path: Path):
     for kind in ("llama", "qwen3_next"):
         model = build_wrapped(tiny_config(kind).to_dict())
-        contents = {"model": model.config.to_dict(), "tokenizer": files_of(byte_tokenizer())}
+        contents = {"model": model.config.to_dict(), "tokenizer": tokenizer_files(byte_tokenizer())}
         if with_lora:
             options = {"target_modules": ["q_proj"], "rank": 2, "alpha": 4.0}
             model, contents["peft"] = METHODS["lora"].make(model, **options), {"method": "lora", "options": options}

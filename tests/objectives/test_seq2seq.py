@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from genai_pl.data.seq2seq import PackedPairs
+from genai_pl.data.packing import PackedPairs
 from genai_pl.errors import ConfigError
 from genai_pl.models import ModelConfig, build_model, save_pretrained
 from genai_pl.modules.seq2seq import Seq2SeqModule

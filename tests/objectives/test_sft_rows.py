@@ -1,4 +1,4 @@
-"""Fine-tuning batches predict answers only, and examples are packed into rows that are all but full."""
+"""Fine-tuning batches predict answers only, whatever the row that an example is packed in."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from packed_rows import PAD, VOCABULARY, row
 
 from genai_pl.models import Decoder, ModelConfig
-from genai_pl.objectives import IGNORED, CausalLMCollator, SFTCollator, causal_lm_loss, pack
+from genai_pl.objectives import IGNORED, CausalLMCollator, SFTCollator, causal_lm_loss
 
 COLLATE = SFTCollator(vocabulary=VOCABULARY)
 
@@ -77,69 +77,3 @@ def test_examples_cost_the_same_packed_and_alone() -> None:
     assert together[1] == sum(n for _, n in alone)
     assert together[0] == pytest.approx(sum(value for value, _ in alone), rel=1e-5)
     assert loss(examples)[0] == pytest.approx(together[0], rel=1e-5)
-
-
-def chat_lengths(n: int, room: int, *, median: float, spread: float) -> np.ndarray:
-    """Log-normal, as lengths of conversations are, and cut to the room."""
-    lengths = np.random.default_rng(n).lognormal(np.log(median), spread, n)
-    return np.clip(lengths.astype(np.int64), 4, room)
-
-
-def best_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing in quadratic time; which of equally full rows is taken does not matter to their number."""
-    bins: list[list[int]] = []
-    left: list[int] = []
-    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [b for b in range(len(bins)) if left[b] >= lengths[example]]
-        if not fitting:
-            bins.append([])
-            left.append(room)
-            fitting = [len(bins) - 1]
-        target = min(fitting, key=left.__getitem__)
-        bins[target].append(example)
-        left[target] -= lengths[example]
-    return bins
-
-
-@pytest.mark.parametrize(("median", "spread"), [(150, 0.8), (500, 1.0), (60, 0.5), (900, 1.2)])
-@pytest.mark.parametrize("room", [1025, 2049])
-def test_rows_hold_every_example_once_and_at_least_97_percent_text(median: float, spread: float, room: int) -> None:
-    lengths = chat_lengths(20_000, room, median=median, spread=spread)
-    bins = pack(lengths, room)
-    assert sorted(example for examples in bins for example in examples) == list(range(len(lengths)))
-    totals = [lengths[examples].sum() for examples in bins]
-    assert max(totals) <= room
-    assert sum(totals) / (len(bins) * room) >= 0.97
-    assert bins == pack(lengths.tolist(), room)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("longest", [32, 15])
-def test_packing_fills_rows_as_best_fit_decreasing_does(seed: int, longest: int) -> None:
-    lengths = np.random.default_rng(seed).integers(3, longest + 1, 200).tolist()
-
-    def totals(bins: list[list[int]]) -> list[int]:
-        return sorted(sum(lengths[i] for i in examples) for examples in bins)
-
-    assert totals(pack(lengths, 32)) == totals(best_fit(lengths, 32))
-
-
-def test_packing_of_few_examples() -> None:
-    assert pack([], 8) == []
-    assert pack([8], 8) == [[0]]
-    assert pack([3, 5, 8, 5], 8) == [[2], [1], [3, 0]]
-    assert pack([1] * 9, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    for impossible in ([0], [9], [-1]):
-        with pytest.raises(AssertionError):
-            pack(impossible, 8)
-
-
-@pytest.mark.slow
-def test_a_million_examples_are_packed_in_seconds() -> None:
-    import time
-
-    lengths = chat_lengths(1_000_000, 8192, median=600, spread=1.0)
-    start = time.perf_counter()
-    bins = pack(lengths, 8192)
-    assert time.perf_counter() - start < 20
-    assert lengths.sum() / (len(bins) * 8192) > 0.99

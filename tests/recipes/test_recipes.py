@@ -318,10 +318,10 @@ def test_copied_settings_are_edited_trained_and_shown_from_anywhere(
     command, digits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from genai_pl.loading import load
-    from genai_pl.recipes.command import answer
+    from genai_pl.recipes.command import run_command
 
     digits.prepare([digits_file], Path("data/digits"))
-    answer(["copy", "digits"])
+    run_command(["copy", "digits"])
     path = tmp_path / "my_conf" / "experiment" / "my_digits.yaml"
     path.write_text(path.read_text().replace("n_embd: 128", "n_embd: 16"))
     result = command("train", "--config-dir", "my_conf", "experiment=my_digits", *TINY[:1], *TINY[5:], "model.n_head=2",
@@ -329,10 +329,10 @@ def test_copied_settings_are_edited_trained_and_shown_from_anywhere(
     assert (result.status, result.err) == (0, "")
     assert load("run").model.config.n_embd == 16
     monkeypatch.chdir(tmp_path / "my_conf")
-    said = answer(["show", str(tmp_path / "run")])
+    said = run_command(["show", str(tmp_path / "run")])
     assert "of 100 are pictures" in said
     assert read_png((tmp_path / "run" / "shown" / "digits.png").read_bytes()).ndim == 2
     assert (ROOT / "conf" / "experiment" / "digits.yaml").read_text().count("n_embd: 128") == 1
     (tmp_path / "data" / "digits" / "val.jsonl").unlink()
     with pytest.raises(DataError, match=r"are not there; python recipes\.py digits makes them"):
-        answer(["show", str(tmp_path / "run")])
+        run_command(["show", str(tmp_path / "run")])

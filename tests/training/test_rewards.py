@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation import judge, pair_rows
+from genai_pl.evaluation import judge, pair_windows
 from genai_pl.loading import load
 from genai_pl.training.rewards import load_rewards
 
@@ -341,7 +341,7 @@ def test_a_reward_model_reads_conversations_as_in_its_training_and_in_evaluation
     )
     assert result.status == 0, result.err
     judged = load("judge")
-    tokens = [row.tokens for row in pair_rows(asked, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)]
+    tokens = [row.tokens for row in pair_windows(asked, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)]
     expected = judge(judged.model, tokens).tolist()
     reward = load_rewards(["judge"], None, policy=judged.model, device=torch.device("cpu"))
     texts = [judged.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]

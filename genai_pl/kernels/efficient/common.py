@@ -6,6 +6,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import ScoreOptions
 
 FIXES = {
     "window": ("a window", "model.window=null"),
@@ -19,27 +20,23 @@ FIXES = {
 
 
 def refuse(
-    kind: str,
-    mask: AttentionMask,
-    *,
-    window: int | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
+    kind: str, mask: AttentionMask, options: ScoreOptions, *, supported: tuple[str, ...] = (), window: int | None = None
 ) -> None:
-    """ConfigError if any of these is given, or if the mask has an order, a prefix or a window other than `window`."""
-    unsupported = {
+    """ConfigError for a score option that is not `supported`, and for a mask with an order, a prefix or another window.
+
+    kind: the name in the error. supported: names of FIXES that this kind computes. window: the one that the kind has.
+    """
+    requested = {
         "window": mask.window not in (None, window),
         "order": mask.order is not None,
         "prefix": mask.prefix is not None,
-        "bias": bias is not None,
-        "alibi": alibi is not None,
-        "softcap": softcap is not None,
-        "dropout": dropout_p > 0.0,
+        "bias": options.bias is not None,
+        "alibi": options.alibi is not None,
+        "softcap": options.softcap is not None,
+        "dropout": options.dropout_p > 0.0,
     }
-    for name, is_set in unsupported.items():
-        if is_set:
+    for name, is_set in requested.items():
+        if is_set and name not in supported:
             what, fix = FIXES[name]
             raise ConfigError(f"model.attention_kind={kind} has no {what}: set {fix}{_or_full(fix)}")
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.attention import attention
+from genai_pl.kernels.attention import attention_with
 from genai_pl.kernels.efficient.common import refuse
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 
 class Linformer(nn.Module):
@@ -34,14 +35,9 @@ class Linformer(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        scale: float | None = None,
-        bias: Tensor | None = None,
-        alibi: Tensor | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
+        options: ScoreOptions = PLAIN,
     ) -> Tensor:
-        refuse("linformer", mask, bias=bias, alibi=alibi)
+        refuse("linformer", mask, options, supported=("softcap", "dropout"))
         T, S = q.shape[2], k.shape[2]
         self._check(mask, S)
         if mask.segments is not None:
@@ -50,7 +46,7 @@ class Linformer(nn.Module):
         keys = (self.key_projection[..., :S] @ k).to(q.dtype)  # (B, K, R, D)
         values = (self.value_projection[..., :S] @ v).to(q.dtype)  # (B, K, R, D)
         mixed = mask.remember("linformer", (T, S, self.rank), lambda: self._mixture_mask(mask, T, S))
-        return attention(q, keys, values, mixed, scale=scale, softcap=softcap, dropout_p=dropout_p)
+        return attention_with(q, keys, values, mixed, options)
 
     def _check(self, mask: AttentionMask, S: int) -> None:
         if mask.causal:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from genai_pl.kernels.efficient.common import refuse
 from genai_pl.kernels.efficient.scan import attend_by_features, attend_without_mask
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 
 class Performer(nn.Module):
@@ -32,15 +33,10 @@ class Performer(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        scale: float | None = None,
-        bias: Tensor | None = None,
-        alibi: Tensor | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
+        options: ScoreOptions = PLAIN,
     ) -> Tensor:
-        refuse("performer", mask, bias=bias, alibi=alibi, softcap=softcap, dropout_p=dropout_p)
-        half = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5  # of the scale, for either side
+        refuse("performer", mask, options)
+        half = (q.shape[-1] ** -0.5 if options.scale is None else options.scale) ** 0.5  # of the scale, for either side
         with torch.autocast(q.device.type, enabled=False):  # exponentials in bf16 would be off by whole percents
             exact = torch.promote_types(q.dtype, torch.float32)
             features = self.features.to(exact)

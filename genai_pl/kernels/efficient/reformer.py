@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels.attention import attention
+from genai_pl.kernels.attention import attention_with
 from genai_pl.kernels.efficient.common import blocks_with_neighbours, pad_to_blocks, refuse, split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 ONLY_CHOICE = -3e4  # added to a position's score of itself: far below every other, and finite in float16
 
@@ -31,15 +32,10 @@ class Reformer(nn.Module):
         k: Tensor | None,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        scale: float | None = None,
-        bias: Tensor | None = None,
-        alibi: Tensor | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
+        options: ScoreOptions = PLAIN,
     ) -> Tensor:
         """(B, H, T, D); k is not read where T = S, and is all the queries, cached as they came, where T < S."""
-        refuse("reformer", mask, bias=bias, alibi=alibi, softcap=softcap)
+        refuse("reformer", mask, options, supported=("dropout",))
         if mask.query_segments is not None:
             raise ConfigError(
                 "model.attention_kind=reformer attends to the queries themselves, never to another row: "
@@ -47,14 +43,14 @@ class Reformer(nn.Module):
             )
         H, T, D = q.shape[1:]
         S = v.shape[2]
-        scale = D**-0.5 if scale is None else scale
+        scale = D**-0.5 if options.scale is None else options.scale
         v = v.repeat_interleave(H // v.shape[1], dim=1)  # (B, H, S, D)
         if T == S:
-            return self._hashed(q, v, mask, scale=scale, dropout_p=dropout_p)
+            return self._hashed(q, v, mask, scale=scale, dropout_p=options.dropout_p)
         keys = F.normalize(k.repeat_interleave(H // k.shape[1], dim=1), dim=-1)
         itself = torch.arange(S, device=q.device) == torch.arange(S - T, S, device=q.device)[:, None]  # (T, S)
         reluctance = torch.where(itself, ONLY_CHOICE, 0.0).to(q.dtype)
-        return attention(q, keys, v, mask, scale=scale, bias=reluctance, dropout_p=dropout_p)
+        return attention_with(q, keys, v, mask, options._replace(scale=scale, bias=reluctance))
 
     def _hashed(self, q: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout_p: float) -> Tensor:
         """Rounds of hashing, weighted by the weight of what each has found (eq. 6 and appendix A)."""

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.kernels.attention import attention, choose_backend
+from genai_pl.kernels.attention import attention_with, choose_backend
 from genai_pl.kernels.efficient.common import blocks_with_neighbours, pad_to_blocks, refuse, split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 MIN_BLOCK = 64  # shorter blocks are matrices too small to multiply well
 
@@ -30,30 +31,26 @@ class WindowAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: AttentionMask,
-        *,
-        scale: float | None = None,
-        bias: Tensor | None = None,
-        alibi: Tensor | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
+        options: ScoreOptions = PLAIN,
     ) -> Tensor:
         # a bias of the scores has one entry for each query and key, which is what a window avoids
-        refuse("window", mask, window=self.window, bias=bias, alibi=alibi)
-        options = {"scale": scale, "softcap": softcap, "dropout_p": dropout_p, "backend": self.backend}
+        refuse("window", mask, options, supported=("softcap", "dropout"), window=self.window)
         (T, D), S = q.shape[2:], k.shape[2]
         n_early = min(max(self.n_global - (S - T), 0), T)  # queries that are global
         parts = []
         if n_early:
-            parts.append(self._global(q[:, :, :n_early], k, v, mask, T, **options))
+            parts.append(self._global(q[:, :, :n_early], k, v, mask, T, options))
         if n_early < T:
-            backend, _ = choose_backend(q.device, softcap=softcap, head_dim=D, dtype=q.dtype, backend=self.backend)
+            backend, _ = choose_backend(
+                q.device, softcap=options.softcap, head_dim=D, dtype=q.dtype, backend=self.backend
+            )
             # triton passes over the keys outside a window; the others compute all of them unless they come in blocks
             in_blocks = backend != "triton" and T == S and 2 * self.block < S
             local = self._blocks if in_blocks else self._rows
-            parts.append(local(q[:, :, n_early:], k, v, mask, **options))
+            parts.append(local(q[:, :, n_early:], k, v, mask, options))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
-    def _global(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, T: int, **options) -> Tensor:
+    def _global(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, T: int, options: ScoreOptions) -> Tensor:
         """Attention of the first queries, which are global, to everything, (B, H, n_early, D)."""
         n_early, S = q.shape[2], k.shape[2]
         if mask.causal:  # keys must end where the queries do
@@ -67,9 +64,10 @@ class WindowAttention(nn.Module):
             keys = mask.segments[:, : k.shape[2]]
             return AttentionMask(causal=mask.causal, segments=keys, query_segments=queries)
 
-        return attention(q, k, v, mask.remember("window global", (T, S, self.n_global), build), **options)
+        global_mask = mask.remember("window global", (T, S, self.n_global), build)
+        return attention_with(q, k, v, global_mask, options, backend=self.backend)
 
-    def _rows(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, **options) -> Tensor:
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: ScoreOptions) -> Tensor:
         """Attention of the last queries to their windows and the global keys, in one call, (B, H, n, D)."""
         n = q.shape[2]
 
@@ -83,9 +81,10 @@ class WindowAttention(nn.Module):
                 query_segments=queries,
             )
 
-        return attention(q, k, v, mask.remember("window rows", (n, self.window, self.n_global), build), **options)
+        row_mask = mask.remember("window rows", (n, self.window, self.n_global), build)
+        return attention_with(q, k, v, row_mask, options, backend=self.backend)
 
-    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, **options) -> Tensor:
+    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: ScoreOptions) -> Tensor:
         """What `_rows` gives, for as many keys as positions, in memory linear in S: each block is a row of a batch."""
         B, S = q.shape[0], k.shape[2]
         n_early = S - q.shape[2]
@@ -97,7 +96,7 @@ class WindowAttention(nn.Module):
         k, v = (self._with_globals(x, before, after) for x in (k, v))  # (B * N, K, n_global + width, D)
         key = (B, S, self.window, self.n_global, q.device)
         blocks = mask.remember("window blocks", key, lambda: self._block_mask(mask, B, S, q.device))
-        y = attention(q, k, v, blocks, **options)
+        y = attention_with(q, k, v, blocks, options, backend=self.backend)
         y = y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, H, N * block, D)
         return y[:, :, n_early:S]
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from genai_pl.kernels.flash.mask_tables import mask_tables
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
 CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
@@ -21,19 +22,14 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     mask: AttentionMask,
-    *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
+    options: ScoreOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """What `reference_attention` gives, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
 
     Both are differentiable in q, k, v and bias. A query that sees nothing has a log-sum-exp of -inf.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    if alibi is not None and alibi.requires_grad:
+    if options.alibi is not None and options.alibi.requires_grad:
         raise ValueError("alibi slopes are constants here: backend triton gives them no gradient")
     if 0 in (B, T, S):
         return q.new_zeros(B, H, T, v.shape[-1]), q.new_full((B, H, T), float("-inf"), dtype=torch.float32)
@@ -41,19 +37,19 @@ def flash_attention(
     if torch.is_autocast_enabled(kind):  # only these: slopes and bias stay exact, and are read once
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     queries, keys = mask_tables(mask, T, S, q.device)
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0.0 else None
+    seed = torch.randint(2**62, (1,), device=q.device) if options.dropout_p > 0.0 else None
     case = (
         mask.causal,
         mask.window or 0,
         mask.prefix is not None,
         mask.segments is not None,
         0 if mask.order is None else 1 + mask.strict,
-        D**-0.5 if scale is None else scale,
-        softcap or 0.0,
-        dropout_p,
+        D**-0.5 if options.scale is None else options.scale,
+        options.softcap or 0.0,
+        options.dropout_p,
         mask.global_prefix is not None,
     )
-    return torch.ops.genai_pl.flash_forward(q, k, v, bias, alibi, queries, keys, seed, *case)
+    return torch.ops.genai_pl.flash_forward(q, k, v, options.bias, options.alibi, queries, keys, seed, *case)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,8 @@ class WrappedConfig:
 class WrappedDecoder(nn.Module):
     """A decoder whose layers are transformers'; segment ids reach our attention as an argument of every layer."""
 
+    feature_methods = ("features",)
+
     def __init__(self, inner: "PreTrainedModel", *, attention: AttentionBackend = AttentionBackend.auto) -> None:
         super().__init__()
         self.inner = inner

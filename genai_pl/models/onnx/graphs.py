@@ -72,7 +72,7 @@ class DecoderWithSourceGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = Past(past, source)
         mask = AttentionMask(segments=encoder_attention_mask, query_segments=torch.ones_like(input_ids))
-        hidden = hidden_states(self.model, input_ids, attention_mask, cache=cache, source_mask=mask)
+        hidden = hidden_states(self.model, input_ids, attention_mask, cache=cache, encoded_mask=mask)
         return self.model.logits(hidden), *cache.tensors
 
 

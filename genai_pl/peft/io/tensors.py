@@ -57,8 +57,8 @@ class TensorReader:
 
     def check_equal(self, names: tuple[str, ...], kind: str) -> None:
         """CheckpointError if modules that are one here have different tensors."""
-        found = [self.peek(name, kind) for name in names if Key(name, kind) in self.names]
-        if any(not torch.equal(tensor, found[0]) for tensor in found):
+        tensors = [self.peek(name, kind) for name in names if Key(name, kind) in self.names]
+        if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
             raise CheckpointError(f"{' and '.join(names)} differ, and are one layer here")
 
     def of(self, modules: list[HFModule], kind: str) -> list[HFModule]:
