@@ -1,4 +1,4 @@
-"""Answers in the words of OpenAI's API, whole and in pieces."""
+"""Responses in the schema of OpenAI's API: whole, and as chunks of a stream."""
 
 import time
 import uuid
