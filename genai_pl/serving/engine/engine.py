@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.generation.output_constraints import build_output_constraints
+from genai_pl.generation import build_output_constraints
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
 from genai_pl.serving.engine.model_runner import make_model_runner
