@@ -247,7 +247,7 @@ def test_there_are_never_more_connections_than_descriptors() -> None:
         most, at_once = connection_limits(n)
         assert 8 <= most <= n - 4 * at_once - 20
         assert at_once >= 8
-    assert connection_limits(2**20)[0] == connections.MOST
+    assert connection_limits(2**20)[0] == connections.MAX_CONNECTIONS
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_a_model_that_fails_ends_its_answers_and_goes_on(caplog: pytest.LogCaptu
 SPOILED = {
     "draw": lambda state: setattr(state, "generator", object()),
     "penalty": lambda state: setattr(state, "seen_tokens", torch.ones(3, dtype=torch.bool)),
-    "rules": lambda state: setattr(state, "rules", object()),
+    "rules": lambda state: setattr(state, "banned_tokens", object()),
     "text": lambda state: setattr(state, "text", object()),
 }
 

@@ -13,7 +13,6 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
 from genai_pl.serving.engine.engine import Engine
 from genai_pl.serving.engine.request import QueueFull, Request
-from genai_pl.serving.engine.scheduler import eligible, prefill
 from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.fair_queue import CLIENT, FairLock, FairQueue, Full, network
@@ -66,7 +65,7 @@ def test_waiting_rows_are_admitted_client_by_client() -> None:
     for n in range(4):
         engine.submit(Request(ids(f"a{n}"), greedy(2), client="a"))
     engine.submit(Request(ids("b0"), greedy(2), client="b"))
-    states = [state for _ in range(5) for state in engine.take_waiting(lambda: eligible(engine)[:1])]
+    states = [state for _ in range(5) for state in engine.scheduler.dequeue(engine.scheduler.in_turn()[:1])]
     assert [bytes(state.request.input_ids).decode() for state in states] == ["a0", "b0", "a1", "a2", "a3"]
 
 
@@ -145,10 +144,10 @@ def submit_to(engine: Engine, name: str, n: int, tokens: int, **options: object)
 
 def begun(engine: Engine) -> list[str]:
     """The prompts that are answered now, once all that may has begun."""
-    while engine.waiting and len(engine.running()) < engine.max_running:
-        before = len(engine.running())
-        prefill(engine)
-        if len(engine.running()) == before:
+    while engine.n_waiting and engine.n_running < engine.scheduler.max_running:
+        before = engine.n_running
+        engine.prefill()
+        if engine.n_running == before:
             break
     return [bytes(state.request.input_ids).decode() for state in engine.model_runner.states]
 
@@ -218,7 +217,7 @@ def test_a_long_prompt_does_not_wait_for_short_ones_for_ever() -> None:
     short = [engine.submit(Request(ids("abcde"), greedy(1))) for _ in range(60)]
     order = []
     for name, stream in (("long", long), *((n, one) for n, one in enumerate(short))):
-        stream.end = lambda reason, name=name, end=stream.end: (order.append(name), end(reason))
+        stream.close = lambda reason, name=name, close=stream.close: (order.append(name), close(reason))
     engine.start()
     for stream in (long, *short):
         text_of(stream)
@@ -238,7 +237,7 @@ def test_answers_go_on_however_many_prompts_come() -> None:
         def monotonic() -> float:
             return clock[0]
 
-    def read(_: Engine) -> None:
+    def read() -> None:
         turns.append("read")
         clock[0] += 1.0
 
@@ -249,7 +248,7 @@ def test_answers_go_on_however_many_prompts_come() -> None:
     engine.model_runner.states = [object()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "time", Clock)
-        patch.setattr(module, "prefill", read)
+        patch.setattr(engine, "prefill", read)
         patch.setattr(engine, "decode", step)
         patch.setattr(engine, "_finish_stopped", lambda: None)
         for _ in range(15):
