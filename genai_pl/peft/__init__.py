@@ -6,7 +6,7 @@ and `load_adapter` use PEFT's file layout. Names: adapter.py switch, adapter_lay
 which modules are wrapped, io/ files.
 """
 
-from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_disabled, adapters_of
+from genai_pl.peft.adapter import Adapter, AdapterLayer, RowWeights, adapters_disabled, adapters_of
 from genai_pl.peft.adapter_layers import tie_weights
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
@@ -24,6 +24,7 @@ __all__ = [
     "Adapter",
     "AdapterLayer",
     "METHODS",
+    "RowWeights",
     "adapters_disabled",
     "adapters_of",
     "base_tensors",

@@ -4,7 +4,7 @@ The reference policy of DPO and PPO is the model with its adapters off, so no se
 adapters can be mixed by their weights, or serve different rows of one batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,7 +18,7 @@ class Adapter:
 
     method: name of the option in the group `peft`. options: its arguments, as plain data; a file stores them.
     weight: factor on the adapter's effect, 0 for the base alone; virtual tokens know 0 and 1 only.
-    rows: (B,) weights by batch row instead of `weight`, or None.
+    rows: (B,) weights by batch row instead of `weight`, set for one forward pass (`RowWeights`), or None.
     number: rises with each adapter made, which orders the adapters of a model.
     """
 
@@ -38,6 +38,45 @@ class Adapter:
         if self.rows is None:
             return self.weight
         return self.rows.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+class RowWeights:
+    """Weights of adapters by batch row, an argument of decoding: each row of one batch can have an adapter of its own.
+
+    `Adapter.rows` holds them only inside `applied`, which surrounds one forward pass: layers deep in a model, transformers'
+    models among them, have no other way to receive an argument. Outside, the model is as if there were none, and whoever
+    selects or repeats rows of the batch does the same to this object.
+
+    pairs: (adapter, (B,) weights); other adapters of the model keep their own weight.
+
+    >>> import torch
+    >>> first, second = Adapter("lora", {}), Adapter("lora", {})
+    >>> weights = RowWeights([(first, torch.tensor([1.0, 0.0])), (second, torch.tensor([0.0, 1.0]))])
+    >>> with weights.select(torch.tensor([1, 1, 0])).applied():
+    ...     first.rows.tolist(), second.rows.tolist()
+    ([0.0, 0.0, 1.0], [1.0, 1.0, 0.0])
+    >>> first.rows is None
+    True
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Adapter, Tensor]]) -> None:
+        self.pairs = list(pairs)
+
+    def select(self, rows: Tensor) -> "RowWeights":
+        """The weights of the given rows, (n,) indices, which may repeat."""
+        return RowWeights([(adapter, weights[rows]) for adapter, weights in self.pairs])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context manager: the layers of these adapters use the weights by row inside."""
+        before = [adapter.rows for adapter, _ in self.pairs]
+        for adapter, weights in self.pairs:
+            adapter.rows = weights
+        try:
+            yield
+        finally:
+            for (adapter, _), rows in zip(self.pairs, before, strict=True):
+                adapter.rows = rows
 
 
 class AdapterLayer(nn.Module):
