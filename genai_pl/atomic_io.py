@@ -1,18 +1,9 @@
-<<<<<<< HEAD
-"""Atomic files and folders: a reader sees the old one or the new one, never half of one.
-
-Everything that a command leaves behind (checkpoints, exported models, tables, caches) is written under a temporary
-name beside its target, flushed to disk and renamed. The temporary name holds host and process id, by which the next
-writer knows what a killed one
-left. Also here: the lock of a run folder, and the names of files by which folders are recognized.
-=======
 """Atomic files: a reader sees the old contents or the new ones, never half of them.
 
 A file or folder is written under a temporary name beside its place, flushed with fsync, and renamed: rename is
 atomic on POSIX file systems, and fsync before it keeps a power loss from leaving an empty file under the final
 name. Temporary names hold host and process id, so that the next writer can remove what a killed one left. `claimed`
 is a lock on a run folder: two processes that write the same checkpoints would each delete the other's.
->>>>>>> kr
 """
 
 import errno
@@ -44,16 +35,10 @@ def is_checkpoint(path: Path) -> bool:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file or folder beside `path`, then flush it and rename it to `path`.
 
-<<<<<<< HEAD
-    The next writer of `path` on this machine removes what a killed one left. A folder needs two renames to replace:
-    killed between them, the old one waits under a hidden name, which the next writer undoes. An error of the disk is
-    an OSError that names `path`, whichever library raised it.
-=======
     On failure the temporary is removed and the old contents stay. What a killed writer left on this machine is
     removed first. A folder takes two renames to replace; killed between them, the old one keeps a hidden name,
     and the next writer renames it back. An error of the operating system becomes an OSError that names `path`,
     whichever library raised it.
->>>>>>> kr
     """
     temporary = open_temporary(path)
     try:
@@ -67,13 +52,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-<<<<<<< HEAD
-    """A context in which errors of the operating system become OSErrors that name `path`."""
-=======
     """Context in which errors of the operating system become an OSError that names `path`: a full disk is reported
     for the checkpoint, not for a temporary file.
     """
->>>>>>> kr
     try:
         yield
     except Exception as error:
@@ -85,17 +66,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-<<<<<<< HEAD
-    """A context that holds a run folder for this process; UserError with the id of the process that holds it already.
-
-    The lock is fcntl's on a file: the kernel releases it when the process dies, and children do not inherit it.
-=======
     """Context that holds a run folder for this process; UserError, with the owner's process id, if another process
     holds it.
 
     The lock is a POSIX record lock, which the kernel releases when the process ends, however it ends, and which
     children do not inherit. The file holds "PID on HOST" for messages.
->>>>>>> kr
     """
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +103,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def open_temporary(path: Path) -> Path:
-<<<<<<< HEAD
-    """A temporary path beside `path`, for what will replace it; leftovers of killed writers are removed."""
-=======
     """A temporary name beside `path` to write to; removes what killed writers of `path` left."""
->>>>>>> kr
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _beside(path, "tmp")
@@ -141,11 +112,7 @@ def open_temporary(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-<<<<<<< HEAD
-    """Flush a temporary file or folder and rename it to `path`, the folder entry flushed too."""
-=======
     """Flush the file or folder, rename it to `path`, and flush the directory entry."""
->>>>>>> kr
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
     _replace(path, temporary)
@@ -154,21 +121,13 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove_unfinished() -> None:
-<<<<<<< HEAD
-    """Remove the temporaries of this process, for one that ends without unwinding."""
-=======
     """Remove the temporaries of this process: for a signal handler that ends it without unwinding."""
->>>>>>> kr
     for temporary in list(UNFINISHED):
         _remove(temporary)
 
 
 def _replace(path: Path, temporary: Path) -> None:
-<<<<<<< HEAD
-    """Rename a temporary to `path`; a folder that is there is moved aside first, and back if that fails."""
-=======
     """Rename the temporary to `path`; an old folder steps aside first, and comes back if the second rename fails."""
->>>>>>> kr
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -182,11 +141,7 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
-<<<<<<< HEAD
-    """A hidden name beside `path`, of this host and process."""
-=======
     """Temporary name beside `path`, of kind "tmp" (being written) or "old" (being replaced)."""
->>>>>>> kr
     return path.with_name(f"{_prefix(path, kind)}{os.getpid()}")
 
 
@@ -214,13 +169,9 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-<<<<<<< HEAD
-    """Whether another process has this id; an equal id to ours was that of a dead process."""
-=======
     """True if another process has this id. Our own id counts as ended: a leftover with it is of an earlier
     process.
     """
->>>>>>> kr
     if pid == os.getpid():
         return False
     try:
@@ -233,11 +184,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-<<<<<<< HEAD
-    """Remove a file or folder; errors are left to the next writer."""
-=======
     """Remove a file or folder; errors are ignored, because the next write meets and reports them."""
->>>>>>> kr
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -246,11 +193,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-<<<<<<< HEAD
-    """Flush a file or folder entry to disk."""
-=======
     """Flush a file or directory to the disk."""
->>>>>>> kr
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
