@@ -1,4 +1,10 @@
-"""Writing so that a reader sees the old file or the new one, never half of one."""
+"""Atomic files and folders: a reader sees the old one or the new one, never half of one.
+
+Everything that a command leaves behind (checkpoints, exported models, tables, caches) is written under a temporary
+name beside its target, flushed to disk and renamed. The temporary name holds host and process id, by which the next
+writer knows what a killed one
+left. Also here: the lock of a run folder, and the names of files by which folders are recognized.
+"""
 
 import errno
 import fcntl
@@ -11,12 +17,12 @@ from pathlib import Path
 
 from genai_pl.errors import UserError, system_error
 
-SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
-LOCK = ".lock"  # of a run folder: who writes it
+SWEEP = "multirun.yaml"  # written by Hydra before the first job of a sweep
+LOCK = ".lock"  # in a run folder: the process that writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
-ADAPTER = "adapter_config.json"  # what makes a folder an adapter
-CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
-RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
+ADAPTER = "adapter_config.json"  # a folder with it is an adapter
+CONTENTS = "contents.pt"  # a folder with it is a sharded checkpoint: all of that but its tensors
+RESULTS = "results.json"  # last step and metrics of a run that reached its end
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -27,9 +33,9 @@ def is_checkpoint(path: Path) -> bool:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file or folder beside `path`, flush it and rename it; on failure it is removed.
 
-    What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
-    renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
-    What the disk refuses is an OSError that names `path`, whatever library met it.
+    The next writer of `path` on this machine removes what a killed one left. A folder needs two renames to replace:
+    killed between them, the old one waits under a hidden name, which the next writer undoes. An error of the disk is
+    an OSError that names `path`, whichever library raised it.
     """
     temporary = open_temporary(path)
     try:
@@ -43,7 +49,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, what the operating system refuses is an OSError that names `path`."""
+    """A context in which errors of the operating system become OSErrors that name `path`."""
     try:
         yield
     except Exception as error:
@@ -55,13 +61,17 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; UserError that names the process which holds it."""
+    """A context that holds a run folder for this process; UserError with the id of the process that holds it already.
+
+    The lock is fcntl's on a file: the kernel releases it when the process dies, and children do not inherit it.
+    """
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("ab+", buffering=0)  # nothing is left to be written when it is closed
+        file = path.open("ab+", buffering=0)  # unbuffered: closing writes nothing
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not left to its children
+            # take the lock, or name its owner
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with file:
                 file.seek(0)
@@ -71,20 +81,21 @@ def claimed(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder}: process {owner} is writing this run; wait for it, or end it") from None
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
-        file.close()  # its owner has removed it in between
+        file.close()  # its owner has removed it meanwhile: lock the new file
     with file:
         with naming(path):
+            # write the owner, for the message above
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         finally:
-            with suppress(OSError):  # a disk that is read-only by now has said so
+            with suppress(OSError):  # a disk that has become read-only has raised before
                 path.unlink(missing_ok=True)
 
 
 def open_temporary(path: Path) -> Path:
-    """A name beside `path` for what is to take its place; what killed writers left there is gone."""
+    """A temporary path beside `path`, for what will replace it; leftovers of killed writers are removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _beside(path, "tmp")
@@ -93,7 +104,7 @@ def open_temporary(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Flush the file or folder and give it the name of `path`."""
+    """Flush a temporary file or folder and rename it to `path`, the folder entry flushed too."""
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
     _replace(path, temporary)
@@ -102,12 +113,13 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove_unfinished() -> None:
-    """Remove what this process is writing under temporary names: for one that ends without unwinding."""
+    """Remove the temporaries of this process, for one that ends without unwinding."""
     for temporary in list(UNFINISHED):
         _remove(temporary)
 
 
 def _replace(path: Path, temporary: Path) -> None:
+    """Rename a temporary to `path`; a folder that is there is moved aside first, and back if that fails."""
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -121,6 +133,7 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside `path`, of this host and process."""
     return path.with_name(f"{_prefix(path, kind)}{os.getpid()}")
 
 
@@ -143,7 +156,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether another process has this id; ours is free: a dead one had it before us."""
+    """Whether another process has this id; an equal id to ours was that of a dead process."""
     if pid == os.getpid():
         return False
     try:
@@ -156,7 +169,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder, if the disk lets us: what it refuses, whoever writes next is told."""
+    """Remove a file or folder; errors are left to the next writer."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -165,6 +178,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or folder entry to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

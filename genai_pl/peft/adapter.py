@@ -1,4 +1,8 @@
-"""What adapters share: a switch for all layers of one, and how to turn them off, mix them, or choose one for each row."""
+"""Adapter switches: the object that all layers of one adapter share, which turns them off, scales them, or selects rows.
+
+The reference policy of DPO and PPO is the model with its adapters off, so no second copy of the base is in memory; several
+adapters can be mixed by their weights, or serve different rows of one batch.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,43 +14,56 @@ from torch import Tensor, nn
 
 @dataclass
 class Adapter:
-    """One adapter of a model: which method with which options made it, and how much of it counts now."""
+    """One adapter of a model.
 
-    method: str  # the option of the group `peft`
+    method: name of the option in the group `peft`. options: its arguments, as plain data; a file stores them.
+    weight: factor on the adapter's effect, 0 for the base alone; virtual tokens know 0 and 1 only.
+    rows: (B,) weights by batch row instead of `weight`, or None.
+    number: rises with each adapter made, which orders the adapters of a model.
+    """
+
+    method: str
     options: dict[str, object]
-    weight: float = 1.0  # 0: the base alone
-    rows: Tensor | None = field(default=None, repr=False)  # (B,) weights, one per row of the batch, instead
-    number: int = field(default_factory=count().__next__, repr=False, compare=False)  # later ones are greater
+    weight: float = 1.0
+    rows: Tensor | None = field(default=None, repr=False)
+    number: int = field(default_factory=count().__next__, repr=False, compare=False)
 
     @property
     def is_off(self) -> bool:
+        """True if no row has any effect of the adapter, so that layers may skip their work."""
         return self.rows is None and self.weight == 0.0
 
     def scale(self, like: Tensor) -> Tensor | float:
-        """What a layer multiplies its share by, shaped to broadcast over `like` (B, ...)."""
+        """The factor on a layer's change: a number, or weights by row (B, 1, ...) that broadcast over `like` (B, ...)."""
         if self.rows is None:
             return self.weight
         return self.rows.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
 
 
 class AdapterLayer(nn.Module):
-    """A part of a model that belongs to an adapter; what it wraps, if anything, is its `base`."""
+    """Base class of the modules that belong to an adapter.
+
+    adapter: the switch. A layer that wraps a module has it as its attribute `base`; names of parameters under `base.` are then
+    the base's, all others the adapter's. Several files rely on that prefix.
+    """
 
     adapter: Adapter
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
-    """The adapters of a model, the first one first."""
+    """The adapters of a model, in the order in which they were added."""
     adapters: dict[int, Adapter] = {}
     for module in model.modules():
         if isinstance(module, AdapterLayer):
             adapters[id(module.adapter)] = module.adapter
-    return sorted(adapters.values(), key=lambda adapter: adapter.number)  # the outermost, the last, is met first
+    return sorted(
+        adapters.values(), key=lambda adapter: adapter.number
+    )  # modules() meets the outermost, which is the latest, first
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base alone inside: the reference policy of preference learning, without a second copy of it."""
+    """Context manager: the base alone inside, for the log-probabilities of a reference policy. Afterwards all is as before."""
     adapters = adapters_of(model)
     saved = [(adapter.weight, adapter.rows) for adapter in adapters]
     for adapter in adapters:

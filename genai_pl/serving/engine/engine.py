@@ -247,9 +247,8 @@ class Engine:
         with self._changed:
             if self._is_stopping or not self.scheduler.waiting.accepts(request.client):
                 raise QueueFull(self._retry_after())
-        constraints = build_output_constraints(
-            self.tokenizer, request.config, self.adapters.end_tokens(request.adapter)
-        )
+        end_tokens = self.adapters.end_tokens(request.adapter)
+        constraints = build_output_constraints(self.tokenizer, request.config, end_tokens)
         stream = TokenStream(lambda: self._cancel_waiting(state))
         state = RequestState(request, stream, constraints=constraints, model=self.model, tokenizer=self.tokenizer)
         # enqueue; a full queue evicts the newest request of the client that has most in it
