@@ -1,8 +1,8 @@
 """python compare.py FOLDER [--metric val/loss]: which of the runs below a folder won, as a table and a picture."""
 
 from genai_pl.cli.compare import main
-from genai_pl.signals import taken
+from genai_pl.signals import handle_signals
 
 if __name__ == "__main__":
-    with taken():
+    with handle_signals():
         main()

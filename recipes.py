@@ -3,8 +3,8 @@
 import sys
 
 from genai_pl.recipes.command import main
-from genai_pl.signals import taken
+from genai_pl.signals import handle_signals
 
 if __name__ == "__main__":
-    with taken():
+    with handle_signals():
         sys.exit(main(sys.argv[1:]))

@@ -52,7 +52,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         judge = load(args.model).model
         judge.set_head(Head.score)
         save_adapter(lora(judge), Path(folder, "judge"), base=args.model)
-        module.reward = load_rewards([f"{folder}/judge"], None, policy=module.model, device=torch.device("cpu"))
+        reward = load_rewards([f"{folder}/judge"], None, policy=module.model, device=torch.device("cpu"))
+        module.use_reward(reward, decode=tokenizer.decode)
     given = {"batch": args.batch, "prompt_len": args.prompt_len, "new": args.new, "updates": updates}
     times = fit_prompts(module, tokenizer, prompts(args.data, args.batch * (args.rollouts + 1)), **given)
     return figures(times, args.batch * (len(times) - 1))

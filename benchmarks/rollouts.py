@@ -29,7 +29,6 @@ def learner(kind: type, objective: str, name: str, **options: object) -> tuple[A
     conf = {key: value for key, value in conf.items() if key != "defaults" and not key.startswith("_")}
     known = special_tokens(tokenizer, model.config.vocab_size)
     module = kind(lora(model.train()), vocabulary=known, seed=0, **training(1e-6), **{**conf, **options})
-    module.decode = tokenizer.decode
     return module, tokenizer
 
 

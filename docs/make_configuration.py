@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from genai_pl.cli.option_help import of_dataclass, of_yaml  # noqa: E402
+from genai_pl.cli.option_help import read_dataclass_fields, read_yaml_fields  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 COMMANDS = {
@@ -43,16 +43,21 @@ def page() -> str:
     for stem, command in COMMANDS.items():
         path = ROOT / "conf" / f"{stem}.yaml"
         if path.exists():
-            lines += [f"### {command}", "", *table(of_yaml(path)[1])]
+            lines += [f"### {command}", "", *table(read_yaml_fields(path)[1])]
     for folder in sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra"):
         lines += [f"## {folder.name}=", ""]
         if folder.name == "model":
             lines += ["Fields of every model, with what they are where an option leaves them out:", ""]
-            lines += [*table(of_dataclass("ModelConfig")), "`rope_scaling.`", "", *table(of_dataclass("RopeScaling"))]
+            lines += [
+                *table(read_dataclass_fields("ModelConfig")),
+                "`rope_scaling.`",
+                "",
+                *table(read_dataclass_fields("RopeScaling")),
+            ]
         if folder.name == "generation":
-            lines += ["Fields of every option:", "", *table(of_dataclass("GenerationConfig"))]
+            lines += ["Fields of every option:", "", *table(read_dataclass_fields("GenerationConfig"))]
         for path in sorted(folder.glob("*.yaml")):
-            head, rows = of_yaml(path)
+            head, rows = read_yaml_fields(path)
             lines += [f"**`{folder.name}={path.stem}`** {head}", "", *table(rows)]
     return "\n".join(lines).rstrip() + "\n"
 

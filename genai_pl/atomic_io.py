@@ -1,4 +1,10 @@
-"""Writing so that a reader sees the old file or the new one, never half of one."""
+"""Atomic files: a reader sees the old contents or the new ones, never half of them.
+
+A file or folder is written under a temporary name beside its place, flushed with fsync, and renamed: rename is
+atomic on POSIX file systems, and fsync before it keeps a power loss from leaving an empty file under the final
+name. Temporary names hold host and process id, so that the next writer can remove what a killed one left. `claimed`
+is a lock on a run folder: two processes that write the same checkpoints would each delete the other's.
+"""
 
 import errno
 import fcntl
@@ -11,25 +17,28 @@ from pathlib import Path
 
 from genai_pl.errors import UserError, system_error
 
-SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
-LOCK = ".lock"  # of a run folder: who writes it
+SWEEP = "multirun.yaml"  # written by Hydra before the first job of a sweep
+LOCK = ".lock"  # in a run folder: the process that writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
-ADAPTER = "adapter_config.json"  # what makes a folder an adapter
-CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
-RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
+ADAPTER = "adapter_config.json"  # a folder with it is an adapter
+CONTENTS = "contents.pt"  # a folder with it is a sharded checkpoint: all of that but its tensors
+RESULTS = "results.json"  # last step and metrics of a run that reached its end
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path is a training checkpoint, by its looks: a file, or a folder of pieces."""
+    """True if a path looks like a training checkpoint: a file, or a folder with the index of a sharded one.
+    Nothing is read.
+    """
     return path.is_file() or (path / CONTENTS).is_file()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file or folder beside `path`, flush it and rename it; on failure it is removed.
+    """Let `write` fill a temporary file or folder beside `path`, then flush it and rename it to `path`.
 
-    What a killed writer leaves is removed by the next one that writes `path` on this machine. A folder needs two
-    renames to replace: killed between them, the old one waits under a hidden name, which the next writer undoes.
-    What the disk refuses is an OSError that names `path`, whatever library met it.
+    On failure the temporary is removed and the old contents stay. What a killed writer left on this machine is
+    removed first. A folder takes two renames to replace; killed between them, the old one keeps a hidden name,
+    and the next writer renames it back. An error of the operating system becomes an OSError that names `path`,
+    whichever library raised it.
     """
     temporary = open_temporary(path)
     try:
@@ -43,7 +52,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, what the operating system refuses is an OSError that names `path`."""
+    """Context in which errors of the operating system become an OSError that names `path`: a full disk is reported
+    for the checkpoint, not for a temporary file.
+    """
     try:
         yield
     except Exception as error:
@@ -55,13 +66,19 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; UserError that names the process which holds it."""
+    """Context that holds a run folder for this process; UserError, with the owner's process id, if another process
+    holds it.
+
+    The lock is a POSIX record lock, which the kernel releases when the process ends, however it ends, and which
+    children do not inherit. The file holds "PID on HOST" for messages.
+    """
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("ab+", buffering=0)  # nothing is left to be written when it is closed
+        file = path.open("ab+", buffering=0)  # unbuffered: closing writes nothing
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not left to its children
+            # take the lock, or name its owner
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with file:
                 file.seek(0)
@@ -69,22 +86,24 @@ def claimed(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
             raise UserError(f"{folder}: process {owner} is writing this run; wait for it, or end it") from None
+        # the owner may have removed the file between open and lock: then this lock is on a deleted file
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
-        file.close()  # its owner has removed it in between
+        file.close()  # its owner has removed it meanwhile: lock the new file
     with file:
         with naming(path):
+            # write the owner, for the message above
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         finally:
-            with suppress(OSError):  # a disk that is read-only by now has said so
+            with suppress(OSError):  # a disk that has become read-only has raised before
                 path.unlink(missing_ok=True)
 
 
 def open_temporary(path: Path) -> Path:
-    """A name beside `path` for what is to take its place; what killed writers left there is gone."""
+    """A temporary name beside `path` to write to; removes what killed writers of `path` left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _beside(path, "tmp")
@@ -93,7 +112,7 @@ def open_temporary(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Flush the file or folder and give it the name of `path`."""
+    """Flush the file or folder, rename it to `path`, and flush the directory entry."""
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
     _replace(path, temporary)
@@ -102,12 +121,13 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove_unfinished() -> None:
-    """Remove what this process is writing under temporary names: for one that ends without unwinding."""
+    """Remove the temporaries of this process: for a signal handler that ends it without unwinding."""
     for temporary in list(UNFINISHED):
         _remove(temporary)
 
 
 def _replace(path: Path, temporary: Path) -> None:
+    """Rename the temporary to `path`; an old folder steps aside first, and comes back if the second rename fails."""
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -121,15 +141,21 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
+    """Temporary name beside `path`, of kind "tmp" (being written) or "old" (being replaced)."""
     return path.with_name(f"{_prefix(path, kind)}{os.getpid()}")
 
 
 def _prefix(path: Path, kind: str) -> str:
+    """Beginning of such names on this host; the process id follows."""
     return f".{path.name}.{kind}-{socket.gethostname()}-"
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Undo what killed writers of `path` left: give a folder back its name, remove temporaries."""
+    """Undo what killed writers of `path` left: rename an old folder back if there is no new one, remove the rest.
+
+    Only leftovers of this host whose process has ended are touched: on a shared file system others may be
+    writing.
+    """
     for kind in ("old", "tmp"):
         prefix = _prefix(path, kind)
         for leftover in [p for p in path.parent.iterdir() if p.name.startswith(prefix)]:
@@ -143,7 +169,9 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether another process has this id; ours is free: a dead one had it before us."""
+    """True if another process has this id. Our own id counts as ended: a leftover with it is of an earlier
+    process.
+    """
     if pid == os.getpid():
         return False
     try:
@@ -156,7 +184,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder, if the disk lets us: what it refuses, whoever writes next is told."""
+    """Remove a file or folder; errors are ignored, because the next write meets and reports them."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -165,6 +193,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

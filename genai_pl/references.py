@@ -1,4 +1,8 @@
-"""How a trained model is named: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto; and what was meant."""
+"""References: the names by which a user calls a trained model, resolved to a path.
+
+A reference is "auto" (the newest run), a path of a run folder, .ckpt, Hugging Face or adapter folder, the name of a run below
+the working folder, or a hub id. A mistake is answered with the nearest name that exists; a path is never sent to the hub.
+"""
 
 import json
 import os
@@ -10,29 +14,33 @@ from pathlib import Path
 from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint
 from genai_pl.errors import CheckpointError
 
-ROOTS = ("outputs", "multirun")  # where runs are
-# what people call the folders that they keep models in: no account of the hub
+ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
+# usual names of local folders, which are therefore never taken for accounts of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
-DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
-SKIPPED = {"pyvenv.cfg"}  # files of folders in which no run is
-DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
+DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders that a search for runs visits at most
+SKIPPED = {"pyvenv.cfg"}  # files that mark folders without runs: virtual environments
+DEPTH, MANY = 4, 2000  # levels and folders that a search for models visits at most
 
 
 def resolve(reference: str, *, option: str = "checkpoint") -> Path:
-    """The .ckpt or Hugging Face folder that a reference stands for; CheckpointError names the option it was given by."""
+    """The .ckpt, Hugging Face or adapter folder that a reference stands for, downloaded if it is a hub id.
+
+    option: name of the option that held it, for the CheckpointError.
+    """
     if reference == "auto":
         newest = newest_run(Path())
         if newest is None:
             raise CheckpointError(f"{option}=auto: no run below this folder; train one first")
-        return _of_run(newest, option)
+        return _model_of_run(newest, option)
     path = Path(reference).expanduser()
+    # what exists at the path wins over names of runs, and both over the hub
     if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.is_dir():
-        return _of_run(path, option)
-    if found := named_run(reference, option) or named_sweep(reference, option):
-        return _of_run(found, option)
+        return _model_of_run(path, option)
+    if folder := named_run(reference, option) or named_sweep(reference, option):
+        return _model_of_run(folder, option)
     if not is_hub_id(reference):
         raise CheckpointError(
             f"{option}={reference}: no such run folder, .ckpt file or Hugging Face folder{nearest(reference)}"
@@ -41,7 +49,7 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether the hub may be asked for a name: account/model, unless the first part is a folder of runs, or called so."""
+    """True if a reference has the form account/model and its first part is no local folder of models."""
     account, _, name = reference.partition("/")
     if not account or not name or "/" in name or account.startswith((".", "~")) or name.endswith(".ckpt"):
         return False
@@ -49,17 +57,17 @@ def is_hub_id(reference: str) -> bool:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model that was read already: itself, or where the hub's files were put."""
+    """The folder of a model that was loaded before: the path itself, or the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():
         return Path(name)
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else Path(name)
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else Path(name)
 
 
 def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
-    """The adapter folder that a folder or a run stands for; CheckpointError names the option it was given by."""
+    """The adapter folder that a reference stands for: itself, or `adapter/` of a run; CheckpointError names the option."""
     here = Path(reference).exists()
     named = None if here else named_run(reference, option) or named_sweep(reference, option)
     for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):
@@ -69,40 +77,44 @@ def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
     raise CheckpointError(f"{option}={reference}: no {ADAPTER} in this folder, nor in its adapter/")
 
 
-def newest_run(root: Path, *, going_on: bool = False) -> Path | None:
-    """The run below a folder that was saved last, by what its checkpoints say; None if there is none.
+def newest_run(root: Path, *, resumable: bool = False) -> Path | None:
+    """The run below a folder whose newest checkpoint is the newest, by the time inside the checkpoint; None if there is none.
 
-    going_on: one that a resume can take up: with a checkpoint, and no job of a sweep.
+    File times do not count: copying a run folder would change them.
+    resumable: only runs with a checkpoint, outside of sweeps.
     """
-    found = {
-        run: saved for run in find_runs(root, jobs=not going_on) if (saved := saved_last(run, exports=not going_on))
+    saved_at = {
+        run: saved for run in find_runs(root, jobs=not resumable) if (saved := saved_last(run, exports=not resumable))
     }
-    return max(found, key=found.__getitem__) if found else None
+    return max(saved_at, key=saved_at.__getitem__) if saved_at else None
 
 
 def find_runs(root: Path, *, jobs: bool) -> Iterator[Path]:
-    """The run folders below a folder; jobs: those of sweeps too."""
-    return _found(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
+    """Yields the run folders below a folder. jobs: whether jobs of sweeps count."""
+    return _search(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
 
 
 def find_sweeps(root: Path) -> Iterator[Path]:
-    """The folders of sweeps below a folder."""
-    return _found(root, is_sweep, SKIPPED)
+    """Yields the sweep folders below a folder."""
+    return _search(root, is_sweep, SKIPPED)
 
 
-def _found(root: Path, wanted: Callable[[Path], bool], ending: set[str]) -> Iterator[Path]:
-    """The folders wanted; none is looked for inside of them, nor beside the files of `ending`."""
+def _search(root: Path, matches: Callable[[Path], bool], stop_files: set[str]) -> Iterator[Path]:
+    """Yields the folders that match. The search does not enter matches, hidden folders, or folders with one of `stop_files`."""
     for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
         path = Path(folder)
-        found = wanted(path)
-        if found:
+        is_match = matches(path)
+        if is_match:
             yield path
-        skipped = found or len(path.relative_to(root).parts) >= DEEPEST or not ending.isdisjoint(files)
+        skipped = is_match or len(path.relative_to(root).parts) >= DEEPEST or not stop_files.isdisjoint(files)
         names[:] = [] if skipped else sorted(name for name in names if not name.startswith((".", "__")))
 
 
 def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
-    """When the newest checkpoint of a run was written, as it says itself, and its step; of a run without, its export's time."""
+    """(time, step) of the newest checkpoint of a run, as stored in it; (time, 0) of its export if it has none, or None.
+
+    exports: whether an export counts.
+    """
     from genai_pl.callbacks import newest_checkpoints, saved_at
 
     if newest := newest_checkpoints(run / "checkpoints"):
@@ -112,59 +124,62 @@ def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
 
 
 def named_run(name: str, option: str) -> Path | None:
-    """The run below here whose folder has this name, if one has; CheckpointError where several have."""
+    """The run below the working folder whose folder has this name, or None; CheckpointError if several have."""
     return _named(name, option, "runs", lambda: find_runs(Path(), jobs=False))
 
 
 def named_sweep(name: str, option: str) -> Path | None:
-    """The sweep below here whose folder has this name, if one has; CheckpointError where several have."""
+    """The sweep below the working folder whose folder has this name, or None; CheckpointError if several have."""
     return _named(name, option, "sweeps", lambda: find_sweeps(Path()))
 
 
 def _named(name: str, option: str, kind: str, search: Callable[[], Iterable[Path]]) -> Path | None:
     if not name or "/" in name or name.startswith((".", "~")):
         return None
-    found = [folder for folder in search() if folder.name == name]
-    if len(found) > 1:
+    folders = [folder for folder in search() if folder.name == name]
+    if len(folders) > 1:
         raise CheckpointError(
-            f"{option}={name}: {len(found)} {kind} are called so; give the path of one: {_among(found)}"
+            f"{option}={name}: {len(folders)} {kind} are called so; give the path of one: {_join_paths(folders)}"
         )
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
-def _among(paths: list[Path]) -> str:
+def _join_paths(paths: list[Path]) -> str:
+    """The first five paths, for an error message."""
     return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it has settings or checkpoints, and what was trained."""
+    """True for a run folder: it has checkpoints, or Hydra's settings and an export."""
     return any((folder / "checkpoints").glob("*.ckpt")) or (
         (folder / ".hydra").is_dir() and any((folder / name).exists() for name in OF_RUN)
     )
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is a sweep's, whose jobs are runs."""
+    """True for the folder of a sweep, whose jobs are runs."""
     return (folder / SWEEP).is_file()
 
 
 def refuse_sweep(folder: Path, option: str) -> None:
-    """CheckpointError where a folder is a sweep's, which is no one model."""
+    """CheckpointError for a sweep folder, which is not one model; the message lists its jobs."""
     if not is_sweep(folder):
         return
     jobs = sorted(find_runs(folder, jobs=True), key=lambda job: (len(job.name), job.name))
     here = (
-        f"give one of its jobs: {_among(jobs)} (python compare.py {folder} ranks them)" if jobs else "without a job yet"
+        f"give one of its jobs: {_join_paths(jobs)} (python compare.py {folder} ranks them)"
+        if jobs
+        else "without a job yet"
     )
     raise CheckpointError(f"{option}={folder}: a sweep; {here}")
 
 
-def _of_run(folder: Path, option: str) -> Path:
-    """The exported adapter or model, unless the run has gone on since."""
+def _model_of_run(folder: Path, option: str) -> Path:
+    """The exported adapter or model of a run, or its last checkpoint if the run went on after the export."""
     refuse_sweep(folder, option)
     last = folder / "checkpoints" / "last.ckpt"
     for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
-        if exported.exists() and not (last.exists() and _went_on(folder, last, exported)):
+        if exported.exists() and not (last.exists() and _has_newer_checkpoint(folder, last, exported)):
             return exported.parent
     if last.exists():
         return last
@@ -175,8 +190,11 @@ def _of_run(folder: Path, option: str) -> Path:
     )
 
 
-def _went_on(run: Path, last: Path, exported: Path) -> bool:
-    """Whether the last checkpoint is of a later step than the export; times count where the run did not reach its end."""
+def _has_newer_checkpoint(run: Path, last: Path, exported: Path) -> bool:
+    """True if the last checkpoint is of a later step than the export.
+
+    The exported step is in results.json. Without one, the export was made by hand; file times over a minute apart decide then.
+    """
     from genai_pl.callbacks import step_of
 
     try:
@@ -187,6 +205,7 @@ def _went_on(run: Path, last: Path, exported: Path) -> bool:
 
 
 def _from_hub(name: str, option: str) -> Path:
+    """The snapshot folder of a hub id, without pickled weights and code; CheckpointError if it cannot be downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -198,20 +217,22 @@ def _from_hub(name: str, option: str) -> Path:
 
 
 def nearest(reference: str) -> str:
-    """The model, or sweep, here whose path is most like the reference, to be added to a message."""
+    """ " (the nearest here: PATH)" for an error message, with the local model or sweep whose path is most similar, or ""."""
     path = Path(reference).expanduser()
     above = next((folder for folder in path.parents if folder.is_dir()), Path())
-    found = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
-    found += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
-    near = [str(above)] if is_run(above) else get_close_matches(str(path), found, n=1, cutoff=0.6)
+    # models beside the mistyped path, and below the usual roots
+    candidates = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
+    candidates += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
+    # a path into a run folder means the run; a name alone is compared with names
+    near = [str(above)] if is_run(above) else get_close_matches(str(path), candidates, n=1, cutoff=0.6)
     if not near and "/" not in reference:  # a name alone, mistyped
-        by_name = {Path(model).name: model for model in found}
+        by_name = {Path(model).name: model for model in candidates}
         near = [by_name[name] for name in get_close_matches(reference, by_name, n=1, cutoff=0.6)]
     return f" (the nearest here: {near[0]})" if near else ""
 
 
 def _models(root: Path) -> Iterator[Path]:
-    """Run folders, Hugging Face folders and checkpoints a few folders below one."""
+    """Yields run folders, Hugging Face folders and checkpoints at most DEPTH levels below `root`, level by level."""
     level, seen = [root] if root.is_dir() else [], 0
     for _ in range(DEPTH):
         below = [child for folder in level for child in _folders(folder)]
@@ -223,7 +244,7 @@ def _models(root: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in one, hidden ones left out."""
+    """The subfolders of a folder, without hidden ones; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -232,4 +253,5 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _is_folder(folder: Path) -> bool:
+    """True for a Hugging Face or adapter folder."""
     return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()

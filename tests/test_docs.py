@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from genai_pl.cli.command import CONF, register
-from genai_pl.cli.quoting import quoted
+from genai_pl.cli.quoting import quote_argument
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, n
     register()
     GlobalHydra.instance().clear()
     values = [w if not sweep or "[" in w else w.partition(",")[0] for w in given]
-    values = [quoted(w) for w in values if not w.startswith("hydra.")]
+    values = [quote_argument(w) for w in values if not w.startswith("hydra.")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose(NAMES[name], overrides=values)
 

@@ -11,7 +11,7 @@ from genai_pl.errors import CheckpointError
 from genai_pl.references import folder_of, is_hub_id, resolve
 from tests.conftest import TINY
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "checkpoints" / "golden"
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,9 @@ from genai_pl.callbacks import Console
 from genai_pl.data import table_store as store
 from genai_pl.data.table_store import cache_folder
 from genai_pl.data.text import TextDataModule
-from genai_pl.modules import rollout_module as writing
-from genai_pl.signals import Stopped, exit_status, taken
-from genai_pl.training import fit
-from genai_pl.training import train as run
+from genai_pl.modules import rollout_module
+from genai_pl.signals import Stopped, exit_status, handle_signals
+from genai_pl.training import build, fit
 from tests.conftest import ROOT, TINY
 
 RUN = (
@@ -81,7 +80,7 @@ def assert_equal(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("signum", STATUS)
 def test_a_command_that_has_nothing_to_save_ends_at_once_with_one_line(signum: int, capfd) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(SystemExit) as end, taken():
+    with pytest.raises(SystemExit) as end, handle_signals():
         signal.raise_signal(signum)
     assert end.value.code == STATUS[signum] == exit_status(signum)
     assert capfd.readouterr().err == f"stopped     by {signal.Signals(signum).name}\n"
@@ -89,11 +88,11 @@ def test_a_command_that_has_nothing_to_save_ends_at_once_with_one_line(signum: i
 
 
 def test_where_a_run_is_to_be_saved_a_signal_waits_and_a_second_ctrl_c_does_not() -> None:
-    with taken():
+    with handle_signals():
         signals.save_first(lambda: "")
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert signals.received() == signal.SIGTERM
+        assert signals.received_signal() == signal.SIGTERM
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)
 
@@ -113,11 +112,11 @@ def hang(path):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # as in a collective, the main thread runs no handler
     for signum in SENT:
         os.kill(os.getpid(), signum)
-        while signals.received() is None:  # two that wait at a time count as one
+        while signals.received_signal() is None:  # two that wait at a time count as one
             pass
     ctypes.CDLL(None).sleep(600)
 
-with signals.taken():
+with signals.handle_signals():
     signals.end_at_once("nothing", grace_period=PERIOD)
     signals.save_first(lambda: "saved in last.ckpt")
     write_atomic(Path("model"), hang)
@@ -171,7 +170,7 @@ def test_a_run_that_a_signal_stopped_is_saved_and_goes_on_as_if_it_had_not(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(run, "build_module"), (TextDataModule, "prepare"), (Console, "setup")],
+    [(build, "build_module"), (TextDataModule, "prepare"), (Console, "setup")],
     ids=["model", "data", "setup"],
 )
 def test_before_training_a_signal_ends_the_run_at_once(owner: object, name: str, command, send: Send, tmp_path: Path):
@@ -236,7 +235,7 @@ GRPO = (
 @pytest.mark.parametrize(
     ("owner", "name", "nth", "step"),
     # a rollout for each of two steps, one to validate, and that of step 3; one batch for each validation
-    [(writing, "write", 4, 3), (Console, "on_validation_batch_start", 2, 4)],
+    [(rollout_module, "generate_rollout", 4, 3), (Console, "on_validation_batch_start", 2, 4)],
     ids=["rollout", "validation"],
 )
 def test_a_policy_that_a_signal_stopped_goes_on_exactly(
@@ -280,4 +279,4 @@ def test_lightning_installs_no_handlers_of_its_own(command, monkeypatch: pytest.
     for hook in ("on_train_batch_start", "on_validation_batch_start"):
         monkeypatch.setattr(Console, hook, lambda *_: seen.append(signal.getsignal(signal.SIGTERM).__qualname__))
     assert command("train", *TINY).status == 0
-    assert set(seen) == {"Watch._record"}
+    assert set(seen) == {"SignalWatch._record"}

@@ -1,4 +1,13 @@
-"""Reading and writing training checkpoints: data only, never code."""
+"""Training checkpoints: reading, checking and writing them; data only, never code.
+
+A checkpoint is one file, or a folder of shards (`sharded.py`). Both hold Lightning's dict (`state_dict`,
+`optimizer_states`, `loops`, `callbacks`, ...) and under the key `genai_pl` what this package adds: `format` 1, `model`
+(configuration), `tokenizer`, `base` and `peft` of adapters, `rng` by rank, `replicas`.
+
+Whoever sends a checkpoint must not be able to run code here: it is unpickled with `weights_only=True`, and refused
+before anything is built from it if its configuration has a `_target_` (Hydra would call it), or more layers than
+weights (they would be allocated first). Every refusal is one CheckpointError line that names the file.
+"""
 
 from pathlib import Path
 
@@ -13,7 +22,10 @@ MARK = "genai_pl"  # the key under which a checkpoint carries what is ours
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The contents of a checkpoint; CheckpointError if it is truncated, foreign, or holds anything but data."""
+    """The contents of a checkpoint file or folder, tensors in RAM; tensors of one file are memory-mapped, read when used.
+
+    CheckpointError if it is truncated, foreign, or holds anything but data.
+    """
     contents = read_contents(path)
     if path.is_dir():
         from genai_pl.checkpoints import sharded as shards  # DCP takes half a second to import
@@ -23,9 +35,13 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def read_contents(path: Path) -> dict:
-    """The same, but of a checkpoint in pieces the names of its tensors only."""
+    """The contents of a checkpoint; of a sharded one the names of its tensors in their places, no tensor.
+
+    Enough to know step, configuration and shapes. Errors are those of `read_checkpoint`.
+    """
     sharded = path.is_dir()
     try:
+        # data only: the unpickler refuses every class that is no tensor or container
         contents = torch.load(path / CONTENTS if sharded else path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -34,6 +50,7 @@ def read_contents(path: Path) -> dict:
         if "weights_only" in str(error) or "Weights only" in str(error):
             reason = "it holds objects that are not data, and would run code to load"
         raise CheckpointError(f"{path}: refused, {reason}") from None
+    # a checkpoint of this package, whose values are of the expected types and name no code
     if not isinstance(contents, dict) or MARK not in contents:
         raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
     try:
@@ -43,6 +60,7 @@ def read_contents(path: Path) -> dict:
     if unsafe:
         raise CheckpointError(f"{path}: refused, its stored configuration names code to run (_target_)")
     _check_kinds(path, contents)
+    # a folder must hold every shard that its list of tensors names
     if sharded:
         from genai_pl.checkpoints import sharded as shards
 
@@ -51,7 +69,11 @@ def read_contents(path: Path) -> dict:
 
 
 def write_checkpoint(contents: dict, path: Path) -> None:
-    """Save under a temporary name, flush, rename; TrainingError where the disk refuses it."""
+    """Write a checkpoint as one file: under a temporary name, flushed, renamed.
+
+    A reader sees the complete new file or the old one. TrainingError where the disk refuses it, with the operating
+    system's reason.
+    """
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -65,7 +87,10 @@ def write_checkpoint(contents: dict, path: Path) -> None:
 
 
 def check_resumable(path: Path, contents: dict) -> None:
-    """CheckpointError unless a run can be taken up at it."""
+    """CheckpointError unless training can go on from the checkpoint at `path`, with `contents` as read.
+
+    A checkpoint of weights only, such as one written for inference, lacks the state of optimizer, loops or generators.
+    """
     missing = [name for name in RESUMED if name not in contents] + [
         n for n in ("model", "rng") if n not in contents[MARK]
     ]
@@ -74,7 +99,7 @@ def check_resumable(path: Path, contents: dict) -> None:
 
 
 def _check_kinds(path: Path, contents: dict) -> None:
-    """CheckpointError where a part is not of its kind, or of a size that its tensors do not bear out."""
+    """CheckpointError where a part is not of its type, or the model has more layers than the weights can fill."""
     ours = contents[MARK]
     if not isinstance(ours, dict) or not isinstance(contents.get("state_dict"), dict):
         raise CheckpointError(f"{path}: refused, not a checkpoint of genai_pl")
@@ -89,6 +114,7 @@ def _check_kinds(path: Path, contents: dict) -> None:
 
 
 def _names_code(value: object) -> bool:
+    """Whether a `_target_` key stands anywhere in nested dicts and lists."""
     if isinstance(value, dict):
         return "_target_" in value or any(_names_code(v) for v in value.values())
     if isinstance(value, list | tuple):

@@ -1,6 +1,11 @@
-"""Checkpoints in pieces: a folder with a safetensors file per process, and one more for all that is no tensor.
+"""Sharded checkpoints: a folder with a safetensors file per rank, and `contents.pt` for what is no tensor.
 
-Nothing in it is pickled but plain data: shapes and offsets lie in the headers of the safetensors files, which DCP reads.
+torch's DCP (distributed checkpoint) writes and reads the safetensors files; shapes and offsets of shards are in their
+headers, so no metadata is pickled. `contents.pt` is the checkpoint with each tensor replaced by its name, and
+`shapes`, the list of all names with their full shapes, by which a missing shard is noticed.
+
+Each rank writes what it holds and reads what it needs, so neither time nor memory of a save grows with the full model,
+and any number of ranks may load what another number wrote.
 """
 
 import warnings
@@ -30,7 +35,12 @@ WEIGHTS = {
 
 
 def split_tensors(checkpoint: dict) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of weights and optimizers by name, and the checkpoint with those names in their templates."""
+    """The tensors of weights and optimizers by name, and the checkpoint with those names in the tensors' places.
+
+    Weights are named as in the state dict (`current.NAME` beside averaged weights), optimizer values
+    `optimizer.INDEX.NUMBER.NAME`. A tied weight is one tensor under its first name. Scalars (step counters) stay in
+    the second part, as copies.
+    """
     names: dict[Tensor, str] = {}  # a tied weight is written once
 
     def name_of(name: str, value: object) -> object:
@@ -44,7 +54,13 @@ def split_tensors(checkpoint: dict) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_shards(folder: Path, rest: dict, templates: Mapping[str, Tensor]) -> dict:
-    """The checkpoint with its tensors: in pieces of this process where `templates` has a DTensor of a name, whole elsewhere."""
+    """The checkpoint of a folder: `rest` is its contents, whose tensor names are replaced by tensors.
+
+    templates: DTensors by stored name; a tensor whose template has its shape is read as this rank's shard, any other
+        in full
+
+    Ranks do not communicate here, so one process may read a folder alone.
+    """
     stored = _stored_tensors(folder)
     tensors = {name: _empty_tensor(stored[name], templates.get(name)) for name in rest[SHAPES]}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that each process reads for itself
@@ -55,7 +71,7 @@ def load_shards(folder: Path, rest: dict, templates: Mapping[str, Tensor]) -> di
 
 
 def check_shards(folder: Path, rest: dict) -> None:
-    """CheckpointError unless every tensor is there, whole."""
+    """CheckpointError unless the files of the folder hold every tensor that `rest` lists, each of its shards included."""
     stored = _stored_tensors(folder)
     if SHAPES not in rest:
         raise CheckpointError(f"{folder}: refused, it does not list its tensors")
@@ -66,6 +82,7 @@ def check_shards(folder: Path, rest: dict) -> None:
 
 
 def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape, dtype and shards of each stored tensor, from the files' headers; CheckpointError where a header is damaged."""
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, KeyError, ValueError, OSError) as error:
@@ -73,6 +90,7 @@ def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _empty_tensor(stored: TensorStorageMetadata, template: Tensor | None) -> Tensor:
+    """The tensor that DCP reads into: sharded as a template of the stored shape; else full, in RAM."""
     dtype = stored.properties.dtype
     if isinstance(template, DTensor) and template.shape == stored.size:
         return torch.empty_like(template.detach(), dtype=dtype)
@@ -97,7 +115,10 @@ def _replace(checkpoint: dict, replacement: Callable[[str, object], object]) -> 
 
 
 class ShardedWriter(HuggingFaceStorageWriter):
-    """safetensors files under a temporary name, which the first process renames when all have written theirs."""
+    """DCP's safetensors writer under a temporary folder name, committed when all ranks have written.
+
+    `finish` runs on the first rank, after all have written: it renames the folder and calls `on_commit` with its path.
+    """
 
     def __init__(self, temporary: Path, path: Path, on_commit: Callable[[Path], None]) -> None:
         super().__init__(str(temporary), save_distributed=True)
@@ -109,7 +130,11 @@ class ShardedWriter(HuggingFaceStorageWriter):
 
 
 class ShardedSaver:
-    """Writes one checkpoint at a time; all processes must call its methods."""
+    """Saves one sharded checkpoint at a time; every rank must call its methods, in the same order.
+
+    asynchronous: `save` returns once a copy in RAM exists, and training goes on while a thread writes it; the next
+        `save` or `wait` waits for that write first, and raises its error
+    """
 
     def __init__(self, *, asynchronous: bool) -> None:
         self.asynchronous = asynchronous  # go on while a copy in RAM is being written
@@ -118,10 +143,16 @@ class ShardedSaver:
         self._path = Path()
 
     def save(self, checkpoint: dict, path: Path, on_commit: Callable[[Path], None]) -> None:
-        """Write the checkpoint as a folder, after the one before; TrainingError if that, or this one, went wrong."""
+        """Write the checkpoint as a folder `path`, after the previous one is complete.
+
+        on_commit: called with the path, on the first rank, when the folder is complete
+
+        TrainingError if this write failed or, while asynchronous, the previous one.
+        """
         self.wait()
         self._path = path
         tensors, rest = split_tensors(checkpoint)
+        # the first rank chooses the temporary folder and writes what is no tensor; all learn its name
         temporary: list[Path | None] = [None]
         if dist.get_rank() == 0:
             temporary = [open_temporary(path)]
@@ -138,7 +169,7 @@ class ShardedSaver:
             raise self._as_training_error(error) from error
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; TrainingError if it went wrong."""
+        """Return when no write is pending; TrainingError if the pending one failed."""
         writing, self._pending = self._pending, None
         try:
             if writing is not None:
@@ -147,6 +178,7 @@ class ShardedSaver:
             raise self._as_training_error(error) from error
 
     def _as_training_error(self, error: CheckpointException) -> TrainingError:
+        """One line with the cause of the first rank's failure: the operating system's words where the disk refused."""
         causes = [cause for cause, _ in error.failures.values()]
         refused = next(filter(None, map(system_error, causes)), None)
         reason = reason_of(refused) if refused else str(causes[0]).splitlines()[0]

@@ -53,7 +53,7 @@ class Chat:
         """Print the answer to a message; Ctrl-C stops it, and what was written until then is kept."""
         prompt = self.conversation.prompt(text, max_new_tokens=self.answer_tokens)
         if prompt.n_dropped:
-            note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
+            print_note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
         most = min(self.options.max_new_tokens, self.conversation.context - len(prompt.tokens))
         options = replace(self.options, max_new_tokens=most, min_new_tokens=min(self.options.min_new_tokens, most))
         deltas: list[str] = []
@@ -85,9 +85,9 @@ class Chat:
         if answer.strip():
             self.conversation.add(text, answer, prompt.n_dropped)
         elif not stopped:
-            note("the model ended its answer before it began; the message is taken back")
+            print_note("the model ended its answer before it began; the message is taken back")
         if reason:
-            note(f"the answer was cut: {reason}")
+            print_note(f"the answer was cut: {reason}")
         if stopped:
             raise KeyboardInterrupt
 
@@ -103,42 +103,42 @@ class Chat:
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(f"/save {path}: cannot be written ({error.strerror or error})") from None
-        note(f"{len(messages)} messages appended to {path}")
+        print_note(f"{len(messages)} messages appended to {path}")
 
 
-def converse(chat: Chat, messages: Iterable[str]) -> None:
+def answer_all(chat: Chat, messages: Iterable[str]) -> None:
     """Answer each of the messages."""
     for text in messages:
         chat.ask(text)
 
 
-def talk(chat: Chat) -> int:
+def run_terminal(chat: Chat) -> int:
     """Answer what is typed or piped until it ends; the exit status."""
     typed = sys.stdin.isatty()
     if typed:
-        note("/help says what can be typed; Ctrl-D ends")
-    read = _type if typed else _read_line
+        print_note("/help says what can be typed; Ctrl-D ends")
+    read = _read_terminal if typed else _read_line
     interrupted = False  # by a Ctrl-C after which nothing was typed
-    with ctrl_c():
+    with interruptible():
         while True:
             try:
                 text = read_message(read)
                 interrupted = False
-                if text is None or not obey(chat, text):
+                if text is None or not run_line(chat, text):
                     return 0
             except KeyboardInterrupt:
                 print(flush=True)
                 if interrupted or not typed:
                     return 128 + signal.SIGINT
                 interrupted = True
-                note("stopped; Ctrl-C once more ends")
+                print_note("stopped; Ctrl-C once more ends")
             except UserError as error:
                 if not typed:
                     raise
-                note(str(error))
+                print_note(str(error))
 
 
-def obey(chat: Chat, text: str) -> bool:
+def run_line(chat: Chat, text: str) -> bool:
     """Do what a line says, or ask the model; False if it is to end."""
     word, _, rest = text.strip().partition(" ")
     if not (word[:1] == "/" and word[1:].isalpha() and "\n" not in text):
@@ -148,10 +148,10 @@ def obey(chat: Chat, text: str) -> bool:
     if word == "/exit":
         return False
     if word == "/help":
-        note(HELP)
+        print_note(HELP)
     elif word == "/reset":
         chat.conversation.reset()
-        note("forgotten")
+        print_note("forgotten")
     elif word == "/save":
         chat.save(rest.strip())
     else:
@@ -173,7 +173,7 @@ def read_message(read: Callable[[str], str | None]) -> str | None:
     return "\n".join(lines).rstrip().removesuffix(QUOTES).strip("\n")
 
 
-def _type(prompt: str) -> str | None:
+def _read_terminal(prompt: str) -> str | None:
     """A line of the terminal, which can be edited; those before it are a key away."""
     import readline  # noqa: F401  # makes input() edit lines and remember them
 
@@ -190,7 +190,7 @@ def _read_line(_: str) -> str | None:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Ctrl-C is a KeyboardInterrupt inside."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -199,6 +199,6 @@ def ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Say what is no answer, beside the answers."""
     print(text, file=sys.stderr, flush=True)

@@ -21,19 +21,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from genai_pl import signals
-from genai_pl.cli.option_help import ASKS, help_of
-from genai_pl.cli.quoting import quoted
-from genai_pl.cli.schema import MAPPINGS, NODES
-from genai_pl.config.redaction import masked, remember
+from genai_pl.cli.option_help import HELP_FLAGS, help_text
+from genai_pl.cli.quoting import quote_argument
+from genai_pl.cli.schema import OPEN_MAPPINGS, SCHEMAS
+from genai_pl.config.redaction import redact, register_secret
 from genai_pl.errors import ConfigError, TrainingError, UserError, system_error, system_line
 from genai_pl.plugins import import_plugins
-from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain
-from genai_pl.training.hydra_job import job_overrides, searches
-from genai_pl.training.output_folders import give_back, give_back_job, unused_folder
-from genai_pl.training.resume import TYPED
+from genai_pl.training.config_errors import check_bounds, check_choices, check_types, explain_config_error
+from genai_pl.training.hydra_job import is_search_job, job_overrides
+from genai_pl.training.output_folders import remove_unstarted, remove_unstarted_job, reserve_folder
+from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.run_log import recording
 from genai_pl.training.sweeps import Outcome
-from genai_pl.training.trust import CONF, names_code
+from genai_pl.training.trust import CONF, names_user_code
 
 RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 
@@ -41,23 +41,23 @@ RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 def register() -> None:
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
-    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    OmegaConf.register_new_resolver("unused", unused_folder, replace=True, use_cache=True)
-    for name, node in (*NODES.items(), *MAPPINGS.items()):
-        store.store(group="schema", name=name, node=opened(node))
+    OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True)
+    OmegaConf.register_new_resolver("unused", reserve_folder, replace=True, use_cache=True)
+    for name, schema in (*SCHEMAS.items(), *OPEN_MAPPINGS.items()):
+        store.store(group="schema", name=name, node=open_mappings(schema))
 
 
-def opened(node: object) -> DictConfig:
+def open_mappings(schema: object) -> DictConfig:
     """The node with its empty mappings open: their keys are the user's, while all others must be known."""
-    config = OmegaConf.structured(node)
+    config = OmegaConf.structured(schema)
     for key in config:
-        inner = config._get_node(key)
-        if isinstance(inner, DictConfig) and inner._value() == {}:
-            OmegaConf.set_struct(inner, False)
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and child._value() == {}:
+            OmegaConf.set_struct(child, False)
     return config
 
 
-def run_folder(name: str | None, time: str) -> str:
+def run_folder_name(name: str | None, time: str) -> str:
     """The last part of a run folder: the name of the run, or the time where it has none; ConfigError for what is no name."""
     if name is None:
         return time
@@ -87,21 +87,21 @@ def command(
     """
     record = recording if records else nullcontext
 
-    def answered() -> AbstractContextManager[None]:
-        return nullcontext() if own_signals else signals.taken()
+    def handle_signals() -> AbstractContextManager[None]:
+        return nullcontext() if own_signals else signals.handle_signals()
 
     def decorate(main: Main) -> Callable[[], None]:
         def task(config: DictConfig) -> float | None:
-            with answered(), record():  # a launcher of Hydra may call it in a process of its own
-                status, value = _guarded(main, config)
+            with handle_signals(), record():  # a launcher of Hydra may call it in a process of its own
+                status, value = _run_guarded(main, config)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
-                give_back_job(Path(HydraConfig.get().runtime.output_dir))
-            if status and not (searches() and value is not None):
+                remove_unstarted_job(Path(HydraConfig.get().runtime.output_dir))
+            if status and not (is_search_job() and value is not None):
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
             return value
 
         def run() -> None:
-            with answered():
+            with handle_signals():
                 start()
 
         def start() -> None:
@@ -109,94 +109,94 @@ def command(
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
             # threads that wait sleep instead of spinning: 5 % slower alone, 25 times faster beside two busy processes
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            hydrated = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
+            hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
             try:
                 with record():
-                    call(hydrated)
+                    call(hydra_main)
             finally:
-                give_back()
+                remove_unstarted()
 
-        def call(hydrated: Callable[[], None]) -> None:
+        def call(hydra_main: Callable[[], None]) -> None:
             try:
-                if set(ASKS) & set(sys.argv[1:]):
-                    print(help_of(config_name, sys.argv[1:]))
+                if set(HELP_FLAGS) & set(sys.argv[1:]):
+                    print(help_text(config_name, sys.argv[1:]))
                     return
-                import_plugins(named=names_code(sys.argv[1:]))
-                sys.argv[1:] = [quoted(a) for a in prepare(sys.argv[1:])]
+                import_plugins(named=names_user_code(sys.argv[1:]))
+                sys.argv[1:] = [quote_argument(a) for a in prepare(sys.argv[1:])]
                 check_choices(sys.argv[1:], CONF)
-                hydrated()
+                hydra_main()
             except KeyboardInterrupt:
                 sys.exit(130)
             except UserError as error:
-                fail(str(error), error.status)
+                exit_with_error(str(error), error.status)
             except Exception as error:
-                line = explain(error, CONF, config_name, sys.argv[1:])
-                if line is None and (refused := system_error(error)):
-                    fail(with_option(system_line(refused), sys.argv[1:]), 1)
+                line = explain_config_error(error, CONF, config_name, sys.argv[1:])
+                if line is None and (os_error := system_error(error)):
+                    exit_with_error(name_folder_option(system_line(os_error), sys.argv[1:]), 1)
                 if line is None:
                     raise
-                fail(line, 2)
+                exit_with_error(line, 2)
 
         return run
 
     return decorate
 
 
-def with_option(line: str, arguments: list[str]) -> str:
+def name_folder_option(line: str, arguments: list[str]) -> str:
     """A line on a path that begins with it, after the option that names it, if that is the folder of the run or of the sweep."""
     for argument in arguments:
         option, _, value = argument.partition("=")
         if option in ("hydra.run.dir", "hydra.sweep.dir") and line.startswith(value.strip("'\"")):
-            typed = "output_dir" if any(a.startswith("output_dir=") for a in TYPED) else option
-            return f"{typed}={line}"
+            name = "output_dir" if any(a.startswith("output_dir=") for a in TYPED_ARGUMENTS) else option
+            return f"{name}={line}"
     return line
 
 
-def _guarded(main: Main, config: DictConfig) -> Outcome:
+def _run_guarded(main: Main, config: DictConfig) -> Outcome:
     try:
-        remember_environment(config)
+        register_environment_secrets(config)
         check_types(config, job_overrides(), CONF, HydraConfig.get().job.config_name)
         check_bounds(config)
         result = main(config)
         return result if isinstance(result, Outcome) else Outcome(result or 0)
     except UserError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         # a trial of a search that diverged is one more result
         return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
     except MissingMandatoryValue as error:
         print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
         return Outcome(2)
     except (HydraException, OmegaConfBaseException) as error:  # of what is composed or made later
-        if (line := explain(error, CONF, HydraConfig.get().job.config_name, job_overrides())) is None:
+        if (line := explain_config_error(error, CONF, HydraConfig.get().job.config_name, job_overrides())) is None:
             raise
-        print(f"error: {masked(line)}", file=sys.stderr)
+        print(f"error: {redact(line)}", file=sys.stderr)
         return Outcome(2)
     except BrokenPipeError:  # whoever read stdout has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Outcome(128 + signal.SIGPIPE)
     except Exception as error:  # what the disk, or another machine, refuses is no fault of the code
-        refused = system_error(error)
-        if refused is None:
+        os_error = system_error(error)
+        if os_error is None:
             raise
-        print(f"error: {masked(system_line(refused))}", file=sys.stderr)
+        print(f"error: {redact(system_line(os_error))}", file=sys.stderr)
         return Outcome(1)
 
 
-def remember_environment(config: DictConfig) -> None:
+def register_environment_secrets(config: DictConfig) -> None:
     """Print the name of an environment variable wherever a value of the configuration that it gives would stand."""
 
     def walk(node: DictConfig | ListConfig, path: str) -> None:
         for key in node.keys() if isinstance(node, DictConfig) else range(len(node)):
             raw = node._get_node(key)._value()
             if isinstance(raw, str) and "${oc.env:" in raw:
-                remember(str(node[key]), raw)
+                register_secret(str(node[key]), raw)
             elif OmegaConf.is_config(node._get_node(key)) and isinstance(raw, dict | list):
                 walk(node._get_node(key), f"{path}{key}.")
 
     walk(config, "")
 
 
-def fail(line: str, status: int) -> None:
+def exit_with_error(line: str, status: int) -> None:
     """Print the line as an error and end the process with the status."""
-    print(f"error: {masked(line)}", file=sys.stderr)
+    print(f"error: {redact(line)}", file=sys.stderr)
     sys.exit(status)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.cli.compared_runs import Run, number, read_runs, varied
+from genai_pl.cli.compared_runs import ComparedRun, parse_number, read_runs, varied_settings
 from genai_pl.errors import DataError, UserError
 from genai_pl.references import named_run, named_sweep, nearest
 
@@ -20,33 +20,35 @@ INSTALL = "pip install -e '.[plots]'"
 MOST_CURVES = 12  # in one picture
 
 
-def notes(runs: list[Run], metric: str) -> list[str]:
+def table_notes(runs: list[ComparedRun], metric: str) -> list[str]:
     """What a table of the metric does not show: the runs without it, and that it is of several objectives."""
     lines = []
-    if none := [run.name for run in runs if not run.values]:
-        lines.append(f"{len(none)} {'run has' if len(none) == 1 else 'runs have'} no {metric}: {', '.join(none)}")
+    if missing := [run.name for run in runs if not run.values]:
+        lines.append(
+            f"{len(missing)} {'run has' if len(missing) == 1 else 'runs have'} no {metric}: {', '.join(missing)}"
+        )
     objectives = sorted({run.objective for run in runs if run.values} - {""})
     if len(objectives) > 1 and metric.rpartition("/")[2] not in SPEEDS:
         lines.append(f"{metric} of different objectives does not compare: {', '.join(objectives)}")
     return [f"note: {line}" for line in lines]
 
 
-def table(runs: list[Run], metric: str, *, greater: bool) -> list[str]:
+def table(runs: list[ComparedRun], metric: str, *, greater: bool) -> list[str]:
     """Lines of text, the best run first."""
-    names = varied(runs)
+    names = varied_settings(runs)
     ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
-    tagged = ["tags"] if any(run.tags for run in runs) else []
-    rows = [["run", *tagged, *names, f"best {metric}", "at step", "last"]]
+    tag_heading = ["tags"] if any(run.tags for run in runs) else []
+    rows = [["run", *tag_heading, *names, f"best {metric}", "at step", "last"]]
     for run in ranked:
         value, step = run.best(greater=greater)
-        given = [run.settings.get(name, "") for name in names]
-        tags = [", ".join(sorted(run.tags))] if tagged else []
-        rows.append([run.name, *tags, *given, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
+        values = [run.settings.get(name, "") for name in names]
+        tags = [", ".join(sorted(run.tags))] if tag_heading else []
+        rows.append([run.name, *tags, *values, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def draw(runs: list[Run], metric: str, path: Path, *, greater: bool) -> None:
+def draw(runs: list[ComparedRun], metric: str, path: Path, *, greater: bool) -> None:
     """Write a PNG: the metric by step and, where settings differ, each run as a line through its settings to its best value."""
     try:
         import matplotlib as mpl
@@ -56,7 +58,7 @@ def draw(runs: list[Run], metric: str, path: Path, *, greater: bool) -> None:
     from matplotlib import pyplot
 
     ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
-    names = varied(runs)
+    names = varied_settings(runs)
     figure, axes = pyplot.subplots(1, 2 if names else 1, figsize=(13 if names else 7, 4.5), squeeze=False)
     colors = mpl.colormaps["viridis"](_spread(len(ranked)))
     _curves(axes[0, 0], ranked, metric, names, colors)
@@ -67,7 +69,7 @@ def draw(runs: list[Run], metric: str, path: Path, *, greater: bool) -> None:
     pyplot.close(figure)
 
 
-def _curves(axes: "Axes", ranked: list[Run], metric: str, names: list[str], colors: object) -> None:
+def _curves(axes: "Axes", ranked: list[ComparedRun], metric: str, names: list[str], colors: object) -> None:
     for run, color in list(zip(ranked, colors, strict=True))[:MOST_CURVES]:
         label = ", ".join(f"{name.rpartition('.')[2]}={run.settings.get(name, '')}" for name in names) or run.name
         axes.plot(run.steps, run.values, color=color, marker="." if len(run.steps) < 30 else None, label=label)
@@ -77,7 +79,7 @@ def _curves(axes: "Axes", ranked: list[Run], metric: str, names: list[str], colo
 
 
 def _coordinates(
-    axes: "Axes", ranked: list[Run], metric: str, names: list[str], colors: object, *, greater: bool
+    axes: "Axes", ranked: list[ComparedRun], metric: str, names: list[str], colors: object, *, greater: bool
 ) -> None:
     """Parallel coordinates: an axis for each setting, and the last one for the metric."""
     columns = [[run.settings.get(name, "") for run in ranked] for name in names]
@@ -86,14 +88,14 @@ def _coordinates(
     low, high = min(best), max(best)
     heights = [(value - low) / ((high - low) or 1) for value in best]
     for n, color in list(enumerate(colors))[::-1]:  # the best on top
-        places = [scale[column[n]] for scale, column in zip(scales, columns, strict=True)]
-        axes.plot(range(len(names) + 1), [*places, heights[n]], color=color, linewidth=3 if n == 0 else 1.5)
+        heights_of_run = [scale[column[n]] for scale, column in zip(scales, columns, strict=True)]
+        axes.plot(range(len(names) + 1), [*heights_of_run, heights[n]], color=color, linewidth=3 if n == 0 else 1.5)
     for x, scale in enumerate(scales):
         for value, height in scale.items():
             axes.annotate(value, (x, height), fontsize=8, xytext=(3, 3), textcoords="offset points")
     for value in {low, high}:
-        place = (len(names), (value - low) / ((high - low) or 1))
-        axes.annotate(f"{value:.4g}", place, fontsize=8, xytext=(3, 3), textcoords="offset points")
+        point = (len(names), (value - low) / ((high - low) or 1))
+        axes.annotate(f"{value:.4g}", point, fontsize=8, xytext=(3, 3), textcoords="offset points")
     axes.set_xticks(range(len(names) + 1), [*names, metric], fontsize=8)
     axes.set(yticks=[], ylim=(-0.05, 1.1), title="settings to the best value; thick: the winner")
     for x in range(len(names) + 1):
@@ -102,7 +104,7 @@ def _coordinates(
 
 def _scale(column: list[str]) -> dict[str, float]:
     """The height of each value between 0 and 1, by size of numbers, otherwise by the alphabet."""
-    values = sorted(set(column), key=lambda v: (number(v) is None, number(v) or 0.0, v))
+    values = sorted(set(column), key=lambda v: (parse_number(v) is None, parse_number(v) or 0.0, v))
     return dict(zip(values, _spread(len(values)), strict=True))
 
 
@@ -128,10 +130,10 @@ def main() -> None:
     args = parser.parse_args()
     greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
     try:
-        folder = find(args.folder)
+        folder = find_folder(args.folder)
         runs = read_runs(folder, args.metric, args.tag)
         logged = [run for run in runs if run.values]
-        print(*table(logged, args.metric, greater=greater), *notes(runs, args.metric), sep="\n", flush=True)
+        print(*table(logged, args.metric, greater=greater), *table_notes(runs, args.metric), sep="\n", flush=True)
         if args.out is None and not args.no_picture and find_spec("matplotlib") is None:
             print(f"picture: none, it is drawn with matplotlib: {INSTALL}")
         elif not args.no_picture:
@@ -143,10 +145,10 @@ def main() -> None:
         sys.exit(error.status)
 
 
-def find(reference: str) -> Path:
+def find_folder(reference: str) -> Path:
     """The folder that a path, or the name of a sweep or a run, stands for; DataError if there is none."""
     path = Path(reference)
-    found = path if path.exists() else named_sweep(reference, "FOLDER") or named_run(reference, "FOLDER")
-    if found is None:
+    folder = path if path.exists() else named_sweep(reference, "FOLDER") or named_run(reference, "FOLDER")
+    if folder is None:
         raise DataError(f"{reference}: no such folder, nor a sweep or run of this name{nearest(reference)}")
-    return found
+    return folder

@@ -7,13 +7,13 @@ from omegaconf import DictConfig
 
 from genai_pl.callbacks import duration
 from genai_pl.cli.planned_run import (
-    Work,
-    find_layout,
-    find_machine,
-    planned_config,
+    DeviceWork,
+    device_layout,
+    plan_machine,
+    planned_model_config,
     planned_steps,
     planned_work,
-    stored_config,
+    read_stored_config,
 )
 from genai_pl.config.enums import Head
 from genai_pl.devices import DTYPES
@@ -35,12 +35,12 @@ from genai_pl.planning.count import (
 )
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
-from genai_pl.training.report import describe_model, describe_rollout, describe_step, human
+from genai_pl.training.report import describe_model, describe_rollout, describe_step, format_bytes
 from genai_pl.training.targets import locate_target
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepEstimate:
     """A step of a run."""
 
     machine: planning.Machine
@@ -59,54 +59,61 @@ def dry_run(config: DictConfig) -> int:
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     report_unused(config, new_overrides(config))
     objective = locate_target(config.objective._target_)
-    values = planned_config(config, objective)
-    check_shape(config, values, objective)
+    model_config = planned_model_config(config, objective)
+    check_shape(config, model_config, objective)
     with fake_tensors(torch.float32):
-        model = whole_model(config, objective, values)
+        model = build_full_model(config, objective, model_config)
     batch_size, seq_len, clamped = fit_to_context(config, model)
     work = planned_work(config, objective, batch_size, seq_len)
-    plan = make_plan(config, objective, values, model, work)
-    steps, passes = planned_steps(config, objective)
+    estimate = estimate_step(config, objective, model_config, model, work)
+    steps, epochs = planned_steps(config, objective)
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
     print(*describe_model(model, device), sep="\n")
     if clamped:
         print(f"clamped     {clamped}")
-    counted = {"devices": plan.layout.data, "total_steps": steps}
+    counts = {"devices": estimate.layout.data, "total_steps": steps}
     if work.prompts is not None:
         options = {"prompts": work.prompts, "group_size": work.completions, "n_updates": work.n_updates}
-        print(describe_rollout(**options, max_new_tokens=config.objective.max_new_tokens, **counted))
-    print(describe_step(model, rows=work.rows, seq_len=work.seq_len, accumulate=work.passes, **counted))
-    if passes is not None:
-        print(f"length      {passes} passes over the data, which a plan does not read")
-    print(*describe_plan(plan, steps), sep="\n", flush=True)
+        print(describe_rollout(**options, max_new_tokens=config.objective.max_new_tokens, **counts))
+    print(describe_step(model, rows=work.rows, seq_len=work.seq_len, accumulate=work.passes, **counts))
+    if epochs is not None:
+        print(f"length      {epochs} passes over the data, which a plan does not read")
+    print(*describe_estimate(estimate, steps), sep="\n", flush=True)
     if work.prompts is not None:
         print("left out    the time that writing completions and judging them takes, and the memory of a reward model")
     return 0
 
 
-def whole_model(config: DictConfig, objective: type[BaseModule], values: ModelConfig) -> Model:
+def build_full_model(config: DictConfig, objective: type[BaseModule], model_config: ModelConfig) -> Model:
     """The model that the run trains, with its head and its adapters."""
-    model = build_model(values)
+    model = build_model(model_config)
     if objective.head is not None:
         model.set_head(objective.head)
     return apply_peft(config.peft, model, None)
 
 
-def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConfig, model: Model, work: Work) -> Plan:
+def estimate_step(
+    config: DictConfig, objective: type[BaseModule], model_config: ModelConfig, model: Model, work: DeviceWork
+) -> StepEstimate:
     """Memory, traffic and time of a step, counted on what one device holds of the model."""
-    layout = find_layout(config)
-    weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
+    layout = device_layout(config)
+    weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.data > 1
-    with fake_tensors(product if gathers and product else weight):
-        part = whole_model(config, objective, local_model_config(values, layout))
-        head = part.lm_head
-        share = find_share(config, part, weight_bytes=weight.itemsize, compute_bytes=(product or weight).itemsize)
-        again = blocks_again(config, part)
-        activations = find_activations(config, part, work, product, layout)
+    with fake_tensors(matmul_dtype if gathers and matmul_dtype else weight_dtype):
+        local_model = build_full_model(config, objective, local_model_config(model_config, layout))
+        head = local_model.lm_head
+        share = model_share(
+            config,
+            local_model,
+            weight_bytes=weight_dtype.itemsize,
+            compute_bytes=(matmul_dtype or weight_dtype).itemsize,
+        )
+        recomputed = recomputed_share(config, local_model)
+        activations = stored_activation_bytes(config, local_model, work, matmul_dtype, layout)
     loss = planning.loss_bytes(
         tokens=work.rows * work.seq_len,
-        vocab_size=0 if head is None else part.config.vocab_size,
-        n_embd=values.n_embd,
+        vocab_size=0 if head is None else local_model.config.vocab_size,
+        n_embd=model_config.n_embd,
         compute_bytes=share.compute_bytes,
         chunk_bytes=CHUNK_BYTES if config.plan.gpu == "cpu" else GPU_CHUNK_BYTES,
         head_learns=head is not None and head.weight.requires_grad,
@@ -115,55 +122,57 @@ def make_plan(config: DictConfig, objective: type[BaseModule], values: ModelConf
         share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
     else:
         memory = planning.memory(share, layout, activations=activations, loss=loss)
-    copied = memory.weights if work.reference else 0.0
+    reference = memory.weights if work.reference else 0.0
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
-    memory = replace(memory, reference=copied, critic=critic)
-    sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": values.n_embd}
-    sent = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=again)
+    memory = replace(memory, reference=reference, critic=critic)
+    sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
+    traffic = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=recomputed)
     tokens = work.rows * work.seq_len * work.passes * layout.data
     # a forward pass is a third of the work where every weight learns
-    unlearned = work.unlearned * flops_per_token(model, values, work.seq_len) / 3
-    flops = (training_flops(model, values, work.seq_len, recomputed=again) + unlearned) * tokens / layout.devices
-    machine = find_machine(config, layout)
-    time = planning.step_time(machine, layout, sent, flops=flops)
-    return Plan(machine, layout, memory, sent, time, tokens)
+    unlearned = work.unlearned * flops_per_token(model, model_config, work.seq_len) / 3
+    flops = (
+        (training_flops(model, model_config, work.seq_len, recomputed=recomputed) + unlearned) * tokens / layout.devices
+    )
+    machine = plan_machine(config, layout)
+    time = planning.step_time(machine, layout, traffic, flops=flops)
+    return StepEstimate(machine, layout, memory, traffic, time, tokens)
 
 
-def find_share(config: DictConfig, part: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
+def model_share(config: DictConfig, local_model: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
     """The numbers that one device holds, of which it is given its part of the model."""
     return planning.Share(
-        weights=n_parameters(part),
-        trained=n_parameters(part, trainable=True),
-        largest=largest_part(part),
-        largest_gradient=largest_gradient(part) if config.trainer.optimizer_in_backward else None,
+        weights=n_parameters(local_model),
+        trained=n_parameters(local_model, trainable=True),
+        largest=largest_part(local_model),
+        largest_gradient=largest_gradient(local_model) if config.trainer.optimizer_in_backward else None,
         weight_bytes=weight_bytes,
         compute_bytes=compute_bytes,
-        moments=moments(config.optimizer._target_.rpartition(".")[2], part),
+        moments=moments(config.optimizer._target_.rpartition(".")[2], local_model),
     )
 
 
-def blocks_again(config: DictConfig, part: Model) -> float:
+def recomputed_share(config: DictConfig, local_model: Model) -> float:
     """The share of blocks that run again in the backward pass."""
-    every, kind = _recomputed(config)
-    return n_recomputed(part, every) / len(part.blocks) if every and kind == "full" else 0.0
+    every, kind = _recompute_options(config)
+    return n_recomputed(local_model, every) / len(local_model.blocks) if every and kind == "full" else 0.0
 
 
-def _recomputed(config: DictConfig) -> tuple[int | None, str]:
+def _recompute_options(config: DictConfig) -> tuple[int | None, str]:
     options = config.trainer
     every = options.recompute_every if options.recompute is None else options.recompute_every or 1
     return every, options.recompute or "full"
 
 
-def find_activations(
-    config: DictConfig, part: Model, work: Work, product: torch.dtype | None, layout: planning.Layout
+def stored_activation_bytes(
+    config: DictConfig, local_model: Model, work: DeviceWork, matmul_dtype: torch.dtype | None, layout: planning.Layout
 ) -> float:
     """Bytes that a forward pass leaves for the backward pass."""
-    every, kind = _recomputed(config)
+    every, kind = _recompute_options(config)
     return activation_bytes(
-        part,
+        local_model,
         rows=work.rows,
         seq_len=work.seq_len,
-        product=product,
+        product=matmul_dtype,
         every=every,
         kind=kind,
         fused=config.plan.gpu != "cpu",
@@ -171,16 +180,16 @@ def find_activations(
     )
 
 
-def critic_bytes(config: DictConfig, work: Work, layout: planning.Layout) -> float:
+def critic_bytes(config: DictConfig, work: DeviceWork, layout: planning.Layout) -> float:
     """Bytes of the model that judges states, which is trained with the policy."""
-    values, _ = stored_config(config.objective.critic, option="objective.critic")
-    weight, product = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
-    with fake_tensors(weight):
-        critic = build_model(values)
+    model_config, _ = read_stored_config(config.objective.critic, option="objective.critic")
+    weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
+    with fake_tensors(weight_dtype):
+        critic = build_model(model_config)
         critic.set_head(Head.none)
-        sizes = {"weight_bytes": weight.itemsize, "compute_bytes": (product or weight).itemsize}
-        share = find_share(config, critic, **sizes)
-        activations = find_activations(config, critic, work, product, layout)
+        sizes = {"weight_bytes": weight_dtype.itemsize, "compute_bytes": (matmul_dtype or weight_dtype).itemsize}
+        share = model_share(config, critic, **sizes)
+        activations = stored_activation_bytes(config, critic, work, matmul_dtype, layout)
     return planning.memory(share, layout, activations=activations, loss=0.0).total
 
 
@@ -188,36 +197,40 @@ def costliest_stage(
     model: Model, share: planning.Share, layout: planning.Layout, *, activations: float, loss: float
 ) -> tuple[planning.Share, planning.Memory]:
     """What the stage of a pipeline holds that takes most: the first has the embeddings, the last the head and its loss."""
-    found = []
+    stages = []
     for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
-        own = replace(share, weights=weights, trained=trained)
-        taken = loss if stage == layout.stages - 1 else 0.0
-        found.append((own, planning.memory(own, layout, activations=activations, loss=taken, stage=stage)))
-    return max(found, key=lambda stage: stage[1].total)
+        stage_share = replace(share, weights=weights, trained=trained)
+        stage_loss = loss if stage == layout.stages - 1 else 0.0
+        stages.append(
+            (stage_share, planning.memory(stage_share, layout, activations=activations, loss=stage_loss, stage=stage))
+        )
+    return max(stages, key=lambda stage: stage[1].total)
 
 
-def describe_plan(plan: Plan, steps: int | None) -> list[str]:
+def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
     """Tables of memory, traffic and time."""
-    memory, time, machine, layout = plan.memory, plan.time, plan.machine, plan.layout
+    memory, time, machine, layout = estimate.memory, estimate.time, estimate.machine, estimate.layout
     parts = [field.name for field in fields(memory)]
     lines = ["memory      per device, estimated"]
-    lines += [f"  {part:<12}{human(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
+    lines += [f"  {part:<12}{format_bytes(getattr(memory, part)):>10}" for part in parts if getattr(memory, part)]
     fits = "fits in" if memory.total < 0.95 * machine.memory else "DOES NOT FIT in"
-    lines.append(f"  {'total':<12}{human(memory.total):>10}  {fits} the {human(machine.memory)} of {machine.name}")
-    if plan.traffic:
+    lines.append(
+        f"  {'total':<12}{format_bytes(memory.total):>10}  {fits} the {format_bytes(machine.memory)} of {machine.name}"
+    )
+    if estimate.traffic:
         shape = {"data": layout.data, "tensor": layout.tensor, "stages": layout.stages}
         on = " x ".join(f"{n} ({name})" for name, n in shape.items() if n > 1)
         lines.append(f"traffic     per device and step, on {on} devices")
         lines += [
-            f"  {t.what:<28}{human(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
-            for t in plan.traffic
+            f"  {t.what:<28}{format_bytes(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
+            for t in estimate.traffic
         ]
-    rate = plan.tokens / time.step
+    rate = estimate.tokens / time.step
     lines += [
         f"time        per step, on {machine.name} at {machine.efficiency:.0%} of {machine.flops / 1e12:.4g} TFLOP/s",
         f"  {'computing':<28}{time.compute:>9.3g}s",
     ]
-    if plan.traffic:
+    if estimate.traffic:
         lines.append(f"  {'communication':<28}{time.communication:>9.3g}s")
     lines.append(f"  {'step':<28}{time.step:>9.3g}s  bottleneck: {time.bottleneck}")
     whole = f"; {steps:,} steps in {duration(steps * time.step)}" if steps else ""

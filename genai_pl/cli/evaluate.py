@@ -41,22 +41,22 @@ from genai_pl.loading import Loaded, load
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import adapters_of, merge
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import EVALUATE, NO_BOS, refuse_unused
+from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, refuse_unused
 
-OF_FIGURES = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
+CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
 
 
 def evaluate(config: DictConfig) -> int:
     """Print what the model's predictions are worth, and write it to `out` if that is given."""
-    check(config)
+    check_options(config)
     torch.set_float32_matmul_precision(config.precision.matmul)
-    figures = of_data(config) if config.tasks is None else of_tasks(config)
+    figures = evaluate_data(config) if config.tasks is None else evaluate_tasks(config)
     if config.out:
-        write(config, figures)
+        write_figures(config, figures)
     return 0
 
 
-def check(config: DictConfig) -> None:
+def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
     for name, value in (
         ("limit", config.limit),
@@ -73,7 +73,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out:
         check_out(config)
-    refuse_unused(config, job_overrides(), EVALUATE)
+    refuse_unused(config, job_overrides(), EVALUATE_RULES)
 
 
 def check_out(config: DictConfig) -> None:
@@ -81,26 +81,26 @@ def check_out(config: DictConfig) -> None:
     out, data = Path(config.out), Path(config.data.path)
     if out.is_dir():
         raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
-    if os.path.lexists(out) and (not _are_figures(out) or (data.exists() and out.samefile(data))):
+    if os.path.lexists(out) and (not _is_figures_file(out) or (data.exists() and out.samefile(data))):
         raise ConfigError(f"out={config.out}: exists already, and is no table of evaluate.py; name a new file")
 
 
-def _are_figures(path: Path) -> bool:
+def _is_figures_file(path: Path) -> bool:
     """Whether a file is what `write` has written: the figures, and the configuration that they are of."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and set(found["config"]) >= OF_FIGURES
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(contents, dict) and set(contents["config"]) >= CONFIG_KEYS
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return False
 
 
-def of_data(config: DictConfig) -> dict[str, float]:
+def evaluate_data(config: DictConfig) -> dict[str, float]:
     """The figures of the model on the rows of `data`, printed."""
     options = config.data
     device = choose_device(config.device)
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     if kind in (Kind.preferences, Kind.conversations):
-        refuse_unused(config, job_overrides(), [NO_BOS])
+        refuse_unused(config, job_overrides(), [NO_BOS_RULE])
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
@@ -109,14 +109,14 @@ def of_data(config: DictConfig) -> dict[str, float]:
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
-        measure = compare if kind is Kind.preferences else predict
+        measure = preference_metrics if kind is Kind.preferences else prediction_metrics
         metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
     counts = {
         "rows": len(columns[0]),
         "tokens": sum(row.n_scored for row in rows),
         "cut": sum(row.truncated for row in rows),
     }
-    show(metrics)
+    print_metrics(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
     if counts["cut"]:
         context = options.seq_len or context_of(model)
@@ -124,7 +124,7 @@ def of_data(config: DictConfig) -> dict[str, float]:
     return {**metrics, **counts}
 
 
-def of_tasks(config: DictConfig) -> dict[str, float]:
+def evaluate_tasks(config: DictConfig) -> dict[str, float]:
     """The figures of the model on tasks of lm-evaluation-harness, printed."""
     check_harness()
     tasks = config.tasks if isinstance(config.tasks, ListConfig) else [config.tasks]
@@ -132,7 +132,7 @@ def of_tasks(config: DictConfig) -> dict[str, float]:
     device = choose_device(config.device)
     with TemporaryDirectory() as temporary:
         metrics = run_tasks(
-            readable_folder(config, Path(temporary) / "model"),
+            transformers_folder(config, Path(temporary) / "model"),
             [str(task) for task in tasks],
             device=device,
             dtype=dtype,
@@ -142,11 +142,11 @@ def of_tasks(config: DictConfig) -> dict[str, float]:
             num_fewshot=config.num_fewshot,
             limit=config.limit,
         )
-    show(metrics)
+    print_metrics(metrics)
     return metrics
 
 
-def readable_folder(config: DictConfig, temporary: Path) -> Path:
+def transformers_folder(config: DictConfig, temporary: Path) -> Path:
     """The folder of the checkpoint where transformers can read it; else one is written, with adapters folded in."""
     model, tokenizer, path = load_model(config, judges=False)
     if (path / "config.json").is_file():
@@ -155,7 +155,9 @@ def readable_folder(config: DictConfig, temporary: Path) -> Path:
     return temporary
 
 
-def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object) -> Metrics:
+def prediction_metrics(
+    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
+) -> Metrics:
     """What the model's predictions of texts, completions or choices are worth."""
     scores = score(loaded.model, rows, **scoring)
     if kind is Kind.choices:
@@ -164,16 +166,18 @@ def predict(kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWi
     return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
 
 
-def compare(kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object) -> Metrics:
+def preference_metrics(
+    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
+) -> Metrics:
     """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
     n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
     judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
-    found = reward_scores(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
-    metrics = pair_metrics(found[:n], found[n:], lengths)
+    scores = reward_scores(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
+    metrics = pair_metrics(scores[:n], scores[n:], lengths)
     if judges:
         return metrics
-    means = (found.view(2, n).T / lengths).unbind(1)
+    means = (scores.view(2, n).T / lengths).unbind(1)
     return {**metrics, "accuracy_per_token": win_rate(means[0] - means[1])}
 
 
@@ -183,8 +187,8 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
     It is also refused where data.seq_len is more than its context.
     """
     loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
-    found = loaded.model.config
-    if found.head is Head.score and not judges:
+    model_config = loaded.model.config
+    if model_config.head is Head.score and not judges:
         raise ConfigError(
             f"checkpoint={config.checkpoint}: a reward model compares; give data.path= with prompt, chosen and rejected"
         )
@@ -193,9 +197,9 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
         raise ConfigError(
             f"data.seq_len={config.data.seq_len}: more than the model's context of {context} tokens; lower it"
         )
-    if found.head is not Head.score and found.shape.value != "decoder":
+    if model_config.head is not Head.score and model_config.shape.value != "decoder":
         raise ConfigError(
-            f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {found.shape.value}"
+            f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {model_config.shape.value}"
         )
     return loaded
 
@@ -231,14 +235,14 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
     return rows
 
 
-def show(metrics: Metrics) -> None:
+def print_metrics(metrics: Metrics) -> None:
     """Print a name and a value a line."""
     width = max([22, *(len(name) + 2 for name in metrics)])
     for name, value in metrics.items():
         print(f"{name:<{width}}{value:>12.4f}")
 
 
-def write(config: DictConfig, figures: dict[str, float]) -> None:
+def write_figures(config: DictConfig, figures: dict[str, float]) -> None:
     """Write the figures and what they are of; one that is not finite becomes null, as JSON has no other."""
     finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     text = json.dumps({**finite, "config": OmegaConf.to_container(config)}, indent=2) + "\n"

@@ -20,7 +20,7 @@ from genai_pl.models.onnx.export import write_description, write_graphs
 from genai_pl.models.onnx.quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import EXPORT, refuse_unused
+from genai_pl.training.unused_options import EXPORT_RULES, refuse_unused
 
 FORMATS = ("hf", "merged", "peft", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +36,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"quantize={config.quantize} is not null or int8")
     if config.quantize and config.format != "onnx":
         raise ConfigError("quantize=int8 goes with format=onnx")
-    refuse_unused(config, job_overrides(), EXPORT)
+    refuse_unused(config, job_overrides(), EXPORT_RULES)
     if not config.out:
         raise ConfigError("out='': name the folder to write")
     out = Path(config.out)
@@ -55,7 +55,7 @@ def export(config: DictConfig) -> int:
     if config.dtype:
         model = model.to(DTYPES[config.dtype])
     elif config.format != "onnx":
-        _as_stored(model, stored_dtypes(config.checkpoint))
+        _restore_dtypes(model, stored_dtypes(config.checkpoint))
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
     else:
@@ -73,7 +73,7 @@ def sentence_files(loaded: Loaded) -> dict[str, object]:
     return {} if head is None else {**head.files, **dict(head.tensors())}
 
 
-def _as_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+def _restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     """Give each weight the dtype that it was read in: nothing was rounded before, and what was merged is rounded once."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():

@@ -21,83 +21,83 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.report import pasted
+from genai_pl.training.report import shell_arguments
 from genai_pl.training.rewards import Judge
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import ADDRESSES, FEEDBACK, refuse_unused
+from genai_pl.training.unused_options import ADDRESSES, FEEDBACK_RULES, refuse_unused
 
-TASKS = {  # what a line holds
+TASK_FIELDS = {  # what a line holds
     "label": {"row", "prompt", "chosen", "rejected", "margin", "position_bias"},
     "critique": {"row", "prompt", "completion", "chosen", "rejected", "record"},
 }
-BEGIN = b'{"row": '  # of each line
-Asked = list[TextOrMessages]  # a prompt, and the answers to it that the data bring
+LINE_START = b'{"row": '  # of each line
+Request = list[TextOrMessages]  # a prompt, and the answers to it that the data bring
 
 
 def feedback(config: DictConfig) -> int:
     """Write one line of JSON per prompt; prompts that are in the file already are passed over."""
-    check(config)
+    check_options(config)
     out = Path(config.out)
     source = sources.find_source(config.data.path)
-    done = finished(out, config, source)
-    found = sources.column_names(source)
-    sources.check_columns(source, found, {"data.prompt": config.data.prompt})
-    writes = needs_writer(config, found)
+    done = read_finished(out, config, source)
+    columns_there = sources.column_names(source)
+    sources.check_columns(source, columns_there, {"data.prompt": config.data.prompt})
+    writes = writes_answers(config, columns_there)
     columns = [config.data.prompt, *([] if writes else [config.data.first, config.data.second])]
     rows = sources.read_records(source, {*columns, INPUT})
-    most = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
-    asked = [asked_of(row, columns, place) for place, row in islice(rows, most)]
-    check_same(done, asked, config)
-    left = [(n, row) for n, row in enumerate(asked[: config.limit]) if n not in done.rows]
+    n_rows = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
+    requests = [read_request(row, columns, place) for place, row in islice(rows, n_rows)]
+    check_same_requests(done, requests, config)
+    todo = [(n, row) for n, row in enumerate(requests[: config.limit]) if n not in done.rows]
     writer = build_writer(config, "checkpoint") if writes else None
     judge = build_writer(config, "judge") if config.judge else writer
     if judge is None:
         raise ConfigError("judge is not set: name a model, or the URL of an endpoint")
-    scores = isinstance(judge, Judge)
-    if scores and "rubric" in map(key_of, job_overrides()):
+    scores_answers = isinstance(judge, Judge)
+    if scores_answers and "rubric" in map(key_of, job_overrides()):
         raise ConfigError(f"rubric: not read by a reward model (judge={config.judge}); leave it out")
-    run(config, left, writer, judge, done)
-    report(config, out, scores=scores)
+    run(config, todo, writer, judge, done)
+    report(config, out, scores=scores_answers)
     return 0
 
 
-def check(config: DictConfig) -> None:
+def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
-    if config.task not in TASKS:
-        raise ConfigError(f"task={config.task} is not one of {', '.join(TASKS)}")
+    if config.task not in TASK_FIELDS:
+        raise ConfigError(f"task={config.task} is not one of {', '.join(TASK_FIELDS)}")
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
-    refuse_unused(config, job_overrides(), FEEDBACK)
+    refuse_unused(config, job_overrides(), FEEDBACK_RULES)
 
 
-def asked_of(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Asked:
+def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Request:
     """The prompt of a row, a text or one message of the user, and the texts of the answers; DataError of anything else."""
     prompt = parse_prompt(row, columns[0], place)
     answers = [text_or_messages(row.get(column), place._replace(column=column)) for column in columns[1:]]
     prompt, answers = extract_prompt(prompt, answers, place)
-    if _said(prompt, "user") is None:
+    if _single_text(prompt, "user") is None:
         refuse(
             place, f"column {columns[0]!r}: a judge is asked about one request: give a text, or one message of the user"
         )
-    said = [_said(answer, "assistant") for answer in answers]
-    if None in said:
-        column = columns[1 + said.index(None)]
+    answer_texts = [_single_text(answer, "assistant") for answer in answers]
+    if None in answer_texts:
+        column = columns[1 + answer_texts.index(None)]
         refuse(
             place, f"column {column!r}: a judge compares single answers: give a text, or one message of the assistant"
         )
-    return [prompt, *said]
+    return [prompt, *answer_texts]
 
 
-def _said(given: TextOrMessages, role: str) -> str | None:
+def _single_text(value: TextOrMessages, role: str) -> str | None:
     """The text, also of a lone message of that role; None of anything else."""
-    if isinstance(given, str):
-        return given
-    alone = len(given) == 1 and given[0]["role"] == role and set(given[0]) == {"role", "content"}
-    return given[0]["content"] if alone else None
+    if isinstance(value, str):
+        return value
+    alone = len(value) == 1 and value[0]["role"] == role and set(value[0]) == {"role", "content"}
+    return value[0]["content"] if alone else None
 
 
-def needs_writer(config: DictConfig, columns: list[str]) -> bool:
+def writes_answers(config: DictConfig, columns: list[str]) -> bool:
     """Whether answers are to be written: for a critique, and for labels where the data bring no two answers."""
     return config.task == "critique" or not {config.data.first, config.data.second} <= set(columns)
 
@@ -111,13 +111,13 @@ def build_writer(config: DictConfig, option: str) -> Writer | Judge:
     return local_writer(name, option=option, device=choose_device(config.device), options=options, seed=config.seed)
 
 
-def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer | Judge, done: "Finished") -> None:
+def run(config: DictConfig, todo: list, writer: Writer | None, judge: Writer | Judge, done: "FinishedRows") -> None:
     """Work on the rows that are left, several at once where the judge is remote, and append each result."""
     principles = (
         read_principles(config.constitution or str(CONF / "constitution.yaml")) if config.task == "critique" else []
     )
 
-    def work(item: tuple[int, Asked]) -> dict:
+    def work(item: tuple[int, Request]) -> dict:
         n, (prompt, *answers) = item
         if config.task == "critique":
             return {"row": n, **critique(writer, prompt, principles)}
@@ -129,14 +129,14 @@ def run(config: DictConfig, left: list, writer: Writer | None, judge: Writer | J
     workers = config.workers if not scores and judge.concurrent and (writer is None or writer.concurrent) else 1
     try:
         with done.open(config.out) as file, ThreadPoolExecutor(workers) as pool:
-            for result in tqdm(pool.map(work, left), total=len(left), disable=None, desc=config.task):
+            for result in tqdm(pool.map(work, todo), total=len(todo), disable=None, desc=config.task):
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
     except OSError as error:  # of the file: what an endpoint refuses is a ConfigError by now
         raise OSError(error.errno, os.strerror(error.errno), error.filename or config.out) from None
 
 
-class Finished(NamedTuple):
+class FinishedRows(NamedTuple):
     """The rows that a file holds already, and how many of its bytes are whole lines."""
 
     rows: dict[int, dict[str, object]] = {}
@@ -158,10 +158,10 @@ class Finished(NamedTuple):
         return file
 
 
-def finished(out: Path, config: DictConfig, source: sources.Source) -> Finished:
+def read_finished(out: Path, config: DictConfig, source: sources.Source) -> FinishedRows:
     """What a file holds already; ConfigError where a line is not one that this task writes. Nothing is changed."""
     if not out.exists():
-        return Finished()
+        return FinishedRows()
     if not out.is_file():
         raise ConfigError(
             f"out={config.out}: a folder, or else no file: name a file to write, as {out / 'feedback.jsonl'}"
@@ -177,44 +177,49 @@ def finished(out: Path, config: DictConfig, source: sources.Source) -> Finished:
     closed = cut or not last
     rows: dict[int, dict[str, object]] = {}
     for number, line in enumerate(lines if closed else [*lines, last], start=1):
-        row = _own(line, config.task)
+        row = _own_line(line, config.task)
         if row is None or row["row"] in rows:
-            _foreign(config, number, f"is not what task={config.task} writes" if row is None else "is a row twice")
+            _refuse_line(config, number, f"is not what task={config.task} writes" if row is None else "is a row twice")
         rows[row["row"]] = row
-    return Finished(rows, size, cut, closed)
+    return FinishedRows(rows, size, cut, closed)
 
 
 def _is_cut(line: bytes) -> bool:
     """Whether it is the beginning of a line of ours."""
-    return (line.startswith(BEGIN) or BEGIN.startswith(line)) and _loaded(line) is None
+    return (line.startswith(LINE_START) or LINE_START.startswith(line)) and _parse_json(line) is None
 
 
-def _loaded(line: bytes) -> object:
+def _parse_json(line: bytes) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
-def _own(line: bytes, task: str) -> dict[str, object] | None:
+def _own_line(line: bytes, task: str) -> dict[str, object] | None:
     """What a line holds, if it is one that the task writes."""
-    found = _loaded(line)
-    own = isinstance(found, dict) and set(found) == TASKS[task] and type(found["row"]) is int and found["row"] >= 0
+    contents = _parse_json(line)
+    is_own = (
+        isinstance(contents, dict)
+        and set(contents) == TASK_FIELDS[task]
+        and type(contents["row"]) is int
+        and contents["row"] >= 0
+    )
     kinds = {"chosen": str, "rejected": str, **({"position_bias": float} if task == "label" else {})}
-    return found if own and all(isinstance(found[key], kind) for key, kind in kinds.items()) else None
+    return contents if is_own and all(isinstance(contents[key], kind) for key, kind in kinds.items()) else None
 
 
-def _foreign(config: DictConfig, number: int, why: str) -> NoReturn:
+def _refuse_line(config: DictConfig, number: int, why: str) -> NoReturn:
     raise ConfigError(f"out={config.out}: line {number} {why}; name a new file")
 
 
-def check_same(done: Finished, asked: Sequence[Asked], config: DictConfig) -> None:
+def check_same_requests(done: FinishedRows, requests: Sequence[Request], config: DictConfig) -> None:
     """ConfigError where a line that is there is not about the prompt, and the answers, of its row of the data."""
     for number, (n, line) in enumerate(done.rows.items(), start=1):
-        prompt, *answers = asked[n] if n < len(asked) else [None]
+        prompt, *answers = requests[n] if n < len(requests) else [None]
         if line["prompt"] != prompt or (answers and sorted(answers) != sorted([line["chosen"], line["rejected"]])):
             why = f"is about {preview(line['prompt'])}, which is not row {n + 1} of data.path={config.data.path}"
-            _foreign(
+            _refuse_line(
                 config, number, why if line["prompt"] != prompt else f"compares other answers than row {n + 1} has"
             )
 
@@ -222,12 +227,12 @@ def check_same(done: Finished, asked: Sequence[Asked], config: DictConfig) -> No
 def read_principles(path: str) -> list[dict[str, str]]:
     """The principles of a constitution: each asks for a critique and for a revision."""
     try:
-        found = OmegaConf.to_container(OmegaConf.load(path))["principles"]
+        principles = OmegaConf.to_container(OmegaConf.load(path))["principles"]
     except (OSError, KeyError, TypeError) as error:
         raise ConfigError(f"constitution={path}: no list of principles in it ({error})") from None
-    if not found or any(set(p) != {"critique", "revision"} for p in found):
+    if not principles or any(set(p) != {"critique", "revision"} for p in principles):
         raise ConfigError(f"constitution={path}: each principle has a critique and a revision")
-    return found
+    return principles
 
 
 def _lines(out: Path) -> Iterator[dict]:
@@ -244,5 +249,7 @@ def report(config: DictConfig, out: Path, *, scores: bool) -> None:
     if config.task == "label" and not scores:
         bias = sum(row["position_bias"] for row in rows) / len(rows)
         print(f"bias        the first place is worth {bias:+.3f} of probability; both orders were asked and averaged")
-    given = {"init_from": "MODEL" if config.checkpoint.startswith(ADDRESSES) else config.checkpoint, "data.path": out}
-    print(f"next        python train.py objective={'dpo' if config.task == 'label' else 'sft'} {pasted(given)}")
+    options = {"init_from": "MODEL" if config.checkpoint.startswith(ADDRESSES) else config.checkpoint, "data.path": out}
+    print(
+        f"next        python train.py objective={'dpo' if config.task == 'label' else 'sft'} {shell_arguments(options)}"
+    )

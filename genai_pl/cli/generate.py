@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from genai_pl.cli.chat import Chat, converse, talk
+from genai_pl.cli.chat import Chat, answer_all, run_terminal
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device, dtypes_of
@@ -18,21 +18,21 @@ from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import Encoder, prepare_for_decoding
-from genai_pl.peft import adapters_of
+from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import ENCODER, GENERATE, WRITER, refuse_unused
+from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITER_RULE, refuse_unused
 
 
 def generate(config: DictConfig) -> int:
     """Continue the prompts, fill in their masks, embed or score them, as the options and the model say."""
-    check(config)
+    check_options(config)
     prompts = [] if config.chat else read_prompts(config)
     device = choose_device(config.device)
     weights, products = dtypes_of(config.precision.lightning)
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
-    refuse_unused(config, job_overrides(), [ENCODER if isinstance(loaded.model, Encoder) else WRITER])
+    refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
         head = loaded.model.config.head
         other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
@@ -47,15 +47,15 @@ def generate(config: DictConfig) -> int:
         elif config.score:
             print_scores(loaded, prompts)
         elif config.chat:
-            return hold_chat(config, loaded, device)
+            return run_chat(config, loaded, device)
         elif isinstance(loaded.model, Encoder):
             print_candidates(loaded, prompts, config.top_k)
         else:
-            write(config, loaded, prompts, device)
+            print_continuations(config, loaded, prompts, device)
     return 0
 
 
-def check(config: DictConfig) -> None:
+def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
     for name in ("num_samples", "top_k"):
         if config[name] < 1:
@@ -69,94 +69,96 @@ def check(config: DictConfig) -> None:
         raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
     if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
         raise ConfigError("chat=true: several adapters answer together; give adapter_weights, or one adapter")
-    refuse_unused(config, job_overrides(), GENERATE)
+    refuse_unused(config, job_overrides(), GENERATE_RULES)
 
 
-def hold_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
+def run_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
     """Answer the prompts as turns of a conversation, or what is typed; the exit status."""
     names = adapter_names(config)
-    choose_adapters(loaded.model, names, config.adapter_weights, 1, 1)
+    assign_adapters(loaded.model, names, config.adapter_weights, 1)
     generator = torch.Generator(device).manual_seed(config.seed)
     options: GenerationConfig = OmegaConf.to_object(config.generation)
     chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator)
     if config.prompt is None and config.prompt_file is None:
-        return talk(chat)
-    converse(chat, read_prompts(config))
+        return run_terminal(chat)
+    answer_all(chat, read_prompts(config))
     return 0
 
 
-def write(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
+def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
     """Print continuations of the prompts; a single one is printed while it grows."""
     options: GenerationConfig = OmegaConf.to_object(config.generation)
     names = adapter_names(config)
-    choices = choose_adapters(loaded.model, names, config.adapter_weights, len(prompts), config.num_samples)
-    if choices > 1 and (options.num_beams > 1 or options.speculates):
+    row_weights = assign_adapters(loaded.model, names, config.adapter_weights, len(prompts))
+    n_choices = 1 if row_weights is None else len(names)
+    if n_choices > 1 and (options.num_beams > 1 or options.speculates):
         raise ConfigError("several adapters side by side go with sampling: give one, or adapter_weights")
     n = options.num_return if options.num_beams > 1 else config.num_samples
-    single = len(prompts) * n * choices == 1 and not config.logprobs
-    streaming = config.stream and single
-    if single:
-        print(prompts[0], end=joint(loaded), flush=True)
-    rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * choices
-    if choices > 1:  # an adapter for each row: no two share one that is read once
-        rows = [row for row in rows for _ in range(n)]
+    is_single = len(prompts) * n * n_choices == 1 and not config.logprobs
+    streaming = config.stream and is_single
+    if is_single:
+        print(prompts[0], end=separator(loaded), flush=True)
+    rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * n_choices
     acceptance = Acceptance()
-    found = complete(
+    completions_of_rows = complete(
         loaded.model,
         loaded.tokenizer,
         rows,
         options,
         generator=torch.Generator(device).manual_seed(config.seed),
-        num_samples=1 if choices > 1 else config.num_samples,
+        num_samples=config.num_samples,
         on_text=(lambda _, delta: print(delta, end="", flush=True)) if streaming else None,
         logprobs=config.logprobs,
         draft=load_draft(options.draft, loaded),
         acceptance=acceptance,
+        row_weights=row_weights,
     )
-    completions = [completion for of_row in found for completion in of_row]
-    if single:
+    completions = [completion for of_row in completions_of_rows for completion in of_row]
+    if is_single:
         print("" if streaming else completions[0].text, flush=True)
     else:
         for i, completion in enumerate(completions):
-            name = names[i // (len(prompts) * n)] if choices > 1 else None
-            show(loaded, prompts[i // n % len(prompts)], completion, name, as_json=config.logprobs)
+            name = names[i // (len(prompts) * n)] if n_choices > 1 else None
+            print_completion(loaded, prompts[i // n % len(prompts)], completion, name, as_json=config.logprobs)
     if options.speculates:
         print(f"speculation: {acceptance}", file=sys.stderr)
     n_empty = sum(not completion.text.strip() for completion in completions)
-    if line := hint(loaded, prompts, n_empty=n_empty, n=len(completions)):
+    if line := usage_hint(loaded, prompts, n_empty=n_empty, n=len(completions)):
         print(line, file=sys.stderr)
 
 
-def hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> str | None:
+def usage_hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> str | None:
     """A line on how a model is asked that ends at once, or that a person at a terminal asks without its chat template."""
     tokenizer = loaded.tokenizer
-    ended = "hint: the model ended its text at once" + (f", {n_empty} times of {n}" if n > 1 else "")
+    at_once = "hint: the model ended its text at once" + (f", {n_empty} times of {n}" if n > 1 else "")
     if tokenizer.chat_template is None:
         advice = "; write the prompt as its training data has them, or set generation.min_new_tokens=1"
-        return ended + advice if n_empty else None
+        return at_once + advice if n_empty else None
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
     if any(token in prompt for prompt in prompts for token in special):
-        return ended if n_empty else None
+        return at_once if n_empty else None
     if n_empty:
-        return f"{ended}; it has a chat template, so ask it as in a conversation: chat=true"
+        return f"{at_once}; it has a chat template, so ask it as in a conversation: chat=true"
     if n == 1 and sys.stderr.isatty():
         return "hint: the model has a chat template, and the prompt was continued as bare text; chat=true asks it"
     return None
 
 
-def show(loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool) -> None:
+def print_completion(
+    loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool
+) -> None:
     """Print one of several completions, or all that is known of it."""
     if not as_json:
         heading = "" if adapter is None else f"[{adapter}] "
-        print(f"{heading}{prompt}{joint(loaded)}{completion.text}\n{'-' * 40}", flush=True)
+        print(f"{heading}{prompt}{separator(loaded)}{completion.text}\n{'-' * 40}", flush=True)
         return
-    pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
-    line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
+    token_texts = [loaded.tokenizer.decode([token]) for token in completion.tokens]
+    line = {"prompt": prompt, "text": completion.text, "tokens": token_texts, "logprobs": completion.logprobs}
     line |= {} if completion.score is None else {"score": completion.score}
     print_json(line if adapter is None else {"adapter": adapter, **line})
 
 
-def joint(loaded: Loaded) -> str:
+def separator(loaded: Loaded) -> str:
     """What stands between prompt and completion: an encoder-decoder does not continue, it answers on a line of its own."""
     return "\n" if loaded.model.config.shape is Shape.encoder_decoder else ""
 
@@ -164,9 +166,9 @@ def joint(loaded: Loaded) -> str:
 def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
     """Print what may stand in place of each mask, with probabilities."""
     for prompt in prompts:
-        found = fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k)
+        candidates_of_masks = fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k)
         print(prompt)
-        for n, candidates in enumerate(found, start=1):
+        for n, candidates in enumerate(candidates_of_masks, start=1):
             for candidate in candidates:
                 print(f"{n:>4}  {candidate.probability:.4f}  {candidate.text}", flush=True)
 
@@ -214,23 +216,24 @@ def adapter_names(config: DictConfig) -> list[str]:
     return [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
 
 
-def choose_adapters(
-    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int, num_samples: int
-) -> int:
-    """Set how much of each adapter counts for each row, and return how often every prompt is continued."""
-    found = adapters_of(model)[-len(names) :] if names else []
+def assign_adapters(
+    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int
+) -> RowWeights | None:
+    """Set the weights that all rows share; else, of several adapters, the weights by row for every prompt with each.
+
+    Rows are ordered by adapter, then by prompt. ConfigError unless there is a weight for each adapter.
+    """
+    adapters = adapters_of(model)[-len(names) :] if names else []
     if weights is not None:
         if len(weights) != len(names):
             raise ConfigError(f"adapter_weights has {len(weights)} numbers for {len(names)} adapters")
-        for adapter, weight in zip(found, weights, strict=True):
+        for adapter, weight in zip(adapters, weights, strict=True):
             adapter.weight = float(weight)
-        return 1
+        return None
     if len(names) < 2:
-        return 1
-    rows = torch.arange(len(names)).repeat_interleave(n_prompts * num_samples)  # the adapter of each row
-    for n, adapter in enumerate(found):
-        adapter.rows = (rows == n).float().to(next(model.parameters()).device)
-    return len(names)
+        return None
+    adapter_ids = torch.arange(len(names), device=next(model.parameters()).device).repeat_interleave(n_prompts)
+    return RowWeights([(adapter, (adapter_ids == n).float()) for n, adapter in enumerate(adapters)])
 
 
 def read_prompts(config: DictConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """Help of the commands: options, choices and comments, read from the files of conf/ and the dataclasses behind them."""
 
+import ast
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -10,15 +11,15 @@ from typing import NamedTuple
 import yaml
 
 from genai_pl.errors import ConfigError
-from genai_pl.training.trust import CONF, own_folders
+from genai_pl.training.trust import CONF, user_config_folders
 
-ASKS = ("--help", "-h")
-WIDEST = 140  # characters of a line
-DATACLASSES = {
+HELP_FLAGS = ("--help", "-h")
+MAX_WIDTH = 140  # characters of a line
+GROUP_DATACLASSES = {
     "model": ("ModelConfig", "RopeScaling"),
     "generation": ("GenerationConfig",),
 }  # of whose fields a group has
-FACTORIES = {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}", "()": "[]"}
+SHOWN_DEFAULTS = {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}", "()": "[]"}
 
 
 class Field(NamedTuple):
@@ -29,7 +30,7 @@ class Field(NamedTuple):
     meaning: str
 
 
-def of_yaml(path: Path) -> tuple[str, list[Field]]:
+def read_yaml_fields(path: Path) -> tuple[str, list[Field]]:
     """The first comment of a file, and its fields."""
     head, fields, parents, base = "", [], [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -54,32 +55,34 @@ def of_yaml(path: Path) -> tuple[str, list[Field]]:
     return head, fields
 
 
-def of_dataclass(name: str) -> list[Field]:
-    """The fields of a dataclass in specs.py, by its source."""
-    source = (CONF.parent / "genai_pl" / "specs.py").read_text(encoding="utf-8")
-    body = source.partition(f"class {name}:")[2].partition("\n    def ")[0].partition("\n\n\n")[0]
+def read_dataclass_fields(name: str) -> list[Field]:
+    """The fields of a dataclass of genai_pl/config, by its source: their comments are what they mean."""
+    module = next(module for module, names in GROUP_DATACLASSES.items() if name in names)
+    source = (CONF.parent / "genai_pl" / "config" / f"{module}.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
     fields = []
-    for line in body.splitlines():
-        field, colon, rest = line.strip().partition(": ")
-        if not colon or not field.isidentifier():
-            continue
-        given, _, meaning = rest.partition("  # ")
-        value = given.partition(" = ")[2].replace("None", "null").replace("True", "true").replace("False", "false")
-        value = value.rpartition(".")[2] if value[:1].isupper() else FACTORIES.get(value, value)
-        fields.append(Field(field, "" if value.startswith("field(") else value, meaning.strip()))
+    for entry in (n for n in node.body if isinstance(n, ast.AnnAssign)):
+        default = "" if entry.value is None else ast.get_source_segment(source, entry.value)
+        value = default.replace("None", "null").replace("True", "true").replace("False", "false")
+        value = value.rpartition(".")[2] if value[:1].isupper() else SHOWN_DEFAULTS.get(value, value)
+        meaning = lines[entry.end_lineno - 1].partition("  # ")[2]
+        fields.append(Field(entry.target.id, "" if value.startswith("field(") else value, meaning.strip()))
     return fields
 
 
-def help_of(config_name: str, arguments: Sequence[str]) -> str:
+def help_text(config_name: str, arguments: Sequence[str]) -> str:
     """What a command prints for `--help`: all of it, or what the other words of the command line name."""
     path = CONF / f"{config_name}.yaml"
     contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     texts, groups = contents["hydra"]["help"], _groups(contents["defaults"])
-    folders = [CONF, *own_folders(arguments)]
-    paths = {str(folder) for folder in own_folders(arguments)}
-    words = [a for a in arguments if a not in ASKS and not a.startswith("-") and str(Path(a).resolve()) not in paths]
+    folders = [CONF, *user_config_folders(arguments)]
+    paths = {str(folder) for folder in user_config_folders(arguments)}
+    words = [
+        a for a in arguments if a not in HELP_FLAGS and not a.startswith("-") and str(Path(a).resolve()) not in paths
+    ]
     if words:
-        fields = of_yaml(path)[1]
+        fields = read_yaml_fields(path)[1]
         return "\n\n".join(_of_word(word, groups, fields, folders) for word in words)
     app = texts["app_name"]
     lines = [texts["header"], "", f"python {app} [GROUP=CHOICE ...] [OPTION=VALUE ...]", ""]
@@ -87,14 +90,14 @@ def help_of(config_name: str, arguments: Sequence[str]) -> str:
         lines += [f"Groups, the default choice marked *; {app} --help GROUP says more, --help GROUP=CHOICE all:"]
         rows = [(group, _choices(group, chosen, folders)) for group, chosen in groups.items()]
         lines += [*_columns([(f"  {group}", text) for group, text in rows]), ""]
-    lines += ["Options, and their values where they are not given:", *_rows(of_yaml(path)[1]), ""]
+    lines += ["Options, and their values where they are not given:", *_rows(read_yaml_fields(path)[1]), ""]
     return "\n".join([*lines, "Examples:", *(f"  {line}" for line in texts["footer"].splitlines())])
 
 
 def _groups(defaults: list[object]) -> dict[str, str | None]:
     """The groups of a command, each with the choice where none is given."""
-    named = [next(iter(entry.items())) for entry in defaults if isinstance(entry, dict)]
-    return {group: choice for group, choice in named if "/" not in group}
+    entries = [next(iter(entry.items())) for entry in defaults if isinstance(entry, dict)]
+    return {group: choice for group, choice in entries if "/" not in group}
 
 
 def _of_word(word: str, groups: dict[str, str | None], fields: list[Field], folders: list[Path]) -> str:
@@ -104,20 +107,20 @@ def _of_word(word: str, groups: dict[str, str | None], fields: list[Field], fold
     if name in groups and equals and choice:
         return _of_choice(name, choice, folders)
     if name in groups:
-        found = {path.stem: of_yaml(path)[0] for path in _files(name, folders)}
-        lines = _columns([(f"  {name}={stem}{_mark(stem, groups[name])}", head) for stem, head in found.items()])
+        heads = {path.stem: read_yaml_fields(path)[0] for path in _files(name, folders)}
+        lines = _columns([(f"  {name}={stem}{_mark(stem, groups[name])}", head) for stem, head in heads.items()])
         fields = _common(name) or _of_chosen(name, groups[name], folders)
-        of = "every choice" if _common(name) else f"{name}={groups[name]}"
-        return "\n".join([f"{name}, the default choice marked *:", *lines, *_fields_of(of, fields, name)])
+        heading = "every choice" if _common(name) else f"{name}={groups[name]}"
+        return "\n".join([f"{name}, the default choice marked *:", *lines, *_fields_of(heading, fields, name)])
     if group in groups:  # GROUP.field
-        own = {field.name: field for field in (*_common(group), *_of_chosen(group, groups[group], folders))}
-        fields = [*fields, *(field._replace(name=f"{group}.{name}") for name, field in own.items())]
-    chosen = [field for field in fields if field.name == name or field.name.startswith(f"{name}.")]
-    if chosen:
-        return "\n".join(_rows(chosen))
-    known = [*groups, *(field.name for field in fields)]
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    raise ConfigError(f"{name}: no such group or option{f', did you mean {near[0]}?' if near else ''}")
+        fields_of_group = {field.name: field for field in (*_common(group), *_of_chosen(group, groups[group], folders))}
+        fields = [*fields, *(field._replace(name=f"{group}.{name}") for name, field in fields_of_group.items())]
+    matching = [field for field in fields if field.name == name or field.name.startswith(f"{name}.")]
+    if matching:
+        return "\n".join(_rows(matching))
+    names = [*groups, *(field.name for field in fields)]
+    matches = get_close_matches(name, names, n=1, cutoff=0.5)
+    raise ConfigError(f"{name}: no such group or option{f', did you mean {matches[0]}?' if matches else ''}")
 
 
 def _of_choice(group: str, choice: str, folders: list[Path]) -> str:
@@ -129,13 +132,13 @@ def _of_choice(group: str, choice: str, folders: list[Path]) -> str:
     meanings = {field.name: field.meaning for field in _common(group)}
     fields = [field._replace(meaning=field.meaning or meanings.get(field.name, "")) for field in _inherited(path)]
     common = [field for field in _common(group) if field.name not in {name for name, _, _ in fields}]
-    lines = [f"{group}={choice}  {of_yaml(path)[0]}", *_fields_of("", fields, prefix)]
+    lines = [f"{group}={choice}  {read_yaml_fields(path)[0]}", *_fields_of("", fields, prefix)]
     return "\n".join([*lines, *(_fields_of("every choice", common, group) if common else [])])
 
 
-def _fields_of(of: str, fields: list[Field], group: str) -> list[str]:
-    named = [field._replace(name=f"{group}.{field.name}" if group else field.name) for field in fields]
-    return ["", f"Fields of {of}:" if of else "Fields:", *_rows(named)] if fields else []
+def _fields_of(heading: str, fields: list[Field], group: str) -> list[str]:
+    full_names = [field._replace(name=f"{group}.{field.name}" if group else field.name) for field in fields]
+    return ["", f"Fields of {heading}:" if heading else "Fields:", *_rows(full_names)] if fields else []
 
 
 def _of_chosen(group: str, choice: str | None, folders: list[Path]) -> list[Field]:
@@ -145,22 +148,26 @@ def _of_chosen(group: str, choice: str | None, folders: list[Path]) -> list[Fiel
 def _inherited(path: Path) -> list[Field]:
     """The fields of a file, those included that it begins with."""
     contents = yaml.safe_load(path.read_text(encoding="utf-8"))
-    found: dict[str, Field] = {}
+    fields_by_name: dict[str, Field] = {}
     for entry in contents.get("defaults", []) if isinstance(contents, dict) else []:
         parent = path.parent / f"{entry}.yaml"
         if isinstance(entry, str) and parent.is_file():
-            found |= {field.name: field for field in _inherited(parent)}
-    for field in of_yaml(path)[1]:
-        meaning = field.meaning or (found[field.name].meaning if field.name in found else "")
-        found[field.name] = field._replace(meaning=meaning)
-    return list(found.values())
+            fields_by_name |= {field.name: field for field in _inherited(parent)}
+    for field in read_yaml_fields(path)[1]:
+        meaning = field.meaning or (fields_by_name[field.name].meaning if field.name in fields_by_name else "")
+        fields_by_name[field.name] = field._replace(meaning=meaning)
+    return list(fields_by_name.values())
 
 
 def _common(group: str) -> list[Field]:
     """The fields of every choice of a group, if a dataclass has them."""
-    named = DATACLASSES.get(group, ())
-    inner = [field._replace(name=f"rope_scaling.{field.name}") for one in named[1:] for field in of_dataclass(one)]
-    return [*(field for one in named[:1] for field in of_dataclass(one)), *inner]
+    classes = GROUP_DATACLASSES.get(group, ())
+    inner = [
+        field._replace(name=f"rope_scaling.{field.name}")
+        for name in classes[1:]
+        for field in read_dataclass_fields(name)
+    ]
+    return [*(field for name in classes[:1] for field in read_dataclass_fields(name)), *inner]
 
 
 def _files(group: str, folders: list[Path]) -> list[Path]:
@@ -185,7 +192,7 @@ def _rows(fields: list[Field]) -> list[str]:
 
 def _columns(rows: list[tuple[str, str]]) -> list[str]:
     """Two columns; the second is broken to the width of the terminal, and a long first one has a line of its own."""
-    width = min(WIDEST, shutil.get_terminal_size((120, 24)).columns)
+    width = min(MAX_WIDTH, shutil.get_terminal_size((120, 24)).columns)
     start = min(max((len(name) for name, _ in rows), default=0), max(2 * width // 5, 28)) + 2
     lines = []
     for name, text in rows:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Work(NamedTuple):
+class DeviceWork(NamedTuple):
     """What a device works on in an optimizer step."""
 
     rows: int  # of a forward and backward pass
@@ -44,24 +44,24 @@ class Work(NamedTuple):
     n_updates: int = 1  # steps that a rollout is good for
 
 
-def planned_config(config: DictConfig, objective: type[BaseModule]) -> ModelConfig:
+def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> ModelConfig:
     """The model that the run would train, with the tokens that its objective needs; no weights are read."""
     if "name" in config.model:
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
-        values, tokenizer = stored_config(config.init_from, option="init_from")
-        check_loaded_model(config, values, tokenizer, new_overrides(config))
+        model_settings, tokenizer = read_stored_config(config.init_from, option="init_from")
+        check_loaded_model(config, model_settings, tokenizer, new_overrides(config))
         add_missing_tokens(tokenizer, objective.needs)
-        values = replace(values, attention=config.model.attention, dropout=config.model.dropout)
-        return replace(values, vocab_size=max(values.vocab_size, len(tokenizer)))
+        model_settings = replace(model_settings, attention=config.model.attention, dropout=config.model.dropout)
+        return replace(model_settings, vocab_size=max(model_settings.vocab_size, len(tokenizer)))
     kind = config.tokenizer.kind
     tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
-    learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
+    n_learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
     add_missing_tokens(tokenizer, objective.needs)
-    return model_config(config, len(tokenizer) + learned)
+    return model_config(config, len(tokenizer) + n_learned)
 
 
-def stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
+def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
     """The configuration and tokenizer of a model of ours that a run folder, a .ckpt or a Hugging Face folder holds."""
     if is_hub_id(reference):
         path = folder_of(reference)
@@ -69,20 +69,20 @@ def stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrai
             raise CheckpointError(f"{option}={reference}: not here, and dry_run=true downloads nothing")
     else:
         path = resolve(reference, option=option)
-    adapter = ConfigError(
+    adapter_error = ConfigError(
         f"dry_run=true reads no adapter, and {option}={reference} holds one: name its base, and its method as peft=lora"
     )
     if is_checkpoint(path):
-        ours = read_contents(path)[MARK]
-        if ours.get("peft"):
-            raise adapter
-        if "wrapped" in ours["model"]:
+        contents = read_contents(path)[MARK]
+        if contents.get("peft"):
+            raise adapter_error
+        if "wrapped" in contents["model"]:
             raise ConfigError(
                 f"dry_run=true needs a model of our own, and {option}={reference} is one of transformers'"
             )
-        return ModelConfig.from_dict(ours["model"]), tokenizer_from_files(ours["tokenizer"])
+        return ModelConfig.from_dict(contents["model"]), tokenizer_from_files(contents["tokenizer"])
     if (path / ADAPTER).is_file():
-        raise adapter
+        raise adapter_error
     file = path / "config.json"
     if not file.is_file() or not is_supported(file):
         raise ConfigError(f"dry_run=true needs a model of our own, and {option}={reference} is no folder of one")
@@ -90,20 +90,20 @@ def stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrai
     return values, pretrained_tokenizer(str(path))
 
 
-def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq_len: int) -> Work:
+def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq_len: int) -> DeviceWork:
     """What a step reads of batches of so many rows: these, pairs of completions, texts of pairs, or a part of a rollout."""
-    options, adapts = config.objective, config.peft._target_ is not None
+    options, has_adapter = config.objective, config.peft._target_ is not None
     passes = config.trainer.accumulate_grad_batches
     if issubclass(objective, PolicyGradientModule):
         completions = rows * options.get("group_size", 1)
         step = options.minibatch_size or completions
-        part = min(options.micro_batch_size or step, step)
-        return Work(
-            rows=part,
+        micro_batch = min(options.micro_batch_size or step, step)
+        return DeviceWork(
+            rows=micro_batch,
             seq_len=seq_len,
-            passes=-(-step // part),
+            passes=-(-step // micro_batch),
             unlearned=2 / options.epochs,  # under the policy that wrote and the reference, once for a rollout
-            reference=not adapts,
+            reference=not has_adapter,
             prompts=rows,
             completions=options.get("group_size", 1),
             n_updates=options.epochs * -(-completions // step),
@@ -111,13 +111,13 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
     texts = texts_of_row(objective.data_kind, config.data)
     unlearned, reference = 0.0, False
     if issubclass(objective, PreferenceModule) and options.loss in WITH_REFERENCE:
-        unlearned, reference = 1.0 - options.precompute_reference, not adapts
+        unlearned, reference = 1.0 - options.precompute_reference, not has_adapter
     if issubclass(objective, KTOModule):
         unlearned, reference = (
             3.0,
-            not adapts,
+            not has_adapter,
         )  # both models on completions of other prompts, and the reference on these
-    return Work(rows * texts, seq_len, passes, unlearned, reference)
+    return DeviceWork(rows * texts, seq_len, passes, unlearned, reference)
 
 
 def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int | None, int | None]:
@@ -131,7 +131,7 @@ def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int 
     return (None, DEFAULT_PASSES) if fine_tunes else (DEFAULT_STEPS, None)
 
 
-def find_layout(config: DictConfig) -> planning.Layout:
+def device_layout(config: DictConfig) -> planning.Layout:
     """How the strategy lays the run on trainer.devices x trainer.num_nodes devices."""
     per_node = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     n = per_node * config.trainer.num_nodes
@@ -147,8 +147,10 @@ def find_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
                 "number of devices"
             )
-        again, cut = strategy.reshard_after_forward, strategy.sequence_parallel
-        return planning.Layout(data=data, tensor=tensor, zero=3, per_node=per_node, regathers=again, sequence=cut)
+        regathers, sequence = strategy.reshard_after_forward, strategy.sequence_parallel
+        return planning.Layout(
+            data=data, tensor=tensor, zero=3, per_node=per_node, regathers=regathers, sequence=sequence
+        )
     if target == "PipelineStrategy":
         data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
         stages = strategy.pipeline_parallel_size or n // data
@@ -157,26 +159,26 @@ def find_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
                 "number of devices"
             )
-        pipe = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
-        return planning.Layout(data=data, stages=stages, per_node=per_node, **pipe)
+        schedule = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
     zero = strategy.stage if target == "deepspeed" else 0
     return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
 
 
-def find_machine(config: DictConfig, layout: planning.Layout) -> planning.Machine:
+def plan_machine(config: DictConfig, layout: planning.Layout) -> planning.Machine:
     """The device of the group `plan`, with the FLOP/s of the run's precision; what a CPU leaves open is measured."""
     plan, precision = config.plan, config.precision
-    kind = "bf16" if precision.lightning != "32-true" else "fp32" if precision.matmul == "highest" else "tf32"
+    rate = "bf16" if precision.lightning != "32-true" else "fp32" if precision.matmul == "highest" else "tf32"
     if precision.lightning == "transformer-engine" or precision.get("float8"):
-        kind = "fp8"
+        rate = "fp8"
     if plan.gpu == "cpu":
-        flops = (plan[kind] or peak_flops(torch.device("cpu")) / 1e12) / min(layout.devices, layout.per_node)
+        flops = (plan[rate] or peak_flops(torch.device("cpu")) / 1e12) / min(layout.devices, layout.per_node)
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
         memory = (plan.memory or ram) / min(layout.devices, layout.per_node)
     else:
-        flops, memory = plan[kind], plan.memory
+        flops, memory = plan[rate], plan.memory
     if flops is None:
-        raise ConfigError(f"plan={plan.gpu} has no {kind}: choose another precision, or set plan.{kind}")
+        raise ConfigError(f"plan={plan.gpu} has no {rate}: choose another precision, or set plan.{rate}")
     return planning.Machine(
         plan.gpu, flops * 1e12, memory * 1e9, plan.link * 1e9, plan.network * 1e9, efficiency=plan.efficiency
     )

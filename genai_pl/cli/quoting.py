@@ -11,10 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from genai_pl.cli.schema import NODES
-from genai_pl.training.hydra_job import quote
+from genai_pl.cli.schema import SCHEMAS
+from genai_pl.training.hydra_job import quote_for_hydra
 
-TEXTS = (
+VERBATIM_OPTIONS = (
     "prompt",
     "system",
     "rubric",
@@ -23,7 +23,7 @@ TEXTS = (
     "generation.regex",
     "generation.json_schema",
 )  # never YAML
-UNTYPED = (
+UNTYPED_TEXT_OPTIONS = (
     "tokenizer.name",
     "peft.init_from",
     "objective.critic",
@@ -31,26 +31,26 @@ UNTYPED = (
     "hydra.run.dir",
     "adapter",
 )
-GROUPS = {"plan": "plan.", "model": "model.", "wrapped": "model.", "generation": "generation."}
-TRAINING = ("data", "pairs", "seq2seq", "chat", "preference", "unpaired", "prompts")
-ENTRY = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,'"\[\]{}])+""")
+GROUP_PREFIXES = {"plan": "plan.", "model": "model.", "wrapped": "model.", "generation": "generation."}
+DATA_KINDS = ("data", "pairs", "seq2seq", "chat", "preference", "unpaired", "prompts")
+LIST_ENTRY = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,'"\[\]{}])+""")
 
 
-def quoted(argument: str) -> str:
+def quote_argument(argument: str) -> str:
     """The argument with quotes where the value is text that Hydra would not take as it is typed.
 
-    >>> quoted("data.path=a (1).txt"), quoted("generation.stop=[true,b]"), quoted("model.n_layer=2")
+    >>> quote_argument("data.path=a (1).txt"), quote_argument("generation.stop=[true,b]"), quote_argument("model.n_layer=2")
     ("data.path='a (1).txt'", "generation.stop=['true',b]", 'model.n_layer=2')
     """
     key, equals, value = argument.partition("=")
     if not equals or is_quoted(value) or value in ("", "null"):
         return argument
     name = key.lstrip("+")
-    if name in TEXTS or ("=" in value and value[0] not in "'\"[{"):
-        return f"{key}={quote(value)}"
-    if name in LISTS and value[0] + value[-1] == "[]":
-        return f"{key}=[{_entries(value[1:-1])}]"
-    return f"{key}={_as_typed(value)}" if name in STRINGS else argument
+    if name in VERBATIM_OPTIONS or ("=" in value and value[0] not in "'\"[{"):
+        return f"{key}={quote_for_hydra(value)}"
+    if name in TEXT_LIST_OPTIONS and value[0] + value[-1] == "[]":
+        return f"{key}=[{_quote_entries(value[1:-1])}]"
+    return f"{key}={_quote_text(value)}" if name in TEXT_OPTIONS else argument
 
 
 def is_quoted(value: str) -> bool:
@@ -58,50 +58,53 @@ def is_quoted(value: str) -> bool:
     return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
 
 
-def _as_typed(value: str) -> str:
+def _quote_text(value: str) -> str:
     """The value of an option that is text; what Hydra reads in another way stays, such as a sweep, unless a file is called so."""
-    found = _parsed(value)
-    if found is None or _parsed_to(found, bool, int, float):
-        return quote(value)
-    plain = not found.is_sweep_override() and found.value() == value
-    return value if plain or not Path(value).expanduser().exists() else quote(value)
+    override = _parse(value)
+    if override is None or _has_type(override, bool, int, float):
+        return quote_for_hydra(value)
+    is_plain = not override.is_sweep_override() and override.value() == value
+    return value if is_plain or not Path(value).expanduser().exists() else quote_for_hydra(value)
 
 
-def _parsed_to(found: Override, *kinds: type) -> bool:
-    return not found.is_sweep_override() and isinstance(found.value(), kinds)
+def _has_type(override: Override, *kinds: type) -> bool:
+    return not override.is_sweep_override() and isinstance(override.value(), kinds)
 
 
-def _entries(inside: str) -> str:
+def _quote_entries(inside: str) -> str:
     """The entries of a list of texts."""
-    entries = [entry.strip() for entry in ENTRY.findall(inside)]
+    entries = [entry.strip() for entry in LIST_ENTRY.findall(inside)]
     if ",".join(entries) != re.sub(r"\s*,\s*", ",", inside.strip()):
         return inside
     return ",".join(
-        entry if is_quoted(entry) else quote(entry) if entry == "null" else _as_typed(entry) for entry in entries
+        entry if is_quoted(entry) else quote_for_hydra(entry) if entry == "null" else _quote_text(entry)
+        for entry in entries
     )
 
 
-def _parsed(value: str) -> Override | None:
+def _parse(value: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
         return None
 
 
-def _fields(node: type, prefix: str) -> Iterator[tuple[str, set[object]]]:
+def _fields(schema: type, prefix: str) -> Iterator[tuple[str, set[object]]]:
     """The dotted names of the fields of a node, and the types that they may have."""
-    for name, kind in get_type_hints(node).items():
+    for name, kind in get_type_hints(schema).items():
         if is_dataclass(kind):
             yield from _fields(kind, f"{prefix}{name}.")
         yield f"{prefix}{name}", set(get_args(kind)) if isinstance(kind, UnionType) else {kind}
 
 
-def _names(*kinds: object) -> set[str]:
+def _options_of(*kinds: object) -> set[str]:
     """The options whose values are of these kinds or null."""
-    nodes = [(node, GROUPS.get(name, "data." if name in TRAINING else "")) for name, node in NODES.items()]
-    fields = [field for node, prefix in nodes for field in _fields(node, prefix)]
-    return {name for name, found in fields if found <= {*kinds, type(None)} and set(kinds) & found}
+    schemas = [
+        (schema, GROUP_PREFIXES.get(name, "data." if name in DATA_KINDS else "")) for name, schema in SCHEMAS.items()
+    ]
+    fields = [field for schema, prefix in schemas for field in _fields(schema, prefix)]
+    return {name for name, types in fields if types <= {*kinds, type(None)} and set(kinds) & types}
 
 
-STRINGS = _names(str) | set(UNTYPED)
-LISTS = _names(list[str])
+TEXT_OPTIONS = _options_of(str) | set(UNTYPED_TEXT_OPTIONS)
+TEXT_LIST_OPTIONS = _options_of(list[str])

@@ -1,32 +1,40 @@
 """Typed nodes of the configuration, so that a typo or a wrong type fails while it is composed; conf/ explains the fields."""
 
-from genai_pl.cli.schema_commands import Evaluate, Export, Feedback, Generate, Serve
-from genai_pl.cli.schema_data import Chat, Data, Pairs, Preference, Prompts, Seq2Seq, Unpaired
-from genai_pl.cli.schema_train import Plan, Root, Wrapped
+from genai_pl.cli.schema_commands import EvaluateSchema, ExportSchema, FeedbackSchema, GenerateSchema, ServeSchema
+from genai_pl.cli.schema_data import (
+    ChatSchema,
+    PairsSchema,
+    PreferenceSchema,
+    PromptsSchema,
+    Seq2SeqSchema,
+    TextSchema,
+    UnpairedSchema,
+)
+from genai_pl.cli.schema_train import HardwareSpec, TrainSchema, TransformersModelSchema
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 
-NODES = {
-    "root": Root,
+SCHEMAS = {
+    "root": TrainSchema,
     "model": ModelConfig,
-    "plan": Plan,
-    "wrapped": Wrapped,
-    "data": Data,
-    "pairs": Pairs,
-    "seq2seq": Seq2Seq,
-    "chat": Chat,
-    "preference": Preference,
-    "unpaired": Unpaired,
-    "prompts": Prompts,
+    "plan": HardwareSpec,
+    "wrapped": TransformersModelSchema,
+    "data": TextSchema,
+    "pairs": PairsSchema,
+    "seq2seq": Seq2SeqSchema,
+    "chat": ChatSchema,
+    "preference": PreferenceSchema,
+    "unpaired": UnpairedSchema,
+    "prompts": PromptsSchema,
     "generation": GenerationConfig,
-    "generate": Generate,
-    "evaluate": Evaluate,
-    "export": Export,
-    "feedback": Feedback,
-    "serve": Serve,
+    "generate": GenerateSchema,
+    "evaluate": EvaluateSchema,
+    "export": ExportSchema,
+    "feedback": FeedbackSchema,
+    "serve": ServeSchema,
 }
 
-MAPPINGS = {  # fields of untyped options whose keys are the user's
+OPEN_MAPPINGS = {  # fields of untyped options whose keys are the user's
     "patterns": {"rank_pattern": {}, "alpha_pattern": {}},
     "extra": {"extra": {}},
 }

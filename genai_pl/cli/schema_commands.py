@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 
 @dataclass
-class Generate:
+class GenerateSchema:
     """What `generate.py` takes."""
 
     checkpoint: str = "auto"
@@ -31,7 +31,7 @@ class Generate:
 
 
 @dataclass
-class Export:
+class ExportSchema:
     """What `export.py` takes."""
 
     checkpoint: str = "auto"
@@ -43,7 +43,7 @@ class Export:
 
 
 @dataclass
-class EvaluateData:
+class EvaluateDataSchema:
     """Text, completions or choices to be predicted."""
 
     path: str = MISSING
@@ -55,7 +55,7 @@ class EvaluateData:
 
 
 @dataclass
-class Evaluate:
+class EvaluateSchema:
     """What `evaluate.py` takes."""
 
     checkpoint: str = "auto"
@@ -67,11 +67,11 @@ class Evaluate:
     out: str | None = None
     device: str = "auto"
     precision: Any = None
-    data: EvaluateData = field(default_factory=EvaluateData)
+    data: EvaluateDataSchema = field(default_factory=EvaluateDataSchema)
 
 
 @dataclass
-class FeedbackData:
+class FeedbackDataSchema:
     """The prompts that `feedback.py` works on."""
 
     path: str = MISSING
@@ -81,7 +81,7 @@ class FeedbackData:
 
 
 @dataclass
-class Feedback:
+class FeedbackSchema:
     """What `feedback.py` takes."""
 
     task: str = "label"
@@ -97,12 +97,12 @@ class Feedback:
     out: str = "feedback.jsonl"
     seed: int = 0
     device: str = "auto"
-    data: FeedbackData = field(default_factory=FeedbackData)
+    data: FeedbackDataSchema = field(default_factory=FeedbackDataSchema)
     generation: Any = None
 
 
 @dataclass
-class Serve:
+class ServeSchema:
     """What `serve.py` takes."""
 
     checkpoint: str = "auto"

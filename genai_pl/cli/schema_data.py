@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 
 @dataclass
-class Rows:
+class DataSchema:
     """What every kind of data takes."""
 
     path: str = MISSING
@@ -20,7 +20,7 @@ class Rows:
 
 
 @dataclass
-class Data(Rows):
+class TextSchema(DataSchema):
     """Text to train and validate on."""
 
     _target_: str = "genai_pl.data.text.TextDataModule"
@@ -32,7 +32,7 @@ class Data(Rows):
 
 
 @dataclass
-class Pairs(Rows):
+class PairsSchema(DataSchema):
     """Pairs of texts to train and validate embeddings on."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
@@ -42,7 +42,7 @@ class Pairs(Rows):
 
 
 @dataclass
-class Seq2Seq(Rows):
+class Seq2SeqSchema(DataSchema):
     """Sources and targets for an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
@@ -52,7 +52,7 @@ class Seq2Seq(Rows):
 
 
 @dataclass
-class Chat(Rows):
+class ChatSchema(DataSchema):
     """Examples to imitate."""
 
     _target_: str = "genai_pl.data.chat.ChatDataModule"
@@ -63,7 +63,7 @@ class Chat(Rows):
 
 
 @dataclass
-class Preference(Rows):
+class PreferenceSchema(DataSchema):
     """Prompts with a chosen and a rejected completion."""
 
     _target_: str = "genai_pl.data.preference.PreferenceDataModule"
@@ -75,7 +75,7 @@ class Preference(Rows):
 
 
 @dataclass
-class Unpaired(Rows):
+class UnpairedSchema(DataSchema):
     """Completions that were liked or not."""
 
     _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
@@ -85,7 +85,7 @@ class Unpaired(Rows):
 
 
 @dataclass
-class Prompts(Rows):
+class PromptsSchema(DataSchema):
     """Prompts that the model answers in training."""
 
     _target_: str = "genai_pl.data.prompts.PromptsDataModule"

@@ -9,7 +9,7 @@ from genai_pl.config.enums import AttentionBackend
 
 
 @dataclass
-class Root:
+class TrainSchema:
     """What every training command takes beside its groups."""
 
     seed: int = 0
@@ -39,7 +39,7 @@ class Root:
 
 
 @dataclass
-class Plan:
+class HardwareSpec:
     """A device that `dry_run=true` reckons with."""
 
     gpu: str = MISSING
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass
-class Wrapped:
+class TransformersModelSchema:
     """A causal language model of transformers."""
 
     name: str = MISSING

@@ -35,16 +35,18 @@ def read_settings(config: DictConfig):
     return Settings(adapters=name_adapters(values.pop("adapter")), limits=limits, **values)
 
 
-def name_adapters(given: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+def name_adapters(adapters: str | list[str] | dict[str, str] | None) -> dict[str, str]:
     """Each adapter's folder by its name: the name given, or the folder's."""
-    if isinstance(given, dict):
-        return given
-    paths = [] if given is None else [given] if isinstance(given, str) else given
-    named: dict[str, str] = {}
+    if isinstance(adapters, dict):
+        return adapters
+    paths = [] if adapters is None else [adapters] if isinstance(adapters, str) else adapters
+    by_name: dict[str, str] = {}
     for path in paths:
-        place = Path(path).resolve()
-        name = place.parent.name if place.name in ("adapter", "model") else place.name
-        if name in named:
-            raise ConfigError(f"adapter: two are called {name}; name them: adapter={{one:{named[name]},other:{path}}}")
-        named[name] = path
-    return named
+        folder = Path(path).resolve()
+        name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+        if name in by_name:
+            raise ConfigError(
+                f"adapter: two are called {name}; name them: adapter={{one:{by_name[name]},other:{path}}}"
+            )
+        by_name[name] = path
+    return by_name

@@ -1,4 +1,9 @@
-"""Bounds of options: what each may be, beyond the types that the configuration itself keeps."""
+"""Bounds of options: what a value must be beyond its type, with the words that say so in an error.
+
+BOUNDS lists options of untyped YAML groups and those whose range matters to more than one function. Arguments of a
+`_target_` that are not listed are bounded by their type hints (`bound_of`). A bound describes what can work at all;
+what cannot work together is checked where the parts meet.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,44 +14,51 @@ from genai_pl.config.values import MAX_SIZE
 
 
 class Bound(NamedTuple):
-    """What a value must be, in words, and whether one is."""
+    """A condition on one value.
 
-    words: str
-    holds: Callable[[object], bool]
+    expected: the condition in words, after "expected". accepts: True for a value that meets it.
+    """
 
-
-def whole(least: int, most: int = MAX_SIZE) -> Bound:
-    """A whole number between these."""
-    words = f"a whole number of at least {least}"
-    words += "" if most == MAX_SIZE else f" and at most {most:,}"
-    return Bound(words, lambda value: type(value) is int and least <= value <= most)
+    expected: str
+    accepts: Callable[[object], bool]
 
 
-def number(least: float, most: float = math.inf, *, above: bool = False) -> Bound:
-    """A finite number of at least (or above) one and at most another."""
-    words = f"a number {'above' if above else 'of at least'} {least}" + (
+def integer(least: int, most: int = MAX_SIZE) -> Bound:
+    """A whole number from `least` to `most`. Floats and bools are refused: 1.0 as a step count is a mistake.
+
+    >>> integer(1).expected, integer(1).accepts(3), integer(1).accepts(3.0), integer(0).accepts(True)
+    ('a whole number of at least 1', True, False, False)
+    """
+    expected = f"a whole number of at least {least}"
+    expected += "" if most == MAX_SIZE else f" and at most {most:,}"
+    return Bound(expected, lambda value: type(value) is int and least <= value <= most)
+
+
+def real(least: float, most: float = math.inf, *, exclusive: bool = False) -> Bound:
+    """A finite number from `least` to `most`; with exclusive=True above `least`."""
+    expected = f"a number {'above' if exclusive else 'of at least'} {least}" + (
         "" if most == math.inf else f", at most {most}"
     )
     return Bound(
-        words, lambda value: _is_finite(value) and (least < value if above else least <= value) and value <= most
+        expected, lambda value: _is_finite(value) and (least < value if exclusive else least <= value) and value <= most
     )
 
 
-def one_of(*choices: str) -> Bound:
-    """One of these words."""
+def choice(*choices: str) -> Bound:
+    """One of a few words."""
     return Bound(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
-def either(*bounds: Bound) -> Bound:
-    """What one of them lets pass."""
-    return Bound(" or ".join(b.words for b in bounds), lambda value: any(b.holds(value) for b in bounds))
+def any_of(*bounds: Bound) -> Bound:
+    """What at least one of the bounds accepts; their words are joined by "or"."""
+    return Bound(" or ".join(b.expected for b in bounds), lambda value: any(b.accepts(value) for b in bounds))
 
 
-def many(of: Bound) -> Bound:
-    """A list of such values."""
+def list_of(item: Bound) -> Bound:
+    """A list whose every item the bound accepts. A text is no list, although Python iterates it."""
     return Bound(
-        f"a list, each {of.words}",
-        lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(map(of.holds, value)),
+        f"a list, each {item.expected}",
+        lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(map(item.accepts, value)),
     )
 
 
@@ -54,12 +66,12 @@ TEXT = Bound("text", lambda value: isinstance(value, str))
 NULL = Bound("null", lambda value: value is None)
 FLAG = Bound("true or false", lambda value: isinstance(value, bool))
 FIELDS = Bound("fields", lambda value: isinstance(value, Mapping))
-NAMES = either(NULL, TEXT, many(TEXT))
-COUNT, COUNT_OR_NULL = whole(1), either(whole(1), NULL)
-STEPS = Bound("a number, whole and at least 1", lambda value: type(value) is int and (value == -1 or value >= 1))
-RATE = either(number(0, above=True), NULL)
+NAME_OR_NAMES = any_of(NULL, TEXT, list_of(TEXT))
+COUNT, COUNT_OR_NULL = integer(1), any_of(integer(1), NULL)
+MAX_STEPS = Bound("a number, whole and at least 1", lambda value: type(value) is int and (value == -1 or value >= 1))
+POSITIVE_OR_NULL = any_of(real(0, exclusive=True), NULL)
 
-WEIGHTS = (  # of parts of a loss or a reward
+LOSS_WEIGHTS = (  # of parts of a loss or a reward
     *(
         "z_loss",
         "desirable_weight",
@@ -73,71 +85,76 @@ WEIGHTS = (  # of parts of a loss or a reward
 )
 
 BOUNDS: dict[str, Bound] = {
-    "seed": whole(0, 2**32 - 1),  # NumPy takes no larger one
+    "seed": integer(0, 2**32 - 1),  # NumPy takes no larger one
     "data.seq_len": COUNT_OR_NULL,
     "data.batch_size": COUNT,
     "data.val_batch_size": COUNT_OR_NULL,
-    "data.workers": whole(0, 1024),
+    "data.workers": integer(0, 1024),
     "data.block_rows": COUNT,
     "data.val_documents": COUNT,
     "data.max_prompt_len": COUNT,
-    "tokenizer.kind": one_of("bpe", "byte", "pretrained"),
+    "tokenizer.kind": choice("bpe", "byte", "pretrained"),
     "tokenizer.vocab_size": COUNT,
     "tokenizer.name": TEXT,
     "precision.lightning": TEXT,
-    "precision.matmul": one_of("highest", "high", "medium"),
+    "precision.matmul": choice("highest", "high", "medium"),
     "precision.float8": FLAG,
     "strategy.lightning": TEXT,
-    **{f"objective.{name}": number(0, 1) for name in ("label_smoothing", "gamma", "gae_lambda")},
-    "objective.temperature": number(0),  # 0: greedy
-    **{f"objective.{name}": number(0) for name in WEIGHTS},
-    **{f"objective.{name}": number(0, above=True) for name in ("clip_range", "value_clip_range", "kl_horizon")},
-    **{f"objective.{name}": RATE for name in ("clip_range_high", "kl_target")},
-    "scheduler.warmup_steps": either(whole(0), NULL),
-    "trainer.max_steps": either(STEPS, NULL),
-    "trainer.grace_period": number(0, above=True),
+    **{f"objective.{name}": real(0, 1) for name in ("label_smoothing", "gamma", "gae_lambda")},
+    "objective.temperature": real(0),  # 0: greedy
+    **{f"objective.{name}": real(0) for name in LOSS_WEIGHTS},
+    **{f"objective.{name}": real(0, exclusive=True) for name in ("clip_range", "value_clip_range", "kl_horizon")},
+    **{f"objective.{name}": POSITIVE_OR_NULL for name in ("clip_range_high", "kl_target")},
+    "scheduler.warmup_steps": any_of(integer(0), NULL),
+    "trainer.max_steps": any_of(MAX_STEPS, NULL),
+    "trainer.grace_period": real(0, exclusive=True),
     "trainer.max_epochs": COUNT_OR_NULL,
     "trainer.accumulate_grad_batches": COUNT,
-    "trainer.gradient_clip_val": either(number(0), NULL),
+    "trainer.gradient_clip_val": any_of(real(0), NULL),
     "trainer.log_every_n_steps": COUNT,
     "trainer.val_check_interval": COUNT,
-    "trainer.limit_val_batches": number(0),
+    "trainer.limit_val_batches": real(0),
     "trainer.accelerator": TEXT,
-    "trainer.devices": either(whole(-1), TEXT, many(whole(0))),
+    "trainer.devices": any_of(integer(-1), TEXT, list_of(integer(0))),
     "trainer.num_nodes": COUNT,
-    "trainer.recompute": either(one_of("full", "selective"), NULL),
+    "trainer.recompute": any_of(choice("full", "selective"), NULL),
     "trainer.recompute_every": COUNT_OR_NULL,
     "trainer.optimizer_in_backward": FLAG,
     "callbacks.checkpoint.every_n_steps": COUNT,
     "callbacks.checkpoint.keep": COUNT,
     "callbacks.samples.every_n_steps": COUNT_OR_NULL,
-    "callbacks.samples.prompts": either(many(TEXT), NULL),
+    "callbacks.samples.prompts": any_of(list_of(TEXT), NULL),
     "callbacks.samples.max_new_tokens": COUNT,
     "callbacks.export": FLAG,
     "callbacks.extra": FIELDS,
-    "logger": either(many(FIELDS), NULL),
-    **{f"plan.{name}": RATE for name in ("bf16", "fp8", "tf32", "fp32", "memory", "link", "network")},
+    "logger": any_of(list_of(FIELDS), NULL),
+    **{f"plan.{name}": POSITIVE_OR_NULL for name in ("bf16", "fp8", "tf32", "fp32", "memory", "link", "network")},
     "plan.per_node": COUNT,
-    "plan.efficiency": number(0, 1, above=True),
-    "adapter": either(NULL, TEXT, many(TEXT), FIELDS),
-    "adapter_weights": either(NULL, many(number(-math.inf))),
-    "tasks": NAMES,
+    "plan.efficiency": real(0, 1, exclusive=True),
+    "adapter": any_of(NULL, TEXT, list_of(TEXT), FIELDS),
+    "adapter_weights": any_of(NULL, list_of(real(-math.inf))),
+    "tasks": NAME_OR_NAMES,
     "max_length": COUNT_OR_NULL,
 }
 
 
 def bound_of(hint: object) -> Bound:
-    """What the type hint of an argument lets pass; of a hint that is no plain type, everything."""
+    """The bound that a type hint implies, for unions, literals and sequences too; hints of other classes accept
+    anything.
+
+    >>> bound_of(int | None).expected, bound_of(list[str]).expected
+    ('a whole number or null', 'a list, each text')
+    """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return either(*map(bound_of, parts))
+        return any_of(*map(bound_of, parts))
     if origin is Literal:
-        return one_of(*map(str, parts))
+        return choice(*map(str, parts))
     if origin in (list, Sequence):
-        return many(bound_of(parts[0]))
+        return list_of(bound_of(parts[0]))
     if origin is tuple:
-        return many(either(*(bound_of(part) for part in parts if part is not Ellipsis)))
-    return PLAIN.get(origin or hint, ANYTHING)
+        return list_of(any_of(*(bound_of(part) for part in parts if part is not Ellipsis)))
+    return BOUNDS_OF_TYPES.get(origin or hint, ANYTHING)
 
 
 def _is_finite(value: object) -> bool:
@@ -145,7 +162,7 @@ def _is_finite(value: object) -> bool:
 
 
 ANYTHING = Bound("anything", lambda value: True)
-PLAIN: dict[object, Bound] = {
+BOUNDS_OF_TYPES: dict[object, Bound] = {
     bool: FLAG,
     int: Bound("a whole number", lambda value: type(value) is int and abs(value) <= MAX_SIZE),
     float: Bound("a number", _is_finite),
@@ -153,5 +170,5 @@ PLAIN: dict[object, Bound] = {
     type(None): NULL,
     dict: FIELDS,
     Mapping: FIELDS,
-    list: many(ANYTHING),
+    list: list_of(ANYTHING),
 }

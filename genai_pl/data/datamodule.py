@@ -46,6 +46,14 @@ class RowsDataModule(L.LightningDataModule):
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
         self.n_batches = 0  # training batches of the whole run, which a stream has to give
 
+    def fit_to_model(self, *, seq_len: int, batch_size: int, val_batch_size: int) -> None:
+        """Take the sizes of batches that fit the model's context; before `prepare`."""
+        self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size
+
+    def limit_batches(self, n_batches: int) -> None:
+        """Take the number of training batches of the run, after which a stream ends."""
+        self.n_batches = n_batches
+
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         """A byte-pair tokenizer of `vocab_size` tokens learned from the training texts."""
         raise NotImplementedError

@@ -1,1 +1,1 @@
-"""Sharded tensors and the collectives of a tensor-parallel group."""
+"""Distributed tensors: shards of DTensors, and the collectives of a tensor-parallel group with their gradients."""

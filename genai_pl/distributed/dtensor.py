@@ -1,4 +1,9 @@
-"""Between whole tensors and the pieces of them that processes hold."""
+"""DTensor helpers: full tensors from shards, shards from full tensors, work divided among the ranks of a mesh.
+
+FSDP2 and tensor parallelism store parameters as DTensors: a rank holds its shard, and mesh and placements say which
+part of the full
+tensor that is. A gather is a collective: every rank of the mesh must call it, in the same order, or the run hangs.
+"""
 
 from collections.abc import Callable
 
@@ -10,52 +15,64 @@ from torch.distributed.tensor import DTensor
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A sharded tensor put together; every process of its mesh must ask for it. Any other as it is."""
+    """The full tensor of a DTensor, detached, on the device of its mesh (a collective); any other unchanged."""
     if not isinstance(value, DTensor):
         return value
-    # weights that wait in RAM travel between devices
+    # shards that are kept in RAM are gathered through the devices of the mesh
     return value.detach().to(value.device_mesh.device_type).full_tensor()
 
 
 def full_tensor_on_cpu(value: object) -> object:
-    """The same, on the CPU; what is not sharded as it is."""
+    """The full tensor of a DTensor, in RAM (a collective); any other value unchanged."""
     return full_tensor(value).cpu() if isinstance(value, DTensor) else value
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This rank's shard of a DTensor, a view that writes through to it; any other tensor unchanged."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a whole tensor that is to be cut as `like` is."""
+    """This rank's shard of a full tensor, as a DTensor with the mesh and placements of `like`; sends nothing.
+
+    Every rank must hold the same `full`, which is returned unchanged where it is a DTensor, or `like` is none.
+    """
     if not isinstance(like, DTensor) or isinstance(full, DTensor):  # it need not be, or is cut already
         return full
     mesh, part = like.device_mesh, full
-    # tensor parallelism, the last dimension of the mesh, cuts first, and sharding cuts its pieces
+    # tensor parallelism, the last dimension of the mesh, shards first, and FSDP shards its shards
     for axis in reversed(range(mesh.ndim)):
         placement = like.placements[axis]
         if not placement.is_replicate():
             part = _chunk(part, mesh.size(axis), mesh.get_local_rank(axis), placement.dim)
     part = part.to(like.device).contiguous()
+    # run_check would send tensors to compare them; the stride is that of the full tensor, contiguous
     return DTensor.from_local(
         part, mesh, like.placements, run_check=False, shape=full.shape, stride=full.contiguous().stride()
     )
 
 
 def move_unsharded(module: nn.Module, device: torch.device) -> None:
-    """Move what is not in pieces, in place: pieces lie where they are stepped."""
+    """Move parameters and buffers that are no DTensors to a device, in place.
+
+    With CPU offload shards stay in RAM, where they are stepped; every forward pass needs the rest on the GPU.
+    """
     for tensor in [*module.parameters(), *module.buffers()]:
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
 
 
 def map_across_ranks(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
-    """The function of each of several matrices in pieces, whole: each process of the mesh calls it for its share."""
+    """`function` of each full matrix, in the order of `values`; the calls are divided among the ranks of the mesh.
+
+    Of each `size` matrices rank i computes the i-th and broadcasts it: 1 / size of the time, with `size` full matrices
+    in memory.
+    """
     group, rank, size = _shard_group(mesh)
     results: list[Tensor] = []
     for first in range(0, len(values), size):
         some = [full_tensor(value) for value in values[first : first + size]]
+        # this rank computes the result of one, in the dtype that the receive buffers have
         own = function(some[rank]).to(some[rank].dtype).contiguous() if rank < len(some) else None
         for owner, value in enumerate(some):
             result = own if owner == rank else torch.empty_like(value)
@@ -66,7 +83,7 @@ def map_across_ranks(function: Callable[[Tensor], Tensor], values: list[Tensor],
 
 
 def _shard_group(mesh: DeviceMesh) -> tuple[dist.ProcessGroup | None, int, int]:
-    """The processes that hold pieces of the same matrix: their group, the place of this one, and how many they are."""
+    """The ranks that hold shards of the same matrix: process group (None: there is none), own rank in it, size."""
     if mesh.ndim == 1:
         return mesh.get_group(), mesh.get_local_rank(), mesh.size()
     if mesh.size() == dist.get_world_size():
@@ -75,5 +92,6 @@ def _shard_group(mesh: DeviceMesh) -> tuple[dist.ProcessGroup | None, int, int]:
 
 
 def _chunk(tensor: Tensor, size: int, rank: int, dim: int) -> Tensor:
+    """Chunk `rank` of `size` along a dimension, as torch shards: the last ranks' chunks may be shorter, or empty."""
     parts = tensor.chunk(size, dim)
     return parts[rank] if rank < len(parts) else tensor.narrow(dim, 0, 0)

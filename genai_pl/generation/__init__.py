@@ -1,4 +1,9 @@
-"""Decoding: tokens and text out of a model."""
+"""Decoding: tokens and text from a trained model.
+
+From the outside in: `complete` (text.py) takes prompts; `CompletionRunner` (completions.py) runs sampling, speculation or beam
+search; `decode` (decode.py) is the loop; `DecodeState` (decode_state.py) owns the KV cache; `sample` (processors.py) chooses
+the next token; `BannedTokens` (banned_tokens.py) and `GrammarConstraint` (grammar.py) say which tokens are impossible.
+"""
 
 from genai_pl.generation.beam import Hypothesis, beam_search
 from genai_pl.generation.completions import Completion, left_pad

@@ -1,4 +1,8 @@
-"""Which tokens must not come next: what excludes tokens by what stands in a row already."""
+"""Banned tokens: a mask, per row, of tokens that must not come next.
+
+Five rules ban tokens: the prefix, no_repeat_ngram_size, bad_words, min_new_tokens and the grammar. Each reads the row's ids,
+so they run on the CPU, in Python, over lists; the mask goes to the device once per step. `processors.py` applies it.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +17,12 @@ TokenIds = Sequence[int]
 
 
 class BannedTokens:
-    """The exclusions of a batch; `mask` depends on what a row has generated and on nothing that happened before."""
+    """The rules of a batch of prompts. `mask` depends on the generated ids alone, not on earlier calls.
+
+    So rows may be reordered (beams), rejected (speculation) and dropped (serving) freely. config: no_repeat_ngram_size and
+    min_new_tokens. constraints: end tokens, prefix, bad words, grammar. prompts: ids without padding, in which n-grams and bad
+    words may begin. vocab_size: V, the width of the logits.
+    """
 
     def __init__(
         self, config: GenerationConfig, constraints: OutputConstraints, prompts: Sequence[TokenIds], vocab_size: int
@@ -25,9 +34,10 @@ class BannedTokens:
             constraints.constraint.begin(vocab_size)
 
     def mask(self, generated: Sequence[TokenIds | None], device: torch.device, *, strict: bool = True) -> Tensor:
-        """Which tokens (N, V) must not follow the N rows generated so far; None is a row that is finished.
+        """Mask (N, V), True for tokens that must not follow, on `device`.
 
-        There are as many rows of each prompt, next to each other. If `strict`, ConfigError where no token is left.
+        generated: ids of each of the N rows so far, those of one prompt next to each other; None for a finished row.
+        strict: ConfigError where a row is left without any token. Beam search passes False: such a beam only loses.
         """
         each = len(generated) // len(self.prompts)
         masks = torch.zeros(len(generated), self.vocab_size, dtype=torch.bool)
@@ -41,11 +51,13 @@ class BannedTokens:
         return masks.to(device)
 
     def _ban(self, mask: Tensor, prompt: TokenIds, generated: TokenIds) -> None:
+        """Set `mask` (V,) for one row, in place."""
         prefix = self.constraints.prefix
-        if len(generated) < len(prefix):  # the prefix is the user's own: no other rule speaks about it
+        if len(generated) < len(prefix):  # the prefix is the user's choice: other rules do not apply to it
             mask.fill_(True)
             mask[prefix[len(generated)]] = False
             return
+        # each rule adds to the mask, so their order makes no difference
         row = [*prompt, *generated]
         if self.ngram is not None:
             mask[_completions_of_ngrams(row, self.ngram)] = True
@@ -65,7 +77,7 @@ def build_banned_tokens(
     segment_ids: Tensor | None,
     vocab_size: int,
 ) -> BannedTokens | None:
-    """The rules for prompts (B, T), padding left out; None where no option excludes anything."""
+    """The rules for prompts (B, T) with segment_ids 0 on padding; None if no option bans anything, which saves the CPU work."""
     settings = (config.no_repeat_ngram_size, constraints.prefix, constraints.bad_words, constraints.constraint)
     if not any(settings) and not (config.min_new_tokens and constraints.ends):
         return None
@@ -77,10 +89,15 @@ def build_banned_tokens(
 
 
 def _completions_of_ngrams(row: TokenIds, n: int) -> list[int]:
-    """The tokens with which the last n - 1 tokens would become an n-gram that the row has (Paulus et al. 2018, 2.5)."""
+    """Tokens that would repeat an n-gram of the row after its last n - 1 tokens (Paulus et al. 2018, section 2.5).
+
+    >>> _completions_of_ngrams([1, 2, 3, 1, 2], 3)
+    [3]
+    """
     last = row[len(row) - n + 1 :] if len(row) >= n else None
     return [] if last is None else [row[i + n - 1] for i in range(len(row) - n + 1) if row[i : i + n - 1] == last]
 
 
 def _ends_with(row: TokenIds, tail: TokenIds) -> bool:
+    """True if the row ends with `tail`; an empty tail ends every row, so a bad word of one token is always banned."""
     return len(tail) <= len(row) and list(row[len(row) - len(tail) :]) == list(tail)

@@ -1,4 +1,9 @@
-"""Beam search: the sequences that are likeliest as a whole, with transformers' rules for when one ends."""
+"""Beam search: the sequences of highest total log-probability, with transformers' rules for when to stop.
+
+Each step extends `num_beams` sequences per prompt by one token, keeps the best `num_beams` unfinished ones, and collects
+finished ones as hypotheses. Diverse beam search splits the beams into groups that avoid each other's tokens
+(Vijayakumar et al. 2018). Beams are Python objects; only scores, logits and the cache are tensors.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,26 +18,34 @@ from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import penalize
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 IMPOSSIBLE = -1e9  # the sum of a beam that is none: not begun yet, ended, or excluded
 StopCheck = Callable[[int, Sequence[int]], bool]  # (number of the prompt, tokens of a continuation)
 
 
 class Beam(NamedTuple):
-    """A continuation: the row of the batch that has read all but its last token, and its sum of log-probabilities."""
+    """An unfinished sequence, or a placeholder: `tokens` and the sum `total` of their processed log-probabilities.
+
+    row: index into the batch of the row whose cache holds all tokens but the last. logprobs: the model's own, per token.
+    """
 
     row: int
     tokens: list[int]
     total: float
-    logprobs: list[float]  # the model's own, of each token
+    logprobs: list[float]
 
     @property
     def alive(self) -> bool:
+        """False for a placeholder, which fills the batch but cannot win."""
         return self.total > IMPOSSIBLE / 2
 
 
 class Hypothesis(NamedTuple):
-    """A continuation that has ended; its score is the sum of log-probabilities over length ** length_penalty."""
+    """A finished sequence: `tokens` with the end token, and `score`, its total / length ** length_penalty.
+
+    logprobs: the model's own log-probability of each token.
+    """
 
     tokens: list[int]
     score: float
@@ -40,22 +53,28 @@ class Hypothesis(NamedTuple):
 
 
 class BeamGroup:
-    """The best sequences of one prompt that have ended; of diverse beam search, those of one of its groups."""
+    """The best `size` finished sequences of one prompt, or of one group of it; `open` until no unfinished one can join them."""
 
     def __init__(self, size: int, config: GenerationConfig) -> None:
         self.size, self.config = size, config
         self.finished: list[Hypothesis] = []
-        self.open = True  # whether one that goes on might get among them
+        self.open = True
 
     def add(self, beam: Beam) -> None:
-        """Keep a sequence that ended if it is one of the best."""
+        """Add a beam that just finished; only the best `size` remain."""
         if self.open and beam.alive:
             score = beam.total / len(beam.tokens) ** self.config.length_penalty
             self.finished.append(Hypothesis(beam.tokens, score, beam.logprobs))
             self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.size]
 
     def update_open(self, running: Sequence[Beam]) -> None:
-        """Close the group if those that go on cannot get among those that ended, as early_stopping decides it."""
+        """Close the group if the unfinished beams cannot improve it, by the rule of early_stopping.
+
+        "true": as soon as it is full. "false": when the best beam, at its present length, scores below the worst hypothesis.
+        "never": when even at max_new_tokens it would; log-probabilities only decrease the total, so that bound is safe if
+        length_penalty > 0, which rewards length.
+        """
+        # the comparison needs the best beam only: all beams of a group have the same length
         best = max(running, key=lambda beam: beam.total)
         if len(self.finished) < self.size:
             self.open &= best.alive
@@ -77,11 +96,14 @@ def beam_search(
     segment_ids: Tensor | None = None,
     constraints: OutputConstraints = NO_CONSTRAINTS,
     stop_check: StopCheck | None = None,
+    row_weights: RowWeights | None = None,
 ) -> list[list[Hypothesis]]:
-    """The num_return best continuations of each prompt (B, T), the best first; the token that ended one is part of it.
+    """The num_return best continuations of each prompt (B, T), best first; fewer where the rules leave fewer.
 
-    The tokens in `constraints.ends` end a sequence, and so may `stop_check`. Where the rules leave fewer, fewer are returned.
+    constraints: its `ends` finish a sequence. stop_check: True for (number of the prompt, tokens) of a finished sequence.
+    row_weights: weights of adapters for each prompt, (B,).
     """
+    # masks, counts and rules, for B * k rows
     check_prompt(model, input_ids, segment_ids)
     (B, T), k = input_ids.shape, config.num_beams
     size = k // config.num_beam_groups
@@ -92,10 +114,12 @@ def beam_search(
     # at first all beams of a group are the prompt: one of them counts
     beams = [Beam(n, [], IMPOSSIBLE if n % size else 0.0, []) for n in range(B * k)]
     with evaluating(model):
-        state = DecodeState(model, B, T + config.max_new_tokens - 1)
+        # prefill each prompt once, then give every beam a row of the cache
+        state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)
         logits = state.forward(input_ids, segment_ids).repeat_interleave(k, dim=0)
         state.expand(k)
         for n_left in reversed(range(config.max_new_tokens)):
+            # score all extensions, keep the best, then move each survivor's cache row to its place
             logprobs = logits.float().log_softmax(dim=-1)  # (B * k, V)
             banned = None
             if banned_tokens is not None:
@@ -124,10 +148,11 @@ def _extend(
     *,
     last: bool,
 ) -> list[Beam]:
-    """The beams that go on by one token; those that end are added to their groups.
+    """The beams after one more token; those that finish are added to their groups.
 
-    Groups choose one after the other, by totals less diversity_penalty for each beam of an earlier group of the prompt
+    Groups choose one after the other, by totals minus diversity_penalty for each beam of an earlier group of the same prompt
     that takes the token in this step; the totals themselves have no such term (Vijayakumar et al. 2018, algorithm 1).
+    scores: (B * k, V) processed log-probabilities. logprobs: the model's own. last: finish every beam.
     """
     size, beams_after = groups[0].size, []
     taken = torch.zeros(scores.shape[1], device=scores.device)  # (V,)
@@ -135,6 +160,7 @@ def _extend(
         prompt, place = divmod(number, config.num_beam_groups)
         if place == 0:
             taken.zero_()
+        # the best extensions of this group, more than it needs: some of them finish
         rows = slice(number * size, (number + 1) * size)
         candidates = _candidates(
             beams[rows], rows.start, scores[rows], logprobs[rows], config.diversity_penalty * taken, len(ends)
@@ -145,9 +171,11 @@ def _extend(
             or (stop_check is not None and beam.alive and stop_check(prompt, beam.tokens))
             for beam in candidates
         ]
+        # transformers' rule: a finished sequence counts only if it is among the best `size` extensions
         for beam, done in list(zip(candidates, is_finished, strict=True))[:size]:  # the others are there to go on
             if done:
                 group.add(beam)
+        # unfinished beams go on; placeholders fill up where too few are left
         running = [beam for beam, done in zip(candidates, is_finished, strict=True) if not done]
         running += [beam._replace(total=IMPOSSIBLE) for beam, done in zip(candidates, is_finished, strict=True) if done]
         group.update_open(running[:size])
@@ -160,11 +188,13 @@ def _extend(
 def _candidates(
     beams: Sequence[Beam], first: int, scores: Tensor, logprobs: Tensor, penalty: Tensor, n_ends: int
 ) -> list[Beam]:
-    """The best continuations of some beams by a token each, enough for all of them to go on if any end.
+    """The best one-token extensions of some beams: enough that all beams go on even if some extensions finish.
 
-    The beams are the rows of the batch from `first` on; scores and logprobs (size, V), penalty (V,).
+    beams: those in rows `first` onwards. scores, logprobs: (size, V). penalty: (V,) subtracted for the choice alone.
+    n_ends: number of end tokens; each beam may lose one extension to each of them.
     """
     size, V = scores.shape
+    # topk over all beams at once: the flat index is beam * V + token
     totals = scores + torch.tensor([[beam.total] for beam in beams], device=scores.device)
     places = (totals - penalty).flatten().topk(min(max(2, 1 + n_ends), V) * size).indices
     rows = zip(places.tolist(), totals.flatten()[places].tolist(), logprobs.flatten()[places].tolist(), strict=True)
@@ -175,6 +205,6 @@ def _candidates(
 
 
 def _best(groups: Sequence[BeamGroup], n: int) -> list[Hypothesis]:
-    """The best of all groups of a prompt."""
+    """The best n hypotheses of all groups of a prompt."""
     finished = [hypothesis for group in groups for hypothesis in group.finished]
     return sorted(finished, key=lambda hypothesis: -hypothesis.score)[:n]

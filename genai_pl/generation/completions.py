@@ -1,4 +1,8 @@
-"""Rows of tokens in, completions out: samples of one batch, speculated ones one by one, or beams."""
+"""Completions: the three decoding algorithms over prompts of token ids, with their text, tokens and log-probabilities.
+
+Sampling decodes all prompts and samples in one batch; speculation decodes one continuation after the other; beam search
+decodes `num_beams` rows per prompt. All three end a continuation by the same `TextStream`.
+"""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
@@ -16,6 +20,7 @@ from genai_pl.generation.detokenize import TextStream
 from genai_pl.generation.output_constraints import OutputConstraints
 from genai_pl.generation.speculative import Acceptance, TargetModel, build_proposer, speculate
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +29,10 @@ OnText = Callable[[int, str], None]  # (number of the continuation, text that ha
 
 
 class Completion(NamedTuple):
-    """A continuation: its text, its tokens with those that ended it, and the model's own log-probabilities if asked for."""
+    """One continuation: its `text` up to a stop string or end token, and its `tokens`, the one that ended it included.
+
+    logprobs: the model's own log-probability of each token; empty unless requested. score: of a beam, its `Hypothesis.score`.
+    """
 
     text: str
     tokens: list[int]
@@ -34,7 +42,14 @@ class Completion(NamedTuple):
 
 @dataclass
 class CompletionRunner:
-    """What all ways of writing take: a model, its tokenizer, the rows it continues and how."""
+    """A model with the prompts to continue; each method runs one decoding algorithm on them.
+
+    model: on the device to decode on. tokenizer: turns ids back into text. rows: ids of each prompt; for an encoder-decoder, the
+        start token of each target. config: decoding options. constraints: those of them that are text, as ids.
+    pad: id that fills prompts on the left. wants_logprobs: whether `Completion.logprobs` is filled.
+    on_text: called as on_text(i, delta) while continuation i grows; it may raise, which ends decoding.
+    row_weights: weights of adapters for each prompt, or None.
+    """
 
     model: Decoder | DecoderWithSource
     tokenizer: "PreTrainedTokenizerBase"
@@ -44,15 +59,17 @@ class CompletionRunner:
     pad: int
     on_text: OnText | None = None
     wants_logprobs: bool = False
+    row_weights: RowWeights | None = None
 
     def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
-        """n continuations of each row, decoded in one batch."""
+        """n continuations of each prompt, decoded in one batch of len(rows) * n rows."""
         streams = [self.text_stream(i) for i in range(len(self.rows)) for _ in range(n)]
         input_ids, segment_ids = self._batch()
         finished = torch.zeros(len(streams), dtype=torch.bool, device=input_ids.device)
         logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
         options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "constraints": self.constraints}
         outputs = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
+        options |= {"row_weights": self.row_weights}
         steps = decode(self.model, input_ids, self.config, **options, **outputs)
         completions = self._collect(steps, streams, finished, logprobs, first=0)
         return [completions[i : i + n] for i in range(0, len(completions), n)]
@@ -60,11 +77,17 @@ class CompletionRunner:
     def speculate(
         self, n: int, generator: torch.Generator | None, draft: Decoder | None, acceptance: Acceptance | None
     ) -> list[list[Completion]]:
-        """The same one after the other, as rows that accept unlike numbers of tokens would have to wait for each other."""
+        """n continuations of each prompt by speculative decoding, one after the other.
+
+        A batch would wait, at each step, for the row that accepts most draft tokens; so rows are decoded alone, and a prompt is
+        prefilled once for its n samples. draft: the model of `generation.draft`, or None for prompt lookup.
+        """
         completions: list[list[Completion]] = []
         with nullcontext() if draft is None else evaluating(draft):
             for number, row in enumerate(self.rows):
-                target = TargetModel(self.model, row, self.config, self.constraints)
+                # one target and one proposer per prompt: their caches keep it between its samples
+                weights = None if self.row_weights is None else self.row_weights.select(torch.tensor([number]))
+                target = TargetModel(self.model, row, self.config, self.constraints, weights)
                 sizes = {
                     "n_tokens": len(row) + self.config.max_new_tokens,
                     "vocab_size": self.model.config.vocab_size,
@@ -82,10 +105,11 @@ class CompletionRunner:
         return completions
 
     def beam_search(self) -> list[list[Completion]]:
-        """The num_return best continuations of each row."""
+        """The num_return best continuations of each prompt; ConfigError where no beam satisfies the constraints in time."""
         input_ids, segment_ids = self._batch()
         stop_check = StopStringTracker(self) if self.config.stop else None
         options = {"segment_ids": segment_ids, "constraints": self.constraints, "stop_check": stop_check}
+        options |= {"row_weights": self.row_weights}
         completions = []
         for number, best in enumerate(beam_search(self.model, input_ids, self.config, **options)):
             if not best:
@@ -95,6 +119,7 @@ class CompletionRunner:
                 )
             completions.append([])
             for place, (tokens, score, logprobs) in enumerate(best):
+                # the text is decoded again from the winner's tokens: the trackers' streams are gone
                 stream = self.text_stream(number)
                 for token in tokens:
                     stream.push(token)
@@ -104,11 +129,12 @@ class CompletionRunner:
         return completions
 
     def text_stream(self, number: int) -> TextStream:
-        """The text of a continuation of a row, still empty."""
+        """An empty `TextStream` that continues prompt `number`."""
         ends = set(self.constraints.ends)
         return TextStream(self.tokenizer, self.rows[number], stop=self.config.stop, end_tokens=ends)
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
+        """input_ids and segment_ids (B, T) of the prompts on the model's device."""
         return left_pad(self.rows, self.pad, device=next(self.model.parameters()).device)
 
     def _collect(
@@ -120,7 +146,11 @@ class CompletionRunner:
         *,
         first: int,
     ) -> list[Completion]:
-        """What the steps say; streams that end are told to them by `finished`."""
+        """Completions from a decoding generator, run to its end.
+
+        steps: yields the tokens (N,) of each step, one per stream. finished: (N,) bool, which the generator reads; set here where
+            a stop string ends a stream, which ids alone do not show. logprobs: the list that the generator fills.
+        """
         tokens: list[list[int]] = [[] for _ in streams]
         with closing(steps):  # on_text may raise
             for step in steps:
@@ -129,8 +159,10 @@ class CompletionRunner:
                         tokens[n].append(token)
                         self._emit(first + n, streams[n].push(token))
                 finished.copy_(torch.tensor([stream.ended for stream in streams]))
+        # text held back as the possible start of a stop string is final now
         for n, stream in enumerate(streams):
             self._emit(first + n, stream.close())
+        # (steps, N) -> N lists; a row that ended early has values for padding too
         logprobs_by_row = torch.stack(logprobs, dim=1).tolist() if logprobs else [[] for _ in streams]
         return [
             Completion(stream.text, row, row_logprobs[: len(row)])
@@ -138,12 +170,16 @@ class CompletionRunner:
         ]
 
     def _emit(self, number: int, delta: str) -> None:
+        """Pass new text of a continuation to on_text."""
         if delta and self.on_text is not None:
             self.on_text(number, delta)
 
 
 class StopStringTracker:
-    """Whether a sequence's text has a stop string, for sequences that grow by a token at a time and share beginnings."""
+    """Stop-string check for beams, which share prefixes: the stream of a candidate forks the stream of its prefix.
+
+    Only the streams of the last two lengths are kept. Decoding each candidate from its first token would be quadratic in length.
+    """
 
     def __init__(self, runner: CompletionRunner) -> None:
         self.runner = runner
@@ -152,7 +188,10 @@ class StopStringTracker:
         self.streams: dict[tuple[int, ...], TextStream] = {}
 
     def __call__(self, prompt: int, tokens: Sequence[int]) -> bool:
-        """Whether the continuation is over; those one token shorter were asked about before."""
+        """True if the continuation contains a stop string or end token.
+
+        prompt: number of the prompt. tokens: ids of the continuation, whose prefix without the last one was checked before.
+        """
         if len(tokens) != self.length:
             self.shorter, self.streams, self.length = self.streams, {}, len(tokens)
         *before, last = (prompt, *tokens)
@@ -166,7 +205,13 @@ class StopStringTracker:
 def left_pad(
     rows: Sequence[Sequence[int]], pad: int, *, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """input_ids and segment_ids (B, T) of rows that end together; segment_ids is None where nothing is padded."""
+    """input_ids and segment_ids (B, T) of rows padded on the left, so that all rows end in the same column.
+
+    segment_ids is 1 on tokens and 0 on padding, or None where all rows have the same length.
+
+    >>> left_pad([[7, 8, 9], [5]], 0)[0].tolist()
+    [[7, 8, 9], [0, 0, 5]]
+    """
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     padded = [[pad] * (longest - len(row)) + list(row) for row in rows]

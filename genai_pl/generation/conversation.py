@@ -1,4 +1,4 @@
-"""Conversations: the tokens that ask for the next answer, of as many turns as fit into the model's context."""
+"""Conversations: the prompt of the next answer, with as many earlier turns as fit into the model's context."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,17 +11,27 @@ if TYPE_CHECKING:
 
 
 class NextPrompt(NamedTuple):
-    """What the model is asked with next."""
+    """The prompt of the next answer.
+
+    tokens: ids of the formatted messages. n_dropped: messages in the previous prompt that did not fit into this one.
+    """
 
     tokens: list[int]
     n_dropped: int  # messages that fitted before and do not any more
 
 
 class Conversation:
-    """Messages of a user and an assistant, after what the system says, if anything."""
+    """The messages of a user and an assistant, with a window on those that the model is still given.
+
+    Turns leave from the oldest one; the system message always stays. A dropped turn does not return, even if a later message is
+    shorter, so that the model does not see the conversation with changing gaps.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, context: int, system: str | None = None) -> None:
-        """context: tokens that the model reads and writes at most; system: the first message."""
+        """context: most tokens of prompt and answer together. system: text of the system message, or None.
+
+        ConfigError if the tokenizer has no chat template.
+        """
         if tokenizer.chat_template is None:
             raise ConfigError(
                 "chat=true: the model has no chat template: train one with data=chat and messages, "
@@ -31,21 +41,23 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all that was said, but for the system's message."""
+        """Remove all messages except the system message."""
         self.messages: list[Message] = []
-        self.first = 0  # the oldest message that the model is still shown
+        self.first = 0  # index of the oldest message that is still in the prompt
 
     @property
     def head(self) -> list[Message]:
-        """The system's message, or none."""
+        """The system message as a list of one message, or an empty list."""
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def prompt(self, text: str, *, max_new_tokens: int) -> NextPrompt:
-        """The prompt that ends with this message of the user and leaves max_new_tokens for an answer.
+        """The prompt that ends with the user's message `text` and leaves max_new_tokens of the context for the answer.
 
-        Oldest turns are left out until it does; ConfigError where the message alone does not fit.
+        Oldest turns are dropped until it fits; ConfigError if the message does not fit alone. Nothing is stored: `add` does that
+        once the answer is complete, so an interrupted or empty answer leaves the conversation as it was.
         """
         question = {"role": "user", "content": text}
+        # a prompt begins with a user message: most chat templates refuse other orders
         starts = [n for n in range(self.first, len(self.messages)) if self.messages[n]["role"] == "user"]
         for start in [*starts, len(self.messages)]:
             tokens = encode_prompt(self.tokenizer, [*self.head, *self.messages[start:], question])
@@ -57,6 +69,6 @@ class Conversation:
         )
 
     def add(self, text: str, answer: str, n_dropped: int) -> None:
-        """Keep a turn: what the user said, and what the model answered to it."""
+        """Store a turn: the user's message and the model's answer. n_dropped: as in the prompt of that answer."""
         self.first += n_dropped
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]

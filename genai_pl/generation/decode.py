@@ -1,4 +1,8 @@
-"""The decoding loop: what has been read, the next token, and again."""
+"""Decoding loop: prefill the prompts once, then sample one token per row and step until every row is finished.
+
+Rollouts, samples during training, generate.py and the Python API all use this loop. Serving has its own engine, because there
+requests come and go between steps; it shares `sample` and `BannedTokens` with this one.
+"""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +16,9 @@ from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import sample, token_logprobs
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
-WORTH_DROPPING = 8  # finished rows; to drop fewer costs a copy of the cache and saves little
+WORTH_DROPPING = 8  # finished rows; dropping fewer costs a copy of the cache and saves little
 
 
 @torch.no_grad()  # as a decorator it leaves the caller's mode alone between two steps
@@ -30,15 +35,22 @@ def decode(
     num_samples: int = 1,
     constraints: OutputConstraints = NO_CONSTRAINTS,
     logprobs: list[Tensor] | None = None,
+    row_weights: RowWeights | None = None,
 ) -> Generator[Tensor, None, None]:
-    """The next tokens (B * num_samples,) of each step, until every row is finished or max_new_tokens are reached.
+    """Yields the next tokens (N,) of each step, N = B * num_samples, until all rows are finished or max_new_tokens are reached.
 
-    Prompts (B, T) of unequal length are padded on the left, where segment_ids is 0; each is read once, and its samples
-    are next to each other. `finished` (B * num_samples,) bool belongs to the caller: any eos sets a row of it, and so may the
-    caller between two steps; a finished row yields pad_token_id, and is read no more once most are. `logprobs`, if given,
-    gets the model's own log-probabilities of each step's tokens. The model is in evaluation mode until the iterator is
-    exhausted or closed.
+    input_ids: prompts (B, T); shorter ones are padded on the left, where segment_ids (B, T) is 0. Each prompt is prefilled once,
+        and its samples are rows next to each other.
+    eos_token_id: ids that finish a row once sampled. pad_token_id: the token that a finished row yields.
+    finished: (N,) bool, updated in place and shared with the caller, who may set rows of it between two steps.
+    logprobs: a list that receives (N,) per step: log-probabilities of the tokens under the model's own distribution, before
+        temperature, penalties and masks.
+    row_weights: weights of adapters for each prompt, (B,), which its samples share.
+
+    The model is in evaluation mode until the generator is exhausted or closed, then every module returns to its former mode.
+    Finished rows leave the batch once they are at least half of it and at least 8.
     """
+    # masks, counts and rules are prepared per row, before the model runs
     check_prompt(model, input_ids, segment_ids)
     B, T = input_ids.shape
     N, V = B * num_samples, model.config.vocab_size
@@ -48,17 +60,17 @@ def decode(
     seen = seen_tokens(input_ids, segment_ids, config, V, num_samples)
     ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=input_ids.device)
     banned_tokens = build_banned_tokens(config, constraints.and_ends(ends.tolist()), input_ids, segment_ids, V)
-    generated: list[list[int]] = [[] for _ in range(N)]  # for the rules
+    generated: list[list[int]] = [[] for _ in range(N)]  # by row, for `banned_tokens` alone
     with evaluating(model):
-        state = DecodeState(model, B, T + config.max_new_tokens - 1)  # the last token is never an input
+        # prefill: one forward pass over the prompts, whose last logits serve all samples
+        state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)  # the last token is never an input
         logits = state.forward(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
         state.expand(num_samples)
+        # decode: sample from the logits of the last step, record the tokens, run the model on them
         for n_left in reversed(range(config.max_new_tokens)):
-            banned = (
-                None
-                if banned_tokens is None
-                else banned_tokens.mask(_unfinished(generated, finished), input_ids.device)
-            )
+            banned = None
+            if banned_tokens is not None:
+                banned = banned_tokens.mask(_unfinished(generated, finished), input_ids.device)
             token = sample(logits, config, generator, seen=seen, banned=banned).masked_fill_(finished, pad_token_id)
             if logprobs is not None:
                 logprobs.append(token_logprobs(logits, token))
@@ -69,6 +81,7 @@ def decode(
             if len(ends):
                 finished |= torch.isin(token, ends)
             yield token
+            # the caller may have finished rows while this generator was suspended in `yield`
             n_unfinished = N - int(finished.sum())
             if n_left == 0 or n_unfinished == 0:
                 return
@@ -88,7 +101,10 @@ def generate(
     pad_token_id: int = 0,
     constraints: OutputConstraints = NO_CONSTRAINTS,
 ) -> Tensor:
-    """Prompts and continuations (B, T + n), n <= max_new_tokens: a row ends with any eos, pad_token_id fills up."""
+    """Prompts and continuations (B, T + n), n <= max_new_tokens; after an end token a row is filled with pad_token_id.
+
+    The arguments are those of `decode`.
+    """
     steps = decode(
         model,
         input_ids,
@@ -104,7 +120,10 @@ def generate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards exactly those modules train that trained before."""
+    """Context manager: evaluation mode inside, and afterwards training mode for exactly the modules that had it.
+
+    `model.train()` would not do: it also switches modules that their owner keeps in evaluation mode, a frozen base for example.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -115,14 +134,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def continued(segment_ids: Tensor | None, n: int) -> Tensor | None:
-    """The segment (B * n, 1) of what follows prompts (B, T) n times each: a continuation belongs to the last document."""
+    """Segment ids (B * n, 1) of new tokens after prompts (B, T) with n samples each: those of the prompt's last document."""
     return None if segment_ids is None else segment_ids[:, -1:].repeat_interleave(n, dim=0)
 
 
 def seen_tokens(
     input_ids: Tensor, segment_ids: Tensor | None, config: GenerationConfig, vocab_size: int, n: int
 ) -> Tensor | None:
-    """Which tokens (B * n, V) stand in each prompt, padding left out; None where nobody asks."""
+    """Mask (B * n, V) of the tokens in each prompt, padding left out, for the repetition penalty; None where it is off."""
     if config.repetition_penalty == 1:
         return None
     present = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
@@ -137,4 +156,5 @@ def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
 
 
 def _unfinished(generated: list[list[int]], finished: Tensor) -> list[list[int] | None]:
+    """The generated tokens of each row, None for finished rows, whose next token nothing restricts."""
     return [None if done else row for row, done in zip(generated, finished.tolist(), strict=True)]

@@ -1,4 +1,9 @@
-"""Text out of tokens, as they come."""
+"""Incremental detokenization: text deltas from tokens as they arrive, and the search for stop strings in them.
+
+Decoding tokens one by one gives wrong text: a character of several byte tokens is incomplete until its last one, and
+SentencePiece drops a space at the start. Decoding the whole text at each step is right but quadratic. `Detokenizer` decodes
+a short frame of recent tokens and releases only complete characters; `StopFilter` holds back what may become a stop string.
+"""
 
 from collections.abc import Sequence
 from copy import copy
@@ -7,25 +12,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FRAME = 16  # tokens decoded together before the offset moves: few, as each step decodes them all
-INCOMPLETE = "\ufffd"  # what decoders write for bytes that are not (yet) a character
+FRAME = 16  # tokens in a frame before it moves: few, since each step decodes the whole frame
+INCOMPLETE = "\ufffd"  # U+FFFD, which decoders return for bytes that are not (yet) a character
 
 
 class Detokenizer:
-    """Complete characters of a growing row of tokens, which continue the text of a prompt.
+    """The complete characters of a growing sequence of tokens that continues a prompt, whose own text is never released.
 
-    Tokens are decoded from an offset that slides along, never one by one: what a token adds depends on its
-    neighbours (a space that SentencePiece drops at the start, a character of several byte tokens).
+    Invariants: the frame `tokens` begins at a character boundary; `released` counts the characters of its text that were
+    returned; `boundary` is the latest position in it where the text is complete. The frame moves to `boundary` once it is longer
+    than FRAME, so the cost per token is constant.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.tokens = list(prompt)  # the frame; it begins and, for a prompt, ends with a complete character
-        self.boundary = len(self.tokens)  # the text of the frame up to here ends in a complete character
-        self.released = len(self._text())  # characters of the frame that were given out
+        self.tokens = list(prompt)
+        self.boundary = len(self.tokens)
+        self.released = len(self._text())
 
     def push(self, token: int) -> str:
-        """The characters that became complete with this token; special tokens have no text."""
+        """The characters that this token completes; empty for special tokens and for bytes in the middle of a character."""
         self.tokens.append(token)
         text = self._text()
         end = len(text.rstrip(INCOMPLETE))
@@ -36,6 +42,10 @@ class Detokenizer:
         return delta
 
     def _slide(self) -> None:
+        """Note a character boundary after the last token, and drop the tokens before the previous one if the frame is long.
+
+        The frame keeps at least one complete stretch of text before the new tokens, since their text depends on it.
+        """
         if len(self.tokens) > FRAME:
             self.tokens = self.tokens[self.boundary :]
             self.released = len(self._text())
@@ -46,41 +56,51 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Text up to the first of some strings, which may arrive in pieces; nothing of a stop string passes."""
+    """Text up to the first of the strings `stop`, which may arrive in several deltas; no part of a stop string is released.
+
+    matched: True once a stop string is complete; nothing is released afterwards.
+
+    >>> stop_filter = StopFilter(["END"])
+    >>> [stop_filter.push(delta) for delta in ("one E", "nd two EN", "D three")], stop_filter.matched
+    (['one ', 'End two ', ''], True)
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = [s for s in stop if s]
-        self.held = ""
+        self.buffer = ""
         self.matched = False
 
     def push(self, delta: str) -> str:
-        """The text that certainly stands before any stop string."""
-        self.held += delta
-        hits = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
-        if hits:  # the string that is complete first, so that the borders of tokens make no difference
+        """The part of the text so far, not yet released, that certainly precedes any stop string."""
+        self.buffer += delta
+        hits = [(i + len(s), i) for s in self.stop if (i := self.buffer.find(s)) >= 0]
+        if hits:  # the first string to be complete wins, so that token boundaries make no difference
             self.matched = True
             cut = min(hits)[1]
-            text, self.held = self.held[:cut], ""
+            text, self.buffer = self.buffer[:cut], ""
             return text
         kept = max((self._overlap(s) for s in self.stop), default=0)
-        cut = len(self.held) - kept
-        text, self.held = self.held[:cut], self.held[cut:]
+        cut = len(self.buffer) - kept
+        text, self.buffer = self.buffer[:cut], self.buffer[cut:]
         return text
 
     def close(self) -> str:
-        """What was held back and turned out not to be a stop string."""
-        text, self.held = self.held, ""
+        """The text held back, once no more text will come and so no stop string can be completed."""
+        text, self.buffer = self.buffer, ""
         return text
 
     def _overlap(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+        """Length of the longest proper prefix of `stop` that the buffer ends with."""
+        longest = min(len(stop) - 1, len(self.buffer))
+        return next((n for n in range(longest, 0, -1) if self.buffer.endswith(stop[:n])), 0)
 
 
 class TextStream:
-    """The continuation of one prompt as text: `push` and `close` return what may be shown, `text` is the sum of it.
+    """The continuation of one prompt as text: `push` and `close` return deltas, `text` is their sum.
 
-    Bytes at the very end that are no complete character are left out.
+    tokenizer, prompt: as for `Detokenizer`. stop: stop strings. end_tokens: ids that end the text, such as eos.
+    ended: True after a stop string, an end token or `close`; later tokens are ignored.
+    text: the continuation so far, without the stop string. Bytes at the very end that are no complete character are left out.
     """
 
     def __init__(
@@ -93,7 +113,7 @@ class TextStream:
         self.text = ""
 
     def push(self, token: int) -> str:
-        """The text that this token sets free: none once a stop string or an end token has set `ended`."""
+        """The delta that this token releases; empty once `ended`."""
         if self.ended:
             return ""
         if token in self.end_tokens:
@@ -104,14 +124,14 @@ class TextStream:
         return delta
 
     def fork(self) -> "TextStream":
-        """A stream of the same text, which may go on with other tokens."""
+        """A copy that may continue with other tokens, as beams with a common prefix do."""
         other = copy(self)
         other.detokenizer, other.filter = copy(self.detokenizer), copy(self.filter)
         other.detokenizer.tokens = list(self.detokenizer.tokens)
         return other
 
     def close(self) -> str:
-        """The rest, once no token will come."""
+        """The last delta: text that was held back, now that no token will come."""
         delta = self.filter.close()
         self.ended = True
         self.text += delta

@@ -1,4 +1,4 @@
-"""What an encoder puts where words are masked."""
+"""Masked-token prediction: the likeliest tokens at each mask of a text, from an encoder with a language-model head."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-ALIASES = ("[MASK]", "<mask>", "<|mask|>")  # what the tokenizers of BERT, of RoBERTa and ours call it
+ALIASES = ("[MASK]", "<mask>", "<|mask|>")  # the mask token of BERT, of RoBERTa, and of our tokenizers
 
 
 class Candidate(NamedTuple):
-    """A token for a masked place, as text, and its probability."""
+    """A token for a masked position. text: without surrounding spaces. probability: under the model, 0 to 1."""
 
     text: str
     probability: float
@@ -26,10 +26,14 @@ class Candidate(NamedTuple):
 
 @torch.no_grad()
 def fill(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str, *, top_k: int) -> list[list[Candidate]]:
-    """The `top_k` likeliest tokens for each mask token of the text, the likeliest first; ConfigError without a mask."""
+    """The `top_k` likeliest tokens for each mask token of the text, likeliest first.
+
+    ConfigError if the text has no mask, the model no head, or the text more tokens than the model's max_seq_len.
+    """
     input_ids = torch.tensor([_encode(model, tokenizer, text)], device=model.embed.weight.device)
     mask_positions = (input_ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # (M,)
     with evaluating(model):
+        # logits at the M masked positions alone: (M, V)
         hidden = _hidden(model, input_ids, mask_positions)  # (M, C)
         best = model.logits(hidden).float().softmax(dim=-1).topk(min(top_k, model.config.vocab_size))
     return [
@@ -39,6 +43,7 @@ def fill(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str, *, top
 
 
 def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Ids of the text with its special tokens; ConfigError where masks cannot be predicted."""
     if model.lm_head is None:
         raise ConfigError("this encoder has no language-model head to fill masks with: set embed=true")
     if tokenizer.mask_token_id is None:
@@ -55,7 +60,10 @@ def _encode(model: Encoder, tokenizer: "PreTrainedTokenizerBase", text: str) -> 
 
 
 def _with_own_masks(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """The text with the tokenizer's mask token for those of other tokenizers, unless it holds its own or knows theirs."""
+    """The text with other tokenizers' mask tokens replaced by this tokenizer's.
+
+    Unchanged if it has this tokenizer's mask already; an alias that is an ordinary token of the vocabulary stays.
+    """
     if tokenizer.mask_token in text:
         return text
     for alias in ALIASES:
@@ -65,7 +73,11 @@ def _with_own_masks(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
 
 
 def _hidden(model: Encoder, input_ids: Tensor, mask_positions: Tensor) -> Tensor:
-    """Hidden states (M, C) at the masks; permutation LM has a stream for places that it knows nothing of."""
+    """Hidden states (M, C) at the masked positions.
+
+    A permutation LM (XLNet) has a query stream for positions whose own token it must not see; the masks use it, and come last
+    in the factorization order, so that they condition on all other tokens.
+    """
     if model.config.position is not Position.xl:
         return model.features(input_ids)[0, mask_positions]
     order = torch.zeros_like(input_ids)

@@ -1,4 +1,8 @@
-"""Texts that follow a JSON schema or a regular expression, by the masks of llguidance."""
+"""Grammar constraints: continuations that match a JSON schema or a regular expression, with llguidance's token masks.
+
+llguidance compiles a grammar to a matcher over bytes and computes, for the current state, the set of tokens that keep the text
+completable. This file adapts its matcher to the rule interface of `BannedTokens`, which has no memory between calls.
+"""
 
 import json
 from collections.abc import Collection, Sequence
@@ -17,10 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Constraint:
-    """Which tokens may follow a text so that it can still become one that the grammar accepts.
+class GrammarConstraint:
+    """The set of tokens after which a text can still become one that the grammar accepts.
 
-    One matcher serves all rows: it goes back to where two texts part, and reads on from there (0.3 us a token).
+    One matcher serves all rows of a batch: it is rolled back to the common prefix of its tokens and the row's, and consumes the
+    rest (0.3 us a token). A matcher per row would have to follow beam reordering and rejected draft tokens.
+    grammar: in llguidance's format. option: named in errors. ends: allowed where the text is complete, beside eos.
     """
 
     def __init__(
@@ -33,7 +39,7 @@ class Constraint:
         self.vocab_size = 0
 
     def begin(self, vocab_size: int) -> None:
-        """Get ready for a model of this many tokens; ConfigError for a grammar that cannot be used."""
+        """Compile the grammar for a vocabulary of `vocab_size`; ConfigError for a grammar that llguidance refuses."""
         if self.vocab_size == vocab_size:
             return
         if not self.ends:
@@ -43,22 +49,26 @@ class Constraint:
         self._check()
 
     def allowed(self, generated: Sequence[int]) -> Tensor:
-        """Which tokens (V,) may follow; the end tokens are among them where the text is complete."""
+        """Mask (V,), True for tokens that may follow `generated`; end tokens are among them where the text is complete."""
         generated = list(generated)
+        # move the matcher from the tokens of the last call to these
         n = common_length(self.consumed, generated)
         self.matcher.rollback(len(self.consumed) - n)
         self.matcher.consume_tokens(generated[n:])
         self._check()
         self.consumed = generated
+        # complete: an end token is all that may follow
         if self.matcher.is_stopped():
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
             mask[list(self.ends)] = True
             return mask
+        # llguidance packs 8 tokens into a byte, the first in the lowest bit
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1  # (V / 8, 8)
         return bits.flatten()[: self.vocab_size].bool()
 
     def _check(self) -> None:
+        """ConfigError with llguidance's own message, shortened to one line, if the matcher failed."""
         if self.matcher.is_error():
             first, *others = self.matcher.get_error().strip().splitlines()
             reason = f"{first} {others[-1]}" if others and first.endswith(":") else first
@@ -69,7 +79,7 @@ class Constraint:
 def _compiled(
     tokenizer: "PreTrainedTokenizerBase", vocab_size: int, grammar: str, ends: tuple[int, ...]
 ) -> "LLMatcher":
-    """A matcher that has read nothing: many requests to a server ask for one grammar."""
+    """A fresh matcher for a grammar. Cached, because many requests to a server use the same grammar; callers copy it."""
     from llguidance import LLMatcher
 
     return LLMatcher(_vocabulary(tokenizer, vocab_size, ends), grammar, log_level=0)
@@ -77,7 +87,7 @@ def _compiled(
 
 @lru_cache(maxsize=4)
 def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, ends: tuple[int, ...]) -> "LLTokenizer":
-    """The text of every token, in the tree that grammars are matched with: a second's work for a large vocabulary."""
+    """llguidance's tree of the text of every token. Cached: it takes a second for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
     return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
@@ -85,10 +95,11 @@ def _vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, ends: tup
 
 def build_constraint(
     tokenizer: "PreTrainedTokenizerBase", *, json_schema: str | None, regex: str | None, ends: Collection[int] = ()
-) -> Constraint | None:
-    """What the options ask for: json_schema is a file or the text of a schema; None where neither is given.
+) -> GrammarConstraint | None:
+    """The constraint of generation.json_schema or generation.regex; None if neither is set, ConfigError if both are.
 
-    The eos token, or one of the tokens `ends`, follows a text that is complete.
+    json_schema: a file, or the text of a schema. regex: matches the whole continuation, not a part of it.
+    ends: end tokens of the model, any of which may follow a complete text.
     """
     if json_schema is None and regex is None:
         return None
@@ -100,13 +111,13 @@ def build_constraint(
     except ImportError:
         raise ConfigError(f"{option} needs llguidance: pip install 'genai_pl[constrain]'") from None
     if json_schema is None:
-        return Constraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
+        return GrammarConstraint(tokenizer, LLMatcher.grammar_from_regex(regex), option=option, ends=ends)
     grammar = LLMatcher.grammar_from_json_schema(_read_schema(json_schema))
-    return Constraint(tokenizer, grammar, option=option, ends=ends)
+    return GrammarConstraint(tokenizer, grammar, option=option, ends=ends)
 
 
 def _read_schema(schema_or_path: str) -> str:
-    """The text of a schema; ConfigError if it is not a JSON object."""
+    """The text of a JSON schema, read from a file unless it begins with a brace; ConfigError if it is no JSON object."""
     path = Path(schema_or_path)
     try:
         text = schema_or_path if schema_or_path.lstrip().startswith("{") else path.read_text(encoding="utf-8")

@@ -1,11 +1,14 @@
-"""What the user's words ask of a continuation, in tokens."""
+"""Output constraints: the options that are text (stop strings, prefix, bad words, JSON schema), converted to token ids.
+
+They are separate from `GenerationConfig` because the same text has other ids under another tokenizer.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.generation.grammar import Constraint, build_constraint
+from genai_pl.generation.grammar import GrammarConstraint, build_constraint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,15 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OutputConstraints:
-    """What a continuation must be like, whatever the model says."""
+    """Requirements on a continuation that hold whatever the model's probabilities are.
 
-    ends: frozenset[int] = frozenset()  # tokens that end a row
-    prefix: tuple[int, ...] = ()  # what it begins with
-    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that it must not have
-    constraint: Constraint | None = None  # a grammar that it follows, after the prefix
+    ends: ids of tokens that finish a row. prefix: ids that every continuation begins with. bad_words: id sequences that no
+    continuation contains. constraint: an object with `begin(vocab_size)` and `allowed(generated) -> (V,) bool`, such as a
+    grammar, for the tokens after the prefix.
+    """
+
+    ends: frozenset[int] = frozenset()
+    prefix: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    constraint: GrammarConstraint | None = None
 
     def and_ends(self, tokens: Collection[int]) -> "OutputConstraints":
-        """The same with more tokens that end a row."""
+        """The same constraints with more end tokens."""
         return replace(self, ends=self.ends | set(tokens))
 
 
@@ -31,7 +39,11 @@ NO_CONSTRAINTS = OutputConstraints()
 def build_output_constraints(
     tokenizer: "PreTrainedTokenizerBase", config: GenerationConfig, ends: Collection[int] = ()
 ) -> OutputConstraints:
-    """What the options that are text ask for; `ends` are the tokens that end a text of the model."""
+    """The constraints that the text options of `config` describe.
+
+    ends: the model's own end tokens, beside the tokenizer's eos. A bad word is forbidden with and without a space before it,
+    since both are one word to a reader but different tokens.
+    """
     ends = end_tokens(tokenizer, config.stop) | set(ends)
     words = [spelling for word in config.bad_words if word for spelling in (word, f" {word}")]
     return OutputConstraints(
@@ -43,14 +55,21 @@ def build_output_constraints(
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str]) -> set[int]:
-    """Tokens that end any row: eos, and stop strings that are special tokens, which have no text to search."""
+    """Ids of the tokens that finish any row: eos, and stop strings that are special tokens.
+
+    Special tokens are skipped when decoding, so the search for stop strings in the text would never meet them.
+    """
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = {special[s] for s in stop if s in special}
     return ends if tokenizer.eos_token_id is None else ends | {tokenizer.eos_token_id}
 
 
 def inner_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
-    """The tokens of a text that is not the beginning of one: without special tokens or a space put before it."""
+    """Ids of a text in the middle of another one: no special tokens, and no space that the tokenizer adds at a start.
+
+    SentencePiece tokenizers put a space before the first word. Encoding the text after a newline and removing the newline's
+    tokens avoids it; where the newline merges with the text, the plain encoding is used.
+    """
     line = tokenizer.encode("\n", add_special_tokens=False)
     both = tokenizer.encode(f"\n{text}", add_special_tokens=False)
     if both[: len(line)] == line:

@@ -1,8 +1,9 @@
-"""How the next token is chosen from logits (B, V): transformers' processors, in its order, as pure functions.
+"""Logits processors: pure functions from logits (B, V) to the logits that are sampled from, in transformers' order.
 
-The order is: logit bias; repetition penalty; then what excludes tokens (no-repeat n-grams, bad words, min_new_tokens, the
-prefix and the constraint: `banned_tokens.py`), which commute; then, for sampling, temperature, top-k, top-p, min-p. Beam search
-applies the first three to log-probabilities, as transformers does.
+The order is: logit bias; repetition penalty; banned tokens (prefix, no-repeat n-grams, bad words, min_new_tokens, grammar:
+`banned_tokens.py`), which commute with each other; then, for sampling, temperature, top-k, top-p, min-p. Beam search applies
+the first three to log-probabilities, as transformers does. The order matters: top-p after temperature keeps another set of
+tokens than before it.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ FILTERED_LOGIT = -float("inf")
 
 
 def logit_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """Logits (..., V) with a number added to those of some tokens; one that the model does not have is passed over."""
+    """Logits (..., V) plus a number for some token ids; ids outside the vocabulary are ignored."""
     known = {token: value for token, value in bias.items() if token < logits.shape[-1]}
     added = torch.zeros(logits.shape[-1], device=logits.device)
     added[list(known)] = torch.tensor(list(known.values()), device=logits.device)
@@ -24,7 +25,7 @@ def logit_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of tokens in `seen` (B, V) divided by the penalty, or times it if negative (Keskar et al. 2019, 4.1).
+    """Logits of tokens in `seen` (B, V) divided by the penalty, or multiplied if negative (Keskar et al. 2019, section 4.1).
 
     >>> repetition_penalty(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]]), 2.0).tolist()
     [[1.0, -4.0, 1.0]]
@@ -33,7 +34,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Logits divided by the temperature: below 1 sharpens, above 1 flattens (Ackley et al. 1985)."""
+    """Logits divided by the temperature: below 1 sharpens the distribution, above 1 flattens it (Ackley et al. 1985)."""
     return logits / value
 
 
@@ -53,6 +54,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     >>> top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.6).isfinite().tolist()
     [True, True, False]
     """
+    # in ascending order, the tokens whose cumulative probability is at most 1 - p are removed; one always stays
     ascending, order = logits.sort()
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     removed[..., -1] = False
@@ -72,9 +74,9 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 def penalize(
     logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
 ) -> Tensor:
-    """Logits or log-probabilities (B, V) before any temperature, in float32.
+    """Logits or log-probabilities (B, V) after bias, repetition penalty and mask, before any temperature, in float32.
 
-    `seen` (B, V) marks the tokens to penalize, `banned` (B, V) those that must not come.
+    seen: (B, V) bool, tokens to penalize. banned: (B, V) bool, tokens that must not come; their logits become -inf.
     """
     logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
     if config.logit_bias:
@@ -87,7 +89,7 @@ def penalize(
 def process(
     logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
 ) -> Tensor:
-    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `banned` are those of `penalize`."""
+    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `banned` as for `penalize`."""
     logits = penalize(logits, config, seen=seen, banned=banned)
     if config.temperature not in (0.0, 1.0):
         logits = temperature(logits, config.temperature)
@@ -108,7 +110,10 @@ def sample(
     seen: Tensor | None = None,
     banned: Tensor | None = None,
 ) -> Tensor:
-    """The next tokens (B,): drawn from the processed logits, or the likeliest where temperature is 0."""
+    """The next tokens (B,): draws from the softmax of the processed logits, or their argmax where temperature is 0.
+
+    One generator draws for all rows: the tokens of a row depend on the batch it is in. Serving draws each row from its own.
+    """
     logits = process(logits, config, seen=seen, banned=banned)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
@@ -116,5 +121,5 @@ def sample(
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The model's own log-probability (B,) of each token (B,), before any processing."""
+    """The model's own log-probability (B,) of each token (B,), before any processing: log-softmax in float32."""
     return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)

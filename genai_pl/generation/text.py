@@ -1,6 +1,10 @@
-"""Prompts in, continuations out, as text."""
+"""Text generation: prompts as text or messages in, continuations as text out.
+
+`generate_text` is the short form; `complete` takes ids and returns `Completion`s with tokens and log-probabilities.
+"""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +18,7 @@ from genai_pl.generation.decode import evaluating
 from genai_pl.generation.output_constraints import build_output_constraints
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
+from genai_pl.peft.adapter import RowWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,9 +34,9 @@ def generate_text(
     num_samples: int = 1,
     on_text: OnText | None = None,
 ) -> list[list[str]]:
-    """`num_samples` continuations of every prompt, or its `num_return` best beams.
+    """`num_samples` continuations of every prompt (a text, or messages for the chat template), or its `num_return` best beams.
 
-    `on_text(i * num_samples + j, delta)` is given continuation j of prompt i as it grows; the deltas add up to it.
+    on_text: called as on_text(i * num_samples + j, delta) while continuation j of prompt i grows; its deltas add up to the text.
     """
     options = {"generator": generator, "num_samples": num_samples, "on_text": on_text}
     completions = complete(
@@ -49,7 +54,7 @@ def continue_rows(
     generator: torch.Generator | None = None,
     on_text: OnText | None = None,
 ) -> list[str]:
-    """The text that follows each row of tokens, up to a stop string, an end token or max_new_tokens."""
+    """One continuation of each row of ids as text, up to a stop string, an end token or max_new_tokens."""
     return [c[0].text for c in complete(model, tokenizer, rows, config, generator=generator, on_text=on_text)]
 
 
@@ -65,13 +70,18 @@ def complete(
     logprobs: bool = False,
     draft: Decoder | None = None,
     acceptance: Acceptance | None = None,
+    row_weights: RowWeights | None = None,
 ) -> list[list[Completion]]:
-    """The continuations of each row of tokens: `num_samples` of them, or the `num_return` best beams.
+    """The continuations of each prompt: `num_samples` of them, or the `num_return` best beams.
 
-    An encoder-decoder reads the row and writes a text of its own. The generator lives on the model's device; `draft` is
-    the model that `generation.draft` names, and `acceptance` counts what becomes of proposed tokens. Adapters that
-    differ by row need one row for each continuation: num_samples=1, and neither beams nor speculation.
+    rows: ids of each prompt; of an encoder-decoder, of each source, and the continuation is the target.
+    generator: on the model's device. on_text: see `CompletionRunner`. logprobs: whether completions hold log-probabilities.
+    draft: the model that `generation.draft` names. acceptance: counts of proposed and accepted tokens, increased in place.
+    row_weights: weights of adapters for each row of `rows`; the draft model has none.
+
+    ConfigError for empty prompts, ids outside the vocabulary, and options that exclude each other.
     """
+    # refuse what cannot work before any memory is allocated
     if not rows:
         return []
     _check_rows(model, rows)
@@ -80,12 +90,15 @@ def complete(
         raise ConfigError(f"num_samples={num_samples} has no use with beams: set generation.num_return")
     if config.speculates and model.config.shape is Shape.encoder_decoder:
         raise ConfigError("generation.draft and generation.prompt_lookup need a decoder, this is an encoder-decoder")
+    # options that are text become ids; an encoder-decoder encodes its sources and starts from one token each
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     constraints = build_output_constraints(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
-        model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
-    options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
+        with nullcontext() if row_weights is None else row_weights.applied():
+            model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
+    options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs, "row_weights": row_weights}
     runner = CompletionRunner(model, tokenizer, rows, config, constraints, **options)
+    # one of three algorithms
     if config.num_beams > 1:
         return runner.beam_search()
     if config.speculates:
@@ -96,7 +109,10 @@ def complete(
 def encode_sources(
     model: EncoderDecoder, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Sequence[int]], pad: int
 ) -> DecoderWithSource:
-    """The decoder after the encoder has read the rows, each closed by the end token; it begins with the start token."""
+    """The decoder of an encoder-decoder with the sources encoded, ready to decode targets.
+
+    rows: ids of each source; the end token is appended where it is missing, as in training.
+    """
     end = tokenizer.eos_token_id
     closed = [row if end is None or row[-1] == end else [*row, end] for row in rows]
     with torch.no_grad(), evaluating(model):
@@ -109,7 +125,10 @@ def encode_prompt(
     tools: chat.Tools = (),
     template: chat.ChatTemplate | None = None,
 ) -> list[int]:
-    """The tokens of a prompt, as in training; an empty one begins with bos, or with eos where the tokenizer has no bos."""
+    """Ids of a prompt, as in training. An empty prompt becomes the bos token, or eos where the tokenizer has no bos.
+
+    prompt: a text, or messages, which `template` or the tokenizer's chat template formats. tools: functions for the template.
+    """
     tokens = chat.encode_prompt(tokenizer, prompt, tools, template).tolist()
     if tokens:
         return tokens
@@ -120,13 +139,17 @@ def encode_prompt(
 
 
 def check_bias(config: GenerationConfig, vocab_size: int) -> None:
-    """ConfigError where a token that is to be more or less likely is not one of the model's."""
+    """ConfigError if generation.logit_bias names an id outside the vocabulary of `vocab_size`."""
     unknown = next((token for token in config.logit_bias if token >= vocab_size), None)
     if unknown is not None:
         raise ConfigError(f"generation.logit_bias: token {unknown} is not one of the model's {vocab_size}")
 
 
 def _check_rows(model: Model, rows: Sequence[Sequence[int]]) -> None:
+    """ConfigError for a model that writes no text, an empty prompt, or an id beyond the vocabulary.
+
+    Checked here because on a GPU an embedding index out of range ends the process with a device-side assertion.
+    """
     if isinstance(model, Encoder):
         raise ConfigError("this model is an encoder: it reads text and writes none")
     if not all(rows):

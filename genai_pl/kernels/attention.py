@@ -1,4 +1,9 @@
-"""The one attention function, shared by every module of every model."""
+"""Attention: the one function that every model calls, and the choice of the backend that computes it.
+
+`reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `flash/` holds Triton
+kernels that read masks as rules. All of them take the same mask and the same score options, and give the same numbers up
+to rounding: `tests/kernels` compares each of them with the reference.
+"""
 
 import functools
 import importlib.util
@@ -11,6 +16,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
 from genai_pl.kernels.reference import reference_attention
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 from genai_pl.kernels.sdpa import sdpa_attention, sdpa_lacks
 
 log = logging.getLogger(__name__)
@@ -18,7 +24,7 @@ log = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_DIM = 256
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # at import: torch.compile cannot trace the look-up
 
 
 def attention(
@@ -34,29 +40,45 @@ def attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of q (B, H, T, D) to k and v (B, K, S, D), H a multiple of K: (B, H, T, D).
+    """softmax(q k^T * scale + ...) v: attention of q (B, H, T, D) to k and v (B, K, S, D), (B, H, T, D).
 
-    scale    of the scores, D**-0.5 if None
-    softcap  scores become softcap * tanh(scores / softcap), before any bias (Gemma 2)
-    bias     added to the scores, broadcastable to (B, H, T, S), differentiable
-    alibi    (H,) slopes: -slope * distance is added to the scores
+    H is a multiple of K: query heads h * H / K and following share key head h (grouped queries, Ainslie et al. 2023). The
+    S keys end where the T queries end, so that one new query with a cache sees all keys under a causal mask. The options
+    are those of `ScoreOptions`; backend is a name of BACKENDS. A query that sees no key gets zeros and gives zero
+    gradient. ValueError for shapes that do not fit, ConfigError for a backend that cannot compute this.
 
-    A query that sees no key gets zeros and gives zero gradient.
+    >>> x = torch.ones(1, 2, 3, 4)
+    >>> attention(x, x, x, AttentionMask(causal=True)).shape
+    torch.Size([1, 2, 3, 4])
     """
+    options = ScoreOptions(scale=scale, softcap=softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
+    return attention_with(q, k, v, mask, options, backend=backend)
+
+
+def attention_with(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask = EVERYTHING,
+    options: ScoreOptions = PLAIN,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """`attention` with its score options in one tuple, as the layers of a model hold them."""
     _check_shapes(q, k, v)
     selected, reason = choose_backend(
-        q.device, softcap=softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
+        q.device, softcap=options.softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
     )
+    # a fallback is slow and memory-hungry: the log tells why, once a process
     if backend == "auto" and selected == "reference" and not torch.compiler.is_compiling():
         log_once(f"attention: {selected}, because {reason}")
-    options = {"scale": scale, "bias": bias, "alibi": alibi, "dropout_p": dropout_p}
     if selected == "triton":
-        from genai_pl.kernels.flash.operator import flash_attention
+        from genai_pl.kernels.flash.operator import flash_attention  # imports Triton, which a CPU run need not have
 
-        return flash_attention(q, k, v, mask, softcap=softcap, **options)[0]
+        return flash_attention(q, k, v, mask, options)[0]
     if selected == "sdpa":
-        return sdpa_attention(q, k, v, mask, **options)
-    return reference_attention(q, k, v, mask, softcap=softcap, **options)
+        return sdpa_attention(q, k, v, mask, options)
+    return reference_attention(q, k, v, mask, **options._asdict())
 
 
 def choose_backend(
@@ -67,7 +89,10 @@ def choose_backend(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """The backend that `attention` will run, and why; ConfigError if the one asked for cannot."""
+    """The backend that `attention` runs, and the reason for the log; ConfigError if the named one cannot compute this.
+
+    auto takes Triton on a GPU, else torch's fused kernel, else the reference: the order of their speed.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
     lacks = {"triton": triton_lacks(device, head_dim=head_dim, dtype=dtype), "sdpa": sdpa_lacks(softcap=softcap)}
@@ -86,7 +111,7 @@ def choose_backend(
 
 
 def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot do this, or None where they can; ROCm calls its devices cuda too."""
+    """The reason why the Triton kernels cannot compute this, or None where they can; ROCm calls its devices cuda too."""
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -102,11 +127,12 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
 
 @functools.cache
 def log_once(message: str) -> None:
+    """Log a message the first time it occurs in this process."""
     log.info(message)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """ValueError where the shapes do not fit: torch would say so less clearly, or broadcast."""
+    """ValueError where the shapes do not fit: torch's own message is less clear, or torch broadcasts without one."""
     (B, H, _, D), (_, K, S, _) = q.shape, k.shape
     if H % K:
         raise ValueError(f"query heads ({H}) must be a multiple of key/value heads ({K})")

@@ -1,4 +1,10 @@
-"""Transformers: one configuration, one block, wired as the shape says."""
+"""Transformers: one configuration, one block, three shapes (decoder, encoder, encoder-decoder).
+
+To read the code as a lesson, begin with `decoder.py` and follow a pass of GPT: `transformer.py` (embeddings, stack, head),
+`block.py` (one layer), `attention.py` (heads and cache), `kernels/attention.py` (the softmax). The rest are variants:
+positions in `positions.py` and `relative_positions.py`, virtual tokens of prompt tuning, fused decoding steps. `hf/` reads
+and writes folders of transformers, `onnx/` graphs for ONNX Runtime.
+"""
 
 from genai_pl.config.model import ModelConfig
 from genai_pl.models.block import Block
@@ -11,24 +17,29 @@ from genai_pl.models.fused_decode import prepare_for_decoding
 from genai_pl.models.hf.transformers_model import WrappedDecoder, load_wrapped
 from genai_pl.models.hf.weights import load_pretrained, save_pretrained
 from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.protocol import CausalModel, LanguageModel, PipelineModel, TensorParallelLayer
 
 __all__ = [
     "Block",
+    "CausalModel",
     "Decoder",
+    "DecoderWithSource",
     "Encoder",
     "EncoderDecoder",
     "FlopRates",
     "KVCache",
+    "LanguageModel",
     "Model",
     "ModelConfig",
-    "DecoderWithSource",
+    "PipelineModel",
+    "TensorParallelLayer",
     "WrappedDecoder",
     "build_model",
     "flop_rates",
     "flops_per_token",
-    "prepare_for_decoding",
     "load_pretrained",
     "load_wrapped",
     "n_parameters",
+    "prepare_for_decoding",
     "save_pretrained",
 ]

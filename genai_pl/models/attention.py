@@ -1,14 +1,20 @@
-"""Multi-head attention over (B, T, C), with grouped keys, QK-norm, positions of every kind and a cache."""
+"""Multi-head attention over (B, T, C): the projections around `kernels.attention`, positions of every kind, and the cache.
+
+The layer of Vaswani et al. 2017, section 3.2, in four steps: project x to queries, keys and values; give queries and keys
+their positions (rotary tables turn them, other kinds become a bias of the scores); append keys and values to the cache, if
+there is one, and take back all of the past; attend, join the heads and project back to C channels.
+"""
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionKind, Position
 from genai_pl.config.model import ModelConfig
-from genai_pl.kernels import AttentionMask, attention
+from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with
 from genai_pl.kernels.efficient import Linformer, Performer, Reformer, WindowAttention
 from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import build_norm
@@ -18,101 +24,119 @@ from genai_pl.models.relative_positions import XLPositions
 Rotary = tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
-    """softmax(q k' / sqrt(D)) v per head, joined by `o_proj` (Vaswani et al. 2017, eq. 1).
+class AttentionInputs(NamedTuple):
+    """All that a layer's attention reads besides x (B, T, C) and the mask; a field that a model does not need is None.
 
-    Keys and values are made of the same text as the queries, or of `source` (B, S, C): an encoder's output, or the
-    content_stream stream of permutation language modelling.
+    rotary           cosines and sines, each (B or 1, 1, T, D), of the T queries' positions
+    bias             (B or 1, H, T, S), added to the scores: T5's buckets, or ALiBi where positions are not columns
+    token_positions  (B or 1, T), the column of each query among the S keys, for Transformer-XL's distances; None: all T in
+                     their order
+    segment_differs  (B, T, S), True where a key has another token type than the query (XLNet)
+    source           (B, S, C), the states that keys and values are made of instead of x: an encoder's output, or the content
+                     stream of permutation language modelling
+    virtual_kv       (2, K, P, D), keys and values of P virtual tokens before all others
+    cache            where keys and values of earlier calls are, and where the new ones go
+    """
+
+    rotary: Rotary | None = None
+    bias: Tensor | None = None
+    token_positions: Tensor | None = None
+    segment_differs: Tensor | None = None
+    source: Tensor | None = None
+    virtual_kv: Tensor | None = None
+    cache: KVCache | None = None
+
+
+NO_INPUTS = AttentionInputs()
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v per head, joined by `o_proj` (Vaswani et al. 2017, eq. 1).
+
+    config: sizes, biases, norms of queries and keys (`qk_norm`), the kind of positions and of attention. layer: the index of
+    this layer, which is its place in the cache and the seed of its random features or hashes.
+
+    Grouped queries (Ainslie et al. 2023): H query heads share K key heads, and only K are projected and cached.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        # projections; the Reformer's keys are its queries
+        keys_are_queries = config.attention_kind is AttentionKind.reformer
         self.q_proj = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
-        # the Reformer's keys are its queries
-        shared = config.attention_kind is AttentionKind.reformer
-        self.k_proj = None if shared else nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
+        self.k_proj = None if keys_are_queries else nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
         self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.o_bias)
+        # norms over the D channels of each head keep scores in range in long runs (Dehghani et al. 2023)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm and not shared else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm and not keys_are_queries else nn.Identity()
+        # the scores
         self.dropout, self.softcap = config.dropout, config.softcap
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.n_alibi = config.n_head if config.position is Position.alibi else 0
         self.xl = XLPositions(config) if config.position is Position.xl else None
         self.attend = build_attend(config, layer)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: AttentionMask,
-        *,
-        rotary: Rotary | None = None,
-        bias: Tensor | None = None,
-        token_positions: Tensor | None = None,
-        segment_differs: Tensor | None = None,
-        source: Tensor | None = None,
-        virtual_kv: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers whose output channels are those of heads."""
+        return [layer for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer whose input channels are those of heads."""
+        return [self.o_proj]
+
+    def forward(self, x: Tensor, mask: AttentionMask, inputs: AttentionInputs = NO_INPUTS) -> Tensor:
+        """The attention's share of the residual stream, (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
+        # project, and turn queries by their positions
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        q = q if rotary is None else rotate(q, rotary)
-        k, v = self._keys_and_values(x if source is None else source, rotary, cache, q, virtual_kv)  # (B, K, S, D)
+        q = q if inputs.rotary is None else rotate(q, inputs.rotary)
+        k, v = self._keys_and_values(x if inputs.source is None else inputs.source, q, inputs)  # (B, K, S, D)
         q = q.to(v.dtype)  # under autocast norms give float32
-        if self.xl is not None:
-            token_positions = torch.arange(T, device=x.device)[None] if token_positions is None else token_positions
-            q, bias = self.xl(q, token_positions, k.shape[2], scale=self.scale, segment_differs=segment_differs)
-        y = self.attend(
-            q,
-            k,
-            v,
-            mask,
-            scale=self.scale,
-            bias=bias,
-            # a bias has the distances in it
-            alibi=alibi_slopes(self.n_alibi, device=x.device) if self.n_alibi and bias is None else None,
-            softcap=self.softcap,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        # score and mix
+        q, options = self._score_options(q, k, inputs)
+        y = self.attend(q, k, v, mask, options)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
-    def _keys_and_values(
-        self,
-        x: Tensor,
-        rotary: Rotary | None,
-        cache: KVCache | None,
-        q: Tensor | None,
-        virtual_kv: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _score_options(self, q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, ScoreOptions]:
+        """The queries to multiply keys with, and what happens to the products: positions that are no rotation act here."""
+        bias = inputs.bias
+        if self.xl is not None:
+            T, S = q.shape[2], k.shape[2]
+            columns = (
+                torch.arange(T, device=q.device)[None] if inputs.token_positions is None else inputs.token_positions
+            )
+            q, bias = self.xl(q, columns, S, scale=self.scale, segment_differs=inputs.segment_differs)
+        # a bias has the distances in it already
+        alibi = alibi_slopes(self.n_alibi, device=q.device) if self.n_alibi and bias is None else None
+        dropout_p = self.dropout if self.training else 0.0
+        return q, ScoreOptions(scale=self.scale, softcap=self.softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
+
+    def _keys_and_values(self, x: Tensor, q: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, S, D) of x (B, T, C), behind those of virtual tokens and of the cache, which keeps them."""
         B, T, _ = x.shape
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.k_proj is None:
             k = q
         else:
             k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-            k = k if rotary is None else rotate(k, rotary)
+            k = k if inputs.rotary is None else rotate(k, inputs.rotary)  # keys are cached with their positions in them
         k = k.to(v.dtype)
-        if virtual_kv is not None:  # (2, K, P, D), in front of all others
-            k, v = (
-                torch.cat([new.to(v.dtype).expand(B, -1, -1, -1), y], 2)
-                for new, y in zip(virtual_kv, (k, v), strict=True)
-            )
-        return (k, v) if cache is None else cache.update(self.layer, k, v)
+        if inputs.virtual_kv is not None:  # (2, K, P, D)
+            new_k, new_v = inputs.virtual_kv.to(v.dtype)[:, None].expand(-1, B, -1, -1, -1)
+            k, v = torch.cat([new_k, k], dim=2), torch.cat([new_v, v], dim=2)
+        return (k, v) if inputs.cache is None else inputs.cache.update(self.layer, k, v)
 
 
 class CrossAttention(Attention):
-    """Attention to a text that does not grow: its keys and values are made once per cache."""
+    """Attention to a text that does not grow: its keys and values are made once per cache, at the first token."""
 
-    def _keys_and_values(
-        self,
-        x: Tensor,
-        rotary: Rotary | None,
-        cache: KVCache | None,
-        q: Tensor | None,
-        virtual_kv: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, x: Tensor, q: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        cache = inputs.cache
         if cache is None:
             return self.keys_and_values(x)
         if self.layer not in cache.source:
@@ -120,12 +144,14 @@ class CrossAttention(Attention):
         return cache.source[self.layer]
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a text (B, S, C), each (B, K, S, D)."""
-        return super()._keys_and_values(source, None, None, None)
+        """Keys and values, each (B, K, S, D), of a text (B, S, C)."""
+        return super()._keys_and_values(source, None, NO_INPUTS)
 
 
-def build_attend(config: ModelConfig, layer: int) -> Callable[..., Tensor]:
-    """What turns queries, keys, values and a mask into outputs, called as `attention` is."""
+def build_attend(
+    config: ModelConfig, layer: int
+) -> Callable[[Tensor, Tensor, Tensor, AttentionMask, ScoreOptions], Tensor]:
+    """The function (q, k, v, mask, options) -> (B, H, T, D) of the configured kind: exact, windowed or approximate."""
     kind, backend = config.attention_kind, config.attention.value
     if kind is AttentionKind.window:
         return WindowAttention(window=config.window, n_global=config.n_global, backend=backend)
@@ -135,4 +161,4 @@ def build_attend(config: ModelConfig, layer: int) -> Callable[..., Tensor]:
         return Performer(head_dim=config.head_dim, n_features=config.performer_features, seed=layer)
     if kind is AttentionKind.reformer:
         return Reformer(n_hashes=config.reformer_hashes, bucket_size=config.reformer_bucket, seed=layer)
-    return partial(attention, backend=backend)
+    return partial(attention_with, backend=backend)

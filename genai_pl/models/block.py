@@ -1,4 +1,7 @@
-"""One layer: attention, in a decoder that reads a source also attention to that, and MLP; each with residual and norm."""
+"""Block: one layer of a Transformer, attention and then MLP, each added to the residual stream through a norm.
+
+A decoder of an encoder-decoder has a third part between the two, attention to the encoder's output.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,13 +11,18 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionKind, NormOrder, Position
 from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask
-from genai_pl.models.attention import Attention, CrossAttention, Rotary
-from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.attention import NO_INPUTS, Attention, AttentionInputs, CrossAttention
 from genai_pl.models.layers import MLP, GatedMLP, build_norm
 
 
 class Block(nn.Module):
-    """x + f(norm(x)) for each part f (pre-norm), norm(x + f(x)) (post-norm), or x + norm(f(norm(x))), on (B, T, C)."""
+    """x + f(norm(x)) for each part f (pre-norm), norm(x + f(x)) (post-norm), or x + norm(f(norm(x))) (sandwich), on (B, T, C).
+
+    Pre-norm keeps an unscaled path from the embeddings to the head, so that deep stacks train without a long warm-up (Xiong
+    et al. 2020); post-norm is the paper's and BERT's; Gemma 3 has a norm on both sides of each part.
+
+    config: sizes and kinds. layer: the index of this block. cross: whether it also attends to an encoder's output.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
@@ -24,7 +32,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.norm1_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.cross = None
-        if cross:  # the segment_differs text has token_positions of its own
+        if cross:  # positions of two texts do not compare: this part has none
             plain = replace(config, position=Position.learned, attention_kind=AttentionKind.full)
             self.norm_cross = build_norm(config, config.n_embd)
             self.cross = CrossAttention(plain, layer)
@@ -33,42 +41,36 @@ class Block(nn.Module):
         self.norm2_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Attention, cross-attention where there is one, and MLP."""
+        return [part for part in (self.attention, self.cross, self.mlp) if part is not None]
+
     def forward(
         self,
         x: Tensor,
         mask: AttentionMask,
+        inputs: AttentionInputs = NO_INPUTS,
         *,
-        rotary: Rotary | None = None,
-        bias: Tensor | None = None,
-        token_positions: Tensor | None = None,
-        segment_differs: Tensor | None = None,
-        content_stream: Tensor | None = None,
-        source: Tensor | None = None,
-        source_mask: AttentionMask | None = None,
-        virtual_kv: Tensor | None = None,
-        cache: KVCache | None = None,
+        encoded: Tensor | None = None,
+        encoded_mask: AttentionMask | None = None,
     ) -> Tensor:
-        """The next layer's x; keys come from `content_stream` where x is the query stream of it, and `source` is another text.
+        """The residual stream behind this layer, (B, T, C) -> (B, T, C).
 
-        virtual_kv (2, K, P, D) are keys and values before those of the text.
+        inputs: what attention to the own text reads. encoded (B, S, C) and its mask: the encoder's output. In permutation
+        language modelling x is the query stream, which must not see its own tokens, and `inputs.source` the content
+        stream, from which keys and values come.
         """
-        if content_stream is not None and self.pre_norm:
-            content_stream = self.norm1(content_stream)
-        given = {
-            "rotary": rotary,
-            "bias": bias,
-            "token_positions": token_positions,
-            "segment_differs": segment_differs,
-            "source": content_stream,
-            "cache": cache,
-        }
-        given["virtual_kv"] = virtual_kv
-        x = self._add(x, self.norm1, lambda y: self.norm1_after(self.attention(y, mask, **given)))
+        if inputs.source is not None and self.pre_norm:
+            inputs = inputs._replace(source=self.norm1(inputs.source))
+        x = self._add(x, self.norm1, lambda y: self.norm1_after(self.attention(y, mask, inputs)))
         if self.cross is not None:
-            x = self._add(x, self.norm_cross, lambda y: self.cross(y, source_mask, source=source, cache=cache))
+            cross_inputs = AttentionInputs(source=encoded, cache=inputs.cache)
+            x = self._add(x, self.norm_cross, lambda y: self.cross(y, encoded_mask, cross_inputs))
         return self._add(x, self.norm2, lambda y: self.norm2_after(self.mlp(y)))
 
     def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """x with one part added, the norm before or after it."""
         if self.pre_norm:
             return x + self.dropout(part(norm(x)))
         return norm(x + self.dropout(part(x)))

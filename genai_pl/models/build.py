@@ -1,4 +1,4 @@
-"""A model of the shape that its configuration names."""
+"""Model construction: the class for each shape of a configuration."""
 
 from genai_pl.config.enums import Shape
 from genai_pl.config.model import ModelConfig
@@ -12,9 +12,9 @@ SHAPES = {Shape.decoder: Decoder, Shape.encoder: Encoder, Shape.encoder_decoder:
 
 
 def build_model(config: ModelConfig) -> Model:
-    """A model with new weights from torch's global generator; nothing is stored under `torch.device("meta")`.
+    """A model of `config.shape` with new weights from torch's global generator, in training mode.
 
-    ConfigError where there is not as much memory.
+    Under `torch.device("meta")` nothing is drawn or stored. ConfigError if the weights do not fit into memory.
     """
     try:
         return SHAPES[config.shape](config)

@@ -1,4 +1,13 @@
-"""The decoder: GPT-2, Llama, Gemma and what lies between, by configuration."""
+"""Decoder: GPT-2, Llama, Gemma and everything between them, by configuration.
+
+Next-token prediction in one pass over a row: token t sees tokens up to t, so every position predicts its successor at once
+(Radford et al. 2018). Rows may be packed: several documents stand one after the other, `segment_ids` numbers them from 1
+(0 is padding), and no token sees another document. A cache carries keys and values from one call to the next, so that
+decoding passes one new token at a time.
+
+The lesson continues in `transformer.py` (embeddings, stack, head), `block.py` (one layer), `attention.py` (heads,
+positions, cache) and `kernels/attention.py` (the softmax).
+"""
 
 from collections.abc import Callable
 
@@ -12,16 +21,17 @@ from genai_pl.models.transformer import Transformer
 
 
 class Decoder(Transformer):
-    """Next-token logits (B, T, V) of input_ids (B, T), with packing by `segment_ids` and a cache as an argument."""
+    """Next-token logits (B, T, V) of input_ids (B, T), with packing by `segment_ids` and a cache as an argument.
+
+    `fused_step` is None until `prepare_for_decoding` finds a shorter way for steps of one token.
+    """
 
     causal = True
-    fused_step: Callable[[Tensor, Tensor | None, KVCache], Tensor] | None = (
-        None  # what `prepare_for_decoding` found a shorter way for
-    )
+    fused_step: Callable[[Tensor, Tensor | None, KVCache], Tensor] | None = None
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **given: object) -> Tensor:
-        """Logits (B, T, V) in the dtype of the weights; segment_ids (B, T): 0 is padding, 1.. the row's documents."""
-        return self.logits(self.features(input_ids, segment_ids, **given))
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **options: object) -> Tensor:
+        """Logits (B, T, V) in the dtype of the weights; `options` are those of `features`."""
+        return self.logits(self.features(input_ids, segment_ids, **options))
 
     def features(
         self,
@@ -34,47 +44,53 @@ class Decoder(Transformer):
         source: Tensor | None = None,
         source_segments: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances.
+        """Hidden states (B, T, C) before the head.
 
-        The first `prefix` (B,) tokens of a row see each other; the first `shared_prompt_len` (B,) begin each of its
-        documents, though only document 1 holds them (if `supports_shared_prompts`); `source` (B, S, C) is another text
-        that all read.
+        segment_ids        (B, T), 0 is padding, 1.. the documents of the row; None: each row is one document
+        cache              the T tokens follow those that it holds, and it advances by T
+        prefix             (B,), the first tokens of a row that see each other both ways (prefix LM, Raffel et al. 2020)
+        shared_prompt_len  (B,), the first tokens of a row begin each of its documents, though only document 1 holds them:
+                           completions of one prompt in one row (if `supports_shared_prompts`)
+        source             (B, S, C), an encoder's output, and its segments (B, S): documents of equal number see each other
         """
         T = input_ids.shape[1]
-        enters = cache is None or cache.length == 0
+        enters = cache is None or cache.length == 0  # the first call of these rows
         if self.fused_step is not None and not enters and T == 1 and prefix is None and source is None:
             return self.fused_step(input_ids, segment_ids, cache)
+        # segments (B, S) and positions (S,) or (B, S) of all tokens: cached, then new; positions restart in each document
         past = 0 if cache is None else cache.n_text
         virtual = self.virtual_prefix(enters=enters)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, T)
         if segment_ids is None:
-            positions = torch.arange(past + T, device=input_ids.device)  # (S,)
+            positions = torch.arange(past + T, device=input_ids.device)
         else:
-            positions = positions_from_segments(segment_ids)  # (B, S)
+            positions = positions_from_segments(segment_ids)
         if shared_prompt_len is not None:
             positions = positions + shared_prompt_len[:, None] * (segment_ids > 1)
         self.check_length(virtual.n + self._longest(positions))
         segments, positions = virtual.prepend_positions(segment_ids, positions, explicit=prefix is not None)
+        # embed the new tokens, and virtual ones before them if this call is the first
         x = self.embed_inputs(input_ids, positions[..., -T - virtual.n_queries :], insert_virtual=virtual.prepend)
-        given = {
-            "cache": cache,
-            "prefix": None if prefix is None else prefix + virtual.n,
-            "shared_prompt_len": shared_prompt_len,
-        }
-        if source is not None:
-            queries = torch.ones_like(input_ids) if segment_ids is None else segment_ids[:, -T:]
-            unmasked = source_segments is None
-            mask = AttentionMask() if unmasked else AttentionMask(segments=source_segments, query_segments=queries)
-            given |= {"source": source, "source_mask": mask}
-        x = self.forward_blocks(x, positions, segments, virtual=virtual, **given)
+        # through the blocks
+        x = self.forward_blocks(
+            x,
+            positions,
+            segments,
+            virtual=virtual,
+            prefix=None if prefix is None else prefix + virtual.n,
+            shared_prompt_len=shared_prompt_len,
+            encoded=source,
+            encoded_mask=None if source is None else _source_mask(input_ids, segment_ids, source_segments),
+            cache=cache,
+        )
         if cache is not None:
             cache.advance(T, virtual.n if enters else 0)
         return x[:, virtual.n_queries :]
 
     @property
     def supports_shared_prompts(self) -> bool:
-        """Whether `shared_prompt_len` gives what whole documents would: not in a window, nor behind virtual tokens."""
+        """True if `shared_prompt_len` gives what whole documents would: not in a window, nor behind virtual tokens."""
         windowed = any(window is not None for window in self.windows)
         return self.config.attention_kind is AttentionKind.full and not windowed and self.virtual is None
 
@@ -84,3 +100,11 @@ class Decoder(Transformer):
         if positions.dim() == 1 or self.max_length is None or length <= self.max_length:
             return length
         return int(positions.max()) + 1  # waits for the device, in this case only
+
+
+def _source_mask(input_ids: Tensor, segment_ids: Tensor | None, source_segments: Tensor | None) -> AttentionMask:
+    """The mask of the T new tokens over the source: all of it, or the document of equal number."""
+    if source_segments is None:
+        return AttentionMask()
+    queries = torch.ones_like(input_ids) if segment_ids is None else segment_ids[:, -input_ids.shape[1] :]
+    return AttentionMask(segments=source_segments, query_segments=queries)

@@ -1,4 +1,9 @@
-"""What a model costs: parameters and arithmetic, from its configuration alone."""
+"""Model cost: parameters, and training FLOPs per token from the configuration alone.
+
+A training step's model FLOPs utilization is `FlopRates.total(...)` over the step's time and the device's peak. The count
+is the paper's, not the machine's: recomputed activations and masked blocks of attention do not change it, so that runs
+with different settings compare.
+"""
 
 from typing import NamedTuple
 
@@ -9,27 +14,33 @@ from genai_pl.config.model import ModelConfig
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """How many numbers the model holds, or learns; a tied weight counts once."""
+    """The number of parameters, or of trainable ones; a tied weight counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 class FlopRates(NamedTuple):
-    """Training FLOPs, forward and backward, of each token of a kind."""
+    """Training FLOPs, forward and backward, of one token.
 
-    read: float  # of an encoder or decoder
-    written: float  # of the decoder beside an encoder
-    predicted: float  # by the head
+    read       that passes through an encoder, or through a decoder alone
+    written    that passes through the decoder of an encoder-decoder
+    predicted  that the head turns into logits: a masked LM predicts 15 % of its tokens
+    """
+
+    read: float
+    written: float
+    predicted: float
 
     def total(self, *, read: float, predicted: float, written: float = 0.0) -> float:
-        """FLOPs of so many tokens of each kind."""
+        """FLOPs of these numbers of tokens."""
         return self.read * read + self.written * written + self.predicted * predicted
 
 
 def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates:
-    """6 N + 12 L H D T, split by the part of the model that does it (Chowdhery et al. 2022, appendix B).
+    """6 N + 12 L H D T per token, split by the part of the model that computes it (Chowdhery et al. 2022, appendix B).
 
-    N counts matrices that multiply. T is the keys that a query is compared with: all of the row, as in the paper,
-    though a causal kernel skips half of them; the window where there is one.
+    N: parameters of matrices that multiply every token, 2 FLOPs each forward and 4 backward. The second term is attention:
+    two products of T keys. T is the whole row of seq_len tokens, as in the paper, though a causal kernel skips half of
+    it; or the window, where there is one.
     """
     head = 0 if config.head in (Head.none, Head.score) else 6.0 * config.vocab_size * config.embedding_size
     span = min(seq_len, config.window or seq_len)
@@ -42,11 +53,11 @@ def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates
 
 
 def flops_per_token(model: nn.Module, config: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs of a token that every part of the model works on."""
+    """Training FLOPs of a token that every part of the model processes."""
     return flop_rates(model, config, seq_len).total(read=1, written=1, predicted=1)
 
 
 def _multiplied(model: nn.Module) -> int:
-    """Numbers in the matrices that multiply each token, the head's left out."""
+    """Parameters of the matrices that multiply each token, without the head's."""
     parts = [*model.blocks, model.transform, model.embed_proj]
     return sum(p.numel() for part in parts for p in part.parameters() if p.dim() >= 2)  # a shared block counts again

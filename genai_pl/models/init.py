@@ -1,4 +1,4 @@
-"""Initial weights.
+"""Initial weights: the distribution of every parameter.
 
 | parameter                                | distribution                                                |
 |------------------------------------------|-------------------------------------------------------------|
@@ -9,6 +9,9 @@
 | o_proj down_proj (write to the residual) | normal(0, init_std / sqrt(2 n_layer)) (Radford et al. 2019) |
 | biases                                   | 0                                                           |
 | norm weights; norm biases                | 1; 0                                                        |
+
+The 2 n_layer projections that write to the residual stream are scaled down so that its variance does not grow with depth:
+each adds a term, and the sum of n independent terms has n times their variance. `init_std` is 0.02 by default, GPT-2's.
 """
 
 import math
@@ -20,7 +23,10 @@ from genai_pl.models.relative_positions import XLPositions
 
 
 def init_weights(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every parameter from the table above, in the order of `named_modules`, from torch's global generator."""
+    """Draw every parameter from the table above, from torch's global generator, in the order of `named_modules`.
+
+    The order is part of a seed's meaning: a module that is assigned earlier in a constructor changes all later draws.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = name.endswith(("o_proj", "down_proj"))

@@ -1,4 +1,7 @@
-"""The small parts of a block: normalization and the two MLPs."""
+"""Layers: normalization, the two MLPs, BERT's head and RoBERTa's position embedding, the small parts of a Transformer.
+
+Shapes here are (..., C): none of them looks at other tokens. Names of submodules are keys of checkpoints.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +12,17 @@ from genai_pl.config.model import ModelConfig
 
 
 class ReLU2(nn.Module):
-    """max(0, x)^2 (So et al. 2021)."""
+    """max(0, x)^2, the activation of Primer (So et al. 2021)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last channels, in the precision of the weight (Zhang and Sennrich 2019, eq. 4)."""
+    """x / rms(x) * weight over the last channels, in the precision of the weight (Zhang and Sennrich 2019, eq. 4).
+
+    LayerNorm without mean and bias. The result is float32 under autocast too, because the weight is.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         # under autocast a projection hands over bf16: torch fuses one dtype only, and warns of two
@@ -24,14 +30,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 def build_norm(config: ModelConfig, size: int) -> nn.Module:
-    """The normalization that the configuration names, over the last `size` channels."""
+    """RMSNorm or LayerNorm over the last `size` channels, as `config.norm` says; LayerNorm has a bias if `config.bias`."""
     if config.norm is Norm.rmsnorm:
         return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
 def build_activation(activation: Activation) -> nn.Module:
-    """The nonlinearity of that name."""
+    """The activation module of a name; `gelu_tanh` is the approximation that GPT-2 was trained with."""
     return {
         Activation.relu: nn.ReLU,
         Activation.relu2: ReLU2,
@@ -42,7 +48,7 @@ def build_activation(activation: Activation) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), (B, T, C) -> (B, T, C) (Vaswani et al. 2017, eq. 2)."""
+    """down(act(up(x))), (B, T, C) -> (B, T, C) over F hidden channels (Vaswani et al. 2017, eq. 2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,12 +56,25 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
 
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers that make the hidden channels."""
+        return [self.up_proj]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer that takes the hidden channels."""
+        return [self.down_proj]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6)."""
+    """down(act(gate(x)) * up(x)), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6): SwiGLU with silu, GEGLU with gelu.
+
+    Three matrices instead of two: for an equal number of parameters F is two thirds of a plain MLP's.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,12 +83,22 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
 
+    @property
+    def column_layers(self) -> list[nn.Module]:
+        """The layers that make the hidden channels."""
+        return [self.gate_proj, self.up_proj]
+
+    @property
+    def row_layers(self) -> list[nn.Module]:
+        """The layer that takes the hidden channels."""
+        return [self.down_proj]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class HeadTransform(nn.Module):
-    """norm(act(dense(x))), (..., C) to the width of the embeddings: what BERT does before its head."""
+    """norm(act(dense(x))), (..., C) to the width of the embeddings: the part of BERT's masked-LM head before its matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,7 +111,10 @@ class HeadTransform(nn.Module):
 
 
 class OffsetEmbedding(nn.Embedding):
-    """Learned positions whose first `offset` rows belong to no token of a text."""
+    """Learned positions in a table whose first `offset` rows no token uses.
+
+    RoBERTa numbers positions from its padding token's id + 1 on, and its checkpoints hold the unused rows.
+    """
 
     def __init__(self, n_positions: int, width: int, *, offset: int) -> None:
         super().__init__(offset + n_positions, width)
@@ -93,7 +125,7 @@ class OffsetEmbedding(nn.Embedding):
 
 
 class Pooler(nn.Module):
-    """The dense layer over the first state that BERT's own classes have; it is kept as it is, and nothing here uses it."""
+    """BERT's dense layer (C, C) over the first state, of no use to any objective here: kept so that a folder is written whole."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

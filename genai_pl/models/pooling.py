@@ -1,4 +1,4 @@
-"""One vector per text."""
+"""Pooling: one vector, or one score, per text from the hidden states of its tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -7,15 +7,19 @@ from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.preference import segment_ends
 
-POOLINGS = ("mean", "last", "cls")  # what an option may ask for
-KINDS = (*POOLINGS, "max", "mean_sqrt_len", "weighted")  # what a folder may ask for
+POOLINGS = ("mean", "last", "cls")  # values of the option objective.pooling
+KINDS = (*POOLINGS, "max", "mean_sqrt_len", "weighted")  # and of a sentence-transformers folder
 
 
 def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
-    """Embeddings (B, C) of texts padded on the right, from their hidden states (B, T, C).
+    """Embeddings (B, C) of texts padded on the right, from their hidden states (B, T, C); segment_ids (B, T): 0 is padding.
 
-    mean, last, cls (the first), max; mean_sqrt_len: the sum by the root of the length; weighted: the mean where
-    position t counts t times (Muennighoff 2022, eq. 1).
+    kind: mean (encoders), last (decoders, whose last token has seen all others), cls (the first token, BERT), max;
+    mean_sqrt_len: the sum over the root of the length; weighted: the mean where position t counts t times, for decoders
+    (Muennighoff 2022, eq. 1). ConfigError for another name.
+
+    >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]), "mean")
+    tensor([[2.]])
     """
     if kind not in KINDS:
         raise ConfigError(f"objective.pooling={kind} is not one of {', '.join(POOLINGS)}")
@@ -34,11 +38,15 @@ def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
 
 
 def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **extra_inputs: Tensor) -> Tensor:
-    """The scores (B, n) of segments 1 .. n of each row, in float32: read at the last token, of an encoder at the first."""
+    """The scores (B, n) of segments 1 .. n of each row, in float32, from the linear layer `model.score`.
+
+    A decoder's score is that of a segment's last token, an encoder's that of its first. extra_inputs: keyword arguments of
+    `features`, such as `shared_prompt_len`.
+    """
     hidden = model.features(input_ids, segment_ids, **extra_inputs)  # (B, T, C)
     if model.config.shape is Shape.encoder:
         numbers = torch.arange(1, n + 1, device=hidden.device)
-        token_positions = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first of each
+        token_positions = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first token of each
     else:
         token_positions = segment_ends(segment_ids, n)  # (B, n)
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]

@@ -1,4 +1,8 @@
-"""Where a token learns its place: functions of integer positions, so that any length and any packing works."""
+"""Positions: sines, rotary tables with their scalings, and ALiBi slopes, as functions of integer positions.
+
+No table is stored: a function takes the positions of the tokens at hand, so that any length, packed documents, padding on
+the left and offsets in a cache need no case of their own.
+"""
 
 import math
 
@@ -12,7 +16,11 @@ UNSCALED = RopeScaling()
 
 
 def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
-    """Encodings (..., C) of positions (...): sine on even, cosine on odd channels (Vaswani et al. 2017, 3.5)."""
+    """Encodings (..., C) of positions (...): sine on even, cosine on odd channels (Vaswani et al. 2017, section 3.5).
+
+    >>> sinusoidal(torch.tensor([0, 1]), n_embd=4).round(decimals=2).tolist()[0]
+    [0.0, 1.0, 0.0, 1.0]
+    """
     even = torch.arange(0, n_embd, 2, device=positions.device, dtype=torch.float32)
     angle = positions[..., None].float() / 10000 ** (even / n_embd)  # (..., C/2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :n_embd]
@@ -21,7 +29,9 @@ def sinusoidal(positions: Tensor, *, n_embd: int) -> Tensor:
 def rotary(positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = UNSCALED) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables, each (B or 1, 1, T, D), of positions (T,) or (B, T) (Su et al. 2021, eq. 34).
 
-    The first half of the sines has the other sign, which `rotate` needs there.
+    head_dim: D. theta: the base of the frequencies. scaling: how a context is stretched beyond the trained one. A pair of
+    channels turns by position * frequency, so a product of query and key depends on their distance only. The first half
+    of the sines is negated, as `rotate` needs it.
     """
     frequency, factor = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angle = positions[..., None].float() * frequency  # (..., T, D/2)
@@ -31,7 +41,12 @@ def rotary(positions: Tensor, *, head_dim: int, theta: float, scaling: RopeScali
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> tuple[Tensor, float]:
-    """Radians per position of each pair of channels (D/2,), and what cosines and sines are multiplied by."""
+    """Radians per position of each pair of channels, (D/2,), and the factor of cosines and sines (1 without YaRN).
+
+    linear divides all frequencies by the factor (Chen et al. 2023). llama3 and yarn leave fast channels alone, which see
+    whole turns within the trained context, and divide slow ones, with a ramp between: `unscaled` is 1 where a frequency
+    keeps its value.
+    """
     channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     frequency = theta ** (-channel / head_dim)
     if scaling.kind is RopeKind.none:
@@ -49,15 +64,16 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """How far each frequency keeps its value, (D/2,): by the turns it makes in the training's length (Llama 3.1)."""
+    """The weight of each unscaled frequency, (D/2,) in 0..1, by its turns within the trained length (Llama 3.1's code)."""
     turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
     return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
 
 
 def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """How far each frequency keeps its value, (D/2,): a ramp over channels (Peng et al. 2023, eq. 18)."""
+    """The weight of each unscaled frequency, (D/2,) in 0..1: a ramp over channels (Peng et al. 2023, eq. 18)."""
 
     def pair_that_turns(times: float) -> float:
+        """The pair of channels that turns so often within the trained length."""
         return head_dim * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
@@ -67,15 +83,22 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.devic
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """The vectors (B, H, T, D) turned by their positions; channel i is paired with channel i + D/2, as Llama does."""
+    """Vectors x (B, H, T, D) turned by the tables of `rotary`; channel i is paired with channel i + D/2, as in Llama's weights.
+
+    x cos + roll(x) sin is the rotation of all pairs at once: with the sign of the first half in the table, a roll by D/2
+    puts each channel's partner in its place.
+    """
     cos, sin = (t.to(x.dtype) for t in table)
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def alibi_slopes(n_head: int, *, device: torch.device | None = None) -> Tensor:
-    """Per-head slopes (H,): 2^(-8/H), 2^(-16/H), ..., and every other one of 2P heads where H > P, a power of two.
+    """Per-head slopes (H,): 2^(-8/H), 2^(-16/H), ..., for H a power of two (Press et al. 2022, section 3).
 
-    Press et al. 2022, section 3 and footnote 11 of their code: 12 heads take the 8 of 8 heads and 4 of 16.
+    For other H, as in their code: the slopes of the largest power of two P below H, then every other one of 2P heads.
+
+    >>> alibi_slopes(4).tolist()
+    [0.25, 0.0625, 0.015625, 0.00390625]
     """
     power = 1 << (n_head.bit_length() - 1)
     head = torch.arange(n_head, device=device, dtype=torch.float32)

@@ -1,4 +1,8 @@
-"""Positions that live in the scores: T5's bias per bucket of distance, and Transformer-XL's products with distances."""
+"""Relative positions in the scores: T5's learned bias per bucket of distance, and Transformer-XL's products with distances.
+
+Both add a term to the scores that depends on how far a key is from a query, and leave queries and keys of the first kind
+as they are. T5's bias is shared by all layers of a stack; XL's is computed by each layer from its own queries.
+"""
 
 import math
 
@@ -9,7 +13,10 @@ from genai_pl.config.model import ModelConfig
 
 
 class RelativeBias(nn.Module):
-    """A learned number per head and bucket of distance, added to unscaled scores (Raffel et al. 2020, 2.1)."""
+    """A learned number per head and bucket of distance, added to unscaled scores (Raffel et al. 2020, section 2.1).
+
+    config: `relative_buckets`, `relative_max_distance`, `n_head`. causal: whether keys to the right get buckets.
+    """
 
     def __init__(self, config: ModelConfig, *, causal: bool) -> None:
         super().__init__()
@@ -18,7 +25,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.relative_buckets, config.n_head)
 
     def forward(self, T: int, S: int) -> Tensor:
-        """The bias (1, H, T, S) of the last T of S positions."""
+        """The bias (1, H, T, S) of the last T of S consecutive positions."""
         device = self.table.weight.device
         distance = torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]  # (T, S)
         bucket = relative_bucket(distance, causal=self.causal, n_buckets=self.n_buckets, max_distance=self.max_distance)
@@ -26,9 +33,13 @@ class RelativeBias(nn.Module):
 
 
 def relative_bucket(distance: Tensor, *, causal: bool, n_buckets: int, max_distance: int) -> Tensor:
-    """The bucket of key position minus query position: exact when near, by logarithm to max_distance.
+    """The bucket of key position minus query position, same shape: exact when near, by logarithm up to max_distance.
 
-    Without `causal`, half of the buckets are for keys to the right; with it, those count as distance 0.
+    Without `causal`, half of the buckets are for keys to the right; with it, those count as distance 0. Half of a side's
+    buckets hold one distance each, the others grow geometrically; everything beyond max_distance is in the last.
+
+    >>> relative_bucket(-torch.tensor([0, 3, 15, 16, 40, 500]), causal=True, n_buckets=32, max_distance=128).tolist()
+    [0, 3, 15, 16, 23, 31]
     """
     first = torch.zeros_like(distance)
     if causal:
@@ -44,7 +55,11 @@ def relative_bucket(distance: Tensor, *, causal: bool, n_buckets: int, max_dista
 
 
 class XLPositions(nn.Module):
-    """Scores of queries against distances and segments, for every layer its own (Dai et al. 2019, 3.3; Yang et al. 2019)."""
+    """Scores of queries against distances and segments, one module per layer (Dai et al. 2019, section 3.3; Yang et al. 2019).
+
+    A score is (q + content_bias) k + (q + position_bias) r(distance) + (q + type_bias) e(same or other segment). The first
+    term stays a product with keys, which attention computes; this module gives its queries and the sum of the others.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -53,28 +68,30 @@ class XLPositions(nn.Module):
         self.content_bias = nn.Parameter(torch.empty(H, D))
         self.position_bias = nn.Parameter(torch.empty(H, D))
         self.type_bias = nn.Parameter(torch.empty(H, D))
-        self.type_embed = nn.Parameter(torch.empty(2, H, D))  # of keys in the query's segment, and in another
+        self.type_embed = nn.Parameter(torch.empty(2, H, D))  # keys in the query's segment; in another
 
     def forward(
         self, q: Tensor, token_positions: Tensor, S: int, *, scale: float, segment_differs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The queries (B, H, T, D) to multiply keys with, and what is added to the scaled scores, (B, H, T, S).
+        """The queries (B, H, T, D) to multiply keys with, and the bias of the scaled scores, (B, H, T, S).
 
-        token_positions (B or 1, T) are the queries' positions among the S keys; segment_differs (B, T, S) is True where a
-        key is of another segment, None where nobody tells segments apart.
+        token_positions (B or 1, T): the columns of the queries among the S keys. segment_differs (B, T, S): True where a key
+        is of another segment than the query, None without segments. scale: that of the scores.
         """
+        # products with every distance -S+1 .. S-1, from which each query gathers the S that it needs
         encoding = self._encode(torch.arange(-S + 1, S, device=q.device))  # (2S-1, C), of query minus key
         r = self.r_proj(encoding.to(self.r_proj.weight.dtype)).view(2 * S - 1, q.shape[1], -1)  # (2S-1, H, D)
         by_distance = torch.einsum("bhtd,lhd->bhtl", q + self.position_bias[:, None].to(q.dtype), r.to(q.dtype))
         index = token_positions[:, :, None] - torch.arange(S, device=q.device) + S - 1  # (B or 1, T, S)
         bias = by_distance.gather(3, index[:, None].expand(q.shape[0], q.shape[1], -1, -1))
+        # two products per query decide between its own segment and others
         if segment_differs is not None:
             by_type = torch.einsum("bhtd,shd->bhts", q + self.type_bias[:, None], self.type_embed)  # (B, H, T, 2)
             bias = bias + torch.where(segment_differs[:, None], by_type[..., 1:], by_type[..., :1])
         return q + self.content_bias[:, None].to(q.dtype), bias * scale
 
     def _encode(self, distance: Tensor) -> Tensor:
-        """Sines, then cosines, of the distances (L,): (L, C)."""
+        """Sines, then cosines, of distances (N,), (N, C): not interleaved, unlike `sinusoidal`."""
         C = self.r_proj.in_features
         frequency = 10000 ** -(torch.arange(0, C, 2, device=distance.device).float() / C)
         angle = distance[:, None].float() * frequency

@@ -1,4 +1,4 @@
-"""More room in the vocabulary of a model."""
+"""Vocabulary growth: new rows in the embedding and the head of a model, for tokens that a tokenizer adds."""
 
 from dataclasses import replace
 
@@ -11,10 +11,10 @@ from genai_pl.models.hf.transformers_model import WrappedDecoder
 
 
 def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:
-    """Give the model embeddings and logits for `size` tokens, in place: a new one begins as the mean of all old ones.
+    """Give the model embeddings and logits for `size` tokens, in place: a new row is the mean of all old ones.
 
     With the mean, a new token is about as likely as the average one (Hewitt 2021); a random row could be likelier than
-    all others.
+    all others. Parameters are new objects afterwards: build optimizers later.
     """
     if isinstance(model, WrappedDecoder):
         model.inner.resize_token_embeddings(size, mean_resizing=False)
@@ -22,10 +22,12 @@ def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:
             _fill(layer.weight.data, model.config.vocab_size)
         model.config.vocab_size, model.config.values = size, model.inner.config.to_dict()
         return
+    # longer tables and biases
     layers = [model.embed] if model.lm_head is None else [model.embed, model.lm_head]
     for layer in layers:
         for name in [name for name, value in layer.named_parameters() if value is not None]:
             setattr(layer, name, _with_rows(getattr(layer, name), size))
+    # the same size in every place that states it
     model.embed.num_embeddings = size
     if model.lm_head is not None:
         model.lm_head.out_features = size
@@ -37,13 +39,18 @@ def resize_vocabulary(model: Model | WrappedDecoder, size: int) -> None:
 
 @torch.no_grad()
 def fill_vocabulary(model: Model | WrappedDecoder, first: int, size: int) -> None:
-    """Let the tokens `first` to `size` - 1, for which the model had room but no use, begin as the mean of those before."""
+    """Set the rows `first` to `size` - 1 to the mean of those before, in place.
+
+    For models whose tables are longer than their tokenizer (padded to a multiple of 64): rows that were never trained get
+    tokens now.
+    """
     layers = [model.embed] if model.lm_head is None else [model.embed, model.lm_head]
     for table in {id(p): p for layer in layers for p in layer.parameters()}.values():
         _fill(table.data[:size], first)
 
 
 def _with_rows(old: nn.Parameter, size: int) -> nn.Parameter:
+    """The parameter with `size` rows, the new ones filled."""
     new = old.new_empty(size, *old.shape[1:])
     new[: len(old)] = old.detach()
     _fill(new, len(old))
@@ -52,5 +59,5 @@ def _with_rows(old: nn.Parameter, size: int) -> nn.Parameter:
 
 @torch.no_grad()
 def _fill(table: Tensor, n_old: int) -> None:
-    """Set the rows from n_old on to the mean of those before."""
+    """Set the rows from n_old on to the mean of those before, computed in float32."""
     table[n_old:] = table[:n_old].float().mean(dim=0).to(table.dtype)

@@ -1,4 +1,9 @@
-"""What decoder and encoder share: embeddings, a stack of blocks, and a head."""
+"""Transformer: embeddings, a stack of blocks and a head, the part that decoder and encoder share.
+
+A pass goes `embed_inputs` -> `forward_blocks` -> `to_head` -> `lm_head`. Subclasses decide what stands between: which
+tokens see which (`causal`), which position each has, and what a cache or virtual tokens add. Everything that the
+configuration decides is decided here once, when the model is built: `forward` never asks it.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,6 +17,7 @@ from genai_pl.config.enums import Head, NormOrder, Position
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
+from genai_pl.models.attention import AttentionInputs
 from genai_pl.models.block import Block
 from genai_pl.models.init import init_weights
 from genai_pl.models.kv_cache import KVCache
@@ -20,19 +26,29 @@ from genai_pl.models.positions import rotary, sinusoidal
 from genai_pl.models.relative_positions import RelativeBias
 from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix, VirtualTokens, distance_bias, virtual_prefix
 
-LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json, of the head that a folder had
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json that describe a head for scores
 
 
 class Transformer(nn.Module):
-    """input_ids (B, T) to hidden states (B, T, C), and those to logits (B, T, V)."""
+    """input_ids (B, T) to hidden states (B, T, C), and those to logits (B, T, V).
+
+    config: the sizes and kinds of everything; `vocab_size` must be known. cross: whether blocks also attend to an encoder.
+    A subclass sets `causal`: whether a token sees only itself and those before it.
+
+    Attributes that other folders rely on: `embed` and `lm_head` (one weight if tied), `blocks`, `norm`, `virtual` (prompt
+    and prefix tuning set it), `max_length` (None where positions have no end), `windows` (one entry per layer). Names of
+    modules are keys of checkpoints, and must not change.
+    """
 
     causal: bool
+    feature_methods: tuple[str, ...] = ("features",)  # see `LanguageModel`
 
     def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size is not known: set it, or build the model with a tokenizer")
         self.config = config
+        # tokens and positions to the input of the first block; ALBERT's embeddings are narrower than its blocks
         E = config.embedding_size
         self.embed = nn.Embedding(config.vocab_size, E)
         self.position = _build_added_positions(config)
@@ -45,13 +61,14 @@ class Transformer(nn.Module):
         self.max_length = config.max_seq_len if config.position is Position.learned else None
         self.n_alibi = config.n_head if config.position is Position.alibi else 0
         self.virtual: VirtualTokens | None = None
+        # the stack
         self.dropout = nn.Dropout(config.dropout)
         if config.share_layers:
             self.blocks = nn.ModuleList([Block(config, 0, cross=cross)] * config.n_layer)
         else:
             self.blocks = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(config.n_layer))
         self.windows = [_window(config, layer) for layer in range(config.n_layer)]
-        # a post-norm block ends in a norm of its own
+        # hidden states to logits; a post-norm block ends in a norm of its own
         self.norm = nn.Identity() if config.norm_order is NormOrder.post else build_norm(config, config.n_embd)
         self.transform = HeadTransform(config) if config.head is Head.transform else nn.Identity()
         self.pooler = Pooler(config.n_embd) if config.pooler else None
@@ -66,12 +83,15 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the embedding's weight where the configuration says so."""
+        """Make the head share the embedding's weight where `tie_embeddings` is set (Press and Wolf 2017)."""
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.embed.weight
 
     def set_head(self, head: Head) -> None:
-        """Another head instead of the language model's: none, or a new one that scores whole texts."""
+        """Replace the language model's head by none, or by a new linear layer `score` that turns a hidden state into one number.
+
+        The folder's labels go with the old head.
+        """
         extra = {key: value for key, value in self.config.extra.items() if key not in LABELS}
         self.config = replace(self.config, head=head, head_bias=False, extra=extra)
         self.transform, self.lm_head = nn.Identity(), None
@@ -79,15 +99,43 @@ class Transformer(nn.Module):
             self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
             nn.init.zeros_(self.score.weight)  # random scores are as large as the states, and must be unlearned first
 
+    @property
+    def input_modules(self) -> list[nn.Module]:
+        """The modules that make the input of the first block; positions without weights are functions, not modules."""
+        parts = (self.embed, self.position, self.types, self.embed_norm, self.embed_proj)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @property
+    def output_modules(self) -> list[nn.Module]:
+        """The modules behind the last block."""
+        return [part for part in (self.norm, self.transform, self.lm_head) if part is not None]
+
+    def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
+        """Compute these blocks only, from now on, in place: a stage of a pipeline.
+
+        `received` returns the hidden states (B, T, C) that enter the first of them; None: the embeddings do. The other
+        blocks, and the last norm if the last block is not among these, pass their input on. Parameters stay.
+        """
+        for n, block in enumerate(self.blocks):
+            if n not in blocks:
+                block.forward = _pass_on
+        if len(self.blocks) - 1 not in blocks:
+            self.norm.forward = _pass_on
+        if received is not None:
+            self.embed_inputs = lambda *_, **__: received()
+
     def to_head(self, hidden: Tensor) -> Tensor:
-        """What `lm_head` multiplies, (..., C or embedding_size), of hidden states (..., C)."""
+        """The input of `lm_head`, (..., C or embedding_size), from hidden states (..., C).
+
+        Losses take this and the weight of the head, and make logits in chunks (`kernels.linear_cross_entropy`).
+        """
         if self.lm_head is None:
             raise ConfigError("this model has no language-model head: it embeds or scores text")
         hidden = self.transform(hidden)
         return hidden if self.head_scale is None else hidden * self.head_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C)."""
+        """Logits (..., V) of hidden states (..., C), capped where the configuration caps them (Gemma 2)."""
         hidden = self.to_head(hidden)
         logits = self.lm_head(hidden)
         if self.logit_softcap is None:
@@ -102,11 +150,13 @@ class Transformer(nn.Module):
         *,
         insert_virtual: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The input of the first block, (B, T, C); positions are (T,) or (B, T), token types 0 where none are given.
+        """The input of the first block, (B, T, C): token, position and type embeddings added, normed, projected to C.
 
-        `insert_virtual` adds virtual tokens to the embeddings: then there are more positions and types than input_ids.
+        positions: (T,) or (B, T), each token's place in its document. token_type_ids: (B, T), None is type 0.
+        insert_virtual: a function that adds virtual tokens to the token embeddings (B, T, E); positions and types then
+        count them too. Pipeline stages behind the first replace this method by the states that they receive.
         """
-        x = self.embed(input_ids)
+        x = self.embed(input_ids)  # (B, T, E)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded to it, as Gemma's code does
         if insert_virtual is not None:
@@ -127,30 +177,49 @@ class Transformer(nn.Module):
         prefix: Tensor | None = None,
         shared_prompt_len: Tensor | None = None,
         virtual: VirtualPrefix = NO_PREFIX,
-        **given: object,
+        segment_differs: Tensor | None = None,
+        encoded: Tensor | None = None,
+        encoded_mask: AttentionMask | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, C) after all blocks and the last norm; the S positions are the keys', x are the last T."""
+        """Hidden states (B, T, C) after all blocks and the last norm, of the last T of S tokens.
+
+        x (B, T, C): the blocks' input. positions (S,) or (B, S) and segments (B, S): of all keys, the cached ones first.
+        prefix (B,): how many first keys see each other. shared_prompt_len (B,): how many first keys begin every document.
+        virtual: virtual tokens before the row. The others are those of `AttentionInputs` and `Block.forward`.
+        """
         T = x.shape[1]
+        # one mask, rotary table and bias for all layers with the same window, so that each is built once a pass
         global_prefix = virtual.global_prefix if shared_prompt_len is None else shared_prompt_len
         rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
-        # where nothing is hidden from later tokens, they see what is in front anyway
+        # without documents and window a causal mask shows the first keys to all later tokens anyway
         masks = {
             w: AttentionMask(window=w, global_prefix=None if w is None and segments is None else global_prefix, **rules)
             for w in set(self.windows)
         }
         tables = {w: self._rotary_table(w, positions[..., -T:]) for w in set(self.windows)}
-        given["bias"] = self._bias(T, positions, by_position=global_prefix is not None and segments is not None)
+        bias = self._bias(T, positions, by_position=global_prefix is not None and segments is not None)
+        # the stack
         for n, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
             virtual_kv = None if virtual.layers is None else virtual.layers[n]
-            x = block(x, masks[window], rotary=tables[window], virtual_kv=virtual_kv, **given)
+            inputs = AttentionInputs(
+                rotary=tables[window], bias=bias, segment_differs=segment_differs, virtual_kv=virtual_kv, cache=cache
+            )
+            x = block(x, masks[window], inputs, encoded=encoded, encoded_mask=encoded_mask)
         return self.norm(x)
 
     def virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
-        """The virtual tokens before each row, whose embeddings or keys and values are needed if it enters with this call."""
+        """The virtual tokens before each row; `enters`: whether this call is the first of the row, so that they must be computed.
+
+        Later calls find their keys and values in the cache.
+        """
         return virtual_prefix(self.virtual, enters=enters)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for this model's device and dtype, autocast's where that is on; virtual tokens have room too."""
+        """An empty cache for max_length tokens a row, beside the virtual tokens, on the model's device.
+
+        Its dtype is autocast's where that is on: keys and values come in it.
+        """
         n_virtual = self.virtual_prefix(enters=False).n
         if n_virtual:
             longest = max_length + n_virtual
@@ -170,27 +239,33 @@ class Transformer(nn.Module):
             )
 
     def _bias(self, T: int, positions: Tensor, *, by_position: bool) -> Tensor | None:
-        """What is added to the scores of the last T of S keys, (B or 1, H, T, S); None where nothing is, or slopes do it.
+        """The bias of the scores of the last T of S tokens, (B or 1, H, T, S); None without one, or where slopes do it.
 
-        by_position: tokens may lie elsewhere in the row than their positions say.
+        by_position: distances follow positions, not columns; they differ where documents share a beginning.
         """
         if not by_position:
             return None if self.relative is None else self.relative(T, positions.shape[-1])
         return distance_bias(self.relative, self.n_alibi, positions, T)
 
     def _rotary_table(self, window: int | None, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the queries' positions; Gemma 3 has another base in layers with a window."""
         table = self.rotary if window is None else self.rotary_local
         return None if table is None else table(positions)
 
 
+def _pass_on(x: Tensor, *_: object, **__: object) -> Tensor:
+    """The input: the forward pass of a block or norm that another stage of a pipeline computes."""
+    return x
+
+
 def _window(config: ModelConfig, layer: int) -> int | None:
-    """The window of a layer: every `full_every`th layer has none."""
+    """The window of a layer in tokens: every `full_every`th layer has none, and sees everything (Gemma 3)."""
     full = config.full_every is not None and (layer + 1) % config.full_every == 0
     return None if full else config.window
 
 
 def _build_added_positions(config: ModelConfig) -> nn.Embedding | partial | None:
-    """What is added to the embeddings; the other kinds act in attention."""
+    """The module or function from positions to what is added to the embeddings; None for kinds that act in attention."""
     if config.position is Position.learned:
         if config.position_offset:
             return OffsetEmbedding(config.max_seq_len, config.embedding_size, offset=config.position_offset)
@@ -201,7 +276,7 @@ def _build_added_positions(config: ModelConfig) -> nn.Embedding | partial | None
 
 
 def _build_rotary(config: ModelConfig) -> tuple[partial | None, partial | None]:
-    """What turns queries and keys, in layers without and with a window."""
+    """Functions from positions to rotary tables, for layers without and with a window; None for other positions."""
     if config.position is not Position.rotary:
         return None, None
     table = partial(rotary, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)

@@ -1,4 +1,4 @@
-"""LightningModules: one `step` each."""
+"""LightningModules: one per objective, each with a `step` that returns sums over the targets of one batch."""
 
 from genai_pl.modules.base import BaseModule
 from genai_pl.modules.clm import CausalLMModule, FimModule, PrefixLMModule

@@ -1,4 +1,11 @@
-"""What every objective shares: exact normalization by tokens, one optimizer and schedule, gradient norm, validation sums."""
+"""The base of all objectives: exact normalization by targets, optimizer and schedule, gradient clipping, validation sums.
+
+An optimizer step may consist of several accumulated batches on several ranks. Its loss is the sum over all of them of
+the loss of each target, divided by the number of all targets. To get that exactly, the loader puts `window_targets`
+into each batch (this rank's targets in the whole accumulation window), `begin` sums it over ranks at the first batch
+of a window, and `training_step` divides each batch's sum by that number at once: gradients then add up to the gradient
+of the exact mean, without being rescaled later. Logged metrics are sums too, and are divided at the end of the step.
+"""
 
 import logging
 from abc import ABC, abstractmethod
@@ -30,23 +37,29 @@ OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 
 
 class BaseModule(L.LightningModule, ABC):
-    """A model and its training; a subclass says in `step` what one batch costs.
+    """A model and its training; a subclass implements `step`, the sums of one batch.
 
-    `step` returns sums over the batch's targets: `loss` is differentiable, everything else is for the logs. The loss of an
-    optimizer step is that sum over all ranks and accumulated batches, divided by all their targets: a mean of means
-    would weigh a token by how full its batch is.
+    `step` returns sums over the batch's targets: `loss` is differentiable, everything else is for the logs. The loss
+    of an optimizer step is that sum over all ranks and accumulated batches, divided by all their targets: a mean of
+    means would weigh a token by how full its batch is.
+
+    model: the network, with `features`, `to_head` and `lm_head` (`genai_pl.models`)
+    optimizer: a function from named parameters to an optimizer
+    schedule: a function from step and `total_steps` to a factor of the learning rate
+
+    Class attributes say what an objective needs from the rest of a run (the list is in docs/extending.md).
     """
 
-    shapes: tuple[str, ...] = ()  # of models that it can train
-    data_kind = "text"  # the data that it reads
-    needs: tuple[str, ...] = ()  # kinds of tokens that the tokenizer must have: mask, sentinels, fim
+    shapes: tuple[str, ...] = ()  # shapes of models that the objective can train: decoder, encoder, encoder_decoder
+    data_kind = "text"  # kind of data that it reads: a value of conf/data
+    needs: tuple[str, ...] = ()  # special tokens that the tokenizer must have: mask, sentinels, fim
     sparse = False  # whether most tokens are not predicted
-    needs_reward = False  # whether completions are judged in training
-    head: Head | None = None  # what it trains instead of the language-model head
-    embeds = False  # whether it trains vectors of texts
-    reference: Reference | None = None  # what the model is measured against
-    columns = (Column("train/loss", "loss", "{:8.4f}"),)  # what the objective is about, in the table
-    loss_falls = True  # whether a loss far above its best says that the run diverges
+    needs_reward = False  # whether a reward function scores completions in training
+    head: Head | None = None  # head that it trains instead of the language-model head
+    embeds = False  # whether it trains embeddings of texts
+    reference: Reference | None = None  # the frozen reference policy of preference objectives and RL
+    columns = (Column("train/loss", "loss", "{:8.4f}"),)  # metrics of the printed table
+    loss_falls = True  # whether a loss far above its best means that the run diverges
 
     def __init__(
         self,
@@ -58,51 +71,65 @@ class BaseModule(L.LightningModule, ABC):
         super().__init__()
         self.model = model
         self.make_optimizer, self.schedule = optimizer, schedule
-        self.total_steps = 0  # set once the length of the data is known
+        self.total_steps = 0  # optimizer steps of the run, from `set_run_length`
         self.validated_at = -1  # step of the last validation
-        self.validation_cut = False  # whether the one under way was stopped before its last batch
+        self.validation_cut = False  # whether the current validation was stopped before its last batch
         self.val_sums: Metrics = {}
-        self.window: Metrics = {}  # sums of the optimizer step under way
+        self.window: Metrics = {}  # sums of the current accumulation window
         self.finished: Metrics = {}  # sums of the last complete step
         self.step_loss = torch.zeros(())  # of the last complete step, over all ranks
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
         self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
-        # around what runs the model as often as it likes, in this process alone; a strategy may have to gather weights
+        # a context in which this process may run the model alone, any number of times; FSDP gathers the weights for it
         self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.steps_in_backward = False  # whether weights move during the backward pass
+        self.steps_in_backward = False  # until step_in_backward
         self._stepper: StepInBackward | None = None
-        self.skipped, self._in_a_row = 0, 0  # steps that the loss scaling of fp16 left out
+        self.skipped, self._in_a_row = 0, 0  # steps that fp16 loss scaling skipped
         self._targets = torch.ones(())
 
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
-        """Sums over the targets of one batch."""
+        """Sums over the targets of one batch: `loss`, differentiable, and detached sums for the logs."""
+
+    def set_run_length(self, total_steps: int, schedule: Callable[..., float]) -> None:
+        """Set the optimizer steps of the run and the schedule over them; ConfigError for a schedule that does not fit."""
+        self.total_steps, self.schedule = total_steps, schedule
+        schedule(0, total_steps=total_steps)
+
+    def step_in_backward(self) -> None:
+        """Step each weight as soon as its gradient is complete, so that no two gradients need to exist at once."""
+        self.steps_in_backward = True
+
+    def load_trained_only(self) -> None:
+        """Accept checkpoints without the frozen weights, which the model has already."""
+        self.strict_loading = False
 
     def models(self) -> list[nn.Module]:
-        """The model, and those beside it that a strategy may cut in pieces."""
+        """The model, and the frozen or critic models beside it whose parameters a strategy may shard."""
         beside = None if self.reference is None else self.reference.copy
         return [self.model] if beside is None else [self.model, beside]
 
     def on_fit_start(self) -> None:
+        """Move the reference's own copy, which is no submodule and which Lightning does not move."""
         if self.reference is not None:
             self.reference.to(self.device)
 
     def on_train_start(self) -> None:
-        # a checkpoint brings the settings that its optimizer had; those of the command line count
+        """Restore the command line's optimizer settings, which a checkpoint has just overwritten with its own."""
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             configure(optimizer, schedule.scheduler, self._settings)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer is given."""
+        """Named parameters for the optimizer, frozen ones among them: optimizers leave those out."""
         yield from self.model.named_parameters()
 
     def epoch_metrics(self) -> Metrics:
-        """Metrics of a whole validation that are no sums over its batches."""
+        """Validation metrics that are no sums over batches, such as recall among all embeddings of an epoch."""
         return {}
 
     def export_files(self) -> dict[str, object]:
-        """JSON values to write beside the exported model, or tensors of a .safetensors file, by path."""
+        """Files to write beside the exported model, by path: JSON values, or tensors for a .safetensors file."""
         return {}
 
     def n_tokens(self, batch: Batch) -> int:
@@ -110,37 +137,41 @@ class BaseModule(L.LightningModule, ABC):
         return batch["input_ids"].numel()
 
     def n_updates(self, rows: int) -> int:
-        """Optimizer steps that a batch of so many rows is good for, where nothing is accumulated."""
+        """Optimizer steps that one batch of so many rows gives without accumulation; RL takes several on a rollout."""
         return 1
 
     def make_prompt(self, text: str) -> str:
-        """What to show the model while it trains, from words of the validation text."""
+        """The prompt for samples during training, made of a few words of the validation text."""
         return text
 
     def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
-        """What generate.py is to be given to show what the model has learned, from words of the validation text."""
+        """Options of generate.py that show what the model has learned, made of words of the validation text."""
         return {"prompt": self.make_prompt(text)}
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Metrics from sums: by default each sum per target."""
+        """Metrics from sums and the number of targets: by default each sum per target."""
         return {name: value / targets for name, value in sums.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The batch's share of the step's loss: its sum over all targets of the step, in this rank's scale."""
         targets = self.begin(batch)
         sums = self.step(batch)
         self.count(sums)
-        # Lightning divides by the accumulated batches and the strategy by the ranks that see different ones
+        # Lightning divides by the accumulated batches, and the strategy averages over the replicas: undo both
         scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
         return sums["loss"] * (scale / targets)
 
     def begin(self, batch: Batch) -> Tensor:
-        """All targets of the optimizer step that the batch belongs to, at least 1."""
+        """The number of targets of the optimizer step that the batch belongs to, over all ranks, at least 1.
+
+        The first batch of a window communicates; the following ones take the number from it.
+        """
         if not self.window:
             self._targets = self._over_ranks(batch["window_targets"])
         return self._targets.clamp(min=1)
 
     def count(self, sums: Metrics) -> None:
-        """Add a batch to the optimizer step under way."""
+        """Add the detached sums of a batch to those of the current optimizer step."""
         for name, value in sums.items():
             self.window[name] = self.window.get(name, 0) + value.detach()
 
@@ -150,29 +181,39 @@ class BaseModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm, keep it for the logs, and stop at a loss or gradient that is not a number."""
+        """Clip the global gradient norm, keep it for the logs, and stop at a loss or gradient that is not finite.
+
+        Lightning calls it once per optimizer step, between the last backward pass and `optimizer.step`. The norm is
+        measured even where nothing is clipped. With the optimizer in the backward pass the gradients are gone by now,
+        and their norms were taken on the way.
+        """
+        # norm of each parameter group, then of all
         groups = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
         norms = [self.global_norm(group) for group in groups] if self._stepper is None else self._stepper.norms()
         norms = [norm.to(self.device) for norm in norms]  # a group without gradients has its 0 on the CPU
         self.grad_norm, self.lr = torch.stack(norms).norm(), optimizer.param_groups[0]["lr"]
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
+        # the window is complete: its sums become those of the last step
         self.finished, self.window = self.window, {}
         loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
         self.step_loss = loss / self._targets.clamp(min=1)
+        # fp16 skips a step with an overflow; in any other precision a value that is not finite ends the run
         if (scaler := self._scaler()) is not None:
             self._count_skipped(scaler)
         elif not torch.isfinite(self.grad_norm + loss):
             what = "gradient" if torch.isfinite(loss) else "loss"
             raise LossError(f"the {what} is not finite at step {self.trainer.global_step + 1}")
+        # the factor is computed on the device: no synchronization
         if gradient_clip_val:
             scale = (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local_shard(grad) for group in groups for grad in group], scale)
 
     def _scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss of fp16, and skips a step whose gradients are not finite at that scale."""
+        """The gradient scaler of fp16, which skips a step whose gradients overflow at its loss scale; else None."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _count_skipped(self, scaler: torch.amp.GradScaler) -> None:
+        """Log a skipped fp16 step; TrainingError after MAX_SKIPPED in a row."""
         if torch.isfinite(self.grad_norm):
             self._in_a_row = 0
             return
@@ -186,13 +227,13 @@ class BaseModule(L.LightningModule, ABC):
             )
 
     def step_metrics(self) -> dict[str, float]:
-        """Metrics of the last optimizer step, over all ranks."""
+        """Metrics of the last optimizer step, over all ranks; every rank must call it."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
         metrics = self.summarize(sums, self._targets)
         return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}  # rewards/chosen has a name
 
     def update_metrics(self) -> dict[str, float]:
-        """How the weights were last moved: learning rate, norm of the gradient, of each group where there are several."""
+        """Metrics of the last update: learning rate, gradient norm, norm of each parameter group where there are several."""
         metrics = {"train/lr": self.lr, "train/grad_norm": self.grad_norm.item()}
         metrics |= {f"train/grad_norm/{name}": norm.item() for name, norm in self.group_norms.items()}
         return metrics if self._scaler() is None else {**metrics, "train/skipped_steps": self.skipped}
@@ -201,11 +242,15 @@ class BaseModule(L.LightningModule, ABC):
         self.count_validated(batch, self.step(batch))
 
     def count_validated(self, batch: Batch, sums: Metrics) -> None:
-        """Add a batch to the validation under way."""
+        """Add the sums of a batch, and its targets, to those of the current validation, in float64."""
         for name, value in {**sums, "targets": batch["targets"]}.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics of a complete validation over all ranks; LossError where its loss is not finite.
+
+        A validation that a signal has cut short is dropped: its mean would be over other rows.
+        """
         if self.validation_cut:
             self.val_sums = {}
             return
@@ -222,6 +267,7 @@ class BaseModule(L.LightningModule, ABC):
         self.log_dict({"step": step, **{f"val/{k}": v.float() for k, v in metrics.items()}})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and its schedule by step as a factor of each group's learning rate."""
         optimizer = self.make_optimizer(self.trained())
         self._group_names = [group.get("name", str(n)) for n, group in enumerate(optimizer.param_groups)]
         if self.steps_in_backward:
@@ -231,18 +277,22 @@ class BaseModule(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        """The sum over all batches of one moment; ranks that share a batch count once."""
+        """The sum of a value over all ranks, in which ranks that share a batch (tensor parallelism, pipeline) count once."""
         copies = self.trainer.world_size // n_replicas(self.trainer)
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum") / copies
 
 
 def n_replicas(trainer: L.Trainer) -> int:
-    """How many processes see different batches."""
+    """Number of data-parallel replicas: processes, or groups of processes, that see different batches."""
     return 1 if trainer.world_size == 1 else trainer.strategy.distributed_sampler_kwargs["num_replicas"]
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, pieces of which may lie on several meshes of processes."""
+    """The L2 norm of all gradients together, on every rank; 0 for no gradients.
+
+    Gradients may be plain tensors and DTensors of several meshes (FSDP beside tensor parallelism): torch takes the
+    norm of one mesh at a time, so there is one per mesh, and the norm of those.
+    """
     if not gradients:
         return torch.zeros(())
     meshes: dict[object, list[Tensor]] = {}

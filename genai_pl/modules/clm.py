@@ -1,4 +1,7 @@
-"""Pretraining and fine-tuning by next-token prediction, from the left, with a prefix, or with the middle last."""
+"""Causal language modelling: pretraining and fine-tuning by next-token prediction.
+
+Three modules differ in their collator and mask: from the left, with a bidirectional prefix, and with the middle last.
+"""
 
 from torch import Tensor
 
@@ -8,7 +11,7 @@ from genai_pl.objectives import CausalLMCollator, FimCollator, PrefixLMCollator
 
 
 class CausalLMModule(TokenModule):
-    """Every token is predicted from those before it."""
+    """Next-token prediction: each token from those before it in its document (packed rows have several)."""
 
     shapes = ("decoder",)
     make_collator = CausalLMCollator
@@ -18,7 +21,7 @@ class CausalLMModule(TokenModule):
 
 
 class PrefixLMModule(CausalLMModule):
-    """The tokens after a prefix are predicted, whose own tokens see each other both ways."""
+    """Prediction of the tokens after a prefix, within which attention is bidirectional (`prefix` (B,) tokens of a row)."""
 
     make_collator = PrefixLMCollator
 
@@ -27,7 +30,7 @@ class PrefixLMModule(CausalLMModule):
 
 
 class FimModule(CausalLMModule):
-    """Next-token prediction on documents whose middle was moved to the end."""
+    """Next-token prediction on documents whose middle was moved to the end (Bavarian et al. 2022)."""
 
     needs = ("fim",)
     make_collator = FimCollator

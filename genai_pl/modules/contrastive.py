@@ -1,4 +1,8 @@
-"""Training embeddings: texts that belong together come closer than all others of the batch."""
+"""Contrastive training of embeddings: texts of a pair come closer to each other than to all others of the batch.
+
+Every rank embeds its own texts and gathers the positives and negatives of all ranks, so that the number of negatives
+grows with the global batch. Gathering carries gradients back to the rank that made an embedding.
+"""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +27,12 @@ RECALLS = (1, 5, 10)
 
 
 class ContrastiveModule(BaseModule):
-    """InfoNCE over the positives and negatives of all processes; validation is recall among all held positives."""
+    """InfoNCE over the positives and negatives of all ranks; validation is recall among all validation positives.
+
+    pooling: of hidden states to a vector, None for that of the model's folder, or mean
+    temperature: of the similarities, learned (as its logarithm) with learn_temperature
+    matryoshka_dims: also train these prefixes of the vector as embeddings (Kusupati et al. 2022)
+    """
 
     shapes = ("encoder", "decoder")
     data_kind = "pairs"
@@ -51,7 +60,7 @@ class ContrastiveModule(BaseModule):
         self.collator = PairCollator(vocabulary=vocabulary)
         self.pooling = pooling
         self.sentence = self._default_head(closes=True)
-        # its logarithm is learned, so that it stays above 0 (Radford et al. 2021, 2.5)
+        # the logarithm is learned, so that the temperature stays above 0 (Radford et al. 2021, 2.5)
         self.temperature = temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
         self.loss = matryoshka(info_nce, matryoshka_dims) if matryoshka_dims else info_nce
@@ -59,7 +68,7 @@ class ContrastiveModule(BaseModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if not self.log_temperature.requires_grad:  # a checkpoint brings that of its run; what is typed counts
+        if not self.log_temperature.requires_grad:  # the command line's counts, not the checkpoint's
             self.log_temperature.data.fill_(math.log(self.temperature))
 
     def _default_head(self, *, closes: bool) -> SentenceHead:
@@ -67,7 +76,10 @@ class ContrastiveModule(BaseModule):
         return default_head(self.pooling or "mean", n_embd=config.n_embd, max_length=config.max_seq_len, closes=closes)
 
     def use_sentence(self, head: SentenceHead | None, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Make vectors as the head of the model's folder does, if it has one; else have the tokenizer close every text."""
+        """Pool as the model's folder says, if it is one of sentence-transformers.
+
+        Any other model gets the default head, and its tokenizer closes every text with an end token.
+        """
         if head is None:
             append_end_token(tokenizer)
             head = self._default_head(closes=False)
@@ -84,12 +96,15 @@ class ContrastiveModule(BaseModule):
         return {"prompt": text, "embed": True}
 
     def step(self, batch: Batch) -> Metrics:
+        """InfoNCE summed over the anchors of this rank, and the temperature."""
         B = int(batch["targets"])
+        # embeddings of this rank; in validation they are also kept for the recall
         anchors, positives, *negatives = self.embed(batch).split(B)
         own, other = batch["text_ids"][:B], batch["text_ids"][B:]
         if not self.training:
             self.held.append((anchors, positives, own, batch["anchor_ids"]))
         temperature = self.log_temperature.exp()
+        # rank r compares its anchors with the positives of all ranks: its own begin at r * B
         loss = self.loss(
             anchors,
             self._everywhere(positives),
@@ -102,18 +117,19 @@ class ContrastiveModule(BaseModule):
         return {"loss": loss, "temperature": temperature.detach() * B}
 
     def _everywhere(self, x: Tensor) -> Tensor:
-        """Of all processes, in the order of their ranks; in validation they may have unequal numbers, and keep theirs."""
+        """x of all ranks, in rank order; in validation, where ranks may have unequal batches, x of this rank."""
         if self.trainer.world_size == 1 or not self.training:
             return x
         return self.all_gather(x, sync_grads=x.is_floating_point()).flatten(0, 1)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters, the temperature, and those of the pooling head."""
         yield from super().trained()
         yield "log_temperature", self.log_temperature
         yield from self.sentence.named_parameters("sentence")
 
     def epoch_metrics(self) -> Metrics:
-        """Recall@k: the share of held anchors that find their own among the k nearest of all held positives."""
+        """Recall@k: the share of anchors whose own positive is among the k nearest of all validation positives."""
         parts = [tuple(x.cpu() for x in batch) for batch in self.held]
         self.held = []
         if self.trainer.world_size > 1:
@@ -125,5 +141,5 @@ class ContrastiveModule(BaseModule):
         return {f"recall@{k}": recall_at_k(anchors, positives, k, **same) / len(anchors) for k in RECALLS}
 
     def export_files(self) -> dict[str, object]:
-        """What sentence-transformers reads beside the model: how a text becomes one vector."""
+        """sentence-transformers' files beside the model, which say how a text becomes one vector."""
         return {**self.sentence.files, **dict(self.sentence.tensors())}

@@ -1,4 +1,4 @@
-"""Learning from completions that were desirable or not, each alone."""
+"""KTO: learning from single completions with a label desirable or not."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,14 @@ from genai_pl.objectives import SpecialTokens, UnpairedPreferenceCollator, kto_l
 
 
 class KTOModule(BaseModule):
-    """KTO: gains and losses against the divergence of mismatched completions (Ethayarajh et al. 2024)."""
+    """Gains and losses of completions relative to a reference point (Ethayarajh et al. 2024, section 4).
+
+    The reference point is the mean log-ratio of mismatched completions, prompt i with completion i + 1, which
+    estimates the KL divergence of the policy from its reference; it carries no gradient.
+
+    beta: inverse temperature
+    desirable_weight, undesirable_weight: weights of the two kinds, to balance their numbers
+    """
 
     shapes = ("decoder",)
     data_kind = "unpaired"
@@ -44,8 +51,10 @@ class KTOModule(BaseModule):
         self.reference = Reference(model)
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over completions of the loss, their implicit rewards, and the reference point."""
         desirable = batch["desirable"]
         B = len(desirable)
+        # the second half of the rows holds the mismatched completions
         own, mismatched = ({k: x[rows] for k, x in _texts(batch).items()} for rows in (slice(B), slice(B, None)))
         ratios = self._ratios(own)
         with torch.no_grad():
@@ -61,7 +70,7 @@ class KTOModule(BaseModule):
         }
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Means over all completions; rewards over those that were desirable, and over the others."""
+        """Means over all completions; rewards over the desirable, and over the undesirable ones."""
         n = sums["desirable"]
         chosen = sums["rewards/chosen"] / n.clamp(min=1)
         rejected = sums["rewards/rejected"] / (targets - n).clamp(min=1)
@@ -69,14 +78,14 @@ class KTOModule(BaseModule):
         return {**means, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
 
     def _ratios(self, batch: Batch) -> Tensor:
-        """Log-probability under the policy minus that under the reference, (B,)."""
+        """Log-probability of each completion under the policy minus that under the reference, (B,)."""
         policy = completion_logprobs(self.model, batch, 1)[:, 0]
         with self.reference.of(self.model) as model:
             reference = completion_logprobs(model, batch, 1)[:, 0]
         return policy - reference
 
     def _mean(self, values: Tensor) -> Tensor:
-        """Over all ranks."""
+        """The mean over the values of all ranks."""
         return self._over_ranks(values.sum()) / self._over_ranks(values.new_tensor(len(values)))
 
 

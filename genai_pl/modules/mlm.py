@@ -1,4 +1,4 @@
-"""Pretraining an encoder on hidden tokens."""
+"""Masked language modelling: pretraining an encoder on masked tokens."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Pretraining an encoder with two streams on tokens in a random order."""
+"""Permutation language modelling: pretraining an encoder with two streams on tokens in a random order (XLNet)."""
 
 from torch import Tensor
 
@@ -12,7 +12,11 @@ from genai_pl.objectives import PermutationCollator
 
 
 class PermutationModule(TokenModule):
-    """Some tokens are predicted one after the other in a drawn order, from all others and those before in it."""
+    """Prediction of some tokens one after the other in a drawn order.
+
+    Each is predicted from all tokens that are not predicted and those before it in that order. The model needs
+    position=xl: its query stream knows the position of a target but not its token (Yang et al. 2019, section 2.3).
+    """
 
     shapes = ("encoder",)
     make_collator = PermutationCollator
@@ -28,7 +32,7 @@ class PermutationModule(TokenModule):
         )
 
     def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
-        """Words of which the second is masked, where the tokenizer has a token for that: the objective needs none."""
+        """A prompt whose second word is masked if the tokenizer has a mask token, else one to embed."""
         if mask_token is None:
             return {"prompt": text, "embed": True}
         return {"prompt": masked_words(text, mask_token)}

@@ -1,4 +1,10 @@
-"""Reinforcement learning on completions: write, judge, learn from it in minibatches, write again."""
+"""Policy-gradient modules: reinforcement learning on rollouts.
+
+One batch of prompts is one training step of Lightning and several optimizer steps: generate completions, score them,
+turn them into an experience (advantages, old log-probabilities), then pass over it `epochs` times in minibatches, each
+of which is one optimizer step (manual optimization). Then the next prompts. GRPO and PPO define the experience and the
+loss.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -14,9 +20,15 @@ from genai_pl.modules.rollout_module import SHOWN, Means, RolloutModule
 
 
 class PolicyGradientModule(RolloutModule):
-    """One batch of prompts is one rollout and `epochs` passes over it, each of as many optimizer steps as it has minibatches.
+    """A policy that learns from its own rollouts; a subclass defines `make_experience`, `loss` and `loss_normalizer`.
 
-    What is drawn depends on the seed, the step and the rank alone, so that a resumed run draws the same.
+    epochs: passes over a rollout
+    minibatch_size: completions of one optimizer step, None for all of the rollout
+    max_kl: end the passes over a rollout once the policy is this far from the one that generated it, in nats per
+        token; None: never
+
+    Remaining options are those of `RolloutModule`. Sampling and minibatches depend on the seed, the step and the rank
+    alone, so a resumed run draws what the uninterrupted run would have drawn.
     """
 
     # the loss of a policy is no measure of what it has learned: GRPO's is 0 at the first step of every rollout
@@ -26,7 +38,7 @@ class PolicyGradientModule(RolloutModule):
         Column("objective/response_length", "length", "{:7.1f}"),
     )
     loss_falls = False
-    critic_name: str | None = None  # a model of its own that judges states; set by whoever builds the run
+    critic_name: str | None = None  # a separate value model, to be loaded by whoever builds the run
 
     def __init__(
         self,
@@ -45,21 +57,20 @@ class PolicyGradientModule(RolloutModule):
         self.automatic_optimization = False
         self.epochs, self.minibatch_size, self.max_kl = epochs, minibatch_size, max_kl
         if minibatch_size is not None and minibatch_size % self.group_size:
-            self.share_prompts = False  # a row is learned from in one piece
+            self.share_prompts = False  # a row, with all its completions, must fall into one minibatch
         self._rollout_tokens = 0  # of the last rollout: prompts, completions and padding
-        self.clip_norm: float | None = None  # set with the Trainer, which clips in automatic optimization only
 
     @abstractmethod
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        """What minibatches are made of, `kl` (N,) among it, and means to be logged."""
+        """The experience that minibatches are drawn from, with `kl` (N,) in it, and metrics of the rollout."""
 
     @abstractmethod
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
-        """The loss of some rows as a sum, and sums over their tokens."""
+        """The loss of some rows as a sum, and sums over their tokens for the logs."""
 
     @abstractmethod
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
-        """By what the loss of a minibatch is divided, which is added up over ranks."""
+        """This rank's summand of the number that divides a minibatch's loss: tokens or completions."""
 
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
@@ -69,16 +80,24 @@ class PolicyGradientModule(RolloutModule):
         return self._rollout_tokens
 
     def n_updates(self, prompts: int) -> int:
-        """How many optimizer steps a rollout of so many prompts is good for."""
+        """Optimizer steps that a rollout of so many prompts gives."""
         n = prompts * self.group_size
         return self.epochs * -(-n // (self.minibatch_size or n))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Generate and score completions of the prompts, and take `epochs` passes of optimizer steps over them.
+
+        Normalization is exact as in BaseModule: a minibatch's sum over all its micro-batches and ranks, divided by one
+            normalizer. The check against max_kl needs the gradient pass of a minibatch, and so comes before its step:
+            that minibatch is dropped.
+        """
+        # rollout
         scored = self.generate_and_score(batch, self.group_size, self._generator())
         self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)
         self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        # updates; the loops break on all ranks together, as the KL is summed over ranks
         sums: Metrics = {}
         for minibatch in self._minibatches(experience):
             optimizer.zero_grad()
@@ -88,7 +107,7 @@ class PolicyGradientModule(RolloutModule):
                 optimizer.zero_grad()
                 break
             loss = metrics["loss"]
-            self.window = {"loss": loss}  # with the norm of the gradient, what must be finite
+            self.window = {"loss": loss}  # checked for finiteness with the gradient norm
             self.configure_gradient_clipping(optimizer.optimizer, self.clip_norm)
             optimizer.step()
             schedule.step()
@@ -97,7 +116,7 @@ class PolicyGradientModule(RolloutModule):
         self._keep_means(means, sums)
 
     def _backward(self, minibatch: Experience, factor: Tensor) -> Metrics:
-        """Add up the gradient of a minibatch pass by pass; the sums over its tokens, and its loss."""
+        """Accumulate the gradient of a minibatch by micro-batches; returns sums over its tokens, and its loss."""
         sums: Metrics = {}
         for _, micro_batch in micro_batches(minibatch, self.rows_at_once(minibatch)):
             loss, metrics = self.loss(micro_batch)
@@ -106,30 +125,33 @@ class PolicyGradientModule(RolloutModule):
         return sums
 
     def _keep_means(self, means: Means, sums: Metrics) -> None:
+        """Keep the metrics of the rollout and its updates for `step_metrics`."""
         tokens, updates, loss = sums.pop("tokens"), sums.pop("updates"), sums.pop("loss")
         self.means = {**means, **{name: (value, tokens) for name, value in sums.items()}}
         self.means["loss"] = loss, updates / self.trainer.world_size  # each rank has a part of the sum
         self.means["policy/updates"] = updates, 1
 
     def _kl_exceeded(self, kl: Tensor, mask: Tensor) -> bool:
-        """Whether the policy has moved so far from the one that wrote that the rollout teaches it no more."""
+        """Whether the mean KL per token from the policy that generated the rollout is above max_kl."""
         if self.max_kl is None:
             return False
         return bool(self._over_ranks(kl) > self.max_kl * self._over_ranks(mask.sum()))
 
     def step_metrics(self) -> dict[str, float]:
-        """Means over the last rollout, over all ranks."""
+        """Means over the last rollout, over all ranks; every rank must call it."""
+        # one all-reduce for all sums and counts, in float64
         parts = [[float(part) for part in mean] for mean in self.means.values()]
         sums, counts = self._over_ranks(torch.tensor(parts, dtype=torch.float64, device=self.device)).unbind(1)
         means = dict(zip(self.means, (sums / counts.clamp(min=1)).tolist(), strict=True))
         return {k if "/" in k else f"train/{k}": v for k, v in means.items()}
 
     def _generator(self) -> torch.Generator:
+        """The sampling generator of this step and rank."""
         number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
         return torch.Generator(self.device).manual_seed(number)
 
     def _minibatches(self, experience: Experience) -> Iterator[Experience]:
-        """`epochs` passes in drawn orders, the same on every rank."""
+        """`epochs` passes over the rows in drawn orders, the same on every rank."""
         n, completions = len(experience["input_ids"]), len(experience["mask"])
         size = (self.minibatch_size or completions) * n // completions
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.global_step)

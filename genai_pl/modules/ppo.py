@@ -1,4 +1,10 @@
-"""Proximal policy optimization; a value head sits on the policy's own hidden states, or on a critic's."""
+"""Proximal policy optimization with a value head, for language models.
+
+The reward of a token is a penalty for its distance to the reference; the last token of a completion also gets the
+score. A value head predicts the return of each state, from the policy's own hidden states or those of a separate
+critic, and generalized advantage estimation turns rewards and values into advantages. The functions are in
+`objectives/ppo.py`, with equation numbers.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +31,17 @@ from genai_pl.objectives.ppo import (
 
 
 class PPOModule(PolicyGradientModule):
-    """Clipped policy and value losses on advantages of rewards that pay for distance to the reference (Ziegler et al. 2019)."""
+    """Clipped policy and value losses (Schulman et al. 2017) on KL-penalized rewards (Ziegler et al. 2019).
+
+    kl_coef: coefficient of the KL penalty in the rewards; with kl_target it is adapted over kl_horizon completions
+    kl_estimator: k1, k2 or k3, the estimate of the KL of a token from two log-probabilities
+    gamma, gae_lambda: discount and decay of generalized advantage estimation, per token
+    clip_range, value_clip_range: of the ratio of policies, and of the change of values
+    value_coef, entropy_coef: weights of the value loss and of an entropy bonus
+    critic: name of a decoder or reward model that predicts values; None: a head on the policy
+
+    `kl_coef` is a buffer: a resumed run goes on with the adapted coefficient.
+    """
 
     def __init__(
         self,
@@ -56,13 +72,18 @@ class PPOModule(PolicyGradientModule):
         return [*super().models(), *([] if self.critic is None else [self.critic])]
 
     def trained(self):
+        """The policy's parameters, the value head's, and the critic's."""
         yield from super().trained()
         yield from self.value_head.named_parameters(prefix="value_head")
         if self.critic is not None:
             yield from self.critic.named_parameters(prefix="critic")
 
     def use_critic(self, critic: nn.Module) -> None:
-        """Let a model of its own, trained with the policy, say what states are worth instead of the policy's features."""
+        """Predict values by a separate model, which is trained with the policy, instead of from the policy's features.
+
+        ConfigError unless it is a decoder with the policy's vocabulary. Of a reward model, the score head initializes
+        the value head.
+        """
         if not isinstance(critic, Decoder) or critic.config.vocab_size != self.model.config.vocab_size:
             raise ConfigError(
                 f"objective.critic={self.critic_name}: not a decoder of ours with the policy's vocabulary"
@@ -75,12 +96,13 @@ class PPOModule(PolicyGradientModule):
         self.critic = critic.train(self.training)
 
     def _make_head(self, width: int) -> None:
+        """A value head from hidden states of the given width, zero at first: advantages then are rewards."""
         self.value_head = nn.Linear(width, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def _values(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """What each state of the rows is worth, (N, T); hidden are the policy's features."""
+        """Predicted returns of the states of rows, (R, T), float32; hidden (R, T, C) are the policy's features."""
         if self.critic is not None:
             hidden = self.critic.features(batch["input_ids"], batch["segment_ids"])
         return self.value_head(hidden).squeeze(-1).float()
@@ -89,16 +111,23 @@ class PPOModule(PolicyGradientModule):
         return {"values": self._values(minibatch, hidden)}
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        """Whitened advantages and returns (N, L) from scores, KL penalties and values.
+
+        ConfigError where a completion has no score: its advantage would be one of a reward that nobody gave.
+        """
         if scores.isnan().any():
             raise ConfigError(
                 "objective.reward: no reward applies to some completions (all gave None); PPO needs one for each"
             )
+        # old log-probabilities, values, and the KL of each token
         mask, outputs = rollout.mask, self.rollout_logprobs(rollout)
         old_logprobs, values = outputs["old_logprobs"], torch.where(mask, outputs["values"], 0)
         kl = torch.where(mask, kl_estimate(old_logprobs, outputs["reference_logprobs"], self.kl_estimator), 0)
+        # advantages; whitening over all ranks, as the loss is a mean over all of them
         rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
+        # metrics, with the coefficient that these rewards were made with; then adapt it
         kl = kl.sum(1)
         means = self.describe(rollout, scores, kl, outputs["entropy"])
         means |= {"objective/rlhf_reward": (rewards.sum(), len(scores)), "objective/kl_coef": (self.kl_coef.clone(), 1)}
@@ -115,6 +144,7 @@ class PPOModule(PolicyGradientModule):
         return {**rollout.batch, **experience}, means
 
     def _adapt_kl_coef(self, kl: Tensor, n: int) -> None:
+        """Move the KL coefficient towards kl_target, by the KL of n completions on each rank."""
         if self.kl_target is None:
             return
         ranks = self.trainer.world_size
@@ -126,6 +156,8 @@ class PPOModule(PolicyGradientModule):
         return minibatch["mask"].sum()
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
+        """Policy loss plus weighted value loss of some rows, minus the entropy bonus, as sums over tokens."""
+        # one forward pass serves log-probabilities, values and entropy
         mask, old_logprobs, hidden = minibatch["mask"], minibatch["old_logprobs"], self.features(minibatch)
         values = gather_tokens(self._values(minibatch, hidden), minibatch["token_positions"])
         logprobs = gather_tokens(token_logprobs(self.model, minibatch, hidden=hidden), minibatch["token_positions"])

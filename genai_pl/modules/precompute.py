@@ -1,4 +1,10 @@
-"""What a reference model says about the rows of a data set, asked once and kept on disk by what it is of."""
+"""Precomputed reference log-probabilities: computed once per pair, and kept on disk by reference model and pair.
+
+DPO needs the log-probabilities of both completions under the frozen reference in every epoch. They never change, so
+this module computes them before training and frees the reference. The file is named after a fingerprint of the
+reference (configuration, weights, precision), and a pair after its tokens: another run with the same reference and
+overlapping data reuses them, and a changed chat template or tokenizer cannot match by accident.
+"""
 
 import hashlib
 import io
@@ -18,7 +24,7 @@ log = logging.getLogger(__name__)
 ROLES = ("prompt", "chosen", "rejected")
 
 Row = dict[str, object]
-CachedLogprobs = dict[bytes, np.ndarray]  # (2,) by the key of a row
+CachedLogprobs = dict[bytes, np.ndarray]  # chosen, rejected (2,) by `row_key`
 
 
 def add_reference_logprobs(
@@ -31,15 +37,21 @@ def add_reference_logprobs(
     world_size: int,
     over_ranks: Callable[[Tensor], Tensor],
 ) -> None:
-    """Give each pair `reference`, what `logprobs` (rows -> (B, 2)) says of it: from the file, or asked and written there.
+    """Add `reference_logprobs` (2,), chosen and rejected, to each pair: from the file, or computed and written there.
 
-    Every rank asks for its share in as many batches as the others, and over_ranks adds up what they found.
+    rows: pairs of token ids, extended in place
+    logprobs: rows -> (B, 2), a forward pass of the reference, in which all ranks take part where it is sharded
+    file: cache, read and extended
+    rank, world_size: this replica and their number; each computes every world_size-th batch
+    over_ranks: sum of a tensor over replicas, by which each gets the others' values
     """
+    # pairs that are not in the file, equal ones once, the longest first: an out-of-memory error comes at once
     cached = read_logprobs(file)
     keys = [row_key(row) for row in rows]
     first = {key: n for n, key in reversed(list(enumerate(keys)))}  # of equal rows the first is asked for
     uncached = sorted((n for key, n in first.items() if key not in cached), key=lambda n: -_length(rows[n]))
     log.info("reference   %s of %s pairs are in %s", f"{len(rows) - len(uncached):,}", f"{len(rows):,}", file)
+    # each replica fills its batches of a zero tensor; those without one repeat the last, so that all make equally many calls
     logprob_sums = torch.zeros(len(uncached), 2, dtype=torch.float64)
     batches = [range(i, min(i + batch_size, len(uncached))) for i in range(0, len(uncached), batch_size)]
     for first_batch in range(0, len(batches), world_size):
@@ -48,6 +60,7 @@ def add_reference_logprobs(
         values = logprobs([rows[uncached[i]] for i in batch])
         if own < len(batches):
             logprob_sums[batch.start : batch.stop] = values.double().cpu()
+    # share, and extend the file
     if uncached:
         values = over_ranks(logprob_sums).float().numpy()
         cached |= {keys[n]: value for n, value in zip(uncached, values, strict=True)}
@@ -58,7 +71,7 @@ def add_reference_logprobs(
 
 
 def default_cache() -> Path:
-    """The folder of these files, where `datasets` keeps what it has made."""
+    """The default folder of these files, in the cache folder of `datasets`."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "reference_logprobs"
@@ -66,7 +79,10 @@ def default_cache() -> Path:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, *more: str) -> str:
-    """A name for a model without its adapters, by its configuration and weights, and for what else matters."""
+    """A name of 32 hex digits for a model without its adapters, by configuration, weights and further strings.
+
+    Of a sharded model the weights are gathered one by one, so every rank must call it.
+    """
     digest = hashlib.sha256("\n".join([repr(sorted(model.config.to_dict().items())), *more]).encode())
     for name, _, _, tensor in base_tensors(model):
         weight = full_tensor(tensor)
@@ -76,7 +92,7 @@ def fingerprint(model: nn.Module, *more: str) -> str:
 
 
 def row_key(row: Row) -> bytes:
-    """A name for a pair by its tokens."""
+    """A name, 32 bytes, for a pair: a hash of its tokens, each list with its length before it."""
     digest = hashlib.sha256()
     for role in ROLES:
         tokens = np.asarray(row[role], dtype=np.int64)
@@ -86,7 +102,7 @@ def row_key(row: Row) -> bytes:
 
 
 def read_logprobs(file: Path) -> CachedLogprobs:
-    """What the file holds; nothing if it is not there, or damaged."""
+    """The cached values of a file; none where it does not exist, or is damaged, which is logged."""
     if not file.exists():
         return {}
     if why := checksummed.find_damage(file):
@@ -97,7 +113,7 @@ def read_logprobs(file: Path) -> CachedLogprobs:
 
 
 def write_logprobs(file: Path, cached: CachedLogprobs) -> None:
-    """Write the file whole, or not at all, with a seal that `read` checks."""
+    """Write the file atomically, with the checksum that `read_logprobs` checks."""
     keys = np.stack([np.frombuffer(key, dtype=np.uint8) for key in cached])  # (n, 32)
     values = np.stack(list(cached.values()))
 

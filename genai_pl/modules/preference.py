@@ -1,4 +1,10 @@
-"""Learning from pairs: the policy prefers what people preferred, by the log-probabilities of whole completions."""
+"""Preference learning from pairs: DPO, IPO, hinge, robust DPO, SimPO, ORPO and CPO.
+
+A row holds the prompt with its chosen and its rejected completion as segments 1 and 2, the prompt once where the model
+can share it, so one forward pass gives both log-probabilities. Losses are in `objectives/preference.py`: those of
+WITH_REFERENCE compare with a frozen reference, the others do not; those in LIKELIHOODS add the negative log-likelihood
+of a text.
+"""
 
 from pathlib import Path
 
@@ -17,13 +23,25 @@ from genai_pl.objectives import preference as losses
 from genai_pl.objectives.preference import WITH_REFERENCE, WITHOUT_REFERENCE
 from genai_pl.objectives.preference_collators import text_labels
 
-# whose mean log-probability per token is learned beside the preference: of prompts and chosen completions, as the
-# authors of ORPO and TRL have it, or of chosen completions
+# losses that add a negative log-likelihood, and of which tokens: prompts and chosen completions, as the authors of ORPO
+# and TRL have it, or chosen completions alone
 LIKELIHOODS = {"orpo": "whole", "cpo": "chosen"}
 
 
 class PreferenceModule(BaseModule):
-    """DPO and its siblings; the reference is the model without its adapters, or else a frozen copy of its beginning."""
+    """A policy that learns to prefer the chosen completion of each pair.
+
+    The reference is the policy without its adapters, or else a frozen copy of its initial weights
+    (`modules/reference.py`).
+
+    loss: sigmoid (DPO), robust, ipo, hinge, simpo, orpo or cpo
+    beta: inverse temperature of the implicit reward, or the coefficient of the odds ratio in ORPO
+    label_smoothing: assumed share of flipped preferences, of sigmoid and robust
+    target_margin: of SimPO, in units of the reward
+    nll_coef: weight of the likelihood in CPO
+    precompute_reference: compute the reference's log-probabilities before training, and free it
+    reference_cache: folder of these files, None for the default
+    """
 
     shapes = ("decoder",)
     data_kind = "preference"
@@ -57,7 +75,7 @@ class PreferenceModule(BaseModule):
             raise ConfigError(f"objective.beta must be above 0, not {beta}")
         options = {"share_prompts": supports_shared_prompts(model), "likelihood": LIKELIHOODS.get(loss)}
         self.collator = PreferenceCollator(vocabulary=vocabulary, seed=seed, **options)
-        self._tokens = torch.ones(())  # whose likelihood the step under way learns
+        self._tokens = torch.ones(())  # tokens of the current step in the likelihood term
         self.likelihood_coef = nll_coef if loss == "cpo" else 1.0
         self.kind, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.loss_falls = loss != "ipo"  # a squared distance from 1 / (2 beta) rises far above its best in good runs
@@ -71,7 +89,7 @@ class PreferenceModule(BaseModule):
             self._precompute()
 
     def _precompute(self) -> None:
-        """Ask the reference about every pair now, and let go of it."""
+        """Compute the reference's log-probabilities of all pairs, training and validation, and free it."""
         data, trainer = self.trainer.datamodule, self.trainer
         reference, folder = self.reference, self.reference_cache
         with reference.of(self.model) as model:
@@ -94,13 +112,19 @@ class PreferenceModule(BaseModule):
             return self._compute_reference(batch)
 
     def begin(self, batch: Batch) -> Tensor:
+        """The targets of the step, pairs; the tokens of its likelihood term are also summed over ranks.
+
+        The preference term is a mean over pairs, the likelihood term one over tokens.
+        """
         if not self.window and "window_tokens" in batch:
             self._tokens = self._over_ranks(batch["window_tokens"]).clamp(min=1)
         return super().begin(batch)
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over pairs of the loss, log-probabilities and implicit rewards."""
         if self.kind in LIKELIHOODS:
             return self._with_likelihood(batch)
+        # log-probabilities of whole completions; the losses without a likelihood term
         policy = completion_logprobs(self.model, batch)  # (B, 2): chosen, rejected
         lengths = losses.segment_sums(batch["labels"] != IGNORED, batch["segment_ids"], 2)
         if self.kind in WITHOUT_REFERENCE:
@@ -115,13 +139,19 @@ class PreferenceModule(BaseModule):
         return {"loss": loss, **_describe(policy, rewards)}
 
     def _with_likelihood(self, batch: Batch) -> Metrics:
-        """A mean over pairs and one over tokens: per token, each weighs as many pairs as the step has for one."""
+        """Sums of a loss with a mean over pairs and one over tokens, under a single normalizer, the number of pairs.
+
+        The likelihood is scaled by pairs / tokens of the step: divided by the pairs later, it becomes a mean over
+        tokens.
+        """
+        # log-probabilities of the tokens whose likelihood counts, and from them those of completions
         labels, segments = batch["labels"], batch["segment_ids"]
         text_or_completion_labels = labels if self.kind == "cpo" else text_labels(batch)
         logprobs = token_logprobs(self.model, {**batch, "labels": text_or_completion_labels})
         policy = losses.segment_sums(torch.where(labels != IGNORED, logprobs, 0), segments, 2)
         lengths = losses.segment_sums(labels != IGNORED, segments, 2)
         likelihood = losses.segment_sums(logprobs, segments, 1)[:, 0]
+        # in validation each batch is scaled by its own counts; the sums kept for the logs are exact
         pairs, tokens = (self._targets, self._tokens) if self.training else (batch["targets"], batch["tokens"])
         options = {"beta": self.beta, "likelihood": likelihood * (pairs / tokens.clamp(min=1))}
         if self.kind == "orpo":
@@ -135,6 +165,7 @@ class PreferenceModule(BaseModule):
         return {"loss": loss, **sums, "tokens": batch["tokens"], **_describe(policy, self.beta * policy.detach())}
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
+        """With a likelihood term, `nll` is per token and the loss is preference + coefficient * nll."""
         if self.kind not in LIKELIHOODS:
             return super().summarize(sums, targets)
         nll, preference = sums["nll"] / sums["tokens"].clamp(min=1), sums["preference"] / targets
@@ -143,10 +174,12 @@ class PreferenceModule(BaseModule):
         return {"loss": loss, "nll": nll, **super().summarize(rest, targets)}
 
     def _compute_reference(self, batch: Batch) -> Tensor:
+        """Log-probabilities (B, 2) of the completions under the reference."""
         with self.reference.of(self.model) as model:
             return completion_logprobs(model, batch)
 
     def _loss_against_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        """The loss of policy and reference log-probabilities (B, 2); IPO takes means per token, lengths are (B, 2)."""
         if self.kind == "ipo":
             policy, reference = policy / lengths, reference / lengths
         margins = [logprobs[:, 0] - logprobs[:, 1] for logprobs in (policy, reference)]
@@ -160,7 +193,7 @@ class PreferenceModule(BaseModule):
 
 
 def _describe(policy: Tensor, rewards: Tensor) -> Metrics:
-    """Sums over pairs of log-probabilities and implicit rewards (B, 2)."""
+    """Sums over pairs of log-probabilities and implicit rewards (B, 2), for the logs."""
     sums = {"logps/chosen": policy[:, 0].sum(), "logps/rejected": policy[:, 1].sum()}
     return {**sums, **losses.preference_metrics(*rewards.unbind(1))}
 
@@ -171,14 +204,14 @@ def supports_shared_prompts(model: nn.Module) -> bool:
 
 
 def shared_prompt_inputs(batch: Batch) -> Batch:
-    """What `features` has to know where the completions of a row share the prompt."""
+    """Inputs of `features` for rows whose completions share a prompt; none for other rows."""
     return {"shared_prompt_len": batch["shared_prompt_len"]} if "shared_prompt_len" in batch else {}
 
 
 def token_logprobs(model: nn.Module, batch: Batch, *, hidden: Tensor | None = None) -> Tensor:
-    """Log-probability of each label (B, T), 0 where there is none; full logits never exist.
+    """Log-probability of each label (B, T), 0 where there is none, computed in chunks without materializing full logits.
 
-    hidden (B, T, C) are the features of the batch, if somebody has them.
+    hidden: (B, T, C), the features of the batch, where they have been computed already
     """
     if hidden is None:
         hidden = model.features(batch["input_ids"], batch["segment_ids"], **shared_prompt_inputs(batch))

@@ -1,4 +1,4 @@
-"""Training a reward model: the answer that people preferred gets the higher score."""
+"""Reward models: the preferred answer to a prompt gets the higher score."""
 
 from torch import Tensor
 
@@ -24,7 +24,11 @@ RANKING = {"pairs": ranking_loss, "plackett_luce": plackett_luce_loss}  # losses
 
 
 class RewardModule(BaseModule):
-    """One score for a prompt with its answer."""
+    """One score for a prompt with its answer, trained on pairs or rankings.
+
+    centering: coefficient of a penalty on squared scores, which keeps them near 0 (Eisenstein et al. 2023)
+    ranking: loss of more than two completions: pairs (all pairs) or plackett_luce
+    """
 
     shapes = ("decoder", "encoder")
     data_kind = "preference"
@@ -56,6 +60,7 @@ class RewardModule(BaseModule):
         return {"prompt": text, "score": True}
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over pairs of the loss and its metrics; rankings of more completions go through `_ranked`."""
         if "sizes" in batch:
             return self._ranked(batch)
         chosen, rejected = self._scores(batch, 2).unbind(1)
@@ -73,7 +78,11 @@ class RewardModule(BaseModule):
         return scores(self.model, batch["input_ids"], batch["segment_ids"], n, **shared_prompt_inputs(batch))
 
     def _ranked(self, batch: Batch) -> Metrics:
-        """Sums over prompts; chosen is the best of its completions, rejected the worst."""
+        """Sums over prompts with ranked completions, best first.
+
+        Prompts with equally many completions go through the loss together; chosen is the best of each, rejected the
+        worst.
+        """
         sizes = batch["sizes"]
         all_scores = self._scores(batch, int(sizes.max()))
         sums: Metrics = {}

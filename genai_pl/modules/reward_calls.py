@@ -1,4 +1,8 @@
-"""Calls of rewards: one number for each completion; what they raise or give wrongly is told in one line."""
+"""Reward function calls: one score for each completion, and one-line errors for failing functions.
+
+A reward function is called as TRL calls it: prompts, completions and the columns of the data by keyword, a list of
+numbers or Nones back. It may be a coroutine function; several such rewards then wait at the same time.
+"""
 
 import asyncio
 import inspect
@@ -22,13 +26,20 @@ def call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[object]],
 ) -> list[object]:
-    """What each reward gives; those that are coroutines run beside each other."""
+    """The raw results of all reward functions; coroutines are awaited concurrently.
+
+    names: of the functions, for error messages
+    prompts, completions: N texts each
+    columns: N values of each further column of the data
+    """
+    # start all: plain functions run here, one after the other, coroutines in the event loop
     results, awaited = [], {}
     for n, (name, function) in enumerate(zip(names, rewards, strict=True)):
         with _OneLineErrors(name):
             results.append(_call(function, prompts, completions, columns))
         if inspect.isawaitable(results[n]):
             awaited[n] = asyncio.run_coroutine_threadsafe(_await(results[n]), _loop())
+    # wait for the coroutines
     for n, future in awaited.items():
         with _OneLineErrors(names[n]):
             results[n] = future.result()
@@ -43,7 +54,7 @@ def _call(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[object]],
 ) -> object:
-    """What a reward gives, called by keyword as TRL calls it; one that calls its arguments otherwise, by position."""
+    """The result of a reward function, called by keyword as TRL does; one with other parameter names, by position."""
     named = {"prompts": prompts, "completions": completions}
     if _by_keyword(function, {**named, **columns}):
         return function(**named, **columns)
@@ -51,19 +62,23 @@ def _call(
 
 
 def _by_keyword(function: Callable[..., object], keywords: Mapping[str, object]) -> bool:
-    """Whether the signature names prompts or completions and takes these keywords, or has them in other places than ours."""
+    """Whether to call a function by keyword.
+
+    It is if its signature names prompts or completions, or has them in another order than ours, and takes these
+    keywords.
+    """
     try:
         # a decorated function shows the names of what it wraps, and must itself take them too
-        shown, own = (inspect.signature(function, follow_wrapped=follow) for follow in (True, False))
+        signature, own_signature = (inspect.signature(function, follow_wrapped=follow) for follow in (True, False))
     except (TypeError, ValueError):
         return False
-    ordered = [p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    ordered = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if ordered[:1] == ["completions"] or ordered[1:2] == ["prompts"]:
         return True
-    names = {p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names = {p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     columns = {name: values for name, values in keywords.items() if name not in ("prompts", "completions")}
-    named = not names.isdisjoint(("prompts", "completions")) or not _binds(shown, None, None, **columns)
-    return named and _binds(shown, **keywords) and _binds(own, **keywords)
+    named = not names.isdisjoint(("prompts", "completions")) or not _binds(signature, None, None, **columns)
+    return named and _binds(signature, **keywords) and _binds(own_signature, **keywords)
 
 
 def _binds(signature: inspect.Signature, /, *arguments: object, **keywords: object) -> bool:
@@ -85,7 +100,11 @@ _loops: list[asyncio.AbstractEventLoop] = []
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    """An event loop in a thread of its own, the same for the whole run: clients that rewards keep open belong to it."""
+    """The event loop of all rewards, in a thread of its own, the same for the whole run.
+
+    A client that a reward opens (HTTP connections, say) belongs to the loop that it was opened in: a loop per call
+    would break it.
+    """
     if not _loops:
         _loops.append(asyncio.new_event_loop())
         threading.Thread(target=_loops[0].run_forever, name="rewards", daemon=True).start()
@@ -93,7 +112,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _OneLineErrors:
-    """What a reward raises is told in one line, with its place."""
+    """A context that turns exceptions of a reward into a one-line ConfigError with the place where it was raised."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -112,7 +131,10 @@ class _OneLineErrors:
 
 
 def numbers(name: str, result: object, prompts: Sequence[str]) -> list[float | None]:
-    """One number for each completion, or None where the reward does not apply; ConfigError names the reward and the row."""
+    """One float for each completion, or None where the reward does not apply; ConfigError names the reward and the row.
+
+    Accepts lists, tensors and arrays (n,) or (n, 1), with entries that are numbers, bools, or hold a single number.
+    """
     n = len(prompts)
     if isinstance(result, torch.Tensor | np.ndarray):
         shape = tuple(result.shape)
@@ -131,6 +153,7 @@ def numbers(name: str, result: object, prompts: Sequence[str]) -> list[float | N
 
 
 def _number(name: str, value: object, row: int, prompt: str) -> float | None:
+    """One entry as a finite float or None."""
     if value is None:
         return None
     if isinstance(value, Sequence | torch.Tensor | np.ndarray) and not isinstance(value, str | bytes):

@@ -1,4 +1,11 @@
-"""Completions that a policy writes in training, as the batches that it learns from."""
+"""Rollouts: completions that a policy generates in training, as the batches that it learns from.
+
+Two layouts of the same completions meet here. Rows (R, T) go through the model: a prompt with one completion, or, with
+shared prompts, with all `group_size` completions behind it as segments of their own. Completions (N, L) go through the
+objective: one line per completion, tokens from the left. N is a multiple of R, and completions i * N/R to (i + 1) *
+N/R - 1 belong to row i. `token_positions` (N, L) leads from the second to the first: `gather_tokens(row_values,
+token_positions)`.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -14,12 +21,12 @@ from genai_pl.modules.base import Batch
 from genai_pl.objectives import IGNORED
 from genai_pl.objectives.preference_collators import groups_batch
 
-Experience = dict[str, Tensor]  # (R, ...) of rows, or (N, ...) of completions, N / R to a row
-AS_LONG_AS_ROWS = ("input_ids", "labels", "segment_ids")
+Experience = dict[str, Tensor]  # by name, (R, ...) per row or (N, ...) per completion, N / R completions to a row
+AS_LONG_AS_ROWS = ("input_ids", "labels", "segment_ids")  # (R, T): cut to the longest row of a micro-batch
 
 
 def select_rows(experience: Experience, rows: Tensor, n: int) -> Experience:
-    """What belongs to some of the n rows.
+    """The part of an experience that belongs to some of its n rows, with all completions of each.
 
     >>> select_rows({"row": torch.tensor([5, 6]), "completion": torch.tensor([50, 51, 60, 61])}, torch.tensor([1]), 2)
     {'row': tensor([6]), 'completion': tensor([60, 61])}
@@ -28,7 +35,11 @@ def select_rows(experience: Experience, rows: Tensor, n: int) -> Experience:
 
 
 def micro_batches(experience: Experience, size: int) -> Iterator[tuple[Tensor, Experience]]:
-    """`size` rows at a time, of about the same length and without padding behind the longest, and which they are."""
+    """Pairs of row indices and those rows, `size` at a time, for a forward pass each.
+
+    Rows are sorted by length, and each micro-batch is cut to its longest row: less padding than in the order of the
+    rollout. `restore_order` undoes the sorting. Memory depends on `size`, results do not.
+    """
     lengths = (experience["segment_ids"] > 0).sum(1)
     if size >= len(lengths):
         yield torch.arange(len(lengths), device=lengths.device), experience
@@ -40,7 +51,7 @@ def micro_batches(experience: Experience, size: int) -> Iterator[tuple[Tensor, E
 
 
 def restore_order(rows: Sequence[Tensor], parts: Sequence[Experience]) -> Experience:
-    """What was made of each pass, in the order of the rows that it was made of."""
+    """The outputs of micro-batches as one experience, in the order of the rows that they were made of."""
     order = torch.cat(list(rows)).argsort()
     return select_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, order, len(order))
 
@@ -49,34 +60,52 @@ Reward = Callable[..., Sequence[float]]  # (prompts, completions, **columns) -> 
 
 
 class Rollout(NamedTuple):
-    """What was tokens: rows of a prompt and its completions, their tokens, where they stand, and which of them ended."""
+    """Completions of a batch of prompts.
 
-    batch: Batch  # input_ids, labels, segment_ids (R, T); shared_prompt_len (R,) where rows hold several completions
-    token_positions: Tensor  # (N, L) where in its row each token of a completion is predicted, 0 after its end
-    mask: Tensor  # (N, L) which of the token_positions are tokens
+    batch: rows for the model: input_ids, labels and segment_ids (R, T), and `shared_prompt_len` (R,), the tokens of the
+        prompt that all completions of a row share, where rows hold several
+    token_positions: (N, L), the position in its row at which each token of a completion is predicted; 0 after its end
+    mask: (N, L), True for tokens of completions, their end token included
+    completions: the tokens of each, up to its first end token, which is included
+    ended: (N,), whether a completion has an end token; the others were cut off at max_new_tokens
+    """
+
+    batch: Batch
+    token_positions: Tensor
+    mask: Tensor
     completions: list[list[int]]
-    ended: Tensor  # (N,)
+    ended: Tensor
 
 
 class Example(NamedTuple):
-    """One completion as people read it."""
+    """One scored completion, to be shown to people.
+
+    prompt, completion: texts without special tokens
+    score: the reward, penalties included; nan where no reward applies
+    kl: log-probability under the policy minus that under the reference, summed over the completion's tokens, in nats
+    """
 
     prompt: str
     completion: str
     score: float
-    kl: float  # distance to the reference, summed over its tokens
+    kl: float
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout with its texts and what they are worth."""
+    """A rollout with its texts and scores.
+
+    rollout: tokens, positions and mask
+    prompts, completions: N texts each, as the reward function received them
+    scores: (N,) rewards minus penalties, float32; nan where no reward applies
+    """
 
     rollout: Rollout
     prompts: list[str]
     completions: list[str]
-    scores: Tensor  # (N,)
+    scores: Tensor
 
     def examples(self, kl: Tensor, n: int) -> list[Example]:
-        """The first n of them; kl is (N,)."""
+        """The first n completions with scores and KL; kl is (N,)."""
         columns = (self.prompts[:n], self.completions[:n], self.scores[:n].tolist(), kl[:n].tolist())
         return [Example(*row) for row in zip(*columns, strict=True)]
 
@@ -93,16 +122,24 @@ def generate_rollout(
     ends: Collection[int],
     pad: int,
 ) -> Rollout:
-    """`copies` completions of each prompt, drawn by the policy in evaluation mode; each stops at its first end token.
+    """`copies` completions of each prompt, sampled from the policy in evaluation mode; each stops at its first end token.
 
-    Those of a prompt are next to each other; with `share_prompts` they are in one row that holds the prompt once.
+    prompts: token ids of each prompt
+    config: how to sample (max_new_tokens, temperature)
+    share_prompts: one row per prompt holds it once, with all its completions; else one row per completion
+    ends: end tokens of the model and its tokenizer
+    pad: token that fills rows
+
+    Completions of a prompt are neighbours: completion j of prompt i is number i * copies + j.
     """
     device = next(model.parameters()).device
+    # sample: prompts are padded on the left, so that all continue in the same column
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
     options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
     steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
     tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
     completions = [_through_end(row, ends) for row in tokens]
+    # rows for training, padded on the right
     completion_ids = [np.asarray(row) for row in completions]
     if share_prompts:
         groups = [(prompt, completion_ids[i * copies :][:copies]) for i, prompt in enumerate(prompts)]
@@ -116,21 +153,25 @@ def generate_rollout(
 
 
 def _through_end(row: list[int], ends: Collection[int]) -> list[int]:
-    """The row as far as its first end token, which is part of it."""
+    """The tokens up to and including the first end token."""
     return row[: next((n for n, token in enumerate(row, start=1) if token in ends), len(row))]
 
 
 def _token_positions(labels: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`token_positions` and `mask` (N, L) of completions that have all labels (R, T), in their order."""
+    """`token_positions` and `mask` (N, L) of completions of the given lengths.
+
+    Rows (R, T) have labels at completion tokens only, so the n-th label in row order is the n-th token in completion
+    order.
+    """
     ends = torch.tensor(lengths)
     mask = torch.arange(int(ends.max())) < ends[:, None]
     token_positions = torch.zeros(mask.shape, dtype=torch.long)
-    token_positions[mask] = (labels != IGNORED).nonzero()[:, 1]  # both go completion by completion
+    token_positions[mask] = (labels != IGNORED).nonzero()[:, 1]  # both sides are in the order of completions
     return token_positions, mask
 
 
 def gather_tokens(values: Tensor, token_positions: Tensor) -> Tensor:
-    """What stands in rows (R, T) at the token_positions (N, L) of N / R completions to a row.
+    """Values of completion tokens (N, L) from values of rows (R, T), at token_positions (N, L).
 
     >>> gather_tokens(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[1, 2], [3, 0]])).tolist()
     [[6, 7], [8, 5]]

@@ -1,4 +1,10 @@
-"""A policy that writes in training: completions of prompts, what they are worth, and how likely they were."""
+"""Rollout modules: a policy that generates completions in training, has them scored, and measures how likely they were.
+
+GRPO and PPO derive from it by way of `PolicyGradientModule`. What is here needs no gradient: sampling, rewards,
+log-probabilities under policy and reference, and the validation metrics made of them.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +29,25 @@ from genai_pl.modules.rollout import (
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.prompts import PromptCollator
 
-Means = dict[str, tuple[Tensor, float | Tensor]]  # sums with how many they are of, each to be added up over ranks
-SHOWN = 4  # completions of a rollout that people may read
+Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
+Decode = Callable[[Sequence[int]], str]
+SHOWN = 4  # completions of a rollout that are printed
 
 
 class RolloutModule(BaseModule):
-    """A module that answers prompts and has its answers scored_rollout; a subclass learns from them."""
+    """A policy whose completions of prompts are scored by a reward function; a subclass learns from them.
+
+    vocabulary: special tokens; `end` or the model's eos_token_ids must exist, or completions could not end
+    seed: of sampling, combined with step and rank
+    reward: name or names of reward functions, reward models included; `reward_weights` weighs several
+    group_size: completions of each prompt in training
+    micro_batch_size: completions in one forward pass, None for all; changes memory, not results
+    max_new_tokens: longest completion, in tokens
+    temperature: of sampling
+    missing_eos_penalty: subtracted from the score of a completion without an end token
+
+    `use_reward` gives the reward function itself, which needs the tokenizer.
+    """
 
     shapes = ("decoder",)
     data_kind = "prompts"
@@ -67,10 +86,19 @@ class RolloutModule(BaseModule):
         self.reference = Reference(model)
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
         self.reward_weights = reward_weights
-        self.reward: Reward  # set by whoever builds the run
-        self.decode: object  # tokens to text, likewise
+        self.reward: Reward  # these three from `use_reward`
+        self.decode: Decode
+        self.clip_norm: float | None = None
+
+    def use_reward(self, reward: Reward, *, decode: Decode, clip_norm: float | None = None) -> None:
+        """Set the reward function, the decoding of tokens for it, and the largest gradient norm.
+
+        The norm is set here because Lightning's Trainer clips in automatic optimization only.
+        """
+        self.reward, self.decode, self.clip_norm = reward, decode, clip_norm
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sample one completion of each prompt, from a generator that depends on the batch only, and add up its metrics."""
         generator = torch.Generator(self.device).manual_seed(self.seed + batch_idx)
         scored_rollout = self.generate_and_score(batch, 1, generator)
         rollout, kl = scored_rollout.rollout, self.kl_to_reference(scored_rollout.rollout)
@@ -88,21 +116,29 @@ class RolloutModule(BaseModule):
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Means over all completions; of scores over those to which a reward applies."""
+        """Means over all completions; the score is a mean over those to which a reward applies."""
         scored = sums.pop("scored").clamp(min=1)
         return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
 
     def generate_and_score(self, batch: Batch, copies: int, generator: torch.Generator) -> ScoredRollout:
-        """Completions of each prompt, next to each other, and their scores (N,): not a number where no reward applies."""
+        """Completions of each prompt of a batch with their scores (N,), nan where no reward applies.
+
+        The `copies` completions of a prompt are neighbours. The reward function receives texts without special tokens,
+        the prompts as the data has them (text or messages), and the other columns of their rows by name. ConfigError
+        where it does not return one number per completion.
+        """
+        # prompts and columns once per completion
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
-        raw_prompts = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
+        raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
         options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1
+        # sample
         with self.unsharded_model():
             rollout = generate_rollout(self.model, batch["prompts"], self.sampling, **options)
-        without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end is no text
+        # score
+        without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end token is no text
         prompt_texts, completion_texts = ([self.decode(row) for row in rows] for rows in (prompts, without_end))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name != "prompt"}
         rewards = torch.as_tensor(
@@ -114,13 +150,22 @@ class RolloutModule(BaseModule):
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
 
     def kl_to_reference(self, rollout: Rollout) -> Tensor:
-        """Log-probability of each completion under the policy minus that under the reference, (N,)."""
+        """Log-probability of each completion under the policy minus that under the reference, (N,), in nats.
+
+        The mean over samples of the policy estimates its KL divergence from the reference; a single value may be
+        negative.
+        """
         outputs = self.rollout_logprobs(rollout)
         return torch.where(rollout.mask, outputs["old_logprobs"] - outputs["reference_logprobs"], 0).sum(1)
 
     @torch.no_grad()
     def rollout_logprobs(self, rollout: Rollout) -> Experience:
-        """For each token that was drawn, (N, L), `old` and `reference` log-probabilities, `entropy`, and what `states` adds."""
+        """Values (N, L) of the completion tokens: `old_logprobs`, `reference_logprobs`, `entropy`, and `extra_outputs`.
+
+        "Old" is the policy that generated the rollout: it is measured before the first update, by a forward pass like
+        those of training, because log-probabilities taken while sampling differ by the rounding of another kernel, and
+        the ratio new / old would not start at 1. Masked positions hold values of other tokens.
+        """
         rows = {**rollout.batch, "token_positions": rollout.token_positions}
         row_indices, parts = [], []
         for indices, micro_batch in micro_batches(rows, self.rows_at_once(rows)):
@@ -137,19 +182,22 @@ class RolloutModule(BaseModule):
         return restore_order(row_indices, parts)
 
     def features(self, micro_batch: Experience) -> Tensor:
-        """What the policy makes of rows, (R, T, C)."""
+        """Hidden states (R, T, C) of rows under the policy."""
         return self.model.features(
             micro_batch["input_ids"], micro_batch["segment_ids"], **shared_prompt_inputs(micro_batch)
         )
 
     def entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Of what the policy predicts at each label (R, T); hidden (R, T, C) are its features."""
+        """Entropy of the policy's prediction at each label (R, T), in nats, 0 elsewhere.
+
+        hidden: (R, T, C), the features of those rows
+        """
         head, model = self.model.lm_head, self.model
         options = {"bias": head.bias, "softcap": model.config.logit_softcap}
         return token_entropy(model.to_head(hidden), head.weight, labels, **options)
 
     def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, entropy: Tensor) -> Means:
-        """Means over a rollout: kl is (N,), entropy (N, L)."""
+        """Metrics of a rollout as sums with counts: scores (N,), kl (N,), entropy (N, L)."""
         n, tokens = len(scores), rollout.mask.sum()
         return {
             "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
@@ -160,10 +208,10 @@ class RolloutModule(BaseModule):
         }
 
     def extra_outputs(self, micro_batch: Experience, hidden: Tensor) -> Experience:
-        """What else is to be known (R, T) of the states that the policy was in; hidden (R, T, C) are its features."""
+        """Further values of the policy's states, (R, T) by name; PPO adds `values`. hidden (R, T, C) are its features."""
         return {}
 
     def rows_at_once(self, rows: Experience) -> int:
-        """How many rows go through the model together."""
+        """Rows of one forward pass: micro_batch_size completions, but at least one row."""
         n = len(rows["input_ids"])
         return n if self.micro_batch_size is None else max(1, self.micro_batch_size * n // len(rows["token_positions"]))

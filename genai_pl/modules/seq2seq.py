@@ -1,4 +1,4 @@
-"""Training an encoder-decoder on pairs of texts: translation, summarization."""
+"""Sequence-to-sequence training of an encoder-decoder on pairs of texts: translation, summarization."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from genai_pl.objectives.seq2seq import Seq2SeqCollator
 
 
 class Seq2SeqModule(TokenModule):
-    """The decoder writes the target that belongs to the source which the encoder reads."""
+    """Next-token prediction of a target by the decoder, given the source that the encoder has encoded."""
 
     shapes = ("encoder_decoder",)
     data_kind = "seq2seq"

@@ -1,4 +1,8 @@
-"""What all objectives share that predict tokens: cross entropy, accuracy, bits per byte."""
+"""The base of objectives that predict tokens: cross entropy, perplexity, accuracy, bits per byte.
+
+Causal, masked, prefix, permutation and sequence-to-sequence language models differ only in the hidden states that
+predict their labels (`hidden`) and in how a collator makes inputs and labels; loss and metrics are these.
+"""
 
 import math
 from abc import abstractmethod
@@ -12,9 +16,15 @@ from genai_pl.objectives import IGNORED, Collator, SpecialTokens, masked_accurac
 
 
 class TokenModule(BaseModule):
-    """A model trained on the negative log-likelihood of labelled tokens; a subclass says from which hidden states.
+    """A model trained on the negative log-likelihood of labelled tokens; a subclass implements `hidden`.
 
-    A subclass names its collator, which takes the options of the objective, and the tokens that it `needs`.
+    A subclass also names its collator (`make_collator`), which takes the remaining options of the objective, and the
+    special tokens that it `needs`.
+
+    vocabulary: special tokens of the tokenizer, and the bytes of each token
+    seed: of what the collator draws
+    label_smoothing: share of the target distribution that is uniform over the vocabulary
+    z_loss: coefficient of log(Z)^2, which keeps the normalizer of the softmax near 1
     """
 
     make_collator: type[Collator]
@@ -38,13 +48,15 @@ class TokenModule(BaseModule):
 
     @abstractmethod
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states (B, T, C), each of which predicts the label (B, T) at its place."""
+        """Hidden states (B, T, C); position t predicts label t of the batch, so collators shift labels, not models."""
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over labelled tokens; regularizers of the loss act in training only, so validation losses compare."""
+        # hidden states of positions that have a label, and their loss; logits of all positions never exist
         labels, model = batch["labels"], self.model
         labelled = labels != IGNORED
         hidden = self.hidden(batch)
-        if self.sparse:  # what is not predicted needs no transformation before the head
+        if self.sparse:  # a masked LM predicts 15 % of the positions: the head need not see the others
             hidden, labels = hidden[labelled], labels[labelled]
         hidden, head, bias = model.to_head(hidden), model.lm_head.weight, model.lm_head.bias
         loss = token_loss(
@@ -56,13 +68,17 @@ class TokenModule(BaseModule):
             label_smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
         )
+        # sums for the logs: bytes of the predicted tokens, and in validation how many were predicted exactly
         sums = {"loss": loss, "bytes": self.n_bytes[batch["labels"][labelled]].sum()}
-        if not self.training:  # one product with the head more
+        if not self.training:  # costs a second product with the head
             sums["correct"] = masked_accuracy(hidden, head, labels, bias=bias)
         return sums
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """Nats per predicted token, perplexity, bits per byte of what is predicted, and in validation accuracy."""
+        """Loss in nats per target, perplexity, bits per byte of the predicted text, and accuracy where it was counted.
+
+        Bits per byte compare models with different tokenizers: loss / (ln 2 * bytes of the predicted tokens).
+        """
         loss = sums["loss"] / targets
         metrics = {"loss": loss, "perplexity": loss.exp(), "bpb": sums["loss"] / (math.log(2) * sums["bytes"])}
         return metrics | ({"accuracy": sums["correct"] / targets} if "correct" in sums else {})

@@ -32,7 +32,7 @@ class PromptCollator(Collator):
         return {
             "input_ids": pad_rows(prompts, self.pad),
             "prompts": prompts,
-            "asked": [row["prompt"] for row in rows],
+            "raw_prompts": [row["prompt"] for row in rows],
             "columns": [row["columns"] for row in rows],
             "targets": torch.tensor(float(len(rows))),
         }

@@ -99,17 +99,17 @@ def played(tune: str) -> list[Note]:
     """The notes as they are played: repeats with both endings, and tied notes as one."""
     notes: list[Note] = []
     repeated: list[Bar] = []  # since the last repeat began
-    ending = 0  # where in `repeated` the first ending began; 0: it has none
+    first_ending = 0  # where in `repeated` the first ending began; 0: it has none
     for bar, mark in _read(tune):
         # a repeat plays the bars since the last repeat sign, up to its first ending
         notes += bar
         repeated.append(bar)
         if mark.endswith("1"):
-            ending = len(repeated)
+            first_ending = len(repeated)
         if mark.startswith(":"):
-            notes += [note for again in repeated[: ending or None] for note in again]
+            notes += [note for again in repeated[: first_ending or None] for note in again]
         if ":" in mark or mark in ("||", "|]"):
-            repeated, ending = [], 0
+            repeated, first_ending = [], 0
     return _tied(notes)
 
 

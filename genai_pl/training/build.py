@@ -1,4 +1,7 @@
-"""Objects of a run, made from its configuration in order."""
+"""Objects of a run, made from its configuration in order: model, data, module, trainer.
+
+Nothing here changes the configuration, and what comes back is complete: whoever trains it sets no attribute of it.
+"""
 
 import logging
 from pathlib import Path
@@ -34,7 +37,13 @@ from genai_pl.training.initial_model import (
 from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
 from genai_pl.training.rewards import load_rewards
 from genai_pl.training.targets import instantiate, locate_target
-from genai_pl.training.trainer import build_trainer, choose_run_length
+from genai_pl.training.trainer import (
+    build_trainer,
+    choose_run_length,
+    limit_steps,
+    prepare_loggers,
+    prepare_strategy,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +54,7 @@ log = logging.getLogger(__name__)
 
 def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> Run:
     """Every object of the run, which goes on from the checkpoint if there is one."""
+    # what can be refused before anything is read
     check_prepared(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
@@ -55,6 +65,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if data.kind != objective.data_kind:
         names = HydraConfig.get().runtime.choices
         raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+
+    # the model as it is before the first step
     initial = build_initial_model(config, data, objective)
     model, tokenizer = initial.model, initial.tokenizer
     if config.init_from or "name" in config.model:
@@ -64,28 +76,37 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         model.set_head(objective.head)
     base = save_base(config, folder, initial)
     model = apply_peft(config.peft, model, tokenizer)
-    batch_size, data.seq_len, clamped = fit_to_context(config, model)
-    data.batch_size, data.val_batch_size = batch_size, config.data.val_batch_size or batch_size
+
+    # batches that fit its context
+    batch_size, seq_len, clamped = fit_to_context(config, model)
+    data.fit_to_model(seq_len=seq_len, batch_size=batch_size, val_batch_size=config.data.val_batch_size or batch_size)
     if clamped:
         rank_zero_only(log.info)("clamped     %s", clamped)
+
+    # the objective and the Trainer, whose mistakes come before the data are tokenized
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
     if objective.needs_reward:
-        wire_reward(config, module, tokenizer)
-    trainer, callbacks = build_trainer(config, folder, samples=model.config.writes)
+        connect_reward(config, module, tokenizer)
+    trainer, callbacks = build_trainer(config, folder, module=module, data=data, tokenizer=tokenizer)
     data.prepare(tokenizer, module.collator)
+
+    # the length, which depends on how many rows there are
     contents = None if checkpoint is None else read_contents(checkpoint)
     stored_length = None if contents is None else read_stored_length(contents[MARK])
     length = choose_run_length(config, data, module, n_replicas(trainer), stored_length)
     epochs = config.trainer.max_epochs
     if stored_length and (line := overrun_line(length, contents["global_step"], stored_length, max_epochs=epochs)):
         log.warning(line)
-    module.total_steps = trainer.fit_loop.epoch_loop.max_steps = length.steps
-    module.schedule = with_warmup(module.schedule, length.steps, stored_length)
-    module.schedule(0, total_steps=length.steps)  # its mistakes are told before the first step
-    data.n_batches = length.steps * trainer.accumulate_grad_batches
-    return Run(folder, trainer, module, data, tokenizer, length, **callbacks, defaults=initial.defaults, base=base)
+    module.set_run_length(length.steps, with_warmup(module.schedule, length.steps, stored_length))
+    limit_steps(trainer, length.steps)
+    data.limit_batches(length.steps * trainer.accumulate_grad_batches)
+
+    run = Run(folder, trainer, module, data, tokenizer, length, **callbacks, defaults=initial.defaults, base=base)
+    prepare_strategy(config, run)
+    prepare_loggers(trainer, checkpoint)
+    return run
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
@@ -109,15 +130,18 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
-def wire_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a module that is judged in training its judges, its critic, and the clipping that Lightning leaves to it."""
+def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give a module that learns from rewards its reward, its critic, and the clipping that Lightning leaves to it."""
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
     device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
-    module.reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+    reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)
-    module.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    module.clip_norm, config.trainer.gradient_clip_val = config.trainer.gradient_clip_val, None
+    module.use_reward(
+        reward,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        clip_norm=config.trainer.gradient_clip_val,
+    )

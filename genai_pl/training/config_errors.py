@@ -1,4 +1,14 @@
-"""What Hydra and OmegaConf raise, said in one line that names the option and the nearest one that exists."""
+"""Configuration errors in one line: exceptions of Hydra and OmegaConf, translated, and checks that those two do not
+make.
+
+Hydra's own messages are several lines, quote the whole search path, and name keys of the ConfigStore. Here each
+becomes the option as typed, what is wrong, and the nearest name that exists. The exceptions carry no structure, so
+their texts are matched by regular expressions: tests/cli/test_odd_overrides.py runs hundreds of wrong command lines
+against the installed versions and fails when a text changes.
+
+The checks: `check_types` (an override of another type than the YAML value it replaces, which untyped YAML accepts),
+`check_bounds` (config/bounds.py) and `check_choices` (choices that crash Hydra's parser).
+"""
 
 import re
 from collections.abc import Iterator
@@ -16,70 +26,86 @@ from genai_pl.config.bounds import BOUNDS
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.training.hydra_job import job_overrides
 
-PLUGINS = {  # of Hydra
+HYDRA_PLUGINS = {  # of Hydra
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",
     "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
     "hydra/launcher/ray": "hydra-ray-launcher",
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
-FREE_GROUPS = {"experiment"}  # that null chooses nothing of
-TAKES_MORE = ("trainer.", "callbacks.extra.", "logger.", "hydra.")  # what is added there is handed on
+OPTIONAL_GROUPS = {"experiment"}  # that null chooses nothing of
+OPEN_PREFIXES = ("trainer.", "callbacks.extra.", "logger.", "hydra.")  # what is added there is handed on
 ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates never"}
 
 
-def explain(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
-    """One line for a mistake in the configuration, or None for an error of another kind."""
+def explain_config_error(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
+    """One line for an exception of Hydra or OmegaConf; None for any other exception, which is a defect and keeps
+    its traceback.
+
+    conf, config_name: the options folder and the command's root file. arguments: the command line.
+    """
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    # a UserError raised in a resolver of ours is wrapped, possibly twice
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):  # of a resolver of ours
             return str(cause)
         cause = cause.__cause__ or cause.__context__
+    # words that Hydra's grammar does not accept
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not understood{_how_to_quote(error.override)}"
-    if found := re.search(r"Ambiguous value for argument '(.*)'\s+1\.", str(error)):
-        return f"{found[1]}: values with a comma between them are a sweep (--multirun){_how_to_quote(found[1])}"
-    if isinstance(error, MissingConfigException) and (found := re.search(r"find '([^']*)'", str(error))):
-        if package := PLUGINS.get(found[1]):
-            group, _, option = found[1].rpartition("/")
+    if match := re.search(r"Ambiguous value for argument '(.*)'\s+1\.", str(error)):
+        return f"{match[1]}: values with a comma between them are a sweep (--multirun){_how_to_quote(match[1])}"
+    # group=choice without such a file; for Hydra's plugins, what to install
+    if isinstance(error, MissingConfigException) and (match := re.search(r"find '([^']*)'", str(error))):
+        if package := HYDRA_PLUGINS.get(match[1]):
+            group, _, option = match[1].rpartition("/")
             return f"{group}={option}: not installed; pip install {package}"
-        line = _no_such_option(found[1], conf)
+        line = _no_such_option(match[1], conf)
         if line:
             return line
+    # key=value with an unknown key
     message = f"{error}\n{error.__cause__ or ''}"
-    if found := re.search(
+    if match := re.search(
         r"(?:Could not override|Could not delete|Could not append to config.*?key) '([^']+)'", message
     ):
-        return _no_such_key(found[1], message, conf, config_name, arguments)
-    if found := re.search(r"full_key: (\S+)", message):
+        return _no_such_key(match[1], message, conf, config_name, arguments)
+    # key=value with a value of the wrong type
+    if match := re.search(r"full_key: (\S+)", message):
         reason = next(
             (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
         )
         if reason.startswith("Error merging override"):  # what of it does not fit stands in the cause
             reason = str(error.__cause__).splitlines()[0].replace("is not Optional", "cannot be null")
         if "is not a ListConfig" in reason:
-            given = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == found[1]), "...")
-            reason = f"a list is needed: {found[1]}=[{given}]"
-        return f"{found[1]}: {reason.strip()}"
+            value = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == match[1]), "...")
+            reason = f"a list is needed: {match[1]}=[{value}]"
+        return f"{match[1]}: {reason.strip()}"
     return " ".join(message.split())
 
 
 def _how_to_quote(override: str) -> str:
+    """Advice on quoting, as the end of a message about a word that was not understood."""
     key, equals, value = override.partition("=")
     return f"; text goes in quotes within quotes: \"{key}='{value}'\"" if equals else "; write key=value"
 
 
 def _no_such_option(name: str, conf: Path) -> str | None:
+    """Line about `group=choice` where the group has no such file; None if there is no such group."""
     group, _, option = name.rpartition("/")
     options = sorted(path.stem for path in (conf / group).glob("*.yaml")) if group else []
     if not options:
         return None
-    return f"{group}={option}: no such option{meant(option, options)}; {group} is one of {', '.join(options)}"
+    return f"{group}={option}: no such option{did_you_mean(option, options)}; {group} is one of {', '.join(options)}"
 
 
 def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments: list[str]) -> str:
+    """Line about a key that the composed configuration has not, with the nearest that it has.
+
+    The configuration is composed once more with the groups chosen on the command line, since they decide which
+    keys exist.
+    """
     if "Value" in message:  # the key is there, the value is not of its type
         reason = next(line for line in message.splitlines() if "Value" in line)
         return f"{key}: {reason.strip()}"
@@ -88,34 +114,44 @@ def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments
     if config is None:
         return f"{key}: no such option"
     parent, _, leaf = key.rpartition(".")
-    siblings = [path.rpartition(".")[2] for path in _paths(config) if path.rpartition(".")[0] == parent]
-    if near := meant(leaf, siblings) or meant(key, list(_paths(config))):
-        return f"{key}: no such option{near}"
+    siblings = [path.rpartition(".")[2] for path in _option_names(config) if path.rpartition(".")[0] == parent]
+    if suggestion := did_you_mean(leaf, siblings) or did_you_mean(key, list(_option_names(config))):
+        return f"{key}: no such option{suggestion}"
     return f"{key}: no such option; {parent or 'the top level'} has {', '.join(siblings) or 'no fields'}"
 
 
-def meant(name: str, candidates: list[str]) -> str:
-    """The nearest of the candidates, to be added to a message."""
-    near = get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+def did_you_mean(name: str, candidates: list[str]) -> str:
+    """The nearest of the candidates, to be appended to a message; "" if none is near.
+
+    >>> did_you_mean("n_layers", ["n_layer", "n_head"])
+    ', did you mean n_layer?'
+    """
+    matches = get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f", did you mean {matches[0]}?" if matches else ""
 
 
 def _searchpath(arguments: list[str]) -> list[str]:
-    """The override that stands for `--config-dir FOLDER`, where the user's own options are."""
-    given = next((a for a in arguments if a.startswith("hydra.searchpath=")), None)
+    """The hydra.searchpath override of a command line, or what stands for its `--config-dir`; [] without user
+    options.
+    """
+    override = next((a for a in arguments if a.startswith("hydra.searchpath=")), None)
     folders = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
     folders += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
-    if given is None and folders:
-        given = f"hydra.searchpath=['file://{Path(folders[0]).resolve()}']"
-    return [] if given is None else [given]
+    if override is None and folders:
+        override = f"hydra.searchpath=['file://{Path(folders[0]).resolve()}']"
+    return [] if override is None else [override]
 
 
 def _is_group(argument: str, conf: Path) -> bool:
+    """True for `group=choice`: the key is a folder of conf/."""
     name, equals, _ = argument.partition("=")
     return bool(equals) and (conf / name.split("@")[0]).is_dir()
 
 
 def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig | None:
+    """The configuration of these overrides without the running job's Hydra; None if they do not compose. Sweeps
+    are left out.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -127,69 +163,78 @@ def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig |
         return None
 
 
-def _paths(config: DictConfig, prefix: str = "") -> Iterator[str]:
+def _option_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted names in a configuration, inner nodes included."""
     for key in config:
         yield f"{prefix}{key}"
         value = config._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-            yield from _paths(value, f"{prefix}{key}.")
+            yield from _option_names(value, f"{prefix}{key}.")
 
 
 def check_types(config: DictConfig, overrides: list[str], conf: Path, config_name: str) -> None:
-    """UserError where an override's value is of another type than the value it replaces (untyped YAML lets it pass)."""
+    """UserError for an override whose value has another type than the default it replaces.
+
+    OmegaConf checks typed nodes itself; options in plain YAML (groups without a schema) accept anything, and a
+    list where a number belongs would fail deep in a library.
+    """
     values = [
         o for o in OverridesParser.create().parse_overrides(overrides) if not (conf / o.get_key_element()).is_dir()
     ]
     if not values:
         return
+    # defaults: the same groups, none of the values
     hydra = HydraConfig.get()
-    own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in own), *job_overrides("hydra")])
-    base = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
+    user_folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    searchpath = _searchpath([*(f"--config-dir={folder}" for folder in user_folders), *job_overrides("hydra")])
+    defaults = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
+    # each value against its default, and each added key against what is read at all
     for override in values:
         key = override.get_key_element()
-        if base is not None and override.is_add() and not own:
-            _check_added(override.key_or_group, base)
-        before = OmegaConf.select(base, key) if base is not None and override.is_add() is False else None
+        if defaults is not None and override.is_add() and not user_folders:
+            _check_added(override.key_or_group, defaults)
+        before = OmegaConf.select(defaults, key) if defaults is not None and override.is_add() is False else None
         after = OmegaConf.select(config, key)
         if isinstance(before, DictConfig) and before and not isinstance(after, DictConfig):
-            raise UserError(f"{key}={shown(after)}: has fields of its own to be set: {', '.join(map(str, before))}")
-        if before is not None and after is not None and not _same_kind(before, after):
+            raise UserError(f"{key}={as_typed(after)}: has fields of its own to be set: {', '.join(map(str, before))}")
+        if before is not None and after is not None and not _is_same_kind(before, after):
             raise UserError(f"{key}={after}: expected {_kind(before)}, like {before}")
 
 
-def _check_added(key: str, base: DictConfig) -> None:
-    """UserError for an added option that nothing reads: only Lightning, a `_target_` and mappings of the user's take more."""
-    if OmegaConf.select(base, key) is not None or key.startswith(TAKES_MORE):
+def _check_added(key: str, defaults: DictConfig) -> None:
+    """UserError for an added option (`+key=`) that nothing reads. Lightning's Trainer, loggers, callbacks and
+    nodes with a `_target_` take more keywords; so do mappings whose keys are the user's.
+    """
+    if OmegaConf.select(defaults, key) is not None or key.startswith(OPEN_PREFIXES):
         return
-    name, parent = key.rpartition(".")[2], base
+    name, parent = key.rpartition(".")[2], defaults
     for part in key.split(".")[:-1]:
         parent = OmegaConf.select(parent, part)
         if not isinstance(parent, DictConfig) or not parent or "_target_" in parent:
             return  # checked by whoever makes it, or the user's own mapping
     if name not in parent:
-        raise UserError(f"{key}: no such option{meant(name, [str(known) for known in parent])}")
+        raise UserError(f"{key}: no such option{did_you_mean(name, [str(known) for known in parent])}")
 
 
 def check_bounds(config: DictConfig) -> None:
-    """ConfigError for the first option whose value lies outside of what it may be."""
+    """ConfigError for the first option outside of its bound in config/bounds.py."""
     for option, bound in BOUNDS.items():
         parent, _, leaf = option.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
         if not isinstance(node, DictConfig) or leaf not in node or OmegaConf.is_missing(node, leaf):
             continue
         value = plain_value(node[leaf])
-        if not bound.holds(value):
-            raise ConfigError(f"{option}={shown(value)}: expected {bound.words}{ADVICE.get(option, '')}")
+        if not bound.accepts(value):
+            raise ConfigError(f"{option}={as_typed(value)}: expected {bound.expected}{ADVICE.get(option, '')}")
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:
-    """ConfigError for a group whose choice is no name: Hydra has no line for it."""
+    """ConfigError for a choice that is no name (`model=3`, `model=[]`), for which Hydra has no message of its own."""
     for argument in arguments:
         group, _, text = argument.partition("=")
         if group == "hydra":
             raise ConfigError(f"{argument}: has fields of its own to be set: hydra.run.dir, hydra.sweep.dir, ...")
-        if not _is_group(argument, conf) or group in FREE_GROUPS:
+        if not _is_group(argument, conf) or group in OPTIONAL_GROUPS:
             continue
         try:
             override = OverridesParser.create().parse_override(argument)
@@ -203,20 +248,22 @@ def check_choices(arguments: list[str], conf: Path) -> None:
 
 
 def plain_value(value: object) -> object:
-    """The value without OmegaConf's containers."""
+    """The value with OmegaConf's containers converted to dicts and lists."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def shown(value: object) -> object:
-    """The value as it is typed."""
+def as_typed(value: object) -> object:
+    """The value as a user types it: null, true, false."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
-def _same_kind(before: object, after: object) -> bool:
+def _is_same_kind(before: object, after: object) -> bool:
+    """True if a value may replace another: the same kind, or the default is a text, which any word can be."""
     return _kind(before) == _kind(after) or isinstance(before, str)
 
 
 def _kind(value: object) -> str:
+    """A value's type in the words of a message."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.generation_defaults import GENERATION, NO_DEFAULTS, GenerationDefaults, generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
@@ -34,7 +34,7 @@ from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
 from genai_pl.training.report import final_lines
 from genai_pl.training.sweeps import write_results
-from genai_pl.training.trust import ASIDE, key_of, read_overrides
+from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """The objects of one run."""
 
@@ -155,12 +155,14 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
 
 def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
     overrides = read_overrides(run.folder / ".hydra" / "overrides.yaml")
-    command = masked(" ".join(o for o in overrides if key_of(o) not in ASIDE))  # a run is one, however often taken up
+    command = redact(
+        " ".join(o for o in overrides if key_of(o) not in PER_COMMAND)
+    )  # a run is one, however often taken up
     headings = {"run_name": "Name", "tags": "Tags"}
     return {
         **{heading: str(flat[option]) for option, heading in headings.items() if option in flat},
         "Training": f"`python train.py {command}`".replace(" `", "`") + f", {run.trainer.global_step} steps.",
-        "Data": f"{masked(str(flat['data.path']))}, {run.monitor.tokens_seen:,} tokens seen.",
+        "Data": f"{redact(str(flat['data.path']))}, {run.monitor.tokens_seen:,} tokens seen.",
         "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",
     }
 

@@ -27,11 +27,11 @@ from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.output_folders import write_early
-from genai_pl.training.resume import TYPED
+from genai_pl.training.output_folders import register_early_output
+from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.targets import instantiate
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import TRAIN, refuse_other_model, unused
+from genai_pl.training.unused_options import TRAIN_RULES, refuse_other_model, unused_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,7 @@ def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> st
         return None
     folder = run_folder / "base"
     if rank_zero_only.rank == 0 and not folder.exists():
-        write_early(folder)
+        register_early_output(folder)
         origin = f"{name}, with more tokens" if name else f"Random weights of seed {config.seed}"
         export_options = {"card": {"Base": f"{origin}, under an adapter."}, "defaults": initial.defaults}
         with read_alike(initial.model, initial.tokenizer):
@@ -160,7 +160,7 @@ def new_overrides(config: DictConfig) -> list[str]:
     """What was typed for this run: not what it goes on with, nor what the first process has handed to the others."""
     if rank_zero_only.rank:
         return []
-    typed_keys = {key_of(a) for a in TYPED}
+    typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
     return [o for o in job_overrides() if not config.resume or key_of(o) in typed_keys]
 
 
@@ -172,7 +172,7 @@ def report_unused(config: DictConfig, typed: list[str]) -> None:
         raise ConfigError(
             f"{max_steps}: has no effect beside trainer.max_epochs={epochs}, which counts; set one to null"
         )
-    for line in unused(config, typed, TRAIN):
+    for line in unused_lines(config, typed, TRAIN_RULES):
         log.info("unused      %s", line)
 
 

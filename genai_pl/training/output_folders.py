@@ -1,4 +1,11 @@
-"""Folders of runs that have not started yet: a name is taken at once, and nothing is left of it where no run came of it."""
+"""Output folders before a run has started: names are reserved at once, and nothing remains of a run that never begins.
+
+Two commands may start in the same second, so a folder's name is taken by creating the folder. But a typo in the
+next option would then leave an empty folder, which `resume=auto` and `compare.py` would have to step over. This
+module remembers what the command created (`_created_folders`) and what it wrote before the first step
+(`_early_outputs`); `keep_outputs`, called when the first step begins, makes them permanent, and `remove_unstarted`,
+called when the command ends, removes them otherwise.
+"""
 
 import os
 import shlex
@@ -13,70 +20,81 @@ from omegaconf.errors import OmegaConfBaseException
 from genai_pl.atomic_io import SWEEP
 from genai_pl.signals import RANK_VARIABLES
 
-_made: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
-_early: list[Path] = []  # what it writes before the run has started
+_created_folders: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
+_early_outputs: list[Path] = []  # what it writes before the run has started
 
 
-def unused_folder(path: str) -> str:
-    """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
+def reserve_folder(path: str) -> str:
+    """The path, created now; with `-2`, `-3`, ... appended where it exists. Resolver `${unused:...}` of
+    conf/config.yaml.
+
+    Ranks that torchrun or Slurm started all evaluate this and must agree: there the path comes back as it is.
+    """
     if not os.environ.keys().isdisjoint(
         RANK_VARIABLES
     ):  # all processes of a run that torchrun or Slurm has started must find the same
         return path
     for name in (path if n == 1 else f"{path}-{n}" for n in count(1)):
-        missing = _missing(Path(name))
+        new_folders = _missing_ancestors(Path(name))
         try:
             Path(name).mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError:
             break  # Hydra cannot make it either, and says so
-        _made.extend(missing)
+        _created_folders.extend(new_folders)
         return name
     return path
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes the run folder."""
+    """True in the process that writes the run folder: rank 0 of node 0, by the variables that launchers set.
+
+    The variables are read because this is needed before torch.distributed, and even torch, is imported.
+    """
     return all(os.environ.get(name, "0") == "0" for name in (*RANK_VARIABLES, "NODE_RANK"))
 
 
-def write_early(path: Path) -> None:
-    """Say that `path` is about to be written before the run has started; it goes if the run never does."""
+def register_early_output(path: Path) -> None:
+    """Announce that `path` will be written before the first step: it is removed if the run never starts."""
     if is_first_process() and not path.exists():
-        _made.extend(_missing(path.parent))
-        _early.append(path.absolute())
+        _created_folders.extend(_missing_ancestors(path.parent))
+        _early_outputs.append(path.absolute())
 
 
-def started() -> None:
-    """Say that the run has started: what was written stays."""
-    _early.clear()
+def keep_outputs() -> None:
+    """Make permanent what was written so far: the run has started."""
+    _early_outputs.clear()
 
 
-def give_back() -> None:
-    """Remove what was written for a run that has not started, and the folders of this command that are empty."""
-    for path in _early:
+def remove_unstarted() -> None:
+    """Remove early outputs of a run that has not started, and folders of this command that are empty, deepest
+    first.
+    """
+    for path in _early_outputs:
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(set(_made), key=lambda path: -len(path.parts)):
+    for path in sorted(set(_created_folders), key=lambda path: -len(path.parts)):
         _remove_empty(path)
-    _early.clear()
-    _made.clear()
+    _early_outputs.clear()
+    _created_folders.clear()
 
 
-def give_back_job(folder: Path) -> None:
-    """Remove the folder of a job of a sweep that has not started."""
-    for path in [*_early]:
+def remove_unstarted_job(folder: Path) -> None:
+    """Remove the early outputs and the empty folder of one job of a sweep; the sweep's own folder stays."""
+    for path in [*_early_outputs]:
         shutil.rmtree(path, ignore_errors=True)
-    _early.clear()
+    _early_outputs.clear()
     _remove_empty(folder)
 
 
-def _missing(path: Path) -> list[Path]:
+def _missing_ancestors(path: Path) -> list[Path]:
+    """The path and those of its parents that do not exist yet: the folders that mkdir(parents=True) would create."""
     path = path.absolute()
     return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
 
 
 def _remove_empty(folder: Path) -> None:
+    """Remove the folder if it is empty but for the file that Hydra writes before a sweep's first job."""
     try:
         if os.listdir(folder) == [SWEEP]:
             (folder / SWEEP).unlink()  # of a sweep without a job
@@ -86,16 +104,18 @@ def _remove_empty(folder: Path) -> None:
 
 
 class HydraFolders(Callback):
-    """Remembers which folders Hydra makes, before it does."""
+    """Hydra callback (conf/config.yaml: hydra.callbacks) that notes which folders Hydra is about to create."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        _expect(config, "hydra.run.dir")
+        """Note the folder of a run."""
+        _expect_hydra_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        _expect(config, "hydra.sweep.dir")
+        """Note the folder of a sweep."""
+        _expect_hydra_folder(config, "hydra.sweep.dir")
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Print the command that ranks the jobs, which all have ended."""
+        """Print the command that ranks the jobs of the sweep, if any of them logged a metric."""
         try:
             folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         except OmegaConfBaseException:
@@ -104,8 +124,9 @@ class HydraFolders(Callback):
             print(f"next        python compare.py {shlex.quote(str(folder))}", flush=True)
 
 
-def _expect(config: DictConfig, key: str) -> None:
+def _expect_hydra_folder(config: DictConfig, key: str) -> None:
+    """Note the missing folders on the path in Hydra's option `key`."""
     try:
-        _made.extend(_missing(Path(OmegaConf.select(config, key))))
+        _created_folders.extend(_missing_ancestors(Path(OmegaConf.select(config, key))))
     except OmegaConfBaseException:
         return  # known to Hydra alone, which reads it later

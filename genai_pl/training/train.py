@@ -2,10 +2,8 @@
 
 import logging
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -17,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl import signals
 from genai_pl.atomic_io import claimed
 from genai_pl.callbacks import MetricsCSV, step_of
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
@@ -25,17 +23,13 @@ from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
 from genai_pl.training.fit import Run, describe_saved, finish, fit
-from genai_pl.training.hydra_job import job_sweep, relative, resume_arguments, searches
+from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import choose_checkpoint, describe_resume
-from genai_pl.training.run_folder import check_settings_unchanged, description, start_writing, write_settings
-from genai_pl.training.sweeps import Outcome, finished
-from genai_pl.training.trainer import silence_libraries, wire_callbacks
-
-if TYPE_CHECKING:
-    pass
-
+from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
+from genai_pl.training.sweeps import Outcome, read_results
+from genai_pl.training.trainer import checkpoint_contents, silence_libraries
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +37,9 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig) -> Outcome:
     """Train as the configuration says; status 0, or that of the signal which ended the run; the value of optimized_metric."""
     signals.end_at_once("training had not begun, nothing was saved", grace_period=config.trainer.grace_period)
-    folder = relative(Path(config.output_dir))
+    folder = shown_path(Path(config.output_dir))
     in_sweep = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
-    if in_sweep and (results := finished(folder, config.trainer.max_steps)):
+    if in_sweep and (results := read_results(folder, config.trainer.max_steps)):
         print(f"run         {folder} is finished: skipped", flush=True)
         return Outcome(0, results.get(config.optimized_metric))
     silence_libraries()
@@ -54,23 +48,32 @@ def train(config: DictConfig) -> Outcome:
     torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
     resumes = config.resume and (not in_sweep or any((folder / "checkpoints").glob("*.ckpt")))
-    checkpoint = relative(choose_checkpoint(config.resume, folder)) if resumes else None
+    checkpoint = shown_path(choose_checkpoint(config.resume, folder)) if resumes else None
     with claimed(folder) if rank_zero_only.rank == 0 else nullcontext():
         status, run = _train(config, folder, checkpoint)
     return Outcome(status, None if status else optimized(config.optimized_metric, run.trainer))
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
-    settings, constraints = deepcopy(config), description(config)
+    # what must not differ between the parts of a run
+    settings = resume_constraints(config)
     if checkpoint:
-        check_settings_unchanged(constraints, checkpoint, folder)
+        check_settings_unchanged(settings, checkpoint, folder)
     run = build(config, folder, checkpoint)
-    wire_callbacks(config, run, checkpoint)
-    run.checkpoints.contents |= constraints
+
+    # what is written with every checkpoint, and what a run that ends early prints
+    adapted = bool(adapters_of(run.module.model))
+    run.checkpoints.describe_run(
+        {**checkpoint_contents(run), **settings},
+        trained_only=adapted and run.base is not None,
+        on_start=partial(_open_run_folder, config, run, checkpoint),
+    )
+    if adapted and run.base is not None:
+        run.module.load_trained_only()
     sweep = job_sweep()
     arguments = resume_arguments(sweep)
-    run.interrupt.describe = partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"])
-    run.checkpoints.on_start = partial(_open_run_folder, settings, run, checkpoint)
+    run.interrupt.describe_with(partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"]))
+
     print_summary(config, run, checkpoint)
     with launched(run.trainer):
         fit(run, checkpoint)
@@ -78,11 +81,11 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
 
 
 @rank_zero_only
-def _open_run_folder(settings: DictConfig, run: Run, checkpoint: Path | None) -> None:
+def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
     """Write what the folder says of the run, and take back what it said of steps that are made again."""
-    start_writing(run.folder)
+    keep_run_folder(run.folder)
     if checkpoint is None or step_of(checkpoint) < run.module.total_steps:  # else no step is made by these settings
-        write_settings(run.folder, settings)
+        write_settings(run.folder, config)
     if checkpoint:
         run.checkpoints.rewind(checkpoint)
     for logger in run.trainer.loggers:
@@ -95,7 +98,7 @@ def optimized(name: str | None, trainer: L.Trainer) -> float | None:
     metrics = trainer.callback_metrics
     if name in metrics:
         return float(metrics[name])
-    if searches():
+    if is_search_job():
         names = ", ".join(sorted(k for k in metrics if k.startswith("val/"))) or "none: trainer.limit_val_batches=0"
         raise ConfigError(f"optimized_metric={name}: no such metric; validation measures {names}")
     return None
@@ -118,7 +121,7 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
         print(f"run         {run.folder}")
         if checkpoint:
             print(describe_resume(checkpoint))
-        print(f"data        {masked(run.data.summary())}")
+        print(f"data        {redact(run.data.summary())}")
         print(*describe_model(model, device), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
         if adapters_of(model):
@@ -135,7 +138,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
             for key, inner in value.items():
                 walk(inner, f"{name}.{key}" if name else str(key))
         else:
-            flat[name] = value if isinstance(value, bool | int | float) else masked(str(value))
+            flat[name] = value if isinstance(value, bool | int | float) else redact(str(value))
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     left_out = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}

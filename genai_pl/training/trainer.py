@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,8 +31,11 @@ from genai_pl.training.length import (
     choose_length,
     warmup_of,
 )
-from genai_pl.training.output_folders import write_early
+from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.targets import instantiate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +64,12 @@ REFUSED_ARGUMENTS = {  # arguments of Lightning's Trainer that are decided elsew
 }
 
 
-def build_trainer(config: DictConfig, folder: Path, *, samples: bool) -> tuple[L.Trainer, dict[str, L.Callback]]:
-    """The Trainer and our callbacks by name."""
+def build_trainer(
+    config: DictConfig, folder: Path, *, module: BaseModule, data: RowsDataModule, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[L.Trainer, dict[str, L.Callback]]:
+    """The Trainer of a module, and our callbacks by name; ConfigError for what Lightning refuses."""
     follow_launcher()
+    # the options of `trainer`, without those that Lightning does not know or that have no effect
     options = OmegaConf.to_container(config.trainer, resolve=True)
     log_every = options.pop("log_every_n_steps")
     for name in OWN_FIELDS:
@@ -71,29 +78,16 @@ def build_trainer(config: DictConfig, folder: Path, *, samples: bool) -> tuple[L
         raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+    if not module.automatic_optimization:
+        options["gradient_clip_val"] = None  # the module clips by itself
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
     # ours count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
-    settings = config.callbacks
     loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
-    checkpoints = cb.StepCheckpoint(str(folder / "checkpoints"), **settings.checkpoint)
-    callbacks = {
-        "monitor": cb.Monitor(log_every),
-        "console": cb.Console(),
-        "interrupt": cb.Interrupt(),
-        "checkpoints": checkpoints,
-    }
-    # text is written by one process, which must hold the whole model for a while
-    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
-    if samples and settings.samples.every_n_steps and gathers:
-        sampling = GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens})
-        prompts = list(settings.samples.prompts or ())
-        callbacks["samples"] = cb.Samples(
-            every_n_steps=settings.samples.every_n_steps, prompts=prompts, config=sampling
-        )
-    elif samples and settings.samples.every_n_steps:
-        log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
+    callbacks = build_callbacks(
+        config, folder, strategy, log_every=log_every, module=module, data=data, tokenizer=tokenizer
+    )
     for name, entry in config.callbacks.extra.items():
         if not isinstance(entry, DictConfig) or "_target_" not in entry:
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
@@ -105,7 +99,7 @@ def build_trainer(config: DictConfig, folder: Path, *, samples: bool) -> tuple[L
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
             callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
-            plugins=[cb.AtomicCheckpointIO(checkpoints.written)],
+            plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written)],
             default_root_dir=str(folder),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -119,6 +113,43 @@ def build_trainer(config: DictConfig, folder: Path, *, samples: bool) -> tuple[L
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
     return trainer, callbacks
+
+
+def build_callbacks(
+    config: DictConfig,
+    folder: Path,
+    strategy: object,
+    *,
+    log_every: int,
+    module: BaseModule,
+    data: RowsDataModule,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, L.Callback]:
+    """Our callbacks by their names in `Run`; `samples` among them where one process can write text."""
+    settings, model, console = config.callbacks, module.model, cb.Console()
+    callbacks = {
+        "monitor": cb.Monitor(
+            log_every, flops=lambda: flop_rates(model, model.config, data.seq_len), listeners=[console.show]
+        ),
+        "console": console,
+        "interrupt": cb.Interrupt(),
+        "checkpoints": cb.StepCheckpoint(str(folder / "checkpoints"), **settings.checkpoint),
+    }
+    # text is written by one process, which must hold the whole model for a while
+    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
+    wants_samples = model.config.writes and settings.samples.every_n_steps
+    if wants_samples and gathers:
+        prompts = list(settings.samples.prompts or ())
+        callbacks["samples"] = cb.Samples(
+            every_n_steps=settings.samples.every_n_steps,
+            prompts=lambda: prompts or [module.make_prompt(data.prompt())],
+            config=GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens}),
+            tokenizer=tokenizer,
+            say=console.say,
+        )
+    elif wants_samples:
+        log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
+    return callbacks
 
 
 class NoSignals(_SignalConnector):
@@ -148,51 +179,55 @@ def choose_run_length(
     )
 
 
-def wire_callbacks(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
-    """Tell the callbacks and loggers about each other and about what is trained."""
-    model, monitor = run.module.model, run.monitor
-    monitor.flops = flop_rates(model, model.config, run.data.seq_len)
-    monitor.listeners.append(run.console.show)
-    defaults = {name: dict(values) for name, values in run.defaults._asdict().items()}
-    run.checkpoints.contents = {
-        "model": model.config.to_dict(),
+def limit_steps(trainer: L.Trainer, steps: int) -> None:
+    """Let the Trainer end after so many optimizer steps, which are known only once the data are."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
+
+
+def checkpoint_contents(run: Run) -> dict[str, object]:
+    """What a checkpoint of the run holds besides Lightning's state: model, tokenizer, length, adapter."""
+    contents: dict[str, object] = {
+        "model": run.module.model.config.to_dict(),
         "tokenizer": tokenizer_files(run.tokenizer),
-        "defaults": defaults,
+        "defaults": {name: dict(values) for name, values in run.defaults._asdict().items()},
         "length": {"steps": run.length.steps, "warmup_steps": warmup_of(run.module.schedule)},
     }
     if files := {name: values for name, values in run.module.export_files().items() if name.endswith(".json")}:
-        run.checkpoints.contents["files"] = files
-    for adapter in adapters_of(model):
-        run.checkpoints.contents |= {
-            "peft": {"method": adapter.method, "options": adapter.options},
-            "base": run.base,
-        }
-        run.checkpoints.trained_only = run.base is not None
-        run.module.strict_loading = run.base is None  # the base is there already
-    if run.samples:
-        run.samples.tokenizer, run.samples.say = run.tokenizer, run.console.say
-        run.samples.prompts = run.samples.prompts or [run.module.make_prompt(run.data.prompt())]
-    for logger in run.trainer.loggers:
+        contents["files"] = files
+    for adapter in adapters_of(run.module.model):
+        contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": run.base}
+    return contents
+
+
+def prepare_loggers(trainer: L.Trainer, checkpoint: Path | None) -> None:
+    """Let TensorBoard write into the run folder, and forget what it holds of steps after the checkpoint."""
+    for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
-        write_early(Path(logger.log_dir))
+        register_early_output(Path(logger.log_dir))
         if checkpoint:
             logger._kwargs["purge_step"] = cb.step_of(checkpoint) + 1
+
+
+def prepare_strategy(config: DictConfig, run: Run) -> None:
+    """Connect the strategy with the module, and apply the options that trade memory for time; ConfigError if they clash."""
     strategy = run.trainer.strategy
     strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
         strategy.check(run.module, rows=run.data.batch_size)
     if config.trainer.optimizer_in_backward:
         check_in_backward(config, run)
-        run.module.steps_in_backward = True
+        run.module.step_in_backward()
     kind, every = config.trainer.recompute, config.trainer.recompute_every
     if kind is not None or every is not None:
-        recompute(model, 1 if every is None else every, kind=kind or "full")
+        recompute(run.module.model, 1 if every is None else every, kind=kind or "full")
 
 
 def check_in_backward(config: DictConfig, run: Run) -> None:
     """ConfigError for what needs all gradients of a step at once."""
     name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, run.trainer
+    if not run.module.automatic_optimization:
+        raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
     if options.gradient_clip_val is not None:
         raise ConfigError(f"{name} cannot clip the norm of all gradients: set trainer.gradient_clip_val=null")
     if options.accumulate_grad_batches != 1:
@@ -201,8 +236,6 @@ def check_in_backward(config: DictConfig, run: Run) -> None:
         raise ConfigError(f"{name} cannot skip a step that has begun: precision=bf16, not fp16")
     if trainer.world_size > 1 or isinstance(trainer.strategy, ShardedStrategy):
         raise ConfigError(f"{name} is for one process: with several, strategy=fsdp divides gradients")
-    if not run.module.automatic_optimization:
-        raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
 
 
 def silence_libraries() -> None:

@@ -1,4 +1,10 @@
-"""Options that have no effect beside other options of their command: rules, and what was typed against them."""
+"""Options without effect: rules about which options do nothing beside others, and the words typed against them.
+
+A typed option that silently does nothing is the most expensive mistake of a long run: `generation.top_k=5` beside
+`temperature=0` looks like a setting. Each command has a table of rules. A rule is about options as typed, not as
+composed: defaults are allowed to have no effect. `train.py` prints an `unused` line and goes on; the other
+commands, which are quick to type again, refuse.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -9,49 +15,59 @@ from omegaconf import DictConfig
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.preference import WITH_REFERENCE
 
-Holds = Callable[[DictConfig], bool]
-SAMPLES = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
+Condition = Callable[[DictConfig], bool]
+SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
 ADDRESSES = ("http://", "https://")
-SIZES = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
-FREE = {"attention", "dropout", "max_seq_len"}  # fields of `model` that a loaded model takes
+SIZE_FIELDS = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
+FREE_FIELDS = {"attention", "dropout", "max_seq_len"}  # fields of `model` that a loaded model takes
 
 
 class Rule(NamedTuple):
-    """Options, or groups of them that end in a dot, that have no effect where a condition holds, and the reason."""
+    """One reason why options have no effect.
+
+    options: names of options; one that ends in a dot stands for all options below it.
+    holds: a function of the configuration, True where the reason applies.
+    reason: the end of the sentence "OPTION=VALUE: has no effect: ...".
+    """
 
     options: tuple[str, ...]
-    holds: Holds
+    holds: Condition
     reason: str
 
 
-def _is(option: str, *values: object) -> Holds:
-    """Whether an option is one of the values; an option that is not there is None."""
+def _is(option: str, *values: object) -> Condition:
+    """Condition that an option has one of the values; an option or group that does not exist counts as None."""
 
     def holds(config: DictConfig) -> bool:
-        found: object = config
+        value: object = config
         for part in option.split("."):
-            found = found.get(part) if isinstance(found, DictConfig) else None
-        return found in values
+            value = value.get(part) if isinstance(value, DictConfig) else None
+        return value in values
 
     return holds
 
 
-def _not(holds: Holds) -> Holds:
+def _not(holds: Condition) -> Condition:
+    """Condition that another does not hold."""
     return lambda config: not holds(config)
 
 
-def _all(*conditions: Holds) -> Holds:
+def _all(*conditions: Condition) -> Condition:
+    """Condition that all of these hold."""
     return lambda config: all(holds(config) for holds in conditions)
 
 
-def _objective(*names: str) -> Holds:
+def _objective(*names: str) -> Condition:
+    """Condition that the objective's module is one of these classes."""
     return lambda config: config.objective._target_.rpartition(".")[2] in names
 
 
 RL, PREFERENCE = _objective("GRPOModule", "PPOModule"), _objective("PreferenceModule")
-TRAIN = (
-    Rule(SAMPLES, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
-    Rule(SAMPLES, RL, "a policy is shown by its rollouts, which objective.temperature and max_new_tokens are for"),
+TRAIN_RULES = (
+    Rule(SAMPLE_OPTIONS, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
+    Rule(
+        SAMPLE_OPTIONS, RL, "a policy is shown by its rollouts, which objective.temperature and max_new_tokens are for"
+    ),
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
@@ -88,10 +104,10 @@ TRAIN = (
 )
 NO_BEAMS = _is("generation.num_beams", 1)
 GREEDY = _is("generation.temperature", 0, 0.0)
-WRITING = ("generation.", "num_samples", "logprobs", "seed", "adapter_weights")
-GENERATE = (
-    Rule((*WRITING, "top_k"), _is("embed", True), "embed=true writes nothing"),
-    Rule((*WRITING, "top_k"), _is("score", True), "score=true writes nothing"),
+WRITING_OPTIONS = ("generation.", "num_samples", "logprobs", "seed", "adapter_weights")
+GENERATE_RULES = (
+    Rule((*WRITING_OPTIONS, "top_k"), _is("embed", True), "embed=true writes nothing"),
+    Rule((*WRITING_OPTIONS, "top_k"), _is("score", True), "score=true writes nothing"),
     Rule(("pooling",), _is("embed", False), "it is of embed=true"),
     Rule(("prompt_file",), _not(_is("prompt", None)), "prompt= is what is read"),
     Rule(("adapter_weights",), _is("adapter", None), "no adapter is given"),
@@ -121,9 +137,13 @@ GENERATE = (
         "neither generation.draft nor generation.prompt_lookup proposes tokens",
     ),
 )
-ENCODER = Rule((*WRITING, "stream"), lambda config: not (config.embed or config.score), "an encoder fills in masks")
-WRITER = Rule(("top_k",), lambda config: not (config.embed or config.score), "it is of masks: give generation.top_k")
-EVALUATE = (
+ENCODER_RULE = Rule(
+    (*WRITING_OPTIONS, "stream"), lambda config: not (config.embed or config.score), "an encoder fills in masks"
+)
+WRITER_RULE = Rule(
+    ("top_k",), lambda config: not (config.embed or config.score), "it is of masks: give generation.top_k"
+)
+EVALUATE_RULES = (
     Rule(
         ("data.path", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
         _not(_is("tasks", None)),
@@ -131,85 +151,103 @@ EVALUATE = (
     ),
     Rule(("batch_size",), _is("tasks", None), "it is of tasks=; batches of data have batch_tokens"),
 )
-NO_BOS = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
-EXPORT = (
+NO_BOS_RULE = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
+EXPORT_RULES = (
     Rule(("dtype",), _is("format", "peft"), "format=peft copies the adapter as it is"),
     Rule(("checkpoint",), _all(_is("format", "peft"), _not(_is("adapter", None))), "adapter= is what is copied"),
 )
 
 
-def _asks(config: DictConfig) -> bool:
-    """Whether an endpoint is asked."""
+def _uses_endpoint(config: DictConfig) -> bool:
+    """True if feedback.py calls an HTTP endpoint, as writer or as judge."""
     return any(str(name or "").startswith(ADDRESSES) for name in (config.checkpoint, config.judge))
 
 
-def _local(config: DictConfig) -> bool:
-    """Whether a model of ours writes or judges; one that another option stands in for is none."""
+def _uses_local_model(config: DictConfig) -> bool:
+    """True if feedback.py loads a model, as writer or as judge; a judge option overrides the writer as judge."""
     names = [config.checkpoint] if config.task == "critique" else [config.judge or config.checkpoint, config.checkpoint]
     return any(not name.startswith(ADDRESSES) for name in names)
 
 
-FEEDBACK = (
+FEEDBACK_RULES = (
     Rule(
         ("judge", "rubric", "data.first", "data.second"),
         _is("task", "critique"),
         "task=critique: the model of checkpoint= judges itself",
     ),
     Rule(("constitution",), _is("task", "label"), "it is of task=critique"),
-    Rule(("judge_model", "key_variable", "retries", "workers"), _not(_asks), "no endpoint is asked"),
-    Rule(("generation.", "seed", "device"), _not(_local), "endpoints write and judge, with settings of their own"),
+    Rule(("judge_model", "key_variable", "retries", "workers"), _not(_uses_endpoint), "no endpoint is asked"),
+    Rule(
+        ("generation.", "seed", "device"),
+        _not(_uses_local_model),
+        "endpoints write and judge, with settings of their own",
+    ),
 )
 
 
-def unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> list[str]:
-    """One line for each typed option (key=value) that has no effect, with the reason."""
-    applied = [rule for rule in rules if rule.holds(config)]
-    found: dict[str, str] = {}
+def unused_lines(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> list[str]:
+    """One line for each typed override (`key=value`) without effect, by the first rule that holds and covers it.
+
+    Example line: `plan.gpu=cpu: has no effect: it is for dry_run=true`.
+    """
+    active_rules = [rule for rule in rules if rule.holds(config)]
+    reasons: dict[str, str] = {}
     for argument in typed:
         key = argument.partition("=")[0].lstrip("+")
-        for rule in applied:
-            if any(_names(key, option) for option in rule.options):
-                found.setdefault(argument, rule.reason)
-    return [f"{argument}: has no effect: {reason}" for argument, reason in found.items()]
+        for rule in active_rules:
+            if any(_covers(key, option) for option in rule.options):
+                reasons.setdefault(argument, rule.reason)
+    return [f"{argument}: has no effect: {reason}" for argument, reason in reasons.items()]
 
 
-def _names(key: str, option: str) -> bool:
-    """Whether a key is the option, or of the group that it names with a dot at its end."""
+def _covers(key: str, option: str) -> bool:
+    """True if the option of a rule is this key, or a group (with its dot) that the key is in."""
     return key == option.removesuffix(".") or (option.endswith(".") and key.startswith(option))
 
 
 def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> None:
-    """ConfigError for the first typed option that has no effect."""
-    for line in unused(config, typed, rules):
+    """ConfigError for the first typed override without effect."""
+    for line in unused_lines(config, typed, rules):
         raise ConfigError(f"{line}; leave it out")
 
 
 def refuse_other_model(
-    asked: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
+    wanted_config: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
 ) -> None:
-    """ConfigError where a field of `model` that was typed is not that of the model that was loaded.
+    """ConfigError where a typed option of `model` contradicts the model that was loaded, whose own fields count.
 
-    asked: the configuration of the group `model`, with what follows from it. source: the option that the model is of.
+    wanted_config: the composed group `model`, with derived sizes. loaded: the loaded model's configuration.
+    source: the option that the model came from, for the message. Typing what the model has anyway is allowed,
+    as are the fields that a loaded model takes over (attention backend, dropout, context).
     """
     for argument in typed:
         key = argument.partition("=")[0].lstrip("+")
         name = key.removeprefix("model.")
+        # a whole group, model=gpt: compare the fields that make a size
         if key == "model":
-            differing = [f.name for f in fields(asked) if f.name in SIZES and _differs(asked, loaded, f.name)]
-            if differing:
-                has = ", ".join(f"{n}={_plain(getattr(loaded, n))}" for n in differing[:3])
-                raise ConfigError(f"{argument}: has no effect: {source} is another model ({has}); leave it out")
+            differences = [
+                f.name
+                for f in fields(wanted_config)
+                if f.name in SIZE_FIELDS and _differs(wanted_config, loaded, f.name)
+            ]
+            if differences:
+                difference = ", ".join(f"{n}={_value_of(getattr(loaded, n))}" for n in differences[:3])
+                raise ConfigError(f"{argument}: has no effect: {source} is another model ({difference}); leave it out")
         elif key == "model.name":
             if not source.endswith(argument.partition("=")[2]):
                 raise ConfigError(f"{argument}: has no effect: {source} is what is loaded; leave one of them out")
-        elif key.startswith("model.") and name not in FREE and _differs(asked, loaded, name):
-            has = f"has {name}={_plain(getattr(loaded, name, None))}"
-            raise ConfigError(f"{argument}: has no effect: {source} {has}, and stays as it is; leave it out")
+        elif key.startswith("model.") and name not in FREE_FIELDS and _differs(wanted_config, loaded, name):
+            difference = f"has {name}={_value_of(getattr(loaded, name, None))}"
+            raise ConfigError(f"{argument}: has no effect: {source} {difference}, and stays as it is; leave it out")
 
 
-def _differs(asked: object, loaded: object, name: str) -> bool:
-    return getattr(asked, name, None) is not None and getattr(asked, name) != getattr(loaded, name, None)
+def _differs(wanted_config: object, loaded: object, name: str) -> bool:
+    """True if a field is set in one configuration and has another value in the other."""
+    return getattr(wanted_config, name, None) is not None and getattr(wanted_config, name) != getattr(
+        loaded, name, None
+    )
 
 
-def _plain(value: object) -> object:
+def _value_of(value: object) -> object:
+    """The value of an enum's member; anything else as it is."""
     return getattr(value, "value", value)

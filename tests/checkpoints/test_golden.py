@@ -18,7 +18,7 @@ from genai_pl import train
 from genai_pl.loading import load
 
 HERE = Path(__file__).parent
-GOLDEN, ROOT = HERE / "golden", HERE.parent
+GOLDEN, ROOT = HERE / "golden", HERE.parent.parent
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 KINDS = ("file", "adapter", "sharded")
 

@@ -116,13 +116,13 @@ def _fields(command: str, given: tuple[str, ...]) -> Iterator[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     from genai_pl.cli.command import CONF, register
-    from genai_pl.training.config_errors import _paths
+    from genai_pl.training.config_errors import _option_names
 
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config" if command == "train" else command, overrides=[g for g in given if "hydra" not in g])
-    yield from (path for path in _paths(config) if not path.rpartition(".")[2].startswith("_"))
+    yield from (path for path in _option_names(config) if not path.rpartition(".")[2].startswith("_"))
 
 
 def write_files(folder: Path) -> None:

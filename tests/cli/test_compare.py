@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genai_pl.cli.compare import main, read_runs, table, varied
+from genai_pl.cli.compare import main, read_runs, table, varied_settings
 
 LOSSES = {"0": ("1e-3", [3.0, 2.5, 2.7]), "1": ("3e-3", [2.9, 2.1]), "10": ("1e-2", [4.0, float("nan"), 3.5])}
 
@@ -34,7 +34,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_the_best_run_comes_first_with_what_differs_and_where_it_was_best(sweep: Path) -> None:
     runs = read_runs(sweep, "val/loss")
     assert [run.name for run in runs] == ["0", "1", "10"]
-    assert varied(runs) == ["optimizer.lr"]
+    assert varied_settings(runs) == ["optimizer.lr"]
     lines = [line.split() for line in table(runs, "val/loss", greater=False)]
     assert lines[1:] == [
         ["1", "3e-3", "2.1000", "20", "2.1000"],

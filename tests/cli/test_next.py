@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from genai_pl.cli.quoting import quoted
+from genai_pl.cli.quoting import quote_argument
 from genai_pl.modules.mlm import masked_words
-from genai_pl.training.report import final_lines, pasted
+from genai_pl.training.report import final_lines, shell_arguments
 from tests.conftest import TINY
 
 RUN = (*TINY, "trainer.max_steps=1", "trainer.limit_val_batches=1")
@@ -72,11 +72,11 @@ def test_a_folder_of_any_name_is_pasted_and_read_as_it_is(name: str, tmp_path: P
         )
         _, *words = next_of("\n" + lines[-1])
         (found,) = [word for word in words if word.startswith(f"{option}=")]
-        override = OverridesParser.create().parse_override(quoted(found))
+        override = OverridesParser.create().parse_override(quote_argument(found))
         assert not override.is_sweep_override()
         assert override.value() == f"{name}/run"
-    prompt = shlex.split(pasted({"prompt": name}))
-    assert [OverridesParser.create().parse_override(quoted(word)).value() for word in prompt] == [name]
+    prompt = shlex.split(shell_arguments({"prompt": name}))
+    assert [OverridesParser.create().parse_override(quote_argument(word)).value() for word in prompt] == [name]
 
 
 def test_an_interrupted_run_in_an_odd_folder_goes_on_by_its_next_command(command, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genai_pl.cli.option_help import help_of
+from genai_pl.cli.option_help import help_text
 from genai_pl.training.trust import CONF
 from tests.conftest import ROOT
 
@@ -51,7 +51,7 @@ def test_help_has_every_option_of_the_command_with_its_comment_and_no_group_of_a
 
 
 def test_help_of_a_group_says_what_its_choices_are_and_which_is_the_default() -> None:
-    said = flat(help_of("config", ["--help", "optimizer"]))
+    said = flat(help_text("config", ["--help", "optimizer"]))
     for path in (CONF / "optimizer").glob("*.yaml"):
         assert flat(path.read_text().splitlines()[0][2:]) in said
     assert "optimizer=muon* Muon" in said
@@ -59,16 +59,16 @@ def test_help_of_a_group_says_what_its_choices_are_and_which_is_the_default() ->
 
 
 def test_help_of_a_choice_has_the_fields_it_begins_with_too() -> None:
-    said = flat(help_of("config", ["peft=dora", "-h"]))
+    said = flat(help_text("config", ["peft=dora", "-h"]))
     assert "peft.dora=true" in said
     assert "peft.rank=8 of the change of a weight" in said
-    said = flat(help_of("config", ["--help", "model=llama"]))
+    said = flat(help_text("config", ["--help", "model=llama"]))
     assert "model.n_kv_head" in said
     assert "null: n_head (no grouping)" in said
 
 
 def test_help_of_one_option_is_its_line_and_a_slip_is_told_with_the_nearest(command) -> None:
-    assert flat(help_of("config", ["--help", "data.batch_size"])).startswith("data.batch_size=")
+    assert flat(help_text("config", ["--help", "data.batch_size"])).startswith("data.batch_size=")
     result = command("train", "--help", "optimiser")
     assert (result.status, result.err) == (2, "error: optimiser: no such group or option, did you mean optimizer?\n")
     result = command("generate", "--help", "generation=sampler")
@@ -79,8 +79,8 @@ def test_options_of_ones_own_are_in_the_help(tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "lion.yaml").write_text("# Lion\nlr: 1.0e-4 # the peak\n")
     for arguments in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
-        assert "lion" in help_of("config", ["--help", *arguments])
-        assert "optimizer.lr=1.0e-4  the peak" in help_of("config", ["--help", *arguments, "optimizer=lion"])
+        assert "lion" in help_text("config", ["--help", *arguments])
+        assert "optimizer.lr=1.0e-4  the peak" in help_text("config", ["--help", *arguments, "optimizer=lion"])
 
 
 def test_help_imports_neither_torch_nor_what_composes() -> None:

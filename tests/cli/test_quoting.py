@@ -62,9 +62,9 @@ def test_stop_strings_are_as_they_are_typed(typed: str, found: list[str]) -> Non
     from hydra import compose, initialize_config_dir
 
     from genai_pl.cli.command import CONF, register
-    from genai_pl.cli.quoting import quoted
+    from genai_pl.cli.quoting import quote_argument
 
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("generate", overrides=[quoted(f"generation.stop={typed}")])
+        config = compose("generate", overrides=[quote_argument(f"generation.stop={typed}")])
     assert list(config.generation.stop) == found

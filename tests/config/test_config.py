@@ -55,7 +55,7 @@ def test_every_option_is_explained(path: Path) -> None:
         "generation",
         "logger",
         "experiment",
-    )  # their fields are explained in specs.py
+    )  # their fields are explained in genai_pl/config/model.py
     silent = [
         line for line in body
         if not plain and ":" in line and "#" not in line
@@ -69,6 +69,13 @@ def test_an_experiment_beats_the_defaults_and_the_command_line_beats_it() -> Non
     assert (chosen.trainer.max_steps, chosen.tokenizer.kind, chosen.model.n_layer) == (20, "byte", 2)
     chosen = composed("experiment=smoke", "trainer.max_steps=7", "tokenizer=bpe", "optimizer=sgd")
     assert (chosen.trainer.max_steps, chosen.tokenizer.kind, chosen.optimizer.lr) == (7, "bpe", 0.1)
+
+
+def test_the_experiment_of_fine_tuning_takes_conversations_and_a_small_learning_rate() -> None:
+    chosen = composed("experiment=sft")
+    assert chosen.objective._target_ == "genai_pl.modules.sft.SFTModule"
+    assert chosen.data._target_ == "genai_pl.data.chat.ChatDataModule"
+    assert (chosen.optimizer._target_, chosen.optimizer.lr) == ("genai_pl.optim.adamw", 2e-5)
 
 
 def test_a_preset_of_the_trainer_picks_a_strategy_that_can_be_overridden() -> None:

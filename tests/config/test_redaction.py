@@ -2,7 +2,7 @@
 
 import pytest
 
-from genai_pl.config.redaction import masked
+from genai_pl.config.redaction import redact
 
 SHOWN = {
     "redis://:hunter2@host:6379/0": "redis://***@host:6379/0",
@@ -18,4 +18,4 @@ SHOWN = {
 
 @pytest.mark.parametrize("text", SHOWN)
 def test_a_password_is_never_in_what_is_shown(text: str) -> None:
-    assert masked(text) == SHOWN[text]
+    assert redact(text) == SHOWN[text]

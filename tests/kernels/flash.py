@@ -1,9 +1,9 @@
-"""Running the Triton kernels and the reference on the same numbers."""
+"""Harness: the Triton kernels and the reference on the same numbers."""
 
 import torch
 from torch import Tensor
 
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.flash.operator import flash_attention
 from genai_pl.kernels.reference import reference_attention
 
@@ -43,7 +43,7 @@ def exact_lse(q: Tensor, k: Tensor, mask: AttentionMask, options: dict) -> Tenso
 
 
 def results(attention, tensors: list[Tensor], options: dict, dtype: torch.dtype) -> list[Tensor]:
-    """What `attention` returns, and the gradients of q, k, v and bias, for inputs rounded to dtype."""
+    """The results of `attention`, and the gradients of q, k, v and bias, for inputs rounded to dtype."""
     leaves = [x.to(dtype).detach().requires_grad_() for x in tensors[:3]]
     if "bias" in options:
         options = options | {"bias": options["bias"].to(dtype).detach().requires_grad_()}
@@ -63,7 +63,7 @@ def ours_and_exact(mask: AttentionMask, tensors: list[Tensor], options: dict, dt
     def exact(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
         return reference_attention(q, k, v, mask, **options), exact_lse(q, k, mask, options)
 
-    ours = results(lambda q, k, v, **o: flash_attention(q, k, v, mask, **o), tensors, options, dtype)
+    ours = results(lambda q, k, v, **o: flash_attention(q, k, v, mask, ScoreOptions(**o)), tensors, options, dtype)
     return ours, results(exact, tensors, options, torch.float64)
 
 

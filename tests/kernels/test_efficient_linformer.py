@@ -6,7 +6,7 @@ from dense_attention import attend, packed, qkv, shown
 from largest_tensor import LargestTensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.efficient import Linformer
 
 BOTH = AttentionMask()
@@ -31,7 +31,7 @@ def test_projections_of_the_identity_give_full_attention():
 def test_it_is_equation_7_with_the_first_columns_of_the_projections(S: int):
     kind = linformer(24, rank=5, K=4)
     q, k, v = qkv(S, K=4)
-    y = kind(q, k, v, BOTH, scale=0.6)
+    y = kind(q, k, v, BOTH, ScoreOptions(scale=0.6))
     for h in range(4):
         E, F = kind.key_projection[h, :, :S], kind.value_projection[h, :, :S]
         weights = torch.softmax(0.6 * torch.einsum("btd,rs,bsd->btr", q[:, h], E, k[:, h]), dim=-1)
@@ -114,7 +114,7 @@ def test_memory_is_linear_in_the_length():
 )
 def test_what_it_cannot_do_is_an_error_that_names_the_fix(mask: AttentionMask, options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        linformer(24, rank=5)(*qkv(24, B=1), mask, **options)
+        linformer(24, rank=5)(*qkv(24, B=1), mask, ScoreOptions(**options))
 
 
 def test_a_row_longer_than_the_projections_names_the_option():

@@ -10,7 +10,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.efficient import Performer
 from genai_pl.kernels.efficient.performer import log_features, orthogonal_features
 
@@ -76,7 +76,7 @@ def test_the_error_of_attention_falls_like_one_over_the_root_of_the_number_of_fe
 def test_blocks_and_states_are_the_whole_matrix(causal: bool, segments: Tensor | None, T: int):
     q, k, v = qkv(T, S, dtype=torch.float32)
     kind = Performer(head_dim=8, n_features=40, seed=0)
-    y = kind(q, k, v, AttentionMask(causal=causal, segments=segments), scale=0.5)
+    y = kind(q, k, v, AttentionMask(causal=causal, segments=segments), ScoreOptions(scale=0.5))
     expected = exact(q, k, v, shown(T, S, causal=causal, segments=segments), kind.features, 0.5)
     torch.testing.assert_close(y.double(), expected, atol=5e-6, rtol=1e-5)
 
@@ -186,4 +186,4 @@ def test_memory_is_linear_in_the_length(causal: bool):
 )
 def test_what_it_cannot_do_is_an_error_that_names_the_fix(mask: AttentionMask, options: dict, fix: str):
     with pytest.raises(ConfigError, match=f"model.attention_kind=performer .*set {fix}"):
-        Performer(head_dim=8, n_features=16, seed=0)(*qkv(24), mask, **options)
+        Performer(head_dim=8, n_features=16, seed=0)(*qkv(24), mask, ScoreOptions(**options))

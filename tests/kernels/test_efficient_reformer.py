@@ -9,7 +9,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.efficient import Reformer
 from genai_pl.kernels.efficient.reformer import lsh_buckets
 
@@ -36,7 +36,7 @@ def shared(q: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_bucket_is_full_attention_with_shared_queries_and_keys(causal, segments: Tensor | None, bucket_size: int):
     q, _, v = (x.requires_grad_() for x in qkv(S))
-    y = reformer(bucket_size)(q, None, v, AttentionMask(causal=causal, segments=segments), scale=0.8)
+    y = reformer(bucket_size)(q, None, v, AttentionMask(causal=causal, segments=segments), ScoreOptions(scale=0.8))
     expected = shared(q, v, shown(S, S, causal=causal, segments=segments), 0.8)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients(y, [q, v]), gradients(expected, [q, v]))
@@ -74,7 +74,10 @@ def test_more_rounds_of_hashing_come_closer_to_full_attention(causal: bool):
 
     def error(n_hashes: int) -> float:
         kinds = [reformer(32, n_hashes, seed) for seed in range(4)]
-        squares = [(kind(q, None, v, AttentionMask(causal=causal), scale=1.0) - full).square().mean() for kind in kinds]
+        squares = [
+            (kind(q, None, v, AttentionMask(causal=causal), ScoreOptions(scale=1.0)) - full).square().mean()
+            for kind in kinds
+        ]
         return (torch.stack(squares).mean() / full.square().mean()).sqrt().item()
 
     errors = [error(n) for n in (1, 4, 16)]
@@ -183,11 +186,13 @@ def test_memory_is_linear_in_the_length(causal: bool):
 def test_what_it_cannot_do_is_an_error_that_names_the_fix(mask: AttentionMask, options: dict, fix: str):
     q, _, v = qkv(S)
     with pytest.raises(ConfigError, match=f"model.attention_kind=reformer .*set {fix}"):
-        reformer(8)(q, None, v, mask, **options)
+        reformer(8)(q, None, v, mask, ScoreOptions(**options))
 
 
 def test_dropout_drops():
     q, _, v = qkv(S)
     mask = AttentionMask(causal=True)
     with torch.random.fork_rng():
-        assert not torch.allclose(reformer(8)(q, None, v, mask, dropout_p=0.5), reformer(8)(q, None, v, mask))
+        assert not torch.allclose(
+            reformer(8)(q, None, v, mask, ScoreOptions(dropout_p=0.5)), reformer(8)(q, None, v, mask)
+        )

@@ -7,7 +7,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.efficient import WindowAttention
 
 S = 200  # more than two blocks of the shortest length
@@ -30,7 +30,7 @@ def test_it_is_attention_under_the_mask_written_by_hand(T: int, causal: bool, se
     for window, n_global in SIZES:
         kind = WindowAttention(window=window, n_global=n_global, backend=backend)
         visible = expected_mask(T, window=window, n_global=n_global, causal=causal, segments=segments)
-        y = kind(q, k, v, AttentionMask(causal=causal, segments=segments), scale=0.7)
+        y = kind(q, k, v, AttentionMask(causal=causal, segments=segments), ScoreOptions(scale=0.7))
         torch.testing.assert_close(y, attend(q, k, v, visible, scale=0.7))
 
 
@@ -119,11 +119,11 @@ def test_a_window_that_the_mask_repeats_is_no_contradiction():
 )
 def test_what_it_cannot_do_is_an_error_that_names_the_fix(mask: AttentionMask, options: dict, names: str):
     with pytest.raises(ConfigError, match=f"model.attention_kind=window .*set {names}"):
-        WindowAttention(window=9, n_global=0, backend="auto")(*qkv(S), mask, **options)
+        WindowAttention(window=9, n_global=0, backend="auto")(*qkv(S), mask, ScoreOptions(**options))
 
 
 def test_a_softcap_and_dropout_reach_the_backend():
     q, k, v = qkv(S)
     kind, mask = WindowAttention(window=9, n_global=2, backend="auto"), AttentionMask(causal=True)
-    assert not torch.allclose(kind(q, k, v, mask, softcap=0.5), kind(q, k, v, mask))
-    assert not torch.allclose(kind(q, k, v, mask, dropout_p=0.5), kind(q, k, v, mask))
+    assert not torch.allclose(kind(q, k, v, mask, ScoreOptions(softcap=0.5)), kind(q, k, v, mask))
+    assert not torch.allclose(kind(q, k, v, mask, ScoreOptions(dropout_p=0.5)), kind(q, k, v, mask))

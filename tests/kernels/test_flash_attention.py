@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from flash import DEVICE, check, draw, inputs, ours_and_exact, relative_error
 from torch import Tensor
 
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.flash.operator import flash_attention
 
 
@@ -216,7 +216,7 @@ def test_a_step_along_the_gradient_changes_the_output_as_it_says():
 
     def value(step: float) -> Tensor:
         moved = [x + step * d for x, d in zip(leaves, direction, strict=True)]
-        return (flash_attention(*moved, mask, softcap=3.0)[0].double() * tensors[3]).sum()
+        return (flash_attention(*moved, mask, ScoreOptions(softcap=3.0))[0].double() * tensors[3]).sum()
 
     gradients = torch.autograd.grad(value(0.0), leaves)
     promised = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))

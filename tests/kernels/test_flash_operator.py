@@ -1,4 +1,4 @@
-"""What the rest of torch sees of the Triton kernels: one differentiable operator."""
+"""The flash attention operator as torch sees it: compile, checkpointing, autocast, fake tensors, FLOPs."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask, attention, choose_backend
+from genai_pl.kernels import AttentionMask, ScoreOptions, attention, choose_backend
 from genai_pl.kernels.flash.mask_tables import mask_tables
 from genai_pl.kernels.flash.operator import flash_attention
 
@@ -62,7 +62,7 @@ def test_dropout_is_philox_of_key_query_and_head_whatever_the_blocks(monkeypatch
         seed = int(torch.randint(2**62, (1,), device=DEVICE))
         torch.manual_seed(5)
         ours = [x.float().requires_grad_() for x in tensors[:3]]
-        o, _ = flash_attention(*ours, mask, dropout_p=p)
+        o, _ = flash_attention(*ours, mask, ScoreOptions(dropout_p=p))
     d_o = tensors[3]
     ours = [o, *torch.autograd.grad(o, ours, d_o.float())]
 

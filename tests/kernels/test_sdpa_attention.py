@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genai_pl.kernels import AttentionMask
+from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.sdpa import sdpa_attention
 
@@ -27,6 +27,10 @@ def make_mask(features: str, T: int, S: int) -> AttentionMask:
     if "prefix" in features:
         fields |= {"causal": True, "prefix": torch.tensor([0, 3])}
     return AttentionMask(**fields)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, **options) -> Tensor:
+    return sdpa_attention(q, k, v, mask, ScoreOptions(**options))
 
 
 def inputs(T: int, S: int, *, K: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -56,7 +60,7 @@ def test_sdpa_equals_the_reference_forward_and_backward(features: str, T: int, S
     mask = make_mask(features, T, S)
     for K in (1, 2, 4):
         tensors = inputs(T, S, K=K)
-        torch.testing.assert_close(run(sdpa_attention, tensors, mask), run(reference_attention, tensors, mask))
+        torch.testing.assert_close(run(sdpa, tensors, mask), run(reference_attention, tensors, mask))
 
 
 @pytest.mark.parametrize(("T", "S"), [(17, 17), (1, 17), (5, 17)])
@@ -67,14 +71,14 @@ def test_sdpa_equals_the_reference_with_bias_alibi_and_scale(features: str, T: i
     for shape in ((B, H, T, S), (1, H, T, S), (1, 1, 1, S), (T, S)):
         for options in ({}, {"alibi": slopes}, {"scale": 0.3}):
             options = options | {"bias": torch.randn(shape, dtype=torch.float64)}
-            ours, expected = (run(f, tensors, mask, **options) for f in (sdpa_attention, reference_attention))
+            ours, expected = (run(f, tensors, mask, **options) for f in (sdpa, reference_attention))
             torch.testing.assert_close(ours, expected)
     options = {"alibi": slopes}
-    ours, expected = (run(f, tensors, mask, **options) for f in (sdpa_attention, reference_attention))
+    ours, expected = (run(f, tensors, mask, **options) for f in (sdpa, reference_attention))
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("attention", [sdpa_attention, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, reference_attention])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention, dtype, biased: bool):
@@ -94,7 +98,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention,
         assert x.masked_select(~padding).any()
 
 
-@pytest.mark.parametrize("attention", [sdpa_attention, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, reference_attention])
 @pytest.mark.parametrize("features", ["nothing", "causal", "causal segments"])
 def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(attention, features: str):
     T = S = 129
@@ -125,7 +129,7 @@ def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(attention, features: str)
 def test_sdpa_builds_no_mask_where_none_is_needed(monkeypatch, mask: AttentionMask, T: int, S: int):
     monkeypatch.setattr(AttentionMask, "_build_dense", lambda *_: pytest.fail("a (T, S) mask was built"))
     q, k, v, _ = inputs(T, S)
-    assert sdpa_attention(q, k, v, mask).shape == q.shape
+    assert sdpa(q, k, v, mask).shape == q.shape
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -135,12 +139,12 @@ def test_sdpa_runs_in_autocast_with_float32_inputs(biased: bool):
     mask = AttentionMask(causal=True, window=4)
     exact = reference_attention(*tensors[:3], mask, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        results = run(sdpa_attention, tensors, mask, **options)
+        results = run(sdpa, tensors, mask, **options)
     torch.testing.assert_close(results[0], exact, atol=2e-2, rtol=0, check_dtype=False)
     assert all(gradient.dtype == torch.float32 for gradient in results[1:])
 
 
-@pytest.mark.parametrize("attention", [sdpa_attention, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, reference_attention])
 def test_dropout_follows_the_seed_and_keeps_the_mean(attention):
     q, k, _, _ = inputs(129, 129, dtype=torch.float32)
     v = torch.ones_like(k)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from genai_pl.signals import RANK_VARIABLES
-from genai_pl.training.output_folders import give_back, unused_folder
+from genai_pl.training.output_folders import remove_unstarted, reserve_folder
 from tests.conftest import TINY
 
 
@@ -15,7 +15,7 @@ def test_runs_that_start_in_the_same_second_take_folders_of_their_own(
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     path = str(tmp_path / "2026-11-24" / "12-00-00")
-    assert [unused_folder(path) for _ in range(3)] == [path, f"{path}-2", f"{path}-3"]
+    assert [reserve_folder(path) for _ in range(3)] == [path, f"{path}-2", f"{path}-3"]
     assert sorted(folder.name for folder in Path(path).parent.iterdir()) == ["12-00-00", "12-00-00-2", "12-00-00-3"]
 
 
@@ -24,7 +24,7 @@ def test_all_processes_that_torchrun_starts_take_the_same_folder(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     path = str(tmp_path / "12-00-00")
-    assert unused_folder(path) == unused_folder(path) == path
+    assert reserve_folder(path) == reserve_folder(path) == path
 
 
 REFUSED = {
@@ -78,8 +78,8 @@ def test_a_run_beside_one_that_never_started_keeps_its_folder(tmp_path: Path, mo
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "outputs" / "12-00-00"
-    first, second = unused_folder(str(path)), unused_folder(str(path))
+    first, second = reserve_folder(str(path)), reserve_folder(str(path))
     (Path(second) / "train.log").touch()
-    give_back()
+    remove_unstarted()
     assert not Path(first).exists()
     assert (Path(second) / "train.log").exists()

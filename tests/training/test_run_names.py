@@ -110,7 +110,7 @@ def test_the_newest_run_is_the_one_whose_checkpoints_say_so_for_every_command(tm
     (job.parent / "multirun.yaml").touch()
     for path in (old / "checkpoints").iterdir():  # as `cp -r` leaves it
         os.utime(path, (1.2e9, 1.2e9))
-    assert newest_run(Path(), going_on=True) == new
+    assert newest_run(Path(), resumable=True) == new
     assert newest_run(Path()) == job  # a job of a sweep is a model too
     assert resolve("auto") == job / "checkpoints" / "last.ckpt"
 

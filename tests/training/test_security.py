@@ -12,7 +12,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from genai_pl.config.redaction import holds_secret, masked
+from genai_pl.config.redaction import contains_secret, redact
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.training.resume import replay
@@ -333,10 +333,10 @@ def test_an_adapter_that_names_itself_as_its_base_is_one_line(place: Path, comma
 
 @pytest.mark.parametrize("contents", ["[]", "1", '{"step": "x"}', '{"step": null}', "[" * 9999, "{", "{}"])
 def test_results_of_somebody_else_do_not_end_a_run(contents: str, place: Path) -> None:
-    from genai_pl.training.sweeps import finished
+    from genai_pl.training.sweeps import read_results
 
     (place / "results.json").write_text(contents)
-    assert finished(place, 1) is None
+    assert read_results(place, 1) is None
 
 
 @pytest.mark.parametrize("rows", ["a,b\n1,2\n", "step,val/loss\nx,1.0\n", "\0\n", 'step,val/loss\n"' + "x" * 200_000])
@@ -408,10 +408,10 @@ def test_a_secret_on_the_command_line_of_a_training_is_refused_unseen(argument: 
 def test_options_are_not_taken_for_secrets() -> None:
     texts = [path.read_text() for path in (ROOT / "conf").rglob("*.yaml")]
     found = {f"{key}=3" for text in texts for key in re.findall(r"^ *(\w+):", text, re.M)}
-    assert not [option for option in found if holds_secret(option)]
-    assert not holds_secret("+logger.1.api_key=${oc.env:WANDB_API_KEY}")
-    assert masked("http://host:8000/v1?n=3 a:b@c") == "http://host:8000/v1?n=3 a:b@c"
-    assert masked("redis://:pass@host:1/0 https://me:pass@host") == "redis://***@host:1/0 https://***@host"
+    assert not [option for option in found if contains_secret(option)]
+    assert not contains_secret("+logger.1.api_key=${oc.env:WANDB_API_KEY}")
+    assert redact("http://host:8000/v1?n=3 a:b@c") == "http://host:8000/v1?n=3 a:b@c"
+    assert redact("redis://:pass@host:1/0 https://me:pass@host") == "redis://***@host:1/0 https://***@host"
 
 
 def test_what_the_environment_gives_stands_in_no_output_and_no_file(place: Path, command, monkeypatch) -> None:

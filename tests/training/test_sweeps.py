@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from genai_pl.errors import UserError
 from genai_pl.training.resume import replay
-from genai_pl.training.sweeps import finished, replay_sweep, write_results
+from genai_pl.training.sweeps import read_results, replay_sweep, write_results
 from tests.cli.test_commands import start, table, wait_for_step
 from tests.conftest import TINY
 
@@ -141,10 +141,10 @@ def test_what_would_mix_two_sweeps_up_is_one_line(overrides, given, said, tmp_pa
 
 
 def test_a_finished_run_is_one_that_took_all_its_steps(tmp_path: Path) -> None:
-    assert finished(tmp_path, 4) is None
+    assert read_results(tmp_path, 4) is None
     write_results(tmp_path, 4, {"val/loss": 1.5})
-    assert finished(tmp_path, 4) == finished(tmp_path, -1) == {"step": 4, "val/loss": 1.5}
-    assert finished(tmp_path, 5) is None
+    assert read_results(tmp_path, 4) == read_results(tmp_path, -1) == {"step": 4, "val/loss": 1.5}
+    assert read_results(tmp_path, 5) is None
 
 
 class Pick(Sweeper):

@@ -10,22 +10,28 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from genai_pl.cli.command import CONF, register
-from genai_pl.cli.quoting import quoted
+from genai_pl.cli.quoting import quote_argument
 from genai_pl.errors import ConfigError
 from genai_pl.training.unused_options import (
-    ENCODER,
-    EVALUATE,
-    EXPORT,
-    FEEDBACK,
-    GENERATE,
-    TRAIN,
-    WRITER,
+    ENCODER_RULE,
+    EVALUATE_RULES,
+    EXPORT_RULES,
+    FEEDBACK_RULES,
+    GENERATE_RULES,
+    TRAIN_RULES,
+    WRITER_RULE,
     refuse_unused,
-    unused,
+    unused_lines,
 )
 from tests.conftest import TINY
 
-RULES = {"config": TRAIN, "generate": GENERATE, "evaluate": EVALUATE, "export": EXPORT, "feedback": FEEDBACK}
+RULES = {
+    "config": TRAIN_RULES,
+    "generate": GENERATE_RULES,
+    "evaluate": EVALUATE_RULES,
+    "export": EXPORT_RULES,
+    "feedback": FEEDBACK_RULES,
+}
 NEEDS = {"export": ["out=x"], "feedback": ["data.path=x"], "config": ["data.path=x"]}
 NO_EFFECT = [  # command, what makes it so, what was typed
     ("config", "callbacks.samples.every_n_steps=null", "callbacks.samples.max_new_tokens=5"),
@@ -94,32 +100,32 @@ def composed(name: str, arguments: str) -> tuple[DictConfig, list[str]]:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, overrides=[quoted(word) for word in given]), arguments.split()
+        return compose(name, overrides=[quote_argument(word) for word in given]), arguments.split()
 
 
 @pytest.mark.parametrize(("name", "beside", "option"), NO_EFFECT)
 def test_an_option_without_effect_is_named_with_the_reason(name: str, beside: str, option: str) -> None:
     config, typed = composed(name, f"{beside} {option}")
-    (line,) = unused(config, typed, RULES[name])
+    (line,) = unused_lines(config, typed, RULES[name])
     assert line.startswith(f"{option}: has no effect: ")
     with pytest.raises(ConfigError, match=r"leave it out$"):
         refuse_unused(config, typed, RULES[name])
-    assert unused(config, [beside], RULES[name]) == []  # the same value is no matter where nobody has typed it
+    assert unused_lines(config, [beside], RULES[name]) == []  # the same value is no matter where nobody has typed it
 
 
 @pytest.mark.parametrize(("name", "beside", "option"), EFFECT)
 def test_an_option_with_an_effect_passes(name: str, beside: str, option: str) -> None:
     config, typed = composed(name, f"{beside} {option}")
-    assert unused(config, typed, RULES[name]) == []
+    assert unused_lines(config, typed, RULES[name]) == []
 
 
 def test_candidates_are_of_masks_and_draws_are_of_texts() -> None:
     config, typed = composed("generate", "prompt=a top_k=3")
-    assert unused(config, typed, [ENCODER]) == []
-    assert "generation.top_k" in unused(config, typed, [WRITER])[0]
+    assert unused_lines(config, typed, [ENCODER_RULE]) == []
+    assert "generation.top_k" in unused_lines(config, typed, [WRITER_RULE])[0]
     config, typed = composed("generate", "prompt=a generation.top_k=3")
-    assert unused(config, typed, [WRITER]) == []
-    assert "an encoder fills in masks" in unused(config, typed, [ENCODER])[0]
+    assert unused_lines(config, typed, [WRITER_RULE]) == []
+    assert "an encoder fills in masks" in unused_lines(config, typed, [ENCODER_RULE])[0]
 
 
 @pytest.fixture(scope="module")

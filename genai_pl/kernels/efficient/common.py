@@ -1,4 +1,4 @@
-"""A sequence split into blocks of equal length."""
+"""Blocks of equal length along a sequence, and the refusal of options that a kind does not compute."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,9 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import ScoreOptions
 
-FIXES = {
+FIXES = {  # name -> what it is, and the option that turns it off
     "window": ("a window", "model.window=null"),
     "order": ("permutation masks", "model.attention_kind=full"),
     "prefix": ("a bidirectional prefix", "model.attention_kind=full"),
@@ -19,32 +20,29 @@ FIXES = {
 
 
 def refuse(
-    kind: str,
-    mask: AttentionMask,
-    *,
-    window: int | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
+    kind: str, mask: AttentionMask, options: ScoreOptions, *, supported: tuple[str, ...] = (), window: int | None = None
 ) -> None:
-    """ConfigError if any of these is given, or if the mask has an order, a prefix or a window other than `window`."""
-    unsupported = {
+    """ConfigError for a score option that is not `supported`, and for a mask with an order, a prefix or another window.
+
+    kind: the name in the error. supported: names of FIXES that this kind computes. window: the one that the kind has.
+    """
+    requested = {
         "window": mask.window not in (None, window),
         "order": mask.order is not None,
         "prefix": mask.prefix is not None,
-        "bias": bias is not None,
-        "alibi": alibi is not None,
-        "softcap": softcap is not None,
-        "dropout": dropout_p > 0.0,
+        "bias": options.bias is not None,
+        "alibi": options.alibi is not None,
+        "softcap": options.softcap is not None,
+        "dropout": options.dropout_p > 0.0,
     }
-    for name, is_set in unsupported.items():
-        if is_set:
+    for name, is_set in requested.items():
+        if is_set and name not in supported:
             what, fix = FIXES[name]
             raise ConfigError(f"model.attention_kind={kind} has no {what}: set {fix}{_or_full(fix)}")
 
 
 def _or_full(fix: str) -> str:
+    """The second way out: exact attention."""
     return "" if fix == "model.attention_kind=full" else ", or model.attention_kind=full"
 
 
@@ -55,14 +53,14 @@ def pad_to_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def split_into_blocks(x: Tensor, block: int) -> Tensor:
-    """(..., N * block, D) -> (..., N, block, D)."""
+    """Blocks of a padded sequence, (..., N * block, D) -> (..., N, block, D), without a copy."""
     return x.unflatten(-2, (-1, block))
 
 
 def blocks_with_neighbours(x: Tensor, block: int, *, before: int, after: int) -> Tensor:
     """Each block between the positions before and after it, (..., N * block, D) -> (..., N, before + block + after, D).
 
-    At most one block's length on either side; zeros stand beyond the ends.
+    before, after: at most one block's length. Zeros stand beyond the ends of the sequence.
     """
     blocks = split_into_blocks(x, block)
     parts = [blocks]

@@ -1,6 +1,7 @@
-"""Flash attention as one differentiable operator: torch.compile, checkpointing, autocast and FLOP counters know it.
+"""Flash attention operator: one differentiable torch operator, known to torch.compile, checkpointing, autocast and FLOP counters.
 
-The kernels are Triton's, which is imported when the first of them runs.
+Operators take tensors and plain numbers, so a mask travels as tables of integers and a `Case` of numbers. Triton is imported
+when the first kernel runs.
 """
 
 import torch
@@ -9,7 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from genai_pl.kernels.flash.mask_tables import mask_tables
 from genai_pl.kernels.mask import AttentionMask
+from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
+# the schema: optional tensors, numbers
 EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
 CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
 CASE += ", bool global_prefix"
@@ -21,42 +24,40 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     mask: AttentionMask,
-    *,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
+    options: ScoreOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """What `reference_attention` gives, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
+    """`reference_attention`, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
 
-    Both are differentiable in q, k, v and bias. A query that sees nothing has a log-sum-exp of -inf.
+    Both are differentiable in q, k, v and bias, so that parts of attention over different keys can be merged. A query that
+    sees no key has a log-sum-exp of -inf. ValueError for slopes that need a gradient.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
-    if alibi is not None and alibi.requires_grad:
+    if options.alibi is not None and options.alibi.requires_grad:
         raise ValueError("alibi slopes are constants here: backend triton gives them no gradient")
     if 0 in (B, T, S):
         return q.new_zeros(B, H, T, v.shape[-1]), q.new_full((B, H, T), float("-inf"), dtype=torch.float32)
     kind = q.device.type
-    if torch.is_autocast_enabled(kind):  # only these: slopes and bias stay exact, and are read once
+    if torch.is_autocast_enabled(kind):  # slopes and bias stay exact: they are read once
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    # the mask as tables and numbers, which an operator can take
     queries, keys = mask_tables(mask, T, S, q.device)
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0.0 else None
+    seed = torch.randint(2**62, (1,), device=q.device) if options.dropout_p > 0.0 else None
     case = (
         mask.causal,
         mask.window or 0,
         mask.prefix is not None,
         mask.segments is not None,
         0 if mask.order is None else 1 + mask.strict,
-        D**-0.5 if scale is None else scale,
-        softcap or 0.0,
-        dropout_p,
+        D**-0.5 if options.scale is None else options.scale,
+        options.softcap or 0.0,
+        options.dropout_p,
         mask.global_prefix is not None,
     )
-    return torch.ops.genai_pl.flash_forward(q, k, v, bias, alibi, queries, keys, seed, *case)
+    return torch.ops.genai_pl.flash_forward(q, k, v, options.bias, options.alibi, queries, keys, seed, *case)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The operator's kernel: output and log-sum-exp; rest: extras and case in the order of the schema."""
     from genai_pl.kernels.flash.common import Extras
     from genai_pl.kernels.flash.launch import run_forward
     from genai_pl.kernels.flash.problem import Case
@@ -67,6 +68,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Te
 def _backward(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward operator's kernel: gradients of q, k, v and bias (an empty tensor if it needs none)."""
     from genai_pl.kernels.flash.common import Extras
     from genai_pl.kernels.flash.launch import run_backward
     from genai_pl.kernels.flash.problem import Case
@@ -78,24 +80,27 @@ def _backward(
 
 
 def _heads_aside(x: Tensor, width: int | None = None) -> Tensor:
-    """Empty, of this shape, laid out as the kernels lay their outputs."""
+    """An empty (B, H, T, width) in the kernels' layout (B, T, H, width), so that joining heads needs no copy."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D if width is None else width).transpose(1, 2)
 
 
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """Results without numbers, for tracing."""
     return _heads_aside(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_shapes(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients without numbers, for tracing."""
     bias, need_bias = rest[0], rest[-1]
     d_bias = bias.new_empty(bias.shape) if need_bias else q.new_empty(0)
     return _heads_aside(q), _heads_aside(k), _heads_aside(v), d_bias
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep what backward needs: inputs, output and log-sum-exp, from which it computes the weights again."""
     tensors = inputs[: 3 + N_EXTRAS]
     ctx.save_for_backward(*output, *tensors)
     ctx.case = inputs[3 + N_EXTRAS :]
@@ -103,6 +108,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, d_o: Tensor | None, d_lse: Tensor | None) -> tuple:
+    """Gradients of every input, None for those that have none."""
     o, lse, q, k, v, *extras = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o
     need_bias = extras[0] is not None and ctx.needs_input_grad[3]
@@ -128,13 +134,13 @@ def _register() -> None:
 
 
 def _forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Two products, as for torch's own attention: what a mask hides is counted too."""
+    """FLOPs of two products, as torch counts its own attention: hidden keys count too."""
     B, H, T, D = q
     return 2 * B * H * T * k[2] * (D + v[3])
 
 
 def _backward_flops(d_o: object, d_lse: object, o: object, lse: object, q, k, v, *_: object, **__: object) -> int:
-    """Five products (the kernels do seven rather than share sums by atomics)."""
+    """FLOPs of five products; the kernels do seven, rather than share sums by atomics."""
     B, H, T, D = q
     return 2 * B * H * T * k[2] * (3 * D + 2 * v[3])
 

@@ -1,152 +1,171 @@
-"""The rows that get their next token together, with their caches."""
+"""Model runners: prefill and decode passes of the requests that run, with their KV caches."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai_pl.config.enums import AttentionKind
-from genai_pl.data.generation_defaults import end_token_ids, read_generation_defaults
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.onnx.model import OnnxDecoder
-from genai_pl.peft import Adapter, adapters_of, load_adapter
+from genai_pl.serving.engine.adapter_selector import AdapterSelector
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 
 log = logging.getLogger("genai_pl.serving")
 
 
-class AdapterSelector:
-    """The adapters that requests choose among; those that the model had already stay as they are."""
+class ModelRunner(ABC):
+    """The requests that decode, `states`, and the passes of the model for them.
 
-    def __init__(self, model: nn.Module, folders: Mapping[str, str]) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.own_end_tokens: dict[str, list[int]] = {}  # tokens that end what one of them writes
-        self.config = model.config
-        self.device = next(model.parameters()).device
-        self.active: list[str | None] = []
-        for name, folder in folders.items():
-            load_adapter(model, Path(folder))
-            self.adapters[name] = adapters_of(model)[-1]
-            self.own_end_tokens[name] = end_token_ids(read_generation_defaults(Path(folder)))
-        model.to(self.device).eval()
+    adapters: switches the model to the adapter of each request before a pass
+    max_length: tokens of prompt and answer together that one request may have
+    packs_prompts: several short prompts can be read in one pass, as documents of one packed row
+    prefills_whole_prompts: a prompt cannot be read in chunks
 
-    def end_tokens(self, name: str | None) -> set[int]:
-        """The tokens that end a text of the model with the adapter of that name, or with none."""
-        own = self.own_end_tokens.get(name, ())
-        return {*self.config.eos_token_ids, *(i for i in own if 0 <= i < self.config.vocab_size)}
+    The two subclasses differ in where keys and values live while a request decodes. Prefill is the same for both: a request
+    reads its prompt into a cache of its own (or one that a few requests share), and joins the decode batch afterwards.
+    """
 
-    def activate(self, names: Sequence[str | None]) -> None:
-        """Give each row of the next batch the adapter of its name, or none."""
-        if not self.adapters or names == self.active:
-            return
-        self.active = list(names)
-        for name, adapter in self.adapters.items():
-            weights = [float(row_name == name) for row_name in names]
-            alike = len(set(weights)) == 1  # a number is faster than one per row
-            adapter.weight = weights[0]
-            adapter.rows = None if alike else torch.tensor(weights, device=self.device)
+    packs_prompts = False
+    prefills_whole_prompts = False
 
-
-class BatchedModelRunner:
-    """One pass of the model for all rows, out of one cache."""
-
-    prefills_whole_prompts, packs_prompts = False, True
-
-    def __init__(self, model: Decoder, adapters: AdapterSelector, slots: int) -> None:
-        self.model, self.adapters, self.cache = model, adapters, SlotCache(slots)
+    def __init__(self, adapters: AdapterSelector, *, max_length: int) -> None:
+        self.adapters, self.max_length = adapters, max_length
         self.states: list[RequestState] = []
 
-    def cache_capacity(self, state: RequestState, max_length: int) -> int:
-        """How many tokens the row's own cache is for: those of the prompt."""
-        return len(state.prompt)
+    def allocate(self, states: list[RequestState]) -> None:
+        """Give requests whose prompts are read in one pass a KV cache for it, prompt after prompt in one row.
+
+        Their adapter must be active: virtual tokens of prefix tuning take columns of the cache, too.
+        """
+        share_cache(states, self.prefill_capacity(states))
+
+    def prefill(self, states: list[RequestState], budget: int) -> tuple[Tensor | None, int]:
+        """Read whole prompts, or a chunk of at most `budget` tokens of the only one.
+
+        Returns the logits (B, V) that follow the prompts, None as long as the only one is not complete, and how many tokens
+        the pass read.
+        """
+        before = sum(state.n_prefilled for state in states)
+        self.adapters.activate([states[0].request.adapter])
+        if len(states) > 1:
+            logits = prefill_packed(states, self.adapters.device)
+        else:
+            logits = states[0].prefill_chunk(budget, self.adapters.device)
+        return logits, sum(state.n_prefilled for state in states) - before
 
     def add_request(self, state: RequestState) -> None:
-        """Take in a row that has read its prompt."""
-        self.cache.add_sequence(state.cache, state.cache_start, state.cache_end)
-        state.cache = None
+        """Let a request whose prompt is complete take part in decode steps."""
         self.states.append(state)
 
     def remove_request(self, n: int) -> RequestState:
-        """Row n, which is over; the last one takes its place."""
+        """Take request n out of the batch; the last one gets its number, so that no row of a cache has to move but one."""
         state = self.states[n]
-        self.cache.remove_sequence(n, clean=state.finish_reason == "error")
-        _remove(self.states, n)
+        self.states[n] = self.states[-1]
+        self.states.pop()
         return state
 
     def clear(self) -> list[RequestState]:
-        """All rows, which are over."""
-        self.cache.clear()
+        """Take all requests out, after a pass that failed."""
         states, self.states = self.states, []
         return states
 
+    @abstractmethod
+    def prefill_capacity(self, states: list[RequestState]) -> int:
+        """Tokens that the cache of a prefill pass must hold."""
+
+    @abstractmethod
     def decode(self) -> Tensor:
-        """The logits (B, V) of what follows the last token of each row."""
+        """The logits (B, V) that follow the newest token of each request, in the order of `states`."""
+
+
+class BatchedModelRunner(ModelRunner):
+    """One decode pass for all requests, out of one SlotCache of `slots` rows.
+
+    All sequences of a SlotCache end in the same column (left padding), so a step writes one column and the model reads the
+    batch as it reads left-padded prompts. Row n of the cache belongs to `states[n]`: add_request and remove_request change
+    both in the same way.
+    """
+
+    packs_prompts = True
+
+    def __init__(self, model: Decoder, adapters: AdapterSelector, *, slots: int, max_length: int) -> None:
+        super().__init__(adapters, max_length=max_length)
+        self.model, self.cache = model, SlotCache(slots)
+
+    def prefill_capacity(self, states: list[RequestState]) -> int:
+        """Tokens of the prompts: the answer's keys and values go to the SlotCache."""
+        return sum(len(state.prompt) for state in states)
+
+    def add_request(self, state: RequestState) -> None:
+        """Copy the prompt's keys and values into a row of the SlotCache, and drop the prefill cache."""
+        self.cache.add_sequence(state.cache, state.cache_start, state.cache_end)
+        state.cache = None
+        super().add_request(state)
+
+    def remove_request(self, n: int) -> RequestState:
+        """Take request n and its cache row out; a row that failed is wiped, since a NaN in padding would spread."""
+        self.cache.remove_sequence(n, clean=self.states[n].finish_reason == "error")
+        return super().remove_request(n)
+
+    def clear(self) -> list[RequestState]:
+        """Take all requests out and free the SlotCache, whose contents are unknown after a failed pass."""
+        self.cache.clear()
+        return super().clear()
+
+    def decode(self) -> Tensor:
+        """The logits (B, V) of one pass over the newest tokens (B, 1)."""
         self.adapters.activate([state.request.adapter for state in self.states])
         self.cache.ensure_capacity()
         tokens = torch.tensor([[state.output_ids[-1]] for state in self.states], device=self.adapters.device)
         return self.model.logits(self.model.features(tokens, cache=self.cache)[:, -1])
 
 
-class PerRequestModelRunner:
-    """A pass for each row: for models whose rows are not read alike wherever in a cache they lie."""
+class PerRequestModelRunner(ModelRunner):
+    """A decode pass for each request, out of a cache of its own.
 
-    packs_prompts = False
+    For models whose result depends on the column in which a token stands (windows with global tokens, LSH), that attend to
+    something else than the cache (encoder-decoders, virtual tokens), or that another library runs.
+    """
 
-    def __init__(self, adapters: AdapterSelector, *, prefills_whole_prompts: bool) -> None:
-        self.adapters, self.prefills_whole_prompts = adapters, prefills_whole_prompts
-        self.states: list[RequestState] = []
+    def __init__(self, adapters: AdapterSelector, *, max_length: int, prefills_whole_prompts: bool) -> None:
+        super().__init__(adapters, max_length=max_length)
+        self.prefills_whole_prompts = prefills_whole_prompts
 
-    def cache_capacity(self, state: RequestState, max_length: int) -> int:
-        """How many tokens the row's own cache is for: all that it may read."""
-        return min(len(state.prompt) + state.config.max_new_tokens, max_length)
-
-    def add_request(self, state: RequestState) -> None:
-        """Take in a row that has read its prompt."""
-        self.states.append(state)
-
-    def remove_request(self, n: int) -> RequestState:
-        """Row n, which is over; the last one takes its place."""
-        state = self.states[n]
-        _remove(self.states, n)
-        return state
-
-    def clear(self) -> list[RequestState]:
-        """All rows, which are over."""
-        states, self.states = self.states, []
-        return states
+    def prefill_capacity(self, states: list[RequestState]) -> int:
+        """Tokens of the prompt and of the longest answer, of the one request that a pass has here."""
+        [state] = states
+        return min(len(state.prompt) + state.config.max_new_tokens, self.max_length)
 
     def decode(self) -> Tensor:
-        """The logits (B, V) of what follows the last token of each row."""
+        """The logits (B, V) of B passes over one token each."""
         return torch.cat([self._decode_isolated(state) for state in self.states])
 
     def _decode_isolated(self, state: RequestState) -> Tensor:
-        """The logits (1, V) of a row; one whose pass fails is over."""
+        """The logits (1, V) of a request; zeros for one whose pass fails, which has its finish_reason then."""
         with isolate_failure(state):
-            return self._decode_one(state)
+            self.adapters.activate([state.request.adapter])
+            token = torch.tensor([[state.output_ids[-1]]], device=self.adapters.device)
+            return state.model.logits(state.model.features(token, cache=state.cache)[:, -1])
         return torch.zeros(1, state.model.config.vocab_size, device=self.adapters.device)
-
-    def _decode_one(self, state: RequestState) -> Tensor:
-        self.adapters.activate([state.request.adapter])
-        token = torch.tensor([[state.output_ids[-1]]], device=self.adapters.device)
-        return state.model.logits(state.model.features(token, cache=state.cache)[:, -1])
 
 
 def make_model_runner(
-    model: Model | WrappedDecoder, adapters: AdapterSelector, slots: int
-) -> BatchedModelRunner | PerRequestModelRunner:
-    """The rows of an engine, all in one pass of the model if they can be."""
+    model: Model | WrappedDecoder, adapters: AdapterSelector, *, slots: int, max_length: int
+) -> ModelRunner:
+    """The batched runner where the model allows it; otherwise one pass per request, and the log says why."""
     reason = unbatchable_reason(model)
     if reason is None:
-        return BatchedModelRunner(model, adapters, slots)
+        return BatchedModelRunner(model, adapters, slots=slots, max_length=max_length)
     log.info("serving: a pass of the model for each row, because %s", reason)
-    return PerRequestModelRunner(adapters, prefills_whole_prompts=model.config.attention_kind is not AttentionKind.full)
+    is_chunkable = model.config.attention_kind is AttentionKind.full
+    return PerRequestModelRunner(adapters, max_length=max_length, prefills_whole_prompts=not is_chunkable)
 
 
 def unbatchable_reason(model: Model | WrappedDecoder) -> str | None:
-    """Why rows of this model cannot share a cache; None where they can."""
+    """Why sequences of this model cannot share a SlotCache, as the end of a log line; None where they can."""
     if isinstance(model, WrappedDecoder):
         return "transformers runs the model"
     if isinstance(model, OnnxDecoder):
@@ -158,6 +177,29 @@ def unbatchable_reason(model: Model | WrappedDecoder) -> str | None:
     return None if model.virtual is None else "there are virtual tokens in front of rows"
 
 
-def _remove(states: list[RequestState], n: int) -> None:
-    states[n] = states[-1]
-    states.pop()
+def share_cache(states: list[RequestState], capacity: int) -> None:
+    """Give requests one KV cache of one row and `capacity` tokens, in which each prompt has the columns after the last."""
+    cache, start = states[0].model.new_cache(1, capacity), 0
+    for state in states:
+        state.cache, state.cache_start = cache, start
+        start = state.cache_end
+
+
+def prefill_packed(states: list[RequestState], device: torch.device) -> Tensor:
+    """The logits (B, V) that follow each prompt, all prompts read as the documents of one packed row (1, T)."""
+    # one row: segment ids 1, 1, 1, 2, 2, ... keep prompts from attending to each other
+    input_ids = torch.tensor([[token for state in states for token in state.prompt]], device=device)
+    documents = [[n + 1] * len(state.prompt) for n, state in enumerate(states)]
+    segment_ids = torch.tensor([[n for document in documents for n in document]], device=device)
+    hidden = states[0].model.features(input_ids, segment_ids, cache=states[0].cache)
+    for state in states:
+        state.n_prefilled = len(state.prompt)
+    # the hidden state of each prompt's last token
+    logits = states[0].model.logits(hidden[0, [state.cache_end - 1 for state in states]])
+    if logits.amax().isfinite():
+        return logits
+    # a NaN of one prompt reaches all of the pass (0 * NaN in masked attention): read each alone to find the one
+    for state in states:
+        state.n_prefilled = 0
+        share_cache([state], len(state.prompt))
+    return torch.cat([state.prefill_chunk(len(state.prompt), device) for state in states])

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back, token by token."""
+"""Requests to the engine, and the streams of tokens that answer them."""
 
 import asyncio
 import threading
@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
@@ -14,30 +14,56 @@ from genai_pl.errors import ConfigError
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how it is to be continued."""
+    """One prompt to continue.
+
+    input_ids: tokens of the prompt; an encoder-decoder reads them with its encoder
+    config: sampling settings, stop strings, constraints and max_new_tokens; neither beams nor speculative decoding
+    seed: None draws one; with a seed the answer is the same whatever else is in the batch
+    adapter: a name among the engine's adapters, None for the base model
+    logprobs: n returns log-probabilities of each token and of the n likeliest, None returns none
+    deadline: seconds on time.monotonic() after which the answer ends with "deadline"
+    client: whose request it is, a key or an address; clients take turns
+    group: equal for the answers to one HTTP request, which share its turns and never use a spare slot beside each other
+    """
 
     input_ids: tuple[int, ...]
     config: GenerationConfig
-    seed: int | None = None  # None: drawn; the same seed gives the same text whatever else is in the batch
-    adapter: str | None = None  # a name that the engine knows; None: the model without any of them
-    logprobs: int | None = None  # None: none; n: of the chosen token and of the n likeliest
-    deadline: float | None = None  # on time.monotonic(): later it ends with "deadline"
-    client: str = ""  # who asks: clients take turns
-    group: object = None  # the same for requests that are answers to one question: they never have all slots
+    seed: int | None = None
+    adapter: str | None = None
+    logprobs: int | None = None
+    deadline: float | None = None
+    client: str = ""
+    group: object = None
+
+
+class SampledToken(NamedTuple):
+    """A token id and, if the request asks for them, log-probabilities in nats.
+
+    logprob: of the token under the model's own distribution, before temperature, top_p and penalties; None if not asked for
+    top: the likeliest tokens with their log-probabilities, the likeliest first
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One token and the text that it set free, which may be none."""
+    """One token of an answer; `token`, `logprob` and `top` are those of SampledToken.
+
+    text: characters that this token completes. It is empty while a character has only some of its bytes, or while the text
+    may be the beginning of a stop string; the texts of all outputs joined are the answer.
+    """
 
     text: str
     token: int
-    logprob: float | None  # the model's own, before temperature and the like
-    top: tuple[tuple[int, float], ...]  # the likeliest tokens, the likeliest first
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
 
 
 def check_request(request: Request, *, max_length: int, vocab_size: int, adapters: Collection[str]) -> None:
-    """ConfigError for what no engine of this context, vocabulary and these adapters can answer."""
+    """Raise ConfigError for a request that no engine with this context, vocabulary and adapters can answer."""
     ids, config = request.input_ids, request.config
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token")
@@ -52,7 +78,7 @@ def check_request(request: Request, *, max_length: int, vocab_size: int, adapter
 
 
 class QueueFull(Exception):
-    """No more requests can wait; one may try again after so many seconds."""
+    """Refusal of a request because too many wait or the engine stops; `retry_after` is in seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"too many requests wait: try again in {retry_after:.1f} seconds")
@@ -60,9 +86,14 @@ class QueueFull(Exception):
 
 
 class TokenStream:
-    """The pieces of one answer as they come: `for` in a thread, `async for` in any event loop; one reader.
+    """The outputs of one answer as they are generated: iterate with `for` in a thread or `async for` in an event loop.
 
-    The engine calls `put` and `end` from its own thread.
+    on_cancel: called by `cancel`, from the thread of the caller
+
+    There is one reader. The engine calls `put` and `close` from its own thread; outputs wait in the stream without a bound
+    but max_new_tokens, so a slow reader never holds up the batch.
+
+    Attributes: `n_generated` tokens so far, `is_cancelled`, and `finish_reason` once all outputs are read.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -76,26 +107,29 @@ class TokenStream:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why there are no more: stop, length, deadline, cancelled, busy or error; None before all pieces are taken."""
+        """stop, length, deadline, cancelled, busy or error; None as long as the reader has outputs to come.
+
+        "stop" is an end token or a stop string, "length" max_new_tokens or the context, "busy" eviction from a full queue.
+        """
         with self._changed:
             return None if self._outputs else self._finish_reason
 
     def cancel(self) -> None:
-        """Ask for no more; the slot is free after the engine's current step."""
+        """Stop the answer: a waiting request leaves the queue at once, a running one its slot after the current step."""
         self.is_cancelled = True
         self._on_cancel()
 
     def put(self, output: TokenOutput) -> None:
-        """Hand a piece to the reader."""
+        """Add an output and wake the reader."""
         with self._changed:
             self._outputs.append(output)
             self.n_generated += 1
             self._wake()
 
-    def end(self, reason: str) -> None:
-        """Say why there is no more; only the first reason counts."""
+    def close(self, finish_reason: str) -> None:
+        """End the stream; the first finish reason counts, later calls change nothing."""
         with self._changed:
-            self._finish_reason = self._finish_reason or reason
+            self._finish_reason = self._finish_reason or finish_reason
             self._wake()
 
     def __iter__(self) -> Self:
@@ -124,6 +158,7 @@ class TokenStream:
             await waiting
 
     def _wake(self) -> None:
+        # `for` waits on the condition, `async for` on a future of its loop, which only that loop's thread may resolve
         self._changed.notify_all()
         if self._reader is not None:
             (loop, waiting), self._reader = self._reader, None
@@ -137,22 +172,25 @@ def _resolve(waiting: "asyncio.Future[None]") -> None:
 
 
 class EngineObserver:
-    """Told what happens to requests, from the engine's thread; everything is ignored unless a subclass says otherwise."""
+    """Events of the engine, for metrics; every method does nothing unless a subclass overrides it.
+
+    All events but `queued` come from the engine's thread, between two passes: a slow observer slows every answer.
+    """
 
     def queued(self) -> None:
-        """A request waits, told from the thread that submits it."""
+        """A request was queued; called from the thread that submits it."""
 
     def started(self, waited_s: float) -> None:
-        """It has a slot."""
+        """A request got a slot after this many seconds in the queue."""
 
     def first_token(self, seconds: float) -> None:
-        """It has its first token, that long after it was submitted."""
+        """A request got its first token, this long after its submission (time to first token)."""
 
     def token(self, seconds_since_last: float) -> None:
-        """It has another one."""
+        """A request got another token (inter-token latency)."""
 
     def finished(self, reason: str, n_prompt: int, n_generated: int) -> None:
-        """It is over."""
+        """A request ended with this finish reason, with or without having had a slot."""
 
     def step(self, batch_size: int) -> None:
-        """So many rows get their next token."""
+        """A decode step gave this many requests a token."""

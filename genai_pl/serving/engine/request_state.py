@@ -1,10 +1,9 @@
-"""One request while it is being answered."""
+"""Request state: prompt, output, cache and sampling state of one request from submission to its end."""
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from genai_pl.generation import OutputConstraints, TextStream
 from genai_pl.generation.banned_tokens import BannedTokens, build_banned_tokens
 from genai_pl.generation.text import encode_sources
 from genai_pl.models import Decoder, DecoderWithSource, KVCache, Model, WrappedDecoder
-from genai_pl.serving.engine.request import EngineObserver, Request, TokenOutput, TokenStream
+from genai_pl.serving.engine.request import EngineObserver, Request, SampledToken, TokenOutput, TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +25,22 @@ log = logging.getLogger("genai_pl.serving")
 
 
 class RequestState:
-    """Its prompt, what it has written, and all that its next token depends on; `ending` says why it is over."""
+    """Everything that the next token of one request depends on.
+
+    request, stream: the settings, and where the outputs go
+    constraints: end tokens, banned words, prefix and grammar of the settings, as tokens
+    model, tokenizer: the shape of the model and the detokenizer; no pass runs before `start`
+
+    Attributes that other files use:
+    prompt: token ids that the decoder reads first; of an encoder-decoder only its start token
+    output_ids: generated token ids
+    finish_reason: None while the request is alive; once it is set, the engine removes the request after the current step
+    n_prefilled: prompt tokens whose keys and values are in `cache`
+    cache, cache_start: the KV cache of prefill, and the column of the prompt's first token in it
+    generator, seen_tokens: the request's own random numbers, and the tokens (V,) that the repetition penalty counts
+
+    One thread at a time touches a state: the submitting one until it is queued, then the engine's.
+    """
 
     def __init__(
         self,
@@ -39,9 +53,10 @@ class RequestState:
     ) -> None:
         self.request, self.config, self.stream = request, request.config, stream
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # an encoder-decoder reads the prompt beside the text that it begins
+        # an encoder-decoder reads the prompt with its encoder: the decoder's text begins with a start token
         writes_beside = model.config.shape is Shape.encoder_decoder
         self.prompt = [model.config.start_token(pad)] if writes_beside else list(request.input_ids)
+        # text that the request forbids, requires and ends with
         vocab_size = model.config.vocab_size
         self.banned_tokens: BannedTokens | None = build_banned_tokens(
             self.config, constraints, torch.tensor([self.prompt]), None, vocab_size
@@ -50,15 +65,18 @@ class RequestState:
         self.output_ids: list[int] = []
         self.finish_reason: str | None = None
         self.submit_time = self.last_token_time = time.monotonic()
-        self.n_prefilled = 0  # of the prompt
-        self.cache_start = 0  # column of the prompt's first token in a cache that several prompts may share in prefill
+        self.n_prefilled = 0
+        self.cache_start = 0  # above 0 where several prompts share a cache while they are read
         self.model: Decoder | WrappedDecoder | DecoderWithSource | None = None
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
-        self.seen_tokens: Tensor | None = None  # (V,) what the repetition penalty counts
+        self.seen_tokens: Tensor | None = None
 
     def start(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
-        """Get ready to read the prompt."""
+        """Prepare prefill, once the request has a slot: all that takes memory on the device is allocated here.
+
+        The adapter of the request must be active, since an encoder-decoder's encoder runs.
+        """
         if model.config.shape is Shape.encoder_decoder:
             model = encode_sources(model, tokenizer, [list(self.request.input_ids)], self.prompt[0])
         self.model = model
@@ -73,7 +91,10 @@ class RequestState:
             self.seen_tokens[self.prompt] = True
 
     def prefill_chunk(self, limit: int, device: torch.device) -> Tensor | None:
-        """Read at most `limit` more tokens of the prompt; the logits (1, V) of what follows it once it is read."""
+        """Read at most `limit` more tokens of the prompt into the cache.
+
+        Returns the logits (1, V) that follow the prompt once all of it is read, None before.
+        """
         new = self.prompt[self.n_prefilled : self.n_prefilled + limit]
         hidden = self.model.features(torch.tensor([new], device=device), cache=self.cache)
         self.n_prefilled += len(new)
@@ -81,37 +102,39 @@ class RequestState:
 
     @property
     def n_tokens(self) -> int:
-        """How many it reads and writes at most."""
+        """Prompt and longest answer in tokens: the cost of the request for its client's turns."""
         return len(self.prompt) + self.config.max_new_tokens
 
     @property
     def n_remaining(self) -> int:
-        """How many it may still write, once it has begun."""
+        """Tokens that the answer may still get; 0 before `start` and after `finish`, when nothing is held for it."""
         return 0 if self.model is None else self.config.max_new_tokens - len(self.output_ids)
 
     @property
     def cache_end(self) -> int:
-        """Where it ends in the cache."""
+        """Column after the prompt's last token in the cache."""
         return self.cache_start + len(self.prompt)
 
-    def append_token(
-        self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], *, max_length: int
-    ) -> None:
-        """Write a token; the last one brings the text that was held back."""
-        self.output_ids.append(token)
+    def append_token(self, sampled: SampledToken, *, max_length: int) -> None:
+        """Add a token to the output and hand its text to the reader; sets `finish_reason` if it is the last one.
+
+        max_length: tokens of prompt and output together. The last output token is never read, so the output may have one
+        token more than the context has room for.
+        """
+        self.output_ids.append(sampled.token)
         if self.seen_tokens is not None:
-            self.seen_tokens[token] = True
-        text = self.text.push(token)
+            self.seen_tokens[sampled.token] = True
+        text = self.text.push(sampled.token)
         n = len(self.output_ids)
         if self.text.ended:
             self.finish_reason = "stop"
         elif n >= self.config.max_new_tokens or len(self.prompt) + n > max_length:
             self.finish_reason = "length"
-            text += self.text.close()
-        self.stream.put(TokenOutput(text, token, logprob, top))
+            text += self.text.close()  # what was held back as the possible beginning of a stop string
+        self.stream.put(TokenOutput(text, *sampled))
 
     def report_latency(self, observer: EngineObserver) -> None:
-        """Say how long its newest token took."""
+        """Report the seconds that the newest token took: since submission for the first one, else since the last."""
         now = time.monotonic()
         if len(self.output_ids) == 1:
             observer.first_token(now - self.submit_time)
@@ -120,60 +143,28 @@ class RequestState:
         self.last_token_time = now
 
     def check_stopped(self, now: float) -> None:
-        """Set `ending` for an answer that nobody waits for any more."""
+        """Set `finish_reason` if the reader has cancelled or the deadline has passed at `now` on time.monotonic()."""
         if self.stream.is_cancelled:
             self.finish_reason = "cancelled"
         elif self.request.deadline is not None and now > self.request.deadline:
             self.finish_reason = "deadline"
 
     def finish(self, observer: EngineObserver) -> None:
-        """Tell reader and observer why there is no more, and let go of all memory."""
+        """Report the finish reason to observer and reader, and drop all references to tensors."""
         observer.finished(self.finish_reason, len(self.request.input_ids), len(self.output_ids))
         self.cache = self.model = self.seen_tokens = None
-        self.stream.end(self.finish_reason)
+        self.stream.close(self.finish_reason)
 
 
 @contextmanager
 def isolate_failure(state: RequestState) -> Iterator[None]:
-    """What fails inside because of this row ends it, and no other."""
+    """Context in which an exception ends this request with "error" instead of the whole step.
+
+    For work on one request only: an exception of a pass that several share must leave the context, since it is unknown
+    which of them is to blame.
+    """
     try:
         yield
     except Exception:
         log.exception("an answer ends, the others go on")
         state.finish_reason = "error"
-
-
-def n_packed(waiting: Iterable[RequestState], free: int, limit: int) -> int:
-    """How many of those that wait are read next, of one adapter: with at most `limit` tokens in all, but one anyhow."""
-    n, total, adapter = 0, 0, None
-    for state in islice(waiting, max(0, free)):
-        total += len(state.prompt)
-        if n > 0 and (state.request.adapter != adapter or total > limit):
-            break
-        n, adapter = n + 1, state.request.adapter
-    return n
-
-
-def share_cache(states: list[RequestState], capacity: int) -> None:
-    """Give rows one cache for so many tokens, in which their prompts stand one after the other."""
-    cache, begin = states[0].model.new_cache(1, capacity), 0
-    for state in states:
-        state.cache, state.cache_start = cache, begin
-        begin = state.cache_end
-
-
-def prefill_packed(states: list[RequestState], device: torch.device) -> Tensor:
-    """The logits (B, V) of what follows each prompt, all of them read as the documents of one packed row."""
-    input_ids = torch.tensor([[token for state in states for token in state.prompt]], device=device)
-    documents = [[n + 1] * len(state.prompt) for n, state in enumerate(states)]
-    segment_ids = torch.tensor([[n for document in documents for n in document]], device=device)
-    hidden = states[0].model.features(input_ids, segment_ids, cache=states[0].cache)
-    for state in states:
-        state.n_prefilled = len(state.prompt)
-    logits = states[0].model.logits(hidden[0, [state.cache_end - 1 for state in states]])
-    if logits.amax().isfinite():
-        return logits
-    for state in states:  # what is no number reaches all of a pass: each alone
-        state.n_prefilled = 0
-        share_cache([state], len(state.prompt))
-    return torch.cat([state.prefill_chunk(len(state.prompt), device) for state in states])

@@ -1,42 +1,45 @@
-"""The next token of every row of a batch, each chosen as its request says."""
+"""Sampling: the next token of each request in a batch, by its own settings.
+
+Requests with equal settings go through the logits processors together, as one (B, V) tensor; the draw itself is one request
+at a time, from its own generator. So a seed gives one answer whatever else is in the batch, and an exception ends the request
+that caused it: settings that fail as a group are tried one by one.
+"""
 
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from genai_pl.generation import process
+from genai_pl.serving.engine.request import SampledToken
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 
 log = logging.getLogger("genai_pl.serving")
 
 
-class SampledToken(NamedTuple):
-    """A token and, if the request asks for them, log-probabilities."""
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-
-
 def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken | None]:
-    """The token of each row by its logits (B, V); None, and `ending` error, where there can be none."""
+    """The next token of each request from its row of the logits (B, V).
+
+    None for a request that has a finish_reason, or gets "error" here: its logits are not finite, or its settings fail.
+    """
     sampled: list[SampledToken | None] = [None] * len(states)
     tokens: dict[int, Tensor] = {}
     banned = _banned(logits, states)
+    # requests by settings: those of one group are processed together
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for n, state in enumerate(states):
         if state.finish_reason is None:
             c = state.config
-            way = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty, tuple(c.logit_bias.items()))
-            groups[(*way, state.banned_tokens is None)].append(n)
+            settings = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty, tuple(c.logit_bias.items()))
+            groups[(*settings, state.banned_tokens is None)].append(n)
+    # a token for each; they stay on the device, so that the whole batch waits for it once
     for members in groups.values():
         for n, options in _options(logits, states, members, banned):
             with isolate_failure(states[n]):
-                tokens[n] = options if options.dim() == 0 else _drawn(options, states[n])
+                tokens[n] = options if options.dim() == 0 else _draw(options, states[n])
+    # log-probabilities, where they are asked for
     for n, token in zip(tokens, torch.stack(list(tokens.values())).tolist() if tokens else [], strict=True):
         with isolate_failure(states[n]):
             sampled[n] = _with_logprobs(logits[n], token, states[n].request.logprobs)
@@ -44,7 +47,7 @@ def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken 
 
 
 def _banned(logits: Tensor, states: Sequence[RequestState]) -> dict[int, Tensor]:
-    """What the rules of each row that has some exclude, (V,)."""
+    """Masks (V,) of the tokens that bans and grammars exclude, by index of the request; only for requests that have some."""
     for state, ok in zip(states, logits.amax(dim=-1).isfinite().tolist(), strict=True):
         if not ok:
             log.error("a row of the model's logits is not finite: its answer ends")
@@ -60,11 +63,11 @@ def _banned(logits: Tensor, states: Sequence[RequestState]) -> dict[int, Tensor]
 def _options(
     logits: Tensor, states: Sequence[RequestState], members: list[int], banned: dict[int, Tensor]
 ) -> list[tuple[int, Tensor]]:
-    """Of rows that choose in the same way, each with its likeliest token () or its probabilities (V,)."""
+    """(index, likeliest token () or probabilities (V,)) of each member of a group with equal settings."""
     try:
         return list(zip(members, _processed(logits, states, members, banned), strict=True))
     except Exception:
-        if len(members) > 1:  # one of them is to blame
+        if len(members) > 1:  # one of them is to blame: find it
             return [option for n in members for option in _options(logits, states, [n], banned)]
         with isolate_failure(states[members[0]]):
             raise
@@ -72,21 +75,22 @@ def _options(
 
 
 def _processed(logits: Tensor, states: Sequence[RequestState], members: list[int], banned: dict[int, Tensor]) -> Tensor:
-    """The likeliest token of each row (B,) or, where they draw, probabilities (B, V)."""
+    """Of a group's B members the likeliest tokens (B,) at temperature 0, else probabilities (B, V)."""
     config = states[members[0]].config
     seen = None if config.repetition_penalty == 1 else torch.stack([states[n].seen_tokens for n in members])
-    hidden = torch.stack([banned[n] for n in members]) if members[0] in banned else None
-    some = logits if len(members) == len(states) else logits[members]
-    some = process(some, config, seen=seen, banned=hidden)
-    return some.argmax(dim=-1) if config.temperature == 0 else some.softmax(dim=-1)
+    masks = torch.stack([banned[n] for n in members]) if members[0] in banned else None
+    logits = logits if len(members) == len(states) else logits[members]  # no copy in the common case
+    logits = process(logits, config, seen=seen, banned=masks)
+    return logits.argmax(dim=-1) if config.temperature == 0 else logits.softmax(dim=-1)
 
 
-def _drawn(probabilities: Tensor, state: RequestState) -> Tensor:
-    """A token () from the row's own generator, so that nobody's draws depend on who else is there."""
+def _draw(probabilities: Tensor, state: RequestState) -> Tensor:
+    """A token () drawn from probabilities (V,) with the request's own generator."""
     return torch.multinomial(probabilities, 1, generator=state.generator)[0]
 
 
 def _with_logprobs(logits: Tensor, token: int, n: int | None) -> SampledToken:
+    """The token with log-probabilities of it and of the n likeliest, from the model's logits (V,) before processing."""
     if n is None:
         return SampledToken(token, None, ())
     logprobs = logits.float().log_softmax(dim=-1)  # (V,)

@@ -1,140 +1,187 @@
-"""How an engine reads prompts: a chunk of a long one between two steps, or several short ones in one pass."""
+"""Scheduler: which requests wait, which read their prompts, and which prompt tokens the next prefill pass reads."""
 
 import logging
-import time
-from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable
+from itertools import islice
 
-from genai_pl.serving.engine.request_state import RequestState, isolate_failure, n_packed, prefill_packed, share_cache
-
-if TYPE_CHECKING:
-    from genai_pl.serving.engine.engine import Engine
+from genai_pl.serving.engine.model_runner import ModelRunner
+from genai_pl.serving.engine.request_state import RequestState
+from genai_pl.serving.fair_queue import FairQueue
 
 log = logging.getLogger("genai_pl.serving")
-SPARE = 4  # slots to one spare place
+SLOTS_PER_SPARE = 4  # one spare slot for so many slots, rounded up
 
 
-def prefill(engine: "Engine") -> None:
-    """Read prompts, at most a chunk of tokens in all; what is read to its end has its first token and joins the batch."""
-    budget = engine.chunk_tokens
-    while budget > 0 and _next(engine, budget):
-        states, before = list(engine.prefilling), sum(state.n_prefilled for state in engine.prefilling)
-        try:
-            engine.adapters.activate([states[0].request.adapter])
-            logits = (
-                prefill_packed(states, engine.device)
-                if len(states) > 1
-                else states[0].prefill_chunk(budget, engine.device)
-            )
-            budget -= sum(state.n_prefilled for state in states) - before
-            if logits is None:
-                engine.paused.append(states[0])
-                engine.prefilling = []
-                continue
-            engine.append_tokens(logits, states)
-            _start_decoding(engine, states)
-        except Exception:
-            log.exception("a prompt cannot be read: its answer ends")
-            _fail(engine)
-        engine.prefilling = []
+class Scheduler:
+    """The life of a request before it decodes: waiting -> prefilling <-> paused -> the model runner's batch.
 
+    model_runner: the batch that requests join after prefill; its requests count as running
+    slots: requests that run at once
+    queue_size: requests that wait at most
+    lock: held while `waiting` is read or changed, since threads that submit requests share it
+    start: called for a request when it gets a slot; it sets `finish_reason` where the request cannot start
+    finish: called for a request that ends here, with a finish reason or with None where the request has one
 
-def _next(engine: "Engine", budget: int) -> bool:
-    """Whether there are rows to read now: newcomers and those that are read in part take turns."""
-    admits_new, engine.new_requests_first = engine.new_requests_first, not engine.new_requests_first
-    if admits_new and _admit(engine, budget):
-        return True
-    if engine.paused:
-        engine.prefilling = [engine.paused.popleft()]
-        return True
-    return not admits_new and _admit(engine, budget)
+    Three rules decide who runs. Clients take turns by tokens (FairQueue). New requests and half-read prompts alternate, so
+    that a long prompt neither blocks short ones nor starves behind them. A quarter as many spare slots again are for
+    requests that would otherwise wait behind a client that holds all slots: see `may_use_spare_slot`.
+    """
 
+    def __init__(
+        self,
+        model_runner: ModelRunner,
+        *,
+        slots: int,
+        queue_size: int,
+        lock: threading.Condition,
+        start: Callable[[RequestState], None],
+        finish: Callable[[RequestState, str | None], None],
+    ) -> None:
+        self.model_runner, self.slots, self.lock = model_runner, slots, lock
+        self.start, self.finish = start, finish
+        self.max_running = slots + n_spare_slots(slots)
+        self.waiting: FairQueue[RequestState] = FairQueue(queue_size, lambda state: state.n_tokens)
+        self.prefilling: list[RequestState] = []  # of the current pass: one, or several that are packed into one row
+        self.paused: deque[RequestState] = deque()  # prompts that are read in part, the next one first
+        self.new_requests_first = True  # in the next pass; otherwise the first of `paused`
 
-def _start_decoding(engine: "Engine", states: list[RequestState]) -> None:
-    """Let rows that are read take part in steps, unless they are over."""
-    for state in states:
-        if state.finish_reason is None:
-            engine.model_runner.add_request(state)
-        else:
-            engine.finish(state)
-        engine.prefilling.remove(state)
+    def running(self) -> list[RequestState]:
+        """The requests that have a slot: decoding, prefilling and paused."""
+        return [*self.model_runner.states, *self.prefilling, *self.paused]
 
+    def schedule(self, budget: int) -> list[RequestState]:
+        """The requests of the next prefill pass of at most `budget` tokens; none if there is nothing to read.
 
-def _admit(engine: "Engine", budget: int) -> bool:
-    """Whether the next request has begun to be read, with others whose prompts are read in the same pass."""
-    engine.prefilling = engine.take_waiting(lambda: _select(engine, budget if engine.model_runner.packs_prompts else 0))
-    if not engine.prefilling:
+        Several requests are read whole in one pass; of a single one the pass may read a chunk.
+        """
+        new_first, self.new_requests_first = self.new_requests_first, not self.new_requests_first
+        if new_first and self.admit(budget):
+            return self.prefilling
+        if self.paused:
+            self.prefilling = [self.paused.popleft()]
+        elif not new_first:
+            self.admit(budget)
+        return self.prefilling
+
+    def admit(self, budget: int) -> bool:
+        """Move waiting requests to `prefilling`, with a cache; False if none may start now.
+
+        A request that cannot start is finished, and the next one is tried.
+        """
+        while self._dequeue_next(budget if self.model_runner.packs_prompts else 0):
+            try:
+                # before `start`, which may run an encoder, and `allocate`, which counts virtual tokens
+                self.model_runner.adapters.activate([self.prefilling[0].request.adapter])
+                for state in list(self.prefilling):
+                    self.start(state)
+                    if state.finish_reason:
+                        self.prefilling.remove(state)
+                        self.finish(state, None)
+                if self.prefilling:
+                    self.model_runner.allocate(self.prefilling)
+                    return True
+            except Exception:
+                log.exception("a request cannot begin")
+                self.fail_prefill()
         return False
-    try:
-        engine.adapters.activate([engine.prefilling[0].request.adapter])  # virtual tokens have room where they are on
-        for state in list(engine.prefilling):
-            _start(engine, state)
-        if engine.prefilling:
-            several, first = len(engine.prefilling) > 1, engine.prefilling[0]
-            n_tokens = sum(len(state.prompt) for state in engine.prefilling)
-            share_cache(
-                engine.prefilling, n_tokens if several else engine.model_runner.cache_capacity(first, engine.max_length)
-            )
+
+    def pause(self) -> None:
+        """Put the prompt of the current pass, which is not complete, behind the other half-read ones."""
+        self.paused += self.prefilling
+        self.prefilling = []
+
+    def start_decoding(self) -> None:
+        """Move the requests of the current pass to the decode batch, or finish those that have ended with one token."""
+        while self.prefilling:
+            state = self.prefilling[0]
+            if state.finish_reason is None:
+                self.model_runner.add_request(state)
+            else:
+                self.finish(state, None)
+            self.prefilling.pop(0)
+
+    def fail_prefill(self) -> None:
+        """Finish the requests of the current pass with "error"."""
+        for state in self.prefilling:
+            self.finish(state, "error")
+        self.prefilling = []
+
+    def remove_stopped(self, now: float) -> list[RequestState]:
+        """Take out the waiting and paused requests that are cancelled or past their deadline (`now` is monotonic)."""
+        with self.lock:
+            for state in self.waiting:
+                state.check_stopped(now)
+            stopped = [s for s in list(self.waiting) if s.finish_reason and self.waiting.remove(s.request.client, s)]
+        for state in list(self.paused):
+            state.check_stopped(now)
+            if state.finish_reason:
+                self.paused.remove(state)
+                stopped.append(state)
+        return stopped
+
+    def dequeue(self, states: list[RequestState]) -> list[RequestState]:
+        """The same requests, which wait no longer; their clients have had what they cost."""
+        with self.lock:
+            for state in states:
+                self.waiting.dequeue(state.request.client, state)
+        return states
+
+    def in_turn(self) -> list[RequestState]:
+        """The waiting requests in the order in which they may start.
+
+        The order of clients is the fair queue's. Of one client's requests those come first whose group (the answers to one
+        HTTP request) has the fewest running or earlier ones, so that a request for many answers is read beside the client's
+        others, not before them.
+        """
+        # rank of each request: how many of its group run or wait before it
+        running = Counter(id(state.request.group) for state in self.running())
+        waiting, ranks, lines = list(self.waiting), {}, defaultdict(list)
+        for state in waiting:
+            group = id(state.request.group)
+            ranks[id(state)] = 0 if state.request.group is None else running[group]
+            running[group] += 1
+            lines[state.request.client].append(state)
+        # every turn of a client goes to its request of the lowest rank
+        turns = {client: iter(sorted(line, key=lambda state: ranks[id(state)])) for client, line in lines.items()}
+        return [next(turns[state.request.client]) for state in waiting]
+
+    def may_use_spare_slot(self, state: RequestState) -> bool:
+        """True if nothing runs for the request's client, or nothing of its group and it ends before a slot gets free."""
+        running = self.running()
+        if all(state.request.client != other.request.client for other in running):
             return True
-    except Exception:
-        log.exception("a request cannot begin")
-        _fail(engine)
-    return _admit(engine, budget)
+        if state.request.group is not None and any(state.request.group is other.request.group for other in running):
+            return False
+        return state.config.max_new_tokens < min(other.n_remaining for other in running)
 
+    def _dequeue_next(self, budget: int) -> bool:
+        """Fill `prefilling` with waiting requests, of `budget` tokens in all or one of any length; False if none may start."""
+        with self.lock:  # nobody may cancel a request between its choice and its removal from the queue
+            self.prefilling = self.dequeue(self._select(budget))
+        return bool(self.prefilling)
 
-def _select(engine: "Engine", budget: int) -> list[RequestState]:
-    """Those that begin now: as many as slots are free, or one that has a spare place when none is."""
-    states, free = eligible(engine), engine.slots - engine.n_running
-    if free > 0:
-        return states[: n_packed(states, free, budget)]
-    if engine.n_running >= engine.max_running:
-        return []
-    return [state for state in states if may_use_spare_slot(engine, state)][:1]
+    def _select(self, budget: int) -> list[RequestState]:
+        states, n_running = self.in_turn(), len(self.running())
+        if n_running < self.slots:
+            return states[: n_packed(states, self.slots - n_running, budget)]
+        if n_running >= self.max_running:
+            return []
+        return [state for state in states if self.may_use_spare_slot(state)][:1]
 
 
 def n_spare_slots(slots: int) -> int:
-    """How many rows there may be beyond the slots."""
-    return -(-slots // SPARE)
+    """Number of requests that may run beyond the slots."""
+    return -(-slots // SLOTS_PER_SPARE)
 
 
-def may_use_spare_slot(engine: "Engine", state: RequestState) -> bool:
-    """Whether a row may have a spare place: nothing runs for its client, or for its request, which is over by the time
-    that a slot is free."""
-    running = engine.running()
-    if all(state.request.client != other.request.client for other in running):
-        return True
-    if state.request.group is not None and any(state.request.group is other.request.group for other in running):
-        return False
-    return state.config.max_new_tokens < min(other.n_remaining for other in running)
-
-
-def eligible(engine: "Engine") -> list[RequestState]:
-    """Those that wait, in the order of their turns.
-
-    Of one client's, what has less for its request comes first: one with many prompts is read beside others, not before.
-    """
-    running = Counter(id(state.request.group) for state in engine.running())
-    waiting, ranks, lines = list(engine.waiting), {}, defaultdict(list)
-    for state in waiting:
-        group = id(state.request.group)
-        ranks[id(state)] = 0 if state.request.group is None else running[group]
-        running[group] += 1
-        lines[state.request.client].append(state)
-    turns = {client: iter(sorted(line, key=lambda state: ranks[id(state)])) for client, line in lines.items()}
-    return [next(turns[state.request.client]) for state in waiting]
-
-
-def _start(engine: "Engine", state: RequestState) -> None:
-    """Get a row ready, or end it."""
-    engine.observer.started(time.monotonic() - state.submit_time)
-    with isolate_failure(state):
-        state.start(engine.model, engine.tokenizer, engine.device)
-    if state.finish_reason:
-        engine.prefilling.remove(state)
-        engine.finish(state)
-
-
-def _fail(engine: "Engine") -> None:
-    for state in engine.prefilling:
-        engine.finish(state, "error")
-    engine.prefilling = []
+def n_packed(states: Iterable[RequestState], slots: int, budget: int) -> int:
+    """Number of the first `slots` requests that one pass reads: one adapter, at most `budget` tokens, but at least one."""
+    n, total, adapter = 0, 0, None
+    for state in islice(states, slots):
+        total += len(state.prompt)
+        if n > 0 and (state.request.adapter != adapter or total > budget):
+            break
+        n, adapter = n + 1, state.request.adapter
+    return n

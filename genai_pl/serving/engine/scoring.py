@@ -1,4 +1,9 @@
-"""Vectors and scores of many texts, a slice at a time: after each `yield` others may have the model."""
+"""Embeddings, rewards and log-probabilities of many texts, as generators of slices.
+
+Each `yield` ends a slice of at most CPU_TOKENS or GPU_TOKENS tokens, and the caller may let other requests use the model
+before it resumes the generator; the generator's return value is the result. A batch of short texts is one slice. A text longer
+than a slice is read chunk by chunk into a KV cache, where the model allows it, so that no single text holds the model.
+"""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -6,24 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai_pl.evaluation.embeddings import embed, judge
+from genai_pl.evaluation.embeddings import embed, reward_scores
 from genai_pl.evaluation.scoring import batches, score
 from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models import Model
 from genai_pl.models.sentence import SentenceHead
 from genai_pl.serving.engine.model_runner import unbatchable_reason
 
-CPU_TOKENS, GPU_TOKENS = 256, 8192  # of a slice, padding included: well below a second
+CPU_TOKENS, GPU_TOKENS = (
+    256,
+    8192,
+)  # of a slice, padding included: well below a second
 Rows = Sequence[Sequence[int]]
 
 
 def slice_tokens(model: Model) -> int:
-    """How many tokens are read at a time."""
+    """Tokens of one slice on the model's device."""
     return CPU_TOKENS if next(model.parameters()).device.type == "cpu" else GPU_TOKENS
 
 
 def embedding_slices(model: Model, rows: Rows, head: SentenceHead) -> Generator[None, None, Tensor]:
-    """Vectors (N, D) of rows of tokens, float32 on the CPU."""
+    """Sentence embeddings (N, head.size), float32 on the CPU, of N rows of token ids.
+
+    head: pooling, and the dense layers and normalization of a sentence-transformers folder
+    """
     vectors = torch.empty(len(rows), head.size)
     for batch, is_long in _plan_slices(model, [len(row) for row in rows]):
         if is_long:
@@ -37,10 +48,13 @@ def embedding_slices(model: Model, rows: Rows, head: SentenceHead) -> Generator[
 
 
 def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
-    """A reward model's score of each row, (N,) float64 on the CPU."""
+    """Rewards (N,), float64 on the CPU, of N rows of token ids; the model has a scalar score head.
+
+    A row is never cut: the score is read at its last token.
+    """
     rewards = torch.zeros(len(rows), dtype=torch.float64)
     for batch in batches([len(row) for row in rows], slice_tokens(model)):
-        rewards[batch] = judge(model, [rows[n] for n in batch])
+        rewards[batch] = reward_scores(model, [rows[n] for n in batch])
         yield
     return rewards
 
@@ -48,7 +62,11 @@ def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
 def logprob_slices(
     model: Model, rows: Sequence[ScoredWindow], owners: Sequence[int], n_texts: int
 ) -> Generator[None, None, list[tuple[float, int]]]:
-    """The log-probability in nats of each text, the sum over the rows that it owns; and of how many tokens."""
+    """(log-probability in nats, scored tokens) of each of `n_texts` texts.
+
+    rows: windows of the texts, each scoring the tokens that no earlier window scored
+    owners: index of the text that each window belongs to; a text's value is the sum over its windows
+    """
     totals, counts = np.zeros(n_texts), np.zeros(n_texts, dtype=int)
     for batch, is_long in _plan_slices(model, [len(row.tokens) - 1 for row in rows]):
         if is_long:
@@ -63,7 +81,11 @@ def logprob_slices(
 
 
 def _plan_slices(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-    """Rows that are read in one slice, and whether it is one row that is read in several, out of a cache."""
+    """Batches of row indices, and whether the batch is one long row that is read in several slices.
+
+    Rows of about the same length share a batch. Reading in slices needs what batched decoding needs, a cache whose columns
+    mean the same to every token; other models read a long row in one slice.
+    """
     size, can_slice = slice_tokens(model), unbatchable_reason(model) is None
     for batch in batches(lengths, size):
         yield batch, can_slice and lengths[batch[0]] > size
@@ -72,7 +94,7 @@ def _plan_slices(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[in
 def _cached_slices(
     model: Model, tokens: Sequence[int], on_chunk: Callable[[int, Tensor], None]
 ) -> Generator[None, None, None]:
-    """Read the tokens; `take` is given where each part begins and its hidden states (1, T, C)."""
+    """Read a row of tokens chunk by chunk; `on_chunk` gets each chunk's first position and hidden states (1, T, C)."""
     size, device = slice_tokens(model), next(model.parameters()).device
     with torch.inference_mode():
         cache = model.new_cache(1, len(tokens))
@@ -84,7 +106,7 @@ def _cached_slices(
 
 
 def _sliced_features(model: Model, row: Sequence[int]) -> Generator[None, None, Tensor]:
-    """The hidden states (1, T, C) of a long row."""
+    """Hidden states (1, T, C) of a long row, read in slices."""
     parts: list[Tensor] = []
     yield from _cached_slices(model, list(row), lambda start, hidden: parts.append(hidden))
     with torch.inference_mode():
@@ -92,7 +114,10 @@ def _sliced_features(model: Model, row: Sequence[int]) -> Generator[None, None, 
 
 
 def _sliced_nll(model: Model, row: ScoredWindow) -> Generator[None, None, float]:
-    """The negative log-likelihood of what is scored of a long row, in nats."""
+    """Negative log-likelihood in nats of the scored tokens of a long window, read in slices.
+
+    Only the chunk's logits exist at a time: (T, V) of the whole window may be gigabytes.
+    """
     tokens, nll = torch.from_numpy(row.tokens).long(), []
 
     def add_nll(start: int, hidden: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Passes of the model for vectors and scores, cut into slices between which other requests have their turn."""
+"""Scoring queue: embedding and scoring requests take turns slice by slice, beside the engine or in its thread."""
 
 import asyncio
 from collections.abc import Callable, Generator
@@ -12,13 +12,18 @@ from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import FairLock
 
 T = TypeVar("T")
-Slices = Generator[None, None, T]  # each step is a slice of the work, which in the end returns its result
+Slices = Generator[None, None, T]  # of scoring.py: every `yield` ends a slice, the return value is the result
 
 
 class ScoringQueue:
-    """They run beside the engine or, where requests choose adapters of the model, in its thread between two steps.
+    """Runs slices of one request at a time, each slice in the turn of its client.
 
-    At most `queue_size` of them wait for a first slice. One that nobody waits for any more ends with its slice.
+    engine: whose thread runs the slices between two of its steps if it has adapters, since activating one changes the model
+    for everybody; without adapters (or engine) a thread of this queue runs them, at the same time as the engine's passes
+    queue_size: requests that may wait for their first slice; a request that has had one always gets the next
+    timeout: seconds from the first wait to the result
+
+    A request whose client has left is cancelled like any coroutine: the slice that runs is its last.
     """
 
     def __init__(self, engine: Engine | None, *, queue_size: int, timeout: float) -> None:
@@ -28,24 +33,28 @@ class ScoringQueue:
         self.is_stopped = False
 
     async def run(self, slices: Slices[T], *, adapter: str | None = None) -> T:
-        """What the slices return with that adapter; ApiError 429 when too many wait, 504 when it takes too long."""
+        """The return value of the slices, computed with this adapter.
+
+        Raises ApiError 429 if too many requests wait, 503 once the server stops, 504 after `timeout`.
+        """
         try:
             return await asyncio.wait_for(self._run(slices, adapter), self.timeout)
         except asyncio.TimeoutError:
             raise ApiError(504, f"not finished within {self.timeout:g} seconds") from None
 
     def stop(self) -> None:
-        """End those that run with their slice."""
+        """Refuse further slices; the one that runs ends by itself."""
         self.is_stopped = True
 
     def close(self) -> None:
-        """No more of them."""
+        """Stop, and end the thread after its slice."""
         self.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, slices: Slices[T], adapter: str | None) -> T:
         has_begun = False
         while True:
+            # one slice for each turn, so that a request of a thousand slices waits after each for the requests of others
             async with self.lock.acquire(force=has_begun):
                 if self.is_stopped:
                     raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
@@ -64,7 +73,10 @@ class ScoringQueue:
 
 
 def _advance(slices: Slices[T]) -> tuple[bool, T | None]:
-    """Whether the work is over, and its result; exceptions that are StopIteration cannot leave a thread."""
+    """(is finished, result) after one more slice.
+
+    A Future cannot carry StopIteration, which would end the generator that awaits it: the result comes as a value.
+    """
     try:
         next(slices)
     except StopIteration as over:

@@ -1,0 +1,49 @@
+"""Adapter selection: which adapter each row of the next batch uses."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from genai_pl.data.generation_defaults import end_token_ids, read_generation_defaults
+from genai_pl.peft import Adapter, adapters_of, load_adapter
+
+
+class AdapterSelector:
+    """The adapters that requests name, loaded into one model; adapters that the model has already stay as they are.
+
+    model: the base, changed in place: every adapter becomes part of it with weight 0 or 1
+    folders: adapter folder by the name that requests use
+
+    All adapters stay in memory at once and `activate` only sets their weights, one per batch row, so requests for
+    different adapters share a decode step (as in S-LoRA, Sheng et al. 2023, without its paging of adapter weights).
+    """
+
+    def __init__(self, model: nn.Module, folders: Mapping[str, str]) -> None:
+        self.adapters: dict[str, Adapter] = {}
+        self.own_end_tokens: dict[str, list[int]] = {}  # from the generation_config.json of each adapter's folder
+        self.config = model.config
+        self.device = next(model.parameters()).device
+        self.active: list[str | None] = []
+        for name, folder in folders.items():
+            load_adapter(model, Path(folder))
+            self.adapters[name] = adapters_of(model)[-1]
+            self.own_end_tokens[name] = end_token_ids(read_generation_defaults(Path(folder)))
+        model.to(self.device).eval()
+
+    def end_tokens(self, name: str | None) -> set[int]:
+        """Token ids that end a sequence: those of the model, and those of the adapter `name` (None: no adapter)."""
+        own = self.own_end_tokens.get(name, ())
+        return {*self.config.eos_token_ids, *(i for i in own if 0 <= i < self.config.vocab_size)}
+
+    def activate(self, names: Sequence[str | None]) -> None:
+        """Switch the model to one adapter name per batch row, None for the base; no work if nothing changed."""
+        if not self.adapters or names == self.active:
+            return
+        self.active = list(names)
+        for name, adapter in self.adapters.items():
+            weights = [float(row_name == name) for row_name in names]
+            alike = len(set(weights)) == 1  # one number is faster than a tensor with one per row
+            adapter.weight = weights[0]
+            adapter.rows = None if alike else torch.tensor(weights, device=self.device)
