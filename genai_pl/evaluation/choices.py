@@ -85,10 +85,10 @@ def choice_windows(
     owners, prompts, completions = [], [], []
     for n, (prompt, choices, _) in enumerate(questions, start=1):
         for choice in choices:
-            apart = prompt[-1:].isspace() or choice[0].isspace()
+            separated = prompt[-1:].isspace() or choice[0].isspace()
             owners.append(n)
             prompts.append(prompt)
-            completions.append(choice if apart else f" {choice}")
+            completions.append(choice if separated else f" {choice}")
     return completion_windows(prompts, completions, tokenizer, seq_len=seq_len, bos=bos, owners=owners)
 
 
