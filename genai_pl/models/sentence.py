@@ -106,7 +106,7 @@ class SentenceHead(nn.Module):
         self._check_sizes()
 
     def _prompt(self, pooling_config: dict) -> tuple[str, int | None]:
-        """The default prompt and the length that vectors are truncated to; CheckpointError for a prompt that pooling leaves out."""
+        """The default prompt and the length of truncated vectors; CheckpointError for a prompt that pooling leaves out."""
         settings = self.files.get("config_sentence_transformers.json") or {}
         name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
         if name is not None and name not in prompts:
