@@ -20,6 +20,7 @@ from genai_pl.generation.detokenize import TextStream
 from genai_pl.generation.output_constraints import OutputConstraints
 from genai_pl.generation.speculative import Acceptance, TargetModel, build_proposer, speculate
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ class CompletionRunner:
         start token of each target. config: decoding options. constraints: those of them that are text, as ids.
     pad: id that fills prompts on the left. wants_logprobs: whether `Completion.logprobs` is filled.
     on_text: called as on_text(i, delta) while continuation i grows; it may raise, which ends decoding.
+    row_weights: weights of adapters for each prompt, or None.
     """
 
     model: Decoder | DecoderWithSource
@@ -57,6 +59,7 @@ class CompletionRunner:
     pad: int
     on_text: OnText | None = None
     wants_logprobs: bool = False
+    row_weights: RowWeights | None = None
 
     def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
         """n continuations of each prompt, decoded in one batch of len(rows) * n rows."""
@@ -66,6 +69,7 @@ class CompletionRunner:
         logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
         options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "constraints": self.constraints}
         outputs = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
+        options |= {"row_weights": self.row_weights}
         steps = decode(self.model, input_ids, self.config, **options, **outputs)
         completions = self._collect(steps, streams, finished, logprobs, first=0)
         return [completions[i : i + n] for i in range(0, len(completions), n)]
@@ -82,7 +86,8 @@ class CompletionRunner:
         with nullcontext() if draft is None else evaluating(draft):
             for number, row in enumerate(self.rows):
                 # one target and one proposer per prompt: their caches keep it between its samples
-                target = TargetModel(self.model, row, self.config, self.constraints)
+                weights = None if self.row_weights is None else self.row_weights.select(torch.tensor([number]))
+                target = TargetModel(self.model, row, self.config, self.constraints, weights)
                 sizes = {
                     "n_tokens": len(row) + self.config.max_new_tokens,
                     "vocab_size": self.model.config.vocab_size,
@@ -104,6 +109,7 @@ class CompletionRunner:
         input_ids, segment_ids = self._batch()
         stop_check = StopStringTracker(self) if self.config.stop else None
         options = {"segment_ids": segment_ids, "constraints": self.constraints, "stop_check": stop_check}
+        options |= {"row_weights": self.row_weights}
         completions = []
         for number, best in enumerate(beam_search(self.model, input_ids, self.config, **options)):
             if not best:

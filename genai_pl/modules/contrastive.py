@@ -85,7 +85,7 @@ class ContrastiveModule(BaseModule):
             head = self._default_head(closes=False)
         self.sentence = (head if self.pooling is None else head.with_pooling(self.pooling)).train()
         collator = self.collator
-        collator.prompt, collator.max_length, collator.closes = head.prompt, head.max_length, head.closes
+        collator.prompt, collator.max_length, collator.add_end = head.prompt, head.max_length, head.closes
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings (N, D) of the texts of a batch."""

@@ -24,7 +24,7 @@ class PairCollator(Collator):
 
     prompt: str = ""
     max_length: int | None = None
-    closes: bool = True
+    add_end: bool = True
 
     def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn: the noise of SimCSE is dropout

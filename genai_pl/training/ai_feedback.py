@@ -1,6 +1,9 @@
-"""A model's judgement in place of people's: which of two answers is better, and how one might be improved.
+"""AI feedback: a model compares two answers, or criticizes and revises one, in place of people.
 
-RLAIF (Lee et al. 2023) compares; Constitutional AI (Bai et al. 2022) criticizes and revises by written principles.
+RLAIF (Lee et al. 2023) asks a judge which of two answers is better and reads the probabilities of " A" and " B", in
+both orders, because judges prefer a position. Constitutional AI (Bai et al. 2022) lets a model criticize its answer
+by a written principle and revise it; first and last answer are a preference pair, the last one a demonstration. The
+judge is a local model, a reward model, or an endpoint of OpenAI's chat completions.
 """
 
 import json
@@ -38,7 +41,11 @@ REVISION = "Request: {prompt}\n\nAnswer: {answer}\n\nCritique: {criticism}\n\n{r
 
 
 class Writer(Protocol):
-    """What answers a prompt, and says how likely it would go on with one text rather than another."""
+    """Interface of a model that answers prompts and compares continuations.
+
+    concurrent: True if several threads may call it at once. answer: text of one completion. preference: a
+    log-probability for each option as the continuation of the prompt; only differences matter.
+    """
 
     concurrent: bool
 
@@ -47,14 +54,23 @@ class Writer(Protocol):
 
 
 def as_text(prompt: str | Messages) -> str:
-    """A prompt as a judge reads it: of messages, a line for each with its role; what a user alone says is a text."""
+    r"""A prompt as text for a judge: a lone user message is its content, a conversation is one `role: content` line
+    per message.
+
+    >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    'user: Hi\nassistant: Hello'
+    """
     if not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, rubric: str) -> dict[str, object]:
-    """The better and the worse answer, from both orders of asking; margin is the difference of probabilities."""
+    """Row of a preference data set: the better and the worse answer, by a judge that read them in both orders.
+
+    margin: difference of the two probabilities, 0 to 1. position_bias: how far the first place alone raised a
+    probability above one half.
+    """
     forward = _probability_of_a(judge, prompt, first, second, rubric)
     backward = _probability_of_a(judge, prompt, second, first, rubric)
     wins = (forward + 1 - backward) / 2  # of the first answer
@@ -69,6 +85,9 @@ def compare(judge: Writer, prompt: str | Messages, first: str, second: str, *, r
 
 
 def _probability_of_a(judge: Writer, prompt: str | Messages, first: str, second: str, rubric: str) -> float:
+    """Probability that the judge names the answer shown first, of the two letters alone (softmax over " A" and "
+    B").
+    """
     question = COMPARISON.format(rubric=rubric, prompt=as_text(prompt), first=first, second=second)
     a, b = judge.preference(question, [" A", " B"])
     top = max(a, b)
@@ -77,7 +96,10 @@ def _probability_of_a(judge: Writer, prompt: str | Messages, first: str, second:
 
 
 def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mapping[str, str]]) -> dict[str, object]:
-    """An answer, criticized and revised by each principle in turn: data to imitate, and a pair to prefer."""
+    """Row of a data set: an answer, criticized and revised by each principle in turn, and the record of it.
+
+    principles: mappings with the instructions "critique" and "revision".
+    """
     first = answer = writer.answer(prompt).strip()
     record = []
     for principle in principles:
@@ -92,9 +114,10 @@ def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mappin
 
 
 def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str) -> dict[str, object]:
-    """The better and the worse answer by a reward model, which sees no order of them.
+    """Row of a preference data set, by a reward model, which reads each answer alone and so has no position bias.
 
-    margin is the difference of the probabilities that it gives them (Bradley and Terry 1952).
+    margin: difference of the probabilities of the Bradley-Terry model, tanh of half the score difference
+    (Bradley and Terry 1952).
     """
     a, b = judge([prompt, prompt], [first, second])
     chosen, rejected = (first, second) if a >= b else (second, first)
@@ -103,7 +126,11 @@ def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str
 
 
 class _LocalWriter:
-    """A model of ours, one prompt at a time."""
+    """A model in this process, one prompt at a time.
+
+    loaded: model and tokenizer. device: where it runs. options: fields of GenerationConfig. seed: of its
+    sampling.
+    """
 
     concurrent = False
 
@@ -113,18 +140,20 @@ class _LocalWriter:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def answer(self, prompt: str | Messages) -> str:
+        """One completion of the prompt."""
         with torch.inference_mode():
             return generate_text(self.model, self.tokenizer, [prompt], self.config, generator=self.generator)[0][0]
 
     @torch.inference_mode()
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
-        """Log-probability of each option after the prompt."""
+        """Sum of the token log-probabilities of each option after the prompt, read in one forward pass per option."""
         device = self.model.embed.weight.device
         scores = []
         for option in options:
             prompt_ids = encode_prompt(self.tokenizer, prompt)
             option_ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([(prompt_ids + option_ids)[-self.model.config.max_seq_len :]], device=device)
+            # (1, T, C) -> the states that predict the option's tokens
             hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(option_ids) :]
             head = self.model.lm_head
             token_logprobs = linear_logprobs(hidden, head.weight, ids[:, -len(option_ids) :], bias=head.bias)
@@ -134,7 +163,11 @@ class _LocalWriter:
 
 @dataclass
 class _EndpointWriter:
-    """An endpoint that speaks OpenAI's protocol of chat completions."""
+    """An endpoint of OpenAI's chat completions.
+
+    url: base address, up to and with /v1. model: name at the endpoint. key: bearer token. retries: further
+    attempts, with waiting times of 1, 2, 4, ... up to 30 s.
+    """
 
     url: str
     model: str
@@ -143,14 +176,18 @@ class _EndpointWriter:
     concurrent: bool = True
 
     def answer(self, prompt: str | Messages) -> str:
+        """One completion of the prompt, at most 512 tokens."""
         return self._ask(prompt, max_tokens=512)
 
     def preference(self, prompt: str, options: Sequence[str]) -> list[float]:
-        """0 for the option that the answer begins with and -10 for others: probabilities are not in the protocol."""
+        """0 for the option that the reply begins with, -10 for others: chat completions return no probability of a
+        given text.
+        """
         reply = self._ask(f"{prompt}: reply with one letter.", max_tokens=4).strip().upper()
         return [0.0 if reply.startswith(option.strip()) else -10.0 for option in options]
 
     def _ask(self, prompt: str | Messages, *, max_tokens: int) -> str:
+        """Text of a reply; ConfigError when the last attempt fails."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
@@ -169,7 +206,7 @@ class _EndpointWriter:
 def local_writer(
     name: str, *, option: str, device: torch.device, options: dict[str, object], seed: int
 ) -> Writer | Judge:
-    """The model that a reference stands for; a reward model may be the judge. ConfigError names the option it was given by."""
+    """The model of a name; for option "judge" a reward model becomes a Judge. ConfigError names the option."""
     loaded = load(name, option=option)
     is_reward_model = loaded.model.config.head is Head.score
     if is_reward_model and option == "judge":
@@ -184,5 +221,5 @@ def local_writer(
 
 
 def remote_writer(url: str, *, model: str, key_variable: str, retries: int) -> Writer:
-    """An endpoint; its key is read from an environment variable."""
+    """An endpoint whose key is read from an environment variable, so that no command line or run folder holds it."""
     return _EndpointWriter(url, model, os.environ.get(key_variable, ""), retries)

@@ -1,4 +1,14 @@
-"""What Hydra and OmegaConf raise, said in one line that names the option and the nearest one that exists."""
+"""Configuration errors in one line: exceptions of Hydra and OmegaConf, translated, and checks that those two do not
+make.
+
+Hydra's own messages are several lines, quote the whole search path, and name keys of the ConfigStore. Here each
+becomes the option as typed, what is wrong, and the nearest name that exists. The exceptions carry no structure, so
+their texts are matched by regular expressions: tests/cli/test_odd_overrides.py runs hundreds of wrong command lines
+against the installed versions and fails when a text changes.
+
+The checks: `check_types` (an override of another type than the YAML value it replaces, which untyped YAML accepts),
+`check_bounds` (config/bounds.py) and `check_choices` (choices that crash Hydra's parser).
+"""
 
 import re
 from collections.abc import Iterator
@@ -29,18 +39,25 @@ ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates
 
 
 def explain_config_error(error: Exception, conf: Path, config_name: str, arguments: list[str]) -> str | None:
-    """One line for a mistake in the configuration, or None for an error of another kind."""
+    """One line for an exception of Hydra or OmegaConf; None for any other exception, which is a defect and keeps
+    its traceback.
+
+    conf, config_name: the options folder and the command's root file. arguments: the command line.
+    """
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    # a UserError raised in a resolver of ours is wrapped, possibly twice
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):  # of a resolver of ours
             return str(cause)
         cause = cause.__cause__ or cause.__context__
+    # words that Hydra's grammar does not accept
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not understood{_how_to_quote(error.override)}"
     if match := re.search(r"Ambiguous value for argument '(.*)'\s+1\.", str(error)):
         return f"{match[1]}: values with a comma between them are a sweep (--multirun){_how_to_quote(match[1])}"
+    # group=choice without such a file; for Hydra's plugins, what to install
     if isinstance(error, MissingConfigException) and (match := re.search(r"find '([^']*)'", str(error))):
         if package := HYDRA_PLUGINS.get(match[1]):
             group, _, option = match[1].rpartition("/")
@@ -48,11 +65,13 @@ def explain_config_error(error: Exception, conf: Path, config_name: str, argumen
         line = _no_such_option(match[1], conf)
         if line:
             return line
+    # key=value with an unknown key
     message = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(
         r"(?:Could not override|Could not delete|Could not append to config.*?key) '([^']+)'", message
     ):
         return _no_such_key(match[1], message, conf, config_name, arguments)
+    # key=value with a value of the wrong type
     if match := re.search(r"full_key: (\S+)", message):
         reason = next(
             (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
@@ -67,11 +86,13 @@ def explain_config_error(error: Exception, conf: Path, config_name: str, argumen
 
 
 def _how_to_quote(override: str) -> str:
+    """Advice on quoting, as the end of a message about a word that was not understood."""
     key, equals, value = override.partition("=")
     return f"; text goes in quotes within quotes: \"{key}='{value}'\"" if equals else "; write key=value"
 
 
 def _no_such_option(name: str, conf: Path) -> str | None:
+    """Line about `group=choice` where the group has no such file; None if there is no such group."""
     group, _, option = name.rpartition("/")
     options = sorted(path.stem for path in (conf / group).glob("*.yaml")) if group else []
     if not options:
@@ -80,6 +101,11 @@ def _no_such_option(name: str, conf: Path) -> str | None:
 
 
 def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments: list[str]) -> str:
+    """Line about a key that the composed configuration has not, with the nearest that it has.
+
+    The configuration is composed once more with the groups chosen on the command line, since they decide which
+    keys exist.
+    """
     if "Value" in message:  # the key is there, the value is not of its type
         reason = next(line for line in message.splitlines() if "Value" in line)
         return f"{key}: {reason.strip()}"
@@ -95,13 +121,19 @@ def _no_such_key(key: str, message: str, conf: Path, config_name: str, arguments
 
 
 def did_you_mean(name: str, candidates: list[str]) -> str:
-    """The nearest of the candidates, to be added to a message."""
+    """The nearest of the candidates, to be appended to a message; "" if none is near.
+
+    >>> did_you_mean("n_layers", ["n_layer", "n_head"])
+    ', did you mean n_layer?'
+    """
     matches = get_close_matches(name, candidates, n=1, cutoff=0.5)
     return f", did you mean {matches[0]}?" if matches else ""
 
 
 def _searchpath(arguments: list[str]) -> list[str]:
-    """The override that stands for `--config-dir FOLDER`, where the user's own options are."""
+    """The hydra.searchpath override of a command line, or what stands for its `--config-dir`; [] without user
+    options.
+    """
     override = next((a for a in arguments if a.startswith("hydra.searchpath=")), None)
     folders = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
     folders += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
@@ -111,11 +143,15 @@ def _searchpath(arguments: list[str]) -> list[str]:
 
 
 def _is_group(argument: str, conf: Path) -> bool:
+    """True for `group=choice`: the key is a folder of conf/."""
     name, equals, _ = argument.partition("=")
     return bool(equals) and (conf / name.split("@")[0]).is_dir()
 
 
 def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig | None:
+    """The configuration of these overrides without the running job's Hydra; None if they do not compose. Sweeps
+    are left out.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -128,6 +164,7 @@ def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig |
 
 
 def _option_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted names in a configuration, inner nodes included."""
     for key in config:
         yield f"{prefix}{key}"
         value = config._get_node(key)
@@ -136,16 +173,22 @@ def _option_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def check_types(config: DictConfig, overrides: list[str], conf: Path, config_name: str) -> None:
-    """UserError where an override's value is of another type than the value it replaces (untyped YAML lets it pass)."""
+    """UserError for an override whose value has another type than the default it replaces.
+
+    OmegaConf checks typed nodes itself; options in plain YAML (groups without a schema) accept anything, and a
+    list where a number belongs would fail deep in a library.
+    """
     values = [
         o for o in OverridesParser.create().parse_overrides(overrides) if not (conf / o.get_key_element()).is_dir()
     ]
     if not values:
         return
+    # defaults: the same groups, none of the values
     hydra = HydraConfig.get()
     user_folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     searchpath = _searchpath([*(f"--config-dir={folder}" for folder in user_folders), *job_overrides("hydra")])
     defaults = _compose(conf, config_name, [*searchpath, *(o for o in overrides if _is_group(o, conf))])
+    # each value against its default, and each added key against what is read at all
     for override in values:
         key = override.get_key_element()
         if defaults is not None and override.is_add() and not user_folders:
@@ -159,7 +202,9 @@ def check_types(config: DictConfig, overrides: list[str], conf: Path, config_nam
 
 
 def _check_added(key: str, defaults: DictConfig) -> None:
-    """UserError for an added option that nothing reads: only Lightning, a `_target_` and mappings of the user's take more."""
+    """UserError for an added option (`+key=`) that nothing reads. Lightning's Trainer, loggers, callbacks and
+    nodes with a `_target_` take more keywords; so do mappings whose keys are the user's.
+    """
     if OmegaConf.select(defaults, key) is not None or key.startswith(OPEN_PREFIXES):
         return
     name, parent = key.rpartition(".")[2], defaults
@@ -172,7 +217,7 @@ def _check_added(key: str, defaults: DictConfig) -> None:
 
 
 def check_bounds(config: DictConfig) -> None:
-    """ConfigError for the first option whose value lies outside of what it may be."""
+    """ConfigError for the first option outside of its bound in config/bounds.py."""
     for option, bound in BOUNDS.items():
         parent, _, leaf = option.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
@@ -184,7 +229,7 @@ def check_bounds(config: DictConfig) -> None:
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:
-    """ConfigError for a group whose choice is no name: Hydra has no line for it."""
+    """ConfigError for a choice that is no name (`model=3`, `model=[]`), for which Hydra has no message of its own."""
     for argument in arguments:
         group, _, text = argument.partition("=")
         if group == "hydra":
@@ -203,20 +248,22 @@ def check_choices(arguments: list[str], conf: Path) -> None:
 
 
 def plain_value(value: object) -> object:
-    """The value without OmegaConf's containers."""
+    """The value with OmegaConf's containers converted to dicts and lists."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def as_typed(value: object) -> object:
-    """The value as it is typed."""
+    """The value as a user types it: null, true, false."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _is_same_kind(before: object, after: object) -> bool:
+    """True if a value may replace another: the same kind, or the default is a text, which any word can be."""
     return _kind(before) == _kind(after) or isinstance(before, str)
 
 
 def _kind(value: object) -> str:
+    """A value's type in the words of a message."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):

@@ -1,4 +1,6 @@
-"""The Hydra job of a run: what was typed, and the command lines by which it goes on."""
+"""Hydra's job: its overrides as typed, and the command lines by which this run goes on or is joined by other
+processes.
+"""
 
 import re
 import sys
@@ -13,9 +15,11 @@ from genai_pl.training.trust import CONF, PER_COMMAND, key_of, untrusted_overrid
 
 
 def job_overrides(kind: str = "task") -> list[str]:
-    """The overrides of this command as they were typed: reading them one by one would fill in what `${...}` asks for.
+    """Overrides of this Hydra job as text, `kind` "task" (ours) or "hydra"; [] where a command's function is
+    called without Hydra.
 
-    None where no command was typed: its function is called by itself.
+    They are not resolved: iterating the node would replace `${oc.env:TOKEN}` by its value, which would then be
+    written to files.
     """
     if not HydraConfig.initialized():
         return []
@@ -23,19 +27,27 @@ def job_overrides(kind: str = "task") -> list[str]:
 
 
 def is_search_job() -> bool:
-    """Whether this is a job of a sweep whose sweeper chooses the next values by what a job gives back."""
+    """True for a job of a sweeper that chooses the next values by the returned metric (Optuna); False for grids
+    and single runs.
+    """
     hydra = HydraConfig.get()
     return hydra.mode is RunMode.MULTIRUN and not hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def job_sweep() -> Path | None:
-    """The sweep that this run is a job of; None for that of a search, which goes on by a storage of its own."""
+    """Folder of the sweep that this run is a job of, relative to here; None outside, and for a search, which has
+    its own storage.
+    """
     hydra = HydraConfig.get()
     return shown_path(Path(hydra.sweep.dir)) if hydra.mode is RunMode.MULTIRUN and not is_search_job() else None
 
 
 def resume_arguments(sweep: Path | None) -> list[str]:
-    """The words of this command line that the folder of a run, or sweep, is not believed: a resume takes them from its own."""
+    """Words that `python train.py ... resume=` needs beside the folder: those that `trust` would refuse to read
+    out of the run folder.
+
+    sweep: the folder of a sweep that goes on as a whole (`-m`), or None for a single run.
+    """
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     config_dirs = [f"--config-dir={shown_path(Path(folder))}" for folder in folders]
@@ -48,12 +60,17 @@ def resume_arguments(sweep: Path | None) -> list[str]:
 
 
 def shown_path(path: Path) -> Path:
-    """The path as a person would type it from here."""
+    """The path relative to the working folder where it is below it: as a person would type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def rank_command(config: DictConfig) -> list[str]:
-    """The command line by which another process joins this run: its own overrides, without the sweep it may belong to."""
+    """Command line of another rank of this run on this machine: the same overrides, as one plain run with the
+    folder written out.
+
+    Lightning's launcher repeats sys.argv instead, which names the wrong folder after `resume=` and starts a
+    sweep in a sweep. The other ranks write neither `.hydra/` nor a log.
+    """
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     return [
@@ -71,6 +88,11 @@ def rank_command(config: DictConfig) -> list[str]:
 
 
 def quote_for_hydra(value: str) -> str:
-    """The value in quotes, as Hydra reads it."""
+    r"""The value in single quotes as Hydra's grammar reads it: quotes and backslashes before them escaped, `${`
+    left alone.
+
+    >>> print(quote_for_hydra("it's ${here}"))
+    'it\'s \${here}'
+    """
     text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return "'" + text.replace("${", "\\${") + "'"

@@ -1,4 +1,13 @@
-"""Run length: optimizer steps, passes over the data and warmup steps, by default as many as fit the data."""
+"""Run length: optimizer steps, passes over the data and warmup steps, with defaults that fit the data.
+
+`trainer.max_epochs` wins over `trainer.max_steps`; without either a trained model that learns from examples makes
+DEFAULT_PASSES passes, as transformers and TRL do, and any other run DEFAULT_STEPS steps. Warmup is DEFAULT_WARMUP
+steps, at most a fifth of the run. One optimizer step is one step here, however many micro-batches or devices it
+takes.
+
+A checkpoint stores the length that its run began with, because defaults depend on the data: a resume without a new
+length keeps the old one, and its schedule stays the same curve.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +22,11 @@ BEFORE = {"steps": DEFAULT_STEPS, "warmup_steps": DEFAULT_WARMUP}  # of runs who
 
 
 class Length(NamedTuple):
-    """Optimizer steps of a run, and those of one pass over the data, which a stream has not."""
+    """Length of a run.
+
+    steps: optimizer steps. steps_per_pass: those of one pass over the data, None for a stream. is_default: True
+    if no option chose it.
+    """
 
     steps: int
     steps_per_pass: int | None
@@ -21,12 +34,14 @@ class Length(NamedTuple):
 
     @property
     def passes(self) -> float | None:
-        """Passes over the data."""
+        """Passes over the data; None for a stream."""
         return None if self.steps_per_pass is None else self.steps / self.steps_per_pass
 
 
 def check_length(*, max_steps: object, max_epochs: object, warmup_steps: object) -> None:
-    """ConfigError for options that are no lengths; None is no option."""
+    """ConfigError for lengths that are no numbers, are too small, or leave the run without an end (`max_steps=-1`
+    alone).
+    """
     if max_steps == -1 and max_epochs is None:
         raise ConfigError("trainer.max_steps=-1: set it, or trainer.max_epochs")
     numbers = {
@@ -48,10 +63,11 @@ def choose_length(
     fine_tunes: bool,
     stored: Mapping[str, int | None] | None,
 ) -> Length:
-    """The length of a run from `trainer.max_steps` and `trainer.max_epochs`, which wins; ConfigError for passes of a stream.
+    """The length of a run; ConfigError for epochs of a stream.
 
-    steps_per_pass: None for a stream. fine_tunes: a trained model learns from examples. stored: what the checkpoint says
-    that the run goes on from; a length that nobody has given stays what it was at the beginning.
+    max_steps, max_epochs: the options of `trainer`, None where they are not set. steps_per_pass: optimizer
+    steps of one pass, None for a stream. fine_tunes: True if a trained model learns from examples. stored: the
+    length in the checkpoint of a run that is resumed, with "steps" and "warmup_steps".
     """
     if max_epochs is not None and steps_per_pass is None:
         raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
@@ -66,9 +82,10 @@ def choose_length(
 
 
 def overrun_line(length: Length, step: int, stored: Mapping[str, int | None], *, max_epochs: int | None) -> str | None:
-    """One line where a run that goes on has passed a length shorter than the one it was begun with.
+    """A line for a resumed run that is already past its new, shorter length; None for a run within it.
 
-    Beyond that one it may be by itself: a rollout of several steps ends where it ends.
+    A run may also be past its own length by itself, when a rollout of several steps began before the end: no
+    line then.
 
     >>> overrun_line(Length(2, 10), 3, {"steps": 3}, max_epochs=None)
     'passed      the run is at step 3, past trainer.max_steps=2: nothing is trained'
@@ -91,7 +108,11 @@ def default_warmup(total_steps: int) -> int:
 def with_warmup(
     schedule: Callable[..., float], total_steps: int, stored: Mapping[str, int | None] | None
 ) -> Callable[..., float]:
-    """The schedule with its default warmup, if it takes one and has none; a run that goes on keeps that of its beginning."""
+    """The schedule with its default warmup filled in, if it takes `warmup_steps` and has null there.
+
+    stored: the length of a resumed run, whose warmup is kept even if the run became longer: else the learning
+    rate would jump.
+    """
     if not isinstance(schedule, partial) or schedule.keywords.get("warmup_steps", 0) is not None:
         return schedule
     kept = None if stored is None else stored["warmup_steps"]
@@ -99,12 +120,14 @@ def with_warmup(
 
 
 def warmup_of(schedule: Callable[..., float]) -> int | None:
-    """The warmup steps of a schedule; None where it has none by that name."""
+    """Warmup steps of a schedule; None where the schedule has no such argument."""
     return schedule.keywords.get("warmup_steps") if isinstance(schedule, partial) else None
 
 
 def read_stored_length(contents: Mapping[str, object]) -> Mapping[str, int | None]:
-    """What a checkpoint says of the length its run was begun with; where it does not say, what the defaults were then."""
+    """The "length" of a checkpoint's contents; BEFORE, the defaults of versions that stored none, where it is
+    missing or damaged.
+    """
     stored = contents.get("length")
     valid = isinstance(stored, dict) and all(v is None or type(v) is int for v in stored.values())
     return {**BEFORE, **stored} if valid else BEFORE

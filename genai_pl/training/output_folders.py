@@ -1,4 +1,11 @@
-"""Folders of runs that have not started yet: a name is taken at once, and nothing is left of it where no run came of it."""
+"""Output folders before a run has started: names are reserved at once, and nothing remains of a run that never begins.
+
+Two commands may start in the same second, so a folder's name is taken by creating the folder. But a typo in the
+next option would then leave an empty folder, which `resume=auto` and `compare.py` would have to step over. This
+module remembers what the command created (`_created_folders`) and what it wrote before the first step
+(`_early_outputs`); `keep_outputs`, called when the first step begins, makes them permanent, and `remove_unstarted`,
+called when the command ends, removes them otherwise.
+"""
 
 import os
 import shlex
@@ -18,7 +25,11 @@ _early_outputs: list[Path] = []  # what it writes before the run has started
 
 
 def reserve_folder(path: str) -> str:
-    """The path, or with `-2`, `-3`, ... after it where another run has it: two may start in the same second."""
+    """The path, created now; with `-2`, `-3`, ... appended where it exists. Resolver `${unused:...}` of
+    conf/config.yaml.
+
+    Ranks that torchrun or Slurm started all evaluate this and must agree: there the path comes back as it is.
+    """
     if not os.environ.keys().isdisjoint(
         RANK_VARIABLES
     ):  # all processes of a run that torchrun or Slurm has started must find the same
@@ -37,24 +48,29 @@ def reserve_folder(path: str) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes the run folder."""
+    """True in the process that writes the run folder: rank 0 of node 0, by the variables that launchers set.
+
+    The variables are read because this is needed before torch.distributed, and even torch, is imported.
+    """
     return all(os.environ.get(name, "0") == "0" for name in (*RANK_VARIABLES, "NODE_RANK"))
 
 
 def register_early_output(path: Path) -> None:
-    """Say that `path` is about to be written before the run has started; it goes if the run never does."""
+    """Announce that `path` will be written before the first step: it is removed if the run never starts."""
     if is_first_process() and not path.exists():
         _created_folders.extend(_missing_ancestors(path.parent))
         _early_outputs.append(path.absolute())
 
 
 def keep_outputs() -> None:
-    """Say that the run has started: what was written stays."""
+    """Make permanent what was written so far: the run has started."""
     _early_outputs.clear()
 
 
 def remove_unstarted() -> None:
-    """Remove what was written for a run that has not started, and the folders of this command that are empty."""
+    """Remove early outputs of a run that has not started, and folders of this command that are empty, deepest
+    first.
+    """
     for path in _early_outputs:
         shutil.rmtree(path, ignore_errors=True)
     for path in sorted(set(_created_folders), key=lambda path: -len(path.parts)):
@@ -64,7 +80,7 @@ def remove_unstarted() -> None:
 
 
 def remove_unstarted_job(folder: Path) -> None:
-    """Remove the folder of a job of a sweep that has not started."""
+    """Remove the early outputs and the empty folder of one job of a sweep; the sweep's own folder stays."""
     for path in [*_early_outputs]:
         shutil.rmtree(path, ignore_errors=True)
     _early_outputs.clear()
@@ -72,11 +88,13 @@ def remove_unstarted_job(folder: Path) -> None:
 
 
 def _missing_ancestors(path: Path) -> list[Path]:
+    """The path and those of its parents that do not exist yet: the folders that mkdir(parents=True) would create."""
     path = path.absolute()
     return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
 
 
 def _remove_empty(folder: Path) -> None:
+    """Remove the folder if it is empty but for the file that Hydra writes before a sweep's first job."""
     try:
         if os.listdir(folder) == [SWEEP]:
             (folder / SWEEP).unlink()  # of a sweep without a job
@@ -86,16 +104,18 @@ def _remove_empty(folder: Path) -> None:
 
 
 class HydraFolders(Callback):
-    """Remembers which folders Hydra makes, before it does."""
+    """Hydra callback (conf/config.yaml: hydra.callbacks) that notes which folders Hydra is about to create."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Note the folder of a run."""
         _expect_hydra_folder(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        """Note the folder of a sweep."""
         _expect_hydra_folder(config, "hydra.sweep.dir")
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Print the command that ranks the jobs, which all have ended."""
+        """Print the command that ranks the jobs of the sweep, if any of them logged a metric."""
         try:
             folder = Path(OmegaConf.select(config, "hydra.sweep.dir"))
         except OmegaConfBaseException:
@@ -105,6 +125,7 @@ class HydraFolders(Callback):
 
 
 def _expect_hydra_folder(config: DictConfig, key: str) -> None:
+    """Note the missing folders on the path in Hydra's option `key`."""
     try:
         _created_folders.extend(_missing_ancestors(Path(OmegaConf.select(config, key))))
     except OmegaConfBaseException:

@@ -1,4 +1,4 @@
-"""What a run says before it starts and after it ends."""
+"""Lines that a run prints: the model, the step and the rollout before it starts, the commands to type after it ended."""
 
 import shlex
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from genai_pl.models import Model, flops_per_token, n_parameters
 
 
 def describe_model(model: Model, device: torch.device) -> list[str]:
-    """Lines on size and attention."""
+    """Lines on the model's size and on the attention backend, with the reason for that backend."""
     c = model.config
     backend, why = choose_backend(device, softcap=c.softcap, backend=c.attention.value)
     layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"
@@ -25,7 +25,8 @@ def describe_model(model: Model, device: torch.device) -> list[str]:
 
 
 def texts_of_row(kind: str, data: Mapping[str, object]) -> int:
-    """How many texts a row of a kind of data is for the model: a pair of completions, or texts that belong together.
+    """Sequences that the model reads for one row of data: 2 for a pair of completions, 2 or 3 for texts to embed,
+    else 1.
 
     >>> texts_of_row("preference", {}), texts_of_row("pairs", {"negative": "worse"}), texts_of_row("text", {})
     (2, 3, 1)
@@ -36,7 +37,12 @@ def texts_of_row(kind: str, data: Mapping[str, object]) -> int:
 def describe_step(
     model: Model, *, rows: int, seq_len: int, accumulate: int, devices: int, total_steps: int | None
 ) -> str:
-    """One line on what an optimizer step takes; total_steps: None if that is not known."""
+    """One line on an optimizer step: its tokens, and its FLOPs by the count of Chowdhery et al. 2022 (PaLM,
+    appendix B).
+
+    rows: sequences of one micro-batch. accumulate: micro-batches of a step. total_steps: None where the length
+    is unknown.
+    """
     tokens = rows * seq_len * accumulate * devices
     flops = flops_per_token(model, model.config, seq_len) * tokens
     whole = "" if total_steps is None else f"; {total_steps:,} steps = {tokens * total_steps:,} tokens"
@@ -49,7 +55,9 @@ def describe_step(
 def describe_rollout(
     *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int | None
 ) -> str:
-    """One line on what is written before it is learned from, where a model learns from what it writes."""
+    """One line on a rollout: completions that are sampled and scored before `n_updates` optimizer steps learn from
+    them.
+    """
     whole = "" if total_steps is None else f"; {total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
     return (
         f"rollout     {prompts * group_size * devices:,} completions ({prompts} prompts x {group_size} x {devices} devices) "
@@ -58,7 +66,11 @@ def describe_rollout(
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Bytes with a binary unit and four digits.
+
+    >>> format_bytes(1536), format_bytes(3 * 2**40)
+    ('1.5 KiB', '3 TiB')
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024:
             return f"{n_bytes:.4g} {unit}"
@@ -75,10 +87,11 @@ def final_lines(
     arguments: Iterable[str] = (),
     sweep: Path | None = None,
 ) -> list[str]:
-    """Where everything lies, and the next command to type.
+    """Lines at the end of a run: where its files are, and the next command to type.
 
-    generate: what generate.py is to be given beside the run. again: the words that a resume needs beside its folder; whole: that
-    of the sweep which goes on, where the run is a job of one.
+    exported: name of the exported folder in the run folder, None if nothing was exported. generate: options of
+    generate.py beside `checkpoint=`. arguments: words that a resume needs beside its folder. sweep: folder of
+    the sweep that goes on as a whole, for a job of one.
     """
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
@@ -94,7 +107,7 @@ def final_lines(
 
 
 def shell_arguments(options: Mapping[str, object]) -> str:
-    """Options as a shell takes them, each value as a whole; a command quotes for Hydra what it is given.
+    """Options as words of a POSIX shell; Hydra's quoting is added by the command that reads them.
 
     >>> print(shell_arguments({"checkpoint": "runs/a b", "prompt": "it's", "score": True}))
     checkpoint='runs/a b' prompt='it'"'"'s' score=true

@@ -1,4 +1,15 @@
-"""Taking up a run again: which run, with which settings, from which checkpoint."""
+"""Resume: the command line, and then the checkpoint, with which an earlier run goes on.
+
+`resume=RUN` is not a second configuration system. Before Hydra starts, `replay` puts the overrides that the run
+saved in `.hydra/overrides.yaml` in front of the words typed now, so that Hydra composes the same configuration,
+later words win, and a changed option shows as one `changed` line. `RUN` is `auto` (the newest run here), a run
+folder, a .ckpt file, the name of a run, or with `-m` a sweep (`sweeps.replay_sweep`). The saved overrides pass
+through `trust`.
+
+After composition `choose_checkpoint` takes the newest checkpoint that can be read whole: the last one may be cut by
+the crash that made a resume necessary. `run_folder.check_settings_unchanged` then compares the settings that cannot
+change in the middle of a run.
+"""
 
 import os
 import shlex
@@ -18,10 +29,16 @@ OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
 def replay(arguments: list[str]) -> list[str]:
-    """The command line that continues the run which `resume=` names: its own overrides first, then the new ones.
+    """The command line that resumes the run which `resume=` names: saved overrides first, the words typed now
+    after them.
 
-    Without `resume=` the arguments come back as they are; with -m it is a sweep that goes on, the newest or the one named.
+    Without `resume=` the arguments come back with only `output_dir=` translated; with -m the sweep of that name
+    goes on instead of one run. Side effect: TYPED_ARGUMENTS holds the words as typed. Raises ConfigError or
+    CheckpointError for an unknown run, a run without checkpoints, contradicting words (two output folders,
+    `init_from` of other weights) and saved overrides that `trust` refuses; prints a `changed` line for each
+    option that differs.
     """
+    # a run folder keeps the command line: refuse passwords first
     refuse_secrets(arguments)
     TYPED_ARGUMENTS[:] = arguments
     arguments = _with_hydra_folder(arguments)
@@ -29,9 +46,11 @@ def replay(arguments: list[str]) -> list[str]:
     if reference in ("null", "None", ""):
         _check_folder_unused(arguments)
         return arguments
+    # a sweep goes on as a whole, job by job
     if {"-m", "--multirun"} & set(arguments):
         arguments = _resume_sweep(reference, arguments)
         return replay_sweep(arguments) if "resume=auto" in arguments else arguments
+    # a run by its name, or by its path
     if (named_folder := _named_run_folder(reference)) is not None:
         reference, arguments = (
             named_folder,
@@ -44,6 +63,7 @@ def replay(arguments: list[str]) -> list[str]:
             print("resume=auto: no run to continue, starting a new one", flush=True)
             return [a for a in arguments if not a.startswith("resume=")]
         return arguments
+    # the saved command line, as far as it is trusted and not overruled
     check_links(run)
     saved = _saved_overrides(run)
     keys = {key_of(a) for a in arguments}
@@ -54,12 +74,13 @@ def replay(arguments: list[str]) -> list[str]:
         trusted = [o for o in trusted if not key_of(o).startswith("strategy.")]
     if "hydra.run.dir" not in keys:
         trusted.append(f"hydra.run.dir={run}")  # what it takes to be read as it is, whoever reads the command line adds
+    # argparse takes positional words in one row only: no flag with a value may stand between overrides
     n_flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
     return arguments[:n_flags] + trusted + arguments[n_flags:]  # --config-dir FOLDER must not stand between overrides
 
 
 def _with_hydra_folder(arguments: list[str]) -> list[str]:
-    """The command line with `output_dir=` as what it means to Hydra: the folder of the run, or of the sweep."""
+    """The arguments with `output_dir=` under the name that Hydra gives it: folder of a run, or with -m of a sweep."""
     kind = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "hydra.run.dir"
     by_key = {key_of(a): a for a in arguments}
     if "output_dir" not in by_key:
@@ -70,18 +91,23 @@ def _with_hydra_folder(arguments: list[str]) -> list[str]:
 
 
 def _chosen_folder(arguments: list[str]) -> str | None:
+    """The folder that the command line gives the run, without quotes; None where the configuration chooses it."""
     return next((_value(a) for a in arguments if key_of(a) == "hydra.run.dir"), None)
 
 
 def _check_folder_unused(arguments: list[str]) -> None:
-    """ConfigError for a new run in the folder of an old one: their files would mix."""
+    """ConfigError for a new run in the folder of an old one: their metrics and checkpoints would mix."""
     chosen = _chosen_folder(arguments)
     if chosen and {"-m", "--multirun"}.isdisjoint(arguments) and _checkpoints(Path(chosen).glob):
         raise ConfigError(f"{chosen}: holds a run already; continue it with resume={chosen}, or name another folder")
 
 
 def _check_init_from(saved: list[str], arguments: list[str]) -> None:
-    """ConfigError for weights to start from beside those to go on with, unless what a run started from lies elsewhere now."""
+    """ConfigError for an `init_from=` that differs from the run's own: a resume loads the run's weights over it.
+
+    It is allowed where the old value is a path that no longer exists: a moved folder can be named anew. An
+    adapter's base is loaded from there, because checkpoints of an adapter do not hold it.
+    """
     from genai_pl.references import is_hub_id, named_run
 
     old_value = next((_value(o) for o in reversed(saved) if key_of(o) == "init_from"), "null")
@@ -103,7 +129,9 @@ def _check_init_from(saved: list[str], arguments: list[str]) -> None:
 
 
 def _print_changes(saved: list[str], arguments: list[str]) -> None:
-    """One line for each option that is typed and was another, or was not given."""
+    """Print one `changed` line for each option that the run had not, or had with another value; on the first
+    process only.
+    """
     if not is_first_process():
         return  # which says it
     saved_by_key = {key_of(o): o for o in saved}
@@ -115,11 +143,12 @@ def _print_changes(saved: list[str], arguments: list[str]) -> None:
 
 
 def _value(argument: str) -> str:
+    """The value of an override without its outer quotes."""
     return argument.partition("=")[2].strip("'\"")
 
 
 def _named_run_folder(reference: str) -> str | None:
-    """The path of the run that a name stands for; None for what is no name of a run."""
+    """Path of the run that a name stands for (`run_name=`, or the last part of a folder); None for anything else."""
     from genai_pl.references import named_run
 
     run = None if reference == "auto" or Path(reference).exists() else named_run(reference, "resume")
@@ -127,7 +156,11 @@ def _named_run_folder(reference: str) -> str | None:
 
 
 def _resume_sweep(reference: str, arguments: list[str]) -> list[str]:
-    """The command line with the sweep that `resume=` names as resume=auto and its folder; jobs may all go on from one run."""
+    """The arguments of `-m resume=SWEEP` as `resume=auto hydra.sweep.dir=SWEEP`.
+
+    `resume=RUN` with -m is a new sweep whose jobs all start from that one run: it keeps its meaning, as does a
+    comma-separated list of runs. CheckpointError for an unknown name.
+    """
     from genai_pl.references import is_sweep, named_sweep, nearest
 
     if reference == "auto":
@@ -147,6 +180,12 @@ def _resume_sweep(reference: str, arguments: list[str]) -> list[str]:
 
 
 def _find_run(reference: str, arguments: list[str]) -> Path | None:
+    """The folder of the run that `resume=` names; None for `auto` without runs, and for a lone .ckpt file without
+    settings.
+
+    CheckpointError for a folder without checkpoints, an unknown path, and a sweep without -m (with the command
+    to type).
+    """
     from genai_pl.references import is_sweep, named_sweep, nearest, newest_run
 
     if reference == "auto":
@@ -169,16 +208,24 @@ def _find_run(reference: str, arguments: list[str]) -> Path | None:
 
 
 def _checkpoints(search: Callable[[str], Iterable[Path]]) -> list[Path]:
+    """Checkpoints in a run folder: single files, and folders of sharded ones."""
     return [path for path in search("checkpoints/*.ckpt") if is_checkpoint(path)]
 
 
 def _saved_overrides(run: Path) -> list[str]:
+    """Overrides that the run was started with; [] where the folder has no `.hydra`."""
     path = run / OVERRIDES
     return read_overrides(path) if os.path.lexists(path) else []
 
 
 def choose_checkpoint(reference: str, run: Path) -> Path:
-    """The checkpoint to go on from: the newest valid one for `auto`; otherwise the one named, or an error that offers another."""
+    """The checkpoint to resume from: the newest valid one for `auto` and for a folder, otherwise the one that is
+    named.
+
+    Validity is decided by reading: `read_contents` checks format and completeness, `check_resumable` that there
+    is an optimizer state. With `auto` an invalid one is reported on stderr and the one before it is taken; a
+    named one is never replaced silently, its CheckpointError names the newest valid one instead.
+    """
     from genai_pl.callbacks import newest_checkpoints
     from genai_pl.checkpoints.file import check_resumable, read_contents
 
@@ -204,7 +251,7 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
 
 
 def describe_resume(checkpoint: Path) -> str:
-    """One line on where the run goes on and what comes back."""
+    """The `resuming` line: step of the checkpoint, and which state comes back."""
     from genai_pl.checkpoints.file import read_contents
 
     contents = read_contents(checkpoint)

@@ -1,4 +1,10 @@
-"""Rewards of completions: any Python function, or a reward model trained here; several with weights."""
+"""Rewards of completions: Python functions and reward models, weighted and summed.
+
+A reward is a callable `reward(prompts, completions, **columns) -> list of numbers`, one number per completion, as
+in TRL's GRPOTrainer; columns are further columns of the data, repeated per completion. An entry of
+`objective.reward` is `module:function`, `file.py:function`, `module.function`, or the name of a reward model
+trained with objective=reward. None instead of a number means "this reward does not apply to this completion".
+"""
 
 import importlib
 import importlib.util
@@ -38,15 +44,18 @@ HOW = "name a function as module:function or file.py:function, or a reward model
 def load_rewards(
     names: Sequence[str], weights: Sequence[float] | None, *, policy: nn.Module, device: torch.device
 ) -> Reward:
-    """The weighted sum of rewards; each is module:function or a reward model's run folder, .ckpt or Hugging Face folder.
+    """The weighted sum of rewards as one function `(prompts, completions, raw_prompts, **columns) -> list[float]`.
 
-    A function is given prompts as text; a model is given them as they were `asked`, text or messages, and reads them in its
-    own chat template. A reward that gives None for a completion does not apply to it, and is left out of its sum; the sum
-    of none is not a number. A reward model that is an adapter on the frozen base of the policy is held in memory as its
-    adapter alone.
+    names: entries of objective.reward. weights: one number for each, None for all 1. policy: the model in
+    training; a reward model that is an adapter on the same frozen base shares its weights with it, so that only
+    the adapter takes memory. device: of reward models.
+
+    Functions get prompts as text; reward models get `raw_prompts`, text or messages, and apply their own chat
+    template. A completion to which no reward applies gets NaN, and the caller drops it from the loss.
     """
     if not names:
         raise ConfigError(f"objective.reward is not set: {HOW}")
+    # each entry: a function, or a reward model
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
@@ -57,6 +66,7 @@ def load_rewards(
     ]
     warned: set[str] = set()
 
+    # messages about data or rewards, once per run
     def warn_once(message: str) -> None:
         if message not in warned:
             warned.add(message)
@@ -73,6 +83,7 @@ def load_rewards(
             warn_once(f"reward      column {column} of the data is not handed on: an argument of rewards is called so")
         columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
         raw_prompts = prompts if raw_prompts is None else raw_prompts
+        # call every reward, then add up row by row
         judges = [
             partial(_score_with_judge, function, raw_prompts) if isinstance(function, Judge) else function
             for function in rewards
@@ -90,13 +101,18 @@ def load_rewards(
 
 
 def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
-    """The weighted sum of what applies; not a number where nothing does."""
+    """Weighted sum of the rewards that apply to one completion; NaN where none does."""
     terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
     return sum(terms) if terms else math.nan
 
 
 def _locate(name: str) -> tuple[str, str] | None:
-    """The module or .py file and the function that a name stands for, None for that of a model."""
+    """Module (or .py file) and function name of an entry; None for the name of a model. ConfigError for an entry
+    that is neither.
+
+    An existing path is always a model. A dotted name without a slash can be both a module and a run: it must be
+    importable.
+    """
     if name.endswith(".py") and not Path(name).is_dir():
         raise ConfigError(f"objective.reward={name}: name the function in the file too, as {name}:FUNCTION")
     if Path(name).exists():
@@ -118,12 +134,13 @@ def _locate(name: str) -> tuple[str, str] | None:
 
 
 def _make_importable(folder: Path) -> None:
+    """Put a folder first on sys.path: rewards beside the data are imported like modules of a project."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 
 def _function(name: str, module: str, attribute: str) -> Reward:
-    """The function of a module from the working folder or the environment, or of a file."""
+    """The function of a module or a .py file; ConfigError with the import's own error in one line."""
     _make_importable(Path(os.getcwd()))
     try:
         function = attrgetter(attribute)(
@@ -140,13 +157,14 @@ def _function(name: str, module: str, attribute: str) -> Reward:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module that a file is; files beside it can be imported from it."""
+    """The module of a .py file, imported once. Files beside it are importable from it, as for a script."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
+    # under its own name, unless another module has that name
     _make_importable(path.parent)
     spec = importlib.util.spec_from_file_location(path.stem if loaded is None else f"reward_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -155,7 +173,11 @@ def _from_file(path: Path) -> ModuleType:
 
 
 class Judge:
-    """A reward model, which reads prompt and completion in its own tokens, as it did when it was trained."""
+    """A reward model with its own tokenizer: it reads prompt and completion as in its training, not in the
+    policy's tokens.
+
+    loaded: the reward model, `head=score`. device: where it runs.
+    """
 
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
@@ -167,12 +189,18 @@ class Judge:
         completions: Sequence[str],
         tools: Sequence[object] | None = None,
     ) -> list[float]:
-        """The score of each completion after its prompt; `tools` are the cells of that column, for messages."""
+        """Scores of completions, one float each.
+
+        prompts: text or messages. completions: the text after each. tools: the cells of the data's `tools`
+        column, for chat templates that print them. Rows longer than the model's context lose tokens on the
+        left.
+        """
         cells = [None] * len(prompts) if tools is None else tools
         tools_of_prompts = [
             () if isinstance(prompt, str) else parse_tools(cell, Place("data.path", n, "tools"))
             for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
         ]
+        # pad to one batch: (B, T) ids, segment 1 where a token is real
         limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
         rows = [row[-limit:] for row in reward_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
         ids = pad_rows(rows, self.tokenizer.pad_token_id or 0).to(device)
@@ -181,6 +209,9 @@ class Judge:
 
 
 def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
+    """The reward model of a name, its frozen base shared with the policy; CheckpointError for a model without a
+    score head.
+    """
     loaded = load(name, option="objective.reward")
     if loaded.model.config.head is not Head.score:
         raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
@@ -197,4 +228,7 @@ def _score_with_judge(
     tools: Sequence[object] | None = None,
     **_: object,
 ) -> list[float]:
+    """A judge with the signature of a reward function: raw prompts in place of their text, all columns but `tools`
+    ignored.
+    """
     return judge(raw_prompts, completions, tools)

@@ -1,4 +1,10 @@
-"""Descriptions of a run in its folder and checkpoints, and what a run that goes on must have kept."""
+"""The run folder: settings in `.hydra/`, the log, and the constraints that a checkpoint puts on a resume.
+
+A resumed run must be the same run. Its checkpoint holds `fixed` (options that define the model, the data order and
+the optimizer) and `data` (digests of the training files); `check_settings_unchanged` compares them with the
+configuration of now, and names the first option that differs. What may change in the middle, such as the learning
+rate, dropout or the number of steps, is not in there.
+"""
 
 import logging
 from pathlib import Path
@@ -28,13 +34,15 @@ GROUPS = ("model", "data", "tokenizer", "peft")
 
 
 def keep_run_folder(run: Path) -> None:
-    """Keep the folder of a run that has started, and write its train.log from here on."""
+    """Make the run folder permanent, and append to its train.log from here on. Called when the first step begins."""
     folders.keep_outputs()
     run_log.keep(run / LOG)
 
 
 def write_settings(run: Path, config: DictConfig) -> None:
-    """Write `.hydra/` as Hydra does before anybody knows whether there will be a run."""
+    """Write `.hydra/{config,hydra,overrides}.yaml` as Hydra would, but only once it is certain that there is a
+    run.
+    """
     files = {"config": config, "hydra": HydraConfig.instance().cfg, "overrides": job_overrides()}
     for name, values in files.items():
         text = OmegaConf.to_yaml(values if OmegaConf.is_config(values) else OmegaConf.create(values))
@@ -42,7 +50,12 @@ def write_settings(run: Path, config: DictConfig) -> None:
 
 
 def resume_constraints(config: DictConfig) -> dict[str, object]:
-    """What a checkpoint keeps of the configuration: what cannot change in the middle of a run, and the data's contents."""
+    """What a checkpoint keeps of the configuration: `fixed`, option to value, and `data`, option to digest of its
+    files or None.
+
+    The batch size is free: the loader counts rows, not batches. Workers of a streamed data set are fixed,
+    because each worker reads its own share of the documents.
+    """
     settings: dict[str, object] = {"seed": config.seed}
     settings |= {f"{name}._target_": config[name]._target_ for name in ("objective", "optimizer")}
     for group in GROUPS:
@@ -54,17 +67,23 @@ def resume_constraints(config: DictConfig) -> dict[str, object]:
 
 
 def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run: Path) -> None:
-    """UserError where the run of a checkpoint had other fixed settings, or other data than are there now."""
+    """UserError where the run of `checkpoint` had other fixed settings, or other data, than `constraints` say.
+
+    Changed file contents are accepted if the user types the data option again in this command: the run then
+    goes on at the same position in other data. Options that an older checkpoint does not hold are not compared.
+    """
     contents = read_contents(checkpoint)[MARK]
     stored_settings, stored_digests = contents.get("fixed", {}), contents.get("data", {})
     if not isinstance(stored_settings, dict) or not isinstance(stored_digests, dict):
         raise CheckpointError(f"{checkpoint}: refused, it does not say how its run was configured")
+    # settings: the first that differs, with the way out
     for key, value in constraints["fixed"].items():
         if key in stored_settings and stored_settings[key] != value:
             raise ConfigError(
                 f"{key}={value}: the run was begun with {stored_settings[key]}, which cannot change in its middle; "
                 f"start another one from its weights with init_from={run}"
             )
+    # data: same path, other contents
     typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
     for option, digest in constraints["data"].items():
         if digest is None or stored_digests.get(option, digest) == digest:
@@ -78,7 +97,9 @@ def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run
 
 
 def _digest(path: str | None) -> str | None:
-    """A name for the contents of files; None for none, and for what is not read as files."""
+    """Digest of the contents of the files that a data path names; None without a path, and for data of a user's
+    own module.
+    """
     if path is None:
         return None
     try:

@@ -1,4 +1,10 @@
-"""train.log: what a command printed and warned, in that order, in the folder of its run."""
+"""train.log: everything a command prints, warnings included, in order, in the folder of its run.
+
+stdout and stderr are replaced by streams that also feed a RunLog, so that prints, logging, progress bars and
+tracebacks end up in one file in the order of the terminal. The folder is known late: lines are held in memory until
+`keep` names the file. Text is written as a terminal shows it at the end of each line: carriage returns resolved,
+escape sequences removed, secrets redacted. A disk that refuses the log never ends the run.
+"""
 
 import logging
 import re
@@ -20,7 +26,10 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 
 class RunLog:
-    """Lines as a terminal shows them, without what it obeys and without secrets; in memory until they have a file."""
+    """Lines of several streams, in memory until they have a file.
+
+    fallback: the stream to report to when the file cannot be written. At most MAX_EARLY_LINES are held.
+    """
 
     def __init__(self, fallback: TextIO) -> None:
         self._fallback = fallback  # where a disk that refuses the file is told of
@@ -29,18 +38,22 @@ class RunLog:
         self._unfinished: dict[int, str] = {}  # lines that have not ended yet, by stream
 
     def add(self, stream: int, text: str) -> None:
-        """Take what a stream is given."""
+        """Append `text` of one stream; a line is written when its line break comes, so that two streams never
+        share one.
+
+        stream: any number that identifies the stream.
+        """
         *lines, rest = (self._unfinished.get(stream, "") + text).split("\n")
         self._unfinished[stream] = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # a bar writes over itself
         self._write([line for line in map(_visible_text, lines) if line is not None])
 
     def keep(self, path: Path) -> None:
-        """Append to this file what was printed so far, and all that follows."""
+        """Write the lines held so far to this file, and all later ones."""
         self._path = path
         self._write([])
 
     def close(self) -> None:
-        """End the lines under way; what follows belongs to another run."""
+        """End unfinished lines, and drop the file: what follows belongs to another run of the same process."""
         for stream, text in self._unfinished.items():
             if text:
                 self.add(stream, "\n")
@@ -48,6 +61,7 @@ class RunLog:
         self._early.clear()
 
     def _write(self, lines: Iterable[str]) -> None:
+        """Write lines, or hold them. An OSError ends the log of this run, once and with a line on the terminal."""
         self._early.extend(lines)
         if self._path is None or not self._early:
             return
@@ -64,7 +78,11 @@ class RunLog:
 
 
 def _visible_text(line: str) -> str | None:
-    """What is left of a line when all its characters are on the terminal; None for a bar that was wiped."""
+    r"""A line as a terminal would leave it; None for a progress bar that was wiped.
+
+    >>> _visible_text("10%\r100%"), _visible_text("50%\r   "), _visible_text("\x1b[31mred\x1b[0m")
+    ('100%', None, 'red')
+    """
     text = line.rstrip("\r").rpartition("\r")[2]
     if not text.strip() and text != line.rstrip("\r"):
         return None
@@ -72,7 +90,7 @@ def _visible_text(line: str) -> str | None:
 
 
 class _LoggedStream:
-    """A stream that tells a log what it is given."""
+    """A text stream that passes everything on to the original and to a log."""
 
     def __init__(self, stream: TextIO, log: RunLog) -> None:
         self._stream, self._log = stream, log
@@ -94,14 +112,20 @@ _log: RunLog | None = None
 
 
 def keep(path: Path) -> None:
-    """Append what this process has recorded, and all that follows, to a file; nothing where it records nothing."""
+    """Write what this process has printed so far, and all later lines, to a file; no effect outside of
+    `recording`.
+    """
     if _log is not None:
         _log.keep(path)
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Record stdout and stderr, in the first process of a run. Inside another recording it bounds one run of several."""
+    """Log stdout and stderr inside the context, in the first process of a run.
+
+    Nested: the inner context bounds one run of several, as in a sweep within one process. It also logs the
+    traceback that the interpreter prints only after both have ended.
+    """
     if not is_first_process():
         yield
         return
@@ -120,6 +144,7 @@ def recording() -> Iterator[None]:
 
 @contextmanager
 def _replace_streams() -> Iterator[None]:
+    """Context in which sys.stdout, sys.stderr and the root logger's handlers feed the log."""
     global _log
     originals = sys.stdout, sys.stderr
     _log = RunLog(sys.stderr)
@@ -136,7 +161,7 @@ def _replace_streams() -> Iterator[None]:
 
 
 def _redirect(pairs: Iterable[tuple[object, object]]) -> None:
-    """Have handlers of the root logger write to another stream."""
+    """Point handlers of the root logger from one stream to the other."""
     for handler in logging.root.handlers:
         for old, new in pairs:
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:

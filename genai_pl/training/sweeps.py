@@ -1,4 +1,10 @@
-"""Sweeps that go on: which one, with which settings, and what each of its jobs still has to do."""
+"""Sweeps that go on: the saved command line of a multirun folder, and the results that mark its finished jobs.
+
+A sweep is killed by a queue's time limit more often than a run is. `-m resume=auto` restarts it with the overrides
+in its `multirun.yaml`: Hydra makes the same jobs in the same folders, a job with `results.json` is skipped, one
+with checkpoints resumes, the others start. That needs the same grid, because Hydra numbers jobs by their position:
+a changed or added sweep value is refused. Sweepers that search (Optuna) keep a storage of their own.
+"""
 
 import json
 import re
@@ -13,24 +19,34 @@ ROOT = "multirun"
 
 
 class Outcome(NamedTuple):
-    """How a command ended: its exit status, and the figure that a sweeper which searches is given."""
+    """Result of a command.
+
+    status: its exit status, 0 or that of the signal or error. value: the last value of `optimized_metric`, for
+    a sweeper that searches; NaN for a diverged trial; None where nothing was measured.
+    """
 
     status: int
     value: float | None = None
 
 
 def replay_sweep(arguments: list[str]) -> list[str]:
-    """The command line that goes on with the newest sweep, or that of hydra.sweep.dir: its own overrides, then the new ones."""
+    """The command line that goes on with the newest sweep, or with that of `hydra.sweep.dir`.
+
+    arguments: the words typed now, with -m and resume=auto. Saved overrides come first, then these. UserError
+    where a swept option differs from the sweep's own, and for a sweeper other than Hydra's basic one.
+    """
     typed = {key_of(a): a for a in arguments}
     sweep_dir = typed.get("hydra.sweep.dir")
     folder = _newest_sweep(Path(_value(sweep_dir) if sweep_dir else ROOT))
     if folder is None:
         print("resume=auto: no sweep to continue, starting a new one", flush=True)
         return [a for a in arguments if key_of(a) != "resume"]
+    # nothing in the sweep or its jobs may be a link to another place
     for job in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         check_links(job)
     saved = saved_overrides(folder)
     saved_by_key = {key_of(o): o for o in saved if key_of(o) not in PER_COMMAND}
+    # the grid must be the same: job numbers are positions in it
     for key, argument in typed.items():
         saved_override = saved_by_key.get(key)
         if saved_override != argument and (
@@ -45,19 +61,26 @@ def replay_sweep(arguments: list[str]) -> list[str]:
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
     trusted = trusted_overrides(saved_by_key.values(), folder / SWEEP, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
+    # argparse needs flags before all overrides
     flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
     overrides = [a for a in arguments if not a.startswith("-")]
     return [*flags, *trusted, *overrides, *([] if sweep_dir else [f"hydra.sweep.dir='{folder}'"])]
 
 
 def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
-    """Say that the run reached its end, and with which figures."""
+    """Write results.json: the last step, and the validation metrics at the end. Its presence marks the run as
+    finished.
+    """
     text = json.dumps({"step": step, **metrics}, indent=2) + "\n"
     write_atomic(run / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
-    """The results of a run that reached its end, unless it is to take more steps now."""
+    """Contents of results.json if the run is finished, else None; a max_steps above its last step makes it
+    unfinished again.
+
+    A damaged or foreign file counts as none: the job then resumes, which costs one step at most.
+    """
     try:
         results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
         step = {name: value for name, value in results.items() if isinstance(value, int | float)}["step"]
@@ -67,12 +90,18 @@ def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
 
 
 def _newest_sweep(root: Path) -> Path | None:
+    """The sweep below `root` with the latest checkpoint of any job."""
     files = [root / SWEEP] if (root / SWEEP).exists() else list(root.rglob(SWEEP))
     return max((path.parent for path in files), key=_saved_last) if files else None
 
 
 def _saved_last(sweep: Path) -> float:
-    """When a job of the sweep was saved last, as its checkpoints say; before any was, when the sweep began."""
+    """Time of a sweep's latest checkpoint, in seconds since the epoch; without any, the time at which the sweep
+    was started.
+
+    The folder's own modification time would not do: a job that is being written changes folders two levels
+    below.
+    """
     from genai_pl.references import saved_last
 
     jobs = (saved_last(job, exports=False) for job in sweep.iterdir() if job.is_dir())
@@ -80,14 +109,21 @@ def _saved_last(sweep: Path) -> float:
 
 
 def saved_overrides(folder: Path) -> list[str]:
-    """The command line by which a sweep was started, without its flags."""
+    """Command line of a sweep without its flags, from its multirun.yaml: Hydra's own overrides, then ours."""
     return [o for kind in ("hydra", "task") for o in read_overrides(folder / SWEEP, "hydra", "overrides", kind)]
 
 
 def _value(argument: str) -> str:
+    """The value of an override without its outer quotes."""
     return argument.partition("=")[2].strip("'\"")
 
 
 def _is_swept(argument: str) -> bool:
+    """True for an override with several values: a comma outside of brackets and quotes, or one of Hydra's sweep
+    functions.
+
+    >>> _is_swept("a=1,2"), _is_swept("a=choice(1,2)"), _is_swept("a=[1,2]"), _is_swept("a=1")
+    (True, True, False, False)
+    """
     value = argument.partition("=")[2]
     return bool(re.match(r"(choice|range|interval|glob)\(", value)) or ("," in value and value[0] not in "[{'\"")

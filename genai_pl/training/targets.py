@@ -1,4 +1,12 @@
-"""Objects that a configuration names: of packages that are known, or of those that the user has named now."""
+"""Instantiation of configuration nodes: `_target_` names a class or function, and this module decides whether it may
+be called.
+
+A run folder, and so a configuration, can come from somebody else. Hydra alone would call whatever `_target_` names,
+`os.system` included. Here a target must be of this project, of Lightning, torch or torchmetrics, or of a package
+that the user named in this very command: in an override, in a file below `--config-dir`, or in `GENAI_PL_IMPORT`.
+Arguments are checked against the target's signature and type hints before it is called, so that a typo is one line
+and not a traceback from its inside.
+"""
 
 import importlib
 import inspect
@@ -27,15 +35,20 @@ TARGET = re.compile(r"""_target_['"]?\s*[=:]\s*['"]?([\w.]+)""")
 
 
 def instantiate(node: DictConfig | dict[str, Any], *, at: str | None = None, **kwargs: object) -> Any:
-    """The object that a node's `_target_` names; ConfigError if it may not be made, a mistake of the user keeps its line.
+    """The object of a node's `_target_`, with nested nodes instantiated first; every target and argument is
+    checked before any call.
 
-    `at` is where a node that is plain data stands in the configuration.
+    node: a node of the configuration, or plain data of one. at: the option path of plain data, for messages (a
+    DictConfig knows its own). kwargs: further arguments of the outermost target, as of hydra.utils.instantiate.
+    Raises ConfigError for a target that is not allowed, an unknown argument or a value outside of its hint; a
+    UserError of the target itself keeps its line.
     """
     values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     for name in _target_names(values):
         locate_target(name)
     check_arguments(values, at or (str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""))
     try:
+        # Hydra wraps what a constructor raises: a user's mistake is unwrapped again
         made = hydra_instantiate(node, **kwargs)
         _check_partial(made)
         return made
@@ -46,7 +59,9 @@ def instantiate(node: DictConfig | dict[str, Any], *, at: str | None = None, **k
 
 
 def _check_partial(made: object) -> None:
-    """ConfigError for an option that the function does not take which a partial one will call."""
+    """ConfigError for a keyword of a partial that its function does not take: without this check the first call
+    would raise it, after the data were read.
+    """
     if not isinstance(made, partial):
         return
     parameters = inspect.signature(made.func).parameters
@@ -58,7 +73,13 @@ def _check_partial(made: object) -> None:
 
 
 def locate_target(name: str) -> Any:
-    """The class or function of this name; ConfigError if it is not of a known package, nor of one that the user has named."""
+    """The class or function of a dotted name; ConfigError unless its package is known or was named by the user in
+    this command.
+
+    A full name that the user typed is taken as it is. Any other name must begin with an allowed package, must
+    not be a loader that runs code from a file (torch.hub, torch.jit, ...), and what it resolves to must be
+    defined in an allowed package too: `genai_pl.atomic_io.os.system` begins with ours and is not.
+    """
     typed = set(typed_targets())
     roots = {*KNOWN, *(target.partition(".")[0] for target in typed)}
     error = ConfigError(
@@ -77,7 +98,12 @@ def locate_target(name: str) -> Any:
 
 
 def check_arguments(node: object, path: str) -> None:
-    """ConfigError for a value that the hints of what `_target_` names do not let pass; `path` is where the node stands."""
+    """ConfigError for an argument in a node, however deep, that its target has not, or whose value its type hint
+    does not allow.
+
+    path: the option path of the node. Options with an entry in BOUNDS are skipped: the configuration bounds
+    them itself, and may take null for a default of its own.
+    """
     if not isinstance(node, dict):
         return
     target = None if node.get("_target_") is None else locate_target(node["_target_"])
@@ -93,9 +119,10 @@ def check_arguments(node: object, path: str) -> None:
 
 
 def _parameters(function: object) -> list[str] | None:
-    """The names of the arguments of a function; None where it takes any, or does not say.
+    """Names of a function's arguments; None where it takes any name, or where its signature cannot be read.
 
-    An objective hands on to its bases and its collator what it does not know itself.
+    An objective passes unknown keywords on to its base classes and to its collator, so the constructors of its
+    whole MRO and `make_collator` count.
     """
     collator = getattr(function, "make_collator", None)
     constructors = [vars(base).get("__init__") for base in function.__mro__] if collator else []
@@ -112,7 +139,9 @@ def _parameters(function: object) -> list[str] | None:
 
 
 def _hints(function: object) -> dict[str, object]:
-    """The hints of the arguments of a function; those of a class stand in its bases and in its collator too."""
+    """Type hints of a function's arguments by name; of a class, those of all its bases' constructors and of its
+    collator.
+    """
     constructors = (
         [vars(base).get("__init__") for base in reversed(function.__mro__)] if isinstance(function, type) else []
     )
@@ -124,11 +153,14 @@ def _hints(function: object) -> dict[str, object]:
 
 
 def typed_targets() -> Iterator[str]:
-    """What the command line names: in overrides, in files of its own option folders, and in the variable of plugins."""
+    """Targets that the user named in this command: in overrides, in YAML below `--config-dir`, and in
+    `GENAI_PL_IMPORT`.
+    """
     yield from filter(None, (name.strip() for name in os.environ.get(VARIABLE, "").split(",")))
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
+    # overrides that came out of a run folder name none: `trust` has refused those
     for override in (*job_overrides("hydra"), *job_overrides()):  # those of a run folder name none
         yield from TARGET.findall(override)
     for source in hydra.runtime.config_sources:
@@ -139,7 +171,7 @@ def typed_targets() -> Iterator[str]:
 
 
 def _target_names(value: object) -> Iterator[str]:
-    """Every `_target_` in a node, however deep."""
+    """Every `_target_` of a node, in nested mappings and lists too."""
     if isinstance(value, dict):
         if value.get("_target_") is not None:
             yield str(value["_target_"])
@@ -151,7 +183,9 @@ def _target_names(value: object) -> Iterator[str]:
 
 
 def _import_dotted(name: str) -> Any:
-    """What the dotted name stands for; a name of a package stands before its module of that name, as for Hydra."""
+    """The object of a dotted name. An attribute of a package wins over its submodule of the same name, as for
+    Hydra.
+    """
     try:
         root, *parts = name.split(".")
         located: Any = importlib.import_module(root)

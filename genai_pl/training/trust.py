@@ -1,4 +1,15 @@
-"""Trust in a run folder, which somebody else may have made: plain options count, and nothing that names code or places."""
+"""Trust in saved overrides: which options of a run folder count again when the run is resumed.
+
+A run folder may be a stranger's, and `.hydra/overrides.yaml` in it would otherwise be a command line that runs on
+this machine. Trusted are plain options: `key=value` of a known group, choices whose file is shipped or lies below
+the user's `--config-dir`, and sweeps of those. Not trusted, and to be typed again, is what names code (`_target_`,
+module:function, `callbacks.extra` of others), places (network addresses, Hydra's search path and folders), values
+from elsewhere (`${...}`) and secrets. A file that is not a short YAML list is refused unread: no message quotes it,
+because a terminal obeys escape sequences.
+
+The rules answer "is this safe to repeat", not "is this correct": a trusted option with a wrong value fails later,
+as if typed.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -28,7 +39,7 @@ FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 
 
 class _ReferenceFreeLoader(yaml.SafeLoader):
-    """YAML without references, a few of which can stand for gigabytes."""
+    """Safe YAML without aliases: a few nested ones expand to gigabytes ("billion laughs")."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -37,7 +48,9 @@ class _ReferenceFreeLoader(yaml.SafeLoader):
 
 
 def read_untrusted_yaml(path: Path) -> object:
-    """The contents of a small YAML file; UserError if it is anything else, which quotes nothing of it."""
+    """Contents of a YAML file of at most MAX_BYTES; UserError with path and error type, and nothing of the
+    contents, for any other.
+    """
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: cannot be read (not a file of at most {MAX_BYTES // 1024} KiB)")
@@ -47,7 +60,11 @@ def read_untrusted_yaml(path: Path) -> object:
 
 
 def read_overrides(path: Path, *keys: str) -> list[str]:
-    """The list of overrides in a file, under these keys of it; UserError if there is none."""
+    """A list of overrides in a YAML file, below `keys` of its mapping; [] for an empty file.
+
+    UserError where it is no list of strings, has more than MAX_OVERRIDES entries, or an entry is longer or
+    nests deeper than any that this project writes (Hydra's parser is recursive).
+    """
     contents = read_untrusted_yaml(path)
     for key in keys:
         contents = contents.get(key) if isinstance(contents, dict) else None
@@ -61,12 +78,21 @@ def read_overrides(path: Path, *keys: str) -> list[str]:
 
 
 def key_of(argument: str) -> str:
-    """The option that an override is of."""
+    """The option of an override, without its prefix.
+
+    >>> key_of("+trainer.max_steps=3"), key_of("~logger"), key_of("--multirun")
+    ('trainer.max_steps', 'logger', '--multirun')
+    """
     return argument.partition("=")[0].lstrip("+~")
 
 
 def trusted_overrides(overrides: Iterable[str], path: Path, arguments: Sequence[str]) -> list[str]:
-    """The overrides of a file that count beside a command line: those it gives itself do not; UserError for what is not plain."""
+    """Saved overrides to be put before a command line: all but those that the command line gives itself.
+
+    path: the file, for messages. arguments: the command line, which also names the user's own option folders.
+    UserError where one of them is not trusted, with the reason for each: a resume stops, rather than going on
+    without an option.
+    """
     typed_keys = {key_of(a) for a in arguments}
     kept = [o for o in overrides if key_of(o) not in typed_keys | PER_COMMAND]
     if refused := untrusted_overrides(kept, arguments):
@@ -76,13 +102,17 @@ def trusted_overrides(overrides: Iterable[str], path: Path, arguments: Sequence[
 
 
 def untrusted_overrides(overrides: Iterable[str], arguments: Sequence[str]) -> dict[str, str]:
-    """The overrides that count only where they are typed, each with the reason."""
+    """Overrides that count only where the user types them, each with the reason. A command repeats these words in
+    its `next` line.
+    """
     folders = [CONF, *user_config_folders(arguments)]
     return {o: reason for o in overrides if (reason := _distrust_reason(o, folders))}
 
 
 def check_links(run: Path) -> None:
-    """UserError where something that a run writes is a link to a place outside of its folder."""
+    """UserError for a symbolic link in a run folder that leads out of it: checkpoints and logs would be written
+    through it.
+    """
     paths = [p for folder in (run, run / ".hydra", run / "checkpoints") if folder.is_dir() for p in folder.iterdir()]
     for path in paths:
         if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
@@ -92,13 +122,17 @@ def check_links(run: Path) -> None:
 
 
 def names_user_code(arguments: Sequence[str]) -> bool:
-    """Whether a command line names code of the user's own, or a folder with options that may."""
+    """True if a command line names code of the user: a `_target_`, a reward as module:function, or a folder of
+    options.
+
+    Such a command may import the modules of `GENAI_PL_IMPORT` before Hydra reads any configuration.
+    """
     functions = (re.search(FUNCTION_NAME, a.partition("=")[2]) for a in arguments if key_of(a).startswith("objective."))
     return any("_target_" in a for a in arguments) or any(functions) or bool(user_config_folders(arguments))
 
 
 def user_config_folders(arguments: Sequence[str]) -> list[Path]:
-    """The folders with options that a command line names."""
+    """Option folders that a command line names, by `--config-dir` and by `hydra.searchpath`, as absolute paths."""
     paths = [value for name, value in pairwise(arguments) if name in ("--config-dir", "-cd")]
     paths += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
     search_paths = [a.partition("=")[2] for a in arguments if key_of(a) == "hydra.searchpath"]
@@ -107,7 +141,9 @@ def user_config_folders(arguments: Sequence[str]) -> list[Path]:
 
 
 def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
-    """Why an override is not plain, or None."""
+    """Reason why an override is not trusted, as the end of a sentence; None for a plain option. folders: conf/ and
+    the user's own.
+    """
     if contains_secret(text):
         return "holds a secret"
     try:
@@ -115,6 +151,7 @@ def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
         values = _values(override)
     except (HydraException, ValueError, RecursionError):
         return "is not understood"
+    # refused whatever the value is: code, Hydra's own settings, interpolation
     key, parts = override.key_or_group, re.split(r"[./]", override.key_or_group)
     is_foreign_callback = parts[:2] == ["callbacks", "extra"] and tuple(parts[2:]) not in _shipped_callback_fields()
     if any(part.startswith("_") for part in parts) or is_foreign_callback or "_target_" in text:
@@ -125,6 +162,7 @@ def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
         return "asks for a value from elsewhere"
     if override.package is not None or override.type is not OverrideType.CHANGE or values is None:
         return "is not a plain option"
+    # a choice of a group: its file must be shipped, or the user's own
     if "/" in key or any((folder / key).is_dir() for folder in folders):
         all_shipped = all(_is_choice(key, value, folders) for value in values)
         return None if all_shipped else "is not an option of ours"
@@ -132,14 +170,18 @@ def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
 
 
 def _shipped_callback_fields() -> set[tuple[str, ...]]:
-    """The fields of the further callbacks that are files of ours."""
+    """(callback, field) pairs of conf/callbacks: the only options below `callbacks.extra` that a saved command may
+    set.
+    """
     files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "callbacks").glob("*.yaml")]
     entries = [(name, fields) for file in files for name, fields in file.get("extra", {}).items()]
     return {(name, field) for name, fields in entries for field in fields}
 
 
 def _values(override: Override) -> list[object] | None:
-    """What an override sets, one value for each job of a sweep; None where that is not known."""
+    """Values that an override sets, one per job of a sweep; None where Hydra alone knows them (glob, interval,
+    sort).
+    """
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return [str(v) if isinstance(v, str) else v for v in value.list]
@@ -149,6 +191,9 @@ def _values(override: Override) -> list[object] | None:
 
 
 def _is_choice(group: str, value: object, folders: Sequence[Path]) -> bool:
+    """True if a group's option file exists in one of the folders, or nothing is chosen. Launchers and sweepers are
+    Hydra's plugins.
+    """
     if value is None or value == []:
         return True
     if not isinstance(value, str) or not CHOICE_NAME.fullmatch(value):
@@ -159,10 +204,14 @@ def _is_choice(group: str, value: object, folders: Sequence[Path]) -> bool:
 
 
 def _field_distrust_reason(parts: list[str], values: list[object]) -> str | None:
+    """Reason why a field's values are not trusted: an unknown root, a launcher's command, a function name, a
+    network address.
+    """
     leaves = [leaf for value in values for leaf in _leaves(value)]
     if parts[0] == "hydra":  # launchers take shell commands too
         numbers = len(parts) == 3 and all(isinstance(leaf, int | float) for leaf in leaves)
         return None if numbers else "changes Hydra: what a launcher runs"
+    # known roots are the groups, and the top-level options that conf/config.yaml has
     options = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     is_root = len(parts) == 1 and parts[0] in options.keys() - {"defaults", "hydra"}
     if not (
@@ -176,7 +225,7 @@ def _field_distrust_reason(parts: list[str], values: list[object]) -> str | None
 
 
 def _leaves(value: object) -> Iterable[object]:
-    """Everything in a value, keys too."""
+    """All scalars of a nested value, the keys of its mappings included."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from (key, *_leaves(inner))
@@ -188,7 +237,9 @@ def _leaves(value: object) -> Iterable[object]:
 
 
 def _printable(override: str) -> str:
-    """The override on one line, without what a terminal would obey; no more than its option where it holds a secret."""
+    """One line of an override for a message: control characters as "?", 100 characters, its option alone where it
+    holds a secret.
+    """
     text = key_of(override) if contains_secret(override) else override
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) < 100 else f"{text[:97]}..."

@@ -1,4 +1,10 @@
-"""Options that have no effect beside other options of their command: rules, and what was typed against them."""
+"""Options without effect: rules about which options do nothing beside others, and the words typed against them.
+
+A typed option that silently does nothing is the most expensive mistake of a long run: `generation.top_k=5` beside
+`temperature=0` looks like a setting. Each command has a table of rules. A rule is about options as typed, not as
+composed: defaults are allowed to have no effect. `train.py` prints an `unused` line and goes on; the other
+commands, which are quick to type again, refuse.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -17,7 +23,12 @@ FREE_FIELDS = {"attention", "dropout", "max_seq_len"}  # fields of `model` that 
 
 
 class Rule(NamedTuple):
-    """Options, or groups of them that end in a dot, that have no effect where a condition holds, and the reason."""
+    """One reason why options have no effect.
+
+    options: names of options; one that ends in a dot stands for all options below it.
+    holds: a function of the configuration, True where the reason applies.
+    reason: the end of the sentence "OPTION=VALUE: has no effect: ...".
+    """
 
     options: tuple[str, ...]
     holds: Condition
@@ -25,7 +36,7 @@ class Rule(NamedTuple):
 
 
 def _is(option: str, *values: object) -> Condition:
-    """Whether an option is one of the values; an option that is not there is None."""
+    """Condition that an option has one of the values; an option or group that does not exist counts as None."""
 
     def holds(config: DictConfig) -> bool:
         value: object = config
@@ -37,14 +48,17 @@ def _is(option: str, *values: object) -> Condition:
 
 
 def _not(holds: Condition) -> Condition:
+    """Condition that another does not hold."""
     return lambda config: not holds(config)
 
 
 def _all(*conditions: Condition) -> Condition:
+    """Condition that all of these hold."""
     return lambda config: all(holds(config) for holds in conditions)
 
 
 def _objective(*names: str) -> Condition:
+    """Condition that the objective's module is one of these classes."""
     return lambda config: config.objective._target_.rpartition(".")[2] in names
 
 
@@ -145,12 +159,12 @@ EXPORT_RULES = (
 
 
 def _uses_endpoint(config: DictConfig) -> bool:
-    """Whether an endpoint is asked."""
+    """True if feedback.py calls an HTTP endpoint, as writer or as judge."""
     return any(str(name or "").startswith(ADDRESSES) for name in (config.checkpoint, config.judge))
 
 
 def _uses_local_model(config: DictConfig) -> bool:
-    """Whether a model of ours writes or judges; one that another option stands in for is none."""
+    """True if feedback.py loads a model, as writer or as judge; a judge option overrides the writer as judge."""
     names = [config.checkpoint] if config.task == "critique" else [config.judge or config.checkpoint, config.checkpoint]
     return any(not name.startswith(ADDRESSES) for name in names)
 
@@ -172,7 +186,10 @@ FEEDBACK_RULES = (
 
 
 def unused_lines(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> list[str]:
-    """One line for each typed option (key=value) that has no effect, with the reason."""
+    """One line for each typed override (`key=value`) without effect, by the first rule that holds and covers it.
+
+    Example line: `plan.gpu=cpu: has no effect: it is for dry_run=true`.
+    """
     active_rules = [rule for rule in rules if rule.holds(config)]
     reasons: dict[str, str] = {}
     for argument in typed:
@@ -184,12 +201,12 @@ def unused_lines(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]
 
 
 def _covers(key: str, option: str) -> bool:
-    """Whether a key is the option, or of the group that it names with a dot at its end."""
+    """True if the option of a rule is this key, or a group (with its dot) that the key is in."""
     return key == option.removesuffix(".") or (option.endswith(".") and key.startswith(option))
 
 
 def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule]) -> None:
-    """ConfigError for the first typed option that has no effect."""
+    """ConfigError for the first typed override without effect."""
     for line in unused_lines(config, typed, rules):
         raise ConfigError(f"{line}; leave it out")
 
@@ -197,13 +214,16 @@ def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule
 def refuse_other_model(
     wanted_config: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
 ) -> None:
-    """ConfigError where a field of `model` that was typed is not that of the model that was loaded.
+    """ConfigError where a typed option of `model` contradicts the model that was loaded, whose own fields count.
 
-    asked: the configuration of the group `model`, with what follows from it. source: the option that the model is of.
+    wanted_config: the composed group `model`, with derived sizes. loaded: the loaded model's configuration.
+    source: the option that the model came from, for the message. Typing what the model has anyway is allowed,
+    as are the fields that a loaded model takes over (attention backend, dropout, context).
     """
     for argument in typed:
         key = argument.partition("=")[0].lstrip("+")
         name = key.removeprefix("model.")
+        # a whole group, model=gpt: compare the fields that make a size
         if key == "model":
             differences = [
                 f.name
@@ -222,10 +242,12 @@ def refuse_other_model(
 
 
 def _differs(wanted_config: object, loaded: object, name: str) -> bool:
+    """True if a field is set in one configuration and has another value in the other."""
     return getattr(wanted_config, name, None) is not None and getattr(wanted_config, name) != getattr(
         loaded, name, None
     )
 
 
 def _value_of(value: object) -> object:
+    """The value of an enum's member; anything else as it is."""
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""IA3 as PEFT writes it."""
+"""IA3 files. PEFT stores a scale as (1, in) on the input and as (out, 1) on the output of a layer."""
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ UNDERSTOOD = ("feedforward_modules", "init_ia3_weights")
 
 
 def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
-    """The adapter in PEFT's layout; parts of a joined layer that have no scale get ones."""
+    """The adapter in PEFT's layout; parts of a joined module without a scale get ones."""
     tensors: dict[str, Tensor] = {}
     on_input: list[str] = []
     modules = hf_modules(model)
+    # modules with layers of this adapter, the fully trained ones apart
     adapted = [(module, [layer_of(site, adapter) for site in module.parts]) for module in modules]
     adapted = [(module, layers) for module, layers in adapted if any(layer is not None for layer in layers)]
     whole = [(module, layers) for module, layers in adapted if layer_type(module, layers) is TrainedCopy]
@@ -32,6 +33,7 @@ def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
     for module, layers in adapted:
         tensors[f"{PREFIX}{module.name}.{SCALE}"] = _join_scales(module, layers)
         on_input += [module.name] if any(layer is not None and layer.on_input for layer in layers) else []
+    # suffixes that select just these modules, those scaled on the input first
     names = [module.name for module, _ in adapted]
     outputs = [name for name in names if name not in on_input]
     other_modules = [module.name for module in modules if module.name not in names]
@@ -47,7 +49,7 @@ def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
 
 
 def read_ia3(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the adapter around it, ours or one that PEFT has written."""
+    """The model with the adapter of a file, ours or PEFT's."""
     check_neutral(file.config, UNDERSTOOD)
     modules = hf_modules(model)
     tensors = TensorReader(file, modules, KINDS)
@@ -69,7 +71,7 @@ def read_ia3(model: nn.Module, file: AdapterFile) -> nn.Module:
 
 @torch.no_grad()
 def _join_scales(module: HFModule, layers: list[IA3Linear | None]) -> Tensor:
-    """(1, in) for a scale on the input, (out, 1) for one on the output."""
+    """The scale of one module of transformers: (1, in) on the input, (out, 1) on the output."""
     if any(layer is not None and layer.on_input for layer in layers):
         if len(layers) > 1:
             raise ConfigError(f"peft.feedforward_modules: {module.name} is one layer in transformers: scale its output")
@@ -80,7 +82,7 @@ def _join_scales(module: HFModule, layers: list[IA3Linear | None]) -> Tensor:
 
 
 def _options(modules: list[HFModule], tensors: TensorReader) -> dict[str, object]:
-    """The options with which our IA3 has the layers of a file that PEFT wrote."""
+    """The options under which our IA3 has just the layers of a file that PEFT wrote."""
     here = tensors.of(modules, SCALE)
     if not here:
         raise CheckpointError("no layer of IA3 in it")
