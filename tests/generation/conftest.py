@@ -150,10 +150,10 @@ def chance(tokens: Tensor, probabilities: Tensor) -> float:
     assert counts[probabilities == 0].sum() == 0
     rare = expected < 5  # counted together
     groups = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected)]
-    seen, wanted = (x[groups[1] > 0] for x in groups)
-    assert wanted.sum() == pytest.approx(n, rel=1e-4)
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    seen, expected_counts = (x[groups[1] > 0] for x in groups)
+    assert expected_counts.sum() == pytest.approx(n, rel=1e-4)
+    statistic = ((seen - expected_counts) ** 2 / expected_counts).sum()
+    freedom = torch.tensor((len(expected_counts) - 1) / 2, dtype=torch.float64)
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 

@@ -89,7 +89,7 @@ def logits(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
     return model(input_ids)
 
 
-def said(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
+def logits_of(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
     """The same without a graph: kernels are chosen by who wants gradients, and round differently."""
     with torch.no_grad():
         return logits(model, input_ids)

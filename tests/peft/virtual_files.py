@@ -51,7 +51,7 @@ def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     return theirs, load_pretrained(folder / "base")
 
 
-def given_to_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.Module:
+def read_by_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.Module:
     """Theirs with the adapter that ours has."""
     contents = write(ours, adapters_of(ours)[0])
     folder.mkdir(exist_ok=True)
@@ -71,11 +71,11 @@ def made_by_peft(theirs: nn.Module, config, folder: Path) -> tuple[nn.Module, Ad
     return model, AdapterFile(config, load_file(folder / "adapter_model.safetensors"))
 
 
-def said(kind: str, model: nn.Module, ids: Tensor, **given: Tensor) -> Tensor:
+def their_logits(kind: str, model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
     """Logits (B, T, V) of a model of transformers, without those at virtual tokens."""
     if kind.startswith("t5"):
         return model(input_ids=ids.flip(1), decoder_input_ids=ids).logits
-    return model(input_ids=ids, **given).logits[:, -ids.shape[1] :]
+    return model(input_ids=ids, **inputs).logits[:, -ids.shape[1] :]
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -86,4 +86,4 @@ def assert_padded_rows_are_the_same(kind: str, ours: nn.Module, theirs: nn.Modul
     """PEFT puts virtual tokens before the padding, and counts positions through it: only ratios of distances agree."""
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    assert_same(ours(ids, mask)[1], said(kind, theirs, ids, attention_mask=mask)[1])
+    assert_same(ours(ids, mask)[1], their_logits(kind, theirs, ids, attention_mask=mask)[1])
