@@ -1,9 +1,9 @@
-"""Atomic files and folders: a reader sees the old one or the new one, never half of one.
+"""Atomic files: a reader sees the old contents or the new ones, never half of them.
 
-Everything that a command leaves behind (checkpoints, exported models, tables, caches) is written under a temporary
-name beside its target, flushed to disk and renamed. The temporary name holds host and process id, by which the next
-writer knows what a killed one
-left. Also here: the lock of a run folder, and the names of files by which folders are recognized.
+A file or folder is written under a temporary name beside its place, flushed with fsync, and renamed: rename is
+atomic on POSIX file systems, and fsync before it keeps a power loss from leaving an empty file under the final
+name. Temporary names hold host and process id, so that the next writer can remove what a killed one left. `claimed`
+is a lock on a run folder: two processes that write the same checkpoints would each delete the other's.
 """
 
 import errno
@@ -26,16 +26,19 @@ RESULTS = "results.json"  # last step and metrics of a run that reached its end
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path looks like a training checkpoint: a file, or a folder of shards."""
+    """True if a path looks like a training checkpoint: a file, or a folder with the index of a sharded one.
+    Nothing is read.
+    """
     return path.is_file() or (path / CONTENTS).is_file()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file or folder beside `path`, flush it and rename it; on failure it is removed.
+    """Let `write` fill a temporary file or folder beside `path`, then flush it and rename it to `path`.
 
-    The next writer of `path` on this machine removes what a killed one left. A folder needs two renames to replace:
-    killed between them, the old one waits under a hidden name, which the next writer undoes. An error of the disk is
-    an OSError that names `path`, whichever library raised it.
+    On failure the temporary is removed and the old contents stay. What a killed writer left on this machine is
+    removed first. A folder takes two renames to replace; killed between them, the old one keeps a hidden name,
+    and the next writer renames it back. An error of the operating system becomes an OSError that names `path`,
+    whichever library raised it.
     """
     temporary = open_temporary(path)
     try:
@@ -49,7 +52,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A context in which errors of the operating system become OSErrors that name `path`."""
+    """Context in which errors of the operating system become an OSError that names `path`: a full disk is reported
+    for the checkpoint, not for a temporary file.
+    """
     try:
         yield
     except Exception as error:
@@ -61,9 +66,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """A context that holds a run folder for this process; UserError with the id of the process that holds it already.
+    """Context that holds a run folder for this process; UserError, with the owner's process id, if another process
+    holds it.
 
-    The lock is fcntl's on a file: the kernel releases it when the process dies, and children do not inherit it.
+    The lock is a POSIX record lock, which the kernel releases when the process ends, however it ends, and which
+    children do not inherit. The file holds "PID on HOST" for messages.
     """
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +86,7 @@ def claimed(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
             raise UserError(f"{folder}: process {owner} is writing this run; wait for it, or end it") from None
+        # the owner may have removed the file between open and lock: then this lock is on a deleted file
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
         file.close()  # its owner has removed it meanwhile: lock the new file
@@ -95,7 +103,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def open_temporary(path: Path) -> Path:
-    """A temporary path beside `path`, for what will replace it; leftovers of killed writers are removed."""
+    """A temporary name beside `path` to write to; removes what killed writers of `path` left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = _beside(path, "tmp")
@@ -104,7 +112,7 @@ def open_temporary(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Flush a temporary file or folder and rename it to `path`, the folder entry flushed too."""
+    """Flush the file or folder, rename it to `path`, and flush the directory entry."""
     for part in [temporary, *temporary.rglob("*")]:
         _sync(part)
     _replace(path, temporary)
@@ -113,13 +121,13 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove_unfinished() -> None:
-    """Remove the temporaries of this process, for one that ends without unwinding."""
+    """Remove the temporaries of this process: for a signal handler that ends it without unwinding."""
     for temporary in list(UNFINISHED):
         _remove(temporary)
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """Rename a temporary to `path`; a folder that is there is moved aside first, and back if that fails."""
+    """Rename the temporary to `path`; an old folder steps aside first, and comes back if the second rename fails."""
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -133,16 +141,21 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A hidden name beside `path`, of this host and process."""
+    """Temporary name beside `path`, of kind "tmp" (being written) or "old" (being replaced)."""
     return path.with_name(f"{_prefix(path, kind)}{os.getpid()}")
 
 
 def _prefix(path: Path, kind: str) -> str:
+    """Beginning of such names on this host; the process id follows."""
     return f".{path.name}.{kind}-{socket.gethostname()}-"
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Undo what killed writers of `path` left: give a folder back its name, remove temporaries."""
+    """Undo what killed writers of `path` left: rename an old folder back if there is no new one, remove the rest.
+
+    Only leftovers of this host whose process has ended are touched: on a shared file system others may be
+    writing.
+    """
     for kind in ("old", "tmp"):
         prefix = _prefix(path, kind)
         for leftover in [p for p in path.parent.iterdir() if p.name.startswith(prefix)]:
@@ -156,7 +169,9 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether another process has this id; an equal id to ours was that of a dead process."""
+    """True if another process has this id. Our own id counts as ended: a leftover with it is of an earlier
+    process.
+    """
     if pid == os.getpid():
         return False
     try:
@@ -169,7 +184,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder; errors are left to the next writer."""
+    """Remove a file or folder; errors are ignored, because the next write meets and reports them."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -178,7 +193,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder entry to disk."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

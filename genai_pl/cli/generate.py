@@ -152,8 +152,8 @@ def print_completion(
         heading = "" if adapter is None else f"[{adapter}] "
         print(f"{heading}{prompt}{separator(loaded)}{completion.text}\n{'-' * 40}", flush=True)
         return
-    pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
-    line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
+    token_texts = [loaded.tokenizer.decode([token]) for token in completion.tokens]
+    line = {"prompt": prompt, "text": completion.text, "tokens": token_texts, "logprobs": completion.logprobs}
     line |= {} if completion.score is None else {"score": completion.score}
     print_json(line if adapter is None else {"adapter": adapter, **line})
 

@@ -1,4 +1,9 @@
-"""Bounds of options: what each may be, beyond the types that the configuration itself keeps."""
+"""Bounds of options: what a value must be beyond its type, with the words that say so in an error.
+
+BOUNDS lists options of untyped YAML groups and those whose range matters to more than one function. Arguments of a
+`_target_` that are not listed are bounded by their type hints (`bound_of`). A bound describes what can work at all;
+what cannot work together is checked where the parts meet.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,21 +14,28 @@ from genai_pl.config.values import MAX_SIZE
 
 
 class Bound(NamedTuple):
-    """What a value must be, in words, and whether one is."""
+    """A condition on one value.
+
+    expected: the condition in words, after "expected". accepts: True for a value that meets it.
+    """
 
     expected: str
     accepts: Callable[[object], bool]
 
 
 def integer(least: int, most: int = MAX_SIZE) -> Bound:
-    """A whole number between these."""
+    """A whole number from `least` to `most`. Floats and bools are refused: 1.0 as a step count is a mistake.
+
+    >>> integer(1).expected, integer(1).accepts(3), integer(1).accepts(3.0), integer(0).accepts(True)
+    ('a whole number of at least 1', True, False, False)
+    """
     expected = f"a whole number of at least {least}"
     expected += "" if most == MAX_SIZE else f" and at most {most:,}"
     return Bound(expected, lambda value: type(value) is int and least <= value <= most)
 
 
 def real(least: float, most: float = math.inf, *, exclusive: bool = False) -> Bound:
-    """A finite number of at least (or above) one and at most another."""
+    """A finite number from `least` to `most`; with exclusive=True above `least`."""
     expected = f"a number {'above' if exclusive else 'of at least'} {least}" + (
         "" if most == math.inf else f", at most {most}"
     )
@@ -33,17 +45,17 @@ def real(least: float, most: float = math.inf, *, exclusive: bool = False) -> Bo
 
 
 def choice(*choices: str) -> Bound:
-    """One of these words."""
+    """One of a few words."""
     return Bound(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
 def any_of(*bounds: Bound) -> Bound:
-    """What one of them lets pass."""
+    """What at least one of the bounds accepts; their words are joined by "or"."""
     return Bound(" or ".join(b.expected for b in bounds), lambda value: any(b.accepts(value) for b in bounds))
 
 
 def list_of(item: Bound) -> Bound:
-    """A list of such values."""
+    """A list whose every item the bound accepts. A text is no list, although Python iterates it."""
     return Bound(
         f"a list, each {item.expected}",
         lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(map(item.accepts, value)),
@@ -127,7 +139,12 @@ BOUNDS: dict[str, Bound] = {
 
 
 def bound_of(hint: object) -> Bound:
-    """What the type hint of an argument lets pass; of a hint that is no plain type, everything."""
+    """The bound that a type hint implies, for unions, literals and sequences too; hints of other classes accept
+    anything.
+
+    >>> bound_of(int | None).expected, bound_of(list[str]).expected
+    ('a whole number or null', 'a list, each text')
+    """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any_of(*map(bound_of, parts))

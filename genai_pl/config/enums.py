@@ -1,10 +1,15 @@
-"""The names that a model's options may take; each member's value is what YAML and config files say."""
+"""Enumerations of a model's options: each member's value is the word that YAML and config.json use.
+
+The members are strings, so a configuration with enums is JSON as it is, and comparison with a word works.
+"""
 
 from enum import Enum
 
 
 class Shape(str, Enum):
-    """How blocks are wired."""
+    """Arrangement of the blocks: decoder (causal self-attention), encoder (attends to both sides), encoder_decoder
+    (an encoder, and a decoder with cross-attention to it).
+    """
 
     decoder = "decoder"
     encoder = "encoder"
@@ -12,7 +17,13 @@ class Shape(str, Enum):
 
 
 class Position(str, Enum):
-    """Where a token learns its place; relative is T5's, xl is Transformer-XL's as XLNet has it."""
+    """Representation of token positions.
+
+    learned, sinusoidal: vectors added to the embeddings (GPT-2; Vaswani et al. 2017). rotary: rotation of
+    queries and keys (Su et al. 2021). alibi: a slope on the distance, added to the scores (Press et al. 2022).
+    relative: T5's learned bias per bucket of distances (Raffel et al. 2020). xl: Transformer-XL's relative
+    scores as in XLNet (Yang et al. 2019).
+    """
 
     learned = "learned"
     sinusoidal = "sinusoidal"
@@ -23,14 +34,16 @@ class Position(str, Enum):
 
 
 class Norm(str, Enum):
-    """Normalization of the residual stream."""
+    """Normalization layer: LayerNorm, or RMSNorm without mean and shift (Zhang and Sennrich 2019)."""
 
     layernorm = "layernorm"
     rmsnorm = "rmsnorm"
 
 
 class NormOrder(str, Enum):
-    """Before each sub-layer (GPT-2, Llama), after each residual sum (Vaswani et al. 2017), or around it (Gemma 3)."""
+    """Place of the normalization: before each sub-layer (GPT-2, Llama), after each residual sum (Vaswani et al.
+    2017), or before and after each sub-layer (Gemma 3).
+    """
 
     pre = "pre"
     post = "post"
@@ -38,7 +51,9 @@ class NormOrder(str, Enum):
 
 
 class Activation(str, Enum):
-    """The nonlinearity of the MLP; relu2 is the square of ReLU (So et al. 2021)."""
+    """Nonlinearity of the MLP: gelu is exact, gelu_tanh the approximation of GPT-2, relu2 the square of ReLU (So
+    et al. 2021).
+    """
 
     relu = "relu"
     relu2 = "relu2"
@@ -48,7 +63,9 @@ class Activation(str, Enum):
 
 
 class Head(str, Enum):
-    """What makes logits of hidden states: nothing, a linear layer, or BERT's dense layer and norm before it; or one score."""
+    """Layer that maps hidden states to outputs: none (states are the output), linear (C -> V), transform (BERT's
+    dense layer, activation and norm, then C -> V), score (C -> 1, a reward model).
+    """
 
     none = "none"
     linear = "linear"
@@ -57,7 +74,10 @@ class Head(str, Enum):
 
 
 class AttentionKind(str, Enum):
-    """Softmax over all keys that the mask shows, or an approximation for long rows."""
+    """Attention over all keys that the mask shows, or an approximation for long rows: a sliding window, a
+    projection of keys (Wang et al. 2020), random features (Choromanski et al. 2021), or hashing (Kitaev et al.
+    2020).
+    """
 
     full = "full"
     window = "window"
@@ -67,7 +87,9 @@ class AttentionKind(str, Enum):
 
 
 class AttentionBackend(str, Enum):
-    """Who computes attention; auto picks by device and says why."""
+    """Implementation of attention. auto picks by device and prints why; reference is eager PyTorch in fp32, the
+    specification.
+    """
 
     auto = "auto"
     triton = "triton"
@@ -76,7 +98,9 @@ class AttentionBackend(str, Enum):
 
 
 class RopeKind(str, Enum):
-    """How rotary positions reach beyond the length they were trained on."""
+    """Extension of rotary positions beyond the training length: interpolation (Chen et al. 2023), Llama 3's and
+    YaRN's (Peng et al. 2023) scaling by frequency.
+    """
 
     none = "none"
     linear = "linear"

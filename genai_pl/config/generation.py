@@ -1,4 +1,4 @@
-"""Decoding settings as plain data."""
+"""Decoding settings: the group `generation`, and the arguments of `genai_pl.generation`."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,13 @@ from genai_pl.errors import ConfigError
 
 @dataclass
 class GenerationConfig:
-    """How tokens are chosen; the order of what acts on logits is transformers', see `generation/processors.py`."""
+    """Settings of sampling, beam search, constraints and speculative decoding; every field is an option
+    `generation.NAME`.
+
+    Processors act on the logits in transformers' order (generation/processors.py). Lengths are in tokens.
+    Raises ConfigError for a value out of range, or for fields that contradict each other. Temperatures below
+    1e-4 become 0, greedy.
+    """
 
     max_new_tokens: int = 200  # most tokens of a continuation
     min_new_tokens: int = 0  # no end token before
@@ -35,6 +41,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         self.early_stopping = str(self.early_stopping).lower()
+        # lower bounds first, then the fields with their own conditions
         ones = ("max_new_tokens", "top_k", "no_repeat_ngram_size", "prompt_lookup", "draft_tokens")
         ones = dict.fromkeys((*ones, "num_beams", "num_return", "num_beam_groups"), 1)
         least = {**ones, "min_new_tokens": 0, "temperature": 0, "min_p": 0, "diversity_penalty": 0}
@@ -53,6 +60,7 @@ class GenerationConfig:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        """ConfigError for fields that cannot hold together."""
         if self.num_return > self.num_beams:
             raise ConfigError(f"generation.num_return={self.num_return} needs as many generation.num_beams")
         if self.num_beams % self.num_beam_groups:
@@ -68,5 +76,5 @@ class GenerationConfig:
 
     @property
     def speculates(self) -> bool:
-        """Whether tokens are proposed before the model reads them."""
+        """True if a draft model or prompt lookup proposes tokens that the model then verifies in one pass."""
         return self.draft is not None or self.prompt_lookup is not None

@@ -1,4 +1,8 @@
-"""What a model and a decoding are, as plain data: read from YAML, stored in checkpoints, never code."""
+"""Model configuration: every choice that determines shapes and arithmetic, as plain data.
+
+The same dataclass is the group `model` on the command line, the `model` entry of a checkpoint and the result of
+reading a Hugging Face config.json. The comments of its fields are the help texts of the options.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +31,7 @@ POSITIVE_FIELDS = (
 
 @dataclass
 class RopeScaling:
-    """Rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
+    """Scaling of rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
 
     kind: RopeKind = RopeKind.none
     factor: float = 1.0  # how many times longer
@@ -49,7 +53,12 @@ class RopeScaling:
 
 @dataclass
 class ModelConfig:
-    """Everything that determines the shape and the arithmetic of a model; sizes left null are derived."""
+    """Sizes, layers and options of a model. Fields left null are derived in __post_init__, so a built
+    configuration is complete.
+
+    Lengths and sizes are in tokens and features. Raises ConfigError, with the option's name, for a value out of
+    range and for fields that exclude each other.
+    """
 
     shape: Shape = Shape.decoder
     n_layer: int = 12
@@ -116,6 +125,7 @@ class ModelConfig:
         self._check_pairs()
 
     def _derive(self) -> None:
+        """Fill in the sizes that are null: grouped heads, embedding and head sizes, the MLP's width."""
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_decoder_layer is None and self.shape is Shape.encoder_decoder:
@@ -132,15 +142,19 @@ class ModelConfig:
                 raise ConfigError(f"{sizes}; change one of them, or set model.head_dim")
             self.head_dim = self.n_embd // self.n_head
         if self.intermediate_size is None:
+            # 8/3 n_embd keeps the parameters of 4 n_embd, for a gated MLP has three matrices (Shazeer 2020)
             self.intermediate_size = 32 * -(-8 * self.n_embd // (3 * 32)) if self.gated_mlp else 4 * self.n_embd
 
     def _check_pairs(self) -> None:
+        # sizes
+        """ConfigError for fields that cannot hold together."""
         if max(self.n_layer, self.n_decoder_layer or 0) > MAX_LAYERS:
             raise ConfigError(f"model.n_layer and model.n_decoder_layer are at most {MAX_LAYERS:,}")
         if min(self.n_token_types, self.n_global, self.position_offset) < 0:
             raise ConfigError("model.n_token_types, model.n_global and model.position_offset are at least 0")
         if self.n_head % self.n_kv_head:
             raise ConfigError(f"model.n_head ({self.n_head}) must be a multiple of model.n_kv_head ({self.n_kv_head})")
+        # positions, and what exists in one shape only
         if self.position is Position.rotary and self.head_dim % 2:
             raise ConfigError(f"model.head_dim ({self.head_dim}) must be even for model.position=rotary")
         if self.position is Position.xl and self.shape is not Shape.encoder:
@@ -151,6 +165,7 @@ class ModelConfig:
             raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
         if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
             raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
+        # windows and approximations of attention
         if self.full_every and self.window is None:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
         if self.attention_kind is AttentionKind.window and self.window is None:
@@ -159,6 +174,7 @@ class ModelConfig:
             raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
         if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
             raise ConfigError("model.attention_kind=reformer has its queries for keys: set model.n_kv_head=null")
+        # embeddings, dropout and backends
         if self.share_layers and self.shape is not Shape.encoder:
             raise ConfigError("model.share_layers needs model.shape=encoder: a cache has one place per layer")
         if self.tie_embeddings and self.head is Head.linear and self.embedding_size != self.n_embd:
@@ -170,20 +186,22 @@ class ModelConfig:
 
     @property
     def writes(self) -> bool:
-        """Whether a model of this shape continues text, token by token."""
+        """True if the model can continue text token by token: a decoder side with a language-model head."""
         return self.shape is not Shape.encoder and self.head in (Head.linear, Head.transform)
 
     def start_token(self, pad: int) -> int:
-        """What the decoder beside an encoder begins with, for a tokenizer with this pad token."""
+        """First token of the decoder beside an encoder. pad: the tokenizer's pad token, T5's start token (Raffel
+        et al. 2020).
+        """
         return pad if self.decoder_start_token_id is None else self.decoder_start_token_id
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as JSON values (enums by name)."""
+        """The fields as JSON values, enums by name: what a checkpoint stores."""
         return to_json_values(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
-        """The configuration that `to_dict` wrote; unknown fields and foreign values are a ConfigError."""
+        """The configuration from `to_dict`'s values; ConfigError for unknown fields and values of other types."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ConfigError(f"unknown model field {min(unknown)!r}")

@@ -1,4 +1,10 @@
-"""Secrets: none is taken where it would be written down, and none is printed."""
+"""Secrets: refused on command lines that a run folder would keep, and redacted in everything that is printed.
+
+A run folder is copied, shared and uploaded, and it holds the command line. Keys therefore belong in environment
+variables, referred to as `${oc.env:NAME}`. Detection is by shape: passwords in URLs, query parameters with a
+telling name, prefixes of well-known keys, options named like a secret. Values that the environment supplied are
+registered and replaced by their reference, whatever they look like.
+"""
 
 import re
 from collections.abc import Iterable
@@ -19,14 +25,19 @@ _replacements: dict[str, str] = {}  # values that came from the environment: wha
 
 
 def register_secret(value: str, replacement: str) -> None:
-    """Print `shown` wherever the value would stand from now on."""
+    """Print `replacement` wherever `value` would be printed from now on. Values of up to 3 characters would hit
+    ordinary words.
+    """
     if len(value) > 3:  # a shorter one would take letters out of words
         _replacements[value] = replacement
 
 
 def redact(text: object) -> str:
-    """The text without passwords and keys: of addresses (`redis://:secret@host` becomes `redis://***@host`), of known
-    shapes, and those that the environment brought."""
+    """The text with registered values, passwords in addresses and keys of known shapes replaced.
+
+    >>> redact("redis://:pass@host:6379/0 and https://h/v1?api_key=abc")
+    'redis://***@host:6379/0 and https://h/v1?api_key=***'
+    """
     text = str(text)
     for value, replacement in _replacements.items():
         text = text.replace(value, replacement)
@@ -35,7 +46,11 @@ def redact(text: object) -> str:
 
 
 def contains_secret(argument: str) -> bool:
-    """Whether an override gives a password or a key in plain text."""
+    """True if an override gives a password or key in plain text, by its value's shape or its option's name.
+
+    >>> contains_secret("logger.api_key=abc"), contains_secret("logger.api_key=${oc.env:KEY}")
+    (True, False)
+    """
     key, _, value = argument.partition("=")
     if any(pattern.search(value) for pattern in (USER_PASSWORD, SECRET_QUERY, KEY_SHAPES)):
         return True
@@ -43,7 +58,7 @@ def contains_secret(argument: str) -> bool:
 
 
 def refuse_secrets(arguments: Iterable[str]) -> None:
-    """ConfigError for a secret on a command line that a run folder would keep."""
+    """ConfigError for the first secret on a command line, with the environment variable to use instead."""
     for argument in arguments:
         if contains_secret(argument):
             key = argument.partition("=")[0].lstrip("+~")

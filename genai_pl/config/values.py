@@ -1,4 +1,7 @@
-"""The values of a dataclass: whether they are what its fields say, and as plain data."""
+"""Field values of configuration dataclasses: checks against their annotations, and conversion to JSON.
+
+Dataclasses do not check types, and YAML, JSON and notebooks supply strings, floats and NaN where an int is meant.
+"""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +17,11 @@ NUMBERS = {int: "a whole number of at most 2^31 - 1", float: "a number", bool: "
 
 
 def parse_enums(config: object, prefix: str) -> None:
-    """Let a plain string stand for the enum's member: YAML and notebooks have no other."""
+    """Replace strings by the members of the enums that the fields are annotated with; ConfigError names the
+    allowed words.
+
+    config: a dataclass instance, changed in place. prefix: the option group, for the message.
+    """
     for option in fields(config):
         if isinstance(option.type, type) and issubclass(option.type, Enum):
             value, names = getattr(config, option.name), [member.value for member in option.type]
@@ -24,7 +31,7 @@ def parse_enums(config: object, prefix: str) -> None:
 
 
 def check_positive(config: object, prefix: str, names: Iterable[str]) -> None:
-    """ConfigError for a value that is neither a number above 0 nor None."""
+    """ConfigError for a field of these names that is set and not above 0."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not (isinstance(value, int | float) and value > 0):
@@ -32,7 +39,9 @@ def check_positive(config: object, prefix: str, names: Iterable[str]) -> None:
 
 
 def check_numbers(config: object, prefix: str) -> None:
-    """ConfigError for a field of numbers or truth values with a value of another type: a string, NaN, or true for 1."""
+    """ConfigError for an int, float or bool field with a value of another type: a string, NaN, true for 1, or
+    above 2^31 - 1.
+    """
     for option in fields(config):
         if get_origin(option.type) in (list, tuple, dict):
             continue
@@ -43,13 +52,16 @@ def check_numbers(config: object, prefix: str) -> None:
 
 
 def _has_type(value: object, kinds: tuple[type, ...]) -> bool:
+    """True if the value has one of the types: an int may stand for a float, a bool for nothing else; floats must
+    be finite.
+    """
     if type(value) is float or (type(value) is int and float in kinds):
         return float in kinds and math.isfinite(value)
     return type(value) in kinds and (type(value) is not int or abs(value) <= MAX_SIZE)
 
 
 def to_json_values(config: object) -> dict[str, object]:
-    """The fields as JSON values, enums by name."""
+    """The fields as a dict of JSON values: enums by their word, tuples as lists, nested dataclasses as dicts."""
     values = {key: value.value if isinstance(value, Enum) else value for key, value in vars(config).items()}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return {key: to_json_values(value) if is_dataclass(value) else value for key, value in values.items()}

@@ -113,7 +113,7 @@ def parse_prompt(record: Record, column: str, place: Place) -> TextOrMessages:
 
 
 def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, has_chat: bool) -> None:
-    """Log the columns that are neither read by role nor optional a conversation or an instruction."""
+    """Log the columns that are neither read by role nor beside a conversation or an instruction."""
     optional = {SYSTEM, TOOLS} if has_chat else set()
     if not has_chat and roles.get("prompt") == INSTRUCTION:
         optional = {INPUT if INPUT in columns else CONTEXT}

@@ -209,7 +209,7 @@ def first_line(error: Exception) -> str:
 
 
 def why_undecodable(path: Path) -> str:
-    """The reason why a file is not UTF-8: the first error byte with its line, or the compression of the file."""
+    """The reason why a file is not UTF-8: the first bad byte with its line, or the compression of the file."""
     contents = path.read_bytes()
     compression = next((name for mark, name in COMPRESSED.items() if contents.startswith(mark)), None)
     if compression:

@@ -159,7 +159,7 @@ def _encoded(
     source: sources.Source,
     **options: object,
 ) -> dict[str, list]:
-    """The batch encoded, with its JSON columns json_roles.
+    """The batch encoded, with its JSON columns parsed.
 
     An encoder takes a whole batch, so its DataError names no row: the rows are then encoded one by one to find it.
     """

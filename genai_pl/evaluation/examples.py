@@ -66,10 +66,10 @@ CANONICAL_KINDS |= {Kind.share_gpt: Kind.conversations, Kind.instructions: Kind.
 def read_examples(
     path: str, *, column: str | None = None, last_word: bool = False, limit: int | None = None
 ) -> tuple[Kind, list[list]]:
-    """The kind of the examples and their columns, those of the kind in its order, or one column of `Question`s.
+    """The kind of the rows and their columns, those of the kind in its order, or one column of `Question`s.
 
     path: a source, of which a shipped set gives its validation file. column: read this column as texts.
-    last_word: make a text into a prompt and its last word as completion (LAMBADA). limit: examples to read.
+    last_word: make a text into a prompt and its last word as completion (LAMBADA). limit: rows to read.
     """
     source = sources.shipped_validation(path) or sources.find_source(path)
     available = sources.column_names(source)
@@ -191,7 +191,7 @@ READERS = {
 
 
 def find_kind(path: str, names: Sequence[str]) -> Kind:
-    """The first kind whose columns are all there; DataError lists the columns names and those of every kind."""
+    """The first kind whose columns are all there; DataError lists the columns found and those of every kind."""
     for kind in Kind:
         if {*kind.value} - OPTIONAL <= set(names):
             return kind

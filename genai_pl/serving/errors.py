@@ -77,6 +77,7 @@ class ApiError(Exception):
         reason: object = "",
         is_logged: bool = False,
     ) -> None:
+        # a server's failure: the reason to the log, the request id to the client
         if status >= 500 and not is_logged:
             number = request_number()
             log.warning("request %s: %d, %s%s", number, status, message, f" ({redact(reason)})" if reason else "")

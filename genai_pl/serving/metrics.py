@@ -35,7 +35,7 @@ class Metrics:
     """Counters, gauges and histograms of one process.
 
     The first methods are those of EngineObserver, called from the engine's thread; the others are called by the middleware
-    (`answered`), by whoever looks an answer up (`cache_lookup`), and once a second (`refresh`). prometheus_client locks.
+    (`answered`), by services that look answers up (`cache_lookup`), and once a second (`refresh`). prometheus_client locks.
     """
 
     def __init__(self) -> None:

@@ -215,6 +215,7 @@ class Service:
                 streams[0].cancel()
             return streams[0]
 
+        # a cancelled caller leaves the thread at work: `submit` cancels the stream itself when it has one
         try:
             return await self.tokenize_threads.grammars.run(submit)
         except BaseException:

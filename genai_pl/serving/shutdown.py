@@ -35,6 +35,7 @@ def stop_in_time(drain: float, give_up: Callable[[], None]) -> Callable[[], None
     loop, before = asyncio.get_running_loop(), {number: signal.getsignal(number) for number in SIGNALS}
     is_begun = False
 
+    # the first signal starts both clocks; every one goes on to the handler that was there before
     def begin(number: int, frame: FrameType | None) -> None:
         nonlocal is_begun
         if not is_begun:

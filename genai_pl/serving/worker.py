@@ -75,6 +75,7 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
         if backend.engine is not None:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
+    # in front of either
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = redact(settings.cache or "none")
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"

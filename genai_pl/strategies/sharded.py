@@ -105,7 +105,7 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         self._check_model(module)
         if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
-            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
+            raise ConfigError("peft.quantize: a quantized base cannot be sharded; use trainer=ddp")
 
     def _check_model(self, module: L.LightningModule) -> None:
         """ConfigError for sizes and models that sharding or tensor parallelism cannot take."""

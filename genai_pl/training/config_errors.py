@@ -229,9 +229,7 @@ def check_bounds(config: DictConfig) -> None:
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:
-    """ConfigError for a choice that is no name (`optimizer=[adam`, `model=3`): Hydra raises AttributeError for
-    some of them.
-    """
+    """ConfigError for a choice that is no name (`model=3`, `model=[]`), for which Hydra has no message of its own."""
     for argument in arguments:
         group, _, text = argument.partition("=")
         if group == "hydra":

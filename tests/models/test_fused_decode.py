@@ -78,9 +78,10 @@ OTHERS = {
 def test_a_prepared_model_refuses_training_mode_and_says_why(kind: str) -> None:
     model = build(**KINDS[kind])
     assert prepare_for_decoding(model)
-    with pytest.raises(RuntimeError, match="prepared for decoding.*load it again to train it"):
+    with pytest.raises(RuntimeError, match=r"prepared for decoding.*load it again to train it"):
         model.train()
-    assert model.eval() is model and not model.training
+    assert model.eval() is model
+    assert not model.training
 
 
 @pytest.mark.parametrize("name", OTHERS)

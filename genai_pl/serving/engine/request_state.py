@@ -34,7 +34,7 @@ class RequestState:
     Attributes that other files use:
     prompt: token ids that the decoder reads first; of an encoder-decoder only its start token
     output_ids: generated token ids
-    finish_reason: None while the request is alive; whoever sets it, the engine removes the request after the current step
+    finish_reason: None while the request is alive; once it is set, the engine removes the request after the current step
     n_prefilled: prompt tokens whose keys and values are in `cache`
     cache, cache_start: the KV cache of prefill, and the column of the prompt's first token in it
     generator, seen_tokens: the request's own random numbers, and the tokens (V,) that the repetition penalty counts
