@@ -1,4 +1,4 @@
-"""The commands as functions give what the commands give."""
+"""The API functions return what the commands print."""
 
 import subprocess
 import sys

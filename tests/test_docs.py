@@ -1,4 +1,4 @@
-"""What the documentation says can be typed: every command of README and docs composes, and the option tables are current."""
+"""The documentation: every command in README and docs composes, links resolve, and the option tables are current."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ COMMAND = re.compile(
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """Page, command and arguments of everything that is written as a command."""
+    """Page, command and arguments of every command on the pages."""
     matches = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("\\|", "|")
@@ -61,7 +61,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name within a page: its headings, as GitHub and mkdocs spell them."""
+    """The anchors of a page: its headings, as GitHub and mkdocs spell them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, shortened."""
+"""Every script of examples/ runs with few steps."""
 
 import importlib
 from pathlib import Path

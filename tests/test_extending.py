@@ -1,4 +1,4 @@
-"""What docs/extending.md shows works: its files are written out as they stand, its commands run, shortened."""
+"""docs/extending.md works as printed: its files are written out, and its commands run with few steps."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def sections() -> dict[str, list[str]]:
 
 
 def shortened(name: str, arguments: list[str]) -> list[str]:
-    """The same with small models and few steps."""
+    """The command with small models and few steps."""
     chosen = {argument.partition("=")[0] for argument in arguments}
     further = list(SHORT.get(name, ()))
     if name == "train":
@@ -50,7 +50,7 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the files of the page; what they add to genai_pl is taken out again."""
+    """A folder with the files of the page; registrations in genai_pl are undone afterwards."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Models as they are stored: the dtype that export.py writes, tokens that come with an adapter, and what is no model."""
+"""Loading by reference: stored dtypes, tokens that an adapter brings, and folders without a model."""
 
 import json
 from pathlib import Path

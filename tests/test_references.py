@@ -1,4 +1,4 @@
-"""What a model may be called: the hub is asked for names of the hub alone, and a slip is told with what is nearest."""
+"""References: only names of hub form are looked up at the hub, and a mistyped one gets the nearest local name."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "checkpoints" / "golden"
 
 @pytest.fixture(autouse=True)
 def hub_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The names that the hub is asked for, in a folder of runs and models; it has none of them."""
+    """The names requested from the hub, which has none of them, in a folder of runs and models."""
     import huggingface_hub
 
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""Signals end a command at once where nothing is to be saved, and else when it is saved; a resume equals the whole run."""
+"""Signals end a command at once if nothing is to be saved, else after saving; a resumed run equals an uninterrupted one."""
 
 import csv
 import multiprocessing
@@ -37,7 +37,7 @@ Send = Callable[..., None]
 
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Send:
-    """`send(owner, name, signum, nth)` has the nth call of a method or function begin with a signal to this process."""
+    """`send(owner, name, signum, nth)` makes the nth call of a function send a signal to this process first."""
 
     def arrange(owner: object, name: str, signum: int = signal.SIGTERM, nth: int = 1) -> None:
         original, calls = getattr(owner, name), []
@@ -55,7 +55,7 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Send:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that no signal came to."""
+    """A run without a signal."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("whole"))
     run = train(*RUN, "hydra.run.dir=run").absolute()
@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(run: Path) -> dict[str, dict[str, str]]:
-    """Losses and norms by step: what does not depend on the clock."""
+    """Losses and norms by step, which do not depend on the clock."""
     with (run / "metrics.csv").open() as file:
         shown = ("train/loss", "train/grad_norm", "val/", "objective/")
         rows = {row["step"]: row for row in csv.DictReader(file)}

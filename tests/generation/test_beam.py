@@ -20,7 +20,7 @@ def beams(n: int, k: int, **options: object) -> GenerationConfig:
 
 
 def assert_equal_theirs(hypotheses: list[list[Hypothesis]], theirs: object, n_prompt: int) -> None:
-    """Token by token and score by score; after the end of a sequence theirs is filled up."""
+    """Tokens and scores are equal; transformers pads a sequence after its end."""
     flat = [hypothesis for of_prompt in hypotheses for hypothesis in of_prompt]
     rows = theirs.sequences[:, n_prompt:].tolist()
     assert [h.tokens for h in flat] == [row[: len(h.tokens)] for h, row in zip(flat, rows, strict=True)]
@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_the_model_without_penalties(small_model)
 
 
 def diverse_beams(model: Decoder, prompt: list[int], n: int, k: int, groups: int, penalty: float) -> list[list[int]]:
-    """Algorithm 1 of Vijayakumar et al. 2018 with Hamming diversity, by whole forward passes and plain lists."""
+    """Algorithm 1 of Vijayakumar et al. 2018 with Hamming diversity, on lists, without a cache."""
     size = k // groups
     state: list[list[tuple[list[int], float]]] = [[([], 0.0)] for _ in range(groups)]
     for _ in range(n):
@@ -127,7 +127,7 @@ def test_prompts_of_one_batch_do_not_disturb_each_other(small_model):
 
 
 def without_cache(model: Decoder, prompt: list[int], n: int, k: int) -> list[list[int]]:
-    """Beam search without ends, each step by whole forward passes of contexts that go on from their last half."""
+    """Beam search without end tokens and without a cache; a full context continues from its last half."""
 
     def steps(tokens: list[int]) -> Tensor:
         context, length = list(prompt), model.config.max_seq_len

@@ -1,4 +1,4 @@
-"""An encoder-decoder writes through the loop of decoders: T5 as transformers does, the Transformer of 2017 as without cache."""
+"""Encoder-decoders decode in the loop of decoders: T5 as in transformers, the Transformer of 2017 as without a cache."""
 
 import pytest
 import torch

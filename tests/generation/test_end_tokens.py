@@ -1,4 +1,4 @@
-"""Several tokens may end a text: wherever a folder names them, all ways of writing and all that is exported know them."""
+"""Several end tokens: every way of generating and every export respects those that a folder names."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def edit(file: Path, **values: object) -> None:
 
 
 def their_tokens(folder: Path, prompt: str, **options: object) -> list[int]:
-    """What transformers writes after the prompt, greedily and with the folder's own end tokens."""
+    """The greedy continuation by transformers, with the folder's own end tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     input_ids = torch.tensor([TOKENIZER.encode(prompt)])
     neutral = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
@@ -59,7 +59,7 @@ def our_tokens(loaded: Loaded, prompts: list[str], **options: object) -> list[li
 
 
 def write_folder(folder: Path, kind: str = "llama") -> int:
-    """A random model whose generation_config.json has a second end, one that it soon writes; that token."""
+    """Write a random model whose generation_config.json has a second end token, which it soon generates; returns that token."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(KINDS[kind](**SIZES)).save_pretrained(folder)
     save_tokenizer(TOKENIZER, folder)

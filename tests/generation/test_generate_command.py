@@ -1,4 +1,4 @@
-"""What `generate.py` prints beside plain samples."""
+"""The output of `generate.py` beside plain samples."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from genai_pl.models import Decoder, save_pretrained
 
 @pytest.fixture
 def folder(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) -> Path:
-    """A Hugging Face folder of a random GPT-2 that reads bytes."""
+    """A Hugging Face folder of a random GPT-2 with a byte tokenizer."""
     path = tmp_path / "model"
     ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": None}
     save_pretrained(small_model(), path, token_ids=ids)

@@ -1,4 +1,4 @@
-"""A conversation in the terminal or a pipe says what transformers' template and decoding say, turn after turn."""
+"""A chat in the terminal, or through a pipe, gives the answers of transformers' chat template and greedy decoding."""
 
 import io
 import json
@@ -33,7 +33,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def talker(byte_level_tokenizer) -> transformers.PreTrainedTokenizerFast:
-    """Bytes, an end token and ChatML."""
+    """A tokenizer of bytes, an end token and a ChatML template."""
     tokenizer = byte_level_tokenizer(eos_token="<eos>")
     ensure_template(tokenizer)
     return tokenizer
@@ -41,7 +41,7 @@ def talker(byte_level_tokenizer) -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture
 def folder(small_model: Callable[..., Decoder], talker, tmp_path: Path) -> Path:
-    """A random GPT-2 that is asked in ChatML."""
+    """A random GPT-2 with a ChatML template."""
     path = tmp_path / "model"
     save_pretrained(small_model(max_seq_len=256), path, token_ids={"eos_token_id": 256})
     talker.save_pretrained(path)
@@ -50,7 +50,7 @@ def folder(small_model: Callable[..., Decoder], talker, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) -> Path:
-    """The same without a chat template."""
+    """The same folder without a chat template."""
     path = tmp_path / "bare"
     save_pretrained(small_model(), path, token_ids={"eos_token_id": 256})
     byte_tokenizer.save_pretrained(path)
@@ -59,7 +59,7 @@ def bare(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) ->
 
 @pytest.fixture
 def chat(folder, command, monkeypatch: pytest.MonkeyPatch):
-    """`chat(lines, *arguments)`: what generate.py answers to lines that are piped into it."""
+    """`chat(lines, *arguments)`: the output of generate.py for lines that are piped into it."""
 
     def call(lines: str, *arguments: str):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -69,7 +69,7 @@ def chat(folder, command, monkeypatch: pytest.MonkeyPatch):
 
 
 def theirs(folder: Path, messages: list[dict[str, str]]) -> str:
-    """What transformers answers, greedily."""
+    """The greedy answer of transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -166,7 +166,7 @@ def test_thoughts_are_kept_in_what_is_saved_and_shown_again_as_the_template_says
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):
-    """Lines that are typed at a terminal, where Ctrl-C is an entry of its own."""
+    """Lines typed at a terminal, where Ctrl-C is an entry of its own."""
 
     def give(*lines: str | type[BaseException]) -> None:
         rest = iter(lines)

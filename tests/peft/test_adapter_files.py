@@ -1,4 +1,4 @@
-"""Adapter folders mean to the peft library what they mean here, whoever wrote them."""
+"""Adapter folders give the same logits in PEFT and here, in both directions."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ HEADS = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "alber
 
 
 def theirs_like(model: nn.Module, kind: str, folder: Path) -> nn.Module:
-    """The same weights as a model of transformers."""
+    """A transformers model with the same weights."""
     if kind == "wrapped":
         return theirs_of(model)
     save_pretrained(model, folder, token_ids=TOKENS)
@@ -131,7 +131,7 @@ def test_the_head_of_a_reward_model_goes_with_its_adapter(kind: str, method: Cal
 
 
 def randomised(theirs: nn.Module, config: object) -> nn.Module:
-    """The model that peft makes of theirs, with the trained parameters drawn anew."""
+    """PEFT's model around a transformers model, with random values in the trained parameters."""
     return shaken(peft.get_peft_model(theirs, config), of="trained", std=0.1)
 
 

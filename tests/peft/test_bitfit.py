@@ -1,4 +1,4 @@
-"""BitFit trains the biases that there are."""
+"""BitFit trains the biases of a model."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters stand after the parts of a block."""
+"""Bottleneck adapters follow the parts of a block."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""IA3 scales keys, values and the inside of the MLP."""
+"""IA3 scales keys, values and hidden units of the MLP."""
 
 import copy
 

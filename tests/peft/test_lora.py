@@ -1,4 +1,4 @@
-"""LoRA and its kin: the base is never changed, what is learned is what the papers and the peft library say."""
+"""LoRA, DoRA, rsLoRA and PiSSA: the base never changes, and the change is that of the papers and of PEFT."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Layers trained whole beside an adapter: copies, while the base stays what it was."""
+"""Fully trained layers beside an adapter: copies are trained while the base stays frozen."""
 
 import pytest
 import torch

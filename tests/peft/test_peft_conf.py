@@ -1,4 +1,4 @@
-"""Every option of peft= makes what its YAML says."""
+"""Every option of peft= builds the adapter that its YAML describes."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A base in few bits: the paper's levels, known errors, and an adapter that does not notice how its base is held."""
+"""Quantized bases: the levels of the paper, bounded errors, and adapters that work on them as on plain layers."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What prompt and prefix tuning promise alike: a text with virtual tokens is the same packed, padded, cached or by rows."""
+"""Prompt and prefix tuning: logits of a text are the same alone, packed, padded, cached and by rows."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Virtual tokens in PEFT's folders, both ways, on small models of transformers."""
+"""Helpers for virtual tokens in PEFT's folders, in both directions, on small transformers models."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM, "t5_three_
 
 
 def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """A model of transformers, and ours with its weights."""
+    """A transformers model, and a genai_pl model with its weights."""
     values = dict(THEIRS[kind])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     theirs = shaken(CLASSES.get(kind, AutoModelForCausalLM).from_config(config))
@@ -52,7 +52,7 @@ def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
 
 
 def read_by_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.Module:
-    """Theirs with the adapter that ours has."""
+    """The transformers model with the adapter that the genai_pl model has."""
     contents = write(ours, adapters_of(ours)[0])
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(contents.config))
@@ -64,7 +64,7 @@ def read_by_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.
 
 
 def made_by_peft(theirs: nn.Module, config, folder: Path) -> tuple[nn.Module, AdapterFile]:
-    """Theirs with an adapter of PEFT's, and what it has saved."""
+    """The transformers model with an adapter of PEFT, and the files that PEFT saved."""
     model = shaken(get_peft_model(theirs, config), of="trained", std=0.5)
     model.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
