@@ -44,7 +44,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like SentencePiece: words carry their leading space, which is dropped at the start; other text becomes bytes."""
+    """Like SentencePiece: words carry their leading space, which is dropped at the start; other text becomes bytes."""
     words = [f"▁{word}" for word in ("Hello", "world", "how", "are", "you")] + list("▁abcdefghijklmnopqrstuvwxyz")
     pieces = [("<unk>", 0.0)] + [(f"<0x{b:02X}>", -20.0) for b in range(256)]
     pieces += [(word, -3.0) for word in dict.fromkeys(words)]
