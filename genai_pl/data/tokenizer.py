@@ -185,6 +185,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         "truncation_side": tokenizer.truncation_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
+    # keys that versions of transformers spell or use differently
     extra = values.pop("extra_special_tokens", None)
     if extra:  # the older name of the key, which all versions read
         values["additional_special_tokens"] = extra

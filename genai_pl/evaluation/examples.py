@@ -148,11 +148,13 @@ def read_choice(place: Place, record: Record) -> Question:
     A column called `question` is put into ARC's form, "Question: ...\\nAnswer:"; a `prompt` is used as it is.
     """
     names = list(record)
+    # the prompt, in ARC's form for a `question`
     question, choices, answer = record.values()
     question = parse_text(question, place._replace(column=names[0]))
     prompt = f"Question: {question}\nAnswer:" if names[0] == "question" else question
     choices_place = place._replace(column=names[1])
     choices = parse_json(choices, choices_place) if isinstance(choices, str) else choices
+    # choices as an object of texts and labels, or as a list
     if isinstance(choices, Mapping):
         return read_labelled_question(
             place,

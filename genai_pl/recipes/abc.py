@@ -202,6 +202,7 @@ def _read(tune: str) -> Iterator[tuple[Bar, str]]:
     melody = "\n".join(line for line in body.splitlines() if not re.match("[A-JN-Za-z]:", line))
     parser, mark = _TuneParser(header(tune)), ""
     for token in TOKEN.finditer(BESIDE.sub("", melody)):
+        # each token changes the parser's state; a bar line yields the bar
         if token["note"]:
             parser.add(token)
         elif token["field"]:
