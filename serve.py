@@ -1,4 +1,4 @@
-"""python serve.py: a trained model over HTTP; `--help` lists the options."""
+"""python serve.py checkpoint=MODEL: a trained model over HTTP with OpenAI's API; `--help` lists the options."""
 
 from omegaconf import DictConfig
 

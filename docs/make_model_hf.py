@@ -1,4 +1,4 @@
-"""Writes docs/model_hf.md: what every causal family of transformers, small and random, does under model=hf.
+"""Generator of docs/model_hf.md: the causal families of transformers that run under model=hf, each as a small random model.
 
 python docs/make_model_hf.py [--check]
 """
@@ -11,18 +11,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "model_hf.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "models")]
-INTRODUCTION = """# What model=hf runs
+INTRODUCTION = """# Models that model=hf runs
 
-`python train.py model=hf model.name=FOLDER_OR_HUB_ID` puts our attention into a causal model of transformers. Before anything
-is trained or written, a few tokens go through the model's own weights with transformers' eager attention and with ours: plain
-rows, two documents in a row, padding on the left, and a cache that is read on, rewound and reordered. What is not equal is
-refused in one line; there is no option to go on regardless. SmolLM2 135M is compared in 1.6 seconds on one core, and in 2.5 in
-bfloat16, where each module calculates with a float32 copy of its own weights meanwhile. Options of a configuration count as
-well: a Granite with `logits_scaling` 1 runs, one with another does not.
+`python train.py model=hf model.name=FOLDER_OR_HUB_ID` puts our attention into a causal model of transformers. Before training
+or export, a few tokens pass through the model's own weights with transformers' eager attention and with ours: plain rows, two
+packed documents, padding on the left, and a cache that is continued, rewound and reordered. A model whose logits differ is
+refused with one line; no option overrides that. The comparison takes 1.6 seconds for SmolLM2 135M on one core, and 2.5 in
+bfloat16, where each module computes with a float32 copy of its weights for the time of its call. Options of a configuration
+matter too: a Granite with `logits_scaling` 1 runs, one with another value does not.
 
-The table is written by `python docs/make_model_hf.py`: small random models of each family that transformers {version}
-registers, in all that training and generation do with a model (logits, packed and padded rows, greedy text with a cache,
-gradients, save and load), against transformers' eager attention. {counts}
+`python docs/make_model_hf.py` writes the table. It builds a small random model of each family that transformers {version}
+registers and compares everything that training and generation do with it (logits, packed and padded rows, greedy decoding
+with a cache, gradients, saving and loading) with transformers' eager attention. {counts}
 
 | family | under model=hf |
 |---|---|
@@ -30,34 +30,34 @@ gradients, save and load), against transformers' eager attention. {counts}
 
 
 def outcome(kind: str) -> str:
-    """What becomes of a family, in a few words."""
+    """The result of a family in a few words: runs, refused, not tried, or wrong, with the reason."""
     from one_family import NotTried, built, refusal_or_faults
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = refusal_or_faults(built(kind), Path(folder))
+            result = refusal_or_faults(built(kind), Path(folder))
         except NotTried as error:
             return f"not tried: {error}"
-    if isinstance(found, list):
-        return f"wrong: {', '.join(found)}" if found else "runs"
-    return "refused: " + found.partition("does not run here: ")[2].partition("; docs/")[0]
+    if isinstance(result, list):
+        return f"wrong: {', '.join(result)}" if result else "runs"
+    return "refused: " + result.partition("does not run here: ")[2].partition("; docs/")[0]
 
 
 def outcomes() -> dict[str, str]:
-    """Family: what becomes of it, for all of them."""
+    """The result of every causal family by its model_type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return {kind: outcome(kind) for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
 
 
-def page(found: dict[str, str]) -> str:
-    """The page that says so."""
+def page(results: dict[str, str]) -> str:
+    """The text of the page."""
     import transformers
 
-    words = [text.partition(":")[0] for text in found.values()]
+    words = [text.partition(":")[0] for text in results.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("runs", "refused", "not tried", "wrong"))
-    counts = f"Of {len(found)} families: {counts}.".replace("runs", "run")
-    rows = "".join(f"| `{kind}` | {text.replace('|', chr(92) + '|')} |\n" for kind, text in found.items())
+    counts = f"Of {len(results)} families: {counts}.".replace("runs", "run")
+    rows = "".join(f"| `{kind}` | {text.replace('|', chr(92) + '|')} |\n" for kind, text in results.items())
     return INTRODUCTION.format(version=transformers.__version__, counts=counts) + rows
 
 

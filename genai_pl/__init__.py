@@ -1,4 +1,8 @@
-"""The whole life of a language model in one Lightning Trainer: `load`, `generate` and `train` are its commands as functions."""
+"""genai_pl: a language model's whole life in one Lightning Trainer; `load`, `generate` and `train` are its commands as functions.
+
+>>> import genai_pl
+>>> model, tokenizer, path = genai_pl.load("runs/mine")  # doctest: +SKIP
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -12,7 +16,7 @@ MODULES = {"generate": "api", "load": "loading", "train": "api"}
 
 
 def __getattr__(name: str) -> object:
-    """The functions are imported when they are asked for: `import genai_pl` alone loads nothing."""
+    """Import the function on its first use: `import genai_pl` alone loads neither torch nor Lightning."""
     if name not in MODULES:
         raise AttributeError(f"module 'genai_pl' has no attribute {name!r}")
     return getattr(import_module(f"genai_pl.{MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The commands as functions, for notebooks and scripts: the same configuration, errors as exceptions."""
+"""Python API: `train` and `generate` as functions, with the configuration of the commands and errors as exceptions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,10 @@ from genai_pl.training.run_log import recording
 
 
 def train(*overrides: str) -> Path:
-    """The run folder that `python train.py OVERRIDES` makes, trained in this process; UserError for a mistake."""
+    """Train as `python train.py OVERRIDES` would, in this process; returns the run folder.
+
+    UserError for a mistake in the overrides, TrainingError if a signal stopped the run before its last step.
+    """
     from genai_pl.training.train import train as run
 
     try:
@@ -38,12 +41,13 @@ def train(*overrides: str) -> Path:
 
 
 def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0, **settings: object) -> str | list[str]:
-    """The continuation of a prompt, or of each; `settings` are the fields of GenerationConfig.
+    """The continuation of a prompt, or a list of them for a list of prompts.
 
-    The model is what `load` gives, or what it takes: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto.
-    `draft` names a smaller model in the same words.
+    model: what `load` returns, or a reference that it takes: a run folder, .ckpt, Hugging Face folder, hub id, or "auto".
+    seed: of the sampling. settings: fields of `GenerationConfig`; `draft` is a reference too.
     """
     loaded = model
+    # a model loaded here belongs to no one else, so its projections may be fused for decoding
     if isinstance(model, str):
         loaded = load(model, onnx=True)
         prepare_for_decoding(loaded.model)
@@ -57,7 +61,7 @@ def generate(model: str | Loaded, prompt: str | Sequence[str], *, seed: int = 0,
 
 
 def _composed(overrides: list[str]) -> DictConfig:
-    """The configuration of a run, its folder made and its overrides written as Hydra's command does."""
+    """The configuration of a run as Hydra's command composes and checks it, with the run folder resolved."""
     register()
     check_choices(overrides, CONF)
     try:
@@ -68,6 +72,7 @@ def _composed(overrides: list[str]) -> DictConfig:
         if line is None:
             raise
         raise ConfigError(line) from None
+    # what Hydra's own launcher does: fix the folder, publish the configuration, drop the node `hydra`
     folder = Path(config.hydra.run.dir).resolve()
     with open_dict(config):
         config.hydra.runtime.output_dir = str(folder)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from genai_pl.errors import UserError, system_error
 
-SWEEP = "multirun.yaml"  # which Hydra writes before the first job of a sweep
-LOCK = ".lock"  # of a run folder: who writes it
+SWEEP = "multirun.yaml"  # written by Hydra before the first job of a sweep
+LOCK = ".lock"  # in a run folder: the process that writes it
 UNFINISHED: set[Path] = set()  # temporaries that this process is writing
-ADAPTER = "adapter_config.json"  # what makes a folder an adapter
-CONTENTS = "contents.pt"  # what makes a folder a checkpoint: all of it that is no tensor
-RESULTS = "results.json"  # of a run that reached its end: its last step and what it measured there
+ADAPTER = "adapter_config.json"  # a folder with it is an adapter
+CONTENTS = "contents.pt"  # a folder with it is a sharded checkpoint: all of that but its tensors
+RESULTS = "results.json"  # last step and metrics of a run that reached its end
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -75,9 +75,10 @@ def claimed(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("ab+", buffering=0)  # nothing is left to be written when it is closed
+        file = path.open("ab+", buffering=0)  # unbuffered: closing writes nothing
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, and is not left to its children
+            # take the lock, or name its owner
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             with file:
                 file.seek(0)
@@ -88,15 +89,16 @@ def claimed(folder: Path) -> Iterator[None]:
         # the owner may have removed the file between open and lock: then this lock is on a deleted file
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             break
-        file.close()  # its owner has removed it in between
+        file.close()  # its owner has removed it meanwhile: lock the new file
     with file:
         with naming(path):
+            # write the owner, for the message above
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         try:
             yield
         finally:
-            with suppress(OSError):  # a disk that is read-only by now has said so
+            with suppress(OSError):  # a disk that has become read-only has raised before
                 path.unlink(missing_ok=True)
 
 

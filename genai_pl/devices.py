@@ -1,10 +1,10 @@
-"""Where a command runs a model, and in which numbers."""
+"""Devices and dtypes: the options `device` and `precision` as torch objects."""
 
 import torch
 
 from genai_pl.errors import ConfigError
 
-# Lightning's name of a precision: the dtype of weights, and of products where that is another
+# by Lightning's name of a precision: dtype of the weights, and of products under autocast
 DTYPES = {
     "32-true": (torch.float32, None),
     "bf16-true": (torch.bfloat16, None),
@@ -14,16 +14,17 @@ DTYPES = {
 
 
 def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtypes of weights, and of products where they are others; ConfigError for a precision that is only trained in."""
+    """(dtype of weights, dtype of autocast or None) for a precision; ConfigError for one that is for training only."""
     if precision not in DTYPES:
         raise ConfigError(f"precision.lightning={precision}: expected one of {', '.join(DTYPES)}")
     return DTYPES[precision]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is the GPU where there is one. ConfigError for one that computes nothing here."""
+    """The device of that name; "auto" is the GPU if there is one. ConfigError for a device that cannot compute here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # allocating nothing is enough for torch to reject a device that is missing
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

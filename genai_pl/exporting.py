@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers, PEFT and vLLM can load."""
+"""Export folders: a trained model with its tokenizer and model card, for transformers, PEFT and vLLM."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -38,10 +38,10 @@ def export_model(
     defaults: GenerationDefaults = NO_DEFAULTS,
     files: dict[str, object] | None = None,
 ) -> str:
-    """Write the folder whole or not at all; returns the name of the class that reads it.
+    """Write the folder, completely or not at all; returns the name of the class that reads it.
 
-    card: headings and paragraphs of the model card. defaults: of the folder that the model came from. files: what
-    `write_files` takes.
+    card: {heading: paragraph} of the model card. defaults: generation defaults of the folder that the model came from.
+    files: further files for `write_files`.
     """
     reader = []
 
@@ -53,23 +53,27 @@ def export_model(
         write_files(temporary, files or {})
         (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
 
+    # written to a temporary folder that is renamed once all of it is on disk
     write_atomic(folder, write)
     return reader[0]
 
 
 @contextmanager
 def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """Inside, a folder of the model is one beside whose config.json AutoTokenizer finds the tokenizer as it is.
+    """Context manager: inside, the model may be saved so that AutoTokenizer loads the same tokenizer from the folder.
 
-    For a qwen2 it builds a pre-tokenizer of its own, whatever the file says; with output biases of zero, which change
-    nothing, such a model is a llama. CheckpointError where there is no other way to say what the model is.
+    Beside a config.json of type qwen2, AutoTokenizer builds a pre-tokenizer of its own, whatever tokenizer.json says. If that
+    differs, output biases of zero are added inside, which change nothing but make the model a llama. CheckpointError for types
+    without such a way out.
     """
+    # most models need no change
     kind = _model_type(model)
     if reloads_unchanged(tokenizer, kind):
         yield
         return
     if isinstance(model, WrappedDecoder) or kind != "qwen2":
         raise CheckpointError(f"AutoTokenizer reads another tokenizer than this one beside a model of type {kind}")
+    # output biases of zero for the time of saving, so that the model is written as a llama
     before, layers = model.config, [block.attention.o_proj for block in model.blocks]
     for layer in layers:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
@@ -83,13 +87,13 @@ def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBas
 
 
 def _model_type(model: Model | WrappedDecoder) -> str:
-    """As config.json has it."""
+    """model_type as config.json will have it."""
     values = model.config.values if isinstance(model, WrappedDecoder) else write_config(model.config, {})[0]
     return str(values["model_type"])
 
 
 def write_files(folder: Path, files: Mapping[str, object]) -> None:
-    """Write JSON values, or the tensors of a .safetensors file, by path."""
+    """Write files into a folder by relative path: tensors for a .safetensors file, JSON for all others."""
     from safetensors.torch import save_file
 
     for name, values in files.items():
@@ -101,12 +105,12 @@ def write_files(folder: Path, files: Mapping[str, object]) -> None:
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id, as config.json has them."""
+    """bos_token_id, eos_token_id and pad_token_id, None where the tokenizer has no such token."""
     return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
 def adapter_card(base: str, card: dict[str, str]) -> str:
-    """The README of an adapter folder."""
+    """The README.md of an adapter folder, with the metadata that the hub reads. base: reference of the base model."""
     lines = ["---", f"base_model: {base}", "library_name: peft", "---", "", "# Adapter", ""]
     for heading, paragraph in card.items():
         lines += [f"## {heading}", "", paragraph, ""]
@@ -114,6 +118,7 @@ def adapter_card(base: str, card: dict[str, str]) -> str:
 
 
 def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
+    """The README.md of a model folder. reader: name of the class that reads it."""
     scores = model.config.head is Head.score
     task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]
     library = NATIVE if reader == NATIVE else "transformers"

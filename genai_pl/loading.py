@@ -1,4 +1,8 @@
-"""One way to name a trained model, wherever it came from: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto."""
+"""Loading: a trained model and its tokenizer from any reference.
+
+A reference is a run folder, a .ckpt, a Hugging Face folder, an adapter folder, an ONNX folder, a hub id, or "auto".
+`references.resolve` finds the path; `load` decides by its content. Everything is read as data: no pickled code, no remote code.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -41,15 +45,18 @@ if TYPE_CHECKING:
 
 
 class _Loaded(NamedTuple):
+    """The fields of `Loaded`; a NamedTuple itself cannot have a further attribute that is not unpacked."""
+
     model: Model | WrappedDecoder | OnnxDecoder | OnnxEncoderDecoder
     tokenizer: "PreTrainedTokenizerBase"
     path: Path
 
 
 class Loaded(_Loaded):
-    """A model in evaluation mode, its tokenizer, and the file or folder they were read from, to be unpacked into three.
+    """A loaded model, unpacked as `model, tokenizer, path = load(...)`.
 
-    `defaults` is what that folder says of writing.
+    model: in evaluation mode. path: the file or folder that it was read from.
+    defaults: generation defaults of that folder, an attribute beside the three.
     """
 
     defaults: GenerationDefaults = NO_DEFAULTS
@@ -75,18 +82,23 @@ def load(
     option: str = "checkpoint",
     above: tuple[Path, ...] = (),
 ) -> Loaded:
-    """The model and tokenizer that a reference stands for; CheckpointError says why it cannot be had.
+    """The model and tokenizer of a reference, in evaluation mode; CheckpointError gives the reason if there is none.
 
-    With `wrap`, a folder of no family of ours is run by transformers, with our attention. A run or folder with an
-    adapter gives its base with the adapter; further `adapters` are put on top in their order. `onnx` takes ONNX graphs
-    too, which can write and no more. `option` is what the reference was given by, for messages; `above` are adapters
-    whose base this is.
+    dtype: of the weights. attention: backend, see `AttentionBackend`. dropout: probability while training.
+    wrap: allow models of other families, which transformers runs with our attention.
+    adapters: references of adapters that are put on top, in this order. onnx: allow ONNX folders, which can only generate.
+    option: name of the option that held the reference, for messages.
+    above: adapter folders that lead to this base, against a cycle of bases.
+
+    An adapter folder, and a run with one, give the base with the adapter.
     """
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
+    # find the path, and refuse an adapter that is its own base
     path = resolve(reference, option=option)
     if path.resolve() in above:
         raise CheckpointError(f"{path}: an adapter whose base is itself; give the base as checkpoint=, with adapter=")
     above = (*above, path.resolve())
+    # the content of the path decides how it is read
     if is_onnx(path):
         return _load_onnx(path, allowed=onnx, adapters=adapters)
     if is_checkpoint(path):
@@ -95,6 +107,7 @@ def load(
         loaded = _load_with_adapter(path, above, **options)
     else:
         loaded = _load_folder(path, **options)
+    # further adapters on top
     for name in adapters:
         folder = resolve_adapter(name)
         refuse_twice(path, folder, message=f"adapter={name}: {option}={reference}")
@@ -104,7 +117,10 @@ def load(
 
 
 def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder | None:
-    """The model that proposes tokens to a loaded one, on its device; ConfigError if its tokens are others."""
+    """The draft model of speculative decoding, on the target's device and in its dtype; None for no reference.
+
+    ConfigError if its vocabulary is not that of the target: draft tokens are passed on as ids.
+    """
     if reference is None:
         return None
     weight = loaded.model.embed.weight
@@ -115,6 +131,7 @@ def load_draft(reference: str | None, loaded: Loaded) -> Model | WrappedDecoder 
 
 
 def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
+    """An ONNX folder; CheckpointError for commands that need more than decoding."""
     if not allowed:
         raise CheckpointError(f"{path}: an ONNX model, which generate.py and serve.py run; give the one it was made of")
     if adapters:
@@ -123,6 +140,7 @@ def _load_onnx(path: Path, *, allowed: bool, adapters: Sequence[str]) -> Loaded:
 
 
 def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float, wrap: bool) -> Loaded:
+    """A Hugging Face folder, as a model of ours or, with `wrap`, run by transformers."""
     if wrap and not _is_ours(path / "config.json"):
         model = load_wrapped(str(path), dtype=dtype, attention=attention)
     else:
@@ -131,7 +149,10 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether our own models can be what config.json describes: of a family of ours, and without what we refuse in it."""
+    """True if config.json describes a model of a family of ours, without features that ours lack.
+
+    False for a causal LM with such a feature: transformers can run it. Others raise CheckpointError, since nothing can.
+    """
     if not is_supported(file):
         return False
     try:
@@ -149,13 +170,13 @@ def _is_ours(file: Path) -> bool:
 def _with_end_tokens(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", path: Path, defaults: GenerationDefaults
 ) -> Loaded:
-    """What was loaded, once the model knows the tokens that end its texts."""
+    """The result, after the model is given the ids that end its texts: of tokenizer, config and defaults."""
     set_end_tokens(model.config, tokenizer, defaults)
     return Loaded(model, tokenizer, path, defaults=defaults)
 
 
 def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -> Loaded:
-    """The base that an adapter folder names, with the adapter and its tokenizer."""
+    """The base that an adapter folder names, with the adapter, and the folder's tokenizer if it has one."""
     base = load(_base_of(path), above=above, **options)
     if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
         _add_score_head(base.model)
@@ -165,12 +186,14 @@ def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -
 
 
 def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype, **options: object) -> Loaded:
+    """A training checkpoint, a file or a sharded folder; one of an adapter run holds the adapter alone."""
     contents = read_checkpoint(path)
     ours = contents[MARK]
     base, adapter, prefix = ours.get("base"), ours.get("peft"), "model."
     try:
         state = {k.removeprefix(prefix): v.to(dtype) for k, v in contents["state_dict"].items() if k.startswith(prefix)}
-        if base is not None:  # the checkpoint holds the adapter alone
+        # the model: its base loaded from elsewhere, or built on the meta device for the weights
+        if base is not None:  # the state_dict has the adapter's keys only
             model = load(base, dtype=dtype, above=above, **options).model
             if ours["model"].get("head") == Head.score.value:
                 _add_score_head(model)
@@ -178,6 +201,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
             model = _empty_model(ours["model"], state, options["attention"], options["dropout"])
         if adapter is not None:
             model = peft.METHODS[adapter["method"]].make(model, **adapter["options"])
+        # weights are assigned, not copied: there is never a second copy in memory
         model.load_state_dict(state, assign=True, strict=base is None)
         ends = (*ours["model"].get("eos_token_ids", ()), *model.config.eos_token_ids)  # the run's, and its base's
         model.config.eos_token_ids = tuple(int(i) for i in ends)
@@ -195,7 +219,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
 
 
 def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
-    """What the weights that a reference stands for are stored in, by our names; those of the base under an adapter."""
+    """{our parameter name: dtype} as the weights of a reference are stored; under an adapter, those of the base."""
     path = resolve(reference)
     if is_checkpoint(path):
         contents = read_checkpoint(path)
@@ -211,21 +235,21 @@ def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
 
 
 def refuse_twice(path: Path, adapter: Path, *, message: str) -> None:
-    """ConfigError for an adapter folder that is what was loaded, or belongs to the run that a loaded checkpoint is of."""
+    """ConfigError for an adapter that the loaded model has already: the folder itself, or that of the checkpoint's run."""
     path = path.resolve()
     if adapter.resolve() in (path, path.parent.parent / "adapter" if is_checkpoint(path) else path):
         raise ConfigError(f"{message} brings it already; leave one of them out")
 
 
 def _add_score_head(model: Model | WrappedDecoder) -> None:
-    """Give a base the head that its adapter brings the weights of; the generator of the run draws nothing for it."""
+    """Replace a base's head by a scoring head, whose weights the adapter brings; the global generator is not advanced."""
     if not isinstance(model, WrappedDecoder) and model.config.head is not Head.score:
         with torch.random.fork_rng(devices=[]):
             model.set_head(Head.score)
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter belongs to, as its folder names it; a relative one is looked for beside the folder too."""
+    """The reference of an adapter folder's base; a relative path may also be relative to the folder."""
     name = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
     if not name:
         raise CheckpointError(f"{folder}: {ADAPTER} names no base_model_name_or_path: give the base as checkpoint=")
@@ -235,7 +259,7 @@ def _base_of(folder: Path) -> str:
 def _empty_model(
     stored: dict, weights: Mapping[str, torch.Tensor], attention: AttentionBackend, dropout: float
 ) -> Model | WrappedDecoder:
-    """The model that a checkpoint's configuration describes; one of ours has no memory for its weights yet."""
+    """The model that a checkpoint's configuration describes; ours is on the meta device, without memory for its weights."""
     if "wrapped" in stored:
         return build_wrapped(stored["wrapped"], weights, attention=attention)
     config = replace(ModelConfig.from_dict(stored), attention=attention, dropout=dropout)

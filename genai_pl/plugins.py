@@ -1,4 +1,7 @@
-"""Modules of others: found in the working folder, and imported before a command or a worker begins."""
+"""Plugins: modules of a user's own, imported before a command or a worker process begins.
+
+They register models, adapters and data sources, without which a checkpoint that needs them cannot be read.
+"""
 
 import importlib
 import os
@@ -6,16 +9,17 @@ import sys
 
 from genai_pl.errors import ConfigError
 
-VARIABLE = "GENAI_PL_IMPORT"  # names of modules, a,b: what models and adapters of one's own need in order to be read
+VARIABLE = "GENAI_PL_IMPORT"  # module names, separated by commas
 
-# to be added where something is asked for that no module of ours has
+# appended to the error for a name that no module of ours defines
 ADVICE = f"; if a module of your own brings it, name that: {VARIABLE}=MODULE"
 
 
 def import_plugins(*, named: bool = False) -> None:
-    """Import the modules that the environment names; those of the working folder too, if it or `named` says that some count.
+    """Import the modules that GENAI_PL_IMPORT names; ConfigError for a missing one.
 
-    Otherwise the folder is no place for modules: it may be a run that somebody else made.
+    named: True if the command line names modules too. Then, or if the variable is set, the working folder joins sys.path;
+    otherwise not, since it may be a run folder that somebody else made.
     """
     named = named or bool(os.environ.get(VARIABLE))
     if named and os.getcwd() not in sys.path:

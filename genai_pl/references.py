@@ -1,4 +1,8 @@
-"""How a trained model is named: a run folder, a .ckpt, a Hugging Face folder, a hub id, or auto; and what was meant."""
+"""References: the names by which a user calls a trained model, resolved to a path.
+
+A reference is "auto" (the newest run), a path of a run folder, .ckpt, Hugging Face or adapter folder, the name of a run below
+the working folder, or a hub id. A mistake is answered with the nearest name that exists; a path is never sent to the hub.
+"""
 
 import json
 import os
@@ -10,23 +14,27 @@ from pathlib import Path
 from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint
 from genai_pl.errors import CheckpointError
 
-ROOTS = ("outputs", "multirun")  # where runs are
-# what people call the folders that they keep models in: no account of the hub
+ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
+# usual names of local folders, which are therefore never taken for accounts of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
-DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders in which a run is looked for
-SKIPPED = {"pyvenv.cfg"}  # files of folders in which no run is
-DEPTH, MANY = 4, 2000  # how far below a folder models are looked for, and in how many folders at most
+DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders that a search for runs visits at most
+SKIPPED = {"pyvenv.cfg"}  # files that mark folders without runs: virtual environments
+DEPTH, MANY = 4, 2000  # levels and folders that a search for models visits at most
 
 
 def resolve(reference: str, *, option: str = "checkpoint") -> Path:
-    """The .ckpt or Hugging Face folder that a reference stands for; CheckpointError names the option it was given by."""
+    """The .ckpt, Hugging Face or adapter folder that a reference stands for, downloaded if it is a hub id.
+
+    option: name of the option that held it, for the CheckpointError.
+    """
     if reference == "auto":
         newest = newest_run(Path())
         if newest is None:
             raise CheckpointError(f"{option}=auto: no run below this folder; train one first")
         return _model_of_run(newest, option)
     path = Path(reference).expanduser()
+    # what exists at the path wins over names of runs, and both over the hub
     if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.is_dir():
@@ -41,7 +49,7 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether the hub may be asked for a name: account/model, unless the first part is a folder of runs, or called so."""
+    """True if a reference has the form account/model and its first part is no local folder of models."""
     account, _, name = reference.partition("/")
     if not account or not name or "/" in name or account.startswith((".", "~")) or name.endswith(".ckpt"):
         return False
@@ -49,7 +57,7 @@ def is_hub_id(reference: str) -> bool:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model that was read already: itself, or where the hub's files were put."""
+    """The folder of a model that was loaded before: the path itself, or the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():
@@ -59,7 +67,7 @@ def folder_of(name: str) -> Path:
 
 
 def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
-    """The adapter folder that a folder or a run stands for; CheckpointError names the option it was given by."""
+    """The adapter folder that a reference stands for: itself, or `adapter/` of a run; CheckpointError names the option."""
     here = Path(reference).exists()
     named = None if here else named_run(reference, option) or named_sweep(reference, option)
     for path in (Path(reference).expanduser(), Path(reference) / "adapter", *([named / "adapter"] if named else [])):
@@ -70,9 +78,10 @@ def resolve_adapter(reference: str, *, option: str = "adapter") -> Path:
 
 
 def newest_run(root: Path, *, resumable: bool = False) -> Path | None:
-    """The run below a folder that was saved last, by what its checkpoints say; None if there is none.
+    """The run below a folder whose newest checkpoint is the newest, by the time inside the checkpoint; None if there is none.
 
-    resumable: one that a resume can take up: with a checkpoint, and no job of a sweep.
+    File times do not count: copying a run folder would change them.
+    resumable: only runs with a checkpoint, outside of sweeps.
     """
     saved_at = {
         run: saved for run in find_runs(root, jobs=not resumable) if (saved := saved_last(run, exports=not resumable))
@@ -81,17 +90,17 @@ def newest_run(root: Path, *, resumable: bool = False) -> Path | None:
 
 
 def find_runs(root: Path, *, jobs: bool) -> Iterator[Path]:
-    """The run folders below a folder; jobs: those of sweeps too."""
+    """Yields the run folders below a folder. jobs: whether jobs of sweeps count."""
     return _search(root, is_run, SKIPPED if jobs else SKIPPED | {SWEEP})
 
 
 def find_sweeps(root: Path) -> Iterator[Path]:
-    """The folders of sweeps below a folder."""
+    """Yields the sweep folders below a folder."""
     return _search(root, is_sweep, SKIPPED)
 
 
 def _search(root: Path, matches: Callable[[Path], bool], stop_files: set[str]) -> Iterator[Path]:
-    """The folders wanted; none is looked for inside of them, nor beside the files of `stop_files`."""
+    """Yields the folders that match. The search does not enter matches, hidden folders, or folders with one of `stop_files`."""
     for folder, names, files in islice(os.walk(root), MOST_FOLDERS):
         path = Path(folder)
         is_match = matches(path)
@@ -102,7 +111,10 @@ def _search(root: Path, matches: Callable[[Path], bool], stop_files: set[str]) -
 
 
 def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
-    """When the newest checkpoint of a run was written, as it says itself, and its step; of a run without, its export's time."""
+    """(time, step) of the newest checkpoint of a run, as stored in it; (time, 0) of its export if it has none, or None.
+
+    exports: whether an export counts.
+    """
     from genai_pl.callbacks import newest_checkpoints, saved_at
 
     if newest := newest_checkpoints(run / "checkpoints"):
@@ -112,12 +124,12 @@ def saved_last(run: Path, *, exports: bool = True) -> tuple[float, int] | None:
 
 
 def named_run(name: str, option: str) -> Path | None:
-    """The run below here whose folder has this name, if one has; CheckpointError where several have."""
+    """The run below the working folder whose folder has this name, or None; CheckpointError if several have."""
     return _named(name, option, "runs", lambda: find_runs(Path(), jobs=False))
 
 
 def named_sweep(name: str, option: str) -> Path | None:
-    """The sweep below here whose folder has this name, if one has; CheckpointError where several have."""
+    """The sweep below the working folder whose folder has this name, or None; CheckpointError if several have."""
     return _named(name, option, "sweeps", lambda: find_sweeps(Path()))
 
 
@@ -133,23 +145,24 @@ def _named(name: str, option: str, kind: str, search: Callable[[], Iterable[Path
 
 
 def _join_paths(paths: list[Path]) -> str:
+    """The first five paths, for an error message."""
     return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it has settings or checkpoints, and what was trained."""
+    """True for a run folder: it has checkpoints, or Hydra's settings and an export."""
     return any((folder / "checkpoints").glob("*.ckpt")) or (
         (folder / ".hydra").is_dir() and any((folder / name).exists() for name in OF_RUN)
     )
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is a sweep's, whose jobs are runs."""
+    """True for the folder of a sweep, whose jobs are runs."""
     return (folder / SWEEP).is_file()
 
 
 def refuse_sweep(folder: Path, option: str) -> None:
-    """CheckpointError where a folder is a sweep's, which is no one model."""
+    """CheckpointError for a sweep folder, which is not one model; the message lists its jobs."""
     if not is_sweep(folder):
         return
     jobs = sorted(find_runs(folder, jobs=True), key=lambda job: (len(job.name), job.name))
@@ -162,7 +175,7 @@ def refuse_sweep(folder: Path, option: str) -> None:
 
 
 def _model_of_run(folder: Path, option: str) -> Path:
-    """The exported adapter or model, unless the run has gone on since."""
+    """The exported adapter or model of a run, or its last checkpoint if the run went on after the export."""
     refuse_sweep(folder, option)
     last = folder / "checkpoints" / "last.ckpt"
     for exported in (folder / "adapter" / ADAPTER, folder / "model" / "config.json"):
@@ -178,7 +191,10 @@ def _model_of_run(folder: Path, option: str) -> Path:
 
 
 def _has_newer_checkpoint(run: Path, last: Path, exported: Path) -> bool:
-    """Whether the last checkpoint is of a later step than the export; times count where the run did not reach its end."""
+    """True if the last checkpoint is of a later step than the export.
+
+    The exported step is in results.json. Without one, the export was made by hand; file times over a minute apart decide then.
+    """
     from genai_pl.callbacks import step_of
 
     try:
@@ -189,6 +205,7 @@ def _has_newer_checkpoint(run: Path, last: Path, exported: Path) -> bool:
 
 
 def _from_hub(name: str, option: str) -> Path:
+    """The snapshot folder of a hub id, without pickled weights and code; CheckpointError if it cannot be downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -200,11 +217,13 @@ def _from_hub(name: str, option: str) -> Path:
 
 
 def nearest(reference: str) -> str:
-    """The model, or sweep, here whose path is most like the reference, to be added to a message."""
+    """ " (the nearest here: PATH)" for an error message, with the local model or sweep whose path is most similar, or ""."""
     path = Path(reference).expanduser()
     above = next((folder for folder in path.parents if folder.is_dir()), Path())
+    # models beside the mistyped path, and below the usual roots
     candidates = [str(model) for root in dict.fromkeys((above, *map(Path, ROOTS))) for model in _models(root)]
     candidates += [str(sweep) for root in map(Path, ROOTS) for sweep in find_sweeps(root)]
+    # a path into a run folder means the run; a name alone is compared with names
     near = [str(above)] if is_run(above) else get_close_matches(str(path), candidates, n=1, cutoff=0.6)
     if not near and "/" not in reference:  # a name alone, mistyped
         by_name = {Path(model).name: model for model in candidates}
@@ -213,7 +232,7 @@ def nearest(reference: str) -> str:
 
 
 def _models(root: Path) -> Iterator[Path]:
-    """Run folders, Hugging Face folders and checkpoints a few folders below one."""
+    """Yields run folders, Hugging Face folders and checkpoints at most DEPTH levels below `root`, level by level."""
     level, seen = [root] if root.is_dir() else [], 0
     for _ in range(DEPTH):
         below = [child for folder in level for child in _folders(folder)]
@@ -225,7 +244,7 @@ def _models(root: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in one, hidden ones left out."""
+    """The subfolders of a folder, without hidden ones; empty if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -234,4 +253,5 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _is_folder(folder: Path) -> bool:
+    """True for a Hugging Face or adapter folder."""
     return (folder / "config.json").is_file() or (folder / ADAPTER).is_file()

@@ -1,8 +1,8 @@
-"""Signals that ask a command to end: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1, by which Slurm warns that time is running out.
+"""Signals that end a command: SIGTERM, SIGINT (Ctrl-C), and SIGUSR1, by which Slurm announces the end of its time limit.
 
-Handlers only record. Where nothing can be saved they raise `Stopped`; where a run can, it asks `received_signal()` between two
-steps. A thread of its own, which also runs while the main thread waits for another process in a collective, ends the
-process when its time is over.
+Handlers only record the signal. Where nothing is worth saving they raise `Stopped`; a training run asks `received_signal()`
+between two steps, saves itself and ends. A thread of its own watches the grace period, since the main thread may be blocked
+in a collective by a process that has died, and ends the process when the period is over.
 """
 
 import math
@@ -22,16 +22,14 @@ from genai_pl.atomic_io import remove_unfinished
 from genai_pl.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_PERIOD = (
-    30.0  # seconds, where the configuration has not been read yet: what Kubernetes and Slurm wait before they kill
-)
-MARGIN = 0.95  # of the grace period: at its end whoever sent the signal kills
-UNWIND = 3.0  # seconds that the main thread has to end by itself where nothing is to be saved
+GRACE_PERIOD = 30.0  # seconds, until the configuration is read: the usual wait of Kubernetes and Slurm before SIGKILL
+MARGIN = 0.95  # share of the grace period to use: at its end the sender kills
+UNWIND = 3.0  # seconds for the main thread to end by itself if nothing is to be saved
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in all processes that a launcher starts
 
 
 class Stopped(SystemExit):
-    """The end of a command by a signal; `code` is its exit status."""
+    """The end of a command by a signal. code: exit status. signum: the signal."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(exit_status(signum))
@@ -39,7 +37,11 @@ class Stopped(SystemExit):
 
 
 def exit_status(signum: int) -> int:
-    """130 after Ctrl-C, 143 after SIGTERM and after SIGUSR1, which means the same."""
+    """130 after Ctrl-C, 143 after SIGTERM and SIGUSR1.
+
+    >>> exit_status(signal.SIGINT), exit_status(signal.SIGUSR1)
+    (130, 143)
+    """
     return 128 + (signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
 
 
@@ -47,20 +49,24 @@ STATUSES = tuple(exit_status(signum) for signum in SIGNALS)
 
 
 class SignalWatch:
-    """The handlers of this process, and the thread that keeps the time after a signal.
+    """The signal handlers of this process, and the thread that watches the grace period.
 
-    `waits` says whether a signal lets the run save itself first, within `period` seconds; `describe` what it has saved.
+    period: seconds of the grace period. waits: True while a signal lets the run save itself first.
+    describe: returns what has been saved, for the last line. signum: the first signal received, or None.
+
+    The interpreter runs handlers in the main thread, between two bytecodes; a main thread blocked in C code runs none. It also
+    writes each signal's number to a socket (`set_wakeup_fd`) at once, which is how the thread learns of it.
     """
 
-    period = GRACE_PERIOD  # of the process, and of those that it forks
+    period = GRACE_PERIOD  # class attribute: child processes that are forked inherit it
 
     def __init__(self) -> None:
-        self.signum: int | None = None  # the first signal received
+        self.signum: int | None = None
         self.waits = False
         self.describe: Callable[[], str] = str
         self._deadline = math.inf
-        self._handled: list[int] = []  # signals that the main thread has seen
-        self._noted: list[int] = []  # signals that the thread has seen
+        self._handled: list[int] = []  # by the main thread, in order
+        self._noted: list[int] = []  # by the thread, in order
         self._before: dict[int, object] = {}
         self._fd_before = -1
         self._reader, self._writer = socket.socketpair()
@@ -68,35 +74,37 @@ class SignalWatch:
         self._thread = threading.Thread(target=self._keep_time, name="signals", daemon=True)
 
     def start(self) -> None:
-        """Install the handlers; the interpreter writes the number of each signal to a socket, whatever the main thread does."""
+        """Start the thread and install the handlers."""
         self._thread.start()
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for signum in SIGNALS:
             self._before[signum] = signal.signal(signum, self._record)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before, where they are still ours."""
+        """Reinstall the previous handlers, except where another library has installed its own meanwhile."""
         signal.set_wakeup_fd(self._fd_before, warn_on_full_buffer=False)
         for signum, handler in self._before.items():
             if signal.getsignal(signum) == self._record:
                 signal.signal(signum, handler)
 
     def close(self) -> None:
-        """End the thread."""
+        """Restore the handlers and end the thread."""
         self.restore()
         self._writer.close()
         self._thread.join()
         self._reader.close()
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
+        """The handler: note the signal, and raise `Stopped` unless the run is to save itself first."""
         self._handled.append(signum)
         self.signum = self.signum or signum
         second_interrupt = signum == signal.SIGINT and self._handled.count(signum) == 2
-        # where nothing is saved, a second one must not disturb cleaning up
+        # saving: a second Ctrl-C ends it. Nothing to save: only the first signal raises, so that cleaning up is not disturbed
         if second_interrupt if self.waits else len(self._handled) == 1:
             raise Stopped(signum)
 
     def _keep_time(self) -> None:
+        """The thread: wait for signals until the deadline, then end the process; returns when the socket is closed."""
         while True:
             timeout = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
             if select.select([self._reader], [], [], timeout)[0]:
@@ -110,6 +118,7 @@ class SignalWatch:
                 end_process(last_line(self.signum), exit_status(self.signum))
 
     def _note(self, signum: int) -> None:
+        """Set the deadline by the first signal, and announce the grace period."""
         now = time.monotonic()
         self.signum = self.signum or signum
         self._noted.append(signum)
@@ -122,16 +131,16 @@ class SignalWatch:
             say(f"{name}: the run is saved and ends, within {self.period:g} s (trainer.grace_period){again}")
 
 
-_watches: list[SignalWatch] = []  # of this process: one or none
-AT_END: list[Callable[[], None]] = []  # what `end_process` does first
+_watches: list[SignalWatch] = []  # one or none per process
+AT_END: list[Callable[[], None]] = []  # actions of `end_process`
 _ending = threading.Lock()
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Answer signals inside: a command that they end says so in one line and leaves by Stopped.
+    """Context manager: signals end the command inside, with one line that says so, by raising `Stopped`.
 
-    Does nothing where they are answered already, and outside of the main thread, where Python takes no handlers.
+    No effect inside another one, and outside of the main thread, where Python allows no handlers.
     """
     if _watches or threading.current_thread() is not threading.main_thread():
         yield
@@ -150,14 +159,14 @@ def handle_signals() -> Iterator[None]:
 
 
 def received_signal() -> int | None:
-    """The first signal that this process was sent; None for none."""
+    """The first signal that this process received, or None."""
     return _watches[-1].signum if _watches else None
 
 
 def end_at_once(message: str, *, grace_period: float) -> None:
-    """Let the next signal end the command at once: nothing is there to be saved, as `message` says.
+    """Let the next signal end the command at once, since nothing is worth saving; `message` is its last line.
 
-    Stopped if there was one already, by which a sweep ends before its next job.
+    Raises `Stopped` if a signal has come before, which ends a sweep before its next job. grace_period: seconds, for later.
     """
     SignalWatch.period = _checked(grace_period)
     if _watches:
@@ -168,16 +177,16 @@ def end_at_once(message: str, *, grace_period: float) -> None:
 
 
 def _checked(seconds: object) -> float:
-    """The seconds of trainer.grace_period; ConfigError for what are none."""
+    """The seconds of trainer.grace_period; ConfigError unless they are a positive finite number."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ConfigError(f"trainer.grace_period={seconds}: give the seconds that a run has to be saved in, above 0")
     return float(seconds)
 
 
 def save_first(describe: Callable[[], str]) -> None:
-    """Let signals wait from here on: the run asks for them, saves itself and ends within the grace period.
+    """Let signals wait from now on: the run polls `received_signal`, saves itself and ends within the grace period.
 
-    Stopped if there was one already.
+    describe: returns what has been saved. Raises `Stopped` if a signal has come before.
     """
     if _watches:
         watch = _watches[-1]
@@ -187,18 +196,21 @@ def save_first(describe: Callable[[], str]) -> None:
 
 
 def grace_period() -> float:
-    """Seconds in which this process must have ended when something asks it to."""
+    """Seconds within which this process must end after a signal."""
     return SignalWatch.period
 
 
 def last_line(signum: int) -> str:
-    """By which signal the process ends, and what it has saved."""
+    """The last line of a command that a signal ended: the signal, and what was saved."""
     message = _watches[-1].describe() if _watches else ""
     return f"stopped     by {signal.Signals(signum).name}" + (f": {message}" if message else "")
 
 
 def end_process(line: str, status: int) -> NoReturn:
-    """End this process from any thread, whatever the others do: nothing half-written is left, and one line says why."""
+    """End this process from any thread: run AT_END, remove unfinished files, write one line, exit with `status`.
+
+    os._exit, because the main thread may never return from what blocks it.
+    """
     _ending.acquire()  # never released: only one thread ends it
     for action in [*AT_END, remove_unfinished]:
         _try(action)
@@ -208,13 +220,16 @@ def end_process(line: str, status: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Write a line to stderr for all processes of a run."""
+    """Write a line to stderr, in the first process of a run only.
+
+    os.write, because the main thread may hold the lock of sys.stderr.
+    """
     if line and all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES):
         _try(lambda: os.write(2, f"{line}\n".encode()))
 
 
 def _try(action: Callable[[], object]) -> None:
-    """Do what may fail, or wait for ever: for a lock that the main thread holds, a full pipe, a disk that is gone."""
+    """Run an action for at most a second, ignoring errors: it may wait for a lock of the main thread or a full pipe."""
 
     def act() -> None:
         with suppress(Exception):
@@ -226,9 +241,9 @@ def _try(action: Callable[[], object]) -> None:
 
 
 def outlive_signals(worker: int) -> None:
-    """For processes that load data: what is sent to all processes of a run ends them only after the run had its time.
+    """Worker start function: a data-loading process ends by a signal only after the run has had its grace period.
 
-    A SIGALRM, which nobody handles, ends them should nobody else have.
+    Launchers send signals to all processes of a run. SIGALRM, which has no handler, ends the worker if nobody else does.
     """
     seconds = math.ceil(grace_period()) + 5
     for signum in SIGNALS:
@@ -236,7 +251,7 @@ def outlive_signals(worker: int) -> None:
 
 
 def _forget_in_child() -> None:
-    """Processes that are forked end by signals as ever, and do not wake the thread of their parent."""
+    """In a forked child: restore the default handlers, and do not wake the parent's thread."""
     while _watches:
         _watches.pop().restore()
 

@@ -1,4 +1,4 @@
-"""What Lightning lacks: exact checkpoints, clean interruption, one row of metrics for everyone, samples."""
+"""Callbacks for what Lightning lacks: exact checkpoints, clean interruption, one row of metrics for all outputs, samples."""
 
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from genai_pl.callbacks.checkpoint_files import newest_checkpoints, saved_at, step_of

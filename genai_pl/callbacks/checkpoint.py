@@ -1,4 +1,10 @@
-"""Checkpoints by step that resume exactly: written whole or not at all, with everything that the next step depends on."""
+"""Checkpoints by optimizer step that resume exactly: atomic, with everything that the next step depends on.
+
+Beside Lightning's state a checkpoint holds the state of every random generator of every rank, the position of every
+rank in its data, and model and tokenizer. A resumed run then draws the numbers and batches that the uninterrupted run
+would have drawn. `AtomicCheckpointIO` writes and reads single files (sharded checkpoints go through the strategy);
+`StepCheckpoint` decides when, what is kept, and what is restored.
+"""
 
 import logging
 import random
@@ -25,10 +31,13 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing through ours: temporary name, flush, rename; and data only on the way in."""
+    """Lightning's checkpoint plugin with atomic writes and data-only reads (`genai_pl.checkpoints.file`).
+
+    written: called with the path of each complete checkpoint
+    """
 
     def __init__(self, written: Callable[[Path], None]) -> None:
-        self.written = written  # told of each checkpoint that is whole
+        self.written = written
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         write_checkpoint(checkpoint, Path(path))
@@ -42,7 +51,14 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class StepCheckpoint(Checkpoint):
-    """Writes `step=000200.ckpt` every n optimizer steps, keeps the newest few, and points `last.ckpt` at the newest."""
+    """Writes `step=000200.ckpt` every n optimizer steps, keeps the newest few, and points `last.ckpt` at the newest.
+
+    folder: of the run's checkpoints
+    every_n_steps: optimizer steps between two of them; the last step of a run always gets one
+    keep: how many stay; at least the newest two until a step after the newest has given a finite loss
+
+    `describe_run` gives the rest, which is known only when model and tokenizer are.
+    """
 
     def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
@@ -52,59 +68,70 @@ class StepCheckpoint(Checkpoint):
         self.last_step = -1
         self.started = False  # whether a first step has begun
         self._seen = 0
-        self._unconfirmed = False  # whether the newest one has been written and not been trained on since
-        self._rng: list[dict] = []  # of the run that goes on, by rank
+        self._unconfirmed = False  # whether no step has followed the newest checkpoint yet
+        self._rng: list[dict] = []  # generator states of the resumed run, by rank
 
     def describe_run(
         self, contents: dict[str, object], *, trained_only: bool = False, on_start: Callable[[], None]
     ) -> None:
-        """Take what a checkpoint holds besides Lightning's state, and what to call when the run starts.
+        """Set what a checkpoint holds besides Lightning's state, and what to call when the run starts.
 
-        contents: model, tokenizer, length, settings.
-        trained_only: leave out what is frozen, the base of an adapter, which is kept elsewhere.
-        on_start: called once by each process when all is restored.
+        contents: model, tokenizer, length, settings
+        trained_only: leave out frozen weights: the base of an adapter, which is kept elsewhere
+        on_start: called once by each process when all is restored
         """
         self.contents, self.trained_only, self.on_start = contents, trained_only, on_start
 
     @property
     def last(self) -> Path:
+        """The link to the newest checkpoint."""
         return self.folder / "last.ckpt"
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        """Save at a multiple of every_n_steps; inside an accumulation window there is nothing to save."""
         before, self._seen = self._seen, trainer.global_step
-        if self._seen > max(before, self.last_step):  # a finite loss with the weights of the newest one
+        if self._seen > max(before, self.last_step):  # the newest checkpoint's weights gave a finite loss
             self.confirm()
         if passed(before, self._seen, self.every_n_steps) and not module.window:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Save the last step, if it has no checkpoint yet."""
         if trainer.global_step and trainer.global_step != self.last_step:
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint of the current step; TrainingError, and none is written, where no loss can be had of it."""
+        """Write the checkpoint of the current step.
+
+        TrainingError, and nothing is written, where a weight is so large that no loss can be computed: the checkpoint
+        before it is worth more than one that cannot be trained on.
+        """
         if not _is_finite(trainer):
             raise TrainingError(f"the weights have grown out of all bounds at step {trainer.global_step}")
         self.last_step = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step:06d}.ckpt")
 
     def written(self, path: Path) -> None:
-        """Point `last.ckpt` at the checkpoint if it is one of ours, and forget the oldest."""
+        """Point `last.ckpt` at a complete checkpoint of this folder, and remove the oldest."""
         if path.parent != self.folder or not path.name.startswith("step="):
             return
         link(path, self.last)
         self._unconfirmed = True
-        # the one before is good, as is known of this one only after a step more
+        # the previous one is known to be good; this one only after the next step
         self._keep_newest(max(self.keep, 2))
 
     def confirm(self) -> None:
-        """Say that the weights of the newest checkpoint have given a finite loss: older ones may go."""
+        """Note that the weights of the newest checkpoint have given a finite loss: older ones may be removed."""
         if self._unconfirmed:
             self._unconfirmed = False
             self._keep_newest(self.keep)
 
     def set_aside(self, step: int) -> Path | None:
-        """Take the checkpoint of a step, whose weights give no finite loss, out of those that a run goes on from."""
+        """Rename the checkpoint of a step to `aside-...`, so that no run resumes from it; None if there is none.
+
+        For weights that give no finite loss. Returns the new path; `last.ckpt` then points at the newest remaining
+        one.
+        """
         path = self.folder / f"step={step:06d}.ckpt"
         if not path.exists():
             return None
@@ -115,17 +142,18 @@ class StepCheckpoint(Checkpoint):
         return aside
 
     def _keep_newest(self, n: int) -> None:
+        """Remove all but the n checkpoints of the highest steps."""
         for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
             remove_checkpoint_files(old)
 
     def begin(self) -> None:
-        """Say that all is restored: from here on the run writes."""
+        """Call `on_start` once: all is restored, and the run may write."""
         if not self.started:
             self.started = True
             self.on_start()
 
     def rewind(self, checkpoint: Path) -> None:
-        """Set aside what a run wrote after the step that it goes on from, which would count as newer."""
+        """Set aside the checkpoints after the step that a run resumes from: they would count as newer."""
         step = step_of(checkpoint)
         for path in self.folder.glob("step=*.ckpt"):
             if named_step(path) > step:
@@ -135,14 +163,20 @@ class StepCheckpoint(Checkpoint):
             link(checkpoint, self.last)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        """Add generator states of all ranks, data positions and `contents`; drop frozen weights if so set. A collective."""
+        # generator states of all ranks, in one file
         states = [None] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, _rng_state())
         else:
             states = [_rng_state()]
+        # without the frozen weights of an adapter's base
         if self.trained_only:
             frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-            for kind in {"state_dict", "current_model_state"} & checkpoint.keys():  # the second beside means of weights
+            for kind in {
+                "state_dict",
+                "current_model_state",
+            } & checkpoint.keys():  # the second exists beside averaged weights
                 checkpoint[kind] = {name: x for name, x in checkpoint[kind].items() if name not in frozen}
         checkpoint[MARK] = {
             "format": 1,
@@ -154,24 +188,36 @@ class StepCheckpoint(Checkpoint):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        """Check that the checkpoint fits this run, and prepare its progress, data position and generator states.
+
+        ConfigError where its weights are averages that need callbacks=ema; CheckpointError where trained weights are
+        missing.
+        """
         averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
-        if "current_model_state" in checkpoint and not averages:  # its other weights are the means
+        if "current_model_state" in checkpoint and not averages:  # `state_dict` holds the averages
             raise ConfigError("callbacks: the run keeps means of its weights, and goes on with callbacks=ema only")
+        # batches of the current epoch, counted in this run's batch size
         self.last_step = checkpoint["global_step"]
         _set_progress(checkpoint["loops"]["fit_loop"], rows_per_batch(trainer))
+        # every trained weight must be in it
         missing = {name for name, p in module.named_parameters() if p.requires_grad} - set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint lacks {min(missing)}: it is of another model or adapter")
+        # this replica's position in a stream, and generator states if there are as many replicas
         ours = checkpoint[MARK]
         restore_share(trainer, checkpoint, ours)
         if ours.get("replicas", len(ours["rng"])) == n_replicas(trainer):
             self._rng = ours["rng"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Restore the generators, as late as possible, and run a validation that was due when the run was stopped.
+
+        With another number of replicas no saved state fits; each replica then seeds itself from seed, step and number.
+        """
         self.begin()
         self._seen = trainer.global_step
         validate_if_due(trainer)
-        # the data iterators exist by now: nothing draws between here and the next step
+        # the data iterators exist by now: nothing is drawn between here and the next step
         if len(self._rng) == trainer.world_size:
             _set_rng(self._rng[trainer.global_rank])
         elif n_replicas(trainer) > 1:  # dropout differs where batches do
@@ -182,7 +228,10 @@ class StepCheckpoint(Checkpoint):
 
 @torch.no_grad()
 def _is_finite(trainer: L.Trainer) -> bool:
-    """Whether the norm of each trained weight is a number, on all ranks: squares that overflow do so in a model, too."""
+    """Whether the norm of every trained weight is finite, on all ranks.
+
+    A norm in float32 overflows for weights whose squares do, and such weights overflow in a model, too.
+    """
     weights = [
         local_shard(p) for p in trainer.lightning_module.parameters() if p.requires_grad and p.is_floating_point()
     ]
@@ -192,15 +241,16 @@ def _is_finite(trainer: L.Trainer) -> bool:
 
 
 def rows_per_batch(trainer: L.Trainer) -> int:
-    """How many rows all processes take together for a batch."""
+    """Rows of one batch over all processes."""
     plan = trainer.datamodule.batch_plan()
     return plan.batch_size * plan.world_size
 
 
 def _set_progress(loop: dict, rows: int) -> None:
-    """Count the batches of the epoch under way as the loader does, in batches of `rows` rows; none of one that was over.
+    """Count the batches of the current epoch in batches of `rows` rows; none if the epoch was complete.
 
-    Lightning counts on from the old batches: it would leave the epoch too early, or after a single batch.
+    Lightning would continue from the old count: with another batch size or number of processes it would end the epoch
+    too early, or after a single batch.
     """
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["total"]
     if batches["is_last_batch"] and epochs["completed"] == epochs["ready"]:
@@ -216,6 +266,7 @@ def _set_progress(loop: dict, rows: int) -> None:
 
 
 def _rng_state() -> dict[str, object]:
+    """States of torch's, Python's, numpy's and CUDA's generators, as tensors and plain data that weights_only can load."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
@@ -228,6 +279,7 @@ def _rng_state() -> dict[str, object]:
 
 
 def _set_rng(state: dict) -> None:
+    """Restore what `_rng_state` returned; CUDA's only if there are as many devices."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run as files: which is the newest, by their steps, and the name that points at it."""
+"""Checkpoint files of a run: their order by step, the link to the newest, and their removal."""
 
 import os
 import shutil
@@ -12,20 +12,28 @@ from genai_pl.errors import CheckpointError
 
 
 def newest_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run by their steps, the last first; times say nothing of a folder that was copied."""
+    """The checkpoints of a run, the highest step first.
+
+    Steps decide, not modification times: copying a folder may change those. `last.ckpt` and its target are one file
+        and appear once.
+    """
     paths = [path for path in [*folder.glob("last.ckpt"), *folder.glob("step=*.ckpt")] if is_checkpoint(path)]
     by_inode = {path.stat().st_ino: path for path in paths}
     return sorted(by_inode.values(), key=_step_at_least, reverse=True)
 
 
 def named_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """The step in a checkpoint's name, -1 where it has none.
+
+    >>> named_step(Path("step=000200.ckpt")), named_step(Path("last.ckpt"))
+    (200, -1)
+    """
     number = path.name.removeprefix("step=").removesuffix(".ckpt")
     return int(number) if number.isdecimal() else -1
 
 
 def _step_at_least(path: Path) -> int:
-    """The step of a checkpoint; one that has it neither in its name nor in readable contents stands before all others."""
+    """The step by name or contents; an unreadable checkpoint sorts before all others, to be reported."""
     if (step := named_step(path)) >= 0:
         return step
     try:
@@ -40,7 +48,10 @@ def step_of(path: Path) -> int:
 
 
 def saved_at(path: Path) -> tuple[float, int]:
-    """When a checkpoint was written, as it says itself, and its step; zeros where it cannot be read."""
+    """Time and step of a checkpoint by its contents; zeros where it cannot be read.
+
+    The time is in Unix seconds, and never later than now: the clock of another machine may be ahead.
+    """
     try:
         contents = read_contents(path)
     except CheckpointError:
@@ -52,7 +63,10 @@ def saved_at(path: Path) -> tuple[float, int]:
 
 
 def link(path: Path, link: Path) -> None:
-    """A second name for the file or folder, swapped in one rename (a copy where the disk has no hard links)."""
+    """A second name for a file or folder, put in place by one rename, so that the name always exists.
+
+    A hard link to a file (a copy where the disk has none), a symbolic link to a folder.
+    """
     temporary = open_temporary(link)
     try:
         if path.is_dir():
@@ -62,12 +76,13 @@ def link(path: Path, link: Path) -> None:
     except OSError:
         temporary.write_bytes(path.read_bytes())
     os.replace(temporary, link)
-    temporary.unlink(missing_ok=True)  # two names of one file are left as they are: `link` was that of `path`
+    temporary.unlink(missing_ok=True)  # renaming one name of a file onto another does nothing
 
 
 def remove_checkpoint_files(path: Path) -> None:
+    """Remove a checkpoint; of a folder first the file that makes it one, so that half a folder counts as none."""
     if path.is_dir():
-        (path / CONTENTS).unlink(missing_ok=True)  # half a folder is no checkpoint
+        (path / CONTENTS).unlink(missing_ok=True)
         shutil.rmtree(path)
     else:
         path.unlink()

@@ -1,4 +1,7 @@
-"""What the person in front of the run sees: one aligned line per log interval, and on a terminal a bar with the time left."""
+"""Console output of a run: an aligned line per log interval, and on a terminal a progress bar with the time left.
+
+The rows are those of the Monitor, so the console prints what the files hold.
+"""
 
 import sys
 import time
@@ -9,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from genai_pl.modules.base import BaseModule
 from genai_pl.modules.columns import Column
 
-COLUMNS = (  # behind those of the objective
+COLUMNS = (  # after those of the objective
     Column("train/lr", "lr", "{:8.2e}"),
     Column("train/grad_norm", "grad norm", "{:9.3f}"),
     Column("train/skipped_steps", "skipped", "{:7.0f}"),  # with fp16
@@ -21,7 +24,10 @@ COLUMNS = (  # behind those of the objective
 
 
 class Console(ProgressBar):
-    """Prints rows that the Monitor hands over, validation results, and a bar where stdout is a terminal."""
+    """Prints the Monitor's rows, validation metrics, and a bar where stdout is a terminal.
+
+    Columns are the objective's (`module.columns`) and COLUMNS; a column without a value is left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,9 +38,10 @@ class Console(ProgressBar):
         self._first_step = 0
 
     def disable(self) -> None:
-        """Lightning's word to the ranks that are not to print: each method here asks for the rank itself."""
+        """Nothing: Lightning disables progress bars on other ranks, and here each method checks the rank itself."""
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take the objective's columns, start the clock, and open the bar."""
         self._columns = (*module.columns, *COLUMNS)
         self._start, self._first_step = time.perf_counter(), trainer.global_step
         if sys.stdout.isatty() and trainer.is_global_zero:
@@ -53,15 +60,16 @@ class Console(ProgressBar):
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Print one row of training metrics, the headings before every twentieth."""
-        shown = [column for column in self._columns if column.metric in metrics]
+        columns = [column for column in self._columns if column.metric in metrics]
         if self._rows % 20 == 0:
-            names = [column.heading.rjust(len(column.form.format(0))) for column in shown]
+            names = [column.heading.rjust(len(column.form.format(0))) for column in columns]
             self.say("  ".join(["    step", *names, "    left"]))
         self._rows += 1
-        cells = [column.form.format(metrics[column.metric]) for column in shown]
+        cells = [column.form.format(metrics[column.metric]) for column in columns]
         self.say("  ".join([f"{step:8d}", *cells, f"{self._left(step):>8}"]))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Print the metrics of a complete validation in one line."""
         if module.validation_cut or not trainer.is_global_zero:
             return
         values = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -76,10 +84,11 @@ class Console(ProgressBar):
             print(line, flush=True)
 
     def print(self, *args: object, **_: object) -> None:
-        """Lightning's own messages."""
+        """Print Lightning's own messages, above the bar."""
         self.say(" ".join(str(a) for a in args))
 
     def _left(self, step: int) -> str:
+        """The time left at the mean speed so far, as text; empty where no end is known."""
         done = step - self._first_step
         total = self.trainer.max_steps
         if total < 0 or done <= 0:
@@ -88,7 +97,11 @@ class Console(ProgressBar):
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 42s, 3m05s, 2h10m."""
+    """Seconds as people read them.
+
+    >>> duration(42), duration(185), duration(7800)
+    ('42s', '3m05s', '2h10m')
+    """
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -1,4 +1,9 @@
-"""Divergence: one warning where the training loss rises far above its best, and one line at the end if it stayed there."""
+"""Divergence: one warning where the training loss rises far above its best, and one line at the end if it stays there.
+
+The difficulty is noise: small batches have losses of any height, and a loss near 0 may triple harmlessly. So levels
+    are medians of several losses, and a rise counts only in proportion to the differences that neighbouring steps had
+    at the best level.
+"""
 
 import logging
 import math
@@ -9,20 +14,23 @@ import lightning as L
 
 log = logging.getLogger(__name__)
 
-RECENT, LEAST = 5, 3  # losses whose median is a level, and with how few one is taken
-TIMES = 3.0  # losses above so many times the best level are far above it
-NOISES = 4.0  # if they are by so many mean differences between neighbouring steps, too
-EXPLODES = 10.0  # two losses above so many times the first one, or 1, are enough
-HISTORY, FIRST = 100, 10  # differences that are known, and steps after which those at the best level count
+RECENT, LEAST = 5, 3  # losses whose median is a level, and the fewest of which one is taken
+TIMES = 3.0  # a loss is far above the best level if it is above so many times that,
+NOISES = 4.0  # and also above it by so many mean differences between neighbouring steps
+EXPLODES = 10.0  # two losses above so many times the first one, or so much, are enough
+HISTORY, FIRST = 100, 10  # differences that are kept, and steps after which those at the best level count
 
 
 class LossWatch:
-    """The losses of a run, step by step, and whether the last ones are far above the best level.
+    """The losses of a run, step by step, and whether the recent ones are far above the best level.
 
-    The best level is the lowest median of 5 losses. A run has diverged when each of the last 5 is more than 3 times that,
-    and 4 mean differences between neighbouring steps as they were at the best level: one hard batch does not count, small
-    batches are noisy, and a loss near 0 may triple. In the first 10 steps a difference counts up to the first loss and 1, as
-    what explodes there is no noise. Two losses above 3 times that bound and 10 times the first loss, or 10, are enough.
+    The best level is the lowest median of 5 losses. A run has diverged when each of the last 5 is more than 3 times
+    that, and 4 mean differences between neighbouring steps, as they were at the best level: one hard batch does not
+    count, small batches are noisy, and a loss near 0 may triple. In the first 10 steps a difference counts at most as
+    the larger of first loss and best level, plus 1, as an explosion is no noise. Two losses above 3 times that bound
+    and 10 times the first loss, or 10, are enough.
+
+    diverged: whether the run has diverged, and has not come back since
     """
 
     def __init__(self) -> None:
@@ -34,15 +42,17 @@ class LossWatch:
         self.diverged = False
 
     def add(self, step: int, loss: float) -> bool:
-        """Count the loss of a step; whether a divergence begins there."""
+        """Count the loss of a step; returns whether a divergence begins with it."""
         if not math.isfinite(loss):
-            return False  # of a step that fp16 leaves out
+            return False  # a step that fp16 loss scaling skips
+        # history of losses and of their differences
         if not self.n_steps:
             self.first = loss
         if self.recent:
             self.differences.append(abs(loss - self.recent[-1]))
         self.recent.append(loss)
         self.last, self.last_step, self.n_steps = loss, step, self.n_steps + 1
+        # best level so far, and the noise there
         level = median(self.recent) if self.n_steps >= LEAST else loss
         best = level < self.best
         if best:
@@ -51,6 +61,7 @@ class LossWatch:
             noise = fmean(self.differences)
             most = max(abs(self.best), abs(self.first)) + 1
             self.noise = min(noise, most) if self.n_steps <= FIRST else noise
+        # five losses far above the best level, or two enormous ones
         is_far_above = len(self.recent) == RECENT and min(self.recent) > self.limit()
         explodes = self.n_steps >= LEAST and min(list(self.recent)[-2:]) > max(
             3 * self.limit(), EXPLODES * max(abs(self.first), 1.0)
@@ -68,7 +79,7 @@ class LossWatch:
 
 
 class Divergence(L.Callback):
-    """Says in one line that a run diverges, as soon as it does, and at its end if it has not come back."""
+    """Warns in one line when a run diverges, and again at its end if it has not come back."""
 
     def __init__(self) -> None:
         self.watch = LossWatch()
@@ -82,9 +93,10 @@ class Divergence(L.Callback):
             setattr(self.watch, name, deque(restored, maxlen=value.maxlen) if isinstance(value, deque) else restored)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        """Watch the loss once per optimizer step, of objectives whose loss is expected to fall (`loss_falls`)."""
         if not module.loss_falls or trainer.global_step == self.watch.last_step or module.window:
             return
-        begins = self.watch.add(trainer.global_step, float(module.step_loss))  # the step has waited for it already
+        begins = self.watch.add(trainer.global_step, float(module.step_loss))  # the step has synchronized already
         if begins and trainer.is_global_zero:
             log.warning("diverging   %s; lower optimizer.lr, or warm up for longer", self.watch.describe())
 

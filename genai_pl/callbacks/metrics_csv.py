@@ -1,4 +1,4 @@
-"""Every logged scalar by step in one CSV file, which a resumed run continues as if it had never stopped."""
+"""Metrics table: every logged scalar by step in one CSV file, which a resumed run continues as if it had never stopped."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,13 @@ from genai_pl.atomic_io import naming, write_atomic
 
 
 class MetricsCSV(Logger):
-    """Rows of step and metrics; a new column rewrites the file, anything else is appended and flushed."""
+    """A Lightning logger that writes rows of step and metrics.
+
+    path: of the file
+
+    A row with a new column, or one for the step of the last row (validation after training), rewrites the file
+    atomically; any other is appended and flushed.
+    """
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -28,11 +34,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Keep what an earlier part of the run wrote up to this step."""
+        """Keep the rows of an earlier part of the run up to this step; incomplete rows of a crash are dropped."""
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                # a row that the crash cut short has no step or misses columns
+                # a row that a crash cut short has no step, or too few columns
                 self.rows = [
                     r
                     for r in reader
@@ -43,6 +49,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a row, or add these metrics to the last row if it is of the same step."""
         row = {"step": str(step or 0), **{k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}}
         new = [k for k in row if k not in self.columns]
         merged = bool(self.rows) and self.rows[-1]["step"] == row["step"]
@@ -57,9 +64,11 @@ class MetricsCSV(Logger):
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def log_hyperparams(self, *_: object, **__: object) -> None:
-        """The configuration lies in .hydra; the table holds numbers only."""
+        """Nothing: the configuration is in .hydra, and the table holds numbers only."""
 
     def _rewrite(self) -> None:
+        """Write all rows with the current columns, atomically."""
+
         def write(temporary: Path) -> None:
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns, restval="")

@@ -1,4 +1,8 @@
-"""What a run is doing, measured at every log interval and written to all loggers under the documented names."""
+"""Run metrics: one row per log interval, measured here and sent to all loggers under the documented names.
+
+Speed counts the tokens that the model read (`module.n_tokens`) over the time since the last row, validations excluded.
+MFU divides the FLOPs of those tokens by the peak of the devices: measured for a CPU, from a table for GPUs.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +21,11 @@ Listener = Callable[[int, dict[str, float]], None]
 class Monitor(L.Callback):
     """Logs the module's step metrics with lr, gradient norm, tokens per second, MFU, data wait and memory.
 
-    `flops` gives those of a token, for MFU, once the data are there; `listeners` are called with (step, metrics) for
-    every row, so that the console prints what the files hold.
+    every_n_steps: optimizer steps between rows; the first and the last step always give one
+    flops: function of no arguments that returns the FLOPs per token of the model, called when training starts
+    listeners: called with (step, metrics) of every row, such as the console
+
+    `tokens_seen`, of the whole run over all ranks, is part of the checkpoint.
     """
 
     def __init__(
@@ -29,7 +36,7 @@ class Monitor(L.Callback):
         self.flops = FlopRates(0.0, 0.0, 0.0)
         self._peak_flops: float | None = None
         self._step = 0
-        self._reset()  # a run that is at its last step already is validated without being trained
+        self._reset()  # a run that is at its last step already only validates
 
     def state_dict(self) -> dict[str, int]:
         return {"tokens_seen": self.tokens_seen}
@@ -38,16 +45,19 @@ class Monitor(L.Callback):
         self.tokens_seen = state["tokens_seen"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Measure the peak of the device, and start the first interval."""
         self.flops, self._peak_flops = self._count_flops(), peak_flops(module.device)
         self._step = trainer.global_step
         self._reset()
 
     def _reset(self) -> None:
+        """Start a new interval: no tokens, no time waited or paused."""
         self._start = self._batch_end = time.perf_counter()
         self._tokens, self._written, self._targets = 0, 0, torch.zeros(())
         self._waited, self._paused = 0.0, 0.0
 
     def on_train_batch_start(self, *_: object) -> None:
+        """The time since the last batch ended was spent waiting for data."""
         self._waited += time.perf_counter() - self._batch_end
 
     def on_validation_start(self, *_: object) -> None:
@@ -60,10 +70,13 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: dict, batch_idx: int
     ) -> None:
+        """Count the tokens of a batch, and log a row if one is due."""
+        # tokens read by the model, targets, and tokens that an encoder-decoder writes
         n_tokens = module.n_tokens(batch) * n_replicas(trainer)
         self._tokens, self.tokens_seen = self._tokens + n_tokens, self.tokens_seen + n_tokens
         self._targets = self._targets + batch["targets"]
         self._written += batch["decoder_input_ids"].numel() if "decoder_input_ids" in batch else 0
+        # one row per optimizer step at most, however many batches it has
         if trainer.global_step != self._step:
             before, self._step = self._step, trainer.global_step
             due = passed(before, self._step, self.every_n_steps)
@@ -72,7 +85,8 @@ class Monitor(L.Callback):
         self._batch_end = time.perf_counter()
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        metrics = module.step_metrics()  # waits for the device
+        """Send a row of metrics to loggers and listeners, and start a new interval."""
+        metrics = module.step_metrics()  # synchronizes with the device, so that the time below is exact
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rate = self._tokens / seconds
         metrics |= module.update_metrics() | {
@@ -82,7 +96,7 @@ class Monitor(L.Callback):
             "train/memory_gib": memory_gib(module.device),
         }
         if self._peak_flops:
-            n = n_replicas(trainer)  # processes that see other batches; those that share one share its work
+            n = n_replicas(trainer)  # ranks that share a batch also share its work
             done = self.flops.total(read=self._tokens, written=n * self._written, predicted=n * float(self._targets))
             metrics["train/mfu"] = done / seconds / (self._peak_flops * trainer.world_size)
         if trainer.is_global_zero:

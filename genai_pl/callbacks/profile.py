@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by torch's profiler."""
+"""Profiling: where the time of a training step goes, by torch's profiler."""
 
 import logging
 from pathlib import Path
@@ -9,17 +9,22 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from genai_pl.atomic_io import write_atomic
 
 log = logging.getLogger(__name__)
-SKIPPED, WARM, MEASURED = 1, 1, 3  # batches: the first are slower than all that come
+SKIPPED, WARM, MEASURED = 1, 1, 3  # batches; the first are slower than the others
 
 
 class Profile(L.Callback):
-    """Writes `trace.json` (chrome://tracing, perfetto.dev) of three batches, and logs the operations that cost most."""
+    """Writes `trace.json` (chrome://tracing, perfetto.dev) of three batches, and logs the operations that cost most.
+
+    folder: of the trace
+    rows: operations that are logged
+    """
 
     def __init__(self, folder: Path, *, rows: int = 10) -> None:
         self.folder, self.rows = folder, rows
         self._profiler: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the profiler, which waits and warms up for a batch each; the first rank writes."""
         activities = [ProfilerActivity.CPU]
         if module.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -29,6 +34,7 @@ class Profile(L.Callback):
         self._profiler.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Advance by a batch, and stop after the last measured one."""
         if self._profiler is None:
             return
         self._profiler.step()
@@ -40,10 +46,12 @@ class Profile(L.Callback):
             self._close()
 
     def _close(self) -> None:
+        """Stop the profiler, which writes what it has measured."""
         profiler, self._profiler = self._profiler, None
         profiler.stop()
 
     def _write(self, profiler: profile) -> None:
+        """The trace and the log lines; one line where the run had too few batches."""
         measured = min(profiler.step_num - SKIPPED - WARM, MEASURED)
         if measured < 1:
             log.info("profile     none: it takes %d batches, and there were fewer", SKIPPED + WARM + 1)

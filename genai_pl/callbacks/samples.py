@@ -1,4 +1,4 @@
-"""Text written by the model while it learns, in the console and in TensorBoard."""
+"""Samples: text that the model generates during training, in the console and in TensorBoard."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 
 
 class Samples(L.Callback):
-    """Continues each prompt every n optimizer steps, from a generator of its own, so that training draws the same numbers.
+    """Continues each prompt every n optimizer steps.
 
-    A policy that is judged in training shows what it wrote there and in validation, with scores and distances instead.
+    every_n_steps: optimizer steps between samples; the last step always gives some
+    prompts: function of no arguments that returns the texts to continue
+    config: how to generate
+    tokenizer: of the model
+    say: where to print
+    seed: of a generator of their own: training draws the same numbers with and without samples
+
+    A policy that learns from rollouts shows completions of those instead, with score and KL, in training and
+    validation.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class Samples(L.Callback):
         self._last = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        """Show samples where they are due. All ranks enter the gather of sharded weights; the first generates."""
         step, before = trainer.global_step, self._last
         due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
         self._last = step
@@ -55,21 +64,24 @@ class Samples(L.Callback):
             self._show_scored(trainer, module.examples, "training", step)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Show scored completions of the validation."""
         if isinstance(module, PolicyGradientModule) and trainer.is_global_zero and not module.validation_cut:
             self._show_scored(trainer, module.examples, "validation", trainer.global_step)
 
     def _show_continuations(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Generate and show a continuation of each prompt."""
         generator = torch.Generator(module.device).manual_seed(self.seed)
         prompts = self.prompts()
         texts = generate_text(module.model, self.tokenizer, prompts, self.config, generator=generator)
-        apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # it does not continue, it answers
+        apart = "\n" if module.model.config.shape is Shape.encoder_decoder else ""  # its target is a text of its own
         for prompt, (text, *_) in zip(prompts, texts, strict=True):
-            shown = f"{prompt}{apart}{text}"
-            self.say(f"--- step {step} ---\n{shown}\n---")
-            quoted = "\n".join(f"    {line}" for line in shown.splitlines())
+            sample = f"{prompt}{apart}{text}"
+            self.say(f"--- step {step} ---\n{sample}\n---")
+            quoted = "\n".join(f"    {line}" for line in sample.splitlines())
             _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
 
     def _show_scored(self, trainer: L.Trainer, examples: Sequence[Example], part: str, step: int) -> None:
+        """Show completions with score and KL, and a Markdown table of them in TensorBoard."""
         for prompt, completion, score, kl in examples:
             self.say(f"--- step {step}, {part}: score {score:.3f}, KL {kl:.3f} ---\n{prompt}{completion}\n---")
         rows = [f"| {_cell(e.prompt)} | {_cell(e.completion)} | {e.score:.3f} | {e.kl:.3f} |" for e in examples]
@@ -78,6 +90,7 @@ class Samples(L.Callback):
 
 
 def _add_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
+    """Send a text to all TensorBoard loggers."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(name, text, step)

@@ -1,4 +1,9 @@
-"""Where each process's share of a stream goes on: a checkpoint, which one process writes, holds that of all."""
+"""Positions of all replicas in a stream: the checkpoint, which one process writes, holds those of all.
+
+Each replica reads its own share of a stream. Its position in that share is part of Lightning's state, of which a
+checkpoint holds only that of the writing process; so they are gathered when saving, and each replica takes its own
+when loading.
+"""
 
 from typing import Any
 
@@ -8,11 +13,11 @@ import torch.distributed as dist
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.modules.base import n_replicas
 
-SHARES = "shares"  # by the number of the replica, which all processes have that see the same batches
+SHARES = "shares"  # key of the positions, by replica; processes that see the same batches are one replica
 
 
 def gather_shares(trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, object]:
-    """What a checkpoint says besides of a stream that several replicas read; all processes have to call this."""
+    """The positions of all replicas, for a checkpoint; nothing without a stream or with one replica. A collective."""
     if not trainer.datamodule.streaming or n_replicas(trainer) == 1:
         return {}
     shares: list[tuple[int, object]] = [(0, None)] * trainer.world_size
@@ -21,7 +26,10 @@ def gather_shares(trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, o
 
 
 def restore_share(trainer: L.Trainer, checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Put this process's share where Lightning looks for it; ConfigError where there are as many replicas no more."""
+    """Put this replica's position where Lightning looks for it.
+
+    ConfigError if the number of replicas has changed: a stream dealt to n readers can only be continued by n.
+    """
     if not trainer.datamodule.streaming:
         return
     before, now = ours.get("replicas", len(ours["rng"])), n_replicas(trainer)

@@ -1,10 +1,14 @@
-"""The validation that was due at the step a run goes on from, and that its first part did not come to."""
+"""Validation on resuming: the one that was due at the step of the checkpoint and that the stopped run did not do."""
 
 import lightning as L
 
 
 def validate_if_due(trainer: L.Trainer) -> None:
-    """Validate if the step that was restored is one to validate at; Lightning takes it for validated."""
+    """Validate if the restored step is one to validate at.
+
+    The checkpoint of a step is written before its validation, and Lightning takes the validation for done after
+    loading it.
+    """
     if trainer.global_step == 0 or not trainer.enable_validation:
         return
     loop = trainer.fit_loop.epoch_loop

@@ -4,11 +4,9 @@ A checkpoint is one file, or a folder of shards (`sharded.py`). Both hold Lightn
 `optimizer_states`, `loops`, `callbacks`, ...) and under the key `genai_pl` what this package adds: `format` 1, `model`
 (configuration), `tokenizer`, `base` and `peft` of adapters, `rng` by rank, `replicas`.
 
-Whoever sends a checkpoint must not be able to run code on the machine that opens it. So a file is unpickled with
-`weights_only=True`, and what survives is checked before anything is built from it: the types of the parts, no
-`_target_` in a stored configuration (Hydra would import and call it), no more layers than there are weights (a model
-of 10^9 layers would be allocated before its weights were found missing). Every refusal is one CheckpointError line
-that names the file.
+Whoever sends a checkpoint must not be able to run code here: it is unpickled with `weights_only=True`, and refused
+before anything is built from it if its configuration has a `_target_` (Hydra would call it), or more layers than
+weights (they would be allocated first). Every refusal is one CheckpointError line that names the file.
 """
 
 from pathlib import Path
@@ -39,7 +37,7 @@ def read_checkpoint(path: Path) -> dict:
 def read_contents(path: Path) -> dict:
     """The contents of a checkpoint; of a sharded one the names of its tensors in their places, no tensor.
 
-    Enough to know step, configuration and shapes, without reading the weights. Errors are those of `read_checkpoint`.
+    Enough to know step, configuration and shapes. Errors are those of `read_checkpoint`.
     """
     sharded = path.is_dir()
     try:

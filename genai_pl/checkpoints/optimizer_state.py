@@ -1,9 +1,8 @@
 """Optimizer states of sharded parameters: saved full or sharded, restored on any number of ranks.
 
-torch numbers an optimizer's parameters in the order of its groups and saves states by those numbers. A state whose
-tensors have the shape of their parameter (moments) is sharded as the parameter is; anything else (step counters,
-Adafactor's rows and columns) is held in full by every rank. So one rank's file can be loaded by eight, and shards of
-eight by one: `restore_state` shards each full value like the parameter that it belongs to here.
+torch saves states by the numbers of parameters, in the order of the groups. A tensor with the shape of its parameter
+(moments) is sharded as the parameter is; anything else (step counters, Adafactor's rows and columns) is held in full
+by every rank. So one rank's file can be loaded by eight, and shards of eight by one.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ def saved_state(optimizer: Optimizer, *, sharded: bool) -> State:
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = {
-        # of tensors of another shape there are few: one value per row or column
+        # values of another shape are small: one number per row or column
         n: {
             name: v if sharded and _is_sharded_like(v, parameters[n]) else full_tensor_on_cpu(v)
             for name, v in values.items()
@@ -46,7 +45,7 @@ def restore_state(optimizer: Optimizer, saved: State) -> None:
     state = {
         n: {name: _shard_value(v, parameters[n]) for name, v in values.items()} for n, values in saved["state"].items()
     }
-    # which kernel steps the parameters depends on how they lie here
+    # which kernel may step the parameters depends on how they are sharded here
     groups = [
         {**group, **{name: own[name] for name in ("fused", "foreach") if name in own}}
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)

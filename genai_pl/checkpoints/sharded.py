@@ -117,8 +117,7 @@ def _replace(checkpoint: dict, replacement: Callable[[str, object], object]) -> 
 class ShardedWriter(HuggingFaceStorageWriter):
     """DCP's safetensors writer under a temporary folder name, committed when all ranks have written.
 
-    `finish` runs on the first rank only, after DCP has collected the results of all: only then is the folder renamed,
-    and `on_commit` called with its final path.
+    `finish` runs on the first rank, after all have written: it renames the folder and calls `on_commit` with its path.
     """
 
     def __init__(self, temporary: Path, path: Path, on_commit: Callable[[Path], None]) -> None:

@@ -195,7 +195,7 @@ def preference_metrics(
     metrics = pair_metrics(scores[:n], scores[n:], lengths)
     if judges:
         return metrics
-    means = (scores.preview(2, n).T / lengths).unbind(1)
+    means = (scores.view(2, n).T / lengths).unbind(1)
     return {**metrics, "accuracy_per_token": win_rate(means[0] - means[1])}
 
 

@@ -23,7 +23,7 @@ from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import Encoder, prepare_for_decoding
-from genai_pl.peft import adapters_of
+from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITER_RULE, refuse_unused
 
@@ -83,7 +83,7 @@ def check_options(config: DictConfig) -> None:
 def run_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
     """Answer the prompts as turns of one conversation, or hold it at the terminal; the exit status."""
     names = adapter_names(config)
-    assign_adapters(loaded.model, names, config.adapter_weights, 1, 1)
+    assign_adapters(loaded.model, names, config.adapter_weights, 1)
     generator = torch.Generator(device).manual_seed(config.seed)
     options: GenerationConfig = OmegaConf.to_object(config.generation)
     chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator)
@@ -102,7 +102,8 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
     """
     options: GenerationConfig = OmegaConf.to_object(config.generation)
     names = adapter_names(config)
-    n_choices = assign_adapters(loaded.model, names, config.adapter_weights, len(prompts), config.num_samples)
+    row_weights = assign_adapters(loaded.model, names, config.adapter_weights, len(prompts))
+    n_choices = 1 if row_weights is None else len(names)
     if n_choices > 1 and (options.num_beams > 1 or options.speculates):
         raise ConfigError("several adapters side by side go with sampling: give one, or adapter_weights")
     # rows: adapters outermost, then prompts, then samples
@@ -113,8 +114,6 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
     if is_single:
         print(prompts[0], end=separator(loaded), flush=True)
     rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * n_choices
-    if n_choices > 1:  # an adapter for each row: no two share one that is read once
-        rows = [row for row in rows for _ in range(n)]
     # decode all rows together
     acceptance = Acceptance()
     completions_of_rows = complete(
@@ -123,11 +122,12 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
         rows,
         options,
         generator=torch.Generator(device).manual_seed(config.seed),
-        num_samples=1 if n_choices > 1 else config.num_samples,
+        num_samples=config.num_samples,
         on_text=(lambda _, delta: print(delta, end="", flush=True)) if streaming else None,
         logprobs=config.logprobs,
         draft=load_draft(options.draft, loaded),
         acceptance=acceptance,
+        row_weights=row_weights,
     )
     completions = [completion for of_row in completions_of_rows for completion in of_row]
     if is_single:
@@ -173,8 +173,8 @@ def print_completion(
         heading = "" if adapter is None else f"[{adapter}] "
         print(f"{heading}{prompt}{separator(loaded)}{completion.text}\n{'-' * 40}", flush=True)
         return
-    pieces = [loaded.tokenizer.decode([token]) for token in completion.tokens]
-    line = {"prompt": prompt, "text": completion.text, "tokens": pieces, "logprobs": completion.logprobs}
+    token_texts = [loaded.tokenizer.decode([token]) for token in completion.tokens]
+    line = {"prompt": prompt, "text": completion.text, "tokens": token_texts, "logprobs": completion.logprobs}
     line |= {} if completion.score is None else {"score": completion.score}
     print_json(line if adapter is None else {"adapter": adapter, **line})
 
@@ -244,12 +244,11 @@ def adapter_names(config: DictConfig) -> list[str]:
 
 
 def assign_adapters(
-    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int, num_samples: int
-) -> int:
-    """Set each adapter's weight, or the rows it applies to; returns how many times every prompt is continued.
+    model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int
+) -> RowWeights | None:
+    """Set the weights that all rows share; else, of several adapters, the weights by row for every prompt with each.
 
-    weights: None, or one factor per adapter, which all then act on every row. Without weights several adapters
-    divide the batch: n_prompts * num_samples rows each, in order.
+    Rows are ordered by adapter, then by prompt. ConfigError unless there is a weight for each adapter.
     """
     adapters = adapters_of(model)[-len(names) :] if names else []
     if weights is not None:
@@ -257,13 +256,11 @@ def assign_adapters(
             raise ConfigError(f"adapter_weights has {len(weights)} numbers for {len(names)} adapters")
         for adapter, weight in zip(adapters, weights, strict=True):
             adapter.weight = float(weight)
-        return 1
+        return None
     if len(names) < 2:
-        return 1
-    rows = torch.arange(len(names)).repeat_interleave(n_prompts * num_samples)  # the adapter of each row
-    for n, adapter in enumerate(adapters):
-        adapter.rows = (rows == n).float().to(next(model.parameters()).device)
-    return len(names)
+        return None
+    adapter_ids = torch.arange(len(names), device=next(model.parameters()).device).repeat_interleave(n_prompts)
+    return RowWeights([(adapter, (adapter_ids == n).float()) for n, adapter in enumerate(adapters)])
 
 
 def read_prompts(config: DictConfig) -> list[str]:

@@ -1,4 +1,16 @@
-"""Where assistants speak in the text of a conversation: found by rendering it in parts, or with other words in a turn."""
+"""Assistant spans: the characters of a rendered conversation that an assistant's turn occupies.
+
+A chat template is a Jinja program that returns text, not spans, and most templates mark nothing in it. The span of turn
+n is found from outside, by rendering, in one of two ways:
+
+1. Prefixes. If the rendering of messages[:n] with a generation prompt is a prefix of the whole text, and so is that of
+   messages[: n + 1], the turn is the text between their ends. Most templates are of this kind.
+2. Probes. Some templates write a turn differently once others follow it (Qwen3 drops earlier thoughts). Then the turn
+   is rendered twice with two words that share no letter at either end: the first and the last character where both
+   renderings differ are the first and the last of its content, and the header and the end marker around it are added.
+
+A template in which neither leads to a span raises DataError: a wrong loss mask would train silently on the user's turns.
+"""
 
 import json
 import re
@@ -12,9 +24,9 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, object]  # role, content, and perhaps tool_calls, reasoning_content, ...
 Messages = Sequence[Message]
-Tools = Sequence[Mapping[str, object]]  # JSON schemas of functions that may be called
+Tools = Sequence[Mapping[str, object]]  # JSON schemas of the functions that the assistant may call
 
-# two answers without a common first or last letter: where renderings of both differ, an answer begins and ends
+# two contents without a common first or last letter: renderings of both differ from their first to their last letter
 PROBES = ("qzxjvk", "kvjxzq")
 PROBE_QUESTION = {"role": "user", "content": PROBES[0]}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -23,11 +35,13 @@ ATOM = re.compile(rf"{MARKER.pattern}|\s+|\w+|.")
 
 
 def assistant_span(
-    template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools, lowest: int
+    template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools, min_start: int
 ) -> tuple[int, int]:
-    """Where turn n stands in the text, not before `lowest`."""
-    span = _prefix_span(template, text, messages, n, tools) or _probed_span(template, text, messages, n, tools, lowest)
-    if span is None or not lowest <= span[0] < span[1]:
+    """Start and end of turn n in the text, not before `min_start`; DataError if no rendering shows them."""
+    span = _prefix_span(template, text, messages, n, tools) or _probed_span(
+        template, text, messages, n, tools, min_start
+    )
+    if span is None or not min_start <= span[0] < span[1]:
         raise DataError(f"messages: the chat template does not show where turn {n + 1}, an assistant's, stands")
     return span
 
@@ -35,68 +49,96 @@ def assistant_span(
 def _prefix_span(
     template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools
 ) -> tuple[int, int] | None:
-    """Where turn n stands if what is rendered before and up to it are beginnings of the text; None otherwise."""
-    said = text if n == len(messages) - 1 else template.try_render(messages[: n + 1], tools)
-    if not n or said is None or not text.startswith(said):
+    """The span of turn n between two prefixes of the text; None if either rendering is no prefix of it.
+
+    The last turn ends with the text, so it needs no second rendering.
+    """
+    rendered = text if n == len(messages) - 1 else template.try_render(messages[: n + 1], tools)
+    if not n or rendered is None or not text.startswith(rendered):
         return None
-    asked = template.try_render(messages[:n], tools, add_generation_prompt=True)
-    return None if asked is None or not said.startswith(asked) else (len(asked), len(said))
+    opened = template.try_render(messages[:n], tools, add_generation_prompt=True)
+    return None if opened is None or not rendered.startswith(opened) else (len(opened), len(rendered))
 
 
 def _probed_span(
-    template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools, lowest: int
+    template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools, min_start: int
 ) -> tuple[int, int] | None:
-    """Where turn n stands, found by writing other words in its place; None if they leave no trace."""
+    """The span of turn n by rendering probes in its place; None if the template drops its content.
+
+    `text` itself takes part in the comparison: its own content may begin like a probe.
+    """
+    # render the conversation with each probe in place of the turn
     before, after = messages[:n], messages[n + 1 :]
-    probes = [_with_probe(messages[n], words) for words in PROBES]
+    probes = [_with_probe(messages[n], probe_text) for probe_text in PROBES]
     first, other = (template.render([*before, probe, *after], tools) for probe in probes)
     if first == other:
         return None
+    # the common prefix and suffix of the renderings surround the content
     n_before = min(_n_common(first, other), _n_common(text, first))
     n_after = _n_common(first[::-1], other[::-1])
     if n_after and not text.endswith(first[-n_after:]):
         return None
-    start, said_until = _header_end(template, text, before, tools, lowest, n_before), len(text) - n_after
+    # before the content the turn has its header, behind it an end marker
+    start, content_end = _header_end(template, text, before, tools, min_start, n_before), len(text) - n_after
     if not after:
         return start, len(text)
-    # what follows the words when nothing follows the turn is its end, as far as the text agrees
+    # the end marker is what follows the probe when the turn is the last one, as far as the text agrees
     alone = template.try_render([*before, probes[0]], tools) or ""
-    return start, said_until + _n_common_markers(text[said_until:], alone.rpartition(PROBES[0])[2])
+    return start, content_end + _n_common_markers(text[content_end:], alone.rpartition(PROBES[0])[2])
 
 
-def _header_end(template: "ChatTemplate", text: str, before: Messages, tools: Tools, lowest: int, highest: int) -> int:
-    """Where the generation prompt, or as much of it as stands there, ends between two places of the text."""
-    before = before or [PROBE_QUESTION]  # nothing asks for a first turn: take another's header
-    asked, plain = template.try_render(before, tools, add_generation_prompt=True), template.try_render(before, tools)
-    if asked is None or plain is None:
-        return highest
-    prompt = asked[_n_common_markers(asked, plain) :]
+def _header_end(
+    template: "ChatTemplate", text: str, before: Messages, tools: Tools, min_start: int, max_end: int
+) -> int:
+    """Where the header of an assistant's turn ends in text[min_start:max_end]: behind as much of the generation prompt as
+    occurs there.
+
+    The generation prompt is what the template appends for `add_generation_prompt`. A turn with content may have only its
+    beginning (a template that opens `<think>` for a new answer does not repeat that before an old one), so ever shorter
+    prefixes of the prompt are searched, down to its first marker.
+    """
+    # the generation prompt: what the template adds to these messages on request
+    before = before or [PROBE_QUESTION]  # a first turn has no prompt: take the header of another
+    opened, plain = template.try_render(before, tools, add_generation_prompt=True), template.try_render(before, tools)
+    if opened is None or plain is None:
+        return max_end
+    prompt = opened[_n_common_markers(opened, plain) :]
+    # its longest prefix that occurs in the text, not shorter than its first marker
     shortest = next((match.end() for match in MARKER.finditer(prompt)), len(prompt))
     for end in reversed([match.end() for match in ATOM.finditer(prompt) if match.end() >= shortest]):
-        place = text.rfind(prompt[:end], lowest, highest)
-        if place >= 0:
-            return place + end
-    return highest
+        start = text.rfind(prompt[:end], min_start, max_end)
+        if start >= 0:
+            return start + end
+    return max_end
 
 
 def include_end_token(special: re.Pattern[str], text: str, end: int) -> int:
-    """The end of a turn, with the special token that follows where none closes it: the next turn's, in some templates."""
-    said = text[:end].rstrip()
-    if any(match.end() == len(said) for match in special.finditer(said, max(0, len(said) - 64))):
-        return len(text[:end].rstrip(" "))  # a space after the end may be one token with what others say next
+    """The end of a turn, moved behind the special token that closes it.
+
+    A span that already ends with a special token keeps it, without the spaces behind it: such a space may be one token with
+    the first word of the next turn. Otherwise a special token that follows directly is included; in some templates that
+    token opens the next turn, and it is what the model must produce to stop.
+    """
+    turn = text[:end].rstrip()
+    # 64 characters hold the longest special token
+    if any(match.end() == len(turn) for match in special.finditer(turn, max(0, len(turn) - 64))):
+        return len(text[:end].rstrip(" "))  # a space may be one token with the next turn
     following = special.match(text, end)
     return end if following is None else following.end()
 
 
-def _with_probe(message: Message, words: str) -> dict[str, object]:
-    """The turn with other words wherever it has some, so that they are the first and the last thing that varies."""
-    changed = {**message, **{name: words for name in REASONING_KEYS if message.get(name)}}
+def _with_probe(message: Message, probe: str) -> dict[str, object]:
+    """The message with the probe as its content, its reasoning and the arguments of its last call, where it has these.
+
+    The probe must be the first and the last part that varies, whatever the template writes first.
+    """
+    changed = {**message, **{name: probe for name in REASONING_KEYS if message.get(name)}}
     calls = message.get("tool_calls")
     if not calls or message.get("content"):
-        changed["content"] = words
+        changed["content"] = probe
     if calls:
         function = calls[-1].get("function", calls[-1])
-        arguments = {"words": words}
+        arguments = {"words": probe}
         as_text = isinstance(function.get("arguments"), str)
         changed["tool_calls"] = [
             *calls[:-1],
@@ -106,14 +148,18 @@ def _with_probe(message: Message, words: str) -> dict[str, object]:
 
 
 def with_arguments(call: Mapping[str, object], arguments: object) -> dict[str, object]:
-    """The call, of a function in it or with its name beside, with other arguments."""
+    """The call with other arguments; its function is nested under `function` (OpenAI) or is the call itself."""
     if "function" not in call:
         return {**call, "arguments": arguments}
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _n_common(a: str, b: str) -> int:
-    """How many characters both begin with."""
+    """The length of the common prefix, by binary search: slices compare in C, characters in Python would not.
+
+    >>> _n_common("abcd", "abxd")
+    2
+    """
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -122,9 +168,13 @@ def _n_common(a: str, b: str) -> int:
 
 
 def _n_common_markers(a: str, b: str) -> int:
-    """The same, but no marker of either is cut in two."""
+    """The length of the common prefix, shortened so that it splits no marker of either text.
+
+    >>> _n_common_markers("x<|im_start|>", "x<|im_end|>")
+    1
+    """
     n = _n_common(a, b)
     if n in (len(a), len(b)):
         return n
-    cuts = [m.start() for text in (a, b) for m in MARKER.finditer(text, max(0, n - 64)) if m.start() < n < m.end()]
-    return min([n, *cuts])
+    starts = [m.start() for text in (a, b) for m in MARKER.finditer(text, max(0, n - 64)) if m.start() < n < m.end()]
+    return min([n, *starts])

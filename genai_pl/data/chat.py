@@ -1,4 +1,10 @@
-"""Examples to imitate, packed whole into rows: prompts and completions, or conversations."""
+"""Chat data: prompts with completions, or conversations, tokenized with a loss mask and packed whole into rows.
+
+One option file, three spellings of a data set: a column of messages (OpenAI's or ShareGPT's form), prompt and
+completion, or Alpaca's instruction, input and output. All become `TokenizedExample`s: token ids, and a mask that is True
+where the model is to produce the token. Which tokens those are is decided in `prompt_tokens` alone, the same code that
+generation and serving prompt with.
+"""
 
 import json
 import logging
@@ -47,7 +53,15 @@ CONVERSATIONS = "conversations"  # as ShareGPT has them
 
 
 class ChatDataModule(MessagesDataModule):
-    """Rows of whole examples, none of which sees another; only what the model is to say is a target."""
+    """Packed rows of whole examples for supervised fine-tuning; only tokens that the model is to produce are targets.
+
+    messages, prompt, completion: names of the columns. A source with a column of messages is read as conversations,
+        else by prompt and completion; with the default names, `conversations` and `instruction`/`output` are found too.
+    packing: put several examples into a row (`PackedExamples`); False gives each example a row of its own.
+    Other arguments: see `TableDataModule`.
+
+    An example longer than a row is truncated on the right. One without any target left is dropped and counted in the log.
+    """
 
     kind = "chat"
 
@@ -64,100 +78,111 @@ class ChatDataModule(MessagesDataModule):
         )
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        self.room = collate.row_length(self.seq_len)
+        self.capacity = collate.row_length(self.seq_len)
         super().prepare(tokenizer, collate)
         if self.has_conversations():
             self._warn_prompt_mismatch()
 
     def _warn_prompt_mismatch(self) -> None:
-        """Log where the template asks for an answer with other words than stand before it in training."""
+        """Log a warning where the generation prompt differs from the tokens before an answer in training.
+
+        The model would then be prompted with something that it never saw: some templates add an empty thought or a system
+        message in one of the two cases only. The first training example is compared.
+        """
+        # split the first training example before its last answer
         row = self.tables()[0][0]
         messages, tools = (json.loads(row[name]) for name in ("messages" if "messages" in row else "prompt", TOOLS))
         if "messages" in row:
             last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-            whole, messages = messages[: last + 1], messages[:last]
+            conversation, messages = messages[: last + 1], messages[:last]
         else:
-            whole = [*messages, *as_messages(json.loads(row["completion"]))]
-        if not messages or whole[-1]["role"] != "assistant":
+            conversation = [*messages, *as_messages(json.loads(row["completion"]))]
+        if not messages or conversation[-1]["role"] != "assistant":
             return
         try:
-            asked = encode_prompt(self.tokenizer, messages, tools)
-        except DataError:  # a template that takes whole conversations only
+            prompt_ids = encode_prompt(self.tokenizer, messages, tools)
+        except DataError:  # a template that takes conversation conversations only
             return
-        learned = encode_messages(self.tokenizer, whole, tools).input_ids
-        if not np.array_equal(learned[: len(asked)], asked):
-            ends = (self.tokenizer.decode(ids[-12:]) for ids in (asked, learned[: len(asked)]))
+        # compare the prompt with the tokens that precede the answer in training
+        trained_ids = encode_messages(self.tokenizer, conversation, tools).input_ids
+        if not np.array_equal(trained_ids[: len(prompt_ids)], prompt_ids):
+            ends = (self.tokenizer.decode(ids[-12:]) for ids in (prompt_ids, trained_ids[: len(prompt_ids)]))
             log.warning(
                 "data        the chat template asks with %r, and this stands before an answer in training: %r", *ends
             )
 
-    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
-        """The columns that are there, by role: messages, or prompt and completion, or what others call them."""
-        if self.columns["messages"] in found:
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        """The columns to read, by role: messages, or prompt and completion, under their own or under well-known names."""
+        if self.columns["messages"] in names:
             return {"messages": self.columns["messages"]}
         roles = {role: self.columns[role] for role in ("prompt", "completion")}
-        if self.columns == DEFAULT and not set(roles.values()) <= set(found):
-            if CONVERSATIONS in found:
+        # with default names, the columns of well-known data sets are recognised
+        if self.columns == DEFAULT and not set(roles.values()) <= set(names):
+            if CONVERSATIONS in names:
                 log.info("data        column %s of %s is read as messages", CONVERSATIONS, source.name)
                 return {"messages": CONVERSATIONS}
-            if {INSTRUCTION, OUTPUT} <= set(found):
+            if {INSTRUCTION, OUTPUT} <= set(names):
                 roles = {"prompt": INSTRUCTION, "completion": OUTPUT}
-        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
+        sources.check_columns(source, names, {f"data.{role}": column for role, column in roles.items()})
         if roles["prompt"] == INSTRUCTION:
-            beside = next((column for column in (INPUT, CONTEXT) if column in found), None)
+            beside = next((column for column in (INPUT, CONTEXT) if column in names), None)
             more = f", then {beside} after a blank line" if beside else ""
-            names = source.name, INSTRUCTION, more, roles["completion"]
-            log.info("data        prompts of %s are column %s%s; completions %s", *names)
+            columns = source.name, INSTRUCTION, more, roles["completion"]
+            log.info("data        prompts of %s are column %s%s; completions %s", *columns)
         return roles
 
-    def example(self, row: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
+    def example(self, record: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
         if "messages" in roles:
             column = roles["messages"]
-            return {"messages": parse_messages(row.get(column), place._replace(column=column))}
-        said = text_or_messages(row.get(roles["completion"]), place._replace(column=roles["completion"]))
-        prompt, (completion,) = extract_prompt(parse_prompt(row, roles["prompt"], place), [said], place)
+            return {"messages": parse_messages(record.get(column), place._replace(column=column))}
+        answer = text_or_messages(record.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
         return {"prompt": prompt, "completion": completion}
 
     def rows(self, table: "Table") -> Dataset:
         part = "training" if table is self.tables()[0] else "validation"
         roles = [role for role in self.columns if role in table.column_names]
         examples = []
-        cut = silent = 0
+        n_truncated = n_dropped = 0
         option = "data.path" if self.source_of(table) is self.source else "data.val_path"
-        spoken = self._unknown_roles(table)
-        found = self.encode_table(table, self.encoded_roles(table, *roles), tokenize_examples)
-        for example in map(TokenizedExample, as_arrays(found, "input_ids"), as_arrays(found, "loss_mask")):
-            cut += len(example.input_ids) > self.room
-            example = TokenizedExample(example.input_ids[: self.room], example.loss_mask[: self.room].view(bool))
-            if example.loss_mask[1:].any():  # the first token of a row is predicted by nothing
+        role_note = self._unknown_roles(table)
+        encoded = self.encode_table(table, self.encoded_roles(table, *roles), tokenize_examples)
+        # truncate to a row; without a target in it an example teaches nothing
+        for example in map(TokenizedExample, as_arrays(encoded, "input_ids"), as_arrays(encoded, "loss_mask")):
+            n_truncated += len(example.input_ids) > self.capacity
+            example = TokenizedExample(
+                example.input_ids[: self.capacity], example.loss_mask[: self.capacity].view(bool)
+            )
+            if example.loss_mask[1:].any():  # nothing predicts the first token of a row
                 examples.append(example)
             else:
-                silent += 1
+                n_dropped += 1
+        # report what was lost
         if not examples:
             raise DataError(
                 f"{option}={self.source_of(table).name}: no {part} example has anything to learn in its first "
-                f"{self.room} tokens{spoken}"
+                f"{self.capacity} tokens{role_note}"
             )
-        for n, what in (
-            (cut, f"are longer than {self.room} tokens and were cut"),
-            (silent, f"have nothing to learn{spoken}: left out"),
+        for n, text in (
+            (n_truncated, f"are longer than {self.capacity} tokens and were cut"),
+            (n_dropped, f"have nothing to learn{role_note}: left out"),
         ):
             if n:
-                log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, what)
-        return PackedExamples(examples, self.room if self.packing else 0)
+                log.info("data        %s of %s %s examples %s", f"{n:,}", f"{len(table):,}", part, text)
+        return PackedExamples(examples, self.capacity if self.packing else 0)
 
     def _unknown_roles(self, table: "Table") -> str:
-        """Says who speaks besides the roles that chat templates know, since nothing of that is learned."""
+        """A note for error and log that names roles other than those of chat templates: only an assistant's turns are learned."""
         role = "messages" if "messages" in table.column_names else "completion"
-        given = (json.loads(cell) for cell in table[role])
-        roles = {message["role"] for messages in given if not isinstance(messages, str) for message in messages}
+        cells = (json.loads(cell) for cell in table[role])
+        roles = {message["role"] for messages in cells if not isinstance(messages, str) for message in messages}
         if roles <= ROLES:
             return ""
         return f" (roles: {', '.join(map(preview, sorted(roles)))}; only what 'assistant' says is learned)"
 
     def summary(self) -> str:
         train, val = self.tables()
-        rows = f"{len(self.train_rows):,} rows of at most {self.room - 1} tokens"
+        rows = f"{len(self.train_rows):,} rows of at most {self.capacity - 1} tokens"
         return f"{self.path}, {len(train):,} examples for training in {rows}, {len(val):,} held"
 
     def prompt(self) -> str:
@@ -168,19 +193,19 @@ class ChatDataModule(MessagesDataModule):
 
 
 def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
-    """Token ids of each example, and 1 where they are to be learned."""
+    """Token ids and loss mask of each example of a batch of columns, as encoded tables hold them."""
     if "messages" in batch:
-        given = [0] * len(batch["messages"])
-        examples = encode_conversations(tokenizer, batch["messages"], given, **tools_argument(batch))
+        n_prompt = [0] * len(batch["messages"])
+        examples = encode_conversations(tokenizer, batch["messages"], n_prompt, **tools_argument(batch))
     else:
         examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **tools_argument(batch))
     return {
         "input_ids": [example.input_ids for example in examples],
-        # as bytes: arrow packs bits, and no array could lie there
+        # as bytes: arrow packs booleans into bits, which no array can map
         "loss_mask": [example.loss_mask.view(np.uint8) for example in examples],
     }
 
 
 def _opening(messages: list[Message]) -> list[Message]:
-    """What stands before the first answer."""
+    """The messages before the first answer."""
     return messages[: next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))]

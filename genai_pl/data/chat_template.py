@@ -1,4 +1,10 @@
-"""Chat templates: conversations as text, and where in it assistants speak."""
+"""Chat templates: conversations rendered as text, and the spans of assistants in that text.
+
+`ChatTemplate` wraps the Jinja template of a tokenizer. Templates in the wild differ in what they accept (text or a list
+of parts, arguments of calls as objects or as JSON text) and silently drop what they do not expect. So the wrapper tries
+the variants, and checks that every turn, call and tool it was given occurs in the text: training on a conversation
+without its question, or serving one, would be wrong without an error.
+"""
 
 import json
 import re
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHATML = ("<|im_start|>", "<|im_end|>")
-# what a tokenizer without a template is given: ChatML, a role and what it says between two markers
+# for tokenizers without a template, ChatML: role and content between two markers
 TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -31,15 +37,20 @@ TEMPLATE = (
 
 
 class Rendering(NamedTuple):
-    """A conversation as the chat template writes it."""
+    """A conversation as the chat template renders it.
+
+    text: the whole conversation.
+    spans: (start, end) of each assistant turn in characters of `text`, its end marker included; these are learned.
+    is_unclosed: whether `text` ends with the last answer and no marker closes it. The end token then does.
+    """
 
     text: str
-    spans: list[tuple[int, int]]  # characters that assistants write, the end of their turn included
-    is_unclosed: bool  # whether nothing closes the last of them: the template leaves that to the end token
+    spans: list[tuple[int, int]]
+    is_unclosed: bool
 
 
 def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a tokenizer without a chat template ChatML, whose markers become special tokens; all is saved with the model."""
+    """Give a tokenizer without a chat template ChatML, with its two markers as special tokens; both are saved with the model."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = TEMPLATE
         vocab = tokenizer.get_vocab()
@@ -47,21 +58,29 @@ def ensure_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def turn_end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The special token that closes an assistant's turn under the chat template; None where there is none."""
+    """The id of the special token that closes an assistant's turn under the chat template, or None.
+
+    It is an end-of-sequence token in all but name: a chat model emits it where a base model emits eos.
+    """
     if tokenizer.chat_template is None:
         return None
     try:
         text = ChatTemplate(tokenizer).render([PROBE_QUESTION, {"role": "assistant", "content": PROBES[1]}])
     except DataError:  # a template that takes no plain conversation
         return None
-    _, found, after = text.rpartition(PROBES[1])
+    _, probe, after = text.rpartition(PROBES[1])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if probe else []
     return next((i for i in ids if i in special), None)
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer; DataError from its methods where a conversation does not suit it."""
+    """The chat template of a tokenizer; its methods raise DataError for conversations that it cannot render.
+
+    needs_parts: the template reads `content` as a list of parts (those of models that see images).
+    supports_tools: whether tools change the text; None until tools are given for the first time.
+    special: matches any special token of the tokenizer, longest first.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if tokenizer.chat_template is None:
@@ -71,11 +90,11 @@ class ChatTemplate:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        # templates of models that see pictures want the content as a list of parts, and some lose a text without a word
+        # templates of models that see images want a list of parts, and some drop a text silently
         self.needs_parts = PROBES[0] not in (self.try_render([PROBE_QUESTION]) or "")
 
     def render(self, messages: Messages, tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation."""
+        """The text of a conversation; DataError with the template's own message if it refuses."""
         from jinja2 import TemplateError
 
         turns = [self._in_parts(message) for message in messages] if self.needs_parts else list(messages)
@@ -83,13 +102,13 @@ class ChatTemplate:
         try:
             try:
                 return self.tokenizer.apply_chat_template(turns, **options)
-            except TypeError:  # some templates want the arguments of calls as JSON text, most as objects
+            except TypeError:  # most templates read the arguments of calls as objects, some as JSON text
                 return self.tokenizer.apply_chat_template([*map(_with_json_arguments, turns)], **options)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise DataError(f"messages: the chat template refuses a conversation ({error})") from None
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> str:
-        """The text of a conversation with the beginning of the answer."""
+        """The text of a conversation up to and including the generation prompt: what a model continues."""
         check_messages(messages)
         text = self.render(messages, tools, add_generation_prompt=True)
         self._check_tools(tools)
@@ -99,11 +118,12 @@ class ChatTemplate:
         return text
 
     def render_with_spans(self, messages: Messages, n_prompt: int = 0, tools: Tools = ()) -> Rendering:
-        """The conversation, and what assistants say in it after the first `n_prompt` messages.
+        """The conversation and the spans of assistants after the first `n_prompt` messages.
 
-        Spans are found in the text that is returned: a template may write a turn otherwise once others follow it.
+        Spans refer to the text that is returned: a template may write a turn differently once others follow it.
         """
         check_messages(messages)
+        # render once: all spans are of this text
         text, last = self.render(messages, tools), len(messages) - 1
         self._check_tools(tools)
         spans: list[tuple[int, int]] = []
@@ -111,22 +131,24 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 _check_turn_rendered(message, n, text)
             elif n >= n_prompt:
-                lowest = spans[-1][1] if spans else 0
-                start, end = assistant_span(self, text, messages, n, tools, lowest=lowest)
+                min_start = spans[-1][1] if spans else 0
+                # spans are in order, so each is searched behind the one before
+                start, end = assistant_span(self, text, messages, n, tools, min_start=min_start)
                 spans.append((start, include_end_token(self.special, text, end)))
                 _check_turn_rendered(message, n, text[start:end])
                 _check_turn_separate(messages, n, text[start:end])
-        said = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
-        return Rendering(text, spans, is_unclosed=bool(said) and text.endswith(str(said).rstrip()))
+        answer = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
+        return Rendering(text, spans, is_unclosed=bool(answer) and text.endswith(str(answer).rstrip()))
 
     def _check_tools(self, tools: Tools) -> None:
+        """DataError where tools are given and the template ignores them; found once by rendering with and without."""
         if tools and self.supports_tools is None:
             self.supports_tools = self.try_render([PROBE_QUESTION], tools) != self.try_render([PROBE_QUESTION])
         if tools and not self.supports_tools:
             raise DataError("tools: the chat template has no place for them; leave them out, or use one that has")
 
     def try_render(self, messages: Messages, tools: Tools = (), **options: bool) -> str | None:
-        """The rendering of a part of a conversation, or None if the template wants a whole one."""
+        """The rendering of a part of a conversation, or None if the template takes only whole ones."""
         try:
             return self.render(messages, tools, **options)
         except DataError:
@@ -134,12 +156,13 @@ class ChatTemplate:
 
     @staticmethod
     def _in_parts(message: Message) -> Message:
+        """The message with its text as a list of one text part."""
         content = message.get("content")
         return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def check_messages(messages: Messages) -> None:
-    """DataError unless there are messages and each has a role, and a content or calls of tools."""
+    """DataError unless there are messages and each has a role, and content or tool calls."""
     if not messages:
         raise DataError("messages: a conversation without messages")
     for message in messages:
@@ -148,20 +171,21 @@ def check_messages(messages: Messages) -> None:
 
 
 def _check_turn_rendered(message: Message, n: int, text: str) -> None:
-    """DataError where the text lacks a turn that a template has left out without a word, or the calls in it."""
+    """DataError where the template silently dropped the turn's content or one of its calls."""
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
-    # the last line: thoughts before it may be left out, as the model's own template decides
+    # only the last line: templates may drop the thoughts before it
     content = str(message.get("content") or "").rpartition("\n")[2].rpartition("</think>")[2]
-    for what, words in [
+    for name_of_part, words in [
         *(("the call in turn", name) for name in calls),
         ("turn" if not calls else "the text of turn", content),
     ]:
         if not _contains(text, words):
-            raise DataError(f"messages: the chat template leaves out {what} {n + 1} ({message['role']})")
+            raise DataError(f"messages: the chat template leaves out {name_of_part} {n + 1} ({message['role']})")
 
 
 def _check_turn_separate(messages: Messages, n: int, text: str) -> None:
-    """DataError where the template writes what a tool answers in the middle of the turn that calls it."""
+    """DataError where the template renders a tool's answer inside the turn that calls the tool: it would be learned."""
+    # a tool may repeat words of the turn itself; those are no evidence
     own = json.dumps(messages[n], ensure_ascii=False, default=str)
     for message in messages[n + 1 :] if messages[n].get("tool_calls") else ():
         content = str(message.get("content") or "").strip()
@@ -170,13 +194,17 @@ def _check_turn_separate(messages: Messages, n: int, text: str) -> None:
 
 
 def _contains(text: str, words: str) -> bool:
-    """Whether the words stand in the text, as they are or as JSON has them."""
+    """Whether the text has the words, as they are or escaped as in JSON.
+
+    >>> _contains('{"q": "a \\"b\\""}', 'a "b"'), _contains("abc", "x")
+    (True, False)
+    """
     words = words.strip()
     return words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text
 
 
 def _with_json_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as JSON text."""
+    """The message with the arguments of its calls as JSON text, which some templates require."""
     calls = []
     for call in message.get("tool_calls") or ():
         arguments = call.get("function", call).get("arguments")

@@ -1,5 +1,8 @@
-"""Cells of a column as the type that a run needs: text as it is written, labels by value, numbers; else a DataError
-that names file, row and column."""
+"""Cells: values of a column parsed into the type that a run needs, or a DataError that names file, row and column.
+
+Nothing is guessed: a number in a column of texts stands for the characters by which the file writes it (1.50 stays
+"1.50"), `null` is no text, `true` is no number. A silently coerced cell would be a training example that nobody wrote.
+"""
 
 import json
 import math
@@ -13,7 +16,7 @@ SHORT = 60  # characters of a value in an error
 
 
 class WrittenNumber(float):
-    """A number of a JSON file that remembers how it is written there."""
+    """A number of a JSON file that keeps its spelling in `text`."""
 
     __slots__ = ("text",)
 
@@ -24,7 +27,10 @@ class WrittenNumber(float):
 
 
 class Place(NamedTuple):
-    """A cell: the file (or the name on the hub), the row counted from 1, and the column."""
+    """A cell of a data set.
+
+    name: the file, or the name on the hub. row: its number, counted from 1. column: its name, or None for the whole row.
+    """
 
     name: str
     row: int
@@ -35,12 +41,12 @@ class Place(NamedTuple):
 
 
 def refuse(place: Place, why: str) -> NoReturn:
-    """A DataError about the place."""
+    """Raise a DataError about a place."""
     raise DataError(f"{place}: {why}")
 
 
 def parse_text(value: object, place: Place) -> str:
-    """The text of a cell; a number stands for the text by which the file writes it."""
+    """The text of a cell; a number becomes the text by which the file writes it."""
     if not isinstance(value, str):
         value = _number_text(value, place)
     if not value.isascii():
@@ -52,6 +58,7 @@ def parse_text(value: object, place: Place) -> str:
 
 
 def _number_text(value: object, place: Place) -> str:
+    """The spelling of a number; DataError for everything else that is no text."""
     if value is None:
         refuse(place, "missing (null): give it a text, or leave the row out")
     if isinstance(value, WrittenNumber):
@@ -74,18 +81,18 @@ def parse_number(value: object, place: Place) -> float:
 
 
 def parse_label(value: object, place: Place) -> bool:
-    """Whether a cell says yes: true or false, 1 or 0, as values or as text."""
+    """The truth value of a cell: true or false, 1 or 0, as values or as text."""
     if isinstance(value, str):
-        found = LABELS.get(value.strip().lower())
+        label = LABELS.get(value.strip().lower())
     else:
-        found = bool(value) if isinstance(value, int | float) and value in (0, 1) else None
-    if found is None:
+        label = bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+    if label is None:
         refuse(place, f"{preview(value)} is no label: write true or false, 1 or 0")
-    return found
+    return label
 
 
 def parse_list(value: object, place: Place, read: Callable[[object, Place], object]) -> list:
-    """What `read` makes of each entry of a list, which may be written as JSON."""
+    """`read(entry, place)` for each entry of a list, which may be written as JSON."""
     value = parse_json(value, place) if isinstance(value, str) else value
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         refuse(place, f"{preview(value)} is not a list")
@@ -93,7 +100,7 @@ def parse_list(value: object, place: Place, read: Callable[[object, Place], obje
 
 
 def parse_json(text: str, place: Place) -> object:
-    """The value that a text writes as JSON."""
+    """The value of a text that is JSON."""
     try:
         return loads(text)
     except (ValueError, RecursionError):
@@ -101,7 +108,7 @@ def parse_json(text: str, place: Place) -> object:
 
 
 def loads(text: str) -> object:
-    """The value of JSON text; numbers know how they are written, a key that comes twice is a ValueError.
+    """The value of JSON text; numbers keep their spelling, and a key that occurs twice is a ValueError.
 
     >>> loads('{"a": 1.50}')["a"].text
     '1.50'
@@ -110,23 +117,24 @@ def loads(text: str) -> object:
 
 
 def decode_at(text: str, start: int) -> tuple[object, int]:
-    """The value of the JSON that begins there, and where it ends."""
+    """The JSON value that begins at character `start`, and the position behind it."""
     return _DECODER.raw_decode(text, start)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """A JSON object; ValueError for a key that occurs twice, of which json.loads would keep the last."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
-    return found
+    return value
 
 
 _DECODER = json.JSONDecoder(parse_float=WrittenNumber, object_pairs_hook=_object)
 
 
 def type_name(value: object) -> str:
-    """The name of a value's type, as JSON and tables call it.
+    """The name of a value's type in the words of JSON and tables.
 
     >>> type_name(True), type_name(2.5), type_name([]), type_name({})
     ('a boolean', 'a number', 'a list', 'an object')
@@ -134,26 +142,30 @@ def type_name(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", str: "text", bytes: "binary"}
-    return next((name for found, name in names.items() if isinstance(value, found)), type(value).__name__)
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def preview(value: object) -> str:
-    """The value in one short line.
+    """The value in one short line, for messages.
 
     >>> preview("a" * 100)
     "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
     """
-    shown = value.text if isinstance(value, WrittenNumber) else ascii(value) if _has_surrogate(value) else repr(value)
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= SHORT else f"{shown[: SHORT - 1]}..."
+    line = value.text if isinstance(value, WrittenNumber) else ascii(value) if _has_surrogate(value) else repr(value)
+    line = " ".join(line.split())
+    return line if len(line) <= SHORT else f"{line[: SHORT - 1]}..."
 
 
 def _has_surrogate(value: object) -> bool:
+    """Whether the value holds half of a surrogate pair, which cannot be printed."""
     return any("\ud800" <= letter <= "\udfff" for letter in str(value))
 
 
 def drop_missing_keys(value: object) -> object:
-    """A value of a table without the keys that were not in its rows: one type of struct holds the keys of all of them."""
+    """The value without keys that hold None.
+
+    A parquet column of structs has one type, which holds the keys of all rows; in a row they were not given they are null.
+    """
     if isinstance(value, Mapping):
         return {key: drop_missing_keys(inner) for key, inner in value.items() if inner is not None}
     return [drop_missing_keys(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,8 @@
-"""What every kind of data shares: loaders whose order can be resumed, and a validation set in fixed order."""
+"""The base of all data modules: loaders with a resumable order, and a validation set in fixed order.
+
+A subclass reads and tokenizes in `prepare` and leaves `train_rows` and `val_rows`; batches, ranks, workers and resuming
+are the same for every kind of data.
+"""
 
 from collections.abc import Sized
 from typing import TYPE_CHECKING
@@ -15,11 +19,21 @@ if TYPE_CHECKING:
 
 
 class RowsDataModule(L.LightningDataModule):
-    """Training and validation batches of `train_rows` and `val_rows`, which `prepare` of a subclass makes."""
+    """Training and validation batches of `train_rows` and `val_rows`, which `prepare` of a subclass sets.
 
-    kind = "text"  # the option of the group `data` that makes it
+    seq_len: tokens that the model reads of a row.
+    batch_size, val_batch_size: rows per device and forward pass; val_batch_size=None is batch_size.
+    workers: processes that prepare batches; 0 prepares them in the training process.
+    shuffle: draw a new order of rows every epoch.
+    seed: of that order.
+
+    A subclass sets `kind`, the option of the group `data` by which objectives ask for it, and `min_batch_rows`, where its
+    loss needs several rows in a batch.
+    """
+
+    kind = "text"  # the option of the group `data`
     streaming = False
-    min_batch_rows = 1  # of a batch
+    min_batch_rows = 1
     train_rows: Dataset
     val_rows: Dataset
     collate: Collate
@@ -30,7 +44,7 @@ class RowsDataModule(L.LightningDataModule):
         super().__init__()
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
-        self.n_batches = 0  # how many training batches a stream is asked for
+        self.n_batches = 0  # training batches of the whole run, which a stream has to give
 
     def fit_to_model(self, *, seq_len: int, batch_size: int, val_batch_size: int) -> None:
         """Take the sizes of batches that fit the model's context; before `prepare`."""
@@ -41,11 +55,11 @@ class RowsDataModule(L.LightningDataModule):
         self.n_batches = n_batches
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
-        """A byte-pair tokenizer learned from the training text."""
+        """A byte-pair tokenizer of `vocab_size` tokens learned from the training texts."""
         raise NotImplementedError
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        """Tokenize, and make the rows."""
+        """Tokenize with the tokenizer and set `train_rows`, `val_rows` and `collate`, the objective's collator."""
         raise NotImplementedError
 
     def has_conversations(self) -> bool:
@@ -53,15 +67,15 @@ class RowsDataModule(L.LightningDataModule):
         return False
 
     def summary(self) -> str:
-        """One line that says what the data are."""
+        """One line about the data: where from, how many rows or tokens, how many for validation."""
         raise NotImplementedError
 
     def prompt(self) -> str:
-        """Words of the validation text: something the model should be able to continue."""
+        """A prompt out of the validation data, for samples that are logged during training."""
         raise NotImplementedError
 
     def batch_plan(self) -> BatchPlan:
-        """How rows are dealt to this process."""
+        """The rows of a step that this process takes, by the trainer's ranks and accumulation."""
         trainer = self.trainer
         ranks = trainer.strategy.distributed_sampler_kwargs if trainer and trainer.world_size > 1 else {}
         return BatchPlan(
@@ -78,7 +92,7 @@ class RowsDataModule(L.LightningDataModule):
         return EpochLoader(self.train_rows, self.collate, self.batch_plan(), shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader:
-        # validation draws nothing from the global generator, so that it cannot change the training
+        # a generator of its own: validation must not advance the global one, or it would change the training
         return DataLoader(
             KeyedExamples(self.val_rows),
             batch_sampler=validation_batches(
@@ -89,6 +103,6 @@ class RowsDataModule(L.LightningDataModule):
         )
 
     def steps_per_epoch(self, accumulate: int, world_size: int) -> int:
-        """Optimizer steps of one pass over the data."""
+        """Optimizer steps of one pass over the training rows."""
         rows: Sized = self.train_rows
         return -(-max(1, len(rows) // (self.batch_size * world_size)) // accumulate)

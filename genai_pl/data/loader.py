@@ -1,4 +1,9 @@
-"""Batches in an order that can be stopped anywhere and taken up again: it is a pure function of seed, epoch and position."""
+"""Loaders whose order of batches can be stopped anywhere and resumed: it is a pure function of seed, epoch and position.
+
+No iterator state is saved: a checkpoint holds epoch and rows, and the loader seeks there. The order does not depend on
+the number of workers, and a step takes the same rows however it is split into ranks and accumulated batches, so a
+run may be resumed with another split.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +22,15 @@ Collate = Callable[[list], Batch]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many rows a step takes, and which of them are this rank's."""
+    """The split of training rows into steps, ranks and batches.
+
+    batch_size: rows of one batch of one rank.
+    accumulate: batches of a rank in an optimizer step.
+    rank, world_size: this process and how many there are (data-parallel replicas).
+    workers: worker processes of each rank.
+    seed: of the order of rows.
+    pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
+    """
 
     batch_size: int
     accumulate: int = 1
@@ -29,10 +42,11 @@ class BatchPlan:
 
 
 def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[Batch]:
-    """The batches, each with `window_targets`: the targets of its whole optimizer step, by which the loss is divided; and
-    `window_tokens` where they have `tokens`, for a part of the loss that is a mean over these.
+    """The batches with the number of targets of their whole optimizer step, `window_targets`.
 
-    The step's batches are fetched before its first one is handed out, so that every one of them knows the sum.
+    A loss that is a mean over tokens has to be divided by the tokens of the step, not by those of each accumulated batch,
+    or batches with few targets would count too much. So the batches of a step (a window) are fetched before the first one
+    is yielded. Batches that have `tokens`, a second count for another part of the loss, get `window_tokens` in the same way.
     """
     window: list[Batch] = []
     for batch in batches:
@@ -44,6 +58,7 @@ def with_window_targets(batches: Iterator[Batch], accumulate: int) -> Iterator[B
 
 
 def _add_totals(window: list[Batch]) -> list[Batch]:
+    """The batches of a window with the sums of their counts."""
     names = [name for name in ("targets", "tokens") if window and name in window[0]]
     totals = {f"window_{name}": sum((batch[name] for batch in window), torch.zeros(())) for name in names}
     return [{**batch, **totals} for batch in window]
@@ -52,17 +67,19 @@ def _add_totals(window: list[Batch]) -> list[Batch]:
 def validation_batches(
     n_rows: int, batch_size: int, plan: BatchPlan, *, min_rows: int = 1
 ) -> list[list[tuple[int, int]]]:
-    """Lists of (0, row number) to validate on, as many for every rank; a row too many joins the last of them.
+    """Lists of (0, row number) that this rank validates on.
 
-    Ranks whose weights lie in pieces send them in each batch, and wait for all others. A batch has at least `least` rows.
+    Every rank has the same number of batches: sharded weights are gathered in each forward pass, so a rank with one batch
+    more would wait for the others forever. A row too many joins the last batch instead. A batch has at least `min_rows`.
     """
-    n_own, batch_size = n_rows // plan.world_size, max(batch_size, min_rows)  # what every rank has
+    n_own, batch_size = n_rows // plan.world_size, max(batch_size, min_rows)  # rows that every rank has
     if n_own < min_rows:
-        needed = f", which need {min_rows} each" if min_rows > 1 else ""
+        requirement = f", which need {min_rows} each" if min_rows > 1 else ""
         raise DataError(
             f"data.val_path, data.val_fraction: {n_rows} rows to validate on cannot be shared by {plan.world_size} "
-            f"processes{needed}; give more rows or raise data.val_fraction"
+            f"processes{requirement}; give more rows or raise data.val_fraction"
         )
+    # rows are dealt in turn; the number of batches follows from the smallest share
     keys = [(0, row) for row in range(plan.rank, n_rows, plan.world_size)]
     n_batches = max(1, (n_own + batch_size - min_rows) // batch_size)
     batches = [keys[n * batch_size : (n + 1) * batch_size] for n in range(n_batches)]
@@ -71,7 +88,11 @@ def validation_batches(
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, row number); the rows of a step are the same for any split into ranks and accumulated batches."""
+    """Batches of (epoch, row number) for one rank.
+
+    Consecutive rows of the drawn order form a global batch of batch_size * world_size rows, of which a rank takes its
+    slice. `epoch` and `first` are set before iteration; rows beyond the last full global batch are left out of the epoch.
+    """
 
     def __init__(self, n_rows: int, plan: BatchPlan, *, shuffle: bool) -> None:
         self.n_rows, self.plan, self.shuffle = n_rows, plan, shuffle
@@ -90,7 +111,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EpochLoader:
-    """One epoch of batches per `iter`; `state_dict` says how far it is, for any number of workers and ranks."""
+    """One epoch of batches per `iter`, resumable by `state_dict` for any number of workers and ranks.
+
+    rows: the training rows. collate: makes a batch of a list of rows. plan: this rank's share. shuffle: a new order
+    every epoch.
+    """
 
     def __init__(self, rows: Dataset, collate: Collate, plan: BatchPlan, *, shuffle: bool = True) -> None:
         if len(rows) < plan.world_size:
@@ -105,7 +130,7 @@ class EpochLoader:
             pin_memory=plan.pin_memory,
             persistent_workers=False,
             worker_init_fn=outlive_signals,
-            generator=torch.Generator().manual_seed(plan.seed),  # else it would draw from the global generator
+            generator=torch.Generator().manual_seed(plan.seed),  # the default draws from the global generator
         )
         self.epoch, self.position = -1, 0
         self._resume: tuple[int, int] | None = None
@@ -114,6 +139,7 @@ class EpochLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
+        # resume once, else begin the next epoch; a position at the end of an epoch is the start of the next
         self.epoch, self.position = self._resume or (self.epoch + 1, 0)
         self._resume = None
         if self.position >= len(self):
@@ -124,12 +150,12 @@ class EpochLoader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and rows taken in it by all ranks together."""
+        """The epoch and the rows of it that all ranks together have taken."""
         per_batch = self.plan.batch_size * self.plan.world_size
         return {"epoch": self.epoch, "rows": self.position * per_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next `iter` goes on after the rows that were taken."""
+        """Continue behind those rows with the next `iter`; DataError if batches or steps of this size do not end there."""
         per_batch = self.plan.batch_size * self.plan.world_size
         if state["rows"] % per_batch:
             raise DataError(

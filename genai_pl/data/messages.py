@@ -1,16 +1,21 @@
-"""Conversations in columns: by their shape they become lists of messages with a role and a text."""
+"""Conversations in columns, parsed into lists of messages {"role": ..., "content": text, ...}.
+
+Accepted spellings: OpenAI's messages, content in text parts, `tool_calls` with arguments as objects or JSON text, and
+ShareGPT's {"from", "value"}. All of them leave this module in one form, so that nothing behind it knows where a
+conversation came from. What cannot be represented (an image part, a weight per message) is refused by row.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse, type_name
 
 Message = dict[str, object]
-TextOrMessages = str | list[Message]  # what is given or said: a text, or messages
+TextOrMessages = str | list[Message]  # a prompt or an answer
 SHARE_GPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 def text_or_messages(value: object, place: Place) -> TextOrMessages:
-    """What a cell gives to be continued or said: a text, or messages, which a csv can only hold as JSON."""
+    """The prompt or answer of a cell: a text, or messages; a csv can hold messages only as JSON."""
     if isinstance(value, list) or (place.name.lower().endswith(".csv") and is_json_messages(value)):
         return parse_messages(value, place)
     return parse_text(value, place)
@@ -25,44 +30,45 @@ def is_json_messages(value: object) -> bool:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return False
     try:
-        found = loads(value)
+        entries = loads(value)
     except (ValueError, RecursionError):
         return False
-    keys = [set(entry) if isinstance(entry, Mapping) else set() for entry in found]
+    keys = [set(entry) if isinstance(entry, Mapping) else set() for entry in entries]
     return bool(keys) and all({"role", "content"} <= entry or {"from", "value"} <= entry for entry in keys)
 
 
 def prepend_system(messages: list[Message], system: object, place: Place) -> list[Message]:
-    """The messages after that of the system, which a column beside them may hold."""
+    """The messages behind a system message from a column of its own; DataError if they begin with another one."""
     if system is None or system == "":
         return messages
-    said = {"role": "system", "content": parse_text(system, place)}
+    message = {"role": "system", "content": parse_text(system, place)}
     first = messages[0]
     if first["role"] != "system":
-        return [said, *messages]
-    if first["content"] != said["content"]:
-        refuse(place, f"{preview(said['content'])}, but the conversation begins with another system message")
+        return [message, *messages]
+    if first["content"] != message["content"]:
+        refuse(place, f"{preview(message['content'])}, but the conversation begins with another system message")
     return messages
 
 
-def message_texts(given: TextOrMessages) -> list[str]:
-    """The texts of what is given or said."""
-    return [given] if isinstance(given, str) else [message["content"] for message in given]
+def message_texts(value: TextOrMessages) -> list[str]:
+    """The texts of a prompt or answer: itself, or the contents of its messages."""
+    return [value] if isinstance(value, str) else [message["content"] for message in value]
 
 
 def parse_messages(value: object, place: Place) -> list[Message]:
-    """The messages of a cell, which may be written as JSON: role, content (a text) and what else they hold.
+    """The messages of a cell, which may be written as JSON; at least one.
 
-    Content in parts is joined, the arguments of calls are parsed. Turns of `from` and `value` (ShareGPT) are taken too.
+    Content in parts is joined, and arguments of calls are parsed from JSON text.
     """
-    found = parse_list(value, place, parse_message)
-    if not found:
+    messages = parse_list(value, place, parse_message)
+    if not messages:
         refuse(place, "no messages: a conversation has one at least")
-    return found
+    return messages
 
 
 def parse_message(value: object, place: Place) -> Message:
-    """One message."""
+    """One message with role, content (a text) and its other keys; DataError for anything else."""
+    # normalize ShareGPT's keys, then check what every message needs
     if isinstance(value, Mapping) and {"from", "value"} <= set(value) and "role" not in value:
         value = _from_value(value, place)
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str) or not value["role"]:
@@ -78,6 +84,7 @@ def parse_message(value: object, place: Place) -> Message:
 
 
 def _from_value(value: Mapping[str, object], place: Place) -> Message:
+    """A message of ShareGPT's turn {from, value}."""
     role = SHARE_GPT.get(value["from"]) if isinstance(value["from"], str) else None
     if role is None:
         refuse(place, f"messages: from is {preview(value['from'])}, not one of {', '.join(SHARE_GPT)}")
@@ -85,6 +92,7 @@ def _from_value(value: Mapping[str, object], place: Place) -> Message:
 
 
 def _content(value: Mapping[str, object], place: Place) -> str:
+    """The content as a text; it may be missing only where there are tool calls or thoughts."""
     content = value.get("content")
     if content is None:
         if not any(value.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
@@ -96,6 +104,7 @@ def _content(value: Mapping[str, object], place: Place) -> str:
 
 
 def _part(part: object, place: Place) -> str:
+    """The text of a part of a content."""
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and "text" in part:
         part = part["text"]
     elif not isinstance(part, str):
@@ -104,12 +113,15 @@ def _part(part: object, place: Place) -> str:
 
 
 def join_parts(parts: Sequence[str]) -> str:
-    """The text of a content that comes in parts, in training and in requests."""
+    """The text of a content that comes in parts; training and the server join them alike."""
     return "".join(parts)
 
 
 def _call(call: object, place: Place) -> Message:
-    """A call of a tool as chat templates read it, which write the JSON of its arguments themselves."""
+    """A tool call with its arguments as an object.
+
+    Chat templates serialize the arguments themselves; JSON text would be escaped a second time.
+    """
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         refuse(place, f"messages: a call in tool_calls is an object with a function and its name, not {preview(call)}")
@@ -121,13 +133,14 @@ def _call(call: object, place: Place) -> Message:
 
 
 def parse_tools(value: object, place: Place) -> list[Message]:
-    """The tools that a conversation offers: JSON schemas, as a list or written as JSON; none where the cell is empty."""
+    """The tools that a conversation offers: JSON schemas, as a list or as JSON text; an empty cell is no tools."""
     if value is None or value == "":
         return []
     return parse_list(value, place, _tool)
 
 
 def _tool(tool: object, place: Place) -> Message:
+    """The JSON schema of a tool."""
     if not isinstance(tool, Mapping):
         refuse(place, f"{preview(tool)} is {type_name(tool)}, not the JSON schema of a tool")
     return dict(tool)
@@ -136,59 +149,70 @@ def _tool(tool: object, place: Place) -> Message:
 def extract_prompt(
     prompt: TextOrMessages | None, answers: Sequence[TextOrMessages], place: Place
 ) -> tuple[TextOrMessages, list[TextOrMessages]]:
-    """A prompt and what is said after it, from answers that may be whole conversations or hold the prompt themselves.
+    """The prompt and the answers after it, from answers that may be whole conversations or repeat the prompt.
 
-    Without a prompt it is what all answers begin with, as TRL's extract_prompt has it: messages, or characters.
+    prompt: the prompt of the row, or None where it has to be found: it is then the common prefix of all answers, in
+        messages or characters, as in TRL's extract_prompt.
+    answers: at least one; all texts or all messages if there is no prompt.
+
+    Returned prompt and answers are of one type each; DataError where no prompt can be told from the answers.
     """
-    talks = [answer for answer in answers if not isinstance(answer, str)]
+    conversations = [answer for answer in answers if not isinstance(answer, str)]
     if prompt is None:
-        if talks and len(talks) < len(answers):
+        if conversations and len(conversations) < len(answers):
             refuse(place, "answers are texts and conversations; give one kind, or a prompt")
-        begun = common_prefix_length(answers)
-        if not begun:
+        n_prompt = common_prefix_length(answers)
+        if not n_prompt:
             refuse(place, "the answers do not begin alike, so there is no prompt in them; give a column prompt")
-        return answers[0][:begun], [answer[begun:] for answer in answers]
-    if not talks:
+        return answers[0][:n_prompt], [answer[n_prompt:] for answer in answers]
+    # with a prompt: texts follow it as they are, conversations may repeat it
+    if not conversations:
         return prompt, list(answers)
-    asked = _prompt_messages(prompt, talks, place)
-    said = [answer if isinstance(answer, str) else _strip_prompt(asked, answer, place) for answer in answers]
-    return asked, said
+    messages = _prompt_messages(prompt, conversations, place)
+    completions = [answer if isinstance(answer, str) else _strip_prompt(messages, answer, place) for answer in answers]
+    return messages, completions
 
 
-def _prompt_messages(prompt: TextOrMessages, talks: list[list[Message]], place: Place) -> list[Message]:
-    """The prompt as messages: as they are, or those up to the one that the conversations have in common with the text."""
+def _prompt_messages(prompt: TextOrMessages, conversations: list[list[Message]], place: Place) -> list[Message]:
+    """The prompt as messages.
+
+    A text is matched against the conversations: their common messages end with the user's turn that says it. Conversations
+    that begin with an answer have the text as the user's only message.
+    """
     if not isinstance(prompt, str):
         return prompt
-    if all(talk[0]["role"] == "assistant" for talk in talks):
+    if all(conversation[0]["role"] == "assistant" for conversation in conversations):
         return [{"role": "user", "content": prompt}]
-    begun = common_prefix_length(talks) if len(talks) > 1 else _prompt_end(talks[0], prompt)
-    if not _prompt_end(talks[0][:begun], prompt):
+    n_prompt = common_prefix_length(conversations) if len(conversations) > 1 else _prompt_end(conversations[0], prompt)
+    if not _prompt_end(conversations[0][:n_prompt], prompt):
         refuse(place, f"the conversations do not begin with the prompt {preview(prompt)}; give it as messages")
-    return talks[0][:begun]
+    return conversations[0][:n_prompt]
 
 
-def _prompt_end(talk: list[Message], prompt: str) -> int:
-    """How many messages there are up to the first one in which the user says the prompt; 0 where none does."""
-    said = (message["role"] == "user" and message["content"].strip() == prompt.strip() for message in talk)
-    return next((n for n, found in enumerate(said, start=1) if found), 0)
+def _prompt_end(conversation: list[Message], prompt: str) -> int:
+    """The number of messages up to the first user message that is the prompt; 0 if none is."""
+    matches = (message["role"] == "user" and message["content"].strip() == prompt.strip() for message in conversation)
+    return next((n for n, match in enumerate(matches, start=1) if match), 0)
 
 
-def _strip_prompt(asked: list[Message], answer: list[Message], place: Place) -> list[Message]:
-    """The answer without the prompt that it may begin with."""
-    rest = answer[len(asked) :] if answer[: len(asked)] == asked else answer
+def _strip_prompt(prompt: list[Message], answer: list[Message], place: Place) -> list[Message]:
+    """The answer without the prompt that it may begin with; DataError if no assistant speaks in it."""
+    rest = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
     if all(message["role"] != "assistant" for message in rest):
         refuse(place, "an answer in which the assistant says nothing")
     return rest
 
 
 def common_prefix_length(answers: Sequence[Sequence]) -> int:
-    """How many messages or characters all answers begin with; a space before the first other character is not counted.
+    """The length of the prefix that all answers share, in messages or characters.
+
+    A space before the first difference belongs to the answers, as tokenizers join it to the next word.
 
     >>> common_prefix_length(["It is blue.", "It is green."]), common_prefix_length(["Be calm", "Be cold"])
     (5, 4)
     """
     first, shortest = answers[0], min(map(len, answers))
     n = next((n for n in range(shortest) if any(answer[n] != first[n] for answer in answers)), None)
-    if n is None:  # all the same: something must be left to say
+    if n is None:  # identical answers: each keeps its last element
         return shortest - 1
     return n - 1 if n and first[n - 1] == " " else n

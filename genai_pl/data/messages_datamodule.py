@@ -1,4 +1,8 @@
-"""Examples that are texts or conversations: what their data modules share."""
+"""The base of data modules whose examples are texts or conversations.
+
+Prompts and answers are stored as JSON, a text or a list of messages, so that one table holds either; all prompts of a
+source must be of one type. Columns `system` and `tools` belong to a conversation where they are there.
+"""
 
 import json
 import logging
@@ -17,19 +21,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-JSON_MESSAGES = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of texts, one of which begins like a list of objects
-INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # as Alpaca has them
-CONTEXT = "context"  # what Dolly calls the input
-SYSTEM = "system"  # of a conversation, in a column of its own
-TOOLS = "tools"  # what the conversation of a row may call
+JSON_MESSAGES = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of a list of texts, that begins like a list of objects
+INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # columns of Alpaca
+CONTEXT = "context"  # Dolly's name of the input
+SYSTEM = "system"  # a system message in a column of its own
+TOOLS = "tools"  # functions that the conversation of a row may call
 
 
 class MessagesDataModule(TableDataModule):
-    """Rows of which parts are texts, or messages that a chat template renders."""
+    """Examples of which parts are texts, or messages that a chat template renders; arguments: see `TableDataModule`.
+
+    keeps_all_columns: columns that the module does not read are passed on (to rewards), so they are not reported as unused.
+    """
 
     cell_kinds: ClassVar[dict[str, str]] = dict.fromkeys(("messages", "prompt", "completion", "answers", TOOLS), "json")
     optional_columns = (INPUT, CONTEXT, SYSTEM, TOOLS)
-    keeps_all_columns = False  # whether the columns that are not read go on to somebody else
+    keeps_all_columns = False
 
     def has_conversations(self) -> bool:
         train, _ = self.tables()
@@ -38,16 +45,16 @@ class MessagesDataModule(TableDataModule):
     def log_unused_columns(
         self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
     ) -> None:
-        """Adds the first text that is the JSON of messages; columns that go on to somebody else are not said."""
+        """Log the first text that is the JSON of messages, and the columns that nothing reads."""
         self._log_json_text(table, source)
         if not self.keeps_all_columns:
-            talks = not isinstance(
+            has_chat = not isinstance(
                 json.loads(table[0]["messages" if "messages" in table.column_names else "prompt"]), str
             )
-            _log_unused(source, roles, columns, talks=talks)
+            _log_unused(source, roles, columns, has_chat=has_chat)
 
     def _log_json_text(self, table: "Table", source: sources.Source) -> None:
-        """Log the first text that is the JSON of messages."""
+        """Log the first text that is the JSON of messages: it is trained on as that text, which is seldom meant."""
         import pyarrow.compute as pc
 
         for role in (column for column in table.column_names if self.cell_kinds.get(column) == "json"):
@@ -62,53 +69,59 @@ class MessagesDataModule(TableDataModule):
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         return [*roles, TOOLS]
 
-    def examples(self, rows: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
-        """Adds the tools of conversations; all prompts must be texts, or all of them messages."""
+    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
+        """The example of each record with its `tools`, and its system message in front.
+
+        DataError where some prompts are texts and others messages: one source is tokenized in one way.
+        """
         first = None
-        for place, row in rows:
-            found = self.example(row, roles, place)
-            is_text = isinstance(found.get("prompt"), str)
+        for place, record in records:
+            example = self.example(record, roles, place)
+            # all prompts have the type of the first
+            is_text = isinstance(example.get("prompt"), str)
             first = is_text if first is None else first
             if is_text is not first:
                 names = ("messages", "a text") if is_text else ("a text", "messages")
                 refuse(place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way")
-            opening = "messages" if "messages" in found else "prompt"
+            # a system message and tools are part of a conversation; a text has neither
+            opening = "messages" if "messages" in example else "prompt"
             if not is_text:
-                found[opening] = prepend_system(found[opening], row.get(SYSTEM), place._replace(column=SYSTEM))
-            found[TOOLS] = [] if is_text else parse_tools(row.get(TOOLS), place._replace(column=TOOLS))
-            yield place, found
+                example[opening] = prepend_system(example[opening], record.get(SYSTEM), place._replace(column=SYSTEM))
+            example[TOOLS] = [] if is_text else parse_tools(record.get(TOOLS), place._replace(column=TOOLS))
+            yield place, example
 
     def encoded_roles(self, table: "Table", *roles: str) -> list[str]:
-        """The roles with that of the tools, where any row has some."""
+        """The roles to tokenize: those given, and `tools` where any row has some."""
         import pyarrow.compute as pc
 
-        # not `unique`, for which datasets writes the chosen rows to a file that it reads again without a check
+        # not `unique`: for that datasets writes selected rows to a file which it reads again unchecked
         cells = table.select_columns([TOOLS]).with_format("arrow")[:][TOOLS]
         return [*roles, TOOLS] if pc.any(pc.not_equal(cells, "[]")).as_py() else list(roles)
 
-    def render(self, given: TextOrMessages) -> str:
-        """A prompt as text, conversations rendered."""
-        return prompt_text(self.tokenizer, given) if given else ""
+    def render(self, prompt: TextOrMessages) -> str:
+        """A prompt as text; messages are rendered by the chat template."""
+        return prompt_text(self.tokenizer, prompt) if prompt else ""
 
 
-def parse_prompt(row: Record, column: str, place: Place) -> TextOrMessages:
-    """What a row gives: a text or messages; to an `instruction` its `input` belongs (Alpaca), or `context` (Dolly)."""
-    found = text_or_messages(row.get(column), place._replace(column=column))
-    beside = INPUT if INPUT in row else CONTEXT
-    if column != INSTRUCTION or row.get(beside) in (None, "") or not isinstance(found, str):
-        return found
-    return f"{found}\n\n{parse_text(row[beside], place._replace(column=beside))}"
+def parse_prompt(record: Record, column: str, place: Place) -> TextOrMessages:
+    """The prompt of a record; an `instruction` is followed by its `input` (Alpaca) or `context` (Dolly) after a blank line."""
+    prompt = text_or_messages(record.get(column), place._replace(column=column))
+    context = INPUT if INPUT in record else CONTEXT
+    if column != INSTRUCTION or record.get(context) in (None, "") or not isinstance(prompt, str):
+        return prompt
+    return f"{prompt}\n\n{parse_text(record[context], place._replace(column=context))}"
 
 
-def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, talks: bool) -> None:
-    beside = {SYSTEM, TOOLS} if talks else set()
-    if not talks and roles.get("prompt") == INSTRUCTION:
-        beside = {INPUT if INPUT in columns else CONTEXT}
-    unused = sorted(" ".join(column.split()) for column in {*columns} - {*roles.values()} - beside)
+def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, has_chat: bool) -> None:
+    """Log the columns that are neither read by role nor beside a conversation or an instruction."""
+    optional = {SYSTEM, TOOLS} if has_chat else set()
+    if not has_chat and roles.get("prompt") == INSTRUCTION:
+        optional = {INPUT if INPUT in columns else CONTEXT}
+    unused = sorted(" ".join(column.split()) for column in {*columns} - {*roles.values()} - optional)
     if unused:
         log.info("data        %s: columns not used: %s", source.name, ", ".join(unused))
 
 
 def tools_argument(batch: Mapping[str, list]) -> dict[str, list]:
-    """The tools of a batch as the argument of an encoder, where it has any."""
+    """The tools of a batch as keyword argument of an encoder; none where the batch has no such column."""
     return {TOOLS: batch[TOOLS]} if TOOLS in batch else {}

@@ -1,4 +1,8 @@
-"""Pairs of texts that belong together, and texts that do not: the data of contrastive learning."""
+"""Pair data: texts that belong together, with or without hard negatives, for contrastive learning.
+
+Each text of a row is tokenized by itself, with the special tokens that its tokenizer adds. With an anchor alone the
+collator pairs a text with itself, and dropout makes the two views (SimCSE: Gao et al. 2021).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +19,10 @@ ROLES = ("anchor", "positive", "negative")
 
 
 class TextsDataModule(TableDataModule):
-    """Rows of several texts, each tokenized by itself; `columns` are the table's by the roles of the texts."""
+    """The base of rows of several texts, each tokenized by itself.
+
+    columns: names of the table's columns by the roles of the texts. Other arguments: see `TableDataModule`.
+    """
 
     def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
@@ -29,18 +36,21 @@ class TextsDataModule(TableDataModule):
         return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
 
     def tokenized_texts(self, table: "Dataset") -> "Dataset":
-        """Token ids of all texts."""
+        """The token ids of all texts of a table, one column for each role."""
         return self.encode_table(
             table, list(self.columns), tokenize_texts, seq_len=self.seq_len, **self.encode_options()
         ).with_format("numpy")
 
     def encode_options(self) -> dict[str, object]:
-        """How a text becomes tokens, beyond its length: options of `tokenize_texts`."""
+        """Options of `tokenize_texts` beyond the length."""
         return {}
 
 
 class PairsDataModule(TextsDataModule):
-    """Rows of two or three tokenized texts each; a role without a column is left out."""
+    """Rows of one to three tokenized texts each; a role without a column is left out.
+
+    anchor, positive, negative: names of the columns; None leaves the role out.
+    """
 
     kind = "pairs"
 
@@ -53,7 +63,7 @@ class PairsDataModule(TextsDataModule):
         super().prepare(tokenizer, collate)
 
     def encode_options(self) -> dict[str, object]:
-        return {"prompt": self.collate.prompt, "closes": self.collate.closes}
+        return {"prompt": self.collate.prompt, "add_end": self.collate.add_end}
 
     def rows(self, table: "Dataset") -> "Dataset":
         return self.tokenized_texts(table)
@@ -70,10 +80,13 @@ def tokenize_texts(
     tokenizer: "PreTrainedTokenizerBase",
     seq_len: int,
     prompt: str = "",
-    closes: bool = True,
+    add_end: bool = True,
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the texts of each column behind the prompt, cut to seq_len, special tokens and an end token included."""
+    """Token ids of the texts of each column, behind the prompt and at most seq_len long.
+
+    Special tokens count, and are kept when a text is truncated; so is the end token that `add_end` asks for.
+    """
     return {
-        role: encode_texts(tokenizer, [prompt + text for text in texts], max_length=seq_len, closes=closes)
+        role: encode_texts(tokenizer, [prompt + text for text in texts], max_length=seq_len, add_end=add_end)
         for role, texts in batch.items()
     }

@@ -1,4 +1,9 @@
-"""Prompts with two completions, of which people preferred one; and prompts alone, to be answered in training."""
+"""Preference data: prompts with a chosen and a rejected completion, or with completions ranked from best to worst.
+
+Long rows are shortened so that both completions keep the same prompt and the same limit: completions are limited to half
+of the row, or to what the prompt leaves if that is more, and the prompt is truncated on its left. A pair that differed in
+its prompt would teach more than the preference.
+"""
 
 import json
 import logging
@@ -27,7 +32,13 @@ if TYPE_CHECKING:
 
 
 class PreferenceDataModule(MessagesDataModule):
-    """Rows of token ids: prompt, chosen, rejected, and a margin where there is one; or prompt and completions, ranked."""
+    """Examples of token ids: {"prompt", "chosen", "rejected"} and a "margin" where there is one, or {"prompt", "completions"}.
+
+    prompt, chosen, rejected: columns of pairs. Without a column `prompt` it is the common prefix of both answers.
+    completions: column of a list of completions, best first; read where the source has it and no `chosen`.
+    margin: column of a number by which the chosen completion is better, or None.
+    Other arguments: see `TableDataModule`.
+    """
 
     kind = "preference"
     cell_kinds: ClassVar[dict[str, str]] = {**MessagesDataModule.cell_kinds, "completions": "json", "margin": "number"}
@@ -42,11 +53,11 @@ class PreferenceDataModule(MessagesDataModule):
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # what was rejected is nothing to learn
-        parts = (
-            part for row in train for part in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
+        answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # rejected answers are no text to learn
+        values = (
+            value for row in train for value in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
         )
-        return train_bpe((text for part in parts for text in message_texts(part)), vocab_size)
+        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         if is_ranked(self.tables()[0]) and not collate.ranks:
@@ -55,67 +66,76 @@ class PreferenceDataModule(MessagesDataModule):
             )
         super().prepare(tokenizer, collate)
 
-    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
-        """The columns that are there, by role: those of pairs, or prompt and ranked completions.
-
-        Pairs need no prompt: it is then what both answers begin with.
-        """
-        ranked = self.ranking_columns["completions"] in found and self.columns["chosen"] not in found
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        """The columns to read, by role: those of pairs, or prompt and ranked completions."""
+        ranked = self.ranking_columns["completions"] in names and self.columns["chosen"] not in names
         roles = dict(self.ranking_columns if ranked else self.columns)
-        if not ranked and roles["prompt"] == "prompt" and "prompt" not in found and roles["chosen"] in found:
+        if not ranked and roles["prompt"] == "prompt" and "prompt" not in names and roles["chosen"] in names:
             del roles["prompt"]
-        sources.check_columns(source, found, {f"data.{role}": column for role, column in roles.items()})
+        sources.check_columns(source, names, {f"data.{role}": column for role, column in roles.items()})
         return roles
 
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         answers = "completions" if "completions" in roles else "answers"
         return ["prompt", answers, *(role for role in roles if role == "margin"), TOOLS]
 
-    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        prompt = parse_prompt(row, roles["prompt"], place) if "prompt" in roles else None
-        columns = {role: place._replace(column=column) for role, column in roles.items()}
+    def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        prompt = parse_prompt(record, roles["prompt"], place) if "prompt" in roles else None
+        places = {role: place._replace(column=column) for role, column in roles.items()}
+        # the answers: a list of any length, or two columns
         if "completions" in roles:
-            answers = parse_list(row.get(roles["completions"]), columns["completions"], text_or_messages)
+            answers = parse_list(record.get(roles["completions"]), places["completions"], text_or_messages)
         else:
-            answers = [text_or_messages(row.get(roles[role]), columns[role]) for role in ("chosen", "rejected")]
+            answers = [text_or_messages(record.get(roles[role]), places[role]) for role in ("chosen", "rejected")]
         if len(answers) < 2:
             raise DataError(f"{place}: a prompt with {len(answers)} completions has nothing to compare")
+        # whole conversations are divided into prompt and answers
         prompt, answers = extract_prompt(prompt, answers, place)
-        margin = {"margin": parse_number(row.get(roles["margin"]), columns["margin"])} if "margin" in roles else {}
+        margin = {"margin": parse_number(record.get(roles["margin"]), places["margin"])} if "margin" in roles else {}
         return {"prompt": prompt, "completions" if "completions" in roles else "answers": answers, **margin}
 
     def rows(self, table: "Table") -> Dataset:
         answers = "completions" if is_ranked(table) else "answers"
-        found = self.encode_table(table, self.encoded_roles(table, "prompt", answers), tokenize_preference)
-        rows = map(self._row, as_arrays(found, "prompt"), as_arrays(found, "completions"), as_arrays(found, "lengths"))
+        encoded = self.encode_table(table, self.encoded_roles(table, "prompt", answers), tokenize_preference)
+        rows = map(
+            self._row, as_arrays(encoded, "prompt"), as_arrays(encoded, "completions"), as_arrays(encoded, "lengths")
+        )
         if is_ranked(table):
-            return [{"prompt": prompt, "completions": said} for prompt, said in rows]
-        pairs = [{"prompt": prompt, "chosen": said[0], "rejected": said[1]} for prompt, said in rows]
+            return [{"prompt": prompt, "completions": completions} for prompt, completions in rows]
+        pairs = [
+            {"prompt": prompt, "chosen": completions[0], "rejected": completions[1]} for prompt, completions in rows
+        ]
         if "margin" not in table.column_names:
             return pairs
         return [{**pair, "margin": margin} for pair, margin in zip(pairs, table["margin"], strict=True)]
 
-    def _row(self, prompt: np.ndarray, said: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The longest completion is cut to half of the row at most, the prompt on its left to what is left."""
-        kept = min(sizes.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
-        completions = [ids[:kept] for ids in np.split(said, sizes.cumsum()[:-1])]
-        return prompt[max(len(prompt) + kept - self.seq_len, 0) :], completions
+    def _row(
+        self, prompt: np.ndarray, completions: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The prompt and the completions of a row, truncated together to seq_len tokens.
+
+        completions: token ids of all completions end to end; lengths: of each. Completions are limited to half of the row, or
+        to what the prompt leaves; the prompt loses its beginning.
+        """
+        limit = min(lengths.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
+        truncated = [ids[:limit] for ids in np.split(completions, lengths.cumsum()[:-1])]
+        return prompt[max(len(prompt) + limit - self.seq_len, 0) :], truncated
 
     def prompt(self) -> str:
         return self.render(json.loads(self.tables()[1][0]["prompt"]))
 
 
 def is_ranked(table: "Table") -> bool:
-    """Whether any number of completions is compared, the best first."""
+    """Whether the table holds lists of completions, best first, rather than pairs."""
     return "completions" in table.column_names
 
 
 def tokenize_preference(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
-    """Token ids of each prompt, of its completions end to end, and how many each of them has."""
-    given = batch["completions"] if "completions" in batch else batch["answers"]
-    rows = encode_answers(tokenizer, batch["prompt"], given, **tools_argument(batch))
+    """Token ids of each prompt, of its completions end to end, and the length of each completion."""
+    completions = batch["completions"] if "completions" in batch else batch["answers"]
+    rows = encode_answers(tokenizer, batch["prompt"], completions, **tools_argument(batch))
     return {
         "prompt": [prompt for prompt, _ in rows],
-        "completions": [np.concatenate([*answers, np.zeros(0, np.int32)]) for _, answers in rows],
-        "lengths": [np.asarray([len(ids) for ids in answers], dtype=np.int32) for _, answers in rows],
+        "completions": [np.concatenate([*completions, np.zeros(0, np.int32)]) for _, completions in rows],
+        "lengths": [np.asarray([len(ids) for ids in completions], dtype=np.int32) for _, completions in rows],
     }

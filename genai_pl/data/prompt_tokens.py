@@ -1,6 +1,12 @@
-"""Tokens of prompts and answers: the one place that says what a model is prompted with, and what it is to learn and write.
+"""Tokens of prompts and answers: the one place that decides what a model is prompted with and what it learns to produce.
 
-Training, evaluation, generation, serving, rollouts and judges all ask here.
+Training, evaluation, generation, serving, rollouts and reward models all call these functions, so a prompt has the same
+tokens everywhere. Three rules:
+
+- A text prompt is tokenized with the special tokens that the tokenizer puts in front, and without an end token.
+- A completion is tokenized as a continuation and closed by the end token, which is learned: else a model never stops.
+- A conversation is rendered and tokenized as one text; tokens that begin inside an assistant's span are learned. Only
+  where the generation prompt alone has other tokens than the text has there, the text is tokenized in two parts.
 """
 
 from collections.abc import Sequence
@@ -46,19 +52,22 @@ __all__ = [
 
 
 class TokenizedExample(NamedTuple):
-    """Tokens of one example, and which of them the model is to say."""
+    """The tokens of one training example.
 
-    input_ids: np.ndarray  # (n,) int32
-    loss_mask: np.ndarray  # (n,) bool
+    input_ids: (n,) int32. loss_mask: (n,) bool, True where the model is to produce the token.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
 
     @property
     def n_prompt(self) -> int:
-        """How many tokens come before the first that is learned; all of them if none is."""
+        """The number of tokens before the first one that is learned; all of them if none is."""
         return int(self.loss_mask.argmax()) if self.loss_mask.any() else len(self.loss_mask)
 
 
 def encode_messages(tokenizer: "PreTrainedTokenizerBase", messages: Messages, tools: Tools = ()) -> TokenizedExample:
-    """The rendered conversation; what assistants say is to be learned, the marker that ends it included."""
+    """The rendered conversation, in which assistants' turns are learned, including the marker that ends each."""
     return encode_conversations(tokenizer, [messages], [0], [tools])[0]
 
 
@@ -68,15 +77,18 @@ def encode_conversations(
     n_prompt: Sequence[int],
     tools: Sequence[Tools] | None = None,
 ) -> list[TokenizedExample]:
-    """The same of each; nothing is to be learned of its first `n_prompt` messages. `tools` are those of each conversation.
+    """`encode_messages` for each conversation; the first `n_prompt` messages of each are not learned.
+
+    tools: those of each conversation, or None.
 
     The tokens are those of the whole text, as transformers makes them, except where the generation prompt alone has others
-    than it has before the answer (a space that joins the first word, line breaks that go together at the end of a text):
-    there the prompt's tokens end, as they do when the model is asked, and the answer's begin.
+    than it has in front of the answer (a space that joins the first word, line breaks that merge at the end of a text). There
+    the prompt's tokens end, as they do when the model is prompted, and the answer's begin.
     """
     template = ChatTemplate(tokenizer)
+    # render all, then tokenize all at once
     rows = zip(conversations, n_prompt, _tools_per_row(tools, len(conversations)), strict=True)
-    rendered = [template.render_with_spans(messages, n, its_tools) for messages, n, its_tools in rows]
+    rendered = [template.render_with_spans(messages, n, row_tools) for messages, n, row_tools in rows]
     encoded = encode_with_boundaries(tokenizer, [(r.text, [start for start, _ in r.spans]) for r in rendered])
     end = _end_ids(tokenizer)
     return [_masked(*tokens, rendering, end) for tokens, rendering in zip(encoded, rendered, strict=True)]
@@ -85,7 +97,7 @@ def encode_conversations(
 def encode_completion(
     tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages, tools: Tools = ()
 ) -> TokenizedExample:
-    """A prompt, and the completion that is to be learned with an end token after it; or both as messages."""
+    """A prompt and its completion, which is learned with the end token behind it; or both as messages."""
     return encode_completions(tokenizer, [prompt], [completion], [tools])[0]
 
 
@@ -95,15 +107,17 @@ def encode_completions(
     completions: Sequence[str | Messages],
     tools: Sequence[Tools] | None = None,
 ) -> list[TokenizedExample]:
-    """The same of each; the prompts are texts, or all of them messages."""
+    """`encode_completion` for each pair; prompts are texts, or all of them messages."""
     if prompts and not isinstance(prompts[0], str):
-        whole = [[*prompt, *as_messages(said)] for prompt, said in zip(prompts, completions, strict=True)]
-        return encode_conversations(tokenizer, whole, [len(prompt) for prompt in prompts], tools)
+        conversations = [
+            [*prompt, *as_messages(completion)] for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return encode_conversations(tokenizer, conversations, [len(prompt) for prompt in prompts], tools)
     end = _end_ids(tokenizer)
     answers = encode_continuations(tokenizer, completions)
     parts = [
-        (given, np.asarray([*said, *end], dtype=np.int32))
-        for given, said in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
+        (prompt_ids, np.asarray([*answer, *end], dtype=np.int32))
+        for prompt_ids, answer in zip(encode_prompts(tokenizer, prompts), answers, strict=True)
     ]
     return [TokenizedExample(np.concatenate(part), np.arange(sum(map(len, part))) >= len(part[0])) for part in parts]
 
@@ -114,20 +128,29 @@ def encode_answers(
     answers: Sequence[Sequence[str | Messages]],
     tools: Sequence[Tools] | None = None,
 ) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """The tokens of each prompt, and of each of its answers after it: together those of `encode_completions`."""
-    numbers = [n for n, some in enumerate(answers) for _ in some]
-    its_tools = _tools_per_row(tools, len(prompts))
-    flat = [answer for some in answers for answer in some]
-    examples = iter(encode_completions(tokenizer, [prompts[n] for n in numbers], flat, [its_tools[n] for n in numbers]))
+    """(prompt ids, [ids of each answer]) for prompts with several answers; prompt + answer equals `encode_completions`.
+
+    DataError where the template renders one prompt differently before two answers: their comparison would include that.
+    """
+    # encode every (prompt, answer) pair in one call
+    prompt_numbers = [n for n, group in enumerate(answers) for _ in group]
+    row_tools = _tools_per_row(tools, len(prompts))
+    flat_answers = [answer for group in answers for answer in group]
+    examples = iter(
+        encode_completions(
+            tokenizer, [prompts[n] for n in prompt_numbers], flat_answers, [row_tools[n] for n in prompt_numbers]
+        )
+    )
     rows = []
-    for some in answers:
-        own = [next(examples) for _ in some]
-        n_prompt = min((example.n_prompt for example in own), default=0)
-        beginnings = {example.input_ids[:n_prompt].tobytes() for example in own}
+    for group in answers:
+        examples_of_row = [next(examples) for _ in group]
+        n_prompt = min((example.n_prompt for example in examples_of_row), default=0)
+        # the shared prompt is the shortest part that no example learns
+        beginnings = {example.input_ids[:n_prompt].tobytes() for example in examples_of_row}
         if len(beginnings) > 1:
             raise DataError("messages: the chat template renders the prompt otherwise before another answer")
-        prompt = own[0].input_ids[:n_prompt] if own else np.zeros(0, np.int32)
-        rows.append((prompt, [example.input_ids[n_prompt:] for example in own]))
+        prompt = examples_of_row[0].input_ids[:n_prompt] if examples_of_row else np.zeros(0, np.int32)
+        rows.append((prompt, [example.input_ids[n_prompt:] for example in examples_of_row]))
     return rows
 
 
@@ -137,9 +160,9 @@ def encode_prompt(
     tools: Tools = (),
     template: ChatTemplate | None = None,
 ) -> np.ndarray:
-    """The tokens that a model continues: a text, or messages with the beginning of the answer, which may call tools.
+    """The tokens (n,) int32 that a model continues: of a text, or of messages with the generation prompt.
 
-    template: the tokenizer's, where there is one already.
+    template: a `ChatTemplate` of the tokenizer, to reuse what it has found out.
     """
     return encode_prompts(tokenizer, [prompt], [tools], template)[0]
 
@@ -150,13 +173,13 @@ def encode_prompts(
     tools: Sequence[Tools] | None = None,
     template: ChatTemplate | None = None,
 ) -> list[np.ndarray]:
-    """The same of each; they are texts, or all of them messages."""
+    """`encode_prompt` for each prompt; they are texts, or all of them messages."""
     if not prompts or isinstance(prompts[0], str):
         rows = tokenizer(list(prompts), **NO_WARNINGS)["input_ids"]
         end = _end_ids(tokenizer)
-        if appends_end_token(tokenizer):  # what some tokenizers close every text with would end what is to be continued
+        if appends_end_token(tokenizer):  # a tokenizer may close every text: an end token would stop the continuation
             rows = [ids[:-1] if ids[-1:] == end else ids for ids in rows]
-        begin = [tokenizer.bos_token_id] * 2  # a rendered conversation brings the first token, and gets no second one
+        begin = [tokenizer.bos_token_id] * 2  # a text that is a rendered conversation brings its own bos: keep one
         rows = [ids[1:] if ids[:2] == begin else ids for ids in rows]
     else:
         template = template or ChatTemplate(tokenizer)
@@ -166,12 +189,15 @@ def encode_prompts(
 
 
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, tools: Tools = ()) -> str:
-    """A prompt as text: messages are rendered, with the beginning of the answer."""
+    """A prompt as text: messages are rendered with the generation prompt."""
     return prompt if isinstance(prompt, str) else ChatTemplate(tokenizer).prompt(prompt, tools)
 
 
 def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: Sequence[int]) -> TokenizedExample:
-    """The tokens, of which those that begin in a span are to be learned; an answer that nothing closes gets the end token."""
+    """The example of a rendered conversation: a token is learned if its first character is inside a span.
+
+    ids, starts: of the tokens of the text. end: ids of the end token, which closes an answer that no marker closes.
+    """
     mask = np.zeros(len(starts), bool)
     for start, stop in rendering.spans:
         mask |= (starts >= start) & (starts < stop)
@@ -181,15 +207,16 @@ def _masked(ids: Sequence[int], starts: np.ndarray, rendering: Rendering, end: S
 
 
 def as_messages(completion: str | Messages) -> Messages:
-    """What is said after a prompt, a text as an assistant's message."""
+    """An answer as messages: a text is one message of the assistant."""
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 def _tools_per_row(tools: Sequence[Tools] | None, n: int) -> Sequence[Tools]:
+    """The tools of each of n conversations, none by default."""
     return [()] * n if tools is None else tools
 
 
 def _end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token that closes a text, or none."""
+    """The end token as a list of one id, or of none."""
     end = end_token(tokenizer)
     return [] if end is None else [end]

@@ -1,4 +1,8 @@
-"""Prompts that the policy answers while it trains."""
+"""Prompt data: prompts that the policy answers while it trains (PPO, GRPO, RLOO), with all columns of their rows.
+
+A reward function receives the columns by name, so a data set of sums can carry its solutions. Prompts are truncated on
+the left: their end is what is answered.
+"""
 
 import json
 import logging
@@ -22,17 +26,19 @@ if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 def tokenize_prompts(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids of each prompt."""
     return {"prompt": encode_prompts(tokenizer, batch["prompt"], **tools_argument(batch))}
 
 
-log = logging.getLogger(__name__)
-
-
 class PromptsDataModule(MessagesDataModule):
-    """Rows of a tokenized prompt and, as they are, all columns: rewards may need them."""
+    """Examples {"prompt_ids": (n,), "prompt": text or messages, "columns": all columns of the row}.
+
+    prompt: name of the column. max_prompt_len: tokens of a prompt at most. Other arguments: see `TableDataModule`.
+    """
 
     kind = "prompts"
     keeps_all_columns = True
@@ -44,8 +50,8 @@ class PromptsDataModule(MessagesDataModule):
     def required_columns(self) -> dict[str, str]:
         return {"data.prompt": self.column}
 
-    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        return {"prompt": parse_prompt(row, roles["prompt"], place)}
+    def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        return {"prompt": parse_prompt(record, roles["prompt"], place)}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
@@ -53,20 +59,25 @@ class PromptsDataModule(MessagesDataModule):
 
     def rows(self, table: "Table") -> Dataset:
         prompts = as_arrays(self.encode_table(table, self.encoded_roles(table, "prompt"), tokenize_prompts), "prompt")
+        # the columns as they are written in the source, not as parsed
         source = self.source_of(table)
-        given = [row for _, row in sources.read_records(source)]
-        names = dict.fromkeys(name for row in given for name in row)
-        room = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
-        n_cut, rows = sum(len(ids) > room for ids in prompts), []
-        if n_cut:
+        records = [record for _, record in sources.read_records(source)]
+        names = dict.fromkeys(name for record in records for name in record)
+        # a prompt and its completion share the context
+        max_len = min(self.max_prompt_len, self.collate.row_length(self.seq_len))
+        n_truncated, rows = sum(len(ids) > max_len for ids in prompts), []
+        if n_truncated:
             log.info(
-                "data        %d of %d prompts are longer than %d tokens: their end is kept", n_cut, len(prompts), room
+                "data        %d of %d prompts are longer than %d tokens: their end is kept",
+                n_truncated,
+                len(prompts),
+                max_len,
             )
         for ids, prompt, number in zip(prompts, table["prompt"], table["row"], strict=True):
             if not len(ids):
                 raise DataError(f"{sources.locate_row(source, number)}: an empty prompt cannot be answered")
-            columns = {name: given[number - 1].get(name) for name in names}
-            rows.append({"prompt_ids": ids[-room:], "prompt": json.loads(prompt), "columns": columns})
+            columns = {name: records[number - 1].get(name) for name in names}
+            rows.append({"prompt_ids": ids[-max_len:], "prompt": json.loads(prompt), "columns": columns})
         return rows
 
     def prompt(self) -> str:

@@ -1,4 +1,9 @@
-"""Files as rows: each row of a csv, JSON, parquet or text file is a mapping of its columns, with its place, as it is written."""
+"""Records: each row of a csv, JSON, parquet or text file as a mapping of its columns, with its place, as it is written.
+
+The readers are our own because their errors name file, row and column, numbers keep their spelling, and nothing is
+coerced: pandas and `datasets` turn 007 into 7, missing cells into NaN and mixed columns into text. Files are streamed
+row by row; JSON lists and values over several lines are read whole.
+"""
 
 import csv
 import json
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, object]
 Records = Iterator[tuple[Place, Record]]
-SCHEMA_ROWS = 1000  # rows that tell the columns of JSON
+SCHEMA_ROWS = 1000  # rows of JSON that are read for the names of its columns
 BYTES = "utf-8-sig"  # UTF-8, with or without a byte order mark
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -31,9 +36,10 @@ BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".
 
 
 def read_records(files: Sequence[Path], *, columns: Collection[str] | None = None, by_line: bool = False) -> Records:
-    """The rows of all files, numbered from 1 in each; a .txt is one row, or with `by_line` one a line.
+    """The records of all files with their places, numbered from 1 in each file.
 
-    Of a parquet file only `columns` are read where they are given; a DataError names what cannot be read.
+    columns: of a parquet file only these are read. by_line: a .txt gives one record per line instead of one per file.
+    DataError names a file that cannot be read.
     """
     for path in files:
         name = str(path)
@@ -47,7 +53,7 @@ def read_records(files: Sequence[Path], *, columns: Collection[str] | None = Non
 
 
 def _read_file(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Record]:
-    """The rows of a file of a known kind."""
+    """The records of a file, by its suffix."""
     kind_of_file = BUILDERS[path.suffix.lower()]
     if kind_of_file == "parquet":
         return parquet_rows(path, columns)
@@ -57,7 +63,7 @@ def _read_file(path: Path, columns: Collection[str] | None, by_line: bool) -> It
 
 
 def column_names(files: Sequence[Path]) -> list[str]:
-    """The columns of the first file that has rows: of JSON those of its first rows."""
+    """The columns of the first file that has rows; of JSON, those of its first rows."""
     for path in files:
         if path.suffix.lower() == ".parquet":
             names = parquet_file(path).schema_arrow.names
@@ -70,21 +76,22 @@ def column_names(files: Sequence[Path]) -> list[str]:
 
 
 def text_rows(path: Path) -> Iterator[Record]:
-    """The whole text as one row."""
+    """The whole text as one record."""
     yield {"text": path.read_text(encoding=BYTES)}
 
 
 def text_lines(path: Path) -> Iterator[Record]:
-    """The lines of a text, with their line breaks."""
+    """One record per line, which keeps its line break."""
     with path.open(encoding=BYTES) as file:
         for line in file:
             yield {"text": line}
 
 
 def csv_rows(path: Path) -> Iterator[Record]:
-    """Rows of cells, all of them text; empty lines are none."""
+    """One record per row, all cells texts; empty lines are skipped."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding=BYTES, newline="") as file:
+        # strict: a bare quote in a cell is an error, not a guess
         lines = csv.reader(file, strict=True)
         try:
             header = next(lines, [])
@@ -101,7 +108,7 @@ def csv_rows(path: Path) -> Iterator[Record]:
 
 
 def json_rows(path: Path) -> Iterator[Record]:
-    """The objects of a list, of lines, or one after the other; a text stands for an object with that `text`."""
+    """The objects of a list, of lines, or one after the other; a string stands for an object with that `text`."""
     with path.open(encoding=BYTES) as file:
         first = next((line for line in file if not line.isspace()), "")
     if first.lstrip().startswith("["):
@@ -113,6 +120,7 @@ def json_rows(path: Path) -> Iterator[Record]:
 
 
 def _is_json(line: str) -> bool:
+    """Whether the line is a JSON value by itself."""
     try:
         loads(line)
     except (ValueError, RecursionError):
@@ -121,19 +129,21 @@ def _is_json(line: str) -> bool:
 
 
 def _of_list(path: Path) -> Iterator[Record]:
-    found, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
-    for number, value in enumerate(found, start=1):
+    """The records of one JSON list."""
+    values, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
+    for number, value in enumerate(values, start=1):
         yield _row(value, path, number)
 
 
 def _of_lines(path: Path) -> Iterator[Record]:
+    """The records of JSON lines."""
     with path.open(encoding=BYTES, newline="\n") as file:
         for number, line in enumerate((line for line in file if not line.isspace()), start=1):
             yield _row(_decoded(line, path, number)[0], path, number)
 
 
 def _of_values(path: Path) -> Iterator[Record]:
-    """Objects over several lines, with whitespace between them."""
+    """The records of JSON values that extend over lines, with whitespace between them."""
     text, number, end = path.read_text(encoding=BYTES).strip(), 0, 0
     while end < len(text):
         number += 1
@@ -142,19 +152,20 @@ def _of_values(path: Path) -> Iterator[Record]:
 
 
 def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tuple[object, int]:
-    """The JSON value that is all of the text, or the one that begins at `start`, and where it ends."""
+    """The JSON value that is the whole text, or the one that begins at `start`, and the position behind it."""
     try:
         return (loads(text), len(text)) if start is None else decode_at(text, start)
     except RecursionError:
-        why = "nested too deeply"
+        reason = "nested too deeply"
     except json.JSONDecodeError as error:
-        why = f"{error.msg.removesuffix(' at')} at {preview(text[error.pos : error.pos + 40])}"
+        reason = f"{error.msg.removesuffix(' at')} at {preview(text[error.pos : error.pos + 40])}"
     except ValueError as error:
-        why = str(error).split(";")[0]
-    raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{why})")
+        reason = str(error).split(";")[0]
+    raise DataError(f"{path}: cannot be read as json ({f'row {number}: ' if number else ''}{reason})")
 
 
 def _row(value: object, path: Path, number: int) -> Record:
+    """A JSON value as a record; DataError if it is neither an object nor a string."""
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, dict):
@@ -163,7 +174,7 @@ def _row(value: object, path: Path, number: int) -> Record:
 
 
 def parquet_file(path: Path) -> "ParquetFile":
-    """The opened file."""
+    """The opened parquet file; DataError if it is none or has a column twice."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -178,34 +189,34 @@ def parquet_file(path: Path) -> "ParquetFile":
 
 
 def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
-    """Rows of Python values, of structs only the keys that hold something."""
+    """Records of Python values; a struct has only the keys that hold something."""
     import pyarrow as pa
 
     file = parquet_file(path)
-    wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
-    nested = {name for name in wanted if pa.types.is_nested(file.schema_arrow.field(name).type)}
+    names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    nested = {name for name in names if pa.types.is_nested(file.schema_arrow.field(name).type)}
     try:
-        for batch in file.iter_batches(batch_size=SCHEMA_ROWS, columns=wanted):
-            for row in batch.to_pylist():
-                yield {name: drop_missing_keys(value) if name in nested else value for name, value in row.items()}
+        for batch in file.iter_batches(batch_size=SCHEMA_ROWS, columns=names):
+            for record in batch.to_pylist():
+                yield {name: drop_missing_keys(value) if name in nested else value for name, value in record.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
+    """The first line of an error's message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def why_undecodable(path: Path) -> str:
-    """Names the place of the first bytes of a file that are not UTF-8, and what it may be instead."""
+    """The reason why a file is not UTF-8: the first bad byte with its line, or the compression of the file."""
     contents = path.read_bytes()
-    packed = next((name for mark, name in COMPRESSED.items() if contents.startswith(mark)), None)
-    if packed:
-        return f"{path}: packed by {packed}; unpack it first"
+    compression = next((name for mark, name in COMPRESSED.items() if contents.startswith(mark)), None)
+    if compression:
+        return f"{path}: packed by {compression}; unpack it first"
     try:
         contents.decode()
-    except UnicodeDecodeError as bad:
-        line = contents[: bad.start].count(b"\n") + 1
-        return f"{path}: not UTF-8 at byte {bad.start} (line {line}); convert it, for example with iconv"
+    except UnicodeDecodeError as error:
+        line = contents[: error.start].count(b"\n") + 1
+        return f"{path}: not UTF-8 at byte {error.start} (line {line}); convert it, for example with iconv"
     return f"{path}: not UTF-8"

@@ -1,4 +1,7 @@
-"""Sources and targets, packed whole into rows for an encoder and a decoder."""
+"""Sequence-to-sequence data: sources and targets, packed whole into rows for an encoder and a decoder.
+
+Both sides of a pair are closed by the end token and truncated to seq_len.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Seq2SeqDataModule(TextsDataModule):
-    """Rows of one pair or several, each text closed by the end token and cut to seq_len."""
+    """Rows of one pair or of several (`PackedPairs`).
+
+    source, target: names of the columns. packing: put several pairs into a row. Other arguments: see `TableDataModule`.
+    """
 
     kind = "seq2seq"
 

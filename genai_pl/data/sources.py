@@ -1,4 +1,9 @@
-"""Where text comes from: files, folders, globs, shipped sets and hub names become one `datasets` table of documents."""
+"""Sources: files, folders, globs, shipped sets and hub names, read into tables of documents or streamed.
+
+A path names a source as follows, first match first: a file; a folder (all files of known suffixes below it); a glob; a
+set that is shipped in `corpus/`; a name on the hub, owner/name. A table that is read from files is cached under a name
+made of the files' contents (`cache_name`), so an edited file is read again and an unchanged one never.
+"""
 
 import glob
 import hashlib
@@ -31,7 +36,10 @@ CORPUS = Path(__file__).parent / "corpus"
 
 @dataclass(frozen=True)
 class Source:
-    """A place that documents are read from: local files of one kind, or a name on the hub."""
+    """Where documents are read from: local files of one kind, or a name on the hub.
+
+    name: as the user gave it. files: empty for a name on the hub. split: of a data set on the hub.
+    """
 
     name: str
     files: tuple[Path, ...] = ()
@@ -39,17 +47,17 @@ class Source:
 
     @cached_property
     def content(self) -> str:
-        """`content_hash` when it was first asked for: whatever is made of this source has one name."""
+        """`content_hash` at its first use: everything derived from this source has one name, even if a file changes."""
         return content_hash(self)
 
     @property
     def is_text(self) -> bool:
-        """Whether it is text itself, without columns."""
+        """Whether its files are plain text, without columns."""
         return bool(self.files) and BUILDERS[self.files[0].suffix.lower()] == "text"
 
 
 def find_source(path: str, *, option: str = "data.path") -> Source:
-    """The source that a path, folder, glob, shipped name or hub name stands for; a DataError names what is missing."""
+    """The source that a path stands for; DataError says what is missing. `option` is the option's name, for the error."""
     path = os.path.expanduser(path)
     if Path(path).is_file():
         files = [Path(path)]
@@ -61,6 +69,7 @@ def find_source(path: str, *, option: str = "data.path") -> Source:
         files = sorted(Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file())
     if files:
         return _local_source(path, files, option)
+    # no local file: a shipped set, then a name on the hub
     if (CORPUS / path).is_dir():
         return _local_source(path, [next((CORPUS / path).glob("train.*"))], option)
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix:
@@ -72,16 +81,17 @@ def find_source(path: str, *, option: str = "data.path") -> Source:
 
 
 def shipped_validation(path: str) -> Source | None:
-    """The validation file of a shipped set, or None for anything else."""
+    """The validation file of a shipped set; None for any other path."""
     if Path(path).expanduser().exists() or not (CORPUS / path).is_dir():
         return None
     return _local_source(path, list((CORPUS / path).glob("val.*")), "data.path")
 
 
 def _local_source(path: str, files: list[Path], option: str) -> Source:
-    foreign = [p for p in files if p.suffix.lower() not in BUILDERS]
-    if foreign:
-        raise DataError(f"{option}={foreign[0]}: unknown kind of file; known: {', '.join(BUILDERS)}")
+    """A source of local files of one known kind; DataError for others, for a mixture, and for empty ones."""
+    unknown = [p for p in files if p.suffix.lower() not in BUILDERS]
+    if unknown:
+        raise DataError(f"{option}={unknown[0]}: unknown kind of file; known: {', '.join(BUILDERS)}")
     kinds = {BUILDERS[p.suffix.lower()] for p in files}
     if len(kinds) > 1:
         raise DataError(f"{option}={path}: files of several kinds ({', '.join(sorted(kinds))}); name one with a glob")
@@ -91,7 +101,10 @@ def _local_source(path: str, files: list[Path], option: str) -> Source:
 
 
 def read_documents(source: Source, column: str, *, streaming: bool = False) -> "Dataset | IterableDataset":
-    """The documents of a source in a column `text`; a streamed .txt comes line by line, else a file is one document."""
+    """The documents of a source, in a column `text`.
+
+    A .txt file is one document; streamed, each of its lines is a record. A stream reads files or the hub as it is iterated.
+    """
     configure_progress_bars()
     if not source.files:
         return _hub_documents(source, column, streaming=streaming)
@@ -110,13 +123,16 @@ def read_documents(source: Source, column: str, *, streaming: bool = False) -> "
 
 
 def cache_name(source: Source, *options: object) -> str:
-    """A name for what is read from a source under the options."""
+    """A hash of a source's contents and the options under which it is read: the name of its cached table."""
     parts = f"{FORMAT}/{source.content}/{options}"
     return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
 
 def verify_unchanged(source: Source, cells: Cells) -> Cells:
-    """The cells; at their end a DataError if the files are not those any more that the source is named after."""
+    """The cells, passed through; behind the last one a DataError if the files changed while they were read.
+
+    The table would otherwise be cached under the hash of contents that it does not have.
+    """
     before = source.content
     yield from cells
     if content_hash(source) != before:
@@ -124,11 +140,13 @@ def verify_unchanged(source: Source, cells: Cells) -> Cells:
 
 
 def _stream_texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
+    """Generator of {"text"} for a streamed data set; a top-level function, because `datasets` pickles it."""
     for place, row in records.read_records(files, columns=[column], by_line=True):
         yield {"text": parse_text(row.get(column), place._replace(column=column))}
 
 
 def _hub_documents(source: Source, column: str, *, streaming: bool) -> "Dataset | IterableDataset":
+    """Documents of a data set on the hub, converted to text where the column is not text already."""
     from datasets import Value
 
     table = load_hub(source, streaming=streaming)
@@ -146,6 +164,7 @@ def _hub_documents(source: Source, column: str, *, streaming: bool) -> "Dataset 
 
 
 def _check_documents(source: Source, table: "Dataset") -> "Dataset":
+    """The table; DataError if it is empty, and a log line if some of its texts are."""
     if not len(table):
         raise DataError(f"{source.name}: no rows")
     log_empty_cells(table, {"text": "text"}, source.name)
@@ -153,7 +172,7 @@ def _check_documents(source: Source, table: "Dataset") -> "Dataset":
 
 
 def read_records(source: Source, columns: Collection[str] | None = None) -> Records:
-    """The rows of a source, each with its place; only these columns of them, where only they are at hand."""
+    """The records of a source with their places; `columns` limits what is read where the format allows."""
     if source.files:
         return records.read_records(source.files, columns=columns)
     table = load_hub(source)
@@ -163,16 +182,17 @@ def read_records(source: Source, columns: Collection[str] | None = None) -> Reco
 
 
 def locate_row(source: Source, number: int) -> Place:
-    """Where row `number` of the whole source stands: its file, and its number there."""
+    """The place of row `number` of the whole source: its file and its number there."""
     return next((place for place, _ in islice(read_records(source), number - 1, None)), Place(source.name, number))
 
 
 def column_names(source: Source) -> list[str]:
-    """The names of the columns."""
+    """The names of the columns of a source."""
     return records.column_names(source.files) if source.files else load_hub(source).column_names
 
 
 def _hub_rows(source: Source, table: "Dataset") -> Records:
+    """The records of a loaded data set, numbered from 1."""
     number = 0
     for batch in table.iter(batch_size=records.SCHEMA_ROWS):
         for values in zip(*batch.values(), strict=True):
@@ -181,12 +201,15 @@ def _hub_rows(source: Source, table: "Dataset") -> Records:
 
 
 def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":
-    """All columns of a data set of the hub."""
+    """All columns of a data set of the hub, one split of it; errors become one line.
+
+    `datasets` reads as much as it finds of a truncated cache file, so the number of rows is compared with its metadata.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     configure_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised too
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are raised as well as logged
     try:
         table = load_dataset(source.name, split=source.split, streaming=streaming)
     except DatasetGenerationError as error:
@@ -195,37 +218,40 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
         raise DataError(f"data.path={source.name}: {first_line(error)}") from None
     if not streaming and table.split in (splits := table.info.splits or {}):
         expected = splits[table.split].num_examples
-        if len(table) != expected:  # datasets reads what is left of a file that was cut
+        if len(table) != expected:  # datasets reads a truncated file without an error
             where = table.cache_files[0]["filename"] if table.cache_files else "the cache"
             raise DataError(f"{source.name}: {len(table)} of {expected} rows in {where}: damaged; remove its folder")
     return table
 
 
-def check_columns(source: Source, found: Sequence[str], wanted: dict[str, str]) -> None:
-    """DataError for a column that is not found; `wanted` maps the option that names a column to the column."""
-    if not found:
+def check_columns(source: Source, names: Sequence[str], required: dict[str, str]) -> None:
+    """DataError for a required column that the source does not have.
+
+    names: the source's columns. required: the columns by the option that names each, such as {"data.prompt": "question"}.
+    """
+    if not names:
         raise DataError(f"data.path={source.name}: no rows")
-    for option, column in wanted.items():
-        if column not in found:
-            names = ", ".join(found)
-            raise DataError(f"data.path={source.name}: no column {column!r}; found: {names} (set {option})")
+    for option, column in required.items():
+        if column not in names:
+            listed = ", ".join(names)
+            raise DataError(f"data.path={source.name}: no column {column!r}; found: {listed} (set {option})")
 
 
 def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "tuple[Dataset, Dataset]":
-    """All rows but a drawn fraction, and that."""
+    """The rows without a random fraction, and that fraction (at least one row), by a permutation of the seed."""
     if len(table) < 2:
         raise DataError(f"data.path={path}: one row cannot be split; set data.val_path")
-    n_held = math.ceil(fraction * len(table))
-    if n_held == len(table):
+    n_val = math.ceil(fraction * len(table))
+    if n_val == len(table):
         raise DataError(f"data.path={path}: data.val_fraction={fraction} of {len(table)} rows leaves none to train on")
-    # as train_test_split does, which would keep the drawn numbers in a file that it reads again without a check
-    drawn = np.random.default_rng(seed).permutation(len(table))
-    held, rest = (table.select(part, keep_in_memory=True) for part in (drawn[:n_held], drawn[n_held:]))
-    return rest, held
+    # the split of train_test_split, which however caches its indices in a file that it reads again unchecked
+    order = np.random.default_rng(seed).permutation(len(table))
+    val, train = (table.select(part, keep_in_memory=True) for part in (order[:n_val], order[n_val:]))
+    return train, val
 
 
 def configure_progress_bars() -> None:
-    """Let `datasets` draw its bars on a terminal only: in a file they are noise."""
+    """Let `datasets` draw progress bars on a terminal only."""
     from datasets import disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty():
@@ -235,7 +261,7 @@ def configure_progress_bars() -> None:
 
 
 def content_hash(source: Source) -> str:
-    """A name for what the source says now: the bytes of its files, or its hub name."""
+    """A hash of what a source says now: of the bytes of its files, or of its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
         try:

@@ -1,4 +1,11 @@
-"""Training rows from data that is larger than memory: read, tokenized, packed and shuffled as they come, exactly resumable."""
+"""Streaming: training rows from data larger than memory, read, tokenized, packed and shuffled on the way, exactly resumable.
+
+Every worker of every rank iterates over the source and keeps each k-th document (its share), so workers need not
+communicate. Shuffling is by blocks: a worker fills a block of rows, emits it in a random order, and fills the next. A
+checkpoint holds where the block began (state of the source, of the packer, pending lines) and the position in it; the
+block is read again on resume, which costs seconds and saves storing its rows. A resumed run thus sees the very same
+batches, as long as the number of ranks and workers is the same.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -20,15 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LOOK_AHEAD = 1 << 13  # characters beyond a passage in which a place to cut is sought
+LOOK_AHEAD = 1 << 13  # characters beyond a passage in which a place to split is searched
 
 
 class BatchStream(IterableDataset):
-    """An endless stream of batches, each with the state from which the stream goes on after it.
+    """An endless stream of (worker, state, batch); the state resumes the stream behind the batch.
 
-    Documents are dealt in turn to the workers of all ranks; of a text that is read line by line (`continuous`), passages of
-    many lines, which have the tokens that they have in the whole. Rows are shuffled within blocks of `block_rows`: a block is
-    filled from the source, emptied in a drawn order, and only its beginning and the position in it are remembered.
+    source: documents with a column `text`. tokenizer, collate: as in training. plan: ranks, workers and batch size.
+    build_packer: makes the packer of a worker.
+    block_rows: rows that are shuffled together.
+    continuous: the source yields the lines of one text instead of documents. They are joined into passages of many lines,
+        split where no token changes, and share one segment.
     """
 
     def __init__(
@@ -47,12 +56,13 @@ class BatchStream(IterableDataset):
         self.continuous = continuous  # the source gives the lines of one text
         self.end = [] if continuous or end_token(tokenizer) is None else [end_token(tokenizer)]
         self.states: dict[int, dict] = {}
-        self.first = 0  # the worker whose turn it is
+        self.first_worker = 0  # the worker that yields the next batch
 
     def __iter__(self) -> Iterator[tuple[int, dict, Batch | DataError]]:
         info = get_worker_info()
         n_workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        worker = (worker + self.first) % n_workers
+        # after a resume the first batch must come from the worker whose turn it was
+        worker = (worker + self.first_worker) % n_workers
         share = self.plan.rank * n_workers + worker, self.plan.world_size * n_workers
         stream = _WorkerStream(self, share)
         if worker in self.states:
@@ -60,27 +70,31 @@ class BatchStream(IterableDataset):
         while True:
             try:
                 rows = [stream.next_row() for _ in range(self.plan.batch_size)]
-            except DataError as error:  # as a value: raised in a worker it would come with the trace of that process
+            except DataError as error:  # as a value: raised in a worker, its message would be that process's traceback
                 yield worker, {}, error
                 return
             yield worker, stream.state_dict(), self.collate(rows)
 
 
 class _WorkerStream:
-    """One worker's share of the stream."""
+    """The share of one worker: an endless sequence of rows.
+
+    epoch, n_seen: passes over the source, and documents seen in this one. block, position: the block and the rows of it
+    that were emitted. pending: lines that were read and belong to the next passage.
+    """
 
     def __init__(self, data: BatchStream, share: tuple[int, int]) -> None:
         self.data, self.share = data, share
         self.packer = data.build_packer()
-        self.epoch, self.block, self.position, self.seen = 0, 0, 0, 0
+        self.epoch, self.block, self.position, self.n_seen = 0, 0, 0, 0
         self.rows: list[Example] = []
         self.order: list[int] = []
-        self.held = ""  # lines that were read and belong to the next passage
-        self.begin = self._mark()
+        self.pending = ""
+        self.block_start = self._mark()
         self.documents = self._read()
 
     def next_row(self) -> Example:
-        """The next row of the drawn order; fills the next block when this one is used up."""
+        """The next row of the shuffled block, with its key; fills a block when the last one is empty."""
         if self.position >= len(self.order):
             self.block += bool(self.order)
             self.position = 0
@@ -90,32 +104,34 @@ class _WorkerStream:
         return {**row, "key": (self.share[0], self.block * 1_000_003 + self.position)}
 
     def state_dict(self) -> dict:
-        """Where the block began, which one it is, and how many of its rows are gone."""
-        return {"begin": self.begin, "block": self.block, "position": self.position}
+        """Where the block began, its number, and how many of its rows were emitted."""
+        return {"begin": self.block_start, "block": self.block, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Read the block again from its beginning and go on in it."""
-        self.begin, self.block = state["begin"], state["block"]
-        self.epoch, self.seen = self.begin["epoch"], self.begin["seen"]
-        if "held" not in self.begin:
+        """Read the block again from its beginning and continue at the position."""
+        self.block_start, self.block = state["begin"], state["block"]
+        self.epoch, self.n_seen = self.block_start["epoch"], self.block_start["seen"]
+        if "held" not in self.block_start:
             raise CheckpointError("resume: this stream was left by an older version, which dealt the text otherwise")
-        self.held = self.begin["held"]
-        self.packer.load_state_dict(self.begin["packer"])
-        self.documents = self._read(self.begin["source"])
+        self.pending = self.block_start["held"]
+        self.packer.load_state_dict(self.block_start["packer"])
+        self.documents = self._read(self.block_start["source"])
         self._fill()
         self.position = state["position"]
 
     def _mark(self) -> dict:
+        """Everything that the stream depends on at the beginning of a block."""
         return {
             "epoch": self.epoch,
-            "seen": self.seen,
-            "held": self.held,
+            "seen": self.n_seen,
+            "held": self.pending,
             "packer": self.packer.state_dict(),
             "source": self.data.source.state_dict(),
         }
 
     def _fill(self) -> None:
-        self.begin = self._mark()
+        """Read, tokenize and pack documents until the block is full, and draw its order."""
+        self.block_start = self._mark()
         self.rows = []
         while len(self.rows) < self.data.block_rows:
             batch = encode_batch({"text": [next(self.documents)]}, self.data.tokenizer, self.data.end)
@@ -124,62 +140,67 @@ class _WorkerStream:
         self.order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def _read(self, state: dict | None = None) -> Iterator[str]:
+        """The texts of this share, endlessly, from `state` of the source on."""
         index, count = self.share
         while True:
             self.data.source.set_epoch(self.epoch)
-            says = state is not None  # of a pass that goes on nobody knows what was said before
+            has_text = state is not None  # a resumed pass may have had text before
             if state is not None:
                 self.data.source.load_state_dict(state)
                 state = None
             for text in self._passages() if self.data.continuous else self._texts():
-                self.seen += 1
-                if (self.seen - 1) % count == index:
-                    says = says or bool(text)
+                self.n_seen += 1
+                if (self.n_seen - 1) % count == index:
+                    has_text = has_text or bool(text)
                     yield text
-            self._check(says)
-            self.epoch, self.seen = self.epoch + 1, 0
+            self._check(has_text)
+            self.epoch, self.n_seen = self.epoch + 1, 0
 
-    def _check(self, says: bool) -> None:
-        """DataError after a pass that gave this share nothing to train on, since others would give it nothing either."""
+    def _check(self, has_text: bool) -> None:
+        """DataError after a pass in which this share had no text: every further pass would be empty, too."""
         index, count = self.share
-        what = "passages" if self.data.continuous else "documents"
-        if not self.seen:
+        units = "passages" if self.data.continuous else "documents"
+        if not self.n_seen:
             raise DataError("data.path: no document in it")
-        if self.seen <= index:
+        if self.n_seen <= index:
             raise DataError(
-                f"data.workers={self.data.plan.workers}: the stream has {self.seen} {what}, too few for {count} workers "
+                f"data.workers={self.data.plan.workers}: the stream has {self.n_seen} {units}, too few for {count} workers "
                 f"({self.data.plan.world_size} processes); lower data.workers or set data.streaming=false"
             )
-        if not says:
-            raise DataError(f"data.path: there is no text in the {what} of worker {index + 1} of {count}")
+        if not has_text:
+            raise DataError(f"data.path: there is no text in the {units} of worker {index + 1} of {count}")
 
     def _texts(self) -> Iterator[str]:
-        # in batches of one: a plain loop would deal the files to the workers a second time
-        for number, batch in enumerate(self.data.source.iter(batch_size=1), start=self.seen + 1):
+        """The documents or lines of the source, in order."""
+        # batches of one: a plain loop would divide the files among the workers once more
+        for number, batch in enumerate(self.data.source.iter(batch_size=1), start=self.n_seen + 1):
             yield parse_text(batch["text"][0], Place("data.path", number, "text"))
 
     def _passages(self) -> Iterator[str]:
-        """Lines together, about CHUNK characters, cut where that changes no token if there is such a place."""
+        """Lines joined to about CHUNK characters, split where that changes no token if there is such a place."""
         encode = chunk_encoder(self.data.tokenizer)
-        n_held = len(self.held)
-        lines = [self.held]
+        n_pending = len(self.pending)
+        lines = [self.pending]
         for line in self._texts():
             lines.append(line)
-            n_held += len(line)
-            if n_held < CHUNK + LOOK_AHEAD:
+            n_pending += len(line)
+            if n_pending < CHUNK + LOOK_AHEAD:
                 continue
             text = "".join(lines)
-            cut = find_split(text, CHUNK, encode) or text.find("\n", CHUNK) + 1 or len(text)
-            self.held = text[cut:]
-            lines, n_held = [self.held], len(text) - cut
-            yield text[:cut]
-        self.held = ""
-        if n_held:
+            split = find_split(text, CHUNK, encode) or text.find("\n", CHUNK) + 1 or len(text)
+            self.pending = text[split:]
+            lines, n_pending = [self.pending], len(text) - split
+            yield text[:split]
+        self.pending = ""
+        if n_pending:
             yield "".join(lines)
 
 
 class StreamLoader:
-    """`n_batches` batches of an endless stream; the state is every worker's own."""
+    """`n_batches` batches of an endless stream; the state is that of every worker.
+
+    rows: the stream. n_batches: of the whole run, those before a resume included.
+    """
 
     def __init__(self, rows: BatchStream, n_batches: int) -> None:
         self.rows, self.n_batches = rows, n_batches
@@ -191,7 +212,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         plan = self.rows.plan
         workers = max(1, plan.workers)
-        self.rows.first = self.position % workers
+        self.rows.first_worker = self.position % workers
         loader = DataLoader(
             self.rows,
             batch_size=None,
@@ -209,7 +230,7 @@ class StreamLoader:
                 yield batch
 
         for batch in with_window_targets(batches(), plan.accumulate):
-            # a step's batches are fetched ahead of their use: only what was handed out counts
+            # the batches of a step are fetched together: only those that were yielded count
             worker, state = states.pop(0)
             self.rows.states[worker] = state
             self.position += 1
@@ -218,9 +239,9 @@ class StreamLoader:
                 return
 
     def state_dict(self) -> dict:
-        """Batches handed out, and for each worker where its share goes on."""
+        """The number of batches that were yielded, and the state of each worker behind its last one."""
         return {"position": self.position, "workers": dict(self.rows.states)}
 
     def load_state_dict(self, state: dict) -> None:
-        """The next `iter` goes on there."""
+        """Continue behind those batches with the next `iter`."""
         self.position, self.rows.states = state["position"], dict(state["workers"])

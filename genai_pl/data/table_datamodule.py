@@ -1,4 +1,8 @@
-"""Data in columns, one example per row: what pairs, conversations, preferences and prompts share."""
+"""The base of data modules that read columns, one example per row: pairs, conversations, preferences and prompts.
+
+Two cached steps: `read_table` parses the source into columns by role, `encode_table` tokenizes these. Either cache is
+named after everything that its contents depend on, so changing the tokenizer repeats the second step alone.
+"""
 
 import hashlib
 import json
@@ -23,17 +27,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT = 5  # of encoded rows: raise it when an encoder gives other ones
+FORMAT = 5  # version of encoded rows: raise it when an encoder changes
 BatchEncoder = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
 class TableDataModule(RowsDataModule):
-    """Rows of a table, one example each."""
+    """Examples of a table, one per row.
 
-    optional_columns: ClassVar[
-        tuple[str, ...]
-    ] = ()  # columns that are read where they are there, whatever the options say
-    cell_kinds: ClassVar[dict[str, str]] = {}  # by role what its cells are, in the words of `store.TYPES`, if not text
+    path: the training data (`sources.find_source`). val_path: the validation data, or None for `val_fraction` of the rows
+    of `path`, by a permutation of the seed. Other arguments: see `RowsDataModule`.
+
+    A subclass defines `kind`, `required_columns` or `roles`, `rows`, and `example` where cells are not plain texts.
+    optional_columns: columns that are read where the source has them, whatever the options say.
+    cell_kinds: the type of the cells of a role (`table_store.TYPES`), where it is not text.
+    """
+
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    cell_kinds: ClassVar[dict[str, str]] = {}
 
     def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
         super().__init__(**loading)
@@ -47,7 +57,7 @@ class TableDataModule(RowsDataModule):
         self._tables: tuple[Table, Table] | None = None
 
     def tables(self) -> tuple["Table", "Table"]:
-        """Training and validation rows; without data.val_path a drawn part of them validates."""
+        """Training and validation table; without data.val_path, a random fraction of the rows validates."""
         if self._tables is None:
             table = self.read_table(self.source)
             if self.val_source:
@@ -57,9 +67,10 @@ class TableDataModule(RowsDataModule):
         return self._tables
 
     def read_table(self, source: sources.Source) -> "Table":
-        """The examples of a source in columns by role, with the number of their `row`; DataError for one that is none."""
+        """The examples of a source in columns by role, with the number of their `row`; DataError for a bad one."""
         columns = sources.column_names(source)
         roles = self.roles(source, columns)
+        # columns of the source become columns by role, which are cached
         cell_kinds = {role: self.cell_kinds.get(role, "text") for role in self.table_roles(roles)}
         name = sources.cache_name(source, type(self).__name__, roles, cell_kinds)
         cells = sources.verify_unchanged(source, self._cells(source, roles, cell_kinds))
@@ -73,38 +84,39 @@ class TableDataModule(RowsDataModule):
     def log_unused_columns(
         self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
     ) -> None:
-        """Log what stands in the columns of the source and is not in the table."""
+        """Log what the source's other columns hold; a hook for subclasses."""
 
     def _cells(
         self, source: sources.Source, roles: Mapping[str, str], cell_kinds: Mapping[str, str]
     ) -> Iterator[tuple[Place, list[object]]]:
-        rows = sources.read_records(source, {*roles.values(), *self.optional_columns})
-        for number, (place, found) in enumerate(self.examples(rows, roles), start=1):
+        """The cells of each example in the order of the roles, and the number of its row."""
+        records = sources.read_records(source, {*roles.values(), *self.optional_columns})
+        for number, (place, example) in enumerate(self.examples(records, roles), start=1):
             cells = [
-                to_json(found[role], place) if kind == "json" else found[role] for role, kind in cell_kinds.items()
+                to_json(example[role], place) if kind == "json" else example[role] for role, kind in cell_kinds.items()
             ]
             yield place, [*cells, number]
 
-    def roles(self, source: sources.Source, found: Sequence[str]) -> dict[str, str]:
-        """The columns that are read, by role; DataError if one of those in `required_columns` is not there."""
-        sources.check_columns(source, found, self.required_columns())
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        """The columns to read, by role; DataError if one of `required_columns` is missing."""
+        sources.check_columns(source, names, self.required_columns())
         return {option.removeprefix("data."): column for option, column in self.required_columns().items()}
 
     def required_columns(self) -> dict[str, str]:
-        """The columns that must be there, by the option that names them."""
+        """The columns that the source must have, by the option that names each."""
         raise NotImplementedError
 
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
-        """The roles of the columns of the table."""
+        """The roles that the table has columns for."""
         return list(roles)
 
-    def examples(self, rows: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
-        """The example of each row."""
-        return ((place, self.example(row, roles, place)) for place, row in rows)
+    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
+        """The example of each record, with its place."""
+        return ((place, self.example(record, roles, place)) for place, record in records)
 
-    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        """What a row says in each of the stored roles."""
-        return {role: parse_text(row.get(column), place._replace(column=column)) for role, column in roles.items()}
+    def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        """The parsed cells of a record, by role; here all are texts."""
+        return {role: parse_text(record.get(column), place._replace(column=column)) for role, column in roles.items()}
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.tokenizer, self.collate = tokenizer, collate
@@ -112,22 +124,26 @@ class TableDataModule(RowsDataModule):
         self.train_rows, self.val_rows = (self.rows(table) for table in self.tables())
 
     def rows(self, table: "Table") -> Dataset:
-        """The tokenized rows."""
+        """The tokenized rows of a table, as the collator reads them."""
         raise NotImplementedError
 
     def encode_table(self, table: "Table", roles: Sequence[str], encode: BatchEncoder, **options: object) -> "Table":
-        """What `encode` makes of the columns of the roles; kept on disk by all that it depends on."""
+        """The table that `encode` makes of the columns of the roles, cached.
+
+        encode: (batch of columns, tokenizer, **options) -> columns; a top-level function, as its name is part of the cache's.
+        """
         sources.configure_progress_bars()
-        chosen = table.select_columns([*roles, "row"])
-        name = f"{FORMAT}/{encode.__qualname__}/{chosen._fingerprint}/{self.tokenizer_name}/{options}"
+        columns = table.select_columns([*roles, "row"])
+        # the cache's name: the encoder, its input, the tokenizer and the options
+        name = f"{FORMAT}/{encode.__qualname__}/{columns._fingerprint}/{self.tokenizer_name}/{options}"
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         source = self.source_of(table)
-        parsed = [role for role in roles if self.cell_kinds.get(role) == "json"]
-        fixed = {"encode": encode, "parsed": parsed, "source": source, "tokenizer": self.tokenizer}
-        return cached_encoding("rows", name, chosen, partial(_encoded, **fixed, **options), batch_size=1000)
+        json_roles = [role for role in roles if self.cell_kinds.get(role) == "json"]
+        bound = {"encode": encode, "json_roles": json_roles, "source": source, "tokenizer": self.tokenizer}
+        return cached_encoding("rows", name, columns, partial(_encoded, **bound, **options), batch_size=1000)
 
     def source_of(self, table: "Table") -> sources.Source:
-        """Where the rows of a table come from."""
+        """The source of a table, for errors."""
         is_val = self.val_source is not None and table is not self.tables()[0]
         return self.val_source if is_val else self.source
 
@@ -136,11 +152,19 @@ class TableDataModule(RowsDataModule):
 
 
 def _encoded(
-    batch: dict[str, list], *, encode: BatchEncoder, parsed: Sequence[str], source: sources.Source, **options: object
+    batch: dict[str, list],
+    *,
+    encode: BatchEncoder,
+    json_roles: Sequence[str],
+    source: sources.Source,
+    **options: object,
 ) -> dict[str, list]:
-    """What `encode` makes of the batch, in which the columns `parsed` are JSON; a DataError names the row."""
+    """The batch encoded, with its JSON columns parsed.
+
+    An encoder takes a whole batch, so its DataError names no row: the rows are then encoded one by one to find it.
+    """
     rows = batch["row"]
-    columns = {k: [*map(json.loads, v)] if k in parsed else v for k, v in batch.items() if k != "row"}
+    columns = {k: [*map(json.loads, v)] if k in json_roles else v for k, v in batch.items() if k != "row"}
     try:
         return encode(columns, **options)
     except DataError:
@@ -153,9 +177,12 @@ def _encoded(
 
 
 def as_arrays(table: "Table", column: str) -> list[np.ndarray]:
-    """The as_arrays of a column of numbers, as arrays that lie in the file the table is mapped from."""
-    found: list[np.ndarray] = []
+    """The lists of a column of numbers as arrays, which are views of the memory-mapped file.
+
+    A million `table[n]` would take minutes; the offsets of the arrow column give all arrays at once.
+    """
+    arrays: list[np.ndarray] = []
     for chunk in table.select_columns([column]).with_format("arrow")[:][column].chunks:
         ends = chunk.offsets.to_numpy()
-        found += np.split(chunk.flatten().to_numpy(), ends[1:-1] - ends[0])
-    return found
+        arrays += np.split(chunk.flatten().to_numpy(), ends[1:-1] - ends[0])
+    return arrays

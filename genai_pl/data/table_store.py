@@ -1,5 +1,8 @@
-"""Tables on disk that rows are written to once: found again by a name that says what they hold, checked against damage,
-and mapped into memory."""
+"""Table cache: tables written once to disk, found again by a name made of their contents, checked, and memory-mapped.
+
+Tables are Arrow streams with a checksum footer. Mapping one takes no memory and no time, and processes of one machine
+share its pages. A cache that is damaged is written again with a warning; one is never read partially.
+"""
 
 import json
 import logging
@@ -17,16 +20,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5  # of what is read from files: raise it when the same file gives other rows
-ROWS, CHARACTERS = 1000, 1 << 26  # of a batch at most
+FORMAT = 5  # version of read tables: raise it when the same file gives other rows
+ROWS, CHARACTERS = 1000, 1 << 26  # limits of a batch that is written at once
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
 EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
 
-Cells = Iterable[tuple[Place, Sequence[object]]]
+Cells = Iterable[tuple[Place, Sequence[object]]]  # for each row, its place and its cells
 
 
 def cached_table(name: str, cell_kinds: Mapping[str, str], cells: Cells) -> "Dataset":
-    """The table called `name`, with columns of these kinds; it is written from the cells of its rows if it is not there."""
+    """The table called `name`, written from `cells` unless it exists.
+
+    cell_kinds: the columns, with the type of each by TYPES. cells: consumed only if the table has to be written.
+    """
     return memory_mapped_table(
         f"table-{name}", partial(_write_table, cell_kinds=cell_kinds, cells=cells), fingerprint=name
     )
@@ -41,7 +47,10 @@ def cached_encoding(
     batch_size: int,
     **options: object,
 ) -> "Dataset":
-    """What `encode` makes of batches of the table, under a `name` of all that it depends on; written if it is not there."""
+    """The table that `encode` makes of batches of `table`, cached as `kind`-`name`.
+
+    name: a hash of everything that the result depends on. batch_size: rows of a call. options: passed to `encode`.
+    """
     if not len(table):
         return table
     write = partial(_write_encoded, table=table, encode=partial(encode, **options), batch_size=batch_size)
@@ -49,7 +58,7 @@ def cached_encoding(
 
 
 def memory_mapped_table(name: str, write: Callable[[Path], object], *, fingerprint: str) -> "Dataset":
-    """The table in a file of the cache, which `write` makes if it is not there, or damaged."""
+    """The table of a cache file, which `write` writes if it does not exist or is damaged."""
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
@@ -59,7 +68,7 @@ def memory_mapped_table(name: str, write: Callable[[Path], object], *, fingerpri
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: beside those of `datasets`."""
+    """The folder of the tables, beside the cache of `datasets`; created if needed."""
     from datasets import config
 
     folder = Path(config.HF_DATASETS_CACHE) / "genai_pl"
@@ -68,6 +77,7 @@ def cache_folder() -> Path:
 
 
 def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dict[str, list]], batch_size: int) -> None:
+    """Write the encoded batches of a table, with a progress bar on a terminal."""
     from datasets.arrow_writer import ArrowWriter
     from datasets.utils import tqdm  # as datasets' own bars: on a terminal only
 
@@ -79,6 +89,7 @@ def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dic
 
 
 def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> None:
+    """Write rows of cells as an Arrow stream, batch by batch."""
     import pyarrow as pa
 
     schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in cell_kinds.items()])
@@ -89,12 +100,12 @@ def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> 
                     pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)
                 ]
                 writer.write_batch(pa.record_batch(arrays, schema))
-            except (pa.ArrowException, TypeError) as error:  # more than 2 GiB of text
+            except (pa.ArrowException, TypeError) as error:  # an arrow column holds at most 2 GiB of text
                 raise DataError(f"{place}: too long ({error})") from None
 
 
 def _batches(cells: Cells) -> Iterator[tuple[Place, list[Sequence[object]]]]:
-    """Rows of cells that fit into memory together, and the place of the last one."""
+    """Rows of cells in batches that fit into memory, each with the place of its last row."""
     batch, size, place = [], 0, None
     for place, row in cells:
         batch.append(row)
@@ -107,11 +118,11 @@ def _batches(cells: Cells) -> Iterator[tuple[Place, list[Sequence[object]]]]:
 
 
 def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) -> None:
-    """Log how many texts of each column are empty, and which is the first."""
+    """Log how many texts of each column are empty, and the first row with one."""
     import pyarrow.compute as pc
 
     for column, kind in cell_kinds.items():
-        if kind not in EMPTY or column == "tools":  # most conversations have none
+        if kind not in EMPTY or column == "tools":  # most conversations have no tools
             continue
         empty = pc.equal(pc.binary_length(table.with_format("arrow")[:][column]), EMPTY[kind])
         if count := pc.sum(empty).as_py():
@@ -120,7 +131,7 @@ def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) 
 
 
 def to_json(value: object, place: Place) -> str:
-    """JSON of a text, messages or tools, as tables keep them."""
+    """JSON of a text, messages or tools; DataError for what UTF-8 or JSON cannot hold."""
     try:
         text = json.dumps(value, ensure_ascii=False)
         text.isascii() or text.encode()

@@ -1,4 +1,9 @@
-"""Text for a run: documents are found, split, tokenized and packed once, or streamed."""
+"""Text data: documents are read, split, tokenized and packed once, or streamed.
+
+Documents are concatenated and divided into rows without padding (`PackedRows`), and each row numbers its documents, so
+none sees another. Validation is the end of the text by characters rather than random rows, so that it shares no document
+with the training.
+"""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +27,17 @@ if TYPE_CHECKING:
 
 
 class TextDataModule(RowsDataModule):
-    """Training and validation batches of packed text."""
+    """Training and validation batches of packed text.
+
+    path: the documents (`sources.find_source`). val_path: those of the validation, or None for the last `val_fraction` of
+        all characters.
+    column: the column of texts, where the source has columns.
+    seq_len: tokens that the model reads of a row.
+    streaming: tokenize while training; then the first `val_documents` documents validate, and rows are shuffled in blocks
+        of `block_rows`.
+    separate_documents: tokens attend to their own document only.
+    batch_size, val_batch_size, workers, shuffle, seed: see `RowsDataModule`.
+    """
 
     def __init__(
         self,
@@ -62,7 +77,7 @@ class TextDataModule(RowsDataModule):
         self._tables: tuple[Table, Table] | None = None
 
     def documents(self) -> tuple["Table", "Table"]:
-        """Training and validation documents; streamed ones are read as they come."""
+        """Training and validation documents; with streaming, the former are an iterable."""
         if self._tables is None:
             table = sources.read_documents(self.source, self.column, streaming=self.streaming)
             if self.val_source:
@@ -70,30 +85,31 @@ class TextDataModule(RowsDataModule):
             elif self.streaming:
                 from datasets import Dataset
 
-                held = self._first(table, self.val_documents + 1)
-                if len(held) <= self.val_documents:
+                # the first documents of a stream validate, the others train
+                first = self._first(table, self.val_documents + 1)
+                if len(first) <= self.val_documents:
                     raise DataError(
-                        f"data.val_documents={self.val_documents}: {self.path} has {len(held)} documents, so none is left "
+                        f"data.val_documents={self.val_documents}: {self.path} has {len(first)} documents, so none is left "
                         "to train on; lower it or set data.val_path"
                     )
-                self._tables = table.skip(self.val_documents), Dataset.from_dict({"text": held[: self.val_documents]})
+                self._tables = table.skip(self.val_documents), Dataset.from_dict({"text": first[: self.val_documents]})
             else:
                 self._tables = split_text(table, self.val_fraction)
         return self._tables
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
-        """A byte-pair tokenizer learned from the training documents (of a stream: from the first ones)."""
+        """A byte-pair tokenizer learned from the training documents; of a stream, from its first 20,000."""
         table, _ = self.documents()
         texts = self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
         return train_bpe(texts, vocab_size)
 
     def _first(self, table: "IterableTable", n: int) -> list[str]:
-        """The first texts of a stream."""
+        """The first n texts of a stream."""
         rows = enumerate(table.take(n), start=1)
         return [parse_text(row["text"], Place(self.path, number, self.column)) for number, row in rows]
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
-        """Tokenize and pack."""
+        """Tokenize and pack both parts; the validation keeps its incomplete last row."""
         self.tokenizer, self.collate = tokenizer, collate
         self.packing = {"overlap": collate.overlap, "separate": self.separate_documents}
         self.row_length = collate.row_length(self.seq_len)
@@ -105,6 +121,7 @@ class TextDataModule(RowsDataModule):
                     f"data.path={self.path}: {self.train_rows.n_tokens} tokens are too few for one row of "
                     f"{self.row_length}; give more text or lower model.max_seq_len"
                 )
+        # every token of the validation counts, so its last row may be shorter
         packed = self._rows(val, self.val_source or self.source, f"val/{self.val_fraction}/{self.val_documents}")
         tail = packed.tail()
         self.n_val_tokens = packed.n_tokens
@@ -113,6 +130,10 @@ class TextDataModule(RowsDataModule):
             raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
 
     def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
+        """The packed rows of a table, tokenized under a cache name that says which part of which source it is.
+
+        A part that does not depend on the split is called "all", so that other fractions reuse its tokens.
+        """
         split = part if source is self.source and not (part == "train" and self.val_source) else "all"
         fraction = self.val_fraction if split != "all" else ""
         content = sources.cache_name(source, self.column, split, fraction)
@@ -129,7 +150,7 @@ class TextDataModule(RowsDataModule):
         )
 
     def prompt(self) -> str:
-        """The first words of the validation text: something the model should be able to continue."""
+        """The first words of the validation text."""
         _, val = self.documents()
         lines = [line.strip() for line in val[0]["text"][:2000].splitlines()]
         return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])

@@ -1,4 +1,10 @@
-"""Tokens of texts that follow others: where a prompt ends and an answer begins, tokens of both together may be other ones."""
+"""Token boundaries: tokens of a text that is known to consist of a prompt and what follows it.
+
+Tokenizing "prompt" + "answer" at once may give other tokens than tokenizing the prompt alone: a merge may reach over
+the boundary. A model in use is prompted with the latter, so training on the former would train on tokens that it never
+sees. Here a boundary is kept exactly where it matters, and elsewhere the whole text is tokenized at once, as
+transformers does.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,26 +14,29 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_WARNINGS = {"verbose": False}  # long texts are cut, or refused, where their tokens are used
-CONTEXT_CHARACTERS = 64  # characters on both sides of a seam whose tokens are compared
+NO_WARNINGS = {"verbose": False}  # callers truncate or refuse long texts themselves
+CONTEXT_CHARACTERS = 64  # characters on both sides of a boundary whose tokens are compared
 Tokens = tuple[list[int], np.ndarray]  # ids (n,), and the character at which each token begins (n,)
 
 
 def encode_continuations(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that go on behind others: without the space that some tokenizers put before a text."""
+    """Token ids of texts that continue others, without the space that SentencePiece puts before every text."""
     return [ids for ids, _ in _encode(tokenizer, texts, continues=True)]
 
 
 def encode_with_boundaries(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[tuple[str, Sequence[int]]]
 ) -> list[Tokens]:
-    """Tokens of each text, given with the places at which prompts end; it is cut where the prompt alone has other tokens."""
+    """Tokens of each text, split at those prompt ends where the prompt alone has other tokens.
+
+    texts: (text, character positions at which prompts end).
+    """
     encoded = _encode(tokenizer, [text for text, _ in texts], continues=False)
     known: dict[tuple[str, str], bool] = {}
     rows = []
     for (text, ends), (ids, starts) in zip(texts, encoded, strict=True):
-        cuts = [end for end in ends if 0 < end < len(text) and _is_boundary(tokenizer, text, end, starts, known)]
-        rows.append(_encode_parts(tokenizer, text, cuts) if cuts else (ids, starts))
+        boundaries = [end for end in ends if 0 < end < len(text) and _is_boundary(tokenizer, text, end, starts, known)]
+        rows.append(_encode_parts(tokenizer, text, boundaries) if boundaries else (ids, starts))
     return rows
 
 
@@ -38,9 +47,12 @@ def _is_boundary(
     starts: np.ndarray,
     known: dict[tuple[str, str], bool],
 ) -> bool:
-    """Whether the prompt has other tokens before its answer than alone; told by what stands around, and remembered."""
-    place = int(np.searchsorted(starts, end))
-    if place == len(starts) or starts[place] != end:  # a token reaches over the seam
+    """Whether the prompt has other tokens in front of its answer than alone.
+
+    Decided by CONTEXT_CHARACTERS on both sides of the boundary, and remembered: conversations repeat the same few headers.
+    """
+    index = int(np.searchsorted(starts, end))
+    if index == len(starts) or starts[index] != end:  # a token reaches over the boundary
         return True
     key = text[max(0, end - CONTEXT_CHARACTERS) : end], text[end]
     if key not in known:
@@ -50,24 +62,27 @@ def _is_boundary(
     return known[key]
 
 
-def _encode_parts(tokenizer: "PreTrainedTokenizerBase", text: str, cuts: Sequence[int]) -> Tokens:
+def _encode_parts(tokenizer: "PreTrainedTokenizerBase", text: str, boundaries: Sequence[int]) -> Tokens:
     """The tokens of the parts of a text, end to end."""
-    first, *others = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, None], strict=True))
+    first, *others = (text[start:stop] for start, stop in zip([0, *boundaries], [*boundaries, None], strict=True))
     parts = [*_encode(tokenizer, [first], continues=False), *_encode(tokenizer, others, continues=True)]
     ids = [i for part, _ in parts for i in part]
-    starts = [begin + start for begin, (_, start) in zip([0, *cuts], parts, strict=True)]
+    starts = [begin + start for begin, (_, start) in zip([0, *boundaries], parts, strict=True)]
     return ids, np.concatenate(starts)
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, continues: bool) -> list[Tokens]:
-    """The tokens of each text, of one that `continues` another as they are behind a line break."""
+    """The tokens of each text; of one that `continues` another, the tokens that it has behind a line break.
+
+    No merge reaches over a line break, so the tokens behind it are those of a continuation.
+    """
     if not texts:
         return []
     plain = _tokens(tokenizer, texts)
     if not continues:
         return plain
     (line_break, _), (letter, _), (both, _) = _tokens(tokenizer, ["\n", "a", "\na"])
-    if both == line_break + letter:  # the beginning of a text is like any other place
+    if both == line_break + letter:  # this tokenizer does not treat the beginning of a text specially
         return plain
     behind = _tokens(tokenizer, ["\n" + text for text in texts])
     n = len(line_break)
@@ -78,6 +93,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, conti
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[Tokens]:
+    """Ids and first characters of the tokens of each text, without special tokens."""
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, **NO_WARNINGS)
     rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [(ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]) for ids, offsets in rows]

@@ -1,4 +1,8 @@
-"""Text that each token stands for: its bytes, whether a word begins with it, whether it is text at all."""
+"""Bytes of tokens: how much text each token stands for, whether a word begins with it, whether it is text at all.
+
+Bits per byte compare models with different tokenizers, so bytes are counted exactly: decoding token by token would not
+do, as one token may be half of a character.
+"""
 
 import json
 from typing import TYPE_CHECKING
@@ -13,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> SpecialTokens:
-    """What objectives must know of a tokenizer whose model has `size` ids."""
+    """What objectives need to know of a tokenizer (`SpecialTokens`), for a model with `size` ids."""
     vocab = tokenizer.get_vocab()
     wordpiece = type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
-    special = np.ones(size, bool)  # ids beyond the tokenizer's are no text
+    special = np.ones(size, bool)  # ids beyond the tokenizer's are no text either
     starts_word = np.zeros(size, bool)
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for token, i in vocab.items():
@@ -36,26 +40,26 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> SpecialTo
 
 
 def _starts_word(token: str, *, wordpiece: bool) -> bool:
-    """Whether a word begins with the token: WordPiece marks the others, the rest a space (Ġ, ▁) or a line break (Ċ)."""
+    """Whether a word begins with the token: WordPiece marks the others (##), the rest mark a space (Ġ, ▁) or line break (Ċ)."""
     if wordpiece:
         return not token.startswith("##")
     return token[:1] in ("Ġ", "▁", "Ċ") or not token[:1].isalnum()
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[int]:
-    """UTF-8 bytes of text that each token stands for, (V,); special and unused tokens stand for none."""
+    """UTF-8 bytes of text that each token stands for, (V,); 0 for special and unused tokens."""
     spelling = _Spelling(tokenizer)
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     counts = [0] * max(vocab_size, len(tokenizer))
     for token, i in tokenizer.get_vocab().items():
-        if i not in special:  # an added token is text as it is written, whatever the vocabulary's spelling
+        if i not in special:  # an added token is spelled literally, whatever the vocabulary's spelling
             counts[i] = len(token.encode()) if i in added else spelling.n_bytes(token)
     return counts[:vocab_size]
 
 
 class _Spelling:
-    """How a vocabulary writes text: a character for each byte, bytes by number, marks for spaces and for parts of words."""
+    """The spelling of a vocabulary: a character per byte, bytes by number, marks for spaces and for parts of words."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -64,8 +68,8 @@ class _Spelling:
         self.byte_level = "ByteLevel" in kinds
         self.byte_fallback = bool(model.get("byte_fallback")) or "ByteFallback" in kinds
         self.space = "▁" if kinds & {"Metaspace", "Replace"} else ""
-        self.inner = model.get("continuing_subword_prefix") or ""  # begins what does not begin a word
-        self.last = model.get("end_of_word_suffix") or ""  # ends what ends one: a space, when it is decoded
+        self.inner = model.get("continuing_subword_prefix") or ""  # in front of tokens that continue a word
+        self.last = model.get("end_of_word_suffix") or ""  # behind tokens that end a word; decoded as a space
 
     def n_bytes(self, token: str) -> int:
         """UTF-8 bytes of the text that a token of the vocabulary stands for."""
@@ -81,7 +85,7 @@ class _Spelling:
 
 
 def _types(part: object) -> list[str]:
-    """The types of a part of tokenizer.json, of all that it consists of."""
+    """The types of all components of a part of tokenizer.json."""
     if isinstance(part, dict):
         inner = [kind for value in part.values() for kind in _types(value)]
         return [part["type"], *inner] if isinstance(part.get("type"), str) else inner

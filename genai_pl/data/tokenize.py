@@ -1,4 +1,9 @@
-"""Documents become tokens: split into training and validation text, tokenized in parallel, cached by content."""
+"""Tokenization of documents: split into training and validation text, tokenized on all cores, cached by content.
+
+A folder may hold one text of a gigabyte, which the Rust tokenizer would work on with one core. So documents are divided
+into chunks that are tokenized in parallel. A chunk ends at a line end where that provably changes no token nearby; where
+there is no such place (SentencePiece changes the beginning of every text) the document stays whole.
+"""
 
 import hashlib
 import re
@@ -16,35 +21,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EncodeText = Callable[[str], list[int]]
-CHUNK = 1 << 16  # characters; a long document is tokenized in pieces so that cores share it
+CHUNK = 1 << 16  # characters of a chunk
 LINE_END = re.compile(r"(?<=\S)\r?\n(?=\S)")
-MAX_TRIES = 64  # line ends that are tried for a cut
-CONTEXT_CHARACTERS = 256  # characters on both sides of a cut whose tokens are compared
+MAX_TRIES = 64  # line ends that are tried for one split
+CONTEXT_CHARACTERS = 256  # characters on both sides of a split whose tokens are compared
 
 
 def split_text(documents: "Dataset", fraction: float) -> tuple["Dataset", "Dataset"]:
-    """The first 1 - fraction of all characters, and the rest; the document on the border is cut in two."""
+    """The first 1 - fraction of all characters as documents, and the rest; the document at the border is divided.
+
+    DataError where either part would be empty.
+    """
     from datasets import Dataset, concatenate_datasets
 
     lengths = _lengths(documents)
-    cut = int(lengths.sum() * (1 - fraction))
-    border = int(np.searchsorted(np.cumsum(lengths), cut, side="right"))
-    if border >= len(documents) or not cut:
+    n_train = int(lengths.sum() * (1 - fraction))
+    border = int(np.searchsorted(np.cumsum(lengths), n_train, side="right"))
+    if border >= len(documents) or not n_train:
         raise DataError("data.path: too little text to hold some back for validation; set data.val_path")
     text = documents[border]["text"]
-    inside = cut - int(lengths[:border].sum())
+    n_inside = n_train - int(lengths[:border].sum())
+    # whole documents on both sides, and the two parts of the one at the border
     ranges = (0, border), (border + 1, len(documents))
     whole = [[documents.select(range(start, stop))] if start < stop else [] for start, stop in ranges]
-    halves = [[Dataset.from_dict({"text": [part]})] if part else [] for part in (text[:inside], text[inside:])]
+    halves = [[Dataset.from_dict({"text": [part]})] if part else [] for part in (text[:n_inside], text[n_inside:])]
     return concatenate_datasets([*whole[0], *halves[0]]), concatenate_datasets([*halves[1], *whole[1]])
 
 
 def n_characters(documents: "Dataset") -> int:
-    """Characters of all documents."""
+    """The number of characters of all documents."""
     return int(_lengths(documents).sum())
 
 
 def _lengths(documents: "Dataset") -> np.ndarray:
+    """Characters of each document; a missing one has none."""
     import pyarrow.compute as pc
 
     return pc.utf8_length(pc.fill_null(documents.with_format("arrow")[:]["text"], "")).to_numpy()
@@ -53,9 +63,9 @@ def _lengths(documents: "Dataset") -> np.ndarray:
 def tokenize(
     documents: "Dataset", tokenizer: "PreTrainedTokenizerBase", *, content: str, end_of_text: bool = True
 ) -> "Dataset":
-    """A table with a column `input_ids`, one row a document, each closed by the end-of-text token.
+    """A table with a column `input_ids`, one row per document, each closed by the end token unless end_of_text=False.
 
-    `content` names what the documents say: the cache is found again by it, the tokenizer and these options.
+    content: a name of what the documents say. The cache is found by it, the tokenizer's fingerprint and the end token.
     """
     end = [end_token(tokenizer)] if end_of_text and end_token(tokenizer) is not None else []
     name = hashlib.blake2b(f"4/{content}/{fingerprint(tokenizer)}/{end}".encode(), digest_size=8).hexdigest()
@@ -65,20 +75,20 @@ def tokenize(
 def encode_batch(
     batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", end: list[int]
 ) -> dict[str, list[np.ndarray]]:
-    """Token ids of each text of the batch; the pieces of all texts are encoded in parallel."""
-    encode = chunk_encoder(without_truncation(tokenizer))  # which a call that cuts may have left behind
-    pieces = [split_chunks(text or "", encode) for text in batch["text"]]
-    flat = [piece for document in pieces for piece in document]
+    """Token ids of each text of {"text": [...]}, each closed by `end`; the chunks of all texts are tokenized in parallel."""
+    encode = chunk_encoder(without_truncation(tokenizer))  # a call with truncation leaves it switched on
+    chunks = [split_chunks(text or "", encode) for text in batch["text"]]
+    flat = [chunk for document in chunks for chunk in document]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False))
     rows = []
-    for document in pieces:
+    for document in chunks:
         ids = [np.asarray(next(encoded).ids, dtype=np.int32) for _ in document]
         rows.append(np.concatenate([*ids, np.asarray(end, dtype=np.int32)]))
     return {"input_ids": rows}
 
 
 def chunk_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeText | None:
-    """Tokens of a short text; None for tokenizers without a pre-tokenizer, whose tokens may reach from line to line."""
+    """A function from a short text to its ids; None for tokenizers without a pre-tokenizer, whose tokens may cross line ends."""
     backend = tokenizer.backend_tokenizer
     if backend.pre_tokenizer is None:
         return None
@@ -86,29 +96,31 @@ def chunk_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeText | None:
 
 
 def split_chunks(text: str, encode: EncodeText | None) -> list[str]:
-    """The text in pieces of about CHUNK characters whose tokens, end to end, are those of the whole; a short text is one.
+    """The text in chunks of about CHUNK characters, whose tokens end to end are those of the whole.
 
-    A piece ends with a line whose neighbour begins right after it: white space on both sides of a cut may be one token.
-    Whether the tokens around a cut are the same with and without it is tried: they are not where a tokenizer changes the
-    beginning of every text, as SentencePiece's do.
+    A chunk ends with a line whose next line begins without white space: white space on both sides of a split may be one
+    token. Whether the tokens around a split change is tried, not assumed.
+
+    >>> split_chunks("short", None)
+    ['short']
     """
-    pieces, start = [], 0
+    chunks, start = [], 0
     while len(text) - start > CHUNK:
-        cut = find_split(text, start + CHUNK, encode)
-        if cut is None:
+        split = find_split(text, start + CHUNK, encode)
+        if split is None:
             break
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]] if start < len(text) else pieces
+        chunks.append(text[start:split])
+        start = split
+    return [*chunks, text[start:]] if start < len(text) else chunks
 
 
 def find_split(text: str, first: int, encode: EncodeText | None) -> int | None:
-    """The first place from `first` on where the text can be cut; None if there is none, or the first few do not do."""
+    """The first position from `first` on where a split changes no token nearby; None if none of the first MAX_TRIES does."""
     if encode is None:
         return None
     for match, _ in zip(LINE_END.finditer(text, first), range(MAX_TRIES), strict=False):
-        cut = match.end()
-        before, after = text[cut - CONTEXT_CHARACTERS : cut], text[cut : cut + CONTEXT_CHARACTERS]
+        split = match.end()
+        before, after = text[split - CONTEXT_CHARACTERS : split], text[split : split + CONTEXT_CHARACTERS]
         if encode(before + after) == encode(before) + encode(after):
-            return cut
+            return split
     return None

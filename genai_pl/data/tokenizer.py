@@ -1,4 +1,10 @@
-"""Text to integers and back; every tokenizer is a transformers fast tokenizer, so that it saves and loads like theirs."""
+"""Tokenizers: built, trained, loaded and saved; each is a transformers fast tokenizer, so its files load anywhere.
+
+Three kinds: bytes (258 tokens, needs no training), byte-pair encoding learned from the training text, and pretrained
+ones. tokenizer.json alone defines what a tokenizer does. `save_tokenizer` therefore writes the plain class
+PreTrainedTokenizerFast and spells out what other classes would have as defaults: a class such as LlamaTokenizer builds
+parts of its own beside the file, and differently in every version of transformers.
+"""
 
 import hashlib
 import json
@@ -19,7 +25,7 @@ END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 SENTINELS = tuple(f"<extra_id_{n}>" for n in range(100))  # as T5 names them
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as Qwen2.5 names them
 
-# of one call, of one place, or of a class that is not written: nothing that belongs to the tokenizer
+# keys of one call, of one machine, or of a class that is not written: no properties of the tokenizer
 TRANSIENT_KEYS = {
     *("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "padding", "truncation"),
     *("is_local", "local_files_only", "mistral_format", "backend"),
@@ -28,10 +34,14 @@ TRANSIENT_KEYS = {
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
-    """One token per UTF-8 byte, its value being its id, then the two special tokens: 258 in all."""
+    """One token per UTF-8 byte, whose id is the byte, and two special tokens: 258 in all.
+
+    >>> byte_tokenizer()("hi")["input_ids"]
+    [104, 105]
+    """
     from tokenizers import Tokenizer, models
 
-    # the characters by which byte-level vocabularies write bytes: printable ones stand for themselves
+    # byte-level vocabularies spell bytes as characters: printable bytes as themselves, the others from 256 on
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = iter(range(256, 512))
     vocab = {chr(byte if byte in printable else next(hidden)): byte for byte in range(256)}
@@ -39,7 +49,7 @@ def byte_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) -> "PreTrainedTokenizerBase":
-    """Byte-level byte-pair encoding learned from the texts (Sennrich et al. 2016; Radford et al. 2019, 2.2)."""
+    """Byte-level byte-pair encoding of vocab_size tokens, learned from texts (Sennrich et al. 2016; Radford et al. 2019, 2.2)."""
     from tokenizers import Tokenizer, models, trainers
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -58,6 +68,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) 
 
 
 def _wrap(tokenizer: "Tokenizer", *, use_regex: bool) -> "PreTrainedTokenizerBase":
+    """The transformers tokenizer around a byte-level model; use_regex splits words before merging, as GPT-2 does."""
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +86,7 @@ def _wrap(tokenizer: "Tokenizer", *, use_regex: bool) -> "PreTrainedTokenizerBas
 
 
 def add_missing_tokens(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str]) -> None:
-    """Give the tokenizer the tokens of these kinds (mask, sentinels, fim) that it lacks."""
+    """Add the special tokens of each of `needs` (mask, sentinels, fim) that the tokenizer lacks."""
     names = {"sentinels": SENTINELS, "fim": FIM}
     for kind in needs:
         if kind == "mask" and tokenizer.mask_token is None:
@@ -87,26 +98,29 @@ def add_missing_tokens(tokenizer: "PreTrainedTokenizerBase", needs: Iterable[str
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token that closes a document: BERT's is its separator."""
+    """The id of the token that closes a document: eos, or BERT's separator; None without either."""
     return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def without_truncation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The same tokenizer, which cuts and pads nothing: a call that asks for either leaves it so until the next one."""
+    """The same tokenizer with truncation and padding switched off: a call that asks for them leaves them on."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A name for what the tokenizer makes of texts and conversations, the same in every process."""
+    """A hash of everything that affects tokens of texts and conversations, equal in every process: part of cache names."""
     kinds = sorted(tokenizer.special_tokens_map.items())
     state = f"{tokenizer.split_special_tokens}{kinds}{tokenizer.chat_template}"
     return hashlib.blake2b((_serialized(tokenizer) + state).encode(), digest_size=8).hexdigest()
 
 
 def _serialized(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """tokenizer.json as it will be once it has been read: of some scores of pieces tokenizers reads a last digit wrongly."""
+    """tokenizer.json as it is after one round of saving and loading.
+
+    `tokenizers` reads some scores of Unigram tokens with another last digit than it writes, so those are normalized first.
+    """
     from tokenizers import Tokenizer
 
     state = without_truncation(tokenizer).backend_tokenizer.to_str()
@@ -115,19 +129,22 @@ def _serialized(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face folder or hub id, as AutoTokenizer reads it, but without limits on lengths."""
+    """The tokenizer of a Hugging Face folder or hub id, without limits on lengths.
+
+    CheckpointError for a folder without a usable fast tokenizer, and for values in its files that could not be saved again.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not Path(name).exists() and name.count("/") > 1:
         raise ConfigError(f"tokenizer.name={name}: no such folder")
-    # it warns of models that it does not know, such as ours, which says nothing of their tokenizers
+    # it warns of unknown model types, such as ours, which does not concern the tokenizer
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     try:
-        # tokenizer.json is what is saved again, so it is what is read, even beside a file of mistral-common
+        # read tokenizer.json, which is saved again, even where a file of mistral-common is beside it
         tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerFast) and (Path(name) / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-    except Exception as error:  # tokenizers raises what has no common base
+    except Exception as error:  # exceptions of tokenizers have no common base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{name}: no tokenizer could be read from it ({reason})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -138,6 +155,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise CheckpointError(
             f"{name}: its tokenizer_config.json holds half of a surrogate pair, which is no text"
         ) from None
+    # values that could not be saved again are refused now, not at the first checkpoint
     if not isinstance(tokenizer.model_max_length, int | float):
         raise CheckpointError(
             f"{name}: its tokenizer's model_max_length is {tokenizer.model_max_length!r:.40}, no number"
@@ -150,14 +168,15 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the files of the tokenizer into a folder, so that any transformers reads tokenizer.json as it stands.
+    """Write the tokenizer's files into a folder, such that any version of transformers reads tokenizer.json as it is.
 
-    The class is the one that builds nothing of its own; what other classes have for defaults is written out.
+    The class is the one that adds nothing of its own; defaults of other classes are written out.
     """
     with naming(folder):
         without_truncation(tokenizer).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
+    # drop what belongs to one call or class, and write defaults out
     values = {name: value for name, value in saved.items() if name not in TRANSIENT_KEYS}
     values |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -167,25 +186,28 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
     extra = values.pop("extra_special_tokens", None)
-    if extra:  # as a list has been called longer than there is the other name for it
+    if extra:  # the older name of the key, which all versions read
         values["additional_special_tokens"] = extra
     before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    if "add_prefix_space" in before:  # transformers 4 puts what it finds here into tokenizer.json's
+    if "add_prefix_space" in before:  # transformers 4 overrides tokenizer.json with this key
         values["add_prefix_space"] = before["add_prefix_space"]
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def reloads_unchanged(tokenizer: "PreTrainedTokenizerBase", model_type: str) -> bool:
-    """Whether AutoTokenizer finds this tokenizer beside a config.json of that type: for some it builds another one."""
+    """Whether AutoTokenizer gives this same tokenizer beside a config.json of that model type.
+
+    For some types (Qwen2) it builds another pre-tokenizer than tokenizer.json has; an export then needs another type.
+    """
     with tempfile.TemporaryDirectory() as name:
         save_tokenizer(tokenizer, Path(name))
         (Path(name) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        read = pretrained_tokenizer(name)
-    return _serialized(read) == _serialized(tokenizer)
+        reloaded = pretrained_tokenizer(name)
+    return _serialized(reloaded) == _serialized(tokenizer)
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """The text files that `save_tokenizer` writes, by their path in the folder: what a checkpoint carries."""
+    """The text files that `save_tokenizer` writes, by their path in the folder: the tokenizer of a checkpoint."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tokenizer(tokenizer, folder)
@@ -194,7 +216,7 @@ def tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
 
 
 def tokenizer_from_files(files: Mapping[str, str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that `tokenizer_files` described; CheckpointError for a path that leads out of the folder."""
+    """The tokenizer of those files; CheckpointError for a path that leads out of its folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path, text in files.items():

@@ -1,4 +1,7 @@
-"""Unpaired preferences: a prompt and a completion that was liked or not."""
+"""Unpaired preference data: a prompt, a completion and whether it was liked (KTO).
+
+The loss needs the completion of another row as a mismatched one, so every batch has at least two rows.
+"""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +34,10 @@ def tokenize_completions(batch: dict[str, list], tokenizer: "PreTrainedTokenizer
 
 
 class UnpairedDataModule(MessagesDataModule):
-    """Rows of token ids of a prompt and a completion, and whether that was liked; each is compared with another of its batch."""
+    """Examples {"prompt": ids, "completion": ids, "label": bool}.
+
+    prompt, completion, label: names of the columns. Other arguments: see `TableDataModule`.
+    """
 
     kind = "unpaired"
     min_batch_rows = 2
@@ -54,24 +60,24 @@ class UnpairedDataModule(MessagesDataModule):
             )
         return plan
 
-    def example(self, row: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        said = text_or_messages(row.get(roles["completion"]), place._replace(column=roles["completion"]))
-        prompt, (completion,) = extract_prompt(parse_prompt(row, roles["prompt"], place), [said], place)
-        label = parse_label(row.get(roles["label"]), place._replace(column=roles["label"]))
+    def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        answer = text_or_messages(record.get(roles["completion"]), place._replace(column=roles["completion"]))
+        prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
+        label = parse_label(record.get(roles["label"]), place._replace(column=roles["label"]))
         return {"prompt": prompt, "completion": completion, "label": label}
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         train, _ = self.tables()
-        parts = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
-        return train_bpe((text for part in parts for text in message_texts(part)), vocab_size)
+        values = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
+        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
 
     def rows(self, table: "Table") -> Dataset:
-        found = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)
-        columns = (as_arrays(found, "prompt"), as_arrays(found, "completion"), table["label"])
+        encoded = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)
+        columns = (as_arrays(encoded, "prompt"), as_arrays(encoded, "completion"), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
     def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
-        """The completion is cut to half of the row at most, the prompt on its left to what is left."""
+        """The example in seq_len tokens: a long completion keeps half of them or what the prompt leaves, the prompt its end."""
         completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
         kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
         return {"prompt": kept, "completion": completion, "label": label}

@@ -1,11 +1,8 @@
-"""DTensor helpers: full tensors from shards, shards from full tensors, and work divided among the ranks of a mesh.
+"""DTensor helpers: full tensors from shards, shards from full tensors, work divided among the ranks of a mesh.
 
-FSDP2 and tensor parallelism store parameters as `DTensor`s: a rank holds its shard, and the mesh with the placements
-says which part of the full tensor that is. Code outside the strategies (optimizers, checkpoints, fingerprints of
-models) calls these functions and works on plain tensors and DTensors alike.
-
-A gather is a collective: every rank of the mesh must call it, in the same order, or the run hangs. `local_shard` and
-`shard_like` send nothing.
+FSDP2 and tensor parallelism store parameters as DTensors: a rank holds its shard, and mesh and placements say which
+part of the full
+tensor that is. A gather is a collective: every rank of the mesh must call it, in the same order, or the run hangs.
 """
 
 from collections.abc import Callable
@@ -18,21 +15,15 @@ from torch.distributed.tensor import DTensor
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """The full tensor of a DTensor, on the device of its mesh; any other tensor unchanged.
-
-    A collective over the mesh. The result is detached from autograd.
-    """
+    """The full tensor of a DTensor, detached, on the device of its mesh (a collective); any other unchanged."""
     if not isinstance(value, DTensor):
         return value
-    # weights that wait in RAM travel between devices
+    # shards that are kept in RAM are gathered through the devices of the mesh
     return value.detach().to(value.device_mesh.device_type).full_tensor()
 
 
 def full_tensor_on_cpu(value: object) -> object:
-    """The full tensor of a DTensor, in RAM; any other value (tensor, number, None) unchanged.
-
-    Checkpoints use it for optimizer states, whose values are tensors and plain numbers.
-    """
+    """The full tensor of a DTensor, in RAM (a collective); any other value unchanged."""
     return full_tensor(value).cpu() if isinstance(value, DTensor) else value
 
 
@@ -44,8 +35,7 @@ def local_shard(value: Tensor) -> Tensor:
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This rank's shard of a full tensor, as a DTensor with the mesh and placements of `like`; sends nothing.
 
-    Every rank must hold the same `full`, which may have another dtype than `like`. `full` is returned unchanged where
-    `like` is a plain tensor, or where `full` is a DTensor already.
+    Every rank must hold the same `full`, which is returned unchanged where it is a DTensor, or `like` is none.
     """
     if not isinstance(like, DTensor) or isinstance(full, DTensor):  # it need not be, or is cut already
         return full
@@ -65,8 +55,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 def move_unsharded(module: nn.Module, device: torch.device) -> None:
     """Move parameters and buffers that are no DTensors to a device, in place.
 
-    With CPU offload the shards stay in RAM, where the optimizer steps them, while buffers and replicated weights are
-    needed on the GPU by every forward pass.
+    With CPU offload shards stay in RAM, where they are stepped; every forward pass needs the rest on the GPU.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
         if not isinstance(tensor, DTensor):
@@ -76,19 +65,15 @@ def move_unsharded(module: nn.Module, device: torch.device) -> None:
 def map_across_ranks(function: Callable[[Tensor], Tensor], values: list[Tensor], mesh: DeviceMesh) -> list[Tensor]:
     """`function` of each full matrix, in the order of `values`; the calls are divided among the ranks of the mesh.
 
-    Each group of `size` matrices is gathered on all ranks, rank i computes the result of matrix i, and broadcasts it:
-    as many results as one rank would compute alone, in 1 / size of the time, with `size` full matrices in memory. Muon
-    orthogonalizes its updates so. A collective over the mesh; a mesh that is not the whole world and has several
-    dimensions has no one group to broadcast in, and there each rank computes every result itself.
+    Of each `size` matrices rank i computes the i-th and broadcasts it: 1 / size of the time, with `size` full matrices
+    in memory.
     """
     group, rank, size = _shard_group(mesh)
     results: list[Tensor] = []
     for first in range(0, len(values), size):
-        # gather as many full matrices as there are ranks
         some = [full_tensor(value) for value in values[first : first + size]]
         # this rank computes the result of one, in the dtype that the receive buffers have
         own = function(some[rank]).to(some[rank].dtype).contiguous() if rank < len(some) else None
-        # and sends its result to all others
         for owner, value in enumerate(some):
             result = own if owner == rank else torch.empty_like(value)
             if group is not None:
@@ -98,9 +83,7 @@ def map_across_ranks(function: Callable[[Tensor], Tensor], values: list[Tensor],
 
 
 def _shard_group(mesh: DeviceMesh) -> tuple[dist.ProcessGroup | None, int, int]:
-    """The ranks that hold shards of the same matrix: their process group (None: no such group), this rank in it, their
-    number.
-    """
+    """The ranks that hold shards of the same matrix: process group (None: there is none), own rank in it, size."""
     if mesh.ndim == 1:
         return mesh.get_group(), mesh.get_local_rank(), mesh.size()
     if mesh.size() == dist.get_world_size():

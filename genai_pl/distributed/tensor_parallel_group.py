@@ -1,7 +1,4 @@
-"""Tensor-parallel collectives and their gradients.
-
-A layer that is divided among ranks needs two collectives, one at its input and one at its output, and autograd needs
-the transpose of each in the backward pass (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2):
+"""Tensor-parallel collectives and their gradients (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, 4.2.2).
 
     method                      forward          backward         paper
     copy_to_region              identity         all-reduce       f
@@ -93,7 +90,7 @@ class TensorParallelGroup:
         return COLLECTIVES.wait_tensor(COLLECTIVES.reduce_scatter_tensor(shards, "sum", self.size, self.group))
 
     def _own_shard(self, x: Tensor) -> Tensor:
-        """A contiguous copy: collectives of the backward pass take no strided views."""
+        """This rank's shard; a copy, as collectives take no strided views."""
         return self._shards(x)[self.rank].clone(memory_format=torch.contiguous_format)
 
     def _shards(self, x: Tensor) -> Tensor:
@@ -123,12 +120,12 @@ def _identity(x: Tensor) -> Tensor:
 def sum_gradients(parameters: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sum gradients over the ranks of a group, in place, in one all-reduce.
 
-    For parameters that every rank holds in full but of whose heads or tokens each rank has seen a part: LoRA's A under
-    a column-wise layer, norms under sequence parallelism. Call it once per optimizer step, before clipping.
+    For parameters that every rank holds in full but whose heads or tokens it sees in part; once a step, before
+    clipping.
     """
     gradients = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
-        # one flat buffer: an all-reduce of each small gradient would be bound by latency
+        # one flat buffer: many small all-reduces would be bound by latency
         total = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(total, group=group)
         for gradient, summed in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):

@@ -1,4 +1,9 @@
-"""How well a model predicts or judges: texts become rows, rows get log-likelihoods or scores, those become metrics."""
+"""Evaluation: texts become windows of tokens, windows get log-likelihoods or rewards, and these become metrics.
+
+`examples` reads a source and tells from its columns what is to be measured; `windows`, `choices` and `preferences` make
+`ScoredWindow`s; `scoring` and `embeddings` run the model on them in batches; `metrics` and its neighbours reduce the
+scores. `harness` runs tasks of lm-evaluation-harness instead.
+"""
 
 from genai_pl.evaluation.choices import Question, choice_metrics, choice_windows
 from genai_pl.evaluation.embeddings import reward_scores

@@ -1,4 +1,8 @@
-"""Texts become embeddings or scores in one pass of the model, batch by batch."""
+"""Embeddings and rewards of texts: one forward pass per batch of whole texts, without generation.
+
+A sentence head (pooling, dense layers, normalization) turns hidden states (B, T, C) into vectors (B, D). Where a folder
+describes one as sentence-transformers does, that one is used, so vectors equal those of the other library.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +37,10 @@ TokenRows = Sequence[Sequence[int]]
 def find_sentence_head(
     pooling: str | None, path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig
 ) -> SentenceHead:
-    """How a model makes one vector of a text: by a pooling that is asked for, else as its folder says or its shape suggests."""
+    """The head that makes one vector of a text.
+
+    pooling: mean, last or cls; None takes what the folder describes, else mean for an encoder and last for a decoder.
+    """
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigError(f"pooling={pooling} is not one of {', '.join(POOLINGS)}")
     head = saved_sentence_head(path, tokenizer, config)
@@ -46,13 +53,14 @@ def find_sentence_head(
 
 
 def saved_sentence_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config: ModelConfig) -> SentenceHead | None:
-    """The head that a folder or checkpoint tells sentence-transformers of, None if none; the tokenizer then writes lower case
-    where that is said too.
+    """The head that a folder or checkpoint describes for sentence-transformers, or None.
+
+    Its limit of tokens is completed from the tokenizer and the model, and its lower-casing is applied to the tokenizer.
     """
     head = _read_head(path, config.n_embd)
     if head is None:
         return None
-    if head.max_length is None:  # sentence-transformers 6 keeps it with the tokenizer
+    if head.max_length is None:  # sentence-transformers 6 stores the limit with the tokenizer
         head.max_length = min(tokenizer.model_max_length, config.max_seq_len)
     head.max_length = min(head.max_length, config.max_seq_len)
     if head.lower_case:
@@ -61,7 +69,8 @@ def saved_sentence_head(path: Path, tokenizer: "PreTrainedTokenizerBase", config
 
 
 def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
-    """The head that belongs to a folder, to the base of an adapter, or to a checkpoint."""
+    """The head of a folder, of the base of an adapter, or of a checkpoint, as it is stored; None without one."""
+    # a checkpoint holds the head's files and weights
     if is_checkpoint(path):
         contents = read_checkpoint(path)
         files = contents[MARK].get("files", {})
@@ -75,6 +84,7 @@ def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
         except RuntimeError as error:
             raise CheckpointError(f"{path}: refused, {str(error).splitlines()[0]}") from None
         return head
+    # an adapter's head is that of its base
     if (path / ADAPTER).is_file() and not (path / MODULES).is_file():
         base = str(read_json(path / ADAPTER).get("base_model_name_or_path") or "")
         path = path / base if (path / base).is_dir() else Path(base)
@@ -84,20 +94,20 @@ def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
 def encode_sentences(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], head: SentenceHead, *, max_length: int | None = None
 ) -> list[list[int]]:
-    """Tokens of each text behind the head's prompt, cut to its length and to max_length, without losing special tokens."""
+    """Token ids of each text behind the head's prompt, truncated to its limit and max_length; special tokens are kept."""
     limits = [limit for limit in (head.max_length, max_length) if limit is not None]
-    whole = [head.prompt + text for text in texts]
-    return encode_texts(tokenizer, whole, max_length=min(limits, default=None), closes=head.closes)
+    prompted = [head.prompt + text for text in texts]
+    return encode_texts(tokenizer, prompted, max_length=min(limits, default=None), add_end=head.closes)
 
 
 @torch.inference_mode()
 def embed(model: Model, rows: TokenRows, head: SentenceHead) -> Tensor:
-    """Vectors (N, D) of rows of tokens, float32 on the CPU."""
-    found = torch.empty(len(rows), head.size)
+    """Vectors (N, D), float32 on the CPU, of N rows of token ids."""
+    vectors = torch.empty(len(rows), head.size)
     for batch, input_ids, segment_ids in _padded(model, rows, BATCH_TOKENS):
         hidden = model.features(input_ids, segment_ids).float()
-        found[batch] = head.to(hidden).forward(hidden, segment_ids).cpu()
-    return found
+        vectors[batch] = head.to(hidden).forward(hidden, segment_ids).cpu()
+    return vectors
 
 
 @torch.inference_mode()
@@ -108,25 +118,28 @@ def reward_scores(
     batch_tokens: int = BATCH_TOKENS,
     on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """A reward model's score of each row, (R,) float64 on the CPU; `on_batch` hears of every batch how many rows it had."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
+    """A reward model's score of each of R rows of token ids, (R,) float64 on the CPU.
+
+    batch_tokens: tokens of a batch, padding included. on_batch: called with the number of rows after every batch.
+    """
+    rewards = torch.zeros(len(rows), dtype=torch.float64)
     for batch, input_ids, segment_ids in _padded(model, rows, batch_tokens):
-        found[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].double().cpu()
+        rewards[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].double().cpu()
         if on_batch is not None:
             on_batch(len(batch))
-    return found
+    return rewards
 
 
 def logprobs(
     model: Model, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str] | None, texts: Sequence[str]
 ) -> list[tuple[float, int]]:
-    """Log-probability in nats of each text, and of how many tokens: after its prompt, or after a bos if the tokenizer has one."""
-    rows, owners = logprob_windows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
+    """(log-probability in nats, tokens) of each text: after its prompt, or after a bos if the tokenizer has one."""
+    windows, owners = logprob_windows(tokenizer, prompts, texts, seq_len=model.config.max_seq_len)
     totals, counts = np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
-    found = score(model, rows, batch_tokens=BATCH_TOKENS)
-    for n, row, nll in zip(owners, rows, found.nll.tolist(), strict=True):
+    window_scores = score(model, windows, batch_tokens=BATCH_TOKENS)
+    for n, window, nll in zip(owners, windows, window_scores.nll.tolist(), strict=True):
         totals[n] -= nll
-        counts[n] += row.n_scored
+        counts[n] += window.n_scored
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
@@ -138,20 +151,20 @@ def logprob_windows(
     seq_len: int,
     first: int = 0,
 ) -> tuple[list[ScoredWindow], list[int]]:
-    """Rows to be scored, and to which text each belongs; the texts are numbered from `first` on."""
+    """Windows to be scored and the number of the text that each belongs to; texts are numbered from `first`."""
     if prompts is not None:
         owners = list(range(first, first + len(texts)))
-        named = [n + 1 for n in owners]  # in what an error says
-        return completion_windows(prompts, texts, tokenizer, seq_len=seq_len, owners=named), owners
+        row_numbers = [n + 1 for n in owners]  # for errors, counted from 1
+        return completion_windows(prompts, texts, tokenizer, seq_len=seq_len, owners=row_numbers), owners
     per_text = [text_windows([text], tokenizer, seq_len=seq_len) for text in texts]
-    owners = [n for n, one in enumerate(per_text, start=first) for _ in one]
-    return [row for one in per_text for row in one], owners
+    owners = [n for n, windows in enumerate(per_text, start=first) for _ in windows]
+    return [row for windows in per_text for row in windows], owners
 
 
 def _padded(model: Model, rows: TokenRows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Which rows, and input_ids and segment_ids (B, T) of them, padded on the right."""
+    """Batches: row numbers, and input_ids and segment_ids (B, T) of these rows, padded on the right."""
     device = model.embed.weight.device
     for batch in batches([len(row) for row in rows], batch_tokens):
-        chosen = [rows[n] for n in batch]
-        segments = [np.ones(len(row), dtype=np.int64) for row in chosen]
-        yield batch, pad_rows(chosen, 0).to(device), pad_rows(segments, 0).to(device)
+        batch_rows = [rows[n] for n in batch]
+        segments = [np.ones(len(row), dtype=np.int64) for row in batch_rows]
+        yield batch, pad_rows(batch_rows, 0).to(device), pad_rows(segments, 0).to(device)

@@ -1,4 +1,8 @@
-"""The rows that a model is measured on: what kind they are is told by their columns."""
+"""Evaluation examples: what the rows of a source are, told from their columns, and their cells parsed as in training.
+
+The first `Kind` whose columns are all there decides. Kinds of one meaning (ARC's and plain choices, ShareGPT's and
+OpenAI's conversations) are read differently and then treated as one (`CANONICAL_KINDS`).
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class Conversation(NamedTuple):
-    """Messages, of which what assistants say after the first `n_prompt` is scored, and the tools that they may call."""
+    """A conversation whose assistant turns after the first `n_prompt` messages are scored.
+
+    messages: all turns. n_prompt: messages that are given. tools: JSON schemas of functions that may be called.
+    """
 
     messages: list[Message]
     n_prompt: int
@@ -38,7 +45,7 @@ OPTIONAL = {"tools", "system", INPUT, CONTEXT}
 
 
 class Kind(Enum):
-    """What rows are, and the columns by which that is known, beside those that may be there."""
+    """What rows are; the value lists their columns, of which those in OPTIONAL may be missing."""
 
     preferences = ("prompt", "chosen", "rejected", "tools", "system")
     choices = ("prompt", "choices", "answer")
@@ -46,7 +53,7 @@ class Kind(Enum):
     labelled = ("question", "choices", "answerKey")  # ARC on the hub
     conversations = ("messages", "tools", "system")
     completions = ("prompt", "completion", "tools", "system")
-    pairs = ("chosen", "rejected", "tools", "system")  # preferences that begin with their prompt
+    pairs = ("chosen", "rejected", "tools", "system")  # preferences whose answers begin with the prompt
     share_gpt = ("conversations", "tools", "system")  # ShareGPT
     instructions = (INSTRUCTION, OUTPUT, INPUT, CONTEXT)  # Alpaca
     text = ("text",)
@@ -59,29 +66,32 @@ CANONICAL_KINDS |= {Kind.share_gpt: Kind.conversations, Kind.instructions: Kind.
 def read_examples(
     path: str, *, column: str | None = None, last_word: bool = False, limit: int | None = None
 ) -> tuple[Kind, list[list]]:
-    """The kind of the first `limit` rows, and their columns: those of the kind, or one of `Question`s.
+    """The kind of the rows and their columns, those of the kind in its order, or one column of `Question`s.
 
-    `column` names the column of a text. With `last_word` a text becomes a prompt and its last word the completion.
+    path: a source, of which a shipped set gives its validation file. column: read this column as texts.
+    last_word: make a text into a prompt and its last word as completion (LAMBADA). limit: rows to read.
     """
     source = sources.shipped_validation(path) or sources.find_source(path)
-    found = sources.column_names(source)
+    available = sources.column_names(source)
+    # columns decide, unless an option says that the rows are texts
     if column is None and not last_word:
-        kind = find_kind(path, found)
-        names = [name for name in kind.value if name in found]
+        kind = find_kind(path, available)
+        names = [name for name in kind.value if name in available]
     else:
         kind, names = Kind.text, [column or "text"]
-        sources.check_columns(source, found, {"data.column": names[0]})
+        sources.check_columns(source, available, {"data.column": names[0]})
     read = READERS[kind]
-    rows = [
+    examples = [
         read(place, {name: row.get(name) for name in names})
         for place, row in islice(sources.read_records(source, names), limit)
     ]
-    if not rows:
+    if not examples:
         raise DataError(f"data.path={path}: no rows")
+    # kinds of one meaning become one; prompts in messages make conversations
     kind = CANONICAL_KINDS.get(kind, kind)
     if kind is Kind.choices:
-        return kind, [rows]
-    columns = [list(column) for column in zip(*rows, strict=True)]
+        return kind, [examples]
+    columns = [list(column) for column in zip(*examples, strict=True)]
     if kind is Kind.completions:
         if isinstance(columns[0][0], str):
             return kind, columns[:2]
@@ -91,68 +101,78 @@ def read_examples(
         with name_path_in_errors(path):
             return Kind.completions, split_last_words(columns[0])
     if kind is Kind.text and (empty := [n for n, text in enumerate(columns[0], start=1) if not text]):
-        log.warning("data        %s of %s texts are empty, first row %s", len(empty), len(rows), empty[0])
+        log.warning("data        %s of %s texts are empty, first row %s", len(empty), len(examples), empty[0])
     return kind, columns
 
 
-def read_texts(place: Place, row: Record) -> list[str]:
-    """The texts of a row."""
-    return [parse_text(cell, place._replace(column=name)) for name, cell in row.items()]
+def read_texts(place: Place, record: Record) -> list[str]:
+    """The texts of a record."""
+    return [parse_text(cell, place._replace(column=name)) for name, cell in record.items()]
 
 
-def read_pair(place: Place, row: Record) -> list[TextOrMessages]:
-    """Prompt, chosen and rejected answer of a row, as in training, and the tools that may be called in it."""
-    return _split_answers(place, row, "chosen", "rejected")
+def read_pair(place: Place, record: Record) -> list[TextOrMessages]:
+    """Prompt, chosen and rejected answer of a record, as in training, and its tools."""
+    return _split_answers(place, record, "chosen", "rejected")
 
 
-def read_conversation(place: Place, row: Record) -> list[Conversation]:
-    """The conversation of a row."""
-    name = "messages" if "messages" in row else "conversations"
+def read_conversation(place: Place, record: Record) -> list[Conversation]:
+    """The conversation of a record."""
+    name = "messages" if "messages" in record else "conversations"
     messages = prepend_system(
-        parse_messages(row[name], place._replace(column=name)), row.get("system"), place._replace(column="system")
+        parse_messages(record[name], place._replace(column=name)), record.get("system"), place._replace(column="system")
     )
-    return [Conversation(messages, 0, parse_tools(row.get("tools"), place._replace(column="tools")))]
+    return [Conversation(messages, 0, parse_tools(record.get("tools"), place._replace(column="tools")))]
 
 
-def read_completion(place: Place, row: Record) -> list[TextOrMessages]:
-    """Prompt and completion of a row, texts or the messages of both, and the tools that may be called in it."""
-    return _split_answers(place, row, "completion" if "completion" in row else OUTPUT)
+def read_completion(place: Place, record: Record) -> list[TextOrMessages]:
+    """Prompt and completion of a record, texts or messages, and its tools."""
+    return _split_answers(place, record, "completion" if "completion" in record else OUTPUT)
 
 
-def _split_answers(place: Place, row: Record, *columns: str) -> list[TextOrMessages]:
-    """The prompt of a row, if it has one, and its answers."""
-    asked = next((name for name in ("prompt", INSTRUCTION) if name in row), None)
-    answers = [text_or_messages(row[name], place._replace(column=name)) for name in columns]
-    prompt, answers = extract_prompt(parse_prompt(row, asked, place) if asked else None, answers, place)
+def _split_answers(place: Place, record: Record, *columns: str) -> list[TextOrMessages]:
+    """The prompt of a record, its answers in the given columns, and its tools."""
+    prompt_column = next((name for name in ("prompt", INSTRUCTION) if name in record), None)
+    answers = [text_or_messages(record[name], place._replace(column=name)) for name in columns]
+    prompt, answers = extract_prompt(
+        parse_prompt(record, prompt_column, place) if prompt_column else None, answers, place
+    )
     if not isinstance(prompt, str):
-        prompt = prepend_system(prompt, row.get("system"), place._replace(column="system"))
-    tools = [] if isinstance(prompt, str) else parse_tools(row.get("tools"), place._replace(column="tools"))
+        prompt = prepend_system(prompt, record.get("system"), place._replace(column="system"))
+    tools = [] if isinstance(prompt, str) else parse_tools(record.get("tools"), place._replace(column="tools"))
     return [prompt, *answers, tools]
 
 
-def read_choice(place: Place, row: Record) -> Question:
-    """The question of a row, which is asked as ARC is where it is called that."""
-    names = list(row)
-    question, choices, answer = row.values()
+def read_choice(place: Place, record: Record) -> Question:
+    """The question of a record.
+
+    A column called `question` is put into ARC's form, "Question: ...\\nAnswer:"; a `prompt` is used as it is.
+    """
+    names = list(record)
+    question, choices, answer = record.values()
     question = parse_text(question, place._replace(column=names[0]))
-    asked = f"Question: {question}\nAnswer:" if names[0] == "question" else question
-    spot = place._replace(column=names[1])
-    choices = parse_json(choices, spot) if isinstance(choices, str) else choices
+    prompt = f"Question: {question}\nAnswer:" if names[0] == "question" else question
+    choices_place = place._replace(column=names[1])
+    choices = parse_json(choices, choices_place) if isinstance(choices, str) else choices
     if isinstance(choices, Mapping):
         return read_labelled_question(
-            place, asked, *(parse_list(choices.get(key), spot, parse_text) for key in ("text", "label")), answer
+            place,
+            prompt,
+            *(parse_list(choices.get(key), choices_place, parse_text) for key in ("text", "label")),
+            answer,
         )
-    choices = parse_list(choices, spot, parse_text)
-    if place.name.lower().endswith(".csv") and isinstance(answer, str):  # all cells of a csv are texts
-        return read_question(place, asked, choices, answer, number=int(answer) if answer.isdecimal() else None)
-    return read_question(place, asked, choices, answer)
+    choices = parse_list(choices, choices_place, parse_text)
+    if place.name.lower().endswith(".csv") and isinstance(answer, str):  # cells of a csv are texts
+        return read_question(place, prompt, choices, answer, number=int(answer) if answer.isdecimal() else None)
+    return read_question(place, prompt, choices, answer)
 
 
-def _given_conversation(n: int, prompt: TextOrMessages, said: TextOrMessages, tools: list[Message]) -> Conversation:
-    """The conversation of row n, of which the prompt is given."""
+def _given_conversation(
+    n: int, prompt: TextOrMessages, completion: TextOrMessages, tools: list[Message]
+) -> Conversation:
+    """The conversation of row n whose prompt is given: its completion is scored."""
     if isinstance(prompt, str):
         raise DataError(f"row {n}: the prompt of the first row is messages, this one a text: give all the same way")
-    answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     return Conversation([*prompt, *answer], len(prompt), tools)
 
 
@@ -170,20 +190,20 @@ READERS = {
 }
 
 
-def find_kind(path: str, found: Sequence[str]) -> Kind:
-    """The first kind whose columns are all there; DataError names what is."""
+def find_kind(path: str, names: Sequence[str]) -> Kind:
+    """The first kind whose columns are all there; DataError lists the columns found and those of every kind."""
     for kind in Kind:
-        if {*kind.value} - OPTIONAL <= set(found):
+        if {*kind.value} - OPTIONAL <= set(names):
             return kind
     known = "; ".join(" ".join(name for name in kind.value if name not in OPTIONAL) for kind in reversed(Kind))
     raise DataError(
-        f"data.path={path}: no column 'text', nor those of another kind of rows; found: {', '.join(found)} "
+        f"data.path={path}: no column 'text', nor those of another kind of rows; found: {', '.join(names)} "
         f"(known: {known}; set data.column)"
     )
 
 
 def split_last_words(texts: Sequence[str]) -> list[list[str]]:
-    """Each text up to its last word, and that with the whitespace before it (LAMBADA: Paperno et al. 2016).
+    """Prompts and completions: each text without its last word, and that word with the space before it (Paperno et al. 2016).
 
     >>> split_last_words(["I met him at the docks"])
     [['I met him at the'], [' docks']]
@@ -199,7 +219,7 @@ def split_last_words(texts: Sequence[str]) -> list[list[str]]:
 
 @contextmanager
 def name_path_in_errors(path: str) -> Iterator[None]:
-    """Puts the option in front of what is wrong with a row."""
+    """A context in which a DataError about a row names the option data.path, too."""
     try:
         yield
     except DataError as error:

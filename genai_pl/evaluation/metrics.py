@@ -1,4 +1,7 @@
-"""Scores become the numbers that papers report."""
+"""Metrics of scored windows: perplexity, bits per byte, accuracies with intervals, calibration.
+
+All are sums over tokens or windows divided once at the end, so batch sizes do not matter.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +14,14 @@ from genai_pl.evaluation.scoring import Scores
 from genai_pl.evaluation.windows import ScoredWindow
 
 Metrics = dict[str, float]
-Z = 1.959964  # of 95 %
-BINS = 15  # of confidences, as in Guo et al. 2017
+Z = 1.959964  # standard deviations of a 95 % interval
+BINS = 15  # of confidence, as in Guo et al. 2017
 
 
 def text_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequence[int]) -> Metrics:
-    """Per token: loss in nats, perplexity, share of most likely tokens, calibration error; bits per byte of the text.
+    """Metrics per token: loss in nats, perplexity, share of most likely tokens, calibration error; and bits per byte (bpb).
 
-    token_bytes: UTF-8 bytes of text that each token stands for, (V,).
+    token_bytes: (V,) UTF-8 bytes that each token stands for. bpb compares models with different tokenizers.
     """
     n_tokens = sum(row.n_scored for row in rows)
     table = np.asarray(token_bytes)
@@ -35,7 +38,7 @@ def text_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequ
 
 
 def completion_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes: Sequence[int]) -> Metrics:
-    """Those of `text_metrics`, and per completion: share that greedy decoding would give, exp of the mean loss.
+    """`text_metrics`, and per completion the share that greedy decoding would give and the exp of the mean loss.
 
     The last two are what lm-evaluation-harness calls accuracy and perplexity of LAMBADA (Paperno et al. 2016).
     """
@@ -48,10 +51,9 @@ def completion_metrics(scores: Scores, rows: Sequence[ScoredWindow], token_bytes
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """How far the probability (N,) of what is said lies from how often it is correct (N,), bin by bin, on average.
+    """The expected calibration error (Guo et al. 2017, eq. 3) of probabilities (N,) whose predictions are correct or not (N,).
 
-    The expected calibration error of Guo et al. 2017, eq. 3: the mean over all tokens of |accuracy - confidence| of their
-    bin, one of 15 of equal width.
+    The mean over tokens of |accuracy - confidence| of their bin, one of 15 of equal width.
     """
     from torchmetrics.functional.classification import binary_calibration_error
 
@@ -59,13 +61,13 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 def with_interval(name: str, share: float, n: int) -> Metrics:
-    """A share of n under its name, and Wilson's interval of it under `name`_low and `name`_high."""
+    """A share of n under its name, with the ends of Wilson's interval as NAME_low and NAME_high."""
     low, high = wilson(share, n)
     return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n (Wilson 1927).
+    """The 95 % interval of a share of n (Wilson 1927); unlike the normal one it stays within 0 and 1 and works for small n.
 
     >>> [round(end, 3) for end in wilson(0.5, 10)]
     [0.237, 0.763]

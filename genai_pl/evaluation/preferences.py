@@ -1,4 +1,8 @@
-"""How often a model prefers what people preferred, how sure that figure is, and what length has to do with it."""
+"""Preference evaluation: how often a model prefers the completion that people preferred, and how much length explains.
+
+Windows are tokenized by the functions of training (`prompt_tokens`), so a model is measured on what it was trained on.
+`longer_is_better` and `length_correlation` are reported beside the accuracy, because reward models learn to prefer length.
+"""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +34,7 @@ def reward_tokens(
     completions: Sequence[str],
     tools: Sequence[Tools] | None = None,
 ) -> list[np.ndarray]:
-    """The tokens that a reward model reads of each prompt and its completion, as in its training."""
+    """The token ids that a reward model reads of each prompt and its completion, as in its training."""
     return [example.input_ids for example in _examples(tokenizer, prompts, completions, tools)]
 
 
@@ -40,7 +44,7 @@ def _examples(
     completions: Sequence[str | Messages],
     tools: Sequence[Tools] | None,
 ) -> list[TokenizedExample]:
-    """Prompts with their completions as in training; all at once where all are texts or all messages."""
+    """Prompts with completions as in training; in one call where all prompts are of one type."""
     if len({isinstance(prompt, str) for prompt in prompts}) == 1:
         return encode_completions(tokenizer, prompts, completions, tools)
     rows = zip(prompts, completions, [()] * len(prompts) if tools is None else tools, strict=True)
@@ -56,46 +60,51 @@ def pair_windows(
     judges: bool = False,
     tools: Sequence[Tools] | None = None,
 ) -> list[ScoredWindow]:
-    """Rows of prompts with their completions as in training, the end token included; long prompts are cut on the left.
+    """Windows of prompts with their completions, the end token included; long prompts are truncated on the left.
 
-    A model that judges reads all tokens of a row, one that predicts all but the last.
+    judges: the model is a reward model, which reads all tokens of a window; a language model reads all but the last.
+    DataError for an empty prompt, and for a completion that exceeds the context.
     """
-    room = seq_len if judges else seq_len + 1
-    rows = []
+    max_tokens = seq_len if judges else seq_len + 1
+    windows = []
     for n, example in enumerate(_examples(tokenizer, prompts, completions, tools), start=1):
         n_prompt = example.n_prompt
         if n_prompt < 1:
             raise DataError(f"row {n}: an empty prompt")
         n_scored = len(example.input_ids) - n_prompt
-        if n_scored >= room:
+        if n_scored >= max_tokens:
             raise DataError(f"row {n}: a completion has {n_scored} tokens, more than the context of {seq_len}")
-        kept = example.input_ids[-room:]
-        rows.append(ScoredWindow(kept, len(kept) - n_scored, truncated=len(kept) < len(example.input_ids)))
-    return rows
+        tokens = example.input_ids[-max_tokens:]
+        windows.append(ScoredWindow(tokens, len(tokens) - n_scored, truncated=len(tokens) < len(example.input_ids)))
+    return windows
 
 
 def conversation_windows(
     conversations: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", *, seq_len: int
 ) -> list[ScoredWindow]:
-    """A row for each turn of an assistant that training would learn, given all before it; cut on the left to seq_len."""
+    """One window for each assistant turn that training would learn, given everything before it; truncated on the left.
+
+    The loss mask has one run of True per turn; its edges are the differences of the mask.
+    """
     examples = encode_conversations(tokenizer, *map(list, zip(*conversations, strict=True)))
-    rows = []
+    windows = []
     for n, (ids, mask) in enumerate(examples, start=1):
         edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
         for start, end in edges.reshape(-1, 2).tolist():
             if end - start > seq_len:
                 raise DataError(f"row {n}: an answer has {end - start} tokens, more than the context of {seq_len}")
-            kept = ids[max(0, end - seq_len - 1) : end]
-            if start:  # nothing precedes the first token of all
-                rows.append(ScoredWindow(kept, len(kept) - (end - start), truncated=len(kept) < end))
-    return rows
+            tokens = ids[max(0, end - seq_len - 1) : end]
+            if start:  # nothing predicts the first token of a conversation
+                windows.append(ScoredWindow(tokens, len(tokens) - (end - start), truncated=len(tokens) < end))
+    return windows
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str, float]:
-    """Of what (N,) a model gives to both completions of a pair, whose lengths are (N, 2).
+    """Metrics of the values (N,) that a model gives to both completions of N pairs, whose lengths are (N, 2).
 
-    accuracy: the share of pairs in which the chosen one gets more, with Wilson's 95 % interval; a tie is half a pair.
-    longer_is_better: the accuracy of length alone. length_correlation: of differences in score with those in length.
+    accuracy: the share of pairs whose chosen completion has the higher value, ties counting half, with Wilson's 95 %
+    interval. margin: the mean difference. longer_is_better: the accuracy of length alone. length_correlation: between
+    differences of values and of lengths.
     """
     longer = (lengths[:, 0] - lengths[:, 1]).double()
     return {
@@ -107,12 +116,17 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> dict[str,
 
 
 def win_rate(difference: Tensor) -> float:
-    """How many differences (N,) are positive, as a share; 0 counts half."""
+    """The share of differences (N,) that are positive; 0 counts half.
+
+    >>> from torch import tensor
+    >>> win_rate(tensor([1.0, 0.0, -1.0, 2.0]))
+    0.625
+    """
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of (N,) and (N,); not a number where one of them never changes."""
+    """Pearson's correlation of (N,) and (N,); NaN where one of them is constant."""
     if len(a) < 2 or float(a.std()) == 0 or float(b.std()) == 0:
         return math.nan
     return float(np.corrcoef(a.numpy(), b.numpy())[0, 1])

@@ -1,4 +1,8 @@
-"""The log-likelihood of the scored part of each row, and how much of it greedy decoding would have said."""
+"""Scoring: the log-likelihood of the scored part of each window, and which of its tokens greedy decoding would give.
+
+Windows of similar length share a batch, longest first. Logits exist for a chunk of tokens at a time and only at scored
+positions: at a vocabulary of 150,000, those of a batch would take gigabytes.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,38 +19,47 @@ IGNORED = -100
 
 
 class Scores(NamedTuple):
-    """Sums over the scored tokens of each row, (R,), and figures of each of these N tokens, in no order; on the CPU."""
+    """Scores of R windows with N scored tokens in all, on the CPU.
 
-    nll: Tensor  # negative log-likelihood in nats, float64
-    hits: Tensor  # tokens that are the most likely ones
-    confidence: Tensor  # (N,) the probability of the most likely token, float32
-    correct: Tensor  # (N,) whether it is the token that comes
+    nll: (R,) negative log-likelihood in nats, float64. hits: (R,) scored tokens that are the most likely ones.
+    confidence: (N,) the probability of the most likely token, float32. correct: (N,) whether it is the token that follows.
+    The order of the N tokens is that of batches.
+    """
+
+    nll: Tensor
+    hits: Tensor
+    confidence: Tensor
+    correct: Tensor
 
 
 @torch.inference_mode()
 def score(
     model: Decoder, rows: Sequence[ScoredWindow], *, batch_tokens: int, on_batch: Callable[[int], object] | None = None
 ) -> Scores:
-    """The scores of the rows in their order; `on_batch` hears of every batch how many rows it had.
+    """The scores of the windows in their order.
 
-    Rows of like length share a batch of at most `batch_tokens` tokens, padding included.
+    batch_tokens: tokens of a batch, padding included. on_batch: called with the number of windows after every batch.
     """
     _check_vocab_size(model, rows)
     nll = torch.zeros(len(rows), dtype=torch.float64)
     hits = torch.zeros(len(rows), dtype=torch.long)
     confidence, correct = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for batch in batches([len(row.tokens) - 1 for row in rows], batch_tokens):
-        found = _score_batch(model, [rows[i] for i in batch])
-        nll[batch], hits[batch] = found.nll, found.hits
-        confidence.append(found.confidence)
-        correct.append(found.correct)
+        scores = _score_batch(model, [rows[i] for i in batch])
+        nll[batch], hits[batch] = scores.nll, scores.hits
+        confidence.append(scores.confidence)
+        correct.append(scores.correct)
         if on_batch is not None:
             on_batch(len(batch))
     return Scores(nll, hits, torch.cat(confidence), torch.cat(correct))
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, longest first, so that memory runs out at once or never."""
+    """Indices of rows in batches of at most batch_tokens, padding included; longest first, so memory runs out at once or never.
+
+    >>> list(batches([2, 9, 3], 9))
+    [[1], [2, 0]]
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     first = 0
     while first < len(order):
@@ -56,12 +69,16 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def collate(rows: Sequence[ScoredWindow], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """input_ids, labels and segment_ids (B, T), padded on the right; segment_ids is None where nothing is padded."""
+    """input_ids, labels and segment_ids (B, T), padded on the right.
+
+    Labels are IGNORED where nothing is scored; segment_ids is None where nothing is padded, which saves the mask.
+    """
     lengths = [len(row.tokens) - 1 for row in rows]
     B, T = len(rows), max(lengths)
     input_ids = torch.zeros(B, T, dtype=torch.long)
     labels = torch.full((B, T), IGNORED)
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        # position t holds token t and predicts token t + 1
         tokens = torch.from_numpy(row.tokens).long()
         input_ids[b, :length] = tokens[:-1]
         labels[b, row.n_context - 1 : length] = tokens[row.n_context :]
@@ -71,11 +88,12 @@ def collate(rows: Sequence[ScoredWindow], device: torch.device) -> tuple[Tensor,
 
 
 def _score_batch(model: Decoder, rows: Sequence[ScoredWindow]) -> Scores:
-    """The scores of rows (B,) that are one batch."""
+    """The scores of windows (B,) that are one batch."""
     input_ids, labels, segment_ids = collate(rows, model.embed.weight.device)
     hidden = model.features(input_ids, segment_ids)  # (B, T, C)
     scored = labels != IGNORED
     losses, confidence, correct = _score_tokens(model, hidden[scored], labels[scored])  # (N,)
+    # back to (B, T), where each window sums its own tokens
     nll = torch.zeros(labels.shape, dtype=torch.float64)
     hits = torch.zeros(labels.shape, dtype=torch.long)
     nll[scored.cpu()], hits[scored.cpu()] = losses.double(), correct.long()
@@ -83,9 +101,9 @@ def _score_batch(model: Decoder, rows: Sequence[ScoredWindow]) -> Scores:
 
 
 def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of hidden states (N, C), with the logits of a chunk at a time: negative log-likelihood, confidence, correct, (N,).
+    """Negative log-likelihood, confidence and correctness, (N,) each, of hidden states (N, C) with labels (N,).
 
-    One product gives all; `linear_logprobs` would leave the most likely token to a second one.
+    One matrix product per chunk gives all three; `linear_logprobs` would need a second one for the most likely token.
     """
     size = tokens_at_once(model.config.vocab_size, hidden.device)
     nll, confidence, correct = [], [], []
@@ -99,6 +117,7 @@ def _score_tokens(model: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tenso
 
 
 def _check_vocab_size(model: Decoder, rows: Sequence[ScoredWindow]) -> None:
+    """ConfigError where a token id exceeds the model's vocabulary: model and tokenizer are not of one another."""
     largest, size = max((int(row.tokens.max()) for row in rows), default=0), model.config.vocab_size
     if largest >= size:
         raise ConfigError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")

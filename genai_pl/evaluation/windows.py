@@ -1,4 +1,9 @@
-"""Texts become rows of tokens, each of which says what part of it is given and what part is scored."""
+"""Scored windows: rows of tokens of which a first part is context and the rest is scored.
+
+A text longer than the context is divided into overlapping windows (`stride` below seq_len gives each token more
+context at more cost); every token but the first is scored exactly once. Completions are tokenized as in
+lm-evaluation-harness, so numbers agree.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,11 +18,15 @@ if TYPE_CHECKING:
 
 
 class ScoredWindow(NamedTuple):
-    """Tokens of which the first `n_context` are given and each of the others is scored, given all before it."""
+    """Tokens of which the first `n_context` are given, and each other is scored given all before it.
+
+    tokens: (n,) ids. n_context: at least 1, as nothing predicts the first token.
+    truncated: tokens were dropped on the left to fit the context.
+    """
 
     tokens: np.ndarray
     n_context: int
-    truncated: bool = False  # whether tokens were dropped on the left to fit the context
+    truncated: bool = False
 
     @property
     def n_scored(self) -> int:
@@ -32,7 +41,10 @@ def text_windows(
     stride: int | None = None,
     bos: bool | None = None,
 ) -> list[ScoredWindow]:
-    """The windows of every text; its first token is scored only where a bos precedes it."""
+    """The windows of every text; its first token is scored only where a bos precedes it.
+
+    stride: tokens between the starts of windows; None is seq_len. bos: begin every text with it; None asks the tokenizer.
+    """
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
         raise ConfigError(f"data.stride={stride} must lie between 1 and the window, {seq_len} tokens")
@@ -42,7 +54,11 @@ def text_windows(
 
 
 def windows(tokens: np.ndarray, *, seq_len: int, stride: int) -> Iterator[ScoredWindow]:
-    """Rows of at most seq_len + 1 tokens, `stride` apart, which score every token but the first exactly once."""
+    """Windows of at most seq_len + 1 tokens, `stride` apart, that score every token but the first exactly once.
+
+    >>> [(w.tokens.tolist(), w.n_context) for w in windows(np.arange(6), seq_len=4, stride=2)]
+    [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5], 3)]
+    """
     scored = 1
     for start in range(0, len(tokens) - 1, stride):
         end = min(start + seq_len + 1, len(tokens))
@@ -61,29 +77,30 @@ def completion_windows(
     bos: bool | None = None,
     owners: Sequence[int] | None = None,
 ) -> list[ScoredWindow]:
-    """One row for each pair, split into tokens as lm-evaluation-harness does.
+    """One window for each pair of prompt and completion, tokenized as lm-evaluation-harness does.
 
-    Both are encoded together, whitespace that ends the prompt counts as the completion's, and the completion is what
-    comes after as many tokens as the prompt alone has; where it merges with the prompt so far that none come after, it is
-    encoded by itself, as one that is written is. A long prompt is cut on the left.
-    owners: the number of each pair in what an error says; 1, 2, ... if left out.
+    Both are encoded together, and white space at the end of the prompt counts as the completion's. The completion is what
+    follows as many tokens as the prompt alone has; where it merges with the prompt so far that none follow, it is encoded
+    by itself, as in generation. A long prompt is truncated on the left.
+
+    owners: the number of each pair for errors; 1, 2, ... by default.
     """
     owners = range(1, len(prompts) + 1) if owners is None else owners
     pairs = [_split_pair(*pair) for pair in zip(owners, prompts, completions, strict=True)]
     start = bos_ids(tokenizer, bos)
-    given = _encode(tokenizer, [prompt for prompt, _ in pairs])
-    whole = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
-    rows = []
-    for n, before, tokens, (_, completion) in zip(owners, given, whole, pairs, strict=True):
-        if len(tokens) <= len(before):
-            tokens = before + _encode(tokenizer, [completion])[0]
-        prefix = start or ([] if before else bos_ids(tokenizer, True))
-        rows.append(_completion_window(n, prefix + tokens, len(prefix + before), seq_len))
-    return rows
+    prompt_ids = _encode(tokenizer, [prompt for prompt, _ in pairs])
+    joint_ids = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
+    windows = []
+    for n, prompt_tokens, tokens, (_, completion) in zip(owners, prompt_ids, joint_ids, pairs, strict=True):
+        if len(tokens) <= len(prompt_tokens):
+            tokens = prompt_tokens + _encode(tokenizer, [completion])[0]
+        prefix = start or ([] if prompt_tokens else bos_ids(tokenizer, True))
+        windows.append(_completion_window(n, prefix + tokens, len(prefix + prompt_tokens), seq_len))
+    return windows
 
 
 def _split_pair(n: int, prompt: object, completion: object) -> tuple[str, str]:
-    """Prompt and completion of row n, with the whitespace between them in the completion."""
+    """Prompt and completion of row n, with the white space between them in the completion."""
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
             raise DataError(f"row {n}: {name} is {type(value).__name__}, not text")
@@ -94,22 +111,24 @@ def _split_pair(n: int, prompt: object, completion: object) -> tuple[str, str]:
 
 
 def _completion_window(n: int, tokens: list[int], n_context: int, seq_len: int) -> ScoredWindow:
+    """The window of a prompt of n_context tokens and its completion; DataError where the latter is empty or too long."""
     n_scored = len(tokens) - n_context
     if n_scored < 1:
         raise DataError(f"row {n}: completion has no tokens, there is nothing to score")
     if n_scored > seq_len:
         raise DataError(f"row {n}: completion has {n_scored} tokens, more than the context of {seq_len}")
-    kept = tokens[-(seq_len + 1) :]  # the model reads all but the last
-    return ScoredWindow(np.asarray(kept, dtype=np.int32), len(kept) - n_scored, truncated=len(kept) < len(tokens))
+    window = tokens[-(seq_len + 1) :]  # the model reads all but the last
+    return ScoredWindow(np.asarray(window, dtype=np.int32), len(window) - n_scored, truncated=len(window) < len(tokens))
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    # not verbose: the length of what it gives is dealt with here
+    """Token ids without special tokens."""
+    # not verbose: lengths are checked by the callers
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def bos_ids(tokenizer: "PreTrainedTokenizerBase", bos: bool | None) -> list[int]:
-    """What every text begins with: one token (bos, or eos where there is no bos) or none; None leaves it to the tokenizer."""
+    """The tokens in front of every text: one (bos, or eos without a bos) or none; bos=None does what the tokenizer does."""
     first = tokenizer.bos_token_id
     if bos is None:
         bos = first is not None and tokenizer("")["input_ids"][:1] == [first]

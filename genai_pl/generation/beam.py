@@ -18,8 +18,9 @@ from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import penalize
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
-IMPOSSIBLE = -1e9  # the sum of a beam that is none: not begun yet, ended, or excluded
+IMPOSSIBLE = -1e9  # total of a placeholder
 StopCheck = Callable[[int, Sequence[int]], bool]  # (number of the prompt, tokens of a continuation)
 
 
@@ -95,10 +96,12 @@ def beam_search(
     segment_ids: Tensor | None = None,
     constraints: OutputConstraints = NO_CONSTRAINTS,
     stop_check: StopCheck | None = None,
+    row_weights: RowWeights | None = None,
 ) -> list[list[Hypothesis]]:
     """The num_return best continuations of each prompt (B, T), best first; fewer where the rules leave fewer.
 
     constraints: its `ends` finish a sequence. stop_check: True for (number of the prompt, tokens) of a finished sequence.
+    row_weights: weights of adapters for each prompt, (B,).
     """
     # masks, counts and rules, for B * k rows
     check_prompt(model, input_ids, segment_ids)
@@ -112,7 +115,7 @@ def beam_search(
     beams = [Beam(n, [], IMPOSSIBLE if n % size else 0.0, []) for n in range(B * k)]
     with evaluating(model):
         # prefill each prompt once, then give every beam a row of the cache
-        state = DecodeState(model, B, T + config.max_new_tokens - 1)
+        state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)
         logits = state.forward(input_ids, segment_ids).repeat_interleave(k, dim=0)
         state.expand(k)
         for n_left in reversed(range(config.max_new_tokens)):
@@ -169,10 +172,10 @@ def _extend(
             for beam in candidates
         ]
         # transformers' rule: a finished sequence counts only if it is among the best `size` extensions
-        for beam, done in list(zip(candidates, is_finished, strict=True))[:size]:  # the others are there to go on
+        for beam, done in list(zip(candidates, is_finished, strict=True))[:size]:
             if done:
                 group.add(beam)
-        # unfinished beams go on; placeholders fill up where too few are left
+        # unfinished beams continue; placeholders fill the batch where too few are left
         running = [beam for beam, done in zip(candidates, is_finished, strict=True) if not done]
         running += [beam._replace(total=IMPOSSIBLE) for beam, done in zip(candidates, is_finished, strict=True) if done]
         group.update_open(running[:size])

@@ -20,6 +20,7 @@ from genai_pl.generation.detokenize import TextStream
 from genai_pl.generation.output_constraints import OutputConstraints
 from genai_pl.generation.speculative import Acceptance, TargetModel, build_proposer, speculate
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ class CompletionRunner:
         start token of each target. config: decoding options. constraints: those of them that are text, as ids.
     pad: id that fills prompts on the left. wants_logprobs: whether `Completion.logprobs` is filled.
     on_text: called as on_text(i, delta) while continuation i grows; it may raise, which ends decoding.
+    row_weights: weights of adapters for each prompt, or None.
     """
 
     model: Decoder | DecoderWithSource
@@ -57,6 +59,7 @@ class CompletionRunner:
     pad: int
     on_text: OnText | None = None
     wants_logprobs: bool = False
+    row_weights: RowWeights | None = None
 
     def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
         """n continuations of each prompt, decoded in one batch of len(rows) * n rows."""
@@ -64,9 +67,19 @@ class CompletionRunner:
         input_ids, segment_ids = self._batch()
         finished = torch.zeros(len(streams), dtype=torch.bool, device=input_ids.device)
         logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
-        options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "constraints": self.constraints}
-        outputs = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
-        steps = decode(self.model, input_ids, self.config, **options, **outputs)
+        steps = decode(
+            self.model,
+            input_ids,
+            self.config,
+            segment_ids=segment_ids,
+            generator=generator,
+            pad_token_id=self.pad,
+            finished=finished,
+            num_samples=n,
+            constraints=self.constraints,
+            logprobs=logprobs,
+            row_weights=self.row_weights,
+        )
         completions = self._collect(steps, streams, finished, logprobs, first=0)
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
@@ -82,7 +95,8 @@ class CompletionRunner:
         with nullcontext() if draft is None else evaluating(draft):
             for number, row in enumerate(self.rows):
                 # one target and one proposer per prompt: their caches keep it between its samples
-                target = TargetModel(self.model, row, self.config, self.constraints)
+                weights = None if self.row_weights is None else self.row_weights.select(torch.tensor([number]))
+                target = TargetModel(self.model, row, self.config, self.constraints, weights)
                 sizes = {
                     "n_tokens": len(row) + self.config.max_new_tokens,
                     "vocab_size": self.model.config.vocab_size,
@@ -102,10 +116,17 @@ class CompletionRunner:
     def beam_search(self) -> list[list[Completion]]:
         """The num_return best continuations of each prompt; ConfigError where no beam satisfies the constraints in time."""
         input_ids, segment_ids = self._batch()
-        stop_check = StopStringTracker(self) if self.config.stop else None
-        options = {"segment_ids": segment_ids, "constraints": self.constraints, "stop_check": stop_check}
+        hypotheses = beam_search(
+            self.model,
+            input_ids,
+            self.config,
+            segment_ids=segment_ids,
+            constraints=self.constraints,
+            stop_check=StopStringTracker(self) if self.config.stop else None,
+            row_weights=self.row_weights,
+        )
         completions = []
-        for number, best in enumerate(beam_search(self.model, input_ids, self.config, **options)):
+        for number, best in enumerate(hypotheses):
             if not best:
                 raise ConfigError(
                     f"generation: no beam of prompt {number + 1} ends within generation.max_new_tokens as it must; "

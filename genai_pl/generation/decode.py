@@ -16,6 +16,7 @@ from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import sample, token_logprobs
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 WORTH_DROPPING = 8  # finished rows; dropping fewer costs a copy of the cache and saves little
 
@@ -34,6 +35,7 @@ def decode(
     num_samples: int = 1,
     constraints: OutputConstraints = NO_CONSTRAINTS,
     logprobs: list[Tensor] | None = None,
+    row_weights: RowWeights | None = None,
 ) -> Generator[Tensor, None, None]:
     """Yields the next tokens (N,) of each step, N = B * num_samples, until all rows are finished or max_new_tokens are reached.
 
@@ -43,6 +45,7 @@ def decode(
     finished: (N,) bool, updated in place and shared with the caller, who may set rows of it between two steps.
     logprobs: a list that receives (N,) per step: log-probabilities of the tokens under the model's own distribution, before
         temperature, penalties and masks.
+    row_weights: weights of adapters for each prompt, (B,), which its samples share.
 
     The model is in evaluation mode until the generator is exhausted or closed, then every module returns to its former mode.
     Finished rows leave the batch once they are at least half of it and at least 8.
@@ -60,7 +63,7 @@ def decode(
     generated: list[list[int]] = [[] for _ in range(N)]  # by row, for `banned_tokens` alone
     with evaluating(model):
         # prefill: one forward pass over the prompts, whose last logits serve all samples
-        state = DecodeState(model, B, T + config.max_new_tokens - 1)  # the last token is never an input
+        state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)  # the last token is never an input
         logits = state.forward(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
         state.expand(num_samples)
         # decode: sample from the logits of the last step, record the tokens, run the model on them

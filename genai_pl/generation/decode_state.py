@@ -1,7 +1,7 @@
 """Decode state: the tokens of a batch together with their KV cache, one forward pass at a time."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder, DecoderWithSource
+from genai_pl.peft.adapter import RowWeights
 
 
 class DecodeState:
@@ -20,16 +21,24 @@ class DecodeState:
 
     model: a decoder, or a decoder with an encoded source. cache: the model's own kind of KV cache; only this class advances it.
     tokens: (B, n) ids since the last restart. segments: (B, n) their segment ids, or None where no call gave any.
+    row_weights: weights of adapters for each row, or None where all rows are alike; selected together with the cache.
     row_ids: (n_rows,) numbers of the rows that are still decoded, as the caller counts them; None while all are.
     """
 
-    def __init__(self, model: Decoder | DecoderWithSource, batch_size: int, n_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Decoder | DecoderWithSource,
+        batch_size: int,
+        n_tokens: int,
+        row_weights: RowWeights | None = None,
+    ) -> None:
         """An empty state for `batch_size` prompts that will hold `n_tokens` tokens, prompt included."""
-        self.model = model
-        self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
-        self.tokens: Tensor | None = None  # (B, n), all that was read or, after a restart, the half of it
-        self.segments: Tensor | None = None  # (B, n) likewise, where every read gives them
-        self.row_ids: Tensor | None = None  # of the rows that are left, where some were dropped
+        self.model, self.row_weights = model, row_weights
+        with self._row_weights_applied():
+            self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
+        self.tokens: Tensor | None = None
+        self.segments: Tensor | None = None
+        self.row_ids: Tensor | None = None
 
     @property
     def remaining(self) -> int:
@@ -53,11 +62,12 @@ class DecodeState:
         self.tokens = _after(self.tokens, input_ids)
         if segment_ids is not None:
             self.segments = _after(self.segments, segment_ids)
-        # the head is applied to the last n positions alone: of a prefill, V logits for each token would be the largest tensor
         if input_ids.shape[1] > self.remaining:
             input_ids, segment_ids = self._restart()
-        hidden = self.model.features(input_ids, segment_ids, cache=self.cache)
-        return self.model.logits(hidden[:, -n:])
+        # logits at the last n positions alone: for all tokens of a prefill they would be the largest tensor
+        with self._row_weights_applied():
+            hidden = self.model.features(input_ids, segment_ids, cache=self.cache)
+            return self.model.logits(hidden[:, -n:])
 
     def expand(self, n: int) -> None:
         """Repeat each row n times, the copies next to each other: one prefill serves all samples of a prompt."""
@@ -71,12 +81,14 @@ class DecodeState:
         # the encoded source has one row per sequence, and belongs to the model object
         if self.model.config.shape is Shape.encoder_decoder:
             self.model = self.model.keep_rows(rows)
+        if self.row_weights is not None:
+            self.row_weights = self.row_weights.select(rows)
         self._select(rows)
 
     def reorder(self, rows: Tensor) -> None:
         """Continue each row from the text of row `rows[i]`, (B,) indices, as beams of the same prompt do.
 
-        Unlike `select_rows`, an encoded source stays in place: all beams of a prompt share one.
+        Unlike `select_rows`, an encoded source and adapter weights stay in place: all beams of a prompt share them.
         """
         self.cache.reorder(rows)
         self._select(rows)
@@ -93,22 +105,11 @@ class DecodeState:
         """Number of rows in one forward pass: those that are not dropped yet."""
         return len(self.tokens)
 
-    @cached_property
-    def rows_are_fixed(self) -> bool:
-        """True if an adapter weight is fixed to batch rows (`Adapter.rows`), so that rows must not be dropped.
-
-        Computed once: adapter weights are set before decoding begins.
-        """
-        adapters = (getattr(module, "adapter", None) for module in self.model.modules())
-        return any(adapter is not None and adapter.rows is not None for adapter in adapters)
-
     def drop_finished(self, finished: Tensor) -> None:
-        """Remove finished rows from the batch and the cache, so that later steps compute fewer rows.
+        """Remove finished rows from the batch, the cache and the adapter weights, so that later steps compute fewer rows.
 
-        finished: (N,) bool over the rows as they were at first, not over those that are left. No effect if rows are fixed.
+        finished: (N,) bool over the rows as they were at first, not over those that are left.
         """
-        if self.rows_are_fixed:
-            return
         if self.row_ids is None:
             self.row_ids = torch.arange(self.n_rows, device=finished.device)
         unfinished = (~finished[self.row_ids]).nonzero()[:, 0]
@@ -125,6 +126,10 @@ class DecodeState:
         new = self.forward(token[self.row_ids, None], None if segment is None else segment[self.row_ids])
         return logits.index_copy(0, self.row_ids, new)
 
+    def _row_weights_applied(self) -> AbstractContextManager[None]:
+        """The weights of adapters by row in effect, for one call of the model."""
+        return nullcontext() if self.row_weights is None else self.row_weights.applied()
+
     def _select(self, rows: Tensor) -> None:
         self.tokens = self.tokens[rows]
         self.segments = None if self.segments is None else self.segments[rows]
@@ -136,7 +141,8 @@ class DecodeState:
         del self.cache  # never two caches at once
         self.tokens = self.tokens[:, -n_kept:]
         self.segments = None if self.segments is None else self.segments[:, -n_kept:]
-        self.cache = self.model.new_cache(self.tokens.shape[0], length)
+        with self._row_weights_applied():
+            self.cache = self.model.new_cache(self.tokens.shape[0], length)
         return self.tokens, self.segments
 
 
@@ -147,10 +153,12 @@ class PrefixReuseState:
     compares it with the previous one, rewinds the cache to the common prefix and computes the rest. n_tokens: the longest text.
     """
 
-    def __init__(self, model: Decoder | DecoderWithSource, n_tokens: int) -> None:
-        self.model, self.n_tokens = model, n_tokens
+    def __init__(
+        self, model: Decoder | DecoderWithSource, n_tokens: int, row_weights: RowWeights | None = None
+    ) -> None:
+        self.model, self.n_tokens, self.row_weights = model, n_tokens, row_weights
         self.device = model.embed.weight.device
-        self.state = DecodeState(model, 1, n_tokens)
+        self.state = DecodeState(model, 1, n_tokens, row_weights)
         self.text: list[int] = []
 
     def remaining(self, text: list[int]) -> int:
@@ -165,7 +173,7 @@ class PrefixReuseState:
         if n_reused:
             self.state.rewind(len(self.text) - n_reused)
         elif self.text:
-            self.state = DecodeState(self.model, 1, self.n_tokens)
+            self.state = DecodeState(self.model, 1, self.n_tokens, self.row_weights)
         self.text = list(text)
         return self.state.forward_last(torch.tensor([text[n_reused:]], device=self.device), n)[0]
 

@@ -21,6 +21,7 @@ from genai_pl.generation.decode_state import PrefixReuseState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import process, token_logprobs
 from genai_pl.models import Decoder
+from genai_pl.peft.adapter import RowWeights
 
 
 class DraftProposer(Protocol):
@@ -118,7 +119,7 @@ class Acceptance:
 
 
 class TargetModel:
-    """The model whose distribution the output has, with one prompt (ids) and the cache `state`.
+    """The model whose distribution the output has, with one prompt (ids), its adapter weights (1,) and the cache `state`.
 
     The cache survives from one continuation to the next, so the prompt is prefilled once for all samples.
     """
@@ -129,9 +130,10 @@ class TargetModel:
         prompt: Sequence[int],
         config: GenerationConfig,
         constraints: OutputConstraints = NO_CONSTRAINTS,
+        row_weights: RowWeights | None = None,
     ) -> None:
         self.prompt, self.config = list(prompt), config
-        self.state = PrefixReuseState(model, len(self.prompt) + config.max_new_tokens - 1)
+        self.state = PrefixReuseState(model, len(self.prompt) + config.max_new_tokens - 1, row_weights)
         self.input_ids = torch.tensor([self.prompt], device=self.state.device)
         check_prompt(model, self.input_ids, None)
         self.banned_tokens = build_banned_tokens(config, constraints, self.input_ids, None, model.config.vocab_size)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from genai_pl.generation.decode import evaluating
 from genai_pl.generation.output_constraints import build_output_constraints
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
+from genai_pl.peft.adapter import RowWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,14 +70,15 @@ def complete(
     logprobs: bool = False,
     draft: Decoder | None = None,
     acceptance: Acceptance | None = None,
+    row_weights: RowWeights | None = None,
 ) -> list[list[Completion]]:
     """The continuations of each prompt: `num_samples` of them, or the `num_return` best beams.
 
     rows: ids of each prompt; of an encoder-decoder, of each source, and the continuation is the target.
     generator: on the model's device. on_text: see `CompletionRunner`. logprobs: whether completions hold log-probabilities.
     draft: the model that `generation.draft` names. acceptance: counts of proposed and accepted tokens, increased in place.
+    row_weights: weights of adapters for each row of `rows`; the draft model has none.
 
-    Adapter weights by row (`Adapter.rows`) allow one continuation per row only: num_samples=1, no beams, no speculation.
     ConfigError for empty prompts, ids outside the vocabulary, and options that exclude each other.
     """
     # refuse what cannot work before any memory is allocated
@@ -91,8 +94,9 @@ def complete(
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     constraints = build_output_constraints(tokenizer, config, model.config.eos_token_ids)
     if model.config.shape is Shape.encoder_decoder:
-        model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
-    options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs}
+        with nullcontext() if row_weights is None else row_weights.applied():
+            model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
+    options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs, "row_weights": row_weights}
     runner = CompletionRunner(model, tokenizer, rows, config, constraints, **options)
     # one of three algorithms
     if config.num_beams > 1:

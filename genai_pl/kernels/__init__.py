@@ -1,4 +1,8 @@
-"""Attention and cross entropy: what every model computes with."""
+"""Kernels: attention and the loss over a large vocabulary, the two computations worth code of their own.
+
+`attention(q, k, v, mask, ...)` and `linear_cross_entropy(hidden, weight, labels, ...)` are the doors; behind each of them
+are a specification in plain tensor operations, faster code for a CPU, and Triton for a GPU, all tested against the first.
+"""
 
 from genai_pl.kernels.attention import BACKENDS, attention, attention_with, choose_backend
 from genai_pl.kernels.cross_entropy import linear_cross_entropy
@@ -19,4 +23,4 @@ __all__ = [
     "positions_from_segments",
 ]
 
-resolve_vector_math()  # every model comes by here before it computes anything
+resolve_vector_math()  # at import, before any thread computes

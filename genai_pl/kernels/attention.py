@@ -127,6 +127,7 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
 
 @functools.cache
 def log_once(message: str) -> None:
+    """Log a message the first time it occurs in this process."""
     log.info(message)
 
 

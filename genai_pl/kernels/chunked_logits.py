@@ -1,4 +1,9 @@
-"""The projection onto the vocabulary, a chunk of tokens at a time: (tokens, V) logits never exist at once."""
+"""Chunked logits: the projection onto the vocabulary for some tokens at a time, so that (tokens, V) logits never exist at once.
+
+The logits of 4096 tokens and 128k words are 2 GiB in float32, and autograd would keep several copies. A loss here takes a
+chunk of tokens, makes their logits, reduces them to what it needs, turns them into their own gradient in place, multiplies
+back, and takes the next chunk into the same buffer. `cross_entropy.py` and `logprobs.py` are the two losses.
+"""
 
 import functools
 import logging
@@ -11,20 +16,23 @@ from genai_pl.kernels.attention import HAS_TRITON
 
 log = logging.getLogger(__name__)
 
-# Of float32 logits. Of 128k words a GPU gets 1000 tokens at a time, where products with the weight run at full speed; a
-# CPU is as fast with 200, and its memory is not worth more.
+# Bytes of float32 logits in a chunk. With 128k words a GPU gets 1000 tokens, enough for products at full speed; a CPU is as
+# fast with 200.
 CHUNK_BYTES = 100 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
 FUSED_DEVICES = {"cuda"}  # tests add cpu, for Triton's interpreter
 
-Rows = slice | Tensor  # the tokens of a chunk
+Rows = slice | Tensor  # indices of a chunk's tokens among the N
 
 
 class Projection:
-    """softcap(hidden @ weight.T + bias) for hidden (N, C) and weight (V, C), and the gradients of those three.
+    """softcap(hidden @ weight.T + bias) for hidden (N, C), weight (V, C) and bias (V,), and the gradients of those three.
 
-    Products run in `matmul_dtype`, everything else in float32 (float64 if that is what comes in). Where it is `fused`,
-    one kernel does all but the products: `logits` are bare products then, which only `cross_entropy_` understands.
+    Products run in `matmul_dtype`, everything else in float32 (float64 for float64 inputs). may_fuse: whether the Triton
+    kernel may be used; `fused` says that it is. Then `logits` are bare products, and `cross_entropy_` does the rest.
+
+    The order of calls: `track` once if gradients are needed; for each chunk `logits`, a loss that turns them into their
+    gradient in place, `add_gradients`; at last `gradients`.
     """
 
     def __init__(
@@ -49,19 +57,20 @@ class Projection:
         self.d_bias: Tensor | None = None
 
     def track(self, needs: tuple[bool, ...]) -> None:
-        """Start to collect the gradients of hidden, weight and bias, each where it is needed."""
+        """Allocate gradients of hidden, weight and bias, each where `needs` is true (`ctx.needs_input_grad`)."""
         hidden, weight, bias = needs[:3]
         self.d_hidden = torch.zeros_like(self.hidden) if hidden else None
-        # bf16 sums over many chunks would lose what the late chunks add
+        # in float32: a bf16 sum over many chunks would lose what the late chunks add
         self.d_weight = torch.zeros_like(self.weight, dtype=self.dtype) if weight else None
         self.d_bias = torch.zeros_like(self.bias, dtype=self.dtype) if bias else None
 
     @property
     def tracks(self) -> bool:
+        """True if any gradient is collected."""
         return any(gradient is not None for gradient in (self.d_hidden, self.d_weight, self.d_bias))
 
     def logits(self, rows: Rows) -> Tensor:
-        """The logits of some tokens, (n, V), in memory that the next call overwrites."""
+        """The logits of a chunk, (n, V), in a buffer that the next call overwrites."""
         hidden = self.hidden[rows].to(self.matmul_weight.dtype)  # (n, C)
         logits = self._logits_buffer(hidden.shape[0])
         if hidden.dtype == logits.dtype:
@@ -71,16 +80,16 @@ class Projection:
         return logits if self.fused else self._cap_(logits)
 
     def _logits_buffer(self, n: int) -> Tensor:
-        """An empty (n, V), part of the buffer."""
+        """An uninitialized (n, V), a view of the buffer."""
         V = self.weight.shape[0]
         if self.buffer.shape[0] < n:
-            # a vocabulary of odd length would misalign every row but the first: 2 bytes per load, not 16
+            # an odd V would misalign every row but the first: loads of 2 bytes instead of 16
             width = -(-V // 64) * 64 if self.fused else V
             self.buffer = self.buffer.new_empty(n, width)
         return self.buffer[:n, :V]
 
     def _cap_(self, logits: Tensor) -> Tensor:
-        """What bias and softcap make of products, in place."""
+        """Add the bias and cap the products, in place; keeps the cap's slope for the gradient."""
         if self.bias is not None:
             logits.add_(self.bias)
         if self.softcap is not None:
@@ -99,7 +108,7 @@ class Projection:
         weights: Tensor | None = None,
         with_gradients: bool = True,
     ) -> Tensor:
-        """The loss of each row of fused `logits` (n, V), which become their gradient times `weights` (n,)."""
+        """The loss (n,) of each token from fused `logits` (n, V), which become their gradient times `weights` (n,)."""
         from genai_pl.kernels import softmax_triton
 
         options = softmax_triton.Softmax(
@@ -108,7 +117,10 @@ class Projection:
         return softmax_triton.cross_entropy_(logits, labels, options)
 
     def add_gradients(self, rows: Rows, d_logits: Tensor) -> None:
-        """Add what the tokens of the latest `logits` give to the gradients; `d_logits` (n, V) is overwritten."""
+        """Add a chunk's share of the gradients; d_logits (n, V): the gradient of the latest `logits`, which is overwritten.
+
+        rows: the chunk. Gradients of hidden rows are set, those of weight and bias summed over chunks.
+        """
         if self.slope is not None:
             d_logits.mul_(self.slope)
         if self.d_bias is not None:
@@ -124,14 +136,14 @@ class Projection:
                 self.d_weight.add_(d_logits.t() @ hidden)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of hidden, weight and bias in their own dtypes."""
+        """The gradients of hidden, weight and bias in their own dtypes; None for those that are not tracked."""
         d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
         d_bias = None if self.d_bias is None else self.d_bias.to(self.bias.dtype)
         return self.d_hidden, d_weight, d_bias
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would multiply here: autocast's, where it is on."""
+    """The dtype in which a linear layer would multiply: autocast's, where it is on."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -139,7 +151,10 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def fuses(device: torch.device, matmul_dtype: torch.dtype) -> bool:
-    """Whether everything between the products is one Triton kernel; eager code passes over the logits seven times and more."""
+    """True if everything between the products runs as one Triton kernel.
+
+    Eager code passes over the logits seven times and more, the kernel three times.
+    """
     if device.type not in FUSED_DEVICES or matmul_dtype == torch.float64:
         return False
     if not HAS_TRITON:
@@ -153,15 +168,16 @@ def _log_once(message: str) -> None:
 
 
 def tokens_at_once(vocab_size: int, device: torch.device) -> int:
-    """How many tokens the logits of one chunk belong to by default."""
+    """Tokens in a chunk by default: as many as float32 logits fit into the device's budget, at least one."""
     budget = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
     return max(1, budget // (4 * vocab_size))
 
 
 def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: int | None) -> Iterator[Rows]:
-    """The tokens that have a label, `chunk_tokens` or `tokens_at_once` of them at a time.
+    """Chunks of the tokens that have a label, `chunk_tokens` or `tokens_at_once` of them at a time.
 
-    Finding them waits for the device once, which costs less than multiplying the others: 85 % in masked LM.
+    labels: (N,). vocab_size: V, or this process's share. ignore_index: the label of tokens that are skipped; to find the
+    others waits for the device once, which costs less than to multiply them (85 % of tokens in masked LM).
     """
     size = chunk_tokens or tokens_at_once(vocab_size, labels.device)
     N = labels.numel()
@@ -173,7 +189,7 @@ def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: 
 
 
 def exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp (n, 1) of the logits (n, V), and the sum (n, 1) that makes a softmax of what they become."""
+    """Log-sum-exp (n, 1) of logits (n, V), which become exponentials, and the sum (n, 1) that makes them a softmax."""
     peak = logits.amax(-1, keepdim=True)
     logits.sub_(peak).exp_()
     total = logits.sum(-1, keepdim=True)

@@ -1,6 +1,8 @@
-"""Cross entropy of a linear layer whose gradients are made in the forward pass, chunk by chunk.
+"""Cross entropy of a linear layer, whose gradients are made in the forward pass, chunk by chunk.
 
 The logits of 4096 tokens and GPT-2's vocabulary take 785 MiB, and autograd keeps three of them; here one chunk exists.
+The loss is a sum over tokens, so the gradient of each chunk is known as soon as its logits are, up to the one factor that
+arrives in the backward pass and scales everything. Products: one for logits and two for gradients, as with autograd.
 """
 
 from typing import NamedTuple
@@ -14,6 +16,8 @@ from genai_pl.kernels.vocab_parallel import VocabShard, local_vocab_shard
 
 
 class _Options(NamedTuple):
+    """The arguments of `linear_cross_entropy` that are no tensors, and the shard of the vocabulary, None for all of it."""
+
     softcap: float | None
     label_smoothing: float
     z_loss: float
@@ -38,9 +42,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over labelled tokens of the cross entropy of hidden @ weight.T (+ bias), plus z_loss * logsumexp**2.
 
-    hidden is (..., C), weight (V, C), labels (...); the sum is float32 at least. Gradients exist once the loss does,
-    so backward runs once, and not a second time over the same graph. Processes that hold the words of a weight in
-    pieces (a DTensor) and have the same hidden and labels call it together; each gets the whole sum.
+    hidden           (..., C), with weight (V, C), bias (V,) and labels (...); labels equal to ignore_index do not count
+    softcap          logits become softcap * tanh(logits / softcap)
+    label_smoothing  the share of the target that all V words have equally (Szegedy et al. 2016)
+    z_loss           the factor of logsumexp**2, which keeps logits from drifting (PaLM, section 5)
+    chunk_tokens     tokens at a time; None: as many as the memory budget holds
+
+    The sum is float32 at least, and the caller divides it by its own number of targets. Backward runs once: gradients are
+    made with the loss, and given away. Processes that hold shards of the vocabulary (a DTensor weight) and have the same
+    hidden and labels call it together, and each gets the sum over all words.
+
+    >>> loss = linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))
+    >>> round(loss.item(), 4)  # log 4, of one token
+    1.3863
     """
     # inside the Function grad mode is always off, and inputs look as if they needed gradients under no_grad too
     with_gradients = torch.is_grad_enabled()
@@ -51,6 +65,8 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum, with gradients of hidden (N, C), weight (V, C) and bias (V,) made on the way."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
@@ -59,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         projection = Projection(hidden, weight, bias, may_fuse=shard is None, **precision)
         if options.with_gradients:
             projection.track(ctx.needs_input_grad)
+        # chunk by chunk: logits, loss and their gradient in place, gradients of the inputs
         total = hidden.new_zeros((), dtype=projection.dtype)
         for rows in chunks(
             labels,
@@ -70,6 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += _loss_(projection, logits, labels[rows], options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
+        # each process knows the gradient of hidden states through its own words
         if shard is not None and projection.d_hidden is not None:
             shard.sum_(projection.d_hidden)
         ctx.gradients = projection.gradients()
@@ -78,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaling in place spares a second (V, C), and leaves nothing to give to a second backward.
+        # scaled in place, which spares a second (V, C) and leaves nothing for a second backward
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy gives its gradients once: call it again for a second backward")
@@ -86,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
-    """The summed loss of a chunk; its logits (n, V) become their own gradient if the projection tracks any."""
+    """The summed loss of a chunk by the code for its weight; its logits (n, V) become their own gradient if any is tracked."""
     smoothing, z_loss = options.label_smoothing, options.z_loss
     if options.shard is not None:
         return options.shard.cross_entropy_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
@@ -98,7 +116,11 @@ def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Opt
 
 
 def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
-    """The summed loss of a chunk; its logits (n, V) become their own gradient."""
+    """The summed loss of a chunk in tensor operations; its logits (n, V) become their own gradient.
+
+    With p the softmax and q the smoothed target the gradient is (1 + 2 z_loss logsumexp) p - q, written over the
+    logits without another (n, V).
+    """
     n, V = logits.shape
     goal = logits.gather(1, labels[:, None])  # (n, 1)
     if label_smoothing:

@@ -1,4 +1,8 @@
-"""Log-probabilities of given tokens under a linear layer, with a backward pass that makes the logits again."""
+"""Log-probabilities of tokens under a linear layer, with a backward pass that computes the logits again.
+
+For losses whose weight of each token depends on the log-probabilities themselves (DPO, PPO, GRPO): gradients cannot be
+made in the forward pass as in `cross_entropy.py`, and to keep the logits would take the memory that chunks save.
+"""
 
 import torch
 from torch import Tensor
@@ -20,8 +24,8 @@ def linear_logprobs(
 ) -> Tensor:
     """log p(label) of hidden @ weight.T (+ bias) for every token, 0 where the label is ignored, in float32 at least.
 
-    hidden is (..., C), weight (V, C), labels (...). The weight of each token is known only in the backward pass,
-    which therefore costs one more forward pass than `linear_cross_entropy`.
+    hidden is (..., C), weight (V, C), bias (V,), labels (...); the others are those of `linear_cross_entropy`. Backward
+    costs one product more than there, for the logits.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     logprobs = _LinearLogprobs.apply(flat, weight, bias, labels.reshape(-1), softcap, ignore_index, chunk_tokens)
@@ -29,6 +33,8 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """log p of labels (N,) with gradients of hidden (N, C), weight (V, C) and bias (V,), all of which are saved."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -64,7 +70,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logprobs_(projection: Projection, logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) of each row of a chunk, (n,); its logits (n, V) are lost."""
+    """log p(label) of each token of a chunk, (n,); overwrites the logits (n, V)."""
     if projection.fused:
         return -projection.cross_entropy_(logits, labels, with_gradients=False)
     target = logits.gather(1, labels[:, None])
@@ -73,7 +79,7 @@ def _logprobs_(projection: Projection, logits: Tensor, labels: Tensor) -> Tensor
 
 
 def _gradients_(projection: Projection, logits: Tensor, labels: Tensor, d_logprobs: Tensor) -> None:
-    """Turn the logits of a chunk into their gradient."""
+    """Turn the logits (n, V) of a chunk into their gradient, (onehot - softmax) d_logprobs, in place."""
     if projection.fused:
         projection.cross_entropy_(logits, labels, weights=-d_logprobs)
         return

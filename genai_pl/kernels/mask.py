@@ -1,4 +1,9 @@
-"""Who sees whom: the one definition that every attention backend follows."""
+"""AttentionMask: which keys a query sees, as rules instead of a (T, S) tensor; every backend follows this definition.
+
+A mask is made once per forward pass and shared by all layers. A backend asks it for what it can use: nothing (`sees_all`),
+a causal flag (`is_plain_causal`), a dense tensor of booleans or numbers, or the tables of the flash kernels; each is built
+at the first request and kept with the mask (`remember`).
+"""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -12,7 +17,7 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Visibility of S keys to T queries, where query i stands at key position S - T + i.
+    """Visibility of S keys to T queries, where query i stands at key position S - T + i: new tokens follow cached ones.
 
     causal         keys up to the query's own position
     window         keys fewer than `window` positions away; with causal, the last `window` keys, the query's own included
@@ -24,8 +29,11 @@ class AttentionMask:
     global_prefix  the first `global_prefix` keys ((B,) if they differ) are visible whatever window and segments say, to
                    padding too
 
-    Everything given must hold at once; only `prefix` and `global_prefix` widen. What is derived from a mask is kept with it, so
-    its tensors must not change any more.
+    All rules that are set must hold at once; only `prefix` and `global_prefix` widen. What is derived from a mask is kept
+    with it, so its tensors must not change afterwards. ValueError for rules that contradict each other.
+
+    >>> AttentionMask(causal=True, segments=torch.tensor([[1, 1, 2]])).dense(3, 3)[0, 0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
 
     causal: bool = False
@@ -50,7 +58,7 @@ class AttentionMask:
             raise ValueError("strict needs order: it says how ranks are compared")
 
     def dense(self, T: int, S: int, device: torch.device | None = None) -> Tensor:
-        """True where a query sees a key, (B or 1, 1, T, S); built once for all layers that share the mask.
+        """True where a query sees a key, (B or 1, 1, T, S), built once for all layers that share the mask.
 
         >>> AttentionMask(causal=True).dense(2, 3).int().tolist()
         [[[[1, 1, 0], [1, 1, 1]]]]
@@ -67,19 +75,25 @@ class AttentionMask:
         return self.remember("additive", (T, S, dtype, device), build)
 
     def remember(self, name: str, key: Hashable, build: Callable[[], Built]) -> Built:
-        """What `build` gives, kept until the same name is asked for with another key."""
-        # autograd refuses tensors made in inference mode, about which torch.compile cannot ask
+        """The value of `build()`, kept under `name` until it is requested with another key.
+
+        name: the kind of value. key: what the value depends on besides the mask, such as sizes and device.
+        """
+        # autograd refuses tensors that were made in inference mode; torch.compile cannot trace the question
         key = (key, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled())
         if name not in self._memory or self._memory[name][0] != key:
             self._memory[name] = (key, build())
         return self._memory[name][1]
 
     def _build_dense(self, T: int, S: int, device: torch.device | None) -> Tensor:
+        """The rules one by one, (B or 1, 1, T, S): positions, documents, the global prefix, ranks."""
         visible = self._by_position(T, S, device)
+        # the own document only
         if self.segments is not None:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
             query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
             visible = visible & (query == key) & (key != 0)
+        # the first keys whatever the document, though not the future
         if self.global_prefix is not None:
             key = torch.arange(S, device=device)  # (S,)
             seen = key < (
@@ -88,6 +102,7 @@ class AttentionMask:
             if self.causal:
                 seen = seen & (key <= torch.arange(S - T, S, device=device)[:, None])
             visible = visible | seen
+        # ranks of a permutation
         if self.order is not None:
             key = self.order[:, None, None, :]  # (B, 1, 1, S)
             query = self.order_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)
@@ -95,7 +110,7 @@ class AttentionMask:
         return visible
 
     def sees_all(self, T: int, S: int) -> bool:
-        """Whether every query certainly sees every key, so that a backend can drop the mask."""
+        """True if every query certainly sees every key, so that a backend can drop the mask; reads no tensor."""
         if self._reads_tensors():
             return False
         if self.prefix is not None and self.prefix >= S:
@@ -103,14 +118,14 @@ class AttentionMask:
         return not self._window_hides(T, S) and (not self.causal or T == 1)
 
     def is_plain_causal(self, T: int, S: int) -> bool:
-        """Whether this is the lower triangle of a square and nothing else."""
+        """True if the mask is the lower triangle of a square and nothing else; reads no tensor."""
         has_prefix = self.prefix is not None
         if T != S:  # under torch.compile the comparison may be symbolic, which no function of torch takes for False
             return False
         return self.causal and not (has_prefix or self._reads_tensors() or self._window_hides(T, S))
 
     def _by_position(self, T: int, S: int, device: torch.device | None) -> Tensor:
-        """What causal, window and prefix allow, (B or 1, 1, T, S)."""
+        """Visibility by causal, window and prefix alone, (B or 1, 1, T, S)."""
         key = torch.arange(S, device=device)  # (S,)
         query = torch.arange(S - T, S, device=device)[:, None]  # (T, 1)
         visible = torch.ones(T, S, dtype=torch.bool, device=device)
@@ -124,21 +139,23 @@ class AttentionMask:
         return visible.view(-1, 1, T, S)
 
     def segments_of_queries(self, T: int, S: int) -> Tensor:
-        """The segment of each query, (B, T)."""
+        """The segment of each query, (B, T): that of the last T keys unless `query_segments` is set."""
         if self.query_segments is not None:
             return self.query_segments
         return _last(self.segments, T, S, name="segments")
 
     def order_of_queries(self, T: int, S: int) -> Tensor:
-        """The rank of each query, (B, T)."""
+        """The rank of each query, (B, T): that of the last T keys unless `query_order` is set."""
         if self.query_order is not None:
             return self.query_order
         return _last(self.order, T, S, name="order")
 
     def _reads_tensors(self) -> bool:
+        """True if visibility depends on numbers in tensors, which a backend would have to wait for."""
         return self.segments is not None or self.order is not None or isinstance(self.prefix, Tensor)
 
     def _window_hides(self, T: int, S: int) -> bool:
+        """True if the window is smaller than the row."""
         return self.window is not None and self.window < max(T, S)
 
 
@@ -146,7 +163,7 @@ EVERYTHING = AttentionMask()
 
 
 def _last(values: Tensor, T: int, S: int, *, name: str) -> Tensor:
-    """The entries of the queries, (B, S) -> (B, T)."""
+    """The entries of the last T keys, (B, S) -> (B, T); ValueError if there are not S."""
     if values.shape[-1] != S or T > S:
         raise ValueError(f"{name} has {values.shape[-1]} entries, which cannot describe {T} queries and {S} keys")
     return values[:, S - T :]

@@ -1,4 +1,8 @@
-"""Attention in plain tensor operations: the specification that every faster backend is tested against."""
+"""Reference attention: plain tensor operations, the specification that every faster backend is tested against.
+
+It materializes the (B, H, T, S) scores, which the others avoid. The order of the steps is the contract: scale, softcap,
+bias and ALiBi, mask, softmax, dropout.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +34,7 @@ def reference_attention(
     with torch.autocast(q.device.type, enabled=False):
         keys = k.to(exact).repeat_interleave(H // K, dim=1)  # (B, H, S, D)
         values = v.to(exact).repeat_interleave(H // K, dim=1)  # (B, H, S, D)
+        # scores, then weights, then the mean of values
         scores = q.to(exact) @ keys.transpose(-2, -1) * (D**-0.5 if scale is None else scale)  # (B, H, T, S)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -44,6 +49,6 @@ def reference_attention(
 def _visible_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Softmax over the visible entries of each row, and zeros for a row without any, (B, H, T, S)."""
     blind = ~visible.any(-1, keepdim=True)  # (B or 1, 1, T, 1)
-    # A row of nothing but -inf is NaN in the softmax, and anomaly detection stops at it: let it see all, then erase it.
+    # a row of -inf alone is NaN in the softmax, and anomaly detection stops at it: show it everything, then set it to 0
     weights = scores.masked_fill(~(visible | blind), float("-inf")).softmax(-1)
     return weights.masked_fill(~visible, 0.0)

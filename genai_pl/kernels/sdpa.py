@@ -1,4 +1,8 @@
-"""Attention through torch's scaled_dot_product_attention, which picks the fused kernel of the device."""
+"""Attention through torch's scaled_dot_product_attention, which picks the fused kernel of the device.
+
+The default on a CPU. The mask becomes a flag where it is empty or plainly causal, and a (T, S) tensor of 0 and -inf
+elsewhere, built once for all layers.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,7 @@ from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 
 def sdpa_lacks(*, softcap: float | None = None) -> str | None:
-    """Why scaled_dot_product_attention cannot do this, or None where it can."""
+    """The reason why scaled_dot_product_attention cannot compute this, or None where it can."""
     return None if softcap is None else f"scaled_dot_product_attention has no softcap ({softcap})"
 
 
@@ -21,17 +25,20 @@ def sdpa_attention(
     mask: AttentionMask,
     options: ScoreOptions = PLAIN,
 ) -> Tensor:
-    """What `reference_attention` gives without softcap, (B, H, T, D); no (T, S) mask is built where none is needed."""
+    """`reference_attention` without softcap, (B, H, T, D), by torch's fused kernel.
+
+    No (T, S) mask is built where the mask hides nothing, or is the lower triangle of a square.
+    """
     T, S = q.shape[2], k.shape[2]
     bias, alibi = options.bias, options.alibi
     unbiased = bias is None and alibi is None
-    # torch aligns is_causal at the top left: only on a square is that our bottom right
+    # torch aligns is_causal at the top left, we at the bottom right: the same on a square only
     is_causal = unbiased and mask.is_plain_causal(T, S)
     additive = None
     if not is_causal and not (unbiased and mask.sees_all(T, S)):
-        # torch turns a mask of booleans into one of numbers in every layer and keeps each for backward: give it numbers
+        # torch converts a mask of booleans to numbers in every layer, and keeps each for backward: convert it once
         additive = mask.additive(T, S, q.dtype, q.device) if unbiased else _biased_mask(q, S, mask, bias, alibi)
-    # under torch.compile the comparison may be symbolic, which the argument may not be
+    # a literal True: under torch.compile the comparison may be symbolic, which the argument must not be
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return F.scaled_dot_product_attention(
         q,

@@ -1,4 +1,4 @@
-"""Softmax cross entropy of a chunk of logits as one Triton kernel: logits in, losses out, gradients in their place.
+"""Softmax cross entropy of a chunk of logits as one Triton kernel: logits in, losses out, gradients in place of the logits.
 
 The softmax is read online over the vocabulary (Milakov and Gimelshein 2018), so a row may have any length; the second
 pass over it, which writes the gradient, finds it in the cache. Writing gradients over logits is Liger Kernel's idea.
@@ -19,14 +19,23 @@ BLOCK_V = 4096  # 16 numbers per thread: two loads of 16 bytes in flight for bf1
 
 
 class Softmax(NamedTuple):
-    """What is made of a chunk of logits (n, V), besides the cross entropy of each row."""
+    """The options of the kernel.
 
-    bias: Tensor | None = None  # (V,), added first
-    softcap: float | None = None  # comes next
+    bias             (V,), added to the products first
+    softcap          caps the sum next; None: no cap
+    label_smoothing  the share of the target that all words have equally
+    z_loss           the factor of logsumexp**2 in the loss
+    ignore_index     the label of rows without loss and gradient
+    weights          (n,), the factor of each row's gradient; None: 1
+    with_gradients   False leaves the logits as they are
+    """
+
+    bias: Tensor | None = None
+    softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ignore_index: int = -100
-    weights: Tensor | None = None  # (n,), of each row's gradient
+    weights: Tensor | None = None
     with_gradients: bool = True
 
 
@@ -39,7 +48,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, options: Softmax = PLAIN) -> 
     The gradient is that of the logits before bias and softcap. An ignored row gives 0 and zeros, any other label outside
     the vocabulary NaN. Without gradients the logits stay as they are.
     """
-    # the interpreter cuts a float32 to bf16 where a GPU rounds: there torch does the rounding
+    # the interpreter truncates float32 to bf16 where a GPU rounds: there torch rounds
     rounds = options.with_gradients and triton.knobs.runtime.interpret and logits.dtype != torch.float32
     out = logits.float() if rounds else logits
     launch, losses = softmax_launch(logits, labels, out, options)
@@ -51,10 +60,10 @@ def cross_entropy_(logits: Tensor, labels: Tensor, options: Softmax = PLAIN) -> 
 
 
 def softmax_launch(logits: Tensor, labels: Tensor, out: Tensor, options: Softmax) -> tuple[Launch, Tensor]:
-    """The kernel as `cross_entropy_` runs it, and the losses (n,) that it fills; gradients go to `out` (n, V)."""
+    """The launch of the kernel, and the losses (n,) that it fills; gradients go to `out` (n, V), which may be the logits."""
     n, V = logits.shape
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
-    # a gradient from above may be one number, expanded; the kernel knows no strides but those of the rows
+    # weights may be one number, expanded; the kernel knows no strides but those of rows
     bias, weights = (None if x is None else x.contiguous() for x in (options.bias, options.weights))
     tensors = (logits, labels.contiguous(), bias, weights, losses, out)
     scalars = (options.softcap, options.label_smoothing or None, options.z_loss, options.ignore_index)
@@ -71,15 +80,20 @@ def softmax_loss(
     stride, out_stride, V, softcap, label_smoothing, z_loss, ignore_index,
     GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row and the gradient of its logits; softcap and label_smoothing are None where there is none."""
+    """The loss of one row and the gradient of its logits, by one program; softcap and label_smoothing may be None.
+
+    The first pass over the row gives its log-sum-exp, the second writes (1 + 2 z_loss logsumexp) p - q over the logits.
+    """
     n = tl.program_id(0).to(tl.int64)  # n * V may pass 2^31
     row, out = LOGITS + n * stride, OUT + n * out_stride
+    # the label's own logit
     label = tl.load(LABELS + n)
     seen = label != ignore_index
     known = (label >= 0) & (label < V)
-    goal, _ = _logit(row, BIAS, label, known, float("nan"), softcap)  # before the gradient takes its place
+    goal, _ = _logit(row, BIAS, label, known, float("nan"), softcap)  # before the gradient overwrites it
     logsumexp, mean = _statistics(row, BIAS, V, softcap, label_smoothing is not None, BLOCK)
     loss = logsumexp + z_loss * logsumexp * logsumexp
+    # the smoothed target: `on` more at the label, `off` everywhere
     on = 1.0
     off = 0.0
     if label_smoothing is not None:
@@ -102,7 +116,10 @@ def softmax_loss(
 
 @triton.jit
 def _statistics(row, BIAS, V, softcap, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The log-sum-exp of a row and, with MEAN, its mean; sums stay one per thread to the end, only the peak is shared."""
+    """The log-sum-exp of a row and, with MEAN, its mean, in one pass.
+
+    Each lane of the block keeps a sum of its own to the end; only the peak is one number, so that a step has one reduction.
+    """
     peak = tl.full([], float("-inf"), tl.float32)
     parts = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
@@ -120,7 +137,7 @@ def _statistics(row, BIAS, V, softcap, MEAN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _logit(row, BIAS, word, mask, other, softcap):
-    """Logits of some words in float32, `other` outside the mask, and the tanh of their softcap."""
+    """Logits of some words in float32, with bias and softcap, `other` outside the mask; and the cap's tanh, for its slope."""
     logit = tl.load(row + word, mask=mask, other=0.0).to(tl.float32)
     if BIAS is not None:
         logit += tl.load(BIAS + word, mask=mask, other=0.0).to(tl.float32)

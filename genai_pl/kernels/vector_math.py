@@ -1,4 +1,4 @@
-"""Vector functions of the CPU (cosine, exponential, ...), settled before several threads call them for the first time.
+"""Vector math of the CPU (cosine, exponential, ...): resolve which variant runs, before several threads call it first.
 
 PyTorch computes them by Intel's MKL, which finds out what the processor can do at the first call. Releases 2024.2 and older
 publish an intermediate result of that search before the final one; a thread that reads it takes the half-precise AVX2
@@ -27,7 +27,7 @@ FUNCTIONS = (
 
 
 def resolve_vector_math() -> None:
-    """Call each function on one number, which no thread shares: what the processor can do is known from here on."""
+    """Call each function on one number, in this thread alone: MKL knows the processor from here on."""
     for dtype in (torch.float32, torch.float64):
         one = torch.full((1,), 0.5, dtype=dtype)
         for name in FUNCTIONS:

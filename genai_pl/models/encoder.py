@@ -48,7 +48,7 @@ class Encoder(Transformer):
     def encode(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Interleaved | None]:
-        """What a decoder reads: hidden states (B, S, C), virtual tokens' among them, their segments, and where the text is.
+        """The output for a decoder: hidden states (B, S, C) with those of virtual tokens, their segments, the text's columns.
 
         The third is None where no virtual tokens are among the states; then S is T.
         """

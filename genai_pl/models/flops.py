@@ -14,7 +14,7 @@ from genai_pl.config.model import ModelConfig
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """How many parameters the model has, or trains; a tied weight counts once."""
+    """The number of parameters, or of trainable ones; a tied weight counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 

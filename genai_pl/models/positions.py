@@ -64,15 +64,16 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling, device
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """How far each frequency keeps its value, (D/2,) in 0..1, by its turns within the trained length (Llama 3.1's code)."""
+    """The weight of each unscaled frequency, (D/2,) in 0..1, by its turns within the trained length (Llama 3.1's code)."""
     turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
     return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
 
 
 def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """How far each frequency keeps its value, (D/2,) in 0..1: a ramp over channels (Peng et al. 2023, eq. 18)."""
+    """The weight of each unscaled frequency, (D/2,) in 0..1: a ramp over channels (Peng et al. 2023, eq. 18)."""
 
     def pair_that_turns(times: float) -> float:
+        """The pair of channels that turns so often within the trained length."""
         return head_dim * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)

@@ -1,4 +1,9 @@
-"""How the hidden states of a text become its vector: the modules of a sentence-transformers folder."""
+"""Sentence heads: the modules of a sentence-transformers folder that turn hidden states of a text into its vector.
+
+A folder lists its modules in modules.json: the Transformer, a pooling, and any of Dense, LayerNorm, Normalize and Dropout
+behind it, each with a config.json and weights of its own. They are read and written as they are, so that the same folder
+gives the same vectors here and in sentence-transformers.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,20 +19,26 @@ from genai_pl.models.pooling import pool
 from genai_pl.models.sentence_files import FLAGS, MODULES, NAMES, POOLING, TOKENS, check_transformer, modules, poolings
 
 ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid", "Mish", "ELU", "LeakyReLU", "Softplus")
-Files = Mapping[str, object]  # values of JSON files by their path in the folder
+Files = Mapping[str, object]  # the content of JSON files by their path in the folder
 
 
 class Dense(nn.Module):
-    """A linear layer with its activation, and the input beside it where `use_residual` says so."""
+    """act(linear(x)) over the last dimension, plus the input where `use_residual` is set.
+
+    settings: the module's config.json. name: the file's path, for errors. CheckpointError for other activations and for
+    modules that read or write anything but the text's vector.
+    """
 
     def __init__(self, settings: dict, name: str) -> None:
         super().__init__()
+        # what is supported
         *_, kind = str(settings.get("activation_function", "torch.nn.Tanh")).split(".")
         known = str(settings.get("activation_function", "torch.")).startswith("torch.") and kind in ACTIVATIONS
         sizes = settings.get("in_features"), settings.get("out_features")
         inputs = {settings.get(f"module_{end}put_name") or NAMES[0] for end in ("in", "out")}
         if not known or inputs != {NAMES[0]} or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise CheckpointError(f"{name}: this Dense module is not supported ({settings})")
+        # the layers, under the names of the file's tensors
         self.linear = nn.Linear(*sizes, bias=settings.get("bias", True))
         self.activation = getattr(nn, kind)()
         self.has_residual = bool(settings.get("use_residual"))
@@ -39,7 +50,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization of a vector."""
+    """Layer normalization of the text's vector; settings: the module's config.json."""
 
     def __init__(self, settings: dict, name: str) -> None:
         super().__init__()
@@ -52,7 +63,7 @@ class LayerNorm(nn.Module):
 
 
 class Normalize(nn.Module):
-    """A vector divided by its length."""
+    """The text's vector divided by its length, so that dot products are cosines."""
 
     def __init__(self, settings: dict, name: str) -> None:
         super().__init__()
@@ -64,6 +75,7 @@ class Normalize(nn.Module):
 
 
 def _dropout(settings: dict, name: str) -> nn.Module:
+    """The module Dropout, with the signature of the classes above."""
     return nn.Dropout(float(settings.get("dropout", 0.2)))
 
 
@@ -73,13 +85,16 @@ LAYERS = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize, "Dropo
 class SentenceHead(nn.Module):
     """Vectors (B, D) from the hidden states (B, T, C) of texts padded on the right, and how a text becomes tokens.
 
-    files: the values of modules.json and of the JSON files that belong to it, by path. n_embd: C. where: the folder, for
+    files: the content of modules.json and of the JSON files that it names, by path. n_embd: C. where: the folder, for
     errors. closes: whether a text gets an end token, where the tokenizer gives it none.
+
+    A caller reads `size` (D), `prompt` (text before each text), `max_length` (tokens, or None), `lower_case` and `pooling`.
     """
 
     def __init__(self, files: Files, *, n_embd: int, where: str, closes: bool = False) -> None:
         super().__init__()
         self.files, self.n_embd, self.where, self.closes = dict(files), n_embd, where, closes
+        # the three kinds of settings: of tokens, of the pooling, of the modules behind it
         (_, _, tokens), (_, pooling_path, pooling_config), *rest = modules(files, where)
         check_transformer(tokens, where)
         self.poolings = poolings(pooling_config, f"{where}/{pooling_path}/config.json")
@@ -91,6 +106,7 @@ class SentenceHead(nn.Module):
         self._check_sizes()
 
     def _prompt(self, pooling_config: dict) -> tuple[str, int | None]:
+        """The default prompt and the length of truncated vectors; CheckpointError for a prompt that pooling leaves out."""
         settings = self.files.get("config_sentence_transformers.json") or {}
         name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
         if name is not None and name not in prompts:
@@ -105,6 +121,7 @@ class SentenceHead(nn.Module):
         return prompt, settings.get("truncate_dim")
 
     def _check_sizes(self) -> None:
+        """Set `size`; CheckpointError where a module takes another number of channels than the one before it gives."""
         size = self.n_embd * len(self.poolings)
         for path, layer in zip(self.paths, self.layers, strict=True):
             input_sizes = {Dense: lambda x: x.linear.in_features, LayerNorm: lambda x: x.norm.normalized_shape[0]}
@@ -116,7 +133,7 @@ class SentenceHead(nn.Module):
 
     @property
     def pooling(self) -> str:
-        """The name of the pooling, several joined by +."""
+        """The name of the pooling; several, whose vectors are concatenated, are joined by +."""
         return "+".join(self.poolings)
 
     def forward(self, hidden: Tensor, segment_ids: Tensor) -> Tensor:
@@ -126,14 +143,14 @@ class SentenceHead(nn.Module):
         return vectors[..., : self.size]
 
     def with_pooling(self, kind: str) -> "SentenceHead":
-        """The same with another pooling; CheckpointError where the modules behind it take other numbers."""
+        """A head with another pooling; CheckpointError where the modules behind it take another number of channels."""
         if self.poolings == (kind,):
             return self
         config_file = f"{self.files[MODULES][1]['path']}/config.json"
         return self.with_settings(config_file, pooling_settings(kind, self.n_embd))
 
     def with_settings(self, config_file: str, settings: dict) -> "SentenceHead":
-        """The same with one of its files exchanged."""
+        """A head with the same weights and one of its files exchanged."""
         options = {"n_embd": self.n_embd, "where": self.where, "closes": self.closes}
         head = SentenceHead({**self.files, config_file: settings}, **options)
         head.load_state_dict(self.state_dict())
@@ -141,14 +158,18 @@ class SentenceHead(nn.Module):
         return head
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The weights of each module that has some, by the path of its file."""
+        """Path of the safetensors file and weights, for each module that has weights."""
         for path, layer in zip(self.paths, self.layers, strict=True):
             if weights := {name: x.detach().cpu().contiguous() for name, x in layer.state_dict().items()}:
                 yield f"{path}/{WEIGHTS}", weights
 
 
 def default_head(pooling: str, *, n_embd: int, max_length: int | None, closes: bool) -> SentenceHead:
-    """Unit vectors by a pooling, as a model without sentence-transformers' files is given it."""
+    """The head of a model without sentence-transformers files: a pooling and a division by the length.
+
+    max_length: tokens that a text is truncated to, written into the folder; None: the model's own limit. closes: as in
+    `SentenceHead`.
+    """
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     listing = [
         {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -164,12 +185,12 @@ def default_head(pooling: str, *, n_embd: int, max_length: int | None, closes: b
 
 
 def pooling_settings(kind: str, n_embd: int) -> dict[str, object]:
-    """The values of 1_Pooling/config.json, as every version of sentence-transformers reads them."""
+    """The content of 1_Pooling/config.json, as every version of sentence-transformers reads it."""
     return {"word_embedding_dimension": n_embd, **{flag: pooling == kind for flag, pooling in FLAGS.items()}}
 
 
 def read_head(folder: Path, *, n_embd: int) -> SentenceHead | None:
-    """The head that a folder describes, with its weights; None where it has no modules.json."""
+    """The head that a folder describes, with its weights, in evaluation mode; None where the folder has no modules.json."""
     if not (folder / MODULES).is_file():
         return None
     try:
@@ -179,6 +200,7 @@ def read_head(folder: Path, *, n_embd: int) -> SentenceHead | None:
     config_files = [
         f"{entry['path']}/config.json" for entry in listing if isinstance(entry, dict) and entry.get("path")
     ]
+    # only files that modules.json or sentence-transformers itself names are read
     names = ["config_sentence_transformers.json", *TOKENS, *config_files]
     files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
     head = SentenceHead({MODULES: listing, **files}, n_embd=n_embd, where=str(folder))
@@ -189,6 +211,7 @@ def read_head(folder: Path, *, n_embd: int) -> SentenceHead | None:
 
 
 def _load(layer: nn.Module, folder: Path) -> None:
+    """Read a module's weights, from safetensors or an older file of torch without code in it."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

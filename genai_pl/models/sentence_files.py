@@ -1,16 +1,20 @@
-"""The JSON files of a sentence-transformers folder; what is not supported is a CheckpointError that names the module."""
+"""JSON files of a sentence-transformers folder: their names, their keys, and what of them is supported.
+
+Settings that would change tokens or vectors and are not supported are a CheckpointError that names the module, so that no
+folder is read into a model that gives other vectors than sentence-transformers does.
+"""
 
 from collections.abc import Mapping
 
 from genai_pl.errors import CheckpointError
 
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"
-TOKENS = tuple(  # what the first module is configured by, in the order in which it is looked for
+TOKENS = tuple(  # files that may configure the Transformer module, in the order in which they are looked for
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 NAMES = ("sentence_embedding", "token_embeddings")
-MODES = {  # ours by the values of pooling_mode
+MODES = {  # pooling_mode -> a name of `pooling.KINDS`
     "cls": "cls",
     "max": "max",
     "mean": "mean",
@@ -18,7 +22,7 @@ MODES = {  # ours by the values of pooling_mode
     "weightedmean": "weighted",
     "lasttoken": "last",
 }
-FLAGS = {  # and by the flags that older files have instead, in the order in which their vectors are joined
+FLAGS = {  # flags of older files -> the same, in the order in which the vectors are concatenated
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -27,14 +31,18 @@ FLAGS = {  # and by the flags that older files have instead, in the order in whi
     "pooling_mode_lasttoken": "last",
 }
 TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
-BEHIND = ("Dense", "LayerNorm", "Normalize", "Dropout")  # the pooling
+BEHIND = ("Dense", "LayerNorm", "Normalize", "Dropout")  # modules behind the pooling
 KEYS = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs"}
-KEYS |= {"query_length", "document_length", "message_format"}  # these are for other tasks than a plain text
+KEYS |= {"query_length", "document_length", "message_format"}  # for other tasks than a plain text
 HARMLESS = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "revision", "device_map", "cache_dir"}
 
 
 def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dict]]:
-    """Kind, path and settings of each module in turn: Transformer, Pooling, and what follows them."""
+    """Kind, path and settings of each module in turn: Transformer, Pooling, and those of BEHIND.
+
+    files: JSON contents by path. where: the folder, for errors. CheckpointError for another order or kind.
+    """
+    # kind by kind: the first two are fixed
     entries, listing = [], files[MODULES]
     for entry in listing if isinstance(listing, list) else []:
         kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
@@ -49,6 +57,7 @@ def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dic
             )
         tokens = next((files[name] for name in TOKENS if files.get(name)), {})
         entries.append((name, path, files.get(f"{path}/config.json", {}) if entries else tokens))
+    # the folder's own files configure the Transformer
     if len(entries) < 2:
         raise CheckpointError(f"{where}/{MODULES}: needs the modules Transformer and Pooling")
     if entries[0][1]:
@@ -59,7 +68,7 @@ def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dic
 
 
 def check_transformer(settings: dict, where: str) -> None:
-    """CheckpointError for what would give other tokens or hidden states than those of the model alone."""
+    """CheckpointError for Transformer settings that would give other tokens or hidden states than the model alone."""
     unsupported = {name: value for name, value in settings.items() if name not in KEYS and _matters(value)}
     modality = settings.get("modality_config") or {"text": TEXT}
     if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
@@ -76,11 +85,12 @@ def check_transformer(settings: dict, where: str) -> None:
 
 
 def _matters(value: object) -> bool:
+    """True for a setting that is neither empty nor about how files are loaded."""
     return bool(set(value) - HARMLESS) if isinstance(value, dict) else value not in (None, False, "", [])
 
 
 def poolings(settings: dict, name: str) -> tuple[str, ...]:
-    """The poolings whose vectors are joined, by our names."""
+    """The names of the poolings whose vectors are concatenated; mean where the file says nothing."""
     modes = settings.get("pooling_mode")
     if modes is None:
         return tuple(kind for flag, kind in FLAGS.items() if settings.get(flag)) or ("mean",)

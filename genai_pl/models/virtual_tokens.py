@@ -66,7 +66,7 @@ class VirtualPrefix(NamedTuple):
 
     @property
     def n_queries(self) -> int:
-        """How many virtual tokens are queries in this call: all that enter as embeddings."""
+        """The number of virtual tokens that are queries in this call: all that enter as embeddings."""
         return 0 if self.embeddings is None else self.n
 
     def prepend_positions(
@@ -94,7 +94,7 @@ class VirtualPrefix(NamedTuple):
 
 
 def n_virtual(model: nn.Module) -> int:
-    """How many positions of the context virtual tokens take from the text: those of the largest set in the model."""
+    """The positions that virtual tokens take from the text's context: the size of the largest set in the model."""
     return max((module.n_tokens for module in model.modules() if isinstance(module, VirtualTokens)), default=0)
 
 

@@ -93,16 +93,16 @@ class BaseModule(L.LightningModule, ABC):
         """Sums over the targets of one batch: `loss`, differentiable, and detached sums for the logs."""
 
     def set_run_length(self, total_steps: int, schedule: Callable[..., float]) -> None:
-        """Take the optimizer steps of the run and the schedule over them; ConfigError for a schedule that does not fit."""
+        """Set the optimizer steps of the run and the schedule over them; ConfigError for a schedule that does not fit."""
         self.total_steps, self.schedule = total_steps, schedule
         schedule(0, total_steps=total_steps)
 
     def step_in_backward(self) -> None:
-        """Update each weight as soon as its gradient is complete, so that no two gradients need to exist at once."""
+        """Step each weight as soon as its gradient is complete, so that no two gradients need to exist at once."""
         self.steps_in_backward = True
 
     def load_trained_only(self) -> None:
-        """Accept checkpoints that lack the frozen weights, which the model has already."""
+        """Accept checkpoints without the frozen weights, which the model has already."""
         self.strict_loading = False
 
     def models(self) -> list[nn.Module]:

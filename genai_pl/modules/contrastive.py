@@ -85,7 +85,7 @@ class ContrastiveModule(BaseModule):
             head = self._default_head(closes=False)
         self.sentence = (head if self.pooling is None else head.with_pooling(self.pooling)).train()
         collator = self.collator
-        collator.prompt, collator.max_length, collator.closes = head.prompt, head.max_length, head.closes
+        collator.prompt, collator.max_length, collator.add_end = head.prompt, head.max_length, head.closes
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings (N, D) of the texts of a batch."""
@@ -96,6 +96,7 @@ class ContrastiveModule(BaseModule):
         return {"prompt": text, "embed": True}
 
     def step(self, batch: Batch) -> Metrics:
+        """InfoNCE summed over the anchors of this rank, and the temperature."""
         B = int(batch["targets"])
         # embeddings of this rank; in validation they are also kept for the recall
         anchors, positives, *negatives = self.embed(batch).split(B)
@@ -122,6 +123,7 @@ class ContrastiveModule(BaseModule):
         return self.all_gather(x, sync_grads=x.is_floating_point()).flatten(0, 1)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters, the temperature, and those of the pooling head."""
         yield from super().trained()
         yield "log_temperature", self.log_temperature
         yield from self.sentence.named_parameters("sentence")

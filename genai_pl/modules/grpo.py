@@ -51,6 +51,7 @@ class GRPOModule(PolicyGradientModule):
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        """Advantages (N,) of completions within their groups, and log-probabilities under old policy and reference."""
         outputs = self.rollout_logprobs(rollout)
         old_logprobs, reference_logprobs = outputs["old_logprobs"], outputs["reference_logprobs"]
         # one advantage per completion, from the scores of its group
@@ -83,6 +84,7 @@ class GRPOModule(PolicyGradientModule):
         return completion_weights(mask, normalization=self.normalization, length=self.sampling.max_new_tokens)
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
+        """The clipped surrogate of some rows, with the KL penalty inside, as a weighted sum over tokens."""
         logprobs = gather_tokens(token_logprobs(self.model, minibatch), minibatch["token_positions"])
         mask, old_logprobs, advantages = minibatch["mask"], minibatch["old_logprobs"], minibatch["advantages"]
         weights, _ = self._weights(mask)

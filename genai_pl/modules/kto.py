@@ -51,6 +51,7 @@ class KTOModule(BaseModule):
         self.reference = Reference(model)
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over completions of the loss, their implicit rewards, and the reference point."""
         desirable = batch["desirable"]
         B = len(desirable)
         # the second half of the rows holds the mismatched completions

@@ -85,13 +85,13 @@ class PolicyGradientModule(RolloutModule):
         return self.epochs * -(-n // (self.minibatch_size or n))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        # rollout
         """Generate and score completions of the prompts, and take `epochs` passes of optimizer steps over them.
 
         Normalization is exact as in BaseModule: a minibatch's sum over all its micro-batches and ranks, divided by one
             normalizer. The check against max_kl needs the gradient pass of a minibatch, and so comes before its step:
             that minibatch is dropped.
         """
+        # rollout
         scored = self.generate_and_score(batch, self.group_size, self._generator())
         self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)

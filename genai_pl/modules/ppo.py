@@ -111,6 +111,10 @@ class PPOModule(PolicyGradientModule):
         return {"values": self._values(minibatch, hidden)}
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
+        """Whitened advantages and returns (N, L) from scores, KL penalties and values.
+
+        ConfigError where a completion has no score: its advantage would be one of a reward that nobody gave.
+        """
         if scores.isnan().any():
             raise ConfigError(
                 "objective.reward: no reward applies to some completions (all gave None); PPO needs one for each"
@@ -152,6 +156,7 @@ class PPOModule(PolicyGradientModule):
         return minibatch["mask"].sum()
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
+        """Policy loss plus weighted value loss of some rows, minus the entropy bonus, as sums over tokens."""
         # one forward pass serves log-probabilities, values and entropy
         mask, old_logprobs, hidden = minibatch["mask"], minibatch["old_logprobs"], self.features(minibatch)
         values = gather_tokens(self._values(minibatch, hidden), minibatch["token_positions"])

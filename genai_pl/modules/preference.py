@@ -121,6 +121,7 @@ class PreferenceModule(BaseModule):
         return super().begin(batch)
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over pairs of the loss, log-probabilities and implicit rewards."""
         if self.kind in LIKELIHOODS:
             return self._with_likelihood(batch)
         # log-probabilities of whole completions; the losses without a likelihood term
@@ -203,7 +204,7 @@ def supports_shared_prompts(model: nn.Module) -> bool:
 
 
 def shared_prompt_inputs(batch: Batch) -> Batch:
-    """What `features` has to know where the completions of a row share the prompt."""
+    """Inputs of `features` for rows whose completions share a prompt; none for other rows."""
     return {"shared_prompt_len": batch["shared_prompt_len"]} if "shared_prompt_len" in batch else {}
 
 

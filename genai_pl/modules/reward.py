@@ -60,6 +60,7 @@ class RewardModule(BaseModule):
         return {"prompt": text, "score": True}
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over pairs of the loss and its metrics; rankings of more completions go through `_ranked`."""
         if "sizes" in batch:
             return self._ranked(batch)
         chosen, rejected = self._scores(batch, 2).unbind(1)

@@ -69,16 +69,16 @@ def _by_keyword(function: Callable[..., object], keywords: Mapping[str, object])
     """
     try:
         # a decorated function shows the names of what it wraps, and must itself take them too
-        shown, own = (inspect.signature(function, follow_wrapped=follow) for follow in (True, False))
+        signature, own_signature = (inspect.signature(function, follow_wrapped=follow) for follow in (True, False))
     except (TypeError, ValueError):
         return False
-    ordered = [p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    ordered = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if ordered[:1] == ["completions"] or ordered[1:2] == ["prompts"]:
         return True
-    names = {p.name for p in shown.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names = {p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     columns = {name: values for name, values in keywords.items() if name not in ("prompts", "completions")}
-    named = not names.isdisjoint(("prompts", "completions")) or not _binds(shown, None, None, **columns)
-    return named and _binds(shown, **keywords) and _binds(own, **keywords)
+    named = not names.isdisjoint(("prompts", "completions")) or not _binds(signature, None, None, **columns)
+    return named and _binds(signature, **keywords) and _binds(own_signature, **keywords)
 
 
 def _binds(signature: inspect.Signature, /, *arguments: object, **keywords: object) -> bool:

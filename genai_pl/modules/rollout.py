@@ -62,8 +62,8 @@ Reward = Callable[..., Sequence[float]]  # (prompts, completions, **columns) -> 
 class Rollout(NamedTuple):
     """Completions of a batch of prompts.
 
-    batch: rows for the model: input_ids, labels and segment_ids (R, T), and `shared_prompt_len` (R,), the tokens of the prompt
-        that all completions of a row share, where rows hold several
+    batch: rows for the model: input_ids, labels and segment_ids (R, T), and `shared_prompt_len` (R,), the tokens of the
+        prompt that all completions of a row share, where rows hold several
     token_positions: (N, L), the position in its row at which each token of a completion is predicted; 0 after its end
     mask: (N, L), True for tokens of completions, their end token included
     completions: the tokens of each, up to its first end token, which is included

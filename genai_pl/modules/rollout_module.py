@@ -46,7 +46,7 @@ class RolloutModule(BaseModule):
     temperature: of sampling
     missing_eos_penalty: subtracted from the score of a completion without an end token
 
-    Whoever builds the run sets `reward` (prompts, completions, columns -> scores) and `decode` (token ids -> text).
+    `use_reward` gives the reward function itself, which needs the tokenizer.
     """
 
     shapes = ("decoder",)
@@ -91,9 +91,9 @@ class RolloutModule(BaseModule):
         self.clip_norm: float | None = None
 
     def use_reward(self, reward: Reward, *, decode: Decode, clip_norm: float | None = None) -> None:
-        """Take the reward of completions, what turns their tokens into text, and the largest norm of a gradient.
+        """Set the reward function, the decoding of tokens for it, and the largest gradient norm.
 
-        The norm is given here because Lightning's Trainer clips in automatic optimization only.
+        The norm is set here because Lightning's Trainer clips in automatic optimization only.
         """
         self.reward, self.decode, self.clip_norm = reward, decode, clip_norm
 
@@ -130,7 +130,7 @@ class RolloutModule(BaseModule):
         # prompts and columns once per completion
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
-        raw_prompts = [prompt for prompt in batch["asked"] for _ in range(copies)]  # text or messages
+        raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
         ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
         options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
         options["share_prompts"] = self.share_prompts and copies > 1

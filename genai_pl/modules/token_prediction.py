@@ -51,6 +51,7 @@ class TokenModule(BaseModule):
         """Hidden states (B, T, C); position t predicts label t of the batch, so collators shift labels, not models."""
 
     def step(self, batch: Batch) -> Metrics:
+        """Sums over labelled tokens; regularizers of the loss act in training only, so validation losses compare."""
         # hidden states of positions that have a label, and their loss; logits of all positions never exist
         labels, model = batch["labels"], self.model
         labelled = labels != IGNORED

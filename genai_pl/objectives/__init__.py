@@ -1,4 +1,8 @@
-"""What a model is trained to do: pure losses, and the collators that make their batches."""
+"""Objectives: pure losses, and the collators that make their batches.
+
+A loss maps tensors to a scalar, with the equation number of its paper, and knows neither the model nor logging nor
+process groups; `genai_pl.modules` calls it. A collator maps a list of examples to a batch of tensors.
+"""
 
 from genai_pl.objectives.clm import CausalLMCollator, causal_lm_loss
 from genai_pl.objectives.collate import Collator

@@ -1,4 +1,4 @@
-"""Causal language modelling: predict every token from those before it."""
+"""Causal language modelling: every token is predicted from those before it."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ class CausalLMCollator(Collator):
 
 
 def next_token_batch(ids: Sequence[np.ndarray], segments: Sequence[np.ndarray], *, pad: int) -> Batch:
-    """Position t of T predicts token t + 1 of T + 1, unless that belongs to another document."""
+    """A batch in which position t of T predicts token t + 1 of T + 1, unless that belongs to another document."""
     tokens, documents = pad_rows(ids, pad), pad_rows(segments, 0)  # (B, T + 1)
     same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] > 0)
     labels = torch.where(same, tokens[:, 1:], IGNORED)

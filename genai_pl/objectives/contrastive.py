@@ -1,4 +1,4 @@
-"""Contrastive embeddings: a text lies closer to its partner than to the other texts of the batch."""
+"""Contrastive embeddings: a text is more similar to its positive than to the other texts of the batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -84,9 +84,9 @@ def recall_at_k(
     text_ids: Tensor | None = None,
     anchor_ids: Tensor | None = None,
 ) -> Tensor:
-    """How many anchors have their own positive among the k most similar ones; the other arguments as in info_nce.
+    """The number of anchors whose positive is among the k most similar candidates; other arguments as in info_nce.
 
-    A candidate that is as similar as the own one stands before it: embeddings that are all the same find nothing.
+    A candidate as similar as the positive ranks before it, so embeddings that are all equal recall nothing.
     """
     similarity, own, doubles = _similarity(anchors, positives, offset, text_ids, anchor_ids)
     similarity = similarity.masked_fill(doubles, float("-inf"))
@@ -97,7 +97,7 @@ def recall_at_k(
 def _similarity(
     anchors: Tensor, candidates: Tensor, offset: int, text_ids: Tensor | None, anchor_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (B, N), the column of the own candidate (B,), and where another is the text of that one or of the anchor (B, N)."""
+    """Cosines (B, N), the column of each anchor's positive (B,), and which candidates equal that text or the anchor (B, N)."""
     dtype = torch.promote_types(anchors.dtype, torch.float32)
     with torch.autocast(anchors.device.type, enabled=False):  # at temperature 0.05, bf16 would be off by 0.08
         similarity = F.normalize(anchors.to(dtype), dim=-1) @ F.normalize(candidates.to(dtype), dim=-1).t()

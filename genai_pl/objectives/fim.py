@@ -10,15 +10,17 @@ from genai_pl.objectives.collate import Batch, Collator, Example, missing_token_
 from genai_pl.objectives.special_tokens import SpecialTokens
 
 N_SENTINELS = 3
-SHORTEST = 4  # tokens of a document that is worth cutting in three
+SHORTEST = 4  # tokens of a document that is worth rearranging
 
 
 class FimCollator(Collator):
-    """A causal batch in which each document of a row is, with probability fim_rate, cut in three and rearranged.
+    """A causal batch in which each document of a row is, with probability fim_rate, divided in three and rearranged.
 
-    Prefix, suffix, middle (PSM) or, with probability spm_rate, suffix first (SPM); a document's end token stays last.
-    The documents are those of the packed row (their "context-level FIM"), so none is torn after its rearrangement: the
-    row's end gives way instead, by three tokens per rearranged document, before the document there is cut.
+    fim_rate: share of documents that are rearranged, to prefix, suffix, middle (PSM); spm_rate: share of these that begin
+    with the suffix (SPM). A document's end token stays last.
+
+    The documents are those of the packed row ("context-level FIM" of the paper), so none is divided between rows after its
+    rearrangement. A rearranged document is three tokens longer, by which the end of the row is truncated.
     """
 
     overlap = 1
@@ -42,19 +44,19 @@ class FimCollator(Collator):
         """The row's documents, some of them rearranged, in as many tokens as before."""
         rng = row_rng(self.seed, row)
         ids, borders = row["input_ids"].astype(np.int64), np.flatnonzero(np.diff(row["segment_ids"])) + 1
-        room, documents = len(ids), []
+        remaining, documents = len(ids), []
         for document in np.split(ids, borders):
-            if room == 0:
+            if remaining == 0:
                 break
-            fits = min(len(document), room - N_SENTINELS) >= SHORTEST
+            fits = min(len(document), remaining - N_SENTINELS) >= SHORTEST
             if rng.random() < self.fim_rate and fits:
-                document = self._transform(document[: room - N_SENTINELS], rng)
-            documents.append(document[:room])
-            room -= len(documents[-1])
+                document = self._transform(document[: remaining - N_SENTINELS], rng)
+            documents.append(document[:remaining])
+            remaining -= len(documents[-1])
         return documents
 
     def _transform(self, document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The document with its middle last; both cuts fall anywhere between two tokens, with equal chances."""
+        """The document with its middle last; both splits fall between any two tokens with equal probability."""
         PREFIX, MIDDLE, SUFFIX = ([token] for token in self.vocabulary.fim)
         ended = document[-1] == self.vocabulary.end
         body, end = (document[:-1], document[-1:]) if ended else (document, document[:0])

@@ -1,4 +1,4 @@
-"""Policy optimization without a value model: a completion is judged against others of the same prompt.
+"""Group-relative policy optimization: completions are compared with others of the same prompt, without a value model.
 
 Tensors are (B, T) and aligned with labels, as in `ppo`; rewards and advantages are (B,), the completions of a prompt
 next to each other.
@@ -48,10 +48,10 @@ def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rewards of one prompt in a row, as differences to the first that is a number, (N / group_size, group_size); which
-    are numbers (others are 0 there), and how many of each group.
+    """Rewards of each prompt in a row (N / group_size, group_size), as differences to its first number; which of them are
+    numbers (others are 0 there); and how many of each group.
 
-    Only differences count, and equal rewards then have a mean without rounding, which EPSILON would blow up.
+    Only differences count, and differences of equal rewards have a mean without rounding error, which EPSILON would amplify.
     """
     if group_size < 2:
         raise ConfigError(f"a group must have at least 2 completions to compare, not {group_size}")
@@ -64,10 +64,10 @@ def _groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 def completion_weights(
     mask: Tensor, *, normalization: Literal["sequence", "token", "constant"], length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What each token weighs, (B, T), and by what the sum over all batches is divided.
+    """The weight of each token (B, T), and the number by which the sum over all batches is divided.
 
     sequence: the mean over completions of their means (Shao et al. 2024, eq. 3); token: the mean over all tokens (Yu et
-    al. 2025, eq. 12); constant: every sum over `length`, the greatest that a completion may have (Liu et al. 2025).
+    al. 2025, eq. 12); constant: every sum over `length`, the maximum of a completion (Liu et al. 2025).
     """
     B, ones = mask.shape[0], mask.float()
     if normalization == "sequence":

@@ -1,4 +1,4 @@
-"""Masked language modelling: say what stood where tokens are hidden, from both sides (Devlin et al. 2019, 3.1)."""
+"""Masked language modelling: hidden tokens are predicted from both sides (Devlin et al. 2019, 3.1)."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,11 @@ from genai_pl.objectives.token_loss import IGNORED
 
 
 class MaskedLMCollator(Collator):
-    """input_ids (B, T) with noise, labels (B, T) where there is some; new noise in every epoch (Liu et al. 2019, 4.1).
+    """input_ids (B, T) with noise, labels (B, T) at the targets; the noise is new in every epoch (Liu et al. 2019, 4.1).
 
-    A row has mask_probability of its text tokens as targets, rounded, and one at least; special tokens are never among
-    them. With `whole_word` all tokens of a word are hidden or none: the count then varies by half a word.
+    mask_probability: share of a row's text tokens that are targets, rounded, at least one; special tokens never are.
+    whole_word: all tokens of a word are targets or none; their number then varies by half a word.
+    replace_with_mask, replace_with_random: shares of the targets that become the mask or a random token; the rest stay.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MaskedLMCollator(Collator):
         return with_segments(batch, pad_rows([row["segment_ids"] for row in rows], 0))
 
     def _noise(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
+        """Noised ids and labels (n,) of a row."""
         rng = row_rng(self.seed, row)
         original = row["input_ids"]
         chosen = self._choose(original, row["segment_ids"], rng)  # (n,) positions

@@ -1,4 +1,4 @@
-"""Pairs of texts become the batches of contrastive learning."""
+"""Collation of pairs for contrastive learning."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -14,17 +14,17 @@ from genai_pl.objectives.special_tokens import SpecialTokens
 class PairCollator(Collator):
     """input_ids and segment_ids of [anchors; positives; negatives], (2B or 3B, T), and targets = B.
 
-    Rows are {"anchor": ids, "positive": ids, "negative": ids}; without a positive the anchor is its own, as SimCSE
-    wants it, and negatives are there for all rows or for none. text_ids (B or 2B,) tell which positives, then
-    negatives, are the same text, and anchor_ids (B,) which are the text of an anchor.
+    Examples are {"anchor": ids, "positive": ids, "negative": ids}. Without a positive the anchor is its own (SimCSE);
+    negatives are given for all examples or for none. Equal text_ids (B or 2B,) of positives, then negatives, mark equal
+    texts, and anchor_ids (B,) those of the anchors.
 
-    prompt, max_length and closes say how texts become tokens: what stands before each, how many it may have at most,
-    and whether it gets an end token that the tokenizer does not give it.
+    prompt: text in front of each text. max_length: tokens of a text at most. add_end: append an end token where the
+    tokenizer does not. All three are set by the module, from the sentence head of the model.
     """
 
     prompt: str = ""
     max_length: int | None = None
-    closes: bool = True
+    add_end: bool = True
 
     def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
         self.pad = vocabulary.pad  # and nothing is drawn: the noise of SimCSE is dropout
@@ -47,5 +47,6 @@ class PairCollator(Collator):
 
 
 def _text_id(ids: np.ndarray) -> int:
+    """A hash of the token ids, 64 bits."""
     digest = blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -1,4 +1,4 @@
-"""Permutation language modelling: predict tokens in a random order (Yang et al. 2019, 2.2 and 2.3)."""
+"""Permutation language modelling: tokens are predicted in a random order (Yang et al. 2019, 2.2 and 2.3)."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,13 @@ from genai_pl.objectives.token_loss import IGNORED
 
 
 class PermutationCollator(Collator):
-    """input_ids and order (B, T), target_positions and labels (B, M): what is predicted, where, and after what.
+    """input_ids and order (B, T), target_positions and labels (B, M): the targets, their positions, and the order.
 
-    The last predict_fraction of a random order are targets (1 / K, with K = 6 as in the paper), chosen as spans of 1 to
-    max_span tokens within contexts of K times their length (3.1 there). Everything else has rank 0 in `order` and sees
-    itself; targets have ranks from 1 on and see all lower ones. Special tokens are never targets, so a row with some may
-    have fewer than M: position 0 without a label fills up.
+    predict_fraction: the last tokens of a random order are targets, 1 / K with K = 6 in the paper. max_span: targets are
+    spans of 1 to max_span tokens, each within a context of K times its length (3.1 there).
+
+    Tokens that are no targets have rank 0 in `order` and see themselves; targets have ranks from 1 on and see all lower
+    ones. Special tokens are never targets, so a row may have fewer than M; position 0 without a label fills up.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class PermutationCollator(Collator):
         return with_segments(batch, pad_rows([row["segment_ids"] for row in rows], 0))
 
     def _n_targets(self, n_tokens: int) -> int:
+        """The number of targets among n_tokens, at least one."""
         return max(1, int(n_tokens * self.predict_fraction + 1e-6))
 
     def _draw(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -62,10 +64,10 @@ class PermutationCollator(Collator):
         """Which of n tokens are targets, (m,), ascending."""
         m = self._n_targets(n)
         ends = np.cumsum(rng.integers(1, self.max_span, size=m, endpoint=True))
-        ends = np.append(ends[ends < m], m)  # the last span is cut
+        ends = np.append(ends[ends < m], m)  # the last span may be shorter
         lengths = np.diff(ends, prepend=0)
         stops = np.minimum((ends / self.predict_fraction + 1e-6).astype(np.int64), n)  # of the contexts
         first = rng.integers(np.append(0, stops[:-1]), stops - lengths, endpoint=True)
-        places = np.repeat(first - (ends - lengths), lengths) + np.arange(m)
-        # the edges of a context are seldom chosen: let none always lie at the edge of the row
-        return np.sort((places + rng.integers(n)) % n)
+        positions = np.repeat(first - (ends - lengths), lengths) + np.arange(m)
+        # edges of contexts are seldom targets: shift them, or edges of rows would seldom be
+        return np.sort((positions + rng.integers(n)) % n)

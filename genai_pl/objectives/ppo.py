@@ -1,8 +1,8 @@
-"""Proximal policy optimization on tokens: the state is what was read, the action the next token.
+"""Proximal policy optimization on tokens: the state is the text so far, the action the next token.
 
-Everything is (B, T) and aligned with labels: position t holds the value before its label is chosen, the log-probability
-of that label and the reward for it. The mask is True where the label is a token of a completion; what is not, prompts,
-padding and the words of others, counts nowhere.
+Everything is (B, T) and aligned with labels: position t has the value before its label is chosen, the log-probability
+of that label and its reward. The mask is True where the label is a token of a completion; prompts, padding and turns of
+others count nowhere.
 """
 
 from typing import Literal
@@ -56,10 +56,10 @@ def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, n
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns, 0 outside the mask (Schulman et al. 2016, eq. 16).
 
-    What the mask leaves out takes no time, and nothing is worth anything after the last token.
+    Positions outside the mask take no time step, and the value after the last token is 0.
 
     >>> rewards, values, mask = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
-    >>> [found.tolist() for found in gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)]
+    >>> [x.tolist() for x in gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)]
     [[[0.5, 0.5]], [[1.0, 1.0]]]
     """
     advantages = torch.zeros_like(values)
@@ -74,7 +74,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
 
 
 def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """How many masked values there are, their sum and their sum of squares, (3,): what ranks may add up for `whiten`."""
+    """The number of masked values, their sum and their sum of squares, (3,): ranks add these up for `whiten`."""
     kept = torch.where(mask, values, 0).double()  # the variance is a difference of these
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
@@ -130,7 +130,7 @@ def policy_metrics(
     clip_range: float,
     clip_range_high: float | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over tokens: KL(old || new) by k3, the ratio, and how many tokens the clipping keeps from teaching."""
+    """Sums over tokens: KL(old || new) by k3, the ratio, and the number of tokens whose gradient the clipping removes."""
     ratio = _ratio(logprobs, old_logprobs, mask)
     high = 1 + (clip_range if clip_range_high is None else clip_range_high)
     clipped = torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))
@@ -143,7 +143,7 @@ def policy_metrics(
 
 def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """New over old probability of each token, 1 outside the mask."""
-    # masked before exp: what overflows where nothing counts would turn a gradient of 0 into NaN
+    # masked before exp: an overflow outside the mask would turn a gradient of 0 into NaN
     return torch.where(mask, logprobs - old_logprobs, 0).exp()
 
 
@@ -151,9 +151,9 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def token_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Entropy in nats of what each labelled position predicts, 0 elsewhere: hidden (..., C), head (V, C), labels (...).
+    """Entropy in nats of the prediction at each labelled position, 0 elsewhere: hidden (..., C), head (V, C), labels (...).
 
-    The logits exist a chunk of tokens at a time, and are made again in the backward pass.
+    The logits exist for a chunk of tokens at a time, and are recomputed in the backward pass.
     """
     flat, dtype = hidden.reshape(-1, hidden.shape[-1]), matmul_dtype(hidden)  # (N, C)
     entropy = flat.new_zeros(len(flat), dtype=torch.promote_types(dtype, torch.float32))
@@ -164,7 +164,7 @@ def token_entropy(
 
 
 def _entropy(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    """Of the predictions of hidden (n, C), (n,)."""
+    """The entropy (n,) of the predictions of hidden (n, C)."""
     logits = (hidden.to(dtype) @ head.to(dtype).t()).to(torch.promote_types(dtype, torch.float32))  # (n, V)
     if bias is not None:
         logits = logits + bias

@@ -1,7 +1,7 @@
-"""Learning from preferences without a reward model: losses on the log-probabilities of whole completions.
+"""Preference losses without a reward model, on the log-probabilities of whole completions.
 
-Every loss is a sum over the pairs (or samples) of the batch. The losses with a reference take margins: log-probability
-of the chosen completion minus that of the rejected one, (B,), under the policy and under the reference. Those without
+Every loss is a sum over the pairs (or samples) of the batch. Losses with a reference take margins (B,): log-probability
+of the chosen completion minus that of the rejected one, under the policy and under the reference. Losses without one
 take logprobs and lengths (B, 2): of the chosen completion in column 0 and of the rejected one in column 1.
 """
 
@@ -17,7 +17,7 @@ WITHOUT_REFERENCE = ("orpo", "simpo", "cpo")
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the logprobs (B, T) where the mask is True, and how many those are: both (B,)."""
+    """The sum of the logprobs (B, T) where the mask is True, and the number of these positions: both (B,)."""
     return torch.where(mask, logprobs, 0).sum(-1), mask.sum(-1)
 
 
@@ -43,7 +43,7 @@ def segment_ends(segment_ids: Tensor, n: int) -> Tensor:
 
 
 def _members(segment_ids: Tensor, n: int) -> Tensor:
-    """Which positions belong to segments 1 .. n, (B, n, T)."""
+    """Whether each position belongs to segment 1 .. n, (B, n, T)."""
     numbers = torch.arange(1, n + 1, device=segment_ids.device)
     return segment_ids[:, None] == numbers[:, None]
 
@@ -96,7 +96,7 @@ def orpo_loss(logprobs: Tensor, lengths: Tensor, *, beta: float, likelihood: Ten
     mean chosen logprob where it is not given.
     """
     means = logprobs / lengths.clamp(min=1)  # (B, 2)
-    # an empty completion is certain, but has to have odds
+    # an empty completion has probability 1, whose odds are infinite
     means = means.clamp(max=-torch.finfo(means.dtype).eps)
     chosen_log_odds, rejected_log_odds = (means - torch.log(-torch.expm1(means))).unbind(-1)
     likelihood = means[:, 0] if likelihood is None else likelihood

@@ -1,4 +1,4 @@
-"""Preferences become batches: two completions of a prompt, or one that was liked or not."""
+"""Collation of preferences: two completions of a prompt, a ranking, or one completion that was liked or not."""
 
 from collections.abc import Sequence
 
@@ -17,27 +17,23 @@ Group = tuple[np.ndarray, Sequence[np.ndarray]]  # a prompt and its completions
 class PreferenceCollator(Collator):
     """One row for each pair, prompt and chosen as segment 1, prompt and rejected as segment 2; targets are the pairs.
 
-    Rows are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
+    Examples are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
-    token of a segment predicts nothing, but is where a reward model reads its score: `segment_ends`. Rows may have a
-    "reference_logprobs" (2,), which is handed on.
+    token of a segment predicts nothing; a reward model reads its score there (`segment_ends`). A "reference" (2,) of
+    precomputed log-probabilities is passed on.
 
-    With `share_prompts` a prompt stands in its row once: all but its last token are the `shared_prompt_len` (B,) beginning
-    of every segment, and only the first segment holds them.
-
-    likelihood: whose tokens are counted as `tokens`, those of chosen completions ("chosen"), or of prompts too ("whole").
+    share_prompts: a row holds its prompt once. All but the last token of it are the `shared` (B,) beginning of every
+        segment, and only the first segment has them.
+    likelihood: whose tokens are counted as `tokens`: those of chosen completions ("chosen"), or of prompts too ("whole").
     """
 
-    ranks = False  # whether it takes more than two completions
+    ranks = False  # whether rows may have more than two completions
 
     def __init__(
         self, *, vocabulary: SpecialTokens, seed: int = 0, share_prompts: bool = False, likelihood: str | None = None
     ) -> None:
-        self.pad, self.share_prompts, self.likelihood = (
-            vocabulary.pad,
-            share_prompts,
-            likelihood,
-        )  # and nothing is drawn
+        self.pad = vocabulary.pad  # and nothing is drawn
+        self.share_prompts, self.likelihood = share_prompts, likelihood
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         batch = self.compared([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
@@ -45,7 +41,7 @@ class PreferenceCollator(Collator):
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
         batch |= {"margin": torch.tensor(margins)} if margins else {}
-        if "reference_logprobs" in rows[0]:  # log-probabilities that were made before
+        if "reference_logprobs" in rows[0]:  # precomputed log-probabilities
             batch["reference_logprobs"] = torch.from_numpy(np.stack([row["reference_logprobs"] for row in rows]))
         if self.likelihood:
             labels = batch["labels"] if self.likelihood == "chosen" else text_labels(batch)
@@ -76,8 +72,8 @@ class RankingCollator(PreferenceCollator):
 class UnpairedPreferenceCollator(Collator):
     """Prompts and completions (B, T), then the prompts again with the completion of the next row: (2B, T) in all.
 
-    Rows are {"prompt": ids, "completion": ids, "label": bool}. The mismatched half is for the reference point of KTO,
-    and needs no gradient; a batch of one row has nobody else's completion in it, and is refused. `desirable` (B,) are the labels.
+    Examples are {"prompt": ids, "completion": ids, "label": bool}; `desirable` (B,) are the labels. The mismatched half
+    estimates the reference point of KTO and needs no gradient. A batch of one row has no other completion and is refused.
     """
 
     def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
@@ -96,13 +92,17 @@ class UnpairedPreferenceCollator(Collator):
 
 
 def _count(rows: Sequence[Example]) -> torch.Tensor:
+    """The number of rows, as the targets of a batch."""
     return torch.tensor(float(len(rows)))
 
 
 def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Batch:
-    """One row for each prompt with its completions as segments 1, 2, ...; see `PreferenceCollator` for what is shared."""
-    again = slice(-1, None) if share_prompts else slice(None)  # its last token predicts every completion's first
-    parts = [[(p if n == 0 else p[again], said) for n, said in enumerate(given)] for p, given in rows]
+    """One row for each prompt with its completions as segments 1, 2, ...; see `PreferenceCollator` for share_prompts."""
+    repeated = slice(-1, None) if share_prompts else slice(None)  # its last token predicts every completion's first
+    parts = [
+        [(p if n == 0 else p[repeated], completion) for n, completion in enumerate(completions)]
+        for p, completions in rows
+    ]
     batch = completions_batch(parts, pad)
     if share_prompts:
         batch["shared_prompt_len"] = torch.tensor([max(len(prompt) - 1, 0) for prompt, _ in rows])
@@ -110,7 +110,7 @@ def groups_batch(rows: Sequence[Group], pad: int, *, share_prompts: bool) -> Bat
 
 
 def completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], pad: int) -> Batch:
-    """input_ids, labels and segment_ids (B, T) of rows of (prompt, completion), which are numbered from 1."""
+    """input_ids, labels and segment_ids (B, T) of rows of (prompt, completion), which become segments 1, 2, ..."""
     ids = [np.concatenate([part for pair in row for part in pair]) for row in rows]
     labels = [np.concatenate([_labels(*pair) for pair in row]) for row in rows]
     segments = [np.repeat(np.arange(len(row)) + 1, [len(p) + len(c) for p, c in row]) for row in rows]
@@ -122,7 +122,7 @@ def completions_batch(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], p
 
 
 def text_labels(batch: Batch) -> torch.Tensor:
-    """The labels (B, T), and before them those of the prompt in front of the first completion."""
+    """The labels (B, T) with those of the first segment's prompt added."""
     ids, first = batch["input_ids"], batch["segment_ids"] == 1
     labels = batch["labels"].clone()
     labels[:, :-1] = torch.where(first[:, :-1] & first[:, 1:], ids[:, 1:], labels[:, :-1])
@@ -130,6 +130,6 @@ def text_labels(batch: Batch) -> torch.Tensor:
 
 
 def _labels(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
-    """The token after each, where it belongs to the completion; a completion without a prompt is predicted from its second."""
+    """The next token, where it belongs to the completion; without a prompt the first token has no label."""
     following = [np.full(len(prompt), IGNORED), completion, np.full(1, IGNORED)]
     return np.concatenate(following)[1:]

@@ -1,4 +1,4 @@
-"""Prefix language modelling: read the beginning from both sides, predict the rest (Raffel et al. 2020, 3.2)."""
+"""Prefix language modelling: the beginning is read bidirectionally, the rest is predicted (Raffel et al. 2020, 3.2)."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from genai_pl.objectives.token_loss import IGNORED
 
 
 class PrefixLMCollator(Collator):
-    """A causal batch plus prefix (B,): so many tokens see each other, and labels begin with the token after them.
+    """A causal batch with prefix (B,): that many tokens see each other, and labels begin with the token after them.
 
-    The prefix is that of the row's first document, 1 to n - 1 of its n tokens with equal chances, so that one target is
-    left at least. Documents that follow in the row have no prefix: all their tokens are predicted, from those before.
+    The prefix is drawn from the row's first document, 1 to n - 1 of its n tokens uniformly, so at least one target is left.
+    Documents that follow in the row have no prefix: all their tokens are predicted, from those before.
     """
 
     overlap = 1
@@ -32,5 +32,6 @@ class PrefixLMCollator(Collator):
         return {**batch, "labels": labels, "prefix": prefix, "targets": (labels != IGNORED).sum().float()}
 
     def _prefix(self, row: Example) -> int:
+        """The length of a row's prefix; 1 is a causal row."""
         n = int((row["segment_ids"] == row["segment_ids"][0]).sum())
         return int(row_rng(self.seed, row).integers(1, max(n, 2)))  # 1 sees what a causal row sees

@@ -1,4 +1,4 @@
-"""Prompts become the batches that a policy answers."""
+"""Collation of prompts for the policy to answer."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,17 @@ from genai_pl.objectives.special_tokens import SpecialTokens
 
 
 class PromptCollator(Collator):
-    """input_ids (B, T) padded on the right, the prompts as they are, and the columns of their rows for the reward.
+    """input_ids (B, T) padded on the right, the prompts as texts or messages, and the columns of their rows for the reward.
 
-    Rows are {"prompt_ids": ids, "prompt": the text or messages that they are of, "columns": all columns}.
+    max_new_tokens: tokens of a completion, which a row reserves.
+    Examples are {"prompt_ids": ids, "prompt": the text or messages, "columns": all columns}.
     """
 
     def __init__(self, *, vocabulary: SpecialTokens, max_new_tokens: int, seed: int = 0) -> None:
         self.pad, self.max_new_tokens = vocabulary.pad, max_new_tokens  # and nothing is drawn
 
     def row_length(self, seq_len: int) -> int:
-        """Tokens of a prompt, so that it and its completion are seq_len at most."""
+        """The tokens of a prompt at most, so that it and its completion fit into seq_len."""
         if self.max_new_tokens >= seq_len:
             raise ConfigError(
                 f"objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in {seq_len} tokens "
@@ -32,7 +33,7 @@ class PromptCollator(Collator):
         return {
             "input_ids": pad_rows(prompts, self.pad),
             "prompts": prompts,
-            "asked": [row["prompt"] for row in rows],
+            "raw_prompts": [row["prompt"] for row in rows],
             "columns": [row["columns"] for row in rows],
             "targets": torch.tensor(float(len(rows))),
         }

@@ -1,4 +1,4 @@
-"""Reward models: scores whose differences explain what people preferred."""
+"""Reward model losses: scores whose differences explain which completion people preferred."""
 
 import torch
 import torch.nn.functional as F

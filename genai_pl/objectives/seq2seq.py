@@ -1,4 +1,4 @@
-"""Sequence to sequence: an encoder reads the source, a decoder writes the target."""
+"""Sequence to sequence: an encoder reads the source, a decoder produces the target."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ from genai_pl.objectives.token_loss import IGNORED
 class Seq2SeqCollator(Collator):
     """input_ids (B, S), decoder_input_ids and labels (B, T) of rows of one pair, or of several that do not see each other.
 
-    Rows are {"source": (S,), "source_segments": (S,), "target": (T,), "target_segments": (T,)}; texts are closed by the
-    end token, and the decoder begins each target with the start token, T5's pad (Raffel et al. 2020). segment_ids and
-    decoder_segment_ids are there only where a row has padding or two pairs.
+    Examples are {"source": (S,), "source_segments": (S,), "target": (T,), "target_segments": (T,)}; texts end with the end
+    token, and the decoder begins each target with the start token, T5's pad (Raffel et al. 2020). segment_ids and
+    decoder_segment_ids are present only where a row has padding or two pairs.
     """
 
     def __init__(self, *, vocabulary: SpecialTokens, seed: int = 0) -> None:
@@ -37,7 +37,7 @@ class Seq2SeqCollator(Collator):
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
     def _shifted(self, row: Example) -> np.ndarray:
-        """What the decoder reads: each target one place later, behind the start token."""
+        """The decoder's input: each target shifted right by one, behind the start token."""
         target, segments = row["target"], row["target_segments"]
         first = np.diff(segments, prepend=0) > 0
         return np.where(first, self.start, np.roll(target, 1))

@@ -1,4 +1,4 @@
-"""Span corruption: spans become sentinels, and a decoder says what they were (Raffel et al. 2020, 3.1.4; T5's code)."""
+"""Span corruption: sentinels replace spans, and a decoder produces these (Raffel et al. 2020, 3.1.4; T5's code)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,16 +12,17 @@ from genai_pl.objectives.token_loss import IGNORED
 
 
 class Denoiser(NamedTuple):
-    """How much of a row is hidden, and in spans of which mean length; without one, its end is the only span.
+    """The share of a row that is hidden, and the mean length of its spans.
 
-    That end is the sequential denoiser of UL2; its others are the same with other numbers (Tay et al. 2022, table 1).
+    noise_density: share of tokens that are hidden. mean_span_length: None hides the end of the row as one span, the
+    sequential denoiser of UL2, whose others are the same with other numbers (Tay et al. 2022, table 1).
     """
 
     noise_density: float = 0.15
     mean_span_length: float | None = 3.0
 
     def counts(self, n_tokens: int) -> tuple[int, int]:
-        """How many tokens are hidden, and in how many spans."""
+        """The number of hidden tokens and of spans among n_tokens."""
         hidden = min(max(round(n_tokens * self.noise_density), 1), max(n_tokens - 1, 1))
         if self.mean_span_length is None:
             return hidden, 1
@@ -44,9 +45,11 @@ class Denoiser(NamedTuple):
 class SpanCorruptionCollator(Collator):
     """input_ids (B, S) with a sentinel per hidden span; decoder_input_ids and labels (B, T): sentinel, span, ..., end.
 
-    A row is one text, end tokens of documents included, so segment_ids and decoder_segment_ids only tell padding. Full
-    rows need none: they have the length whose input is seq_len. Of a `mixture` each row draws one denoiser; then rows
-    are as long as the one that hides least allows, and the others' inputs are padded.
+    noise_density, mean_span_length: of the denoiser. mixture: draw one of several denoisers for each row instead.
+
+    A row is one text, end tokens of documents included, so segment_ids and decoder_segment_ids mark padding only. Full rows
+    need none: they have the length whose input is seq_len. With a mixture, rows are as long as the denoiser that hides the
+    least allows, and the inputs of the others are padded.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class SpanCorruptionCollator(Collator):
         self.denoisers = [_denoiser(options) for options in mixture or [plain]]
 
     def row_length(self, seq_len: int) -> int:
-        """Tokens of a row that becomes an input of seq_len."""
+        """The tokens of a row whose input has seq_len; ConfigError if it has more spans than the tokenizer has sentinels."""
         n_tokens = min(denoiser.tokens_length(seq_len) for denoiser in self.denoisers)
         for denoiser in self.denoisers:
             self._sentinels(denoiser.counts(n_tokens)[1], n_tokens)
@@ -91,7 +94,7 @@ class SpanCorruptionCollator(Collator):
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
     def _corrupt(self, row: Example) -> tuple[np.ndarray, np.ndarray]:
-        """Input and target of a row: kept and hidden runs take turns, a kept one first."""
+        """Input and target of a row: kept and hidden runs alternate, a kept one first."""
         rng = row_rng(self.seed, row)
         denoiser = self.denoisers[rng.integers(len(self.denoisers))]
         ids = row["input_ids"].astype(np.int64)
@@ -128,8 +131,8 @@ def _denoiser(options: Mapping[str, float | None]) -> Denoiser:
 
 
 def _split(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of `parts` runs of at least one token that make up `total`, every such division being as likely."""
+    """Lengths of `parts` runs of at least one token that sum to `total`; all such divisions are equally likely."""
     if parts == 1:
         return np.array([total])
-    cuts = 1 + np.sort(rng.choice(total - 1, parts - 1, replace=False, shuffle=False))
-    return np.diff(cuts, prepend=0, append=total)
+    borders = 1 + np.sort(rng.choice(total - 1, parts - 1, replace=False, shuffle=False))
+    return np.diff(borders, prepend=0, append=total)

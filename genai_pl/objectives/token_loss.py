@@ -1,4 +1,4 @@
-"""What every objective that predicts tokens sums, whatever its labels are."""
+"""Token loss: cross entropy and accuracy over labelled tokens, without materialized logits."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def token_loss(
 @torch.compiler.disable(reason="its loop over chunks depends on the labels, as that of linear_cross_entropy does")
 @torch.no_grad()
 def masked_accuracy(hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """How many labelled tokens have the highest logit of their position; a softcap does not change which is highest."""
+    """The number of labelled tokens whose logit is the highest of their position; a softcap does not change which that is."""
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)  # (N, C), (N,)
     dtype = matmul_dtype(hidden)
     head, bias, part = local_vocab_shard(head.to(dtype), bias)

@@ -10,7 +10,14 @@ from genai_pl.optim.groups import NamedParameters, decay_groups, trainable
 def adafactor(
     named_parameters: NamedParameters, *, lr: float, beta2_decay: float, clip_threshold: float, weight_decay: float
 ) -> torch.optim.Adafactor:
-    """Adafactor (Shazeer and Stern 2018, algorithm 4): a step is min(lr, 1 / sqrt(t)) of the weight's own RMS."""
+    """Adafactor (Shazeer and Stern 2018, algorithm 4) on the parameters that require gradients.
+
+    lr: upper bound of the relative step: a step is min(lr, 1 / sqrt(t)) of the weight's own RMS
+    beta2_decay: exponent c of the decay 1 - t^c of second moments, 0 or less
+    clip_threshold: largest RMS of an update before scaling
+
+    ConfigError for sharded parameters, whose rows and columns torch's implementation cannot reduce.
+    """
     check("optimizer", lr=lr, beta2_decay=beta2_decay, clip_threshold=clip_threshold, weight_decay=weight_decay)
     from torch.distributed.tensor import DTensor  # late: half a second that a CPU run need not spend
 

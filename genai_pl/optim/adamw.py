@@ -1,4 +1,4 @@
-"""Adam with decoupled (AdamW) and with L2 weight decay (Adam), on torch's fused kernel where there is one."""
+"""Adam and AdamW: with L2 and with decoupled weight decay, on torch's fused kernel where there is one."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,14 @@ def adamw(
     weight_decay: float,
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW, whose decay of lr * weight_decay a step stays out of the moments (Loshchilov and Hutter 2019)."""
+    """AdamW, whose decay of lr * weight_decay per step stays out of the moments (Loshchilov and Hutter 2019).
+
+    named_parameters: pairs of name and parameter; matrices decay, vectors do not (`decay_groups`)
+    lr: peak learning rate, which the schedule scales
+    betas: decay of first and second moments
+    eps: added to the root of the second moment
+    fused: whether to use torch's fused kernel; None: where it can step these parameters
+    """
     return _build(torch.optim.AdamW, named_parameters, lr, betas, eps, weight_decay, fused)
 
 
@@ -35,13 +42,13 @@ def adam(
 
 
 def has_fused_kernel(named_parameters: NamedParameters) -> bool:
-    """Whether torch can step these parameters in one kernel, which takes no mixture of sharded and whole tensors.
+    """Whether torch can step these parameters in one kernel, which takes no mixture of sharded and plain tensors.
 
     On two CPU cores a step of a GPT takes 0.8, 3.1 and 4.2 ms (1.4M parameters) or 5.8, 19.7 and 17.5 ms (10.8M):
     fused, foreach and for-loop.
     """
     parameters = [parameter for _, parameter in named_parameters]
-    kinds = {type(parameter) for parameter in parameters}  # tensor parallelism leaves norms whole beside DTensors
+    kinds = {type(parameter) for parameter in parameters}  # tensor parallelism leaves norms unsharded
     return len(kinds) == 1 and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
 
 
@@ -54,11 +61,12 @@ def _build(
     weight_decay: float,
     fused: bool | None,
 ) -> torch.optim.Adam:
+    """The optimizer of either kind, with checked options, decay groups and a decision about the fused kernel per group."""
     check("optimizer", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     groups = decay_groups(named_parameters, weight_decay)
     for group in groups:
         group["fused"] = has_fused_kernel(group["params"]) if fused is None else fused
-    # a list from YAML becomes a tuple: its own class would make the checkpoint unreadable with weights_only=True
+    # a tuple, since the list class of OmegaConf would make checkpoints unreadable with weights_only=True
     optimizer = kind(groups, lr=lr, betas=tuple(betas), eps=eps)
     # A fused step would unscale fp16 gradients itself, after clipping has seen them scaled; Lightning refuses to clip
     # then, in bf16 too. Let GradScaler unscale first, as for every other optimizer.

@@ -1,4 +1,4 @@
-"""What an option of an optimizer or a schedule may be, and the error that says so."""
+"""Bounds of the options of optimizers and schedules, and the errors that name them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def check(group: str, **options: object) -> None:
 
 
 def choose(option: str, name: str, choices: Mapping[str, T]) -> T:
-    """The choice of that name, or a ConfigError that lists the names."""
+    """The value of that name, or a ConfigError that lists the names; `option` is where the user set it."""
     if name not in choices:
         raise ConfigError(f"{option} must be one of {', '.join(choices)}, not {name}")
     return choices[name]

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and which of them decay."""
+"""Parameter groups: which parameters are trained, and which of them decay."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ Group = dict[str, object]
 
 
 def trainable(named_parameters: NamedParameters) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that want a gradient, a tied one once, under its first name."""
+    """The parameters that require gradients, a tied one once, under its first name; ConfigError if there are none."""
     names: dict[nn.Parameter, str] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:

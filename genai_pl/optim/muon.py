@@ -1,4 +1,10 @@
-"""Muon for hidden matrices, AdamW for every other parameter, as one optimizer."""
+"""Muon for hidden matrices, AdamW for every other parameter, as one optimizer.
+
+Muon replaces the momentum of a matrix by the nearest semi-orthogonal matrix, so that an update moves all directions
+equally (Jordan 2024). That argument holds for maps between hidden states; embeddings, heads, norms and biases get
+AdamW. Orthogonalization needs
+the full matrix: sharded ones are gathered, several at a time, and each rank orthogonalizes some of them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +21,7 @@ from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import Group, NamedParameters, decay_groups, trainable
 
-# tables that are looked up, and parameters of scores that no hidden state is multiplied with
+# parts of the names of tables that are looked up, and of scores that no hidden state is multiplied with
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
 NOT_HIDDEN += ("content_bias", "position_bias", "type_bias", "type_embed")
 NEWTON_SCHULZ_STEPS = 5
@@ -38,13 +44,20 @@ def muon(
     eps: float,
     weight_decay: float,
 ) -> "MuonAdamW":
-    """Muon at `lr` for matrices between the embeddings and the head, AdamW at `adam_lr` (None: `lr`) for the rest."""
+    """Muon at `lr` for matrices between the embeddings and the head, AdamW at `adam_lr` (None: `lr`) for the rest.
+
+    momentum, nesterov: of Muon's update before orthogonalization
+    adjust_lr: factor by a matrix's size: match_rms_adamw, with which one lr suits both, or original
+    betas, eps: of AdamW
+    weight_decay: decoupled, of matrices under both
+    """
     choose("optimizer.adjust_lr", adjust_lr, ADJUST_LR)
     if adam_lr is None and adjust_lr == "original":
         raise ConfigError("optimizer.adjust_lr=original needs optimizer.adam_lr: its lr (about 0.02) is not AdamW's")
     adam_lr = lr if adam_lr is None else adam_lr
     check("optimizer", lr=lr, adam_lr=adam_lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay)
     named = trainable(named_parameters)
+    # matrices for Muon, the rest for AdamW in groups with and without decay
     hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
     rest = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
     matrices = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr": adjust_lr}
@@ -60,7 +73,7 @@ def muon(
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon may step it: its argument holds for maps between hidden states, not for tables of vectors."""
+    """Whether Muon may step a parameter: a matrix between hidden states, not a table of vectors."""
     return parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN)
 
 
@@ -79,7 +92,13 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW(Optimizer):
-    """Steps groups of `algorithm` muon (Jordan 2024) and adamw; each keeps its own `lr`, which schedulers scale."""
+    """Steps groups of `algorithm` muon (Jordan 2024) and adamw; each keeps its own `lr`, which schedulers scale.
+
+    groups: parameter groups with a key `algorithm` and the options of that algorithm
+
+    One optimizer with one state, so that checkpoints, schedules and loss scaling treat it as any other. An inner torch
+    AdamW shares the adamw groups and the state.
+    """
 
     def __init__(self, groups: list[Group]) -> None:
         super().__init__(groups, defaults={})
@@ -90,6 +109,7 @@ class MuonAdamW(Optimizer):
         self._share()  # load_state_dict and unpickling bring new groups and a new state
 
     def _share(self) -> None:
+        """Let an inner AdamW step the adamw groups on the shared state."""
         groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
         self._adamw = torch.optim.AdamW(groups) if groups else None
         if self._adamw is not None:
@@ -110,18 +130,20 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _step_matrices(self, parameters: list[Tensor], group: Group) -> None:
+        """Step the matrices of a group, of each mesh apart, as many at a time as the mesh has ranks."""
         meshes: dict[DeviceMesh | None, list[Tensor]] = {}
         for parameter in parameters:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             meshes.setdefault(mesh, []).append(parameter)
         for mesh, some in meshes.items():
-            n_at_once = 1 if mesh is None else mesh.size()  # whole matrices in memory
+            n_at_once = 1 if mesh is None else mesh.size()  # full matrices in memory
             for first in range(0, len(some), n_at_once):
                 self._step_some(some[first : first + n_at_once], group, mesh)
 
     def _step_some(self, parameters: list[Tensor], group: Group, mesh: DeviceMesh | None) -> None:
+        """Decay and move some matrices; sharded ones are gathered for the orthogonalization only."""
         updates = [self._update(parameter, group) for parameter in parameters]
-        # Newton-Schulz on pieces would send them around in each of its steps
+        # Newton-Schulz on shards would communicate in each of its steps
         directions = map(orthogonalize, updates) if mesh is None else map_across_ranks(orthogonalize, updates, mesh)
         for parameter, direction in zip(parameters, directions, strict=True):
             scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape)

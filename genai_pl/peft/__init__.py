@@ -1,6 +1,12 @@
-"""Parameter-efficient fine-tuning: functions from a model to the same model with adapters around its layers."""
+"""Parameter-efficient fine-tuning: functions from a model to the same model with adapters around its layers.
 
-from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_disabled, adapters_of
+A method (`lora`, `ia3`, `prefix`, ...) freezes the model and wraps or adds modules that all refer to one `Adapter`, the switch
+for the method's effect. Several adapters may wrap one layer. `merge` turns weight adapters into plain weights; `save_adapter`
+and `load_adapter` use PEFT's file layout. Names: adapter.py switch, adapter_layers.py layers around a weight, targets.py
+which modules are wrapped, io/ files.
+"""
+
+from genai_pl.peft.adapter import Adapter, AdapterLayer, RowWeights, adapters_disabled, adapters_of
 from genai_pl.peft.adapter_layers import tie_weights
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
@@ -18,6 +24,7 @@ __all__ = [
     "Adapter",
     "AdapterLayer",
     "METHODS",
+    "RowWeights",
     "adapters_disabled",
     "adapters_of",
     "base_tensors",

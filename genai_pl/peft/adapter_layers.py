@@ -1,4 +1,8 @@
-"""What the adapter layers of one weight share: they look like the layer they wrap, and can be folded into it."""
+"""Adapter layers around one weight: they look like the layer that they wrap, and can be merged into it.
+
+The rest of the package reads `weight`, `bias`, `in_features` and `out_features` of linear layers (the chunked loss multiplies
+by the head's weight itself), so a wrapped layer must have them too.
+"""
 
 from copy import deepcopy
 
@@ -15,7 +19,11 @@ State = dict[str, Tensor]  # the parameters of one layer, by name
 
 
 class WeightAdapter(AdapterLayer):
-    """A layer whose effect on its base is that of another weight and bias."""
+    """Base class of layers whose effect on their base equals another weight and bias of that base.
+
+    base: the wrapped layer, which may be an adapter layer itself. A subclass implements `forward` and `merged`, and `weight` or
+    `bias` where the head may be its base.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__()
@@ -31,21 +39,28 @@ class WeightAdapter(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base's."""
+        """The weight of the base, unchanged."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's."""
+        """The bias of the base, unchanged."""
         return self.base.bias
 
     def merged(self, state: State) -> State:
-        """The parameters with which the base alone does what this layer does, given those of what it wraps."""
+        """The parameters with which the base alone would compute what this layer computes.
+
+        state: parameters of the innermost module by name, in float32, already merged with the layers inside this one. The result
+        is a new dict whose unchanged values are the same tensors, so that `merge` leaves those parameters alone.
+        """
         raise NotImplementedError
 
 
 class TrainedCopy(WeightAdapter):
-    """A copy of the base that is trained whole, while the base stays what it was."""
+    """A full copy of the base that is trained while the base stays frozen: PEFT's modules_to_save.
+
+    copy: the module that is trained. A weight between 0 and 1 interpolates base and copy.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__(base, adapter)
@@ -61,12 +76,12 @@ class TrainedCopy(WeightAdapter):
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies by now; the loss reads it of a head."""
+        """The weight in effect now, by the adapter's switch; the chunked loss multiplies by it."""
         return self._now("weight")
 
     @property
     def bias(self) -> Tensor | None:
-        """What the layer adds now."""
+        """The bias in effect now, or None."""
         return None if self.base.bias is None else self._now("bias")
 
     def merged(self, state: State) -> State:
@@ -75,9 +90,11 @@ class TrainedCopy(WeightAdapter):
 
     @property
     def _is_whole(self) -> bool:
+        """True if the copy alone is in effect, in all rows."""
         return self.adapter.rows is None and self.adapter.weight == 1.0
 
     def _now(self, name: str) -> Tensor:
+        """Parameter `name` of base and copy, interpolated."""
         base, copied = getattr(self.base, name), getattr(self.copy, name)
         if self.adapter.is_off or self._is_whole:
             return base if self.adapter.is_off else copied
@@ -85,7 +102,10 @@ class TrainedCopy(WeightAdapter):
 
 
 def scalar_weight(layer: WeightAdapter) -> float:
-    """The weight of an adapter where one matrix must serve all rows."""
+    """The weight of a layer's adapter, for the loss, which multiplies all rows by one matrix; ConfigError if rows differ.
+
+    Embeddings are the exception: with weights by row they return rows from `forward`, and nobody reads their `weight`.
+    """
     if layer.adapter.rows is not None and isinstance(base_module(layer), nn.Linear):
         raise ConfigError(
             f"adapters by row: the head is part of {layer.adapter.method}, so rows need logits, not a loss"
@@ -94,16 +114,19 @@ def scalar_weight(layer: WeightAdapter) -> float:
 
 
 def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
-    """Wrap the layers of these names so that a copy of each is trained; what shares a weight goes on sharing it.
+    """Wrap the layers with these names in `TrainedCopy`; copies of tied parameters are tied too.
 
-    A head that scores texts is always among them: the base has only its first draw.
+    names: of layers, as `ModuleSite.is_called` takes them. A head that scores texts is always added: it is new in this model, so
+    the base holds only its initialization. ConfigError for unknown names and for layers that the adapter wraps already.
     """
     names = [*names, "score"] if model.config.head is Head.score else names
+    # every name must mean a layer that has parameters of its own
     places = [site for site in module_sites(model) if site.parameters]
     for name in names:
         if not any(site.is_called(name) for site in places):
             leaves = ", ".join(dict.fromkeys(site.leaf for site in places))
             raise ConfigError(f"peft.modules_to_save: no layer with weights is called {name}; there are: {leaves}")
+    # one copy of each parameter, however many layers hold it
     shared: dict[nn.Parameter, nn.Parameter] = {}
     for site in places:
         if not any(map(site.is_called, names)):
@@ -117,7 +140,10 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
 
 
 def tie_weights(model: nn.Module) -> None:
-    """What `model.tie_weights` does, around adapters: tie the base's head again, and copies that are still equal."""
+    """Tie head and embedding again after loading, as `model.tie_weights` does, but below adapter layers.
+
+    Copies that an adapter trains are tied too if their values are equal; two copies that were trained apart stay apart.
+    """
     wrapped = isinstance(model, WrappedDecoder)
     tied = model.inner.config.tie_word_embeddings if wrapped else model.config.tie_embeddings
     if not tied or model.lm_head is None:
@@ -131,5 +157,8 @@ def tie_weights(model: nn.Module) -> None:
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:
-    """Zeros where `like` is, in float32 at least: a step on bf16 weights would be lost in rounding."""
+    """A trainable parameter of zeros on the device of `like`, in float32 at least.
+
+    Steps of an optimizer are smaller than what bf16 resolves near 1 (2^-8), so in bf16 most of them would be lost.
+    """
     return nn.Parameter(like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32)))

@@ -1,4 +1,7 @@
-"""BitFit (Ben Zaken et al. 2022): only the biases that a model has are trained."""
+"""BitFit (Ben Zaken et al. 2022): only the biases that a model already has are trained.
+
+The change of each bias is a parameter of its own beside the frozen bias, so the adapter can be turned off and saved alone.
+"""
 
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from genai_pl.peft.targets import base_module, module_sites
 
 
 class TrainedBias(WeightAdapter):
-    """base(x) with a bias that has moved by `shift`; the base's own stays what it was."""
+    """base(x) + shift, where `shift` (out,) starts at zero; the bias of the base stays frozen."""
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__(base, adapter)
@@ -23,7 +26,7 @@ class TrainedBias(WeightAdapter):
 
     @property
     def bias(self) -> Tensor:
-        """What the layer adds now; the loss reads it of a head."""
+        """The bias in effect now, which the chunked loss adds itself if the base is the head."""
         if self.adapter.is_off:
             return self.base.bias
         return self.base.bias + (scalar_weight(self) * self.shift).to(self.base.bias.dtype)
@@ -33,7 +36,8 @@ class TrainedBias(WeightAdapter):
 
 
 def bitfit(model: nn.Module) -> nn.Module:
-    """The model, frozen but for the biases of its linear layers and of its LayerNorms."""
+    """The model, frozen except for changes of the biases of its linear layers and LayerNorms; ConfigError if it has none."""
+    # every bias must be in a layer that TrainedBias can wrap
     kinds = (nn.Linear, nn.LayerNorm)
     sites = [site for site in module_sites(model) if "bias" in site.parameters]
     unsupported = [type(site.inner).__name__ for site in sites if not isinstance(site.inner, kinds)]
@@ -44,6 +48,7 @@ def bitfit(model: nn.Module) -> nn.Module:
             "peft=bitfit: this model has no biases (GPT, BERT, RoBERTa and XLNet have, and Qwen2 some; Llama and T5 "
             "have none): choose peft=lora, or train a model with model.bias=true"
         )
+    # freeze the base, then wrap: parameters made afterwards are trainable
     adapter = Adapter("bitfit", {})
     model.requires_grad_(False)
     for site in sites:

@@ -1,4 +1,7 @@
-"""IA3 (Liu et al. 2022, section 3.3): keys, values and the inside of the MLP are scaled by learned vectors."""
+"""IA3 (Liu et al. 2022, section 3.3): keys, values and the hidden units of the MLP are multiplied by learned vectors.
+
+The vectors start at 1. A scale on hidden units sits on the input of down_proj; all others sit on the output of their layer.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,10 @@ TARGETS = ("k_proj", "v_proj", *FEEDFORWARD)
 
 
 class IA3Linear(WeightAdapter):
-    """scale * base(x), or base(scale * x) where it is on the input; (..., in) -> (..., out)."""
+    """scale * base(x), or base(scale * x) where the scale is on the input; (..., in) -> (..., out).
+
+    scale: (out,) or (in,), initially 1. on_input: which of the two.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter, *, on_input: bool) -> None:
         super().__init__(base, adapter)
@@ -31,13 +37,15 @@ class IA3Linear(WeightAdapter):
         return self._scaled(self.base(x))
 
     def merged(self, state: State) -> State:
+        # diag(scale) W on the output, W diag(scale) on the input
         scale = 1 + self.adapter.weight * (self.scale - 1)
         if self.on_input:
             return {**state, "weight": state["weight"] * scale}
-        # a bias is scaled with the rest of the output
+        # the bias of the base is part of the output that is scaled
         return {name: value * (scale[:, None] if value.dim() == 2 else scale) for name, value in state.items()}
 
     def _scaled(self, x: Tensor) -> Tensor:
+        """x times the scale, interpolated towards 1 by the adapter's weight."""
         return x * (1 + self.adapter.scale(x) * (self.scale - 1)).to(x.dtype)
 
 
@@ -48,15 +56,17 @@ def ia3(
     feedforward_modules: Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> nn.Module:
-    """The model, frozen, with a learned scale on each target; on the input of those that are feedforward_modules.
+    """The model, frozen, with a learned scale on each target; on the input of those that feedforward_modules names.
 
-    None means k_proj, v_proj and down_proj, and down_proj; modules_to_save are trained whole.
+    target_modules: see `targets.match`; None for k_proj, v_proj and down_proj. feedforward_modules: None for down_proj.
+    modules_to_save: layers trained as full copies.
     """
     named = {"target_modules": target_modules, "feedforward_modules": feedforward_modules}
     options = {name: listed(value) for name, value in (named | {"modules_to_save": modules_to_save}).items()}
     adapter = Adapter("ia3", options)
     targets = match(model, target_modules, default=TARGETS)
     inner = FEEDFORWARD if feedforward_modules is None else options["feedforward_modules"]
+    # a scale on the input must be one of the targets
     for name in options["feedforward_modules"] or []:
         if not any(site.is_called(name) for site in targets):
             leaves = ", ".join(dict.fromkeys(site.leaf for site in targets))
@@ -69,5 +79,5 @@ def ia3(
 
 
 def ones_like_output(module: nn.Module) -> Tensor:
-    """The scale that changes nothing, (out,)."""
+    """The scale (out,) that changes nothing, for a part of a joined layer that has no adapter."""
     return torch.ones_like(module.weight[:, 0])

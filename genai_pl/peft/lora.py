@@ -1,4 +1,8 @@
-"""LoRA (Hu et al. 2022), with rsLoRA, PiSSA and DoRA: a weight changes by a product of two thin matrices."""
+"""LoRA (Hu et al. 2022), with rsLoRA, PiSSA and DoRA: a weight changes by the product of two thin matrices.
+
+W' = W + s B A with A (R, in), B (out, R) and s = alpha / R, or alpha / sqrt(R) for rsLoRA (Kalajdzievski 2023). B starts at
+zero, so the model starts as its base. PiSSA and DoRA are options of the same layer, since they change its start and its scale.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,10 +24,14 @@ INITS = ("default", "pissa")
 
 
 class LoRALinear(WeightAdapter):
-    """base(x) + scaling B A x, (..., in) -> (..., out), A (R, in), B (out, R).
+    """base(x) + s B A x, (..., in) -> (..., out), with A (R, in) and B (out, R).
 
-    DoRA scales each row of the changed weight to a learned length (Liu et al. 2024, eq. 5). PiSSA starts A and B at the
-    principal part of the weight, and takes from the output what that part does: so the base is never changed.
+    DoRA learns the length of each row of the changed weight: W' = m (W + s B A) / |W + s B A| by rows (Liu et al. 2024, eq. 5).
+    PiSSA starts A and B at the principal part of the weight and subtracts that part's output, kept in the buffers start_A and
+    start_B: the base stays frozen as it is, instead of being overwritten by its residual, so the file holds plain LoRA.
+
+    rank: R. alpha: numerator of s. dropout: probability, on the input of A. rslora, dora: as above.
+    init: "default" (A uniform as nn.Linear, B zero) or "pissa".
     """
 
     def __init__(
@@ -56,11 +64,14 @@ class LoRALinear(WeightAdapter):
         y = self.base(x)
         if self.adapter.is_off:
             return y
+        # plain LoRA: the scale is applied between A and B, where the tensor has only R columns
         scale = self.adapter.scale(x)
         dropped = self.dropout(x)
         if self.magnitude is None:
             return y + self._change(x, dropped, scale * self.scaling).to(y.dtype)
-        norm_ratio = self.magnitude / self.norms()  # the norms count as constants (section 4.3)
+        # DoRA: (m / |W'| - 1) W x + m / |W'| s B A x is what must be added to the base's output
+        norm_ratio = self.magnitude / self.norms()  # no gradient through the norms (section 4.3)
+        # W x without bias; under dropout both terms must see the same dropped input
         if self.training and self.dropout.p > 0.0:
             straight = F.linear(dropped, self.weight.to(dropped.dtype))
         else:
@@ -69,14 +80,17 @@ class LoRALinear(WeightAdapter):
         return y + (scale * change).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(R, in) and (out, R) whose product, times `scaling`, is all that is added to the weight."""
+        """A (R, in) and B (out, R) whose product times `scaling` is the whole change of the weight.
+
+        For PiSSA the initial product is subtracted by stacking, so R is twice the rank, and the result is plain LoRA.
+        """
         if self.start_A is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The lengths (out,) of the rows of the changed weight."""
+        """Lengths (out,) of the rows of the changed weight, without gradient."""
         A, B = self.factors()
         return (self.weight.to(A.dtype) + self.scaling * (B @ A)).norm(dim=1)
 
@@ -89,23 +103,25 @@ class LoRALinear(WeightAdapter):
         scale = (self.magnitude / self.norms())[:, None]
         new = {**state, "weight": weight + share * ((scale - 1) * weight + scale * change)}
         if self.bias is not None:
+            # `forward` scales base(x) - bias, so it scales what adapters inside have added to the bias
             new["bias"] = state["bias"] + share * (scale[:, 0] - 1) * (state["bias"] - self.bias)
         return new
 
     def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float) -> Tensor:
-        """factor (B A dropped - B0 A0 x), multiplied where it is thinnest."""
-        # a process of several holds some rows or columns
+        """factor * (B A dropped - B0 A0 x), with the factor applied to the R columns between the two products."""
+        # under tensor parallelism a process holds some rows or columns of A or B
         change = F.linear(F.linear(self._cast(dropped), local_shard(self.lora_A)) * factor, local_shard(self.lora_B))
         if self.start_A is None:
             return change
         return change - F.linear(F.linear(self._cast(x), self.start_A) * factor, self.start_B)
 
     def _cast(self, x: Tensor) -> Tensor:
+        """x in the dtype of A; under autocast, F.linear casts by itself."""
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
 
     @torch.no_grad()
     def _start_at_principal_part(self) -> None:
-        """scaling B A is the part of the weight with the greatest singular values (Meng et al. 2024, eq. 2 and 3)."""
+        """Set A and B so that s B A is the part of the weight with the R largest singular values (Meng et al. 2024, eq. 2, 3)."""
         U, S, Vh = torch.linalg.svd(self.weight.to(self.lora_A.dtype), full_matrices=False)
         if self.rank > S.shape[0]:
             shape = " x ".join(map(str, self.weight.shape))
@@ -133,9 +149,11 @@ def lora(
 ) -> nn.Module:
     """The model, frozen, with a LoRALinear around each target; None targets q_proj, k_proj, v_proj and o_proj.
 
-    modules_to_save are trained whole. A pattern {name: value} gives some targets another rank or alpha. With quantize, the
-    frozen layers of the blocks are kept in fewer bits (QLoRA).
+    rank, alpha, dropout, rslora, dora, init: see `LoRALinear`; rank_pattern and alpha_pattern, {name: value}, override the first
+    two for the targets of that name. target_modules: see `targets.match`. modules_to_save: layers trained as full copies.
+    quantize: "nf4" or "int8" for the frozen linear layers of the blocks (QLoRA), or None.
     """
+    # options are checked and stored before the model changes
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     _check({rank, *ranks.values()}, {alpha, *alphas.values()}, dropout=dropout, init=init)
     common = {"dropout": dropout, "rslora": rslora, "dora": dora, "init": init}
@@ -144,6 +162,7 @@ def lora(
     options["quantize"] = quantize
     if quantize is not None:
         quantize_blocks(model, kind=quantize, keep=names["modules_to_save"] or [])
+    # freeze the base, then wrap: parameters made afterwards are trainable
     adapter = Adapter("dora" if dora else "lora", options)
     targets = match(model, target_modules, default=TARGETS)
     rank_of = partial(_by_pattern, "rank_pattern", ranks, targets, rank)
@@ -158,6 +177,7 @@ def lora(
 def _by_pattern(
     option: str, pattern: dict[str, float], targets: list[ModuleSite], default: float, site: ModuleSite
 ) -> float:
+    """The value of a site: that of the first pattern name it is called by, else the default; ConfigError for unused names."""
     for name in pattern:
         if not any(target.is_called(name) for target in targets):
             raise ConfigError(f"peft.{option}: no target is called {name}")

@@ -1,4 +1,4 @@
-"""Adapters folded into the weights they adapt: a plain model again, as fast as its base."""
+"""Merging: adapters added to the weights that they wrap, which leaves a plain model as fast as its base."""
 
 from dataclasses import replace
 
@@ -14,7 +14,11 @@ from genai_pl.peft.targets import adapter_layers, base_module, module_sites
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The model without adapter layers, doing what it did with them; ConfigError for adapters that are no weights."""
+    """The model without adapter layers, computing what it computed with them, all parameters trainable.
+
+    ConfigError for adapters that are no change of a weight (bottleneck, prefix, prompt). A quantized base is dequantized first,
+    and stays so: the sum of a 4-bit weight and a LoRA product has no 4-bit form.
+    """
     for module in model.modules():
         if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
             raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
@@ -28,11 +32,12 @@ def merge(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _merged(layers: list[WeightAdapter]) -> nn.Module:
-    """The innermost module with new parameters where they change."""
+    """The innermost module with new parameters where the layers change them; sums are computed in float32."""
     module = base_module(layers[0])
     parameters = dict(module.named_parameters())
     state = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
     before = dict(state)
+    # from the innermost layer out, as in the forward pass
     for layer in reversed(layers):
         state = layer.merged(state)
     for name, value in state.items():
@@ -42,11 +47,15 @@ def _merged(layers: list[WeightAdapter]) -> nn.Module:
 
 
 def _settle_ties(model: nn.Module) -> None:
-    """Tie the head to the embedding again, or, where they have come apart, let the configuration say so."""
+    """Restore the tie of head and embedding, or record in the configuration that they differ now.
+
+    An adapter on one of the two makes them differ; with tie_embeddings still true, saving would drop the head.
+    """
     inner = model.inner.config if isinstance(model, WrappedDecoder) else None
     tied = inner.tie_word_embeddings if inner else model.config.tie_embeddings
     if not tied or model.lm_head is None or model.lm_head.weight is model.embed.weight:
         return
+    # equal: tie again. Different: say so, in whichever configuration this kind of model has
     if torch.equal(model.lm_head.weight, model.embed.weight):
         model.tie_weights()
     elif inner:

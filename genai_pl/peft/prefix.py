@@ -1,4 +1,4 @@
-"""Prefix tuning (Li and Liang 2021): only keys and values in front of every layer's own are trained."""
+"""Prefix tuning (Li and Liang 2021): learned keys and values before those of the tokens, in every layer."""
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,16 @@ from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install
 
 
 class Prefix(VirtualAdapter):
-    """Keys and values (P, L * 2 * K * D) of all layers, or what an MLP with one hidden layer makes of P embeddings."""
+    """Learned keys and values of P virtual tokens in L layers.
+
+    weight: (P, L * 2 * K * D), or with an MLP its inputs (P, K * D). mlp: None, or an MLP with `hidden_size` units and tanh that
+    makes the keys and values, which trains more stably (section 4.3). seed: of the initialization, normal with init_std.
+    """
 
     def __init__(self, adapter: Adapter, stack: Transformer, n_tokens: int, hidden_size: int | None, seed: int) -> None:
         super().__init__(adapter, n_tokens)
         config, like, generator = stack.config, stack.embed.weight, torch.Generator().manual_seed(seed)
+        # one row per virtual token: all keys and values, or the input of the MLP that makes them
         self.shape = (n_tokens, config.n_layer, 2, config.n_kv_head, config.head_dim)
         inner = config.n_kv_head * config.head_dim
         width = config.n_layer * 2 * inner
@@ -27,27 +32,28 @@ class Prefix(VirtualAdapter):
             options = {"device": like.device, "dtype": self.weight.dtype}
             parts = nn.Linear(inner, hidden_size, **options), nn.Tanh(), nn.Linear(hidden_size, width, **options)
             self.mlp = nn.Sequential(*parts)
+        # drawn on the CPU from the seed, so that devices and processes agree
         for name, parameter in self.named_parameters():
             std = 0.0 if name.endswith("bias") else config.init_std
             if self.mlp is not None and parameter is self.weight:
-                std = 1.0  # what the MLP is to tell apart
+                std = 1.0  # inputs of the MLP, which must differ between tokens
             parameter.data.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
 
     def table(self) -> Tensor:
-        """All keys and values, (P, L * 2 * K * D)."""
+        """All keys and values, (P, L * 2 * K * D), as the file holds them."""
         return self.weight if self.mlp is None else self.mlp(self.weight)
 
     def layers(self) -> Tensor:
+        """Keys and values by layer, (L, 2, K, P, D), as attention takes them."""
         return self.table().view(self.shape).permute(1, 2, 3, 0, 4)  # (L, 2, K, P, D)
 
 
 def prefix(model: nn.Module, *, n_tokens: int = 20, hidden_size: int | None = None, seed: int = 0) -> nn.Module:
-    """The model, frozen, with n_tokens learned keys and values in each layer, which every query sees, beyond a window too.
+    """The model, frozen, with n_tokens learned keys and values in each layer, which every query attends to.
 
-    hidden_size    of an MLP that makes them while they are trained; a file holds its results
-
-    In an encoder-decoder they are in the decoder's attention to itself, as PEFT has it. They change the model from the
-    first step on, since they take a share of the attention.
+    A sliding window does not exclude them. In an encoder-decoder they are in the decoder's self-attention, as in PEFT. They
+    change the model from the first step on, since they take a share of the attention.
+    hidden_size: of an MLP that makes them during training, or None; a file holds its results. seed: of the initialization.
     """
     stack = stack_for(model, "prefix", n_tokens, reads=False)
     if hidden_size is not None and hidden_size < 1:
@@ -58,7 +64,7 @@ def prefix(model: nn.Module, *, n_tokens: int = 20, hidden_size: int | None = No
 
 @torch.no_grad()
 def write_prefix(model: nn.Module, adapter: Adapter) -> AdapterFile:
-    """The adapter in PEFT's layout, where an MLP has done its work."""
+    """The adapter in PEFT's layout: keys and values as the MLP makes them, so that the file needs no MLP."""
     tokens = virtual_of(model)
     P, L, _, K, D = tokens.shape
     two = isinstance(model, EncoderDecoder)
@@ -70,14 +76,14 @@ def write_prefix(model: nn.Module, adapter: Adapter) -> AdapterFile:
         "prefix_projection": False,
     }
     table = tokens.table()
-    if two:  # PEFT reads four parts per layer, of which the last two fall away
+    if two:  # PEFT splits the table into four parts per layer and uses the first two
         table = nn.functional.pad(table.view(P, L, 2 * K * D), (0, 2 * K * D)).flatten(1)
         config["num_layers"] = 2 * L
     return AdapterFile(config, {KEY: table}, {**adapter.options, "hidden_size": None})
 
 
 def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the prefix, ours or one that PEFT has written."""
+    """The model with a prefix from a file that genai_pl or PEFT wrote."""
     table, n_tokens = table_in(file)
     model = prefix(model, n_tokens=n_tokens)
     if isinstance(model, EncoderDecoder):
@@ -87,7 +93,10 @@ def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
 
 
 def _of_decoder(table: Tensor, L: int, inner: int) -> Tensor:
-    """What PEFT makes of a table for an encoder-decoder: all of it twice over, four parts per layer, the first two used."""
+    """The keys and values that PEFT uses from its table for an encoder-decoder, (P, L * 2 * K * D).
+
+    PEFT repeats the table and splits it into four parts per layer, of which the first two count. inner: K * D.
+    """
     if table.shape[1] % (2 * inner) or table.shape[1] < 2 * L * inner:
         raise CheckpointError(f"{KEY} has shape {list(table.shape)}, which is not keys and values of {L} layers")
     parts = table.repeat(1, 2).view(len(table), -1, inner)  # keys and values by turns

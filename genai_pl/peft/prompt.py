@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021): only embeddings that stand in front of every document are trained."""
+"""Prompt tuning (Lester et al. 2021): learned embeddings before the first token of every document."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,10 @@ INITS = ("random", "text", "vocabulary")
 
 
 class Prompt(VirtualAdapter):
-    """Embeddings (P, E), which enter where those of the tokens do, before positions are added."""
+    """Learned embeddings `weight` (P, E), which enter where token embeddings do, before positions are added.
+
+    first: their initial values.
+    """
 
     def __init__(self, adapter: Adapter, first: Tensor) -> None:
         super().__init__(adapter, first.shape[0])
@@ -24,6 +27,7 @@ class Prompt(VirtualAdapter):
         self.weight.data.copy_(first)
 
     def embeddings(self) -> Tensor:
+        """The embeddings (P, E)."""
         return self.weight
 
 
@@ -36,12 +40,12 @@ def prompt(
     init_ids: Sequence[int] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """The model, frozen, with n_tokens learned embeddings before every document: in an encoder-decoder, of the source.
+    """The model, frozen, with n_tokens learned embeddings before every document; in an encoder-decoder, before the source.
 
-    init    random: as the model draws its embeddings; vocabulary: those of tokens drawn at random; text: those of
-            init_ids, the tokens of init_text, from the start again where they are fewer
-
-    They change the model from the first step on: no prompt is nothing.
+    They change the model from the first step on: no prompt is the same as none.
+    init: "random" as the model initializes its embeddings, "vocabulary" for those of random tokens, "text" for those of the
+        tokens `init_ids` of `init_text`, repeated if they are fewer than n_tokens.
+    seed: of the random choices.
     """
     stack = stack_for(model, "prompt", n_tokens, reads=True)
     if init not in INITS:
@@ -65,10 +69,10 @@ def write_prompt(model: nn.Module, adapter: Adapter) -> AdapterFile:
 
 
 def read_prompt(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the prompt, ours or one that PEFT has written."""
+    """The model with a prompt from a file that genai_pl or PEFT wrote."""
     table, n_tokens = table_in(file)
     model = prompt(model, n_tokens=n_tokens)
-    # PEFT has more for an encoder-decoder, and does not use them
+    # for an encoder-decoder PEFT stores twice as many rows and uses the first half
     fill(virtual_of(model).weight, table[:n_tokens], KEY)
     return model
 
@@ -85,4 +89,6 @@ def _first(stack: Transformer, n_tokens: int, init: str, init_ids: Sequence[int]
     else:
         ids = torch.tensor(init_ids).repeat(-(-n_tokens // len(init_ids)))[:n_tokens]
     rows = table[ids.to(table.device)]
-    return rows if stack.embed_scale is None else rows * stack.embed_scale  # the prompt is not scaled any more
+    return (
+        rows if stack.embed_scale is None else rows * stack.embed_scale
+    )  # the model does not scale the prompt, so it starts scaled

@@ -1,4 +1,8 @@
-"""A frozen base in 4 or 8 bits a weight (QLoRA, Dettmers et al. 2023): less memory, and every multiplication dequantizes."""
+"""Quantized bases: frozen weights in 4 bits (nf4) or 8 (int8), dequantized for each product (QLoRA, Dettmers et al. 2023).
+
+The codes are held by a tensor subclass, `Quantized`, which behaves as the dequantized weight in every operation. So adapters,
+merging, checkpoints and `.to()` work unchanged; only `QuantizedLinear` knows about codes, for its memory in backward.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -15,8 +19,11 @@ aten = torch.ops.aten
 
 
 def nf4_levels() -> list[float]:
-    """The 16 values of a 4-bit NormalFloat, rising from -1 to 1: quantiles of a normal, and zero (appendix E)."""
-    outermost = 1 - (1 / 30 + 1 / 32) / 2  # a probability, whose quantile is scaled to 1
+    """The 16 values of a 4-bit NormalFloat, rising from -1 to 1: quantiles of a normal distribution, and zero (appendix E).
+
+    Seven values are negative and eight positive; a symmetric choice of 16 values would have no exact zero.
+    """
+    outermost = 1 - (1 / 30 + 1 / 32) / 2  # the probability whose quantile is scaled to 1
     below, above = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)) for n in (8, 9))
     levels = torch.cat([-below, above.flip(0)[1:]])
     return (levels / levels[-1]).tolist()
@@ -26,10 +33,14 @@ NF4 = nf4_levels()
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N / 2,) of two weights each, and the greatest magnitude (N / 64,) of each block, over the flat weight."""
+    """Codes (N / 2,) uint8, two per byte, and scales (N / 64,) float32, the largest magnitude of each block of 64 weights.
+
+    Blocks run over the flattened weight; the last one is padded with zeros.
+    """
     blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
     levels = torch.tensor(NF4, device=weight.device)
+    # the nearest level: its index is the number of midpoints below the value
     between = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(blocks / scales.clamp_min(torch.finfo().tiny)[:, None], between, out_int32=True)
     codes = codes.to(torch.uint8).flatten()
@@ -37,21 +48,21 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    """The weight in float32."""
+    """The weight in float32, of the given shape. One table look-up decodes both codes of a byte."""
     levels = torch.tensor(NF4, device=codes.device)
-    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): what each byte says
+    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the two values of each byte
     values = F.embedding(codes.int(), pairs)  # (N / 2, 2)
     return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (out, in), and the scale (out,) that brings the greatest magnitude of each row to 127."""
+    """Codes (out, in) int8, and scales (out,) that map the largest magnitude of each row to 127."""
     scales = weight.float().abs().amax(dim=1) / 127
     return (weight.float() / scales.clamp_min(torch.finfo().tiny)[:, None]).round().to(torch.int8), scales
 
 
 def from_int8(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    """The weight in float32."""
+    """The weight in float32, of the given shape."""
     return (codes.float() * scales[:, None]).view(shape)
 
 
@@ -59,7 +70,11 @@ KINDS = {"nf4": (to_nf4, from_nf4), "int8": (to_int8, from_int8)}
 
 
 class Quantized(Tensor):
-    """A weight (out, in) held as codes and scales; whatever is computed with it gets the dequantized weight."""
+    """A weight (out, in) held as codes and scales; operations receive the dequantized weight.
+
+    codes, scales: as `to_nf4` and `to_int8` return them. kind: "nf4" or "int8". dtype: of the weight that it stands for.
+    `__torch_dispatch__` handles what must keep the codes (detach, clone, `.to()`, copy_); all else sees `dense()`.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
@@ -74,14 +89,15 @@ class Quantized(Tensor):
         return f"Quantized({self.kind}, {list(self.shape)}, {self.dtype})"
 
     def dense(self) -> Tensor:
-        """The weight as it was before but for what quantization lost, (out, in)."""
+        """The dequantized weight (out, in) in its dtype."""
         return KINDS[self.kind][1](self.codes, self.scales, self.shape).to(self.dtype)
 
     def each(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Quantized":
-        """The same weight with something done to codes and scales."""
+        """The same weight with `change` applied to codes and scales, to move or copy them for example."""
         tensors = (change(self.codes), change(self.scales))
         return Quantized(*tensors, self.kind, self.shape, self.dtype if dtype is None else dtype)
 
+    # torch.compile takes a subclass apart by these two methods
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:
         return ["codes", "scales"], (self.kind, self.dtype)
 
@@ -96,6 +112,7 @@ class Quantized(Tensor):
         cls, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
+        # operations that keep the codes; a cast changes only the dtype of the result
         if function in (aten.detach.default, aten.alias.default):
             return args[0].each(function)
         if function is aten.clone.default:
@@ -103,22 +120,26 @@ class Quantized(Tensor):
         if function is aten._to_copy.default and kwargs.get("dtype", torch.float32).is_floating_point:
             device = kwargs.get("device")
             return args[0].each(lambda part: part.to(device, copy=True), kwargs.get("dtype"))
-        if function is aten.copy_.default and isinstance(args[0], cls):  # processes agree on their weights at the start
+        if function is aten.copy_.default and isinstance(args[0], cls):  # DDP broadcasts weights at the start
             codes, scales = quantized(args[1], args[0].kind)
             args[0].codes.copy_(codes)
             args[0].scales.copy_(scales)
             return args[0]
+        # everything else computes with the dequantized weight
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs))
         return function(*args, **kwargs)
 
 
 def quantized(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a weight; of one that was quantized like this before, the same."""
+    """Codes and scales of a weight. Quantizing a dequantized weight again gives the same codes, so copies stay exact."""
     return KINDS[kind][0](weight.dense() if isinstance(weight, Quantized) else weight)
 
 
 class Product(torch.autograd.Function):
-    """x W^T that keeps for the backward pass what is quantized, not the weight; the gradient goes to x alone."""
+    """x W^T whose backward pass keeps the quantized weight and dequantizes it again; only x has a gradient.
+
+    F.linear would keep the dequantized weight of every layer until backward, which is the memory that quantization saves.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Quantized) -> Tensor:
@@ -131,7 +152,7 @@ class Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """x W^T + b, (..., in) -> (..., out), with a quantized W."""
+    """x W^T + b, (..., in) -> (..., out), with a quantized, frozen W. kind: "nf4" or "int8"."""
 
     def __init__(self, base: nn.Linear, kind: str) -> None:
         nn.Module.__init__(self)
@@ -146,7 +167,7 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        # torch would swap the weight's contents, which it refuses once the layer has been compiled
+        # the default swaps the contents of the parameter, which torch refuses once the layer is compiled
         weight = self._parameters.pop("weight")
         super()._apply(fn, recurse)
         self.weight = nn.Parameter(fn(weight), requires_grad=False)
@@ -154,7 +175,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize(model: nn.Module, *, kind: str, keep: Sequence[str] = ()) -> nn.Module:
-    """The model with the linear layers of its blocks quantized, but for those named in `keep`."""
+    """The model with the linear layers of its blocks quantized, except those named in `keep`.
+
+    ConfigError for an unknown kind, and for a model that is quantized to the other kind already.
+    """
     if kind not in KINDS:
         raise ConfigError(f"peft.quantize={kind} is not one of {', '.join(KINDS)}")
     for site in match(model, ALL_LINEAR, default=()):
@@ -167,7 +191,7 @@ def quantize(model: nn.Module, *, kind: str, keep: Sequence[str] = ()) -> nn.Mod
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """The model with plain linear layers in place of the quantized ones."""
+    """The model with plain, frozen linear layers in place of the quantized ones."""
     for site in module_sites(model):
         if isinstance(site.inner, QuantizedLinear):
             plain = nn.Linear(site.inner.in_features, site.inner.out_features, bias=False, device="meta")
@@ -177,7 +201,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def _replace_base(site: ModuleSite, module: nn.Module) -> None:
-    """Let a module stand in the innermost place, inside whatever adapters are there."""
+    """Replace the innermost module of a site, inside the adapter layers around it."""
     layers = adapter_layers(site.module)
     if layers:
         layers[-1].base = module.train(layers[-1].training)

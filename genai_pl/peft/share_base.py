@@ -1,4 +1,4 @@
-"""One base in memory under several models: what belongs to no adapter, and models that share it."""
+"""Shared bases: several models, such as policy and critic, that hold one copy of the same frozen weights."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from genai_pl.peft.targets import module_sites
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Parameters and buffers that belong to no adapter: name without adapters, module, attribute, tensor."""
+    """Yields (name without adapters, module, attribute, tensor) for parameters and buffers that belong to no adapter."""
     places = [("", model), *((f"{site.names[0]}.", site.inner) for site in module_sites(model))]
     for prefix, module in places:
         if module is not None:
@@ -20,9 +20,9 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 @torch.no_grad()
 def share_frozen(model: nn.Module, other: nn.Module) -> int:
-    """Let parameters of the first model be frozen ones of the other's base where name and values agree; bytes that are shared.
+    """Replace parameters of `model` by equal frozen ones of `other`; returns the number of bytes shared.
 
-    The first model is frozen whole: training it would change the other.
+    `model` is frozen whole, since training it would change `other`. Names, dtypes and values must be equal.
     """
     model.requires_grad_(False)
     theirs = {name: x for name, _, _, x in base_tensors(other) if isinstance(x, nn.Parameter) and not x.requires_grad}

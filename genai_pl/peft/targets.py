@@ -1,4 +1,8 @@
-"""Which modules an adapter wraps: found by the names they have in the model without adapters."""
+"""Adapter targets: the modules that an adapter wraps, named as in the model without adapters.
+
+`module_sites` lists every module with its names and parents. Adapter layers are looked through: adding one adapter changes
+neither the names nor the number of sites, so the same option means the same layers for a second adapter.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,58 +15,63 @@ from genai_pl.models import WrappedDecoder
 from genai_pl.peft.adapter import AdapterLayer, adapters_of
 
 ALL_LINEAR = "all-linear"
-# XLNet's projection of distances has no batch, so rows cannot choose there; a head that scores is trained whole
+# XLNet's projection of distances has no batch dimension, so weights by row have no meaning; a scoring head is trained whole
 NO_TARGETS = ("r_proj", "score")
 
 
 class ModuleSite(NamedTuple):
-    """A place in the model, with whatever adapters wrap the module there."""
+    """A place for a module in the model, together with the adapter layers that wrap the module there.
 
-    names: tuple[str, ...]  # more than one where a module is shared
+    names: dotted names without adapters; several where a module is shared (tied embeddings, repeated blocks).
+    module: what stands there now, the outermost adapter layer or the module itself.
+    holders: (parent, attribute) pairs that refer to it.
+    """
+
+    names: tuple[str, ...]
     module: nn.Module
-    holders: tuple[tuple[nn.Module, str], ...]  # whose attribute it is
+    holders: tuple[tuple[nn.Module, str], ...]
 
     @property
     def leaf(self) -> str:
-        """The last part of the name."""
+        """The last component of the name, "q_proj" for example."""
         return self.names[0].rpartition(".")[2]
 
     def is_called(self, name: str) -> bool:
-        """Whether that is the name, or the end of it from a dot on."""
+        """True if `name` is a whole name of the site, or a suffix of one after a dot."""
         return any(own == name or own.endswith(f".{name}") for own in self.names)
 
     @property
     def inner(self) -> nn.Module | None:
-        """The module without the adapters around it; None where an adapter stands for itself."""
+        """The module without its adapter layers; None for an adapter layer that wraps nothing (virtual tokens)."""
         return base_module(self.module)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that the module holds itself."""
+        """The parameters that the module without adapters holds itself, not in submodules."""
         parameters = {} if self.inner is None else self.inner._parameters
         return {name: parameter for name, parameter in parameters.items() if parameter is not None}
 
     def replace(self, module: nn.Module) -> None:
-        """Let another module stand here."""
+        """Put another module in this place, under every parent, in the training mode of the present one."""
         module.train(self.module.training)
         for parent, attribute in self.holders:
             setattr(parent, attribute, module)
 
 
 def module_sites(model: nn.Module) -> list[ModuleSite]:
-    """Every place of the model; adapters change neither the places nor their names."""
+    """Every site of the model, in the order of a walk from the root; each module once."""
     known: dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]] = {}
     _walk(model, "", known)
     return [ModuleSite(tuple(names), module, tuple(holders)) for module, (names, holders) in known.items()]
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """What an adapter layer wraps, or None."""
+    """The module directly inside an adapter layer; None if `module` is no such layer or wraps nothing."""
     return module._modules.get("base") if isinstance(module, AdapterLayer) else None
 
 
 def adapter_layers(module: nn.Module) -> list[AdapterLayer]:
-    """The adapter layers around a module, the outermost first."""
+    """The adapter layers around a module, outermost first."""
     layers = []
     while isinstance(module, AdapterLayer):
         layers.append(module)
@@ -71,22 +80,24 @@ def adapter_layers(module: nn.Module) -> list[AdapterLayer]:
 
 
 def base_module(module: nn.Module | None) -> nn.Module | None:
-    """The module without the adapter layers around it."""
+    """The module inside all adapter layers around it."""
     while isinstance(module, AdapterLayer):
         module = wrapped_module(module)
     return module
 
 
 def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, default: Sequence[str]) -> list[ModuleSite]:
-    """The linear layers that `target_modules` means: names, one regular expression, "all-linear", or None.
+    """The sites of linear layers that the option `target_modules` means; ConfigError for names without such a layer.
 
-    None means those of the default names that exist. The head is never among them.
+    target_modules: a list of names, one regular expression for whole names, "all-linear" for the blocks' linear layers, or None
+    for those of `default` that exist. The head is never among them: `modules_to_save` trains it.
     """
     linears = _linears(model)
+    # each form of the option gives the targets and the names that match nothing
     if target_modules is None:
         targets = [site for site in linears if any(map(site.is_called, default))]
         missing = [name for name in default if not any(site.is_called(name) for site in linears)]
-        # what transformers calls otherwise must be named: half of the default would be no default
+        # a model run by transformers must have all default names or be given names: half of the default is no default
         missing = missing if isinstance(model, WrappedDecoder) or not targets else []
     elif target_modules == ALL_LINEAR:
         inside = {id(module) for block in model.blocks for module in block.modules()}
@@ -105,12 +116,13 @@ def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, defau
 
 
 def listed(names: str | Iterable[str] | None) -> str | list[str] | None:
-    """An option that names modules as plain data."""
+    """An option that names modules, as data that JSON can store: a tuple or OmegaConf list becomes a list."""
     return names if names is None or isinstance(names, str) else list(names)
 
 
 def describe(model: nn.Module) -> list[str]:
-    """Lines on what is adapted: the adapters, a table of layers, and how much of the model is trained."""
+    """Lines of the run's summary: each adapter with its options, the layers by kind, and the share of trained parameters."""
+    # layers of one name, class and size are one line
     counts: dict[tuple[str, str, str, int], int] = {}
     for site in module_sites(model):
         for layer in adapter_layers(site.module):
@@ -122,6 +134,7 @@ def describe(model: nn.Module) -> list[str]:
         f"  {leaf:<12}{count:>4} x {kind}{shape}, {size:,} parameters each"
         for (leaf, kind, shape, size), count in counts.items()
     ]
+    # in the words of PEFT's print_trainable_parameters
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return [
@@ -131,7 +144,8 @@ def describe(model: nn.Module) -> list[str]:
 
 
 def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
-    for attribute, module in parent._modules.items():  # named_children leaves out a block that is used again
+    """Add the modules below `parent` to `known`: {module: (names, holders)}."""
+    for attribute, module in parent._modules.items():  # named_children would leave out the second use of a shared block
         if module is None:
             continue
         is_known = module in known
@@ -144,6 +158,7 @@ def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
 
 
 def _linears(model: nn.Module) -> list[ModuleSite]:
+    """The sites of linear layers that an adapter may wrap."""
     head = base_module(model.lm_head)
     linears = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
     return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
@@ -157,7 +172,7 @@ def _full_match(pattern: str, name: str) -> bool:
 
 
 def _why_not(model: nn.Module, name: str) -> str:
-    """Why nothing of that name can be wrapped."""
+    """The reason why nothing called `name` can be wrapped, for an error message."""
     site = next((site for site in module_sites(model) if site.is_called(name)), None)
     if site is None:
         return f"no module is called {name}"

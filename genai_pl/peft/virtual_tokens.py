@@ -1,4 +1,8 @@
-"""What prompt and prefix tuning share: an adapter of virtual tokens, where it goes in a model, and its file."""
+"""Virtual tokens as adapters: the common part of prompt and prefix tuning, and the one tensor of their files.
+
+A virtual token has no id. Prompt tuning learns its embedding, prefix tuning its keys and values in every layer; the model
+inserts them (models/virtual_tokens.py), and the adapter's switch decides in which rows.
+"""
 
 from torch import Tensor, nn
 
@@ -14,16 +18,21 @@ KEY = "prompt_embeddings"  # the one tensor of the file
 
 
 class VirtualAdapter(AdapterLayer, VirtualTokens):
-    """Virtual tokens that an adapter's weight, 0 or 1, switches off or on, for each row if need be."""
+    """Base class of learned virtual tokens with an adapter's switch, whose weights must be 0 or 1.
+
+    n_tokens: P. A factor in between has no meaning: attention to a token is present or absent.
+    """
 
     def __init__(self, adapter: Adapter, n_tokens: int) -> None:
         super().__init__()
         self.adapter, self.n_tokens = adapter, n_tokens
 
     def is_off(self) -> bool:
+        """True if no row has the virtual tokens."""
         return self.adapter.is_off
 
     def rows(self) -> Tensor | None:
+        """(B,) bool, the rows that have the virtual tokens; None for all. ConfigError for weights between 0 and 1."""
         weights = self.adapter.rows
         if not (self.adapter.weight == 1.0 if weights is None else ((weights == 0) | (weights == 1)).all()):
             raise ConfigError(
@@ -33,10 +42,14 @@ class VirtualAdapter(AdapterLayer, VirtualTokens):
 
 
 def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> Transformer | WrappedDecoder:
-    """Where virtual tokens go, in an encoder-decoder the half that reads or the one that writes; ConfigError if nowhere."""
+    """The part of the model that takes virtual tokens; ConfigError if it cannot take any.
+
+    reads: of an encoder-decoder, True for the encoder (prompt tuning, as PEFT), False for the decoder (prefix tuning).
+    """
     stack = model
     if isinstance(model, EncoderDecoder):
         stack = model.encoder if reads else model.decoder
+    # efficient attention and XLNet's relative positions have no place before the first token
     config = stack.config
     if config.attention_kind is not AttentionKind.full:
         raise ConfigError(f"peft={method} needs model.attention_kind=full, not {config.attention_kind.value}")
@@ -46,6 +59,7 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> T
         raise ConfigError(
             f"peft={method}: this model has virtual tokens of peft={stack.virtual.adapter.method} already"
         )
+    # learned positions are shared with the tokens, so there must be fewer virtual tokens than positions
     capacity = stack.max_length
     if n_tokens < 1 or (capacity is not None and n_tokens >= capacity):
         limit = "" if capacity is None else f" and below model.max_seq_len ({capacity}), whose positions they share"
@@ -54,7 +68,7 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> T
 
 
 def install(model: nn.Module, stack: Transformer, tokens: VirtualAdapter) -> nn.Module:
-    """The model, frozen, with the virtual tokens in it."""
+    """The model, frozen, with `tokens` as the virtual tokens of `stack`."""
     model.requires_grad_(False)
     stack.virtual = tokens.requires_grad_(True).train(stack.training)
     return model
@@ -66,20 +80,19 @@ def virtual_of(model: nn.Module) -> VirtualAdapter:
 
 
 def config_of(model: nn.Module, peft_type: str, tokens: VirtualAdapter) -> dict[str, object]:
-    """What both kinds say in adapter_config.json."""
+    """The keys of adapter_config.json that prompt and prefix tuning have in common."""
     config = common_config(model, peft_type) | {
         "num_virtual_tokens": tokens.n_tokens,
         "num_layers": model.config.n_layer,
     }
-    if isinstance(
-        model, Encoder
-    ):  # the only of PEFT's classes that has an encoder see the tokens and leaves its output
+    # the only class of PEFT under which an encoder sees the tokens and its output keeps its length
+    if isinstance(model, Encoder):
         config["task_type"] = "FEATURE_EXTRACTION"
     return config
 
 
 def table_in(file: AdapterFile) -> tuple[Tensor, int]:
-    """The one tensor of the file, (rows, width), and how many virtual tokens it is for."""
+    """The one tensor of the file, (rows, width), and the number of virtual tokens; CheckpointError for any other content."""
     tensors, n_tokens = file.tensors, file.config.get("num_virtual_tokens")
     if set(tensors) != {KEY}:
         raise CheckpointError(f"there must be a tensor {KEY} and no other, not {', '.join(sorted(tensors)) or 'none'}")

@@ -1,1 +1,1 @@
-"""Cost of a training step on other machines: memory, traffic and time."""
+"""Cost of a run on other machines: memory, traffic and time of a training step, without running it."""

@@ -1,4 +1,7 @@
-"""What autograd keeps for the backward pass, asked of autograd itself on tensors without memory."""
+"""Activation memory: bytes that autograd saves for the backward pass, counted on fake tensors.
+
+Formulas for activations become wrong with every change of a layer; a hook on saved tensors does not.
+"""
 
 from collections.abc import Callable, Collection
 
@@ -8,9 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def saved_tensor_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """The bytes that `run` leaves alive for its backward pass, weights left out; under FakeTensorMode nothing is computed."""
+    """Bytes that `run` leaves alive for its backward pass, the model's weights and buffers left out.
+
+    Views of one storage count once. Under FakeTensorMode nothing is computed or allocated.
+    """
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}  # which keeps them alive: no address is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # holding them keeps addresses unique
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -25,7 +31,11 @@ def saved_tensor_bytes(model: nn.Module, run: Callable[[], object]) -> int:
 
 
 class ResultBytes(TorchDispatchMode):
-    """Counts in `n_bytes` what some operations give back while it is on."""
+    """A dispatch mode that counts the bytes of the results of some operations while it is active.
+
+    operations: overloads such as torch.ops.aten.mm.default
+    n_bytes: of their results so far
+    """
 
     def __init__(self, operations: Collection[object]) -> None:
         super().__init__()

@@ -1,4 +1,10 @@
-"""What a training step costs on the devices of a run: memory, traffic and time, from numbers alone."""
+"""Cost model of a training step: memory, traffic and time on the devices of a run, from numbers alone.
+
+`count.py` measures a model; the functions here divide that by a layout of devices, following the papers they cite.
+Times are those of
+a roofline: products at a share of the peak, traffic at the bandwidth of its links, overlapping where the schedule
+    allows it.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,68 +14,92 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its devices: how many see different batches, share a layer, and hold some of the layers each.
+    """The spread of a run over devices.
 
-    zero: what the devices that see different batches divide: 1 optimizer states, 2 gradients too, 3 weights too.
+    data: replicas that see different batches
+    tensor: devices that share each layer
+    stages: devices of a pipeline, each of which holds some of the layers
+    microbatches: of a batch, in a pipeline
+    gpipe: all forward passes come first; else the schedule is 1F1B
+    sequence: hidden states between attention and MLP are sharded over the devices that share a layer
+    zero: what replicas divide: 1 optimizer states, 2 gradients too, 3 weights too
+    per_node: devices with fast links to each other
+    regathers: weights are gathered a second time for the backward pass
+    buckets: gradients are copied to be reduced, as DDP does
     """
 
     data: int = 1
     tensor: int = 1
     stages: int = 1
-    microbatches: int = 1  # of a batch, in a pipeline
-    gpipe: bool = False  # all of them go forward first; else 1F1B
-    sequence: bool = False  # hidden states between attention and MLP are in pieces on the devices that share a layer
+    microbatches: int = 1
+    gpipe: bool = False
+    sequence: bool = False
     zero: int = 0
     per_node: int = 8
-    regathers: bool = True  # weights are gathered a second time for the backward pass
-    buckets: bool = False  # gradients are copied to be reduced, as DDP does
+    regathers: bool = True
+    buckets: bool = False
 
     @property
     def devices(self) -> int:
         return self.data * self.tensor * self.stages
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches that a stage holds at once: under 1F1B one for each stage from it on (Narayanan et al. 2019)."""
+        """Microbatches that a stage holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019)."""
         return self.microbatches if self.gpipe else min(self.stages - stage, self.microbatches)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device: FLOP/s of its matrix products, bytes of memory, bytes per second to its neighbours and to other nodes."""
+    """A device and its links.
+
+    flops: peak of its matrix products, FLOP/s
+    memory: bytes
+    link, network: bytes per second to devices of the same node, and to other nodes
+    efficiency: share of `flops` that a training step reaches
+    """
 
     name: str
     flops: float
     memory: float
     link: float
     network: float
-    efficiency: float = 0.4  # share of `flops` that a training step reaches
+    efficiency: float = 0.4
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one device works on; tensor and pipeline parallelism have divided it already."""
+    """The work of one device, after tensor and pipeline parallelism have divided the model.
 
-    weights: int  # how many numbers
-    trained: int  # how many of them learn
-    largest: int  # numbers of the block, or the parts outside of blocks, that are gathered together
-    weight_bytes: int = 4  # per number
-    compute_bytes: int = 4  # per number of a gathered weight, or of what layers hand over
-    moments: float = 2.0  # numbers of optimizer state per trained one, as wide as weights
-    largest_gradient: int | None = None  # numbers of it, where each weight is stepped as soon as its gradient is known
+    weights: parameters, of which `trained` are updated
+    largest: parameters of the largest unit that FSDP gathers: a block, or everything outside of blocks
+    weight_bytes: per parameter
+    compute_bytes: per gathered parameter, and per number that layers hand over
+    moments: numbers of optimizer state per trained parameter, as wide as weights
+    largest_gradient: parameters of the largest weight, where each is stepped as soon as its gradient is known; else
+        None
+    """
+
+    weights: int
+    trained: int
+    largest: int
+    weight_bytes: int = 4
+    compute_bytes: int = 4
+    moments: float = 2.0
+    largest_gradient: int | None = None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device, by purpose."""
 
     weights: float
-    gathered: float  # whole weights and gradients of a block, or copies of gradients, while they are worked on
+    gathered: float  # full weights and gradients of blocks in use, or buckets of gradients
     gradients: float
     optimizer: float
-    activations: float  # what the backward pass of the layers needs
-    loss: float  # a chunk of logits, and the gradients that the loss holds until the backward pass
+    activations: float  # saved for the backward pass of the layers
+    loss: float  # a chunk of logits, and gradients that the loss computes in its forward pass
     reference: float = 0.0  # a frozen copy of the weights
-    critic: float = 0.0  # weights, gradients, optimizer states and activations of a model that judges states
+    critic: float = 0.0  # weights, gradients, optimizer states and activations of a value model
 
     @property
     def total(self) -> float:
@@ -77,7 +107,10 @@ class Memory:
 
 
 def memory(share: Share, layout: Layout, *, activations: float, loss: float, stage: int = 0) -> Memory:
-    """The bytes of a step (Rajbhandari et al. 2020, section 5: what is divided by the number of devices at which stage)."""
+    """Bytes of a step on one device of a stage (Rajbhandari et al. 2020, section 5: what each ZeRO stage divides).
+
+    activations, loss: bytes of a whole batch on this device
+    """
     weights, gradients, optimizer = states(
         share.weights,
         share.trained,
@@ -89,7 +122,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
     gathered = 0.0
     activations *= layout.in_flight(stage) / layout.microbatches
     if layout.zero == 3 and layout.data > 1:
-        # the block at work and the next, which is fetched meanwhile, and the gradient of one
+        # the current block and the next, which is prefetched, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
     elif layout.buckets and layout.data > 1:
         gathered = gradients
@@ -101,7 +134,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
 def states(
     n: int, trained: int, layout: Layout, *, weight_bytes: float, gradient_bytes: float, optimizer_bytes: float
 ) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer states of one device."""
+    """Bytes of weights, gradients and optimizer states of one device, for n parameters of which some are trained."""
     divisors = [layout.data if layout.zero >= stage else 1 for stage in (3, 2, 1)]
     return (
         n * weight_bytes / divisors[0],
@@ -113,20 +146,29 @@ def states(
 def loss_bytes(
     *, tokens: int, vocab_size: int, n_embd: int, compute_bytes: int, chunk_bytes: int, head_learns: bool
 ) -> float:
-    """A chunk of float32 logits with its copy for the product, and the gradients of hidden states and head."""
+    """Bytes of the chunked loss: a chunk of float32 logits twice, and gradients of hidden states and head.
+
+    chunk_bytes: largest chunk of logits
+    head_learns: whether the head's weight gets a gradient
+    """
     chunk = min(tokens * vocab_size * 4, chunk_bytes)
     return 2 * chunk + n_embd * (vocab_size * 4 * head_learns + tokens * compute_bytes)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one device sends in an optimizer step, in a collective among `group` devices."""
+    """The bytes that one device sends in an optimizer step, in one kind of collective.
+
+    what: name of the collective, as it is printed
+    n_bytes, group: sent by one device, and the devices that take part
+    across_nodes, hidden: whether some are on other nodes, and whether it overlaps with products
+    """
 
     what: str
     n_bytes: float
     group: int
     across_nodes: bool
-    hidden: bool  # whether it goes on while products are computed
+    hidden: bool
 
 
 def traffic(
@@ -134,12 +176,13 @@ def traffic(
 ) -> list[Traffic]:
     """Every collective of an optimizer step of `passes` batches of `tokens` tokens per device, rings throughout.
 
-    A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that to sum on all (Patarasu and Yuan 2009).
-    `recomputed` is the share of blocks whose forward pass runs again.
+    A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that to all-reduce (Patarasuk and Yuan
+    2009). `recomputed` is the share of blocks whose forward pass runs again.
     """
     collectives: list[Traffic] = []
     wide = layout.data > 1 and layout.devices > layout.per_node
     ring = (layout.data - 1) / layout.data
+    # between replicas: weights and gradients
     if layout.data > 1 and layout.zero == 3:
         # gathered for the forward pass and the backward pass (Rajbhandari et al. 2020, section 7.2.2: 1.5 times DDP)
         times = passes * (2 if layout.regathers else 1)
@@ -149,10 +192,11 @@ def traffic(
     elif layout.data > 1:
         summed = 2 * ring * share.trained * share.weight_bytes
         collectives.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
+    # inside a layer, and between stages: hidden states
     crossing = tokens * n_embd * share.compute_bytes  # hidden states of a batch
     if layout.tensor > 1:
-        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it reruns;
-        # after the embedding, and of what the head says of them
+        # after attention and MLP, forward and backward (Shoeybi et al. 2019, section 3), forward again where it is
+        # recomputed; after the embedding, and of the gradient at the head
         times = passes * (n_layer / layout.stages * (4 + 2 * recomputed) + 2)
         what = "all-reduce of hidden states"
         if layout.sequence:
@@ -169,7 +213,7 @@ def traffic(
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of an optimizer step, and what it waits for."""
+    """Seconds of an optimizer step, of its products, and of all traffic; `bottleneck` names what the step waits for."""
 
     compute: float
     communication: float
@@ -185,6 +229,7 @@ def step_time(machine: Machine, layout: Layout, sent: Iterable[Traffic], *, flop
     """
     compute = flops / (machine.flops * machine.efficiency) * (1 + (layout.stages - 1) / layout.microbatches)
     seconds = {t: t.n_bytes / (machine.network if t.across_nodes else machine.link) for t in sent}
+    # traffic that overlaps with products, and traffic that delays them
     hidden = sum(s for t, s in seconds.items() if t.hidden)
     exposed = sum(s for t, s in seconds.items() if not t.hidden)
     slowest = max(seconds, key=seconds.get, default=None)

@@ -1,4 +1,8 @@
-"""What a model takes on one device, counted on tensors without memory."""
+"""Measurements of a model for one device: parameters, activations and FLOPs, counted on fake tensors.
+
+A model of any size can be measured on any machine: `fake_tensors` gives weights without memory. The strategy's own
+rules decide what a device holds, such as the stages of a pipeline.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -19,12 +23,12 @@ from genai_pl.planning.cost_model import Layout
 from genai_pl.strategies import kept_operations, recompute
 from genai_pl.strategies.pipeline_stages import parameter_stages
 
-# numbers of state per weight; Adafactor keeps a row and a column
+# numbers of optimizer state per weight; Adafactor keeps a row and a column
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.01}
 
 
 class _Mode(FakeTensorMode):
-    """The mode that tensors without memory belong to, and their copies: deepcopy would give each copy one of its own."""
+    """The fake tensor mode of a context; copies of tensors share it, where deepcopy would give each copy its own."""
 
     def __deepcopy__(self, memo: dict) -> "_Mode":
         return self
@@ -32,19 +36,22 @@ class _Mode(FakeTensorMode):
 
 @contextmanager
 def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, tensors have shapes and dtypes and no memory; new weights are of the dtype."""
+    """A context in which tensors have shape and dtype and no memory; new weights are of the dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with _Mode(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*data pointer of FakeTensor")  # which deepcopy asks for, to no end
+            warnings.filterwarnings("ignore", ".*data pointer of FakeTensor")  # deepcopy asks for it without need
             yield
     finally:
         torch.set_default_dtype(before)
 
 
 def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
-    """The model that one device holds: some of the heads, channels and words, or of the layers."""
+    """The configuration of the part of a model that one device holds under tensor and pipeline parallelism.
+
+    Fewer heads, channels and words, or fewer layers. ConfigError where heads or channels cannot be divided.
+    """
     for name, parts in (("n_head", layout.tensor), ("n_kv_head", layout.tensor), ("intermediate_size", layout.tensor)):
         if getattr(config, name) % parts:
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {parts}: see strategy")
@@ -59,7 +66,7 @@ def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
 
 
 def stage_sizes(model: Model, n_stages: int) -> list[tuple[int, int]]:
-    """How many numbers each stage of a pipeline holds, and how many of them learn."""
+    """For each stage of a pipeline its parameters, and how many of them are trained."""
     holders = parameter_stages(model, n_stages)
     stage_parameters = [[parameter for parameter, stages in holders.items() if n in stages] for n in range(n_stages)]
     return [(sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)) for own in stage_parameters]
@@ -76,11 +83,17 @@ def activation_bytes(
     fused: bool,
     sequence_shards: int = 1,
 ) -> float:
-    """Bytes that a batch leaves for the backward pass of the layers; where blocks run again, what one of them adds then.
+    """Bytes that a batch leaves for the backward pass of the layers.
 
-    `fused` attention keeps no scores of dropout, as our kernels for GPUs do. Between the parts of blocks there is one of
-    `sequence_shards` of each sequence.
+    With recomputation the peak counts: what is kept of all blocks, and one recomputed block in full.
+
+    rows, seq_len: of the batch
+    product: dtype of autocast, None for none
+    every, kind: recomputation of every n-th block, full or selective; every=None: none
+    fused: attention saves no scores for dropout, as our GPU kernels do not
+    sequence_shards: shards of each sequence between the parts of blocks, under sequence parallelism
     """
+    # the layers as the device would run them
     if sequence_shards > 1:
         _shard_sequences(model, seq_len, sequence_shards)
     for module in model.modules():
@@ -93,9 +106,11 @@ def activation_bytes(
         with torch.autocast("cpu", product) if product else nullcontext():
             return model.features(ids, **target)
 
+    # without recomputation: all that autograd saves
     everything = saved_tensor_bytes(model, run)
     if every is None:
         return everything
+    # with it: the inputs of blocks, products if kept, and one block at a time in full
     with ResultBytes(kept_operations()) as products:
         run()
     recompute(model, every)  # `full` also to count `selective`: what that keeps is no tensor saved by autograd
@@ -106,10 +121,10 @@ def activation_bytes(
 
 
 def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:
-    """Give a model the hidden states that sequence parallelism leaves to one process, in place."""
+    """Make a model work on the hidden states that sequence parallelism leaves to one rank, in place."""
 
     def shard(x: torch.Tensor) -> torch.Tensor:
-        return x[:, : -(-seq_len // n_shards)].clone()  # a view would count as the whole
+        return x[:, : -(-seq_len // n_shards)].clone()  # a view would count as the full tensor
 
     def gather(x: torch.Tensor) -> torch.Tensor:
         return x.repeat(1, n_shards, 1)[:, :seq_len]
@@ -124,19 +139,19 @@ def _shard_sequences(model: Model, seq_len: int, n_shards: int) -> None:
 
 
 def n_recomputed(model: Model, every: int) -> int:
-    """How many blocks run again in the backward pass."""
+    """Blocks whose forward pass runs again in the backward pass."""
     return len(model.blocks) // every
 
 
 def largest_part(model: Model) -> int:
-    """Numbers of the largest part that FSDP gathers together: a block, or all that is outside of blocks."""
+    """Parameters of the largest unit that FSDP gathers: a block, or everything outside of blocks."""
     blocks = list(dict.fromkeys(model.blocks))
     sizes = [n_parameters(block) for block in blocks]
     return max(*sizes, n_parameters(model) - sum(sizes))
 
 
 def largest_gradient(model: Model) -> int:
-    """Numbers of the largest trained weight."""
+    """Parameters of the largest trained weight."""
     return max(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -150,7 +165,10 @@ def moments(optimizer: str, model: Model) -> float:
 
 
 def training_flops(model: Model, config: ModelConfig, seq_len: int, *, recomputed: float) -> float:
-    """FLOPs of a token: 6 N and attention, 2 less for each frozen weight, and the share `recomputed` of the forward pass more."""
+    """FLOPs of a training step per token: 6 N and attention, 2 less for each frozen weight in blocks.
+
+    recomputed: share of the forward pass that runs again; a forward pass is a third of the total
+    """
     flops = flops_per_token(model, config, seq_len)
     frozen = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim >= 2 and not p.requires_grad)
     return flops * (1 + recomputed / 3) - 2.0 * frozen

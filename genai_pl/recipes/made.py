@@ -1,4 +1,4 @@
-"""Data of recipes, which a command makes first."""
+"""Recipe data: the check that it was made before a run trains on it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from genai_pl.recipes import RECIPES
 
 
 def check_prepared(path: str) -> None:
-    """DataError that names the command which makes a recipe's data, where they have not been made."""
+    """DataError that names the command to make a recipe's data, where data.path is one and does not exist."""
     name = Path(path).parent.name
     if name in RECIPES and not Path(path).exists():
         raise DataError(f"data.path={path}: not made yet; make it with: python recipes.py {name}")

@@ -1,4 +1,4 @@
-"""Pictures as text and back: one character for a pixel, by its darkness; grids of them as PNG."""
+"""Pictures as text and back, one character per pixel by its darkness; grids of pictures as PNG."""
 
 import struct
 import zlib
@@ -13,20 +13,24 @@ RAMP = " .'`,:;-~=+*%&$#@"  # the 17 grey levels of the digits, 0 to 16
 
 
 def to_text(picture: np.ndarray) -> str:
-    """A picture (H, W) of levels 0 to 16 as H lines of W characters."""
+    """A picture (H, W) of levels 0 to 16 as H lines of W characters.
+
+    >>> to_text(np.array([[0, 16], [8, 0]]))
+    ' @\\n~ '
+    """
     return "\n".join("".join(RAMP[level] for level in row) for row in picture)
 
 
 def from_text(text: str, height: int) -> np.ndarray | None:
-    """The picture (H, W) that the first `height` lines with anything on them draw; None if they are no picture."""
+    """The picture (H, W) of the first `height` lines; None if they are not that many, unequal or of other characters."""
     rows = [[RAMP.find(character) for character in line] for line in text.strip("\n").split("\n")[:height]]
     width = len(rows[0])
-    drawn = len(rows) == height and width and all(len(row) == width and min(row) >= 0 for row in rows)
-    return np.array(rows) if drawn else None
+    is_picture = len(rows) == height and width and all(len(row) == width and min(row) >= 0 for row in rows)
+    return np.array(rows) if is_picture else None
 
 
 def grid(rows: Sequence[Sequence[np.ndarray | None]], *, scale: int = 6, gap: int = 2) -> np.ndarray:
-    """Grey values (H, W) uint8 of pictures side by side, dark on white; what is no picture stays grey."""
+    """Grey values (H, W) uint8 of pictures side by side, dark on white; None stays grey."""
     known = [picture for row in rows for picture in row if picture is not None]
     height = max((picture.shape[0] for picture in known), default=1)
     width = max((picture.shape[1] for picture in known), default=1)
@@ -41,9 +45,9 @@ def grid(rows: Sequence[Sequence[np.ndarray | None]], *, scale: int = 6, gap: in
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The bytes of a PNG file of grey values (H, W) uint8 (ISO/IEC 15948)."""
+    """The bytes of a PNG file (ISO/IEC 15948) of grey values (H, W) uint8."""
     height, width = pixels.shape
-    lines = np.insert(pixels, 0, 0, axis=1).tobytes()  # before each line, the filter: none
+    lines = np.insert(pixels, 0, 0, axis=1).tobytes()  # each line begins with its filter: none
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -52,5 +56,5 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write the picture."""
+    """Write a PNG file of grey values (H, W) uint8."""
     write_atomic(path, lambda part: part.write_bytes(png(pixels)))

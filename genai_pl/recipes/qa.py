@@ -1,4 +1,8 @@
-"""Questions and short answers out of Debian's bsdgames (the quiz of BSD): a language model learns to answer, not to chat."""
+"""Question answering recipe: questions and short answers out of Debian's bsdgames (BSD's quiz).
+
+A language model learns to answer in a fixed form, not to chat. Validation questions are others of the same quizzes, so
+the score tells what the model knows, which for a small one is little.
+"""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +14,7 @@ from genai_pl.atomic_io import write_atomic
 from genai_pl.recipes.fetch import GenerateTexts, Record, from_apt, read_rows, write_parts
 
 N_HELD = 80
-# quiz: the fields that are asked for and answered, and the question
+# quiz: field of the question, field of the answer, form of the question
 QUESTIONS = {
     "africa": (0, 1, "What is the capital of {}?"),
     "america": (0, 1, "What is the capital of {}?"),
@@ -28,47 +32,56 @@ QUESTIONS = {
 
 
 def find(work: Path) -> list[Path]:
-    """The quizzes that questions are known for."""
+    """The quizzes that have a question form."""
     return [p for p in from_apt("bsdgames", "usr/share/games/bsdgames/quiz/*", work) if p.name in QUESTIONS]
 
 
 def plain(pattern: str) -> str:
-    """The answer that a pattern of quiz(6) stands for: what is optional is said, of alternatives the first."""
+    """The answer that a pattern of quiz(6) stands for: optional parts are kept, of alternatives the first.
+
+    >>> plain("{New |}Delhi|Dehli")
+    'New Delhi'
+    """
     inner = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
-    while found := inner.search(pattern):
-        first = (found[1] if found[1] is not None else found[2]).split("|")[0]
-        pattern = pattern[: found.start()] + first + pattern[found.end() :]
+    while match := inner.search(pattern):
+        first = (match[1] if match[1] is not None else match[2]).split("|")[0]
+        pattern = pattern[: match.start()] + first + pattern[match.end() :]
     return pattern.split("|")[0].strip()
 
 
 def questions(quiz: str, text: str) -> Iterator[tuple[str, str]]:
     """Question and answer of each line of a quiz."""
-    asked, answered, question = QUESTIONS[quiz]
+    key_field, answer_field, question = QUESTIONS[quiz]
     for line in text.replace("\\\n", "").splitlines():
         fields = line.split(":")
-        if line.isprintable() and len(fields) > max(asked, answered) and fields[asked] and fields[answered]:
-            yield question.format(plain(fields[asked])), plain(fields[answered])
+        if (
+            line.isprintable()
+            and len(fields) > max(key_field, answer_field)
+            and fields[key_field]
+            and fields[answer_field]
+        ):
+            yield question.format(plain(fields[key_field])), plain(fields[answer_field])
 
 
 def prepare(files: list[Path], out: Path) -> str:
-    """Write questions as prompts and answers as completions; other questions are held back."""
-    found = [pair for path in files for pair in questions(path.name, path.read_text(encoding="latin-1"))]
-    order = np.random.default_rng(0).permutation(len(found))
+    """Write questions as prompts and answers as completions, in a fixed random order."""
+    pairs = [pair for path in files for pair in questions(path.name, path.read_text(encoding="latin-1"))]
+    order = np.random.default_rng(0).permutation(len(pairs))
     rows: list[Record] = [
-        {"prompt": f"Question: {found[n][0]}\nAnswer:", "completion": f" {found[n][1]}"} for n in order
+        {"prompt": f"Question: {pairs[n][0]}\nAnswer:", "completion": f" {pairs[n][1]}"} for n in order
     ]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
-    """Held questions with the model's answers as answers.txt, and how many are right."""
+    """Write answers.txt, validation questions with the model's answers; report how many are right."""
     rows = read_rows(data / "val.jsonl")
     answers = [text.strip().split("\n")[0] for text in generate([row["prompt"] for row in rows], 16)]
-    wanted = [row["completion"].strip() for row in rows]
-    right = [a.lower().rstrip(".") == b.lower() for a, b in zip(answers, wanted, strict=True)]
+    references = [row["completion"].strip() for row in rows]
+    right = [a.lower().rstrip(".") == b.lower() for a, b in zip(answers, references, strict=True)]
     lines = [
         f"{'right' if good else 'wrong'}  {row['prompt'].splitlines()[0].removeprefix('Question: ')}  {answer}  ({text})"
-        for good, row, answer, text in zip(right, rows, answers, wanted, strict=True)
+        for good, row, answer, text in zip(right, rows, answers, references, strict=True)
     ]
     write_atomic(out / "answers.txt", lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return [

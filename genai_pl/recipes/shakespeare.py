@@ -1,4 +1,4 @@
-"""The shipped plays of Shakespeare: a GPT continues them."""
+"""Shakespeare recipe: the shipped plays; a GPT continues them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SPEAKERS = ("ROMEO", "JULIET", "KING RICHARD", "FIRST CITIZEN")
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
-    """Speeches as speeches.txt."""
+    """Write speeches.txt, a speech of each of four characters."""
     prompts = [f"{speaker}:\n" for speaker in SPEAKERS]
     speeches = [prompt + text for prompt, text in zip(prompts, generate(prompts, 150), strict=True)]
     text = "\n\n----\n\n".join(speeches) + "\n"

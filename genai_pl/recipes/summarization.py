@@ -1,4 +1,7 @@
-"""Docstrings of the Python packages at hand: a model reads what follows the first line, and writes that line."""
+"""Summarization recipe: docstrings of installed Python packages; a model reads a docstring's body and writes its first line.
+
+By convention the first line of a docstring summarizes the rest, so the packages at hand are a data set of summaries.
+"""
 
 import ast
 import re
@@ -14,19 +17,21 @@ from genai_pl.recipes.code import ASIDE
 from genai_pl.recipes.fetch import GenerateTexts, Record, write_parts
 
 N_HELD = 500
-LONGEST = 400  # characters that are read
-PACKAGES = ("datasets", "lightning", "networkx", "numpy", "pandas", "sympy", "torch")  # which this project brings along
+LONGEST = 400  # characters of a body
+PACKAGES = ("datasets", "lightning", "networkx", "numpy", "pandas", "sympy", "torch")  # installed with this project
 
 
 def find(work: Path) -> list[Path]:
     """The files of the standard library and of packages that are installed anyway; nothing is downloaded."""
     library = Path(sysconfig.get_paths()["purelib"])
-    found = [p for name in PACKAGES for p in sorted((library / name).rglob("*.py")) if not ASIDE & set(p.parts[-4:-1])]
-    return [*code.find(work), *found]
+    package_files = [
+        p for name in PACKAGES for p in sorted((library / name).rglob("*.py")) if not ASIDE & set(p.parts[-4:-1])
+    ]
+    return [*code.find(work), *package_files]
 
 
 def pairs(text: str) -> Iterator[tuple[str, str]]:
-    """What a docstring says after its first line, and that line, for each function and class of a module."""
+    """(body with the name of its function or class, first line) of each docstring of a module."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
@@ -36,19 +41,19 @@ def pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def prepare(files: list[Path], out: Path) -> str:
-    """Write pairs of source and target; no summary stands twice, so that none of the held ones was seen."""
-    found: dict[str, str] = {}
+    """Write pairs of source and target; each summary occurs once, so no validation target was seen."""
+    bodies: dict[str, str] = {}
     for path in files:
         try:
-            found |= {summary: rest for rest, summary in pairs(path.read_text(encoding="utf-8"))}
+            bodies |= {summary: rest for rest, summary in pairs(path.read_text(encoding="utf-8"))}
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
-    kept = list(found.items())
-    order = np.random.default_rng(0).permutation(len(kept))
-    rows: list[Record] = [{"source": kept[n][1], "target": kept[n][0]} for n in order]
+    items = list(bodies.items())
+    order = np.random.default_rng(0).permutation(len(items))
+    rows: list[Record] = [{"source": items[n][1], "target": items[n][0]} for n in order]
     return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
-    """Held pairs with what the model writes, as pairs.md."""
+    """Write pairs.md and report scores."""
     return shown.show(generate, data, out)

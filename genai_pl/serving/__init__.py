@@ -1,1 +1,13 @@
-"""Serving: requests become batches of a model, and answers over HTTP."""
+"""Serving: one model, or another server, behind HTTP routes.
+
+A request passes from the outside in:
+
+    server.py, worker.py, settings.py, shutdown.py   processes, sockets, signals
+    connections.py, middleware.py, http/bodies.py    limits of connections and bodies, keys, request ids
+    app.py, http/                                    routes, JSON of requests and answers, event streams
+    service.py, tokenize_threads.py                  names, tokens and limits of one model
+    answer_streams.py, response_cache.py             answers from the cache
+    engine/, embeddings.py                           text generation; embeddings and scores
+
+fair_queue.py decides whose turn it is everywhere, errors.py is the one shape of errors, metrics.py counts for Prometheus.
+"""

@@ -1,4 +1,8 @@
-"""An answer as its tokens come: from the engine, or from the cache, where it is put once it is whole."""
+"""Answer streams: outputs of the engine, recorded for the cache on their way, or replayed from it.
+
+An entry of the cache is text: a line with the finish reason as JSON, then one JSON list for each token. Whoever can write to a
+shared cache can write anything, so `decode_answer` checks every value before it becomes an output.
+"""
 
 import asyncio
 import json
@@ -13,11 +17,16 @@ if TYPE_CHECKING:
     from genai_pl.serving.engine.request import Request, TokenOutput, TokenStream
 
 log = logging.getLogger("genai_pl.serving")
-COMPLETE = ("stop", "length")  # how an answer ends that is worth keeping
+COMPLETE = ("stop", "length")  # finish reasons of answers that another request may get
 
 
 class Answer(Protocol):
-    """Pieces of text one by one; `finish` says why there are no more."""
+    """An asynchronous iterator of outputs.
+
+    finish_reason: None until the last output is read
+    n_generated: tokens so far
+    cancel: ends the answer, from any thread
+    """
 
     finish_reason: str | None
     n_generated: int
@@ -27,18 +36,26 @@ class Answer(Protocol):
 
 
 def is_repeatable(request: "Request") -> bool:
-    """Whether the same request gets the same answer."""
+    """True if the same request always gets the same answer: greedy decoding, or a seed."""
     return request.config.temperature == 0 or request.seed is not None
 
 
 def request_key(model: str, request: "Request") -> str:
-    """The name of a repeatable request's answer by the model of that name."""
+    """Cache key of a repeatable request's answer.
+
+    model: hash of weights, configuration, tokenizer and adapter, so that servers of different models may share a cache
+
+    The seed of a greedy request is left out, as it changes nothing; client, deadline and group never enter.
+    """
     seed = None if request.config.temperature == 0 else request.seed
     return key_of(model, request.input_ids, vars(request.config), seed, request.logprobs)
 
 
 class RecordingStream:
-    """The engine's answer, which is handed to `keep` when it is whole."""
+    """An engine's stream that hands the encoded answer to `keep` once the last output is read.
+
+    An answer that is cancelled, late or failed is not kept, nor one whose reader leaves before the end.
+    """
 
     def __init__(self, stream: "TokenStream", keep: Callable[[bytes], Awaitable[None]]) -> None:
         self.stream, self.keep = stream, keep
@@ -55,7 +72,7 @@ class RecordingStream:
         self.stream.cancel()
 
     async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
-        lines = []  # as they come, so that no step takes long
+        lines = []  # encoded one by one: all at the end would hold the event loop for a long answer
         async for output in self.stream:
             lines.append(_line(output))
             yield output
@@ -64,7 +81,7 @@ class RecordingStream:
 
 
 class CachedAnswer:
-    """An answer that was kept."""
+    """A complete answer out of the cache, with the interface of a stream."""
 
     def __init__(self, finish_reason: str, n_generated: int, outputs: "list[TokenOutput]") -> None:
         self.finish_reason: str | None = finish_reason
@@ -72,16 +89,16 @@ class CachedAnswer:
         self.outputs = outputs
 
     def cancel(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no slot is in use."""
 
     async def __aiter__(self) -> "AsyncIterator[TokenOutput]":
         for output in self.outputs:
             yield output
-            await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
+            await asyncio.sleep(0)  # the loop's other tasks run between two outputs, although none is waited for
 
 
 def encode_answer(finish_reason: str, outputs: "Sequence[TokenOutput]") -> bytes:
-    """An answer as it is kept: a line that says why it ended, and one for each piece."""
+    """The entry of the cache for an answer."""
     return _join_lines(finish_reason, map(_line, outputs))
 
 
@@ -94,10 +111,11 @@ def _join_lines(finish_reason: str, lines: Iterable[str]) -> bytes:
 
 
 def decode_answer(contents: bytes) -> CachedAnswer | None:
-    """The answer that `recorded` wrote; None where the contents are anything else."""
+    """The answer of an entry; None, and a line in the log, if the contents are anything but a complete answer."""
     try:
         first, *lines = contents.decode().split("\n")
         outputs = [_parse_output(json.loads(line)) for line in lines]
+        # the header is the finish reason; an answer without tokens is never recorded
         if (finish_reason := json.loads(first)) not in COMPLETE or not outputs:
             raise ValueError("it is not whole")
     except (ValueError, TypeError, RecursionError) as error:
@@ -107,14 +125,14 @@ def decode_answer(contents: bytes) -> CachedAnswer | None:
 
 
 def _parse_output(value: object) -> "TokenOutput":
-    """A piece of these JSON values; ValueError or TypeError where they are not those of one."""
+    """The output of a list [text, token, logprob, top]; ValueError or TypeError for any other value."""
     from genai_pl.serving.engine.request import TokenOutput
 
     text, token, logprob, top = value
     alternatives = tuple((_token(t), _logprob(p)) for t, p in top)
     if not isinstance(text, str) or (logprob is None and alternatives):
-        raise TypeError("no piece of an answer")
-    text.encode()
+        raise TypeError("no output of an answer")
+    text.encode()  # fails for half a surrogate pair, which no answer can be sent with
     return TokenOutput(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
 
 

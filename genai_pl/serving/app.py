@@ -1,4 +1,4 @@
-"""The application: routes, what every request passes, and a life from ready to drained."""
+"""ASGI application: routes, middleware, and the lifespan from ready to drained."""
 
 import asyncio
 import gc
@@ -20,12 +20,18 @@ from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.shutdown import stop_in_time
 
-VALUES = 65_536  # in a body, which are some milliseconds of work
-REFRESH_SECONDS = 1.0  # between two looks at what is a state: queues, memory
+MIN_BODY_VALUES = 65_536  # JSON values that a body may always have: parsing them takes some milliseconds
+REFRESH_SECONDS = 1.0  # between two updates of the gauges: queues, memory
 
 
 def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics, keys: Sequence[str] = ()) -> FastAPI:
-    """The application in front of a model, or of another server; `keys` empty asks for none."""
+    """The FastAPI application in front of a model or of another server.
+
+    backend: answers the routes; started and stopped with the application
+    keys: accepted API keys; without any, requests need none
+
+    Middleware runs outermost first: CORS, then Guard (request id, key, body, metrics), then FastAPI's error handlers.
+    """
     is_ready = False
 
     def refresh() -> None:
@@ -39,6 +45,7 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         nonlocal is_ready
+        # start: the engine's thread, the signal handlers, then /ready answers 200
         backend.start()
         undo = stop_in_time(settings.drain, backend.give_up)
         is_ready = True
@@ -46,14 +53,16 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
         try:
             yield
         finally:
+            # stop: load balancers see /ready fail first; then what runs ends
             is_ready = False
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
             await backend.stop()
             undo()
-            gc.unfreeze()  # libraries look at the end for what is still there
+            gc.unfreeze()  # undoes worker.build: libraries check at exit which objects are left
 
+    # routes
     app = FastAPI(title="genai_pl", description="A language model.", lifespan=life, redoc_url=None)
     install(app)
     app.include_router(state_routes(metrics, refresh, lambda: is_ready))
@@ -62,8 +71,11 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
         app.include_router(openai_routes(backend))
     else:
         app.include_router(proxy_routes(backend))
+    # middleware; the last one added is the outermost
     limits = settings.limits
-    bodies = Bodies(max_body=int(limits.max_body_mib * 2**20), max_values=max(VALUES, 2 * limits.max_input_tokens))
+    bodies = Bodies(
+        max_body=int(limits.max_body_mib * 2**20), max_values=max(MIN_BODY_VALUES, 2 * limits.max_input_tokens)
+    )
     app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies)
     if settings.cors_origins:
         app.add_middleware(

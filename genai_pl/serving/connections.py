@@ -1,7 +1,8 @@
-"""Connections that cannot be kept for nothing: they are limited in number and in what they may leave undone.
+"""Connection limits against slow or idle clients (Slowloris and its kin), as a protocol class for uvicorn.
 
-uvicorn closes idle connections; here are the limits that it lacks: for the head of a request, for the rest of one that is
-answered already, for a client that does not read its answer, and for how many there are.
+uvicorn itself closes keep-alive connections that are idle. This module adds a deadline for the head of a request, one for the
+rest of a body that was refused already, one for a client that does not read its answer, and a bound on the number of
+connections that follows from the file descriptors of the process. Bodies have their deadline in http/bodies.py.
 """
 
 import asyncio
@@ -16,47 +17,58 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from genai_pl.serving.fair_queue import network
 
 log = logging.getLogger("genai_pl.serving")
-HEAD_SECONDS = 10.0  # for the head of a request to arrive, and for what nobody waits for
-READ_SECONDS = 60.0  # for a client to read what it was sent before it is sent more
-IDLE_SECONDS = 5  # between two requests
-MOST = 4096  # connections
-OWN_FILES = 64  # descriptors for files, Redis, and a server behind this one
-AHEAD = 65_536  # bytes of requests that are sent before they can be answered
-FEED_BYTES = 8192  # bytes that h11 is given at a time: a body may come in chunks of one byte
+HEAD_SECONDS = 10.0  # for the head of a request to arrive, and for the rest of a body that is ignored
+READ_SECONDS = 60.0  # for a client to empty the send buffer, once it is full
+IDLE_SECONDS = 5  # keep-alive: between two requests of a connection
+MAX_CONNECTIONS = 4096
+OWN_FILES = 64  # descriptors for files, Redis and an upstream server
+AHEAD = 65_536  # bytes of pipelined requests that a connection may send before their turn
+FEED_BYTES = 8192  # that h11 parses at a time: a chunked body may consist of chunks of one byte
 
 
 def open_files() -> int:
-    """How many descriptors this process may have."""
+    """File descriptors that this process may have open (the soft limit of RLIMIT_NOFILE)."""
     n, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**20 if n == resource.RLIM_INFINITY else n
 
 
 def connection_limits(n_files: int) -> tuple[int, int]:
-    """How many connections there may be, and how many are accepted at once, so that descriptors never run out.
+    """(connections at most, length of the accept backlog) for so many file descriptors.
 
-    asyncio closes one some turns of its loop after it has accepted it, and meanwhile accepts more.
+    asyncio closes a surplus connection some turns of its loop after accepting it, and accepts up to a backlog more in each
+    turn: four backlogs of descriptors stay free for that, and OWN_FILES for everything else.
+
+    >>> connection_limits(1024)
+    (704, 64)
     """
     at_once = max(8, min(256, n_files // 16))
-    return max(8, min(MOST, n_files - 4 * at_once - OWN_FILES)), at_once
+    return max(8, min(MAX_CONNECTIONS, n_files - 4 * at_once - OWN_FILES)), at_once
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with an end to everything that a client may leave undone."""
+    """uvicorn's HTTP/1.1 protocol with deadlines and a bound on the number of connections.
+
+    Bytes go to h11 a part at a time, and the loop's other tasks run in between: parsing a body of many tiny chunks would
+    otherwise hold every other request.
+    """
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
-        self.waiting_since = time.monotonic()  # of waiting for a request
-        self.deadline: asyncio.TimerHandle | None = None  # for what the client has to do next
-        self.reading: asyncio.TimerHandle | None = None  # for the client to read
-        self.rest = bytearray()  # received, not yet given to h11
-        self.address = ""  # whom it belongs to
+        self.waiting_since = time.monotonic()  # when it last began to wait for a request
+        self.deadline: asyncio.TimerHandle | None = (
+            None  # closes the connection if no head, or no rest of a body, comes
+        )
+        self.reading: asyncio.TimerHandle | None = None  # closes it if the client does not read
+        self.rest = bytearray()  # received, not yet parsed
+        self.address = ""  # of the client, version 6 without its last 64 bits
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no request is being answered."""
+        """True if no request of the connection is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:
+        """Start the deadline of the first head; drop a waiting connection if there are too many."""
         super().connection_made(transport)
         self.address = network(self.client[0]) if self.client else ""
         self._expect(HEAD_SECONDS)
@@ -68,28 +80,32 @@ class Connection(H11Protocol):
             self.connections.discard(victim)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all deadlines."""
         self._expect(None)
         self._watch_reader(None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Buffer the bytes; parsing starts at once unless a part of the buffer is on its way already."""
         is_first = not self.rest
         self.rest += data
         if is_first:
             self._feed()
 
     def _feed(self) -> None:
-        """Give h11 a piece; the next one when others have had their turn."""
+        """Parse the next FEED_BYTES of the buffer; the rest after the loop's other tasks."""
         if self.transport.is_closing():
             self.rest.clear()
             return
         data = bytes(self.rest[:FEED_BYTES])
         super().data_received(data)
         del self.rest[:FEED_BYTES]
+        # a complete head ends its deadline
         if not self.is_waiting:
             self._expect(None)
         elif self.deadline is None:
             self._expect(HEAD_SECONDS)
+        # uvicorn pauses reading while a request is answered: undo it, to notice a client that leaves
         if self.flow.read_paused and self.conn.their_state is not h11.SEND_BODY:
             self._read_ahead()
         if self.rest:
@@ -99,36 +115,39 @@ class Connection(H11Protocol):
             self.transport.resume_reading()
 
     def _read_ahead(self) -> None:
-        """Go on to read while a request is answered, or it would not be noticed that the client has left."""
+        """Keep reading during an answer, up to AHEAD bytes of further requests."""
         if len(self.conn.trailing_data[0]) > AHEAD:
             self.transport.abort()
         else:
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
+        """Start to wait for the next request, or for the rest of the body if the answer came before its end."""
         self._expect(None)
-        unread = self.conn.their_state is h11.SEND_BODY  # an answer that did not wait for the body
+        unread = self.conn.their_state is h11.SEND_BODY  # for example 413, sent before the body was there
         super().on_response_complete()
         if unread and not self.transport.is_closing():
             self._expect(HEAD_SECONDS)
         self.waiting_since = time.monotonic()
 
     def pause_writing(self) -> None:
+        """Start the client's time to read: the send buffer is full."""
         super().pause_writing()
         self._watch_reader(READ_SECONDS)
 
     def resume_writing(self) -> None:
+        """The client has read enough."""
         super().resume_writing()
         self._watch_reader(None)
 
     def _superfluous(self) -> "Connection":
-        """The one that goes: of the address with most of them, that which has waited longest; this one if none waits."""
+        """The connection to drop: of the address with most connections, the one that waits longest; itself if none waits."""
         counts = Counter(one.address for one in self.connections)
         waiting = [one for one in self.connections if one.is_waiting and one is not self]
         return max(waiting, key=lambda one: (counts[one.address], -one.waiting_since), default=self)
 
     def _expect(self, seconds: float | None) -> None:
-        """Close it after this time; None: nothing is expected of the client any more."""
+        """Close the connection after `seconds` unless called again; None stops the clock."""
         if self.deadline is not None:
             self.deadline.cancel()
         self.deadline = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
@@ -140,7 +159,7 @@ class Connection(H11Protocol):
 
 
 def connection_options() -> dict[str, object]:
-    """Options of uvicorn for connections; the process is given as many descriptors as it may have."""
+    """uvicorn options for these limits; also raises the process's descriptor limit as far as it may."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     _, at_once = connection_limits(open_files())

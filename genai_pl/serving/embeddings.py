@@ -1,4 +1,9 @@
-"""Embeddings and scores: texts become rows of tokens a group at a time, and rows pass the model a slice at a time."""
+"""Embeddings and scores of a request: texts to token rows group by group, token rows through the model slice by slice.
+
+Neither step may hold others for long: a request has up to max_input_tokens tokens in up to max_inputs texts. So texts are
+tokenized in groups of about SHORT characters with the token limit checked after each group, and the rows become slices of
+engine/scoring.py, between which other requests use the model.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,13 +26,16 @@ if TYPE_CHECKING:
     from genai_pl.serving.service import Service
 
 T = TypeVar("T")
-CHARACTERS = 8  # of a request for each token that it may have: English has 4 to 5
-TURN = 16  # characters that stand for what a template puts around a turn
+CHARACTERS = 8  # that a request may have per token of its limit, checked before tokenizing: English has 4 to 5
+TURN = 16  # characters that a chat template adds to a turn, roughly
 Scored = list[tuple[float, int]]
 
 
 class TextScorer:
-    """What is asked of a model beside text that it writes, within the limit of tokens of a request."""
+    """Embeddings and scores by one service's model, within the limit of tokens of a request.
+
+    service: model, tokenizer, adapters and queues; what it can do depends on its head and shape
+    """
 
     def __init__(self, service: "Service") -> None:
         self.service, self.model, self.limit = service, service.model, service.limits.max_input_tokens
@@ -35,15 +43,20 @@ class TextScorer:
     async def embed(
         self, inputs: Sequence[str | Sequence[int]], adapter: str | None = None
     ) -> tuple[torch.Tensor, int]:
-        """Vectors (N, D) by the base or by an adapter, and how many tokens were read."""
+        """(embeddings (N, D), tokens read) of N texts or lists of token ids, by the base or an adapter.
+
+        Raises ApiError: 400 for a model without embeddings or a text beyond its context, 422 for too many tokens.
+        """
         if self.service.is_reward:
             raise ApiError(400, f"{self.service.name} is a reward model: it gives scores at /score")
         self._check_one_stack("embeddings")
+        # token ids are taken as they are
         rows: list[Sequence[int]] = [
             [] if isinstance(item, str) else self.service.check_token_ids(item) for item in inputs
         ]
         text_indices = [n for n, item in enumerate(inputs) if isinstance(item, str)]
         self._check_tokens(rows, "input")
+        # texts are tokenized group by group
         texts = [inputs[n] for n in text_indices]
         for group in self._encode_groups([len(text) for text in texts], "input"):
             token_rows = await self._encode(partial(encode_sentences, head=self.service.sentence), texts[group])
@@ -57,15 +70,16 @@ class TextScorer:
     async def score(
         self, prompts: Sequence[str | Messages] | None, texts: Sequence[str], adapter: str | None = None
     ) -> Scored:
-        """For each text a reward, or the log-probability that the language model gives it; and of how many tokens."""
+        """(score, tokens) of each text: a reward, or the log-probability in nats that a language model gives it.
+
+        prompts: what each text follows (its tokens are not scored), as many as texts; None for texts alone
+        """
         if not (self.service.is_reward or self.service.engine is not None):
             raise ApiError(400, f"{self.service.name} gives no scores: it is for embeddings")
         self._check_one_stack("scores")
         if not self.service.is_reward and any(not isinstance(prompt, str) for prompt in prompts or ()):
             raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")
-        prompt_sizes = {
-            id(prompt): size_of(prompt) for prompt in prompts or ()
-        }  # one prompt may stand before all texts
+        prompt_sizes = {id(prompt): size_of(prompt) for prompt in prompts or ()}  # one prompt may precede all texts
         sizes = [len(text) + (prompt_sizes[id(prompts[n])] if prompts else 0) for n, text in enumerate(texts)]
         groups = self._encode_groups(sizes, "text")
         return await (self._score_rewards if self.service.is_reward else self._score_logprobs)(
@@ -80,6 +94,7 @@ class TextScorer:
         adapter: str | None,
     ) -> Scored:
         rows: list[Sequence[int]] = []
+        # a reward model reads prompt and text as one conversation
         for group in groups:
             columns = [texts[group]] if prompts is None else [prompts[group], texts[group]]
             rows += await self._encode(encode_texts if prompts is None else reward_tokens, *columns)
@@ -91,6 +106,7 @@ class TextScorer:
     async def _score_logprobs(
         self, prompts: Sequence[str] | None, texts: Sequence[str], groups: Iterator[slice], adapter: str | None
     ) -> Scored:
+        # a text longer than the context becomes several windows, `owners` says whose
         rows: list[ScoredWindow] = []
         owners: list[int] = []
         for group in groups:
@@ -114,7 +130,7 @@ class TextScorer:
         return await self.service.scoring_queue.run(slices, adapter=adapter)
 
     def _encode_groups(self, sizes: Sequence[int], param: str) -> Iterator[slice]:
-        """Which texts of so many characters are read together; ApiError where they are too many in all."""
+        """Slices of texts of these sizes in characters that are tokenized together; ApiError 422 if they are too many."""
         most = self.limit * CHARACTERS
         if sum(sizes) > most:
             raise ApiError(
@@ -150,7 +166,11 @@ class TextScorer:
 
 
 def group_by_size(sizes: Sequence[int]) -> Iterator[slice]:
-    """Neighbours that are short together; a long one is alone."""
+    """Slices of neighbours with at most SHORT characters together; a longer text is alone.
+
+    >>> [list(range(9))[group] for group in group_by_size([10_000, 6_000, 1_000, 20_000, 5])]
+    [[0, 1], [2], [3], [4]]
+    """
     begin = total = 0
     for n, size in enumerate(sizes):
         if n > begin and total + size > SHORT:
@@ -162,7 +182,7 @@ def group_by_size(sizes: Sequence[int]) -> Iterator[slice]:
 
 
 def size_of(prompt: str | Sequence[Mapping[str, object]]) -> int:
-    """Characters of a text, or of a conversation."""
+    """Characters of a text, or of a conversation with an allowance for its chat template."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(TURN + len(str(turn["content"])) + len(str(turn.get("tool_calls", ""))) for turn in prompt)

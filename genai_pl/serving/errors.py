@@ -1,4 +1,8 @@
-"""What a client is told when a request cannot be answered: one shape of JSON, OpenAI's, for every route."""
+"""Errors of the HTTP API: one JSON shape, OpenAI's, for every route and every failure.
+
+A client's mistake (4xx) is explained to the client. A failure of the server (5xx) is explained in the log, under the request
+id that the client gets: messages of libraries may contain paths, addresses or passwords.
+"""
 
 import json
 import logging
@@ -17,7 +21,7 @@ from genai_pl.config.redaction import redact
 from genai_pl.errors import UserError
 
 log = logging.getLogger("genai_pl.serving")
-KINDS = {
+KINDS = {  # `type` of the error by status; any other status is invalid_request_error
     401: "authentication_error",
     404: "not_found_error",
     408: "timeout_error",
@@ -27,12 +31,18 @@ KINDS = {
     503: "unavailable_error",
     504: "timeout_error",
 }
-CLIENT_GONE = 499  # as nginx counts it; nobody reads it
-REQUEST: ContextVar[str] = ContextVar("request")  # the number of the request that is answered: x-request-id
+CLIENT_GONE = 499  # nginx's status for a client that left, only for metrics
+REQUEST: ContextVar[str] = ContextVar("request")  # the request id, which is also x-request-id
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and which field of the request is to blame."""
+    """The inner object of an error.
+
+    message: one sentence for the client
+    type: KINDS
+    param: the field of the request that is to blame
+    code: always null here; OpenAI's clients read it
+    """
 
     message: str
     type: str
@@ -41,16 +51,20 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """JSON body of every error: {"error": {...}}."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """An answer with a status that is not 200.
+    """An exception that becomes an error answer.
 
-    Where the server is to blame (5xx) the client gets the number of the request, under which the log has the message
-    and the `reason`, which no client sees.
+    status: HTTP status
+    message: for the client; with status >= 500 the request id is added
+    param: the field that is to blame
+    headers: for example Retry-After, WWW-Authenticate
+    reason: for the log only, with passwords masked
+    is_logged: the caller has written the log line of a status >= 500 already
     """
 
     def __init__(
@@ -63,6 +77,7 @@ class ApiError(Exception):
         reason: object = "",
         is_logged: bool = False,
     ) -> None:
+        # a server's failure: the reason to the log, the request id to the client
         if status >= 500 and not is_logged:
             number = request_number()
             log.warning("request %s: %d, %s%s", number, status, message, f" ({redact(reason)})" if reason else "")
@@ -73,47 +88,47 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, dict[str, object]]:
-        """What is sent, as JSON values."""
+        """The body as JSON values, for an answer or for the last event of a stream."""
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
     def response(self) -> Response:
-        """The whole answer; escaped, since a client's half characters cannot be written otherwise."""
+        """The answer; JSON escapes non-ASCII, since a message may quote half a surrogate pair, which UTF-8 cannot encode."""
         return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
 
 
 def request_number() -> str:
-    """The number of the request that is answered, or a new one where there is none."""
+    """The id of the current request, or a new id outside of requests."""
     return REQUEST.get(None) or uuid.uuid4().hex[:12]
 
 
 def too_busy(seconds: float) -> ApiError:
-    """The answer when no more requests can wait."""
+    """ApiError 429 with Retry-After in whole seconds, at least one."""
     return ApiError(
         429, "too many requests wait already: try again later", headers={"Retry-After": str(max(1, math.ceil(seconds)))}
     )
 
 
 class ClientGone(Exception):
-    """Whoever asked has closed the connection."""
+    """The client has closed the connection: work for it stops, and no answer is sent."""
 
 
 def unexpected(error: BaseException) -> ApiError:
-    """An error of ours: its traceback goes to the log, its number to the client."""
+    """ApiError 500 of an unexpected exception: traceback to the log, request id to the client."""
     number = request_number()
     log.error("error %s", number, exc_info=error)
     return ApiError(500, f"the server failed; the log has the reason under {number}", is_logged=True)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error."""
+    """The answer to an exception: a UserError is the client's mistake (400), an unknown exception the server's (500)."""
     if isinstance(error, ApiError):
         return error
     return ApiError(400, str(error)) if isinstance(error, UserError) else unexpected(error)
 
 
 def install(app: FastAPI) -> None:
-    """Let every error that a route raises be answered in the one shape."""
+    """Register handlers that answer every exception of a route, and FastAPI's own errors, in this shape."""
 
     async def known_error(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -122,13 +137,13 @@ def install(app: FastAPI) -> None:
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
+        # pydantic lists all mistakes; the first one is named
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()
-        if not where and "json" not in request.headers.get(
-            "content-type", ""
-        ):  # other kinds could come from any web page
+        # a form could be sent from any web page without the browser asking (CORS): JSON cannot
+        if not where and "json" not in request.headers.get("content-type", ""):
             return ApiError(422, "send JSON, with the header Content-Type: application/json").response()
         return ApiError(422, f"{where or 'body'}: {first['msg']}", param=where or None).response()
 
@@ -139,15 +154,15 @@ def install(app: FastAPI) -> None:
 
 
 def _names_a_type(part: str | int) -> bool:
-    """Whether pydantic means a member of a union, not a field."""
+    """True for a part of pydantic's location that names a member of a union, not a field."""
     return isinstance(part, str) and ("[" in part or part in ("str", "constrained-str"))
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """For OpenAPI: the errors that a route may answer with."""
+    """The `responses` of a route for OpenAPI: these statuses with ErrorBody."""
     return {status: {"model": ErrorBody} for status in statuses}
 
 
 def json_response(content: object, status: int = 200) -> JSONResponse:
-    """An answer in JSON."""
+    """A small answer in JSON; a large one is `http.rendering.json_answer`."""
     return JSONResponse(content, status)

@@ -1,4 +1,4 @@
-"""Whose turn it is: clients take turns, and what one client asked for is done in the order in which it came."""
+"""Fair queueing: clients take turns by what their requests cost; requests of one client keep their order."""
 
 import asyncio
 import ipaddress
@@ -12,12 +12,16 @@ from typing import Generic, TypeVar
 from genai_pl.serving.errors import too_busy
 
 T = TypeVar("T")
-MOST_KEPT = 64  # clients that ask for nothing now, of which it is known what they have had
-CLIENT: ContextVar[str] = ContextVar("client", default="")  # who asks: a key, else an address
+MAX_IDLE_TAGS = 64  # finish tags of clients without waiting items that are kept before old ones are dropped
+CLIENT: ContextVar[str] = ContextVar("client", default="")  # of the current request: hash of its key, else an address
 
 
 def network(address: str) -> str:
-    """Whom an address belongs to: of version 6 one customer has as many as he likes, which share 64 bits."""
+    """The client of an address: itself for IPv4, the /64 network for IPv6, of which one customer has all addresses.
+
+    >>> network("2001:db8:1:2:3::4"), network("10.0.0.1")
+    ('2001:db8:1:2::/64', '10.0.0.1')
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -26,29 +30,40 @@ def network(address: str) -> str:
 
 
 class Full(Exception):
-    """No more can wait."""
+    """Refusal of an item because the queue is full and its client has most in it."""
 
 
 class FairQueue(Generic[T]):
-    """At most `limit` things that wait, by client: self-clocked fair queueing (Golestani 1994) of what they cost.
+    """Self-clocked fair queueing (Golestani 1994) over at most `limit` waiting items.
 
-    Each client's first has a tag, its cost added to that of the client's last one or to the present, which is the tag of
-    what was taken last; the least tag is next. A client that has more in a full queue than another loses its last one to
-    the other, and gets in no more itself.
+    limit: waiting items of all clients together
+    cost: what an item takes of its client's share, for example its tokens; 1 counts items
+
+    A client's next item has the finish tag max(virtual time, the client's last finish tag) + cost, where the virtual time is
+    the tag of the item that was taken last; the item with the least tag is next. So a client that asks for ten times the
+    tokens gets a tenth of the turns while others wait, and a client that was idle has saved up nothing.
+
+    A full queue evicts the newest item of the client with most items in favour of a client with at least two fewer.
+
+    >>> queue = FairQueue(limit=8)
+    >>> for item in ("a1", "a2", "b1"):
+    ...     _ = queue.add(client=item[0], item=item)
+    >>> list(queue)
+    ['a1', 'b1', 'a2']
     """
 
     def __init__(self, limit: int, cost: Callable[[T], float] = lambda item: 1.0) -> None:
         self.limit, self.cost = limit, cost
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # of equal tags the first client's is next
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # by client; of equal tags the first client's is next
         self._n = 0
         self._virtual_time = 0.0
-        self._finish_tags: dict[str, float] = {}  # the tag of each client's last one, unless it lies in the past
+        self._finish_tags: dict[str, float] = {}  # of each client's last item, unless it is below the virtual time
 
     def __len__(self) -> int:
         return self._n
 
     def __iter__(self) -> Iterator[T]:
-        """All of them as their turns would come."""
+        """All items in the order of their turns, if no item were added."""
         tagged = []
         for client, line in self._waiting.items():
             tags = accumulate((self.cost(item) for item in line), initial=self._finish_tags[client])
@@ -56,7 +71,11 @@ class FairQueue(Generic[T]):
         return (item for _, item in sorted(tagged, key=lambda pair: pair[0]))
 
     def add(self, client: str, item: T, *, force: bool = False) -> T | None:
-        """Let it wait; what has to leave for it, if the queue was full. Full if nobody has more in it than this client."""
+        """Add an item to its client's line; the item that was evicted for it, or None.
+
+        force: add it even to a full queue
+        Raises Full if the queue is full and no client has enough more items than this one.
+        """
         if not force and not self.accepts(client):
             raise Full
         evicted = None if force or self._n < self.limit else self._evict()
@@ -68,7 +87,7 @@ class FairQueue(Generic[T]):
         return evicted
 
     def remove(self, client: str, item: T) -> bool:
-        """Whether it waited; now it does not."""
+        """Remove an item without cost to its client; False if it does not wait."""
         if item not in self._waiting.get(client, ()):
             return False
         self._waiting[client].remove(item)
@@ -79,7 +98,7 @@ class FairQueue(Generic[T]):
         return True
 
     def dequeue(self, client: str, item: T) -> None:
-        """It is this one's turn: its client has had what it costs."""
+        """Remove an item because its turn has come: its client pays the cost."""
         if item in self._waiting.get(client, ()):
             self._finish_tags[client] += self.cost(item)
             self._virtual_time = max(self._virtual_time, self._finish_tags[client])
@@ -87,18 +106,18 @@ class FairQueue(Generic[T]):
             self.remove(client, item)
 
     def refund(self, client: str, cost: float) -> None:
-        """So much less than it seemed was what the client has had."""
+        """Give a client back what an item that was dequeued did not use of its cost."""
         if client in self._finish_tags:
             self._finish_tags[client] -= cost
 
     def peek(self) -> tuple[str, T]:
-        """The client whose turn it is, and its first; there has to be one."""
+        """(client, item) whose turn is next; the queue must not be empty."""
         client = min(self._waiting, key=lambda name: self._finish_tags[name] + self.cost(self._waiting[name][0]))
         return client, self._waiting[client][0]
 
     def _forget(self) -> None:
-        """Keep no tags of clients that would begin at the present anyhow."""
-        if len(self._finish_tags) > 2 * len(self._waiting) + MOST_KEPT:
+        """Drop tags below the virtual time, which equal no tag, once there are many: clients may be any number."""
+        if len(self._finish_tags) > 2 * len(self._waiting) + MAX_IDLE_TAGS:
             past = [
                 name
                 for name, tag in self._finish_tags.items()
@@ -108,11 +127,12 @@ class FairQueue(Generic[T]):
                 del self._finish_tags[name]
 
     def accepts(self, client: str) -> bool:
-        """Whether another one of this client may wait."""
+        """True if `add` would take another item of this client."""
         most = max(map(len, self._waiting.values()), default=0)
         return self._n < self.limit or most > len(self._waiting.get(client, ())) + 1
 
     def _evict(self) -> T:
+        """Remove and return the newest item of the client with most items."""
         greediest = max(self._waiting, key=lambda name: len(self._waiting[name]))
         last = self._waiting[greediest][-1]
         self.remove(greediest, last)
@@ -120,7 +140,10 @@ class FairQueue(Generic[T]):
 
 
 class FairLock:
-    """A thing that one request has at a time; at most `limit` others wait for it (ApiError 429)."""
+    """An asyncio lock whose waiters are a FairQueue of clients, at most `limit` of them.
+
+    The current client is the context variable CLIENT. All calls come from one event loop.
+    """
 
     def __init__(self, limit: int) -> None:
         self.waiting: FairQueue[asyncio.Future[None]] = FairQueue(limit)
@@ -128,7 +151,10 @@ class FairLock:
 
     @asynccontextmanager
     async def acquire(self, *, force: bool = False) -> AsyncIterator[None]:
-        """Have it inside; `force`: wait for it even where too many do, as a request does that has begun."""
+        """Context in which the caller holds the lock; ApiError 429 if too many wait.
+
+        force: wait in any case, for a request that has held the lock before and would lose its work
+        """
         if self.is_taken:
             await self._wait(CLIENT.get(), force=force)
         self.is_taken = True
@@ -149,10 +175,11 @@ class FairLock:
             await mine
         except asyncio.CancelledError:
             if not self.waiting.remove(client, mine) and mine.done() and not mine.cancelled() and not mine.exception():
-                self._next()  # it was given and is not wanted any more
+                self._next()  # the lock was handed over just before the cancellation: pass it on
             raise
 
     def _next(self) -> None:
+        """Hand the lock to the waiter whose turn it is, or release it."""
         while len(self.waiting):
             client, waiting = self.waiting.peek()
             self.waiting.dequeue(client, waiting)

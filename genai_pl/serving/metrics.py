@@ -1,4 +1,8 @@
-"""What Prometheus is told; with several workers their numbers lie in files, and any of them answers for all."""
+"""Prometheus metrics of a server; several workers share them through files, so each answers /metrics for all.
+
+With PROMETHEUS_MULTIPROC_DIR set, prometheus_client keeps every value in a memory-mapped file of the process and /metrics sums
+over the files. Names and labels are a contract: deploy/grafana/dashboard.json reads them.
+"""
 
 import os
 import resource
@@ -12,13 +16,14 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from genai_pl.serving.settings import FOLDER
 
+# bucket bounds of the histograms
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class HasQueues(Protocol):
-    """What has requests in it."""
+    """An engine or an upstream server: requests that wait and that run."""
 
     @property
     def n_waiting(self) -> int: ...
@@ -27,10 +32,14 @@ class HasQueues(Protocol):
 
 
 class Metrics:
-    """The numbers of one server; it is the engine's observer, and routes and caches tell it of theirs."""
+    """Counters, gauges and histograms of one process.
+
+    The first methods are those of EngineObserver, called from the engine's thread; the others are called by the middleware
+    (`answered`), by services that look answers up (`cache_lookup`), and once a second (`refresh`). prometheus_client locks.
+    """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a series beside each counter that nobody asks for
+        disable_created_metrics()  # a series of creation times beside each counter
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Answers by route and status", "route", "status")
         self.seconds = self._histogram(
@@ -49,7 +58,7 @@ class Metrics:
         )
         self.cache = self._counter("cache_lookups", "Lookups in the cache of answers", "result")
         self.memory = self._gauge("memory_bytes", "Memory of the process, and of the accelerator", "kind")
-        for result in ("hit", "miss"):
+        for result in ("hit", "miss"):  # so that both series exist before the first lookup
             self.cache.labels(result)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -64,38 +73,43 @@ class Metrics:
     # the engine's observer
 
     def queued(self) -> None:
-        """A request waits; how many do is read when it is asked for."""
+        """Nothing is counted: `refresh` reads the length of the queue."""
 
     def started(self, waited_s: float) -> None:
+        """Seconds in the queue."""
         self.queue_seconds.observe(waited_s)
 
     def first_token(self, seconds: float) -> None:
+        """Time to first token."""
         self.first.observe(seconds)
 
     def token(self, seconds_since_last: float) -> None:
+        """Inter-token latency."""
         self.run_between_steps.observe(seconds_since_last)
 
     def finished(self, reason: str, n_prompt: int, n_generated: int) -> None:
+        """An answer by its finish reason, and its tokens."""
         self.answers.labels(reason).inc()
         self.prompt_tokens.inc(n_prompt)
         self.generated_tokens.inc(n_generated)
 
     def step(self, batch_size: int) -> None:
+        """Requests of a decode step."""
         self.batch.observe(batch_size)
 
     # the server
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request is over."""
+        """An HTTP request by route and status, and the seconds until the last byte of its answer."""
         self.requests.labels(route, status).inc()
         self.seconds.labels(route).observe(seconds)
 
     def cache_lookup(self, *, hit: bool) -> None:
-        """The cache was asked."""
+        """One lookup in the cache of answers."""
         self.cache.labels("hit" if hit else "miss").inc()
 
     def refresh(self, engine: HasQueues | None) -> None:
-        """Set what is a state rather than an event."""
+        """Set the gauges: queue lengths and memory."""
         if engine is not None:
             self.waiting.set(engine.n_waiting)
             self.running.set(engine.n_running)
@@ -103,7 +117,7 @@ class Metrics:
             self.memory.labels(kind).set(size)
 
     def text(self) -> bytes:
-        """Everything in Prometheus's text format, of all workers."""
+        """All metrics in Prometheus's text format, summed over the workers."""
         if FOLDER not in os.environ:
             return generate_latest(self.registry)
         forget_dead(Path(os.environ[FOLDER]))
@@ -113,10 +127,10 @@ class Metrics:
 
 
 def memory() -> Mapping[str, int]:
-    """Bytes in use now: of the process, and of each accelerator's tensors."""
+    """Bytes in use: "resident" of the process, "cuda" of the tensors on the current GPU."""
     try:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # no Linux: the most it ever was
+    except OSError:  # no /proc, for example macOS: the peak instead
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     n_bytes = {"resident": resident}
     if torch.cuda.is_available():
@@ -125,12 +139,12 @@ def memory() -> Mapping[str, int]:
 
 
 def forget_dead(folder: Path) -> None:
-    """Take what lives only with a process out of the sums, for processes that were killed."""
+    """Remove the gauges of workers that no longer exist; a killed worker cannot do it itself."""
     for path in folder.glob("gauge_live*_*.db"):
         pid = int(path.stem.rpartition("_")[2])
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             mark_process_dead(pid, str(folder))
-        except PermissionError:
+        except PermissionError:  # the process lives, under another user
             pass

@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out: a number, a key, its body, the count of its answer."""
+"""Middleware of every request: request id, API key, body limits, and the metrics of the answer."""
 
 import asyncio
 import hashlib
@@ -15,11 +15,20 @@ from genai_pl.serving.fair_queue import CLIENT, network
 from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
 
-OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # without a key
+OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # paths that need no key
 
 
 class Guard:
-    """The outermost layer: nothing but JSON errors leave it, whatever happens inside."""
+    """ASGI middleware in front of the routes; whatever fails inside, the client gets an error in JSON.
+
+    app: the application inside
+    metrics: counts route, status and seconds of each request
+    keys: accepted API keys; empty for none
+    bodies: limits of request bodies, which are read completely before the application starts
+
+    Each request gets an id (`x-request-id`, and REQUEST for the log) and a client (CLIENT), whose turns it takes: the hash of
+    its key, else its address.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, keys: Sequence[str], bodies: Bodies) -> None:
         self.app = app
@@ -31,6 +40,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # context of the request, which tasks started for it inherit
         number = uuid.uuid4().hex[:12]
         REQUEST.set(number)
         RESERVED_BYTES.set([])
@@ -44,11 +54,12 @@ class Guard:
             await send(message)
 
         try:
+            # key, body, application
             CLIENT.set(self._client(scope))
             await self.app(scope, await self._with_body(scope, receive), counted)
         except ClientGone:
             status = CLIENT_GONE
-        except asyncio.CancelledError:  # by the server, whose time to finish is over
+        except asyncio.CancelledError:  # by uvicorn, at the end of the time to drain
             if not status:
                 stopping = ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
                 await stopping.response()(scope, receive, counted)
@@ -61,18 +72,18 @@ class Guard:
             self.metrics.answered(route_name(scope), status or CLIENT_GONE, time.perf_counter() - start)
 
     def _client(self, scope: Scope) -> str:
-        """Who asks, as far as it is known: the key, else the address; ApiError 401 without a key where one is asked for."""
+        """The client of a request: the hash of its key, else its address; ApiError 401 if a key is needed and not valid."""
         authorization = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = authorization.partition(b" ")
         if self.keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
-            matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # all: time tells nothing
+            matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # compare with all: no timing
             if kind.lower() != b"bearer" or not any(matches):
                 raise ApiError(401, "give a key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
             return hashlib.sha256(key.strip()).hexdigest()
         return network(scope["client"][0]) if scope.get("client") else ""
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` with the whole body as its first message."""
+        """A `receive` whose first message is the whole body, and whose later ones are the server's (disconnects)."""
         body = await self.bodies.read(receive, dict(scope["headers"]).get(b"content-length", b"0"))
         first = True
 
@@ -87,6 +98,6 @@ class Guard:
 
 
 def route_name(scope: Scope) -> str:
-    """The path of the route that answered; one name for all that do not exist, so that clients cannot make more."""
+    """The path pattern of the route that answered, "other" for unknown paths: clients must not create metric labels."""
     route: BaseRoute | None = scope.get("route")
     return "other" if route is None else str(getattr(route, "path", "other"))

@@ -1,4 +1,8 @@
-"""Answers that are kept: in memory, least recently used first to go, or in a Redis that several servers share."""
+"""Response cache: bytes by key, in memory (least recently used) or in a Redis that several servers share.
+
+A cache never fails a request: what cannot be read or written is a miss. What goes in is encoded by answer_streams.py or
+http/upstream.py, which also check what comes out.
+"""
 
 import hashlib
 import hmac
@@ -22,13 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("genai_pl.serving")
-PAUSE = 5.0  # seconds before a Redis that failed is asked again
-SIGNATURE_BYTES = 32
-LARGEST = 64 * 2**20  # bytes of an entry that are read: others may have written any number of them
+PAUSE = 5.0  # seconds without Redis after a failed call
+SIGNATURE_BYTES = 32  # of SHA-256, in front of the value
+MAX_ENTRY_BYTES = 64 * 2**20  # that are read of an entry, which others may have written
 
 
 class Cache(Protocol):
-    """Bytes by name; what cannot be kept or found is not there, and never an error."""
+    """Bytes by key.
+
+    get: None for a key that is unknown, expired or unreadable
+    set: may keep nothing, silently
+    """
 
     async def get(self, key: str) -> bytes | None: ...
     async def set(self, key: str, value: bytes) -> None: ...
@@ -36,12 +44,16 @@ class Cache(Protocol):
 
 
 def key_of(*parts: object) -> str:
-    """A name for values of JSON, the same in every process."""
+    """Hash (48 hex digits) of JSON values, the same in every process and for every order of dict keys.
+
+    >>> key_of("model", {"a": 1, "b": 2}) == key_of("model", {"b": 2, "a": 1})
+    True
+    """
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=24).hexdigest()
 
 
 def model_hash(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A name for what the model computes: its weights as they are loaded, its configuration and its tokenizer."""
+    """Hash of what a model computes: weights as loaded (in their dtype), configuration and tokenizer."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{model.config}{fingerprint(tokenizer)}".encode())
     for name, tensor in model.state_dict().items():
@@ -51,7 +63,7 @@ def model_hash(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """A name for the contents of an adapter's folder."""
+    """Hash of an adapter's files, `adapter_*` in its folder."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob("adapter_*")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -59,7 +71,12 @@ def folder_hash(folder: Path) -> str:
 
 
 class MemoryCache:
-    """At most `limit` bytes, each entry for `ttl` seconds."""
+    """In-process cache; the least recently used entries leave first.
+
+    limit: bytes of all values together; a larger value is not kept
+    ttl: seconds that an entry is valid
+    now: clock in seconds
+    """
 
     def __init__(self, *, limit: int, ttl: float, now: Callable[[], float] = time.monotonic) -> None:
         self.limit, self.ttl, self.now = limit, ttl, now
@@ -94,10 +111,15 @@ class MemoryCache:
 
 
 class RedisCache:
-    """Shared by all servers of that Redis; while it cannot be reached the server goes on without, and says so once.
+    """Cache in Redis, shared by all servers that use the same secret.
 
-    Whoever reaches that Redis may write there: entries are signed for their name (HMAC, RFC 2104, with SHA-256), and one
-    without the right signature is not there.
+    url: redis://:PASSWORD@HOST:PORT/DB, rediss:// or unix://
+    ttl: seconds that an entry is valid
+    now: clock in seconds
+
+    Anyone who reaches that Redis can write there, so entries are signed together with their key (HMAC of RFC 2104 with
+    SHA-256) and an entry without the right signature is a miss: nobody can put words into the model's mouth, or move an answer
+    to another prompt. After a failed call Redis is left alone for PAUSE seconds; the log says when it fails and returns.
     """
 
     def __init__(self, url: str, *, ttl: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -106,14 +128,14 @@ class RedisCache:
 
         try:
             self.client = Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)
-        except (ValueError, TypeError, RedisError):  # its message may show a part of the password
+        except (ValueError, TypeError, RedisError):  # not chained: its message may show a part of the password
             raise ConfigError(f"cache={redact(url)}: write redis://:PASSWORD@HOST:PORT/DB") from None
         self.ttl, self.now = ttl, now
         self.secret = cache_secret()
         self.down_until: float | None = None  # while it is set, the last call failed
 
     async def get(self, key: str) -> bytes | None:
-        entry = await self._try(self.client.getrange, f"genai_pl:{key}", 0, LARGEST)
+        entry = await self._try(self.client.getrange, f"genai_pl:{key}", 0, MAX_ENTRY_BYTES)
         if not entry:
             return None
         signature, value = entry[:SIGNATURE_BYTES], entry[SIGNATURE_BYTES:]
@@ -139,7 +161,7 @@ class RedisCache:
             return None
         try:
             value = await call(*arguments, **options)
-        except ResponseError as error:  # something else than an answer lies there, or it is full
+        except ResponseError as error:  # the key holds another type, or memory is full: the next key may work
             log.warning("cache: Redis refuses (%s)", redact(error))
             return None
         except (RedisError, OSError) as error:
@@ -154,7 +176,7 @@ class RedisCache:
 
 
 def make_cache(name: str | None, *, ttl: float, mib: float) -> Cache | None:
-    """The cache that the option `cache` names."""
+    """The cache of the option `cache`: null, "memory" with `mib` MiB, or a Redis URL."""
     if name is None:
         return None
     if name == "memory":

@@ -1,4 +1,8 @@
-"""One process that serves, or several on one port."""
+"""Server processes: one, or several workers on one port, under uvicorn.
+
+One worker runs in this process. Several are uvicorn's Multiprocess: the parent binds the socket, starts the workers, restarts
+one that dies and passes signals on; the kernel hands each connection to a worker.
+"""
 
 import errno
 import math
@@ -16,11 +20,14 @@ from genai_pl.serving.connections import connection_options
 from genai_pl.serving.settings import VARIABLE, Settings, share_between_processes
 from genai_pl.serving.shutdown import TO_GIVE_UP
 
-HEALTH_SECONDS = 15  # for a worker to say that it lives, from a thread of its own
+HEALTH_SECONDS = 15  # for a worker to answer the parent's ping, from a thread of its own
 
 
 def serve(settings: Settings) -> int:
-    """Serve until a signal, then finish what runs; exit status 0."""
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status; 0, or 1 if no worker could load the model.
+
+    With port=0 the system chooses a port, which the settings of the workers and the printed address have.
+    """
     options = {"log_level": "warning", "access_log": False, **server_options(settings)}
     with bind(settings.host, settings.port) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
@@ -28,7 +35,10 @@ def serve(settings: Settings) -> int:
 
 
 def server_options(settings: Settings) -> dict[str, object]:
-    """Options of uvicorn that every way to start it has; a request is broken off before its connection is."""
+    """uvicorn options that `serve` and deploy/gunicorn.conf.py share.
+
+    The graceful timeout is longer than the drain, so that requests end with 503 before their connections are cut.
+    """
     seconds = math.ceil(settings.drain + TO_GIVE_UP)
     return {"server_header": False, "timeout_graceful_shutdown": seconds, **connection_options()}
 
@@ -38,15 +48,14 @@ def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str,
 
     backend, app = build(settings)
     print(description(backend, settings), flush=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # uvicorn has one of its own, and sends the signal on when it is done
+    # uvicorn installs its own handler and raises the signal again at the end: it must not kill the process then
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
     return 0
 
 
 def _serve_together(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
-    """Worker processes read their settings from the environment; the first one says what is served."""
+    """Workers read their settings from the environment; the first one prints what is served."""
     share_between_processes()
     os.environ[VARIABLE] = settings.to_json()
     config = uvicorn.Config(
@@ -62,13 +71,13 @@ def _serve_together(settings: Settings, listener: socket.socket, options: dict[s
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of that address, not yet listening; ConfigError if it cannot be had."""
+    """A listening, inheritable socket of the address; ConfigError if it cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # two sockets may be bound to one port until one listens
+        listener.listen()  # now, not in uvicorn: with SO_REUSEADDR two sockets bind to one port until one listens
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

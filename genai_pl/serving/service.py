@@ -1,4 +1,4 @@
-"""The model behind the routes: names, tokens and answers, with the limits that hold for them."""
+"""Service: one loaded model behind the routes, with its names, tokenizer threads, cache, engine and limits."""
 
 import asyncio
 import threading
@@ -31,13 +31,22 @@ from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, mode
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.tokenize_threads import TokenizeThreads
 
-CPU_CHUNK, GPU_CHUNK = 128, 512  # tokens of prompts that are read before others have their turn
-LONGEST = 32  # characters that a token has at least room for, as a rare word may that is one
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_CHUNK, GPU_CHUNK = 128, 512  # prompt tokens between two decode steps
+MIN_TOKEN_CHARACTERS = 32  # characters of one token, at least, in the check of prompts before tokenizing
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Service:
-    """One loaded model; `engine` is None where it does not write."""
+    """One loaded model and all that answers requests with it.
+
+    settings: names, limits, cache, slots and default sampling settings
+    loaded: model, tokenizer and folder
+    metrics: observer of the engine, and counter of cache lookups
+
+    Attributes that routes use: `name` and `names` (base and adapters), `context` (tokens of prompt and answer), `engine` (None
+    for encoders and reward models, which write no text), `scorer` (embeddings and scores), `is_reward`, `has_two_stacks`
+    (encoder-decoder), `tokenizer` (for single tokens only: texts go to tokenize_threads).
+    """
 
     def __init__(self, settings: Settings, loaded: Loaded, metrics: Metrics) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, metrics
@@ -48,11 +57,13 @@ class Service:
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
         self.is_reward = config.head is Head.score
         self.has_two_stacks = config.shape is Shape.encoder_decoder
+        # embeddings, cache
         self.sentence = find_sentence_head(settings.pooling, loaded.path, self.tokenizer, config)
         self.pooling = self.sentence.pooling
         folders = {name: resolve_adapter(path) for name, path in settings.adapters.items()}
         self.cache: Cache | None = make_cache(settings.cache, ttl=settings.cache_ttl, mib=settings.cache_mib)
         self.hashes = self._model_hashes(folders)
+        # engine; without adapters the model may fuse weights that an adapter would have to reach
         self.engine: Engine | None = None
         if not folders:
             prepare_for_decoding(self.model)
@@ -69,33 +80,34 @@ class Service:
             )
         elif folders:
             raise ConfigError("adapter needs a model that writes; give this one its adapter as checkpoint=")
+        # queues beside the engine
         self.started = int(time.time())
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
         self.tokenize_threads = TokenizeThreads(self.tokenizer, **waiting)
         self.scoring_queue = ScoringQueue(self.engine, **waiting)
         self.scorer = TextScorer(self)
-        self.longest = max(LONGEST, *map(len, self.tokenizer.get_vocab()))  # characters of one token
+        self.longest = max(MIN_TOKEN_CHARACTERS, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
     def _model_hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
-        """The name of what answers, for the base (None) and each adapter."""
+        """Hash of what answers, for the base (None) and each adapter: the model's part of cache keys."""
         if self.cache is None:
             return {}
         base = model_hash(self.model, self.tokenizer)
         return {None: base, **{name: base + folder_hash(path) for name, path in folders.items()}}
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the engine's thread."""
         if self.engine is not None:
             self.engine.start()
 
     def give_up(self) -> None:
-        """End what runs, after the step or slice that it is in: the time to finish is over."""
+        """End what runs after its current step or slice, because the time to drain is over; callable from any thread."""
         self.scoring_queue.stop()
         if self.engine is not None:
             self.engine.cancel_all()
 
     async def stop(self) -> None:
-        """End; whatever could be finished is."""
+        """Stop engine, threads and cache; uvicorn calls it once all requests have ended."""
         self.scoring_queue.stop()
         if self.engine is not None:
             await asyncio.to_thread(partial(self.engine.stop, drain=False))
@@ -106,11 +118,11 @@ class Service:
 
     @property
     def names(self) -> list[str]:
-        """The base and the adapters, as clients name them."""
+        """Names that clients give as `model`: the base, then the adapters."""
         return [self.name, *self.settings.adapters]
 
     def adapter_of(self, name: str | None, param: str = "model") -> str | None:
-        """The adapter of that name, None for the base; ApiError for a name that is not served."""
+        """The adapter of a client's model name, None for the base; ApiError 404 for a name that is not served."""
         if name is None or name == self.name:
             return None
         if name not in self.settings.adapters:
@@ -118,7 +130,7 @@ class Service:
         return name
 
     async def tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """What the model continues."""
+        """Token ids of a prompt: a text, tokenized as in training, or ids that are only checked."""
         if not isinstance(prompt, str):
             return self.check_token_ids(prompt)
         self._check_size(len(prompt))
@@ -127,7 +139,11 @@ class Service:
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
     ) -> tuple[int, ...]:
-        """A conversation, and the tools that may be called in it, with the beginning of the answer."""
+        """Token ids of a conversation by the tokenizer's chat template, with the beginning of the assistant's answer.
+
+        tools: functions that the template describes to the model
+        Raises ApiError 400 if the tokenizer has no template or the conversation cannot fit.
+        """
         if self.tokenizer.chat_template is None:
             raise ApiError(
                 400, "the tokenizer of this model has no chat template: use /v1/completions", param="messages"
@@ -137,7 +153,10 @@ class Service:
         return tuple(await self.tokenize_threads.encode_chat(messages, tools, size=size + len(str(tools))))
 
     async def prepare(self, config: GenerationConfig) -> None:
-        """Compile what an answer must be like, beside everything else; ConfigError where that cannot be."""
+        """Compile the grammar of constrained decoding in its own thread; ConfigError if it cannot be compiled.
+
+        Compiled grammars are cached, so `submit` usually finds this one and need not compile it again.
+        """
 
         def compiled() -> None:
             constraints = build_output_constraints(self.engine.tokenizer, config, self.model.config.eos_token_ids)
@@ -147,11 +166,12 @@ class Service:
             await self.tokenize_threads.grammars.run(compiled)
 
     def _check_size(self, n: int) -> None:
-        """ApiError for so many characters that it needs no tokenizer to see that they are too many."""
+        """ApiError 400 for so many characters that they cannot fit, whatever their tokens are."""
         if n > self.context * self.longest:
             raise ApiError(400, f"the prompt has {n:,} characters, more than {self.context:,} tokens have: shorten it")
 
     def check_token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The same ids; ApiError 422 if one is outside the vocabulary."""
         size = self.model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
@@ -159,8 +179,12 @@ class Service:
         return tuple(ids)
 
     async def answer(self, request: Request) -> Answer:
-        """The model's answer, from the cache where it is known already; ApiError 429 when too many wait."""
+        """The stream of the answer, from the cache if it has it, else from the engine.
+
+        Raises ApiError 400 for a prompt that does not fit, 429 if too many requests wait.
+        """
         request = self._clamp_to_context(request)
+        # cache
         key = None
         if self.cache is not None and is_repeatable(request):
             key = request_key(self.hashes[request.adapter], request)
@@ -169,18 +193,19 @@ class Service:
             self.metrics.cache_lookup(hit=cached is not None)
             if cached is not None:
                 return cached
+        # engine
         request = replace(request, client=CLIENT.get())
         try:
             if request.config.json_schema is None and request.config.regex is None:
                 stream = self.engine.submit(request)
-            else:  # its grammar may have to be compiled once more
+            else:  # `submit` may compile its grammar, which must not hold the event loop
                 stream = await self._submit_off_loop(request)
         except QueueFull as busy:
             raise too_busy(busy.retry_after) from None
         return stream if key is None else RecordingStream(stream, partial(self.cache.set, key))
 
     async def _submit_off_loop(self, request: Request) -> TokenStream:
-        """The answer to a request that is submitted beside the event loop; nobody waits for it once this is cancelled."""
+        """Submit in the grammar thread; if the caller is cancelled meanwhile, the stream is cancelled when it exists."""
         streams: list[TokenStream] = []
         is_over = threading.Event()
 
@@ -190,6 +215,7 @@ class Service:
                 streams[0].cancel()
             return streams[0]
 
+        # a cancelled caller leaves the thread at work: `submit` cancels the stream itself when it has one
         try:
             return await self.tokenize_threads.grammars.run(submit)
         except BaseException:
@@ -199,7 +225,7 @@ class Service:
             raise
 
     def _clamp_to_context(self, request: Request) -> Request:
-        """The request with room for what it asks for; ApiError where there is none."""
+        """The request with max_new_tokens cut to what the context leaves; ApiError 400 if it leaves nothing."""
         if self.engine is None:
             raise ApiError(400, f"{self.name} writes no text: it is for {'scores' if self.is_reward else 'embeddings'}")
         n, config = len(request.input_ids), request.config
@@ -214,7 +240,11 @@ class Service:
 
 
 def name_of(checkpoint: str, path: Path) -> str:
-    """What a model is called: its folder, or for a run the run's."""
+    """Default name of a model: a hub id as it is, else the name of its folder, or of the run that the folder is part of.
+
+    >>> name_of("outputs/polite", Path("outputs/polite/model"))
+    'polite'
+    """
     path = path.resolve()
     inner = path.name in ("model", "adapter") or path.suffix == ".ckpt"
     if not inner:
@@ -224,8 +254,8 @@ def name_of(checkpoint: str, path: Path) -> str:
 
 
 def open_service(settings: Settings, metrics: Metrics) -> Service:
-    """The model that the settings name, loaded."""
-    loaded = load(settings.checkpoint, dtype=WEIGHTS[settings.dtype], onnx=True)
+    """Load the model of the settings and return its service; ConfigError if backend or adapters do not fit it."""
+    loaded = load(settings.checkpoint, dtype=DTYPES[settings.dtype], onnx=True)
     if settings.backend == "onnx" and not is_onnx(loaded.path):
         raise ConfigError(f"backend=onnx: {loaded.path} is no ONNX model; write one with export.py format=onnx")
     for name in settings.adapters.values():

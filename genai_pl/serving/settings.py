@@ -1,4 +1,8 @@
-"""What a server is told, as plain data that worker processes read from their environment."""
+"""Settings of a server: plain data, which worker processes read as JSON from their environment.
+
+cli/serve.py makes them from conf/serve.yaml, which explains each option; gunicorn users write the JSON themselves. Nothing
+here imports torch, so the parent of several workers stays small.
+"""
 
 import atexit
 import json
@@ -13,9 +17,9 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 
-VARIABLE = "GENAI_PL_SERVE"  # where a worker process finds its settings, as JSON
-CACHE_KEY = "GENAI_PL_CACHE_KEY"  # a secret of all servers that share a cache, which signs what they keep
-KEYS = "GENAI_PL_API_KEYS"  # keys of clients, separated by commas
+VARIABLE = "GENAI_PL_SERVE"  # environment variable with the settings of workers, as JSON
+CACHE_KEY = "GENAI_PL_CACHE_KEY"  # secret that signs entries of a shared cache
+KEYS = "GENAI_PL_API_KEYS"  # API keys of clients, separated by commas
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "onnx", "openai")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -23,14 +27,23 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client, or all together, may ask for."""
+    """Limits of requests; what exceeds one is an error that names the option.
 
-    queue_size: int = 64  # requests that wait
-    timeout: float = 120.0  # seconds
-    max_tokens: int = 4096  # to generate
-    max_n: int = 16  # answers to one request: prompts times n
-    max_inputs: int = 256  # texts to embed or to score at once
-    max_input_tokens: int = 131_072  # of them together
+    queue_size: requests that wait, in each queue (429)
+    timeout: seconds of a request (504)
+    max_tokens: to generate in one answer
+    max_n: answers to one request, prompts times n
+    max_inputs: texts to embed or score in one request
+    max_input_tokens: tokens of these texts together
+    max_body_mib: size of a request body (413)
+    """
+
+    queue_size: int = 64
+    timeout: float = 120.0
+    max_tokens: int = 4096
+    max_n: int = 16
+    max_inputs: int = 256
+    max_input_tokens: int = 131_072
     max_body_mib: float = 4.0
 
     def __post_init__(self) -> None:
@@ -41,7 +54,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """One server: the model or the server behind it, what stands in front, and the address."""
+    """One server: its model or upstream server, cache, limits and address.
+
+    checkpoint, adapters, name: model, adapter folder by name, and the name that clients use for the base
+    host, port, workers: address (port 0: any free one) and number of processes
+    backend: local, onnx, or openai for a server at `url` with the API key in the environment variable `key_variable`
+    cache, cache_ttl, cache_mib: memory, a Redis URL or None; seconds of an entry; size of the memory cache
+    slots, max_length: requests that run at once; tokens of prompt and answer together, None for the model's context
+    pooling: of embeddings, None for the folder's own
+    device, dtype: where and in which of DTYPES the weights are
+    api_keys: file with accepted keys; cors_origins: web origins that may call the API
+    drain: seconds that running requests have after SIGTERM
+    generation: sampling settings of requests that do not set them
+    """
 
     checkpoint: str = "auto"
     adapters: dict[str, str] = field(default_factory=dict)
@@ -67,14 +92,15 @@ class Settings:
     generation: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # one message for each option that cannot work, with the option's name; URLs are masked, they may hold passwords
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend} is not one of {', '.join(BACKENDS)}")
         if self.backend == "openai" and not (self.url or "").startswith(("http://", "https://")):
             raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {redact(self.url)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
-        known = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
-        if not known:
+        is_cache = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
+        if not is_cache:
             raise ConfigError(f"cache={redact(self.cache)} is not null, memory or redis://HOST:PORT/DB")
         for name in ("workers", "slots", "cache_ttl", "cache_mib", "drain"):
             if not getattr(self, name) > 0:
@@ -84,16 +110,16 @@ class Settings:
 
     @property
     def defaults(self) -> GenerationConfig:
-        """How tokens are chosen where a request does not say."""
+        """Sampling settings of requests that do not set them."""
         return GenerationConfig(**self.generation)
 
     def to_json(self) -> str:
-        """The settings as `from_json` reads them."""
+        """JSON that `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        """The settings that were written; ConfigError for a name that is none."""
+        """Settings of JSON, which may leave out any of them; ConfigError for an unknown name or a wrong value."""
         try:
             values = json.loads(text)
             return cls(**{**values, "limits": Limits(**values.get("limits", {}))})
@@ -102,7 +128,10 @@ class Settings:
 
 
 def read_keys(path: str | None) -> list[str]:
-    """The keys that clients must show one of: the lines of a file, and those in the environment; none: no key is asked for."""
+    """Accepted API keys: of the environment variable KEYS and of the file's lines (# begins a comment); none: no key needed.
+
+    Raises ConfigError for a file that cannot be read or has no key, which would open the server by mistake.
+    """
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
     if path is not None:
         try:
@@ -116,10 +145,7 @@ def read_keys(path: str | None) -> list[str]:
 
 
 def share_between_processes() -> None:
-    """Make a folder for the numbers of all workers, which goes with this process, and a secret to sign what they keep.
-
-    Both are named to the processes that are started from here.
-    """
+    """Set the environment that workers share: a folder for their metrics, removed with this process, and the cache secret."""
     cache_secret()
     if FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="genai_pl-metrics-")
@@ -127,10 +153,10 @@ def share_between_processes() -> None:
 
 
 def cache_secret() -> bytes:
-    """What entries of a shared cache are signed with: from the environment, else one for this start of the server."""
+    """Secret that signs cache entries: CACHE_KEY of the environment, which is set to a random one if it is missing."""
     return os.environ.setdefault(CACHE_KEY, secrets.token_hex(32)).encode()
 
 
 def _remove_for(process: int, folder: str) -> None:
-    if os.getpid() == process:  # a worker that was forked inherits what is to be done at the end
+    if os.getpid() == process:  # forked workers inherit the exit handler, and must not run it
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,8 @@
-"""Threads beside the event loop in which texts become tokens and grammars are compiled, one request after the other."""
+"""Tokenizer threads: texts become tokens and grammars are compiled beside the event loop, in fair turns.
+
+Tokenizing a long prompt takes seconds and a grammar may take longer. One thread for each kind of work bounds what they take of
+the machine; a FairLock in front of each thread decides which request is next.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -15,18 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-SHORT = 16_384  # characters that take a few milliseconds
+SHORT = 16_384  # characters of a short text, tokenized in a few milliseconds
 
 
 class FairThread:
-    """One thread; a request that is given up before its turn costs nothing."""
+    """One thread that works for one request at a time, in turns of clients.
+
+    name: of the thread
+    queue_size: requests that may wait
+    timeout: seconds of waiting and work together
+
+    A request that is cancelled before its turn costs nothing; one that runs in the thread runs to its end.
+    """
 
     def __init__(self, name: str, *, queue_size: int, timeout: float) -> None:
         self.pool = ThreadPoolExecutor(1, name)
         self.lock, self.timeout = FairLock(queue_size), timeout
 
     async def run(self, work: Callable[..., T], *arguments: object) -> T:
-        """What the work gives; ApiError 429 where too many wait, 504 where it takes too long."""
+        """Result of the work; ApiError 429 if too many requests wait, 504 after `timeout`."""
         try:
             return await asyncio.wait_for(self._run(work, *arguments), self.timeout)
         except asyncio.TimeoutError:
@@ -37,28 +48,31 @@ class FairThread:
             return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
     def close(self) -> None:
-        """No more of it."""
+        """End the thread after its current work; queued work is cancelled."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 class TokenizeThreads:
-    """Short texts do not wait for long ones, and neither for grammars; each thread has a tokenizer of its own."""
+    """Three threads, so that short texts wait neither for long ones nor for grammars.
+
+    tokenizer: copied for each thread that tokenizes, as a tokenizer changes state while it works
+    queue_size, timeout: of each thread
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, queue_size: int, timeout: float) -> None:
         options = {"queue_size": queue_size, "timeout": timeout}
         self.short, self.long = FairThread("short texts", **options), FairThread("long texts", **options)
         self.grammars = FairThread("grammars", **options)
-        # tokenizers change state while they work
         self.tokenizers = {self.short: deepcopy(tokenizer), self.long: deepcopy(tokenizer)}
         self.templates: dict[FairThread, ChatTemplate] = {}
 
     async def encode(self, encode: Callable[..., T], *arguments: object, size: int) -> T:
-        """What `encode` makes of a tokenizer and the arguments, which have so many characters."""
+        """Result of `encode(tokenizer, *arguments)`; `size` in characters chooses the thread."""
         thread = self._thread_for(size)
         return await thread.run(encode, self.tokenizers[thread], *arguments)
 
     async def encode_chat(self, messages: Messages, tools: Tools, *, size: int) -> list[int]:
-        """The tokens of a conversation of so many characters, with the beginning of the answer."""
+        """Token ids of a conversation of `size` characters, with the beginning of the assistant's answer."""
         thread = self._thread_for(size)
         return await thread.run(self._apply_template, thread, messages, tools)
 
@@ -67,11 +81,11 @@ class TokenizeThreads:
 
     def _apply_template(self, thread: FairThread, messages: Messages, tools: Tools) -> list[int]:
         tokenizer = self.tokenizers[thread]
-        if thread not in self.templates:  # which is tried out when it is made
+        if thread not in self.templates:  # ChatTemplate renders examples when it is made: once for each thread
             self.templates[thread] = ChatTemplate(tokenizer)
         return encode_prompt(tokenizer, messages, tools, self.templates[thread])
 
     def close(self) -> None:
-        """No more of it."""
+        """End the threads after their current work."""
         for thread in (self.short, self.long, self.grammars):
             thread.close()

@@ -1,4 +1,7 @@
-"""The application of one worker process, which finds its settings in the environment."""
+"""Worker: builds the application of one server process, and prints what it serves.
+
+`create` is the factory that uvicorn's workers and gunicorn call by name: it reads the settings from the environment.
+"""
 
 import gc
 import os
@@ -20,18 +23,18 @@ from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
-    """What answers, and the application in front of it."""
+    """(service or upstream, application) of the settings: loads the model, which takes seconds to minutes."""
     limit_repeated_lines()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
     backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
     gc.collect()
-    gc.freeze()  # what is there by now stays: to look through it again and again would take a second each time
+    gc.freeze()  # model and libraries stay: without this each full collection scans them for up to a second
     return backend, create_app(backend, settings, metrics, keys)
 
 
 def create() -> FastAPI:
-    """The application of a worker of several; a mistake of the user is one line, and ends the server."""
+    """The application of one of several workers; a user's mistake is printed as one line and ends the server."""
     try:
         if VARIABLE not in os.environ:
             raise ConfigError(f"{VARIABLE} is not set: start with serve.py, or with deploy/gunicorn.conf.py")
@@ -41,14 +44,14 @@ def create() -> FastAPI:
     except UserError as error:
         if first_to("fail"):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(STARTUP_FAILURE)  # another try would fail too
+        sys.exit(STARTUP_FAILURE)  # tells the parent not to restart workers: another start would fail too
     if first_to("describe"):
         print(description(backend, settings), flush=True)
     return app
 
 
 def first_to(what: str) -> bool:
-    """Whether this process is the first worker of its server to say something; one alone always is."""
+    """True in the first worker of a server that asks for this event, so that a line is printed once; always if alone."""
     if FOLDER not in os.environ:
         return True
     try:
@@ -59,7 +62,7 @@ def first_to(what: str) -> bool:
 
 
 def description(backend: Service | Upstream, settings: Settings) -> str:
-    """What is served, where, and a command to try."""
+    """Lines to print at the start: address, model, slots, cache, keys, and a command to try."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else host}:{settings.port}"
     lines = {"address": f"{address}  (a page to chat; {address}/docs describes the API)"}
@@ -72,6 +75,7 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
         if backend.engine is not None:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
+    # in front of either
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = redact(settings.cache or "none")
     lines["keys"] = "asked for" if read_keys(settings.api_keys) else "none asked for"
@@ -80,7 +84,7 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
 
 
 def curl(backend: Service | Upstream, address: str) -> str:
-    """A command that shows the server at work."""
+    """A curl command that this server answers."""
     if isinstance(backend, Upstream) or backend.engine is not None:
         path, body = "/generate", '{"prompt": "Once upon a time", "max_new_tokens": 20}'
     elif backend.is_reward:

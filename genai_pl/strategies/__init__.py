@@ -1,4 +1,4 @@
-"""How a run is spread over processes: sharded, divided by heads, started and ended together."""
+"""Strategies: sharding, tensor and pipeline parallelism, recomputation, float8, and the processes of a run."""
 
 from genai_pl.strategies.deepspeed import deepspeed
 from genai_pl.strategies.float8 import float8

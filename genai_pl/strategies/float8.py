@@ -1,4 +1,4 @@
-"""Products of linear layers in float8, by torchao."""
+"""Float8: matrix products of linear layers in 8 bits, by torchao."""
 
 from importlib.util import find_spec
 
@@ -6,15 +6,17 @@ import torch
 from torch import nn
 
 from genai_pl.errors import ConfigError
+from genai_pl.models import LanguageModel
 
-CAPABILITY = (8, 9)  # the first GPUs with products in float8
-MULTIPLE = 16  # of both sizes of a weight, which torch's product in float8 asks for
+CAPABILITY = (8, 9)  # compute capability of the first GPUs with float8 products
+MULTIPLE = 16  # both sizes of a weight must be one, for torch's float8 product
 
 
-def float8(model: nn.Module) -> None:
+def float8(model: LanguageModel) -> None:
     """Make the linear layers of the blocks multiply in float8, each tensor scaled by its largest value, in place.
 
-    Weights stay as they are (Micikevicius et al. 2022; E4M3 forward, E5M2 for gradients). ConfigError where it cannot run.
+    Weights keep their dtype and are converted in each forward pass (Micikevicius et al. 2022; E4M3 forward, E5M2 for
+    gradients). Layers whose sizes do not fit stay as they are. ConfigError where float8 cannot run.
     """
     check_float8()
     from torchao.float8 import convert_to_float8_training
@@ -24,12 +26,12 @@ def float8(model: nn.Module) -> None:
 
 
 def fits_float8(module: nn.Module) -> bool:
-    """Whether a layer can multiply in float8."""
+    """Whether a module is a linear layer whose sizes a float8 product takes."""
     return isinstance(module, nn.Linear) and all(size % MULTIPLE == 0 for size in module.weight.shape)
 
 
 def check_float8() -> None:
-    """ConfigError where the GPU or the package is missing."""
+    """ConfigError where the GPU cannot multiply in float8, or torchao is not installed."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY:
         raise ConfigError(
             "precision=fp8 needs a GPU that multiplies in it (L4, RTX 4090, H100 or newer): precision=bf16"

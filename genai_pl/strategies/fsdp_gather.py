@@ -1,4 +1,7 @@
-"""A model in pieces on many processes: whole for a while on each, or at last on one."""
+"""Gathering an FSDP model: full weights on every rank for a while, or at the end on the first rank.
+
+The first is for generating text during training, the second for the export.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +15,21 @@ from genai_pl.distributed.dtensor import full_tensor_on_cpu
 
 
 def gather_parameters(model: nn.Module) -> None:
-    """Give the first process every parameter whole, in place and on the CPU; all processes must call it.
+    """Give the first rank every parameter in full, in place and in RAM; a collective.
 
-    A model that is not sharded stays as it is. A sharded one cannot be trained on.
+    For the end of a run: a sharded model cannot be trained any more afterwards. A model that is not sharded is left
+        unchanged.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # weights of the last forward pass may lie around, rounded
+            module.reshard()  # the last forward pass may have left gathered weights, in its rounded dtype
+    # replace each sharded parameter by a full one; a tied weight stays tied
     full_parameters: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not isinstance(parameter, DTensor):
                 continue
-            if parameter not in full_parameters:  # a tied weight stays tied
+            if parameter not in full_parameters:
                 full = full_tensor_on_cpu(parameter)
                 full_parameters[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
             if dist.get_rank() == 0:
@@ -33,9 +38,12 @@ def gather_parameters(model: nn.Module) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module, *, reshard: bool) -> Iterator[None]:
-    """The weights whole on every process inside, so that forward passes send nothing: each may run as many as it likes.
+    """A context in which every rank holds the full weights, so that forward passes communicate nothing.
 
-    All processes must enter it, between two steps. `reshard` says whether a block lets go of its weights otherwise.
+    Each rank may then run as many forward passes as it likes: in a rollout ranks generate texts of different lengths.
+    All ranks must enter it, between two steps.
+
+    reshard: whether blocks free their gathered weights after a forward pass otherwise (`reshard_after_forward`)
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
@@ -48,4 +56,4 @@ def unsharded(model: nn.Module, *, reshard: bool) -> Iterator[None]:
         for part in parts:
             if part is not model:
                 part.set_reshard_after_forward(reshard, recurse=False)
-        model.reset_iter_state()  # back to pieces; and what backward passes expect forgets these forward passes
+        model.reset_iter_state()  # reshard, and forget that forward passes without a backward pass took place

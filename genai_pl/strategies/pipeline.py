@@ -1,4 +1,10 @@
-"""Pipeline parallelism: each process holds neighbouring blocks, and microbatches travel from one process to the next."""
+"""Pipeline parallelism: each rank holds neighbouring blocks, and microbatches travel from rank to rank.
+
+Every rank builds the whole model and optimizer, then frees the storage of the parameters of other stages: names,
+shapes and numbers stay those of one process, so optimizers, exports and checkpoints need no translation. torch's
+schedules run forward and backward passes; Lightning's `training_step` therefore computes nothing, and `backward` runs
+the whole schedule.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -19,10 +25,15 @@ from genai_pl.strategies.sharded import ShardedStrategy
 
 
 class PipelineStrategy(ShardedStrategy):
-    """The blocks of a model divided among processes (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019).
+    """The blocks of a model divided among ranks (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019).
 
-    The processes of a pipeline are given the same batch. The optimizer knows all parameters on all of them, and a
-    checkpoint is that of one process, so that a run goes on with any number of them.
+    schedule: gpipe (all forward passes first) or 1f1b (a backward pass as soon as possible, fewer activations)
+    microbatches: parts of a batch; data.batch_size must be a multiple
+    data_parallel_size: pipelines that see different batches
+    pipeline_parallel_size: stages of a pipeline; None: what data_parallel_size leaves of the ranks
+
+    The ranks of a pipeline receive the same batch. A checkpoint is that of one process: a run resumes with any number
+    of ranks.
     """
 
     shared_size = "pipeline_parallel_size"
@@ -42,15 +53,16 @@ class PipelineStrategy(ShardedStrategy):
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=pipeline_parallel_size)
         self.schedule, self.microbatches = schedule, microbatches
         self._stages_of: dict[nn.Parameter, tuple[int, ...]] = {}
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of processes that hold the same parameters
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of stages that hold the same parameter
         self._batch: Batch = {}
 
     @property
     def stage(self) -> int:
-        """The place of this process in its pipeline."""
+        """The stage of this rank in its pipeline, from 0."""
         return self.global_rank % self.sizes[1]
 
     def check(self, module: BaseModule, *, rows: int) -> None:
+        """Also ConfigError where microbatches do not divide a batch, or are fewer than the stages under 1f1b."""
         super().check(module, rows=rows)
         if rows % self.microbatches:
             raise ConfigError(
@@ -63,6 +75,7 @@ class PipelineStrategy(ShardedStrategy):
             )
 
     def _check_model(self, module: BaseModule) -> None:
+        """ConfigError for an objective, model, adapter or precision that a pipeline cannot train."""
         model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
         if not isinstance(module, TokenModule):
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
@@ -70,6 +83,7 @@ class PipelineStrategy(ShardedStrategy):
             raise ConfigError(
                 f"strategy=pipeline divides decoders and encoders of our own, without position=xl; {instead}"
             )
+        # blocks to divide, and nothing outside of blocks that every stage would need
         if model.config.share_layers or model.config.n_layer < stages:
             raise ConfigError(
                 f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "
@@ -83,12 +97,14 @@ class PipelineStrategy(ShardedStrategy):
             raise ConfigError("precision=fp16: strategy=pipeline does not scale losses; precision=bf16")
 
     def _split(self, module: L.LightningModule) -> None:
-        """Keep the blocks of this process's stage, in place."""
+        """Keep the parameters and blocks of this stage, in place; a collective, as it creates process groups."""
+        # free the parameters of other stages
         n_stages, stage = self.sizes[1], self.stage
         self._stages_of = parameter_stages(module.model, n_stages)
         for parameter, stages in self._stages_of.items():
             if stage not in stages:
                 free_storage(parameter, parameter.device)
+        # groups of stages that share a parameter (tied embeddings), and of each pipeline for objects
         pipelines = self.device_mesh.mesh.tolist()  # (data, stages) ranks
         shared = sorted({stages for stages in self._stages_of.values() if len(stages) > 1})
         for stages in shared:
@@ -96,19 +112,22 @@ class PipelineStrategy(ShardedStrategy):
         self._cpu_group = self._group_of_this_rank(pipelines, backend="gloo")
         torch.manual_seed(torch.initial_seed() + stage)  # dropout differs from block to block
         group = self.device_mesh["tensor_parallel"].get_group()
+        # the schedule of this stage
         part = Stage(module, stage, n_stages, self.precision_plugin.forward_context)
         self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, microbatches=self.microbatches)
         module.global_norm = self._global_norm
 
     def _group_of_this_rank(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:
-        """That of the groups which this process is in; all processes make all of them."""
+        """The one of some process groups that this rank is in; all ranks must create all of them."""
         created = [dist.new_group(ranks, **options) for ranks in groups]
         return next((group for group, ranks in zip(created, groups, strict=True) if self.global_rank in ranks), None)
 
     def _is_local(self, parameter: Tensor) -> bool:
+        """Whether this stage computes with a parameter."""
         return self.stage in self._stages_of[parameter]
 
     def model_to_device(self) -> None:
+        """Move this stage's parameters and all buffers; the others stay without storage."""
         for parameter in self._stages_of:
             if self._is_local(parameter):
                 parameter.data = parameter.data.to(self.root_device)
@@ -118,22 +137,27 @@ class PipelineStrategy(ShardedStrategy):
             buffer.data = buffer.data.to(self.root_device)
 
     def training_step(self, batch: Batch, *_: object) -> Tensor:
+        """Keep the batch for `backward`, which interleaves forward and backward passes."""
         self._batch = batch
-        return torch.zeros((), device=self.root_device)  # the first backward passes come before the last forward passes
+        return torch.zeros((), device=self.root_device)
 
     def backward(self, closure_loss: Tensor, *_: object, **__: object) -> Tensor:
+        """Run the schedule on the kept batch, which accumulates gradients, and count its sums."""
         module = self.lightning_module
         sums = self._pipeline.run(self._batch, 1 / module.begin(self._batch), train=True)
         module.count(sums)
         return closure_loss
 
     def validation_step(self, batch: Batch, *_: object) -> None:
+        """Run the forward passes of a batch and count its sums, which all stages get."""
         module = self.lightning_module
         module.count_validated(batch, self._pipeline.run(batch, torch.ones((), device=self.root_device), train=False))
 
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **kwargs: object
     ) -> object:
+        """Also sum gradients over stages and pipelines, between the closure (backward) and the step."""
+
         def closure_with_summed_gradients() -> object:
             loss = closure()
             self._sum_gradients()
@@ -142,12 +166,12 @@ class PipelineStrategy(ShardedStrategy):
         return super().optimizer_step(optimizer, closure_with_summed_gradients, model, **kwargs)
 
     def _sum_gradients(self) -> None:
-        """Add up what the stages that hold a parameter, and pipelines that see other batches, say about it."""
+        """Sum the gradients of shared parameters over their stages, and of all over pipelines with other batches."""
         data = self.device_mesh["data_parallel"]
         for parameter, stages in self._stages_of.items():
             if not parameter.requires_grad or not self._is_local(parameter):
                 continue
-            if parameter.grad is None and len(stages) > 1:
+            if parameter.grad is None and len(stages) > 1:  # another stage has one: the collective needs both
                 parameter.grad = torch.zeros_like(parameter)
             if len(stages) > 1:
                 dist.all_reduce(parameter.grad, group=self._groups[stages])
@@ -155,7 +179,7 @@ class PipelineStrategy(ShardedStrategy):
                 dist.all_reduce(parameter.grad, group=data.get_group())
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm over all stages, in which what several hold counts once."""
+        """The gradient norm over all stages, in which a parameter of several stages counts once."""
         counted_elsewhere = {id(p.grad) for p, stages in self._stages_of.items() if self.stage in stages[1:]}
         own = global_norm([gradient for gradient in gradients if id(gradient) not in counted_elsewhere])
         square = own.to(self.root_device).double() ** 2
@@ -163,7 +187,7 @@ class PipelineStrategy(ShardedStrategy):
         return square.sqrt().to(own.dtype)
 
     def _collect(self, own: dict) -> dict:
-        """On the first process the values of all stages of its pipeline, by name or number; nothing on others."""
+        """On the first rank the values of all stages of its pipeline, by key; nothing on others. A collective."""
         if self.global_rank >= self.sizes[1]:
             return {}
         parts: list[dict] | None = [{}] * self.sizes[1] if self.is_global_zero else None
@@ -171,41 +195,45 @@ class PipelineStrategy(ShardedStrategy):
         return {key: value for part in reversed(parts or []) for key, value in part.items()}
 
     def gather(self) -> None:
+        """Give the first rank all parameters, in RAM, for the export; a collective."""
         named = dict(self.lightning_module.named_parameters())
         collected = self._collect({name: p.detach().cpu() for name, p in named.items() if self._is_local(p)})
         for name, value in collected.items():
             named[name].data = value
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """The full state dict on the first rank, {} on others; a collective."""
         state = self.lightning_module.state_dict(keep_vars=True)
-        copies = {
-            value: value.detach().cpu() for value in state.values() if self._is_on_this_stage(value)
-        }  # a tied weight stays tied
+        # one copy per tensor: a tied weight stays tied
+        copies = {value: value.detach().cpu() for value in state.values() if self._is_on_this_stage(value)}
         collected = self._collect({name: copies[value] for name, value in state.items() if value in copies})
         return {name: collected[name] for name in state} if self.is_global_zero else {}
 
     def _is_on_this_stage(self, value: Tensor) -> bool:
-        """Whether it is a parameter of this stage, or a buffer, which all have."""
+        """Whether a tensor of the state dict is a parameter of this stage, or a buffer, which all stages have."""
         return value not in self._stages_of or self._is_local(value)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        """Load this stage's part of a full checkpoint; CheckpointError where keys differ."""
         module, saved = self.lightning_module, checkpoint["state_dict"]
         own = module.state_dict(keep_vars=True)
         if strict and (differing := own.keys() ^ saved.keys()):
             raise CheckpointError(f"the checkpoint is of another model: only one of them has {min(differing)}")
-        kept = {name: value for name, value in saved.items() if name in own and self._is_on_this_stage(own[name])}
-        module.load_state_dict(kept, strict=False)
+        own_values = {name: value for name, value in saved.items() if name in own and self._is_on_this_stage(own[name])}
+        module.load_state_dict(own_values, strict=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
+        """The state of all stages on the first rank, in RAM, by parameter number; a collective."""
         state = super().optimizer_state(optimizer)
         own = {n: {k: _on_cpu(v) for k, v in values.items()} for n, values in state["state"].items()}
         return {**state, "state": dict(sorted(self._collect(own).items()))}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        """Load the states of this stage's parameters."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = parameters_by_number(optimizer, saved)
-            kept = {n: values for n, values in saved["state"].items() if self._is_local(parameters[n])}
-            restore_state(optimizer, {**saved, "state": kept})
+            own_values = {n: values for n, values in saved["state"].items() if self._is_local(parameters[n])}
+            restore_state(optimizer, {**saved, "state": own_values})
 
 
 def _on_cpu(value: object) -> object:

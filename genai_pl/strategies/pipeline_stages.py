@@ -1,4 +1,9 @@
-"""The blocks of a model divided among the stages of a pipeline, and the passes of its microbatches."""
+"""Pipeline stages: the blocks of a model divided among ranks, and the schedule of microbatches through them.
+
+A stage runs the model's own `features` with the blocks of other stages skipped (`keep_blocks`), so masks, positions
+and dropout come from the same code as in one process; every stage has the token ids of the batch, and only hidden
+states travel.
+"""
 
 import math
 from collections import Counter
@@ -22,7 +27,10 @@ Sums = dict[str, Tensor]
 
 
 def parameter_stages(model: PipelineModel, n_stages: int) -> dict[nn.Parameter, tuple[int, ...]]:
-    """The stages that compute with each parameter: one for a block's, first and last for a tied embedding."""
+    """The stages that compute with each parameter, ascending: one for a block's, first and last for a tied embedding.
+
+    A parameter outside of blocks, inputs and outputs (T5's bias table) belongs to all stages.
+    """
     parts = [(module, 0) for module in model.input_modules]
     parts += [(block, stage_of(n, len(model.blocks), n_stages)) for n, block in enumerate(model.blocks)]
     parts += [(module, n_stages - 1) for module in model.output_modules]
@@ -30,25 +38,33 @@ def parameter_stages(model: PipelineModel, n_stages: int) -> dict[nn.Parameter, 
     for module, stage in parts:
         for parameter in module.parameters():
             stages_of.setdefault(parameter, set()).add(stage)
-    everywhere = range(n_stages)  # T5's bias is looked up by every block
+    everywhere = range(n_stages)  # such as T5's bias table, which every block looks up
     return {parameter: tuple(sorted(stages_of.get(parameter, everywhere))) for parameter in model.parameters()}
 
 
 def stage_of(block: int, n_blocks: int, n_stages: int) -> int:
-    """The stage of a block: neighbours together, as many blocks to each as to the others, or one fewer."""
+    """The stage of a block: neighbours together, equally many blocks on each, or one fewer on the first ones.
+
+    >>> [stage_of(block, 5, 2) for block in range(5)]
+    [0, 0, 1, 1, 1]
+    """
     return ((block + 1) * n_stages - 1) // n_blocks
 
 
 def free_storage(parameter: nn.Parameter, device: torch.device) -> None:
-    """Free the memory of a parameter that others hold; its shape stays, so that optimizers number all alike."""
+    """Free the memory of a parameter of another stage; its shape stays, so that optimizers number all ranks alike."""
     parameter.data = parameter.data.new_zeros((), device=device).expand(parameter.shape)
 
 
 class Stage(nn.Module):
-    """The objective of one microbatch as far as this stage computes it: hidden states (B, T, C), on the last one the loss (1,).
+    """The objective of one microbatch, as far as this stage computes it.
 
-    What other stages do is passed over, so that masks and positions are made by the model's own code, from the batch
-    that all stages have.
+    module: the objective's module, whose model is restricted to the blocks of this stage
+    stage, n_stages: this stage and their number
+    precision: context of autocast
+
+    The output is hidden states (B, T, C); on the last stage the loss (1,), times `loss_scale`. `sums` adds up the
+    objective's sums over microbatches there.
     """
 
     def __init__(
@@ -57,18 +73,23 @@ class Stage(nn.Module):
         super().__init__()
         self.module, self.precision = module, precision
         self.is_last = stage == n_stages - 1
-        self.loss_scale = torch.ones(())  # of a sum over targets in what is minimized
+        self.loss_scale = torch.ones(())  # 1 / all targets of the optimizer step
         self.sums: Counter[str] = Counter()
         model: PipelineModel = module.model
         blocks = [n for n in range(len(model.blocks)) if stage_of(n, len(model.blocks), n_stages) == stage]
         model.keep_blocks(range(blocks[0], blocks[-1] + 1), None if stage == 0 else lambda: self._received)
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
-        self._received = x  # the first stage has the tokens instead
+        """Run the blocks of this stage on one microbatch.
+
+        x: token ids on the first stage, else the previous stage's hidden states
+        rows: the batch of this microbatch, by name
+        """
+        self._received = x  # what `keep_blocks` feeds to the first block; unused on the first stage
         with self.precision():
             if not self.is_last:
                 hidden = self.module.hidden(rows).to(self.module.model.embed.weight.dtype)
-                # the schedule asks for a gradient even where everything up to here is frozen
+                # the schedule calls backward even where everything up to here is frozen
                 return hidden if hidden.requires_grad or not self.training else hidden.requires_grad_()
             sums = self.module.step(rows)
         self.sums.update({name: value.detach() for name, value in sums.items()})
@@ -76,7 +97,13 @@ class Stage(nn.Module):
 
 
 class Pipeline:
-    """The passes of a batch through all stages, one of which lies on this process."""
+    """The schedule of a batch through all stages, of which this rank runs one.
+
+    stage, index: this rank's stage and its number
+    group: the ranks of the pipeline
+    schedule: gpipe or 1f1b
+    microbatches: parts of a batch, as far as its rows allow
+    """
 
     def __init__(self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int) -> None:
         self.stage, self.index, self.group = stage, index, group
@@ -85,9 +112,13 @@ class Pipeline:
         self._names: dict[bool, list[str]] = {}
 
     def run(self, batch: Batch, loss_scale: Tensor, *, train: bool) -> Sums:
-        """Sums over the targets of the batch, the same on all stages; gradients of the loss times `loss_scale` are added up."""
+        """Sums over the targets of the batch, the same on all stages.
+
+        loss_scale: factor of the loss (0-dimensional); with train, gradients of loss times loss_scale are accumulated
+        """
         input_ids, labels = batch["input_ids"], batch["labels"]
         rows = {name: value for name, value in batch.items() if value.ndim}
+        # each microbatch adds to these sums
         self.stage.train(train)
         self.stage.loss_scale = loss_scale
         self.stage.sums = Counter()
@@ -99,14 +130,17 @@ class Pipeline:
         return self._broadcast_sums(train)
 
     def _schedule(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
+        """The schedule for batches of this shape, built when a shape first appears."""
         if train not in self._schedules or self._schedules[train][0] != input_ids.shape:
             self._schedules[train] = (input_ids.shape, self._build(input_ids, train))
         return self._schedules[train][1]
 
     def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
-        # a third of a second that other runs need not wait
+        """A schedule of torch for microbatches of B / n rows; shapes are given by meta tensors, so that none are sent."""
+        # imported here: it takes a third of a second
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+        # shapes of what this stage receives and sends
         B, T = input_ids.shape
         n_stages, n = self.group.size(), math.gcd(B, self.microbatches)
         model = self.stage.module.model
@@ -122,12 +156,12 @@ class Pipeline:
             output_args=loss if self.stage.is_last else hidden,
             group=self.group,
         )
-        # 1F1B wants a microbatch for every stage, which the last rows of an epoch may not be
+        # 1F1B needs a microbatch for every stage; the last rows of an epoch may be fewer
         kind = Schedule1F1B if self.schedule == "1f1b" and train and n >= n_stages else ScheduleGPipe
         return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
 
     def _broadcast_sums(self, train: bool) -> Sums:
-        """What the last stage has summed."""
+        """The last stage's sums on all stages; their names are sent once."""
         last, sums = self.group.size() - 1, self.stage.sums
         if train not in self._names:
             names = [list(sums)]

@@ -1,23 +1,25 @@
-"""Activations that are computed twice instead of kept."""
+"""Activation recomputation: blocks that keep their input only, and run again in the backward pass."""
 
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import genai_pl.kernels.flash.operator  # noqa: F401  defines its operator
 from genai_pl.errors import ConfigError
+from genai_pl.models import LanguageModel
 
 KINDS = ("full", "selective")
 
 
-def recompute(model: nn.Module, every: int, *, kind: str = "full") -> None:
-    """Make every n-th block keep only its input, and run again in the backward pass (Chen et al. 2016), in place.
+def recompute(model: LanguageModel, every: int, *, kind: str = "full") -> None:
+    """Recompute every n-th block in the backward pass instead of keeping its activations (Chen et al. 2016), in place.
 
-    `selective` also keeps what matrix products and attention give, so that only cheap operations run again
-    (Korthikanti et al. 2022, section 5). Losses and gradients stay as they are: dropout draws the same numbers the
-    second time.
+    every: 1 is every block
+    kind: full, or selective, which keeps the results of matrix products and attention, so that only cheap operations
+        run again (Korthikanti et al. 2022, section 5)
+
+    Losses and gradients do not change: dropout draws the same numbers the second time.
     """
     if every < 1:
         raise ConfigError(f"trainer.recompute_every={every}: 1 is every block, n every n-th, null none")
@@ -31,7 +33,7 @@ def recompute(model: nn.Module, every: int, *, kind: str = "full") -> None:
 
 
 def kept_operations() -> list[torch._ops.OpOverload]:
-    """The operations that multiply matrices, whose results selective recomputation keeps."""
+    """The operators whose results selective recomputation keeps: matrix products, and attention of every backend."""
     aten = torch.ops.aten
     return [
         aten.mm.default,

@@ -1,4 +1,10 @@
-"""FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU."""
+"""FSDP2, tensor parallelism, and both at once, on GPUs and on the CPU.
+
+A mesh (data_parallel, tensor_parallel) numbers the ranks. Along the first dimension FSDP2 shards parameters, gradients
+and optimizer states (Zhao et al. 2023) and ranks see different batches; along the second, layers are divided
+(`tensor_parallel.py`) and ranks share a batch. Checkpoints are full by default, as one process would write them, so a
+run can resume on any number of ranks.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,13 +33,19 @@ from genai_pl.strategies.tensor_parallel import check_split, split_model
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Parameters, gradients and optimizer states in pieces over a (data_parallel, tensor_parallel) mesh of processes.
+    """Parameters, gradients and optimizer states sharded over a (data_parallel, tensor_parallel) mesh of ranks.
 
-    The processes of a tensor-parallel group see the same batch. A size of None is what the other leaves. Checkpoints are
-    those of one process, so that a run goes on with any number of them.
+    data_parallel_size, tensor_parallel_size: of the mesh; None: what the other leaves of the ranks
+    replicate_size: groups of ranks that hold the same shards (hybrid sharding); divides data_parallel_size
+    reshard_after_forward: free a block's gathered weights after its forward pass, and gather them again for the
+        backward pass
+    cpu_offload: keep shards in RAM, and step them there
+    sharded_checkpoints: a folder of shards instead of one file
+    async_checkpoints: go on while a copy is being written
+    sequence_parallel: also shard hidden states along the sequence, within a tensor-parallel group
     """
 
-    shared_size = "tensor_parallel_size"  # the option that says how many processes share a batch
+    shared_size = "tensor_parallel_size"  # the option for the number of ranks that share a batch
 
     def __init__(
         self,
@@ -56,12 +68,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
         self.sequence_parallel = sequence_parallel
         self._is_split, self._saver = False, None
-        # whole in a tensor-parallel group, each process of which knows a part of their gradient
+        # unsharded in a tensor-parallel group, each rank of which computes a part of their gradient
         self._shared: list[nn.Parameter] = []
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """How many processes see different batches, and how many share a batch."""
+        """Ranks that see different batches, and ranks that share a batch."""
         data, tensor = self._requested_sizes
         n_processes = self.num_processes * self.num_nodes
         if tensor is None:
@@ -70,16 +82,20 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def gathers(self) -> bool:
-        """Whether a process can hold the whole model for a while, and write text."""
+        """Whether one rank can hold the full model for a while, to generate text: not under tensor parallelism."""
         return self._requested_sizes[1] == 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Number of replicas and the replica of this rank, for the data loader."""
         data, tensor = self.sizes
         return {"num_replicas": data, "rank": self.global_rank // tensor}
 
     def check(self, module: L.LightningModule, *, rows: int) -> None:
-        """ConfigError for an objective, a model, sizes or `rows` of a batch that do not fit, before any process is started."""
+        """ConfigError for an objective, model, sizes or batch that do not fit, before any process is started.
+
+        rows: of a batch
+        """
         data, shared = self.sizes
         n_processes = self.num_processes * self.num_nodes
         if data * shared != n_processes:
@@ -89,9 +105,10 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         self._check_model(module)
         if any(isinstance(layer, QuantizedLinear) for layer in module.model.modules()):
-            raise ConfigError("peft.quantize: a quantized base cannot be cut in pieces; use trainer=ddp")
+            raise ConfigError("peft.quantize: a quantized base cannot be sharded; use trainer=ddp")
 
     def _check_model(self, module: L.LightningModule) -> None:
+        """ConfigError for sizes and models that sharding or tensor parallelism cannot take."""
         data, tensor = self.sizes
         if self.replicate_size < 1 or data % self.replicate_size:
             raise ConfigError(
@@ -107,6 +124,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError("strategy.sequence_parallel needs strategy.tensor_parallel_size above 1")
 
     def setup_environment(self) -> None:
+        """Create process groups and the mesh, with three dimensions for hybrid sharding."""
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         super().setup_environment()
         data, tensor = self.sizes
@@ -118,6 +136,7 @@ class ShardedStrategy(ModelParallelStrategy):
             self._device_mesh = mesh
 
     def setup(self, trainer: L.Trainer) -> None:
+        """Shard the model once, create the saver of sharded checkpoints, then set up as Lightning does."""
         if not self._is_split:  # a validation after the fit sets up again
             self.model = self.precision_plugin.convert_module(self.model)
             self._split(self.lightning_module)
@@ -126,20 +145,29 @@ class ShardedStrategy(ModelParallelStrategy):
             from genai_pl.checkpoints.sharded import ShardedSaver  # DCP takes half a second to import
 
             self._saver = ShardedSaver(asynchronous=self.async_checkpoints)
-        super(ModelParallelStrategy, self).setup(trainer)  # the class between wants the module to split itself
+        super(ModelParallelStrategy, self).setup(
+            trainer
+        )  # ModelParallelStrategy expects configure_model to shard the module
 
     def teardown(self) -> None:
+        """Wait for a checkpoint that is being written."""
         if self._saver is not None:
             self._saver.wait()
         super().teardown()
 
     def _split(self, module: L.LightningModule) -> None:
-        # it warns that a tensor cut twice is put together in two steps, as it must be
+        """Divide layers along the tensor dimension, then shard along the data dimension, in place.
+
+        Parameters that stay unsharded over replicas get a hook that averages their gradients, as FSDP does for its
+        own.
+        """
+        # it warns that a tensor sharded over two dimensions is gathered in two steps, as it must be
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         shared = []
         if tensor.size() > 1:
             shared = split_model(module.model, tensor, sequence_parallel=self.sequence_parallel)
+        # FSDP over the data dimension: the model, and a reference or critic beside it
         models = module.models()
         divided = {parameter for model in models for parameter in model.parameters()}
         replicated = [parameter for parameter in module.parameters() if parameter not in divided]
@@ -148,27 +176,28 @@ class ShardedStrategy(ModelParallelStrategy):
             replicated += [parameter for model in models for parameter in self._shard(model, mesh)]
         if tensor.size() == 1:
             module.unsharded_model = partial(unsharded, module.model, reshard=self.reshard_after_forward)
+        # gradients that FSDP does not reduce
         for parameter in replicated:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: average(local_shard(p.grad), data.get_group()))
-        self._shared = [getattr(part, name) for part, name in shared]  # which may lie in pieces by now
+        self._shared = [getattr(part, name) for part, name in shared]  # by name: FSDP has replaced parameters
 
     def _shard(self, model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
-        """Cut the model, in place; returns the parameters that stay whole on every process."""
-        # inputs keep their precision: positions in bfloat16 would be rounded
+        """Shard a model with FSDP2, in place; returns the parameters that stay unsharded on every rank."""
+        # inputs keep their dtype: positions in bfloat16 would be rounded
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         options, block_policy, ignored = {"mesh": mesh}, policy, []
         if self.precision_plugin.precision == "bf16-mixed":
-            # norms and biases stay whole: gathered with the rest of a block they would be rounded, and norms compute
-            # in the precision of their weight
+            # norms and biases stay unsharded: gathered with the rest of a block they would be rounded, and norms compute
+            # in the dtype of their weight
             ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2]
             options["ignored_params"], block_policy = set(ignored), replace(policy, param_dtype=torch.bfloat16)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for block in dict.fromkeys(model.blocks):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, mp_policy=block_policy, **options)
-        # embeddings, last norm and head stay whole until the backward pass: losses read the head's weight; and in
-        # float32, as all that is added to what the embeddings say
+        # embeddings, last norm and head stay gathered until the backward pass, as losses read the head's weight, and
+        # in float32, as everything that is added to embeddings
         fully_shard(model, reshard_after_forward=False, mp_policy=policy, **options)
         # objectives call these instead of `forward`: the weights that belong to no block are gathered on the way in
         for name in model.feature_methods:
@@ -178,6 +207,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], object], model: nn.Module | None = None, **kwargs: object
     ) -> object:
+        """Also sum the gradients of parameters that a tensor-parallel group shares, between backward and step."""
+
         def closure_with_shared_gradients() -> object:
             loss = closure()
             if self._shared:
@@ -187,31 +218,35 @@ class ShardedStrategy(ModelParallelStrategy):
         return super().optimizer_step(optimizer, closure_with_shared_gradients, model, **kwargs)
 
     def model_to_device(self) -> None:
+        """Move the model; with CPU offload the unsharded tensors only."""
         if self.cpu_offload:
             move_unsharded(self.model, self.root_device)
         else:
             super().model_to_device()
 
     def gather(self) -> None:
-        """Give the first process all parameters, in place and on the CPU; all processes must call it."""
+        """Give the first rank all parameters in full, in place and in RAM, for the export; a collective."""
         gather_parameters(self.lightning_module.model)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """The state dict for a checkpoint: of shards, or full on the first rank and {} on others. A collective."""
         state = self.lightning_module.state_dict(keep_vars=True)
         if self._saver is not None:
             return state
         copies: dict[Tensor, Tensor] = {}
-        for value in dict.fromkeys(state.values()):  # a tied weight stays tied
+        for value in dict.fromkeys(state.values()):  # one copy per tensor: a tied weight stays tied
             full = full_tensor_on_cpu(value.detach())
             if self.is_global_zero:
                 copies[value] = full
         return {name: copies[value] for name, value in state.items()} if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
+        """The state of an optimizer for a checkpoint, sharded or full; a collective."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return saved_state(inner, sharded=self._saver is not None)
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
+        """Write one file from the first rank, or a folder from all ranks."""
         if self._saver is None:
             super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath)
         else:
@@ -219,9 +254,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
+        """True: Lightning calls `load_optimizer_state_dict`."""
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
+        """The contents of a file, full, or of a folder, each tensor sharded as this run needs it."""
         path = Path(checkpoint_path)
         if not path.is_dir():
             return super(ModelParallelStrategy, self).load_checkpoint(path, weights_only)
@@ -231,11 +268,13 @@ class ShardedStrategy(ModelParallelStrategy):
         return load_shards(path, contents, shard_templates(contents, weights, self.optimizers))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        """Load weights that are full or sharded; full ones are sharded here."""
         module = self.lightning_module
         own = module.state_dict(keep_vars=True)
         state = {k: shard_like(v, own[k]) if k in own else v for k, v in checkpoint["state_dict"].items()}
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        """Load optimizer states that are full or sharded."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             restore_state(optimizer, saved)

@@ -1,4 +1,10 @@
-"""Attention heads, channels of the MLP and words of the vocabulary divided among processes (Shoeybi et al. 2019, 3)."""
+"""Tensor parallelism: heads, channels and words divided among ranks (Shoeybi et al. 2019, section 3).
+
+In each part of a block a first layer is divided by output channels (`column_layers`: queries, keys, values, up, gate)
+and a second by input channels (`row_layers`: o, down). Between them a rank works on its own heads or channels; only at
+entry and exit do ranks communicate. The embedding and the head are divided by words. Models know nothing of it: hooks
+and replaced `forward`s of their layers do the work, and parameters become DTensors, so checkpoints see full shapes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +36,11 @@ ParameterSites = list[tuple[nn.Module, str]]  # of parameters
 
 @dataclass
 class LocalHeads:
-    """Attention of this process's heads: what is given for all heads is cut to them."""
+    """Attention on the heads of this rank; biases and slopes that are made for all heads are sharded to them.
+
+    attend: the attention function
+    mesh: of the tensor-parallel group
+    """
 
     attend: Callable[..., Tensor]
     mesh: DeviceMesh
@@ -47,9 +57,10 @@ class LocalHeads:
         return self.attend(q, k, v, mask, options)
 
     def _shard(self, value: Tensor | None, dim: int) -> Tensor | None:
+        """This rank's heads of a tensor of all heads along a dimension; None stays None."""
         if value is None:
             return None
-        # the gradient of the cut is put together again, for the table that all processes hold
+        # a DTensor, so that the gradient is gathered again, for the table that all ranks hold
         all_heads = DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
         return all_heads.redistribute(placements=[Shard(dim)]).to_local()
 
@@ -57,8 +68,9 @@ class LocalHeads:
 def split_model(model: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool) -> ParameterSites:
     """Divide every block, the embedding and the head, in place.
 
-    Returns the parameters that stay whole although a process sees only some of the heads or tokens that they work on: their
-    gradients must be added up.
+    Returns the parameters (module, name) that stay unsharded although a rank sees only some of the heads or tokens
+    that they
+    work on: their gradients must be summed over ranks.
     """
     group, shared = TensorParallelGroup.of(mesh.get_group()), []
     for stack in (module for module in model.modules() if isinstance(module, Transformer)):
@@ -81,11 +93,14 @@ def _split_block(
     enter: Callable[[Tensor], Tensor],
     leave: Callable[[Tensor], Tensor],
 ) -> ParameterSites:
-    """Divide the parts of a block; returns what stays whole and works on some heads."""
+    """Divide the parts of a block; returns the unsharded parameters that work on some heads.
+
+    enter, leave: collectives at entry and exit of a part
+    """
 
     def enter_part(_: nn.Module, args: tuple) -> tuple:
         x, *rest = args
-        if rest and rest[-1].source is not None:  # of attention: another text, which all processes have whole
+        if rest and rest[-1].source is not None:  # of attention: an encoder's output, which all ranks hold in full
             *rest, inputs = rest
             rest = [*rest, inputs._replace(source=group.copy_to_region(inputs.source))]
         return enter(x), *rest
@@ -104,7 +119,7 @@ def _split_block(
 
 
 def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
-    """Let a linear layer give some of its channels; LoRA's A, which all of them need, stays whole."""
+    """Divide a linear layer by output channels; LoRA's A, which all of them need, stays unsharded and is returned."""
     base = base_module(layer)
     _shard_parameters(base, mesh, {"weight": 0, "bias": 0})
     base.forward = lambda x: F.linear(
@@ -117,7 +132,10 @@ def _split_columns(layer: nn.Module, mesh: DeviceMesh) -> ParameterSites:
 
 
 def _split_rows(layer: nn.Module, mesh: DeviceMesh, leave: Callable[[Tensor], Tensor]) -> ParameterSites:
-    """Let a linear layer take some of its channels, and add up what it makes of them; LoRA's B stays whole."""
+    """Divide a linear layer by input channels, and sum its partial outputs by `leave`.
+
+    LoRA's B stays unsharded and is returned. The bias is added after the sum, once.
+    """
     base = base_module(layer)
 
     def reduce_output(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
@@ -142,6 +160,7 @@ def _split_vocabulary(model: nn.Module, mesh: DeviceMesh, group: TensorParallelG
 
 
 def _shard_parameters(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
+    """Shard parameters of a layer, by name, along a dimension each."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
         if name in dims:
             shard = distribute_tensor(parameter.detach(), mesh, [Shard(dims[name])])
@@ -149,7 +168,7 @@ def _shard_parameters(layer: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) 
 
 
 def _unsharded_parameters(module: nn.Module) -> ParameterSites:
-    """The parameters of a module that are not cut."""
+    """The parameters (module, name) of a module that are not DTensors."""
     return [
         (part, name)
         for part in module.modules()
@@ -159,14 +178,14 @@ def _unsharded_parameters(module: nn.Module) -> ParameterSites:
 
 
 def _look_up(embed: nn.Embedding, group: TensorParallelGroup, tokens: Tensor) -> Tensor:
-    """The rows of tokens (...), each of which one process holds, (..., C)."""
+    """Embeddings (..., C) of tokens (...), each of which one rank holds: the others add zeros."""
     table, _, part = local_vocab_shard(embed.weight, None)
     own, places = part.find(tokens, table.shape[0])
     return group.reduce_from_region(F.embedding(places, table).masked_fill(~own[..., None], 0))
 
 
 def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None:
-    """ConfigError that names what cannot be divided among `size` processes."""
+    """ConfigError that names what cannot be divided among `size` ranks."""
     config, option = model.config, f"strategy.tensor_parallel_size ({size})"
     if not isinstance(config, ModelConfig) or not all(isinstance(block, Block) for block in model.blocks):
         raise ConfigError(f"{option}: only models of our own can be divided; use strategy=fsdp for this one")
@@ -181,6 +200,7 @@ def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None
         raise ConfigError(f"model.attention_kind={config.attention_kind.value} cannot be divided by {option}")
     if sequence_parallel and config.share_layers:
         raise ConfigError("model.share_layers=true: strategy.sequence_parallel needs layers of their own")
+    # adapters: LoRA on linear layers only
     parts = [part for block in model.blocks for part in block.parts]
     divisible = all(isinstance(part, TensorParallelLayer) for part in parts)  # an adapter around a part is none
     layers = [layer for part in parts for layer in (*part.column_layers, *part.row_layers)] if divisible else []
@@ -192,6 +212,7 @@ def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
+    """Whether a layer is LoRA on a linear layer, without DoRA and PiSSA."""
     if not isinstance(layer, LoRALinear) or type(layer.base) is not nn.Linear:
         return False
     return layer.magnitude is None and layer.start_A is None

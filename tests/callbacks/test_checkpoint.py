@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent, the newest few, and nothing but data."""
+"""Checkpoints on disk: complete or absent, the newest few, and nothing but data."""
 
 import errno
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_checkpoints_are_listed_newest_first_and_a_link_only_once(tmp_path: Path
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (i, i))
     os.link(tmp_path / "step=000010.ckpt", tmp_path / "last.ckpt")
-    found = newest_checkpoints(tmp_path)
-    assert len(found) == 2
-    assert found[0].samefile(tmp_path / "step=000010.ckpt")
-    assert found[1].name == "step=000005.ckpt"
+    actual = newest_checkpoints(tmp_path)
+    assert len(actual) == 2
+    assert actual[0].samefile(tmp_path / "step=000010.ckpt")
+    assert actual[1].name == "step=000005.ckpt"

@@ -1,4 +1,4 @@
-"""What is printed: aligned lines and times that people can read."""
+"""Console lines: aligned columns, and durations that people can read."""
 
 import json
 from pathlib import Path

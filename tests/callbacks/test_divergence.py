@@ -1,4 +1,4 @@
-"""A loss far above its best is said while it happens, and noise is not."""
+"""Divergence is reported while it happens, and noise is not."""
 
 import math
 import random
@@ -65,11 +65,11 @@ def test_a_loss_far_above_its_best_is_one_event(losses: list[float], steps: list
 def test_the_state_of_the_watch_goes_on_in_a_resumed_run() -> None:
     losses = drawn(ORDINARY["small batches"], 3, 40) + [50.0] * 8
     whole, before, after = events(losses)[0], Divergence(), Divergence()
-    found = [step for step, loss in enumerate(losses[:45], start=1) if before.watch.add(step, loss)]
+    actual = [step for step, loss in enumerate(losses[:45], start=1) if before.watch.add(step, loss)]
     after.load_state_dict(before.state_dict())
     assert vars(after.watch) == vars(before.watch)
-    found += [step for step, loss in enumerate(losses[45:], start=46) if after.watch.add(step, loss)]
-    assert found == whole != []
+    actual += [step for step, loss in enumerate(losses[45:], start=46) if after.watch.add(step, loss)]
+    assert actual == whole != []
 
 
 def test_a_rate_of_10_is_said_while_the_loss_explodes_and_at_the_end(command) -> None:

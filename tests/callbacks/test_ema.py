@@ -1,4 +1,4 @@
-"""Means of the weights: what a loop of one's own over the same checkpoints gives, validated, exported and resumed."""
+"""Averaged weights: equal to a loop over the same checkpoints, validated, exported and resumed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`profile=true` tells where the time of a step goes."""
+"""`profile=true` shows where the time of a step goes."""
 
 import json
 import re

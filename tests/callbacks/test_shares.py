@@ -1,4 +1,4 @@
-"""A stream that several processes read: each goes on with its own share, and with as many processes only."""
+"""Positions in a stream of several processes: each continues with its own share, and only with as many processes."""
 
 from types import SimpleNamespace
 
@@ -19,9 +19,9 @@ def checkpoint() -> dict:
 
 
 def taken(trainer: SimpleNamespace, ours: dict) -> list[str]:
-    found = checkpoint()
-    restore_share(trainer, found, ours)
-    return found["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    restored = checkpoint()
+    restore_share(trainer, restored, ours)
+    return restored["loops"]["fit_loop"]["state_dict"]["combined_loader"]
 
 
 def test_each_process_goes_on_with_its_own_share() -> None:

@@ -1,4 +1,4 @@
-"""Rows that are finished are read no more, and that changes nothing else."""
+"""Finished rows leave the batch, which changes nothing else."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
-from genai_pl.generation import decode, left_pad
+from genai_pl.generation import complete, decode, left_pad
 from genai_pl.generation.decode import WORTH_DROPPING
 from genai_pl.models import EncoderDecoder
-from genai_pl.peft import adapters_of, lora
+from genai_pl.peft import Adapter, RowWeights, adapters_of, lora, prefix, prompt
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
 N = 24
@@ -23,14 +23,19 @@ NEVER = torch.full((N,), 99)
 
 
 def written(
-    model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, start: tuple | None = None, **given: object
+    model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, start: tuple | None = None, **options: object
 ) -> tuple[Tensor, list[int]]:
-    """The tokens (N, steps) of rows that end after so many steps each, and how many rows each step read."""
+    """The tokens (N, steps) of rows that the caller ends after `ends` steps each, and the number of rows in each forward pass."""
     read: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
     reader, input_ids, segment_ids = start or (model, *left_pad(PROMPTS, 0))
-    finished = torch.zeros(N * given.get("num_samples", 1), dtype=torch.bool)
-    options = {"segment_ids": segment_ids, "generator": torch.Generator().manual_seed(0), "finished": finished, **given}
+    finished = torch.zeros(N * options.get("num_samples", 1), dtype=torch.bool)
+    options = {
+        "segment_ids": segment_ids,
+        "generator": torch.Generator().manual_seed(0),
+        "finished": finished,
+        **options,
+    }
     steps = []
     for step in decode(reader, input_ids, config, pad_token_id=0, **options):
         steps.append(step)
@@ -40,7 +45,7 @@ def written(
 
 
 def alone(tokens: Tensor, ends: Tensor) -> Tensor:
-    """What rows that nobody ends write until they would have ended."""
+    """The tokens that rows generate up to their ends, padded with 0, from a run without ends."""
     return tokens.masked_fill(torch.arange(tokens.shape[1]) >= ends[:, None], 0)
 
 
@@ -68,20 +73,57 @@ def test_samples_of_a_prompt_are_dropped_too(small_model: Callable) -> None:
     assert read[-1] < N
 
 
-def test_adapters_that_differ_by_row_keep_all_rows(small_model: Callable) -> None:
-    model = lora(small_model(**ROTARY), rank=2)
+def adapted(model: nn.Module, method: Callable, **options: int) -> tuple[nn.Module, Adapter]:
+    """The model with an adapter of random weights."""
+    model = method(model, **options)
     torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora" in name:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
-    (adapter,) = adapters_of(model)
-    adapter.rows = (torch.arange(N) % 2).float()
-    tokens, read = written(model, ends=ENDS)
-    assert set(read) == {N}
-    whole, _ = written(model, ends=NEVER)
+    return model, adapters_of(model)[0]
+
+
+METHODS = {"lora": (lora, {"rank": 2}), "prefix": (prefix, {"n_tokens": 3}), "prompt": (prompt, {"n_tokens": 3})}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapter_weights_by_row_follow_their_rows(small_model: Callable, method: str) -> None:
+    make, options = METHODS[method]
+    model, adapter = adapted(small_model(**ROTARY), make, **options)
+    row_weights = RowWeights([(adapter, (torch.arange(N) % 2).float())])
+    tokens, read = written(model, ends=ENDS, row_weights=row_weights)
+    whole, _ = written(model, ends=NEVER, row_weights=row_weights)
     assert torch.equal(tokens, alone(whole, ENDS)[:, : tokens.shape[1]])
-    adapter.rows = None
+    assert read[-1] < N
+    assert adapter.rows is None
     assert not torch.equal(written(model, ends=ENDS)[0], tokens)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return": 2}, {"prompt_lookup": 2}], ids=["samples", "beams", "speculation"]
+)
+def test_rows_with_adapters_of_their_own_are_continued_as_by_a_model_with_that_adapter(
+    small_model: Callable, byte_tokenizer, method: str, options: dict
+) -> None:
+    make, sizes = METHODS[method]
+    model, adapter = adapted(small_model(**ROTARY, vocab_size=128), make, **sizes)
+    config = GenerationConfig(max_new_tokens=12, temperature=0, **options)
+    rows, n = [list(b"abcabc"), list(b"xy"), list(b"abcabc")], 1 if config.num_beams > 1 else 2
+    by_rows = complete(
+        model,
+        byte_tokenizer,
+        rows,
+        config,
+        num_samples=n,
+        row_weights=RowWeights([(adapter, torch.tensor([1.0, 0.0, 0.0]))]),
+    )
+    for row, weight, completions in zip(rows, (1.0, 0.0, 0.0), by_rows, strict=True):
+        adapter.weight = weight
+        (expected,) = complete(model, byte_tokenizer, [row], config, num_samples=n)
+        adapter.weight = 1.0
+        assert [c.tokens for c in completions] == [c.tokens for c in expected]
+    assert by_rows[0][0].tokens != by_rows[2][0].tokens
 
 
 def test_penalties_and_rules_follow_their_rows(small_model: Callable) -> None:

@@ -14,7 +14,7 @@ def value(rows: Any, b: int, i: int) -> int:
 
 
 def sees(mask: AttentionMask, b: int, i: int, j: int, T: int, S: int) -> bool:
-    """Whether query i of batch row b sees key j."""
+    """True if query i of batch row b sees key j."""
     position = S - T + i
     near = True
     if mask.causal and j > position:

@@ -22,7 +22,7 @@ def packed(*lengths: int, padding: int = 0) -> Tensor:
 
 
 def shown(T: int, S: int, *, causal: bool, segments: Tensor | None = None) -> Tensor:
-    """Who sees whom by causality and documents alone, (B or 1, 1, T, S)."""
+    """Visibility by causality and documents alone, (B or 1, 1, T, S)."""
     query, key = torch.arange(S - T, S)[:, None], torch.arange(S)
     visible = (key <= query if causal else torch.ones(T, S, dtype=torch.bool))[None, None]
     if segments is not None:

@@ -1,4 +1,4 @@
-"""Running the Triton kernels and the reference on the same numbers."""
+"""Harness: the Triton kernels and the reference on the same numbers."""
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def exact_lse(q: Tensor, k: Tensor, mask: AttentionMask, options: dict) -> Tenso
 
 
 def results(attention, tensors: list[Tensor], options: dict, dtype: torch.dtype) -> list[Tensor]:
-    """What `attention` returns, and the gradients of q, k, v and bias, for inputs rounded to dtype."""
+    """The results of `attention`, and the gradients of q, k, v and bias, for inputs rounded to dtype."""
     leaves = [x.to(dtype).detach().requires_grad_() for x in tensors[:3]]
     if "bias" in options:
         options = options | {"bias": options["bias"].to(dtype).detach().requires_grad_()}

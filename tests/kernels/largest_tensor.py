@@ -1,4 +1,4 @@
-"""What memory a function asks for at most in one piece, without measuring memory."""
+"""The largest tensor that a function allocates, counted without measuring memory."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,4 +1,4 @@
-"""Which blocks the kernels visit, against the mask written out: none too few, none too many, and full ones all of them."""
+"""Blocks that the kernels visit, against the mask written out: none too few, none too many, every full one as full."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the rest of torch sees of the Triton kernels: one differentiable operator."""
+"""The flash attention operator as torch sees it: compile, checkpointing, autocast, fake tensors, FLOPs."""
 
 import subprocess
 import sys

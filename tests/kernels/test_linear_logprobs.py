@@ -24,9 +24,9 @@ def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, bias=None, softc
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    kept = labels != -100
-    logprobs = logits.log_softmax(-1).gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-    return logprobs.where(kept, 0.0)
+    labelled = labels != -100
+    logprobs = logits.log_softmax(-1).gather(-1, labels.where(labelled, 0).unsqueeze(-1)).squeeze(-1)
+    return logprobs.where(labelled, 0.0)
 
 
 def weighted(logprobs: Tensor) -> Tensor:

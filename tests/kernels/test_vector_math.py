@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genai_pl.kernels.vector_math import FUNCTIONS, resolve_vector_math
 
-DETECTED = "mkl_vml_serv_cpu_detect.vml_cpu_type"  # what MKL has found out; -1 before the first call
+DETECTED = "mkl_vml_serv_cpu_detect.vml_cpu_type"  # the processor kind that MKL has detected; -1 before the first call
 SCRIPT = """
 import ctypes, os, sys, torch
 from genai_pl.kernels.vector_math import resolve_vector_math
@@ -87,7 +87,7 @@ def _symbol(name: str) -> int:
         listed = subprocess.run(["nm", str(_library())], capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         pytest.skip("needs nm and torch's symbols")
-    found = [line.split()[0] for line in listed.splitlines() if line.endswith(f" {name}")]
-    if not found:
+    addresses = [line.split()[0] for line in listed.splitlines() if line.endswith(f" {name}")]
+    if not addresses:
         pytest.skip("this torch is built without that MKL")
-    return int(found[0], 16)
+    return int(addresses[0], 16)

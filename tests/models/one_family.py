@@ -45,7 +45,7 @@ def built(kind: str, **values: object) -> nn.Module:
 
 
 def refusal_or_faults(theirs: nn.Module, folder: Path) -> str | list[str]:
-    """The line that refuses a model, or what it does otherwise than transformers: [] where all is equal."""
+    """The line that refuses a model, or the names of the checks that it fails, [] if none."""
     theirs.save_pretrained(folder / "theirs")
     try:
         ours = load_wrapped(str(folder / "theirs"))
@@ -65,8 +65,8 @@ def refusal_or_faults(theirs: nn.Module, folder: Path) -> str | list[str]:
     return faults + ([] if near(again(tokens).logits, theirs(tokens).logits) else ["saved"])
 
 
-def near(got: Tensor, want: Tensor) -> bool:
-    return got.shape == want.shape and bool((got - want).abs().max() <= 1e-3 * want.abs().max())
+def near(actual: Tensor, expected: Tensor) -> bool:
+    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= 1e-3 * expected.abs().max())
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def packed(theirs: nn.Module, ours: nn.Module, tokens: Tensor) -> bool:
 def padded(theirs: nn.Module, ours: nn.Module, tokens: Tensor) -> bool:
     segments = torch.ones_like(tokens)
     segments[0, :PAD] = 0
-    got = ours(tokens, segments)
-    return near(got[:1, PAD:], theirs(tokens[:1, PAD:]).logits) and near(got[1:], theirs(tokens[1:]).logits)
+    actual = ours(tokens, segments)
+    return near(actual[:1, PAD:], theirs(tokens[:1, PAD:]).logits) and near(actual[1:], theirs(tokens[1:]).logits)
 
 
 @torch.no_grad()
@@ -95,18 +95,18 @@ def written(theirs: nn.Module, ours: nn.Module, tokens: Tensor) -> bool:
     """Sixteen greedy tokens of a padded batch with a cache; theirs reads the whole text for each."""
     segments = torch.ones_like(tokens)
     segments[0, :PAD] = 0
-    got = generate(ours, tokens, GenerationConfig(temperature=0.0, max_new_tokens=NEW), segment_ids=segments)
+    actual = generate(ours, tokens, GenerationConfig(temperature=0.0, max_new_tokens=NEW), segment_ids=segments)
     for row, start in ((0, PAD), (1, 0)):
-        want = tokens[row : row + 1, start:]
+        expected = tokens[row : row + 1, start:]
         for _ in range(NEW):
-            want = torch.cat([want, theirs(want).logits[:, -1:].argmax(-1)], dim=1)
-        if not torch.equal(got[row : row + 1, start:], want):
+            expected = torch.cat([expected, theirs(expected).logits[:, -1:].argmax(-1)], dim=1)
+        if not torch.equal(actual[row : row + 1, start:], expected):
             return False
     return True
 
 
 def gradients(theirs: nn.Module, ours: nn.Module, tokens: Tensor) -> bool:
-    """Of the loss of two documents in a row, ours in training mode."""
+    """Gradients of the loss of two packed documents, our model in training mode."""
     labels = tokens[0, 1:].clone()
     labels[SPLIT - 1] = -100
     segments = torch.tensor([[1] * SPLIT + [2] * (T - SPLIT)])
@@ -114,10 +114,10 @@ def gradients(theirs: nn.Module, ours: nn.Module, tokens: Tensor) -> bool:
     ours.eval()
     for part in tokens[:1].split([SPLIT, T - SPLIT], dim=1):
         F.cross_entropy(theirs(part).logits[0, :-1], part[0, 1:], reduction="sum").backward()
-    want = {name: p.grad for name, p in theirs.named_parameters()}
-    got = {name: p.grad for name, p in ours.inner.named_parameters()}
-    scale = max(float(g.abs().max()) for g in want.values() if g is not None)
-    both = [(got[name], g) for name, g in want.items()]
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    actual = {name: p.grad for name, p in ours.inner.named_parameters()}
+    scale = max(float(g.abs().max()) for g in expected.values() if g is not None)
+    both = [(actual[name], g) for name, g in expected.items()]
     far = [
         math.inf if (a is None) != (b is None) else 0.0 if a is None else float((a - b).abs().max()) for a, b in both
     ]

@@ -1,4 +1,4 @@
-"""Changed folders, and what transformers and we make of them: equal numbers, a refusal of one line, or a fault."""
+"""Changed folders, read by transformers and by us: equal numbers, a refusal of one line, or a fault."""
 
 import json
 import logging
@@ -145,7 +145,7 @@ class Verdict(NamedTuple):
 
 
 def quiet() -> None:
-    """transformers tells much of what is tried here."""
+    """Silence: transformers warns of most of these changes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -160,7 +160,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def key_cases(name: str, folder: Path) -> Iterator[Case]:
-    """Each key that transformers knows: gone, changed, absurd; and keys that are not there."""
+    """Each key that transformers knows: removed, changed, absurd; and keys that the file lacks."""
     _, kind, _ = MODELS[name]
     config = json.loads((folder / "config.json").read_text())
     known = {*config, *AutoConfig.for_model(kind).to_dict()} - {"model_type"}
@@ -185,7 +185,7 @@ def _others(value: object) -> list[object]:
 
 
 def tensor_cases(folder: Path) -> Iterator[Case]:
-    """Each tensor gone, and of another size; tensors that are tied elsewhere, or that nobody asks for."""
+    """Each tensor removed, and of another size; tensors that are tied elsewhere, or that no model reads."""
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         yield Case(f"{name} gone", tensors={name: REMOVED})
@@ -261,12 +261,12 @@ def judge(name: str, folder: Path) -> Verdict:
     except Exception as error:
         return Verdict("strange", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     try:
-        found = _numbers_of_ours(ours, ids, expected)
+        actual = _numbers_of_ours(ours, ids, expected)
     except Exception as error:
         return Verdict("wrong", f"{type(error).__name__}: {error}")
-    if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+    if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-4, atol=1e-4):
         return Verdict("equal")
-    return Verdict("wrong", f"{list(found.shape)} and {list(expected.shape)} differ")
+    return Verdict("wrong", f"{list(actual.shape)} and {list(expected.shape)} differ")
 
 
 BASES = {
@@ -288,17 +288,17 @@ def _theirs(cls: str, folder: Path) -> nn.Module:
 
 
 def _numbers_of_theirs(model: nn.Module, ids: Tensor) -> Tensor:
-    given = {"decoder_input_ids": ids[:, :9].flip(1)} if model.config.model_type == "t5" else {}
-    said = model(ids, return_dict=True, **given)
+    extra_inputs = {"decoder_input_ids": ids[:, :9].flip(1)} if model.config.model_type == "t5" else {}
+    outputs = model(ids, return_dict=True, **extra_inputs)
     for kind in ("logits", "prediction_logits", "last_hidden_state"):
-        if kind in said:
-            return said[kind]
+        if kind in outputs:
+            return outputs[kind]
     raise ValueError("says nothing")
 
 
 def _numbers_of_ours(model: nn.Module, ids: Tensor, expected: Tensor) -> Tensor:
     if model.config.head is Head.score:
         return model.score(model.features(ids)[:, -1])
-    given = {"decoder_input_ids": ids[:, :9].flip(1)} if hasattr(model, "decoder") else {}
-    hidden = model.features(ids, **given)
+    extra_inputs = {"decoder_input_ids": ids[:, :9].flip(1)} if hasattr(model, "decoder") else {}
+    hidden = model.features(ids, **extra_inputs)
     return hidden if expected.shape[-1] == model.config.n_embd else model.logits(hidden)

@@ -1,4 +1,4 @@
-"""What transformers computes is what we compute, from the same folder, in both directions."""
+"""Logits equal to transformers' from the same folder, in both directions, for every family of decoders."""
 
 import json
 from pathlib import Path

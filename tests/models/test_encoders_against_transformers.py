@@ -170,13 +170,13 @@ def test_transformers_gives_the_numbers_of_exported_models(
     allowed = {"pooler.dense.weight", "pooler.dense.bias"} if architecture == "BertModel" else set()
     assert set(info["missing_keys"]) == allowed, info
     assert not info["unexpected_keys"], info
-    given = {"decoder_input_ids": input_ids[:, :5]} if architecture.startswith("T5") else {}
+    extra_inputs = {"decoder_input_ids": input_ids[:, :5]} if architecture.startswith("T5") else {}
     if architecture == "BertModel":
         assert_equal(theirs(input_ids).last_hidden_state, ours.features(input_ids))
     else:
-        assert_equal(theirs(input_ids, **given).logits, ours(input_ids, **given), 5e-5)
+        assert_equal(theirs(input_ids, **extra_inputs).logits, ours(input_ids, **extra_inputs), 5e-5)
     again = load_pretrained(tmp_path)
-    assert torch.equal(again.features(input_ids, **given), ours.features(input_ids, **given))
+    assert torch.equal(again.features(input_ids, **extra_inputs), ours.features(input_ids, **extra_inputs))
 
 
 def test_a_flan_export_keeps_its_own_head(tmp_path: Path, input_ids: Tensor):
@@ -194,8 +194,8 @@ def test_what_no_family_expresses_makes_a_round_trip(shape: str, tmp_path: Path,
     values = {**SIZES, "shape": shape, "position": "sinusoidal", "norm_order": "post", "activation": "relu"}
     ours = shaken(build_model(ModelConfig(**values, scale_embeddings=True)))
     assert save_pretrained(ours, tmp_path, token_ids=TOKENS) == "genai_pl"
-    given = {"decoder_input_ids": input_ids} if shape == "encoder_decoder" else {}
-    assert torch.equal(load_pretrained(tmp_path)(input_ids, **given), ours(input_ids, **given))
+    extra_inputs = {"decoder_input_ids": input_ids} if shape == "encoder_decoder" else {}
+    assert torch.equal(load_pretrained(tmp_path)(input_ids, **extra_inputs), ours(input_ids, **extra_inputs))
 
 
 def test_the_features_of_a_performer_are_kept(tmp_path: Path, input_ids: Tensor):

@@ -1,4 +1,4 @@
-"""What a folder of transformers held is there again after it was read and written: tensors, classes, numbers of tokens."""
+"""Round trips: a folder of transformers that is read and written holds the same tensors, classes and token ids."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,14 @@ def again(folder: Path, into: Path, **ids: int | None) -> Path:
 
 
 def numbers(cls: str, folder: Path) -> Tensor:
-    """What the class of transformers computes from the folder; it draws nothing."""
+    """The logits that a class of transformers computes from the folder, of which no tensor may be missing."""
     options = {} if cls.startswith("XLNet") else {"attn_implementation": "eager"}
     model, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True, **options)
     assert not info["missing_keys"], info
-    given = {"decoder_input_ids": IDS[:, :9]} if cls.startswith("T5") else {}
+    extra_inputs = {"decoder_input_ids": IDS[:, :9]} if cls.startswith("T5") else {}
     with torch.no_grad():
-        said = model.eval()(IDS, **given)
-    return said["logits"] if "logits" in said else said["last_hidden_state"]
+        outputs = model.eval()(IDS, **extra_inputs)
+    return outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "bert_pretraining"])
@@ -164,11 +164,11 @@ def test_a_folder_in_bf16_is_written_in_bf16(name: str, tmp_path: Path):
 
 def test_labels_dropouts_and_ids_of_a_folder_are_written_again(tmp_path: Path):
     make("gpt2_score", tmp_path / "old")
-    said = {"id2label": {"0": "good"}, "label2id": {"good": 0}, "attn_pdrop": 0.2, "bos_token_id": 7, "pad_token_id": 5}
-    edit(tmp_path / "old" / "config.json", **said, task_specific_params={"x": 1})
+    keys = {"id2label": {"0": "good"}, "label2id": {"good": 0}, "attn_pdrop": 0.2, "bos_token_id": 7, "pad_token_id": 5}
+    edit(tmp_path / "old" / "config.json", **keys, task_specific_params={"x": 1})
     again(tmp_path / "old", tmp_path / "new")
     new = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert {key: new[key] for key in said} == said
+    assert {key: new[key] for key in keys} == keys
     assert new["task_specific_params"] == {"x": 1}
 
 

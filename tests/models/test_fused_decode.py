@@ -1,4 +1,4 @@
-"""A decoder that is only read takes shorter steps, to the same tokens."""
+"""Fused decoding: a prepared decoder takes shorter steps to the same tokens, and refuses to train."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def build(**options: object) -> Decoder:
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 60, "max_seq_len": 64, "init_std": 0.3}
     model = build_model(ModelConfig(**{**sizes, **LLAMA, **options})).eval()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms and biases that say nothing yet
+        if parameter.dim() == 1:  # norms and biases, which begin as 1 and 0
             parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
@@ -36,15 +36,15 @@ def test_steps_give_the_states_and_tokens_of_the_whole(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     ids = torch.randint(0, 60, (3, 12), generator=torch.Generator().manual_seed(1))
     segments = (torch.arange(12) >= torch.tensor([0, 3, 7])[:, None]).long()  # padded on the left
-    for given in (None, segments):
+    for segment_ids in (None, segments):
         cache = model.new_cache(3, 12)
-        model.features(ids[:, :8], None if given is None else given[:, :8], cache=cache)
+        model.features(ids[:, :8], None if segment_ids is None else segment_ids[:, :8], cache=cache)
         states = [model.features(ids[:, n : n + 1], cache=cache) for n in range(8, 12)]
-        torch.testing.assert_close(torch.cat(states, 1), plain.features(ids, given)[:, 8:], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(states, 1), plain.features(ids, segment_ids)[:, 8:], atol=2e-5, rtol=1e-5)
     config = GenerationConfig(max_new_tokens=80, temperature=0)  # beyond the context
-    for given in (None, segments):
+    for segment_ids in (None, segments):
         assert torch.equal(
-            generate(model, ids, config, segment_ids=given), generate(plain, ids, config, segment_ids=given)
+            generate(model, ids, config, segment_ids=segment_ids), generate(plain, ids, config, segment_ids=segment_ids)
         )
 
 
@@ -58,9 +58,9 @@ def test_rows_of_unequal_length_share_a_step() -> None:
         model.features(torch.tensor([row]), cache=cache)
         slots.add_sequence(cache)
     slots.ensure_capacity()
-    found = model.features(torch.tensor([[6], [9]]), cache=slots)
+    actual = model.features(torch.tensor([[6], [9]]), cache=slots)
     for n, row in enumerate(([1, 2, 3, 4, 5, 6], [7, 8, 9])):
-        torch.testing.assert_close(found[n, -1], plain.features(torch.tensor([row]))[0, -1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(actual[n, -1], plain.features(torch.tensor([row]))[0, -1], atol=2e-5, rtol=1e-5)
 
 
 OTHERS = {
@@ -72,6 +72,16 @@ OTHERS = {
     "prefix": lambda: peft.prefix(build(), n_tokens=2),
     "encoder": lambda: build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=60, shape="encoder")),
 }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_prepared_model_refuses_training_mode_and_says_why(kind: str) -> None:
+    model = build(**KINDS[kind])
+    assert prepare_for_decoding(model)
+    with pytest.raises(RuntimeError, match=r"prepared for decoding.*load it again to train it"):
+        model.train()
+    assert model.eval() is model
+    assert not model.training
 
 
 @pytest.mark.parametrize("name", OTHERS)

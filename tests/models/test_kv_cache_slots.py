@@ -1,4 +1,4 @@
-"""Rows that come and go in one cache give the logits that each gives alone, whatever tells a model its places."""
+"""SlotCache: sequences that come and go give the logits that each gives alone, with every kind of positions."""
 
 import random
 
@@ -27,7 +27,7 @@ def build(**options: object) -> Decoder:
 
 
 def alone(model: Decoder, row: list[int]) -> Tensor:
-    """What follows the row, read at once and without a cache."""
+    """The logits behind a sequence, in one pass and without a cache."""
     return model(torch.tensor([row]))[0, -1]
 
 

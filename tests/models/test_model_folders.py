@@ -1,4 +1,4 @@
-"""A model folder that cannot be read says so in one line that names the file and what is wrong with it."""
+"""Model folders that cannot be read: an error of one line that names the file and the fault."""
 
 import json
 from collections.abc import Callable

@@ -83,8 +83,8 @@ def tokens(*size: int) -> Tensor:
     return torch.randint(1, V, size, generator=torch.Generator().manual_seed(1))
 
 
-def close(found: Tensor | np.ndarray, expected: Tensor) -> bool:
-    return torch.allclose(torch.as_tensor(found), expected, rtol=0, atol=1e-4)
+def close(actual: Tensor | np.ndarray, expected: Tensor) -> bool:
+    return torch.allclose(torch.as_tensor(actual), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
@@ -99,12 +99,12 @@ def test_the_graph_of_a_decoder_gives_the_logits_of_transformers_token_by_token(
     start = 0
     for end in (1, 5, 6, 7, 9):
         mask = np.ones((3, end), np.int64)
-        given = {
+        feeds = {
             "input_ids": input_ids[:, start:end].numpy(),
             "attention_mask": mask,
             **dict(zip(names, past, strict=True)),
         }
-        logits, *past = session.run(None, given)
+        logits, *past = session.run(None, feeds)
         assert close(logits, expected[:, start:end])
         start = end
 
@@ -124,9 +124,9 @@ def test_an_encoder_gives_the_logits_of_transformers_whatever_the_padding(theirs
     types = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]])
     with torch.no_grad():
         expected = model(input_ids, attention_mask=mask, token_type_ids=types).logits
-    given = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
-    found = open_session(folder / "model.onnx").run(["logits"], {name: t.numpy() for name, t in given.items()})[0]
-    assert close(torch.tensor(found)[mask > 0], expected[mask > 0])
+    feeds = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+    actual = open_session(folder / "model.onnx").run(["logits"], {name: t.numpy() for name, t in feeds.items()})[0]
+    assert close(torch.tensor(actual)[mask > 0], expected[mask > 0])
 
 
 def test_an_encoder_decoder_gives_the_logits_of_transformers_token_by_token(theirs):
@@ -138,8 +138,8 @@ def test_an_encoder_decoder_gives_the_logits_of_transformers_token_by_token(thei
         expected = model(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
     reader = load_onnx(folder).encode_source(source, mask)
     cache = reader.new_cache(2, 5)
-    found = [reader.features(part, cache=cache) for part in target.split([2, 1, 1, 1], dim=1)]
-    assert close(torch.cat(found, dim=1), expected)
+    actual = [reader.features(part, cache=cache) for part in target.split([2, 1, 1, 1], dim=1)]
+    assert close(torch.cat(actual, dim=1), expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -147,15 +147,15 @@ def test_padded_prompts_are_continued_greedily_as_torch_does(theirs, kind: str):
     _, ours, folder = theirs(kind)
     input_ids, segment_ids = tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
     segment_ids[1, :3] = 0
-    found = generate(load_onnx(folder), input_ids, GREEDY, segment_ids=segment_ids)
-    assert found.tolist() == generate(ours, input_ids, GREEDY, segment_ids=segment_ids).tolist()
+    actual = generate(load_onnx(folder), input_ids, GREEDY, segment_ids=segment_ids)
+    assert actual.tolist() == generate(ours, input_ids, GREEDY, segment_ids=segment_ids).tolist()
 
 
 def test_text_that_outgrows_the_context_goes_on_as_torch_does(theirs):
     _, ours, folder = theirs("llama")
     config = GenerationConfig(max_new_tokens=24, temperature=0.0)
-    found = generate(load_onnx(folder), tokens(1, 12), config)
-    assert found.tolist() == generate(ours, tokens(1, 12), config).tolist()
+    actual = generate(load_onnx(folder), tokens(1, 12), config)
+    assert actual.tolist() == generate(ours, tokens(1, 12), config).tolist()
 
 
 @pytest.mark.slow
@@ -165,10 +165,10 @@ def test_an_encoder_decoder_writes_the_text_that_torch_writes_greedily_and_with_
     ours = build_model(ModelConfig(**sizes, shape="encoder_decoder", position="relative", norm="rmsnorm", bias=False))
     write_graphs(ours, tmp_path)
     write_description(ours, tmp_path, token_ids={})
-    found, prompts = load_onnx(tmp_path), ["what it reads", "this"]
+    actual, prompts = load_onnx(tmp_path), ["what it reads", "this"]
     for config in (GREEDY, GenerationConfig(max_new_tokens=6, num_beams=3, num_return=2, temperature=0.0)):
         texts = generate_text(ours.eval(), tokenizer, prompts, config)
-        assert generate_text(found, tokenizer, prompts, config) == texts
+        assert generate_text(actual, tokenizer, prompts, config) == texts
         assert all(map(any, texts))
 
 
@@ -177,11 +177,11 @@ def test_a_reward_model_scores_the_last_token_that_is_no_padding(tmp_path: Path)
     write_graphs(model, tmp_path)
     input_ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
     mask[1, 4:] = 0
-    given = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
-    found = open_session(tmp_path / "model.onnx").run(None, given)[0]
+    feeds = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
+    actual = open_session(tmp_path / "model.onnx").run(None, feeds)[0]
     with torch.no_grad():
         alone = [model.score(model.features(row[None]))[0, -1] for row in (input_ids[0], input_ids[1, :4])]
-    assert close(found, torch.stack(alone))
+    assert close(actual, torch.stack(alone))
 
 
 def test_eight_bits_make_a_smaller_graph_that_says_nearly_the_same(theirs, tmp_path: Path):
@@ -191,8 +191,8 @@ def test_eight_bits_make_a_smaller_graph_that_says_nearly_the_same(theirs, tmp_p
     cost = quantize_graph(tmp_path / "model.onnx", vocab_size=V, max_seq_len=24)
     assert cost.after == (tmp_path / "model.onnx").stat().st_size
     with torch.no_grad():
-        exact, found = ours(tokens(2, 9)), load_onnx(tmp_path)(tokens(2, 9))
-    assert 0 < (found - exact).abs().mean() < 0.05 * exact.std()
+        exact, actual = ours(tokens(2, 9)), load_onnx(tmp_path)(tokens(2, 9))
+    assert 0 < (actual - exact).abs().mean() < 0.05 * exact.std()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.onnx"]
 
 

@@ -1,4 +1,4 @@
-"""A model with more tokens than before says what it said, and the new tokens are the mean of the old ones."""
+"""Vocabulary growth: logits of old tokens stay, and new tokens are the mean of the old ones."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ IDS = torch.arange(5, 22)[None]
 
 
 def said(model: torch.nn.Module) -> torch.Tensor:
-    given = {"decoder_input_ids": IDS} if model.config.shape.value == "encoder_decoder" else {}
-    return model(IDS, **given)
+    extra_inputs = {"decoder_input_ids": IDS} if model.config.shape.value == "encoder_decoder" else {}
+    return model(IDS, **extra_inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

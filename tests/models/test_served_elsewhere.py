@@ -93,20 +93,20 @@ def test_the_file_itself_names_class_and_family(folders: tuple[Path, Path]):
 
 
 def test_the_tensors_have_the_names_shapes_and_values_of_transformers(folders: tuple[Path, Path]):
-    found = []
+    tensors = []
     for folder in folders:
         with safe_open(folder / "model.safetensors", "pt") as file:
-            found.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  it is no dictionary
-    theirs, ours = found
+            tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  it is no dictionary
+    theirs, ours = tensors
     assert sorted(ours) == sorted(theirs)
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
 
 
 def test_generation_ends_where_the_tokenizer_says(folders: tuple[Path, Path]):
-    found = GenerationConfig.from_pretrained(folders[1])
-    assert found.eos_token_id == TOKENIZER.eos_token_id
-    assert found.bos_token_id == TOKENIZER.bos_token_id
-    assert found.pad_token_id == TOKENIZER.pad_token_id
+    config = GenerationConfig.from_pretrained(folders[1])
+    assert config.eos_token_id == TOKENIZER.eos_token_id
+    assert config.bos_token_id == TOKENIZER.bos_token_id
+    assert config.pad_token_id == TOKENIZER.pad_token_id
 
 
 def test_the_tokenizer_and_its_chat_template_are_beside_it(folders: tuple[Path, Path]):

@@ -1,4 +1,4 @@
-"""Models of transformers with our attention in them say what they say with their own."""
+"""Models of transformers give the same logits with our attention as with their own."""
 
 from pathlib import Path
 

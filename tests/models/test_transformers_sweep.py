@@ -73,9 +73,9 @@ def test_no_registered_family_is_wrong_and_the_page_says_what_each_does():
     sys.path.insert(0, str(DOCS))
     import make_model_hf
 
-    found = make_model_hf.outcomes()
-    assert [kind for kind, text in found.items() if text.startswith("wrong")] == []
-    assert make_model_hf.page(found) == make_model_hf.PAGE.read_text(encoding="utf-8")
+    outcomes = make_model_hf.outcomes()
+    assert [kind for kind, text in outcomes.items() if text.startswith("wrong")] == []
+    assert make_model_hf.page(outcomes) == make_model_hf.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -92,12 +92,12 @@ def test_weights_of_low_precision_are_compared_exactly_and_stay_as_they_are(dtyp
 
 def test_an_argument_of_attention_that_nobody_calculates_with_is_refused_by_name():
     q = torch.randn(1, 2, 3, 8)
-    given = (torch.nn.Linear(1, 1), q, q, q, AttentionMask(causal=True))
-    want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
-    got, _ = attend(*given, packing=Packing(None, "auto"), sliding_window=None, new_bias=None)
-    torch.testing.assert_close(got, want)
+    arguments = (torch.nn.Linear(1, 1), q, q, q, AttentionMask(causal=True))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
+    actual, _ = attend(*arguments, packing=Packing(None, "auto"), sliding_window=None, new_bias=None)
+    torch.testing.assert_close(actual, expected)
     with pytest.raises(ConfigError, match="Linear gives attention new_bias, which ours does not take"):
-        attend(*given, packing=Packing(None, "auto"), new_bias=torch.zeros(1))
+        attend(*arguments, packing=Packing(None, "auto"), new_bias=torch.zeros(1))
     with pytest.raises(ConfigError, match="a_family gives a mask new_rule, which ours does not take"):
         rules(mask_function=masking_utils.causal_mask_function, config=Config, new_rule=1)
 

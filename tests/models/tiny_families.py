@@ -106,11 +106,11 @@ def small(kind: type[PreTrainedConfig], given: dict[str, object]) -> PreTrainedC
 
 
 def kinds_of_layers(kind: type[PreTrainedConfig], names: list[str], values: dict[str, object]) -> dict[str, object]:
-    """Among four layers one of each kind that the class has by default; nothing where that is said already."""
+    """Four layers with one of each kind that the class has by default; nothing where the values state kinds."""
     if "layer_types" not in names or "layer_types" in values:
         return {}
     usual = kind().layer_types
-    found = list(dict.fromkeys(usual or []))
-    if len(found) < 2:
+    kinds = list(dict.fromkeys(usual or []))
+    if len(kinds) < 2:
         return {}
-    return {"num_hidden_layers": 4, "layer_types": (found * 4)[:4]}
+    return {"num_hidden_layers": 4, "layer_types": (kinds * 4)[:4]}

@@ -1,4 +1,4 @@
-"""Training follows the same losses whichever kernels compute it."""
+"""Kernels do not change training: the losses are the same whichever of them computes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,14 +49,14 @@ def losses(kind: type[TokenModule], config: dict, backend: str) -> list[float]:
     module = kind(model, vocabulary=VOCABULARY, seed=0, optimizer=None, schedule=None).to(device).train()
     # where a gradient is nothing but rounding, as that of a key's bias, a small eps would make it a step
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-    found = []
+    actual = []
     for batch in map(module.collator, rows()):
         loss = module.step({name: x.to(device) for name, x in batch.items()})["loss"] / batch["targets"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.item())
-    return found
+        actual.append(loss.item())
+    return actual
 
 
 @pytest.mark.parametrize("case", [c if c == "clm" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])

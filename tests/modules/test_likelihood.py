@@ -57,8 +57,8 @@ def trained(loss: str, batch_size: int, accumulate: int) -> PreferenceModule:
 def logps(model: Decoder, prompt: np.ndarray, said: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token after the first, and which of them are the completion's; one row alone."""
     ids = torch.from_numpy(np.concatenate([prompt, said]))[None]
-    found = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return found, torch.arange(1, ids.shape[1]) >= len(prompt)
+    logprobs = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return logprobs, torch.arange(1, ids.shape[1]) >= len(prompt)
 
 
 def trl(loss: str, model: Decoder, beta: float = 0.3, alpha: float = 0.7) -> torch.Tensor:
@@ -98,5 +98,5 @@ def test_a_validation_is_the_mean_over_all_its_tokens() -> None:
         enable_model_summary=False,
     )
     loader = DataLoader(rows(), batch_size=3, collate_fn=ours.collator)
-    [found] = trainer.validate(ours, loader, verbose=False)
-    assert found["val/loss"] == pytest.approx(trl("orpo", ours.model).item(), rel=1e-5)
+    [actual] = trainer.validate(ours, loader, verbose=False)
+    assert actual["val/loss"] == pytest.approx(trl("orpo", ours.model).item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What low precision may touch: products; and what fp16 does with a gradient that overflows."""
+"""Low precision touches products only; and a gradient that overflows in fp16 skips a step."""
 
 import warnings
 
@@ -85,13 +85,13 @@ def test_norms_softmax_and_loss_are_as_exact_as_in_float32(norm: str, precision:
     model.norm.to(dtype)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     with mixed, torch.no_grad():
-        found = model.norm(x.to(dtype))
+        actual = model.norm(x.to(dtype))
         scores = attention(q, q, q, AttentionMask(causal=True))
         hidden = x.to(dtype)
         labels = torch.randint(0, 50, (4, 16))
         loss = token_loss(hidden, model.lm_head.weight, labels)
     one_rounding = 2.0**-8
-    assert ((found.double() - exact_norm).abs() <= one_rounding * exact_norm.abs() + 1e-5).all()
+    assert ((actual.double() - exact_norm).abs() <= one_rounding * exact_norm.abs() + 1e-5).all()
     exact = torch.nn.functional.scaled_dot_product_attention(*(q.double(),) * 3, is_causal=True)
     assert (scores.double() - exact).abs().max() <= 2 * one_rounding * exact.abs().max()
     assert loss.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and which of them decay."""
+"""Parameter groups: which parameters are trained, and which of them decay."""
 
 import pytest
 import torch

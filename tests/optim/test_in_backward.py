@@ -29,9 +29,9 @@ def test_a_run_gives_the_losses_weights_and_states_of_the_plain_one(optimizer: s
         assert all(torch.equal(torch.as_tensor(ours[n][k]), torch.as_tensor(v)) for k, v in state.items())
     assert early["lr_schedulers"] == plain["lr_schedulers"]
     for step, row in table(tmp_path / "plain").items():
-        found = table(tmp_path / "early")[step]
-        assert float(found.pop("train/grad_norm")) == pytest.approx(float(row.pop("train/grad_norm")), rel=1e-5)
-        assert found == row
+        actual = table(tmp_path / "early")[step]
+        assert float(actual.pop("train/grad_norm")) == pytest.approx(float(row.pop("train/grad_norm")), rel=1e-5)
+        assert actual == row
 
 
 def test_it_goes_on_exactly_after_a_stop(command, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Costs of a step against published figures, formulas written out by hand, and what autograd really keeps."""
+"""Costs of a step against published figures, formulas written out by hand, and what autograd really saves."""
 
 import pytest
 import torch
@@ -32,20 +32,20 @@ A100 = Machine("a100", flops=312e12, memory=80e9, link=300e9, network=25e9)
 def test_zero_divides_what_the_paper_says(zero: int, published: tuple[float, ...]):
     # Rajbhandari et al. 2020, figure 1: 7.5B parameters, 64 devices, 2 + 2 + 12 bytes: 120, 31.4, 16.6 and 1.9 GB
     n = 7_500_000_000
-    found = states(n, n, Layout(data=64, zero=zero), weight_bytes=2, gradient_bytes=2, optimizer_bytes=12)
-    assert [size / 1e9 for size in found] == pytest.approx(published, rel=0.03)
-    assert sum(found) / 1e9 == pytest.approx((120, 31.4, 16.6, 1.9)[zero], rel=0.03)
+    actual = states(n, n, Layout(data=64, zero=zero), weight_bytes=2, gradient_bytes=2, optimizer_bytes=12)
+    assert [size / 1e9 for size in actual] == pytest.approx(published, rel=0.03)
+    assert sum(actual) / 1e9 == pytest.approx((120, 31.4, 16.6, 1.9)[zero], rel=0.03)
 
 
 def test_mixed_precision_adam_takes_sixteen_bytes_a_parameter():
-    found = memory(Share(weights=1000, trained=1000, largest=100), Layout(), activations=0, loss=0)
-    assert found.total == 16 * 1000
+    actual = memory(Share(weights=1000, trained=1000, largest=100), Layout(), activations=0, loss=0)
+    assert actual.total == 16 * 1000
 
 
 def test_frozen_weights_have_neither_gradients_nor_states_and_steps_in_backward_keep_one_gradient():
     share = Share(weights=1000, trained=10, largest=100)
-    found = memory(share, Layout(), activations=7, loss=5)
-    assert (found.weights, found.gradients, found.optimizer, found.total) == (4000, 40, 80, 4132)
+    actual = memory(share, Layout(), activations=7, loss=5)
+    assert (actual.weights, actual.gradients, actual.optimizer, actual.total) == (4000, 40, 80, 4132)
     share = Share(weights=1000, trained=1000, largest=100, largest_gradient=50)
     assert memory(share, Layout(), activations=0, loss=0).gradients == 200
 
@@ -154,17 +154,17 @@ def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too
 
 def test_pieces_of_sequences_leave_less_to_each_device():
     # Korthikanti et al. 2022, 4.2: s b h (8 + 24 / t) bytes a layer in 16 bits without dropout, of whose 8 the inputs of
-    # two norms take 4, which pieces divide, and those of attention and MLP 4, which are kept whole here
+    # two norms take 4, which shards divide, and those of attention and MLP 4, which are full here
     B, T, C, H, n = 2, 32, 64, 4, 2
-    for pieces, expected in ((1, 8 + 24 / n), (n, 4 + (4 + 24) / n)):
+    for n_shards, expected in ((1, 8 + 24 / n), (n, 4 + (4 + 24) / n)):
         sizes = []
         for n_layer in (1, 2):
             config = local_model_config(
                 ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n)
             )
             with fake_tensors(torch.bfloat16):
-                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, sequence_shards=pieces))
-        statistics = B * T * 4 * (H / n + 2 * 2 / pieces)
+                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, sequence_shards=n_shards))
+        statistics = B * T * 4 * (H / n + 2 * 2 / n_shards)
         assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
 
 
@@ -200,9 +200,9 @@ def test_a_device_of_a_tensor_parallel_group_holds_its_heads_channels_and_words(
     config = ModelConfig(**LLAMA)
     part = local_model_config(config, Layout(tensor=2))
     with torch.device("meta"):
-        whole, half = Decoder(config), Decoder(part)
-    matrices = sum(p.numel() for p in whole.parameters() if p.ndim > 1)
-    assert n_parameters(half) == n_parameters(whole) - matrices // 2
+        full, half = Decoder(config), Decoder(part)
+    matrices = sum(p.numel() for p in full.parameters() if p.ndim > 1)
+    assert n_parameters(half) == n_parameters(full) - matrices // 2
 
 
 def test_the_loss_holds_a_chunk_twice_and_the_gradients_of_head_and_hidden_states():

@@ -1,4 +1,4 @@
-"""Clients that mean a server ill, and patient ones beside them: `python -m tests.serving.attacks URL SECONDS`."""
+"""Attacks on a server, and patient clients beside them: `python -m tests.serving.attacks URL SECONDS`."""
 
 import json
 import socket
@@ -19,7 +19,7 @@ EACH = 3  # clients of each kind
 
 @dataclass
 class Seen:
-    """What clients saw: statuses by kind, and the seconds of patient answers and of /health."""
+    """Observations of the clients: statuses by kind of attack, seconds of patient answers and of /health."""
 
     url: str
     seconds: float
@@ -35,16 +35,16 @@ class Seen:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is time left."""
+        """True while the attack goes on."""
         return time.monotonic() < self.until
 
     def connect(self) -> socket.socket:
-        """A bare connection of an attacker."""
+        """A plain TCP connection to the server."""
         source = self.source and (self.source, 0)
         return socket.create_connection((self.place.host, self.place.port), timeout=5, source_address=source)
 
     def post(self, kind: str, path: str, body: object, *, source: str | None = None, timeout: float = 30.0) -> int:
-        """The status, 0 where there is none."""
+        """The status of the answer, 0 if there is none."""
         try:
             with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=timeout) as client:
                 status = client.post(f"{self.url}{path}", json=body).status_code
@@ -55,7 +55,7 @@ class Seen:
 
 
 def sent(seen: Seen, data: bytes, *, drip: bytes = b"", read: int = 0) -> None:
-    """Send this, then a little now and then, until the server or the time ends it."""
+    """Send these bytes, then a few more now and then, until the server closes or the time is over (Slowloris)."""
     with seen.connect() as raw:
         raw.sendall(data)
         raw.settimeout(0.2)
@@ -70,7 +70,7 @@ def sent(seen: Seen, data: bytes, *, drip: bytes = b"", read: int = 0) -> None:
 
 
 def leaving(seen: Seen, path: str, body: object, after: float) -> None:
-    """Ask, and leave soon."""
+    """Send requests and disconnect before the answer."""
     data = json.dumps(body).encode()
     with seen.connect() as raw:
         head = (
@@ -81,14 +81,14 @@ def leaving(seen: Seen, path: str, body: object, after: float) -> None:
 
 
 def chunked(seen: Seen) -> None:
-    """A body in chunks of one byte."""
+    """Send a body in chunks of one byte."""
     with seen.connect() as raw:
         raw.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
         raw.recv(1000)
 
 
 def idle(seen: Seen) -> None:
-    """Many connections that ask once and stay."""
+    """Open many connections, send one request on each and keep them open."""
     with ExitStack() as stack:
         for _ in range(30):
             stack.enter_context(seen.connect()).sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -96,7 +96,7 @@ def idle(seen: Seen) -> None:
 
 
 def ahead(seen: Seen) -> None:
-    """Many requests at once on one connection."""
+    """Pipeline many requests on one connection."""
     body = b'{"prompt": "x", "max_new_tokens": 1}'
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with seen.connect() as raw:
@@ -107,14 +107,14 @@ def ahead(seen: Seen) -> None:
 
 
 def storm(seen: Seen) -> None:
-    """Connections that say nothing and leave."""
+    """Open and close connections without a request."""
     for _ in range(50):
         seen.connect().close()
     time.sleep(0.2)
 
 
 def asks_and_reads_nothing(seen: Seen, path: str, body: object) -> None:
-    """Ask for much, and take none of it."""
+    """Request long answers and read nothing."""
     data = json.dumps(body).encode()
     with seen.connect() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -123,7 +123,7 @@ def asks_and_reads_nothing(seen: Seen, path: str, body: object) -> None:
 
 
 def garbage(seen: Seen) -> None:
-    """Bytes that are no HTTP."""
+    """Send bytes that are not HTTP."""
     with seen.connect() as raw:
         raw.sendall(Random(0).randbytes(2000))
         raw.recv(1000)
@@ -158,7 +158,7 @@ ATTACKS: dict[str, Callable[[Seen], object]] = {
 
 
 def attack(seen: Seen, kind: str) -> None:
-    """One kind, again and again."""
+    """Repeat one attack until the time is over."""
     while seen.goes_on:
         try:
             ATTACKS[kind](seen)
@@ -168,7 +168,7 @@ def attack(seen: Seen, kind: str) -> None:
 
 
 def be_patient(seen: Seen) -> None:
-    """Small requests, one after the other; whoever is told to come again does."""
+    """Small requests, one after the other, with a retry after each 429."""
     while seen.goes_on:
         began = time.monotonic()
         status = seen.post(
@@ -181,7 +181,7 @@ def be_patient(seen: Seen) -> None:
 
 
 def watch(seen: Seen) -> None:
-    """Whether the process lives."""
+    """Poll /health and record its seconds."""
     while seen.goes_on:
         began = time.monotonic()
         try:
@@ -194,7 +194,7 @@ def watch(seen: Seen) -> None:
 
 
 def mix(url: str, seconds: float, *, attackers: int = EACH, patient: int = 4) -> Seen:
-    """What patient clients see while others attack."""
+    """Run all attacks beside patient clients, and return what the patient clients observed."""
     seen = Seen(url, seconds)
     work = [(attack, seen, kind) for kind in ATTACKS for _ in range(attackers)]
     work += [(be_patient, seen)] * patient + [(watch, seen)]
@@ -207,13 +207,15 @@ def mix(url: str, seconds: float, *, attackers: int = EACH, patient: int = 4) ->
 
 
 def main() -> None:
-    """Print what was seen."""
+    """Print the observations."""
     seen = mix(sys.argv[1], float(sys.argv[2]), attackers=int(sys.argv[3]) if len(sys.argv) > 3 else EACH)
     for (kind, status), n in sorted(seen.statuses.items()):
         print(f"{kind:22} {status:4} {n:6}")
-    for name, found in (("patient answers", sorted(seen.answers)), ("health", sorted(seen.health))):
-        if found:
-            print(f"{name}: {len(found)}, p50 {found[len(found) // 2]:.2f} s, at most {found[-1]:.2f} s")
+    for name, durations in (("patient answers", sorted(seen.answers)), ("health", sorted(seen.health))):
+        if durations:
+            print(
+                f"{name}: {len(durations)}, p50 {durations[len(durations) // 2]:.2f} s, at most {durations[-1]:.2f} s"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models and servers that the tests of this folder share."""
+"""Fixtures of the serving tests: a tiny model, and a client of a server in front of it."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Engines to test: small models, greedy settings, and a model that waits."""
+"""Engines for tests: small random models, greedy settings, and a model that waits for the test."""
 
 import threading
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def running(model: nn.Module, **options: object) -> Iterator[Engine]:
 
 
 class Slow(nn.Module):
-    """A model that waits before it reads one token, until it is told to go on."""
+    """Forward hook that blocks each decode step until the test releases `gate`; `entered` is set when one waits."""
 
     def __init__(self) -> None:
         super().__init__()

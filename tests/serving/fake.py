@@ -1,4 +1,4 @@
-"""An engine whose answers a test writes, token by token."""
+"""Fake engine: the answers are texts of the test, one for each token."""
 
 import asyncio
 import threading
@@ -8,7 +8,7 @@ from genai_pl.serving.engine.request import QueueFull, Request, TokenOutput
 
 
 class FakeStream:
-    """Gives the pieces, then ends as it is told; without an end it goes on until it is cancelled."""
+    """Yields the texts, then ends with `finish_reason`; with None it waits until it is cancelled or released."""
 
     def __init__(self, texts: list[str], finish_reason: str | None) -> None:
         self.texts, self.last_reason = texts, finish_reason
@@ -33,7 +33,7 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Answers every request with the same stream, or is busy."""
+    """Answers every request with the same stream; beyond `capacity` requests it raises QueueFull."""
 
     def __init__(self, texts: list[str], finish_reason: str | None = "stop", *, capacity: int = 100) -> None:
         self.make: Callable[[], FakeStream] = lambda: FakeStream(texts, finish_reason)
@@ -47,10 +47,10 @@ class FakeEngine:
         return len([s for s in self.streams if s.finish_reason is None and not s.cancelled.is_set()])
 
     def start(self) -> None:
-        """It always runs."""
+        """Do nothing."""
 
     def stop(self, drain: bool = True, timeout: float = 30) -> None:
-        """It never did anything."""
+        """Do nothing."""
 
     def submit(self, request: Request) -> FakeStream:
         if len(self.streams) >= self.capacity:

@@ -1,4 +1,4 @@
-"""How long the event loop of a server does nothing else."""
+"""Event loop probe: the longest time that one step of a server holds its event loop."""
 
 import asyncio
 import gc
@@ -20,7 +20,7 @@ class Probed:
         self.app, self.worst, self.busy = app, 0.0, 0.0
 
     def reset(self) -> None:
-        """Begin again."""
+        """Forget the times measured so far."""
         gc.collect()
         gc.freeze()  # what tests have loaded before is not looked through in the middle of a measurement
         self.worst = self.busy = 0.0

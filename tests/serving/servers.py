@@ -1,4 +1,4 @@
-"""Servers on ports that the system chooses, in front of a tiny model."""
+"""Servers for tests, on free ports, in front of tiny random models."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 16}
 
 
 def write_model(folder: Path, *, template: bool = True, **options: object) -> Path:
-    """A folder with a random model of the given shape, and bytes for tokens."""
+    """The folder, with a random model of the given shape and a byte tokenizer in it."""
     tokenizer = byte_tokenizer()
     if template:
         ensure_template(tokenizer)
@@ -37,7 +37,7 @@ def write_model(folder: Path, *, template: bool = True, **options: object) -> Pa
 
 @contextmanager
 def running(app: FastAPI, **options: object) -> Iterator[str]:
-    """The address of a server with this application, in a thread."""
+    """Context with the URL of a server that runs the application in a thread."""
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -53,7 +53,7 @@ def running(app: FastAPI, **options: object) -> Iterator[str]:
 
 
 def eventually(holds: Callable[[], object], *, seconds: float = 20.0) -> bool:
-    """Whether it comes to hold within the time."""
+    """True once the condition holds; False if it does not within the time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if holds():
@@ -63,14 +63,14 @@ def eventually(holds: Callable[[], object], *, seconds: float = 20.0) -> bool:
 
 
 def make_service(checkpoint: Path, **options: object) -> Service:
-    """A model that answers greedily unless it is asked otherwise."""
+    """The service of a model, greedy by default."""
     settings = Settings(checkpoint=str(checkpoint), **{"generation": GREEDY, **options})
     return open_service(settings, Metrics())
 
 
 @contextmanager
 def serving(service: Service, *, keys: tuple[str, ...] = ()) -> Iterator[httpx.Client]:
-    """A client of a server in front of it."""
+    """Context with an HTTP client of a server in front of the service."""
     app = create_app(service, service.settings, service.metrics, keys)
     with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

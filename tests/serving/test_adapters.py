@@ -1,4 +1,4 @@
-"""Adapters of one base, chosen by name."""
+"""Adapters of one base, selected by the name in a request."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.serving.servers import make_service, serving
 
 
 def write_adapter(base: Path, folder: Path, seed: int) -> Path:
-    """A LoRA adapter of PEFT's with random weights, strong enough to change every token."""
+    """A LoRA adapter written by PEFT, with random weights that are large enough to change every token."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -27,7 +27,7 @@ def write_adapter(base: Path, folder: Path, seed: int) -> Path:
 
 
 def greedy(base: Path, adapter: Path | None, prompt: bytes, n: int) -> list[int]:
-    """The tokens that transformers and PEFT write."""
+    """The tokens that transformers and PEFT generate."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -49,9 +49,9 @@ def read(base: Path, adapter: Path | None, text: bytes) -> tuple[torch.Tensor, f
         model = peft.PeftModel.from_pretrained(model, adapter)
     ids = torch.tensor([list(text)])
     with torch.no_grad():
-        found = model(input_ids=ids, output_hidden_states=True)
-    logprobs = found.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-    return torch.nn.functional.normalize(found.hidden_states[-1][0, -1], dim=0), float(logprobs[3:].sum())
+        result = model(input_ids=ids, output_hidden_states=True)
+    logprobs = result.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return torch.nn.functional.normalize(result.hidden_states[-1][0, -1], dim=0), float(logprobs[3:].sum())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
@@ -69,9 +69,9 @@ def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
         for name, folder in {"tiny": None, **folders}.items():
             expected = greedy(tiny, folder, b"Once upon", 8)
             for _ in range(2):  # the second time from the cache, which tells adapters apart
-                found = client.post("/v1/completions", json={**body, "model": name}).json()
-                assert found["model"] == name
-                tokens = found["choices"][0]["logprobs"]["tokens"]
+                result = client.post("/v1/completions", json={**body, "model": name}).json()
+                assert result["model"] == name
+                tokens = result["choices"][0]["logprobs"]["tokens"]
                 known = [(i, token) for i, token in zip(expected, tokens, strict=False) if i < 128]
                 assert [chr(i) for i, _ in known] == [token for _, token in known]
                 assert len(tokens) == len(expected) or 256 in expected
@@ -79,12 +79,12 @@ def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
                 ours = client.post(
                     "/generate", json={"prompt": "Once upon", "max_new_tokens": 8, "adapter": name}
                 ).json()
-                assert ours["text"] == found["choices"][0]["text"]
+                assert ours["text"] == result["choices"][0]["text"]
         for name, folder in {"tiny": None, **folders}.items():
             hidden, logprob = read(tiny, folder, b"Once upon")
-            found = client.post("/v1/embeddings", json={"input": list(b"Once upon"), "model": name}).json()
-            assert found["model"] == name
-            assert found["data"][0]["embedding"] == pytest.approx(hidden.tolist(), abs=1e-5)
+            result = client.post("/v1/embeddings", json={"input": list(b"Once upon"), "model": name}).json()
+            assert result["model"] == name
+            assert result["data"][0]["embedding"] == pytest.approx(hidden.tolist(), abs=1e-5)
             scored = client.post("/score", json={"prompt": "Once", "text": " upon", "model": name}).json()
             assert scored["model"] == name
             assert scored["scores"][0]["score"] == pytest.approx(logprob, abs=1e-3)

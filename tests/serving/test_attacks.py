@@ -1,4 +1,4 @@
-"""A server among clients of which most mean it ill."""
+"""A server under attack still answers patient clients in time."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answers that are kept: which, for how long, and what happens when Redis goes away."""
+"""The response cache: which answers it keeps, for how long, and a Redis that fails."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import asyncio
@@ -89,19 +89,19 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_comes_out_the_same_again_is_kept(case: str, tiny: Path) -> None:
-    options, kept = CASES[case]
+    options, is_cached = CASES[case]
     service = make_service(tiny)
     service.engine = FakeEngine(["some", " text"])
     with serving(service) as client:
         first, again = (client.post("/generate", json={"prompt": "x", **options}).json() for _ in range(2))
         assert first == again
         assert first["text"] == "some text"
-        assert len(service.engine.streams) == (1 if kept else 2)
-        hits = f'genai_pl_cache_lookups_total{{result="hit"}} {1.0 if kept else 0.0}'
+        assert len(service.engine.streams) == (1 if is_cached else 2)
+        hits = f'genai_pl_cache_lookups_total{{result="hit"}} {1.0 if is_cached else 0.0}'
         assert hits in client.get("/metrics").text
         client.post("/generate", json={"prompt": "x", **options, "max_new_tokens": 3})  # another request
         client.post("/v1/completions", json={"prompt": "x", **options, "max_tokens": 3, "logprobs": 1})
-        assert len(service.engine.streams) == (3 if kept else 4)
+        assert len(service.engine.streams) == (3 if is_cached else 4)
 
 
 def test_a_stream_is_answered_from_the_cache_too(tiny: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_broke_off_is_not_kept(finish_reason: str, tiny: Path) -> None:
 
 @contextmanager
 def redis_server(folder: Path, port: int | None = None) -> Iterator[int]:
-    """The port of a Redis of our own."""
+    """The port of a Redis server that the test starts."""
     if port is None:
         with bind("127.0.0.1", 0) as free:
             port = free.getsockname()[1]
@@ -188,9 +188,9 @@ def test_a_redis_that_was_never_there_harms_nothing() -> None:
     async def use() -> bytes | None:
         cache = RedisCache(f"redis://127.0.0.1:{port}/0", ttl=1)
         await cache.set("a", b"1")
-        found = await cache.get("a")
+        value = await cache.get("a")
         await cache.close()
-        return found
+        return value
 
     assert asyncio.run(use()) is None
 

@@ -1,4 +1,4 @@
-"""Connections on which a client leaves something undone: each is closed in its time, and none stands in the way of others."""
+"""Connections of slow and idle clients: the server closes each after its deadline, and others are answered meanwhile."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -31,7 +31,7 @@ SOON = 0.3
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has to be done is to be done soon."""
+    """Short deadlines, so that the tests are fast."""
     for name in ("HEAD_SECONDS", "READ_SECONDS"):
         monkeypatch.setattr(connections, name, SOON)
     monkeypatch.setattr(bodies, "SECONDS", SOON)
@@ -54,14 +54,14 @@ def connect(client: "httpx.Client") -> socket.socket:
 
 
 def rest(raw: socket.socket) -> bytes:
-    """What comes until the connection is closed; it is, or this fails after 20 seconds."""
-    found = bytearray()
+    """The bytes until the server closes the connection; fails after 20 seconds."""
+    received = bytearray()
     try:
         while part := raw.recv(65536):
-            found += part
+            received += part
     except ConnectionResetError:
         pass
-    return bytes(found)
+    return bytes(received)
 
 
 UNDONE = {
@@ -79,8 +79,8 @@ UNDONE = {
 def test_what_is_left_undone_is_waited_for_only_so_long(case: str, tiny: Path) -> None:
     with server(tiny, timeout_keep_alive=1) as (client, _), connect(client) as raw:
         raw.sendall(UNDONE[case])
-        found = rest(raw)
-    assert found == b"" or found.startswith((b"HTTP/1.1 408", b"HTTP/1.1 200"))
+        received = rest(raw)
+    assert received == b"" or received.startswith((b"HTTP/1.1 408", b"HTTP/1.1 200"))
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_what_is_strange_in_a_head_is_refused_and_keeps_nobody_waiting(case: str
         probed.reset()
         with suppress(OSError):  # the server may have closed it before all is sent
             raw.sendall(data)
-        found = rest(raw)
+        received = rest(raw)
         assert client.get("/health").status_code == 200
         assert probed.busy < 1
-    assert found == b"" or found.removeprefix(b"HTTP/1.1 ").startswith(statuses), found[:200]
-    assert b"HTTP/1.1 5" not in found
+    assert received == b"" or received.removeprefix(b"HTTP/1.1 ").startswith(statuses), received[:200]
+    assert b"HTTP/1.1 5" not in received
 
 
 def test_idle_connections_cost_others_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_client_that_does_not_read_a_large_answer_is_left(tiny: Path) -> None:
 
 
 def _is_closed(raw: socket.socket) -> bool:
-    """Whether the server has let go of a connection on which an answer waits to be read."""
+    """True if the server has closed a connection whose answer nobody reads."""
     try:
         raw.send(b"x")
     except OSError:
@@ -203,9 +203,9 @@ def test_requests_that_are_sent_ahead_are_all_answered(tiny: Path, monkeypatch: 
         body = b'{"prompt": "x"}'
         raw.sendall((HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 50)
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        found = rest(raw)
-    assert found.count(b"HTTP/1.1 200 OK") == 51
-    assert b"HTTP/1.1 4" not in found
+        received = rest(raw)
+    assert received.count(b"HTTP/1.1 200 OK") == 51
+    assert b"HTTP/1.1 4" not in received
 
 
 def test_a_body_in_chunks_of_one_byte_is_read_and_keeps_the_event_loop_free(
@@ -247,7 +247,7 @@ def test_there_are_never_more_connections_than_descriptors() -> None:
         most, at_once = connection_limits(n)
         assert 8 <= most <= n - 4 * at_once - 20
         assert at_once >= 8
-    assert connection_limits(2**20)[0] == connections.MOST
+    assert connection_limits(2**20)[0] == connections.MAX_CONNECTIONS
 
 
 @pytest.mark.slow

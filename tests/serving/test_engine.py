@@ -1,4 +1,4 @@
-"""Requests that share a batch are answered as each alone; they come, end, are cancelled and fail without each other."""
+"""Continuous batching: requests of one batch are answered as each alone, and start, end and are cancelled independently."""
 
 import asyncio
 import time
@@ -22,8 +22,8 @@ def test_greedy_answers_of_a_batch_are_those_of_each_prompt_alone(shape: str) ->
     model = build(**SHAPES[shape])
     with running(model, slots=3, prefill_chunk=5) as engine:
         streams = [engine.submit(Request(ids(p), greedy(6 + 5 * n))) for n, p in enumerate(PROMPTS)]
-        found = [(text_of(stream), stream.finish_reason) for stream in streams]
-    for n, (prompt, (text, finish_reason)) in enumerate(zip(PROMPTS, found, strict=True)):
+        results = [(text_of(stream), stream.finish_reason) for stream in streams]
+    for n, (prompt, (text, finish_reason)) in enumerate(zip(PROMPTS, results, strict=True)):
         assert text == generate_text(model, TOKENIZER, [prompt], greedy(6 + 5 * n))[0][0]
         assert finish_reason in ("length", "stop")
 
@@ -39,8 +39,8 @@ def test_a_seed_gives_one_text_whatever_else_is_in_the_batch() -> None:
     with running(model, slots=4, prefill_chunk=3) as engine:
         requests = [(p, way, 7 + n) for n, (p, way) in enumerate(zip(PROMPTS * 2, ways * 3, strict=True))]
         streams = [engine.submit(Request(ids(p), way, seed)) for p, way, seed in requests]
-        found = [[output.token for output in stream] for stream in streams]
-    for (prompt, way, seed), tokens in zip(requests, found, strict=True):
+        results = [[output.token for output in stream] for stream in streams]
+    for (prompt, way, seed), tokens in zip(requests, results, strict=True):
         generator = torch.Generator().manual_seed(seed)
         assert tokens == complete(model, TOKENIZER, [ids(prompt)], way, generator=generator)[0][0].tokens
 
@@ -70,12 +70,12 @@ def test_short_prompts_are_read_in_one_pass() -> None:
     engine = Engine(model, TOKENIZER, slots=8, prefill_chunk=50)
     streams = [engine.submit(Request(ids(prompt), greedy(8))) for prompt in PROMPTS]
     engine.start()
-    found = [text_of(stream) for stream in streams]
+    results = [text_of(stream) for stream in streams]
     engine.stop()
     n_tokens = [len(ids(prompt)) for prompt in PROMPTS]
     assert sum(n_tokens[:3]) <= 50 < sum(n_tokens[:4])
     assert lengths[0] == (1, sum(n_tokens[:3]))
-    assert found == [generate_text(model, TOKENIZER, [prompt], greedy(8))[0][0] for prompt in PROMPTS]
+    assert results == [generate_text(model, TOKENIZER, [prompt], greedy(8))[0][0] for prompt in PROMPTS]
 
 
 def test_a_stop_string_ends_an_answer_and_nothing_of_it_is_shown() -> None:

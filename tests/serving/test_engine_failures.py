@@ -1,4 +1,4 @@
-"""What fails, or must stop, ends what it must and nothing else."""
+"""Failures and shutdown of the engine: a failure ends the requests that caused it, and no others."""
 
 import threading
 import time
@@ -43,7 +43,7 @@ def test_a_model_that_fails_ends_its_answers_and_goes_on(caplog: pytest.LogCaptu
 SPOILED = {
     "draw": lambda state: setattr(state, "generator", object()),
     "penalty": lambda state: setattr(state, "seen_tokens", torch.ones(3, dtype=torch.bool)),
-    "rules": lambda state: setattr(state, "rules", object()),
+    "rules": lambda state: setattr(state, "banned_tokens", object()),
     "text": lambda state: setattr(state, "text", object()),
 }
 
@@ -59,12 +59,12 @@ def test_what_fails_for_one_row_ends_it_alone(part: str, caplog: pytest.LogCaptu
     model, way = build(), GenerationConfig(max_new_tokens=20, min_new_tokens=20, repetition_penalty=1.2)
     with running(model, slots=3, observer=Spoiler()) as engine:
         streams = [engine.submit(Request(ids("The cat"), way, seed)) for seed in (12, 13, 14)]
-        found = [[output.token for output in stream] for stream in streams]
+        results = [[output.token for output in stream] for stream in streams]
         assert [stream.finish_reason for stream in streams] == ["length", "error", "length"]
         assert text_of(engine.submit(Request(ids("x"), greedy(3)))) is not None
     assert "an answer ends, the others go on" in caplog.text
-    assert len(found[1]) == 4
-    for seed, tokens in ((12, found[0]), (14, found[2])):
+    assert len(results[1]) == 4
+    for seed, tokens in ((12, results[0]), (14, results[2])):
         generator = torch.Generator().manual_seed(seed)
         assert tokens == complete(model, TOKENIZER, [ids("The cat")], way, generator=generator)[0][0].tokens
 

@@ -1,4 +1,4 @@
-"""The event loop, which every client waits for: it does nothing that takes long, whatever one of them sends."""
+"""The event loop is never held for long, whatever one client sends."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import gc
@@ -47,18 +47,18 @@ def test_many_calls_are_all_read() -> None:
     call = '<tool_call>\n {"name": "a", "arguments": {"n": 1}} </tool_call>'
     text, calls = parse_tool_calls(f"x {call} y {call} z", {"a"})
     assert text == "x  y  z"
-    assert [found["function"]["arguments"] for found in calls] == ['{"n": 1}'] * 2
+    assert [call["function"]["arguments"] for call in calls] == ['{"n": 1}'] * 2
 
 
-def values(found: object) -> int:
-    """What a body has of them."""
-    if isinstance(found, str):
+def values(node: object) -> int:
+    """Number of values in a body, by definition: a text, list or object counts HEAVY, a number 1."""
+    if isinstance(node, str):
         return HEAVY
-    if isinstance(found, list):
-        return HEAVY + max(0, len(found) - 1) + sum(map(values, found))
-    if isinstance(found, dict):
-        inner = sum(1 + HEAVY + values(value) for value in found.values())
-        return HEAVY + max(0, len(found) - 1) + inner
+    if isinstance(node, list):
+        return HEAVY + max(0, len(node) - 1) + sum(map(values, node))
+    if isinstance(node, dict):
+        inner = sum(1 + HEAVY + values(value) for value in node.values())
+        return HEAVY + max(0, len(node) - 1) + inner
     return 0
 
 
@@ -74,8 +74,8 @@ def test_values_are_counted_without_what_stands_in_texts() -> None:
         return {draw.choice(["a", "\\", '"', ","]): anything(depth + 1) for _ in range(draw.randrange(4))}
 
     for _ in range(500):
-        found = anything()
-        raw, n = json.dumps(found).encode(), values(found)
+        value = anything()
+        raw, n = json.dumps(value).encode(), values(value)
         assert not Bodies(max_body=1, max_values=n)._are_too_many(raw)
         assert n == 0 or Bodies(max_body=1, max_values=n - 1)._are_too_many(raw)
 
@@ -130,7 +130,7 @@ def test_no_request_keeps_the_event_loop_busy(tiny: Path) -> None:
 
 
 class Long(FakeStream):
-    """An answer of many tokens, each with its alternatives, as fast as they are asked for."""
+    """A stream of many tokens with `n_top` alternatives each, without any waiting."""
 
     def __init__(self, texts: list[str], n_top: int) -> None:
         super().__init__(texts, "stop")
@@ -183,12 +183,12 @@ def test_no_answer_keeps_the_event_loop_busy(tiny: Path) -> None:
 
 @pytest.mark.parametrize("answer_format", [ChatFormat, CompletionFormat])
 def test_a_large_answer_is_made_of_few_objects_at_a_time(answer_format: type) -> None:
-    """Python looks through all of them from time to time, while nothing else runs."""
+    """The garbage collector scans all objects from time to time, while nothing else runs."""
     outputs = [TokenOutput("a", 65, -1.0, tuple((token, -1.0) for token in range(20))) for _ in range(2000)]
     counts = []
 
     def decode(token: int) -> str:
-        if token == 19:  # one for each piece
+        if token == 19:  # one for each output
             counts.append(len(gc.get_objects()) if len(counts) % 500 == 0 else 0)
         return "é"
 
@@ -201,9 +201,9 @@ def test_a_large_answer_is_made_of_few_objects_at_a_time(answer_format: type) ->
         gc.enable()
     assert max(counts) - counts[0] < 2000  # of 40,000 alternatives
     assert max(map(len, made)) < 2 * CHUNK_CHARS + 5000
-    found = json.loads(b"".join(made))["choices"][0]
+    answer = json.loads(b"".join(made))["choices"][0]
     expected = answer_format(lambda token: "é", 20).choice(0, outputs, "stop")
-    assert found == {**expected, "logprobs": listed(expected["logprobs"])}
+    assert answer == {**expected, "logprobs": listed(expected["logprobs"])}
 
 
 def test_embeddings_are_written_beside_the_event_loop(tmp_path: Path) -> None:

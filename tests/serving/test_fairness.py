@@ -1,4 +1,4 @@
-"""Who is served when: clients take turns, the work of one is cut into slices, and whoever leaves costs nothing more."""
+"""Fairness: clients take turns, work is divided into slices, and a client that leaves costs nothing more."""
 
 import asyncio
 import threading
@@ -142,8 +142,8 @@ def submit_to(engine: Engine, name: str, n: int, tokens: int, **options: object)
     return [engine.submit(Request(ids(name), greedy(tokens), group=group, **options)) for _ in range(n)]
 
 
-def begun(engine: Engine) -> list[str]:
-    """The prompts that are answered now, once all that may has begun."""
+def decoding_prompts(engine: Engine) -> list[str]:
+    """The prompts in the decode batch, once every request that may start has started."""
     while engine.n_waiting and engine.n_running < engine.scheduler.max_running:
         before = engine.n_running
         engine.prefill()
@@ -155,31 +155,31 @@ def begun(engine: Engine) -> list[str]:
 def test_as_many_answers_as_there_are_slots_are_written_together() -> None:
     engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
     submit_to(engine, "four", 4, 20)
-    assert begun(engine) == ["four"] * 4
+    assert decoding_prompts(engine) == ["four"] * 4
 
 
 def test_a_small_request_is_answered_beside_one_that_has_all_slots() -> None:
     engine = Engine(build(), TOKENIZER, slots=4, queue_size=50)
     submit_to(engine, "heavy", 16, 40)
-    assert begun(engine) == ["heavy"] * 4  # none has a spare place beside its own
+    assert decoding_prompts(engine) == ["heavy"] * 4  # none has a spare place beside its own
     submit_to(engine, "as long", 1, 40)
-    assert begun(engine) == ["heavy"] * 4  # it would have the place longer than it waits for a slot
+    assert decoding_prompts(engine) == ["heavy"] * 4  # it would have the place longer than it waits for a slot
     submit_to(engine, "small", 1, 2)
-    assert begun(engine) == ["heavy"] * 4 + ["small"]
+    assert decoding_prompts(engine) == ["heavy"] * 4 + ["small"]
 
 
 def test_a_client_for_which_nothing_runs_has_a_spare_place() -> None:
     engine = Engine(build(), TOKENIZER, slots=8, queue_size=99)
     for _ in range(4):
         submit_to(engine, "heavy", 16, 40, client="a")
-    assert begun(engine) == ["heavy"] * 8
+    assert decoding_prompts(engine) == ["heavy"] * 8
     submit_to(engine, "b", 2, 50, client="b")
     submit_to(engine, "c", 1, 50, client="c")
-    assert sorted(begun(engine)) == ["b", "c"] + ["heavy"] * 8
+    assert sorted(decoding_prompts(engine)) == ["b", "c"] + ["heavy"] * 8
 
 
 def test_one_address_with_many_answers_does_not_starve_patient_clients() -> None:
-    """By steps of the model: a patient client's small requests take about as many of them as alone."""
+    """In steps of the engine: small requests of a patient client take about as many as without others."""
     with torch.inference_mode():
         engine = Engine(build(max_seq_len=512), TOKENIZER, slots=8, queue_size=64)
         for _ in range(4):
@@ -226,7 +226,7 @@ def test_a_long_prompt_does_not_wait_for_short_ones_for_ever() -> None:
 
 
 def test_answers_go_on_however_many_prompts_come() -> None:
-    """A prompt's chunk is followed by steps for half of its time, by a clock that the test has in its hand."""
+    """A prefill chunk is followed by decode steps for half of its time, by a clock that the test controls."""
     import genai_pl.serving.engine.engine as module
 
     engine = Engine(build(), TOKENIZER, slots=2, prefill_chunk=8)
@@ -272,9 +272,9 @@ def test_passes_take_turns_slice_by_slice() -> None:
         heavy = asyncio.ensure_future(scoring_queue.run(counting(50, seen, "heavy")))
         await asyncio.sleep(0)
         small = asyncio.ensure_future(scoring_queue.run(counting(1, seen, "small")))
-        found = await asyncio.gather(heavy, small)
+        results = await asyncio.gather(heavy, small)
         scoring_queue.close()
-        return found
+        return results
 
     assert asyncio.run(use()) == [50, 1]
     assert seen.index(("small", 0)) <= 2
@@ -298,9 +298,9 @@ def test_a_pass_that_nobody_waits_for_ends_with_its_slice() -> None:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         gate.set()
-        found = await scoring_queue.run(counting(3, seen, "next"))
+        results = await scoring_queue.run(counting(3, seen, "next"))
         scoring_queue.close()
-        return found
+        return results
 
     assert asyncio.run(use()) == 3
     assert [name for name, _ in seen] == ["next"] * 3
@@ -315,8 +315,8 @@ def test_passes_that_take_too_long_or_are_too_many_are_refused() -> None:
             yield
 
         scoring_queue, statuses = ScoringQueue(None, queue_size=1, timeout=0.2), []
-        asked = [asyncio.ensure_future(scoring_queue.run(slices())) for _ in range(3)]
-        for one in asked:
+        requests = [asyncio.ensure_future(scoring_queue.run(slices())) for _ in range(3)]
+        for one in requests:
             try:
                 await one
             except ApiError as error:
@@ -399,21 +399,21 @@ def test_texts_are_read_client_by_client_and_the_greediest_is_refused() -> None:
         thread, gate = FairThread("a", queue_size=4, timeout=20), threading.Event()
         first = asyncio.ensure_future(thread.run(gate.wait, 20))
         await asyncio.sleep(0)
-        asked = []
+        requests = []
         for name in ("a1", "a2", "a3", "a4", "b1"):
             CLIENT.set(name[0])
-            asked.append(asyncio.ensure_future(thread.run(done.append, name)))
+            requests.append(asyncio.ensure_future(thread.run(done.append, name)))
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         gate.set()
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        results = await asyncio.gather(*requests, return_exceptions=True)
         await first
         thread.close()
-        return found
+        return results
 
-    found = asyncio.run(use())
+    results = asyncio.run(use())
     assert done == ["a1", "b1", "a2", "a3"]
-    assert [getattr(one, "status", one) for one in found] == [None, None, None, 429, None]
+    assert [getattr(one, "status", one) for one in results] == [None, None, None, 429, None]
 
 
 def test_short_texts_do_not_wait_for_long_ones() -> None:
@@ -421,25 +421,25 @@ def test_short_texts_do_not_wait_for_long_ones() -> None:
         threads, gate = TokenizeThreads(TOKENIZER, queue_size=4, timeout=20), threading.Event()
         long = asyncio.ensure_future(threads.encode(lambda tokenizer: gate.wait(20), size=SHORT + 1))
         await asyncio.sleep(0)
-        found = await threads.encode(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
+        token_ids = await threads.encode(lambda tokenizer, text: tokenizer(text)["input_ids"], "ab", size=2)
         gate.set()
         await long
         threads.close()
-        return bytes(found).decode()
+        return bytes(token_ids).decode()
 
     assert asyncio.run(use()) == "ab"
 
 
 def test_a_request_has_no_more_tokens_than_it_may(tiny: Path) -> None:
     with serving(make_service(tiny, limits=Limits(max_input_tokens=100))) as client:
-        asked = (
+        requests = (
             ("/v1/embeddings", "input", ["x" * 50] * 2),  # and an end each
             ("/v1/embeddings", "input", [[7] * 51] * 2),
             ("/v1/embeddings", "input", ["é" * 800, "x"]),
             ("/score", "text", ["x" * 50] * 3),
             ("/score", "text", "x" * 801),
         )
-        for path, param, value in asked:
+        for path, param, value in requests:
             reply = client.post(path, json={param: value})
             assert reply.status_code == 422, reply.text
             assert reply.json()["error"]["param"] == param
@@ -472,8 +472,8 @@ def test_vectors_in_slices_are_those_of_transformers(
     folder = tiny if shape == "decoder" else encoder(tmp_path / "bert")
     texts = ["A short text", "something longer than that, with a comma", "x", "yz", "five"]
     with serving(make_service(folder, pooling=pooling)) as client:
-        found = client.post("/v1/embeddings", json={"input": texts}).json()
-    vectors = torch.tensor([entry["embedding"] for entry in found["data"]])
+        results = client.post("/v1/embeddings", json={"input": texts}).json()
+    vectors = torch.tensor([entry["embedding"] for entry in results["data"]])
     torch.testing.assert_close(vectors, expected(folder, pooling, texts), atol=1e-5, rtol=0)
 
 
@@ -488,22 +488,22 @@ def test_scores_in_slices_are_those_of_transformers(
     def logprob(text: bytes, n_given: int) -> float:
         ids = torch.tensor([list(text)])
         with torch.no_grad():
-            found = model(ids).logits[0, :-1].log_softmax(-1)
-        return float(found.gather(1, ids[0, 1:, None])[n_given - 1 :].sum())
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        return float(logprobs.gather(1, ids[0, 1:, None])[n_given - 1 :].sum())
 
     prompts, texts = ["Once", "It was a dark and stormy night", "a"], [" upon a time there was", " x", "b"]
     with serving(make_service(tiny)) as client:
-        found = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
+        results = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
         alone = client.post("/score", json={"text": "Once upon a time there was"}).json()["scores"]
     assert alone[0]["score"] == pytest.approx(logprob(b"Once upon a time there was", 1), abs=1e-3)
-    for entry, prompt, text in zip(found, prompts, texts, strict=True):
+    for entry, prompt, text in zip(results, prompts, texts, strict=True):
         assert entry["score"] == pytest.approx(logprob((prompt + text).encode(), len(prompt)), abs=1e-3)
         assert entry["n_tokens"] == len(text)
     folder = write_model(tmp_path / "reward", head="score", **SMALL)
     judge = AutoModelForSequenceClassification.from_pretrained(folder)
     with serving(make_service(folder)) as client:
-        found = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
-    for entry, prompt, text in zip(found, prompts, texts, strict=True):
+        results = client.post("/score", json={"prompt": prompts, "text": texts}).json()["scores"]
+    for entry, prompt, text in zip(results, prompts, texts, strict=True):
         with torch.no_grad():
             score = float(judge(torch.tensor([[*(prompt + text).encode(), 256]])).logits)
         assert entry["score"] == pytest.approx(score, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Nonsense of the server behind ours: a bad gateway with a number, whatever it is, and nothing of it for clients."""
+"""Invalid replies of an upstream server: always 502 with a request id, and no content of the reply for clients."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -20,7 +20,7 @@ def plain(content: bytes | str, status: int = 200, **headers: str):
     return lambda request: httpx.Response(status, content=content, headers=headers)
 
 
-def said(value: object, status: int = 200):
+def reply_with(value: object, status: int = 200):
     return plain(json.dumps(value), status)
 
 
@@ -37,29 +37,29 @@ ANSWERS = {
     "nothing": plain(b""),
     "HTML": plain(f"<html>{INSIDE}"),
     "no UTF-8": plain(b'{"choices": "\xff\xfe"}'),
-    "a number": said(3),
-    "null": said(None),
-    "a list": said([RIGHT]),
-    "an empty object": said({}),
+    "a number": reply_with(3),
+    "null": reply_with(None),
+    "a list": reply_with([RIGHT]),
+    "an empty object": reply_with({}),
     "deep": plain("[" * 100_000),
     "deep in an object": plain('{"choices":' * 50_000),
     "not a number": plain('{"choices": [], "usage": NaN}'),
     "infinity": plain('{"choices": [], "x": 1e999}'),
     "half a character": plain('{"choices": [], "data": [], "x": "\\ud800"}'),
     "a very long number": plain('{"choices": [], "x": ' + "9" * 5000 + "}"),
-    "choices of text": said({"choices": "a", "data": "a"}),
-    "choices of numbers": said({"choices": [1], "data": [1]}),
-    "usage of text": said({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"prompt_tokens": "a"}}),
-    "usage below 0": said({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"prompt_tokens": -1}}),
-    "usage of halves": said({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"completion_tokens": 0.5}}),
+    "choices of text": reply_with({"choices": "a", "data": "a"}),
+    "choices of numbers": reply_with({"choices": [1], "data": [1]}),
+    "usage of text": reply_with({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"prompt_tokens": "a"}}),
+    "usage below 0": reply_with({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"prompt_tokens": -1}}),
+    "usage of halves": reply_with({"choices": [RIGHT], "data": [{"id": 3}], "usage": {"completion_tokens": 0.5}}),
     "moved": plain(b"", 301, location=f"http://{INSIDE}/"),
     "moved in a circle": plain(b"", 307, location="http://elsewhere/v1/completions"),
     "no content": plain(b"", 204),
     "not modified": plain(b"", 304),
-    "a wrong key": said({"error": {"message": f"key {INSIDE} is wrong"}}, 401),
-    "forbidden": said({"error": INSIDE}, 403),
+    "a wrong key": reply_with({"error": {"message": f"key {INSIDE} is wrong"}}, 401),
+    "forbidden": reply_with({"error": INSIDE}, 403),
     "a failure": plain(INSIDE, 500),
-    "a failure with a trace": said({"detail": [INSIDE]}, 503),
+    "a failure with a trace": reply_with({"detail": [INSIDE]}, 503),
     "a status that nobody knows": plain(INSIDE, 599),
     "broken gzip": plain(b"no gzip", **{"content-encoding": "gzip"}),
     "a protocol error": breaking(httpx.RemoteProtocolError),
@@ -69,16 +69,16 @@ ANSWERS = {
     "too many redirects": breaking(httpx.TooManyRedirects),
 }
 ONLY_GENERATE = {
-    "two choices": said({"choices": [RIGHT, RIGHT]}),
-    "no choice": said({"choices": []}),
-    "no text": said({"choices": [{"finish_reason": "stop"}]}),
-    "a text that is none": said({"choices": [{**RIGHT, "text": None}]}),
-    "a reason that is none": said({"choices": [{**RIGHT, "finish_reason": {}}]}),
+    "two choices": reply_with({"choices": [RIGHT, RIGHT]}),
+    "no choice": reply_with({"choices": []}),
+    "no text": reply_with({"choices": [{"finish_reason": "stop"}]}),
+    "a text that is none": reply_with({"choices": [{**RIGHT, "text": None}]}),
+    "a reason that is none": reply_with({"choices": [{**RIGHT, "finish_reason": {}}]}),
 }
 
 
 def check(reply, case: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Of an answer that is an error: its status, its number, and nothing else."""
+    """Check an error answer: status and request id, and nothing else."""
     assert reply.status_code == 502, (case, reply.text)
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -123,7 +123,7 @@ STREAMS = {
     "an error": stream_of(json.dumps({"error": {"message": INSIDE}})),
     "broken off": stream_of(end=""),
     "nothing but an end": stream_of(),
-    "no stream": said({"choices": [RIGHT]}),
+    "no stream": reply_with({"choices": [RIGHT]}),
     "a failure": plain(INSIDE, 500),
     "gzip": plain(b"no gzip", **{"content-encoding": "gzip"}),
 }
@@ -174,9 +174,9 @@ def test_an_answer_without_end_is_given_up() -> None:
 
 
 def test_a_retry_after_that_is_no_number_of_seconds_is_left_out() -> None:
-    for given in ("soon", "99999999999", "1e3", "-1", "é"):
-        answer = lambda request, given=given: httpx.Response(  # noqa: E731
-            429, json={"error": {"message": "wait"}}, headers=[(b"retry-after", given.encode())]
+    for retry_after in ("soon", "99999999999", "1e3", "-1", "é"):
+        answer = lambda request, retry_after=retry_after: httpx.Response(  # noqa: E731
+            429, json={"error": {"message": "wait"}}, headers=[(b"retry-after", retry_after.encode())]
         )
         with proxy("http://elsewhere/v1", name="m", transport=httpx.MockTransport(answer)) as front:
             reply = front.post("/v1/completions", json={"prompt": "x"})
@@ -187,14 +187,14 @@ def test_a_retry_after_that_is_no_number_of_seconds_is_left_out() -> None:
 KEPT = [b"", b"{", b"1", b"[]", b"[1]", b'["{"]', b'["3"]', b"\xff", b'{"x": NaN}', b"[" * 100_000, b'"a"']
 
 
-@pytest.mark.parametrize("kept", KEPT)
-def test_what_lies_in_the_cache_and_is_no_answer_is_a_miss(kept: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("entry", KEPT)
+def test_what_lies_in_the_cache_and_is_no_answer_is_a_miss(entry: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     async def get(self: MemoryCache, key: str) -> bytes:
-        return kept
+        return entry
 
     monkeypatch.setattr(MemoryCache, "get", get)
     right = {"choices": [RIGHT], "data": [], "usage": USAGE}
-    with proxy("http://elsewhere/v1", name="m", transport=httpx.MockTransport(said(right))) as front:
+    with proxy("http://elsewhere/v1", name="m", transport=httpx.MockTransport(reply_with(right))) as front:
         for path, body in ASKED.items():
             assert front.post(path, json=body).status_code == 200
     whole = stream_of('{"choices": [{"text": "a"}]}')

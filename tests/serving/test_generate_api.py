@@ -1,4 +1,4 @@
-"""POST /generate: a prompt in, its continuation out."""
+"""POST /generate against transformers' generate."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
 @pytest.fixture(scope="module")
 def greedy(tiny: Path):
-    """What transformers continues a text with, greedily."""
+    """The greedy continuation by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
@@ -25,8 +25,8 @@ def greedy(tiny: Path):
     return continued
 
 
-def said(text: str) -> str:
-    """Without the bytes at the end that are no character yet: they are not sent."""
+def complete_text(text: str) -> str:
+    """The text without bytes at its end that are no complete character, which are not sent."""
     return text.rstrip("\ufffd")
 
 
@@ -42,17 +42,17 @@ def stream(client, body: dict, path: str = "/generate") -> list:
 def test_the_answer_is_what_transformers_writes(client, greedy) -> None:
     reply = client.post("/generate", json={"prompt": "Once upon", "max_new_tokens": 12})
     assert reply.status_code == 200
-    found = reply.json()
-    assert found["text"] == said(greedy("Once upon", 12))
-    assert found["response"] == "Once upon" + found["text"]
-    assert found["finish_reason"] == "length"
-    assert (found["prompt_tokens"], found["generated_tokens"]) == (9, 12)
+    answer = reply.json()
+    assert answer["text"] == complete_text(greedy("Once upon", 12))
+    assert answer["response"] == "Once upon" + answer["text"]
+    assert answer["finish_reason"] == "length"
+    assert (answer["prompt_tokens"], answer["generated_tokens"]) == (9, 12)
 
 
 def test_a_prompt_is_all_that_is_needed(client) -> None:
-    found = client.post("/generate", json={"prompt": "To be"}).json()
-    assert found["response"].startswith("To be")
-    assert found["generated_tokens"] <= 16  # as the server was started
+    answer = client.post("/generate", json={"prompt": "To be"}).json()
+    assert answer["response"].startswith("To be")
+    assert answer["generated_tokens"] <= 16  # as the server was started
 
 
 def test_the_pieces_of_a_stream_are_the_answer(client) -> None:
@@ -75,11 +75,11 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(client) -> None:
         "/generate", json={"prompt": "Once", "max_new_tokens": 30, "seed": 3, "temperature": 1.0}
     ).json()["text"]
     stop = next(c for c in text[3:] if ord(c) < 128)
-    found = client.post(
+    answer = client.post(
         "/generate", json={"prompt": "Once", "max_new_tokens": 30, "seed": 3, "temperature": 1.0, "stop": [stop]}
     ).json()
-    assert found["text"] == text.split(stop)[0]
-    assert found["finish_reason"] == "stop"
+    assert answer["text"] == text.split(stop)[0]
+    assert answer["finish_reason"] == "stop"
 
 
 WRONG = {
@@ -129,8 +129,8 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(client) -
 
 
 def test_an_answer_ends_with_the_context(client) -> None:
-    found = client.post("/generate", json={"prompt": "x" * 120, "max_new_tokens": 40}).json()
-    assert found["generated_tokens"] <= 8
+    answer = client.post("/generate", json={"prompt": "x" * 120, "max_new_tokens": 40}).json()
+    assert answer["generated_tokens"] <= 8
 
 
 def test_a_large_body_is_refused_whether_it_says_its_length_or_not(client) -> None:
@@ -166,12 +166,12 @@ def test_the_description_names_every_option(client) -> None:
 def test_characters_of_several_tokens_are_never_cut(tiny: Path) -> None:
     from tests.serving.servers import GREEDY, make_service, serving
 
-    begun = "né 日本 🙂 "  # of 1, 2, 3 and 4 bytes, each of them a token
-    with serving(make_service(tiny, generation={**GREEDY, "prefix": begun, "max_new_tokens": 30})) as client:
-        pieces = [event["text"] for event in stream(client, {"prompt": "x"})]
+    prefix = "né 日本 🙂 "  # of 1, 2, 3 and 4 bytes, each of them a token
+    with serving(make_service(tiny, generation={**GREEDY, "prefix": prefix, "max_new_tokens": 30})) as client:
+        texts = [event["text"] for event in stream(client, {"prompt": "x"})]
         talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30}
-        said = [
+        events = [
             event["choices"][0]["delta"].get("content", "") for event in stream(client, talk, "/v1/chat/completions")
         ]
-    for found in (pieces, [piece for piece in said if piece]):
-        assert found[: len(begun)] == list(begun)
+    for answer in (texts, [text for text in events if text]):
+        assert answer[: len(prefix)] == list(prefix)

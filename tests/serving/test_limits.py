@@ -1,4 +1,4 @@
-"""What a server refuses, gives up or cancels; an engine that the tests play in stands in for the model's."""
+"""Limits: requests that a server refuses, times out or cancels, with a fake engine."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import asyncio
@@ -26,7 +26,7 @@ def service(tiny: Path) -> Service:
 
 @pytest.fixture
 def play(service: Service) -> "Iterator[Callable[[FakeEngine], httpx.Client]]":
-    """A client of a server with that engine."""
+    """A client of a server with the fake engine."""
     opened = []
 
     def start(engine: FakeEngine, **options: object) -> "httpx.Client":
@@ -36,7 +36,7 @@ def play(service: Service) -> "Iterator[Callable[[FakeEngine], httpx.Client]]":
         return server.__enter__()
 
     async def nothing() -> None:
-        """The service is used again by the next test."""
+        """Keep the service, which the next test uses again."""
 
     service.stop = nothing
     yield start
@@ -71,7 +71,7 @@ def test_an_answer_that_breaks_off_is_an_error(finish_reason: str, status: int, 
     assert reply.status_code == status
     assert "a" not in reply.json()
     with client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as reply:
-        assert reply.status_code == 200  # the first piece is on its way
+        assert reply.status_code == 200  # the first event is sent already
         events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "ab"
     assert events[-1]["error"]["message"]
@@ -138,8 +138,13 @@ def test_keys_are_asked_for_where_there_are_some(play, tmp_path: Path, monkeypat
     keys = read_keys(str(tmp_path / "keys"))
     assert keys == ["third", "fourth", "first", "second"]
     client = play(FakeEngine(["a"]), keys=tuple(keys))
-    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first"}, {"authorization": "Bearer"}):
-        reply = client.post("/generate", json=PROMPT, headers=given)
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic first"},
+        {"authorization": "Bearer"},
+    ):
+        reply = client.post("/generate", json=PROMPT, headers=headers)
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"
     assert client.get("/v1/models").status_code == 401
@@ -152,8 +157,8 @@ def test_keys_are_asked_for_where_there_are_some(play, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("origins", [[], ["https://example.org"]])
 def test_pages_of_other_origins_may_ask_where_that_is_allowed(origins: list[str], tiny: Path) -> None:
     with serving(make_service(tiny, cors_origins=origins)) as client:
-        asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
-        allowed = client.options("/generate", headers=asked).headers.get("access-control-allow-origin")
+        headers = {"origin": "https://example.org", "access-control-request-method": "POST"}
+        allowed = client.options("/generate", headers=headers).headers.get("access-control-allow-origin")
         assert allowed == (origins[0] if origins else None)
         answer = client.post("/generate", json=PROMPT, headers={"origin": "https://example.org"})
         assert answer.headers.get("access-control-allow-origin") == (origins[0] if origins else None)

@@ -1,4 +1,4 @@
-"""Requests that nobody would send, made from our own OpenAPI description: each is answered, and never by a failure."""
+"""Fuzzing with requests made from the OpenAPI description: every one is answered, and none with a 5xx."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -37,7 +37,7 @@ ANYTHING = st.recursive(
 
 
 def fitting(schema: dict, parts: dict) -> st.SearchStrategy:
-    """Values that a schema of the description allows, more or less."""
+    """Values that a schema of the description allows, roughly."""
     if "$ref" in schema:
         return fitting(parts[schema["$ref"].rpartition("/")[2]], parts)
     if "anyOf" in schema:
@@ -64,7 +64,7 @@ def fitting(schema: dict, parts: dict) -> st.SearchStrategy:
 
 
 def bodies(schema: dict, parts: dict) -> st.SearchStrategy:
-    """Bodies that are right, wrong in one field, wrong in many, or no JSON at all."""
+    """Bodies that are valid, wrong in one field, wrong in many, or not JSON."""
     right = fitting(schema, parts)
     names = [*parts[schema["$ref"].rpartition("/")[2]]["properties"], "echo", "best_of"]
     spoiled = st.tuples(right, st.sampled_from(names), ANYTHING).map(lambda t: {**t[0], t[1]: t[2]})
@@ -76,7 +76,7 @@ def bodies(schema: dict, parts: dict) -> st.SearchStrategy:
 
 
 def requests(description: dict) -> st.SearchStrategy:
-    """Path, body and kind of content."""
+    """Path, body and content type of a request."""
     parts = description["components"]["schemas"]
     posts = []
     for path, methods in description["paths"].items():
@@ -93,14 +93,14 @@ LENGTHS = {"/generate": "max_new_tokens", "/v1/completions": "max_tokens", "/v1/
 
 
 def shorten(path: str, body: bytes) -> bytes:
-    """The body with few tokens to write where it does not say how many: what is tried here comes before the model."""
+    """The body with few tokens to generate unless it sets them: these tests are about what precedes the model."""
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return body
-    if not isinstance(found, dict) or path not in LENGTHS:
+    if not isinstance(content, dict) or path not in LENGTHS:
         return body
-    return json.dumps({LENGTHS[path]: 3, **found}).encode()
+    return json.dumps({LENGTHS[path]: 3, **content}).encode()
 
 
 @pytest.mark.parametrize("n", [EXAMPLES, pytest.param(3000, marks=pytest.mark.slow)])
@@ -162,7 +162,7 @@ def test_no_answer_of_another_server_makes_ours_fail() -> None:
     proxied, metrics = Settings(backend="openai", url="http://elsewhere/v1", name="m"), Metrics()
     app = create_app(Upstream(proxied, metrics, transport=httpx.MockTransport(answer)), proxied, metrics)
     statuses: Counter[int] = Counter()
-    asked = {
+    bodies = {
         "/generate": {"prompt": "x", "temperature": 0},
         "/v1/completions": {"prompt": "x", "seed": 1},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
@@ -177,10 +177,10 @@ def test_no_answer_of_another_server_makes_ours_fail() -> None:
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         )
-        @given(REPLIES, st.sampled_from(sorted(asked)), st.booleans())
+        @given(REPLIES, st.sampled_from(sorted(bodies)), st.booleans())
         def send(reply, path: str, stream: bool) -> None:
             given_reply[0] = reply
-            body = {**asked[path], **({"stream": True} if stream and path != "/v1/embeddings" else {})}
+            body = {**bodies[path], **({"stream": True} if stream and path != "/v1/embeddings" else {})}
             answered = client.post(path, json=body)
             assert answered.status_code in (200, 502) or 400 <= answered.status_code < 500, (reply, answered.text)
             if answered.status_code != 200:
@@ -220,14 +220,14 @@ def test_no_bytes_make_the_server_fail(tiny: Path, monkeypatch: pytest.MonkeyPat
                 data = data[:where] + new + data[where + dropped :]
             with socket.create_connection(place, timeout=20) as raw:
                 raw.sendall(data)
-                found = bytearray()
+                content = bytearray()
                 try:
                     while part := raw.recv(65536):
-                        found += part
+                        content += part
                 except ConnectionResetError:
                     pass
-            assert b"HTTP/1.1 5" not in found, (data, found)
-            answered += found.startswith(b"HTTP/1.1 200")
+            assert b"HTTP/1.1 5" not in content, (data, content)
+            answered += content.startswith(b"HTTP/1.1 200")
 
         send()
         assert client.post("/generate", json={"prompt": "x", "max_new_tokens": 1}).status_code == 200

@@ -1,4 +1,4 @@
-"""What Prometheus reads, and that the dashboard asks for what there is."""
+"""Prometheus metrics, and that the Grafana dashboard queries series that exist."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -50,10 +50,10 @@ def test_every_request_and_token_is_counted(client) -> None:
     assert more("requests_total", route="/generate", status="422") == 1
     assert more("requests_total", route="other", status="404") == 1
     assert more("prompt_tokens_total") == 12
-    written = more("generated_tokens_total")
-    assert 3 <= written <= 21
+    n_generated = more("generated_tokens_total")
+    assert 3 <= n_generated <= 21
     assert more("first_token_seconds_count") == 3
-    assert more("inter_token_seconds_count") == written - 3
+    assert more("inter_token_seconds_count") == n_generated - 3
     assert more("request_seconds_count", route="/generate") == 4
     assert more("batch_size_count") >= 1
     assert after['genai_pl_memory_bytes{"kind": "resident"}'] > 2**20
@@ -64,9 +64,9 @@ def test_the_dashboard_asks_for_what_there_is(client) -> None:
     client.post("/generate", json={"prompt": "Once", "max_new_tokens": 2})
     there = {key.split("{")[0] for key in families(client.get("/metrics").text)}
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    names = {name for expression in asked for name in re.findall(r"genai_pl_\w+", expression)}
-    assert len(asked) > 10
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for expression in expressions for name in re.findall(r"genai_pl_\w+", expression)}
+    assert len(expressions) > 10
     assert names <= there
     declared = {family.name for family in Metrics().registry.collect()}
     shown = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in names}
@@ -76,13 +76,13 @@ def test_the_dashboard_asks_for_what_there_is(client) -> None:
 def test_files_of_the_deployment_can_be_read_and_name_each_other() -> None:
     import yaml
 
-    found = {path.name: yaml.safe_load(path.read_text()) for path in DEPLOY.rglob("*.y*ml")}
-    services = found["compose.yaml"]["services"]
+    files = {path.name: yaml.safe_load(path.read_text()) for path in DEPLOY.rglob("*.y*ml")}
+    services = files["compose.yaml"]["services"]
     for service in services.values():
         for volume in service.get("volumes", []):
             if volume.startswith("./"):
                 assert (DEPLOY / volume.split(":")[0]).exists(), volume
-    [job] = found["prometheus.yml"]["scrape_configs"]
+    [job] = files["prometheus.yml"]["scrape_configs"]
     host, port = job["static_configs"][0]["targets"][0].split(":")
     assert host in services
     assert f"{port}:{port}" in services[host]["ports"]
@@ -121,10 +121,10 @@ def test_a_real_prometheus_reads_the_numbers(client, tmp_path: Path) -> None:
 
         def known() -> bool:
             try:
-                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params=question).json()
+                result = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params=question).json()
             except (httpx.HTTPError, ValueError):
                 return False
-            return any(float(row["value"][1]) >= 1 for row in found.get("data", {}).get("result", []))
+            return any(float(row["value"][1]) >= 1 for row in result.get("data", {}).get("result", []))
 
         assert eventually(known, seconds=40)
     finally:

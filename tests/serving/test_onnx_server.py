@@ -1,4 +1,4 @@
-"""An ONNX model behind the routes answers as the model that it was made of."""
+"""An ONNX model behind the routes gives the answers of the PyTorch model that it was exported from."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graph of the tiny model."""
+    """The folder of the exported tiny model."""
     folder = tmp_path_factory.mktemp("onnx")
     model = load(str(tiny)).model
     write_graphs(model, folder)
@@ -26,14 +26,14 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_texts_are_those_of_the_torch_model(tiny: Path, exported: Path):
-    found = {}
+    texts = {}
     for backend, folder in {"local": tiny, "onnx": exported}.items():
         with serving(make_service(folder, backend=backend)) as client:
             # one greedy, one drawn with a seed: both depend on every logit
             bodies = [{"prompt": "abc"}, {"prompt": "once", "temperature": 1.0, "seed": 5, "max_new_tokens": 12}]
-            found[backend] = [client.post("/generate", json=body).json()["text"] for body in bodies]
-    assert found["onnx"] == found["local"]
-    assert all(found["onnx"])
+            texts[backend] = [client.post("/generate", json=body).json()["text"] for body in bodies]
+    assert texts["onnx"] == texts["local"]
+    assert all(texts["onnx"])
 
 
 def test_it_writes_only(exported: Path):

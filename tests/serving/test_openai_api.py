@@ -1,4 +1,4 @@
-"""OpenAI's own client against the server: what it asks for it gets, and its errors are those it knows."""
+"""OpenAI's Python client against the server: completions, chat, log-probabilities, usage and errors."""
 
 import base64
 from collections.abc import Iterator
@@ -35,19 +35,19 @@ def test_the_model_is_listed(ai) -> None:
 
 
 def test_a_completion_has_what_the_client_reads(ai) -> None:
-    found = ai.completions.create(model="tiny", prompt="Once", max_tokens=5, temperature=0)
-    assert found.object == "text_completion"
-    assert found.choices[0].finish_reason == "length"
-    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (4, 5, 9)
+    answer = ai.completions.create(model="tiny", prompt="Once", max_tokens=5, temperature=0)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 5, 9)
 
 
 def test_several_prompts_and_answers_are_numbered_in_order(ai) -> None:
     options = {"model": "tiny", "max_tokens": 8, "temperature": 1.3, "seed": 5}
-    found = ai.completions.create(prompt=["Once", "Twice"], n=2, **options)
-    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    texts = [choice.text for choice in found.choices]
+    answer = ai.completions.create(prompt=["Once", "Twice"], n=2, **options)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in answer.choices]
     assert len(set(texts)) == 4
-    assert found.usage.prompt_tokens == 9
+    assert answer.usage.prompt_tokens == 9
     alone = ai.completions.create(prompt="Twice", n=2, **options)
     assert [choice.text for choice in alone.choices] == texts[2:]
 
@@ -62,11 +62,11 @@ def test_tokens_may_be_given_for_text(ai) -> None:
 
 
 def test_logprobs_are_those_of_the_model(ai, theirs) -> None:
-    found = ai.completions.create(model="tiny", prompt="Once", max_tokens=4, temperature=0, logprobs=3)
+    answer = ai.completions.create(model="tiny", prompt="Once", max_tokens=4, temperature=0, logprobs=3)
     model, _ = theirs
     ids = list(b"Once")
     for chosen, top in zip(
-        found.choices[0].logprobs.token_logprobs, found.choices[0].logprobs.top_logprobs, strict=True
+        answer.choices[0].logprobs.token_logprobs, answer.choices[0].logprobs.top_logprobs, strict=True
     ):
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
@@ -151,14 +151,14 @@ def test_a_stop_string_ends_the_answer(ai) -> None:
     options = {"model": "tiny", "prompt": "Once", "max_tokens": 30, "seed": 3, "temperature": 1.0}
     text = ai.completions.create(**options).choices[0].text
     stop = next(c for c in text[3:] if ord(c) < 128)
-    for given in (stop, [stop, "never said"]):
-        found = ai.completions.create(**options, stop=given).choices[0]
-        assert (found.text, found.finish_reason) == (text.split(stop)[0], "stop")
+    for stops in (stop, [stop, "never said"]):
+        answer = ai.completions.create(**options, stop=stops).choices[0]
+        assert (answer.text, answer.finish_reason) == (text.split(stop)[0], "stop")
 
 
 def test_embeddings_are_unit_vectors_whatever_their_encoding(ai, client) -> None:
-    found = ai.embeddings.create(model="tiny", input=["one text", "another"])  # the client asks for base64
-    vectors = np.array([entry.embedding for entry in found.data])
+    answer = ai.embeddings.create(model="tiny", input=["one text", "another"])  # the client asks for base64
+    vectors = np.array([entry.embedding for entry in answer.data])
     assert vectors.shape == (2, 32)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5)
     plain = client.post("/v1/embeddings", json={"input": "another"}).json()

@@ -1,4 +1,4 @@
-"""The page in a browser: it types, streams, stops, and shows what went wrong."""
+"""The chat page in a browser: typing, streaming, stopping, and error messages."""
 
 import shutil
 from collections.abc import Iterator
@@ -66,8 +66,8 @@ def test_a_conversation_goes_back_and_forth(page, tmp_path: Path) -> None:
         say(page, "And again")
         page.locator(".note").nth(1).wait_for()
         prompt = bytes(token for token in service.engine.requests[1].input_ids if token < 256).decode()
-        for said in ("Good day", "Hello <b>you</b>", "And again"):
-            assert said in prompt
+        for message in ("Good day", "Hello <b>you</b>", "And again"):
+            assert message in prompt
         page.click("#clear")
         assert page.query_selector(".turn") is None
 

@@ -1,4 +1,4 @@
-"""backend=openai: another server answers, ours checks, counts and remembers."""
+"""backend=openai: validation, metrics and cache in front of an upstream server."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -30,13 +30,13 @@ def proxy(url: str, *, transport=None, **options: object) -> "Iterator[httpx.Cli
 
 @pytest.fixture
 def front(client) -> "Iterator[httpx.Client]":
-    """In front of a server of ours, which speaks OpenAI's API."""
+    """A client of a proxy in front of a second server of this project, which has OpenAI's API."""
     with proxy(f"{client.base_url}/v1") as front:
         yield front
 
 
-def without_names(found: dict) -> dict:
-    return {k: v for k, v in found.items() if k not in ("id", "created")}
+def without_names(answer: dict) -> dict:
+    return {k: v for k, v in answer.items() if k not in ("id", "created")}
 
 
 ASKED = {
@@ -65,7 +65,7 @@ def test_streams_pass_through_and_are_remembered(path: str, client, front) -> No
         return [without_names(json.loads(line)) for line in lines]
 
     direct = events(client)
-    if path == "/generate":  # pieces may be cut otherwise
+    if path == "/generate":  # the texts of events may be divided otherwise
         assert "".join(e["text"] for e in events(front)) == "".join(e["text"] for e in direct)
         assert events(front)[-1] == direct[-1]
     else:

@@ -1,4 +1,4 @@
-"""What a server keeps to itself: passwords of its cache and of the server behind it, and what went wrong inside."""
+"""Secrets: passwords of cache and upstream server, and reasons of failures, reach neither clients nor logs in clear."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -29,12 +29,12 @@ CACHE = f"redis://:{SECRET}@127.0.0.1:1/0"
 
 def test_what_a_server_says_of_itself_has_no_password(tiny: Path) -> None:
     service = make_service(tiny, cache=CACHE)
-    said = description(service, service.settings) + repr(service.settings)
+    text = description(service, service.settings) + repr(service.settings)
     proxied = Settings(backend="openai", url=f"http://me:{SECRET}@host/v1", cache=CACHE)
-    said += description(Upstream(proxied, Metrics()), proxied) + repr(proxied)
-    assert "***@127.0.0.1" in said
-    assert "***@host" in said
-    assert SECRET not in said
+    text += description(Upstream(proxied, Metrics()), proxied) + repr(proxied)
+    assert "***@127.0.0.1" in text
+    assert "***@host" in text
+    assert SECRET not in text
 
 
 MISTAKES = (
@@ -50,10 +50,10 @@ MISTAKES = (
 def test_a_mistake_in_a_url_is_told_without_its_password(mistake) -> None:
     with pytest.raises(ConfigError) as raised:
         mistake()
-    said = str(raised.value)
-    assert said.startswith(("cache=", "url=", "backend=openai needs url="))
-    assert f":{SECRET}@" not in said
-    assert f"{SECRET}/2" not in said
+    text = str(raised.value)
+    assert text.startswith(("cache=", "url=", "backend=openai needs url="))
+    assert f":{SECRET}@" not in text
+    assert f"{SECRET}/2" not in text
 
 
 def test_neither_clients_nor_the_log_learn_the_password_of_a_server_that_is_not_there(

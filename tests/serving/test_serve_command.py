@@ -1,4 +1,4 @@
-"""serve.py as a user starts and stops it: one process, several, and under gunicorn."""
+"""serve.py started and stopped as by a user: one process, several, and under gunicorn."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -22,7 +22,7 @@ from tests.serving.servers import eventually
 
 
 class Server:
-    """A process, and what it printed."""
+    """A server process and its output."""
 
     def __init__(self, command: list[str], log: Path, **environment: str) -> None:
         self.log = log
@@ -85,8 +85,8 @@ def test_a_server_says_what_it_serves_and_finishes_its_streams_when_it_is_stoppe
     server = start(*SERVE, f"checkpoint={tiny}", "port=0", "slots=3", "generation.max_new_tokens=100")
     assert eventually(lambda: "try " in server.printed or server.process.poll() is not None, seconds=90), server.printed
     url = server.wait_for(re.search(r"http://127.0.0.1:\d+", server.printed)[0])
-    for said in ("tiny, a language model", "128 tokens", "3 answers at once", "none", f"curl {url}/generate"):
-        assert said in server.printed
+    for line in ("tiny, a language model", "128 tokens", "3 answers at once", "none", f"curl {url}/generate"):
+        assert line in server.printed
     words = re.search(r"-d '(.*)'", server.printed)[1]
     assert httpx.post(f"{url}/generate", json=json.loads(words)).status_code == 200
     body = {"prompt": "x", "stream": True, "max_new_tokens": 100, "temperature": 2}
@@ -112,7 +112,7 @@ def test_workers_share_a_port_and_their_numbers_and_a_dead_one_is_replaced(start
 
     def counted() -> float:
         return sum(
-            float(found) for found in re.findall(r'requests_total{route="/generate",status="200"} (\S+)', numbers(url))
+            float(value) for value in re.findall(r'requests_total{route="/generate",status="200"} (\S+)', numbers(url))
         )
 
     ask(20)

@@ -1,4 +1,4 @@
-"""Entries of a cache that others can write to: only what this server signed counts, and only if it is an answer."""
+"""Signed cache entries: only entries that this server signed count, and only if they are complete answers."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import asyncio
@@ -21,21 +21,21 @@ from tests.serving.servers import make_service, serving
 
 
 class Shelf:
-    """A Redis of which everything is at hand."""
+    """An in-process stand-in for Redis whose entries the test can change."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
+        self.entries: dict[str, bytes] = {}
 
     async def getrange(self, name: str, begin: int, end: int) -> bytes:
-        if self.kept.get(name) == b"a list":
+        if self.entries.get(name) == b"a list":
             raise redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
-        return self.kept.get(name, b"")[begin : end + 1]
+        return self.entries.get(name, b"")[begin : end + 1]
 
     async def set(self, name: str, value: bytes, px: int) -> None:
-        self.kept[name] = value
+        self.entries[name] = value
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> RedisCache:
 
 def test_an_entry_is_signed_for_its_name_as_rfc_2104_says(cache: RedisCache) -> None:
     asyncio.run(cache.set("a", b"1"))
-    [(name, value)] = cache.client.kept.items()
+    [(name, value)] = cache.client.entries.items()
     assert name == "genai_pl:a"
     assert value == hmac.new(b"ours", b"a:1", hashlib.sha256).digest() + b"1"
     assert asyncio.run(cache.get("a")) == b"1"
@@ -71,7 +71,7 @@ def test_an_entry_of_somebody_else_is_a_miss(case: str, cache: RedisCache) -> No
     async def use() -> list[bytes | None]:
         await cache.set("a", b"1")
         await cache.set("other", b"2")
-        cache.client.kept["genai_pl:a"] = FORGED[case](cache.client.kept["genai_pl:a"])
+        cache.client.entries["genai_pl:a"] = FORGED[case](cache.client.entries["genai_pl:a"])
         return [await cache.get("a"), await cache.get("other")]
 
     assert asyncio.run(use()) == [None, b"2"]  # and the rest goes on
@@ -93,12 +93,12 @@ STRANGE = {
     "empty": b"",
     "no text": b"\xff\xfe",
     "no JSON": b"{",
-    "no ending": lines("error", ["a", 1, None, []]),
-    "an ending that is none": lines({}, ["a", 1, None, []]),
-    "no pieces": lines("stop"),
+    "an error as finish reason": lines("error", ["a", 1, None, []]),
+    "no finish reason": lines({}, ["a", 1, None, []]),
+    "no outputs": lines("stop"),
     "a number": b"1",
-    "a piece that is a number": lines("stop", 1),
-    "a piece of three": lines("stop", ["a", 1, None]),
+    "an output that is a number": lines("stop", 1),
+    "an output of three values": lines("stop", ["a", 1, None]),
     "a text that is none": lines("stop", [1, 1, None, []]),
     "half a character": lines("stop", ["\ud800", 1, None, []]),
     "a token that is text": lines("stop", ["a", "1", None, []]),

@@ -1,4 +1,4 @@
-"""A server that is told to stop: it ends within the drain and five seconds, whatever runs."""
+"""Shutdown: a server exits within the drain and five seconds, whatever runs."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import os
@@ -50,7 +50,7 @@ ASKED = {
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen]]:
-    """What is started ends with the test."""
+    """Processes of the test, killed at its end."""
     started: list[subprocess.Popen] = []
     yield started
     for process in started:
@@ -59,7 +59,7 @@ def processes() -> Iterator[list[subprocess.Popen]]:
 
 
 def start(processes: list, tiny: Path, folder: Path, plugin: str, *options: str) -> tuple[subprocess.Popen, str, Path]:
-    """A server that has read the plugin, its address, and what it prints."""
+    """(process, URL, log file) of a server that has imported the plugin."""
     (folder / "plugin_of_the_test.py").write_text(plugin)
     log = folder / "log.txt"
     environment = {

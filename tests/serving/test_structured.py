@@ -1,4 +1,4 @@
-"""Answers of a form that the client asks for, and tokens that it wants more or less: in one batch with others."""
+"""Structured outputs and logit bias, in one batch with other requests."""
 
 import json
 import re
@@ -29,8 +29,8 @@ def ai(client) -> "Iterator[openai.OpenAI]":
 
 
 def is_person(text: str) -> bool:
-    found = json.loads(text)
-    return set(found) == {"name", "n"} and found["name"] in ("Ann", "Bob") and 0 <= found["n"] <= 99
+    answers = json.loads(text)
+    return set(answers) == {"name", "n"} and answers["name"] in ("Ann", "Bob") and 0 <= answers["n"] <= 99
 
 
 def test_each_answer_of_a_batch_has_the_form_that_it_was_asked_for(ai) -> None:
@@ -53,23 +53,23 @@ def test_each_answer_of_a_batch_has_the_form_that_it_was_asked_for(ai) -> None:
     def free(seed: int) -> str:
         return ai.completions.create(prompt="Once", seed=seed, **common).choices[0].text
 
-    asked = [chat, free, matching, streamed] * 2
+    kinds = [chat, free, matching, streamed] * 2
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda pair: pair[1](pair[0]), enumerate(asked)))
-    for kind, text in zip(asked, found, strict=True):
+        answers = list(pool.map(lambda pair: pair[1](pair[0]), enumerate(kinds)))
+    for kind, text in zip(kinds, answers, strict=True):
         if kind in (chat, streamed):
             assert is_person(text)
         elif kind is matching:
             assert re.match("[ab]{3}-[0-9]+x?", text)
         else:
-            assert text == free(found.index(text))  # as it is alone
+            assert text == free(answers.index(text))  # as it is alone
 
 
 def test_any_json_object_and_one_of_some_texts(ai) -> None:
     close = {str(ord("}")): 100}
     options = {"model": "tiny", "messages": HELLO, "max_tokens": 20, "temperature": 0}
-    found = ai.chat.completions.create(response_format={"type": "json_object"}, logit_bias=close, **options)
-    assert found.choices[0].message.content == "{}"
+    answers = ai.chat.completions.create(response_format={"type": "json_object"}, logit_bias=close, **options)
+    assert answers.choices[0].message.content == "{}"
     texts = ["yes (1+1)", "no.", "[maybe]"]
     for form in ({"guided_choice": texts}, {"structured_outputs": {"choice": texts}}):
         for seed in range(4):

@@ -1,4 +1,4 @@
-"""Tools in a chat: the template is told of them, and what the model calls is read."""
+"""Tools in a chat: the template gets them, and calls are parsed out of the answer."""
 # ruff: noqa: E402 (what is imported below needs what is asked for first)
 
 import json
@@ -43,12 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def play(folder: Path) -> "Iterator[Callable[[list[str]], tuple[openai.OpenAI, FakeEngine]]]":
-    """A client of a server whose model writes the pieces."""
+    """A client of a server whose fake engine generates the texts."""
     with ExitStack() as stack:
 
-        def start(pieces: list[str]) -> "tuple[openai.OpenAI, FakeEngine]":
+        def start(texts: list[str]) -> "tuple[openai.OpenAI, FakeEngine]":
             service = make_service(folder, cache=None)
-            service.engine = FakeEngine(pieces)
+            service.engine = FakeEngine(texts)
             client = stack.enter_context(serving(service))
             ai = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
             return stack.enter_context(ai), service.engine
@@ -56,8 +56,8 @@ def play(folder: Path) -> "Iterator[Callable[[list[str]], tuple[openai.OpenAI, F
         yield start
 
 
-def told(folder: Path, engine: FakeEngine) -> tuple[str, object]:
-    """What the model was given as text, and the tokenizer of transformers."""
+def rendered_prompt(folder: Path, engine: FakeEngine) -> tuple[str, object]:
+    """The prompt as text, and the tokenizer of transformers."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -68,7 +68,7 @@ def test_a_call_is_read_whole_and_in_a_stream(folder: Path, play) -> None:
     ai, engine = play(CALLS)
     options = {"model": "caller", "messages": ASKED, "tools": [TOOL]}
     choice = ai.chat.completions.create(**options).choices[0]
-    text, tokenizer = told(folder, engine)
+    text, tokenizer = rendered_prompt(folder, engine)
     rendered = {"tokenize": False, "add_generation_prompt": True}
     assert text == tokenizer.apply_chat_template(ASKED, tools=[TOOL], **rendered)
     assert '"name": "weather"' in text
@@ -86,7 +86,7 @@ def test_a_call_is_read_whole_and_in_a_stream(folder: Path, play) -> None:
     turns = [*ASKED, choice.message.model_dump(exclude_none=True)]
     turns.append({"role": "tool", "tool_call_id": call.id, "content": "It is dry."})
     ai.chat.completions.create(model="caller", messages=turns, tools=[TOOL])
-    text, _ = told(folder, engine)
+    text, _ = rendered_prompt(folder, engine)
     assert '<tool_call>{"name": "weather", "arguments": {"city": "Zürich"}}</tool_call>' in text
     assert "tool: It is dry." in text
 
@@ -110,9 +110,9 @@ def test_what_is_no_call_stays_text(text: str, play) -> None:
 
 def test_tools_that_may_not_be_called_are_not_told(folder: Path, play) -> None:
     ai, engine = play(CALLS)
-    found = ai.chat.completions.create(model="caller", messages=ASKED, tools=[TOOL], tool_choice="none")
-    assert found.choices[0].message.content == "".join(CALLS)
-    assert "weather" not in told(folder, engine)[0]
+    answer = ai.chat.completions.create(model="caller", messages=ASKED, tools=[TOOL], tool_choice="none")
+    assert answer.choices[0].message.content == "".join(CALLS)
+    assert "weather" not in rendered_prompt(folder, engine)[0]
 
 
 def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:

@@ -22,7 +22,7 @@ def encoder(folder: Path) -> Path:
 
 
 def expected(folder: Path, pooling: str, texts: list[str]) -> torch.Tensor:
-    """Each text alone through transformers' model, pooled by hand."""
+    """Embeddings of each text alone by transformers' model, pooled in the test."""
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -41,11 +41,11 @@ def expected(folder: Path, pooling: str, texts: list[str]) -> torch.Tensor:
 def test_embeddings_are_those_of_transformers(shape: str, pooling: str, tiny: Path, tmp_path: Path) -> None:
     folder = tiny if shape == "decoder" else encoder(tmp_path / "bert")
     with serving(make_service(folder, pooling=pooling)) as client:
-        found = client.post("/v1/embeddings", json={"input": TEXTS}).json()
-    vectors = torch.tensor([entry["embedding"] for entry in found["data"]])
-    assert [entry["index"] for entry in found["data"]] == [0, 1, 2]
+        result = client.post("/v1/embeddings", json={"input": TEXTS}).json()
+    vectors = torch.tensor([entry["embedding"] for entry in result["data"]])
+    assert [entry["index"] for entry in result["data"]] == [0, 1, 2]
     torch.testing.assert_close(vectors, expected(folder, pooling, TEXTS), atol=1e-5, rtol=0)
-    assert found["usage"]["prompt_tokens"] == sum(len(text) + 1 for text in TEXTS)  # bytes, and an end
+    assert result["usage"]["prompt_tokens"] == sum(len(text) + 1 for text in TEXTS)  # bytes, and an end
 
 
 @pytest.mark.parametrize("pooling", PLACES)
@@ -83,17 +83,17 @@ def test_a_language_model_gives_the_log_probability_of_a_text(tiny: Path, client
     def logprob(text: bytes, n_given: int) -> float:
         ids = torch.tensor([list(text)])
         with torch.no_grad():
-            found = model(ids).logits[0, :-1].log_softmax(-1)
-        return float(found.gather(1, ids[0, 1:, None])[n_given - 1 :].sum())
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        return float(logprobs.gather(1, ids[0, 1:, None])[n_given - 1 :].sum())
 
     reply = client.post("/score", json={"text": TEXTS[:2]}).json()
     assert reply["kind"] == "log_probability"
     for entry, text in zip(reply["scores"], TEXTS, strict=False):
         assert entry["score"] == pytest.approx(logprob(text.encode(), 1), abs=1e-3)
         assert entry["n_tokens"] == len(text) - 1  # the first has nothing before it
-    found = client.post("/score", json={"prompt": "Once", "text": [" upon", " a time"]}).json()["scores"]
-    assert [entry["n_tokens"] for entry in found] == [5, 7]
-    assert found[1]["score"] == pytest.approx(logprob(b"Once a time", 4), abs=1e-3)
+    result = client.post("/score", json={"prompt": "Once", "text": [" upon", " a time"]}).json()["scores"]
+    assert [entry["n_tokens"] for entry in result] == [5, 7]
+    assert result[1]["score"] == pytest.approx(logprob(b"Once a time", 4), abs=1e-3)
     wrong = client.post("/score", json={"prompt": ["a", "b"], "text": ["c"]})
     assert wrong.status_code == 422
     assert "2 prompts for 1 texts" in wrong.json()["error"]["message"]
@@ -105,11 +105,11 @@ def test_a_reward_model_gives_the_scores_of_transformers(tmp_path: Path) -> None
     folder = write_model(tmp_path / "reward", head="score", **SMALL)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with serving(make_service(folder)) as client:
-        found = client.post("/score", json={"prompt": "Q: ", "text": ["good", "a longer answer"]}).json()
-        assert found["kind"] == "reward"
+        result = client.post("/score", json={"prompt": "Q: ", "text": ["good", "a longer answer"]}).json()
+        assert result["kind"] == "reward"
         assert client.post("/v1/embeddings", json={"input": "x"}).status_code == 400
         assert "scores" in client.post("/generate", json={"prompt": "x"}).json()["error"]["message"]
-    for entry, text in zip(found["scores"], [b"Q: good", b"Q: a longer answer"], strict=True):
+    for entry, text in zip(result["scores"], [b"Q: good", b"Q: a longer answer"], strict=True):
         with torch.no_grad():
             score = float(model(torch.tensor([[*text, 256]])).logits)
         assert entry["score"] == pytest.approx(score, abs=1e-5)

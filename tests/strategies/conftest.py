@@ -1,4 +1,4 @@
-"""Documents to train on, and the run of one process that others are compared with."""
+"""Documents to train on, and the run of one process that the others are compared with."""
 
 from collections.abc import Callable
 from pathlib import Path

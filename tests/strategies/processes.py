@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, and how far two of them are apart."""
+"""Runs of train.py in processes of their own, and comparisons of two of them."""
 
 import csv
 import json
@@ -69,11 +69,11 @@ def assert_same(
     run: Path, reference: Path, names: tuple[str, ...] = SAME, *, exported: str = MODEL, rounding: float = 0.0
 ) -> None:
     """Losses, norms of gradients and exported weights agree to 1e-5; `rounding` is what may lie between numbers near 0."""
-    expected, found = table(reference), table(run)
-    assert found.keys() == expected.keys()
+    expected, actual = table(reference), table(run)
+    assert actual.keys() == expected.keys()
     for step, row in expected.items():
         for name in names:
-            a, b = float(found[step][name] or 0), float(row[name] or 0)
+            a, b = float(actual[step][name] or 0), float(row[name] or 0)
             assert abs(a - b) <= 1e-5 * abs(b) + rounding, (step, name, a, b)
     weights, others = (load_file(folder / exported) for folder in (run, reference))
     assert weights.keys() == others.keys()
@@ -88,11 +88,11 @@ def assert_equal_to_the_last_bit(
     names: tuple[str, ...] = ("train/loss", "train/grad_norm", "val/loss"),
 ) -> None:
     """Metrics and exported weights are the same numbers."""
-    found, right = table(run), table(expected)
-    assert found.keys() == right.keys()
+    actual, right = table(run), table(expected)
+    assert actual.keys() == right.keys()
     for step, row in right.items():
         for name in names:
-            assert found[step][name] == row[name], (step, name)
+            assert actual[step][name] == row[name], (step, name)
     weights, others = (load_file(path / exported) for path in (run, expected))
     for name, value in others.items():
         assert torch.equal(weights[name], value), name

@@ -1,4 +1,4 @@
-"""Two processes take the steps of one on the same batches, however the model is spread over them."""
+"""Two processes take the steps of one on the same batches, under every strategy."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
     "tensor_parallel": ("strategy=tensor_parallel", WHOLE),
-    "pieces of sequences": ("strategy=tensor_parallel", "strategy.sequence_parallel=true", WHOLE),
+    "shards of sequences": ("strategy=tensor_parallel", "strategy.sequence_parallel=true", WHOLE),
 }
 
 
@@ -37,7 +37,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["tensor_parallel", "pieces of sequences"])
+@pytest.mark.parametrize("strategy", ["tensor_parallel", "shards of sequences"])
 @pytest.mark.parametrize("objective", ["relative", "alibi"])
 def test_heads_take_their_own_positions_along(objective: str, strategy: str, folder: Path, reference) -> None:
     expected, run = reference(objective), folder / f"{objective}-{strategy}"
@@ -48,11 +48,11 @@ def test_heads_take_their_own_positions_along(objective: str, strategy: str, fol
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["two_to_one", "one_to_two"])
-@pytest.mark.parametrize("saved", [(), ("strategy.sharded_checkpoints=true",)], ids=["file", "pieces"])
+@pytest.mark.parametrize("saved", [(), ("strategy.sharded_checkpoints=true",)], ids=["file", "shards"])
 def test_a_divided_run_goes_on_with_another_number_of_processes(
     saved: tuple[str, ...], direction: str, folder: Path, reference
 ) -> None:
-    one, two = ("strategy=auto", "trainer.devices=1"), (*STRATEGIES["pieces of sequences"], "trainer.devices=2")
+    one, two = ("strategy=auto", "trainer.devices=1"), (*STRATEGIES["shards of sequences"], "trainer.devices=2")
     before, after = ((*two, *saved), one) if direction == "two_to_one" else (one, (*two, *saved))
     run = folder / f"{direction}{len(saved)}"
     train(folder, *SMALL, *OBJECTIVES["clm"], WHOLE, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
@@ -68,7 +68,7 @@ def test_muon_steps_whole_matrices_that_lie_in_pieces(folder: Path, reference) -
 
 FOUR = {
     "heads divided, and shards of them": ("strategy=tensor_parallel", "strategy.data_parallel_size=2", HALF),
-    "pieces of sequences, and shards": (
+    "shards of sequences, and shards": (
         "strategy=tensor_parallel",
         "strategy.data_parallel_size=2",
         "strategy.sequence_parallel=true",

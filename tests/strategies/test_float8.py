@@ -1,4 +1,4 @@
-"""Layers that multiply in float8: which ones, and one line where they cannot."""
+"""Float8: the layers that multiply in it, and one line where none can."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs that lose a process: the others end, and the run goes on as if nothing had happened, to the last bit."""
+"""Runs that lose a process: the others end, and the resumed run equals an uninterrupted one to the last bit."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Processes that hold some blocks each take the steps of one that holds them all, and go on where it stopped."""
+"""Pipeline stages together take the steps of one process, and resume where it stopped."""
 
 import os
 import signal
@@ -76,9 +76,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     train(folder, *options, *before, "trainer.max_steps=2", f"hydra.run.dir={run}")
     back = () if after == TWO else ("strategy=auto", "trainer.devices=1")
     train(folder, f"resume={run}", "trainer.max_steps=4", *after, *back)
-    found, expected = table(run), table(whole)
+    actual, expected = table(run), table(whole)
     for step in (3, 4):
-        assert float(found[step]["train/loss"]) == pytest.approx(float(expected[step]["train/loss"]), rel=1e-5)
+        assert float(actual[step]["train/loss"]) == pytest.approx(float(expected[step]["train/loss"]), rel=1e-5)
     weights, others = (load_file(path / "model" / "model.safetensors") for path in (run, whole))
     for name, value in others.items():
         # where a gradient is rounding, AdamW moves a weight by up to a step of 1e-3

@@ -23,7 +23,7 @@ def folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(folder: Path):
-    """A run of two processes that stopped half-way, with its checkpoint in one file or in pieces."""
+    """A run of two processes that stopped half-way, with its checkpoint in one file or in shards."""
 
     def get(*options: str) -> Path:
         run = folder / f"stopped{len(options)}"
@@ -41,7 +41,7 @@ def stopped(folder: Path):
         pytest.param((PIECES,), ONE, marks=pytest.mark.slow),
         pytest.param((PIECES,), (), marks=pytest.mark.slow),
     ],
-    ids=["file-one", "pieces-one", "pieces-two"],
+    ids=["file-one", "shards-one", "shards-two"],
 )
 def test_a_run_of_two_processes_goes_on_with_any_number(
     saved: tuple[str, ...], after: tuple[str, ...], stopped, request: pytest.FixtureRequest
@@ -60,7 +60,7 @@ def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
     train(folder, "resume=grown", *TWO, "strategy=fsdp", PIECES, "trainer.max_steps=4")
     run = folder / "grown"
     assert_same(run, folder / "one", names=("train/loss", "train/grad_norm"))
-    # the checkpoint in pieces is read wherever a model is
+    # the sharded checkpoint is read wherever a model is
     for path in (run / "checkpoints" / "last.ckpt", run / "checkpoints" / "step=000004.ckpt"):
         model, right = load(str(path)).model, load(str(run / "model")).model
         assert all(map(torch.equal, model.parameters(), right.parameters()))

@@ -1,4 +1,4 @@
-"""Blocks that run twice instead of keeping what lies between their input and output."""
+"""Recomputed blocks: the same results, and no activations kept between input and output."""
 
 import pytest
 import torch
@@ -35,16 +35,16 @@ def gradients(
     "options", [{"dropout": 0.2}, {"share_layers": True, "shape": Shape.encoder}], ids=["dropout", "shared"]
 )
 def test_recomputed_packed_rows_give_the_same_gradients(every: int, kind: str, options: dict) -> None:
-    (logits, expected), (found, again) = gradients(None, **options), gradients(every, kind=kind, **options)
-    assert torch.equal(found, logits)
+    (logits, expected), (actual, again) = gradients(None, **options), gradients(every, kind=kind, **options)
+    assert torch.equal(actual, logits)
     for a, b in zip(again, expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_a_compiled_block_can_run_twice(kind: str) -> None:
-    (logits, expected), (found, again) = gradients(None), gradients(1, kind=kind, compiled=True)
-    torch.testing.assert_close(found, logits)
+    (logits, expected), (actual, again) = gradients(None), gradients(1, kind=kind, compiled=True)
+    torch.testing.assert_close(actual, logits)
     for a, b in zip(again, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Policies that write while they learn, and references and critics beside them, on two processes."""
+"""Rollouts on two processes: policies that generate in training, references and critics beside them."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_the_first_update_of_a_rollout_starts_at_a_ratio_of_one(precision: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", ["false", "true"], ids=["whole", "pieces"])
+@pytest.mark.parametrize("saved", ["false", "true"], ids=["full", "sharded"])
 def test_a_run_that_lost_a_process_draws_and_learns_the_same(saved: str, folder: Path, judge: str) -> None:
     options = (
         *SMALL, *CASES["critic"], "trainer.max_steps=20", "init_from=base/model", "optimizer=adamw", HALF, *FSDP,

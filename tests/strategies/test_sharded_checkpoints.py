@@ -1,4 +1,4 @@
-"""Checkpoints in pieces: what one process can see of them."""
+"""Sharded checkpoints, as far as one process can test them: written, read, and refused where damaged."""
 
 import os
 import pickle
@@ -49,11 +49,11 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_what_is_read_is_what_was_there_when_it_was_saved(saved: Path) -> None:
-    found, right = read_checkpoint(saved), checkpoint()
-    assert found.keys() == right.keys()
+    actual, right = read_checkpoint(saved), checkpoint()
+    assert actual.keys() == right.keys()
     for name, value in right["state_dict"].items():
-        assert torch.equal(found["state_dict"][name], value)
-    (state,), (expected,) = found["optimizer_states"], right["optimizer_states"]
+        assert torch.equal(actual["state_dict"][name], value)
+    (state,), (expected,) = actual["optimizer_states"], right["optimizer_states"]
     assert state["param_groups"] == expected["param_groups"]
     for name, value in expected["state"][0].items():
         assert torch.equal(state["state"][0][name], value)
@@ -88,8 +88,8 @@ class Code:
 
 
 DAMAGES = {
-    "a piece is gone": lambda folder, file: file.unlink(),
-    "a piece is cut": lambda folder, file: cut(file),
+    "a shard is gone": lambda folder, file: file.unlink(),
+    "a shard is truncated": lambda folder, file: cut(file),
     "the rest is cut": lambda folder, file: cut(folder / "contents.pt"),
     "the rest is code": lambda folder, file: (folder / "contents.pt").write_bytes(pickle.dumps(Code(folder))),
     "no list of tensors": lambda folder, file: torch.save({MARK: {}, "state_dict": {"a": "b"}}, folder / "contents.pt"),

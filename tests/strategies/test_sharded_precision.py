@@ -43,23 +43,23 @@ def test_bf16_under_fsdp_rounds_what_autocast_rounds_and_nothing_else(options: d
             losses.append(token_loss(each.features(ids), each.lm_head.weight, ids))
         losses[-1].backward()
     assert torch.equal(*losses)
-    for (name, expected), found in zip(model.named_parameters(), sharded.parameters(), strict=True):
-        gradient = found.grad.full_tensor() if isinstance(found, DTensor) else found.grad
+    for (name, expected), actual in zip(model.named_parameters(), sharded.parameters(), strict=True):
+        gradient = actual.grad.full_tensor() if isinstance(actual, DTensor) else actual.grad
         torch.testing.assert_close(gradient, expected.grad, rtol=1e-2, atol=1e-2, msg=name)
         assert gradient.dtype is torch.float32
 
 
 def draws(replicas: list[int]) -> list[list[float]]:
     """What processes draw that read the batches of these numbers."""
-    found = []
+    draws = []
     for rank, replica in enumerate(replicas):
         torch.manual_seed(3)
         kwargs = {"num_replicas": len(set(replicas)), "rank": replica}
         strategy = SimpleNamespace(distributed_sampler_kwargs=kwargs)
         trainer = SimpleNamespace(world_size=len(replicas), global_rank=rank, global_step=0, strategy=strategy)
         StepCheckpoint("checkpoints", every_n_steps=1, keep=1).on_train_start(trainer, None)
-        found.append(torch.rand(3).tolist())
-    return found
+        draws.append(torch.rand(3).tolist())
+    return draws
 
 
 def test_dropout_differs_where_batches_do_and_is_the_same_where_they_are() -> None:

@@ -1,4 +1,4 @@
-"""Signals to one process of a run or to all of them: all stop at one place, or end together when one does not answer."""
+"""Signals to one process of a run or to all: all stop at one place, or end together when one does not answer."""
 
 import signal
 from collections.abc import Callable

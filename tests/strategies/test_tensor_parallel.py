@@ -1,4 +1,4 @@
-"""Two processes that divide a model compute what one does: losses, gradients, and which word is likeliest."""
+"""Two processes that divide a model compute the results of one: losses, gradients, and the most likely token."""
 
 import copy
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def compute(rank: int, folder: Path) -> None:
     results = {name: loss_of_parts(name, mesh) for name in LOSSES}
     for name in MODELS:
         results[f"{name} divided"] = parts_of(name, mesh, sequence_parallel=False)
-        results[f"{name} in pieces"] = parts_of(name, mesh, sequence_parallel=True)
+        results[f"{name} in shards"] = parts_of(name, mesh, sequence_parallel=True)
     results["dropout"] = dropped_pieces(mesh)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -137,7 +137,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-CASES = [*LOSSES, *(f"{name} {how}" for name in MODELS for how in ("divided", "in pieces"))]
+CASES = [*LOSSES, *(f"{name} {how}" for name in MODELS for how in ("divided", "in shards"))]
 
 
 @pytest.mark.parametrize("case", CASES)

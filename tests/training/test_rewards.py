@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genai_pl.errors import ConfigError
-from genai_pl.evaluation import judge, pair_windows
+from genai_pl.evaluation import pair_windows, reward_scores
 from genai_pl.loading import load
 from genai_pl.training.rewards import load_rewards
 
@@ -342,7 +342,7 @@ def test_a_reward_model_reads_conversations_as_in_its_training_and_in_evaluation
     assert result.status == 0, result.err
     judged = load("judge")
     tokens = [row.tokens for row in pair_windows(asked, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)]
-    expected = judge(judged.model, tokens).tolist()
+    expected = reward_scores(judged.model, tokens).tolist()
     reward = load_rewards(["judge"], None, policy=judged.model, device=torch.device("cpu"))
     texts = [judged.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     assert reward(texts, ["good"] * 8, asked) == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,8 @@
-"""Attention kinds for long rows: each is a module called as `attention` is, (q, k, v, mask, options)."""
+"""Attention kinds for long rows, in time and memory that are not quadratic in S.
+
+Each is a module that is called (q, k, v, mask, options) as `attention_with` is. Windows are exact; Linformer, Performer and
+Reformer approximate full attention. All refuse, with the option to change, what they do not compute.
+"""
 
 from genai_pl.kernels.efficient.linformer import Linformer
 from genai_pl.kernels.efficient.performer import Performer

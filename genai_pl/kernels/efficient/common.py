@@ -1,4 +1,4 @@
-"""A sequence split into blocks of equal length."""
+"""Blocks of equal length along a sequence, and the refusal of options that a kind does not compute."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import ScoreOptions
 
-FIXES = {
+FIXES = {  # name -> what it is, and the option that turns it off
     "window": ("a window", "model.window=null"),
     "order": ("permutation masks", "model.attention_kind=full"),
     "prefix": ("a bidirectional prefix", "model.attention_kind=full"),
@@ -42,6 +42,7 @@ def refuse(
 
 
 def _or_full(fix: str) -> str:
+    """The second way out: exact attention."""
     return "" if fix == "model.attention_kind=full" else ", or model.attention_kind=full"
 
 
@@ -52,14 +53,14 @@ def pad_to_blocks(x: Tensor, block: int) -> Tensor:
 
 
 def split_into_blocks(x: Tensor, block: int) -> Tensor:
-    """(..., N * block, D) -> (..., N, block, D)."""
+    """Blocks of a padded sequence, (..., N * block, D) -> (..., N, block, D), without a copy."""
     return x.unflatten(-2, (-1, block))
 
 
 def blocks_with_neighbours(x: Tensor, block: int, *, before: int, after: int) -> Tensor:
     """Each block between the positions before and after it, (..., N * block, D) -> (..., N, before + block + after, D).
 
-    At most one block's length on either side; zeros stand beyond the ends.
+    before, after: at most one block's length. Zeros stand beyond the ends of the sequence.
     """
     blocks = split_into_blocks(x, block)
     parts = [blocks]

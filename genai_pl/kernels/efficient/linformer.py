@@ -1,4 +1,4 @@
-"""Attention to a fixed number of mixtures of all positions (Linformer, Wang et al. 2020)."""
+"""Linformer: attention to a fixed number of mixtures of all positions, linear in S (Wang et al. 2020)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 
 class Linformer(nn.Module):
-    """softmax(q (E k)' * scale) F v with learned E and F (rank, max_seq_len), one pair per key head (eq. 7).
+    """softmax(q (E k)^T * scale) F v with learned E and F (rank, max_seq_len), one pair per key head (eq. 7).
 
-    Every mixture holds every position, so there is no causal form, and a row is one document. A shorter row uses the
-    first columns of E and F.
+    max_seq_len: the longest row; a shorter one uses the first columns of E and F. rank: the number of mixtures. n_kv_head:
+    K. Every mixture holds every position, so there is no causal form, and a row is one document.
     """
 
     def __init__(self, *, max_seq_len: int, rank: int, n_kv_head: int) -> None:
@@ -25,7 +25,7 @@ class Linformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw E and F from normal(0, 1/rank), which keeps lengths (Theorem 2 and its proof), by the global generator."""
+        """Draw E and F from normal(0, 1/rank), which preserves lengths on average (Theorem 2), by the global generator."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=self.rank**-0.5)
 
@@ -37,9 +37,11 @@ class Linformer(nn.Module):
         mask: AttentionMask,
         options: ScoreOptions = PLAIN,
     ) -> Tensor:
+        """(B, H, T, D); scale, softcap and dropout of `options` apply to scores of mixtures."""
         refuse("linformer", mask, options, supported=("softcap", "dropout"))
         T, S = q.shape[2], k.shape[2]
         self._check(mask, S)
+        # padding must be 0 in the mixtures: no softmax hides it later
         if mask.segments is not None:
             hidden = (mask.segments == 0)[:, None, :, None]  # (B, 1, S, 1)
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
@@ -49,6 +51,7 @@ class Linformer(nn.Module):
         return attention_with(q, keys, values, mixed, options)
 
     def _check(self, mask: AttentionMask, S: int) -> None:
+        """ConfigError for a causal mask and for rows longer than E and F."""
         if mask.causal:
             raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
         if self.max_seq_len < S:
@@ -58,7 +61,7 @@ class Linformer(nn.Module):
             )
 
     def _mixture_mask(self, mask: AttentionMask, T: int, S: int) -> AttentionMask:
-        """Every mixture, for the queries that are no padding."""
+        """The mask of queries over mixtures: all of them, for queries that are no padding; ConfigError for packed rows."""
         if mask.segments is None:
             return EVERYTHING
         document = mask.segments.amax(-1, keepdim=True)  # (B, 1)

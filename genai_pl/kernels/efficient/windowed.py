@@ -1,4 +1,4 @@
-"""Attention within a window, and to a few global positions (Longformer, Beltagy et al. 2020)."""
+"""Window attention with a few global positions, in time linear in S (Longformer, Beltagy et al. 2020)."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,13 @@ MIN_BLOCK = 64  # shorter blocks are matrices too small to multiply well
 class WindowAttention(nn.Module):
     """Keys fewer than `window` positions away, and the first `n_global` positions, which see all and are seen by all.
 
-    With a causal mask all of this holds of the past alone. Documents of a packed row stay apart, and the global
-    positions are the first of the row, not of each document: only its first documents have any. Queries and keys are
-    projected once, where Longformer has projections of their own for global positions.
+    window: in positions, to both sides, or to the past under a causal mask. n_global: positions. backend: a name of
+    `kernels.BACKENDS`. Three computations, each exact: global queries over everything, other queries in one call where the
+    backend skips hidden keys (Triton) or there are few, else in blocks.
+
+    Documents of a packed row stay apart, and the global positions are the first of the row, not of each document: only its
+    first documents have any. Queries and keys are projected once, where Longformer has projections of their own for global
+    positions.
     """
 
     def __init__(self, *, window: int, n_global: int, backend: str) -> None:
@@ -33,7 +37,7 @@ class WindowAttention(nn.Module):
         mask: AttentionMask,
         options: ScoreOptions = PLAIN,
     ) -> Tensor:
-        # a bias of the scores has one entry for each query and key, which is what a window avoids
+        """(B, H, T, D); `options` without bias and ALiBi, which have an entry for each query and key."""
         refuse("window", mask, options, supported=("softcap", "dropout"), window=self.window)
         (T, D), S = q.shape[2:], k.shape[2]
         n_early = min(max(self.n_global - (S - T), 0), T)  # queries that are global
@@ -44,16 +48,16 @@ class WindowAttention(nn.Module):
             backend, _ = choose_backend(
                 q.device, softcap=options.softcap, head_dim=D, dtype=q.dtype, backend=self.backend
             )
-            # triton passes over the keys outside a window; the others compute all of them unless they come in blocks
+            # Triton skips keys outside a window; the other backends compute all of them, unless they come in blocks
             in_blocks = backend != "triton" and T == S and 2 * self.block < S
             local = self._blocks if in_blocks else self._rows
             parts.append(local(q[:, :, n_early:], k, v, mask, options))
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def _global(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, T: int, options: ScoreOptions) -> Tensor:
-        """Attention of the first queries, which are global, to everything, (B, H, n_early, D)."""
+        """Attention of the first queries, which are global, to everything, (B, H, n_early, D); T: of all queries."""
         n_early, S = q.shape[2], k.shape[2]
-        if mask.causal:  # keys must end where the queries do
+        if mask.causal:  # the mask aligns the last key with the last query
             end = S - T + n_early
             k, v = k[:, :, :end], v[:, :, :end]
 
@@ -85,11 +89,14 @@ class WindowAttention(nn.Module):
         return attention_with(q, k, v, row_mask, options, backend=self.backend)
 
     def _blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: ScoreOptions) -> Tensor:
-        """What `_rows` gives, for as many keys as positions, in memory linear in S: each block is a row of a batch."""
+        """`_rows` for T = S in memory linear in S: each block of queries is a row of a batch, with the keys that it may see.
+
+        A block of `self.block` queries meets the global keys, its own and those within reach on both sides.
+        """
         B, S = q.shape[0], k.shape[2]
         n_early = S - q.shape[2]
         before, after = self._reach(mask)
-        q = F.pad(q, (0, 0, n_early, 0))  # so that block and position agree
+        q = F.pad(q, (0, 0, n_early, 0))  # so that a block of queries and of keys begin together
         q = (
             split_into_blocks(pad_to_blocks(q, self.block), self.block).transpose(1, 2).flatten(0, 1)
         )  # (B * N, H, block, D)
@@ -101,23 +108,23 @@ class WindowAttention(nn.Module):
         return y[:, :, n_early:S]
 
     def _reach(self, mask: AttentionMask) -> tuple[int, int]:
-        """How many positions before and after its own a query sees."""
+        """How many positions before and after its own a query sees, apart from global ones."""
         return self.window - 1, 0 if mask.causal else self.window - 1
 
     def _with_globals(self, x: Tensor, before: int, after: int) -> Tensor:
-        """The global positions and the neighbourhood of each block, (B, K, S, D) -> (B * N, K, n_global + width, D)."""
+        """Global positions and neighbourhood of each of N blocks, (B, K, S, D) -> (B * N, K, n_global + width, D)."""
         near = blocks_with_neighbours(pad_to_blocks(x, self.block), self.block, before=before, after=after)
         first = x[:, :, None, : self.n_global].expand(-1, -1, near.shape[2], -1, -1)  # (B, K, N, n_global, D)
         return torch.cat([first, near], dim=3).transpose(1, 2).flatten(0, 1)
 
     def _block_mask(self, mask: AttentionMask, B: int, S: int, device: torch.device) -> AttentionMask:
-        """Who sees whom among the rows of `_with_globals`; what lies beyond the ends is padding."""
+        """The mask of the rows of `_with_globals`; positions beyond the ends of the row are padding."""
         before, after = self._reach(mask)
         ones = torch.ones(1, S, dtype=torch.long, device=device)
         keys = ones if mask.segments is None else mask.segments
         queries = ones if mask.segments is None else mask.segments_of_queries(S, S)
         near = keys.clone()
-        near[:, : self.n_global] = 0  # these are in the prefix, and must not count twice
+        near[:, : self.n_global] = 0  # they are in the prefix, and must not count twice
         near = blocks_with_neighbours(
             pad_to_blocks(near[..., None], self.block), self.block, before=before, after=after
         )

@@ -1,7 +1,8 @@
-"""Which blocks of keys a block of queries visits, and the other way round.
+"""Blocks of keys that a block of queries visits, and blocks of queries that a block of keys visits.
 
 Both are (start, full_start, full_end, end): blocks in [full_start, full_end) are visible throughout, those before and
-after are edges. Start and the bounds of the full part are multiples of the block.
+after are edges, everything else is skipped. Start and the bounds of the full part are multiples of the block. This is where
+a causal or windowed mask saves its time: a kernel loops over the full part without a mask, and over the edges with one.
 """
 
 import triton
@@ -15,10 +16,11 @@ FULL_START, FULL_END = tl.constexpr(flash_tables.FULL_START), tl.constexpr(flash
 
 @triton.jit
 def key_blocks(i0, table, sizes, F: tl.constexpr):
-    """The blocks of keys that the F.BLOCK_M queries from i0 see."""
+    """The blocks of keys that the F.BLOCK_M queries from i0 see; from tables if the mask needs them, else by arithmetic."""
     if F.tables:
         rows = tl.minimum(i0 + tl.arange(0, F.BLOCK_M), sizes.rows - 1)
         return _from_table(table, rows % sizes.T if F.packed else rows, sizes.T, F.BLOCK_N, F)
+    # everything, then narrowed: outside by what the last query sees at most, inside by what all queries see
     start = 0
     full_start = 0
     end = sizes.S
@@ -40,7 +42,7 @@ def key_blocks(i0, table, sizes, F: tl.constexpr):
 
 @triton.jit
 def query_blocks(j0, table, sizes, F: tl.constexpr):
-    """The blocks of queries that see the F.BLOCK_N keys from j0."""
+    """The blocks of queries that see the F.BLOCK_N keys from j0, in the same form."""
     if F.tables:
         keys = tl.minimum(j0 + tl.arange(0, F.BLOCK_N), sizes.S - 1)
         return _from_table(table, keys, sizes.S, F.BLOCK_M, F)
@@ -48,7 +50,8 @@ def query_blocks(j0, table, sizes, F: tl.constexpr):
     full_start = 0
     end = sizes.T
     full_end = sizes.T
-    first = j0 - (sizes.S - sizes.T)  # where queries at the keys' positions stand
+    # the same as above with queries and keys exchanged: a query at a key's position is its first under a causal mask
+    first = j0 - (sizes.S - sizes.T)
     last = tl.minimum(first + F.BLOCK_N, sizes.T) - 1
     if F.window:
         start = first - sizes.window + 1
@@ -63,20 +66,21 @@ def query_blocks(j0, table, sizes, F: tl.constexpr):
 
 @triton.jit
 def _from_table(table, index, length, BLOCK: tl.constexpr, F: tl.constexpr):
+    """Bounds from the intervals of the block's members: the union of what is seen, the intersection of what is full."""
     start = tl.min(tl.load(table + SEEN_START * length + index), 0)
     end = tl.max(tl.load(table + SEEN_END * length + index), 0)
     full_start = tl.max(tl.load(table + FULL_START * length + index), 0)
     full_end = tl.min(tl.load(table + FULL_END * length + index), 0)
-    # the intervals are inside the sequence already: any bound does that they do not reach
+    # the intervals lie inside the sequence, so the length needs no bound here
     return _align_to_blocks(start, full_start, full_end, end, 2147483647, BLOCK, F)
 
 
 @triton.jit
 def _align_to_blocks(start, full_start, full_end, end, length, BLOCK: tl.constexpr, F: tl.constexpr):
-    """Intervals to multiples of the block, the full part inside the rest."""
+    """Round intervals to multiples of the block: the seen one outwards, the full one inwards and inside the seen one."""
     start = tl.maximum(start, 0) // BLOCK * BLOCK
     end = tl.maximum(tl.minimum(end, length), 0)
-    if F.order > 0:  # ranks may hide a key anywhere
+    if F.order > 0:  # ranks may hide a key anywhere: all blocks are edges
         return start, start, start, end
     full_start = tl.minimum(tl.cdiv(tl.maximum(full_start, 0), BLOCK), tl.cdiv(end, BLOCK)) * BLOCK
     full_start = tl.maximum(full_start, start)
@@ -86,7 +90,7 @@ def _align_to_blocks(start, full_start, full_end, end, length, BLOCK: tl.constex
 
 @triton.jit
 def split_global_prefix(blocks, global_prefix, BLOCK: tl.constexpr):
-    """The blocks of the first `global_prefix` keys, all of them edges, and the others."""
+    """The blocks of the first `global_prefix` keys, all of them edges, and the other blocks without them."""
     start, full_start, full_end, end = blocks
     boundary = tl.cdiv(global_prefix, BLOCK) * BLOCK
     full_start = tl.maximum(full_start, boundary)
@@ -100,7 +104,7 @@ def split_global_prefix(blocks, global_prefix, BLOCK: tl.constexpr):
 
 @triton.jit
 def clip(blocks, first, last):
-    """The part of the blocks in [first, last), which are multiples of the block."""
+    """The part of the blocks in [first, last), multiples of the block: one program's share of split keys."""
     start, full_start, full_end, end = blocks
     full_start = tl.minimum(tl.maximum(full_start, first), last)
     full_end = tl.minimum(tl.maximum(full_end, first), last)
@@ -109,7 +113,10 @@ def clip(blocks, first, last):
 
 @triton.jit
 def walk(blocks, BLOCK: tl.constexpr, EDGES: tl.constexpr):
-    """(first, number, number before the gap, gap) of the blocks of one kind; edges lie on both sides of the full part."""
+    """The path through the blocks of one kind, for `step_to`: (first, number, number before the gap, length of the gap).
+
+    Edges lie on both sides of the full part, which is their gap.
+    """
     start, full_start, full_end, end = blocks
     if EDGES:
         n_left = tl.maximum(full_start - start, 0) // BLOCK
@@ -120,7 +127,7 @@ def walk(blocks, BLOCK: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def step_to(walk, step, BLOCK: tl.constexpr, EDGES: tl.constexpr):
-    """The first index of the block of this step."""
+    """The first index of the block that a step of a path visits."""
     first, _, n_left, gap = walk
     index = first + step * BLOCK
     if EDGES:

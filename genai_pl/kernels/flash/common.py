@@ -1,7 +1,10 @@
-"""What the flash attention kernels share: which blocks to visit, who sees whom in them, scores and dropout.
+"""Device functions and argument types that all flash attention kernels share: loads, products, visibility, scores, dropout.
 
 A query sees keys in one interval almost always, so a block of keys is outside (skipped), full (no mask work) or an edge,
-where every pair is compared as `AttentionMask` words it. Scores live in the log2 domain, where exp2 is one instruction.
+where every pair is compared by the rules of `AttentionMask`. Scores live in the log2 domain, where exp2 is one instruction.
+
+Arguments travel in NamedTuples, which Triton takes apart: sizes and strides are integers that change from call to call, and
+`Features` is a constexpr, so that code for what a call does not use is not compiled.
 """
 
 from dataclasses import dataclass
@@ -22,7 +25,16 @@ PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 
 
 @dataclass(frozen=True)
 class Features:
-    """What one kernel is compiled for: a constexpr, so that what a case does not use costs it nothing."""
+    """The compile-time argument of a kernel: one kernel is compiled for each value.
+
+    D, D_V              dimensions of queries and keys, and of values; BLOCK_D, BLOCK_D_V: the powers of two that hold them
+    causal ... dropout  the rules and options of the call
+    packed              split forward only: rows are all (query head, query) pairs of one key head
+    precision           of products of float32: ieee or tf32
+    carrier             interpreter only: the low precision whose numbers float32 operands hold
+    BLOCK_M, BLOCK_N    queries and keys per block
+    even_m, even_n      BLOCK_M divides T, BLOCK_N divides S: loads need no check
+    """
 
     D: int
     D_V: int
@@ -38,44 +50,55 @@ class Features:
     alibi: bool = False
     softcap: bool = False
     dropout: bool = False
-    packed: bool = False  # rows are all the (query head, query) pairs of one key head
-    precision: str = "ieee"  # of products of float32
-    carrier: str = ""  # interpreter only: the low precision that float32 operands stand for
-    BLOCK_M: int = 0  # queries
-    BLOCK_N: int = 0  # keys
-    even_m: bool = False  # blocks of queries, or of keys, that need no check of the end
+    packed: bool = False
+    precision: str = "ieee"
+    carrier: str = ""
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    even_m: bool = False
     even_n: bool = False
 
     @property
     def tables(self) -> bool:
-        """Whether the blocks to visit are read from tables rather than computed."""
+        """True if the blocks to visit are read from tables instead of computed."""
         return self.prefix or self.segments or self.global_prefix
 
     @property
     def plain(self) -> bool:
-        """Whether a logit is nothing but a scaled product."""
+        """True if a logit is nothing but a scaled product."""
         return not (self.softcap or self.bias or self.alibi)
 
     @property
     def hides(self) -> bool:
+        """True if any rule may hide a key, so that there are edges."""
         return self.causal or self.window or self.tables or self.order > 0
 
 
 class Sizes(NamedTuple):
-    """Integers that change from call to call: B sequences, T queries, S keys, H heads of `rows` queries each."""
+    """Integers that change from call to call.
+
+    T, S, H                 queries, keys, query heads (split and packed: key heads)
+    group                   query heads per key head
+    rows                    rows of a program's head: T, or (query head, query) pairs if packed
+    padded                  rows of the backward pass's buffers
+    window                  in positions, 0 without one
+    query_table, key_table  elements from one batch row's table to the next
+    """
 
     T: int
     S: int
     H: int
-    group: int  # query heads per key head
+    group: int
     rows: int
-    padded: int  # rows of the buffers of the backward pass
+    padded: int
     window: int
-    query_table: int  # strides of the batch in the tables
+    query_table: int
     key_table: int
 
 
 class Scalars(NamedTuple):
+    """Factors of the inner loop, multiplied out before the launch."""
+
     scale: float
     scale_log2: float  # scores to log2 units
     softcap_in: float  # scores to the argument of exp(2 x), in log2 units
@@ -85,7 +108,11 @@ class Scalars(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """Tensors that a case may do without."""
+    """Optional tensors.
+
+    bias (B or 1, H or 1, T, S); alibi (H,) slopes; queries and keys: the mask's tables (`mask_tables.py`); seed (1,) of
+    dropout, a tensor so that no call waits for the device.
+    """
 
     bias: Tensor | None = None
     alibi: Tensor | None = None
@@ -103,6 +130,8 @@ class Strides(NamedTuple):
 
 
 class BiasStrides(NamedTuple):
+    """Elements from one entry of the bias to the next in each of its four dimensions, 0 where it is expanded."""
+
     b: int
     h: int
     t: int
@@ -111,18 +140,19 @@ class BiasStrides(NamedTuple):
 
 @triton.jit
 def base(pointer, b, h, t, stride):
-    """The address of position t of a head; 64-bit, since a batch may pass 2^31 elements."""
+    """The address of position t of a head; in 64 bits, as a batch may pass 2^31 elements."""
     return pointer + b.to(tl.int64) * stride.b + h.to(tl.int64) * stride.h + t.to(tl.int64) * stride.t
 
 
 @triton.jit
 def offsets(stride, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of a tile of LENGTH positions by WIDTH channels from its first element."""
     return tl.arange(0, LENGTH)[:, None] * stride.t + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def load_tile(pointers, t, end, CHECK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows t, zeros from `end` and from column D on."""
+    """A tile whose rows are positions t, with zeros from position `end` (if CHECK) and from channel D on."""
     if D == BLOCK_D:
         if CHECK:
             return tl.load(pointers, mask=(t < end)[:, None], other=0.0)
@@ -135,6 +165,7 @@ def load_tile(pointers, t, end, CHECK: tl.constexpr, D: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def store_tile(pointers, values, t, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write a tile up to position `end` and channel D, in the dtype of its destination."""
     inside = (t < end)[:, None]
     if D != BLOCK_D:
         inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -143,7 +174,7 @@ def store_tile(pointers, values, t, end, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def product(a, b, acc, F: tl.constexpr):
-    """acc + a b with a rounded to the precision of b.
+    """acc + a b, a rounded to the precision of b.
 
     The interpreter multiplies the bit patterns of bfloat16 and truncates instead of rounding. There, operands are float32
     holding values rounded to nearest even: products of two such numbers are exact, as in a tensor core.
@@ -159,6 +190,7 @@ def product(a, b, acc, F: tl.constexpr):
 @triton.jit
 def head_inputs(extras, b, h, bias_stride, sizes, F: tl.constexpr):
     """(bias, slope, seed, row of the dropout counter, prefix, global_prefix) of one head; 0 where the case has none."""
+    # placeholders for what the call does not have: the branches are decided when the kernel is compiled
     bias = 0
     slope = 0.0
     seed = 0
@@ -185,7 +217,7 @@ def table_of(table, b, stride, F: tl.constexpr):
 
 @triton.jit
 def marks(table, index, length, F: tl.constexpr):
-    """(segment, rank) of each index, segment 0 past the end."""
+    """(segment, rank) of each index from a table, segment 0 past the end; the index itself where the mask has none."""
     segment = index
     rank = index
     if F.segments:
@@ -197,11 +229,13 @@ def marks(table, index, length, F: tl.constexpr):
 
 @triton.jit
 def as_column(pair):
+    """Marks of queries, to be compared with those of keys in a row."""
     return pair[0][:, None], pair[1][:, None]
 
 
 @triton.jit
 def as_row(pair):
+    """Marks of keys, to be compared with those of queries in a column."""
     return pair[0][None, :], pair[1][None, :]
 
 
@@ -225,7 +259,10 @@ def visible(i, j, of_query, of_key, head, sizes, F: tl.constexpr):
 
 @triton.jit
 def logits(scores, i, j, head, bias_stride, sizes, scalars, CHECK: tl.constexpr, F: tl.constexpr):
-    """What exp2 is taken of, and the tanh of the softcap, from raw products at queries i and keys j, which broadcast."""
+    """Scores in log2 units, with cap, bias and slope, from products at queries i and keys j, which broadcast; and the cap's tanh.
+
+    CHECK: whether i and j may be past the end, where the bias must not be read. The tanh gives the gradient its slope.
+    """
     ratio = scores
     if F.softcap:
         ratio = 1.0 - 2.0 / (tl.exp2(scores * scalars.softcap_in) + 1.0)
@@ -243,7 +280,10 @@ def logits(scores, i, j, head, bias_stride, sizes, scalars, CHECK: tl.constexpr,
 
 @triton.jit
 def keep(i, j, head, scalars):
-    """Which weights dropout keeps: Philox of (key, query, head), the same whatever the blocks (Salmon et al. 2011)."""
+    """True for weights that dropout keeps, at queries i and keys j: Philox of (key, query, head) (Salmon et al. 2011).
+
+    A counter, not a stream: forward and backward get the same bits, whatever their blocks and order.
+    """
     key, query = tl.broadcast(j.to(tl.uint32), i.to(tl.uint32))
     zero = tl.zeros_like(key)
     bits, _, _, _ = tl.philox(head[2], key, query, zero + head[3].to(tl.uint32), zero, PHILOX_ROUNDS)

@@ -1,4 +1,8 @@
-"""What the compiler is given for a launch, so that kernels can be compiled and measured where there is no GPU."""
+"""Compilation without a GPU: the source, types and constants of a launch as Triton's launcher would give them.
+
+`benchmarks/kernels_static.py` reads registers, spills and shared memory from the result, and slow tests check that every
+kernel compiles for NVIDIA and AMD.
+"""
 
 from typing import Any
 
@@ -10,7 +14,7 @@ from genai_pl.kernels.flash.common import Extras
 from genai_pl.kernels.flash.launch import Launch, backward_launches, forward_launches
 from genai_pl.kernels.flash.problem import Case, Problem
 
-POINTERS = {
+POINTERS = {  # Triton's names of pointer types
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -42,7 +46,10 @@ def source(launch: Launch) -> ASTSource:
 
 
 def _describe(value: Any, path: tuple[int, ...], constants: dict, attributes: dict, *, specialize: bool) -> Any:
-    """The type of an argument; what is known of its value goes into `constants` and `attributes`."""
+    """Triton's type of an argument at a path into the argument list; constants and divisibility go into the dicts.
+
+    specialize: whether the launcher compiles integers of 1, and multiples of 16, apart.
+    """
     if isinstance(value, tuple):  # inside one, the launcher specializes everything
         types = [_describe(x, (*path, n), constants, attributes, specialize=True) for n, x in enumerate(value)]
         return type(value)(*types)

@@ -1,4 +1,8 @@
-"""Block sizes of the flash attention kernels: a fixed table, chosen by what the compiler reports, so never a search."""
+"""Block sizes of the flash attention kernels: fixed tables by architecture, head size and kernel.
+
+Chosen from what the compiler reports (registers, spills, shared memory, programs per multiprocessor), not by a search at run
+time: no call waits for tuning, and every run computes in the same order.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -8,7 +12,7 @@ import triton
 
 
 class Blocks(NamedTuple):
-    """Queries and keys per block, warps per program, and stages of the software pipeline."""
+    """BLOCK_M queries and BLOCK_N keys per block, warps per program, and stages of the software pipeline."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -16,6 +20,7 @@ class Blocks(NamedTuple):
     num_stages: int
 
     def options(self) -> dict[str, Any]:
+        """The compiler's options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -70,7 +75,11 @@ TABLES = {"sm80": SM80, "sm90": SM90, "sm100": SM90}
 
 
 def launch_config(kind: str, head_dim: int, dtype: torch.dtype, arch: str, featured: bool) -> Blocks:
-    """The blocks of one kernel (forward, key_value, query, bias, split) for heads of head_dim, a power of two."""
+    """The blocks of one kernel (forward, key_value, query, bias, split) for heads of head_dim, a power of two.
+
+    arch: from `architecture`; unknown ones get the blocks of a small NVIDIA GPU. featured: whether the inner loop computes
+    more than a causal softmax.
+    """
     table = TABLES.get(arch, SMALL_SHARED)
     if dtype == torch.float32:
         table = FLOAT32
@@ -82,7 +91,7 @@ def launch_config(kind: str, head_dim: int, dtype: torch.dtype, arch: str, featu
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """What the table is keyed by: sm80, sm90, ..., hip or interpreter."""
+    """The key of the tables for a device: sm80, sm90, ..., hip or interpreter."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip:
@@ -93,11 +102,11 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def n_processors(device: torch.device) -> int:
-    """How many programs the device runs at once at least; a small number off a GPU, where nothing runs at once."""
+    """Multiprocessors of the device, each of which runs a program at least; 8 off a GPU, where only tests run."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How float32 is multiplied: exactly, unless torch.set_float32_matmul_precision allows tensor cores to round."""
+    """The precision of float32 products: ieee, or tf32 if torch.set_float32_matmul_precision allows tensor cores to round."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact or not arch.startswith("sm") else "tf32"

@@ -1,4 +1,10 @@
-"""Attention by blocks, forward (Dao 2023, algorithm 1), and the sum of parts of it for short queries (split keys)."""
+"""Forward kernels: attention by blocks (Dao 2023, algorithm 1), and the combination of parts for few queries (split keys).
+
+A program owns one block of queries of one head and walks over blocks of keys. It keeps the softmax's running maximum,
+denominator and numerator (Milakov and Gimelshein 2018), and rescales the last two whenever the maximum grows, so that
+scores never leave the chip. With few queries and many keys there would be too few programs: then keys are split among
+programs, and `combine` adds the parts by their log-sum-exps.
+"""
 
 import triton
 import triton.language as tl
@@ -28,7 +34,11 @@ def forward(
     extras, q_stride, k_stride, v_stride, o_stride, bias_stride, sizes, scalars, split_size,
     SPLIT: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """The output and log-sum-exp of one block of rows; with SPLIT, of `split_size` of its keys, stacked over the batch."""
+    """The output and log-sum-exp of one block of rows; with SPLIT, of `split_size` of its keys, stacked over the batch.
+
+    Program 0 of the grid counts blocks within (row of the batch, head), program 1 the splits.
+    """
+    # which rows, and what they may see
     n_blocks = tl.cdiv(sizes.rows, F.BLOCK_M)
     bh = tl.program_id(0) // n_blocks
     b, h = bh // sizes.H, bh % sizes.H
@@ -42,6 +52,7 @@ def forward(
     if SPLIT:
         blocks = clip(blocks, tl.program_id(1) * split_size, (tl.program_id(1) + 1) * split_size)
 
+    # the running state of the softmax: numerator, denominator, maximum
     q_tile = base(Q, b, h, i0, q_stride) + offsets(q_stride, F.BLOCK_M, F.BLOCK_D)
     q = load_tile(q_tile, row, sizes.rows, not F.even_m, F.D, F.BLOCK_D)
     k_head, v_head = base(K, b, h // sizes.group, b * 0, k_stride), base(V, b, h // sizes.group, b * 0, v_stride)
@@ -50,6 +61,7 @@ def forward(
         tl.zeros([F.BLOCK_M], tl.float32),
         tl.full([F.BLOCK_M], float("-inf"), tl.float32),
     )
+    # keys that all see, then full blocks without a mask, then edges with one
     if F.global_prefix:
         first, blocks = split_global_prefix(blocks, head[5], F.BLOCK_N)
         if SPLIT:
@@ -69,6 +81,7 @@ def forward(
             True, F,
         )  # fmt: skip
 
+    # normalize and write
     acc, total, peak = state
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: zeros, and a log-sum-exp of -inf
     out_b = b
@@ -85,7 +98,7 @@ def _attend(
     state, q, k_head, v_head, i, q_table, k_table, head, blocks, k_stride, v_stride, bias_stride, sizes, scalars,
     EDGES: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """The running (numerator, denominator, maximum) after the full blocks, or after the edges."""
+    """The running (numerator, denominator, maximum) after the full blocks of a walk, or (EDGES) after its edges."""
     acc, total, peak = state
     CHECK: tl.constexpr = EDGES and not F.even_n
     of_query = as_column(marks(q_table, i, sizes.T, F)) if EDGES else 0
@@ -98,6 +111,7 @@ def _attend(
         j = j0 + tl.arange(0, F.BLOCK_N)
         k = load_tile(k_head + j0.to(tl.int64) * k_stride.t + k_tile, j, sizes.S, CHECK, F.D, F.BLOCK_D)
         scores = product(q, tl.trans(k), tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32), F)
+        # weights relative to the new maximum, and the factor of everything before
         if F.plain and not EDGES:
             new_peak = tl.maximum(peak, tl.max(scores, 1) * scalars.scale_log2)
             weights = tl.exp2(scores * scalars.scale_log2 - new_peak[:, None])  # one multiply-add
@@ -111,6 +125,7 @@ def _attend(
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row may have seen nothing yet
             weights = tl.exp2(x - safe[:, None])
             old = tl.exp2(peak - safe)
+        # the denominator counts dropped weights too: dropout comes behind the softmax
         total = total * old + tl.sum(weights, 1)
         if F.dropout:
             weights = tl.where(keep(i[:, None], j[None, :], head, scalars), weights * scalars.keep_scale, 0.0)
@@ -122,13 +137,18 @@ def _attend(
 
 @triton.jit(do_not_specialize=["n_splits"])
 def combine(PARTS, PARTS_LSE, OUT, LSE, o_stride, sizes, n_splits, n_heads, F: tl.constexpr):
-    """The output (B, H, T, D) and log-sum-exp of one (batch row, key head, row) from those of each part of the keys."""
+    """The output (B, H, T, D) and log-sum-exp of one row from those of each split of the keys.
+
+    PARTS (splits, rows, D_V) and PARTS_LSE (splits, rows), rows ordered by batch row, key head, query head and query.
+    """
+    # the largest log-sum-exp of all parts
     row = tl.program_id(0).to(tl.int64)
     n_rows = tl.num_programs(0)
     d = tl.arange(0, F.BLOCK_D_V)
     peak = tl.full([], float("-inf"), tl.float32)
     for split in range(n_splits):
         peak = tl.maximum(peak, tl.load(PARTS_LSE + split * n_rows + row))
+    # parts weighted by their share of the whole denominator
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     acc = tl.zeros([F.BLOCK_D_V], tl.float32)
     total = tl.zeros([], tl.float32)

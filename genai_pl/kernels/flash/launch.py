@@ -1,4 +1,7 @@
-"""Which flash attention kernels run for a case, and the tensors they fill."""
+"""Launches: which flash attention kernels run for a problem, with which grids, and the tensors that they fill.
+
+Launches are data (`Launch`), made before anything runs: tests and benchmarks compile them for GPUs that are not there.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,12 +17,12 @@ from genai_pl.kernels.flash.config import Blocks, architecture, n_processors
 from genai_pl.kernels.flash.forward import combine, forward
 from genai_pl.kernels.flash.problem import Case, Problem
 
-SHORT = 16  # queries for which the keys, not the queries, give the programs their work
+SHORT = 16  # up to so many queries, keys are split among programs instead
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, the programs it runs as, its arguments and the compiler's options."""
+    """One launch of a kernel: its name in reports, the grid of programs, its arguments and the compiler's options."""
 
     name: str
     kernel: Callable
@@ -41,7 +44,10 @@ def forward_launches(p: Problem) -> tuple[list[Launch], Tensor, Tensor]:
 
 
 def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
-    """Few queries, many keys: programs share the keys out, and the query heads of a key head are rows of one block."""
+    """Forward with split keys, for decoding: as many programs as fill the device share a row's keys, and `combine` adds up.
+
+    The query heads of a key head are rows of one block, so that keys and values are read once for all of them.
+    """
     f, q, sizes = p.features, p.q, p.sizes()
     packed = p.H > p.K and not (f.bias or f.alibi or f.dropout)  # those three differ by head
     if packed:
@@ -49,6 +55,7 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
         q = q.reshape(p.B, p.K, sizes.rows, f.D)
     blocks = p.blocks("split")
     blocks = blocks._replace(BLOCK_M=min(64, max(16, triton.next_power_of_2(sizes.rows))))
+    # splits: about two programs per multiprocessor, whole blocks each
     n_programs = triton.cdiv(sizes.rows, blocks.BLOCK_M) * p.B * sizes.H
     n_blocks = triton.cdiv(p.S, blocks.BLOCK_N)
     n_wanted = triton.cdiv(2 * n_processors(p.device), n_programs)
@@ -67,7 +74,7 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
 
 
 class Gradients(NamedTuple):
-    """What the backward pass fills; dk and dv may be parts still to be summed over the query heads of a key head."""
+    """The gradients that the kernels fill; dk and dv may have H heads, to be summed over those that share a key head."""
 
     dq: Tensor
     dk: Tensor
@@ -78,16 +85,21 @@ class Gradients(NamedTuple):
 def backward_launches(
     p: Problem, d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, *, need_bias: bool
 ) -> tuple[list[Launch], Gradients]:
-    """The kernels of the backward pass and the gradients that they fill."""
+    """The kernels of the backward pass, in order, and the gradients that they fill.
+
+    d_o (B, H, T, D_V) and d_lse (B, H, T) or None: gradients of output and log-sum-exp. need_bias: whether the bias gets one.
+    """
+    # row sums first: the others read them
     f, sizes, d_o, o = p.features, p.sizes(), p.operand(d_o), p.operand(o)
     lse2, delta = p.empty(p.B, p.H, sizes.padded), p.empty(p.B, p.H, sizes.padded)
     rows = replace(f, BLOCK_M=32)
     grid = (sizes.padded // rows.BLOCK_M * p.B * p.H,)
-    # the gradient of a sum is one number, expanded: its strides say nothing
+    # the gradient of a sum is one number, expanded: the kernel needs real strides
     d_lse = None if d_lse is None else d_lse.contiguous()
     args = (o, d_o, lse, d_lse, lse2, delta, *_strides(o, d_o), sizes, d_lse is not None, rows)
     launches = [Launch("row_sums", row_sums, grid, args, Blocks(32, 1, 4, 1).options())]
 
+    # keys and values, queries, bias
     inputs, strides = (p.q, p.k, p.v, d_o, lse2, delta), _strides(p.q, p.k, p.v, d_o)
     launch, dk, dv = _key_value_launch(p, sizes, inputs, strides)
     dq = p.output(p.H, p.T, f.D)
@@ -103,9 +115,10 @@ def backward_launches(
 
 
 def _key_value_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -> tuple[Launch, Tensor, Tensor]:
+    """The launch for dK and dV, (B, K, S, ...), or with all H heads where key heads alone are too few programs."""
     blocks = p.blocks("key_value", featured=p.featured or p.H > p.K)
     n_programs = triton.cdiv(p.S, blocks.BLOCK_N) * p.B * p.K
-    # too few key heads to fill the device: a program per query head, and their sum afterwards
+    # too few key heads to fill the device: a program per query head, summed afterwards in float32
     n_heads = p.H // p.K if n_programs >= n_processors(p.device) else 1
     dtype = torch.float32 if n_heads < p.H // p.K else None
     dk, dv = (p.output(p.H // n_heads, p.S, width, dtype) for width in (p.features.D, p.features.D_V))
@@ -116,6 +129,7 @@ def _key_value_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -
 
 
 def _bias_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -> tuple[Launch, Tensor]:
+    """The launch for the gradient of the bias, in float32 in the bias's own shape."""
     blocks = p.blocks("bias")
     n_b, n_h = p.bias_shape[:2]
     d_bias = p.empty(n_b, n_h, p.T, p.S)
@@ -126,7 +140,7 @@ def _bias_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -> tup
 
 
 def run_forward(q: Tensor, k: Tensor, v: Tensor, extras: Extras, case: Case) -> tuple[Tensor, Tensor]:
-    """The output (B, H, T, D) and log-sum-exp (B, H, T)."""
+    """Run the forward pass: output (B, H, T, D_V) in the dtype of q, and log-sum-exp (B, H, T) in float32."""
     launches, o, lse = forward_launches(Problem(q, k, v, extras, case, architecture(q.device)))
     _run(launches, q)
     return o.to(q.dtype), lse
@@ -136,7 +150,7 @@ def run_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None, extras: Extras, case: Case,
     *, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of q, k, v and of the bias, in their dtypes and shapes."""
+    """Run the backward pass: gradients of q, k, v and of the bias, in their dtypes and shapes."""
     p = Problem(q, k, v, extras, case, architecture(q.device))
     launches, (dq, dk, dv, d_bias) = backward_launches(p, d_o, d_lse, o, lse, need_bias=need_bias)
     _run(launches, q)
@@ -148,10 +162,12 @@ def run_backward(
 
 
 def _run(launches: list[Launch], q: Tensor) -> None:
+    """Launch in order, on the device of q."""
     with torch.cuda.device_of(q):  # Triton launches on the current device, which may be another
         for launch in launches:
             launch.kernel[launch.grid](*launch.args, **launch.options)
 
 
 def _strides(*tensors: Tensor) -> tuple[Strides, ...]:
+    """Strides of (B, H, T, D) tensors; the last is 1."""
     return tuple(Strides(*x.stride()[:3]) for x in tensors)

@@ -1,12 +1,17 @@
-"""What the flash attention kernels read of a mask beyond `causal` and `window`: integers per query and per key."""
+"""Mask tables: a mask's documents, prefixes and ranks as integers per query and per key, which the kernels read.
+
+For every query: the interval of keys that it sees at most, the interval that it surely sees, its segment and rank; for every
+key the same of queries. A kernel takes the union and intersection over a block to decide which blocks to visit, and compares
+segments and ranks in edges. Tables are built in a few tensor operations, once per mask, for all layers.
+"""
 
 import torch
 from torch import Tensor
 
 from genai_pl.kernels.mask import AttentionMask
 
-# rows of a table: what lies outside [seen) is hidden, what lies inside [full) is visible as far as order allows;
-# of a query, [seen) leaves out the first GLOBAL_PREFIX keys
+# rows of a table: outside [seen) everything is hidden, inside [full) everything is visible but for `order`; [seen) of a query
+# leaves out the first GLOBAL_PREFIX keys
 SEEN_START, SEEN_END, FULL_START, FULL_END, SEGMENT, RANK, PREFIX, GLOBAL_PREFIX = range(8)
 Interval = tuple[Tensor, Tensor]
 
@@ -14,7 +19,7 @@ Interval = tuple[Tensor, Tensor]
 def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Tables (B or 1, rows, T) of the queries and (B or 1, rows, S) of the keys; None twice for a mask that needs none.
 
-    The row GLOBAL_PREFIX is there only if the mask has such keys.
+    The last row, GLOBAL_PREFIX, is there only if the mask has such keys.
     """
     if mask.prefix is None and mask.segments is None and mask.order is None and mask.global_prefix is None:
         return None, None
@@ -22,16 +27,20 @@ def mask_tables(mask: AttentionMask, T: int, S: int, device: torch.device) -> tu
 
 
 def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both tables, rule by rule: positions, documents, ranks, global prefix."""
+    # by position
     prefix = _length(mask.prefix, S, device)  # (B or 1, 1)
     seen, full = _keys_by_position(mask, prefix, T, S)
     seen_by = full_by = _queries_by_position(mask, prefix, T, S)
     key_segment = query_segment = key_rank = query_rank = torch.zeros_like(prefix)
+    # by document and rank
     if mask.segments is not None:
         key_segment, query_segment = mask.segments, mask.segments_of_queries(T, S)
         seen, full = _meet(seen, full, *_runs(query_segment, key_segment))
         seen_by, full_by = _meet(seen_by, full_by, *_runs(key_segment, query_segment))
     if mask.order is not None:
         key_rank, query_rank = mask.order, mask.order_of_queries(T, S)
+    # keys that are visible whatever the rules above say
     lengths = [prefix]
     if mask.global_prefix is not None:
         global_prefix = _length(mask.global_prefix, S, device)
@@ -42,7 +51,7 @@ def _build(mask: AttentionMask, T: int, S: int, device: torch.device) -> tuple[T
 
 
 def _length(length: int | Tensor | None, S: int, device: torch.device) -> Tensor:
-    """How many of S keys, (B or 1, 1)."""
+    """A length as a tensor (B or 1, 1), at most S; 0 for None."""
     if isinstance(length, Tensor):
         return length.clamp(0, S).view(-1, 1)
     return torch.full((1, 1), max(0, min(length or 0, S)), device=device)  # no copy that a GPU would wait for
@@ -51,7 +60,7 @@ def _length(length: int | Tensor | None, S: int, device: torch.device) -> Tensor
 def _by_all(
     seen_by: Interval, full_by: Interval, mask: AttentionMask, global_prefix: Tensor, T: int, S: int
 ) -> tuple[Interval, Interval]:
-    """The same intervals where the first `global_prefix` keys are seen by all queries, or by all from their own position on."""
+    """The queries of each key, where the first `global_prefix` keys are seen by all queries (causal: from their position on)."""
     key = torch.arange(S, device=global_prefix.device)[None]  # (1, S)
     start = (key - (S - T)).clamp(0, T) if mask.causal else torch.zeros_like(key)
     free = key < global_prefix  # (B or 1, S)
@@ -61,13 +70,13 @@ def _by_all(
 
 
 def _stack(rows: list[Tensor], length: int) -> Tensor:
-    """(B or 1, rows, length) of rows that broadcast to (B, length)."""
+    """A table (B or 1, rows, length) of int32 from rows that broadcast to (B, length)."""
     n = max(row.shape[0] for row in rows)
     return torch.stack([row.to(torch.int32).expand(n, length) for row in rows], dim=1)
 
 
 def _keys_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) -> tuple[Interval, Interval]:
-    """The keys that causal, window and prefix let each query see, and a part of them without a gap, (B or 1, T)."""
+    """The keys that causal, window and prefix show to each query, and a part of them without a gap, intervals (B or 1, T)."""
     query = torch.arange(S - T, S, device=prefix.device)[None]  # (1, T)
     start, end = torch.zeros_like(query), torch.full_like(query, S)
     if mask.window is not None:
@@ -82,7 +91,7 @@ def _keys_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) -> tu
 
 
 def _queries_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) -> Interval:
-    """The queries that see each key as far as causal, window and prefix go, (B or 1, S)."""
+    """The queries to which causal, window and prefix show each key, an interval (B or 1, S)."""
     key = torch.arange(T - S, T, device=prefix.device)[None]  # (1, S): where a query at the key's position stands
     start, end = torch.zeros_like(key), torch.full_like(key, T)
     if mask.window is not None:
@@ -94,7 +103,10 @@ def _queries_by_position(mask: AttentionMask, prefix: Tensor, T: int, S: int) ->
 
 
 def _runs(ids: Tensor, haystack: Tensor) -> tuple[Interval, Interval]:
-    """Of each id, (B, N), the span of its occurrences in haystack, (B, M); twice, the second empty if the span has gaps."""
+    """The span of each id's occurrences in haystack (B, M), ids (B, N); twice, the second empty if the span has gaps.
+
+    By sorting: a span without gaps is as long as the number of occurrences. Id 0 is padding and occurs nowhere.
+    """
     ids, haystack = (x.contiguous() for x in _same_batch(ids, haystack))
     M = haystack.shape[1]
     ordered, index = haystack.sort(stable=True)
@@ -108,12 +120,13 @@ def _runs(ids: Tensor, haystack: Tensor) -> tuple[Interval, Interval]:
 
 
 def _same_batch(a: Tensor, b: Tensor) -> Interval:
+    """Both with the larger batch size; one of them may be 1."""
     n = max(a.shape[0], b.shape[0])
     return a.expand(n, -1), b.expand(n, -1)
 
 
 def _meet(seen: Interval, full: Interval, seen_too: Interval, full_too: Interval) -> tuple[Interval, Interval]:
-    """The intersections of two pairs of intervals."""
+    """The intersections of two seen intervals and of two full ones."""
     (a, b), (c, d) = (
         (torch.maximum(x[0], y[0]), torch.minimum(x[1], y[1])) for x, y in ((seen, seen_too), (full, full_too))
     )

@@ -1,6 +1,7 @@
-"""Flash attention as one differentiable operator: torch.compile, checkpointing, autocast and FLOP counters know it.
+"""Flash attention operator: one differentiable torch operator, known to torch.compile, checkpointing, autocast and FLOP counters.
 
-The kernels are Triton's, which is imported when the first of them runs.
+Operators take tensors and plain numbers, so a mask travels as tables of integers and a `Case` of numbers. Triton is imported
+when the first kernel runs.
 """
 
 import torch
@@ -11,6 +12,7 @@ from genai_pl.kernels.flash.mask_tables import mask_tables
 from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
+# the schema: optional tensors, numbers
 EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
 CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
 CASE += ", bool global_prefix"
@@ -24,9 +26,10 @@ def flash_attention(
     mask: AttentionMask,
     options: ScoreOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """What `reference_attention` gives, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
+    """`reference_attention`, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
 
-    Both are differentiable in q, k, v and bias. A query that sees nothing has a log-sum-exp of -inf.
+    Both are differentiable in q, k, v and bias, so that parts of attention over different keys can be merged. A query that
+    sees no key has a log-sum-exp of -inf. ValueError for slopes that need a gradient.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
     if options.alibi is not None and options.alibi.requires_grad:
@@ -34,8 +37,9 @@ def flash_attention(
     if 0 in (B, T, S):
         return q.new_zeros(B, H, T, v.shape[-1]), q.new_full((B, H, T), float("-inf"), dtype=torch.float32)
     kind = q.device.type
-    if torch.is_autocast_enabled(kind):  # only these: slopes and bias stay exact, and are read once
+    if torch.is_autocast_enabled(kind):  # slopes and bias stay exact: they are read once
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    # the mask as tables and numbers, which an operator can take
     queries, keys = mask_tables(mask, T, S, q.device)
     seed = torch.randint(2**62, (1,), device=q.device) if options.dropout_p > 0.0 else None
     case = (
@@ -53,6 +57,7 @@ def flash_attention(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The operator's kernel: output and log-sum-exp; rest: extras and case in the order of the schema."""
     from genai_pl.kernels.flash.common import Extras
     from genai_pl.kernels.flash.launch import run_forward
     from genai_pl.kernels.flash.problem import Case
@@ -63,6 +68,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Te
 def _backward(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward operator's kernel: gradients of q, k, v and bias (an empty tensor if it needs none)."""
     from genai_pl.kernels.flash.common import Extras
     from genai_pl.kernels.flash.launch import run_backward
     from genai_pl.kernels.flash.problem import Case
@@ -74,24 +80,27 @@ def _backward(
 
 
 def _heads_aside(x: Tensor, width: int | None = None) -> Tensor:
-    """Empty, of this shape, laid out as the kernels lay their outputs."""
+    """An empty (B, H, T, width) in the kernels' layout (B, T, H, width), so that joining heads needs no copy."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D if width is None else width).transpose(1, 2)
 
 
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """Results without numbers, for tracing."""
     return _heads_aside(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_shapes(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients without numbers, for tracing."""
     bias, need_bias = rest[0], rest[-1]
     d_bias = bias.new_empty(bias.shape) if need_bias else q.new_empty(0)
     return _heads_aside(q), _heads_aside(k), _heads_aside(v), d_bias
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep what backward needs: inputs, output and log-sum-exp, from which it computes the weights again."""
     tensors = inputs[: 3 + N_EXTRAS]
     ctx.save_for_backward(*output, *tensors)
     ctx.case = inputs[3 + N_EXTRAS :]
@@ -99,6 +108,7 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, d_o: Tensor | None, d_lse: Tensor | None) -> tuple:
+    """Gradients of every input, None for those that have none."""
     o, lse, q, k, v, *extras = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o
     need_bias = extras[0] is not None and ctx.needs_input_grad[3]
@@ -124,13 +134,13 @@ def _register() -> None:
 
 
 def _forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Two products, as for torch's own attention: what a mask hides is counted too."""
+    """FLOPs of two products, as torch counts its own attention: hidden keys count too."""
     B, H, T, D = q
     return 2 * B * H * T * k[2] * (D + v[3])
 
 
 def _backward_flops(d_o: object, d_lse: object, o: object, lse: object, q, k, v, *_: object, **__: object) -> int:
-    """Five products (the kernels do seven rather than share sums by atomics)."""
+    """FLOPs of five products; the kernels do seven, rather than share sums by atomics."""
     B, H, T, D = q
     return 2 * B * H * T * k[2] * (3 * D + 2 * v[3])
 

@@ -1,4 +1,4 @@
-"""One case of attention as the flash attention kernels see it: features, sizes, strides, and room for results."""
+"""Problem: one call of attention as the kernels see it, with features, sizes, strides and tensors for results."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,12 +11,15 @@ from genai_pl.kernels.flash.common import BiasStrides, Extras, Features, Scalars
 from genai_pl.kernels.flash.config import Blocks, launch_config, precision
 
 CARRIERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634  # scores live in the log2 domain
 ROW_BUFFER = 128  # no block of queries is longer
 
 
 class Case(NamedTuple):
-    """What one call computes, besides its tensors; a window or softcap of 0 is none."""
+    """The numbers of one call, in the order of the operator's schema; a window or softcap of 0 is none.
+
+    prefix, segments, global_prefix: whether the mask has them. order: 0 none, 1 keys of the query's rank or lower, 2 lower.
+    """
 
     causal: bool
     window: int
@@ -30,15 +33,21 @@ class Case(NamedTuple):
 
 
 class Problem:
-    """The arguments that all kernels of one case share."""
+    """The arguments that all kernels of one call share.
+
+    q (B, H, T, D), k (B, K, S, D), v (B, K, S, D_V). extras: optional tensors. arch: a key of `config.TABLES`, "hip" or
+    "interpreter", whose operands are float32 that hold rounded numbers (`common.product`).
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, extras: Extras, case: Case, arch: str) -> None:
         (self.B, self.H, self.T, D), (_, self.K, self.S, D_V) = q.shape, v.shape
         self.dtype, self.device, self.arch, self.case = q.dtype, q.device, arch, case
         self.carrier = CARRIERS.get(q.dtype, "") if arch == "interpreter" else ""
+        # tensors as the kernels read them
         self.q, self.k, self.v = (self.operand(x) for x in (q, k, v))
         self.bias_shape = () if extras.bias is None else (1,) * (4 - extras.bias.dim()) + extras.bias.shape
         self.extras, self.bias_stride = self._prepare(extras)
+        # what they are compiled for
         self.scalars = _scalars(case)
         self.features = Features(
             D=D,
@@ -61,12 +70,12 @@ class Problem:
 
     @property
     def featured(self) -> bool:
-        """Whether an inner loop holds more than products, a causal edge and a softmax."""
+        """True if an inner loop holds more than products, a causal edge and a softmax: it gets smaller blocks."""
         f = self.features
         return f.tables or f.order > 0 or f.dropout or not f.plain
 
     def _prepare(self, extras: Extras) -> tuple[Extras, BiasStrides]:
-        """The extras as the kernels read them: slopes in float32, and the bias seen as (B, H, T, S)."""
+        """The extras as the kernels read them, and the bias's strides: slopes in float32, the bias expanded to (B, H, T, S)."""
         stride = BiasStrides(0, 0, 0, 0)
         if extras.alibi is not None:
             extras = extras._replace(alibi=extras.alibi.float().contiguous())
@@ -77,22 +86,25 @@ class Problem:
         return extras, stride
 
     def operand(self, x: Tensor) -> Tensor:
-        """A matrix as the kernels read it: rows without gaps, and float32 where the interpreter needs that."""
+        """A tensor as the kernels read it: contiguous in its last dimension, and float32 for the interpreter."""
         x = x.float() if self.carrier else x
         return x if x.stride(-1) == 1 else x.contiguous()
 
     def sizes(self) -> Sizes:
+        """Sizes and table strides; rows of the backward pass's buffers are padded so that its blocks need no check."""
         padded = triton.cdiv(self.T, ROW_BUFFER) * ROW_BUFFER
         tables = (_batch_stride(x) for x in (self.extras.queries, self.extras.keys))
         return Sizes(self.T, self.S, self.H, self.H // self.K, self.T, padded, self.case.window, *tables)
 
     def blocks(self, kind: str, featured: bool | None = None) -> Blocks:
+        """Block sizes of one kernel: forward, key_value, query, bias or split."""
         f = self.features
         return launch_config(
             kind, max(f.BLOCK_D, f.BLOCK_D_V), self.dtype, self.arch, self.featured if featured is None else featured
         )
 
     def compiled_for(self, blocks: Blocks) -> Features:
+        """The features with block sizes, and whether they divide T and S, so that loads need no check."""
         even_m, even_n = self.T % blocks.BLOCK_M == 0, self.S % blocks.BLOCK_N == 0
         return replace(self.features, BLOCK_M=blocks.BLOCK_M, BLOCK_N=blocks.BLOCK_N, even_m=even_m, even_n=even_n)
 
@@ -102,14 +114,17 @@ class Problem:
         return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.device).transpose(1, 2)
 
     def empty(self, *shape: int) -> Tensor:
+        """An uninitialized float32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
 def _batch_stride(table: Tensor | None) -> int:
+    """Elements from one row's table to the next, 0 if all rows share it."""
     return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
 def _scalars(case: Case) -> Scalars:
+    """The factors of the inner loop, multiplied out."""
     cap = case.softcap or 1.0
     keep_scale = 1.0 / (1.0 - case.dropout_p) if case.dropout_p < 1.0 else 0.0
     scale = case.scale * LOG2E

@@ -1,4 +1,10 @@
-"""config.json of a Hugging Face folder, in both directions."""
+"""config.json of a Hugging Face folder, in both directions.
+
+Reading: the family of `model_type` maps keys to fields of `ModelConfig`, and refuses what our model does not compute.
+Writing: the first family that can state the configuration exactly is chosen by trying: its config.json must read back as
+a configuration with the same arithmetic. A model that no family can state gets model_type `genai_pl`, which transformers
+does not know.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,17 +21,17 @@ from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.ties import resolve_ties
 
-# keys that are not kept: what is written says its own, and code beside the weights is not written
+# keys that `extra` does not keep: writing sets its own, and code beside the weights is not written
 WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id")
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
 NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
 
 
 def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelConfig, Iterable[Weight]]:
-    """The configuration that a config.json describes, and where its tensors lie; CheckpointError if we cannot.
+    """The configuration that a config.json describes, and its table of weights; CheckpointError if it is not supported.
 
-    `stored` are the tensors beside it, which have a say in ties, poolers and heads; they are compared before anything is
-    built. Without them, config.json alone counts.
+    stored: the tensors beside it, which decide about ties, poolers and heads where config.json is silent or wrong; without
+    them config.json alone counts. Nothing is built before all this agrees: a foreign file may state a million layers.
     """
     values = read_json(file)
     try:
@@ -37,28 +43,29 @@ def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelCon
 
 
 def prefix_of(file: Path) -> str:
-    """What stands before the names of tensors in models with a head, in the family of a config.json."""
+    """The prefix of tensor names in models with a head, of the family of a config.json; empty for other families."""
     kind = read_json(file).get("model_type")
     return next((family.prefix for family in FAMILIES if family.model_type == kind), "")
 
 
 def is_supported(file: Path) -> bool:
-    """Whether a config.json is of a family that our own models can be."""
+    """True if a config.json is of a family that our own models can be."""
     return read_json(file).get("model_type") in {NATIVE, *(family.model_type for family in FAMILIES)}
 
 
 def write_config(
     config: ModelConfig, token_ids: Mapping[str, int | None]
 ) -> tuple[dict[str, object], list[Weight], str]:
-    """What to write in config.json, where to write each tensor, and the name of the class that reads both.
+    """The content of config.json, the table of weights to write, and the name of the class that reads both.
 
-    token_ids (bos_token_id, ...) are the tokenizer's; where it has none, those of the folder it was read from stay.
+    token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer; where one is None, that of the folder that the
+    model was read from stays.
     """
     family = family_of(config)
     given = {key: n for key, n in token_ids.items() if n is not None}
     if family is not None:
         values = _to_family(family, config)
-        # a number that means more than a token is not to be overwritten: RoBERTa counts positions from it
+        # an id that means more than a token must not be overwritten: RoBERTa counts positions from its pad token
         if all(values[key] == n for key, n in given.items() if key in family.keys):
             if config.shape is Shape.encoder_decoder:
                 values = {"decoder_start_token_id": given.get("pad_token_id", 0), **values}
@@ -68,30 +75,31 @@ def write_config(
 
 
 def generation_values(values: Mapping[str, object], token_ids: Mapping[str, int | None]) -> dict[str, object]:
-    """What generation_config.json says beside a config.json of these values: the tokens that begin and end a text."""
+    """The content of generation_config.json beside a config.json of these values: the tokens that begin and end a text."""
     tokens = {key: values.get(key) for key in (*token_ids, "decoder_start_token_id")}
     return {key: value for key, value in tokens.items() if value is not None}
 
 
 def family_of(config: ModelConfig) -> Family | None:
-    """The family it was read from, or the first one whose config.json can say all that it says, or None."""
+    """The family that the model was read from if it still can state it, else the first one that can, or None."""
     own = config.extra.get("model_type")
     ordered = sorted(FAMILIES, key=lambda family: family.model_type != own)
     return next((family for family in ordered if _expresses(family, config)), None)
 
 
 def _expresses(family: Family, config: ModelConfig) -> bool:
+    """True if the family's config.json of this configuration reads back as the same arithmetic."""
     if config.head not in family.architectures or (config.pooler and not family.pooler):
         return False
     try:
         read_back = _from_family(family, _to_family(family, config), None)
-    except (ConfigError, StopIteration):  # what the family cannot say, or a size that it derives otherwise
+    except (ConfigError, StopIteration):  # a field that the family has no key for, or a size that it derives otherwise
         return False
     return _arithmetic(read_back) == _arithmetic(config)
 
 
 def _arithmetic(config: ModelConfig) -> ModelConfig:
-    """The configuration without what does not change the logits of given weights."""
+    """The configuration with every field at a fixed value that does not change the logits of given weights."""
     same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0, "eos_token_ids": ()}
     same |= {"extra": {}, "pooler": False}
     if config.full_every and config.full_every > config.n_layer:
@@ -106,6 +114,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
 
 
 def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, Iterable[Weight]]:
+    """Configuration and table of weights of a config.json of any family; ConfigError for an unknown model_type."""
     kind = values["model_type"]
     if kind == NATIVE:
         config = ModelConfig.from_dict(values["model"])
@@ -122,10 +131,13 @@ def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, It
 
 
 def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> ModelConfig:
+    """The configuration of a config.json of this family; ConfigError that names the key for what is not supported."""
+    # keys that must have one value
     values = {**family.defaults, **_without_synonyms(family, given)}
     for key, needed in {**family.constants, "quantization_config": None, "per_layer_config": None}.items():
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
+    # keys that are one field each, then those that need a codec
     fields = {name: values[key] for name, key in family.fields.items()}
     if type(fields["n_layer"]) is not int or not 0 < fields["n_layer"] <= MAX_LAYERS:  # before anything counts to it
         raise ConfigError(f"{family.fields['n_layer']}={fields['n_layer']!r} is no number from 1 to {MAX_LAYERS:,}")
@@ -138,6 +150,7 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
         fields |= codec.read(values)
     if fields.get("shape") is Shape.encoder and fields.get("window") is not None:
         raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({fields['window']}) is not supported")
+    # head, pooler, and keys that are kept to be written again
     head = family.head_of(values, stored)
     if head is Head.score:
         _check_labels(values)
@@ -145,6 +158,7 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     known = {*family.keys, *WRITTEN} - {family.fields.get("activation")}
     extra = {key: value for key, value in given.items() if key not in known}
     head_bias = family.head_bias and head is not Head.none
+    # a field's error names the key of the file beside it
     try:
         return ModelConfig(
             **{**family.fixed, "head": head, "head_bias": head_bias, **pooler, **fields},
@@ -156,7 +170,7 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
 
 
 def _without_synonyms(family: Family, values: dict) -> dict:
-    """The same with the key in place of each of its other names."""
+    """The values under each key's canonical name; ConfigError where two names of a key differ."""
     values = dict(values)
     for name, key in family.synonyms:
         if name in values:
@@ -167,7 +181,7 @@ def _without_synonyms(family: Family, values: dict) -> dict:
 
 
 def _check_labels(values: dict) -> None:
-    """ConfigError unless there is one label; transformers takes two where config.json is silent."""
+    """ConfigError unless the head has one label; transformers assumes two where config.json is silent."""
     labels = values.get("id2label")
     n = (values.get("num_labels") or 2) if labels is None else len(labels)
     if n != 1:
@@ -175,7 +189,7 @@ def _check_labels(values: dict) -> None:
 
 
 def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
-    """ConfigError where the last block has no tensors, by our names: so that no more are built than there are."""
+    """ConfigError where the last block has no tensor among `names` (in our terms), before as many blocks are built."""
     pairs = {Shape.encoder_decoder: {"encoder.": config.n_layer, "decoder.": config.n_decoder_layer}}
     for part, n in pairs.get(config.shape, {"": 1 if config.share_layers else config.n_layer}).items():
         last = f"{part}blocks.{n - 1}."
@@ -184,6 +198,7 @@ def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
 
 
 def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
+    """The content of config.json under this family; ConfigError from a codec for what the family cannot state."""
     values = {key: getattr(config, name) for name, key in family.fields.items()}
     if "activation" in family.fields:
         key = family.fields["activation"]
@@ -201,14 +216,15 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
 
 
 def _shell(config: ModelConfig) -> torch.nn.Module:
-    """The model without memory for its weights."""
+    """The model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return build_model(config)
 
 
 def _native_table(config: ModelConfig) -> list[Weight]:
+    """The table of weights of model_type genai_pl: every parameter and stored buffer under its own name."""
     model = _shell(config)
     kept = model.state_dict()
     buffers = [name for name, _ in model.named_buffers() if name in kept]
-    names = [name for name, _ in model.named_parameters()]  # what is shared appears once
+    names = [name for name, _ in model.named_parameters()]  # a tied weight appears once
     return [Weight(name, (name,)) for name in names + buffers]

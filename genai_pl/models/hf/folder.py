@@ -1,4 +1,7 @@
-"""The files of a model folder; what cannot be read is a CheckpointError of one line."""
+"""Files of a model folder: JSON and safetensors, whole or sharded; a file that cannot be read is a CheckpointError of one line.
+
+Tensors are read one at a time from mapped files, so that loading needs the memory of the model and one tensor.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,13 +19,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# causal masks, numbers of positions and rotary frequencies, which old files hold
+# buffers in old files that no model reads: causal masks, position numbers, rotary frequencies
 BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq", "token_type_ids")
 PREFIXES = ("transformer.", "model.", "bert.", "roberta.", "albert.")
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file holds."""
+    """The object in a JSON file; CheckpointError if there is no file, no JSON, or no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -35,21 +38,25 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    """Write an object as indented JSON."""
+    """Write an object as indented JSON with sorted keys."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class TensorFiles:
-    """The tensors of a folder by their names in one safetensors file or in the shards of an index, read one at a time."""
+    """The tensors of a folder, by name, in one safetensors file or in the shards of an index, read one at a time.
+
+    folder: where they are. prefix: what names in a model with a head begin with ("transformer."): a file of the headless
+    model leaves it out, and is found under both names. `files`: the path of each tensor by its name in the file.
+    """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self.folder = folder
         self.files = _files_by_tensor(folder)
-        self.read_names: set[str] = set()  # names in the files
+        self.read_names: set[str] = set()  # for `unused`
         self._known: dict[str, str] = {}
         self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         plain = {_renamed(name): name for name in self.files}
-        # a file of the headless model leaves out the prefix that the model with a head puts before its names
+        # a name with and without the prefix is one tensor; a name as it stands comes first
         for name, stored in plain.items() if prefix else ():
             self._known |= {f"{prefix}{name}": stored, name.removeprefix(prefix): stored}
         self._known |= plain
@@ -58,18 +65,18 @@ class TensorFiles:
         return name in self._known
 
     def alias(self, name: str, other: str) -> None:
-        """Read `other` where `name` is asked for."""
+        """Let `name` stand for the tensor `other`."""
         self._known[name] = self._known[other]
 
     def read(self, name: str) -> Tensor:
-        """The tensor; CheckpointError if it is missing."""
+        """The tensor of this name; CheckpointError if it is missing."""
         stored = self._stored(name)
         self.read_names.add(stored)
         with _opened(self.files[stored]) as file:
             return file.get_tensor(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the header of its file; CheckpointError if it is missing."""
+        """The shape of a tensor, from the header of its file; CheckpointError if it is missing."""
         stored = self._stored(name)
         path = self.files[stored]
         if path not in self._shapes:
@@ -80,11 +87,11 @@ class TensorFiles:
         return self._shapes[path][stored]
 
     def dtype(self, name: str) -> torch.dtype:
-        """What it is stored in."""
-        return self.read(name).dtype  # memory of the file itself, of which nothing is touched
+        """The dtype in which a tensor is stored."""
+        return self.read(name).dtype  # the mapped file: no byte of the tensor is read
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
+        """True if two tensors have the same shape and numbers."""
         if self.shape(name) != self.shape(other):
             return False
         first, second = self.read(name), self.read(other)
@@ -92,17 +99,22 @@ class TensorFiles:
         return torch.equal(first.to(dtype), second.to(dtype))
 
     def unused(self) -> list[str]:
-        """Names of tensors that were not asked for, buffers of old files left out."""
+        """Names of tensors that were not read, without the buffers of old files."""
         return [name for name in self.files if name not in self.read_names and not name.endswith(BUFFERS)]
 
     def _stored(self, name: str) -> str:
+        """The name in the file."""
         if name not in self._known:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self._known[name]
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_shard_bytes: int) -> None:
-    """Write one safetensors file, or shards of at most that size with an index; one shard is in memory at a time."""
+    """Write one safetensors file, or shards of at most max_shard_bytes with an index; one shard is in memory at a time.
+
+    tensors: names and tensors in the order of the file, produced as they are written. Names and layout of shards are those
+    of transformers.
+    """
     from safetensors.torch import save_file
 
     shards: list[Path] = []
@@ -111,6 +123,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
     total = size = 0
 
     def flush() -> None:
+        """Write the tensors at hand as a shard."""
         shards.append(folder / f"shard-{len(shards)}.safetensors")
         save_file(shard_tensors, shards[-1], metadata={"format": "pt"})
         shard_tensors.clear()
@@ -122,6 +135,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
         shard_tensors[name], shard_of[name] = tensor, len(shards)
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
+    # names of shards state their number, which is known only now
     if len(shards) == 1:
         shards[0].rename(folder / WEIGHTS)
         return
@@ -133,7 +147,7 @@ def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, max_sh
 
 
 def _renamed(name: str) -> str:
-    """Its name today: old files call those of a norm gamma and beta."""
+    """The name of a tensor today: old files call weight and bias of a norm gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
@@ -152,6 +166,7 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
 
 
 def _shards(folder: Path) -> dict[str, Path]:
+    """The file of each tensor by the index."""
     shards = read_json(folder / INDEX).get("weight_map", {})
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise CheckpointError(f"{folder / INDEX}: weight_map must give the file of each tensor by its name")
@@ -160,6 +175,7 @@ def _shards(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(path: Path) -> "Iterator[safe_open]":
+    """The mapped file; CheckpointError if it is truncated, empty or no safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,10 @@
-"""Our attention as transformers calls it, and masks that are rules instead of tensors."""
+"""Our attention as transformers calls it, with masks that are rules instead of (T, S) tensors.
+
+transformers lets a library register an attention function and a mask function under a name. Ours are called for every
+layer of a model built with that name. Segments of packed rows, the backend and virtual tokens reach the layers as one
+extra keyword (`packing`), which models hand through to attention. An architecture that calls either with arguments that
+we do not compute with is refused, not run wrong.
+"""
 
 from typing import NamedTuple
 
@@ -9,16 +15,16 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, attention
 from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix
 
-NAME = "genai_pl"  # under which transformers knows our attention
-# what some layers hand to every attention, and what their own does not calculate with either
+NAME = "genai_pl"  # of our attention in transformers
+# arguments that some layers pass to every attention function, and that transformers' own ignore too
 INERT = {
-    "is_causal",  # the mask says it
+    "is_causal",  # in the mask
     "sliding_window",  # likewise
     "position_ids",  # already in the queries and keys
     "use_cache",
-    "output_attentions",  # which nobody asks for
+    "output_attentions",  # never requested here
 }
-# of a mask: sizes are those of the queries and keys, and we give ones for the mask of padding
+# arguments of the mask function: sizes repeat those of queries and keys, and our padding mask is all ones
 INERT_IN_MASKS = {
     "batch_size",
     "q_length",
@@ -33,15 +39,15 @@ INERT_IN_MASKS = {
 
 
 class Packing(NamedTuple):
-    """What goes through a model of transformers to each attention beside its own arguments."""
+    """The keyword that passes through a model of transformers to each attention: documents, backend, virtual tokens."""
 
-    segments: Tensor | None  # (B, S)
-    backend: str
+    segments: Tensor | None  # (B, S), 0 is padding; None: each row is one document
+    backend: str  # a name of `kernels.BACKENDS`
     virtual: VirtualPrefix = NO_PREFIX
 
 
 def register() -> None:
-    """Tell transformers about our attention, and about masks that are rules instead of tensors."""
+    """Register our attention and mask functions with transformers, under NAME; safe to repeat."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.utils.logging import disable_progress_bar
 
@@ -59,20 +65,23 @@ def rules(
     kv_length: int = 0,
     **extra: object,
 ) -> AttentionMask | None:
-    """The mask of layers, if it is causal, with or without a window; else None, which `attend` refuses.
+    """The mask of a kind of layer as a rule, if it is causal, with or without a window; else None, which `attend` refuses.
 
-    Some models make masks that no layer is given: not here is one told from the other.
+    mask_function(b, h, query, key) is transformers' own rule, of which only code is known: it is compared with causal and
+    windowed masks at the first, the middle and the last query. None is no error yet, as some models make masks that no
+    layer uses.
     """
     refuse_unknown(config.model_type, "a mask", extra, INERT_IN_MASKS)
     if use_vmap or local_size == 0:
         return None
+    # far enough that a window, a chunk or a global token would show
     far = max(2 * (local_size or 4), kv_length)
     key = torch.arange(far + 1)
     query = torch.tensor([[0], [far // 2], [far]])
     expected = (key <= query) if local_size is None else (key <= query) & (query - key < local_size)
     try:
         is_ours = torch.equal(mask_function(0, 0, query, key).expand_as(expected), expected)
-    except (RuntimeError, IndexError):  # it looks at more than places
+    except (RuntimeError, IndexError):  # a rule that reads more than positions
         is_ours = False
     return AttentionMask(causal=True, window=local_size) if is_ours else None
 
@@ -90,12 +99,16 @@ def attend(
     packing: Packing | None = None,
     **extra: object,
 ) -> tuple[Tensor, None]:
-    """(B, T, H, D), as transformers' attention functions give it; ConfigError for an argument that ours does not take."""
+    """Attention (B, T, H, D) with the signature of transformers' attention functions; ConfigError for unknown arguments.
+
+    q (B, H, T, D), k and v (B, K, S, D). attention_mask: what `rules` gave. scaling, dropout, softcap: as in `attention`.
+    """
     refuse_unknown(type(module).__name__, "attention", extra, INERT)
     if packing is None:
         raise ConfigError(f"{type(module).__name__} does not hand its arguments on to attention")
     if not isinstance(attention_mask, AttentionMask):
         raise ConfigError(f"{type(module).__name__} has masks other than causal ones and windows")
+    # virtual tokens: keys and values before the others, seen by every document
     virtual, window = packing.virtual, attention_mask.window
     if virtual.layers is not None:
         virtual_kv = (
@@ -111,7 +124,7 @@ def attend(
 
 
 def refuse_unknown(architecture: str, to: str, arguments: dict[str, object], known: set[str]) -> None:
-    """ConfigError for an argument with a value that nobody here calculates with."""
+    """ConfigError for an argument with a value that is not `known`: it would change numbers that we do not change."""
     unknown = sorted(name for name, value in arguments.items() if name not in known and value is not None)
     if unknown:
         raise ConfigError(f"{architecture} gives {to} {', '.join(unknown)}, which ours does not take")

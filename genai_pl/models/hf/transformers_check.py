@@ -1,4 +1,9 @@
-"""Whether a model of transformers computes with our attention what it computes with its own."""
+"""Check that a model of transformers computes with our attention what it computes with its own.
+
+Any architecture may be loaded, and none is known to us by name, so a few tokens are run both ways before the first use:
+plain rows, packed documents, padded rows, and rows that continue from a cache that was rewound and reordered. A model that
+differs is refused with the reason, which docs/model_hf.md lists for all families.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +20,16 @@ if TYPE_CHECKING:
 
     from genai_pl.models.hf.transformers_model import WrappedDecoder
 
-N = 8  # tokens of a document: a few, as the model may be large
+N = 8  # tokens of a document: few, as the model may be large
 PAD = 3  # tokens of padding
 TOLERANCE = 1e-3  # of logits, relative to their spread over the vocabulary
 
 
 @torch.no_grad()
 def check(model: "WrappedDecoder", name: str) -> "WrappedDecoder":
-    """The model in evaluation mode, if it computes what it does with transformers' own attention; else ConfigError.
+    """The model in evaluation mode, if our attention gives the logits of transformers' own; else ConfigError.
 
-    Compared are logits of plain, packed and padded rows, and of tokens that follow a cache.
+    name: the folder or hub id, for the error. Comparison is in float32, layer by layer, whatever the model's dtype.
     """
     virtual, model.virtual = model.virtual, None  # transformers does not know them
     try:
@@ -41,14 +46,14 @@ def check(model: "WrappedDecoder", name: str) -> "WrappedDecoder":
 
 
 def refusal(name: str, fault: str) -> ConfigError:
-    """The one line that says why a model is not run."""
+    """The error of one line for a model that does not run here."""
     return ConfigError(
         f"model.name={name}: this architecture does not run here: {fault}; docs/model_hf.md has those that do"
     )
 
 
 def _fault(model: "WrappedDecoder") -> str | None:
-    """What the model does otherwise than with transformers' attention, or None."""
+    """The first difference from transformers' attention, in words, or None."""
     if not isinstance(model.lm_head, nn.Module):
         return "it has no head that makes logits"
     tokens = _tokens(model).view(2, N)
@@ -59,6 +64,7 @@ def _fault(model: "WrappedDecoder") -> str | None:
     actual = model(tokens)
     if _near(actual, expected):
         return _packing_fault(model, tokens, expected) or _cache_fault(model, tokens, expected)
+    # they differ: find out where, for the message
     options = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
     options["packing"] = Packing(None, model.config.attention.value)
     if not _near(model.inner(input_ids=tokens, **options).logits, expected):
@@ -69,7 +75,7 @@ def _fault(model: "WrappedDecoder") -> str | None:
 
 
 def _packing_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
-    """What happens to two documents in a row, and to one behind padding."""
+    """The fault of two documents packed into a row, or of one behind padding, or None; expected: logits of plain rows."""
     documents = torch.tensor([[1] * N + [2] * N], device=tokens.device)
     packed = model(tokens.reshape(1, 2 * N), documents).view_as(expected)
     if not _near(packed, expected):
@@ -82,7 +88,7 @@ def _packing_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) ->
 
 
 def _cache_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
-    """What happens to tokens that follow a cache, from which some are taken again and whose rows change places."""
+    """The fault of tokens that follow a cache, which is rewound by one and whose rows are exchanged, or None."""
     first = N - 2
     rows, segments = _padded(tokens, N)
     new = rows[:, first:]
@@ -99,7 +105,7 @@ def _cache_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> s
 
 
 def _padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Rows (2, length) of which the first stands behind padding, and their segments."""
+    """Rows (2, length), the first shifted right behind PAD tokens of padding, and their segments."""
     rows, segments = tokens.clone(), torch.ones_like(tokens)
     rows[0] = torch.cat([tokens[0, :1].expand(PAD), tokens[0, : length - PAD]])
     segments[0, :PAD] = 0
@@ -107,14 +113,14 @@ def _padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _near(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all tokens' logits (..., V) are those wanted, but for what softmax takes no notice of."""
+    """True if all logits (..., V) are near the expected ones, up to a constant per token, which a softmax ignores."""
     actual, expected = (x - x.mean(dim=-1, keepdim=True) for x in (actual, expected))
     far = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return bool(far.max() <= TOLERANCE)  # no number is not near
+    return bool(far.max() <= TOLERANCE)  # NaN compares as False
 
 
 def _tokens(model: "WrappedDecoder") -> Tensor:
-    """Tokens (2 * N,) from all over the vocabulary, without those that the configuration has a name for."""
+    """Tokens (2 * N,) from all over the vocabulary, without special ones, which some models embed or mask differently."""
     values = [item for config in _configs(model.inner) for item in config.to_dict().items()]
     special = {value for name, value in values if "token" in name and isinstance(value, int)}
     V = model.config.vocab_size
@@ -124,7 +130,7 @@ def _tokens(model: "WrappedDecoder") -> Tensor:
 
 
 def _configs(inner: "PreTrainedModel") -> list["PreTrainedConfig"]:
-    """The configurations that the parts of a model read, each once."""
+    """The configuration objects of all parts of a model, each once."""
     from transformers import PreTrainedConfig
 
     parts = (getattr(module, "config", None) for module in inner.modules())
@@ -133,16 +139,20 @@ def _configs(inner: "PreTrainedModel") -> list["PreTrainedConfig"]:
 
 @contextmanager
 def exact(model: nn.Module) -> Iterator[None]:
-    """Inside, modules calculate with float32 copies of their parameters, each as long as its call: bfloat16 is too coarse
-    to tell another architecture from rounding."""
+    """Inside, modules compute with float32 copies of their parameters, each for the time of its call.
+
+    bfloat16 is too coarse to tell another architecture from rounding, and a float32 copy of the whole model may not fit.
+    """
     original: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
+        """Before a module's call: float32 parameters."""
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 original[parameter], parameter.data = parameter.data, parameter.data.float()
 
     def narrow(module: nn.Module, *_: object) -> None:
+        """After the call, also one that fails: the original parameters."""
         for parameter in module.parameters(recurse=False):
             parameter.data = original.pop(parameter, parameter.data)
 
@@ -157,7 +167,7 @@ def exact(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def their_attention(inner: "PreTrainedModel") -> Iterator[None]:
-    """Inside, transformers computes attention itself."""
+    """Inside, transformers computes attention by its own eager code."""
     configs = _configs(inner)
     before = [config._attn_implementation for config in configs]
     try:

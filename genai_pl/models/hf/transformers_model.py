@@ -1,4 +1,8 @@
-"""Any causal language model of transformers, with our attention in it and the interface of our decoder around it."""
+"""WrappedDecoder: any causal language model of transformers, with our attention inside and our decoder's interface outside.
+
+The way to fine-tune, serve or evaluate an architecture that has no family here (`model=hf`). Layers, weights and files are
+transformers'; packing, backends, caches, virtual tokens and adapters work as with our own decoder.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class WrappedConfig:
-    """What the rest of the code asks of a configuration, read from transformers' own."""
+    """The fields of `ModelConfig` that other folders read, filled from transformers' configuration.
+
+    values: transformers' configuration as a dict, which is what a checkpoint stores. eos_token_ids: each of them ends a
+    text; set where a model is loaded or first trained. The other fields are those of `ModelConfig`, with the values that a
+    wrapped model always has.
+    """
 
     vocab_size: int
     max_seq_len: int
@@ -34,7 +43,7 @@ class WrappedConfig:
     n_kv_head: int
     head_dim: int
     init_std: float
-    values: dict[str, object]  # transformers' configuration
+    values: dict[str, object]
     attention: AttentionBackend = AttentionBackend.auto
     dropout: float = 0.0
     softcap: float | None = None
@@ -46,19 +55,24 @@ class WrappedConfig:
     attention_kind: AttentionKind = AttentionKind.full
     tie_embeddings: bool = False
     writes: bool = True
-    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def embedding_size(self) -> int:
+        """The width of the embeddings, that of the layers."""
         return self.n_embd
 
     def to_dict(self) -> dict[str, object]:
-        """What a checkpoint stores."""
+        """The content of a checkpoint's model entry; the key `wrapped` tells it from a `ModelConfig`."""
         return {"wrapped": self.values, "eos_token_ids": list(self.eos_token_ids)}
 
 
 class WrappedDecoder(nn.Module):
-    """A decoder whose layers are transformers'; segment ids reach our attention as an argument of every layer."""
+    """A decoder whose layers are transformers'; segment ids reach our attention as an argument of every layer.
+
+    inner: the model of transformers, built with our attention (`NAME`). attention: the backend. Parameters are named
+    `inner.*`. RuntimeError, TypeError or AttributeError where the configuration does not state the sizes of a decoder.
+    """
 
     feature_methods = ("features",)
 
@@ -68,6 +82,7 @@ class WrappedDecoder(nn.Module):
         self.transform, self.embed_proj = nn.Identity(), nn.Identity()
         self.virtual: VirtualTokens | None = None
         self.max_length, self.embed_scale, values = None, None, inner.config.get_text_config(decoder=True)
+        # families name sizes differently; these are the names that most have
         self.config = WrappedConfig(
             vocab_size=inner.get_input_embeddings().weight.shape[0],
             max_seq_len=values.max_position_embeddings,
@@ -84,12 +99,12 @@ class WrappedDecoder(nn.Module):
 
     @property
     def embed(self) -> nn.Embedding:
-        """The embedding of the tokens."""
+        """The token embedding."""
         return self.inner.get_input_embeddings()
 
     @property
     def lm_head(self) -> nn.Linear:
-        """The layer that makes logits."""
+        """The linear layer that gives logits."""
         return self.inner.get_output_embeddings()
 
     @property
@@ -104,7 +119,11 @@ class WrappedDecoder(nn.Module):
     def features(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: WrappedCache | None = None
     ) -> Tensor:
-        """Hidden states (B, T, C) before the head; with a cache, the T tokens follow what it holds, and it advances."""
+        """Hidden states (B, T, C) before the head; with a cache, the T tokens follow those that it holds, and it advances.
+
+        segment_ids (B, T): 0 is padding, 1.. the documents of a packed row; None: each row is one document.
+        """
+        # segments and positions of all tokens, as in `Decoder.features`
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
         virtual = self._virtual_prefix(enters=past == 0)
@@ -115,6 +134,7 @@ class WrappedDecoder(nn.Module):
         else:
             positions = positions_from_segments(segment_ids)
         segments, positions = virtual.prepend_positions(segment_ids, positions, explicit=False)
+        # through transformers' layers
         x = virtual.prepend(self.embed(input_ids))
         n_keys = past + T + (0 if virtual.layers is not None else virtual.n)
         hidden = self.inner.base_model(
@@ -131,12 +151,12 @@ class WrappedDecoder(nn.Module):
         return hidden[:, virtual.n_queries :]
 
     def _virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
-        """The virtual tokens: embeddings enter once, keys and values are given again, as transformers' cache has only its own."""
+        """The virtual tokens of this call: embeddings enter once, keys and values every time (transformers' cache lacks them)."""
         virtual = virtual_prefix(self.virtual, enters=True)
         return virtual if enters else virtual._replace(embeddings=None)
 
     def to_head(self, hidden: Tensor) -> Tensor:
-        """What `lm_head` multiplies."""
+        """The input of `lm_head`: hidden states as they are."""
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -146,20 +166,24 @@ class WrappedDecoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def tie_weights(self) -> None:
-        """As transformers ties them."""
+        """Tie weights as transformers does."""
         self.inner.tie_weights()
 
     def new_cache(self, batch_size: int, max_length: int) -> WrappedCache:
-        """An empty cache."""
+        """An empty cache; transformers' grows, whatever the batch size."""
         return WrappedCache(max_length)
 
 
 def load_wrapped(
     name: str, *, dtype: torch.dtype = torch.float32, attention: AttentionBackend = AttentionBackend.auto
 ) -> WrappedDecoder:
-    """The causal language model of a Hugging Face folder or hub id, in evaluation mode."""
+    """The causal language model of a Hugging Face folder or hub id, checked against transformers, in evaluation mode.
+
+    CheckpointError for files that cannot be read, ConfigError for an architecture that does not run with our attention.
+    """
     from transformers import AutoModelForCausalLM
 
+    # read the files
     register()
     try:
         inner, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -171,16 +195,13 @@ def load_wrapped(
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
-    if loading_info["missing_keys"]:  # transformers would draw them
+    if loading_info["missing_keys"]:  # transformers would initialize them at random
         raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
+    # find the sizes that other folders ask for, and compare with transformers
     try:
         model = WrappedDecoder(inner.eval(), attention=attention)
-    except (
-        AttributeError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # RuntimeError: a size that every layer has for itself
+    # a RuntimeError is a size that every layer has for itself
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = f"its configuration does not give the sizes of a decoder ({str(error).partition('. ')[0]})"
         raise refusal(name, reason) from None
     return check(model, name)
@@ -192,12 +213,14 @@ def build_wrapped(
     *,
     attention: AttentionBackend = AttentionBackend.auto,
 ) -> WrappedDecoder:
-    """The same from a configuration as `WrappedConfig.to_dict` stores it, with weights still to be loaded.
+    """A wrapped model with new weights, from the configuration in a checkpoint (`values`).
 
-    ConfigError where it is no configuration, or asks for more memory than weights that are `stored` with it bear out.
+    stored: the checkpoint's weights, which bound the memory that the configuration may ask for. ConfigError for a
+    configuration that transformers does not build, or that is larger than them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # without memory first: the configuration may come from anyone
     register()
     try:
         config = AutoConfig.for_model(**values)
@@ -215,6 +238,6 @@ def build_wrapped(
 
 
 def save_wrapped(model: WrappedDecoder, folder: Path) -> str:
-    """Write the folder as transformers does; returns the name of the class that reads it."""
+    """Write the model's folder as transformers does; returns the name of the class that reads it."""
     model.inner.save_pretrained(folder)
     return type(model.inner).__name__

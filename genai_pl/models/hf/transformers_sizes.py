@@ -1,4 +1,8 @@
-"""How much memory the configuration of a model of transformers may ask for: what the weights stored with it bear out."""
+"""Bounds on the memory that a stored configuration may ask for: the size of the weights stored beside it.
+
+A checkpoint may come from anyone. Without these bounds a file of a kilobyte could state a billion layers, and loading it
+would take all memory, or hours.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,13 +11,13 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 
-MOST_REPEATED = 1000  # layers or experts that a few tensors may stand for
-SLACK = 2**28  # bytes of buffers, and of weights that are stored once and used twice
+MOST_REPEATED = 1000  # layers or experts that few tensors may hold: some models stack experts in one
+SLACK = 2**28  # bytes for buffers, and for weights that are stored once and used twice
 REPEATED = re.compile(r"layer|expert|block|depth|stage")
 
 
 def check_counts(values: Mapping[object, object], n_stored: int) -> None:
-    """ConfigError for more layers or experts than there are tensors: even without memory, each costs time."""
+    """ConfigError for more layers or experts than n_stored tensors: on the meta device too, each costs time."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             check_counts(value, n_stored)
@@ -22,11 +26,13 @@ def check_counts(values: Mapping[object, object], n_stored: int) -> None:
 
 
 def check_sizes(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """ConfigError for a model, on the meta device, that needs more memory than the stored weights and some slack."""
+    """ConfigError for a model on the meta device that needs more than four times the stored bytes, plus SLACK."""
     needed = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     storages = [x.untyped_storage() for x in stored.values() if not x.is_meta]
-    stored_bytes = {storage.data_ptr(): storage.nbytes() for storage in storages}  # which a view may claim more of
-    capacity = sum(size * 4 for size in stored_bytes.values())  # of weights in a byte each, or less
+    stored_bytes = {
+        storage.data_ptr(): storage.nbytes() for storage in storages
+    }  # not the shapes: a view may exceed its memory
+    capacity = sum(size * 4 for size in stored_bytes.values())  # weights stored in a byte each become float32
     if needed > capacity + SLACK:
         raise ConfigError(
             f"its configuration needs {needed:,} bytes, and the checkpoint has {sum(stored_bytes.values()):,}"

@@ -1,4 +1,8 @@
-"""Weights in and out: a Hugging Face folder becomes our model, our model becomes a Hugging Face folder."""
+"""Weights: a Hugging Face folder becomes our model, and our model becomes a Hugging Face folder.
+
+Loading assigns, it does not copy: the model is built on the meta device and gets each tensor of the file as a parameter, so
+that the peak of memory is the model plus one tensor. All names and shapes are compared before the first tensor is read.
+"""
 
 import logging
 import operator
@@ -30,21 +34,23 @@ def load_pretrained(
     attention: AttentionBackend = AttentionBackend.auto,
     dropout: float = 0.0,
 ) -> Model:
-    """The model in evaluation mode that a Hugging Face folder holds; CheckpointError if it cannot be read.
+    """The model of a Hugging Face folder, in evaluation mode; CheckpointError if it cannot be read.
 
-    dtype: None leaves each tensor in the one it is stored in. attention and dropout are how it is to be run, which the
-    folder does not say.
+    dtype: that of all weights; None keeps the stored one of each tensor. attention, dropout: how the model runs, which a
+    folder does not state.
     """
+    # the configuration and the table of its weights, compared with the headers of the files
     stored = TensorFiles(folder, prefix_of(folder / "config.json"))
     config, rows = read_config(folder / "config.json", stored)
     config = replace(_with_start(config, folder), attention=attention, dropout=dropout)
     table = []
-    for row in rows:  # the first that is missing is told before more are built than there are
+    for row in rows:  # a missing tensor is an error here, before a model of a million layers is built
         stored.shape(row.hf_name)
         table.append(row)
     model = _without_memory(config, folder)
     for row in table:
         _check_shape(model, row, stored.shape(row.hf_name), folder)
+    # the weights, one tensor at a time
     for row in table:
         tensor = stored.read(row.hf_name)
         _assign(model, row, tensor if dtype is None else tensor.to(dtype))
@@ -54,7 +60,7 @@ def load_pretrained(
 
 
 def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """What the tensors of a folder are stored in, by our names of them."""
+    """The dtype in which a folder stores each tensor, by our names."""
     stored = TensorFiles(folder, prefix_of(folder / "config.json"))
     _, rows = read_config(folder / "config.json", stored)
     return {name: stored.dtype(row.hf_name) for row in rows for name in row.names}
@@ -68,10 +74,11 @@ def save_pretrained(
     generation: dict[str, object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
-    """Write config.json, generation_config.json and model.safetensors; returns the name of the class that reads them.
+    """Write config.json, generation_config.json and the weights; returns the name of the class that reads them.
 
-    token_ids: bos_token_id, eos_token_id, pad_token_id; generation: what generation_config.json says, by default the
-    same. A folder that must appear whole is written by `write_atomic`.
+    token_ids: bos_token_id, eos_token_id, pad_token_id of the tokenizer. generation: the content of
+    generation_config.json, by default the token ids. max_shard_bytes: a larger model is written in shards with an index.
+    The folder is not atomic: a caller that needs that uses `write_atomic`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if generation is None:
@@ -91,7 +98,7 @@ def save_pretrained(
 
 
 def _with_start(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The same with what a decoder begins with, where generation_config.json alone says it."""
+    """The configuration with decoder_start_token_id from generation_config.json, where config.json has none (newer T5)."""
     file = folder / "generation_config.json"
     start = read_json(file).get(START) if config.shape is Shape.encoder_decoder and file.is_file() else None
     if start is None or start == config.decoder_start_token_id:
@@ -104,15 +111,16 @@ def _with_start(config: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def _without_memory(config: ModelConfig, folder: Path) -> Model:
+    """The model on the meta device."""
     try:
-        with torch.device("meta"):  # weights are drawn and stored nowhere: one tensor at a time is in memory twice
+        with torch.device("meta"):  # no weight is drawn or stored
             return build_model(config)
     except (ConfigError, RuntimeError) as error:  # a tensor of more bytes than can be counted
         raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
 
 
 def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path) -> None:
-    """CheckpointError if a tensor of theirs has another shape than the configuration asks for."""
+    """CheckpointError if a stored tensor has another shape than our tensors, joined and in the folder's layout."""
     parts = [operator.attrgetter(name)(model) for name in row.names]
     expected = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
     if shape != expected:
@@ -122,6 +130,7 @@ def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path
 
 
 def _warn_of_unused(stored: TensorFiles) -> None:
+    """Log the tensors of the folder that the model has no place for."""
     names = stored.unused()
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -129,17 +138,19 @@ def _warn_of_unused(stored: TensorFiles) -> None:
 
 
 def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
-    """Put one tensor of theirs where ours are."""
+    """Make one stored tensor the parameters that it holds: GPT-2's c_attn is q, k and v."""
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in row.names]
     leaves = [name.rpartition(".")[2] for name in row.names]
     before = [getattr(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True)]
     rows = [len(old) for old in before]
     for owner, leaf, old, part in zip(owners, leaves, before, row.from_hf(tensor).split(rows), strict=True):
-        part = part.clone() if len(rows) > 1 else part  # a part must not keep the whole alive, nor share its memory
+        part = part.clone() if len(rows) > 1 else part  # a view would keep the whole tensor alive
         setattr(owner, leaf, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
 def _to_hf(state: dict[str, Tensor], row: Weight) -> Tensor:
-    """The tensor of theirs that holds these of ours."""
+    """The tensor of a row as the folder stores it, joined from ours."""
     parts = [state[name].detach().cpu() for name in row.names]
-    return row.to_hf(parts[0] if len(parts) == 1 else torch.cat(parts)).clone()  # one of ours may be two of theirs
+    return row.to_hf(
+        parts[0] if len(parts) == 1 else torch.cat(parts)
+    ).clone()  # safetensors refuses two names of one memory

@@ -1,1 +1,1 @@
-"""ONNX graphs of models: export, quantization, and decoders run by ONNX Runtime."""
+"""ONNX: graphs of our models, their quantization to 8 bits, and decoding with ONNX Runtime."""

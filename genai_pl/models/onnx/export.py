@@ -1,4 +1,8 @@
-"""A model as ONNX graphs with batches and lengths of any size, and the same with weights in 8 bits."""
+"""ONNX export: a model as one graph, or two for an encoder-decoder, with dynamic batch size and lengths.
+
+A graph is a function of tensors: a decoder takes the past keys and values and returns the longer ones, under the names of
+transformers and Optimum, so that other runtimes can decode with it.
+"""
 
 import logging
 import warnings
@@ -17,12 +21,12 @@ from genai_pl.models.onnx.graphs import DecoderGraph, DecoderWithSourceGraph, Pl
 
 MODEL, ENCODER, DECODER = "model.onnx", "encoder.onnx", "decoder.onnx"
 BATCH, LENGTH, PAST, TOTAL, SOURCE = "batch", "length", "past", "total", "source"
-# sizes of the example: all differ, and none is 0 or 1, which the exporter would take for constants
+# sizes of the example inputs: all differ, and none is 0 or 1, which the exporter would make constants
 B, T, P, S = 2, 3, 5, 7
 
 
 def write_graphs(model: Model, folder: Path) -> list[Path]:
-    """Write model.onnx, or encoder.onnx and decoder.onnx, into an existing folder; returns their paths."""
+    """Write model.onnx, or encoder.onnx and decoder.onnx, into an existing folder; their paths, or ConfigError."""
     check_exportable(model)
     model = model.eval()
     if model.config.shape is Shape.encoder_decoder:
@@ -37,14 +41,17 @@ def write_graphs(model: Model, folder: Path) -> list[Path]:
 def write_description(
     model: Model, folder: Path, *, token_ids: dict[str, int | None], generation: dict[str, object] | None = None
 ) -> None:
-    """Write the config.json and generation_config.json that a Hugging Face folder of the model has."""
+    """Write config.json and generation_config.json as in a Hugging Face folder of the model.
+
+    token_ids, generation: as in `save_pretrained`.
+    """
     values, _, _ = write_config(model.config, token_ids)
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **(generation or {})})
 
 
 def check_exportable(model: nn.Module) -> None:
-    """ConfigError for what has no graph."""
+    """ConfigError for models that are not exported: of other libraries, approximate attention, virtual tokens."""
     if not isinstance(model, Model):
         raise ConfigError("format=onnx writes our own families; optimum exports this one")
     if model.config.attention_kind is not AttentionKind.full:
@@ -56,28 +63,28 @@ def check_exportable(model: nn.Module) -> None:
         raise ConfigError("format=onnx: prompt and prefix tuning cannot be merged into weights: use another adapter")
 
 
-Inputs = dict[str, tuple[Tensor | list[Tensor], object]]  # by argument: an example, and the names of its axes
-Graph = tuple[nn.Module, Inputs, list[str]]
+Inputs = dict[str, tuple[Tensor | list[Tensor], object]]  # argument -> example, names of its dynamic axes
+Graph = tuple[nn.Module, Inputs, list[str]]  # module, inputs, names of outputs
 
 
 def past_names(n_layer: int) -> list[str]:
-    """What the graph calls the keys and values that it takes."""
+    """Names of the inputs for past keys and values, layer by layer."""
     return [f"past_key_values.{n}.{kind}" for n in range(n_layer) for kind in ("key", "value")]
 
 
 def present_names(n_layer: int) -> list[str]:
-    """What it calls those that it gives."""
+    """Names of the outputs for past and new keys and values."""
     return [f"present.{n}.{kind}" for n in range(n_layer) for kind in ("key", "value")]
 
 
 def source_names(n_layer: int) -> list[str]:
-    """What the keys and values of an encoder's text are called."""
+    """Names of the keys and values of a source, outputs of the encoder and inputs of the decoder."""
     return [f"source.{n}.{kind}" for n in range(n_layer) for kind in ("key", "value")]
 
 
 def _decoder_graph(model: nn.Module) -> Graph:
     n = model.config.n_layer
-    inputs = {**_text(P + T, TOTAL), "past": _held(model, n, P, PAST)}
+    inputs = {**_text(P + T, TOTAL), "past": _example_cache(model, n, P, PAST)}
     return DecoderGraph(model), inputs, ["logits", *present_names(n)]
 
 
@@ -90,8 +97,8 @@ def _reader_graph(model: nn.Module) -> Graph:
     inputs = {
         **_text(P + T, TOTAL),
         "encoder_attention_mask": (_ones(S), {0: BATCH, 1: SOURCE}),
-        "past": _held(model, n, P, PAST),
-        "source": _held(model, n, S, SOURCE),
+        "past": _example_cache(model, n, P, PAST),
+        "source": _example_cache(model, n, S, SOURCE),
     }
     return DecoderWithSourceGraph(model), inputs, ["logits", *present_names(n)]
 
@@ -106,13 +113,15 @@ def _plain_graph(model: nn.Module) -> Graph:
 
 
 def _text(n_seen: int, axis: str) -> Inputs:
+    """Example tokens (B, T) and a mask (B, n_seen) whose length is the dynamic `axis`."""
     return {
         "input_ids": (torch.zeros_like(_ones(T)), {0: BATCH, 1: LENGTH}),
         "attention_mask": (_ones(n_seen), {0: BATCH, 1: axis}),
     }
 
 
-def _held(model: nn.Module, n_layer: int, length: int, axis: str) -> tuple[list[Tensor], object]:
+def _example_cache(model: nn.Module, n_layer: int, length: int, axis: str) -> tuple[list[Tensor], object]:
+    """Example keys and values (B, K, length, D) of all layers, with their axes."""
     size = (B, model.config.n_kv_head, length, model.config.head_dim)
     dtype = model.embed.weight.dtype
     return [torch.zeros(size, dtype=dtype) for _ in range(2 * n_layer)], [{0: BATCH, 2: axis}] * (2 * n_layer)
@@ -123,7 +132,7 @@ def _ones(length: int) -> Tensor:
 
 
 def _names(inputs: Inputs) -> list[str]:
-    """One name for each tensor."""
+    """The name of each input tensor, lists written out."""
     names = {"past": past_names, "source": source_names}
     return [
         name for key, (given, _) in inputs.items() for name in (names[key](len(given) // 2) if key in names else [key])
@@ -131,6 +140,7 @@ def _names(inputs: Inputs) -> list[str]:
 
 
 def _write(graph: nn.Module, inputs: Inputs, outputs: Sequence[str], path: Path) -> None:
+    """Trace a graph with its example inputs and write it; weights above 2 GB go into a file beside it."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own, about torch

@@ -1,4 +1,4 @@
-"""Our models as functions of tensors alone, the cache among them, which is what an ONNX graph can be.
+"""Graphs: our models as functions of tensors alone, with the cache as inputs and outputs, which ONNX can express.
 
 Names are those of transformers and Optimum: `attention_mask` is 1 where there is a token, (B, P + T) for P past tokens.
 """
@@ -16,7 +16,10 @@ from genai_pl.models.encoder_decoder import EncoderDecoder
 
 
 class Past:
-    """The keys and values that a call is given, (B, K, P, D) by layer, and those that it leaves; a cache for attention."""
+    """A cache for one call, with the interface that attention needs: it takes past keys and values and holds the longer ones.
+
+    past: key and value (B, K, P, D) of each layer in turn. source: those of an encoder's output, for cross attention.
+    """
 
     def __init__(self, past: Sequence[Tensor], source: Sequence[Tensor] = ()) -> None:
         self.tensors = list(past)  # key and value of each layer in turn
@@ -30,7 +33,7 @@ class Past:
 
 
 class DecoderGraph(nn.Module):
-    """Logits (B, T, V) and all keys and values, of tokens that follow those whose keys and values are given."""
+    """Logits (B, T, V) of tokens that follow P past ones, and the keys and values of all of them."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class DecoderGraph(nn.Module):
 
 
 class SourceGraph(nn.Module):
-    """An encoder's hidden states (B, S, C) and the keys and values that each layer of the decoder makes of them."""
+    """An encoder's hidden states (B, S, C), and the keys and values that each layer of the decoder makes of them, once."""
 
     def __init__(self, model: EncoderDecoder) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class SourceGraph(nn.Module):
 
 
 class DecoderWithSourceGraph(nn.Module):
-    """As `DecoderGraph`, of a decoder that also attends to the keys and values of a source."""
+    """`DecoderGraph` of a decoder that also attends to the keys and values of a source."""
 
     def __init__(self, model: EncoderDecoder) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class DecoderWithSourceGraph(nn.Module):
 
 
 class PlainGraph(nn.Module):
-    """Without a cache: hidden states (B, T, C); with a head also its logits (B, T, V), or of a reward model (B, 1) alone."""
+    """A model without cache: logits (B, T, V) if it has a head, and hidden states (B, T, C); or scores (B, 1) alone."""
 
     def __init__(self, model: Encoder | Decoder) -> None:
         super().__init__()
@@ -93,18 +96,26 @@ class PlainGraph(nn.Module):
 
 
 def hidden_states(
-    model: Encoder | Decoder, input_ids: Tensor, attention_mask: Tensor, *, types: Tensor | None = None, **given: object
+    model: Encoder | Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    types: Tensor | None = None,
+    **inputs: object,
 ) -> Tensor:
-    """Hidden states (B, T, C) of the last T tokens of the mask; those of padding are finite and mean nothing."""
+    """Hidden states (B, T, C) of the last T tokens of the mask (B, P + T); those of padding are finite and mean nothing.
+
+    types (B, T): token types of an encoder. inputs: `cache` and `encoded_mask`, for `forward_blocks`.
+    """
     T = input_ids.shape[1]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, P + T)
     x = model.embed_inputs(input_ids, positions[..., -T:], types)
     # padding is a document of its own: an ONNX softmax of a query that sees nothing is NaN, which spreads
-    return model.forward_blocks(x, positions, 2 - attention_mask, **given)
+    return model.forward_blocks(x, positions, 2 - attention_mask, **inputs)
 
 
 def _read_at(hidden: Tensor, attention_mask: Tensor, *, first: bool) -> Tensor:
-    """The hidden state (B, C) of the first or the last token."""
+    """The hidden state (B, C) of the first or the last token that the mask shows."""
     token_positions = torch.arange(attention_mask.shape[1], device=hidden.device)
     ranks = attention_mask * (token_positions.flip(0) if first else token_positions) + attention_mask
     index = ranks.argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])

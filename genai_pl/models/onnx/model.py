@@ -1,4 +1,8 @@
-"""A folder of ONNX graphs with the interface of our decoders, run by ONNX Runtime: decoding and serving see no difference."""
+"""ONNX models: a folder of graphs, run by ONNX Runtime, with the interface of our decoders.
+
+Decoding and serving call `features`, `logits` and `new_cache` and see no difference. The graph computes on the CPU; tensors
+go in and out without a copy where they are there already.
+"""
 
 import hashlib
 from copy import copy
@@ -19,20 +23,24 @@ if TYPE_CHECKING:
 
 
 class OnnxCache:
-    """The keys and values of the past as the graph gave them, with the interface of `KVCache`."""
+    """Past keys and values as the graph returned them, with the interface of `KVCache`.
+
+    max_length: tokens that a row may have. past: key and value (B, K, P, D) of each layer in turn, of length 0 at first.
+    `mask` (B, P) is 0 where padding is.
+    """
 
     def __init__(self, batch_size: int, max_length: int, past: list[Tensor]) -> None:
         self.max_length, self.length = max_length, 0
-        self.past = past  # key and value (B, K, P, D) of each layer in turn
-        self.mask = torch.ones(batch_size, 0, dtype=torch.long)  # (B, P), 0 where padding is
+        self.past = past
+        self.mask = torch.ones(batch_size, 0, dtype=torch.long)
 
     @property
     def n_text(self) -> int:
-        """Tokens that it holds."""
+        """Tokens that the cache holds."""
         return self.length
 
     def seen(self, segment_ids: Tensor | None, n_new: int) -> Tensor:
-        """The mask (B, P + T) with new tokens; those without ids are like the last ones before them."""
+        """The mask (B, P + T) with n_new tokens, which count as text or padding like the last ones if no ids are given."""
         if self.length + n_new > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")
         if segment_ids is None:
@@ -40,7 +48,7 @@ class OnnxCache:
         return torch.cat([self.mask, segment_ids.cpu().long().expand(-1, n_new)], dim=1)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Reorder, repeat or drop rows of the batch, (B',) indices."""
+        """Reorder, repeat or drop rows of the batch: row i of the result was row rows[i], (B',) indices."""
         rows = rows.cpu()
         self.past = [tensor[rows] for tensor in self.past]
         self.mask = self.mask[rows]
@@ -48,24 +56,28 @@ class OnnxCache:
     reorder = keep_rows
 
     def rewind(self, n: int) -> None:
-        """Forget the last n tokens; fewer than it has."""
+        """Forget the last n tokens, fewer than the cache holds."""
         self.length -= n
         self.past = [tensor[:, :, : self.length].contiguous() for tensor in self.past]
         self.mask = self.mask[:, : self.length]
 
 
 class OnnxDecoder(nn.Module):
-    """`features` are logits already; rows are one text each, padded on the left where segment_ids is 0."""
+    """A decoder graph. `features` are logits already; rows are one text each, padded on the left where segment_ids is 0.
+
+    config: sizes, from the folder. session: ONNX Runtime on the graph. digest: bytes that tell models apart, for caches of
+    answers. `source`: for an encoder-decoder, the inputs that stay the same while decoding, one row each.
+    """
 
     def __init__(self, config: ModelConfig, session: "InferenceSession", digest: bytes = b"") -> None:
         super().__init__()
         self.config, self.session = config, session
-        self.embed = nn.Embedding(config.vocab_size, 0)  # the graph has the weights: this says where tokens are
-        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))  # what tells models apart
+        self.embed = nn.Embedding(config.vocab_size, 0)  # no weights: its device is that of the tokens
+        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
         self.names = past_names(config.n_decoder_layer or config.n_layer)
         types = {node.name: node.type for node in session.get_inputs()}
         self.dtype = torch.float16 if types[self.names[0]] == "tensor(float16)" else torch.float32
-        self.source: dict[str, Tensor] = {}  # what else the graph reads, of each row
+        self.source: dict[str, Tensor] = {}  # further inputs of the graph, one row each
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Logits (B, T, V)."""
@@ -74,7 +86,7 @@ class OnnxDecoder(nn.Module):
     def features(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, *, cache: OnnxCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) in float32 of tokens that follow those in the cache, which advances."""
+        """Logits (B, T, V) in float32 of T tokens that follow those in the cache, which advances."""
         B, T = input_ids.shape
         cache = self.new_cache(B, T) if cache is None else cache
         mask = cache.seen(segment_ids, T)
@@ -85,23 +97,23 @@ class OnnxDecoder(nn.Module):
         return logits.float().to(input_ids.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What `features` gave."""
+        """The argument: `features` gives logits already."""
         return hidden
 
     def new_cache(self, batch_size: int, max_length: int) -> OnnxCache:
-        """An empty cache."""
+        """An empty cache for max_length tokens a row."""
         size = (batch_size, self.config.n_kv_head, 0, self.config.head_dim)
         return OnnxCache(batch_size, max_length, [torch.zeros(size, dtype=self.dtype) for _ in self.names])
 
     def keep_rows(self, rows: Tensor) -> "OnnxDecoder":
-        """The same decoder with sources reordered, repeated or dropped, (B',) indices."""
+        """The same decoder with row rows[i] of the sources at i, (B',) indices."""
         reordered = copy(self)
         reordered.source = {name: tensor[rows.cpu()] for name, tensor in self.source.items()}
         return reordered
 
 
 class OnnxEncoderDecoder(nn.Module):
-    """An encoder's graph, and a decoder's that reads what it makes of a text."""
+    """Two graphs: an encoder, and a decoder that attends to its output."""
 
     def __init__(self, encoder: "InferenceSession", decoder: OnnxDecoder) -> None:
         super().__init__()
@@ -109,11 +121,11 @@ class OnnxEncoderDecoder(nn.Module):
 
     @property
     def embed(self) -> nn.Embedding:
-        """The decoder's."""
+        """The decoder's token embedding, without weights."""
         return self.decoder.embed
 
     def encode_source(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> OnnxDecoder:
-        """The decoder with one source (B, S), to decode from as from a decoder alone."""
+        """The decoder bound to a source (B, S), to be decoded from like a decoder alone; segment 0 is padding."""
         mask = torch.ones_like(input_ids) if segment_ids is None else segment_ids.long()
         _, *source_tensors = run(self.encoder, {"input_ids": input_ids.cpu(), "attention_mask": mask.cpu()})
         names = source_names(self.config.n_decoder_layer)
@@ -123,19 +135,19 @@ class OnnxEncoderDecoder(nn.Module):
 
 
 def run(session: "InferenceSession", inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What a graph gives, which shares memory with nobody."""
+    """The outputs of a graph, in memory of their own."""
     arrays = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return [torch.from_numpy(array) for array in arrays]
 
 
 def is_onnx(folder: Path) -> bool:
-    """Whether a folder holds graphs that `load_onnx` reads, and no weights of torch."""
+    """True if a folder holds graphs that `load_onnx` reads, and no weights of torch."""
     names = (MODEL, DECODER)
     return any((folder / name).is_file() for name in names) and not any(folder.glob("*.safetensors*"))
 
 
 def load_onnx(folder: Path) -> OnnxDecoder | OnnxEncoderDecoder:
-    """The model of a folder; CheckpointError if it has no cache to decode with."""
+    """The model of a folder, in evaluation mode; CheckpointError for a model that does not generate text."""
     config, _ = read_config(folder / "config.json")
     if not config.writes:
         raise CheckpointError(f"{folder}: an ONNX model that writes no text; run {MODEL} with onnxruntime")
@@ -149,7 +161,7 @@ def load_onnx(folder: Path) -> OnnxDecoder | OnnxEncoderDecoder:
 
 
 def open_session(file: Path) -> "InferenceSession":
-    """ONNX Runtime on a graph, with as many threads as torch has."""
+    """ONNX Runtime on a graph, on the CPU with as many threads as torch; CheckpointError for a broken file."""
     try:
         import onnxruntime
     except ImportError:
@@ -159,5 +171,5 @@ def open_session(file: Path) -> "InferenceSession":
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own kinds have no common base
+    except Exception as error:  # ONNX Runtime's errors have no common base
         raise CheckpointError(f"{file}: ONNX Runtime refuses it ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""ONNX graphs with matrices in 8 bits, and what that costs."""
+"""ONNX quantization: matrices of a graph in 8 bits, and what that costs in accuracy."""
 
 import logging
 from pathlib import Path
@@ -9,17 +9,20 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-SEEN = 64  # tokens that the comparison reads
+SEEN = 64  # tokens of the comparison
 BLOCK = 32  # weights of a row that share a scale
 
 
 class Cost(NamedTuple):
-    """The bytes of a graph before and after, and how far its first output moved on random input."""
+    """The bytes of a graph before and after, and how far its first output moved on random input.
+
+    mean: of the absolute difference. scale: the standard deviation of the output before.
+    """
 
     before: int
     after: int
-    mean: float  # of the absolute difference
-    scale: float  # the standard deviation of the output
+    mean: float
+    scale: float
 
     def __str__(self) -> str:
         share = self.mean / self.scale if self.scale else 0.0
@@ -27,9 +30,10 @@ class Cost(NamedTuple):
 
 
 def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
-    """Put 8-bit weights in the place of a graph's matrices; the inputs of products are rounded as they come, by blocks too.
+    """Replace a graph's matrices by 8-bit ones, in its file; inputs of products are rounded when they come, by blocks too.
 
-    One scale for a whole input, as quantize_dynamic has, loses a language model: few of its channels are far above all others.
+    vocab_size, max_seq_len: bounds of the random tokens of the comparison. One scale for a whole input, as quantize_dynamic
+    has, breaks a language model: a few of its channels are far larger than all others.
     """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -37,6 +41,7 @@ def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(
         logging.WARNING
     )  # a line for each node
+    # outputs before, quantization, outputs after
     n = min(SEEN, max_seq_len)
     exact, before = first_output(file, vocab_size, n), _size(file)
     model = onnx.load(file)
@@ -51,7 +56,7 @@ def quantize_graph(file: Path, *, vocab_size: int, max_seq_len: int) -> Cost:
 
 
 def fold_transposes(model: "ModelProto") -> None:
-    """Store the weights that the graph transposes as it needs them: only a constant can be quantized."""
+    """Store weights in the orientation that the graph needs, and drop its Transpose nodes: only a constant can be quantized."""
     from onnx import numpy_helper
 
     graph = model.graph
@@ -67,12 +72,13 @@ def fold_transposes(model: "ModelProto") -> None:
 
 
 def first_output(file: Path, vocab_size: int, n: int) -> np.ndarray:
-    """What a graph says of n random tokens after no others."""
+    """The first output of a graph for n random tokens (one row, no past)."""
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
     options.log_severity_level = 3
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    # inputs of the graph's own shapes and types: random tokens and source states, masks of ones
     rng = np.random.default_rng(0)
     inputs = {}
     for node in session.get_inputs():
@@ -88,7 +94,7 @@ def first_output(file: Path, vocab_size: int, n: int) -> np.ndarray:
 
 
 def _parts(file: Path) -> list[Path]:
-    """The graph and the weights that are beside it."""
+    """The files of a graph: itself, and weights beside it."""
     return [file, *file.parent.glob(f"{file.name}.*")]
 
 

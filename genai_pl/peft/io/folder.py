@@ -1,4 +1,8 @@
-"""Adapter folders: PEFT's layout, written and read; adapter_config.json and adapter_model.safetensors, never code."""
+"""Adapter folders: adapter_config.json and adapter_model.safetensors in PEFT's layout; data only, never code.
+
+Each format has a writer and a reader. PEFT's options cannot express all of genai_pl's, so the metadata of the safetensors file
+holds those too; a folder that PEFT wrote has none, and its options are inferred from its config and tensors.
+"""
 
 import json
 import logging
@@ -28,26 +32,29 @@ from genai_pl.plugins import ADVICE
 
 log = logging.getLogger(__name__)
 
-XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # in transformers no layers, which alone PEFT wraps
+XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # bare parameters in transformers, while PEFT wraps layers
 WEIGHTS = "adapter_model.safetensors"
-OPTIONS = "genai_pl"  # the key of the weights' metadata that holds our options, which PEFT's cannot all say
+OPTIONS = "genai_pl"  # key of the metadata with our options
 
 
 class Format(NamedTuple):
-    """How adapters of a kind are written and read."""
+    """The two directions of a file format.
+
+    write: (model, adapter) -> AdapterFile. read: (model, AdapterFile) -> the model with the adapter.
+    """
 
     write: Callable[[nn.Module, Adapter], AdapterFile]
     read: Callable[[nn.Module, AdapterFile], nn.Module]
 
 
 class Method(NamedTuple):
-    """How an adapter is made, and which kind of file holds it."""
+    """A PEFT method. make: function from a model to the model with an adapter. kind: key of `FORMATS` of its files."""
 
     make: Callable[..., nn.Module]
     kind: str
 
 
-FORMATS = {  # by PEFT's name of the kind
+FORMATS = {  # by peft_type in adapter_config.json
     "LORA": Format(write_lora, read_lora),
     "IA3": Format(write_ia3, read_ia3),
     "BOTTLENECK": Format(write_own, partial(read_own, method=bottleneck)),
@@ -55,7 +62,7 @@ FORMATS = {  # by PEFT's name of the kind
     "PROMPT_TUNING": Format(write_prompt, read_prompt),
     "PREFIX_TUNING": Format(write_prefix, read_prefix),
 }
-METHODS = {  # what a checkpoint may ask for: the function, and PEFT's name of its kind
+METHODS = {  # by Adapter.method, as checkpoints store it
     "lora": Method(lora, "LORA"),
     "dora": Method(lora, "LORA"),
     "ia3": Method(ia3, "IA3"),
@@ -67,14 +74,16 @@ METHODS = {  # what a checkpoint may ask for: the function, and PEFT's name of i
 
 
 def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter | None = None) -> None:
-    """Write an adapter, by default the one that is trained, so that PEFT and `load_adapter` read it.
+    """Write an adapter so that PEFT and `load_adapter` can read it; each file is replaced atomically.
 
-    base: the folder or hub id of the model without adapters.
+    base: folder or hub id of the model without adapters, recorded in the config.
+    adapter: the one to write; None for the one that is trained, or the only one.
     """
     from safetensors.torch import save_file
 
     adapter = _trained_adapter(model) if adapter is None else adapter
     file = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
+    # warn about the one case that PEFT reads in part only
     attention = sorted({name for name in file.config.get("target_modules") or () if name in XLNET_PARAMETERS})
     if attention and getattr(model.config, "position", None) is Position.xl:
         log.warning(
@@ -82,6 +91,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
             "this adapter whole (peft.target_modules=[up_proj,down_proj] suits both)",
             ", ".join(attention),
         )
+    # weights first: a folder counts as an adapter once it has the config
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in file.tensors.items()}
     metadata = {"format": "pt", OPTIONS: json.dumps(file.options)}
     config = {**file.config, "base_model_name_or_path": base}
@@ -90,7 +100,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapter of a folder around its layers, ours or PEFT's; CheckpointError if it cannot be."""
+    """The model with the adapter of a folder, PEFT's or of genai_pl; CheckpointError names the folder and the reason."""
     try:
         config = read_json(folder / ADAPTER)
         kind = str(config.get("peft_type"))
@@ -104,6 +114,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _trained_adapter(model: nn.Module) -> Adapter:
+    """The adapter with trainable parameters, else the only one; ConfigError if that leaves a choice."""
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     trained = [layer.adapter for layer in layers if any(_is_trained(name, p) for name, p in layer.named_parameters())]
     candidates = {id(adapter): adapter for adapter in trained} or {id(a): a for a in adapters_of(model)}
@@ -117,6 +128,7 @@ def _is_trained(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _read_file(path: Path, config: dict[str, object]) -> AdapterFile:
+    """The tensors and our options, beside the config; CheckpointError for a missing or damaged file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():

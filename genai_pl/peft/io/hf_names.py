@@ -1,4 +1,8 @@
-"""What transformers calls the modules that adapters wrap, by the weight tables of the families."""
+"""Hugging Face module names: the modules that adapters wrap, as transformers calls them.
+
+The weight tables of the model families (models/hf/families) map tensor names; a module's name is that of its weight without
+".weight". One module there may be several here: GPT-2's c_attn is q_proj, k_proj and v_proj.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,22 +17,26 @@ from genai_pl.models.hf.families import Weight
 from genai_pl.models.hf.folder import PREFIXES
 from genai_pl.peft.targets import ModuleSite, module_sites
 
-PREFIX = "base_model.model."  # of every name in an adapter's file
-# T5's embedding has a module per stack, and each is wrapped by itself
+PREFIX = "base_model.model."  # before every tensor name in an adapter file
+# T5's shared embedding is a module of each stack, and PEFT wraps each of them
 SHARED = {"shared": ("encoder.embed_tokens", "decoder.embed_tokens")}
-HF_ONLY = ("pooler.dense",)  # in models of transformers, not in ours
+HF_ONLY = ("pooler.dense",)  # module names that exist in transformers only; suffixes must not match them
 
 
 class HFModule(NamedTuple):
-    """A module of theirs and the places of ours that it stands for, joined along the output."""
+    """A module of transformers and the sites here that it stands for.
+
+    name: in transformers. parts: sites, whose outputs are joined in this order. weights: rows of the family's table for its
+    weight and bias. transposed: True for GPT-2's Conv1D, whose weight is (in, out).
+    """
 
     name: str
     parts: tuple[ModuleSite, ...]
-    weights: tuple[Weight, ...]  # its tensors
+    weights: tuple[Weight, ...]
     transposed: bool
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """A tensor over the outputs, one per part."""
+        """A tensor over the joined outputs (dim 0), split into one per part; CheckpointError if the sizes do not add up."""
         sizes = [site.inner.weight.shape[0] for site in self.parts]
         if tensor.shape[0] != sum(sizes):
             raise CheckpointError(f"{self.name} has {sum(sizes)} outputs here, in the file {tensor.shape[0]}")
@@ -36,17 +44,18 @@ class HFModule(NamedTuple):
 
 
 def hf_modules(model: nn.Module) -> list[HFModule]:
-    """Every module with weights under its name in transformers; our own where no class of transformers is the model."""
+    """Every module with weights, under its name in transformers; under its own if no class of transformers is this model."""
     places = {name: site for site in module_sites(model) if site.parameters for name in site.names}
     rows = {row.hf_name: row for row in _table(model, places)}
     modules: list[HFModule] = []
+    # a row of the table is a module if it maps to weights of known sites
     for row in rows.values():
         owners = [name.rpartition(".")[0] for name in row.names]
         if not all(name.endswith(".weight") for name in row.names) or any(owner not in places for owner in owners):
             continue
         name, _, kind = row.hf_name.rpartition(".")
         parts = tuple(places[owner] for owner in owners)
-        if kind != "weight":  # a bare parameter of theirs, which PEFT cannot wrap
+        if kind != "weight":  # a bare parameter in transformers, which PEFT cannot wrap
             modules += [_native_module(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
         weights = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]
@@ -55,31 +64,39 @@ def hf_modules(model: nn.Module) -> list[HFModule]:
 
 
 def lookup(modules: Iterable[HFModule], name: str) -> HFModule | None:
-    """The module of that name, whether or not the prefix of a model with a head stands before it."""
+    """The module called `name`, with or without the prefix that a model with a head puts before its body."""
     by_name = {module.name: module for module in modules}
     plain = [name, *(name.removeprefix(prefix) for prefix in PREFIXES), *(prefix + name for prefix in PREFIXES)]
     return next((by_name[key] for key in plain if key in by_name), None)
 
 
 def shortest_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The shortest ends of the chosen names that are no ends of the others."""
+    """For each chosen name its shortest suffix, in whole components, that is no suffix of any other name.
+
+    These are what target_modules holds, so that PEFT wraps the chosen modules and no others.
+
+    >>> shortest_suffixes(["h.0.attn.c_proj"], ["h.0.mlp.c_proj"])
+    ['attn.c_proj']
+    """
     avoid = {end for name in (*others, *HF_ONLY) for end in _ends(name)}
     return list(dict.fromkeys(next((e for e in _ends(name) if e not in avoid), name) for name in chosen))
 
 
 def _native_module(name: str, site: ModuleSite) -> HFModule:
+    """A site under its own name, for what is a bare parameter in transformers."""
     return HFModule(
         name, (site,), tuple(Weight(f"{name}.{kind}", (f"{name}.{kind}",)) for kind in site.parameters), False
     )
 
 
 def _ends(name: str) -> list[str]:
-    """Whole words from the right: c, b.c, a.b.c."""
+    """Suffixes in whole components, shortest first: c, b.c, a.b.c."""
     words = name.split(".")
     return [".".join(words[-n:]) for n in range(1, len(words) + 1)]
 
 
 def _table(model: nn.Module, places: dict[str, ModuleSite]) -> list[Weight]:
+    """The family's weight table for this model; of names as they are where there is no family."""
     if isinstance(model, WrappedDecoder):
         ours = [f"{name}.{kind}" for name, site in places.items() for kind in site.parameters]
         return [Weight(name.removeprefix("inner."), (name,)) for name in ours]
@@ -89,5 +106,5 @@ def _table(model: nn.Module, places: dict[str, ModuleSite]) -> list[Weight]:
         return [
             Weight(f"{name}.{kind}", (f"{name}.{kind}",)) for name, site in first.items() for kind in site.parameters
         ]
-    # a tied head has no row of its own, but may be trained apart
+    # a tied head has no row in the table, but an adapter may train a copy of it
     return family.table(replace(model.config, tie_embeddings=False))

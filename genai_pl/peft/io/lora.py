@@ -1,4 +1,8 @@
-"""LoRA and DoRA as PEFT writes them; a layer of theirs may stand for several of ours, as GPT-2's c_attn does."""
+"""LoRA and DoRA files: several layers here may be one module in transformers, as q, k and v are in GPT-2's c_attn.
+
+Written jointly: the parts' A are stacked, their B form a block-diagonal matrix, so B A is the parts' changes stacked. PEFT's
+own adapter on c_attn has one A that all parts share; it is read into parts with equal A.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +29,18 @@ KINDS = (A, B, MAGNITUDE, "weight", "bias")
 
 
 def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
-    """The adapter in PEFT's layout: `c_attn` for q, k and v gets their A stacked and their B on a diagonal of blocks."""
+    """The adapter in PEFT's layout, PiSSA as plain LoRA of twice the rank."""
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, Size] = {}
-    whole: list[HFModule] = []
+    saved_modules: list[HFModule] = []
     options = as_plain_lora(adapter.options)
     modules = hf_modules(model)
+    # factors of adapted modules, and tensors of fully trained ones
     for module in modules:
         layers = [layer_of(site, adapter) for site in module.parts]
         kind = layer_type(module, layers)
         if kind is TrainedCopy:
-            whole.append(module)
+            saved_modules.append(module)
             tensors |= {
                 f"{PREFIX}{module.name}.{name}": value for name, value in saved_module_tensors(module, layers).items()
             }
@@ -43,22 +48,25 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
             scaling, factors = _join_factors(module, layers)
             tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in factors.items()}
             sizes[module.name] = size_of(scaling, factors[A].shape[0], rslora=options["rslora"])
+    # the config follows from the tensors: rank and alpha per module, and suffixes that select just these modules
     transposed = any(module.transposed for module in modules if module.name in sizes)
     config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
-    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in whole] or None}
+    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in saved_modules] or None}
     return AdapterFile(config, tensors, options)
 
 
 def read_lora(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the adapter around it, ours or one that PEFT has written."""
+    """The model with the adapter of a file that genai_pl or PEFT wrote."""
     check_config(file.config)
     modules = hf_modules(model)
     tensors = TensorReader(file, modules, KINDS)
+    # options from the metadata, or inferred from PEFT's config and the shapes of its tensors
     for names in SHARED.values():
         tensors.check_equal(names, "weight")
     ours = file.options is not None
     options = file.options if ours else _options(file.config, modules, tensors)
     adapter = make(model, lora, options)
+    # the sites have changed: their modules are wrapped now
     for module in hf_modules(model):
         layers = [layer_of(site, adapter) for site in module.parts]
         if any(isinstance(layer, LoRALinear) for layer in layers):
@@ -71,7 +79,10 @@ def read_lora(model: nn.Module, file: AdapterFile) -> nn.Module:
 
 @torch.no_grad()
 def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[float, dict[str, Tensor]]:
-    """Its scaling, and A, B and magnitude of a module of theirs; parts without an adapter get rows of zeros."""
+    """Scaling, and A, B and DoRA magnitude of one module of transformers; parts without an adapter get rows of zeros.
+
+    One module has one scaling: those of other parts are multiplied into their B.
+    """
     present = [layer for layer in layers if layer is not None]
     scaling = present[0].scaling
     blocks, magnitudes = [], []
@@ -90,7 +101,11 @@ def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[fl
 
 
 def _fill_factors(module: HFModule, layers: list[LoRALinear | None], tensors: TensorReader, *, blocks: bool) -> None:
-    """Give each part its rows of B, and all of A or, where A is stacked, its rows and B's columns."""
+    """Copy A, B and magnitude of one module into its parts.
+
+    blocks: True where A is stacked and B block-diagonal, as `write_lora` makes them: a part takes its rows of A and its block of
+    B. False for PEFT's: each part takes all of A and its rows of B.
+    """
     a, b = tensors.pop(module.name, A), tensors.pop(module.name, B)
     present = [layer for layer in layers if layer is not None]
     ranks = [layer.rank if layer else 0 for layer in layers]
@@ -99,6 +114,7 @@ def _fill_factors(module: HFModule, layers: list[LoRALinear | None], tensors: Te
         magnitudes = module.split(tensors.pop(module.name, MAGNITUDE))
     if blocks and a.shape[0] != sum(ranks):
         raise CheckpointError(f"{module.name} has rank {a.shape[0]} in the file, {sum(ranks)} by its options")
+    # part by part: rows of B always, columns of B and rows of A if they are blocks
     first = 0
     for layer, part, rank, magnitude in zip(layers, module.split(b), ranks, magnitudes, strict=True):
         columns = slice(first, first + rank) if blocks else slice(None)
@@ -112,11 +128,11 @@ def _fill_factors(module: HFModule, layers: list[LoRALinear | None], tensors: Te
 
 
 def _options(config: dict[str, object], modules: list[HFModule], tensors: TensorReader) -> dict[str, object]:
-    """The options with which our LoRA has the layers of a file that PEFT wrote."""
+    """The options under which our LoRA has just the layers of a file that PEFT wrote."""
     ours: dict[str, Size] = {}
     for module in tensors.of(modules, A):
         size = size_in(config, tensors.names[Key(module.name, A)], tensors.peek(module.name, A).shape[0])
         ours |= {site.names[0]: size for site in module.parts}
-    whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
+    saved_modules = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
     every = [site.names[0] for module in modules for site in module.parts]
-    return options_of(config, ours, whole, every)
+    return options_of(config, ours, saved_modules, every)

@@ -1,4 +1,4 @@
-"""The options of LoRA as PEFT's configuration says them, in both directions."""
+"""LoRA options in adapter_config.json, in both directions."""
 
 import math
 import re
@@ -11,22 +11,22 @@ from genai_pl.peft.io.tensors import check_neutral
 
 UNDERSTOOD = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    # without effect where what they belong to is off
+    # keys of features that are off
     "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "ensure_weight_tying",
 )  # fmt: skip
-# initial values that leave the base what it was, so that the file alone says what the adapter does
+# initializations that leave the base unchanged, so that the file describes the adapter completely
 KEEPING_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Size(NamedTuple):
-    """Rank and alpha of a layer."""
+    """Rank and alpha of one layer."""
 
     rank: int
     alpha: float
 
 
 def check_config(config: dict[str, object]) -> None:
-    """CheckpointError for a configuration that asks for more than our LoRA does."""
+    """CheckpointError for a config with features that our LoRA lacks, or without rank and alpha."""
     check_neutral(config, UNDERSTOOD)
     init = config.get("init_lora_weights")
     if init not in KEEPING_BASE:
@@ -39,13 +39,13 @@ def check_config(config: dict[str, object]) -> None:
 
 
 def size_of(scaling: float, rank: int, *, rslora: bool) -> Size:
-    """The alpha that makes this scaling of this rank."""
+    """Rank and the alpha that gives this scaling; a whole number where rounding errors allow."""
     alpha = scaling * (math.sqrt(rank) if rslora else rank)
     return Size(rank, round(alpha) if math.isclose(alpha, round(alpha)) else alpha)
 
 
 def to_config(options: dict[str, object], sizes: dict[str, Size], names: list[str]) -> dict[str, object]:
-    """PEFT's keys for an adapter of these sizes by module, of all the names that modules have."""
+    """PEFT's keys for layers of these sizes, {module name: size}, among all module names of the model."""
     common = Size(options["rank"], options["alpha"])
     patterns = {key: _pattern({n: s[i] for n, s in sizes.items()}, common[i]) for i, key in enumerate(Size._fields)}
     return {
@@ -63,7 +63,7 @@ def to_config(options: dict[str, object], sizes: dict[str, Size], names: list[st
 
 
 def size_in(config: dict[str, object], tensor: str, rank: int) -> Size:
-    """Rank and alpha of the layer whose A has this name and rank."""
+    """Rank and alpha of the layer whose A is called `tensor`; alpha_pattern holds regular expressions for ends of names."""
     name = tensor.removeprefix(PREFIX).removesuffix(".lora_A.weight")
     pattern = config.get("alpha_pattern") or {}
     alphas = (alpha for key, alpha in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name))
@@ -71,9 +71,9 @@ def size_in(config: dict[str, object], tensor: str, rank: int) -> Size:
 
 
 def options_of(
-    config: dict[str, object], sizes: dict[str, Size], whole: list[str], names: Iterable[str]
+    config: dict[str, object], sizes: dict[str, Size], saved_modules: list[str], names: Iterable[str]
 ) -> dict[str, object]:
-    """Our options for layers of these sizes by their names in our model, and layers that are trained whole."""
+    """Our options for layers of these sizes and fully trained layers `saved_modules`; `names` are all of the model."""
     if not sizes:
         raise CheckpointError("no layer of LoRA in it")
     names = list(names)
@@ -87,12 +87,17 @@ def options_of(
         "target_modules": shortest_suffixes(sizes, [name for name in names if name not in sizes]),
         "rank_pattern": _pattern({name: size.rank for name, size in sizes.items()}, rank),
         "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items()}, alpha),
-        "modules_to_save": shortest_suffixes(whole, [name for name in names if name not in whole]) or None,
+        "modules_to_save": shortest_suffixes(saved_modules, [name for name in names if name not in saved_modules])
+        or None,
     }
 
 
 def as_plain_lora(options: dict[str, object]) -> dict[str, object]:
-    """The options of the adapter as it is written: PiSSA becomes LoRA of twice the rank beside an unchanged base."""
+    """The options of the adapter as it is written.
+
+    PiSSA subtracts its initial factors, which is LoRA of twice the rank beside an unchanged base; alpha grows with it, so that
+    the scaling stays the same (by sqrt(2) for rsLoRA).
+    """
     if options["init"] != "pissa":
         return options
     grow = math.sqrt(2) if options["rslora"] else 2
@@ -106,7 +111,7 @@ def as_plain_lora(options: dict[str, object]) -> dict[str, object]:
 
 
 def _pattern(values: dict[str, float], common: float) -> dict[str, float]:
-    """{end of a name: value} for those that are not common."""
+    """{shortest suffix: value} for the names whose value is not the common one."""
     pattern = {}
     for value in sorted(set(values.values()) - {common}):
         others = [name for name in values if values[name] != value]

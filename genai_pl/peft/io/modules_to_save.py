@@ -1,4 +1,4 @@
-"""Layers that an adapter trains whole, as PEFT writes its modules_to_save."""
+"""Fully trained layers (`TrainedCopy`) in adapter files: PEFT's modules_to_save."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from genai_pl.peft.adapter_layers import TrainedCopy
 from genai_pl.peft.io.hf_names import HFModule
 from genai_pl.peft.io.tensors import TensorReader, fill
 
-Layers = list[TrainedCopy | None]  # of the parts of a module
+Layers = list[TrainedCopy | None]  # of one module, by part; None where a part is not wrapped
 
 
 def layer_type(module: HFModule, layers: list[AdapterLayer | None]) -> type | None:
-    """The class of the adapter's layers in a module of theirs, or None; ConfigError for two at once."""
+    """The class of an adapter's layers in one module of transformers, None without any; ConfigError for two classes."""
     kinds = {type(layer) for layer in layers if layer is not None}
     if len(kinds) > 1:
         raise ConfigError(f"peft.modules_to_save: {module.name} is one layer in transformers: adapt or save all of it")
@@ -22,7 +22,7 @@ def layer_type(module: HFModule, layers: list[AdapterLayer | None]) -> type | No
 
 
 def saved_module_tensors(module: HFModule, layers: Layers) -> dict[str, Tensor]:
-    """Weight and bias of a module of theirs; parts that are not trained keep what they have."""
+    """Weight and bias of one module of transformers; parts that are not trained contribute their frozen values."""
     tensors = {}
     for weight in module.weights:
         parts = [_parameter(holder, name).detach() for name, holder in _holders(module, layers, weight)]
@@ -31,7 +31,7 @@ def saved_module_tensors(module: HFModule, layers: Layers) -> dict[str, Tensor]:
 
 
 def load_saved_modules(module: HFModule, layers: Layers, tensors: TensorReader) -> None:
-    """Put what `saved_module_tensors` wrote into the copies."""
+    """Copy the tensors that `saved_module_tensors` made into the copies of a module's parts."""
     for weight in module.weights:
         kind, ours = _kind(weight.hf_name), _kind(weight.names[0])
         parts = module.split(weight.from_hf(tensors.pop(module.name, kind)))
@@ -41,7 +41,7 @@ def load_saved_modules(module: HFModule, layers: Layers, tensors: TensorReader) 
 
 
 def _fill(holder: nn.Module, kind: str, part: Tensor, filled: dict[nn.Parameter, Tensor], what: str) -> None:
-    """Fill a parameter of a copy; one that another copy shares, and has filled otherwise, comes apart."""
+    """Fill a parameter of a copy; one shared with another copy is replaced first if its two values in the file differ."""
     parameter = _parameter(holder, kind)
     if not torch.equal(filled.setdefault(parameter, part), part):
         parameter = nn.Parameter(torch.empty_like(parameter))
@@ -50,12 +50,13 @@ def _fill(holder: nn.Module, kind: str, part: Tensor, filled: dict[nn.Parameter,
 
 
 def _holders(module: HFModule, layers: Layers, weight: Weight) -> list[tuple[str, nn.Module]]:
-    """The names of the parameters, and the modules that hold what counts."""
+    """(parameter name, module that holds the value in effect) for each part of a row of the table."""
     inner = [layer.copy if layer else site.inner for site, layer in zip(module.parts, layers, strict=True)]
     return list(zip(weight.names, inner, strict=True))
 
 
 def _parameter(holder: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that the last component of `name` names."""
     return dict(holder.named_parameters())[_kind(name)]
 
 

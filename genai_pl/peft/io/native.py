@@ -1,4 +1,4 @@
-"""Adapters that PEFT has no counterpart of: its two files, with our names in them."""
+"""Native adapter files: PEFT's two files with our parameter names, for methods that PEFT does not have."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from genai_pl.peft.targets import module_sites
 
 
 def write_own(model: nn.Module, adapter: Adapter) -> AdapterFile:
-    """Every parameter of the adapter's layers under the name of its place."""
+    """Every parameter of the adapter's layers, under the name of its site."""
     tensors = dict(_parameters(model, adapter))
     return AdapterFile(common_config(model, adapter.method.upper()), tensors, adapter.options)
 
 
 def read_own(model: nn.Module, file: AdapterFile, method: Callable[..., nn.Module]) -> nn.Module:
-    """The model with the adapter around it, made by `method` with the options that the file holds."""
+    """The model with the adapter, made by `method` with the options in the file; its tensors must match exactly."""
     if file.options is None:
         raise CheckpointError("the options of its adapter are missing: not written by genai_pl")
     adapter = make(model, method, file.options)
@@ -33,6 +33,7 @@ def read_own(model: nn.Module, file: AdapterFile, method: Callable[..., nn.Modul
 
 
 def _parameters(model: nn.Module, adapter: Adapter) -> list[tuple[str, Tensor]]:
+    """(name in the file, value) of the adapter's parameters."""
     layers = [(site.names[0], layer_of(site, adapter)) for site in module_sites(model)]
     return [
         (f"{PREFIX}{place}.{name}", value.detach())
@@ -43,4 +44,5 @@ def _parameters(model: nn.Module, adapter: Adapter) -> list[tuple[str, Tensor]]:
 
 
 def _of(layer: AdapterLayer) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a layer itself, without those of its base."""
     return [(name, value) for name, value in layer.named_parameters() if not name.startswith("base.")]

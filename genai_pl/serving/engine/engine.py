@@ -43,8 +43,8 @@ class Engine:
     adapters: adapter folder by the name that requests use
     observer: receives the events that Prometheus counts
 
-    Only the engine's thread touches the model, so nothing in a pass needs a lock. Other threads meet it at `submit`, at the
-    TokenStream of each answer and at `run_between_steps`; the lock guards the queue and the stop flag, never a pass.
+    Only the engine's thread changes requests that run, so nothing in a pass needs a lock. Other threads meet it at `submit`,
+    at the TokenStream of each answer and at `run_between_steps`; the lock guards the queue and the stop flag, never a pass.
 
         engine = Engine(model, tokenizer)
         engine.start()

@@ -28,13 +28,13 @@ class RequestState:
     """Everything that the next token of one request depends on.
 
     request, stream: the settings, and where the outputs go
-    limits: end tokens, banned words, prefix and grammar of the settings, as tokens
+    constraints: end tokens, banned words, prefix and grammar of the settings, as tokens
     model, tokenizer: the shape of the model and the detokenizer; no pass runs before `start`
 
     Attributes that other files use:
     prompt: token ids that the decoder reads first; of an encoder-decoder only its start token
     output_ids: generated token ids
-    finish_reason: None while the request is alive; whoever sets it, the engine removes the request after the current step
+    finish_reason: None while the request is alive; once it is set, the engine removes the request after the current step
     n_prefilled: prompt tokens whose keys and values are in `cache`
     cache, cache_start: the KV cache of prefill, and the column of the prompt's first token in it
     generator, seen_tokens: the request's own random numbers, and the tokens (V,) that the repetition penalty counts
@@ -119,7 +119,7 @@ class RequestState:
         """Add a token to the output and hand its text to the reader; sets `finish_reason` if it is the last one.
 
         max_length: tokens of prompt and output together. The last output token is never read, so the output may have one
-        token more than the context has room for.
+        token more than the context.
         """
         self.output_ids.append(sampled.token)
         if self.seen_tokens is not None:

@@ -172,12 +172,12 @@ class Scheduler:
 
 
 def n_spare_slots(slots: int) -> int:
-    """How many requests may run beyond the slots."""
+    """Number of requests that may run beyond the slots."""
     return -(-slots // SLOTS_PER_SPARE)
 
 
 def n_packed(states: Iterable[RequestState], slots: int, budget: int) -> int:
-    """How many of the first `slots` requests one pass reads: of one adapter and at most `budget` tokens, but at least one."""
+    """Number of the first `slots` requests that one pass reads: one adapter, at most `budget` tokens, but at least one."""
     n, total, adapter = 0, 0, None
     for state in islice(states, slots):
         total += len(state.prompt)

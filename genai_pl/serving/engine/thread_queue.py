@@ -8,8 +8,8 @@ from concurrent.futures import Future
 class ThreadQueue:
     """First-in first-out queue of callables; each caller holds the Future of its result.
 
-    PyTorch modules are not safe to call from two threads while adapters are switched on and off in them, so whoever wants
-    the engine's model hands a callable in instead of taking a lock on the model: the engine decides when it runs.
+    PyTorch modules are not safe to call from two threads while adapters are switched on and off in them, so other
+    threads hand in a callable instead of taking a lock on the model: the engine decides when it runs.
     """
 
     def __init__(self) -> None:

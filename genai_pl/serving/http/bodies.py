@@ -1,4 +1,8 @@
-"""Bodies of requests: they arrive within a time, and neither their bytes nor the values in them are too many."""
+"""Request bodies: limits on bytes, JSON values and arrival time, applied before anything parses the body.
+
+4 MiB of `[[[[` or of `{"a":{"a":` cost json and pydantic far more time and memory than 4 MiB of text, so values are limited
+beside bytes. The count needs one pass over the bytes and no parser.
+"""
 
 import asyncio
 import re
@@ -8,18 +12,21 @@ from starlette.types import Receive
 
 from genai_pl.serving.errors import ApiError, ClientGone, too_busy
 
-SECONDS = 30.0  # for a body to arrive
-SMALL = 65_536  # bytes: of these there are never too many, since connections are not
-LARGE_AT_ONCE = 32  # times the largest body: what all others may occupy together
-HEAVY = 8  # numbers that are as much work as a text, a list or an object
+SECONDS = 30.0  # for the whole body to arrive
+SMALL = 65_536  # bytes of a body that need no reservation: connections are limited, so these are
+LARGE_AT_ONCE = 32  # memory for all larger bodies together, in bodies of the largest size
+HEAVY = 8  # a text, list or object is as much work as so many numbers
+# what begins a value, or a text in which these characters mean nothing
 PART = re.compile(rb'["\[{,:]')
+# reservations of the current request, released when it ends
 RESERVED_BYTES: ContextVar[list[int]] = ContextVar("held")
 
 
 class Bodies:
-    """What is held of all bodies; `max_values` bounds what json and pydantic have to do for one of them.
+    """Reads bodies within limits, and keeps account of the memory of all that are being answered.
 
-    A text, a list and an object count as `HEAVY` values, a number as one.
+    max_body: bytes of one body
+    max_values: values of one body: a number counts 1, a text, list or object HEAVY
     """
 
     def __init__(self, *, max_body: int, max_values: int) -> None:
@@ -27,7 +34,11 @@ class Bodies:
         self.remaining_bytes = max_body * LARGE_AT_ONCE
 
     async def read(self, receive: Receive, length: bytes) -> bytes:
-        """The whole body; ApiError where it is too large or does not come."""
+        """The whole body.
+
+        length: the Content-Length header, "0" if there is none
+        Raises ApiError 408, 413, 422 or 429, ClientGone if the client disconnects.
+        """
         if length.isdigit() and int(length[:20]) > self.max_body:
             raise self._too_large()
         try:
@@ -41,11 +52,12 @@ class Bodies:
         return body
 
     def release(self) -> None:
-        """The request is over, and its body with it."""
+        """Give back the memory that the current request has reserved."""
         self.remaining_bytes += sum(RESERVED_BYTES.get([]))
         RESERVED_BYTES.set([])
 
     async def _read(self, receive: Receive) -> bytes:
+        """The body; memory beyond SMALL is reserved as it arrives, ApiError 429 if there is none left."""
         body, reserved = bytearray(), RESERVED_BYTES.get()
         while True:
             message = await receive()
@@ -54,6 +66,7 @@ class Bodies:
             body += message.get("body", b"")
             if len(body) > self.max_body:
                 raise self._too_large()
+            # reserve what this message added beyond SMALL
             new = len(body) - SMALL - sum(reserved)
             if new > 0:
                 if new > self.remaining_bytes:
@@ -64,12 +77,13 @@ class Bodies:
                 return bytes(body)
 
     def _may_be_too_many(self, body: bytes) -> bool:
+        """True if there could be too many values: an upper bound that also counts characters inside texts."""
         light = body.count(b",") + body.count(b":")
         heavy = body.count(b"[") + body.count(b"{") + body.count(b'"') // 2
         return light + HEAVY * heavy > self.max_values
 
     def _are_too_many(self, body: bytes) -> bool:
-        """The same, but for what stands in texts."""
+        """True if there are too many values; skips the contents of texts, in a thread for large bodies."""
         n = end = 0
         while (part := PART.search(body, end)) is not None:
             n += 1 if part[0] in (b",", b":") else HEAVY
@@ -83,7 +97,13 @@ class Bodies:
 
 
 def _end_of_text(body: bytes, begin: int) -> int:
-    """Where a text ends that begins there: after the first quote that no backslash belongs to."""
+    """Index after the quote that ends a JSON text which begins at `begin`; the end of the body if none does.
+
+    A quote ends the text unless an odd number of backslashes precedes it.
+
+    >>> _end_of_text(b'"a": 1', 1), _end_of_text(rb'"say \\"yes\\"" ]', 1)
+    (3, 13)
+    """
     while (quote := body.find(b'"', begin)) >= 0:
         n = quote
         while n > begin and body[n - 1] == ord("\\"):

@@ -1,4 +1,4 @@
-"""What a client asked for becomes requests to the engine."""
+"""Request building: sampling settings, deadline and seeds of a body become requests to the engine."""
 
 import time
 from collections.abc import Sequence
@@ -14,13 +14,20 @@ from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.schemas import Sampling
 from genai_pl.serving.service import Service
 
+# fields of Sampling that override the server's settings
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
 def generation_config(
     service: Service, body: Sampling, *, max_tokens: int | None, param: str, stop: Sequence[str], default: int | None
 ) -> GenerationConfig:
-    """The server's way to choose tokens with what the client said instead; `default` tokens where it said none."""
+    """The server's sampling settings, overridden by those of the body.
+
+    max_tokens, param: the body's limit of new tokens, and the field that has it
+    stop: stop strings, added to the server's
+    default: new tokens if the body sets none; None for the server's limit
+    Raises ApiError 422 for more tokens than the server generates, or a logit_bias outside the vocabulary.
+    """
     limit = service.limits.max_tokens
     if max_tokens is not None and max_tokens > limit:
         raise ApiError(422, f"{param}={max_tokens}: this server gives at most {limit}", param=param)
@@ -36,13 +43,13 @@ def generation_config(
 
 
 def deadline(service: Service, body: Sampling) -> float:
-    """When the answer must be there, on the monotonic clock."""
+    """Time on time.monotonic() at which the answer ends: the server's timeout, or a shorter one of the body."""
     limit = service.limits.timeout
     return time.monotonic() + min(limit, body.timeout or limit)
 
 
 def check_count(service: Service, n: int, *, param: str) -> None:
-    """ApiError for more answers at once than the server gives."""
+    """Raise ApiError 422 for more answers than one request may have."""
     if n > service.limits.max_n:
         raise ApiError(422, f"{param}: {n} answers in one request, at most {service.limits.max_n}", param=param)
 
@@ -57,7 +64,14 @@ async def submit_requests(
     n: int = 1,
     logprobs: int | None = None,
 ) -> list[Answer]:
-    """n answers to each prompt, all or none; the draws of one seed differ from answer to answer."""
+    """n answers to each prompt, in the order of prompts; all or, if one cannot be queued, none.
+
+    adapter: of all of them, None for the base
+    logprobs: n likeliest tokens to report, None for no log-probabilities
+
+    Answer k of a prompt has the seed of the body plus k, so that one seed gives different answers, the same each time. All
+    share one group and one deadline.
+    """
     until = deadline(service, body)
     answers: list[Answer] = []
     group = object()

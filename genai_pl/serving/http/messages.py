@@ -1,4 +1,4 @@
-"""Conversations in requests: turns of text, tools that may be called, and calls of them."""
+"""Messages of chat requests: turns of text, tools that the model may call, and calls that it made."""
 
 import json
 from typing import Annotated, Literal
@@ -10,6 +10,7 @@ from genai_pl.serving.errors import ApiError
 
 
 def _encodable(text: str) -> str:
+    """The text; ValueError for half a surrogate pair, which JSON can write and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -21,21 +22,21 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text is read."""
+    """One part of a message's content; images and audio are refused."""
 
     type: Literal["text"]
     text: Text
 
 
 class Function(BaseModel):
-    """What may be called."""
+    """A function's name and whatever else the chat template shows of it (description, parameters)."""
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[Text, Field(min_length=1)]
 
 
 class Tool(BaseModel):
-    """A function that the model may call."""
+    """A tool in OpenAI's shape: {"type": "function", "function": {...}}."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["function"]
@@ -43,13 +44,13 @@ class Tool(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """What was called, with its arguments as JSON."""
+    """Name and arguments of a call; `arguments` is JSON text, as OpenAI has it."""
 
     name: Text
     arguments: Text
 
     def plain(self) -> dict[str, object]:
-        """The function as chat templates read it, which write the JSON themselves."""
+        """The call as chat templates read it, with the arguments parsed: templates write the JSON themselves."""
         try:
             arguments = json.loads(self.arguments)
             json.dumps(arguments, ensure_ascii=False).encode()  # half of a surrogate pair is no text
@@ -59,7 +60,7 @@ class CalledFunction(BaseModel):
 
 
 class ToolCall(BaseModel):
-    """A call that the assistant made."""
+    """A call in an earlier turn of the assistant; `id` links it to the tool's answer."""
 
     id: Text
     type: Literal["function"] = "function"
@@ -67,7 +68,13 @@ class ToolCall(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    role: system, user, assistant, tool, or whatever the chat template knows; developer is read as system
+    content: text or parts of text; None only beside tool_calls
+    tool_calls: calls of an assistant's turn
+    tool_call_id: the call that a tool's turn answers
+    """
 
     role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -75,7 +82,7 @@ class Message(BaseModel):
     tool_call_id: Text | None = None
 
     def plain(self) -> dict[str, object]:
-        """The turn as chat templates read it."""
+        """The turn as a plain dict for chat templates."""
         whole = (
             self.content if isinstance(self.content, str) else join_parts([part.text for part in self.content or ()])
         )

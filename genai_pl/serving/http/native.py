@@ -1,4 +1,4 @@
-"""Our own routes: text, scores, health, numbers, and the page."""
+"""Routes of this project: /generate, /score, and the state routes /health, /ready, /metrics and the chat page."""
 
 from collections.abc import Callable
 from contextlib import aclosing
@@ -18,23 +18,25 @@ from genai_pl.serving.service import Service
 
 PAGE = Path(__file__).parents[1] / "static" / "index.html"
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
-# the page runs only its own script, and speaks only to its own server
+# Content-Security-Policy: the page runs only its own inline script, and connects only to its own server
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 def plain_routes(service: Service) -> APIRouter:
-    """The routes in front of one model."""
+    """POST /generate and POST /score for one model."""
     router = APIRouter(responses=ERRORS, tags=["genai_pl"])
 
     @router.post("/generate", response_model=GenerateAnswer)
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Continue a text."""
+        # settings
         body.refuse_unknown()
         adapter = service.adapter_of(body.adapter, "adapter")
         default = service.settings.defaults.max_new_tokens
         config = generation_config(
             service, body, max_tokens=body.max_new_tokens, param="max_new_tokens", stop=body.stop, default=default
         )
+        # tokens and answer; a client that disconnects cancels either
         prompt = await while_connected(request.receive, service.tokens(body.prompt))
         answers = await submit_requests(service, body, [prompt], config, adapter=adapter)
         if body.stream:
@@ -46,7 +48,7 @@ def plain_routes(service: Service) -> APIRouter:
 
     @router.post("/score", response_model=ScoreAnswer)
     async def score(body: ScoreBody, request: Request) -> Response:
-        """What a reward model thinks of texts, or how likely a language model finds them."""
+        """Rewards of a reward model, or log-probabilities of a language model, for texts."""
         body.refuse_unknown()
         if len(body.texts) > service.limits.max_inputs:
             raise ApiError(
@@ -62,7 +64,7 @@ def plain_routes(service: Service) -> APIRouter:
 
 
 async def generate_events(answers: list[Answer], n_prompt: int) -> Events:
-    """The events of /generate: pieces of text, then why there are no more."""
+    """Events of a streamed /generate: {"text"} for each output with text, then one with finish reason and token counts."""
     async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
         async for _, output in outputs:
             if output.text:
@@ -71,35 +73,41 @@ async def generate_events(answers: list[Answer], n_prompt: int) -> Events:
 
 
 def finish_fields(answer: Answer, n_prompt: int) -> dict[str, object]:
-    """Why an answer ended, and what it cost."""
+    """Finish reason and token counts of an answer, as /generate has them."""
     return {"finish_reason": answer.finish_reason, "prompt_tokens": n_prompt, "generated_tokens": answer.n_generated}
 
 
 def state_routes(metrics: Metrics, refresh: Callable[[], None], ready: Callable[[], bool]) -> APIRouter:
-    """What orchestrators, Prometheus and browsers ask of any server."""
+    """GET /health, /ready, /metrics and /, which need no key.
+
+    refresh: sets the gauges before they are read
+    ready: False before the model can answer and once the server stops
+    """
     router = APIRouter(tags=["state"])
 
+    # for orchestrators and load balancers
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """The process answers."""
+        """Liveness: the event loop answers."""
         return {"status": "ok"}
 
     @router.get("/ready", responses=documented(503))
     async def is_ready() -> dict[str, str]:
-        """The model answers."""
+        """Readiness: the model can answer, for load balancers."""
         if not ready():
             raise ApiError(503, "not ready", headers={"Retry-After": "5"})
         return {"status": "ready"}
 
+    # for Prometheus and browsers
     @router.get("/metrics", response_class=Response)
     async def numbers() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus's text format."""
         refresh()
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        """A page to talk with the model."""
+        """A page to chat with the model."""
         return FileResponse(PAGE, media_type="text/html", headers={"content-security-policy": POLICY})
 
     return router

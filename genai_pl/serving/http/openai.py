@@ -1,4 +1,8 @@
-"""OpenAI's routes: models, completions, chat completions, embeddings."""
+"""OpenAI's routes: /v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings.
+
+Requests and answers follow OpenAI's API reference, with vLLM's extra fields (top_k, min_p, repetition_penalty, guided_json, ...).
+Completions and chat share `respond`; an AnswerFormat of responses.py writes the JSON of either.
+"""
 
 import asyncio
 import base64
@@ -23,23 +27,23 @@ ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 def openai_routes(service: Service) -> APIRouter:
-    """The routes in front of one model."""
+    """OpenAI's routes for one model and its adapters."""
     router = APIRouter(prefix="/v1", responses=ERRORS, tags=["OpenAI"])
 
     @router.get("/models")
     async def models() -> dict:
-        """The model, and its adapters."""
+        """The model and its adapters."""
         return {"object": "list", "data": [model_entry(service, name) for name in service.names]}
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict:
-        """One of them."""
+        """One model by name."""
         service.adapter_of(name)
         return model_entry(service, name)
 
     @router.post("/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue one text or several."""
+        """Continue one prompt or several."""
         check(service, body, len(body.prompts))
 
         async def read() -> list[tuple[int, ...]]:
@@ -66,7 +70,7 @@ def openai_routes(service: Service) -> APIRouter:
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        """Texts as unit vectors."""
+        """Embeddings of texts, of length 1."""
         body.refuse_unknown()
         return await while_connected(request.receive, embed(service, body))
 
@@ -74,21 +78,21 @@ def openai_routes(service: Service) -> APIRouter:
 
 
 def check(service: Service, body: OpenAISampling, n_prompts: int) -> None:
-    """ApiError for options that cannot be, before anything is read."""
+    """Raise ApiError for unknown options, an unknown model or too many answers, before any text is tokenized."""
     body.refuse_unknown()
     service.adapter_of(body.model)
     check_count(service, n_prompts * body.n, param="n" if body.n > 1 else "prompt")
 
 
 def model_entry(service: Service, name: str) -> dict[str, object]:
-    """A model in the list; max_model_len as vLLM has it."""
+    """The entry of a model or adapter; max_model_len and parent are vLLM's fields."""
     root = None if name == service.name else service.name
     entry = {"id": name, "object": "model", "created": service.started, "owned_by": "genai_pl"}
     return {**entry, "max_model_len": service.context, "parent": root}
 
 
 def decoder(service: Service):
-    """The text of one token, as logprobs show it."""
+    """A function from token id to text, for log-probabilities."""
     return lambda token: service.tokenizer.decode([token], skip_special_tokens=False)
 
 
@@ -100,18 +104,26 @@ async def respond(
     answer_format: AnswerFormat,
     token_limit: dict[str, object],
 ) -> Response:
-    """The answers to the prompts, whole or as a stream."""
+    """The HTTP answer: n answers to each prompt as one JSON object, or as a stream if the body asks for it.
+
+    prompts: token ids
+    answer_format: writes the JSON of completions or chat
+    token_limit: the arguments max_tokens, param and default of generation_config
+    """
     config = generation_config(service, body, stop=body.stops, **token_limit)
     config = await while_connected(request.receive, apply_response_format(service, body, config))
     options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
+    # submit
     answers = await submit_requests(service, body, prompts, config, **options)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
+    # stream
     if body.stream:
         make_events = whole_chunks if answer_format.streams_whole_answers else chunks
         events = make_events(
             answers, answer_format, header(answer_format.chunk_kind, name), n_prompt, with_usage=body.with_usage
         )
         return await stream_events(request, events)
+    # or collect
     outputs = await while_connected(request.receive, collect(answers))
 
     def whole() -> dict[str, object]:
@@ -124,7 +136,10 @@ async def respond(
 async def chunks(
     answers: list[Answer], answer_format: AnswerFormat, head: dict, n_prompt: int, *, with_usage: bool
 ) -> Events:
-    """The events of a stream: for each answer its opening, its pieces and its end; then what it cost."""
+    """Events of a stream: the first chunk of each answer, one for each output, the last ones, and with_usage the token counts.
+
+    Without log-probabilities, outputs without text (half a character, a possible stop string) have no event.
+    """
     rest = {"usage": None} if with_usage else {}
     opened: set[int] = set()
 
@@ -133,12 +148,14 @@ async def chunks(
         opened.add(n)
         return [] if first is None else [{**head, "choices": [first], **rest}]
 
+    # outputs as they come, from any of the answers
     async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
         async for n, output in outputs:
             for event in first_chunk(n):
                 yield event
             if output.text or answer_format.logprobs is not None:
                 yield {**head, "choices": [answer_format.chunk(n, output)], **rest}
+    # finish reasons, once all have ended
     for n, answer in enumerate(answers):
         for event in first_chunk(n):
             yield event
@@ -150,7 +167,7 @@ async def chunks(
 async def whole_chunks(
     answers: list[Answer], answer_format: ToolChatFormat, head: dict, n_prompt: int, *, with_usage: bool
 ) -> Events:
-    """The events of a stream in which each answer comes at once, when all are finished; then what it cost."""
+    """Events of a stream that has each answer in one chunk, once all are finished: a tool call shows only at its end."""
     rest = {"usage": None} if with_usage else {}
     for n, outputs in enumerate(await collect(answers)):
         chunk = await asyncio.to_thread(answer_format.whole_chunk, n, outputs, answers[n].finish_reason)
@@ -161,12 +178,13 @@ async def whole_chunks(
 
 
 async def embed(service: Service, body: EmbeddingBody) -> Response:
-    """The answer of /v1/embeddings."""
+    """The answer of /v1/embeddings; `dimensions` keeps the first numbers of each vector and normalizes again."""
     inputs = body.inputs
     if len(inputs) > service.limits.max_inputs:
         raise ApiError(
             422, f"input: {len(inputs)} texts in one request, at most {service.limits.max_inputs}", param="input"
         )
+    # vectors, cut and normalized again if the body asks for fewer dimensions
     vectors, n_tokens = await service.scorer.embed(inputs, service.adapter_of(body.model))
     if body.dimensions is not None:
         if body.dimensions > vectors.shape[1]:
@@ -176,6 +194,7 @@ async def embed(service: Service, body: EmbeddingBody) -> Response:
         vectors = vectors[:, : body.dimensions]
         vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
+    # JSON, written in a thread: up to max_inputs vectors of some thousand numbers
     def number(vector: Tensor) -> str | list[float]:
         if body.encoding_format == "base64":
             return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()

@@ -1,4 +1,8 @@
-"""The same routes in front of another server: requests are checked, and handed on with all that they say."""
+"""Proxy routes: the same routes in front of an upstream server that speaks OpenAI's API.
+
+Bodies are validated here and forwarded with every field the client set, known or not, so options of vLLM alone still work.
+/generate is translated to /v1/completions and back; /score has no counterpart.
+"""
 
 import json
 from collections.abc import AsyncGenerator
@@ -30,21 +34,23 @@ from genai_pl.serving.http.upstream_answers import (
 )
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
+# fields of /generate that /v1/completions has under the same name
 PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
 
 
 def proxy_routes(upstream: Upstream) -> APIRouter:
-    """The routes in front of another server."""
+    """All routes but the state routes, answered by the upstream server."""
     router = APIRouter(responses=ERRORS)
 
+    # OpenAI's routes
     @router.get("/v1/models", tags=["OpenAI"])
     async def models() -> Response:
-        """The models of the other server."""
+        """The models of the upstream server."""
         return json_response(await upstream.get("models"))
 
     @router.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> Response:
-        """One of them."""
+        """One model by name."""
         for entry in list_of_models(await upstream.get("models")):
             if entry["id"] == name:
                 return json_response(entry)
@@ -52,7 +58,7 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
 
     @router.post("/v1/completions", tags=["OpenAI"])
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue one text or several."""
+        """Continue one prompt or several."""
         return await forward(upstream, request, "completions", body, stream=body.stream)
 
     @router.post("/v1/chat/completions", tags=["OpenAI"])
@@ -62,9 +68,10 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
 
     @router.post("/v1/embeddings", tags=["OpenAI"])
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        """Texts as vectors."""
+        """Embeddings of texts."""
         return await forward(upstream, request, "embeddings", body, stream=False)
 
+    # this project's routes
     @router.post("/generate", response_model=GenerateAnswer, tags=["genai_pl"])
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Continue a text."""
@@ -76,14 +83,14 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
 
     @router.post("/score", tags=["genai_pl"])
     async def score(body: ScoreBody) -> Response:
-        """Not in OpenAI's API."""
+        """An error: OpenAI's API has no such route."""
         raise ApiError(400, "backend=openai gives no scores: OpenAI's API has none")
 
     return router
 
 
 async def forward(upstream: Upstream, request: Request, path: str, body: Body, *, stream: bool) -> Response:
-    """The other server's answer to what the client said, whole or event by event."""
+    """The upstream server's answer to the body, as one JSON object or as a stream of events."""
     try:
         payload = {k: v for k, v in body.model_dump(mode="json", exclude_unset=True).items() if k != "timeout"}
         json.dumps(payload, allow_nan=False)
@@ -96,7 +103,7 @@ async def forward(upstream: Upstream, request: Request, path: str, body: Body, *
 
 
 async def completion_payload(upstream: Upstream, body: GenerateBody) -> Json:
-    """The request of /generate in OpenAI's words."""
+    """The body of /v1/completions for a body of /generate."""
     options_set = {name: getattr(body, name) for name in PASSED if getattr(body, name) not in (None, [])}
     n = body.max_new_tokens or min(upstream.limits.max_tokens, upstream.settings.defaults.max_new_tokens)
     model = body.adapter or await upstream.default_model()
@@ -105,7 +112,7 @@ async def completion_payload(upstream: Upstream, body: GenerateBody) -> Json:
 
 
 def generate_answer(prompt: str, reply: Json) -> Json:
-    """The answer of /generate."""
+    """The answer of /generate from one of /v1/completions; ApiError 502 if the reply has not that shape."""
     with upstream_errors():
         [choice] = list_of_objects(reply, "choices")
         text, reason = text_of(choice["text"]), text_of(choice["finish_reason"])
@@ -113,7 +120,7 @@ def generate_answer(prompt: str, reply: Json) -> Json:
 
 
 async def generate_events(upstream: Upstream, payload: Json) -> Events:
-    """The events of /generate."""
+    """Events of a streamed /generate from those of /v1/completions; the token counts come with the last one."""
     reason, costs = "stop", None
     events: AsyncGenerator[str, None] = upstream.stream("completions", payload)
     async with aclosing(events):

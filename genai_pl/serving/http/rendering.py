@@ -1,7 +1,8 @@
-"""Answers as bytes of JSON, made beside the event loop and sent in pieces: no step of it takes long, however large they are.
+"""JSON answers of any size: encoded in a thread, part by part, and sent in chunks.
 
-Python looks through all objects that refer to others from time to time, while nothing else runs: of a large answer few are
-there at a time, as its parts are made by iterators and become text one by one.
+json.dumps holds the GIL for the whole value, so large values are given to it in small parts. Parts come from iterators (the
+choices, their log-probabilities), so that few of their objects exist at a time: Python's garbage collector scans all container
+objects from time to time, and nothing else runs meanwhile.
 """
 
 import asyncio
@@ -11,17 +12,20 @@ from collections.abc import Callable, Iterator
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-DEPTH = 6  # of an answer's parts that are written one by one: choices, logprobs, tokens
-CHUNK_CHARS = 1 << 16  # characters that are encoded and sent at a time
+DEPTH = 6  # levels that are encoded one by one: choices, logprobs, tokens
+CHUNK_CHARS = 1 << 16  # JSON characters that become bytes, and are sent, at a time
 
 
 async def json_answer(make: Callable[[], object]) -> Response:
-    """The answer that `make` gives, in JSON."""
+    """Response with the value that `make` returns; both `make` and the encoding run in a thread."""
     return ChunkedJSONResponse(await asyncio.to_thread(lambda: json_chunks(make())))
 
 
 class ChunkedJSONResponse(Response):
-    """A body of JSON that is sent piece by piece, each when the client has room for it."""
+    """Response whose body is sent chunk by chunk, each once the client has read enough of the last.
+
+    chunks: the body in UTF-8
+    """
 
     media_type = "application/json"
 
@@ -33,12 +37,18 @@ class ChunkedJSONResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for chunk in self.chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await asyncio.sleep(0)  # others have their turn, even where the client reads as fast as this is sent
+            await asyncio.sleep(0)  # the loop's other tasks run, even if the client reads as fast as chunks are sent
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def json_chunks(value: object, *, in_ascii: bool = False) -> list[bytes]:
-    """The value in JSON, in pieces; an iterator is a list, and json.dumps lets nobody else work: it is given small parts."""
+    """The value as JSON in chunks of about CHUNK_CHARS; iterators in it become lists.
+
+    in_ascii: escape other characters, as events of a stream do
+
+    >>> json_chunks({"a": iter([1, 2])})
+    [b'{"a":[1,2]}']
+    """
     writer = _JSONWriter(in_ascii)
     writer.write(value, DEPTH)
     writer.encode()
@@ -46,13 +56,13 @@ def json_chunks(value: object, *, in_ascii: bool = False) -> list[bytes]:
 
 
 class _JSONWriter:
-    """Texts, which become bytes when there are PIECE characters of them."""
+    """Collects JSON texts, and encodes them whenever there are CHUNK_CHARS characters."""
 
     def __init__(self, in_ascii: bool) -> None:
         self.in_ascii, self.chunks, self.texts, self.n = in_ascii, [], [], 0
 
     def write(self, value: object, depth: int) -> None:
-        """A value, whose parts are written one by one down to this depth."""
+        """Add a value; lists of containers and objects are added item by item down to `depth` levels."""
         if isinstance(value, Iterator) or (depth > 0 and isinstance(value, list) and _is_nested(value)):
             self._add("[")
             for n, item in enumerate(value):
@@ -69,7 +79,7 @@ class _JSONWriter:
             self._add(self._dumps(value))
 
     def encode(self) -> None:
-        """Make bytes of the texts."""
+        """Turn the collected texts into a chunk."""
         self.chunks.append("".join(self.texts).encode())
         self.texts, self.n = [], 0
 
@@ -84,4 +94,5 @@ class _JSONWriter:
 
 
 def _is_nested(value: list) -> bool:
+    # a list of numbers, such as a vector, is encoded at once
     return bool(value) and isinstance(value[0], dict | list)

@@ -1,4 +1,4 @@
-"""Answers in the words of OpenAI's API, whole and in pieces."""
+"""OpenAI's JSON: choices, stream chunks, log-probabilities and usage of completions and chat completions."""
 
 import time
 import uuid
@@ -11,27 +11,31 @@ if TYPE_CHECKING:
 
 Json = dict[str, object]
 Decode = Callable[[int], str]
-LEAST = -9999.0  # what OpenAI writes for a token that cannot come: JSON has no infinity
+MIN_LOGPROB = -9999.0  # OpenAI's value for an impossible token: JSON has no infinity
 
 
 def header(kind: str, name: str) -> Json:
-    """What every answer, and every piece of a stream, begins with."""
+    """The first fields of an answer or chunk; `kind` is its object type, `name` the model's."""
     prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
 
 def usage(n_prompt: int, answers: "Sequence[Answer]") -> Json:
-    """Tokens read and written; a prompt counts once, however many answers it has."""
+    """Token counts; each prompt counts once, however many answers it has."""
     written = sum(answer.n_generated for answer in answers)
     return {"prompt_tokens": n_prompt, "completion_tokens": written, "total_tokens": n_prompt + written}
 
 
 def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST)
+    return None if logprob is None else max(logprob, MIN_LOGPROB)
 
 
 def text_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode, *, offset: int = 0) -> Json:
-    """Of /v1/completions: lists by token, top_logprobs as an iterator; text_offset counts characters of the answer."""
+    """`logprobs` of /v1/completions: lists with an item for each token, top_logprobs as an iterator.
+
+    decode: text of a token id
+    offset: characters of the answer before these outputs, for text_offset
+    """
     offsets = []
     for output in outputs:
         offsets.append(offset)
@@ -45,11 +49,11 @@ def text_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode, *, offset: i
 
 
 def chat_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode) -> Json:
-    """Of /v1/chat/completions: an entry per token, with its alternatives; an iterator of them."""
+    """`logprobs` of /v1/chat/completions: an iterator of entries, each with its token's alternatives."""
 
     def entry(token: int, logprob: float | None) -> Json:
         text = decode(token)
-        whole = "\ufffd" not in text  # part of a character has bytes, but they are not those of the text
+        whole = "\ufffd" not in text  # else bytes of half a character, whose text is a replacement
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
 
     return {
@@ -61,14 +65,20 @@ def chat_logprobs(outputs: "Sequence[TokenOutput]", decode: Decode) -> Json:
 
 
 def listed(logprobs: Json | None) -> Json | None:
-    """The same with lists, for an event of a stream."""
+    """The same with lists instead of iterators, for an event of a stream."""
     return logprobs and {name: list(value) for name, value in logprobs.items()}
 
 
 class CompletionFormat:
-    """/v1/completions: each choice is text."""
+    """Choices of /v1/completions, whole and as chunks.
 
-    streams_whole_answers = False  # whether a stream waits for the end of each answer
+    decode: text of a token id, for log-probabilities
+    logprobs: n likeliest tokens to report, None for no log-probabilities
+
+    `streams_whole_answers`: a stream waits for the end of all answers. `kind` and `chunk_kind` are object types.
+    """
+
+    streams_whole_answers = False
     kind, chunk_kind = "text_completion", "text_completion"
 
     def __init__(self, decode: Decode, logprobs: int | None) -> None:
@@ -76,19 +86,19 @@ class CompletionFormat:
         self.offsets: dict[int, int] = {}
 
     def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
-        """Answer n, whole."""
+        """The choice of answer n, complete."""
         return self._choice(n, "".join(output.text for output in outputs), outputs, finish_reason)
 
     def first_chunk(self, n: int) -> Json | None:
-        """What stands before the pieces of answer n."""
+        """The choice of the first chunk of answer n, before any output; None if there is none."""
 
     def chunk(self, n: int, output: "TokenOutput") -> Json:
-        """One piece of answer n."""
+        """The choice of the chunk for one output of answer n."""
         choice = self._choice(n, output.text, [output], None)
         return {**choice, "logprobs": listed(choice["logprobs"])}
 
     def last_chunk(self, n: int, finish_reason: str | None) -> Json:
-        """The end of answer n."""
+        """The choice of the last chunk of answer n, with its finish reason."""
         return self._choice(n, "", [], finish_reason)
 
     def _choice(self, n: int, text: str, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
@@ -100,7 +110,10 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """/v1/chat/completions: each choice is a message of the assistant, in a stream a delta of it."""
+    """Choices of /v1/chat/completions: messages of the assistant, and deltas of them in a stream.
+
+    decode, logprobs: as for completions
+    """
 
     streams_whole_answers = False
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -109,20 +122,20 @@ class ChatFormat:
         self.decode, self.logprobs = decode, logprobs
 
     def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
-        """Answer n, whole."""
+        """The choice of answer n, complete."""
         message = {"role": "assistant", "content": "".join(output.text for output in outputs), "refusal": None}
         return {"index": n, "message": message, "logprobs": self._logprobs(outputs), "finish_reason": finish_reason}
 
     def first_chunk(self, n: int) -> Json | None:
-        """What stands before the pieces of answer n."""
+        """The choice of the first chunk of answer n, before any output; None if there is none."""
         return self._delta(n, {"role": "assistant", "content": ""}, [], None)
 
     def chunk(self, n: int, output: "TokenOutput") -> Json:
-        """One piece of answer n."""
+        """The choice of the chunk for one output of answer n."""
         return self._delta(n, {"content": output.text}, [output], None)
 
     def last_chunk(self, n: int, finish_reason: str | None) -> Json:
-        """The end of answer n."""
+        """The choice of the last chunk of answer n, with its finish reason."""
         return self._delta(n, {}, [], finish_reason)
 
     def _delta(

@@ -1,4 +1,7 @@
-"""What requests may say: pydantic's models, from which the OpenAPI description is made."""
+"""Request bodies of all routes as pydantic models, from which FastAPI makes the OpenAPI description.
+
+Every field has bounds, and lists stop at their first mistake: validating a body must not cost more than the work it asks for.
+"""
 
 from typing import Annotated, Literal
 
@@ -7,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.messages import Message, Text, Tool
 
-SEEDS = 2**63
-NEUTRAL: dict[str, tuple[object, ...]] = {  # options of OpenAI's that are not ours, with what they may be
+SEEDS = 2**63  # seeds are signed integers of 64 bits, as torch.Generator takes them
+NEUTRAL: dict[str, tuple[object, ...]] = {  # OpenAI's fields without effect here: the values that change nothing
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -16,18 +19,19 @@ NEUTRAL: dict[str, tuple[object, ...]] = {  # options of OpenAI's that are not o
     "presence_penalty": (0,),
     "suffix": ("",),
 }
+# fields that never change an answer
 IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-MAX_BIAS = 1024  # tokens
+MAX_BIAS = 1024  # tokens in logit_bias
 
 
 def _check_bias_size(bias: object) -> object:
-    """Said before each of them is looked at."""
+    """The bias; ValueError for too many tokens, before pydantic validates each."""
     if isinstance(bias, dict) and len(bias) > MAX_BIAS:
         raise ValueError(f"{len(bias)} tokens, at most {MAX_BIAS}")
     return bias
 
 
-# lists fail at their first mistake: a client may make as many as there are values
+# fail_fast: a list of a million wrong items is one error, not a million
 Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=16)]
 Seed = Annotated[int, Field(ge=-SEEDS, lt=SEEDS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=1)]
@@ -42,19 +46,19 @@ Bias = Annotated[
 
 
 class Body(BaseModel):
-    """A request; fields that it does not have are kept, to be refused by name or handed on."""
+    """Base of bodies; unknown fields are kept, to be refused by name here or forwarded to an upstream server."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     def refuse_unknown(self) -> None:
-        """ApiError for an option that would have changed the answer."""
+        """Raise ApiError 422 for an unknown field that would have changed the answer; neutral values are accepted."""
         for name, value in (self.model_extra or {}).items():
             if name not in IGNORED and value is not None and value not in NEUTRAL.get(name, ()):
                 raise ApiError(422, f"{name}: no such option of this server", param=name)
 
 
 class Sampling(Body):
-    """How tokens are chosen; what is left out is as the server was started with."""
+    """Sampling fields of all text routes; a field that is left out has the server's value (`generation.*`)."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0: the likeliest token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -67,7 +71,7 @@ class Sampling(Body):
 
 
 class GenerateBody(Sampling):
-    """POST /generate."""
+    """Body of POST /generate: one prompt, continued as it is; `stop` are strings that end the text."""
 
     prompt: Text
     max_new_tokens: Count | None = None
@@ -77,7 +81,11 @@ class GenerateBody(Sampling):
 
 
 class GenerateAnswer(BaseModel):
-    """The prompt with its continuation (of an encoder-decoder: what it wrote), and what was written alone."""
+    """Answer of POST /generate.
+
+    response: prompt and continuation; of an encoder-decoder the generated text
+    text: the generated text alone
+    """
 
     response: str
     text: str
@@ -87,13 +95,13 @@ class GenerateAnswer(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream says beside its pieces."""
+    """OpenAI's stream_options; include_usage adds a last event with token counts."""
 
     include_usage: bool = False
 
 
 class OpenAISampling(Sampling):
-    """What OpenAI's two ways to ask for text share."""
+    """Fields that /v1/completions and /v1/chat/completions share; guided_* and structured_outputs are vLLM's."""
 
     model: Text | None = Field(None, description="the model's name, or an adapter's")
     max_tokens: Count | None = None
@@ -109,27 +117,30 @@ class OpenAISampling(Sampling):
 
     @property
     def stops(self) -> list[str]:
+        """Stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     @property
     def with_usage(self) -> bool:
+        """True if a stream ends with an event of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionBody(OpenAISampling):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions: texts or token ids; `logprobs` is the number of likeliest tokens to report."""
 
     prompt: Text | Tokens | Inputs
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list; a list of numbers is one prompt of token ids."""
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)
 
 
 class ChatBody(OpenAISampling):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: Turns
     max_completion_tokens: Count | None = None
@@ -146,7 +157,7 @@ class ChatBody(OpenAISampling):
 
 
 class EmbeddingBody(Body):
-    """POST /v1/embeddings."""
+    """Body of POST /v1/embeddings: texts or token ids."""
 
     input: Text | Tokens | Inputs
     model: Text | None = None
@@ -155,12 +166,13 @@ class EmbeddingBody(Body):
 
     @property
     def inputs(self) -> list[str | list[int]]:
+        """The inputs as a list; a list of numbers is one input of token ids."""
         single = isinstance(self.input, str) or isinstance(self.input[0], int)
         return [self.input] if single else list(self.input)
 
 
 class ScoreBody(Body):
-    """POST /score."""
+    """Body of POST /score: texts, and what each follows."""
 
     text: Text | Annotated[list[Text], Field(fail_fast=True, min_length=1)]
     prompt: Text | Turns | Annotated[list[Text | Turns], Field(fail_fast=True, min_length=1)] | None = Field(
@@ -170,11 +182,12 @@ class ScoreBody(Body):
 
     @property
     def texts(self) -> list[str]:
+        """The texts as a list."""
         return [self.text] if isinstance(self.text, str) else list(self.text)
 
     @property
     def prompts(self) -> list[str | list[dict[str, object]]] | None:
-        """What each text follows, None if nothing."""
+        """A prompt for each text: a text, or a conversation as plain dicts; None if texts follow nothing."""
         if self.prompt is None:
             return None
         prompts = [self.prompt] if self._is_one else self.prompt
@@ -183,7 +196,7 @@ class ScoreBody(Body):
 
     @property
     def _is_one(self) -> bool:
-        """Whether one prompt stands before all texts."""
+        """True if there is one prompt for all texts: a text, or one conversation."""
         return isinstance(self.prompt, str) or isinstance(self.prompt[0], Message)
 
     @model_validator(mode="after")
@@ -194,14 +207,14 @@ class ScoreBody(Body):
 
 
 class Score(BaseModel):
-    """Of one text."""
+    """Score of one text, and how many of its tokens were scored."""
 
     score: float
     n_tokens: int
 
 
 class ScoreAnswer(BaseModel):
-    """kind: reward, or log_probability in nats."""
+    """Answer of POST /score; `kind` is "reward" or "log_probability" (in nats)."""
 
     model: str
     kind: str

@@ -1,4 +1,4 @@
-"""Answers that come in pieces, and clients that leave before the end."""
+"""Streaming: server-sent events, several answers merged into one stream, and clients that disconnect early."""
 
 import asyncio
 import json
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
     from genai_pl.serving.service import Answer
 
 T = TypeVar("T")
-Events = AsyncGenerator[object, None]
-DONE = "[DONE]"
+Events = AsyncGenerator[object, None]  # JSON values, or strings that are JSON already
+DONE = "[DONE]"  # OpenAI's last event
 
 
 async def _gone(receive: Receive) -> None:
+    """Return once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _end(*tasks: asyncio.Task) -> None:
+    """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
-    """What the work gives; it is cancelled, and ClientGone raised, when the client closes the connection."""
+    """Result of the work; if the client disconnects first, the work is cancelled and ClientGone raised."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -45,7 +47,13 @@ async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T
 
 
 class EventStream(Response):
-    """Server-sent events: JSON values one by one, then `[DONE]`; an error on the way is an event too."""
+    """Response of server-sent events: JSON values one by one, then `[DONE]`.
+
+    first: the first event, which is there already
+    rest: the other events; closed when the response ends, however it ends
+
+    An exception on the way becomes an event with the error's JSON, since the status is sent by then.
+    """
 
     media_type = "text/event-stream"
 
@@ -60,6 +68,8 @@ class EventStream(Response):
             await while_connected(receive, self._pump(send))
 
     async def _pump(self, send: Send) -> None:
+        """Send all events; `send` waits while the client reads slowly."""
+
         async def say(event: object) -> None:
             text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=True)
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
@@ -77,7 +87,7 @@ class EventStream(Response):
 
 
 async def stream_events(request: Request, events: Events) -> EventStream:
-    """The events as an answer; what goes wrong before the first of them still has its status."""
+    """Response of events; waits for the first one, so that an error before it still has its own status."""
     try:
         first = await while_connected(request.receive, anext(events))
     except BaseException:
@@ -88,7 +98,7 @@ async def stream_events(request: Request, events: Events) -> EventStream:
 
 @asynccontextmanager
 async def cancelled_at_exit(answers: Sequence["Answer"]) -> AsyncIterator[None]:
-    """Whatever happens inside, nothing is generated for nobody afterwards."""
+    """Context that cancels the answers at its end, so that no slot works for a client that has left."""
     try:
         yield
     finally:
@@ -97,14 +107,17 @@ async def cancelled_at_exit(answers: Sequence["Answer"]) -> AsyncIterator[None]:
 
 
 async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "TokenOutput"], None]:
-    """The pieces of all answers as they come, with the number of their answer; ApiError where one cannot be finished."""
+    """(index of the answer, output) of all answers in the order in which outputs arrive.
+
+    Raises ApiError if an answer ends with anything but "stop" or "length".
+    """
     queue: asyncio.Queue[tuple[int, TokenOutput | None]] = asyncio.Queue()
 
     async def pump(n: int, answer: "Answer") -> None:
         try:
             async for output in answer:
                 await queue.put((n, output))
-                await asyncio.sleep(0)  # others have their turn even where pieces come faster than they can be sent
+                await asyncio.sleep(0)  # let outputs be sent, even if more have arrived already
         finally:
             await queue.put((n, None))
 
@@ -116,7 +129,7 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Toke
             if output is not None:
                 yield n, output
                 continue
-            await tasks[n]  # raises what ended it
+            await tasks[n]  # raises the exception of its stream, if it had one
             check_finish(answers[n])
             left -= 1
     finally:
@@ -124,7 +137,7 @@ async def merged(answers: Sequence["Answer"]) -> AsyncGenerator[tuple[int, "Toke
 
 
 async def collect(answers: Sequence["Answer"]) -> list[list["TokenOutput"]]:
-    """All pieces of each answer."""
+    """The outputs of each answer, once all have ended."""
     outputs_by_answer: list[list[TokenOutput]] = [[] for _ in answers]
     async with cancelled_at_exit(answers), aclosing(merged(answers)) as outputs:
         async for n, output in outputs:
@@ -133,12 +146,12 @@ async def collect(answers: Sequence["Answer"]) -> list[list["TokenOutput"]]:
 
 
 def check_finish(answer: "Answer") -> None:
-    """ApiError if the answer ended before its end."""
+    """Raise the ApiError of a finish reason that no client asked for; "stop" and "length" pass."""
     if answer.finish_reason == "deadline":
         raise ApiError(504, f"not finished in time, after {answer.n_generated} tokens: ask for fewer, or set timeout")
     if answer.finish_reason == "cancelled":
         raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
-    if answer.finish_reason == "busy":  # others, who had less, needed its place in the queue
+    if answer.finish_reason == "busy":  # evicted from the full queue for a client with fewer requests
         raise too_busy(1.0)
     if answer.finish_reason == "error":
         raise ApiError(500, "the model failed; the log has the reason")

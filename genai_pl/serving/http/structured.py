@@ -1,4 +1,8 @@
-"""The form that a client asks of an answer: JSON, JSON of a schema, what a regular expression matches, one of some texts."""
+"""Structured outputs: response_format (OpenAI) and guided_* or structured_outputs (vLLM) as settings of constrained decoding.
+
+All forms become one of two fields of GenerationConfig, `json_schema` or `regex`; a choice of texts is the regular expression
+with their alternatives. Sizes are bounded, since compiling a grammar can take the third power of its length.
+"""
 
 import json
 import re
@@ -12,20 +16,25 @@ from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.schemas import OpenAISampling
 from genai_pl.serving.service import Service
 
-MAX_FORM = 65_536  # characters of a schema, or of all texts to choose from
-MAX_PATTERN = 4096  # of a regular expression, and of all that a schema has: compiling takes the third power of it
+MAX_FORM = 65_536  # characters of a schema, or of the texts of a choice together
+MAX_PATTERN = 4096  # characters of a regular expression, or of all in a schema
 
 
 class FormatConstraint(NamedTuple):
-    """A form, and the field of the request that asks for it."""
+    """One structured output that a body asks for.
+
+    param: field of the body that asks for it, for errors
+    kind: json, json_object, regex or choice, vLLM's names
+    value: schema, expression or texts, not yet validated
+    """
 
     param: str
-    kind: str  # json, json_object, regex or choice, as vLLM calls them
+    kind: str
     value: object
 
 
 async def apply_response_format(service: Service, body: OpenAISampling, config: GenerationConfig) -> GenerationConfig:
-    """The way to choose tokens with the form that the client asks for; ApiError 422 for one that cannot be."""
+    """The config with the structured output of the body, if any, compiled; ApiError 422 if it cannot be or there are two."""
     constraints = list(_requested_constraints(body))
     if not constraints:
         return config
@@ -42,7 +51,7 @@ async def apply_response_format(service: Service, body: OpenAISampling, config: 
 
 
 def _requested_constraints(body: OpenAISampling) -> Iterator[FormatConstraint]:
-    """All that the client says about the form, in OpenAI's words and in both of vLLM's."""
+    """All structured outputs of a body, in OpenAI's fields and in vLLM's old and new ones."""
     if body.response_format is not None:
         yield from _response_format(body.response_format)
     for kind in ("json", "regex", "choice"):
@@ -68,7 +77,10 @@ def _response_format(response_format: dict[str, object]) -> Iterator[FormatConst
 
 
 def _constraint(constraint: FormatConstraint) -> dict[str, str | None]:
-    """The two fields of GenerationConfig; a schema is text that begins with a brace, and so never the name of a file."""
+    """The two fields of GenerationConfig for a structured output; ApiError 422 for a value that is none.
+
+    A schema becomes JSON text, which begins with a brace and so is never read as the name of a file.
+    """
     if constraint.kind == "json_object":
         return {"json_schema": '{"type": "object"}', "regex": None}
     if constraint.kind == "json":
@@ -86,7 +98,7 @@ def _constraint(constraint: FormatConstraint) -> dict[str, str | None]:
 
 
 def _schema(constraint: FormatConstraint) -> str:
-    """The text of a schema, which vLLM's clients may send as text too."""
+    """JSON text of a schema, which clients may send as an object or as text."""
     try:
         schema = json.loads(constraint.value) if isinstance(constraint.value, str) else constraint.value
         if isinstance(schema, dict):
@@ -100,7 +112,7 @@ def _schema(constraint: FormatConstraint) -> str:
 
 
 def _patterns(schema: object) -> Iterator[str]:
-    """The regular expressions in a schema."""
+    """All regular expressions in a schema: values of `pattern`, keys of `patternProperties`."""
     waiting = [schema]
     while waiting:
         part = waiting.pop()
@@ -115,6 +127,6 @@ def _patterns(schema: object) -> Iterator[str]:
 
 
 def _check_length(constraint: FormatConstraint, n: int, most: int, *, what: str = "in all") -> None:
-    """ApiError 422 for a form whose compiling would take long."""
+    """Raise ApiError 422 for more than `most` characters."""
     if n > most:
         raise ApiError(422, f"{constraint.param}: {n:,} characters {what}, at most {most:,}", param=constraint.param)

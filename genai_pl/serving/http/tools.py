@@ -1,4 +1,7 @@
-"""Functions that a model may call: what its chat template is told of them, and the calls in what it writes."""
+"""Tool calls: tools for the chat template, and the calls parsed out of the generated text.
+
+A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the format of Hermes and Qwen models.
+"""
 
 import json
 import uuid
@@ -13,11 +16,11 @@ from genai_pl.serving.service import Service
 if TYPE_CHECKING:
     from genai_pl.serving.engine.request import TokenOutput
 
-OPENING, CLOSING = "<tool_call>", "</tool_call>"  # as Hermes and Qwen write them
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
 def offered_tools(service: Service, body: ChatBody) -> list[Json]:
-    """The tools that the chat template is told of; ApiError 422 where it has no place for any."""
+    """Tools for the chat template, none with tool_choice=none; ApiError 422 if the template cannot show tools."""
     if body.tool_choice not in (None, "none", "auto"):
         raise ApiError(422, "tool_choice: this server has none and auto", param="tool_choice")
     if not body.tools or body.tool_choice == "none":
@@ -33,7 +36,15 @@ def offered_tools(service: Service, body: ChatBody) -> list[Json]:
 
 
 def parse_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
-    """The text outside of calls, and the calls; all of it is text where one of them cannot be read."""
+    """(text outside of calls, calls in OpenAI's shape).
+
+    names: of the tools that were offered
+    If one call is no JSON or names no offered tool, all of the text stays text and there are no calls.
+
+    >>> text, [call] = parse_tool_calls('Wait. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', {"add"})
+    >>> text, call["function"]
+    ('Wait.', {'name': 'add', 'arguments': '{"a": 1}'})
+    """
     calls, outside, end = [], [], 0
     for begin, after in tool_call_spans(text):
         source = text[begin + len(OPENING) : after - len(CLOSING)].strip()
@@ -52,7 +63,7 @@ def parse_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]
 
 
 def tool_call_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Where calls begin and end in the text, markers included; every character is looked at once or twice."""
+    """(start, end) of each call in the text, markers included; linear in the text, whatever markers it has."""
     end = 0
     while (begin := text.find(OPENING, end)) >= 0:
         closing = text.find(CLOSING, begin + len(OPENING))
@@ -63,7 +74,11 @@ def tool_call_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 class ToolChatFormat(ChatFormat):
-    """A chat in which the assistant may call tools; a stream has each answer in one delta, once it is whole."""
+    """Choices of a chat with tools; a stream has each answer in one delta, as a call is known only at its end.
+
+    decode, logprobs: as for completions
+    tools: offered tools, whose names calls may have
+    """
 
     streams_whole_answers = True
 
@@ -72,7 +87,7 @@ class ToolChatFormat(ChatFormat):
         self.names = {tool["function"]["name"] for tool in tools}
 
     def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
-        """Answer n, whole."""
+        """The choice of answer n, with its calls; the finish reason is tool_calls if there are any."""
         choice = super().choice(n, outputs, finish_reason)
         text, calls = parse_tool_calls(choice["message"]["content"], self.names)
         if calls:
@@ -81,7 +96,7 @@ class ToolChatFormat(ChatFormat):
         return choice
 
     def whole_chunk(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
-        """Answer n as the one delta of a stream."""
+        """The choice of answer n as the one chunk of a stream."""
         choice = self.choice(n, outputs, finish_reason)
         delta = {k: v for k, v in choice.pop("message").items() if k != "refusal"}
         if "tool_calls" in delta:

@@ -1,4 +1,4 @@
-"""Another server that speaks OpenAI's API, vLLM for one, with our cache, limits and metrics in front."""
+"""Upstream: a client of another server with OpenAI's API (vLLM, TGI), behind this server's cache, limits and metrics."""
 
 import asyncio
 import json
@@ -36,7 +36,14 @@ T = TypeVar("T")
 
 
 class Upstream:
-    """The server behind this one; clients are not told where it is, nor what went wrong in it."""
+    """The upstream server; clients learn neither its address nor what failed in it.
+
+    settings: url (with user:password@ if needed), the variable of its API key, timeout, queue_size, cache
+    metrics: counts answers, tokens and cache lookups
+    transport: httpx transport, for tests
+
+    `queue_size` bounds the requests that run at once: waiting is the upstream server's own affair.
+    """
 
     def __init__(
         self, settings: Settings, metrics: Metrics, *, transport: httpx.AsyncBaseTransport | None = None
@@ -59,19 +66,19 @@ class Upstream:
         self.name = settings.name
 
     def start(self) -> None:
-        """Nothing has to be begun: the other server runs."""
+        """Do nothing: the upstream server runs already."""
 
     def give_up(self) -> None:
-        """Requests that run end with their connections."""
+        """Do nothing: requests end with the clients' connections, which uvicorn cuts."""
 
     async def stop(self) -> None:
-        """Close all connections."""
+        """Close the connections to upstream server and cache."""
         await self.client.aclose()
         if self.cache is not None:
             await self.cache.close()
 
     async def default_model(self) -> str:
-        """The model of requests that name none: the option `name`, or the first one that the other server has."""
+        """The model of requests that name none: the option `name`, else the first model of the upstream server."""
         if self.name is None:
             entries = list_of_models(await self.get("models"))
             if not entries:
@@ -80,11 +87,11 @@ class Upstream:
         return self.name
 
     async def get(self, path: str) -> Json:
-        """What the other server answers, as JSON."""
+        """The JSON answer to a GET."""
         return await self._fetch("GET", path, None)
 
     async def post(self, path: str, body: Json) -> Json:
-        """The same to a request with a body; repeatable ones are answered from the cache."""
+        """The JSON answer to a POST, from the cache if the request is repeatable; ApiError 502 for anything unexpected."""
         key = self._key(path, body)
         cached = await self._cached(key)
         if isinstance(cached, dict):
@@ -99,14 +106,16 @@ class Upstream:
         return reply_json
 
     async def stream(self, path: str, body: Json) -> AsyncIterator[str]:
-        """The events of a stream, each the text of a JSON object; whole streams of repeatable requests are kept."""
+        """Events of a streamed POST, each the text of a JSON object; complete streams of repeatable requests are cached."""
+        # from the cache
         key = self._key(path, body)
         cached = await self._cached(key)
         if isinstance(cached, list):
             for event in cached:
                 yield event
-                await asyncio.sleep(0)  # nothing has to be waited for: others have their turn
+                await asyncio.sleep(0)  # the loop's other tasks run between two events
             return
+        # from the upstream server; `[DONE]` is left out
         events: list[str] = []
         start = last = time.perf_counter()
         async with self._open_response("POST", path, body) as reply, aclosing(read_lines(reply)) as source:
@@ -123,6 +132,7 @@ class Upstream:
                 last = now
                 events.append(event)
                 yield event
+            # without [DONE] the connection broke, and the answer is not complete
             if line is None or not events:
                 raise ApiError(502, "the server behind this one broke off its answer")
         self.metrics.finished("stop", 0, len(events))
@@ -130,12 +140,13 @@ class Upstream:
             await self.cache.set(key, json.dumps(events).encode())
 
     def _key(self, path: str, body: Json) -> str | None:
+        """Cache key of a repeatable request (greedy, or with a seed), else None; `user` never changes an answer."""
         if self.cache is None or not (body.get("temperature") == 0 or body.get("seed") is not None):
             return None
         return key_of(str(self.address), path, {k: v for k, v in body.items() if k != "user"})
 
     async def _cached(self, key: str | None) -> Json | list[str] | None:
-        """What the cache has: an answer, or the events of one; None where that is neither."""
+        """The cached answer, or the list of a stream's events; None if there is none that can be sent."""
         contents = None if key is None else await self.cache.get(key)
         reply_json = None if contents is None else _decode_cached(contents)
         if key is not None:
@@ -143,6 +154,8 @@ class Upstream:
         return reply_json
 
     async def _fetch(self, method: str, path: str, body: Json | None) -> Json:
+        """The JSON answer, within the timeout."""
+
         async def fetch() -> Json:
             async with self._open_response(method, path, body) as reply:
                 return parse(await read_body(reply))
@@ -150,7 +163,10 @@ class Upstream:
         return await self._with_timeout(fetch(), time.perf_counter())
 
     async def _with_timeout(self, work: Awaitable[T], start: float) -> T:
-        """What the work gives within the time of a request that began then, however slowly the other server drips."""
+        """Result of the work, within the timeout of the request that began at `start`; ApiError 504 after it.
+
+        httpx's own timeouts count from byte to byte, and a server that drips would never exceed them.
+        """
 
         async def awaited() -> T:
             return await work
@@ -167,7 +183,10 @@ class Upstream:
     async def _open_response(
         self, method: str, path: str, body: Mapping[str, object] | None
     ) -> AsyncIterator[httpx.Response]:
-        """The other server's answer, its body still to be read; ApiError if it is an error or does not come."""
+        """Context with the upstream server's response, its body unread.
+
+        Raises ApiError 429 at queue_size running requests, 502 or 504 if it cannot be reached, and its own 4xx.
+        """
         if self.n_running >= self.limits.queue_size:
             raise too_busy(1.0)
         content = None if body is None else json.dumps(body).encode()
@@ -175,6 +194,7 @@ class Upstream:
         self.n_running += 1
         try:
             async with self.client.stream(method, path, content=content, headers=headers) as reply:
+                # the body of an error is read here, that of an answer by the caller
                 if reply.status_code != 200:
                     raise client_error(reply, await self._with_timeout(read_body(reply), time.perf_counter()))
                 yield reply
@@ -188,7 +208,7 @@ class Upstream:
 
 
 def _decode_cached(contents: bytes) -> Json | list[str] | None:
-    """What was kept: an answer, or a list of events that are answers; None where it is anything else."""
+    """A cached answer or list of events; None for anything else, which someone else must have written."""
     try:
         reply_json = json.loads(contents)
         if isinstance(reply_json, list) and reply_json:

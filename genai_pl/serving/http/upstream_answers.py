@@ -1,4 +1,7 @@
-"""Answers of another server, which may be anything: read into plain JSON that our own answers may hold, or refused."""
+"""Upstream answers: validation of another server's replies, which may be anything, into JSON that can be sent on.
+
+Whatever is wrong with a reply is one error, 502, with the reason in the log only.
+"""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -9,19 +12,19 @@ import httpx
 from genai_pl.serving.errors import ApiError
 
 Json = dict[str, object]
-LARGEST = 64 * 2**20  # bytes of an answer, or of a line of a stream
-SHOWN = 2000  # characters of its message that a client sees
-AGAIN = 86400  # the longest Retry-After that is handed on, in seconds
+MAX_REPLY_BYTES = 64 * 2**20  # of a reply, or of one line of a stream
+MAX_MESSAGE = 2000  # characters of an upstream error message that a client sees
+MAX_RETRY_AFTER = 86400  # seconds of a Retry-After header that is forwarded
 
 
 def bad_gateway(reason: object) -> ApiError:
-    """502, in words that say nothing of what lies behind."""
+    """ApiError 502 that tells the client nothing of the upstream server; the reason goes to the log."""
     return ApiError(502, "the server behind this one gave an answer that makes no sense", reason=reason)
 
 
 @contextmanager
 def upstream_errors() -> Iterator[None]:
-    """What goes wrong inside because of the other server's answer is its fault, not ours."""
+    """Context for code that reads a reply: what it raises because of the reply's shape becomes ApiError 502."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
@@ -29,13 +32,13 @@ def upstream_errors() -> Iterator[None]:
 
 
 def parse(content: bytes | str) -> Json:
-    """The JSON object, of which ours can be made; ApiError 502 for anything else."""
+    """The JSON object of a reply; ApiError 502 for anything else."""
     with upstream_errors():
         return sendable(content)
 
 
 def sendable(content: bytes | str) -> Json:
-    """The JSON object; TypeError, ValueError or RecursionError for anything else, or for what cannot be sent on."""
+    """The JSON object; TypeError, ValueError or RecursionError for anything else, or for values that cannot be sent on."""
     value = json.loads(content, parse_constant=_refuse)
     if not isinstance(value, dict):
         raise TypeError(f"{type(value).__name__} where an object belongs")
@@ -44,7 +47,7 @@ def sendable(content: bytes | str) -> Json:
 
 
 def token_count(usage: object, name: str) -> int:
-    """A number of tokens in what an answer says it cost; 0 where it says nothing, TypeError where it is no number."""
+    """A field of `usage`: 0 if it is missing, TypeError if it is no number of tokens."""
     n = usage.get(name) if isinstance(usage, dict) else None
     if n is None:
         return 0
@@ -54,7 +57,7 @@ def token_count(usage: object, name: str) -> int:
 
 
 def list_of_objects(value: Json, name: str) -> list[Json]:
-    """The answers, vectors or models in it; TypeError or KeyError where they are not what a client expects."""
+    """The list of objects under a name (choices, data); KeyError or TypeError for anything else."""
     objects = value[name]
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
         raise TypeError(f"{name} is no list of objects")
@@ -62,7 +65,7 @@ def list_of_objects(value: Json, name: str) -> list[Json]:
 
 
 def list_of_models(value: Json) -> list[Json]:
-    """The models that it serves, each with an id."""
+    """Entries of a reply to GET /models, each with an id; ApiError 502 for anything else."""
     with upstream_errors():
         entries = list_of_objects(value, "data")
         for entry in entries:
@@ -71,24 +74,27 @@ def list_of_models(value: Json) -> list[Json]:
 
 
 def text_of(value: object) -> str:
-    """The text; TypeError where it is none."""
+    """The value, if it is text; TypeError otherwise."""
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} where text belongs")
     return value
 
 
 async def read_body(reply: httpx.Response) -> bytes:
-    """Its body; ApiError 502 for one without end."""
+    """The body of a reply; ApiError 502 if it is larger than MAX_REPLY_BYTES."""
     body = bytearray()
     async for part in reply.aiter_bytes():
         body += part
-        if len(body) > LARGEST:
-            raise bad_gateway(f"more than {LARGEST} bytes")
+        if len(body) > MAX_REPLY_BYTES:
+            raise bad_gateway(f"more than {MAX_REPLY_BYTES} bytes")
     return bytes(body)
 
 
 async def read_lines(reply: httpx.Response) -> AsyncIterator[str]:
-    """Its body line by line as it comes."""
+    """Lines of a reply's body as they arrive; ApiError 502 for a line without end.
+
+    httpx's aiter_lines has no limit of length.
+    """
     rest = bytearray()
     async for part in reply.aiter_bytes():
         rest += part
@@ -96,28 +102,35 @@ async def read_lines(reply: httpx.Response) -> AsyncIterator[str]:
         rest = bytearray(last)
         for line in complete:
             yield line.decode("utf-8", "replace").strip()
-        if len(rest) > LARGEST:
-            raise bad_gateway(f"a line of more than {LARGEST} bytes")
+        if len(rest) > MAX_REPLY_BYTES:
+            raise bad_gateway(f"a line of more than {MAX_REPLY_BYTES} bytes")
     if rest:
         yield rest.decode("utf-8", "replace").strip()
 
 
 def client_error(reply: httpx.Response, content: bytes) -> ApiError:
-    """The other server's error in our shape; its own failures are 502 here, and its keys are not the client's business."""
+    """The ApiError for an upstream error: its 4xx in this server's shape, everything else 502.
+
+    401 and 403 are 502, too: they are about this server's API key, not the client's.
+    """
     message, param = f"status {reply.status_code}", None
+    # the message, from OpenAI's {"error": {"message", "param"}} or from any object
     try:
         value = json.loads(content)
         detail = value.get("error", value)
         text = detail.get("message", detail) if isinstance(detail, dict) else detail
         param = detail.get("param") if isinstance(detail, dict) else None
-        message = str(text)[:SHOWN]
+        message = str(text)[:MAX_MESSAGE]
     except (ValueError, AttributeError, RecursionError):
         pass
     if reply.status_code in (401, 403) or not 400 <= reply.status_code < 500:
         answer = f"the server behind this one failed (status {reply.status_code})"
         return ApiError(502, answer, reason=message)
+    # Retry-After, if it is a plain number of seconds
     again = reply.headers.get("retry-after", "")
-    headers = {"Retry-After": again} if again.isascii() and again.isdigit() and int(again[:9]) <= AGAIN else {}
+    headers = (
+        {"Retry-After": again} if again.isascii() and again.isdigit() and int(again[:9]) <= MAX_RETRY_AFTER else {}
+    )
     return ApiError(reply.status_code, message, param=param if isinstance(param, str) else None, headers=headers)
 
 

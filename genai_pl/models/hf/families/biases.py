@@ -1,4 +1,4 @@
-"""Biases of attention, as Llama's config.json has them: in all projections or in none."""
+"""Biases of attention in Llama's config.json: one key for all four projections."""
 
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Decoders: GPT-2, Llama and its relatives."""
+"""Decoders: GPT-2, Llama, Mistral, Qwen 2 and Qwen 3."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ from genai_pl.models.hf.families.rope import ROPE
 
 
 def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
-    """What follows the last norm of a decoder, where it has weights of its own."""
+    """The rows behind a decoder's last norm: a head for scores, an untied language-model head, or none."""
     if config.head is Head.score:
         return (one("score", "score"),)
     return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)
@@ -44,7 +44,7 @@ def _llama(config: ModelConfig) -> Iterator[Weight]:
 
 
 def projections(config: ModelConfig) -> Iterator[Weight]:
-    """Attention and MLP of Llama's kind."""
+    """The rows of attention and MLP in Llama's layout, with the biases and norms that the configuration has."""
     hf_layer, layer = "model.layers.{i}", "blocks.{i}"
     for p in "qkvo":
         yield one(f"{hf_layer}.self_attn.{p}_proj", f"{layer}.attention.{p}_proj")
@@ -61,6 +61,7 @@ def projections(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _classes(name: str) -> dict[Head, tuple[str, ...]]:
+    """transformers' classes of a family by their heads."""
     return {
         Head.linear: (f"{name}ForCausalLM",),
         Head.score: (f"{name}ForSequenceClassification",),
@@ -69,6 +70,7 @@ def _classes(name: str) -> dict[Head, tuple[str, ...]]:
 
 
 def _read_causal(values: Values) -> dict[str, object]:
+    """is_causal=false makes an encoder of a decoder's weights, as some embedding models are."""
     if values.get("is_causal", True):
         return {}
     if any(str(name).endswith("ForSequenceClassification") for name in values.get("architectures") or ()):
@@ -79,18 +81,18 @@ def _read_causal(values: Values) -> dict[str, object]:
 def _write_causal(config: ModelConfig) -> dict[str, object]:
     if config.shape is not Shape.encoder:
         return {}
-    if "model_type" not in config.extra or config.head is Head.score:  # older readers take no notice of the key
+    if "model_type" not in config.extra or config.head is Head.score:  # older versions of transformers ignore the key
         raise ConfigError("an encoder is written as a decoder only if it was read as one")
     return {"is_causal": False}
 
 
 def _check_width(config: ModelConfig) -> dict[str, object]:
-    if config.n_embd % config.n_head:  # transformers 5 refuses that, although head_dim may be another number
+    if config.n_embd % config.n_head:  # transformers 5 refuses it, although head_dim may be another number
         raise ConfigError("hidden_size must be a multiple of num_attention_heads")
     return {}
 
 
-CAUSAL = Codec(_read_causal, _write_causal, ("is_causal",))  # of transformers: a decoder whose tokens see all others
+CAUSAL = Codec(_read_causal, _write_causal, ("is_causal",))
 WIDTH = Codec(lambda values: {}, _check_width, ())
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
@@ -169,10 +171,12 @@ LLAMA = Family(
     prefix="model.",
     ties=TIED,
 )
+# Llama without attention_bias, of which the families below are variants
 UNBIASED = replace(LLAMA, fixed={**LLAMA.fixed, "qkv_bias": False}, codecs=(ROPE, CAUSAL))
 
 
 def _check_layer_types(values: Values) -> dict[str, object]:
+    """ConfigError unless every layer has full attention; Qwen states the kind of each."""
     kinds = values.get("layer_types")
     if kinds is not None and (len(kinds) != values["num_hidden_layers"] or {*kinds} != {"full_attention"}):
         raise ConfigError(f"layer_types={kinds!r} is not supported without a window")

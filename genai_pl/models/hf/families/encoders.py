@@ -1,4 +1,7 @@
-"""Encoders with learned positions: BERT, RoBERTa, ALBERT."""
+"""Encoders with learned positions: BERT, RoBERTa, ALBERT.
+
+Their layers are equal; names of tensors, the head's names and a few keys differ. ALBERT stores one layer for all.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +38,7 @@ def _head(config: ModelConfig, dense: str, norm: str, decoder: str, bias: str) -
     yield Weight(bias, ("lm_head.bias",))
     if not config.tie_embeddings:
         yield one(decoder, "lm_head")
-        yield Weight(f"{decoder}.bias", ("lm_head.bias",))  # without ties, this is the one that is added
+        yield Weight(f"{decoder}.bias", ("lm_head.bias",))  # the one that is added if the head is not tied
 
 
 def _bert(config: ModelConfig) -> Iterator[Weight]:
@@ -70,7 +73,7 @@ def _ties(prefix: str, decoder: str, bias: str) -> tuple[tuple[str, str], ...]:
 
 
 def _read_roberta(values: Values) -> dict[str, object]:
-    """Positions are counted from that of padding, which has the number of the pad token."""
+    """RoBERTa numbers positions from pad_token_id + 1 on, so its table has as many more rows."""
     if type(values["pad_token_id"]) is not int:
         raise ConfigError(f"pad_token_id={values['pad_token_id']!r} must be a number: positions begin behind it")
     offset = values["pad_token_id"] + 1
@@ -83,6 +86,7 @@ def _write_roberta(config: ModelConfig) -> dict[str, object]:
 
 
 def _check(values: Values) -> dict[str, object]:
+    """ConfigError for an encoder with a causal mask, and for one without token types."""
     if values.get(
         "is_causal"
     ):  # transformers 5 hides what follows with its sdpa attention, and does not with its eager one
@@ -93,6 +97,7 @@ def _check(values: Values) -> dict[str, object]:
 
 
 def _check_albert(values: Values) -> dict[str, object]:
+    """ConfigError for embeddings as wide as blocks: ALBERT projects them all the same, and our model does not."""
     if values["embedding_size"] == values["hidden_size"]:
         raise ConfigError("embedding_size equal to hidden_size is not supported for model_type 'albert'")
     return {}

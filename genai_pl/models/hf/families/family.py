@@ -1,4 +1,4 @@
-"""What a family's table consists of."""
+"""Family, Weight and Codec: the parts of a table that translates a family of Hugging Face models."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,70 +13,91 @@ Values = Mapping[str, object]
 
 
 class Weight(NamedTuple):
-    """One tensor of theirs and the tensors of ours that it holds, joined along the output dimension."""
+    """One tensor of a Hugging Face file and our tensors that it holds, concatenated along the output dimension.
+
+    hf_name     in the file; {i} stands for a layer
+    names       ours, in the order in which the file's tensor holds them (GPT-2's c_attn: q, k, v)
+    transposed  the file stores (in, out), as GPT-2's Conv1D does
+    head_dim    the file splits our last dimension in two (before transposing): heads, head_dim
+    leading     so many dimensions of 1 stand first in the file
+    offset      our tensor is the file's plus this (Gemma's norms multiply by 1 + weight)
+
+    >>> row = Weight("c_fc.weight", ("up_proj.weight",), transposed=True)
+    >>> import torch; row.from_hf(torch.zeros(2, 3)).shape, row.to_hf(torch.zeros(3, 2)).shape
+    (torch.Size([3, 2]), torch.Size([2, 3]))
+    """
 
     hf_name: str
     names: tuple[str, ...]
-    transposed: bool = False  # theirs is (in, out)
-    head_dim: int | None = None  # theirs has two dimensions for the last of ours (before transposing): heads, head_dim
-    leading: int = 0  # theirs has so many leading dimensions of 1
-    offset: float = 0.0  # ours is theirs plus this
+    transposed: bool = False
+    head_dim: int | None = None
+    leading: int = 0
+    offset: float = 0.0
 
     def from_hf(self, tensor: Tensor) -> Tensor:
-        """Theirs as ours."""
+        """Our tensors, concatenated, from the file's tensor."""
         tensor = tensor.reshape(tensor.shape[self.leading :]) if self.leading else tensor
         tensor = tensor.flatten(-2) if self.head_dim else tensor
         tensor = tensor.T.contiguous() if self.transposed else tensor
         return tensor + self.offset if self.offset else tensor
 
     def to_hf(self, tensor: Tensor) -> Tensor:
-        """Ours as theirs."""
+        """The file's tensor from ours, concatenated; the inverse of `from_hf`."""
         tensor = tensor - self.offset if self.offset else tensor
         tensor = tensor.T if self.transposed else tensor
         tensor = tensor.unflatten(-1, (-1, self.head_dim)) if self.head_dim else tensor
         return tensor.reshape((1,) * self.leading + tuple(tensor.shape)).contiguous()
 
 
-SCORE = "score.weight"  # of every class of decoders that scores texts
+SCORE = "score.weight"  # in every class of decoders with a head for scores
 
 
 class Codec(NamedTuple):
-    """Fields that are said otherwise than by one key each; ConfigError from either for what cannot be said."""
+    """Two functions for fields that do not have one key each, or must be checked; ConfigError for what is not supported.
 
-    read: Callable[[Values], dict[str, object]]  # config.json with its defaults -> fields
+    read   config.json, with defaults filled in -> fields of ModelConfig
+    write  ModelConfig -> keys of config.json
+    keys   of config.json that `read` looks at
+    """
+
+    read: Callable[[Values], dict[str, object]]
     write: Callable[[ModelConfig], dict[str, object]]
-    keys: tuple[str, ...]  # of config.json that it reads
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: what must hold, which field is called what, and where each tensor lies."""
+    """A model family: its model_type and classes, its keys of config.json, and its tensors.
+
+    The fields are commented below. Reading fills a missing key from `defaults`, demands `constants`, maps `fields` and calls
+    the codecs; every other key is kept in `ModelConfig.extra` and written again.
+    """
 
     model_type: str
     architectures: dict[Head, tuple[str, ...]]  # classes of transformers with each head; the first is written
     fixed: dict[str, object]  # fields of ModelConfig that have this value in every member
     fields: dict[str, str]  # field of ModelConfig -> key of config.json
     constants: dict[str, object]  # further keys that must have this value, which is also transformers' default
-    defaults: dict[str, object]  # what transformers assumes where config.json is silent
+    defaults: dict[str, object]  # transformers' values for keys that config.json leaves out
     weights: Callable[[ModelConfig], Iterable[Weight]]  # {i} is a layer, {j} a layer of the decoder of two stacks
     codecs: tuple[Codec, ...] = ()
     dropouts: tuple[str, ...] = ()  # keys that are written, and do not matter when reading
     prefix: str = ""  # of names in a model with a head, absent in one without
-    head_bias: bool = False  # whether the head of the language model has tensors that are never another's
-    head_tensor: str = "lm_head.weight"  # one that only a file of the model with that head holds
+    head_bias: bool = False  # True if the language model's head has tensors that are never tied
+    head_tensor: str = "lm_head.weight"  # a tensor that only a file of the model with its head holds
     pooler: str = ""  # the name of the dense layer over the first state, where its classes have one
-    ties: tuple[tuple[str, str], ...] = ()  # tensors that are another one's, unless a file holds both and they differ
+    ties: tuple[tuple[str, str], ...] = ()  # (tensor, tensor that it equals unless the file holds both and they differ)
     always_ties: bool = False  # whatever tie_word_embeddings says
     synonyms: tuple[tuple[str, str], ...] = ()  # other names of keys, and the keys
 
     @property
     def keys(self) -> set[str]:
-        """Keys of config.json that have a meaning here."""
+        """Keys of config.json that this table reads or writes."""
         coded = {key for codec in self.codecs for key in codec.keys}
         return {*self.fields.values(), *self.constants, *self.defaults, *coded, *(name for name, _ in self.synonyms)}
 
     def rows(self, config: ModelConfig) -> Iterator[Weight]:
-        """Every tensor of a model of this configuration, layers written out."""
+        """Every tensor of a model of this configuration, one row for each layer."""
         counts = {"{i}": 1 if config.share_layers else config.n_layer, "{j}": config.n_decoder_layer or 0}
         pooler = both(self.pooler, "pooler") if config.pooler else ()
         for row in (*self.weights(config), *pooler):
@@ -87,11 +108,15 @@ class Family:
                 yield row._replace(hf_name=hf_name.format(i=i, j=i), names=names)
 
     def table(self, config: ModelConfig) -> list[Weight]:
-        """The same as a list."""
+        """`rows` as a list."""
         return list(self.rows(config))
 
     def head_of(self, values: Values, stored: Container[str] | None) -> Head:
-        """The head of the class that wrote config.json; where none of its classes is ours, the one that the file has."""
+        """The head of the model in a folder: that of the class in `architectures`, else the one whose tensors are stored.
+
+        values: config.json. stored: names of tensors, None if unknown. A headless class may still come with a head: folders
+        of embedding models state the base class and hold whatever they were made from.
+        """
         class_names = values.get("architectures") or []
         first, *other_heads = self.architectures
         head = next((h for h, classes in self.architectures.items() if any(n in classes for n in class_names)), None)
@@ -100,20 +125,20 @@ class Family:
         if head is None and stored is not None and Head.score in other_heads and SCORE in stored:
             return Head.score
         if values.get("tie_word_embeddings") and not self.head_bias:
-            return first  # which is the embedding
+            return first  # it is the embedding
         if head is Head.none or stored is None:
             return Head.none if class_names else first
         return first if self.head_tensor in stored else Head.none
 
 
 def both(hf_name: str, *names: str, **layout: object) -> tuple[Weight, Weight]:
-    """A linear layer or norm: its weight and its bias."""
+    """The rows of a linear layer or norm: weight and bias; `layout` are the further fields of the weight's row."""
     weight = Weight(f"{hf_name}.weight", tuple(f"{name}.weight" for name in names), **layout)
     return weight, Weight(f"{hf_name}.bias", tuple(f"{name}.bias" for name in names))
 
 
 def one(hf_name: str, *names: str, **layout: object) -> Weight:
-    """A weight without bias."""
+    """The row of a weight without bias."""
     return Weight(f"{hf_name}.weight", tuple(f"{name}.weight" for name in names), **layout)
 
 

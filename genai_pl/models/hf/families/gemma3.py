@@ -1,4 +1,4 @@
-"""Gemma 3, the decoder of texts: windows in most layers, norms before and after each part."""
+"""Gemma 3, the text decoder: windows in most layers, norms before and after each part, two rotary bases."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +30,7 @@ def _gemma3(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _read_gemma3(values: Values) -> dict[str, object]:
+    """Windows and scale. Layers may be listed by kind or stated by a period; only periodic lists are supported."""
     n, kinds = values["num_hidden_layers"], values.get("layer_types")
     pattern = values["sliding_window_pattern"]
     if kinds is None:
@@ -46,6 +47,7 @@ def _read_gemma3(values: Values) -> dict[str, object]:
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, object]:
+    """Both forms: transformers 4 reads the period, 5 the list."""
     if config.window is None:
         raise ConfigError("Gemma 3 needs model.window")
     scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
@@ -80,7 +82,7 @@ GEMMA3 = replace(
         "activation": "hidden_activation",
         "logit_softcap": "final_logit_softcapping",
     },
-    # transformers 5 reads attn_logit_softcapping, and its attention does not get to know it
+    # transformers 5 reads attn_logit_softcapping, and does not pass it to attention
     constants={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
     defaults={
         "num_key_value_heads": 4,

@@ -1,4 +1,4 @@
-"""Rotary positions as config.json says them: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
+"""Rotary positions in config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
 
 from genai_pl.config.enums import RopeKind
 from genai_pl.config.model import ModelConfig, RopeScaling
@@ -22,10 +22,10 @@ HF_KEYS = {  # field of RopeScaling -> key, by kind
     },
 }
 PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with the only value that is supported
-THETA = 10000.0
+THETA = 10000.0  # where config.json has no base
 
 
-NEEDED = {
+NEEDED = {  # keys without a default
     RopeKind.linear: ("factor",),
     RopeKind.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
     RopeKind.yarn: ("factor",),
@@ -33,7 +33,11 @@ NEEDED = {
 
 
 def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, RopeScaling]:
-    """The base of the frequencies, `theta` where the entry has none, and how they are scaled in a model of these values."""
+    """The base of the frequencies and their scaling, from one entry of rotary parameters.
+
+    theta: the base where the entry has none. values: config.json, which may hold the original context length. ConfigError
+    for a kind or key that would turn queries otherwise than we do.
+    """
     rope = dict(rope)
     theta = rope.pop("rope_theta", theta)
     if theta is None:
@@ -44,6 +48,7 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
     kind = next((kind for kind in HF_KEYS if kind.value == name), None)
     if kind is None and name != "default":
         raise ConfigError(f"rotary positions of rope_type={name!r} are not supported; supported: {_kinds()}")
+    # every key must be one that this kind uses, or have the one supported value
     keys = HF_KEYS.get(kind, {})
     ignored = "original_max_position_embeddings" if kind in (None, RopeKind.linear) else ""
     unknown = [f"{k}={v!r}" for k, v in rope.items() if k not in (*keys.values(), ignored) and v != PLAIN.get(k)]
@@ -62,7 +67,7 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
-    """One entry of rope_parameters."""
+    """The entry of rope_parameters for a base and a scaling."""
     if scaling.kind is RopeKind.none:
         return {"rope_type": "default", "rope_theta": theta}
     entry = {key: getattr(scaling, field) for field, key in HF_KEYS[scaling.kind].items()}
@@ -93,7 +98,7 @@ ROPE = Codec(_read, _write, KEYS)
 
 
 def _read_two(values: Values) -> dict[str, object]:
-    """Gemma 3: full layers have one base and the scaling, windowed ones another base."""
+    """Gemma 3: full layers have one base and the scaling, windowed ones another base without scaling."""
     rope = values.get("rope_parameters") or {}
     full = {**(rope.get("full_attention") or {}), **(values.get("rope_scaling") or {})}
     common = {"partial_rotary_factor": values.get("partial_rotary_factor")}

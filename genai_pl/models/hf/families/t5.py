@@ -1,4 +1,7 @@
-"""T5: v1.0 (ReLU, tied and scaled head) and v1.1 or Flan (gated, a head of its own)."""
+"""T5: v1.0 (ReLU, a tied and scaled head) and v1.1 or Flan (gated GELU, a head of its own).
+
+{i} counts layers of the encoder, {j} of the decoder. Each stack has one table of relative positions, in its first layer.
+"""
 
 from collections.abc import Iterator
 
@@ -7,7 +10,11 @@ from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, one
 
-ACTIVATIONS = {"relu": Activation.relu, "gelu": Activation.gelu_tanh, "silu": Activation.silu}  # gated-gelu is by tanh
+ACTIVATIONS = {
+    "relu": Activation.relu,
+    "gelu": Activation.gelu_tanh,
+    "silu": Activation.silu,
+}  # "gated-gelu" is the tanh approximation
 
 
 def _t5(config: ModelConfig) -> Iterator[Weight]:
@@ -29,6 +36,7 @@ def _t5(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _mlp(config: ModelConfig, hf_layer: str, layer: str) -> Iterator[Weight]:
+    """The norm and MLP of a layer; wi_0 is the gate."""
     yield one(f"{hf_layer}.layer_norm", f"{layer}.norm2")
     if config.gated_mlp:
         yield one(f"{hf_layer}.DenseReluDense.wi_0", f"{layer}.mlp.gate_proj")
@@ -39,23 +47,24 @@ def _mlp(config: ModelConfig, hf_layer: str, layer: str) -> Iterator[Weight]:
 
 
 def _read(values: Values) -> dict[str, object]:
+    """Activation, gate, head scale, ties and the decoder's layers; ConfigError where keys contradict each other."""
     if "is_causal" in values:  # true hides what follows from the encoder (sdpa alone), false shows it to the decoder
         raise ConfigError(f"is_causal={values['is_causal']!r} is not supported for model_type 't5'")
     gate, _, name = values["feed_forward_proj"].rpartition("-")
     if gate not in ("", "gated") or name not in ACTIVATIONS or (not gate and name == "gelu"):
         raise ConfigError(f"feed_forward_proj={values['feed_forward_proj']!r} is not supported")
     derived = {"is_gated_act": gate == "gated", "dense_act_fn": "gelu_new" if name == "gelu" else name}
-    for key, value in derived.items():  # transformers writes both, and goes by them
+    for key, value in derived.items():  # transformers writes these too, and reads them
         if values.get(key, value) != value:
             raise ConfigError(f"{key}={values[key]!r} with feed_forward_proj={values['feed_forward_proj']!r}")
-    # where both say it, transformers 5 goes by the second key, which says what the first said before
+    # transformers 5 reads scale_decoder_outputs, and without it tie_word_embeddings, which implied the scale before
     scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True) is not False)
     return {
         "activation": ACTIVATIONS[name],
         "gated_mlp": gate == "gated",
         "scale_head": scaled,
         "decoder_start_token_id": values.get("decoder_start_token_id"),
-        # a head that is the embedding and not scaled becomes one of its own: transformers 4 scales tied heads
+        # a tied head without scale becomes an untied copy: transformers 4 would scale it
         "tie_embeddings": scaled and values.get("tie_word_embeddings", True) is not False,
         "n_decoder_layer": values["num_layers"]
         if values["num_decoder_layers"] is None
@@ -64,11 +73,13 @@ def _read(values: Values) -> dict[str, object]:
 
 
 def _write(config: ModelConfig) -> dict[str, object]:
+    """The keys that `_read` reads; ConfigError for a combination that T5 does not have."""
     if config.tie_embeddings and not config.scale_head:
         raise ConfigError("T5 scales a tied head")
     name = next((name for name, activation in ACTIVATIONS.items() if activation is config.activation), None)
     if name is None or (name == "gelu" and not config.gated_mlp):
         raise ConfigError("an activation that T5 has not")
+    # keys at transformers' defaults are left out
     values = {
         "feed_forward_proj": f"gated-{name}" if config.gated_mlp else name,
         "tie_word_embeddings": config.tie_embeddings,

@@ -1,4 +1,7 @@
-"""XLNet: an encoder with relative positions in the scores, and a second stream for permutation language modelling."""
+"""XLNet: an encoder with Transformer-XL positions, and a second stream for permutation language modelling.
+
+Its projections are stored as (C, heads, head_dim); ours are (heads * head_dim, C).
+"""
 
 from collections.abc import Iterator
 
@@ -11,6 +14,7 @@ from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, bo
 def _xlnet(config: ModelConfig) -> Iterator[Weight]:
     hf_layer, layer = "transformer.layer.{i}", "blocks.{i}"
     heads = {"head_dim": config.head_dim}
+    # embeddings, attention with its relative positions, MLP, head
     yield one("transformer.word_embedding", "embed")
     yield Weight("transformer.mask_emb", ("unseen",), leading=2)
     for p in "qkv":
@@ -31,6 +35,7 @@ def _xlnet(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _check_heads(values: Values) -> dict[str, object]:
+    """ConfigError where heads do not fill d_model."""
     if (values.get("d_head") or values["d_model"] // values["n_head"]) * values["n_head"] != values["d_model"]:
         raise ConfigError("d_head times n_head must be d_model")
     if "max_position_embeddings" in values:
@@ -54,7 +59,7 @@ XLNET = Family(
         "n_embd": "d_model",
         "intermediate_size": "d_inner",
         "vocab_size": "vocab_size",
-        "max_seq_len": "n_positions",  # XLNet has no longest text, and transformers no key for it
+        "max_seq_len": "n_positions",  # ours alone: XLNet has no longest text
         "norm_eps": "layer_norm_eps",
         "activation": "ff_activation",
         "tie_embeddings": "tie_word_embeddings",
