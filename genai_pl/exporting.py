@@ -66,12 +66,14 @@ def read_alike(model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBas
     differs, output biases of zero are added inside, which change nothing but make the model a llama. CheckpointError for types
     without such a way out.
     """
+    # most models need no change
     kind = _model_type(model)
     if reloads_unchanged(tokenizer, kind):
         yield
         return
     if isinstance(model, WrappedDecoder) or kind != "qwen2":
         raise CheckpointError(f"AutoTokenizer reads another tokenizer than this one beside a model of type {kind}")
+    # output biases of zero for the time of saving, so that the model is written as a llama
     before, layers = model.config, [block.attention.o_proj for block in model.blocks]
     for layer in layers:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)

@@ -81,7 +81,7 @@ class SignalWatch:
             self._before[signum] = signal.signal(signum, self._record)
 
     def restore(self) -> None:
-        """Reinstall the previous handlers, except where somebody has replaced ours meanwhile."""
+        """Reinstall the previous handlers, except where another library has installed its own meanwhile."""
         signal.set_wakeup_fd(self._fd_before, warn_on_full_buffer=False)
         for signum, handler in self._before.items():
             if signal.getsignal(signum) == self._record:

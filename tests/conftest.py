@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no network, a cache of their own, and commands run as a user would."""
+"""Fixtures of all tests: one thread, no network, a cache of their own, and commands as a user runs them."""
 
 import importlib
 import logging
@@ -47,7 +47,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Forget the modules that a test wrote and imported: the next one may call its own alike."""
+    """Forget modules that a test wrote and imported, since the next test may use the same name."""
     before, base = set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
     for name in set(sys.modules) - before:
@@ -56,7 +56,7 @@ def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def close_logs() -> None:
-    """Close the log files that Hydra has opened for a run: whoever configures logging next would forget them open."""
+    """Close the log files that Hydra opened for a run, which the next logging configuration would leave open."""
     for handler in list(logging.root.handlers):
         if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith(".log"):
             logging.root.removeHandler(handler)

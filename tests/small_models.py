@@ -1,4 +1,4 @@
-"""Sizes of small decoders that tests of counts share."""
+"""Sizes of small decoders, shared by tests of counts."""
 
 GPT = {"n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 200, "max_seq_len": 32}
 LLAMA = {

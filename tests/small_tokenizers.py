@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that people bring, trained on a few lines."""
+"""Small tokenizers of each common kind, trained on a few lines."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
 def byte_level_bpe() -> PreTrainedTokenizerBase:
-    """As GPT-2's: pieces keep the space before them, nothing is added to a text."""
+    """Like GPT-2's: tokens keep the space before them, nothing is added to a text."""
     return train_bpe(LINES, 400)
 
 
 def sentencepiece_bpe() -> PreTrainedTokenizerBase:
-    """As Llama 2's: a space before every text, bytes for what is unknown, <s> before every text."""
+    """Like Llama 2's: a space and <s> before every text, bytes for unknown characters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     byte_tokens = [f"<0x{n:02X}>" for n in range(256)]
@@ -36,7 +36,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerBase:
 
 
 def unigram() -> PreTrainedTokenizerBase:
-    """As T5's: words with the space before them, </s> after every text."""
+    """Like T5's: words with the space before them, </s> after every text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -49,7 +49,7 @@ def unigram() -> PreTrainedTokenizerBase:
 
 
 def wordpiece() -> PreTrainedTokenizerBase:
-    """As BERT's: words and ##pieces of lower case, [CLS] before and [SEP] after every text."""
+    """Like BERT's: lower-case words and ##suffixes, [CLS] before and [SEP] after every text."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""The commands as functions give what the commands give."""
+"""The API functions return what the commands print."""
 
 import subprocess
 import sys
@@ -19,15 +19,15 @@ def test_a_run_is_trained_loaded_and_asked(command, tmp_path: Path) -> None:
     assert command("train", *TINY, "hydra.run.dir=there").status == 0
     ours, theirs = load(str(run)).model.state_dict(), load("there").model.state_dict()
     assert all((ours[name] == theirs[name]).all() for name in theirs)
-    asked = ("checkpoint=here", "prompt=A", "generation=greedy", "generation.max_new_tokens=6")
-    told = command("generate", *asked).out.strip()
+    arguments = ("checkpoint=here", "prompt=A", "generation=greedy", "generation.max_new_tokens=6")
+    text = command("generate", *arguments).out.strip()
     options = {"temperature": 0.0, "max_new_tokens": 6}
-    assert f"A{generate(str(run), 'A', **options)}".strip() == told
+    assert f"A{generate(str(run), 'A', **options)}".strip() == text
     assert generate(load(str(run)), ["A", "B"], **options)[0] == generate(str(run), "A", **options)
     assert GenerationConfig(**options).temperature == 0.0
     assert generate(str(run), ["A", "B"], draft="there", **options) == generate(str(run), ["A", "B"], **options)
-    drafted = command("generate", *asked, "generation.draft=there")
-    assert (drafted.out.strip(), drafted.status) == (told, 0)
+    drafted = command("generate", *arguments, "generation.draft=there")
+    assert (drafted.out.strip(), drafted.status) == (text, 0)
     assert "proposed tokens accepted" in drafted.err
 
 
@@ -40,17 +40,17 @@ def test_a_run_goes_on_where_it_stood(command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("override", "message"),
     [
         ("model.n_layr=3", "model.n_layr: no such option, did you mean n_layer?"),
         ("data.path=nowhere.txt", "nowhere.txt"),
     ],
 )
-def test_a_mistake_is_an_exception_with_the_line_of_the_command(given: str, message: str, command) -> None:
+def test_a_mistake_is_an_exception_with_the_line_of_the_command(override: str, message: str, command) -> None:
     from genai_pl.errors import UserError
 
     with pytest.raises(UserError) as error:
-        train(*TINY, given, "hydra.run.dir=here")
+        train(*TINY, override, "hydra.run.dir=here")
     assert message in str(error.value)
     assert issubclass(ConfigError, UserError)
 

@@ -1,4 +1,4 @@
-"""What the documentation says can be typed: every command of README and docs composes, and the option tables are current."""
+"""The documentation: every command in README and docs composes, links resolve, and the option tables are current."""
 
 import re
 import subprocess
@@ -21,13 +21,13 @@ COMMAND = re.compile(
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """Page, command and arguments of everything that is written as a command."""
-    found = []
+    """Page, command and arguments of every command on the pages."""
+    matches = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("\\|", "|")
         for name, rest in COMMAND.findall(text):
-            found.append((page.name, name, re.split(r"\s[#|]|\s{3,}| *&", rest)[0].strip()))
-    return list(dict.fromkeys(found))
+            matches.append((page.name, name, re.split(r"\s[#|]|\s{3,}| *&", rest)[0].strip()))
+    return list(dict.fromkeys(matches))
 
 
 def overrides(arguments: str) -> list[str]:
@@ -39,17 +39,17 @@ def overrides(arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "name", "arguments"), commands(), ids=lambda x: str(x)[:60])
 def test_a_command_of_the_documentation_has_only_options_that_exist(page: str, name: str, arguments: str) -> None:
-    given = [word for word in overrides(arguments) if "=" in word and not word.startswith("-")]
-    if any(word.startswith(("hydra/launcher", "hydra/sweeper")) for word in given):
+    options = [word for word in overrides(arguments) if "=" in word and not word.startswith("-")]
+    if any(word.startswith(("hydra/launcher", "hydra/sweeper")) for word in options):
         pytest.skip("its plugin is an extra")
     if "--config-dir" in arguments and page == "extending.md":
         pytest.skip("tests/test_extending.py runs it")
     if "--config-dir" in arguments:  # where the reader's own options are
-        given = [word for word in given if not word.startswith("experiment=")]
+        options = [word for word in options if not word.startswith("experiment=")]
     sweep = "-m" in arguments.split()
     register()
     GlobalHydra.instance().clear()
-    values = [w if not sweep or "[" in w else w.partition(",")[0] for w in given]
+    values = [w if not sweep or "[" in w else w.partition(",")[0] for w in options]
     values = [quote_argument(w) for w in values if not w.startswith("hydra.")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         compose(NAMES[name], overrides=values)
@@ -61,7 +61,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name within a page: its headings, as GitHub and mkdocs spell them."""
+    """The anchors of a page: its headings, as GitHub and mkdocs spell them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -71,9 +71,9 @@ def test_a_link_leads_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", prose(page)):
         if target.startswith("http"):
             continue
-        found = page.parent / target if target else page
-        assert found.exists(), target
-        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
+        target_page = page.parent / target if target else page
+        assert target_page.exists(), target
+        assert not anchor or anchor in anchors(target_page), f"{target}#{anchor}"
 
 
 def test_the_tables_of_options_are_current() -> None:

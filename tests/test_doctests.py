@@ -1,4 +1,4 @@
-"""The examples in docstrings are true."""
+"""The examples in docstrings hold."""
 
 import ast
 import doctest
@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 def docstrings() -> list[tuple[str, str, str]]:
     """Module, name and docstring of everything in the package whose docstring has an example."""
-    found = []
+    examples = []
     for path in sorted((ROOT / "genai_pl").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)) if ">>>" in text else ():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ">>>" in (doc := ast.get_docstring(node) or ""):
-                found.append((".".join(path.relative_to(ROOT).with_suffix("").parts), node.name, doc))
-    return found
+                examples.append((".".join(path.relative_to(ROOT).with_suffix("").parts), node.name, doc))
+    return examples
 
 
 @pytest.mark.parametrize(("module", "name", "doc"), docstrings(), ids=lambda value: value.rpartition(".")[2][:40])
@@ -27,5 +27,5 @@ def test_an_example_gives_what_it_says(module: str, name: str, doc: str) -> None
         pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
     # from the source: what a decorator has wrapped is not found by doctest itself
     test = doctest.DocTestParser().get_doctest(doc, vars(importlib.import_module(module)), name, module, 0)
-    said: list[str] = []
-    assert doctest.DocTestRunner(verbose=False).run(test, out=said.append).failed == 0, "".join(said)
+    output: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(test, out=output.append).failed == 0, "".join(output)

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, shortened."""
+"""Every script of examples/ runs with few steps."""
 
 import importlib
 from pathlib import Path
@@ -15,9 +15,9 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 def test_a_script_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    found = importlib.import_module(name).main(*SHORT)
+    results = importlib.import_module(name).main(*SHORT)
     if name == "finetune":
-        assert found["merged"] == found["adapter"]
+        assert results["merged"] == results["adapter"]
     if name == "align":
-        assert all(0 <= score <= 1 for score in found)
-    assert found
+        assert all(0 <= score <= 1 for score in results)
+    assert results

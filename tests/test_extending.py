@@ -1,4 +1,4 @@
-"""What docs/extending.md shows works: its files are written out as they stand, its commands run, shortened."""
+"""docs/extending.md works as printed: its files are written out, and its commands run with few steps."""
 
 import json
 import os
@@ -31,15 +31,15 @@ SLOW = {"A model", "A PEFT method", "A reward"}
 def sections() -> dict[str, list[str]]:
     """The commands under each heading."""
     parts = re.split(r"^## (.*)$", PAGE, flags=re.M)[1:]
-    found = {
+    by_heading = {
         heading: re.findall(r"^((?:GENAI_PL_IMPORT=\S+ )?python .*)$", text, re.M)
         for heading, text in zip(parts[::2], parts[1::2], strict=True)
     }
-    return {heading: commands for heading, commands in found.items() if commands}
+    return {heading: commands for heading, commands in by_heading.items() if commands}
 
 
 def shortened(name: str, arguments: list[str]) -> list[str]:
-    """The same with small models and few steps."""
+    """The command with small models and few steps."""
     chosen = {argument.partition("=")[0] for argument in arguments}
     further = list(SHORT.get(name, ()))
     if name == "train":
@@ -50,7 +50,7 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the files of the page; what they add to genai_pl is taken out again."""
+    """A folder with the files of the page; registrations in genai_pl are undone afterwards."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -92,11 +92,11 @@ def test_every_kind_of_extension_is_shown() -> None:
 
 
 def test_a_mistake_in_an_option_of_ones_own_is_one_line(workplace: Path, command) -> None:
-    given = ("--config-dir", "conf", "objective=distill", "objective.teacher=nowhere", "tokenizer=byte")
-    result = command("train", *given, "objective.temprature=1")
+    options_of_page = ("--config-dir", "conf", "objective=distill", "objective.teacher=nowhere", "tokenizer=byte")
+    result = command("train", *options_of_page, "objective.temprature=1")
     assert result.err == "error: objective.temprature: no such option, did you mean temperature?\n"
     assert result.status == 2
-    result = command("train", *given, "objective.weight=much")
+    result = command("train", *options_of_page, "objective.weight=much")
     assert result.err == "error: objective.weight=much: expected a number, like 0.5\n"
 
 
@@ -122,8 +122,8 @@ def test_a_model_or_adapter_whose_module_was_not_imported_is_told_how_it_is(
     assert result.status == 1
     assert result.err.endswith(advice)
     monkeypatch.setenv("GENAI_PL_IMPORT", "mylab.scale")
-    given = ("--config-dir", "conf", "peft=scale", "tokenizer=byte", "hydra.run.dir=run")
-    assert command("train", *given, *SHORT["train"], *SMALL).status == 0
+    options_of_page = ("--config-dir", "conf", "peft=scale", "tokenizer=byte", "hydra.run.dir=run")
+    assert command("train", *options_of_page, *SHORT["train"], *SMALL).status == 0
     monkeypatch.delenv("GENAI_PL_IMPORT")
     METHODS.pop("scale"), FORMATS.pop("SCALE")
     for checkpoint in ("run", "run/checkpoints/last.ckpt"):
@@ -140,8 +140,15 @@ def test_a_module_that_cannot_be_imported_is_one_line(command, monkeypatch: pyte
 
 
 def test_a_run_with_options_of_ones_own_is_resumed(workplace: Path, command) -> None:
-    given = ("--config-dir", "conf", "optimizer=lion", "scheduler=triangle", "tokenizer=byte", "hydra.run.dir=run")
-    assert command("train", *given, *SHORT["train"], *SMALL).status == 0
+    options_of_page = (
+        "--config-dir",
+        "conf",
+        "optimizer=lion",
+        "scheduler=triangle",
+        "tokenizer=byte",
+        "hydra.run.dir=run",
+    )
+    assert command("train", *options_of_page, *SHORT["train"], *SMALL).status == 0
     result = command("train", "--config-dir", "conf", "resume=run", "trainer.max_steps=5")
     assert result.status == 0, result.err
     assert "step=000005.ckpt" in os.listdir("run/checkpoints")
@@ -151,10 +158,10 @@ def test_options_of_ones_own_are_found_from_python(workplace: Path) -> None:
     from genai_pl import train
     from genai_pl.errors import UserError
 
-    given = (f"hydra.searchpath=['file://{workplace}/conf']", "optimizer=lion", "tokenizer=byte")
-    assert (train(*given, *SHORT["train"], *SMALL) / "model" / "config.json").exists()
+    options_of_page = (f"hydra.searchpath=['file://{workplace}/conf']", "optimizer=lion", "tokenizer=byte")
+    assert (train(*options_of_page, *SHORT["train"], *SMALL) / "model" / "config.json").exists()
     with pytest.raises(UserError, match="expected a number"):
-        train(*given, "optimizer.lr=fast")
+        train(*options_of_page, "optimizer.lr=fast")
 
 
 def test_a_family_of_ones_own_reads_its_configuration(workplace: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models as they are stored: the dtype that export.py writes, tokens that come with an adapter, and what is no model."""
+"""Loading by reference: stored dtypes, tokens that an adapter brings, and folders without a model."""
 
 import json
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_export_writes_the_dtype_that_weights_were_stored_in(command, tmp_path: 
 def test_a_merged_adapter_has_the_dtype_of_its_base(command, tmp_path: Path) -> None:
     assert command("train", *GPT, "callbacks.export=true", "hydra.run.dir=run").status == 0
     halve(tmp_path / "run" / "model")
-    given = ("init_from=run/model", "peft=lora", "callbacks.export=true", "hydra.run.dir=lora")
-    result = command("train", *GPT, *given)
+    arguments = ("init_from=run/model", "peft=lora", "callbacks.export=true", "hydra.run.dir=lora")
+    result = command("train", *GPT, *arguments)
     assert result.status == 0, result.err
     for checkpoint, out in (("lora", "merged"), ("lora/checkpoints/last.ckpt", "merged_too")):
         result = command("export", f"checkpoint={checkpoint}", "format=merged", f"out={out}")
@@ -66,10 +66,10 @@ def test_a_run_that_trains_bf16_weights_in_fp32_writes_fp32(command, tmp_path: P
 
 
 def test_new_tokens_that_the_embedding_has_room_for_come_with_an_adapter_too(command, tmp_path: Path) -> None:
-    given = ("tokenizer=byte", "model.vocab_size=300", "callbacks.export=true", "hydra.run.dir=gpt")
-    assert command("train", *GPT, *given).status == 0
-    given = ("objective=fim", "init_from=gpt", "peft=lora", "peft.modules_to_save=[embed,lm_head]")
-    result = command("train", *GPT, *given, "trainer.max_steps=4", "hydra.run.dir=run")
+    arguments = ("tokenizer=byte", "model.vocab_size=300", "callbacks.export=true", "hydra.run.dir=gpt")
+    assert command("train", *GPT, *arguments).status == 0
+    arguments = ("objective=fim", "init_from=gpt", "peft=lora", "peft.modules_to_save=[embed,lm_head]")
+    result = command("train", *GPT, *arguments, "trainer.max_steps=4", "hydra.run.dir=run")
     assert result.status == 0, result.err
     gpt, base, adapted = load("gpt"), load("run/base"), load("run")
     n = len(gpt.tokenizer)

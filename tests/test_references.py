@@ -1,4 +1,4 @@
-"""What a model may be called: the hub is asked for names of the hub alone, and a slip is told with what is nearest."""
+"""References: only names of hub form are looked up at the hub, and a mistyped one gets the nearest local name."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ GOLDEN = Path(__file__).parent / "checkpoints" / "golden"
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The names that the hub is asked for, in a folder of runs and models; it has none of them."""
+def hub_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names requested from the hub, which has none of them, in a folder of runs and models."""
     import huggingface_hub
 
     names: list[str] = []
@@ -54,36 +54,40 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_a_slip_in_a_path_is_told_with_the_nearest_model_and_the_hub_is_not_asked(slip: str, asked: list[str]) -> None:
+def test_a_slip_in_a_path_is_told_with_the_nearest_model_and_the_hub_is_not_asked(
+    slip: str, hub_requests: list[str]
+) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve(slip)
-    said = str(caught.value)
-    assert said.startswith(f"checkpoint={slip}: ")
-    assert said.rstrip(")").endswith(SLIPS[slip])
-    assert "\n" not in said
-    assert asked == []
+    message = str(caught.value)
+    assert message.startswith(f"checkpoint={slip}: ")
+    assert message.rstrip(")").endswith(SLIPS[slip])
+    assert "\n" not in message
+    assert hub_requests == []
 
 
-def test_where_nothing_is_near_nothing_is_suggested(asked: list[str]) -> None:
+def test_where_nothing_is_near_nothing_is_suggested(hub_requests: list[str]) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve("outputs/qqq/www/eee", option="init_from")
     assert str(caught.value) == "init_from=outputs/qqq/www/eee: no such run folder, .ckpt file or Hugging Face folder"
-    assert asked == []
+    assert hub_requests == []
 
 
 @pytest.mark.parametrize("name", ["openai/gpt2", "HuggingFaceTB/SmolLM2-360M", "Qwen/Qwen2.5-0.5B", "a/b.c"])
-def test_the_hub_is_asked_for_its_names_even_if_the_account_is_a_folder_here(name: str, asked: list[str]) -> None:
+def test_the_hub_is_asked_for_its_names_even_if_the_account_is_a_folder_here(
+    name: str, hub_requests: list[str]
+) -> None:
     with pytest.raises(
         CheckpointError, match=f"checkpoint={name}: not here.*, and not from the hub .{name} is not there"
     ):
         resolve(name)
-    assert asked == [name]
+    assert hub_requests == [name]
 
 
-def test_a_name_of_the_hub_that_is_here_too_is_what_is_here(asked: list[str]) -> None:
+def test_a_name_of_the_hub_that_is_here_too_is_what_is_here(hub_requests: list[str]) -> None:
     assert resolve("HuggingFaceTB/SmolLM2-135M") == Path("HuggingFaceTB/SmolLM2-135M")
     assert folder_of("HuggingFaceTB/SmolLM2-135M") == Path("HuggingFaceTB/SmolLM2-135M")
-    assert asked == []
+    assert hub_requests == []
 
 
 def test_the_home_folder_may_be_written_as_people_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_what_is_no_name_of_the_hub(name: str) -> None:
 
 
 @pytest.mark.parametrize("command_name", ["generate", "evaluate", "export", "train"])
-def test_commands_tell_a_slip_by_the_option_it_was_made_in(command_name: str, command, asked: list[str]) -> None:
+def test_commands_tell_a_slip_by_the_option_it_was_made_in(command_name: str, command, hub_requests: list[str]) -> None:
     option = "init_from" if command_name == "train" else "checkpoint"
     more = {"generate": ["prompt=x"], "evaluate": [], "export": ["out=out"], "train": TINY}[command_name]
     result = command(command_name, f"{option}=runs/myrun", *more)
@@ -105,7 +109,7 @@ def test_commands_tell_a_slip_by_the_option_it_was_made_in(command_name: str, co
     assert result.err == (
         f"error: {option}=runs/myrun: no such run folder, .ckpt file or Hugging Face folder (the nearest here: runs/my_run)\n"
     )
-    assert asked == []
+    assert hub_requests == []
 
 
 def test_a_folder_of_the_hub_is_found_where_it_was_put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

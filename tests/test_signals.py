@@ -1,4 +1,4 @@
-"""Signals end a command at once where nothing is to be saved, and else when it is saved; a resume equals the whole run."""
+"""Signals end a command at once if nothing is to be saved, else after saving; a resumed run equals an uninterrupted one."""
 
 import csv
 import multiprocessing
@@ -37,16 +37,16 @@ Send = Callable[..., None]
 
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Send:
-    """`send(owner, name, signum, nth)` has the nth call of a method or function begin with a signal to this process."""
+    """`send(owner, name, signum, nth)` makes the nth call of a function send a signal to this process first."""
 
     def arrange(owner: object, name: str, signum: int = signal.SIGTERM, nth: int = 1) -> None:
         original, calls = getattr(owner, name), []
 
-        def begin(*given: object, **options: object) -> object:
+        def begin(*arguments: object, **options: object) -> object:
             calls.append(name)
             if len(calls) == nth:
                 signal.raise_signal(signum)
-            return original(*given, **options)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, begin)
 
@@ -55,7 +55,7 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Send:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that no signal came to."""
+    """A run without a signal."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("whole"))
     run = train(*RUN, "hydra.run.dir=run").absolute()
@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(run: Path) -> dict[str, dict[str, str]]:
-    """Losses and norms by step: what does not depend on the clock."""
+    """Losses and norms by step, which do not depend on the clock."""
     with (run / "metrics.csv").open() as file:
         shown = ("train/loss", "train/grad_norm", "val/", "objective/")
         rows = {row["step"]: row for row in csv.DictReader(file)}
@@ -186,10 +186,10 @@ def test_a_table_that_a_signal_interrupts_is_not_left_half_written(command, send
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "A?", "completion": "B."}\n' * 20, encoding="utf-8")
     send(store, "_batches")
-    given = (*TINY, "objective=sft", "data=chat", "data.path=rows.jsonl", "hydra.run.dir=run")
-    assert command("train", *given).status == 143
+    arguments = (*TINY, "objective=sft", "data=chat", "data.path=rows.jsonl", "hydra.run.dir=run")
+    assert command("train", *arguments).status == 143
     assert not [path for path in cache_folder().iterdir() if path.name.startswith(".")]
-    assert command("train", *given).status == 0
+    assert command("train", *arguments).status == 0
 
 
 def test_a_run_that_finished_all_the_same_is_a_success(command, send: Send, tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_a_policy_that_a_signal_stopped_goes_on_exactly(
 ) -> None:
     (tmp_path / "letters.py").write_text(LETTERS, encoding="utf-8")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "to be or"}\n{"prompt": "not"}\n' * 20, encoding="utf-8")
-    given = (*RUN, *GRPO, "trainer.accumulate_grad_batches=1")
-    assert command("train", *given, "hydra.run.dir=whole").status == 0
+    arguments = (*RUN, *GRPO, "trainer.accumulate_grad_batches=1")
+    assert command("train", *arguments, "hydra.run.dir=whole").status == 0
     send(owner, name, nth=nth)
-    stopped = command("train", *given, "hydra.run.dir=run")
+    stopped = command("train", *arguments, "hydra.run.dir=run")
     assert stopped.status == 143
     assert f"at step {step} of 6" in (tmp_path / "run" / "train.log").read_text()
     assert command("train", "objective.reward=letters:vowels", "resume=run").status == 0

@@ -1,4 +1,8 @@
-"""A conversation in the terminal, or through a pipe: lines in, answers out as they are written."""
+"""Chat in the terminal or through a pipe: one line in, one answer out, streamed.
+
+The conversation is kept as messages and rendered anew for each turn, so that a context too long for the model loses
+its oldest messages first. Answers go to stdout and notes to stderr: a pipe gets answers alone.
+"""
 
 import json
 import signal
@@ -27,7 +31,11 @@ Ctrl-C       stop the answer; once more, end"""
 
 
 class Chat:
-    """What is asked of a model, turn by turn, and what it answers."""
+    """A conversation with a loaded model.
+
+    loaded: model and tokenizer. options: decoding settings; max_new_tokens bounds each answer. system: first
+    message, which `/reset` keeps. stream: print text as it is decoded. generator: of the sampling.
+    """
 
     def __init__(
         self,
@@ -38,6 +46,7 @@ class Chat:
         stream: bool,
         generator: torch.Generator,
     ) -> None:
+        """ConfigError for a model that does not write. The draft model, if any, is loaded here."""
         model, tokenizer, _ = loaded
         if not model.config.writes:
             raise ConfigError("chat=true needs a model that writes, this one reads only")
@@ -50,19 +59,24 @@ class Chat:
         self.answer_tokens = min(options.max_new_tokens, max(1, self.conversation.context // 2))
 
     def ask(self, text: str) -> None:
-        """Print the answer to a message; Ctrl-C stops it, and what was written until then is kept."""
+        """Print the answer to a message and keep both; Ctrl-C stops the answer, keeps what was written and raises
+        KeyboardInterrupt.
+        """
         prompt = self.conversation.prompt(text, max_new_tokens=self.answer_tokens)
         if prompt.n_dropped:
             print_note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
+        # the rest of the context, at most, is for the answer
         most = min(self.options.max_new_tokens, self.conversation.context - len(prompt.tokens))
         options = replace(self.options, max_new_tokens=most, min_new_tokens=min(self.options.min_new_tokens, most))
         deltas: list[str] = []
 
         def show(_: int, delta: str) -> None:
+            """Keep a piece of text, and print it if the answer streams."""
             deltas.append(delta)
             if self.stream:
                 print(delta, end="", flush=True)
 
+        # decode; an answer at its limit without an end token was cut
         stopped, reason = False, ""
         try:
             written = complete(
@@ -80,6 +94,7 @@ class Chat:
                 reason = "the context is full" if short else f"generation.max_new_tokens={most}"
         except KeyboardInterrupt:
             stopped = True
+        # an empty answer takes its question back
         answer = "".join(deltas)
         print("" if self.stream else answer, flush=True)
         if answer.strip():
@@ -92,7 +107,7 @@ class Chat:
             raise KeyboardInterrupt
 
     def save(self, path: str) -> None:
-        """Append the conversation to a file, as one line of JSON."""
+        """Append the conversation to a file as a row of `data=chat`."""
         messages = [*self.conversation.head, *self.conversation.messages]
         if not path:
             raise ConfigError("/save FILE: name a file")
@@ -107,19 +122,23 @@ class Chat:
 
 
 def answer_all(chat: Chat, messages: Iterable[str]) -> None:
-    """Answer each of the messages."""
+    """Answer messages in turn."""
     for text in messages:
         chat.ask(text)
 
 
 def run_terminal(chat: Chat) -> int:
-    """Answer what is typed or piped until it ends; the exit status."""
+    """Loop over typed or piped lines until the end of input, /exit, or Ctrl-C twice; returns the exit status.
+
+    A mistake is a note at a terminal, where the user can type again, and an error in a pipe.
+    """
     typed = sys.stdin.isatty()
     if typed:
         print_note("/help says what can be typed; Ctrl-D ends")
     read = _read_terminal if typed else _read_line
     interrupted = False  # by a Ctrl-C after which nothing was typed
     with interruptible():
+        # one message per turn; what goes wrong with it is told, and the next is read
         while True:
             try:
                 text = read_message(read)
@@ -139,8 +158,11 @@ def run_terminal(chat: Chat) -> int:
 
 
 def run_line(chat: Chat, text: str) -> bool:
-    """Do what a line says, or ask the model; False if it is to end."""
+    """Run a slash command or answer a message; False for /exit. A message may begin with a slash: only known
+    shapes are commands.
+    """
     word, _, rest = text.strip().partition(" ")
+    # an ordinary message: /usr/bin is no command of this chat
     if not (word[:1] == "/" and word[1:].isalpha() and "\n" not in text):
         if text.strip():
             chat.ask(text)
@@ -160,7 +182,10 @@ def run_line(chat: Chat, text: str) -> bool:
 
 
 def read_message(read: Callable[[str], str | None]) -> str | None:
-    """The next line, or the lines between two marks; None at the end."""
+    """The next message: a line, or lines between two triple quotes; None at the end of input.
+
+    read: a function from a prompt to a line or None.
+    """
     line = read("> ")
     if line is None or not line.lstrip().startswith(QUOTES):
         return line
@@ -174,7 +199,7 @@ def read_message(read: Callable[[str], str | None]) -> str | None:
 
 
 def _read_terminal(prompt: str) -> str | None:
-    """A line of the terminal, which can be edited; those before it are a key away."""
+    """A line typed at the terminal, with editing and history."""
     import readline  # noqa: F401  # makes input() edit lines and remember them
 
     try:
@@ -185,13 +210,14 @@ def _read_terminal(prompt: str) -> str | None:
 
 
 def _read_line(_: str) -> str | None:
+    """A line of a pipe, without its line break."""
     line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt inside."""
+    """Context in which SIGINT raises KeyboardInterrupt, whatever handler was installed before."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -200,5 +226,5 @@ def interruptible() -> Iterator[None]:
 
 
 def print_note(text: str) -> None:
-    """Say what is no answer, beside the answers."""
+    """Print what is no answer to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,9 @@
-"""Commands that answer a mistake in one line.
+"""Commands on top of Hydra: composition, one-line errors, exit statuses, signals and the log.
+
+A root script decorates `main(config)` with `command(name)`. Around Hydra's own `main` this adds: completion of the
+command line (`resume=`), quoting of texts, translation of exceptions into `error: ...` lines, checks that
+composition does not make, and removal of folders when nothing came of the run. Exit statuses: 0 done, 1 failed
+while working, 2 a mistake in the configuration, 128 + n ended by signal n.
 
 Nothing heavy is imported here, so that `--help` and a typo are answered in about a second.
 """
@@ -39,6 +44,11 @@ RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 
 
 def register() -> None:
+    """Register resolvers and schemas with Hydra's ConfigStore; the files of conf/ refer to them by name.
+
+    Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of so many tokens, at least 1),
+    `${run_folder:NAME,TIME}` and `${unused:PATH}` (a folder that did not exist).
+    """
     store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True)
@@ -48,7 +58,9 @@ def register() -> None:
 
 
 def open_mappings(schema: object) -> DictConfig:
-    """The node with its empty mappings open: their keys are the user's, while all others must be known."""
+    """The schema with its empty mappings opened: keys below them are the user's (`generation.logit_bias`), all
+    others must exist.
+    """
     config = OmegaConf.structured(schema)
     for key in config:
         child = config._get_node(key)
@@ -58,9 +70,10 @@ def open_mappings(schema: object) -> DictConfig:
 
 
 def run_folder_name(name: str | None, time: str) -> str:
-    """The last part of a run folder: the name of the run, or the time where it has none; ConfigError for what is no name."""
+    """Last part of a run folder: the run's name, else the time. ConfigError for a name that is no plain file name."""
     if name is None:
         return time
+    # reserved: resume=auto is the newest run
     if name == "auto":
         raise ConfigError("run_name=auto: resume=auto and checkpoint=auto mean the newest run; take another name")
     if not RUN_NAME.fullmatch(name):
@@ -80,10 +93,13 @@ def command(
     own_signals: bool = False,
     records: bool = False,
 ) -> Callable[[Main], Callable[[], None]]:
-    """A decorator that turns `main(config) -> exit status` into a Hydra command with one-line errors.
+    """Decorator that turns `main(config) -> exit status or Outcome` into a Hydra command.
 
-    `prepare` may rewrite the command line before Hydra reads it; `own_signals`: the command answers signals itself;
-    `records`: what is printed goes into a log, too.
+    config_name: root file in conf/. prepare: rewrites the command line before Hydra reads it (train.py:
+    resume). own_signals: the command installs its own signal handlers (serve.py). records: what is printed also
+    goes to train.log.
+
+    The configuration is composed inside of the handlers, so that every stage answers a mistake in the same way.
     """
     record = recording if records else nullcontext
 
@@ -91,7 +107,13 @@ def command(
         return nullcontext() if own_signals else signals.handle_signals()
 
     def decorate(main: Main) -> Callable[[], None]:
+        """The command of `main`: a function without arguments that reads sys.argv."""
+
+        # one job: a single run, or one of a sweep
         def task(config: DictConfig) -> float | None:
+            """Body of the Hydra job: run `main`, end the process with its status, or return the metric to a
+            searching sweeper.
+            """
             with handle_signals(), record():  # a launcher of Hydra may call it in a process of its own
                 status, value = _run_guarded(main, config)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -100,11 +122,13 @@ def command(
                 sys.exit(status)  # not an Exception: Hydra lets it pass without printing
             return value
 
+        # the process: help, plugins, completion and quoting of the command line, then Hydra
         def run() -> None:
             with handle_signals():
                 start()
 
         def start() -> None:
+            """Configure Hydra and the log, and remove unused folders whatever happens."""
             register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them
             # threads that wait sleep instead of spinning: 5 % slower alone, 25 times faster beside two busy processes
@@ -117,14 +141,19 @@ def command(
                 remove_unstarted()
 
         def call(hydra_main: Callable[[], None]) -> None:
+            """Answer `--help`, or complete the command line and hand it to Hydra; every error of a user is one
+            line.
+            """
             try:
                 if set(HELP_FLAGS) & set(sys.argv[1:]):
                     print(help_text(config_name, sys.argv[1:]))
                     return
+                # the words as Hydra is to read them: modules first, for they may define resolvers
                 import_plugins(named=names_user_code(sys.argv[1:]))
                 sys.argv[1:] = [quote_argument(a) for a in prepare(sys.argv[1:])]
                 check_choices(sys.argv[1:], CONF)
                 hydra_main()
+            # errors of a user, by where they were raised: here, in Hydra, in the operating system
             except KeyboardInterrupt:
                 sys.exit(130)
             except UserError as error:
@@ -143,7 +172,7 @@ def command(
 
 
 def name_folder_option(line: str, arguments: list[str]) -> str:
-    """A line on a path that begins with it, after the option that names it, if that is the folder of the run or of the sweep."""
+    """An error line about a path that the user did not type, with the option that chose it in front."""
     for argument in arguments:
         option, _, value = argument.partition("=")
         if option in ("hydra.run.dir", "hydra.sweep.dir") and line.startswith(value.strip("'\"")):
@@ -153,7 +182,13 @@ def name_folder_option(line: str, arguments: list[str]) -> str:
 
 
 def _run_guarded(main: Main, config: DictConfig) -> Outcome:
+    """Outcome of `main` on a composed configuration; errors of users, the configuration and the system become one
+    line on stderr.
+
+    Any other exception passes: it is a defect, and needs its traceback.
+    """
     try:
+        # checks that need the composed values, then the work
         register_environment_secrets(config)
         check_types(config, job_overrides(), CONF, HydraConfig.get().job.config_name)
         check_bounds(config)
@@ -163,6 +198,7 @@ def _run_guarded(main: Main, config: DictConfig) -> Outcome:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         # a trial of a search that diverged is one more result
         return Outcome(error.status, math.nan if isinstance(error, TrainingError) else None)
+    # mistakes that show only when a value is read, an object made or a file written
     except MissingMandatoryValue as error:
         print(f"error: {error.full_key} is not set: give it on the command line", file=sys.stderr)
         return Outcome(2)
@@ -183,9 +219,10 @@ def _run_guarded(main: Main, config: DictConfig) -> Outcome:
 
 
 def register_environment_secrets(config: DictConfig) -> None:
-    """Print the name of an environment variable wherever a value of the configuration that it gives would stand."""
+    """Register every value that `${oc.env:NAME}` gives as a secret: messages show the reference in its place."""
 
     def walk(node: DictConfig | ListConfig, path: str) -> None:
+        """Register the secrets of a node; `path` is its name."""
         for key in node.keys() if isinstance(node, DictConfig) else range(len(node)):
             raw = node._get_node(key)._value()
             if isinstance(raw, str) and "${oc.env:" in raw:
@@ -197,6 +234,6 @@ def register_environment_secrets(config: DictConfig) -> None:
 
 
 def exit_with_error(line: str, status: int) -> None:
-    """Print the line as an error and end the process with the status."""
+    """Print an `error:` line without secrets, and exit with the status."""
     print(f"error: {redact(line)}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,8 @@
-"""The runs of a sweep beside each other: what differs in their settings, how their metric went, and which won."""
+"""Comparison of runs: a table and a picture of one metric over the runs of a sweep, or of any folder.
+
+Runs are read from disk, not from a tracking server: settings from `.hydra/overrides.yaml`, metrics from metrics.csv. Only
+settings that differ get a column. matplotlib is needed for the picture alone.
+"""
 
 import argparse
 import sys
@@ -16,12 +20,15 @@ if TYPE_CHECKING:
 
 GREATER_IS_BETTER = ("accuracy", "accuracies", "scores", "margins", "rlhf_reward", "tokens_per_sec", "mfu", "recall@1")
 SPEEDS = ("tokens_per_sec", "mfu")  # which compare whatever is trained
+DESCRIPTION = (
+    "The runs of a sweep beside each other: what differs in their settings, how their metric went, and which won."
+)
 INSTALL = "pip install -e '.[plots]'"
-MOST_CURVES = 12  # in one picture
+MAX_CURVES = 12  # in one picture
 
 
 def table_notes(runs: list[ComparedRun], metric: str) -> list[str]:
-    """What a table of the metric does not show: the runs without it, and that it is of several objectives."""
+    """Notes under a table: runs that have not logged the metric, and a warning where its values do not compare."""
     lines = []
     if missing := [run.name for run in runs if not run.values]:
         lines.append(
@@ -34,7 +41,9 @@ def table_notes(runs: list[ComparedRun], metric: str) -> list[str]:
 
 
 def table(runs: list[ComparedRun], metric: str, *, greater: bool) -> list[str]:
-    """Lines of text, the best run first."""
+    """Lines of a table with one run a line, the best first: the settings that differ, best value, its step, last
+    value.
+    """
     names = varied_settings(runs)
     ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
     tag_heading = ["tags"] if any(run.tags for run in runs) else []
@@ -49,7 +58,9 @@ def table(runs: list[ComparedRun], metric: str, *, greater: bool) -> list[str]:
 
 
 def draw(runs: list[ComparedRun], metric: str, path: Path, *, greater: bool) -> None:
-    """Write a PNG: the metric by step and, where settings differ, each run as a line through its settings to its best value."""
+    """Write a PNG: the metric by step, and beside it, where settings differ, parallel coordinates from settings to
+    best values.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -57,6 +68,7 @@ def draw(runs: list[ComparedRun], metric: str, path: Path, *, greater: bool) -> 
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    # the best run has the first color
     ranked = sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater)
     names = varied_settings(runs)
     figure, axes = pyplot.subplots(1, 2 if names else 1, figsize=(13 if names else 7, 4.5), squeeze=False)
@@ -70,10 +82,11 @@ def draw(runs: list[ComparedRun], metric: str, path: Path, *, greater: bool) -> 
 
 
 def _curves(axes: "Axes", ranked: list[ComparedRun], metric: str, names: list[str], colors: object) -> None:
-    for run, color in list(zip(ranked, colors, strict=True))[:MOST_CURVES]:
+    """One curve per run of the metric by step, at most MAX_CURVES of them."""
+    for run, color in list(zip(ranked, colors, strict=True))[:MAX_CURVES]:
         label = ", ".join(f"{name.rpartition('.')[2]}={run.settings.get(name, '')}" for name in names) or run.name
         axes.plot(run.steps, run.values, color=color, marker="." if len(run.steps) < 30 else None, label=label)
-    more = f" (the best {MOST_CURVES} of {len(ranked)})" if len(ranked) > MOST_CURVES else ""
+    more = f" (the best {MAX_CURVES} of {len(ranked)})" if len(ranked) > MAX_CURVES else ""
     axes.set(xlabel="step", ylabel=metric, title=f"{metric} by step{more}")
     axes.legend(fontsize=7)
 
@@ -81,7 +94,7 @@ def _curves(axes: "Axes", ranked: list[ComparedRun], metric: str, names: list[st
 def _coordinates(
     axes: "Axes", ranked: list[ComparedRun], metric: str, names: list[str], colors: object, *, greater: bool
 ) -> None:
-    """Parallel coordinates: an axis for each setting, and the last one for the metric."""
+    """Parallel coordinates: an axis for each setting, the last one for the metric, a line per run."""
     columns = [[run.settings.get(name, "") for run in ranked] for name in names]
     scales = [_scale(column) for column in columns]
     best = [run.best(greater=greater)[0] for run in ranked]
@@ -90,6 +103,7 @@ def _coordinates(
     for n, color in list(enumerate(colors))[::-1]:  # the best on top
         heights_of_run = [scale[column[n]] for scale, column in zip(scales, columns, strict=True)]
         axes.plot(range(len(names) + 1), [*heights_of_run, heights[n]], color=color, linewidth=3 if n == 0 else 1.5)
+    # labels: each setting's values, and the metric's extremes
     for x, scale in enumerate(scales):
         for value, height in scale.items():
             axes.annotate(value, (x, height), fontsize=8, xytext=(3, 3), textcoords="offset points")
@@ -103,18 +117,19 @@ def _coordinates(
 
 
 def _scale(column: list[str]) -> dict[str, float]:
-    """The height of each value between 0 and 1, by size of numbers, otherwise by the alphabet."""
+    """Height of each value of a setting, 0 to 1: numbers by size, before words in alphabetical order."""
     values = sorted(set(column), key=lambda v: (parse_number(v) is None, parse_number(v) or 0.0, v))
     return dict(zip(values, _spread(len(values)), strict=True))
 
 
 def _spread(n: int) -> list[float]:
+    """n heights from 0 to 1 at equal distances; one value is in the middle."""
     return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__)
+    """Entry point of compare.py: parse arguments, print the table, write the picture."""
+    parser = argparse.ArgumentParser(prog="compare.py", description=DESCRIPTION)
     parser.add_argument(
         "folder", help="a multirun folder, or any folder with runs below it; or the name of a sweep or run"
     )
@@ -128,8 +143,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the picture; default: FOLDER/compare.png")
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
     args = parser.parse_args()
+    # losses are to fall; other metrics are known to rise, or --max says so
     greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
     try:
+        # read, print the table, draw
         folder = find_folder(args.folder)
         runs = read_runs(folder, args.metric, args.tag)
         logged = [run for run in runs if run.values]
@@ -146,7 +163,7 @@ def main() -> None:
 
 
 def find_folder(reference: str) -> Path:
-    """The folder that a path, or the name of a sweep or a run, stands for; DataError if there is none."""
+    """The folder of a path, or of the name of a sweep or run; DataError if there is none."""
     path = Path(reference)
     folder = path if path.exists() else named_sweep(reference, "FOLDER") or named_run(reference, "FOLDER")
     if folder is None:

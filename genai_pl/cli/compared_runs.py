@@ -1,4 +1,7 @@
-"""The runs below a folder as they lie there: what they were given, what they trained, and a metric by step."""
+"""Runs on disk for comparison: settings, tags, objective and one metric by step, from each run folder.
+
+Folders may come from anywhere: YAML is read with trust's limits, values are printed without control characters.
+"""
 
 import csv
 import math
@@ -16,7 +19,12 @@ LABELS = ("resume", "output_dir", "run_name", "tags")  # no settings of the trai
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run: the settings it was given, what it trained, and a metric by step, which it may not have logged."""
+    """One run folder.
+
+    name: path below the compared folder, with run_name where it differs. settings: override to value. tags: of
+    run_name's neighbour `tags`. objective: the group's choice, "" if unknown. steps, values: the metric where
+    it was logged, equal lengths.
+    """
 
     name: str
     settings: dict[str, str]
@@ -26,13 +34,15 @@ class ComparedRun:
     values: list[float]
 
     def best(self, *, greater: bool) -> tuple[float, int]:
-        """The best value and its step."""
+        """Best value and its step."""
         pairs = list(zip(self.values, self.steps, strict=True))
         return max(pairs, key=lambda p: p[0]) if greater else min(pairs, key=lambda p: p[0])
 
 
 def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[ComparedRun]:
-    """The runs below a folder that have all of the tags; DataError if none of them has logged the metric."""
+    """Runs below a folder that have all the tags, in natural order of their paths; DataError if none has logged
+    the metric.
+    """
     files = sorted(folder.rglob("metrics.csv"), key=lambda path: [_natural_order(part) for part in path.parts])
     if not files:
         raise DataError(f"{folder}: no metrics.csv below it: give a run or multirun folder (logger=csv writes it)")
@@ -43,6 +53,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
         known_tags |= run_tags
         if not run_tags.issuperset(tags):
             continue
+        # the metric by step: rows of other metrics leave its cell empty
         with path.open(newline="", encoding="utf-8") as file:
             for row in _rows(file, path):
                 metric_names |= {name for name in row if name}
@@ -57,6 +68,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
         choice = choices.get("objective")
         objective = choice if isinstance(choice, str) and choice.isprintable() else ""
         runs.append(ComparedRun(name, _settings(path.parent), run_tags, objective, steps, values))
+    # say what there is instead
     if not runs and not metric_names and tags:
         raise DataError(
             f"{folder}: no run has the tags {', '.join(tags)}; there are: {', '.join(sorted(known_tags)) or 'none'}"
@@ -69,6 +81,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
 
 
 def _rows(file: TextIO, path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file; DataError for a file that is none."""
     try:
         yield from csv.DictReader(file)
     except (csv.Error, UnicodeDecodeError) as error:
@@ -76,13 +89,13 @@ def _rows(file: TextIO, path: Path) -> Iterator[dict[str, str]]:
 
 
 def varied_settings(runs: list[ComparedRun]) -> list[str]:
-    """The settings in which the runs differ."""
+    """Names of the settings in which the runs differ, in order of appearance."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     return [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
 
 
 def _settings(run: Path) -> dict[str, str]:
-    """The overrides of a run, which the sweep has varied."""
+    """Overrides of a run, without labels such as its name."""
     path = run / ".hydra" / "overrides.yaml"
     overrides = read_overrides(path) if path.is_file() else []
     pairs = ["".join(c if c.isprintable() else "?" for c in redact(o)).partition("=") for o in overrides]
@@ -90,7 +103,7 @@ def _settings(run: Path) -> dict[str, str]:
 
 
 def _read_mapping(path: Path, *keys: str) -> dict[str, object]:
-    """The mapping in a small YAML file, under these keys of it; empty where there is none."""
+    """A mapping in a small YAML file, below `keys`; {} where there is none."""
     contents = read_untrusted_yaml(path) if path.is_file() else {}
     for key in keys:
         contents = contents.get(key) if isinstance(contents, dict) else None
@@ -98,7 +111,9 @@ def _read_mapping(path: Path, *keys: str) -> dict[str, object]:
 
 
 def _name_and_tags(run: Path) -> tuple[str | None, frozenset[str]]:
-    """The name and the tags that a run was given; as its configuration says, which has them from wherever they came."""
+    """run_name and tags of a run's composed configuration; an experiment file may have set them, so overrides are
+    not enough.
+    """
     config = _read_mapping(run / ".hydra" / "config.yaml")
     name, tags = config.get("run_name"), config.get("tags")
     tag_list = tags if isinstance(tags, list) else []
@@ -106,7 +121,7 @@ def _name_and_tags(run: Path) -> tuple[str | None, frozenset[str]]:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text is; None for what is none."""
+    """The number that a text is, or None."""
     try:
         return float(text)
     except ValueError:
@@ -114,5 +129,9 @@ def parse_number(text: str) -> float | None:
 
 
 def _natural_order(part: str) -> tuple[int, int, str]:
-    """Numbers by their size, before names."""
+    """Sort key of a path's part: numbers by size, before names.
+
+    >>> sorted(["10", "9", "a"], key=_natural_order)
+    ['9', '10', 'a']
+    """
     return (0, int(part), "") if part.isdigit() else (1, 0, part)

@@ -1,4 +1,10 @@
-"""What a run would cost: the configuration in, tables of memory, traffic and time out; nothing is built or trained."""
+"""Cost estimate of a run: configuration in, tables of memory, traffic and time out. Nothing is built, read or trained.
+
+The model is built on fake tensors, which have shapes and no storage, so that parameters, activations and FLOPs are
+counted on the real modules rather than by formulas that drift from them. planning/cost_model.py adds what the
+strategy does to them. tests/planning compares the results with published figures (ZeRO's memory within 3 %); the
+time rests on `plan.efficiency`.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -41,7 +47,12 @@ from genai_pl.training.targets import locate_target
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A step of a run."""
+    """Estimate of one optimizer step.
+
+    machine: the device with its FLOP/s, bytes and GB/s. layout: devices by kind of parallelism. memory: bytes
+    of one device.
+    traffic: bytes sent, one entry per collective. time: seconds. tokens: of the step, on all devices.
+    """
 
     machine: planning.Machine
     layout: planning.Layout
@@ -52,21 +63,24 @@ class StepEstimate:
 
 
 def dry_run(config: DictConfig) -> int:
-    """Print what the run would cost, from a model that takes no memory."""
+    """Print what the run would cost; the exit status."""
     if config.peft.init_from:
         raise ConfigError("dry_run=true reads no adapter: name its method, peft=lora, instead of peft.init_from")
+    # the same checks as a run makes, in the same order
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     report_unused(config, new_overrides(config))
     objective = locate_target(config.objective._target_)
     model_config = planned_model_config(config, objective)
     check_shape(config, model_config, objective)
+    # the model, its batch, and the step
     with fake_tensors(torch.float32):
         model = build_full_model(config, objective, model_config)
     batch_size, seq_len, clamped = fit_to_context(config, model)
     work = planned_work(config, objective, batch_size, seq_len)
     estimate = estimate_step(config, objective, model_config, model, work)
     steps, epochs = planned_steps(config, objective)
+    # the lines that a run prints, then the tables
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
     print(*describe_model(model, device), sep="\n")
     if clamped:
@@ -85,7 +99,7 @@ def dry_run(config: DictConfig) -> int:
 
 
 def build_full_model(config: DictConfig, objective: type[BaseModule], model_config: ModelConfig) -> Model:
-    """The model that the run trains, with its head and its adapters."""
+    """The model that the run trains, with its head and adapters, on whatever device and dtype is the default."""
     model = build_model(model_config)
     if objective.head is not None:
         model.set_head(objective.head)
@@ -95,10 +109,11 @@ def build_full_model(config: DictConfig, objective: type[BaseModule], model_conf
 def estimate_step(
     config: DictConfig, objective: type[BaseModule], model_config: ModelConfig, model: Model, work: DeviceWork
 ) -> StepEstimate:
-    """Memory, traffic and time of a step, counted on what one device holds of the model."""
+    """Estimate of a step, counted on the part of the model that one device holds."""
     layout = device_layout(config)
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     gathers = layout.zero == 3 and layout.data > 1
+    # the local model: sizes divided by tensor parallelism, activations by one forward pass
     with fake_tensors(matmul_dtype if gathers and matmul_dtype else weight_dtype):
         local_model = build_full_model(config, objective, local_model_config(model_config, layout))
         head = local_model.lm_head
@@ -118,6 +133,7 @@ def estimate_step(
         chunk_bytes=CHUNK_BYTES if config.plan.gpu == "cpu" else GPU_CHUNK_BYTES,
         head_learns=head is not None and head.weight.requires_grad,
     )
+    # a pipeline is as full as its fullest stage
     if layout.stages > 1:
         share, memory = costliest_stage(model, share, layout, activations=activations, loss=loss)
     else:
@@ -125,6 +141,7 @@ def estimate_step(
     reference = memory.weights if work.reference else 0.0
     critic = critic_bytes(config, work, layout) if config.objective.get("critic") else 0.0
     memory = replace(memory, reference=reference, critic=critic)
+    # traffic, arithmetic and time
     sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
     traffic = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=recomputed)
     tokens = work.rows * work.seq_len * work.passes * layout.data
@@ -139,7 +156,7 @@ def estimate_step(
 
 
 def model_share(config: DictConfig, local_model: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
-    """The numbers that one device holds, of which it is given its part of the model."""
+    """Parameters of one device: all, trained, the largest gathered block, and optimizer moments."""
     return planning.Share(
         weights=n_parameters(local_model),
         trained=n_parameters(local_model, trainable=True),
@@ -152,12 +169,13 @@ def model_share(config: DictConfig, local_model: Model, *, weight_bytes: int, co
 
 
 def recomputed_share(config: DictConfig, local_model: Model) -> float:
-    """The share of blocks that run again in the backward pass."""
+    """Share of blocks whose forward pass runs again in backward (trainer.recompute=full), 0 to 1."""
     every, kind = _recompute_options(config)
     return n_recomputed(local_model, every) / len(local_model.blocks) if every and kind == "full" else 0.0
 
 
 def _recompute_options(config: DictConfig) -> tuple[int | None, str]:
+    """Every how many blocks are recomputed, None for none, and which way: "full" or "selective"."""
     options = config.trainer
     every = options.recompute_every if options.recompute is None else options.recompute_every or 1
     return every, options.recompute or "full"
@@ -166,7 +184,7 @@ def _recompute_options(config: DictConfig) -> tuple[int | None, str]:
 def stored_activation_bytes(
     config: DictConfig, local_model: Model, work: DeviceWork, matmul_dtype: torch.dtype | None, layout: planning.Layout
 ) -> float:
-    """Bytes that a forward pass leaves for the backward pass."""
+    """Bytes that a forward pass of one micro-batch stores for its backward pass."""
     every, kind = _recompute_options(config)
     return activation_bytes(
         local_model,
@@ -181,7 +199,7 @@ def stored_activation_bytes(
 
 
 def critic_bytes(config: DictConfig, work: DeviceWork, layout: planning.Layout) -> float:
-    """Bytes of the model that judges states, which is trained with the policy."""
+    """Bytes of PPO's critic, which is trained beside the policy."""
     model_config, _ = read_stored_config(config.objective.critic, option="objective.critic")
     weight_dtype, matmul_dtype = DTYPES.get(config.precision.lightning, (torch.float32, torch.bfloat16))
     with fake_tensors(weight_dtype):
@@ -196,7 +214,9 @@ def critic_bytes(config: DictConfig, work: DeviceWork, layout: planning.Layout) 
 def costliest_stage(
     model: Model, share: planning.Share, layout: planning.Layout, *, activations: float, loss: float
 ) -> tuple[planning.Share, planning.Memory]:
-    """What the stage of a pipeline holds that takes most: the first has the embeddings, the last the head and its loss."""
+    """Share and memory of the pipeline stage that needs most: the first holds the embeddings, the last the head
+    and its loss.
+    """
     stages = []
     for stage, (weights, trained) in enumerate(stage_sizes(model, layout.stages)):
         stage_share = replace(share, weights=weights, trained=trained)
@@ -208,7 +228,7 @@ def costliest_stage(
 
 
 def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
-    """Tables of memory, traffic and time."""
+    """Lines of the tables. steps: of the run, None where its length is counted in passes."""
     memory, time, machine, layout = estimate.memory, estimate.time, estimate.machine, estimate.layout
     parts = [field.name for field in fields(memory)]
     lines = ["memory      per device, estimated"]
@@ -225,6 +245,7 @@ def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
             f"  {t.what:<28}{format_bytes(t.n_bytes):>10}  among {t.group}{', across nodes' if t.across_nodes else ''}"
             for t in estimate.traffic
         ]
+    # time, and what limits it
     rate = estimate.tokens / time.step
     lines += [
         f"time        per step, on {machine.name} at {machine.efficiency:.0%} of {machine.flops / 1e12:.4g} TFLOP/s",

@@ -1,4 +1,10 @@
-"""The evaluate command: a resolved configuration in, a table of metrics on stdout out."""
+"""The evaluate command: a resolved configuration in, a table of metrics on stdout out.
+
+Two sources of tasks. `data.path` names a file whose columns decide what is measured: perplexity of texts,
+likelihood of completions or of assistant turns, accuracy of choices, preference of pairs. `tasks=` names tasks of
+lm-evaluation-harness, which runs on an exported folder. `out=` writes the figures with the configuration that they
+are of.
+"""
 
 import json
 import math
@@ -47,7 +53,7 @@ CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # o
 
 
 def evaluate(config: DictConfig) -> int:
-    """Print what the model's predictions are worth, and write it to `out` if that is given."""
+    """Print the metrics of the model, and write them to `out` if that is given; the exit status."""
     check_options(config)
     torch.set_float32_matmul_precision(config.precision.matmul)
     figures = evaluate_data(config) if config.tasks is None else evaluate_tasks(config)
@@ -77,7 +83,9 @@ def check_options(config: DictConfig) -> None:
 
 
 def check_out(config: DictConfig) -> None:
-    """ConfigError for an `out` that is a folder, or a file of anything but figures of this command."""
+    """ConfigError for an `out` that is a folder, or an existing file that this command has not written: data would
+    be lost.
+    """
     out, data = Path(config.out), Path(config.data.path)
     if out.is_dir():
         raise ConfigError(f"out={config.out}: a folder; give the name of a .json file")
@@ -86,7 +94,7 @@ def check_out(config: DictConfig) -> None:
 
 
 def _is_figures_file(path: Path) -> bool:
-    """Whether a file is what `write` has written: the figures, and the configuration that they are of."""
+    """True if a file is JSON of `write_figures`: figures with the configuration that they are of."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
         return isinstance(contents, dict) and set(contents["config"]) >= CONFIG_KEYS
@@ -95,12 +103,13 @@ def _is_figures_file(path: Path) -> bool:
 
 
 def evaluate_data(config: DictConfig) -> dict[str, float]:
-    """The figures of the model on the rows of `data`, printed."""
+    """Metrics of the model on the rows of `data`, printed, with the counts of rows, scored tokens and cut prompts."""
     options = config.data
     device = choose_device(config.device)
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     if kind in (Kind.preferences, Kind.conversations):
         refuse_unused(config, job_overrides(), [NO_BOS_RULE])
+    # tokenize everything first: mistakes in the data show before any model runs
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
@@ -109,6 +118,7 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
+        # score in batches of about batch_tokens tokens
         measure = preference_metrics if kind is Kind.preferences else prediction_metrics
         metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
     counts = {
@@ -125,11 +135,12 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
 
 
 def evaluate_tasks(config: DictConfig) -> dict[str, float]:
-    """The figures of the model on tasks of lm-evaluation-harness, printed."""
+    """Metrics of the model on tasks of lm-evaluation-harness, printed."""
     check_harness()
     tasks = config.tasks if isinstance(config.tasks, ListConfig) else [config.tasks]
     dtype, products = dtypes_of(config.precision.lightning)
     device = choose_device(config.device)
+    # the harness loads a folder by its path: export one if there is none
     with TemporaryDirectory() as temporary:
         metrics = run_tasks(
             transformers_folder(config, Path(temporary) / "model"),
@@ -147,7 +158,9 @@ def evaluate_tasks(config: DictConfig) -> dict[str, float]:
 
 
 def transformers_folder(config: DictConfig, temporary: Path) -> Path:
-    """The folder of the checkpoint where transformers can read it; else one is written, with adapters folded in."""
+    """A folder of the checkpoint that transformers can load; written to `temporary`, adapters merged, if there is
+    none.
+    """
     model, tokenizer, path = load_model(config, judges=False)
     if (path / "config.json").is_file():
         return path
@@ -158,7 +171,7 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
 def prediction_metrics(
     kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
 ) -> Metrics:
-    """What the model's predictions of texts, completions or choices are worth."""
+    """Metrics of predicted texts, completions or choices: losses per token and per byte, perplexity, accuracy."""
     scores = score(loaded.model, rows, **scoring)
     if kind is Kind.choices:
         return choice_metrics(scores.nll, columns[0])
@@ -169,7 +182,12 @@ def prediction_metrics(
 def preference_metrics(
     kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
 ) -> Metrics:
-    """How often the chosen completion gets more: the score of a reward model, or else the log-probability."""
+    """Share of pairs whose chosen completion gets the higher reward, or else the higher log-probability, and
+    margins.
+
+    rows: all chosen completions, then all rejected ones. For log-probabilities the comparison per token is
+    added, which does not favour short completions.
+    """
     n = len(columns[0])  # the chosen ones, then the rejected ones
     lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
     judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
@@ -182,9 +200,10 @@ def preference_metrics(
 
 
 def load_model(config: DictConfig, *, judges: bool) -> Loaded:
-    """The model and its tokenizer; ConfigError if it neither predicts the next token nor, with `judges`, scores texts.
+    """The model and its tokenizer, checked: a decoder that predicts the next token, or with `judges` also a reward
+    model.
 
-    It is also refused where data.seq_len is more than its context.
+    ConfigError also where data.seq_len exceeds the model's context.
     """
     loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
     model_config = loaded.model.config
@@ -205,17 +224,21 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
 
 
 def context_of(model: nn.Module) -> int:
-    """How many tokens of a text the model reads at once, as in training: virtual tokens of an adapter take places."""
+    """Tokens of text that the model reads at once: its context less the virtual tokens of adapters."""
     return model.config.max_seq_len - n_virtual(model)
 
 
 def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[ScoredWindow]:
-    """What the model reads and what of it is scored."""
+    """Rows to score, with the position of the first scored token in each; DataError if there is none.
+
+    options: the group `data`. columns: the data, as read for that kind.
+    """
     tokenizer, values = loaded.tokenizer, loaded.model.config
     seq_len, bos = options.seq_len or context_of(loaded.model), options.bos
     if kind is not Kind.text and options.stride is not None:
         raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
     with name_path_in_errors(options.path):
+        # windows for texts; one row for every other example
         if kind is Kind.text:
             rows = text_windows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
         elif kind is Kind.completions:
@@ -236,14 +259,14 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
 
 
 def print_metrics(metrics: Metrics) -> None:
-    """Print a name and a value a line."""
+    """Print one metric a line, aligned."""
     width = max([22, *(len(name) + 2 for name in metrics)])
     for name, value in metrics.items():
         print(f"{name:<{width}}{value:>12.4f}")
 
 
 def write_figures(config: DictConfig, figures: dict[str, float]) -> None:
-    """Write the figures and what they are of; one that is not finite becomes null, as JSON has no other."""
+    """Write metrics and configuration as JSON, atomically; NaN and infinity, which JSON has not, become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     text = json.dumps({**finite, "config": OmegaConf.to_container(config)}, indent=2) + "\n"
     try:

@@ -1,4 +1,9 @@
-"""The export command: a model in, a folder for others out."""
+"""The export command: a trained model in, a folder for transformers, PEFT or ONNX Runtime out.
+
+Formats: `hf` (the model as it is), `merged` (adapters added into the weights), `peft` (a copy of the adapter),
+`onnx` (graphs of prefill and step, optionally with int8 weights). The folder is written atomically: it is complete,
+or absent. An existing folder is never overwritten, because it may be what a server is reading.
+"""
 
 import os
 import shutil
@@ -27,7 +32,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(config: DictConfig) -> int:
-    """Write the model in the format asked for."""
+    """Write the model in the format asked for, and print what reads it; the exit status."""
+    # options, before anything is loaded
     if config.format not in FORMATS:
         raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}")
     if config.dtype is not None and config.dtype not in DTYPES:
@@ -44,6 +50,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")
     if config.format == "peft":
         return copy_adapter(config, out)
+    # one model without adapters, in the dtype asked for or that of its files
     loaded = load(config.checkpoint, adapters=[config.adapter] if config.adapter else ())
     model = loaded.model
     if adapters_of(model):
@@ -56,6 +63,7 @@ def export(config: DictConfig) -> int:
         model = model.to(DTYPES[config.dtype])
     elif config.format != "onnx":
         _restore_dtypes(model, stored_dtypes(config.checkpoint))
+    # write, with tokenizer, generation defaults and model card
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
     else:
@@ -68,20 +76,22 @@ def export(config: DictConfig) -> int:
 
 
 def sentence_files(loaded: Loaded) -> dict[str, object]:
-    """What the model's folder or checkpoint tells sentence-transformers."""
+    """Files and tensors for sentence-transformers that the model came with: pooling, dense layer; {} if it makes
+    no vectors.
+    """
     head = saved_sentence_head(loaded.path, loaded.tokenizer, loaded.model.config)
     return {} if head is None else {**head.files, **dict(head.tensors())}
 
 
 def _restore_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Give each weight the dtype that it was read in: nothing was rounded before, and what was merged is rounded once."""
+    """Give each weight the dtype of its file: merging is done in the loaded precision and rounded once, here."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def copy_adapter(config: DictConfig, out: Path) -> int:
-    """Copy the adapter of a run, or the one named."""
+    """Copy the adapter of a run, or the one named; the exit status."""
     if config.adapter:
         folder = resolve_adapter(config.adapter)
     elif not ((folder := resolve(config.checkpoint)) / ADAPTER).is_file():
@@ -94,14 +104,16 @@ def copy_adapter(config: DictConfig, out: Path) -> int:
 
 
 def write_onnx(model: nn.Module, loaded: Loaded, config: DictConfig) -> str:
-    """Write ONNX graphs with configuration and tokenizer beside them; returns what reads them."""
+    """Write ONNX graphs with configuration and tokenizer beside them; returns the names of what reads them."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"format=onnx needs {', '.join(missing)}: pip install -e '.[onnx]'")
+    # refused here: the graph would be written, and no runtime would run it
     if config.dtype == "bf16":
         raise ConfigError("format=onnx: ONNX Runtime multiplies no bf16 on a CPU: leave dtype out, or dtype=fp16")
 
     def write(folder: Path) -> None:
+        """Fill the folder: graphs, configuration, tokenizer, then quantized copies."""
         folder.mkdir()
         files = write_graphs(model, folder)
         ids, defaults = token_ids(loaded.tokenizer), loaded.defaults

@@ -1,4 +1,9 @@
-"""The feedback command: a judge in place of people; prompts in, preference pairs or revised answers out, row by row."""
+"""The feedback command: a judge in place of people; prompts in, preference pairs or revised answers out, row by row.
+
+Work with a model or an endpoint is slow and gets interrupted, so the output file is the state: each line names its
+row, finished rows are skipped on the next start, and a half line that a crash left is cut off. A file that is not
+of this command and this data is refused, never appended to.
+"""
 
 import json
 import os
@@ -35,11 +40,12 @@ Request = list[TextOrMessages]  # a prompt, and the answers to it that the data 
 
 
 def feedback(config: DictConfig) -> int:
-    """Write one line of JSON per prompt; prompts that are in the file already are passed over."""
+    """Write one JSON line per prompt that is not in the output file yet; the exit status."""
     check_options(config)
     out = Path(config.out)
     source = sources.find_source(config.data.path)
     done = read_finished(out, config, source)
+    # the data: prompts, and answers unless a model writes them
     columns_there = sources.column_names(source)
     sources.check_columns(source, columns_there, {"data.prompt": config.data.prompt})
     writes = writes_answers(config, columns_there)
@@ -48,6 +54,7 @@ def feedback(config: DictConfig) -> int:
     n_rows = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
     requests = [read_request(row, columns, place) for place, row in islice(rows, n_rows)]
     check_same_requests(done, requests, config)
+    # models are loaded last, after every check of files
     todo = [(n, row) for n, row in enumerate(requests[: config.limit]) if n not in done.rows]
     writer = build_writer(config, "checkpoint") if writes else None
     judge = build_writer(config, "judge") if config.judge else writer
@@ -72,7 +79,9 @@ def check_options(config: DictConfig) -> None:
 
 
 def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Request:
-    """The prompt of a row, a text or one message of the user, and the texts of the answers; DataError of anything else."""
+    """The prompt of a row and the texts of its answers; DataError for longer conversations, which a judge does not
+    compare.
+    """
     prompt = parse_prompt(row, columns[0], place)
     answers = [text_or_messages(row.get(column), place._replace(column=column)) for column in columns[1:]]
     prompt, answers = extract_prompt(prompt, answers, place)
@@ -90,7 +99,7 @@ def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place
 
 
 def _single_text(value: TextOrMessages, role: str) -> str | None:
-    """The text, also of a lone message of that role; None of anything else."""
+    """The text of a value, or of a lone message of that role; None for anything else."""
     if isinstance(value, str):
         return value
     alone = len(value) == 1 and value[0]["role"] == role and set(value[0]) == {"role", "content"}
@@ -98,12 +107,12 @@ def _single_text(value: TextOrMessages, role: str) -> str | None:
 
 
 def writes_answers(config: DictConfig, columns: list[str]) -> bool:
-    """Whether answers are to be written: for a critique, and for labels where the data bring no two answers."""
+    """True if a model writes the answers: for critiques, and for labels where the data have no two answer columns."""
     return config.task == "critique" or not {config.data.first, config.data.second} <= set(columns)
 
 
 def build_writer(config: DictConfig, option: str) -> Writer | Judge:
-    """The model of ours, or the endpoint that speaks OpenAI's protocol, which the option names."""
+    """The model or the endpoint that an option names; a reward model where the option is `judge`."""
     name = config[option]
     options = OmegaConf.to_container(config.generation)
     if name.startswith(ADDRESSES):
@@ -112,18 +121,24 @@ def build_writer(config: DictConfig, option: str) -> Writer | Judge:
 
 
 def run(config: DictConfig, todo: list, writer: Writer | None, judge: Writer | Judge, done: "FinishedRows") -> None:
-    """Work on the rows that are left, several at once where the judge is remote, and append each result."""
+    """Work on the rows in `todo`, and append each result; in parallel if writer and judge are endpoints.
+
+    Results are written in order of rows, by this thread alone, and flushed after each: a kill loses only work
+    in progress.
+    """
     principles = (
         read_principles(config.constitution or str(CONF / "constitution.yaml")) if config.task == "critique" else []
     )
 
     def work(item: tuple[int, Request]) -> dict:
+        """The finished line of one request."""
         n, (prompt, *answers) = item
         if config.task == "critique":
             return {"row": n, **critique(writer, prompt, principles)}
         first, second = answers or (writer.answer(prompt), writer.answer(prompt))
         return {"row": n, **label(prompt, first, second)}
 
+    # a local model is called by one thread: a device runs one batch at a time anyway
     scores = isinstance(judge, Judge)
     label = partial(compare_scores, judge) if scores else partial(compare, judge, rubric=config.rubric)
     workers = config.workers if not scores and judge.concurrent and (writer is None or writer.concurrent) else 1
@@ -137,7 +152,12 @@ def run(config: DictConfig, todo: list, writer: Writer | None, judge: Writer | J
 
 
 class FinishedRows(NamedTuple):
-    """The rows that a file holds already, and how many of its bytes are whole lines."""
+    """State of an output file.
+
+    rows: line contents by row number. size: bytes of its complete lines. cut: True if an incomplete line
+    follows.
+    closed: True if the last line has its line break.
+    """
 
     rows: dict[int, dict[str, object]] = {}
     size: int = 0
@@ -145,7 +165,7 @@ class FinishedRows(NamedTuple):
     closed: bool = True  # whether the last line ends
 
     def open(self, name: str) -> TextIO:
-        """The file, to be appended to, without the line that was cut."""
+        """The file, opened to append, its incomplete line removed."""
         out = Path(name)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +179,7 @@ class FinishedRows(NamedTuple):
 
 
 def read_finished(out: Path, config: DictConfig, source: sources.Source) -> FinishedRows:
-    """What a file holds already; ConfigError where a line is not one that this task writes. Nothing is changed."""
+    """State of the output file, which is not changed; ConfigError where a line is not one that this task writes."""
     if not out.exists():
         return FinishedRows()
     if not out.is_file():
@@ -172,6 +192,7 @@ def read_finished(out: Path, config: DictConfig, source: sources.Source) -> Fini
         *lines, last = out.read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"out={config.out}: cannot be read ({error.strerror})") from None
+    # an incomplete last line is cut off, a complete one without its line break is kept
     size = sum(len(line) + 1 for line in lines)
     cut = bool(last) and _is_cut(last)
     closed = cut or not last
@@ -185,11 +206,12 @@ def read_finished(out: Path, config: DictConfig, source: sources.Source) -> Fini
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether it is the beginning of a line of ours."""
+    """True if a line is the beginning of one of this command."""
     return (line.startswith(LINE_START) or LINE_START.startswith(line)) and _parse_json(line) is None
 
 
 def _parse_json(line: bytes) -> object:
+    """The value of a JSON line; None if it is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -197,7 +219,7 @@ def _parse_json(line: bytes) -> object:
 
 
 def _own_line(line: bytes, task: str) -> dict[str, object] | None:
-    """What a line holds, if it is one that the task writes."""
+    """The contents of a line that this task wrote; None for any other line."""
     contents = _parse_json(line)
     is_own = (
         isinstance(contents, dict)
@@ -210,11 +232,14 @@ def _own_line(line: bytes, task: str) -> dict[str, object] | None:
 
 
 def _refuse_line(config: DictConfig, number: int, why: str) -> NoReturn:
+    """Raise the ConfigError for line `number` of the output file."""
     raise ConfigError(f"out={config.out}: line {number} {why}; name a new file")
 
 
 def check_same_requests(done: FinishedRows, requests: Sequence[Request], config: DictConfig) -> None:
-    """ConfigError where a line that is there is not about the prompt, and the answers, of its row of the data."""
+    """ConfigError where a finished line is about another prompt, or compares other answers, than its row of the
+    data.
+    """
     for number, (n, line) in enumerate(done.rows.items(), start=1):
         prompt, *answers = requests[n] if n < len(requests) else [None]
         if line["prompt"] != prompt or (answers and sorted(answers) != sorted([line["chosen"], line["rejected"]])):
@@ -225,7 +250,7 @@ def check_same_requests(done: FinishedRows, requests: Sequence[Request], config:
 
 
 def read_principles(path: str) -> list[dict[str, str]]:
-    """The principles of a constitution: each asks for a critique and for a revision."""
+    """Principles of a constitution file: each a mapping with an instruction to criticize and one to revise."""
     try:
         principles = OmegaConf.to_container(OmegaConf.load(path))["principles"]
     except (OSError, KeyError, TypeError) as error:
@@ -236,12 +261,15 @@ def read_principles(path: str) -> list[dict[str, str]]:
 
 
 def _lines(out: Path) -> Iterator[dict]:
+    """Contents of the output file, line by line."""
     with out.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def report(config: DictConfig, out: Path, *, scores: bool) -> None:
-    """Say how many there are, and how far the order of two answers swayed the judge."""
+    """Print the number of rows, the judge's preference for the first place, and the command that trains on the
+    file.
+    """
     rows = list(_lines(out))
     if not rows:
         raise DataError(f"data.path={config.data.path}: no prompt in it")

@@ -1,4 +1,9 @@
-"""The generate command: a resolved configuration in, text or lines of JSON on stdout out."""
+"""The generate command: a resolved configuration in, text or lines of JSON on stdout out.
+
+What the command does depends on the model and three flags: a decoder or encoder-decoder continues prompts,
+`chat=true` holds a conversation, an encoder fills in masks, `embed=true` prints vectors and `score=true`
+likelihoods or rewards. Completions go to stdout; hints and statistics to stderr.
+"""
 
 import json
 import math
@@ -24,20 +29,23 @@ from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITE
 
 
 def generate(config: DictConfig) -> int:
-    """Continue the prompts, fill in their masks, embed or score them, as the options and the model say."""
+    """Continue, chat, fill in masks, embed or score, as options and model decide; the exit status."""
     check_options(config)
     prompts = [] if config.chat else read_prompts(config)
+    # weights in the precision's dtype; products under autocast where the two differ
     device = choose_device(config.device)
     weights, products = dtypes_of(config.precision.lightning)
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
+    # what is unused depends on the model's shape, known only now
     refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
         head = loaded.model.config.head
         other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
         raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
     loaded.model.to(device)
+    # fused decoding needs weights and products in one dtype
     if products is None:
         prepare_for_decoding(loaded.model)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
@@ -56,7 +64,7 @@ def generate(config: DictConfig) -> int:
 
 
 def check_options(config: DictConfig) -> None:
-    """ConfigError for values that cannot work, before anything is read."""
+    """ConfigError for values and combinations that cannot work, before anything is read."""
     for name in ("num_samples", "top_k"):
         if config[name] < 1:
             raise ConfigError(f"{name}={config[name]} must be at least 1")
@@ -73,7 +81,7 @@ def check_options(config: DictConfig) -> None:
 
 
 def run_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
-    """Answer the prompts as turns of a conversation, or what is typed; the exit status."""
+    """Answer the prompts as turns of one conversation, or hold it at the terminal; the exit status."""
     names = adapter_names(config)
     assign_adapters(loaded.model, names, config.adapter_weights, 1)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -86,19 +94,27 @@ def run_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
 
 
 def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:
-    """Print continuations of the prompts; a single one is printed while it grows."""
+    """Print continuations of the prompts. A single one streams while it is decoded; several are printed as blocks
+    or JSON lines.
+
+    With several adapters side by side each prompt is continued once per adapter, in one batch: every row has
+    its own adapter.
+    """
     options: GenerationConfig = OmegaConf.to_object(config.generation)
     names = adapter_names(config)
     row_weights = assign_adapters(loaded.model, names, config.adapter_weights, len(prompts))
     n_choices = 1 if row_weights is None else len(names)
     if n_choices > 1 and (options.num_beams > 1 or options.speculates):
         raise ConfigError("several adapters side by side go with sampling: give one, or adapter_weights")
+    # rows: adapters outermost, then prompts, then samples
     n = options.num_return if options.num_beams > 1 else config.num_samples
     is_single = len(prompts) * n * n_choices == 1 and not config.logprobs
     streaming = config.stream and is_single
+    # print, and what the user may want to know beside the text
     if is_single:
         print(prompts[0], end=separator(loaded), flush=True)
     rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * n_choices
+    # decode all rows together
     acceptance = Acceptance()
     completions_of_rows = complete(
         loaded.model,
@@ -128,7 +144,12 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
 
 
 def usage_hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> str | None:
-    """A line on how a model is asked that ends at once, or that a person at a terminal asks without its chat template."""
+    """A hint for a model that stopped at once, or a chat model that was asked without its template; None if all is
+    well.
+
+    n_empty of n completions are empty. A prompt with special tokens in it was written by someone who knows the
+    template.
+    """
     tokenizer = loaded.tokenizer
     at_once = "hint: the model ended its text at once" + (f", {n_empty} times of {n}" if n > 1 else "")
     if tokenizer.chat_template is None:
@@ -147,7 +168,7 @@ def usage_hint(loaded: Loaded, prompts: list[str], *, n_empty: int, n: int) -> s
 def print_completion(
     loaded: Loaded, prompt: str, completion: Completion, adapter: str | None, *, as_json: bool
 ) -> None:
-    """Print one of several completions, or all that is known of it."""
+    """Print one of several completions: prompt and text, or all about it as a JSON line."""
     if not as_json:
         heading = "" if adapter is None else f"[{adapter}] "
         print(f"{heading}{prompt}{separator(loaded)}{completion.text}\n{'-' * 40}", flush=True)
@@ -159,12 +180,14 @@ def print_completion(
 
 
 def separator(loaded: Loaded) -> str:
-    """What stands between prompt and completion: an encoder-decoder does not continue, it answers on a line of its own."""
+    """Text between prompt and completion: an encoder-decoder answers on a line of its own, a decoder continues the
+    prompt.
+    """
     return "\n" if loaded.model.config.shape is Shape.encoder_decoder else ""
 
 
 def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
-    """Print what may stand in place of each mask, with probabilities."""
+    """Print the most likely tokens for each mask of each prompt, with probabilities."""
     for prompt in prompts:
         candidates_of_masks = fill(loaded.model, loaded.tokenizer, prompt, top_k=top_k)
         print(prompt)
@@ -174,7 +197,9 @@ def print_candidates(loaded: Loaded, prompts: list[str], top_k: int) -> None:
 
 
 def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) -> None:
-    """Print one line of JSON for each prompt with its vector."""
+    """Print one JSON line for each prompt with its vector. pooling: as in training, or what the model's folder
+    says for null.
+    """
     from genai_pl.evaluation.embeddings import embed, encode_sentences, find_sentence_head
 
     config = loaded.model.config
@@ -187,7 +212,9 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
 
 
 def print_scores(loaded: Loaded, prompts: list[str]) -> None:
-    """Print one line of JSON for each prompt: how likely it is or, of a reward model, its score."""
+    """Print one JSON line for each prompt: log-probability and perplexity by a language model, or a reward model's
+    score.
+    """
     from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
 
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -205,12 +232,12 @@ def print_scores(loaded: Loaded, prompts: list[str]) -> None:
 
 
 def print_json(line: dict[str, object]) -> None:
-    """Print one line."""
+    """Print an object as one line; non-ASCII characters stay readable."""
     print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def adapter_names(config: DictConfig) -> list[str]:
-    """The adapters asked for: one, several, or none."""
+    """Names of the adapters as a list, for null, one name or several."""
     if config.adapter is None:
         return []
     return [config.adapter] if isinstance(config.adapter, str) else list(config.adapter)
@@ -237,7 +264,7 @@ def assign_adapters(
 
 
 def read_prompts(config: DictConfig) -> list[str]:
-    """The prompt given, the lines of prompt_file, or all of stdin."""
+    """The prompt option, the lines of prompt_file (empty ones skipped), or all of stdin as one prompt."""
     if config.prompt is not None:
         return [config.prompt]
     if config.prompt_file is None:

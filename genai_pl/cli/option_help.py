@@ -1,4 +1,10 @@
-"""Help of the commands: options, choices and comments, read from the files of conf/ and the dataclasses behind them."""
+"""Help texts: options, choices and comments of a command, read from conf/ and from the dataclasses behind it.
+
+Hydra's `--help` prints one composed configuration. Here `--help` lists groups with their choices, `--help GROUP`
+explains them, `--help GROUP=CHOICE` and `--help OPTION` show fields. The texts are the comments of the YAML files,
+and for `model` and `generation` those of the dataclasses, read as source: importing nothing keeps this under a
+second, and docs/configuration.md is made of the same.
+"""
 
 import ast
 import shutil
@@ -23,7 +29,7 @@ SHOWN_DEFAULTS = {"field(default_factory=list)": "[]", "field(default_factory=di
 
 
 class Field(NamedTuple):
-    """An option: its dotted name, its value where nobody sets it, and what it means."""
+    """One option: its dotted name, its value where nobody sets it, and the comment that explains it."""
 
     name: str
     value: str
@@ -31,13 +37,20 @@ class Field(NamedTuple):
 
 
 def read_yaml_fields(path: Path) -> tuple[str, list[Field]]:
-    """The first comment of a file, and its fields."""
+    """First comment line of a YAML file, and its fields in order; parents by indentation of two spaces.
+
+    A line parser and not a YAML parser, because the comments are the point. The files of conf/ are written so
+    that it reads them:
+    `name: value # meaning`, one field a line. Fields with a leading underscore, `defaults` and `hydra` are left
+    out.
+    """
     head, fields, parents, base = "", [], [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
         if text.startswith("#"):
             head = head or (text.lstrip("# ") if text != "# @package _global_" else "")
             continue
+        # fields of a mapping in a list count from the list's entry on
         depth = (len(line) - len(line.lstrip())) // 2
         if text.startswith("-"):
             parents, base = [], depth + 1  # an entry of a list
@@ -56,7 +69,7 @@ def read_yaml_fields(path: Path) -> tuple[str, list[Field]]:
 
 
 def read_dataclass_fields(name: str) -> list[Field]:
-    """The fields of a dataclass of genai_pl/config, by its source: their comments are what they mean."""
+    """Fields of a dataclass of genai_pl/config by its source text: name, default as typed, trailing comment."""
     module = next(module for module, names in GROUP_DATACLASSES.items() if name in names)
     source = (CONF.parent / "genai_pl" / "config" / f"{module}.py").read_text(encoding="utf-8")
     lines = source.splitlines()
@@ -72,7 +85,11 @@ def read_dataclass_fields(name: str) -> list[Field]:
 
 
 def help_text(config_name: str, arguments: Sequence[str]) -> str:
-    """What a command prints for `--help`: all of it, or what the other words of the command line name."""
+    """Text of `--help`: everything, or what the other words of the command line name.
+
+    config_name: the command's file in conf/. arguments: its command line, which may name user folders with more
+    choices.
+    """
     path = CONF / f"{config_name}.yaml"
     contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     texts, groups = contents["hydra"]["help"], _groups(contents["defaults"])
@@ -84,6 +101,7 @@ def help_text(config_name: str, arguments: Sequence[str]) -> str:
     if words:
         fields = read_yaml_fields(path)[1]
         return "\n\n".join(_of_word(word, groups, fields, folders) for word in words)
+    # the whole command: groups, then its own options
     app = texts["app_name"]
     lines = [texts["header"], "", f"python {app} [GROUP=CHOICE ...] [OPTION=VALUE ...]", ""]
     if groups:
@@ -95,23 +113,27 @@ def help_text(config_name: str, arguments: Sequence[str]) -> str:
 
 
 def _groups(defaults: list[object]) -> dict[str, str | None]:
-    """The groups of a command, each with the choice where none is given."""
+    """Groups of a command, each with its default choice; schemas, which hold a slash, are left out."""
     entries = [next(iter(entry.items())) for entry in defaults if isinstance(entry, dict)]
     return {group: choice for group, choice in entries if "/" not in group}
 
 
 def _of_word(word: str, groups: dict[str, str | None], fields: list[Field], folders: list[Path]) -> str:
-    """What there is to say of a group, a choice of one, or an option."""
+    """Help for one word: a group, a choice of one, an option or a part of an option's name. ConfigError for
+    anything else.
+    """
     name, equals, choice = word.partition("=")
     group = name.partition(".")[0]
     if name in groups and equals and choice:
         return _of_choice(name, choice, folders)
+    # a group: its choices, and the fields of all or of the default one
     if name in groups:
         heads = {path.stem: read_yaml_fields(path)[0] for path in _files(name, folders)}
         lines = _columns([(f"  {name}={stem}{_mark(stem, groups[name])}", head) for stem, head in heads.items()])
         fields = _common(name) or _of_chosen(name, groups[name], folders)
         heading = "every choice" if _common(name) else f"{name}={groups[name]}"
         return "\n".join([f"{name}, the default choice marked *:", *lines, *_fields_of(heading, fields, name)])
+    # an option inside a group
     if group in groups:  # GROUP.field
         fields_of_group = {field.name: field for field in (*_common(group), *_of_chosen(group, groups[group], folders))}
         fields = [*fields, *(field._replace(name=f"{group}.{name}") for name, field in fields_of_group.items())]
@@ -124,6 +146,7 @@ def _of_word(word: str, groups: dict[str, str | None], fields: list[Field], fold
 
 
 def _of_choice(group: str, choice: str, folders: list[Path]) -> str:
+    """Help for `GROUP=CHOICE`: the fields that its file sets, then those of every choice."""
     path = next((path for path in _files(group, folders) if path.stem == choice), None)
     if path is None:
         names = ", ".join(path.stem for path in _files(group, folders))
@@ -137,16 +160,18 @@ def _of_choice(group: str, choice: str, folders: list[Path]) -> str:
 
 
 def _fields_of(heading: str, fields: list[Field], group: str) -> list[str]:
+    """A headed table of fields with their full names; [] without fields."""
     full_names = [field._replace(name=f"{group}.{field.name}" if group else field.name) for field in fields]
     return ["", f"Fields of {heading}:" if heading else "Fields:", *_rows(full_names)] if fields else []
 
 
 def _of_chosen(group: str, choice: str | None, folders: list[Path]) -> list[Field]:
+    """Fields of a group's chosen file; [] if it has none."""
     return next((_inherited(path) for path in _files(group, folders) if path.stem == choice), [])
 
 
 def _inherited(path: Path) -> list[Field]:
-    """The fields of a file, those included that it begins with."""
+    """Fields of a file and of the files in its defaults list; its own values win, meanings are inherited."""
     contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     fields_by_name: dict[str, Field] = {}
     for entry in contents.get("defaults", []) if isinstance(contents, dict) else []:
@@ -160,7 +185,7 @@ def _inherited(path: Path) -> list[Field]:
 
 
 def _common(group: str) -> list[Field]:
-    """The fields of every choice of a group, if a dataclass has them."""
+    """Fields that every choice of a group has, from the dataclass behind it; [] for groups without one."""
     classes = GROUP_DATACLASSES.get(group, ())
     inner = [
         field._replace(name=f"rope_scaling.{field.name}")
@@ -171,10 +196,12 @@ def _common(group: str) -> list[Field]:
 
 
 def _files(group: str, folders: list[Path]) -> list[Path]:
+    """Option files of a group, shipped ones first."""
     return [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
 
 
 def _choices(group: str, chosen: str | None, folders: list[Path]) -> str:
+    """Names of a group's choices in one line, the default marked."""
     return ", ".join(f"{path.stem}{_mark(path.stem, chosen)}" for path in _files(group, folders))
 
 
@@ -183,6 +210,7 @@ def _mark(choice: str, chosen: str | None) -> str:
 
 
 def _rows(fields: list[Field]) -> list[str]:
+    """Table rows of fields; a mandatory value (???) is shown as required."""
     rows = []
     for name, value, meaning in fields:
         must = value == "???"
@@ -191,7 +219,7 @@ def _rows(fields: list[Field]) -> list[str]:
 
 
 def _columns(rows: list[tuple[str, str]]) -> list[str]:
-    """Two columns; the second is broken to the width of the terminal, and a long first one has a line of its own."""
+    """Two columns; the second is wrapped to the terminal's width, and a long first cell gets a line of its own."""
     width = min(MAX_WIDTH, shutil.get_terminal_size((120, 24)).columns)
     start = min(max((len(name) for name, _ in rows), default=0), max(2 * width // 5, 28)) + 2
     lines = []

@@ -1,4 +1,8 @@
-"""The run that a plan is of: its model and what is read in a step, from configuration files alone."""
+"""The run behind an estimate: its model's configuration, batch and device layout, from configuration files alone.
+
+Where a run reads data or weights, an estimate reads config.json and the checkpoint's metadata. What only data can
+tell, such as the steps of one pass, is left open.
+"""
 
 import os
 from dataclasses import replace
@@ -32,7 +36,15 @@ if TYPE_CHECKING:
 
 
 class DeviceWork(NamedTuple):
-    """What a device works on in an optimizer step."""
+    """Work of one device in an optimizer step.
+
+    rows: sequences of one forward and backward pass. seq_len: their tokens. passes: micro-batches of a step.
+    unlearned: forward passes without gradient for each of these, by the reference model or the policy before
+    its update.
+    reference: True if a frozen copy of the model is held. prompts: of a rollout, None without one. completions:
+    of each prompt.
+    n_updates: optimizer steps per rollout.
+    """
 
     rows: int  # of a forward and backward pass
     seq_len: int
@@ -45,7 +57,9 @@ class DeviceWork(NamedTuple):
 
 
 def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> ModelConfig:
-    """The model that the run would train, with the tokens that its objective needs; no weights are read."""
+    """Configuration of the model that the run would train, its vocabulary with the tokens that the objective
+    needs.
+    """
     if "name" in config.model:
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
@@ -54,6 +68,7 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
         add_missing_tokens(tokenizer, objective.needs)
         model_settings = replace(model_settings, attention=config.model.attention, dropout=config.model.dropout)
         return replace(model_settings, vocab_size=max(model_settings.vocab_size, len(tokenizer)))
+    # bpe learns as many tokens as it is asked for, less those it begins with
     kind = config.tokenizer.kind
     tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
     n_learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0
@@ -62,7 +77,9 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
 
 
 def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
-    """The configuration and tokenizer of a model of ours that a run folder, a .ckpt or a Hugging Face folder holds."""
+    """Configuration and tokenizer in a run folder, a .ckpt or a Hugging Face folder; ConfigError for adapters and
+    foreign models.
+    """
     if is_hub_id(reference):
         path = folder_of(reference)
         if not path.is_dir():
@@ -72,6 +89,7 @@ def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "Pr
     adapter_error = ConfigError(
         f"dry_run=true reads no adapter, and {option}={reference} holds one: name its base, and its method as peft=lora"
     )
+    # a checkpoint's metadata, or config.json and the names of its tensors
     if is_checkpoint(path):
         contents = read_contents(path)[MARK]
         if contents.get("peft"):
@@ -91,7 +109,7 @@ def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "Pr
 
 
 def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq_len: int) -> DeviceWork:
-    """What a step reads of batches of so many rows: these, pairs of completions, texts of pairs, or a part of a rollout."""
+    """Work of a device for batches of `rows` rows: the rows, both texts of pairs, or a micro-batch of a rollout."""
     options, has_adapter = config.objective, config.peft._target_ is not None
     passes = config.trainer.accumulate_grad_batches
     if issubclass(objective, PolicyGradientModule):
@@ -108,6 +126,7 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
             completions=options.get("group_size", 1),
             n_updates=options.epochs * -(-completions // step),
         )
+    # losses with a reference: one more forward pass, unless precomputed
     texts = texts_of_row(objective.data_kind, config.data)
     unlearned, reference = 0.0, False
     if issubclass(objective, PreferenceModule) and options.loss in WITH_REFERENCE:
@@ -121,7 +140,7 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
 
 
 def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int | None, int | None]:
-    """Optimizer steps of the run, or else its passes over the data, which a plan does not read."""
+    """Optimizer steps, or else passes over the data, whose length an estimate does not know."""
     options = config.trainer
     if options.max_epochs is not None:
         return None, options.max_epochs
@@ -132,12 +151,15 @@ def planned_steps(config: DictConfig, objective: type[BaseModule]) -> tuple[int 
 
 
 def device_layout(config: DictConfig) -> planning.Layout:
-    """How the strategy lays the run on trainer.devices x trainer.num_nodes devices."""
+    """Devices by data, tensor and pipeline parallelism, as the strategy divides devices x num_nodes; ConfigError
+    if it cannot.
+    """
     per_node = config.trainer.devices if isinstance(config.trainer.devices, int) else 1
     n = per_node * config.trainer.num_nodes
     if config.trainer.num_nodes == 1:
         per_node = config.plan.per_node
     strategy, target = config.strategy, config.strategy.get("_target_", "").rpartition(".")[2]
+    # FSDP2 with tensor parallelism
     if target == "ShardedStrategy":
         data, tensor = strategy.data_parallel_size, strategy.tensor_parallel_size
         tensor = n // (data or 1) if tensor is None else tensor
@@ -151,6 +173,7 @@ def device_layout(config: DictConfig) -> planning.Layout:
         return planning.Layout(
             data=data, tensor=tensor, zero=3, per_node=per_node, regathers=regathers, sequence=sequence
         )
+    # pipeline stages with data parallelism
     if target == "PipelineStrategy":
         data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size
         stages = strategy.pipeline_parallel_size or n // data
@@ -161,12 +184,15 @@ def device_layout(config: DictConfig) -> planning.Layout:
             )
         schedule = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
         return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
+    # DDP, or DeepSpeed's ZeRO stage
     zero = strategy.stage if target == "deepspeed" else 0
     return planning.Layout(data=n, zero=zero, per_node=per_node, buckets=zero == 0)
 
 
 def plan_machine(config: DictConfig, layout: planning.Layout) -> planning.Machine:
-    """The device of the group `plan`, with the FLOP/s of the run's precision; what a CPU leaves open is measured."""
+    """The device of the group `plan`, with the peak FLOP/s of the run's precision; a CPU's speed is measured if it
+    is not given.
+    """
     plan, precision = config.plan, config.precision
     rate = "bf16" if precision.lightning != "32-true" else "fp32" if precision.matmul == "highest" else "tf32"
     if precision.lightning == "transformer-engine" or precision.get("float8"):

@@ -1,4 +1,10 @@
-"""Values of the command line as they are typed: quotes around what Hydra's grammar would refuse or turn into something else."""
+"""Quoting of override values: texts as a user types them, in the quotes that Hydra's grammar needs.
+
+Hydra parses `data.path=a (1).txt` as a function call and `prompt=1e3` as a number. Which options are texts is known
+from the schemas, so their values can be quoted here; the user quotes for the shell alone. Two kinds: options that
+are never anything but text (prompts, regular expressions) are always quoted; other texts (paths, names) only if
+Hydra would change them, because a comma-separated list there is a sweep.
+"""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +43,7 @@ LIST_ENTRY = re.compile(r"""(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,'"\[\]{}])
 
 
 def quote_argument(argument: str) -> str:
-    """The argument with quotes where the value is text that Hydra would not take as it is typed.
+    """The argument with quotes around its value where it is a text that Hydra would not take as typed.
 
     >>> quote_argument("data.path=a (1).txt"), quote_argument("generation.stop=[true,b]"), quote_argument("model.n_layer=2")
     ("data.path='a (1).txt'", "generation.stop=['true',b]", 'model.n_layer=2')
@@ -54,12 +60,16 @@ def quote_argument(argument: str) -> str:
 
 
 def is_quoted(value: str) -> bool:
-    """Whether the value stands in quotes."""
+    """True if a value is in quotes already."""
     return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
 
 
 def _quote_text(value: str) -> str:
-    """The value of an option that is text; what Hydra reads in another way stays, such as a sweep, unless a file is called so."""
+    """A path or name, quoted if Hydra would refuse it, or read a number, truth value or sweep, and a file has that
+    name.
+
+    A sweep stays a sweep unless the whole word names an existing file.
+    """
     override = _parse(value)
     if override is None or _has_type(override, bool, int, float):
         return quote_for_hydra(value)
@@ -68,11 +78,14 @@ def _quote_text(value: str) -> str:
 
 
 def _has_type(override: Override, *kinds: type) -> bool:
+    """True if an override sets one value, of one of these types."""
     return not override.is_sweep_override() and isinstance(override.value(), kinds)
 
 
 def _quote_entries(inside: str) -> str:
-    """The entries of a list of texts."""
+    """The entries of a list of texts, each quoted like a text on its own; unchanged if it nests or is quoted
+    oddly.
+    """
     entries = [entry.strip() for entry in LIST_ENTRY.findall(inside)]
     if ",".join(entries) != re.sub(r"\s*,\s*", ",", inside.strip()):
         return inside
@@ -83,6 +96,7 @@ def _quote_entries(inside: str) -> str:
 
 
 def _parse(value: str) -> Override | None:
+    """The override that Hydra reads from a value; None if its grammar refuses it."""
     try:
         return OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -90,7 +104,7 @@ def _parse(value: str) -> Override | None:
 
 
 def _fields(schema: type, prefix: str) -> Iterator[tuple[str, set[object]]]:
-    """The dotted names of the fields of a node, and the types that they may have."""
+    """(dotted name, types) of all fields of a schema, nested ones too; `str | None` has two types."""
     for name, kind in get_type_hints(schema).items():
         if is_dataclass(kind):
             yield from _fields(kind, f"{prefix}{name}.")
@@ -98,7 +112,7 @@ def _fields(schema: type, prefix: str) -> Iterator[tuple[str, set[object]]]:
 
 
 def _options_of(*kinds: object) -> set[str]:
-    """The options whose values are of these kinds or null."""
+    """Names of the options whose annotation allows these types and null only."""
     schemas = [
         (schema, GROUP_PREFIXES.get(name, "data." if name in DATA_KINDS else "")) for name, schema in SCHEMAS.items()
     ]

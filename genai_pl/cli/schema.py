@@ -1,4 +1,9 @@
-"""Typed nodes of the configuration, so that a typo or a wrong type fails while it is composed; conf/ explains the fields."""
+"""Schemas: the typed nodes that Hydra composes configuration files into, so that a typo or a wrong type fails at once.
+
+Each file of conf/ names its schema in its defaults list (`/schema/chat@_here_`). Comments in conf/ explain the
+fields; the classes hold names, types and defaults only. `Any` marks a group, or an option with several types that
+config/bounds.py checks.
+"""
 
 from genai_pl.cli.schema_commands import EvaluateSchema, ExportSchema, FeedbackSchema, GenerateSchema, ServeSchema
 from genai_pl.cli.schema_data import (

@@ -1,4 +1,4 @@
-"""What the commands beside `train.py` take."""
+"""Schemas of the commands other than train.py; conf/COMMAND.yaml explains every field."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,13 @@ from omegaconf import MISSING
 
 @dataclass
 class GenerateSchema:
-    """What `generate.py` takes."""
+    """Options of `generate.py`.
+
+    checkpoint: a reference (`auto`, a run, a folder, a Hub id). adapter: one, several, or names to folders.
+    adapter_weights: a factor for each. prompt, prompt_file: texts to continue, stdin if both are null.
+    num_samples: completions per prompt. stream: print while decoding. chat, embed, score: what to do instead of
+    continuing. top_k: candidates per mask. precision, generation: groups.
+    """
 
     checkpoint: str = "auto"
     adapter: Any = None
@@ -32,7 +38,12 @@ class GenerateSchema:
 
 @dataclass
 class ExportSchema:
-    """What `export.py` takes."""
+    """Options of `export.py`.
+
+    checkpoint, adapter: references. format: hf, merged, peft or onnx. dtype: fp32, bf16 or fp16, null keeps
+    that of the files.
+    quantize: null or int8, for onnx. out: the new folder.
+    """
 
     checkpoint: str = "auto"
     adapter: str | None = None
@@ -44,7 +55,11 @@ class ExportSchema:
 
 @dataclass
 class EvaluateDataSchema:
-    """Text, completions or choices to be predicted."""
+    """The data of `evaluate.py`: texts, completions, choices, pairs or conversations to score.
+
+    path: file, folder or Hub data set. column: of texts. last_word: score the last word only (LAMBADA).
+    seq_len, stride: window and step in tokens. bos: whether rows begin with the begin token.
+    """
 
     path: str = MISSING
     column: str | None = None
@@ -56,7 +71,12 @@ class EvaluateDataSchema:
 
 @dataclass
 class EvaluateSchema:
-    """What `evaluate.py` takes."""
+    """Options of `evaluate.py`.
+
+    checkpoint: a reference. tasks: of lm-evaluation-harness, instead of data. num_fewshot: examples in their
+    prompts. batch_size: rows of a harness batch. batch_tokens: tokens of a batch of data. limit: rows, or
+    examples per task. out: a JSON file.
+    """
 
     checkpoint: str = "auto"
     tasks: Any = None
@@ -72,7 +92,7 @@ class EvaluateSchema:
 
 @dataclass
 class FeedbackDataSchema:
-    """The prompts that `feedback.py` works on."""
+    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers."""
 
     path: str = MISSING
     prompt: str = "prompt"
@@ -82,7 +102,14 @@ class FeedbackDataSchema:
 
 @dataclass
 class FeedbackSchema:
-    """What `feedback.py` takes."""
+    """Options of `feedback.py`.
+
+    task: label or critique. checkpoint: the model that answers. judge: model, reward model or URL that
+    compares. judge_model,
+    key_variable, retries, workers: of endpoints. rubric: what the judge is to prefer. constitution: a file of
+    principles. limit: rows.
+    out: the JSON lines file that is appended to.
+    """
 
     task: str = "label"
     checkpoint: str = "auto"
@@ -103,7 +130,12 @@ class FeedbackSchema:
 
 @dataclass
 class ServeSchema:
-    """What `serve.py` takes."""
+    """Options of `serve.py`; the fields of serving/settings.py and its limits.
+
+    slots: sequences decoded together. max_length: context in tokens. cache, cache_ttl (s), cache_mib: of
+    finished answers. queue_size, timeout (s), max_*: limits of requests. drain: seconds for running answers at
+    shutdown. api_keys: a file.
+    """
 
     checkpoint: str = "auto"
     adapter: Any = None

@@ -1,4 +1,4 @@
-"""What every kind of training data takes."""
+"""Schemas of the group `data`: one for each kind of training data; conf/data/*.yaml explain the fields."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,9 @@ from omegaconf import MISSING
 
 @dataclass
 class DataSchema:
-    """What every kind of data takes."""
+    """Fields of every kind of data: files, validation split, sequence length in tokens, batch sizes in rows,
+    workers.
+    """
 
     path: str = MISSING
     val_path: str | None = None
@@ -21,7 +23,7 @@ class DataSchema:
 
 @dataclass
 class TextSchema(DataSchema):
-    """Text to train and validate on."""
+    """Documents for language modelling, cut or packed into rows of seq_len tokens."""
 
     _target_: str = "genai_pl.data.text.TextDataModule"
     column: str = "text"
@@ -33,7 +35,7 @@ class TextSchema(DataSchema):
 
 @dataclass
 class PairsSchema(DataSchema):
-    """Pairs of texts to train and validate embeddings on."""
+    """Anchors with a positive and perhaps a negative text, for embeddings."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
     anchor: str = "anchor"
@@ -43,7 +45,7 @@ class PairsSchema(DataSchema):
 
 @dataclass
 class Seq2SeqSchema(DataSchema):
-    """Sources and targets for an encoder-decoder."""
+    """Sources and targets of an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
     source: str = "source"
@@ -53,7 +55,7 @@ class Seq2SeqSchema(DataSchema):
 
 @dataclass
 class ChatSchema(DataSchema):
-    """Examples to imitate."""
+    """Conversations, or prompts with completions, to imitate (SFT)."""
 
     _target_: str = "genai_pl.data.chat.ChatDataModule"
     messages: str = "messages"
@@ -64,7 +66,7 @@ class ChatSchema(DataSchema):
 
 @dataclass
 class PreferenceSchema(DataSchema):
-    """Prompts with a chosen and a rejected completion."""
+    """Prompts with a chosen and a rejected completion, perhaps with the margin between them."""
 
     _target_: str = "genai_pl.data.preference.PreferenceDataModule"
     prompt: str = "prompt"
@@ -76,7 +78,7 @@ class PreferenceSchema(DataSchema):
 
 @dataclass
 class UnpairedSchema(DataSchema):
-    """Completions that were liked or not."""
+    """Completions with a label: desirable or not (KTO)."""
 
     _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
     prompt: str = "prompt"
@@ -86,7 +88,7 @@ class UnpairedSchema(DataSchema):
 
 @dataclass
 class PromptsSchema(DataSchema):
-    """Prompts that the model answers in training."""
+    """Prompts that the policy answers during training (PPO, GRPO)."""
 
     _target_: str = "genai_pl.data.prompts.PromptsDataModule"
     prompt: str = "prompt"

@@ -1,4 +1,4 @@
-"""What `train.py` takes beside its data."""
+"""Schemas of train.py beside its data: the root, the hardware of a dry run, and a model of transformers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,12 @@ from genai_pl.config.enums import AttentionBackend
 
 @dataclass
 class TrainSchema:
-    """What every training command takes beside its groups."""
+    """Root of train.py: options without a group, and the groups.
+
+    init_from: weights to start from. resume: a run to go on with. compile: torch.compile of every block.
+    profile: a trace of a few steps. dry_run: estimate instead of training. optimized_metric: what a searching
+    sweeper gets back.
+    """
 
     seed: int = 0
     run_name: str | None = None
@@ -40,7 +45,12 @@ class TrainSchema:
 
 @dataclass
 class HardwareSpec:
-    """A device that `dry_run=true` reckons with."""
+    """A device for which `dry_run=true` estimates a step.
+
+    gpu: its name. bf16, fp8, tf32, fp32: dense TFLOP/s of products in that type; null where it is unknown.
+    memory: GB of a device. link, network: GB/s one way within and between nodes.
+    per_node: devices of a node. efficiency: share of the peak FLOP/s that a training step reaches.
+    """
 
     gpu: str = MISSING
     bf16: float | None = None
@@ -56,7 +66,7 @@ class HardwareSpec:
 
 @dataclass
 class TransformersModelSchema:
-    """A causal language model of transformers."""
+    """A causal language model that transformers runs (`model=hf`)."""
 
     name: str = MISSING
     max_seq_len: int = 1024

@@ -1,4 +1,7 @@
-"""The serve command: a resolved configuration in, a server until a signal."""
+"""The serve command: a resolved configuration in, an HTTP server until a signal ends it.
+
+FastAPI and its companions are an extra (`.[serve]`): they are imported only after the command has checked for them.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +14,7 @@ NEEDS = ("fastapi", "uvicorn", "prometheus_client", "httpx")
 
 
 def serve(config: DictConfig) -> int:
-    """Serve the model that the configuration names."""
+    """Serve the model that the configuration names; the exit status."""
     check_installed(config.cache)
     from genai_pl.serving.server import serve as run
 
@@ -19,7 +22,9 @@ def serve(config: DictConfig) -> int:
 
 
 def check_installed(cache: str | None) -> None:
-    """ConfigError that names what is missing and how it is installed."""
+    """ConfigError that lists the missing packages and how to install them. cache: the option, as Redis needs one
+    more.
+    """
     needs = [*NEEDS, "redis"] if cache not in (None, "memory") else NEEDS
     missing = [name for name in needs if find_spec(name) is None]
     if missing:
@@ -27,7 +32,9 @@ def check_installed(cache: str | None) -> None:
 
 
 def read_settings(config: DictConfig):
-    """The settings of the server; ConfigError where they cannot be."""
+    """The server's Settings from the configuration, with the fields of its Limits gathered; ConfigError for
+    contradictions.
+    """
     from genai_pl.serving.settings import Limits, Settings
 
     values = OmegaConf.to_container(config, resolve=True)
@@ -36,7 +43,12 @@ def read_settings(config: DictConfig):
 
 
 def name_adapters(adapters: str | list[str] | dict[str, str] | None) -> dict[str, str]:
-    """Each adapter's folder by its name: the name given, or the folder's."""
+    """Adapter folders by name, the user's names or else the folder's; a folder called adapter or model is named by
+    its run.
+
+    >>> name_adapters(["runs/poems/adapter", "runs/code"])
+    {'poems': 'runs/poems/adapter', 'code': 'runs/code'}
+    """
     if isinstance(adapters, dict):
         return adapters
     paths = [] if adapters is None else [adapters] if isinstance(adapters, str) else adapters

@@ -139,7 +139,7 @@ class TableDataModule(RowsDataModule):
         name = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         source = self.source_of(table)
         json_roles = [role for role in roles if self.cell_kinds.get(role) == "json"]
-        bound = {"encode": encode, "parsed": json_roles, "source": source, "tokenizer": self.tokenizer}
+        bound = {"encode": encode, "json_roles": json_roles, "source": source, "tokenizer": self.tokenizer}
         return cached_encoding("rows", name, columns, partial(_encoded, **bound, **options), batch_size=1000)
 
     def source_of(self, table: "Table") -> sources.Source:

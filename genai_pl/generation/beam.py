@@ -20,7 +20,7 @@ from genai_pl.generation.processors import penalize
 from genai_pl.models import Decoder, DecoderWithSource
 from genai_pl.peft.adapter import RowWeights
 
-IMPOSSIBLE = -1e9  # the sum of a beam that is none: not begun yet, ended, or excluded
+IMPOSSIBLE = -1e9  # total of a placeholder
 StopCheck = Callable[[int, Sequence[int]], bool]  # (number of the prompt, tokens of a continuation)
 
 
@@ -172,10 +172,10 @@ def _extend(
             for beam in candidates
         ]
         # transformers' rule: a finished sequence counts only if it is among the best `size` extensions
-        for beam, done in list(zip(candidates, is_finished, strict=True))[:size]:  # the others are there to go on
+        for beam, done in list(zip(candidates, is_finished, strict=True))[:size]:
             if done:
                 group.add(beam)
-        # unfinished beams go on; placeholders fill up where too few are left
+        # unfinished beams continue; placeholders fill the batch where too few are left
         running = [beam for beam, done in zip(candidates, is_finished, strict=True) if not done]
         running += [beam._replace(total=IMPOSSIBLE) for beam, done in zip(candidates, is_finished, strict=True) if done]
         group.update_open(running[:size])

@@ -67,10 +67,19 @@ class CompletionRunner:
         input_ids, segment_ids = self._batch()
         finished = torch.zeros(len(streams), dtype=torch.bool, device=input_ids.device)
         logprobs: list[Tensor] | None = [] if self.wants_logprobs else None
-        options = {"generator": generator, "num_samples": n, "pad_token_id": self.pad, "constraints": self.constraints}
-        outputs = {"segment_ids": segment_ids, "finished": finished, "logprobs": logprobs}
-        options |= {"row_weights": self.row_weights}
-        steps = decode(self.model, input_ids, self.config, **options, **outputs)
+        steps = decode(
+            self.model,
+            input_ids,
+            self.config,
+            segment_ids=segment_ids,
+            generator=generator,
+            pad_token_id=self.pad,
+            finished=finished,
+            num_samples=n,
+            constraints=self.constraints,
+            logprobs=logprobs,
+            row_weights=self.row_weights,
+        )
         completions = self._collect(steps, streams, finished, logprobs, first=0)
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
@@ -107,11 +116,17 @@ class CompletionRunner:
     def beam_search(self) -> list[list[Completion]]:
         """The num_return best continuations of each prompt; ConfigError where no beam satisfies the constraints in time."""
         input_ids, segment_ids = self._batch()
-        stop_check = StopStringTracker(self) if self.config.stop else None
-        options = {"segment_ids": segment_ids, "constraints": self.constraints, "stop_check": stop_check}
-        options |= {"row_weights": self.row_weights}
+        hypotheses = beam_search(
+            self.model,
+            input_ids,
+            self.config,
+            segment_ids=segment_ids,
+            constraints=self.constraints,
+            stop_check=StopStringTracker(self) if self.config.stop else None,
+            row_weights=self.row_weights,
+        )
         completions = []
-        for number, best in enumerate(beam_search(self.model, input_ids, self.config, **options)):
+        for number, best in enumerate(hypotheses):
             if not best:
                 raise ConfigError(
                     f"generation: no beam of prompt {number + 1} ends within generation.max_new_tokens as it must; "

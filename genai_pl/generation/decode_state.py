@@ -36,9 +36,9 @@ class DecodeState:
         self.model, self.row_weights = model, row_weights
         with self._row_weights_applied():
             self.cache = model.new_cache(batch_size, min(n_tokens, model.config.max_seq_len))
-        self.tokens: Tensor | None = None  # (B, n), all that was read or, after a restart, the half of it
-        self.segments: Tensor | None = None  # (B, n) likewise, where every read gives them
-        self.row_ids: Tensor | None = None  # of the rows that are left, where some were dropped
+        self.tokens: Tensor | None = None
+        self.segments: Tensor | None = None
+        self.row_ids: Tensor | None = None
 
     @property
     def remaining(self) -> int:

@@ -106,7 +106,7 @@ class SentenceHead(nn.Module):
         self._check_sizes()
 
     def _prompt(self, pooling_config: dict) -> tuple[str, int | None]:
-        """The default prompt and the length that vectors are cut to; CheckpointError for a prompt that pooling leaves out."""
+        """The default prompt and the length of truncated vectors; CheckpointError for a prompt that pooling leaves out."""
         settings = self.files.get("config_sentence_transformers.json") or {}
         name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
         if name is not None and name not in prompts:
@@ -167,7 +167,7 @@ class SentenceHead(nn.Module):
 def default_head(pooling: str, *, n_embd: int, max_length: int | None, closes: bool) -> SentenceHead:
     """The head of a model without sentence-transformers files: a pooling and a division by the length.
 
-    max_length: tokens that a text is cut to, written into the folder; None: the model's own limit. closes: as in
+    max_length: tokens that a text is truncated to, written into the folder; None: the model's own limit. closes: as in
     `SentenceHead`.
     """
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))

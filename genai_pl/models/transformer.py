@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         # one mask, rotary table and bias for all layers with the same window, so that each is built once a pass
         global_prefix = virtual.global_prefix if shared_prompt_len is None else shared_prompt_len
         rules = {"causal": self.causal, "segments": segments, "prefix": prefix}
-        # without documents and window a causal mask shows the first keys to all later tokens anyway
+        # without documents and window no rule hides the first keys from later tokens
         masks = {
             w: AttentionMask(window=w, global_prefix=None if w is None and segments is None else global_prefix, **rules)
             for w in set(self.windows)

@@ -44,8 +44,8 @@ class RowWeights:
     """Weights of adapters by batch row, an argument of decoding: each row of one batch can have an adapter of its own.
 
     `Adapter.rows` holds them only inside `applied`, which surrounds one forward pass: layers deep in a model, transformers'
-    models among them, have no other way to receive an argument. Outside, the model is as if there were none, and whoever
-    selects or repeats rows of the batch does the same to this object.
+    models among them, have no other way to receive an argument. Outside, the model has no weights by row. Code that selects or
+    repeats rows of the batch must `select` the same rows of this object.
 
     pairs: (adapter, (B,) weights); other adapters of the model keep their own weight.
 

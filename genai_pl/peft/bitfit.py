@@ -37,6 +37,7 @@ class TrainedBias(WeightAdapter):
 
 def bitfit(model: nn.Module) -> nn.Module:
     """The model, frozen except for changes of the biases of its linear layers and LayerNorms; ConfigError if it has none."""
+    # every bias must be in a layer that TrainedBias can wrap
     kinds = (nn.Linear, nn.LayerNorm)
     sites = [site for site in module_sites(model) if "bias" in site.parameters]
     unsupported = [type(site.inner).__name__ for site in sites if not isinstance(site.inner, kinds)]
@@ -47,6 +48,7 @@ def bitfit(model: nn.Module) -> nn.Module:
             "peft=bitfit: this model has no biases (GPT, BERT, RoBERTa and XLNet have, and Qwen2 some; Llama and T5 "
             "have none): choose peft=lora, or train a model with model.bias=true"
         )
+    # freeze the base, then wrap: parameters made afterwards are trainable
     adapter = Adapter("bitfit", {})
     model.requires_grad_(False)
     for site in sites:

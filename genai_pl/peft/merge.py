@@ -49,7 +49,7 @@ def _merged(layers: list[WeightAdapter]) -> nn.Module:
 def _settle_ties(model: nn.Module) -> None:
     """Restore the tie of head and embedding, or record in the configuration that they differ now.
 
-    An adapter on one of the two makes them differ; a configuration that still said "tied" would drop the head when saving.
+    An adapter on one of the two makes them differ; with tie_embeddings still true, saving would drop the head.
     """
     inner = model.inner.config if isinstance(model, WrappedDecoder) else None
     tied = inner.tie_word_embeddings if inner else model.config.tie_embeddings

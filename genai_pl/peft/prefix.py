@@ -22,6 +22,7 @@ class Prefix(VirtualAdapter):
     def __init__(self, adapter: Adapter, stack: Transformer, n_tokens: int, hidden_size: int | None, seed: int) -> None:
         super().__init__(adapter, n_tokens)
         config, like, generator = stack.config, stack.embed.weight, torch.Generator().manual_seed(seed)
+        # one row per virtual token: all keys and values, or the input of the MLP that makes them
         self.shape = (n_tokens, config.n_layer, 2, config.n_kv_head, config.head_dim)
         inner = config.n_kv_head * config.head_dim
         width = config.n_layer * 2 * inner
@@ -31,6 +32,7 @@ class Prefix(VirtualAdapter):
             options = {"device": like.device, "dtype": self.weight.dtype}
             parts = nn.Linear(inner, hidden_size, **options), nn.Tanh(), nn.Linear(hidden_size, width, **options)
             self.mlp = nn.Sequential(*parts)
+        # drawn on the CPU from the seed, so that devices and processes agree
         for name, parameter in self.named_parameters():
             std = 0.0 if name.endswith("bias") else config.init_std
             if self.mlp is not None and parameter is self.weight:
@@ -81,7 +83,7 @@ def write_prefix(model: nn.Module, adapter: Adapter) -> AdapterFile:
 
 
 def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with a prefix from a file of ours or PEFT's."""
+    """The model with a prefix from a file that genai_pl or PEFT wrote."""
     table, n_tokens = table_in(file)
     model = prefix(model, n_tokens=n_tokens)
     if isinstance(model, EncoderDecoder):

@@ -69,7 +69,7 @@ def write_prompt(model: nn.Module, adapter: Adapter) -> AdapterFile:
 
 
 def read_prompt(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with a prompt from a file of ours or PEFT's."""
+    """The model with a prompt from a file that genai_pl or PEFT wrote."""
     table, n_tokens = table_in(file)
     model = prompt(model, n_tokens=n_tokens)
     # for an encoder-decoder PEFT stores twice as many rows and uses the first half

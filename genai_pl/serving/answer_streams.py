@@ -131,7 +131,7 @@ def _parse_output(value: object) -> "TokenOutput":
     text, token, logprob, top = value
     alternatives = tuple((_token(t), _logprob(p)) for t, p in top)
     if not isinstance(text, str) or (logprob is None and alternatives):
-        raise TypeError("no piece of an answer")
+        raise TypeError("no output of an answer")
     text.encode()  # fails for half a surrogate pair, which no answer can be sent with
     return TokenOutput(text, _token(token), None if logprob is None else _logprob(logprob), alternatives)
 

@@ -135,6 +135,7 @@ class _LocalWriter:
     concurrent = False
 
     def __init__(self, loaded: Loaded, *, device: torch.device, options: dict[str, object], seed: int) -> None:
+        """Move the model to the device."""
         self.model, self.tokenizer = loaded.model.to(device), loaded.tokenizer
         self.config = GenerationConfig(**options)
         self.generator = torch.Generator(device).manual_seed(seed)

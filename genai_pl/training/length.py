@@ -69,6 +69,7 @@ def choose_length(
     steps of one pass, None for a stream. fine_tunes: True if a trained model learns from examples. stored: the
     length in the checkpoint of a run that is resumed, with "steps" and "warmup_steps".
     """
+    # options first, then the checkpoint's length, then a default
     if max_epochs is not None and steps_per_pass is None:
         raise ConfigError("data.streaming=true has no epochs: set trainer.max_steps, not trainer.max_epochs")
     if max_epochs is not None:

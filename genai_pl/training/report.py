@@ -93,6 +93,7 @@ def final_lines(
     generate.py beside `checkpoint=`. arguments: words that a resume needs beside its folder. sweep: folder of
     the sweep that goes on as a whole, for a job of one.
     """
+    # what there is, then one command: to try the model, or to go on
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
     if exported:
         lines += [f"{exported:<12}{run / exported}"]

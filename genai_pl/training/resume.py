@@ -112,6 +112,7 @@ def _check_init_from(saved: list[str], arguments: list[str]) -> None:
 
     old_value = next((_value(o) for o in reversed(saved) if key_of(o) == "init_from"), "null")
     argument = next((a for a in arguments if key_of(a) == "init_from" and _value(a) != old_value), None)
+    # the same weights under another path are no contradiction
     if argument is None or (
         os.path.exists(old_value) and os.path.realpath(old_value) == os.path.realpath(_value(argument))
     ):
@@ -197,6 +198,7 @@ def _find_run(reference: str, arguments: list[str]) -> Path | None:
         raise CheckpointError(
             f"resume={reference}: {sweep} is a sweep; it goes on by: python train.py -m {resume_argument}"
         )
+    # a run folder, then a file
     if path.is_dir() and not is_checkpoint(path):
         if not _checkpoints(path.glob):
             raise CheckpointError(f"resume={reference}: no checkpoint in {path / 'checkpoints'}")
@@ -232,10 +234,12 @@ def choose_checkpoint(reference: str, run: Path) -> Path:
     path = Path(reference)
     is_named = is_checkpoint(path)
     folder = run / "checkpoints" if reference == "auto" else path.parent if is_named else path / "checkpoints"
+    # candidates, the wanted one first
     candidates = newest_checkpoints(folder)
     if is_named:
         candidates = [path, *(c for c in candidates if not c.samefile(path))]
     first_error: CheckpointError | None = None
+    # the first that can be read whole
     for candidate in candidates:
         try:
             check_resumable(candidate, read_contents(candidate))

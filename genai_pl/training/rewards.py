@@ -68,6 +68,7 @@ def load_rewards(
 
     # messages about data or rewards, once per run
     def warn_once(message: str) -> None:
+        """Log a warning that this run has not logged yet."""
         if message not in warned:
             warned.add(message)
             log.warning(message)
@@ -79,6 +80,7 @@ def load_rewards(
         /,
         **columns: Sequence[object],
     ) -> list[float]:
+        """Weighted sum of all rewards for each completion; columns of the data come as keywords."""
         for column in columns.keys() & set(REWARD_ARGUMENTS):
             warn_once(f"reward      column {column} of the data is not handed on: an argument of rewards is called so")
         columns = {name: values for name, values in columns.items() if name not in REWARD_ARGUMENTS}
@@ -113,6 +115,7 @@ def _locate(name: str) -> tuple[str, str] | None:
     An existing path is always a model. A dotted name without a slash can be both a module and a run: it must be
     importable.
     """
+    # a file, a path that exists, module:function, then a dotted name
     if name.endswith(".py") and not Path(name).is_dir():
         raise ConfigError(f"objective.reward={name}: name the function in the file too, as {name}:FUNCTION")
     if Path(name).exists():

@@ -96,6 +96,7 @@ class _LoggedStream:
         self._stream, self._log = stream, log
 
     def write(self, text: str) -> int:
+        """Write to the original, then to the log: a broken terminal raises before anything is logged."""
         written = self._stream.write(text)
         self._log.add(id(self), text)
         return written

@@ -39,6 +39,7 @@ def _is(option: str, *values: object) -> Condition:
     """Condition that an option has one of the values; an option or group that does not exist counts as None."""
 
     def holds(config: DictConfig) -> bool:
+        """The option's value, by its path, is among the values."""
         value: object = config
         for part in option.split("."):
             value = value.get(part) if isinstance(value, DictConfig) else None

@@ -1,4 +1,4 @@
-"""Tokenizers whose ids are known beforehand, small models, and a model that says what it is told to."""
+"""Tokenizers with known ids, small models, and a model that follows a script."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from genai_pl.models import Decoder, EncoderDecoder, load_pretrained
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
+    """The printable character of each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -38,13 +38,13 @@ def byte_level_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The bytes and eos, which is 256."""
+    """Bytes, and eos with id 256."""
     return byte_level(eos_token="<eos>")
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Like SentencePiece's: a word carries its leading space, which is dropped at the start, and bytes fall back."""
+    """Like SentencePiece: words carry their leading space, which is dropped at the start; other text becomes bytes."""
     words = [f"▁{word}" for word in ("Hello", "world", "how", "are", "you")] + list("▁abcdefghijklmnopqrstuvwxyz")
     pieces = [("<unk>", 0.0)] + [(f"<0x{b:02X}>", -20.0) for b in range(256)]
     pieces += [(word, -3.0) for word in dict.fromkeys(words)]
@@ -58,7 +58,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Scripted(nn.Module):
-    """Stands in for a Decoder: row i continues with script[i] whatever was read, and then with its last token."""
+    """Stub of a Decoder: row i continues with script[i] whatever its prompt is, and then repeats its last token."""
 
     def __init__(self, script: list[list[int]], vocab_size: int = 512) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def llama() -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="module", params=[gpt2, llama])
 def pair(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Decoder]:
-    """A random model of transformers and ours with its weights."""
+    """A random model of transformers and a genai_pl model with its weights."""
     torch.manual_seed(0)
     theirs = request.param().eval()
     folder = tmp_path_factory.mktemp("model")
@@ -135,7 +135,7 @@ def t5() -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def t5_pair(tmp_path_factory) -> tuple[transformers.PreTrainedModel, EncoderDecoder]:
-    """A random T5 of transformers and ours with its weights."""
+    """A random T5 of transformers and a genai_pl model with its weights."""
     torch.manual_seed(0)
     theirs = t5().eval()
     folder = tmp_path_factory.mktemp("t5")
@@ -150,10 +150,10 @@ def chance(tokens: Tensor, probabilities: Tensor) -> float:
     assert counts[probabilities == 0].sum() == 0
     rare = expected < 5  # counted together
     groups = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected)]
-    seen, wanted = (x[groups[1] > 0] for x in groups)
-    assert wanted.sum() == pytest.approx(n, rel=1e-4)
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
+    seen, expected_counts = (x[groups[1] > 0] for x in groups)
+    assert expected_counts.sum() == pytest.approx(n, rel=1e-4)
+    statistic = ((seen - expected_counts) ** 2 / expected_counts).sum()
+    freedom = torch.tensor((len(expected_counts) - 1) / 2, dtype=torch.float64)
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 

@@ -19,9 +19,9 @@ def beams(n: int, k: int, **options: object) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=n, temperature=0, num_beams=k, num_return=k, **options)
 
 
-def assert_equal_theirs(found: list[list[Hypothesis]], theirs: object, n_prompt: int) -> None:
-    """Token by token and score by score; after the end of a sequence theirs is filled up."""
-    flat = [hypothesis for of_prompt in found for hypothesis in of_prompt]
+def assert_equal_theirs(hypotheses: list[list[Hypothesis]], theirs: object, n_prompt: int) -> None:
+    """Tokens and scores are equal; transformers pads a sequence after its end."""
+    flat = [hypothesis for of_prompt in hypotheses for hypothesis in of_prompt]
     rows = theirs.sequences[:, n_prompt:].tolist()
     assert [h.tokens for h in flat] == [row[: len(h.tokens)] for h, row in zip(flat, rows, strict=True)]
     longest = max(len(h.tokens) for h in flat)
@@ -42,8 +42,8 @@ def test_beams_of_unequal_prompts_equal_transformers(pair, early_stopping, lengt
         **options,
     )  # fmt: skip
     constraints = OutputConstraints(ends=frozenset(ends))
-    found = beam_search(ours, input_ids, beams(12, 3, **options), segment_ids=segment_ids, constraints=constraints)
-    assert_equal_theirs(found, expected, 7)
+    hypotheses = beam_search(ours, input_ids, beams(12, 3, **options), segment_ids=segment_ids, constraints=constraints)
+    assert_equal_theirs(hypotheses, expected, 7)
 
 
 def test_beams_with_penalties_and_exclusions_equal_transformers(pair):
@@ -70,21 +70,21 @@ def test_with_enough_beams_the_search_is_exhaustive(small_model, options):
     model, prompt = small_model(vocab_size=6, **options), [1, 2]
     everything = itertools.product(range(6), repeat=3)
     best = max(everything, key=lambda tokens: log_probability(model, prompt, list(tokens)))
-    found = beam_search(model, torch.tensor([prompt]), beams(3, 36))[0][0]
-    assert found.tokens == list(best)
-    assert found.score == pytest.approx(log_probability(model, prompt, list(best)) / 3, rel=1e-5)
+    hypothesis = beam_search(model, torch.tensor([prompt]), beams(3, 36))[0][0]
+    assert hypothesis.tokens == list(best)
+    assert hypothesis.score == pytest.approx(log_probability(model, prompt, list(best)) / 3, rel=1e-5)
 
 
 def test_log_probabilities_are_those_of_the_model_without_penalties(small_model):
     model, prompt = small_model(), [1, 2, 3]
     config = beams(6, 3, repetition_penalty=1.5)
-    for found in beam_search(model, torch.tensor([prompt]), config)[0]:
-        assert sum(found.logprobs) == pytest.approx(log_probability(model, prompt, found.tokens), rel=1e-4)
-        assert sum(found.logprobs) / 6 != pytest.approx(found.score, rel=1e-3)
+    for hypothesis in beam_search(model, torch.tensor([prompt]), config)[0]:
+        assert sum(hypothesis.logprobs) == pytest.approx(log_probability(model, prompt, hypothesis.tokens), rel=1e-4)
+        assert sum(hypothesis.logprobs) / 6 != pytest.approx(hypothesis.score, rel=1e-3)
 
 
 def diverse_beams(model: Decoder, prompt: list[int], n: int, k: int, groups: int, penalty: float) -> list[list[int]]:
-    """Algorithm 1 of Vijayakumar et al. 2018 with Hamming diversity, by whole forward passes and plain lists."""
+    """Algorithm 1 of Vijayakumar et al. 2018 with Hamming diversity, on lists, without a cache."""
     size = k // groups
     state: list[list[tuple[list[int], float]]] = [[([], 0.0)] for _ in range(groups)]
     for _ in range(n):
@@ -106,28 +106,28 @@ def test_diverse_groups_choose_as_the_paper_says(small_model, k, groups, penalty
     model = small_model(vocab_size=30)
     config = beams(5, k, num_beam_groups=groups, diversity_penalty=penalty)
     prompts = [[5, 6, 7], [3, 4, 9]]
-    found = beam_search(model, torch.tensor(prompts), config)
-    for prompt, of_prompt in zip(prompts, found, strict=True):
+    hypotheses = beam_search(model, torch.tensor(prompts), config)
+    for prompt, of_prompt in zip(prompts, hypotheses, strict=True):
         assert [h.tokens for h in of_prompt] == diverse_beams(model, prompt, 5, k, groups, penalty)
 
 
 def test_groups_with_a_great_penalty_begin_with_unlike_tokens(small_model):
     config = beams(4, 4, num_beam_groups=4, diversity_penalty=1e4)
-    [found] = beam_search(small_model(), torch.tensor([[1, 2, 3]]), config)
-    assert len({h.tokens[0] for h in found}) == 4
+    [hypotheses] = beam_search(small_model(), torch.tensor([[1, 2, 3]]), config)
+    assert len({h.tokens[0] for h in hypotheses}) == 4
 
 
 def test_prompts_of_one_batch_do_not_disturb_each_other(small_model):
     model, config = small_model(), beams(10, 3)
     input_ids, segment_ids = left_pad(PROMPTS, 0)
     together = beam_search(model, input_ids, config, segment_ids=segment_ids)
-    for prompt, found in zip(PROMPTS, together, strict=True):
+    for prompt, hypotheses in zip(PROMPTS, together, strict=True):
         [alone] = beam_search(model, torch.tensor([prompt]), config)
-        assert [h.tokens for h in alone] == [h.tokens for h in found]
+        assert [h.tokens for h in alone] == [h.tokens for h in hypotheses]
 
 
 def without_cache(model: Decoder, prompt: list[int], n: int, k: int) -> list[list[int]]:
-    """Beam search without ends, each step by whole forward passes of contexts that go on from their last half."""
+    """Beam search without end tokens and without a cache; a full context continues from its last half."""
 
     def steps(tokens: list[int]) -> Tensor:
         context, length = list(prompt), model.config.max_seq_len
@@ -147,8 +147,8 @@ def without_cache(model: Decoder, prompt: list[int], n: int, k: int) -> list[lis
 
 def test_past_the_context_length_beams_go_on_from_the_last_half(small_model):
     model = small_model(max_seq_len=8, vocab_size=40)
-    [found] = beam_search(model, torch.tensor([[1, 2, 3, 4, 5]]), beams(12, 3))
-    assert [h.tokens for h in found] == without_cache(model, [1, 2, 3, 4, 5], 12, 3)
+    [hypotheses] = beam_search(model, torch.tensor([[1, 2, 3, 4, 5]]), beams(12, 3))
+    assert [h.tokens for h in hypotheses] == without_cache(model, [1, 2, 3, 4, 5], 12, 3)
 
 
 def test_texts_of_beams_end_before_stop_strings(small_model, byte_tokenizer):
@@ -156,16 +156,16 @@ def test_texts_of_beams_end_before_stop_strings(small_model, byte_tokenizer):
     longest = complete(model, byte_tokenizer, [[104, 105]], config)[0]
     text = next(c.text for c in longest if len(c.text) >= 4)
     stop = text[2:4]
-    found = complete(model, byte_tokenizer, [[104, 105]], beams(12, 4, stop=[stop], early_stopping="never"))[0]
-    assert all(stop not in c.text for c in found)
-    ended = [c for c in found if len(c.tokens) < 12]
-    assert ended
-    for completion in ended:
+    completions = complete(model, byte_tokenizer, [[104, 105]], beams(12, 4, stop=[stop], early_stopping="never"))[0]
+    assert all(stop not in c.text for c in completions)
+    finished = [c for c in completions if len(c.tokens) < 12]
+    assert finished
+    for completion in finished:
         decoded = byte_tokenizer.decode(completion.tokens)
         assert decoded.endswith(stop)
         assert completion.text == decoded[: -len(stop)]
-    totals = [sum(c.logprobs) / len(c.tokens) for c in found]
-    assert totals == pytest.approx([c.score for c in found], rel=1e-4)
+    totals = [sum(c.logprobs) / len(c.tokens) for c in completions]
+    assert totals == pytest.approx([c.score for c in completions], rel=1e-4)
 
 
 def test_the_best_beams_are_returned_and_shown(small_model, byte_tokenizer):
@@ -191,7 +191,7 @@ def test_one_beam_is_greedy(small_model, byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"num_beams": 4}, "temperature=0"),
         ({"num_beams": 2, "num_return": 3, "temperature": 0}, "num_return=3"),
@@ -200,8 +200,8 @@ def test_one_beam_is_greedy(small_model, byte_tokenizer):
         ({"num_beams": 2, "temperature": 0, "prompt_lookup": 2}, "prompt_lookup"),
     ],
 )
-def test_options_that_do_not_fit_are_named(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_options_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
         GenerationConfig(**options)
 
 

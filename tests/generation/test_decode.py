@@ -17,7 +17,7 @@ def greedy(n: int, **options: float) -> GenerationConfig:
 
 
 def without_cache(model: Decoder, prompt: list[int], n: int) -> list[int]:
-    """Greedy tokens by a whole forward pass for each; a context that is too long goes on from its last half."""
+    """Greedy tokens by one full forward pass per token; a full context continues from its last half."""
     context, length = list(prompt), model.config.max_seq_len
     tokens = []
     for _ in range(n):

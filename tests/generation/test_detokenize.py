@@ -47,9 +47,9 @@ def test_leading_spaces_of_words_survive(word_tokenizer, prompt):
 def test_bytes_that_stand_for_unknown_characters_come_out_whole(word_tokenizer):
     text = "Hello é🙂漢字 how 漢字かな are you" + 10 * "漢"
     tokens = word_tokenizer.encode(text)
-    found = pieces(word_tokenizer, [], tokens)
-    assert "".join(found) == text
-    assert not any("\ufffd" in piece for piece in found)
+    deltas = pieces(word_tokenizer, [], tokens)
+    assert "".join(deltas) == text
+    assert not any("\ufffd" in piece for piece in deltas)
 
 
 def test_a_prompt_of_bytes_goes_on_in_bytes(word_tokenizer):
@@ -66,12 +66,12 @@ def test_special_tokens_have_no_text(byte_tokenizer):
 
 def streamed(stop: list[str], *parts: str) -> tuple[list[str], bool]:
     stop_filter = StopFilter(stop)
-    found = []
+    deltas = []
     for part in parts:
-        found.append(stop_filter.push(part))
+        deltas.append(stop_filter.push(part))
         if stop_filter.matched:
-            return found, True
-    return [*found, stop_filter.close()], False
+            return deltas, True
+    return [*deltas, stop_filter.close()], False
 
 
 def test_nothing_of_a_stop_string_passes():
@@ -96,5 +96,5 @@ def test_the_borders_of_pieces_make_no_difference():
         expected = (text[: min(ends)[1]], True) if ends else (text, False)
         cuts = sorted(rng.sample(range(1, 12), rng.randint(0, 11)))
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, 12], strict=True)]
-        found, ended = streamed(stop, *parts)
-        assert ("".join(found), ended) == expected
+        deltas, ended = streamed(stop, *parts)
+        assert ("".join(deltas), ended) == expected

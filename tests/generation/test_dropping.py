@@ -1,4 +1,4 @@
-"""Rows that are finished are read no more, and that changes nothing else."""
+"""Finished rows leave the batch, which changes nothing else."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ NEVER = torch.full((N,), 99)
 def written(
     model: nn.Module, config: GenerationConfig = CONFIG, *, ends: Tensor, start: tuple | None = None, **options: object
 ) -> tuple[Tensor, list[int]]:
-    """The tokens (N, steps) of rows that end after so many steps each, and how many rows each step read."""
+    """The tokens (N, steps) of rows that the caller ends after `ends` steps each, and the number of rows in each forward pass."""
     read: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda module, args, out: read.append(len(args[0])))
     reader, input_ids, segment_ids = start or (model, *left_pad(PROMPTS, 0))
@@ -45,7 +45,7 @@ def written(
 
 
 def alone(tokens: Tensor, ends: Tensor) -> Tensor:
-    """What rows that nobody ends write until they would have ended."""
+    """The tokens that rows generate up to their ends, padded with 0, from a run without ends."""
     return tokens.masked_fill(torch.arange(tokens.shape[1]) >= ends[:, None], 0)
 
 

@@ -1,4 +1,4 @@
-"""An encoder-decoder writes through the loop of decoders: T5 as transformers does, the Transformer of 2017 as without cache."""
+"""Encoder-decoders decode in the loop of decoders: T5 as in transformers, the Transformer of 2017 as without a cache."""
 
 import pytest
 import torch
@@ -58,17 +58,17 @@ def test_greedy_tokens_of_t5_equal_transformers(t5_pair, options):
 def test_beams_of_t5_equal_transformers(t5_pair, early_stopping, length_penalty):
     theirs, ours = t5_pair
     options = {"num_beams": 3, "early_stopping": early_stopping, "length_penalty": length_penalty}
-    wanted = {"num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
-    expected = their_tokens(theirs, **options, **wanted)
+    outputs = {"num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
+    expected = their_tokens(theirs, **options, **outputs)
     config = greedy(15, **options, num_return=3)
-    found = [
+    hypotheses = [
         h
         for row in beam_search(read(ours), starts(), config, constraints=OutputConstraints(ends=frozenset({1})))
         for h in row
     ]
     rows = expected.sequences[:, 1:].tolist()
-    assert [h.tokens for h in found] == [row[: len(h.tokens)] for h, row in zip(found, rows, strict=True)]
-    assert [h.score for h in found] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)
+    assert [h.tokens for h in hypotheses] == [row[: len(h.tokens)] for h, row in zip(hypotheses, rows, strict=True)]
+    assert [h.score for h in hypotheses] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)
 
 
 def test_samples_of_t5_share_one_reading_and_have_its_probabilities(t5_pair, chance_of_a_worse_fit):
@@ -96,8 +96,8 @@ def test_greedy_tokens_of_the_transformer_of_2017_are_those_without_a_cache(vani
 
 
 def test_beams_of_the_transformer_of_2017_are_those_without_a_cache(vanilla):
-    found = beam_search(read(vanilla), starts(), greedy(6, num_beams=3, num_return=3))
-    for source, of_source in zip(SOURCES, found, strict=True):
+    hypotheses = beam_search(read(vanilla), starts(), greedy(6, num_beams=3, num_return=3))
+    for source, of_source in zip(SOURCES, hypotheses, strict=True):
         state: list[tuple[list[int], float]] = [([], 0.0)]
         for _ in range(6):
             options = []
@@ -110,8 +110,8 @@ def test_beams_of_the_transformer_of_2017_are_those_without_a_cache(vanilla):
 
 def test_text_goes_in_and_text_comes_out(vanilla, byte_tokenizer):
     rows = [list(b"ab"), list(b"longer one")]
-    found = complete(vanilla, byte_tokenizer, rows, greedy(8), num_samples=2)
-    for row, (first, second) in zip(rows, found, strict=True):
+    completions = complete(vanilla, byte_tokenizer, rows, greedy(8), num_samples=2)
+    for row, (first, second) in zip(rows, completions, strict=True):
         written: list[int] = []
         for _ in range(len(first.tokens)):
             written.append(int(vanilla_logits(vanilla, [*row, 256], written).argmax()))

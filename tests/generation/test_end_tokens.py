@@ -1,4 +1,4 @@
-"""Several tokens may end a text: wherever a folder names them, all ways of writing and all that is exported know them."""
+"""Several end tokens: every way of generating and every export respects those that a folder names."""
 
 import json
 import shutil
@@ -44,22 +44,22 @@ def edit(file: Path, **values: object) -> None:
 
 
 def their_tokens(folder: Path, prompt: str, **options: object) -> list[int]:
-    """What transformers writes after the prompt, greedily and with the folder's own end tokens."""
+    """The greedy continuation by transformers, with the folder's own end tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     input_ids = torch.tensor([TOKENIZER.encode(prompt)])
     neutral = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
-    given = {"max_new_tokens": 24, **neutral, "attention_mask": torch.ones_like(input_ids), **options}
-    return model.generate(input_ids, **given)[0, input_ids.shape[1] :].tolist()
+    arguments = {"max_new_tokens": 24, **neutral, "attention_mask": torch.ones_like(input_ids), **options}
+    return model.generate(input_ids, **arguments)[0, input_ids.shape[1] :].tolist()
 
 
 def our_tokens(loaded: Loaded, prompts: list[str], **options: object) -> list[list[int]]:
     config = GenerationConfig(**{"max_new_tokens": 24, "temperature": 0.0, **options})
     rows = [TOKENIZER.encode(prompt) for prompt in prompts]
-    return [found[0].tokens for found in complete(loaded.model, loaded.tokenizer, rows, config)]
+    return [results[0].tokens for results in complete(loaded.model, loaded.tokenizer, rows, config)]
 
 
 def write_folder(folder: Path, kind: str = "llama") -> int:
-    """A random model whose generation_config.json has a second end, one that it soon writes; that token."""
+    """Write a random model whose generation_config.json has a second end token, which it soon generates; returns that token."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(KINDS[kind](**SIZES)).save_pretrained(folder)
     save_tokenizer(TOKENIZER, folder)
@@ -250,13 +250,13 @@ def test_a_policy_ends_at_the_ends_of_the_folder_that_it_begins_from(command, tm
     edit(tmp_path / "base" / "generation_config.json", eos_token_id=list(range(SIZE)))  # whatever it writes
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The cat"}\n' * 8)
     (tmp_path / "rewards.py").write_text("def one(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
-    given = ["data.path=prompts.jsonl", "objective.reward=rewards:one", "objective.max_new_tokens=6"]
-    result = command("train", "objective=grpo", *TRAIN, "init_from=base", *given, "hydra.run.dir=run")
+    arguments = ["data.path=prompts.jsonl", "objective.reward=rewards:one", "objective.max_new_tokens=6"]
+    result = command("train", "objective=grpo", *TRAIN, "init_from=base", *arguments, "hydra.run.dir=run")
     assert result.status == 0, result.err
     *_, header, row = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()][:2]
-    found = dict(zip(header, row, strict=True))
-    assert float(found["objective/ended"]) == 1.0
-    assert float(found["objective/response_length"]) == 1.0
+    results = dict(zip(header, row, strict=True))
+    assert float(results["objective/ended"]) == 1.0
+    assert float(results["objective/response_length"]) == 1.0
 
 
 def test_a_text_of_a_grammar_is_followed_by_any_end_and_by_none_before() -> None:
@@ -283,9 +283,9 @@ def test_a_request_ends_at_any_of_the_ends(llama: tuple[Path, int]) -> None:
     try:
         config = GenerationConfig(max_new_tokens=24, temperature=0.0)
         streams = [engine.submit(Request(tuple(TOKENIZER.encode(prompt)), config)) for prompt in PROMPTS]
-        found = [[output.token for output in stream] for stream in streams]
+        results = [[output.token for output in stream] for stream in streams]
     finally:
         engine.stop()
-    assert found == [their_tokens(folder, prompt) for prompt in PROMPTS]
-    assert found[0][-1] == second
+    assert results == [their_tokens(folder, prompt) for prompt in PROMPTS]
+    assert results[0][-1] == second
     assert streams[0].finish_reason == "stop"

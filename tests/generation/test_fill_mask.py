@@ -46,14 +46,14 @@ def bert(tmp_path_factory) -> tuple[transformers.PreTrainedModel, Encoder]:
 def test_candidates_for_each_mask_are_those_of_transformers(bert, tokenizer):
     theirs, ours = bert
     text = "the [MASK] sat on a [MASK]"
-    found = fill(ours, tokenizer, text, top_k=4)
+    by_mask = fill(ours, tokenizer, text, top_k=4)
     pipeline = transformers.pipeline("fill-mask", model=theirs, tokenizer=tokenizer, top_k=4)
     expected = pipeline(text)
-    assert [[c.text for c in candidates] for candidates in found] == [
+    assert [[c.text for c in candidates] for candidates in by_mask] == [
         [row["token_str"] for row in rows] for rows in expected
     ]
     scores = [row["score"] for rows in expected for row in rows]
-    assert [c.probability for candidates in found for c in candidates] == pytest.approx(scores, rel=1e-4)
+    assert [c.probability for candidates in by_mask for c in candidates] == pytest.approx(scores, rel=1e-4)
 
 
 def test_an_xlnet_predicts_masked_places_from_all_others(tokenizer):

@@ -1,4 +1,4 @@
-"""What `generate.py` prints beside plain samples."""
+"""The output of `generate.py` beside plain samples."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from genai_pl.models import Decoder, save_pretrained
 
 @pytest.fixture
 def folder(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) -> Path:
-    """A Hugging Face folder of a random GPT-2 that reads bytes."""
+    """A Hugging Face folder of a random GPT-2 with a byte tokenizer."""
     path = tmp_path / "model"
     ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": None}
     save_pretrained(small_model(), path, token_ids=ids)
@@ -52,9 +52,9 @@ def test_beams_are_printed_the_best_first(folder, theirs, byte_tokenizer, comman
 
 
 def test_log_probabilities_of_samples_are_those_of_transformers(folder, theirs, command):
-    found = lines(command, "prompt=ab", "logprobs=true", "num_samples=2", "generation.max_new_tokens=5")
-    assert len(found) == 2
-    for line in found:
+    rows = lines(command, "prompt=ab", "logprobs=true", "num_samples=2", "generation.max_new_tokens=5")
+    assert len(rows) == 2
+    for line in rows:
         assert line["prompt"] == "ab"
         assert len(line["tokens"]) == len(line["logprobs"]) == 5
     samples = lines(
@@ -71,8 +71,8 @@ def test_log_probabilities_of_samples_are_those_of_transformers(folder, theirs, 
 
 def test_scores_are_those_of_transformers(folder, theirs, command, tmp_path):
     (tmp_path / "prompts.txt").write_text("hello\nsome other text\n")
-    found = lines(command, "prompt_file=prompts.txt", "score=true")
-    for line, text in zip(found, ("hello", "some other text"), strict=True):
+    rows = lines(command, "prompt_file=prompts.txt", "score=true")
+    for line, text in zip(rows, ("hello", "some other text"), strict=True):
         ids = torch.tensor([list(text.encode())])
         with torch.no_grad():
             mean = -theirs(ids, labels=ids).loss.item()
@@ -97,8 +97,8 @@ def test_a_reward_model_gives_its_score(small_model, byte_tokenizer, capfd):
     model.set_head(Head.score)
     torch.nn.init.normal_(model.score.weight)
     print_scores(Loaded(model, byte_tokenizer, Path("somewhere")), ["good", "not so good"])
-    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    for line, text in zip(found, ("good", "not so good"), strict=True):
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    for line, text in zip(rows, ("good", "not so good"), strict=True):
         with torch.no_grad():
             last = model.features(torch.tensor([[*text.encode(), 256]]))[0, -1]
         assert line == {"prompt": text, "score": pytest.approx((model.score.weight[0] @ last).item(), rel=1e-4)}
@@ -125,7 +125,7 @@ def test_options_that_are_text_need_no_quotes(folder, command):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "said"),
+    ("mistake", "message"),
     [
         ("embed=true score=true", "choose one"),
         ("pooling=most embed=true", "pooling=most is not one of"),
@@ -134,11 +134,11 @@ def test_options_that_are_text_need_no_quotes(folder, command):
         ("generation.num_beams=2", "generation.temperature=0"),
     ],
 )
-def test_a_mistake_is_one_line(folder, command, mistake, said):
+def test_a_mistake_is_one_line(folder, command, mistake, message):
     result = command("generate", "checkpoint=model", "prompt=x", *mistake.split())
     assert result.status in (1, 2)
     assert result.err.count("\n") == 1
-    assert said in result.err
+    assert message in result.err
 
 
 def test_a_draft_of_another_tokenizer_is_refused(folder, command, byte_level_tokenizer, tmp_path):

@@ -17,7 +17,7 @@ def seed(n: int) -> torch.Generator:
 
 
 class Screen:
-    """What a user would see: the pieces of each row."""
+    """The text of each row as a user would see it: the sum of its deltas."""
 
     def __init__(self) -> None:
         self.pieces: dict[int, list[str]] = {}

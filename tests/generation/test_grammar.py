@@ -26,11 +26,11 @@ PATTERN = r"(a|bc)[0-9]{2}x?"
 def brute_force(pattern: str, written: str, alphabet: str, longest: int) -> set[str]:
     """Characters that may follow so that some text of at most `longest` more characters matches; "" is the end."""
     texts = [""]
-    found = {""} if re.fullmatch(pattern, written) else set()
+    results = {""} if re.fullmatch(pattern, written) else set()
     for _ in range(longest):
         texts = [text + c for text in texts for c in alphabet]
-        found |= {text[0] for text in texts if re.fullmatch(pattern, written + text)}
-    return found
+        results |= {text[0] for text in texts if re.fullmatch(pattern, written + text)}
+    return results
 
 
 @pytest.mark.parametrize("written", ["", "a", "b", "bc", "a1", "a12", "bc12x"])
@@ -61,16 +61,16 @@ def test_every_text_matches_the_expression(small_model, byte_tokenizer, options)
     config = GenerationConfig(max_new_tokens=20, regex=PATTERN, **options)
     generator = torch.Generator().manual_seed(0)
     n = 1 if config.num_beams > 1 else 4
-    found = complete(small_model(), byte_tokenizer, [[1, 2], [3]], config, num_samples=n, generator=generator)
-    texts = [completion.text for of_prompt in found for completion in of_prompt]
+    completions = complete(small_model(), byte_tokenizer, [[1, 2], [3]], config, num_samples=n, generator=generator)
+    texts = [completion.text for of_prompt in completions for completion in of_prompt]
     assert len(texts) == 2 * max(n, config.num_return)
     assert all(re.fullmatch(PATTERN, text) for text in texts)
 
 
-@pytest.mark.parametrize("given", ["text", "file"])
-def test_json_is_what_the_schema_says(small_model, byte_tokenizer, given, tmp_path):
+@pytest.mark.parametrize("form", ["text", "file"])
+def test_json_is_what_the_schema_says(small_model, byte_tokenizer, form, tmp_path):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    schema = json.dumps(SCHEMA) if given == "text" else str(tmp_path / "schema.json")
+    schema = json.dumps(SCHEMA) if form == "text" else str(tmp_path / "schema.json")
     config = GenerationConfig(max_new_tokens=60, json_schema=schema, bad_words=[" ", "\n", "\t", "\r"])
     generator = torch.Generator().manual_seed(0)
     for [text] in generate_text(small_model(), byte_tokenizer, ["a", "bcd", "e"], config, generator=generator):
@@ -88,7 +88,7 @@ def test_the_constraint_begins_after_the_prefix(small_model, byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"regex": "[0-"}, r"generation\.regex: "),
         ({"json_schema": "nowhere.json"}, r"generation\.json_schema=nowhere\.json: neither a file nor"),
@@ -97,8 +97,8 @@ def test_the_constraint_begins_after_the_prefix(small_model, byte_tokenizer):
         ({"json_schema": "{}", "regex": "a"}, "give one of them"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_option(small_model, byte_tokenizer, options, said):
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_a_mistake_is_one_line_that_names_the_option(small_model, byte_tokenizer, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         generate_text(small_model(), byte_tokenizer, ["x"], GenerationConfig(**options))
     assert "\n" not in str(caught.value)
 

@@ -85,7 +85,7 @@ def test_what_the_text_held_before_is_proposed():
 
 
 class Markov(nn.Module):
-    """Stands in for a Decoder, and costs nothing: the last token alone decides."""
+    """Stub of a Decoder without cost: the last token alone determines the logits."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A conversation in the terminal or a pipe says what transformers' template and decoding say, turn after turn."""
+"""A chat in the terminal, or through a pipe, gives the answers of transformers' chat template and greedy decoding."""
 
 import io
 import json
@@ -33,7 +33,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def talker(byte_level_tokenizer) -> transformers.PreTrainedTokenizerFast:
-    """Bytes, an end token and ChatML."""
+    """A tokenizer of bytes, an end token and a ChatML template."""
     tokenizer = byte_level_tokenizer(eos_token="<eos>")
     ensure_template(tokenizer)
     return tokenizer
@@ -41,7 +41,7 @@ def talker(byte_level_tokenizer) -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture
 def folder(small_model: Callable[..., Decoder], talker, tmp_path: Path) -> Path:
-    """A random GPT-2 that is asked in ChatML."""
+    """A random GPT-2 with a ChatML template."""
     path = tmp_path / "model"
     save_pretrained(small_model(max_seq_len=256), path, token_ids={"eos_token_id": 256})
     talker.save_pretrained(path)
@@ -50,7 +50,7 @@ def folder(small_model: Callable[..., Decoder], talker, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) -> Path:
-    """The same without a chat template."""
+    """The same folder without a chat template."""
     path = tmp_path / "bare"
     save_pretrained(small_model(), path, token_ids={"eos_token_id": 256})
     byte_tokenizer.save_pretrained(path)
@@ -59,7 +59,7 @@ def bare(small_model: Callable[..., Decoder], byte_tokenizer, tmp_path: Path) ->
 
 @pytest.fixture
 def chat(folder, command, monkeypatch: pytest.MonkeyPatch):
-    """`chat(lines, *arguments)`: what generate.py answers to lines that are piped into it."""
+    """`chat(lines, *arguments)`: the output of generate.py for lines that are piped into it."""
 
     def call(lines: str, *arguments: str):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -69,13 +69,13 @@ def chat(folder, command, monkeypatch: pytest.MonkeyPatch):
 
 
 def theirs(folder: Path, messages: list[dict[str, str]]) -> str:
-    """What transformers answers, greedily."""
+    """The greedy answer of transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ends = [256, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    found = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=256)
-    return tokenizer.decode(found[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
+    output_ids = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=256)
+    return tokenizer.decode(output_ids[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_piped_turns_are_answered_as_transformers_renders_and_continues_them(folder, chat, tmp_path):
@@ -113,13 +113,13 @@ def test_an_adapter_answers_as_it_does_through_the_rendered_prompt(folder, chat,
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     save_adapter(model, Path("adapter"), base="model")
-    said = chat("hi\n", "adapter=adapter").out
+    adapter_answer = chat("hi\n", "adapter=adapter").out
     rendered = talker.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
     )
-    asked = command("generate", "checkpoint=model", "adapter=adapter", *GREEDY, f"prompt={rendered}")
-    assert asked.out == rendered + said
-    assert said != chat("hi\n").out
+    completed = command("generate", "checkpoint=model", "adapter=adapter", *GREEDY, f"prompt={rendered}")
+    assert completed.out == rendered + adapter_answer
+    assert adapter_answer != chat("hi\n").out
 
 
 def test_the_oldest_turns_are_left_out_with_a_line_once_they_do_not_fit(talker):
@@ -166,7 +166,7 @@ def test_thoughts_are_kept_in_what_is_saved_and_shown_again_as_the_template_says
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):
-    """Lines that are typed at a terminal, where Ctrl-C is an entry of its own."""
+    """Lines typed at a terminal, where Ctrl-C is an entry of its own."""
 
     def give(*lines: str | type[BaseException]) -> None:
         rest = iter(lines)
@@ -211,7 +211,7 @@ def test_slips_at_the_terminal_do_not_end_the_conversation(folder, command, type
     typed("/sav x", "/save", "/save no/where.jsonl", "x" * 300, "/help", "", "hi", KeyboardInterrupt, "/save no/where")
     result = command("generate", "checkpoint=model", "chat=true", *GREEDY)
     assert result.status == 0  # Ctrl-D
-    for said in (
+    for message in (
         "/sav: no such command; there are /help, /reset, /save FILE and /exit",
         "/save FILE: name a file",
         "/save: nothing was said yet",
@@ -219,7 +219,7 @@ def test_slips_at_the_terminal_do_not_end_the_conversation(folder, command, type
         "append the conversation to a file",
         "/save no/where: cannot be written (No such file or directory)",
     ):
-        assert said in result.err
+        assert message in result.err
     assert result.out.strip() == theirs(folder, [{"role": "user", "content": "hi"}]).strip()
 
 

@@ -1,4 +1,4 @@
-"""Small models of every shape, and what is done to their adapters in more than one test."""
+"""Small models of every shape, and helpers that several PEFT tests share."""
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ KINDS = ("gpt2", "llama", "gemma3", "bert", "albert", "xlnet", "t5", "reformer",
 
 
 def shaken(model: nn.Module, *, of: str = "", std: float = 0.2, seed: int = 0) -> nn.Module:
-    """The model in evaluation mode with every parameter, or every trained one, drawn anew."""
+    """The model in evaluation mode with new random values in every parameter, or every trained one."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if of != "trained" or parameter.requires_grad:
@@ -63,14 +63,14 @@ def shaken(model: nn.Module, *, of: str = "", std: float = 0.2, seed: int = 0) -
 
 
 def build(kind: str) -> nn.Module:
-    """A small model with weights that are no initial ones."""
+    """A small model with random weights of visible size."""
     if kind == "wrapped":
         return shaken(build_wrapped(WRAPPED))
     return shaken(build_model(ModelConfig(**SHAPES[kind])))
 
 
 def theirs_of(model: WrappedDecoder) -> nn.Module:
-    """The model of transformers with the weights of a wrapped one."""
+    """The transformers model with the weights of a wrapped one."""
     values = dict(WRAPPED)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
     theirs.load_state_dict(model.inner.state_dict())
@@ -82,21 +82,21 @@ def tokens(rows: int = 2) -> Tensor:
 
 
 def logits(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
-    """What the model says, an encoder-decoder reading the tokens backwards."""
+    """The logits of a model; an encoder-decoder gets the tokens in reverse as its source."""
     input_ids = tokens() if input_ids is None else input_ids
     if model.config.shape.value == "encoder_decoder":
         return model(input_ids.flip(1), decoder_input_ids=input_ids)
     return model(input_ids)
 
 
-def said(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
-    """The same without a graph: kernels are chosen by who wants gradients, and round differently."""
+def logits_of(model: nn.Module, input_ids: Tensor | None = None) -> Tensor:
+    """The logits without a graph: kernels depend on whether gradients are needed, and round differently."""
     with torch.no_grad():
         return logits(model, input_ids)
 
 
 def train(model: nn.Module, steps: int = 3) -> list[float]:
-    """Some steps on the same rows; the losses."""
+    """Train some steps on the same rows; returns the losses."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(steps):
@@ -109,5 +109,5 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
 
 
 def frozen(model: nn.Module) -> list[Tensor]:
-    """A copy of everything that is not trained."""
+    """A copy of all parameters that are not trained."""
     return [p.detach().clone() for p in model.parameters() if not p.requires_grad]

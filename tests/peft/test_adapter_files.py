@@ -1,4 +1,4 @@
-"""Adapter folders mean to the peft library what they mean here, whoever wrote them."""
+"""Adapter folders give the same logits in PEFT and here, in both directions."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, shaken, theirs_of, tokens, train
+from peft_models import KINDS, build, frozen, logits_of, shaken, theirs_of, tokens, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ HEADS = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "alber
 
 
 def theirs_like(model: nn.Module, kind: str, folder: Path) -> nn.Module:
-    """The same weights as a model of transformers."""
+    """A transformers model with the same weights."""
     if kind == "wrapped":
         return theirs_of(model)
     save_pretrained(model, folder, token_ids=TOKENS)
@@ -49,10 +49,10 @@ def theirs_like(model: nn.Module, kind: str, folder: Path) -> nn.Module:
 
 def theirs_say(theirs: nn.Module) -> Tensor:
     with torch.no_grad():
-        given = {"input_ids": tokens()}
+        arguments = {"input_ids": tokens()}
         if theirs.config.is_encoder_decoder:
-            given = {"input_ids": tokens().flip(1), "decoder_input_ids": tokens()}
-        return theirs(**given).logits
+            arguments = {"input_ids": tokens().flip(1), "decoder_input_ids": tokens()}
+        return theirs(**arguments).logits
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -76,13 +76,13 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_peft_loads_our_folder_with_our_logits(kind: str, method: str, tmp_path: Path):
     base = build(kind)
     theirs = theirs_like(base, kind, tmp_path / "base")
-    close(said(base), theirs_say(theirs))
+    close(logits_of(base), theirs_say(theirs))
     model = METHODS[method](base)
-    ours = said(shaken(model, of="trained", std=0.1))
+    ours = logits_of(shaken(model, of="trained", std=0.1))
     save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     close(theirs_say(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")), ours)
     again = load_adapter(build(kind), tmp_path / "adapter")
-    close(said(again), ours)
+    close(logits_of(again), ours)
     save_adapter(again, tmp_path / "again", base=str(tmp_path / "base"))
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert first.keys() == second.keys()
@@ -107,10 +107,10 @@ def test_layers_trained_whole_are_in_the_folder(kind: str, tmp_path: Path):
     theirs = theirs_like(base, kind, tmp_path / "base")
     model = lora(base, target_modules=["v_proj"], modules_to_save=SAVED[kind])
     train(model)
-    ours = said(model.eval())
+    ours = logits_of(model.eval())
     save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     close(theirs_say(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")), ours)
-    assert torch.equal(said(load_adapter(build(kind), tmp_path / "adapter")), ours)
+    assert torch.equal(logits_of(load_adapter(build(kind), tmp_path / "adapter")), ours)
 
 
 @pytest.mark.parametrize("method", [lora, ia3])
@@ -131,7 +131,7 @@ def test_the_head_of_a_reward_model_goes_with_its_adapter(kind: str, method: Cal
 
 
 def randomised(theirs: nn.Module, config: object) -> nn.Module:
-    """The model that peft makes of theirs, with the trained parameters drawn anew."""
+    """PEFT's model around a transformers model, with random values in the trained parameters."""
     return shaken(peft.get_peft_model(theirs, config), of="trained", std=0.1)
 
 
@@ -156,11 +156,11 @@ def test_what_peft_has_written_gives_its_logits_here(kind: str, config: str, tmp
     names = LINEAR.get(kind, ["q_proj", "v_proj", "down_proj"])
     theirs = randomised(theirs_like(base, kind, tmp_path / "base"), CONFIGS[config](names))
     theirs.save_pretrained(tmp_path / "adapter")
-    before = said(base)
+    before = logits_of(base)
     model = load_adapter(base, tmp_path / "adapter")
-    close(said(model), theirs_say(theirs))
+    close(logits_of(model), theirs_say(theirs))
     with adapters_disabled(model):
-        assert torch.equal(said(model), before)
+        assert torch.equal(logits_of(model), before)
     train(model)  # what is read can be trained on
 
 
@@ -176,7 +176,7 @@ def test_layers_that_peft_has_trained_whole_are_read(kind: str, tmp_path: Path):
     config = peft.LoraConfig(target_modules=names[:2], modules_to_save=saved)
     theirs = randomised(theirs_like(base, kind, tmp_path / "base"), config)
     theirs.save_pretrained(tmp_path / "adapter")
-    close(said(load_adapter(base, tmp_path / "adapter")), theirs_say(theirs))
+    close(logits_of(load_adapter(base, tmp_path / "adapter")), theirs_say(theirs))
 
 
 def test_a_model_without_head_reads_what_was_trained_with_one(tmp_path: Path):
@@ -207,7 +207,7 @@ def test_every_adapter_comes_back_and_can_be_trained_on(kind: str, method: Calla
     train(model)
     save_adapter(model, tmp_path, base="base")
     again = load_adapter(build(kind), tmp_path)
-    assert torch.equal(said(again), said(model.eval()))
+    assert torch.equal(logits_of(again), logits_of(model.eval()))
     assert adapters_of(again)[0].options == adapters_of(model)[0].options
     assert len(frozen(again)) == len(frozen(model))
 
@@ -220,9 +220,9 @@ def test_two_adapters_of_one_model_are_written_and_read_apart(method: str, tmp_p
     save_adapter(model, tmp_path / "first", base="base", adapter=first)
     save_adapter(model, tmp_path / "second", base="base")  # the one that is trained
     again = load_adapter(load_adapter(build("gpt2"), tmp_path / "first"), tmp_path / "second")
-    close(said(again), said(model))
+    close(logits_of(again), logits_of(model))
     second.weight = 0.0
-    close(said(load_adapter(build("gpt2"), tmp_path / "first")), said(model))
+    close(logits_of(load_adapter(build("gpt2"), tmp_path / "first")), logits_of(model))
     with pytest.raises(ConfigError, match="0 adapters to choose from"):
         save_adapter(build("gpt2"), tmp_path, base="base")
 

@@ -1,10 +1,10 @@
-"""BitFit trains the biases that there are."""
+"""BitFit trains the biases of a model."""
 
 import copy
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, shaken, train
+from peft_models import KINDS, build, frozen, logits_of, shaken, train
 from torch import nn
 
 from genai_pl.errors import ConfigError
@@ -18,21 +18,21 @@ WITH = ["qwen2", *(kind for kind in KINDS if kind not in WITHOUT)]
 def test_it_starts_at_the_base_leaves_it_alone_and_merges_exactly(kind: str):
     base = build(kind).requires_grad_(False)
     model = bitfit(copy.deepcopy(base))
-    assert torch.equal(said(model), said(base))
+    assert torch.equal(logits_of(model), logits_of(base))
     before = frozen(model)
     losses = train(model)
     assert losses[-1] < losses[0]
     assert all(torch.equal(old, new) for old, new in zip(before, frozen(model), strict=True))
     model.eval()
-    on, adapter = said(model), adapters_of(model)[0]
+    on, adapter = logits_of(model), adapters_of(model)[0]
     with adapters_disabled(model):
-        assert torch.equal(said(model), said(base))
+        assert torch.equal(logits_of(model), logits_of(base))
     adapter.rows = torch.tensor([0.0, 1.0])
-    mixed = said(model)
-    assert torch.equal(mixed[0], said(base)[0])
+    mixed = logits_of(model)
+    assert torch.equal(mixed[0], logits_of(base)[0])
     torch.testing.assert_close(mixed[1], on[1], rtol=0, atol=1e-5)
     adapter.rows, adapter.weight = None, 0.6
-    torch.testing.assert_close(said(merge(copy.deepcopy(model))), said(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(merge(copy.deepcopy(model))), logits_of(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", WITH)

@@ -1,8 +1,8 @@
-"""Bottleneck adapters stand after the parts of a block."""
+"""Bottleneck adapters follow the parts of a block."""
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, shaken, train
+from peft_models import KINDS, build, frozen, logits_of, shaken, train
 from torch.nn import functional as F
 
 from genai_pl.errors import ConfigError
@@ -14,18 +14,18 @@ from genai_pl.peft import adapters_disabled, adapters_of, bottleneck
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_at_the_base_and_leaves_it_alone(kind: str, options: dict):
     base, model = build(kind).requires_grad_(False), bottleneck(build(kind), **options)
-    assert torch.equal(said(model), said(base))
+    assert torch.equal(logits_of(model), logits_of(base))
     before = frozen(model)
     losses = train(model)
     assert losses[-1] < losses[0]
     assert all(torch.equal(old, new) for old, new in zip(before, frozen(model), strict=True))
     model.eval()
-    on, adapter = said(model), adapters_of(model)[0]
+    on, adapter = logits_of(model), adapters_of(model)[0]
     with adapters_disabled(model):
-        assert torch.equal(said(model), said(base))
+        assert torch.equal(logits_of(model), logits_of(base))
     adapter.rows = torch.tensor([0.0, 1.0])
-    mixed = said(model)
-    assert torch.equal(mixed[0], said(base)[0])
+    mixed = logits_of(model)
+    assert torch.equal(mixed[0], logits_of(base)[0])
     torch.testing.assert_close(mixed[1], on[1], rtol=0, atol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_two_nest():
     two = shaken(bottleneck(bottleneck(build("gpt2"), size=4), size=5), of="trained")
     assert len(adapters_of(two)) == 2
     with adapters_disabled(two):
-        assert torch.equal(said(two), said(build("gpt2").requires_grad_(False)))
+        assert torch.equal(logits_of(two), logits_of(build("gpt2").requires_grad_(False)))
     assert adapters_of(one)[0].options["size"] == 4
 
 

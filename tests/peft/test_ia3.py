@@ -1,10 +1,10 @@
-"""IA3 scales keys, values and the inside of the MLP."""
+"""IA3 scales keys, values and hidden units of the MLP."""
 
 import copy
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, shaken, train
+from peft_models import KINDS, build, frozen, logits_of, shaken, train
 
 from genai_pl.errors import ConfigError
 from genai_pl.peft import adapters_disabled, adapters_of, ia3, merge
@@ -14,21 +14,21 @@ from genai_pl.peft import adapters_disabled, adapters_of, ia3, merge
 def test_it_starts_at_the_base_leaves_it_alone_and_merges_exactly(kind: str):
     base = build(kind).requires_grad_(False)
     model = ia3(copy.deepcopy(base))
-    assert torch.equal(said(model), said(base))
+    assert torch.equal(logits_of(model), logits_of(base))
     before = frozen(model)
     losses = train(model)
     assert losses[-1] < losses[0]
     assert all(torch.equal(old, new) for old, new in zip(before, frozen(model), strict=True))
     model.eval()
-    on, adapter = said(model), adapters_of(model)[0]
+    on, adapter = logits_of(model), adapters_of(model)[0]
     with adapters_disabled(model):
-        assert torch.equal(said(model), said(base))
+        assert torch.equal(logits_of(model), logits_of(base))
     adapter.rows = torch.tensor([0.0, 1.0])
-    mixed = said(model)
-    assert torch.equal(mixed[0], said(base)[0])
+    mixed = logits_of(model)
+    assert torch.equal(mixed[0], logits_of(base)[0])
     assert torch.equal(mixed[1], on[1])
     adapter.rows, adapter.weight = None, 0.6
-    torch.testing.assert_close(said(merge(copy.deepcopy(model))), said(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(merge(copy.deepcopy(model))), logits_of(model), rtol=0, atol=1e-5)
 
 
 def test_a_scale_multiplies_rows_of_keys_and_values_and_columns_of_the_mlp():
@@ -53,7 +53,9 @@ def test_few_parameters_are_trained():
 def test_modules_can_be_trained_whole_beside_it():
     model = ia3(build("llama"), modules_to_save=["norm"])
     train(model)
-    torch.testing.assert_close(said(merge(copy.deepcopy(model)).eval()), said(model.eval()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(merge(copy.deepcopy(model)).eval()), logits_of(model.eval()), rtol=0, atol=1e-5
+    )
 
 
 def test_what_is_no_target_cannot_have_its_input_scaled():

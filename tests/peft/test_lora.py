@@ -1,11 +1,11 @@
-"""LoRA and its kin: the base is never changed, what is learned is what the papers and the peft library say."""
+"""LoRA, DoRA, rsLoRA and PiSSA: the base never changes, and the change is that of the papers and of PEFT."""
 
 import copy
 import math
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, shaken, tokens, train
+from peft_models import KINDS, build, frozen, logits_of, shaken, tokens, train
 from torch import nn
 
 from genai_pl.errors import ConfigError
@@ -34,18 +34,18 @@ def ways_of(kind: str, way: str) -> dict[str, object]:
 def test_it_starts_at_the_base_leaves_it_alone_and_merges_exactly(kind: str, way: str):
     base = build(kind)
     model = lora(copy.deepcopy(base).requires_grad_(False), **ways_of(kind, way))
-    assert torch.equal(said(model), said(base))
+    assert torch.equal(logits_of(model), logits_of(base))
     before = frozen(model)
     losses = train(model)
     assert losses[-1] < losses[0]
     assert all(torch.equal(old, new) for old, new in zip(before, frozen(model), strict=True))
     model.eval()
     with adapters_disabled(model):
-        assert torch.equal(said(model), said(base))
+        assert torch.equal(logits_of(model), logits_of(base))
     for weight in (0.3, 1.0):
         adapters_of(model)[0].weight = weight
         merged = merge(copy.deepcopy(model))
-        torch.testing.assert_close(said(merged), said(model), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=0, atol=1e-5)
         assert merged.state_dict().keys() == base.state_dict().keys()
         assert all(p.requires_grad for p in merged.parameters())
 
@@ -56,17 +56,17 @@ def test_every_row_has_its_own_weight(kind: str, way: str):
     model = lora(build(kind), **ways_of(kind, way))
     train(model)
     model.eval()
-    on, adapter = said(model), adapters_of(model)[0]
+    on, adapter = logits_of(model), adapters_of(model)[0]
     with adapters_disabled(model):
-        off = said(model)
+        off = logits_of(model)
     adapter.weight = 0.25
-    quarter = said(model)
+    quarter = logits_of(model)
     adapter.rows = torch.tensor([0.0, 1.0])
-    mixed = said(model)
+    mixed = logits_of(model)
     assert torch.equal(mixed[0], off[0])
     torch.testing.assert_close(mixed[1], on[1], rtol=0, atol=1e-5)
     adapter.rows = torch.tensor([0.25, 0.0])
-    torch.testing.assert_close(said(model)[0], quarter[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(model)[0], quarter[0], rtol=0, atol=1e-5)
 
 
 def test_two_adapters_add_up_and_can_be_turned_off_apart():
@@ -81,18 +81,18 @@ def test_two_adapters_add_up_and_can_be_turned_off_apart():
         if parameter.requires_grad:
             parameter.data.copy_(trained[name])
     second.weight = 0.0
-    assert torch.equal(said(both), said(one))
+    assert torch.equal(logits_of(both), logits_of(one))
     first.weight, second.weight = 0.0, 1.0
-    assert torch.equal(said(both), said(two))
+    assert torch.equal(logits_of(both), logits_of(two))
     first.rows, second.rows = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    mixed = said(both)
-    assert torch.equal(mixed[0], said(one)[0])
-    assert torch.equal(mixed[1], said(two)[1])
+    mixed = logits_of(both)
+    assert torch.equal(mixed[0], logits_of(one)[0])
+    assert torch.equal(mixed[1], logits_of(two)[1])
     with adapters_disabled(both):
-        assert torch.equal(said(both), said(base))
+        assert torch.equal(logits_of(both), logits_of(base))
     first.rows = second.rows = None
     first.weight = second.weight = 0.5
-    torch.testing.assert_close(said(merge(copy.deepcopy(both))), said(both), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(merge(copy.deepcopy(both))), logits_of(both), rtol=0, atol=1e-5)
 
 
 def test_all_kinds_of_adapters_nest_and_merge():
@@ -100,7 +100,7 @@ def test_all_kinds_of_adapters_nest_and_merge():
     for method in (ia3, lambda m: lora(m, dora=True), bitfit, lambda m: lora(m, modules_to_save=["norm1", "embed"])):
         shaken(method(model), of="trained")
     assert len(adapters_of(model)) == 4
-    torch.testing.assert_close(said(merge(copy.deepcopy(model))), said(model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(merge(copy.deepcopy(model))), logits_of(model), rtol=0, atol=2e-5)
     with pytest.raises(ConfigError, match="peft=bottleneck cannot be merged"):
         merge(bottleneck(model))
 
@@ -178,21 +178,21 @@ def test_training_follows_the_peft_library(way: dict, tmp_path):
 
 def test_dropout_rests_in_evaluation_and_in_a_model_that_is_evaluated():
     model = shaken(lora(build("gpt2"), dropout=0.5), of="trained")
-    assert torch.equal(said(model), said(model))
+    assert torch.equal(logits_of(model), logits_of(model))
     model.train()
-    assert not torch.equal(said(model), said(model))
+    assert not torch.equal(logits_of(model), logits_of(model))
     assert not lora(build("gpt2"), dropout=0.5).blocks[0].attention.q_proj.training
 
 
 def test_half_weights_get_adapters_in_float32():
     model = lora(build("llama").bfloat16(), dora=True)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert said(model).dtype == torch.bfloat16
+    assert logits_of(model).dtype == torch.bfloat16
     train(model)
     assert merge(model).blocks[0].attention.q_proj.weight.dtype == torch.bfloat16
     halves = lora(build("llama"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert said(halves).isfinite().all()
+        assert logits_of(halves).isfinite().all()
 
 
 @pytest.mark.parametrize(

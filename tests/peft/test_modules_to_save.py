@@ -1,8 +1,8 @@
-"""Layers trained whole beside an adapter: copies, while the base stays what it was."""
+"""Fully trained layers beside an adapter: copies are trained while the base stays frozen."""
 
 import pytest
 import torch
-from peft_models import build, said, shaken, train
+from peft_models import build, logits_of, shaken, train
 
 from genai_pl.errors import ConfigError
 from genai_pl.peft import adapters_disabled, adapters_of, lora, merge, tie_weights
@@ -30,10 +30,10 @@ def test_ties_survive_a_state_that_is_loaded(kind: str, saved: list[str]):
     train(model)
     again.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     tie_weights(again)
-    assert torch.equal(said(again.eval()), said(model.eval()))
+    assert torch.equal(logits_of(again.eval()), logits_of(model.eval()))
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
     with adapters_disabled(again), adapters_disabled(model):
-        assert torch.equal(said(again), said(model))
+        assert torch.equal(logits_of(again), logits_of(model))
     tie_weights(merge(again))
 
 

@@ -1,4 +1,4 @@
-"""Every option of peft= makes what its YAML says."""
+"""Every option of peft= builds the adapter that its YAML describes."""
 
 import inspect
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra.utils import get_method
 from omegaconf import OmegaConf
-from peft_models import build, logits, said, shaken
+from peft_models import build, logits, logits_of, shaken
 
 from genai_pl.cli.command import CONF
 from genai_pl.peft import METHODS, adapters_of, lora
@@ -31,7 +31,7 @@ def test_its_name_is_the_adapter_s(path: Path):
     chosen = OmegaConf.load(path)
     model = get_method(chosen._target_)(build("qwen2"))
     assert [adapter.method for adapter in adapters_of(model)] == [path.stem]
-    assert said(model).isfinite().all()
+    assert logits_of(model).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
@@ -44,9 +44,9 @@ def test_compiled_blocks_give_the_same_logits_and_gradients(method: str):
     gradients = torch.autograd.grad(expected.sum(), trained)
     for block in model.blocks:
         block.compile(backend="aot_eager")
-    found = logits(model)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), trained), gradients, rtol=1e-3, atol=1e-3)
+    actual = logits(model)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(actual.sum(), trained), gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_dora_is_lora_with_one_option_more():

@@ -7,7 +7,15 @@ pytest.importorskip("peft")
 
 from peft import PrefixTuningConfig
 from peft_models import SHAPES, build, logits, shaken, tokens
-from virtual_files import TASKS, assert_padded_rows_are_the_same, assert_same, both, given_to_ours, made_by_peft, said
+from virtual_files import (
+    TASKS,
+    assert_padded_rows_are_the_same,
+    assert_same,
+    both,
+    made_by_peft,
+    read_by_ours,
+    their_logits,
+)
 
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import ModelConfig, build_model
@@ -24,8 +32,8 @@ KINDS = ["gpt2", "llama", "qwen3", "gemma3", "bert", "t5", "t5_three_layers", "o
 def test_peft_reads_our_prefix_and_says_the_same(kind: str, hidden_size: int | None, tmp_path: Path):
     theirs, ours = both(kind, tmp_path)
     ours = shaken(prefix(ours, n_tokens=3, hidden_size=hidden_size), of="trained", std=0.5)
-    theirs = given_to_ours(theirs, ours, write_prefix, tmp_path / "adapter")
-    assert_same(logits(ours), said(kind, theirs, tokens()))
+    theirs = read_by_ours(theirs, ours, write_prefix, tmp_path / "adapter")
+    assert_same(logits(ours), their_logits(kind, theirs, tokens()))
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -36,7 +44,7 @@ def test_we_read_a_prefix_of_pefts_and_say_the_same(kind: str, projection: bool,
     config = PrefixTuningConfig(task_type=TASKS.get(kind, "CAUSAL_LM"), num_virtual_tokens=3, **options)
     theirs, contents = made_by_peft(theirs, config, tmp_path / "adapter")
     ours = read_prefix(ours, contents)
-    assert_same(logits(ours), said(kind, theirs, tokens()))
+    assert_same(logits(ours), their_logits(kind, theirs, tokens()))
     if kind not in TASKS:
         assert_padded_rows_are_the_same(kind, ours, theirs, tokens())
 

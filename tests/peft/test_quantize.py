@@ -1,4 +1,4 @@
-"""A base in few bits: the paper's levels, known errors, and an adapter that does not notice how its base is held."""
+"""Quantized bases: the levels of the paper, bounded errors, and adapters that work on them as on plain layers."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_models import KINDS, build, frozen, said, tokens, train
+from peft_models import KINDS, build, frozen, logits_of, tokens, train
 from torch import nn
 
 from genai_pl.errors import ConfigError
@@ -32,7 +32,7 @@ def layer(kind: str, out_features: int = 256, in_features: int = 512) -> tuple[Q
 
 
 def stored(weight: Quantized) -> int:
-    return sum(held.numel() * held.element_size() for held in (weight.codes, weight.scales))
+    return sum(part.numel() * part.element_size() for part in (weight.codes, weight.scales))
 
 
 def test_the_levels_are_the_paper_s():
@@ -92,7 +92,7 @@ def test_an_adapter_does_what_it_does_on_the_dequantized_model(kind: str, bits: 
     on_dense = lora(dense, **options)
     torch.manual_seed(1)
     model = lora(model, quantize=bits, **options)
-    assert torch.equal(said(model), said(on_dense))
+    assert torch.equal(logits_of(model), logits_of(on_dense))
     assert n_parameters(model) == n_parameters(on_dense)
     before = frozen(model)
     losses = train(model, 4)
@@ -104,7 +104,7 @@ def test_an_adapter_does_what_it_does_on_the_dequantized_model(kind: str, bits: 
     for old, new in zip(before, frozen(model), strict=True):
         assert torch.equal(old + 0, new + 0)
     with adapters_disabled(model.eval()):
-        assert torch.equal(said(model), said(base))
+        assert torch.equal(logits_of(model), logits_of(base))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +116,7 @@ def test_merging_gives_plain_layers(kind: str):
     assert not any(isinstance(module, QuantizedLinear) for module in merged.modules())
     assert all(type(p) is nn.Parameter and p.requires_grad for p in merged.parameters())
     assert merged.state_dict().keys() == build(kind).state_dict().keys()
-    torch.testing.assert_close(said(merged), said(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(merged), logits_of(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +125,7 @@ def test_its_file_holds_the_adapter_alone_and_quantizes_the_base_again(kind: str
     train(model)
     save_adapter(model, tmp_path, base="base")
     back = load_adapter(build(kind), tmp_path)
-    assert torch.equal(said(back.eval()), said(model.eval()))
+    assert torch.equal(logits_of(back.eval()), logits_of(model.eval()))
     assert adapters_of(back)[0].options["quantize"] == "nf4"
     size = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2 * size + 20_000  # parts joined get zeros
@@ -133,7 +133,9 @@ def test_its_file_holds_the_adapter_alone_and_quantizes_the_base_again(kind: str
 
 def test_only_the_linear_layers_of_the_blocks_are_quantized_and_none_that_is_trained_whole():
     model = lora(build("llama"), quantize="int8", target_modules=["q_proj"], modules_to_save=["down_proj", "lm_head"])
-    held = {name.removesuffix(".base") for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized_parts = {
+        name.removesuffix(".base") for name, m in model.named_modules() if isinstance(m, QuantizedLinear)
+    }
     parts = (
         "attention.q_proj",
         "attention.k_proj",
@@ -142,7 +144,7 @@ def test_only_the_linear_layers_of_the_blocks_are_quantized_and_none_that_is_tra
         "mlp.gate_proj",
         "mlp.up_proj",
     )
-    assert held == {f"blocks.{i}.{part}" for i in range(2) for part in parts}
+    assert quantized_parts == {f"blocks.{i}.{part}" for i in range(2) for part in parts}
     losses = train(model)
     assert losses[-1] < losses[0]
 
@@ -165,8 +167,8 @@ def logits(path: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_a_run_on_a_quantized_base_goes_on_exactly_and_comes_back(bits: str, command, tmp_path: Path):
-    given = ("train", *GPT, "peft=lora", f"peft.quantize={bits}", "callbacks.checkpoint.every_n_steps=2")
-    result = command(*given, "hydra.run.dir=run")
+    arguments = ("train", *GPT, "peft=lora", f"peft.quantize={bits}", "callbacks.checkpoint.every_n_steps=2")
+    result = command(*arguments, "hydra.run.dir=run")
     assert result.status == 0, result.err
     assert f"quantize={bits}" in result.out
     run = tmp_path / "run"
@@ -175,7 +177,7 @@ def test_a_run_on_a_quantized_base_goes_on_exactly_and_comes_back(bits: str, com
         assert torch.equal(adapted(tokens()), quantize(load("run/base").model, kind=bits)(tokens()))
     adapter_bytes = (run / "adapter/adapter_model.safetensors").stat().st_size
     assert (run / "checkpoints/last.ckpt").stat().st_size <= 3 * adapter_bytes + 60_000
-    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command(*arguments, "hydra.run.dir=half").status == 0
     assert command("train", "resume=half/checkpoints/step=000002.ckpt").status == 0
     assert (tmp_path / "half/metrics.csv").read_text().count("\n") >= 4
     assert torch.equal(logits("half"), logits("run"))

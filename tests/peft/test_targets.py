@@ -1,4 +1,4 @@
-"""Targets are found by name, and what finds nothing is an error that lists the names."""
+"""Targets are matched by name; a name without a match is an error that lists the names."""
 
 import pytest
 import torch

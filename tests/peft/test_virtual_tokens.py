@@ -1,4 +1,4 @@
-"""What prompt and prefix tuning promise alike: a text with virtual tokens is the same packed, padded, cached or by rows."""
+"""Prompt and prefix tuning: logits of a text are the same alone, packed, padded, cached and by rows."""
 
 from functools import partial
 
@@ -68,10 +68,10 @@ def test_a_cache_changes_nothing(method: str, kind: str, padded: bool):
     model, input_ids = adapted(DECODERS[kind], method), tokens(3)
     segments = torch.tensor([[0] * 3 + [1] * 14, [1] * 17, [0] + [2] * 16]) if padded else None
     cache, parts = model.new_cache(3, 17), input_ids.split([6, 1, 1, 5, 4], dim=1)
-    given = [None] * 5 if segments is None else segments.split([6, 1, 1, 5, 4], dim=1)
-    said = torch.cat([model(part, ids, cache=cache) for part, ids in zip(parts, given, strict=True)], dim=1)
+    parts_segments = [None] * 5 if segments is None else segments.split([6, 1, 1, 5, 4], dim=1)
+    outputs = torch.cat([model(part, ids, cache=cache) for part, ids in zip(parts, parts_segments, strict=True)], dim=1)
     seen = torch.ones_like(input_ids, dtype=torch.bool) if segments is None else segments > 0
-    assert_equal(said[seen], model(input_ids, segments)[seen])
+    assert_equal(outputs[seen], model(input_ids, segments)[seen])
     assert (cache.length, cache.n_text, cache.max_length) == (20, 17, 20)
     with pytest.raises(ValueError, match="the cache holds 20 tokens, 21 were given"):
         model(input_ids[:, :1], cache=cache)
@@ -94,10 +94,10 @@ def test_a_text_longer_than_the_model_reads_goes_on_from_its_last_half(method: s
     model, text = adapted(DECODERS[kind], method), torch.cat([tokens(2)] * 3, dim=1)  # 51 tokens, max_seq_len is 24
     state, lengths = DecodeState(model, 2, 100), []
     for part in text.split([10, *[1] * 41], dim=1):
-        said = state.forward(part)
+        outputs = state.forward(part)
         read = state.tokens
         lengths.append(read.shape[1])
-        assert_equal(said, model(read)[:, -1])
+        assert_equal(outputs, model(read)[:, -1])
     longest = 21 if kind == "learned" else 24  # learned positions are shared with the virtual tokens
     assert (max(lengths), lengths.count(12)) == (
         longest,
@@ -143,8 +143,8 @@ def test_a_model_of_transformers_has_them_packed_cached_and_by_rows_too(method: 
         model(ids, part, cache=cache)
         for ids, part in zip(input_ids.split([6, 1, 10], 1), segments.split([6, 1, 10], 1), strict=True)
     ]
-    said, seen = torch.cat(parts, dim=1), segments > 0
-    assert_equal(said[seen], torch.stack([whole[0], base[1], whole[2]])[seen])
+    outputs, seen = torch.cat(parts, dim=1), segments > 0
+    assert_equal(outputs[seen], torch.stack([whole[0], base[1], whole[2]])[seen])
 
 
 @every_method
@@ -162,15 +162,15 @@ def test_each_row_of_an_encoders_batch_has_the_tokens_or_not(method: str, kind: 
 @pytest.mark.parametrize("segments", [None, torch.tensor([[1] * 17, [1] * 9 + [2] * 8])], ids=["alone", "packed"])
 def test_an_encoder_decoder_reads_and_writes_by_documents_and_rows(method: str, segments: Tensor | None):
     model, ids = adapted(T5, method), tokens()
-    said = model(ids, segments, decoder_input_ids=ids.flip(1), decoder_segment_ids=segments)
+    outputs = model(ids, segments, decoder_input_ids=ids.flip(1), decoder_segment_ids=segments)
     if segments is not None:
-        assert_equal(said[1, :9], model(ids[1:, :9], decoder_input_ids=ids.flip(1)[1:, :9])[0])
-        assert_equal(said[1, 9:], model(ids[1:, 9:], decoder_input_ids=ids.flip(1)[1:, 9:])[0])
+        assert_equal(outputs[1, :9], model(ids[1:, :9], decoder_input_ids=ids.flip(1)[1:, :9])[0])
+        assert_equal(outputs[1, 9:], model(ids[1:, 9:], decoder_input_ids=ids.flip(1)[1:, 9:])[0])
     with adapters_disabled(model):
         base = model(ids, segments, decoder_input_ids=ids.flip(1), decoder_segment_ids=segments)
     adapters_of(model)[0].rows = torch.tensor([0.0, 1.0])
     by_rows = model(ids, segments, decoder_input_ids=ids.flip(1), decoder_segment_ids=segments)
-    assert_equal(by_rows, torch.stack([base[0], said[1]]))
+    assert_equal(by_rows, torch.stack([base[0], outputs[1]]))
 
 
 @every_method
@@ -223,10 +223,10 @@ def test_compiled_blocks_give_the_same(method: str, segments: Tensor | None):
     gradients = torch.autograd.grad(expected.sum(), [p for p in model.parameters() if p.requires_grad])
     for block in model.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    said = model(tokens(), segments)
-    assert_equal(said, expected)
+    outputs = model(tokens(), segments)
+    assert_equal(outputs, expected)
     for ours, theirs in zip(
-        torch.autograd.grad(said.sum(), [p for p in model.parameters() if p.requires_grad]), gradients, strict=True
+        torch.autograd.grad(outputs.sum(), [p for p in model.parameters() if p.requires_grad]), gradients, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -235,11 +235,11 @@ def test_compiled_blocks_give_the_same(method: str, segments: Tensor | None):
 def test_a_prefix_whose_tokens_see_each_other_begins_with_the_text(method: str):
     model, input_ids = adapted(GPT2, method), tokens()
     length = torch.tensor([5, 9])
-    said = model(input_ids, prefix=length)
-    assert_equal(said, model(input_ids, torch.ones_like(input_ids), prefix=length))
+    outputs = model(input_ids, prefix=length)
+    assert_equal(outputs, model(input_ids, torch.ones_like(input_ids), prefix=length))
     changed = input_ids.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 61
-    moved = (model(changed, prefix=length) - said).abs().amax(-1) > 1e-4
+    moved = (model(changed, prefix=length) - outputs).abs().amax(-1) > 1e-4
     assert moved.tolist() == [[False] * 6 + [True] * 11, [True] * 17]
 
 
@@ -247,8 +247,8 @@ def test_a_prefix_whose_tokens_see_each_other_begins_with_the_text(method: str):
 def test_another_adapter_may_wrap_the_layers(method: str):
     model = shaken(lora(METHODS[method](build("llama"))), of="trained", seed=2)
     input_ids, cache = tokens(), model.new_cache(2, 17)
-    said = torch.cat([model(part, cache=cache) for part in input_ids.split([5, 12], 1)], 1)
-    assert_equal(said, model(input_ids))
+    outputs = torch.cat([model(part, cache=cache) for part in input_ids.split([5, 12], 1)], 1)
+    assert_equal(outputs, model(input_ids))
     assert [adapter.method for adapter in adapters_of(model)] in (
         ["lora", "prompt"],
         ["lora", "prefix"],

@@ -1,4 +1,4 @@
-"""Virtual tokens in PEFT's folders, both ways, on small models of transformers."""
+"""Helpers for virtual tokens in PEFT's folders, in both directions, on small transformers models."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM, "t5_three_
 
 
 def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """A model of transformers, and ours with its weights."""
+    """A transformers model, and a genai_pl model with its weights."""
     values = dict(THEIRS[kind])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     theirs = shaken(CLASSES.get(kind, AutoModelForCausalLM).from_config(config))
@@ -51,8 +51,8 @@ def both(kind: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     return theirs, load_pretrained(folder / "base")
 
 
-def given_to_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.Module:
-    """Theirs with the adapter that ours has."""
+def read_by_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn.Module:
+    """The transformers model with the adapter that the genai_pl model has."""
     contents = write(ours, adapters_of(ours)[0])
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(contents.config))
@@ -64,18 +64,18 @@ def given_to_ours(theirs: nn.Module, ours: nn.Module, write, folder: Path) -> nn
 
 
 def made_by_peft(theirs: nn.Module, config, folder: Path) -> tuple[nn.Module, AdapterFile]:
-    """Theirs with an adapter of PEFT's, and what it has saved."""
+    """The transformers model with an adapter of PEFT, and the files that PEFT saved."""
     model = shaken(get_peft_model(theirs, config), of="trained", std=0.5)
     model.save_pretrained(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     return model, AdapterFile(config, load_file(folder / "adapter_model.safetensors"))
 
 
-def said(kind: str, model: nn.Module, ids: Tensor, **given: Tensor) -> Tensor:
+def their_logits(kind: str, model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
     """Logits (B, T, V) of a model of transformers, without those at virtual tokens."""
     if kind.startswith("t5"):
         return model(input_ids=ids.flip(1), decoder_input_ids=ids).logits
-    return model(input_ids=ids, **given).logits[:, -ids.shape[1] :]
+    return model(input_ids=ids, **inputs).logits[:, -ids.shape[1] :]
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -86,4 +86,4 @@ def assert_padded_rows_are_the_same(kind: str, ours: nn.Module, theirs: nn.Modul
     """PEFT puts virtual tokens before the padding, and counts positions through it: only ratios of distances agree."""
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    assert_same(ours(ids, mask)[1], said(kind, theirs, ids, attention_mask=mask)[1])
+    assert_same(ours(ids, mask)[1], their_logits(kind, theirs, ids, attention_mask=mask)[1])

@@ -188,7 +188,7 @@ def test_a_large_answer_is_made_of_few_objects_at_a_time(answer_format: type) ->
     counts = []
 
     def decode(token: int) -> str:
-        if token == 19:  # one for each piece
+        if token == 19:  # one for each output
             counts.append(len(gc.get_objects()) if len(counts) % 500 == 0 else 0)
         return "é"
 

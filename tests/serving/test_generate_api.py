@@ -168,10 +168,10 @@ def test_characters_of_several_tokens_are_never_cut(tiny: Path) -> None:
 
     prefix = "né 日本 🙂 "  # of 1, 2, 3 and 4 bytes, each of them a token
     with serving(make_service(tiny, generation={**GREEDY, "prefix": prefix, "max_new_tokens": 30})) as client:
-        pieces = [event["text"] for event in stream(client, {"prompt": "x"})]
+        texts = [event["text"] for event in stream(client, {"prompt": "x"})]
         talk = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30}
         events = [
             event["choices"][0]["delta"].get("content", "") for event in stream(client, talk, "/v1/chat/completions")
         ]
-    for answer in (pieces, [piece for piece in events if piece]):
+    for answer in (texts, [text for text in events if text]):
         assert answer[: len(prefix)] == list(prefix)

@@ -71,7 +71,7 @@ def test_an_answer_that_breaks_off_is_an_error(finish_reason: str, status: int, 
     assert reply.status_code == status
     assert "a" not in reply.json()
     with client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as reply:
-        assert reply.status_code == 200  # the first piece is on its way
+        assert reply.status_code == 200  # the first event is sent already
         events = [json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {")]
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "ab"
     assert events[-1]["error"]["message"]

@@ -65,7 +65,7 @@ def test_streams_pass_through_and_are_remembered(path: str, client, front) -> No
         return [without_names(json.loads(line)) for line in lines]
 
     direct = events(client)
-    if path == "/generate":  # pieces may be cut otherwise
+    if path == "/generate":  # the texts of events may be divided otherwise
         assert "".join(e["text"] for e in events(front)) == "".join(e["text"] for e in direct)
         assert events(front)[-1] == direct[-1]
     else:

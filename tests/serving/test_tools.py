@@ -46,9 +46,9 @@ def play(folder: Path) -> "Iterator[Callable[[list[str]], tuple[openai.OpenAI, F
     """A client of a server whose fake engine generates the texts."""
     with ExitStack() as stack:
 
-        def start(pieces: list[str]) -> "tuple[openai.OpenAI, FakeEngine]":
+        def start(texts: list[str]) -> "tuple[openai.OpenAI, FakeEngine]":
             service = make_service(folder, cache=None)
-            service.engine = FakeEngine(pieces)
+            service.engine = FakeEngine(texts)
             client = stack.enter_context(serving(service))
             ai = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
             return stack.enter_context(ai), service.engine

@@ -27,7 +27,7 @@ TORN = "torn"
 STAGES = {
     ("train.py", "_train"): "command",
     ("build.py", "build"): "preparation",
-    ("train.py", "_begin"): "beginning",
+    ("train.py", "_open_run_folder"): "beginning",
     ("fit.py", "fit"): "training",
     ("base.py", "validation_step"): "validation",
     ("rollout_module.py", "validation_step"): "validation",

@@ -175,7 +175,7 @@ def _shards(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(path: Path) -> "Iterator[safe_open]":
-    """The mapped file; CheckpointError if it is cut, empty or no safetensors file."""
+    """The mapped file; CheckpointError if it is truncated, empty or no safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,7 +1,7 @@
 """Adapter folders: adapter_config.json and adapter_model.safetensors in PEFT's layout; data only, never code.
 
-Each format has a writer and a reader. PEFT's options cannot express all of ours, so the metadata of the safetensors file holds
-our own options too; a folder that PEFT wrote has none, and its options are inferred from its config and tensors.
+Each format has a writer and a reader. PEFT's options cannot express all of genai_pl's, so the metadata of the safetensors file
+holds those too; a folder that PEFT wrote has none, and its options are inferred from its config and tensors.
 """
 
 import json
@@ -83,7 +83,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
 
     adapter = _trained_adapter(model) if adapter is None else adapter
     file = FORMATS[METHODS[adapter.method].kind].write(model, adapter)
-    # warn about the one case that PEFT cannot read whole
+    # warn about the one case that PEFT reads in part only
     attention = sorted({name for name in file.config.get("target_modules") or () if name in XLNET_PARAMETERS})
     if attention and getattr(model.config, "position", None) is Position.xl:
         log.warning(
@@ -100,7 +100,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapter of a folder, ours or PEFT's, around its layers; CheckpointError names folder and reason."""
+    """The model with the adapter of a folder, PEFT's or of genai_pl; CheckpointError names the folder and the reason."""
     try:
         config = read_json(folder / ADAPTER)
         kind = str(config.get("peft_type"))

@@ -44,7 +44,7 @@ class HFModule(NamedTuple):
 
 
 def hf_modules(model: nn.Module) -> list[HFModule]:
-    """Every module with weights, under its name in transformers; under ours if no class of transformers is this model."""
+    """Every module with weights, under its name in transformers; under its own if no class of transformers is this model."""
     places = {name: site for site in module_sites(model) if site.parameters for name in site.names}
     rows = {row.hf_name: row for row in _table(model, places)}
     modules: list[HFModule] = []
@@ -55,7 +55,7 @@ def hf_modules(model: nn.Module) -> list[HFModule]:
             continue
         name, _, kind = row.hf_name.rpartition(".")
         parts = tuple(places[owner] for owner in owners)
-        if kind != "weight":  # a bare parameter of theirs, which PEFT cannot wrap
+        if kind != "weight":  # a bare parameter in transformers, which PEFT cannot wrap
             modules += [_native_module(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
         weights = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]

@@ -24,12 +24,12 @@ def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
     # modules with layers of this adapter, the fully trained ones apart
     adapted = [(module, [layer_of(site, adapter) for site in module.parts]) for module in modules]
     adapted = [(module, layers) for module, layers in adapted if any(layer is not None for layer in layers)]
-    whole = [(module, layers) for module, layers in adapted if layer_type(module, layers) is TrainedCopy]
-    for module, layers in whole:
+    saved_modules = [(module, layers) for module, layers in adapted if layer_type(module, layers) is TrainedCopy]
+    for module, layers in saved_modules:
         tensors |= {
             f"{PREFIX}{module.name}.{kind}": value for kind, value in saved_module_tensors(module, layers).items()
         }
-    adapted = [(module, layers) for module, layers in adapted if (module, layers) not in whole]
+    adapted = [(module, layers) for module, layers in adapted if (module, layers) not in saved_modules]
     for module, layers in adapted:
         tensors[f"{PREFIX}{module.name}.{SCALE}"] = _join_scales(module, layers)
         on_input += [module.name] if any(layer is not None and layer.on_input for layer in layers) else []
@@ -43,18 +43,20 @@ def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
         "feedforward_modules": inner,
         "fan_in_fan_out": any(module.transposed for module, _ in adapted),
         "init_ia3_weights": True,
-        "modules_to_save": [module.name for module, _ in whole] or None,
+        "modules_to_save": [module.name for module, _ in saved_modules] or None,
     }
     return AdapterFile(config, tensors, adapter.options)
 
 
 def read_ia3(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the adapter of a file, ours or PEFT's."""
+    """The model with the adapter of a file that genai_pl or PEFT wrote."""
+    # options from the metadata, or inferred from the shapes of PEFT's tensors
     check_neutral(file.config, UNDERSTOOD)
     modules = hf_modules(model)
     tensors = TensorReader(file, modules, KINDS)
     options = _options(modules, tensors) if file.options is None else file.options
     adapter = make(model, ia3, options)
+    # the sites have changed: their modules are wrapped now
     for module in hf_modules(model):
         layers = [layer_of(site, adapter) for site in module.parts]
         if any(isinstance(layer, TrainedCopy) for layer in layers):
@@ -92,9 +94,10 @@ def _options(modules: list[HFModule], tensors: TensorReader) -> dict[str, object
         raise CheckpointError("it scales the input of a joined layer, which is not supported")
     inner = [module.parts[0].names[0] for module in inputs]
     every = [site.names[0] for module in modules for site in module.parts]
-    whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
+    saved_modules = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
     return {
-        "modules_to_save": shortest_suffixes(whole, [name for name in every if name not in whole]) or None,
+        "modules_to_save": shortest_suffixes(saved_modules, [name for name in every if name not in saved_modules])
+        or None,
         "target_modules": shortest_suffixes(ours, [name for name in every if name not in ours]),
         "feedforward_modules": shortest_suffixes(inner, [name for name in every if name not in inner]),
     }

@@ -32,7 +32,7 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
     """The adapter in PEFT's layout, PiSSA as plain LoRA of twice the rank."""
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, Size] = {}
-    whole: list[HFModule] = []
+    saved_modules: list[HFModule] = []
     options = as_plain_lora(adapter.options)
     modules = hf_modules(model)
     # factors of adapted modules, and tensors of fully trained ones
@@ -40,7 +40,7 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
         layers = [layer_of(site, adapter) for site in module.parts]
         kind = layer_type(module, layers)
         if kind is TrainedCopy:
-            whole.append(module)
+            saved_modules.append(module)
             tensors |= {
                 f"{PREFIX}{module.name}.{name}": value for name, value in saved_module_tensors(module, layers).items()
             }
@@ -51,16 +51,16 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
     # the config follows from the tensors: rank and alpha per module, and suffixes that select just these modules
     transposed = any(module.transposed for module in modules if module.name in sizes)
     config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
-    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in whole] or None}
+    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in saved_modules] or None}
     return AdapterFile(config, tensors, options)
 
 
 def read_lora(model: nn.Module, file: AdapterFile) -> nn.Module:
-    """The model with the adapter of a file, ours or PEFT's."""
+    """The model with the adapter of a file that genai_pl or PEFT wrote."""
     check_config(file.config)
     modules = hf_modules(model)
     tensors = TensorReader(file, modules, KINDS)
-    # options: ours from the metadata, or inferred from PEFT's config and the shapes of its tensors
+    # options from the metadata, or inferred from PEFT's config and the shapes of its tensors
     for names in SHARED.values():
         tensors.check_equal(names, "weight")
     ours = file.options is not None
@@ -133,6 +133,6 @@ def _options(config: dict[str, object], modules: list[HFModule], tensors: Tensor
     for module in tensors.of(modules, A):
         size = size_in(config, tensors.names[Key(module.name, A)], tensors.peek(module.name, A).shape[0])
         ours |= {site.names[0]: size for site in module.parts}
-    whole = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
+    saved_modules = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
     every = [site.names[0] for module in modules for site in module.parts]
-    return options_of(config, ours, whole, every)
+    return options_of(config, ours, saved_modules, every)

@@ -71,9 +71,9 @@ def size_in(config: dict[str, object], tensor: str, rank: int) -> Size:
 
 
 def options_of(
-    config: dict[str, object], sizes: dict[str, Size], whole: list[str], names: Iterable[str]
+    config: dict[str, object], sizes: dict[str, Size], saved_modules: list[str], names: Iterable[str]
 ) -> dict[str, object]:
-    """Our options for layers of these sizes and fully trained layers `whole`, by our names; `names` are all of the model."""
+    """Our options for layers of these sizes and fully trained layers `saved_modules`; `names` are all of the model."""
     if not sizes:
         raise CheckpointError("no layer of LoRA in it")
     names = list(names)
@@ -87,7 +87,8 @@ def options_of(
         "target_modules": shortest_suffixes(sizes, [name for name in names if name not in sizes]),
         "rank_pattern": _pattern({name: size.rank for name, size in sizes.items()}, rank),
         "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items()}, alpha),
-        "modules_to_save": shortest_suffixes(whole, [name for name in names if name not in whole]) or None,
+        "modules_to_save": shortest_suffixes(saved_modules, [name for name in names if name not in saved_modules])
+        or None,
     }
 
 

@@ -119,7 +119,7 @@ class RequestState:
         """Add a token to the output and hand its text to the reader; sets `finish_reason` if it is the last one.
 
         max_length: tokens of prompt and output together. The last output token is never read, so the output may have one
-        token more than the context has room for.
+        token more than the context.
         """
         self.output_ids.append(sampled.token)
         if self.seen_tokens is not None:
