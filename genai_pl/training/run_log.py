@@ -32,7 +32,7 @@ class RunLog:
     """
 
     def __init__(self, fallback: TextIO) -> None:
-        self._fallback = fallback  # called with the reason if the disk refuses the file
+        self._fallback = fallback  # the stream that gets one line if the disk refuses the file
         self._path: Path | None = None
         self._early: deque[str] = deque(maxlen=MAX_EARLY_LINES)
         self._unfinished: dict[int, str] = {}  # lines that have not ended yet, by stream
