@@ -133,7 +133,7 @@ class EpochLoader:
             worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),  # the default draws from the global generator
         )
-        # the next `iter` begins epoch 0, or where load_state_dict says
+        # the next `iter` begins epoch 0, or resumes where load_state_dict set it
         self.epoch, self.position = -1, 0
         self._resume: tuple[int, int] | None = None
 

@@ -57,7 +57,7 @@ class Source:
 
 
 def find_source(path: str, *, option: str = "data.path") -> Source:
-    """The source that a path stands for; DataError says what is missing. `option` is the option's name, for the error."""
+    """The source that a path stands for; DataError if there is none. `option` is the option's name, for the error."""
     path = os.path.expanduser(path)
     # local files: one, all of a folder, or those of a glob
     if Path(path).is_file():
@@ -264,7 +264,7 @@ def configure_progress_bars() -> None:
 
 
 def content_hash(source: Source) -> str:
-    """A hash of what a source says now: of the bytes of its files, or of its hub name."""
+    """A hash of a source's present contents: of the bytes of its files, or of its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
         try:

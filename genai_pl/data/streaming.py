@@ -215,7 +215,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         plan = self.rows.plan
         workers = max(1, plan.workers)
-        # workers take turns, so the position tells whose turn it is
+        # workers take turns, so the position determines which one is next
         self.rows.first_worker = self.position % workers
         loader = DataLoader(
             self.rows,

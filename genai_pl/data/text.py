@@ -132,7 +132,7 @@ class TextDataModule(RowsDataModule):
             raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
 
     def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
-        """The packed rows of a table, tokenized under a cache name that says which part of which source it is.
+        """The packed rows of a table, tokenized under a cache name of source and part.
 
         A part that does not depend on the split is called "all", so that other fractions reuse its tokens.
         """
@@ -142,7 +142,7 @@ class TextDataModule(RowsDataModule):
         return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
-        """One line that says what the data are."""
+        """One line about the data: source, characters and tokens."""
         if self.streaming:
             return f"{self.path}, streamed, rows of {self.seq_len} tokens"
         train, val = self.documents()

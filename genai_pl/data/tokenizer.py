@@ -103,7 +103,7 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def without_truncation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The same tokenizer with truncation and padding switched off: a call that asks for them leaves them on."""
+    """The same tokenizer with truncation and padding switched off: a call with either leaves it on."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

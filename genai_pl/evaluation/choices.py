@@ -33,7 +33,7 @@ class Question(NamedTuple):
 def read_question(
     place: object, prompt: str, choices: Sequence[str], answer: object, *, number: int | None = None
 ) -> Question:
-    """The question of a row; DataError says what is wrong with it.
+    """The question of a row; DataError for choices or an answer that are ambiguous or missing.
 
     place: the row, for errors. answer: an index, a letter or the text of a choice.
     number: an index that an answer written as text may also stand for (csv has no numbers).

@@ -1,6 +1,6 @@
 """Draw recipe: captions and pictures in one stream of tokens, as in DALL-E (Ramesh et al. 2021).
 
-One digit or two side by side, possibly inverted. One pair in five is never shown in training, so the report tells
+One digit or two side by side, possibly inverted. One pair in five is never shown in training, so the report shows
 whether the model composes what it learned of single digits.
 """
 

@@ -1,7 +1,7 @@
 """Music recipe: dances and airs in ABC notation out of music21's corpus (O'Neill, Ryan, Aird, 1778 to 1907).
 
-Tunes are reduced to what a small model can learn: four header fields and the notes. The report checks something that
-the training never states: whether every bar is as long as the metre says.
+Tunes are reduced to what a small model can learn: four header fields and the notes. The report checks a rule that no
+header states: every bar has the length of the metre.
 """
 
 import re

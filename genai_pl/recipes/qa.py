@@ -1,7 +1,7 @@
 """Question answering recipe: questions and short answers out of Debian's bsdgames (BSD's quiz).
 
 A language model learns to answer in a fixed form, not to chat. Validation questions are others of the same quizzes, so
-the score tells what the model knows, which for a small one is little.
+the score measures knowledge, of which a small model has little.
 """
 
 import re
