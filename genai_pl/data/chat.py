@@ -99,6 +99,7 @@ class ChatDataModule(MessagesDataModule):
             conversation = [*messages, *as_messages(json.loads(row["completion"]))]
         if not messages or conversation[-1]["role"] != "assistant":
             return
+        # the tokens that the model will be prompted with
         try:
             prompt_ids = encode_prompt(self.tokenizer, messages, tools)
         except DataError:  # a template that takes conversation conversations only

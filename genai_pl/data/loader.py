@@ -121,6 +121,7 @@ class EpochLoader:
         if len(rows) < plan.world_size:
             raise DataError(f"data: {len(rows)} rows cannot be shared by {plan.world_size} processes")
         self.plan = plan
+        # the sampler decides the order, the DataLoader fetches and collates in workers
         self.sampler = EpochSampler(len(rows), plan, shuffle=shuffle)
         self.loader = DataLoader(
             KeyedExamples(rows),
@@ -132,6 +133,7 @@ class EpochLoader:
             worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),  # the default draws from the global generator
         )
+        # the next `iter` begins epoch 0, or resumes where load_state_dict set it
         self.epoch, self.position = -1, 0
         self._resume: tuple[int, int] | None = None
 

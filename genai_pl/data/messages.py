@@ -1,8 +1,8 @@
 """Conversations in columns, parsed into lists of messages {"role": ..., "content": text, ...}.
 
 Accepted spellings: OpenAI's messages, content in text parts, `tool_calls` with arguments as objects or JSON text, and
-ShareGPT's {"from", "value"}. All of them leave this module in one form, so that nothing behind it knows where a
-conversation came from. What cannot be represented (an image part, a weight per message) is refused by row.
+ShareGPT's {"from", "value"}. All of them leave this module in one form, so later stages need not know the
+origin of a conversation. What cannot be represented (an image part, a weight per message) is refused by row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -155,7 +155,7 @@ def extract_prompt(
         messages or characters, as in TRL's extract_prompt.
     answers: at least one; all texts or all messages if there is no prompt.
 
-    Returned prompt and answers are of one type each; DataError where no prompt can be told from the answers.
+    Returned prompt and answers are of one type each; DataError where the answers share no prompt.
     """
     conversations = [answer for answer in answers if not isinstance(answer, str)]
     if prompt is None:
@@ -176,7 +176,7 @@ def extract_prompt(
 def _prompt_messages(prompt: TextOrMessages, conversations: list[list[Message]], place: Place) -> list[Message]:
     """The prompt as messages.
 
-    A text is matched against the conversations: their common messages end with the user's turn that says it. Conversations
+    A text is matched against the conversations: their common messages end with the user's turn of that text. Conversations
     that begin with an answer have the text as the user's only message.
     """
     if not isinstance(prompt, str):

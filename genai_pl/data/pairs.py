@@ -84,7 +84,7 @@ def tokenize_texts(
 ) -> dict[str, list[list[int]]]:
     """Token ids of the texts of each column, behind the prompt and at most seq_len long.
 
-    Special tokens count, and are kept when a text is truncated; so is the end token that `add_end` asks for.
+    Special tokens count, and are kept when a text is truncated; so is the end token of `add_end`.
     """
     return {
         role: encode_texts(tokenizer, [prompt + text for text in texts], max_length=seq_len, add_end=add_end)

@@ -143,6 +143,7 @@ def encode_answers(
     )
     rows = []
     for group in answers:
+        # divide each row's examples into the shared prompt and the answers
         examples_of_row = [next(examples) for _ in group]
         n_prompt = min((example.n_prompt for example in examples_of_row), default=0)
         # the shared prompt is the shortest part that no example learns

@@ -57,8 +57,9 @@ class Source:
 
 
 def find_source(path: str, *, option: str = "data.path") -> Source:
-    """The source that a path stands for; DataError says what is missing. `option` is the option's name, for the error."""
+    """The source that a path stands for; DataError if there is none. `option` is the option's name, for the error."""
     path = os.path.expanduser(path)
+    # local files: one, all of a folder, or those of a glob
     if Path(path).is_file():
         files = [Path(path)]
     elif Path(path).is_dir():
@@ -209,6 +210,7 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     configure_progress_bars()
+    # load, with errors in one line instead of logs and a traceback
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are raised as well as logged
     try:
         table = load_dataset(source.name, split=source.split, streaming=streaming)
@@ -216,6 +218,7 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
         raise DataError(f"{source.name}: cannot be read ({first_line(error.__cause__ or error)})") from None
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.path={source.name}: {first_line(error)}") from None
+    # compare the number of rows with the metadata
     if not streaming and table.split in (splits := table.info.splits or {}):
         expected = splits[table.split].num_examples
         if len(table) != expected:  # datasets reads a truncated file without an error
@@ -261,7 +264,7 @@ def configure_progress_bars() -> None:
 
 
 def content_hash(source: Source) -> str:
-    """A hash of what a source says now: of the bytes of its files, or of its hub name."""
+    """A hash of a source's present contents: of the bytes of its files, or of its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
     for path in source.files:
         try:

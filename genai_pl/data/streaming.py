@@ -184,14 +184,17 @@ class _WorkerStream:
         for line in self._texts():
             lines.append(line)
             n_pending += len(line)
+            # collect enough lines to search for a split behind CHUNK characters
             if n_pending < CHUNK + LOOK_AHEAD:
                 continue
             text = "".join(lines)
+            # a split that changes no token, else any line end, else all; the rest begins the next passage
             split = find_split(text, CHUNK, encode) or text.find("\n", CHUNK) + 1 or len(text)
             self.pending = text[split:]
             lines, n_pending = [self.pending], len(text) - split
             yield text[:split]
         self.pending = ""
+        # the source is exhausted: its last lines are the last passage
         if n_pending:
             yield "".join(lines)
 
@@ -212,6 +215,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         plan = self.rows.plan
         workers = max(1, plan.workers)
+        # workers take turns, so the position determines which one is next
         self.rows.first_worker = self.position % workers
         loader = DataLoader(
             self.rows,
@@ -222,6 +226,7 @@ class StreamLoader:
         )
         states: list[tuple[int, dict]] = []
 
+        # keep the state of each batch until the batch is yielded below
         def batches() -> Iterator[Batch]:
             for worker, state, batch in loader:
                 if isinstance(batch, DataError):

@@ -70,6 +70,7 @@ class TextDataModule(RowsDataModule):
         self.separate_documents = separate_documents
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
+        # sources are looked up now, so that a wrong path fails before a model is built
         self.source = sources.find_source(path)
         self.val_source = (
             sources.find_source(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
@@ -111,6 +112,7 @@ class TextDataModule(RowsDataModule):
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         """Tokenize and pack both parts; the validation keeps its incomplete last row."""
         self.tokenizer, self.collate = tokenizer, collate
+        # rows as the objective needs them: length, and overlap of neighbours
         self.packing = {"overlap": collate.overlap, "separate": self.separate_documents}
         self.row_length = collate.row_length(self.seq_len)
         train, val = self.documents()
@@ -130,7 +132,7 @@ class TextDataModule(RowsDataModule):
             raise DataError(f"data.path={self.path}: no text is left for validation; set data.val_path")
 
     def _rows(self, table: "Table", source: sources.Source, part: str) -> PackedRows:
-        """The packed rows of a table, tokenized under a cache name that says which part of which source it is.
+        """The packed rows of a table, tokenized under a cache name of source and part.
 
         A part that does not depend on the split is called "all", so that other fractions reuse its tokens.
         """
@@ -140,7 +142,7 @@ class TextDataModule(RowsDataModule):
         return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
-        """One line that says what the data are."""
+        """One line about the data: source, characters and tokens."""
         if self.streaming:
             return f"{self.path}, streamed, rows of {self.seq_len} tokens"
         train, val = self.documents()

@@ -31,8 +31,8 @@ def encode_texts(
 
 def appends_end_token(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer puts a special token behind every text."""
-    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-    return whole[-1:] != plain[-1:]
+    plain, complete = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    return complete[-1:] != plain[-1:]
 
 
 def append_end_token(tokenizer: "PreTrainedTokenizerBase") -> None:

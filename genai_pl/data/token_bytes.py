@@ -23,9 +23,11 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", size: int) -> SpecialTo
     special = np.ones(size, bool)  # ids beyond the tokenizer's are no text either
     starts_word = np.zeros(size, bool)
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # properties of every id
     for token, i in vocab.items():
         special[i] = i in added
         starts_word[i] = _starts_word(token, wordpiece=wordpiece)
+    # ids by name
     return SpecialTokens(
         size=size,
         pad=tokenizer.pad_token_id or 0,

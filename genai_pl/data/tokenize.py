@@ -43,9 +43,11 @@ def split_text(documents: "Dataset", fraction: float) -> tuple["Dataset", "Datas
     n_inside = n_train - int(lengths[:border].sum())
     # whole documents on both sides, and the two parts of the one at the border
     ranges = (0, border), (border + 1, len(documents))
-    whole = [[documents.select(range(start, stop))] if start < stop else [] for start, stop in ranges]
-    halves = [[Dataset.from_dict({"text": [part]})] if part else [] for part in (text[:n_inside], text[n_inside:])]
-    return concatenate_datasets([*whole[0], *halves[0]]), concatenate_datasets([*halves[1], *whole[1]])
+    sides = [[documents.select(range(start, stop))] if start < stop else [] for start, stop in ranges]
+    border_parts = [
+        [Dataset.from_dict({"text": [part]})] if part else [] for part in (text[:n_inside], text[n_inside:])
+    ]
+    return concatenate_datasets([*sides[0], *border_parts[0]]), concatenate_datasets([*border_parts[1], *sides[1]])
 
 
 def n_characters(documents: "Dataset") -> int:

@@ -103,7 +103,7 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def without_truncation(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The same tokenizer with truncation and padding switched off: a call that asks for them leaves them on."""
+    """The same tokenizer with truncation and padding switched off: a call with either leaves it on."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -185,6 +185,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         "truncation_side": tokenizer.truncation_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
+    # keys that versions of transformers spell or use differently
     extra = values.pop("extra_special_tokens", None)
     if extra:  # the older name of the key, which all versions read
         values["additional_special_tokens"] = extra

@@ -79,8 +79,8 @@ class UnpairedDataModule(MessagesDataModule):
     def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
         """The example in seq_len tokens: a long completion keeps half of them or what the prompt leaves, the prompt its end."""
         completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
-        kept = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
-        return {"prompt": kept, "completion": completion, "label": label}
+        prompt = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
+        return {"prompt": prompt, "completion": completion, "label": label}
 
     def prompt(self) -> str:
         return self.render(json.loads(self.tables()[1][0]["prompt"]))

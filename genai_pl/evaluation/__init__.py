@@ -1,6 +1,6 @@
 """Evaluation: texts become windows of tokens, windows get log-likelihoods or rewards, and these become metrics.
 
-`examples` reads a source and tells from its columns what is to be measured; `windows`, `choices` and `preferences` make
+`examples` reads a source, whose columns decide what is measured; `windows`, `choices` and `preferences` make
 `ScoredWindow`s; `scoring` and `embeddings` run the model on them in batches; `metrics` and its neighbours reduce the
 scores. `harness` runs tasks of lm-evaluation-harness instead.
 """

@@ -33,7 +33,7 @@ class Question(NamedTuple):
 def read_question(
     place: object, prompt: str, choices: Sequence[str], answer: object, *, number: int | None = None
 ) -> Question:
-    """The question of a row; DataError says what is wrong with it.
+    """The question of a row; DataError for choices or an answer that are ambiguous or missing.
 
     place: the row, for errors. answer: an index, a letter or the text of a choice.
     number: an index that an answer written as text may also stand for (csv has no numbers).
@@ -85,10 +85,10 @@ def choice_windows(
     owners, prompts, completions = [], [], []
     for n, (prompt, choices, _) in enumerate(questions, start=1):
         for choice in choices:
-            apart = prompt[-1:].isspace() or choice[0].isspace()
+            separated = prompt[-1:].isspace() or choice[0].isspace()
             owners.append(n)
             prompts.append(prompt)
-            completions.append(choice if apart else f" {choice}")
+            completions.append(choice if separated else f" {choice}")
     return completion_windows(prompts, completions, tokenizer, seq_len=seq_len, bos=bos, owners=owners)
 
 

@@ -88,6 +88,7 @@ def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
     if (path / ADAPTER).is_file() and not (path / MODULES).is_file():
         base = str(read_json(path / ADAPTER).get("base_model_name_or_path") or "")
         path = path / base if (path / base).is_dir() else Path(base)
+    # a folder has the files of sentence-transformers, or none
     return read_head(path, n_embd=n_embd)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation examples: what the rows of a source are, told from their columns, and their cells parsed as in training.
+"""Evaluation examples: rows of a source, classified by their columns, with cells parsed as in training.
 
 The first `Kind` whose columns are all there decides. Kinds of one meaning (ARC's and plain choices, ShareGPT's and
 OpenAI's conversations) are read differently and then treated as one (`CANONICAL_KINDS`).
@@ -73,7 +73,7 @@ def read_examples(
     """
     source = sources.shipped_validation(path) or sources.find_source(path)
     available = sources.column_names(source)
-    # columns decide, unless an option says that the rows are texts
+    # the columns decide, unless an option names a column of texts
     if column is None and not last_word:
         kind = find_kind(path, available)
         names = [name for name in kind.value if name in available]
@@ -148,11 +148,13 @@ def read_choice(place: Place, record: Record) -> Question:
     A column called `question` is put into ARC's form, "Question: ...\\nAnswer:"; a `prompt` is used as it is.
     """
     names = list(record)
+    # the prompt, in ARC's form for a `question`
     question, choices, answer = record.values()
     question = parse_text(question, place._replace(column=names[0]))
     prompt = f"Question: {question}\nAnswer:" if names[0] == "question" else question
     choices_place = place._replace(column=names[1])
     choices = parse_json(choices, choices_place) if isinstance(choices, str) else choices
+    # choices as an object of texts and labels, or as a list
     if isinstance(choices, Mapping):
         return read_labelled_question(
             place,

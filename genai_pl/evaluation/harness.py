@@ -49,6 +49,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
     check_task_names(tasks, manager.all_tasks)
+    # transformers' model, as the package wraps it
     model = HFLM(
         str(folder),
         device=str(device),
@@ -58,6 +59,7 @@ def run_tasks(
         batch_size=batch_size,
         max_length=seq_len,
     )
+    # run all tasks; data sets that cannot be loaded become one line
     options = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
     try:
         results = simple_evaluate(model, tasks=list(tasks), task_manager=manager, **options)

@@ -43,7 +43,7 @@ def text_windows(
 ) -> list[ScoredWindow]:
     """The windows of every text; its first token is scored only where a bos precedes it.
 
-    stride: tokens between the starts of windows; None is seq_len. bos: begin every text with it; None asks the tokenizer.
+    stride: tokens between window starts; None is seq_len. bos: begin every text with it; None follows the tokenizer.
     """
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:

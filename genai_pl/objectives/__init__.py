@@ -1,6 +1,6 @@
 """Objectives: pure losses, and the collators that make their batches.
 
-A loss maps tensors to a scalar, with the equation number of its paper, and knows neither the model nor logging nor
+A loss maps tensors to a scalar, with the equation number of its paper, and is independent of the model, logging and
 process groups; `genai_pl.modules` calls it. A collator maps a list of examples to a batch of tensors.
 """
 

@@ -68,8 +68,8 @@ def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int]) -> Callable[...
         n_embd = embeddings[0].shape[-1]
         if not dims or min(dims) < 1 or max(dims) > n_embd:
             raise ConfigError(f"matryoshka dims ({list(dims)}) must lie between 1 and n_embd ({n_embd})")
-        shorter = ([None if e is None else e[..., :dim] for e in embeddings] for dim in dims)
-        return sum(loss(*cut, **options) for cut in shorter) / len(dims)
+        prefixes_by_dim = ([None if e is None else e[..., :dim] for e in embeddings] for dim in dims)
+        return sum(loss(*prefixes, **options) for prefixes in prefixes_by_dim) / len(dims)
 
     return mean_loss
 

@@ -58,12 +58,12 @@ class MaskedLMCollator(Collator):
         """Noised ids and labels (n,) of a row."""
         rng = row_rng(self.seed, row)
         original = row["input_ids"]
-        chosen = self._choose(original, row["segment_ids"], rng)  # (n,) positions
-        draw = rng.random(len(chosen))
-        masked = chosen[draw < self.replace_with_mask]
-        random = chosen[(draw >= self.replace_with_mask) & (draw < self.replace_with_mask + self.replace_with_random)]
+        targets = self._choose(original, row["segment_ids"], rng)  # (n,) positions
+        draw = rng.random(len(targets))
+        masked = targets[draw < self.replace_with_mask]
+        random = targets[(draw >= self.replace_with_mask) & (draw < self.replace_with_mask + self.replace_with_random)]
         ids, labels = original.copy(), np.full(len(original), IGNORED)
-        labels[chosen] = original[chosen]
+        labels[targets] = original[targets]
         ids[masked] = self.vocabulary.mask
         ids[random] = rng.choice(self.text_tokens, len(random))
         return ids, labels
@@ -76,11 +76,11 @@ class MaskedLMCollator(Collator):
         word = self._words(ids, segments, text)
         sizes = np.bincount(word)
         order = rng.permutation(len(sizes))
-        taken = np.cumsum(sizes[order]) - sizes[order] / 2 <= self.mask_probability * len(text)
-        taken[0] = True
-        chosen = np.zeros(len(sizes), bool)
-        chosen[order[taken]] = True
-        return text[chosen[word]]
+        is_target_rank = np.cumsum(sizes[order]) - sizes[order] / 2 <= self.mask_probability * len(text)
+        is_target_rank[0] = True
+        is_target_word = np.zeros(len(sizes), bool)
+        is_target_word[order[is_target_rank]] = True
+        return text[is_target_word[word]]
 
     def _words(self, ids: np.ndarray, segments: np.ndarray, text: np.ndarray) -> np.ndarray:
         """The number of the word that each text token belongs to."""

@@ -31,14 +31,14 @@ class PermutationCollator(Collator):
         self.predict_fraction, self.max_span = predict_fraction, max_span
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
-        drawn = [self._draw(row) for row in rows]
+        draws = [self._draw(row) for row in rows]
         ids = [row["input_ids"] for row in rows]
-        positions = [positions for positions, _ in drawn]
+        positions = [positions for positions, _ in draws]
         M = self._n_targets(max(len(row) for row in ids))
         labels = pad_rows([row[where] for row, where in zip(ids, positions, strict=True)], IGNORED, length=M)
         batch = {
             "input_ids": pad_rows(ids, self.vocabulary.pad),
-            "order": pad_rows([order for _, order in drawn], 0),
+            "order": pad_rows([order for _, order in draws], 0),
             "target_positions": pad_rows(positions, 0, length=M),
             "labels": labels,
             "targets": (labels != IGNORED).sum().float(),

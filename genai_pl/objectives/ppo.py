@@ -75,8 +75,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
 
 def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
     """The number of masked values, their sum and their sum of squares, (3,): ranks add these up for `whiten`."""
-    kept = torch.where(mask, values, 0).double()  # the variance is a difference of these
-    return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
+    masked = torch.where(mask, values, 0).double()  # the variance is a difference of these
+    return torch.stack([mask.sum().double(), masked.sum(), masked.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, *, sums: Tensor | None = None) -> Tensor:

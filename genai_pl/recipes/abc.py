@@ -128,16 +128,18 @@ class _TuneParser:
 
     fields: the header, changed by fields in the melody. bar: notes of the bar so far.
     raised: semitones by letter, those of the key and of accidentals in this bar.
-    broken, tuplet: factors of the next note's length. left: notes of the tuplet that are still to come.
-    held: letter, octave and pitch of a note that is tied to the next one.
+    broken, tuplet: factors of the next note's length. tuplet_notes_left: notes of the tuplet that are still to come.
+    tied_note: letter, octave and pitch of a note that is tied to the next one.
     """
 
     def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields
         self.bar: Bar = []
         self.broken = self.tuplet = Fraction(1)  # factors of the next note, and of those of a tuplet
-        self.left = 0  # notes of the tuplet
-        self.held: tuple[str, int, int] | None = None  # letter, octave and pitch of a note that is tied to the next
+        self.tuplet_notes_left = 0  # notes of the tuplet
+        self.tied_note: tuple[str, int, int] | None = (
+            None  # letter, octave and pitch of a note that is tied to the next
+        )
         self.change()
 
     def change(self, field: str = "") -> None:
@@ -152,14 +154,14 @@ class _TuneParser:
         """Begin a tuplet p:q:r: p notes in the time of q, for the next r notes."""
         p, q, r = [int(part) if part else 0 for part in [*text.split(":"), "", ""][:3]]
         several = 3 if self.fields.get("M", "C") in COMPOUND else 2
-        self.tuplet, self.left = Fraction(q or TUPLETS.get(p, several), p), r or p
+        self.tuplet, self.tuplet_notes_left = Fraction(q or TUPLETS.get(p, several), p), r or p
 
     def add(self, token: re.Match) -> None:
         """Append a note or rest."""
         length = self._length(token) * self.broken
         self.broken = Fraction(1)
-        if self.left:
-            length, self.left = length * self.tuplet, self.left - 1
+        if self.tuplet_notes_left:
+            length, self.tuplet_notes_left = length * self.tuplet, self.tuplet_notes_left - 1
         self.bar.append(Note(self._pitch(token), length))
 
     def break_rhythm(self, marks: str) -> None:
@@ -169,10 +171,10 @@ class _TuneParser:
         self.bar[-1] = self.bar[-1]._replace(length=self.bar[-1].length * first)
 
     def _length(self, token: re.Match) -> Fraction:
-        """The length of a note as it is written: multiples, halves, or whole bars of rest (Z)."""
+        """The length of a note as it is written: multiples, halves, or base bars of rest (Z)."""
         up, slashes, down = re.fullmatch(r"(\d*)(/*)(\d*)", token["length"]).groups()
-        whole = _metre(self.fields.get("M", "C")) if token["letter"] == "Z" else unit(self.fields)  # Z: rests of bars
-        return whole * int(up or 1) / max(1, int(down) if down else 2 ** len(slashes))
+        base = _metre(self.fields.get("M", "C")) if token["letter"] == "Z" else unit(self.fields)  # Z: rests of bars
+        return base * int(up or 1) / max(1, int(down) if down else 2 ** len(slashes))
 
     def _pitch(self, token: re.Match) -> int | None:
         """The MIDI number of a note; an accidental holds to the end of the bar, and beyond it in a tied note."""
@@ -184,15 +186,15 @@ class _TuneParser:
         if token["accidental"]:
             self.raised[letter] = ACCIDENTALS[token["accidental"]]
         pitch = 60 + 12 * octave + STEPS[letter] + self.raised.get(letter, 0)
-        if self.held and self.held[:2] == (letter, octave) and not token["accidental"]:
-            pitch = self.held[2]
-        self.last, self.held = (letter, octave, pitch), None
+        if self.tied_note and self.tied_note[:2] == (letter, octave) and not token["accidental"]:
+            pitch = self.tied_note[2]
+        self.last, self.tied_note = (letter, octave, pitch), None
         return pitch
 
     def tie(self) -> None:
         """Tie the last note to the next one."""
         self.bar[-1] = self.bar[-1]._replace(tied=True)
-        self.held = self.last if self.bar[-1].pitch is not None else None
+        self.tied_note = self.last if self.bar[-1].pitch is not None else None
 
 
 def _read(tune: str) -> Iterator[tuple[Bar, str]]:
@@ -202,6 +204,7 @@ def _read(tune: str) -> Iterator[tuple[Bar, str]]:
     melody = "\n".join(line for line in body.splitlines() if not re.match("[A-JN-Za-z]:", line))
     parser, mark = _TuneParser(header(tune)), ""
     for token in TOKEN.finditer(BESIDE.sub("", melody)):
+        # each token changes the parser's state; a bar line yields the bar
         if token["note"]:
             parser.add(token)
         elif token["field"]:

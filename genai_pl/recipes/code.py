@@ -45,7 +45,7 @@ def prepare(files: list[Path], out: Path) -> str:
     rows: list[Record] = [
         {"text": chosen_texts[n] + "\n"} for n in np.random.default_rng(0).permutation(len(chosen_texts))
     ]
-    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+    return write_parts(out, rows, n_val=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:

@@ -32,11 +32,13 @@ def main(arguments: list[str]) -> int:
 
 def run_command(arguments: list[str]) -> str:
     """The text to print for a command line; files are written on the way. ConfigError for an unknown command or option."""
+    # options are NAME=VALUE, everything else is a word of the command
     words = [a for a in arguments if "=" not in a]
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     unknown = set(options) - {"out"}
     if unknown:
         raise ConfigError(f"{min(unknown)}: no such option; only out= is known")
+    # one command per number and kind of words
     match words:
         case ["--help" | "-h"]:
             return HELP

@@ -38,7 +38,7 @@ def prepare(files: list[Path], out: Path) -> str:
         {"prompt": str(digit), "completion": "\n" + to_text(picture)}
         for picture, digit in zip(pictures, digits, strict=True)
     ]
-    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10))
+    return write_parts(out, rows, n_val=min(N_HELD, len(rows) // 10))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
@@ -53,10 +53,10 @@ def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:
     return [*lines, recognition_report(data, list(zip(pictures, targets, strict=True)))]
 
 
-def recognition_report(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]]) -> str:
+def recognition_report(data: Path, pictures: Sequence[tuple[np.ndarray | None, int]]) -> str:
     """A line on how many pictures an SVM, trained on real digits, takes for the digit that was asked for, and of real ones.
 
-    drawn: pictures, or None for text that is no picture, each with its digit.
+    pictures: each with its digit; None for a text that is no picture.
     """
     if importlib.util.find_spec("sklearn") is None:
         return "pip install scikit-learn: then it is also counted how many are recognised"
@@ -69,7 +69,7 @@ def recognition_report(data: Path, drawn: Sequence[tuple[np.ndarray | None, int]
     )
     classifier = SVC(gamma=0.001).fit(x, y)
     flat_pictures = [
-        (picture.ravel(), digit) for picture, digit in drawn if picture is not None and picture.size == SIZE**2
+        (picture.ravel(), digit) for picture, digit in pictures if picture is not None and picture.size == SIZE**2
     ]
     right = sum(classifier.predict([p])[0] == digit for p, digit in flat_pictures)
-    return f"{right} of {len(drawn)} recognised by an SVM that is right on {classifier.score(held_x, held_y):.1%} of real ones"
+    return f"{right} of {len(pictures)} recognised by an SVM that is right on {classifier.score(held_x, held_y):.1%} of real ones"

@@ -1,6 +1,6 @@
 """Draw recipe: captions and pictures in one stream of tokens, as in DALL-E (Ramesh et al. 2021).
 
-One digit or two side by side, possibly inverted. One pair in five is never shown in training, so the report tells
+One digit or two side by side, possibly inverted. One pair in five is never shown in training, so the report shows
 whether the model composes what it learned of single digits.
 """
 
@@ -48,6 +48,7 @@ def prepare(files: list[Path], out: Path) -> str:
         picture = np.concatenate([rng.choice(of_digit[digit]) for digit in digits_shown], axis=1)
         picture = 16 - picture if inverted else picture
         row = {"prompt": caption(*digits_shown, inverted=inverted), "completion": "\n" + to_text(picture)}
+        # held-out pairs go to the validation, all others train, until both are full
         part, limit = (val, N_HELD) if not single and is_held_out(left, right) else (train, N_ROWS)
         if len(part) < limit:
             part.append(row)

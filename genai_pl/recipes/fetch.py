@@ -49,11 +49,11 @@ def write_rows(path: Path, rows: Iterable[Record]) -> int:
     return len(lines)
 
 
-def write_parts(folder: Path, rows: list[Record], *, held: int) -> str:
-    """Write all rows but the last `held` to train.jsonl and those to val.jsonl; a line about both."""
-    n_train = write_rows(folder / "train.jsonl", rows[:-held])
-    n_val = write_rows(folder / "val.jsonl", rows[-held:])
-    return f"{n_train:,} rows in {folder / 'train.jsonl'}, {n_val:,} in {folder / 'val.jsonl'}"
+def write_parts(folder: Path, rows: list[Record], *, n_val: int) -> str:
+    """Write all rows but the last n_val to train.jsonl and those to val.jsonl; a line about both."""
+    train, val = rows[:-n_val], rows[-n_val:]
+    counts = write_rows(folder / "train.jsonl", train), write_rows(folder / "val.jsonl", val)
+    return f"{counts[0]:,} rows in {folder / 'train.jsonl'}, {counts[1]:,} in {folder / 'val.jsonl'}"
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """Music recipe: dances and airs in ABC notation out of music21's corpus (O'Neill, Ryan, Aird, 1778 to 1907).
 
-Tunes are reduced to what a small model can learn: four header fields and the notes. The report checks something that
-the training never states: whether every bar is as long as the metre says.
+Tunes are reduced to what a small model can learn: four header fields and the notes. The report checks a rule that no
+header states: every bar has the length of the metre.
 """
 
 import re
@@ -68,7 +68,7 @@ def prepare(files: list[Path], out: Path) -> str:
     unique_tunes = {tune for path in files for tune in tunes(path.read_text(encoding="latin-1"))}
     texts = sorted(tune for tune in unique_tunes if 100 < len(tune) < LONGEST)
     rows: list[Record] = [{"text": texts[n]} for n in np.random.default_rng(0).permutation(len(texts))]
-    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+    return write_parts(out, rows, n_val=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:

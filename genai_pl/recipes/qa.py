@@ -1,7 +1,7 @@
 """Question answering recipe: questions and short answers out of Debian's bsdgames (BSD's quiz).
 
 A language model learns to answer in a fixed form, not to chat. Validation questions are others of the same quizzes, so
-the score tells what the model knows, which for a small one is little.
+the score measures knowledge, of which a small model has little.
 """
 
 import re
@@ -70,7 +70,7 @@ def prepare(files: list[Path], out: Path) -> str:
     rows: list[Record] = [
         {"prompt": f"Question: {pairs[n][0]}\nAnswer:", "completion": f" {pairs[n][1]}"} for n in order
     ]
-    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+    return write_parts(out, rows, n_val=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:

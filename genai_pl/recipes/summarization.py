@@ -51,7 +51,7 @@ def prepare(files: list[Path], out: Path) -> str:
     items = list(bodies.items())
     order = np.random.default_rng(0).permutation(len(items))
     rows: list[Record] = [{"source": items[n][1], "target": items[n][0]} for n in order]
-    return write_parts(out, rows, held=min(N_HELD, len(rows) // 10 + 1))
+    return write_parts(out, rows, n_val=min(N_HELD, len(rows) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:

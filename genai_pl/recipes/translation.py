@@ -52,7 +52,7 @@ def prepare(files: list[Path], out: Path) -> str:
     phrases = [(de, en) for de, en in translations.items() if 2 <= de.count(" ") < 6 and de[-1] not in ".!?"]
     order = np.random.default_rng(0).permutation(len(sentences))
     rows: list[Record] = [{"source": de, "target": en} for de, en in [*phrases, *(sentences[n] for n in order)]]
-    return write_parts(out, rows, held=min(N_HELD, len(sentences) // 10 + 1))
+    return write_parts(out, rows, n_val=min(N_HELD, len(sentences) // 10 + 1))
 
 
 def show(generate: GenerateTexts, data: Path, out: Path) -> list[str]:

@@ -32,7 +32,7 @@ class RunLog:
     """
 
     def __init__(self, fallback: TextIO) -> None:
-        self._fallback = fallback  # where an error of the log file is reported
+        self._fallback = fallback  # gets one line if the log cannot be written
         self._path: Path | None = None
         self._early: deque[str] = deque(maxlen=MAX_EARLY_LINES)
         self._unfinished: dict[int, str] = {}  # lines that have not ended yet, by stream

@@ -20,8 +20,8 @@ from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
 from genai_pl.objectives import CausalLMCollator, PreferenceCollator
 from genai_pl.serving.http.messages import Message
-from tests.data.brought import collator
-from tests.data.test_brought import LOADING, module, said
+from tests.data.broken_files import collator
+from tests.data.test_broken_files import LOADING, module, row_texts
 
 HERE = Place("here.jsonl", 3, "text")
 CELLS = [
@@ -79,14 +79,14 @@ def test_the_cells_of_a_csv_are_texts_as_they_are_written(tmp_path: Path) -> Non
     cells = ",".join(['"NA"', "NA", "null", "nan", "None", "007", "2", "True", "1.50", "2024-01-01"])
     (tmp_path / "t.csv").write_text("prompt,completion\n" + "".join(f"{cell},{cell}\n" for cell in cells.split(",")))
     data = prepared(module("completions", tmp_path / "t.csv"))
-    assert said("completions", data) == [[cell.strip('"')] * 2 for cell in cells.split(",")]
+    assert row_texts("completions", data) == [[cell.strip('"')] * 2 for cell in cells.split(",")]
 
 
 def test_a_number_of_a_json_column_is_the_text_by_which_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(
         "".join(f'{{"prompt": "p", "completion": {n}}}\n' for n in ("2", "1.50", "-1e3", '"x"'))
     )
-    found = said("completions", prepared(module("completions", tmp_path / "t.jsonl")))
+    found = row_texts("completions", prepared(module("completions", tmp_path / "t.jsonl")))
     assert [completion for _, completion in found] == ["2", "1.50", "-1e3", "x"]
 
 
@@ -137,7 +137,7 @@ def test_the_labels_of_every_kind_of_file_are_the_same(ending: str, tmp_path: Pa
     path = tmp_path / f"t.{ending}"
     write = {"csv": frame.to_csv, "parquet": frame.to_parquet}.get(ending)
     write(path, index=False) if write else frame.to_json(path, orient="records", lines=True)
-    assert [row[-1] for row in said("unpaired", module("unpaired", path))] == [False, True, False]
+    assert [row[-1] for row in row_texts("unpaired", module("unpaired", path))] == [False, True, False]
 
 
 def test_numbers_may_be_written_as_text_and_must_be_finite() -> None:
@@ -220,7 +220,7 @@ def test_conversations_with_calls_are_the_same_from_jsonl_and_parquet(
 def test_a_row_that_says_nothing_is_one_line_with_file_and_row(
     kind: str, row: dict, message: str, tmp_path: Path
 ) -> None:
-    from tests.data.brought import rows_of
+    from tests.data.broken_files import rows_of
 
     path = lines(tmp_path / "rows.jsonl", [*rows_of(kind)[:2], row])
     with pytest.raises(DataError) as caught:
@@ -286,7 +286,7 @@ def test_tools_are_a_list_or_its_json() -> None:
 def test_the_input_of_an_instruction_is_a_part_of_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     rows = [{"instruction": "Add.", "input": given, "output": "3"} for given in ("1 2", "", "2 1")]
-    found = said("completions", module("completions", Path(lines(tmp_path / "alpaca.jsonl", rows))))
+    found = row_texts("completions", module("completions", Path(lines(tmp_path / "alpaca.jsonl", rows))))
     assert found == [["Add.\n\n1 2", "3"], ["Add.", "3"], ["Add.\n\n2 1", "3"]]
     assert "then input after a blank line" in caplog.text
 
@@ -295,7 +295,7 @@ def test_turns_of_from_and_value_are_messages(tmp_path: Path, caplog: pytest.Log
     caplog.set_level("INFO")
     talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     data = module("chat", Path(lines(tmp_path / "share.jsonl", [{"conversations": talk}] * 3)))
-    assert said("chat", data) == [[("user", "a"), ("assistant", "b")]] * 3
+    assert row_texts("chat", data) == [[("user", "a"), ("assistant", "b")]] * 3
     assert "column conversations" in caplog.text
     with pytest.raises(DataError, match="from is 'observation'"):
         parse_messages([{"from": "observation", "value": "x"}], HERE)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genai_pl.data import byte_tokenizer
-from tests.evaluation.plain import CONTEXT
+from tests.evaluation.reference_loop import CONTEXT
 
 
 @pytest.fixture(scope="module")

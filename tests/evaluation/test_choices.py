@@ -15,7 +15,7 @@ from genai_pl.evaluation import Kind, Question, choice_metrics, score, text_wind
 from genai_pl.evaluation.examples import read_choice
 from genai_pl.kernels.chunked_logits import tokens_at_once
 from genai_pl.loading import load
-from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
+from tests.evaluation.reference_loop import CONTEXT, greedy_text, reference_nll, write_lines
 
 COLORS = ["red", "green ones", "blé", "any"]
 QUESTIONS = [
@@ -44,7 +44,7 @@ def test_the_answer_is_the_choice_that_transformers_finds_most_likely(
         for choice in choices:
             said = list((choice if gap or choice[0] == " " else f" {choice}").encode())
             said = list(gap.encode()) + said
-            losses.append(plain(theirs, given[-(CONTEXT + 1 - len(said)) :], said)[0])
+            losses.append(reference_nll(theirs, given[-(CONTEXT + 1 - len(said)) :], said)[0])
         by_byte = [loss / len(choice.encode()) for loss, choice in zip(losses, choices, strict=True)]
         if n % 2:  # half of them are right by loss, so that the share is neither 0 nor 1
             question["answer"] = losses.index(min(losses))
@@ -147,13 +147,13 @@ def test_a_bad_row_is_one_line_of_the_command(folder: Path, command, tmp_path: P
 
 def test_the_last_word_of_a_text_is_its_completion(folder: Path, theirs, command, tmp_path: Path) -> None:
     prompts = ["I know the", "go, and \n", "so"]
-    words = [continued(theirs, f"{prompts[0]} ", 3), "home", "it"]
+    words = [greedy_text(theirs, f"{prompts[0]} ", 3), "home", "it"]
     texts = [f"{prompt} {word}" for prompt, word in zip(prompts, words, strict=True)]
     path = write_lines(tmp_path / "texts.jsonl", [{"body": f"{text}\n"} for text in texts])
     found = figures(command, folder, f"data.path={path}", "data.column=body", "data.last_word=true")
     hits, total = 0, 0.0
     for prompt, text in zip(prompts, texts, strict=True):
-        nll, right = plain(theirs, list(prompt.rstrip().encode()), list(text[len(prompt.rstrip()) :].encode()))
+        nll, right = reference_nll(theirs, list(prompt.rstrip().encode()), list(text[len(prompt.rstrip()) :].encode()))
         total, hits = total + nll, hits + all(right)
     assert found["accuracy"] == pytest.approx(hits / 3)
     assert found["completion_perplexity"] == pytest.approx(torch.tensor(total / 3).exp().item(), rel=1e-4)

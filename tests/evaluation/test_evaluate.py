@@ -16,7 +16,7 @@ from genai_pl.data.sources import CORPUS
 from genai_pl.evaluation import completion_windows, score, text_windows
 from genai_pl.evaluation.windows import windows
 from genai_pl.loading import load
-from tests.evaluation.plain import CONTEXT, continued, plain, write_lines
+from tests.evaluation.reference_loop import CONTEXT, greedy_text, reference_nll, write_lines
 
 TEXTS = ["Two households, both alike in dignity, in fair Verona", "short", "x", ""]
 PROMPTS = ["Where is the", "ends in spaces  ", "longer than the context of the model is, so it is cut", ""]
@@ -48,7 +48,7 @@ def test_a_text_gets_the_figures_of_transformers_window_by_window(
     for ids in (list(text.encode()) for text in TEXTS):
         for n, token in list(enumerate(ids))[1:]:
             window = max(0, -(-(n - 10) // 7))  # the first one that reaches as far as token n
-            nll, hit = plain(theirs, ids[7 * window : n], [token])
+            nll, hit = reference_nll(theirs, ids[7 * window : n], [token])
             total, hits = total + nll, hits + hit
     figures = json.loads((tmp_path / "figures" / "all.json").read_text())
     assert (figures["rows"], figures["tokens"], figures["cut"]) == (4, len(hits), 0)
@@ -65,15 +65,15 @@ def test_a_text_gets_the_figures_of_transformers_window_by_window(
 
 
 def test_completions_get_the_figures_of_transformers_one_by_one(folder: Path, theirs, command, tmp_path: Path) -> None:
-    completions = [continued(theirs, PROMPTS[0], 3), "word", continued(theirs, PROMPTS[2], 2), "ab"]
+    completions = [greedy_text(theirs, PROMPTS[0], 3), "word", greedy_text(theirs, PROMPTS[2], 2), "ab"]
     rows = [{"prompt": p, "completion": c} for p, c in zip(PROMPTS, completions, strict=True)]
     path = write_lines(tmp_path / "pairs.jsonl", rows)
     result = command("evaluate", f"checkpoint={folder}", f"data.path={path}", "batch_tokens=40", "out=figures.json")
     assert result.status == 0, result.err
-    scored = [plain(theirs, list(b"Where is the"), list(completions[0].encode()))]
-    scored += [plain(theirs, list(b"ends in spaces"), list(b"  word"))]
-    scored += [plain(theirs, list(PROMPTS[2].encode())[-(CONTEXT - 1) :], list(completions[2].encode()))]
-    scored += [plain(theirs, [byte_tokenizer().bos_token_id], list(completions[3].encode()))]
+    scored = [reference_nll(theirs, list(b"Where is the"), list(completions[0].encode()))]
+    scored += [reference_nll(theirs, list(b"ends in spaces"), list(b"  word"))]
+    scored += [reference_nll(theirs, list(PROMPTS[2].encode())[-(CONTEXT - 1) :], list(completions[2].encode()))]
+    scored += [reference_nll(theirs, [byte_tokenizer().bos_token_id], list(completions[3].encode()))]
     nlls, hits = [nll for nll, _ in scored], [hit for _, row in scored for hit in row]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["loss"] == pytest.approx(sum(nlls) / len(hits), rel=1e-5)

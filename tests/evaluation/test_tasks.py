@@ -8,7 +8,7 @@ import torch
 
 from genai_pl.loading import load
 from tests.conftest import TINY
-from tests.evaluation.plain import write_lines
+from tests.evaluation.reference_loop import write_lines
 
 TASK = """task: {name}
 dataset_path: json

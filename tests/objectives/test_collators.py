@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from packed_rows import BARE, PAD, VOCABULARY, row, rows
 
 from genai_pl.errors import ConfigError
 from genai_pl.objectives import (
@@ -17,6 +16,7 @@ from genai_pl.objectives import (
     PrefixLMCollator,
     SpanCorruptionCollator,
 )
+from tests.objectives.packed_rows import BARE, PAD, VOCABULARY, row, rows
 
 MIXTURE = [{"noise_density": 0.15}, {"noise_density": 0.5}, {"noise_density": 0.25, "mean_span_length": None}]
 NOISY = {

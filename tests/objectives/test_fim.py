@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import END, MIDDLE, PREFIX, SUFFIX, TEXT, VOCABULARY, row, rows
 
 from genai_pl.objectives import CausalLMCollator, FimCollator
+from tests.objectives.packed_rows import END, MIDDLE, PREFIX, SUFFIX, TEXT, VOCABULARY, row, rows
 
 
 def collator(**options) -> FimCollator:

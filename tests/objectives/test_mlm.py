@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import END, MASK, TEXT, VOCABULARY, row, rows
 
 from genai_pl.objectives import IGNORED, MaskedLMCollator
+from tests.objectives.packed_rows import END, MASK, TEXT, VOCABULARY, row, rows
 
 
 def originals(batch_of_rows: list[dict]) -> torch.Tensor:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import PAD, VOCABULARY
 
 from genai_pl.errors import DataError
 from genai_pl.objectives import PairCollator
+from tests.objectives.packed_rows import PAD, VOCABULARY
 
 COLLATE = PairCollator(vocabulary=VOCABULARY)
 

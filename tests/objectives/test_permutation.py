@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from packed_rows import END, VOCABULARY, row, rows
 
 from genai_pl.kernels import AttentionMask
 from genai_pl.objectives import IGNORED, PermutationCollator
+from tests.objectives.packed_rows import END, VOCABULARY, row, rows
 
 
 def collator(**options) -> PermutationCollator:

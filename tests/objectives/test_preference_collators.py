@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import PAD, VOCABULARY
 
 from genai_pl.errors import DataError
 from genai_pl.kernels import linear_logprobs
@@ -17,6 +16,7 @@ from genai_pl.objectives import (
     segment_sums,
     sequence_logprobs,
 )
+from tests.objectives.packed_rows import PAD, VOCABULARY
 
 PAIRED = PreferenceCollator(vocabulary=VOCABULARY)
 SHARED = PreferenceCollator(vocabulary=VOCABULARY, share_prompts=True)

@@ -1,10 +1,10 @@
 """Prefix language modelling: where the prefix ends and what is predicted."""
 
 import torch
-from packed_rows import VOCABULARY, row, rows
 
 from genai_pl.kernels import AttentionMask
 from genai_pl.objectives import IGNORED, CausalLMCollator, PrefixLMCollator
+from tests.objectives.packed_rows import VOCABULARY, row, rows
 
 COLLATE = PrefixLMCollator(vocabulary=VOCABULARY, seed=0)
 CAUSAL = CausalLMCollator(vocabulary=VOCABULARY, seed=0)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import PAD, VOCABULARY, row
 
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.objectives import IGNORED, CausalLMCollator, SFTCollator, causal_lm_loss
+from tests.objectives.packed_rows import PAD, VOCABULARY, row
 
 COLLATE = SFTCollator(vocabulary=VOCABULARY)
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from packed_rows import END, PAD, SENTINELS, VOCABULARY, row, rows
 
 from genai_pl.errors import ConfigError
 from genai_pl.objectives import IGNORED, SpanCorruptionCollator
+from tests.objectives.packed_rows import END, PAD, SENTINELS, VOCABULARY, row, rows
 
 
 def collator(**options) -> SpanCorruptionCollator:

@@ -84,17 +84,17 @@ def save_pretrained(
     if generation is None:
         generation = {name: i for name, i in token_ids.items() if i is not None}
     if isinstance(model, WrappedDecoder):
-        reader = save_wrapped(model, folder)
+        class_name = save_wrapped(model, folder)
         write_json(folder / "generation_config.json", generation)
-        return reader
-    values, table, reader = write_config(model.config, token_ids)
+        return class_name
+    values, table, class_name = write_config(model.config, token_ids)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**values, "dtype": dtype})
     write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **generation})
     state = model.state_dict()
     tensors = ((row.hf_name, _to_hf(state, row)) for row in table)
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
-    return reader
+    return class_name
 
 
 def _with_start(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -102,12 +102,14 @@ class Engine:
         the engine's time, however many requests come, and leave, and come again.
         """
         self._finish_stopped()
+        # schedule and prefill, with one callable of another thread
         if self.decode_seconds_owed <= 0 or not self.model_runner.states:
             start = time.monotonic()
             if self.thread_queue:
                 self.thread_queue.run_next()
             self.prefill()
             self.decode_seconds_owed = DECODE_SHARE * (time.monotonic() - start)
+        # decode
         if self.model_runner.states:
             start = time.monotonic()
             self.decode()

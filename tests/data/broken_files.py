@@ -32,11 +32,11 @@ def collator(kind: str, tokens: SpecialTokens) -> Collator:
         return CausalLMCollator()
     if kind == "prompts":
         return PromptCollator(vocabulary=tokens, max_new_tokens=8)
-    kinds = {"pairs": PairCollator, "preference": PreferenceCollator, "compared talks": PreferenceCollator}
+    kinds = {"pairs": PairCollator, "preference": PreferenceCollator, "conversation pairs": PreferenceCollator}
     return kinds.get(kind, SFTCollator)(vocabulary=tokens)
 
 
-def talk(n: int) -> list[dict]:
+def conversation(n: int) -> list[dict]:
     return [
         {"role": "user", "content": f"What is {n}?"},
         {"role": "assistant", "content": f"It is {n}, naïf."},
@@ -49,12 +49,12 @@ def rows_of(kind: str) -> Rows:
     """Good rows of a kind of data."""
     make: dict[str, Callable[[int], dict]] = {
         "text": lambda n: {"text": f"A text of number {n}, with a comma and an é.\nIts second line.", "id": n},
-        "chat": lambda n: {"messages": talk(n), "id": f"r{n}"},
+        "chat": lambda n: {"messages": conversation(n), "id": f"r{n}"},
         "completions": lambda n: {"prompt": f"{n} + 1 = ", "completion": f"{n + 1}"},
         "preference": lambda n: {"prompt": f"{n}?", "chosen": f"yes, {n}", "rejected": f"no {n}"},
-        "compared talks": lambda n: {
-            "chosen": talk(n),
-            "rejected": [*talk(n)[:3], {"role": "assistant", "content": "?"}],
+        "conversation pairs": lambda n: {
+            "chosen": conversation(n),
+            "rejected": [*conversation(n)[:3], {"role": "assistant", "content": "?"}],
         },
         "unpaired": lambda n: {"prompt": f"{n}?", "completion": f"so {n}", "label": n % 2 == 0},
         "prompts": lambda n: {"prompt": f"{n}?", "answer": n},
@@ -65,7 +65,7 @@ def rows_of(kind: str) -> Rows:
 
 
 FLAT = ["text", "completions", "preference", "unpaired", "prompts", "pairs", "seq2seq"]  # kinds that fit into a csv
-KINDS = [*FLAT, "chat", "compared talks"]
+KINDS = [*FLAT, "chat", "conversation pairs"]
 
 
 def write(path: Path, rows: Rows) -> None:
@@ -170,7 +170,7 @@ def expected(kind: str, row: dict) -> list:
         if not isinstance(value, list):
             raise Unclear
         return given(value)
-    if kind == "compared talks":
+    if kind == "conversation pairs":
         chosen, rejected = given(row.get("chosen")), given(row.get("rejected"))
         alike = [one == other for one, other in zip(chosen, rejected, strict=False)]
         n = alike.index(False) if False in alike else len(alike) - 1

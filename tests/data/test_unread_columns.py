@@ -11,8 +11,8 @@ from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.messages import prepend_system
 from genai_pl.data.text import TextDataModule
 from genai_pl.errors import DataError
-from tests.data.brought import collator
-from tests.data.test_brought import LOADING, module, said
+from tests.data.broken_files import collator
+from tests.data.test_broken_files import LOADING, module, row_texts
 from tests.data.test_columns import HERE, lines, prepared
 
 ASKED, ANSWER = [{"role": "user", "content": "Two?"}], [{"role": "assistant", "content": "2"}]
@@ -33,14 +33,14 @@ def cells(path: Path, rows: list[dict]) -> Path:
     [
         ("completions", {"prompt": ASKED, "completion": ANSWER}),
         ("preference", {"prompt": ASKED, "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "3"}]}),
-        ("compared talks", {"chosen": ASKED + ANSWER, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}),
+        ("conversation pairs", {"chosen": ASKED + ANSWER, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}),
         ("unpaired", {"prompt": ASKED, "completion": ANSWER, "label": "true"}),
         ("prompts", {"prompt": ASKED}),
     ],
 )
 def test_messages_in_the_cells_of_a_csv_are_those_of_the_jsonl(kind: str, row: dict, tmp_path: Path) -> None:
-    expected = said(kind, module(kind, Path(lines(tmp_path / "rows.jsonl", [row] * 4))))
-    assert said(kind, module(kind, cells(tmp_path / "rows.csv", [row] * 4))) == expected
+    expected = row_texts(kind, module(kind, Path(lines(tmp_path / "rows.jsonl", [row] * 4))))
+    assert row_texts(kind, module(kind, cells(tmp_path / "rows.csv", [row] * 4))) == expected
     assert expected[0][0] == ("user", "Two?")
 
 
@@ -50,7 +50,7 @@ def test_json_in_a_text_of_a_jsonl_stays_text_and_is_said_once(
     caplog.set_level("INFO")
     rows = [{"prompt": "a", "chosen": "[1, 2]", "rejected": "c"}] * 2
     rows += [{"prompt": "a", "chosen": json.dumps(ANSWER), "rejected": "c"}] * 2
-    found = said("preference", module("preference", Path(lines(tmp_path / "rows.jsonl", rows))))
+    found = row_texts("preference", module("preference", Path(lines(tmp_path / "rows.jsonl", rows))))
     assert found[2] == ["a", json.dumps(ANSWER), "c"]
     assert [r.getMessage() for r in caplog.records if "is JSON in a text" in r.getMessage()] == [
         f"data        {tmp_path / 'rows.jsonl'}: row 3: answers is JSON in a text, and taken as that text: give a list"
@@ -63,7 +63,7 @@ def test_a_system_column_beside_conversations_is_their_first_message(
     caplog.set_level("INFO")
     talk = [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2"}]
     rows = [{"system": system, "conversations": talk, "id": "7"} for system in ("Count.", "", None)]
-    found = said("chat", module("chat", Path(lines(tmp_path / "share.jsonl", rows))))
+    found = row_texts("chat", module("chat", Path(lines(tmp_path / "share.jsonl", rows))))
     assert found == [[("system", "Count."), *SAID], SAID, SAID]
     assert caplog.text.count("columns not used: id\n") == 1
     assert caplog.text.count("is read as messages") == 1
@@ -78,7 +78,7 @@ def test_two_system_messages_are_refused_unless_they_are_the_same() -> None:
 
 def test_a_system_column_beside_a_prompt_of_messages_is_its_first_message(tmp_path: Path) -> None:
     rows = [{"system": "Count.", "prompt": ASKED, "completion": ANSWER}] * 3
-    found = said("completions", module("completions", Path(lines(tmp_path / "rows.jsonl", rows))))
+    found = row_texts("completions", module("completions", Path(lines(tmp_path / "rows.jsonl", rows))))
     assert found[0] == [("system", "Count."), *SAID]
 
 
@@ -116,7 +116,7 @@ def test_the_context_of_an_instruction_is_a_part_of_its_prompt(
     rows = [{"instruction": "Who?", "context": text, "response": "He."} for text in ("He sings.", "", "He is.")]
     names = {"messages": "messages", "prompt": "instruction", "completion": "response", "packing": True}
     data = ChatDataModule(path=lines(tmp_path / "dolly.jsonl", rows), **names, **LOADING)
-    assert said("completions", data) == [["Who?\n\nHe sings.", "He."], ["Who?", "He."], ["Who?\n\nHe is.", "He."]]
+    assert row_texts("completions", data) == [["Who?\n\nHe sings.", "He."], ["Who?", "He."], ["Who?\n\nHe is.", "He."]]
     assert "then context after a blank line" in caplog.text
     assert "not used" not in caplog.text
 

@@ -18,14 +18,14 @@ from genai_pl.data.text import TextDataModule
 from genai_pl.data.unpaired import UnpairedDataModule
 from genai_pl.errors import ConfigError, DataError
 from tests.conftest import TINY
-from tests.data import brought
+from tests.data import broken_files
 
 LOADING = {
     "val_path": None, "val_fraction": 0.2, "seq_len": 4096, "batch_size": 2, "val_batch_size": None, "workers": 0,
     "shuffle": True, "seed": 0,
 }  # fmt: skip
 OBJECTIVES = {
-    "chat": "sft", "completions": "sft", "preference": "dpo", "compared talks": "dpo", "unpaired": "kto", "text": "clm",
+    "chat": "sft", "completions": "sft", "preference": "dpo", "conversation pairs": "dpo", "unpaired": "kto", "text": "clm",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def module(kind: str, path: Path) -> RowsDataModule:
         return TextDataModule(**text, **{**options, "seq_len": 8})
     if kind in ("chat", "completions"):
         return ChatDataModule(messages="messages", prompt="prompt", completion="completion", packing=True, **options)
-    if kind in ("preference", "compared talks"):
+    if kind in ("preference", "conversation pairs"):
         names = {name: name for name in ("prompt", "chosen", "rejected", "completions")}
         return PreferenceDataModule(**names, margin=None, **options)
     if kind == "unpaired":
@@ -49,7 +49,7 @@ def module(kind: str, path: Path) -> RowsDataModule:
     return Seq2SeqDataModule(source="source", target="target", packing=True, **options)
 
 
-def said(kind: str, data: RowsDataModule) -> list:
+def row_texts(kind: str, data: RowsDataModule) -> list:
     """What the rows of a data module say, in the order of the file."""
     if kind == "text":
         return ["".join(text for table in data.documents() for text in table["text"])]
@@ -63,7 +63,7 @@ def flat(kind: str, row: dict) -> list:
     parts = {role: json.loads(cell) for role, cell in row.items() if role not in ("row", "label")}
     if kind == "chat":
         return plain(parts["messages"])
-    if kind == "compared talks":
+    if kind == "conversation pairs":
         return [*plain(parts["prompt"]), *map(plain, parts["answers"])]
     label = [row["label"]] if "label" in row else []
     answers = [text for answer in parts.get("answers", []) for text in plain(answer)]
@@ -78,15 +78,15 @@ def outcome(kind: str, path: Path) -> str:
     """`refused` with one line, `equal` to the independent reading, or else what is wrong."""
     try:
         data = module(kind, path)
-        found = said(kind, data)
+        found = row_texts(kind, data)
         tokenizer = byte_tokenizer()
         if data.has_conversations():
             ensure_template(tokenizer)
-        data.prepare(tokenizer, brought.collator(kind, special_tokens(tokenizer, len(tokenizer))))
+        data.prepare(tokenizer, broken_files.collator(kind, special_tokens(tokenizer, len(tokenizer))))
     except (DataError, ConfigError) as error:
         return "refused" if "\n" not in str(error) and len(str(error)) < 400 else f"not a line: {error}"
     try:
-        rows = [brought.expected(kind, row) for row in brought.read(path)]
+        rows = [broken_files.expected(kind, row) for row in broken_files.read(path)]
     except Exception as error:
         return f"{type(error).__name__} is read as {found}"
     expected = ["".join(row[0] for row in rows)] if kind == "text" else rows
@@ -96,7 +96,7 @@ def outcome(kind: str, path: Path) -> str:
 def outcomes(numbers: range, folder: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     for number in numbers:
-        kind, path = brought.broken(number, folder)
+        kind, path = broken_files.broken(number, folder)
         found = outcome(kind, path)
         counts[found] += 1
         assert found in ("equal", "refused"), f"{number}: {kind} in {path}: {found}"
@@ -104,14 +104,14 @@ def outcomes(numbers: range, folder: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
-@pytest.mark.parametrize("kind", brought.KINDS)
+@pytest.mark.parametrize("kind", broken_files.KINDS)
 def test_good_files_of_every_kind_say_what_other_readers_read(kind: str, ending: str, tmp_path: Path) -> None:
-    rows = brought.rows_of(kind)
+    rows = broken_files.rows_of(kind)
     if ending == "csv" and kind == "chat":
         rows = [{"messages": json.dumps(row["messages"])} for row in rows]
-    if ending == "csv" and kind == "compared talks":
+    if ending == "csv" and kind == "conversation pairs":
         pytest.skip("a csv holds no lists where a text may stand")
-    brought.write(tmp_path / f"good.{ending}", rows)
+    broken_files.write(tmp_path / f"good.{ending}", rows)
     assert outcome(kind, tmp_path / f"good.{ending}") == "equal"
 
 
@@ -131,7 +131,7 @@ def test_files_broken_in_300_ways_are_read_as_others_read_them_or_refused_in_one
 
 @pytest.mark.parametrize("number", [0, 2, 4, 7, 9])
 def test_a_broken_file_gets_the_command_to_train_or_to_say_one_line(number: int, command, tmp_path: Path) -> None:
-    kind, path = brought.broken(number, tmp_path)
+    kind, path = broken_files.broken(number, tmp_path)
     result = command(
         "train", f"objective={OBJECTIVES.get(kind, 'sft')}", *TINY, "model.max_seq_len=96", f"data.path={path}",
         "data.val_fraction=0.4", "trainer.max_steps=1", "callbacks.export=false", "trainer.limit_val_batches=0",

@@ -10,7 +10,7 @@ CONTEXT = 24  # tokens that the model reads at once
 
 
 @torch.no_grad()
-def plain(theirs: nn.Module, given: list[int], scored: list[int]) -> tuple[float, list[bool]]:
+def reference_nll(theirs: nn.Module, given: list[int], scored: list[int]) -> tuple[float, list[bool]]:
     """Negative log-likelihood of the tokens `scored` after `given`, and which of them are the most likely ones."""
     logits = theirs(torch.tensor([(given + scored)[:-1]])).logits[0, -len(scored) :].double()
     goal = torch.tensor(scored)
@@ -19,7 +19,7 @@ def plain(theirs: nn.Module, given: list[int], scored: list[int]) -> tuple[float
 
 
 @torch.no_grad()
-def continued(theirs: nn.Module, text: str, n: int) -> str:
+def greedy_text(theirs: nn.Module, text: str, n: int) -> str:
     """The n most likely next bytes."""
     ids = list(text.encode())
     for _ in range(n):
