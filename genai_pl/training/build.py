@@ -131,7 +131,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.scheduler),
     )
-    module.make_optimizer(module.trained())  # its mistakes are told before the data are read
+    module.make_optimizer(module.trained())  # built once here: mistakes show before the data are read
     if config.compile:
         for block in model.blocks:
             block.compile()

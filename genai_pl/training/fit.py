@@ -73,7 +73,7 @@ class Run:
     checkpoints: StepCheckpoint
     samples: Samples | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
-    base: str | None = None  # where the model can be had as it began
+    base: str | None = None  # reference to the base of an adapter
 
 
 def fit(run: Run, checkpoint: Path | None) -> None:
@@ -91,7 +91,7 @@ def fit(run: Run, checkpoint: Path | None) -> None:
         _validate_the_end(run)
         if not run.interrupt.left_out and run.trainer.is_global_zero:
             run.checkpoints.confirm()
-    # on a signal, say what was saved
+    # on a signal, print what was saved
     if run.interrupt.left_out and run.trainer.is_global_zero:
         name, step, last = (
             signal.Signals(run.interrupt.signum).name,
@@ -185,9 +185,8 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
 def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
     """Headings and paragraphs of the model card: command, data, metrics."""
     overrides = read_overrides(run.folder / ".hydra" / "overrides.yaml")
-    command = redact(
-        " ".join(o for o in overrides if key_of(o) not in PER_COMMAND)
-    )  # a run is one, however often taken up
+    # a run counts once, however often it was resumed
+    command = redact(" ".join(o for o in overrides if key_of(o) not in PER_COMMAND))
     headings = {"run_name": "Name", "tags": "Tags"}
     return {
         **{heading: str(flat[option]) for option, heading in headings.items() if option in flat},
@@ -224,7 +223,7 @@ def _one_line_errors(run: Run) -> Iterator[None]:
     try:
         with _silence_writers():
             yield
-    except MisconfigurationException as error:  # Lightning's checks of what it was given
+    except MisconfigurationException as error:  # Lightning refuses an argument
         line = str(error).splitlines()[0]
         if match := re.search(r"Try at least `(\w+)=(\S+)`", line):
             value = getattr(run.trainer, match[1])

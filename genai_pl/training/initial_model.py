@@ -58,7 +58,7 @@ class InitialModel(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
     defaults: GenerationDefaults = NO_DEFAULTS
-    sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
+    sentence: SentenceHead | None = None  # pooling and dense layer in its folder
 
 
 def build_initial_model(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> InitialModel:

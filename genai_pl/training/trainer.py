@@ -84,13 +84,12 @@ def build_trainer(
         del options[name]
     for name in options.keys() & REFUSED_ARGUMENTS:
         raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
-    # under torchrun the environment decides on devices and nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes: it decides on devices
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
     if not module.automatic_optimization:
         options["gradient_clip_val"] = None  # the module clips by itself
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
-    # ours count optimizer steps, across epochs; Lightning counts batches
+    # options count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
     loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
