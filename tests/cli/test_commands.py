@@ -213,10 +213,9 @@ def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
     raise AssertionError(f"ended too early: {process.communicate()[0]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [(), pytest.param(("data.workers=2", "data.streaming=true", "data.block_rows=9"), marks=pytest.mark.slow)],
-    ids=["table", "stream"],
+    "options", [(), ("data.workers=2", "data.streaming=true", "data.block_rows=9")], ids=["table", "stream"]
 )
 def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -229,7 +228,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], unint
     assert table(run) == uninterrupted(*options)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_exports_and_the_run_can_go_on(signum: int, status: int, uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, *LONG, f"hydra.run.dir={run}")
@@ -299,6 +300,7 @@ def test_auto_without_a_run_starts_a_new_one(command) -> None:
     assert "no run to continue" in result.out
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(command, tmp_path: Path) -> None:
     assert command("train", *TINY, "hydra.run.dir=one").status == 0
     two = start(

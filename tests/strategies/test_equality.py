@@ -21,11 +21,16 @@ STRATEGIES = {
     "tensor_parallel": ("strategy=tensor_parallel", WHOLE),
     "shards of sequences": ("strategy=tensor_parallel", "strategy.sequence_parallel=true", WHOLE),
 }
+QUICK = [("clm", "ddp"), ("clm", "tensor_parallel")]  # the rest is slow: each run starts two processes
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(
-    "objective", ["clm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlm", "llama"))]
+    ("objective", "strategy"),
+    [
+        pytest.param(objective, strategy, marks=() if (objective, strategy) in QUICK else pytest.mark.slow)
+        for objective in ("clm", "mlm", "llama")
+        for strategy in STRATEGIES
+    ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
     objective: str, strategy: str, folder: Path, reference
@@ -60,6 +65,7 @@ def test_a_divided_run_goes_on_with_another_number_of_processes(
     assert_same(run, reference("clm"), names=("train/loss", "train/grad_norm"))
 
 
+@pytest.mark.slow
 def test_muon_steps_whole_matrices_that_lie_in_pieces(folder: Path, reference) -> None:
     expected, run = reference("alibi"), folder / "alibi-fsdp"
     train(folder, *SMALL, *OBJECTIVES["alibi"], *STRATEGIES["fsdp"], "trainer.devices=2", f"hydra.run.dir={run}")

@@ -66,6 +66,7 @@ def test_a_run_of_one_process_goes_on_with_two(folder: Path) -> None:
         assert all(map(torch.equal, model.parameters(), right.parameters()))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_processes(folder: Path) -> None:
     options = ("trainer=fsdp", HALF, "hydra.run.dir=torchrun")
     train(folder, *SMALL, *options, launch=("-m", "torch.distributed.run", "--nproc-per-node=2"))

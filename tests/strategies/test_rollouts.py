@@ -84,6 +84,7 @@ def judge(folder: Path) -> str:
     return "judge"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_on_what_greedy_decoding_writes(folder: Path) -> None:
     greedy = (*SMALL, *PPO, "init_from=base/model", "objective.temperature=0")
     train(folder, *greedy, WHOLE, "hydra.run.dir=one")

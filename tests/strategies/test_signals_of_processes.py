@@ -99,7 +99,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("strategy", "what", "step", "name"),
-    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_all_processes_stop_at_one_place_and_the_run_goes_on_exactly(
     strategy: str, what: str, step: int, name: str, folder: Path, send: Run, undisturbed, request: pytest.FixtureRequest

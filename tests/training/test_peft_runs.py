@@ -141,7 +141,8 @@ def test_tokens_that_a_model_lacked_come_with_its_adapter(command, tmp_path: Pat
     assert torch.equal(logits(load("run/checkpoints/last.ckpt").model), logits(adapted))
 
 
-@pytest.mark.parametrize("method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_on_two_processes_is_that_of_one(method: str, command, tmp_path: Path) -> None:
     arguments = ("train", *GPT, f"peft={method}", "data.batch_size=2", "data.val_batch_size=2")
     assert command(*arguments, "trainer.accumulate_grad_batches=2", "hydra.run.dir=one").status == 0
