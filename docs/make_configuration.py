@@ -19,8 +19,8 @@ COMMANDS = {
 INTRODUCTION = """# Configuration
 
 Every option of every command, written by `python docs/make_configuration.py` from the comments in `conf/`. A group is chosen by
-`group=option`, a field is set by `group.field=value`, and `python train.py --cfg job` prints what a command line comes to. The
-command line beats `experiment=`, which beats what an option of a group says, which beats the defaults.
+`group=option`, a field is set by `group.field=value`, and `python train.py --cfg job` prints the
+composed configuration. The command line overrides `experiment=`, which overrides the files of groups.
 """
 
 

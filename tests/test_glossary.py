@@ -13,7 +13,7 @@ ROWS = [line.strip("|").split("|") for line in GLOSSARY.splitlines() if line.sta
 RETIRED = {name for row in ROWS for name in re.findall(r"`([A-Za-z_]\w*)`", row[-1])}
 FILES = sorted((ROOT / "genai_pl").rglob("*.py"))
 # phrases of docstrings and of comments in conf/ that say a thing of the field in words of our own
-PHRASES = re.compile(r"\bin pieces\b|\blets go of\b|\bis told of\b|\bwho sees whom\b", re.IGNORECASE)
+PHRASES = re.compile(r"\bin pieces\b|\blets go of\b|\bis told of\b|\bwho sees whom\b|\bcomes of it\b", re.IGNORECASE)
 
 
 def names(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ would have drawn. `AtomicCheckpointIO` writes and reads single files (sharded ch
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,7 @@ class StepCheckpoint(Checkpoint):
         self.started = False  # whether a first step has begun
         self._seen = 0
         self._unconfirmed = False  # whether no step has followed the newest checkpoint yet
+        self._removing = threading.Lock()  # a thread that writes a checkpoint removes old ones, as training does
         self._rng: list[dict] = []  # generator states of the resumed run, by rank
 
     def describe_run(
@@ -143,8 +145,9 @@ class StepCheckpoint(Checkpoint):
 
     def _keep_newest(self, n: int) -> None:
         """Remove all but the n checkpoints of the highest steps."""
-        for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
-            remove_checkpoint_files(old)
+        with self._removing:
+            for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
+                remove_checkpoint_files(old)
 
     def begin(self) -> None:
         """Call `on_start` once: all is restored, and the run may write."""

@@ -138,7 +138,7 @@ def run_terminal(chat: Chat) -> int:
     read = _read_terminal if typed else _read_line
     interrupted = False  # by a Ctrl-C after which nothing was typed
     with interruptible():
-        # one message per turn; what goes wrong with it is told, and the next is read
+        # one message per turn; an error in one does not end the chat
         while True:
             try:
                 text = read_message(read)

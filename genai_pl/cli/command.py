@@ -207,7 +207,7 @@ def _run_guarded(main: Main, config: DictConfig) -> Outcome:
             raise
         print(f"error: {redact(line)}", file=sys.stderr)
         return Outcome(2)
-    except BrokenPipeError:  # whoever read stdout has gone: `| head`
+    except BrokenPipeError:  # the reader of stdout has ended: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Outcome(128 + signal.SIGPIPE)
     except Exception as error:  # what the disk, or another machine, refuses is no fault of the code

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the picture; default: FOLDER/compare.png")
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
     args = parser.parse_args()
-    # losses are to fall; other metrics are known to rise, or --max says so
+    # lower is better, except for known metrics and with --max
     greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
     try:
         # read, print the table, draw

@@ -68,7 +68,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
         choice = choices.get("objective")
         objective = choice if isinstance(choice, str) and choice.isprintable() else ""
         runs.append(ComparedRun(name, _settings(path.parent), run_tags, objective, steps, values))
-    # say what there is instead
+    # an error names what exists
     if not runs and not metric_names and tags:
         raise DataError(
             f"{folder}: no run has the tags {', '.join(tags)}; there are: {', '.join(sorted(known_tags)) or 'none'}"

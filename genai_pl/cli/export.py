@@ -50,7 +50,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")
     if config.format == "peft":
         return copy_adapter(config, out)
-    # one model without adapters, in the dtype asked for or that of its files
+    # one model without adapters, in dtype= or the dtype of its files
     loaded = load(config.checkpoint, adapters=[config.adapter] if config.adapter else ())
     model = loaded.model
     if adapters_of(model):

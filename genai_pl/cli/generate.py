@@ -110,7 +110,6 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
     n = options.num_return if options.num_beams > 1 else config.num_samples
     is_single = len(prompts) * n * n_choices == 1 and not config.logprobs
     streaming = config.stream and is_single
-    # print, and what the user may want to know beside the text
     if is_single:
         print(prompts[0], end=separator(loaded), flush=True)
     rows = [encode_prompt(loaded.tokenizer, prompt) for prompt in prompts] * n_choices
@@ -130,6 +129,7 @@ def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], 
         row_weights=row_weights,
     )
     completions = [completion for of_row in completions_of_rows for completion in of_row]
+    # print them, and then hints and statistics
     if is_single:
         print("" if streaming else completions[0].text, flush=True)
     else:
@@ -246,9 +246,11 @@ def adapter_names(config: DictConfig) -> list[str]:
 def assign_adapters(
     model: nn.Module, names: list[str], weights: list[float] | None, n_prompts: int
 ) -> RowWeights | None:
-    """Set the weights that all rows share; else, of several adapters, the weights by row for every prompt with each.
+    """Weights of several adapters by row, or None where all rows share theirs, which are set here.
 
-    Rows are ordered by adapter, then by prompt. ConfigError unless there is a weight for each adapter.
+    weights: one factor per adapter, all of which then act on every row. Without weights several adapters divide
+    the batch: rows are ordered by adapter, then by prompt. ConfigError unless there is a weight for each
+    adapter.
     """
     adapters = adapters_of(model)[-len(names) :] if names else []
     if weights is not None:

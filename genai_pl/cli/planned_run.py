@@ -68,7 +68,7 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
         add_missing_tokens(tokenizer, objective.needs)
         model_settings = replace(model_settings, attention=config.model.attention, dropout=config.model.dropout)
         return replace(model_settings, vocab_size=max(model_settings.vocab_size, len(tokenizer)))
-    # bpe learns as many tokens as it is asked for, less those it begins with
+    # bpe learns vocab_size tokens, less the bytes and special tokens it begins with
     kind = config.tokenizer.kind
     tokenizer = byte_tokenizer() if kind in ("byte", "bpe") else pretrained_tokenizer(config.tokenizer.name)
     n_learned = config.tokenizer.vocab_size - len(tokenizer) if kind == "bpe" else 0

@@ -15,29 +15,29 @@ class GenerationConfig:
     1e-4 become 0, greedy.
     """
 
-    max_new_tokens: int = 200  # most tokens of a continuation
-    min_new_tokens: int = 0  # no end token before
-    temperature: float = 1.0  # below 1 the likely becomes likelier, above 1 less so; 0: greedy
-    top_k: int | None = None  # draw among the likeliest k tokens only
-    top_p: float | None = None  # draw among the likeliest tokens that reach this probability together
-    min_p: float | None = None  # draw among tokens of at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1: tokens that stand in the text already become less likely
-    no_repeat_ngram_size: int | None = None  # no n tokens twice, those of the prompt included
-    bad_words: list[str] = field(default_factory=list)  # never written, alone or after a space, in the usual tokens
-    prefix: str = ""  # text that a continuation begins with
-    stop: list[str] = field(default_factory=list)  # text that ends a sequence; it is not returned
-    logit_bias: dict[int, float] = field(default_factory=dict)  # added to the logits of tokens, by their numbers
-    json_schema: str | None = None  # a file, or the schema itself: what follows the prefix is JSON of this kind
-    regex: str | None = None  # or matches this expression as a whole
-    num_beams: int = 1  # sequences that are kept; 1: no beam search
-    num_return: int = 1  # of the best beams
-    length_penalty: float = 1.0  # scores are divided by length ** this
-    early_stopping: str = "false"  # true: at num_beams ended ones; false: by a heuristic; never: as none can be better
+    max_new_tokens: int = 200  # maximum tokens of a continuation
+    min_new_tokens: int = 0  # no end token before this many
+    temperature: float = 1.0  # below 1 sharpens the distribution, above 1 flattens it; 0: greedy
+    top_k: int | None = None  # sample among the k most likely tokens
+    top_p: float | None = None  # sample among the most likely tokens with this total probability (nucleus)
+    min_p: float | None = None  # sample among tokens with at least this share of the top probability
+    repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
+    no_repeat_ngram_size: int | None = None  # no n-gram twice, those of the prompt included
+    bad_words: list[str] = field(default_factory=list)  # texts that are never generated, alone or after a space
+    prefix: str = ""  # forced beginning of a continuation
+    stop: list[str] = field(default_factory=list)  # texts that end a sequence and are not returned
+    logit_bias: dict[int, float] = field(default_factory=dict)  # added to the logits of tokens, by token id
+    json_schema: str | None = None  # file or text of a JSON schema that the text after the prefix obeys
+    regex: str | None = None  # regular expression that the text after the prefix matches as a whole
+    num_beams: int = 1  # beams; 1: no beam search
+    num_return: int = 1  # best beams to return
+    length_penalty: float = 1.0  # scores are divided by length ** length_penalty
+    early_stopping: str = "false"  # true: at num_beams finished beams; false: heuristic; never: if none can be better
     num_beam_groups: int = 1  # above 1: diverse beam search
-    diversity_penalty: float = 0.0  # of a token, for each beam of earlier groups that takes it in the same step
-    draft: str | None = None  # a smaller model of the same tokenizer, which proposes tokens
-    prompt_lookup: int | None = None  # propose what followed the last n tokens (or fewer) where they stood before
-    draft_tokens: int = 8  # proposed at a time, at most
+    diversity_penalty: float = 0.0  # subtracted from a token per earlier group's beam that takes it in this step
+    draft: str | None = None  # smaller model with the same tokenizer that proposes tokens
+    prompt_lookup: int | None = None  # propose what followed an earlier occurrence of the last n tokens (or fewer)
+    draft_tokens: int = 8  # maximum tokens proposed at a time
 
     def __post_init__(self) -> None:
         self.early_stopping = str(self.early_stopping).lower()

@@ -34,13 +34,13 @@ class RopeScaling:
     """Scaling of rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
 
     kind: RopeKind = RopeKind.none
-    factor: float = 1.0  # how many times longer
-    original_max_seq_len: int = 8192  # llama3, yarn: the length of the training
+    factor: float = 1.0  # new length / length of the training
+    original_max_seq_len: int = 8192  # llama3, yarn: context of the training
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: of queries and keys; null: 0.1 ln(factor) + 1
+    attention_factor: float | None = None  # yarn: factor of queries and keys; null: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
         parse_enums(self, "model.rope_scaling")
@@ -62,7 +62,7 @@ class ModelConfig:
 
     shape: Shape = Shape.decoder
     n_layer: int = 12
-    n_decoder_layer: int | None = None  # of an encoder_decoder; null: n_layer
+    n_decoder_layer: int | None = None  # decoder layers of an encoder_decoder; null: n_layer
     n_head: int = 12
     n_kv_head: int | None = None  # null: n_head (no grouping)
     n_embd: int = 768
@@ -71,48 +71,48 @@ class ModelConfig:
     intermediate_size: int | None = None  # null: 4 n_embd, or 8/3 n_embd to a multiple of 32 when gated
     vocab_size: int | None = None  # null: the tokenizer's
     max_seq_len: int = 1024
-    eos_token_ids: tuple[int, ...] = ()  # each ends a text; found where a model is loaded or begun
-    n_token_types: int = 0  # kinds of segments that an encoder tells apart (BERT: 2)
+    eos_token_ids: tuple[int, ...] = ()  # each ends a text; set from the tokenizer and the model's folder
+    n_token_types: int = 0  # segment types of an encoder (BERT: 2)
     share_layers: bool = False  # one block, used n_layer times (Lan et al. 2020)
     position: Position = Position.learned
-    position_offset: int = 0  # rows of learned positions before that of the first token (RoBERTa: 2)
+    position_offset: int = 0  # index of the first token's learned position (RoBERTa: 2)
     rope_theta: float = 10000.0
-    rope_theta_local: float | None = None  # of layers with a window, never scaled; null: as all the others
+    rope_theta_local: float | None = None  # rope_theta of windowed layers, never scaled; null: rope_theta
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    relative_buckets: int = 32  # of position=relative
+    relative_buckets: int = 32  # buckets of position=relative
     relative_max_distance: int = 128
     norm: Norm = Norm.layernorm
     norm_order: NormOrder = NormOrder.pre
     norm_eps: float = 1e-5
     embed_norm: bool = False  # normalize the sum of the embeddings
-    scale_embeddings: bool = False  # by sqrt(n_embd)
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     activation: Activation = Activation.gelu_tanh
     gated_mlp: bool = False
-    bias: bool = True  # in every linear layer and LayerNorm
+    bias: bool = True  # biases in every linear layer and LayerNorm
     qkv_bias: bool | None = None  # null: as bias
     o_bias: bool | None = None  # null: as bias
     qk_norm: bool = False
     head: Head = Head.linear
     head_bias: bool = False
-    scale_head: bool = False  # hidden states by 1/sqrt(n_embd) before the head (T5)
+    scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
-    pooler: bool = False  # keep the dense layer over the first state that a folder brought (BERT), for those who use it
-    decoder_start_token_id: int | None = None  # what an encoder_decoder begins to write with; null: the pad token
+    pooler: bool = False  # keep the folder's dense layer over the first state (BERT's pooler)
+    decoder_start_token_id: int | None = None  # first decoder token of an encoder_decoder; null: the pad token
     attention_kind: AttentionKind = AttentionKind.full
-    attention_scale: float | None = None  # of scores; null: 1/sqrt(head_dim)
-    window: int | None = None  # a token sees this many, itself included (in an encoder: to either side)
-    full_every: int | None = None  # every so many layers there is no window (Gemma 3: 6)
-    n_global: int = 0  # attention_kind=window: the first tokens, which see all and are seen by all
-    linformer_rank: int = 64  # keys that the positions are projected to
+    attention_scale: float | None = None  # scale of attention scores; null: 1/sqrt(head_dim)
+    window: int | None = None  # tokens that a token attends to, itself included (in an encoder: to either side)
+    full_every: int | None = None  # every n-th layer has no window (Gemma 3: 6)
+    n_global: int = 0  # attention_kind=window: leading tokens with global attention
+    linformer_rank: int = 64  # projected keys
     performer_features: int = 128  # random features per head
     reformer_hashes: int = 2
     reformer_bucket: int = 64  # positions per chunk
-    softcap: float | None = None  # of attention scores
+    softcap: float | None = None  # tanh cap of attention scores
     logit_softcap: float | None = None
     dropout: float = 0.0
     init_std: float = 0.02
     attention: AttentionBackend = AttentionBackend.auto
-    extra: dict[str, Any] = field(default_factory=dict)  # of the config.json it was read from, to be written again
+    extra: dict[str, Any] = field(default_factory=dict)  # other fields of its config.json, written on export
 
     def __post_init__(self) -> None:
         self.eos_token_ids = tuple(int(i) for i in self.eos_token_ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation.banned_tokens import build_banned_tokens
-from genai_pl.generation.decode import continued, evaluating, seen_tokens
+from genai_pl.generation.decode import continuation_segments, evaluating, seen_tokens
 from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
 from genai_pl.generation.processors import penalize
@@ -107,7 +107,7 @@ def beam_search(
     check_prompt(model, input_ids, segment_ids)
     (B, T), k = input_ids.shape, config.num_beams
     size = k // config.num_beam_groups
-    segment = continued(segment_ids, k)
+    segment = continuation_segments(segment_ids, k)
     seen = seen_tokens(input_ids, segment_ids, config, model.config.vocab_size, k)
     banned_tokens = build_banned_tokens(config, constraints, input_ids, segment_ids, model.config.vocab_size)
     groups = [BeamGroup(size, config) for _ in range(B * config.num_beam_groups)]

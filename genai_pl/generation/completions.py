@@ -63,6 +63,7 @@ class CompletionRunner:
 
     def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
         """n continuations of each prompt, decoded in one batch of len(rows) * n rows."""
+        # `finished` is shared: `decode` sets it at end tokens, `_collect` at stop strings
         streams = [self.text_stream(i) for i in range(len(self.rows)) for _ in range(n)]
         input_ids, segment_ids = self._batch()
         finished = torch.zeros(len(streams), dtype=torch.bool, device=input_ids.device)

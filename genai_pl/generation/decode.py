@@ -56,7 +56,7 @@ def decode(
     N, V = B * num_samples, model.config.vocab_size
     if finished is None:
         finished = torch.zeros(N, dtype=torch.bool, device=input_ids.device)
-    segment = continued(segment_ids, num_samples)
+    segment = continuation_segments(segment_ids, num_samples)
     seen = seen_tokens(input_ids, segment_ids, config, V, num_samples)
     ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=input_ids.device)
     banned_tokens = build_banned_tokens(config, constraints.and_ends(ends.tolist()), input_ids, segment_ids, V)
@@ -133,7 +133,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def continued(segment_ids: Tensor | None, n: int) -> Tensor | None:
+def continuation_segments(segment_ids: Tensor | None, n: int) -> Tensor | None:
     """Segment ids (B * n, 1) of new tokens after prompts (B, T) with n samples each: those of the prompt's last document."""
     return None if segment_ids is None else segment_ids[:, -1:].repeat_interleave(n, dim=0)
 

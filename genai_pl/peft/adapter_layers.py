@@ -31,10 +31,12 @@ class WeightAdapter(AdapterLayer):
 
     @property
     def in_features(self) -> int:
+        """Size of the input, as of a linear layer."""
         return self.base.in_features
 
     @property
     def out_features(self) -> int:
+        """Size of the output, as of a linear layer."""
         return self.base.out_features
 
     @property

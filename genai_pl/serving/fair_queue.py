@@ -57,7 +57,9 @@ class FairQueue(Generic[T]):
         self._waiting: OrderedDict[str, deque[T]] = OrderedDict()  # by client; of equal tags the first client's is next
         self._n = 0
         self._virtual_time = 0.0
-        self._finish_tags: dict[str, float] = {}  # of each client's last item, unless it is below the virtual time
+        self._finish_tags: dict[
+            str, float
+        ] = {}  # of each client's last dequeued item, unless it is below the virtual time
 
     def __len__(self) -> int:
         return self._n

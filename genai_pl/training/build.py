@@ -1,6 +1,8 @@
-"""Objects of a run, made from its configuration in order: model, data, module, trainer.
+"""Objects of a run, built from its configuration in order: model, data, module, trainer.
 
-Nothing here changes the configuration, and what comes back is complete: whoever trains it sets no attribute of it.
+Configuration stops here: below this file functions take plain typed arguments. Nothing changes the configuration,
+and what comes back is complete: whoever trains it sets no attribute of it. The order is one of cost: checks that
+need no data first, then the model, then tokenization, so that a mistake shows in seconds.
 """
 
 import logging
@@ -53,7 +55,11 @@ log = logging.getLogger(__name__)
 
 
 def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> Run:
-    """Every object of the run, which goes on from the checkpoint if there is one."""
+    """The complete Run of a configuration.
+
+    folder: the run folder, which exists. checkpoint: where a resumed run goes on; its stored length decides the
+    defaults. Raises ConfigError and DataError for options and data that do not fit each other.
+    """
     # what can be refused before anything is read
     check_prepared(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
@@ -110,12 +116,14 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
-    """The LightningModule of the objective, around the model."""
+    """The LightningModule of the objective, around the model, with its optimizer and schedule still to be made."""
+    # torchao replaces linear layers, before the module counts parameters
     if config.precision.get("float8"):
         float8(model)
     tokens = special_tokens(tokenizer, model.config.vocab_size)
     if model.config.shape is Shape.encoder_decoder:
         tokens = tokens._replace(start=model.config.decoder_start_token_id)
+    # the objective's _target_ is partial: what is not an option comes from here
     module = instantiate(config.objective)(
         model,
         vocabulary=tokens,
@@ -123,7 +131,7 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.scheduler),
     )
-    module.make_optimizer(module.trained())  # its mistakes are told before the data are read
+    module.make_optimizer(module.trained())  # built once here: mistakes show before the data are read
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -131,7 +139,12 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
 
 
 def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a module that learns from rewards its reward, its critic, and the clipping that Lightning leaves to it."""
+    """Give a module that learns from rewards its reward function, its critic, and the gradient clipping that
+    Lightning leaves to it.
+
+    Such a module makes several optimizer steps per batch of prompts, so Lightning neither accumulates nor clips
+    for it.
+    """
     if config.trainer.accumulate_grad_batches != 1:
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"

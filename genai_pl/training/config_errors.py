@@ -34,7 +34,7 @@ HYDRA_PLUGINS = {  # of Hydra
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
 OPTIONAL_GROUPS = {"experiment"}  # that null chooses nothing of
-OPEN_PREFIXES = ("trainer.", "callbacks.extra.", "logger.", "hydra.")  # what is added there is handed on
+OPEN_PREFIXES = ("trainer.", "callbacks.extra.", "logger.", "hydra.")  # added keys are passed on to libraries
 ADVICE = {"trainer.val_check_interval": "; trainer.limit_val_batches=0 validates never"}
 
 
@@ -46,10 +46,10 @@ def explain_config_error(error: Exception, conf: Path, config_name: str, argumen
     """
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    # a UserError raised in a resolver of ours is wrapped, possibly twice
+    # a UserError raised in a resolver is wrapped, possibly twice
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, UserError):  # of a resolver of ours
+        if isinstance(cause, UserError):  # raised by a resolver
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     # words that Hydra's grammar does not accept
@@ -76,7 +76,7 @@ def explain_config_error(error: Exception, conf: Path, config_name: str, argumen
         reason = next(
             (line for line in message.splitlines() if "Value" in line or "Invalid" in line), message.splitlines()[0]
         )
-        if reason.startswith("Error merging override"):  # what of it does not fit stands in the cause
+        if reason.startswith("Error merging override"):  # the cause has the reason
             reason = str(error.__cause__).splitlines()[0].replace("is not Optional", "cannot be null")
         if "is not a ListConfig" in reason:
             value = next((a.partition("=")[2] for a in arguments if a.partition("=")[0] == match[1]), "...")
@@ -211,7 +211,7 @@ def _check_added(key: str, defaults: DictConfig) -> None:
     for part in key.split(".")[:-1]:
         parent = OmegaConf.select(parent, part)
         if not isinstance(parent, DictConfig) or not parent or "_target_" in parent:
-            return  # checked by whoever makes it, or the user's own mapping
+            return  # `targets` checks its arguments, or the mapping is the user's own
     if name not in parent:
         raise UserError(f"{key}: no such option{did_you_mean(name, [str(known) for known in parent])}")
 
@@ -239,7 +239,7 @@ def check_choices(arguments: list[str], conf: Path) -> None:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException:
-            continue  # said by whoever composes
+            continue  # Hydra reports it
         value = None if override.is_sweep_override() else override.value()
         names = value if isinstance(value, list) and value else [value]
         if not override.is_sweep_override() and not all(isinstance(name, str) and name for name in names):

@@ -1,4 +1,10 @@
-"""Running a fit to its end, whatever the end is: done, stopped by a signal, out of disk, or not a number any more."""
+"""Fitting: the run from its first step to its end, whatever the end is: done, a signal, a full disk, a loss that is
+NaN.
+
+A run must end with something usable and a line that says how to go on. Errors of the machine become one line with
+the last good checkpoint; errors of the code keep their traceback. On a signal the current step is finished and
+saved (callbacks/interrupt.py), then the process exits with 128 + n.
+"""
 
 import logging
 import re
@@ -45,7 +51,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """The objects of one run."""
+    """All objects of one run, complete when built.
+
+    folder: the run folder. trainer, module, data, tokenizer: what Lightning fits. length: optimizer steps and
+    passes.
+    monitor, console, interrupt, checkpoints, samples: our callbacks; samples is None where no text can be
+    written.
+    defaults: generation settings of the folder that the model came from. base: reference to an adapter's base
+    model, None without.
+    """
 
     folder: Path
     trainer: L.Trainer
@@ -59,20 +73,25 @@ class Run:
     checkpoints: StepCheckpoint
     samples: Samples | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
-    base: str | None = None  # where the model can be had as it began
+    base: str | None = None  # reference to the base of an adapter
 
 
 def fit(run: Run, checkpoint: Path | None) -> None:
-    """Train to the end or to the first signal; validate once more if the last step was not."""
+    """Train to the end or to the first signal; validate once more if the last step was not validated.
+
+    checkpoint: where a resumed run goes on, None for a new one.
+    """
     with _one_line_errors(run):
         with _restore_errors(run, checkpoint):
             run.trainer.fit(run.module, run.data, ckpt_path=checkpoint, weights_only=True)
+        # resumed at its end: no step is left to make
         if not run.checkpoints.started:
             run.checkpoints.begin()
             log.info("finished    already at step %d of %d", run.trainer.global_step, run.module.total_steps)
         _validate_the_end(run)
         if not run.interrupt.left_out and run.trainer.is_global_zero:
             run.checkpoints.confirm()
+    # on a signal, print what was saved
     if run.interrupt.left_out and run.trainer.is_global_zero:
         name, step, last = (
             signal.Signals(run.interrupt.signum).name,
@@ -83,7 +102,9 @@ def fit(run: Run, checkpoint: Path | None) -> None:
 
 
 def _validate_the_end(run: Run) -> None:
-    """Validate once more if the last step was not, unless a signal has come to one of the processes."""
+    """Validate once more if the last step was not, unless any rank has received a signal: all ranks must agree, or
+    one would wait.
+    """
     run.interrupt.begin()
     trainer, module = run.trainer, run.module
     if run.interrupt.left_out or module.validated_at == trainer.global_step or not trainer.limit_val_batches:
@@ -95,7 +116,7 @@ def _validate_the_end(run: Run) -> None:
 
 
 def describe_saved(run: Run, arguments: list[str]) -> str:
-    """What a run that ends now has saved, and the command that goes on with it."""
+    """End of the message of a stopped run: where it is saved, and the command that goes on with it."""
     last = run.checkpoints.last
     return (
         f"saved in {last}; python train.py {shlex.join(arguments)}"
@@ -107,13 +128,19 @@ def describe_saved(run: Run, arguments: list[str]) -> str:
 def finish(
     run: Run, *, flat: dict[str, object], export: bool, arguments: Iterable[str] = (), sweep: Path | None = None
 ) -> int:
-    """Export, say where everything lies and how to go on, itself or the whole sweep, and return the exit status."""
+    """Log the end, export, print where everything is and how to go on; the exit status.
+
+    flat: options for TensorBoard. export: whether to write the trained model. arguments, sweep: as of
+    `final_lines`.
+    """
     metrics = {k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith("val/")}
     with _one_line_errors(run):
+        # hyperparameters with the metrics that they led to
         for logger in run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and metrics:
                 logger.log_hyperparams(flat, metrics, step=run.trainer.global_step)
             logger.finalize("success")
+        # a sharded model is gathered by all ranks, then written by one
         if export and isinstance(run.trainer.strategy, ShardedStrategy):
             run.trainer.strategy.gather()
         if export and run.trainer.is_global_zero:
@@ -121,6 +148,7 @@ def finish(
         done = run.trainer.global_step >= run.module.total_steps and not run.interrupt.left_out
         if done and run.trainer.is_global_zero:
             write_results(run.folder, run.trainer.global_step, metrics)
+    # what is there, and what to type next
     if run.trainer.is_global_zero:
         options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
@@ -132,7 +160,7 @@ def finish(
 
 
 def export_run(run: Run, card: dict[str, str]) -> None:
-    """Write the model, or the adapter with the name of its base."""
+    """Write the trained model to `model/`, or the adapter with its base's name to `adapter/`."""
     model, tokenizer, folder = run.module.model, run.tokenizer, run.folder
     if not adapters_of(model):
         options = {"card": card, "defaults": run.defaults, "files": run.module.export_files()}
@@ -145,6 +173,7 @@ def export_run(run: Run, card: dict[str, str]) -> None:
 
 
 def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
+    """Fill an adapter's folder: weights, tokenizer, generation settings and card."""
     model, tokenizer = run.module.model, run.tokenizer
     save_adapter(model, folder, base=run.base)
     save_tokenizer(tokenizer, folder)
@@ -154,10 +183,10 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
 
 
 def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
+    """Headings and paragraphs of the model card: command, data, metrics."""
     overrides = read_overrides(run.folder / ".hydra" / "overrides.yaml")
-    command = redact(
-        " ".join(o for o in overrides if key_of(o) not in PER_COMMAND)
-    )  # a run is one, however often taken up
+    # a run counts once, however often it was resumed
+    command = redact(" ".join(o for o in overrides if key_of(o) not in PER_COMMAND))
     headings = {"run_name": "Name", "tags": "Tags"}
     return {
         **{heading: str(flat[option]) for option, heading in headings.items() if option in flat},
@@ -169,7 +198,11 @@ def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[
 
 @contextmanager
 def _restore_errors(run: Run, checkpoint: Path | None) -> Iterator[None]:
-    """What a checkpoint does not fit is told in one line, as long as the first step has not begun."""
+    """Context in which an error before the first step of a resumed run means that the checkpoint does not fit;
+    CheckpointError.
+
+    Lightning and torch raise many types for a missing or misshapen state. Network errors keep theirs.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -181,11 +214,16 @@ def _restore_errors(run: Run, checkpoint: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _one_line_errors(run: Run) -> Iterator[None]:
-    """What ends a run by no fault of the code is told in one line, with the last good checkpoint."""
+    """Context in which errors that are no defects become one line with the last good checkpoint.
+
+    Those are: arguments that Lightning refuses while fitting, a rendezvous that fails, errors of the operating
+    system, and losses that are not finite, whose checkpoint is set aside so that a resume does not start from
+    it.
+    """
     try:
         with _silence_writers():
             yield
-    except MisconfigurationException as error:  # Lightning's checks of what it was given
+    except MisconfigurationException as error:  # Lightning refuses an argument
         line = str(error).splitlines()[0]
         if match := re.search(r"Try at least `(\w+)=(\S+)`", line):
             value = getattr(run.trainer, match[1])
@@ -194,6 +232,7 @@ def _one_line_errors(run: Run) -> Iterator[None]:
     except dist.DistNetworkError as error:  # a port that was free when Lightning looked, or a machine out of reach
         line = str(error).strip().splitlines()[0]
         raise TrainingError(f"the processes of the run cannot connect: {line}; start the command again") from None
+    # the operating system, or training itself
     except Exception as error:
         os_error = system_error(error)
         if os_error is None and not isinstance(error, TrainingError):
@@ -212,12 +251,15 @@ def _one_line_errors(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _silence_writers() -> Iterator[None]:
-    """Inside, TensorBoard's thread prints no trace of what the disk refuses it: the next write raises it here."""
+    """Context in which TensorBoard's writer thread prints no traceback for a full disk: the next write raises the
+    error here.
+    """
     from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
     previous_hook = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
+        """Pass on all but errors of that thread."""
         if not (isinstance(args.thread, _AsyncWriterThread) and isinstance(args.exc_value, OSError)):
             previous_hook(args)
 

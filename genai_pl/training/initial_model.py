@@ -1,4 +1,9 @@
-"""The model before its first step, and the tokenizer that it reads by."""
+"""The initial model: weights and tokenizer before the first step, and the checks that they fit the configuration.
+
+Four sources: random weights with a tokenizer of the group `tokenizer`, weights of `init_from` (a run, a checkpoint,
+a Hugging Face folder), a model that transformers runs (`model=hf`), or an adapter on any of these. Special tokens
+that the objective needs, such as mask or pad, are added to tokenizer and embeddings here.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -41,24 +46,36 @@ log = logging.getLogger(__name__)
 
 
 class InitialModel(NamedTuple):
-    """A model before its first step, its tokenizer, whether it lies nowhere yet, and what the folder it came from says."""
+    """A model before its first step.
+
+    model, tokenizer: with the tokens that the objective needs. is_new: True if these weights exist nowhere yet,
+    so that an adapter trained on them needs a saved base. defaults: generation settings of the folder that the
+    model came from.
+    sentence: how that folder makes a vector of a text (pooling, dense layer), None if it does not say.
+    """
 
     model: Model | WrappedDecoder
     tokenizer: "PreTrainedTokenizerBase"
     is_new: bool
     defaults: GenerationDefaults = NO_DEFAULTS
-    sentence: SentenceHead | None = None  # how it makes a vector of a text, if its folder says so
+    sentence: SentenceHead | None = None  # pooling and dense layer in its folder
 
 
 def build_initial_model(config: DictConfig, data: RowsDataModule, objective: type[BaseModule]) -> InitialModel:
-    """The model before its first step, with the tokenizer that it reads by; both know the tokens that are needed."""
+    """The model before its first step, and its tokenizer; both know the special tokens of the objective.
+
+    Weights are on the CPU and in training mode. Raises ConfigError or CheckpointError for a source that cannot
+    be loaded.
+    """
     wraps_transformers = "name" in config.model
+    # random weights: the tokenizer first, its size is the vocabulary
     if not (config.init_from or wraps_transformers):
         tokenizer = build_tokenizer(config, data)
         complete_tokenizer(tokenizer, data, objective)
         model = build_model(model_config(config, len(tokenizer)))
         set_end_tokens(model.config, tokenizer)
         return InitialModel(model, tokenizer, True)
+    # trained weights, which bring their tokenizer and generation defaults
     if config.init_from:
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wraps_transformers else {}
         loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
@@ -69,6 +86,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         model = load_wrapped(config.model.name, attention=config.model.attention)
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
         defaults = read_generation_defaults(folder_of(config.model.name))
+    # rows of the embedding for new tokens: first those that the file has spare, then more
     n_known, capacity = len(tokenizer), model.config.vocab_size
     complete_tokenizer(tokenizer, data, objective)
     n_tokens = len(tokenizer)
@@ -85,7 +103,7 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
 
 
 def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objective: type[BaseModule]) -> None:
-    """ConfigError for a model of a shape or head that the objective cannot train."""
+    """ConfigError for a model whose shape or head the objective cannot train."""
     name = HydraConfig.get().runtime.choices.objective
     if (shape := model.shape.value) not in objective.shapes:
         raise ConfigError(f"objective={name} needs a model of shape {' or '.join(objective.shapes)}, not {shape}")
@@ -98,7 +116,7 @@ def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objectiv
 
 
 def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModule, objective: type[BaseModule]) -> None:
-    """Give the tokenizer the special tokens that the objective needs, and a chat template where the data are conversations."""
+    """Add the special tokens that the objective needs, and a chat template if the data are conversations."""
     add_missing_tokens(tokenizer, objective.needs)
     if data.has_conversations():
         ensure_template(tokenizer)
@@ -107,7 +125,12 @@ def complete_tokenizer(tokenizer: "PreTrainedTokenizerBase", data: RowsDataModul
 def apply_peft(
     peft: DictConfig, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase"
 ) -> Model | WrappedDecoder:
-    """The model with the adapter that the group `peft` asks for, if any; only that is trained then."""
+    """The model with the adapter of the group `peft`, and only that trainable; the model itself where there is
+    none.
+
+    init_from goes on with a saved adapter, _target_ makes a new one. init_text is tokenized here, for soft
+    prompts.
+    """
     if peft.init_from:
         return load_adapter(model, resolve_adapter(peft.init_from, option="peft.init_from"))
     if peft._target_ is None:
@@ -121,7 +144,12 @@ def apply_peft(
 
 
 def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> str | None:
-    """Where the model can be had again as it begins, from any folder; a new one under an adapter is written down."""
+    """Reference from which the base of an adapter can be loaded again from any folder; None if there is no adapter
+    on new weights.
+
+    Weights that exist nowhere (random ones, or with added tokens) are exported to `base/` in the run folder: an
+    adapter without its base cannot be used.
+    """
     name = config.init_from or config.model.get("name")
     if not initial.is_new:
         return str(resolve(name).resolve()) if Path(name).exists() or name == "auto" else name
@@ -138,7 +166,7 @@ def save_base(config: DictConfig, run_folder: Path, initial: InitialModel) -> st
 
 
 def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedTokenizerBase":
-    """The tokenizer that the group names; bpe learns from the training text."""
+    """The tokenizer of the group `tokenizer`; kind=bpe learns it from the training text."""
     if config.tokenizer.kind == "byte":
         return byte_tokenizer()
     if config.tokenizer.kind == "bpe":
@@ -147,7 +175,7 @@ def build_tokenizer(config: DictConfig, data: RowsDataModule) -> "PreTrainedToke
 
 
 def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
-    """The model's configuration with the vocabulary of the tokenizer."""
+    """The model's configuration with the vocabulary size of the tokenizer; ConfigError for a smaller one."""
     values: ModelConfig = OmegaConf.to_object(config.model)
     if values.vocab_size is None:
         values.vocab_size = n_tokens
@@ -157,7 +185,7 @@ def model_config(config: DictConfig, n_tokens: int) -> ModelConfig:
 
 
 def new_overrides(config: DictConfig) -> list[str]:
-    """What was typed for this run: not what it goes on with, nor what the first process has handed to the others."""
+    """Overrides typed for this command: without those of a resumed run's folder; [] on ranks other than 0."""
     if rank_zero_only.rank:
         return []
     typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
@@ -165,7 +193,9 @@ def new_overrides(config: DictConfig) -> list[str]:
 
 
 def report_unused(config: DictConfig, typed: list[str]) -> None:
-    """A line for each typed option that has no effect; ConfigError for a length beside another one."""
+    """Log a line for each typed option without effect; ConfigError for max_steps typed beside max_epochs, which
+    wins.
+    """
     has_both = config.trainer.max_epochs is not None and config.trainer.max_steps not in (None, -1)
     if max_steps := next((o for o in typed if has_both and key_of(o) == "trainer.max_steps"), None):
         epochs = config.trainer.max_epochs
@@ -179,7 +209,10 @@ def report_unused(config: DictConfig, typed: list[str]) -> None:
 def check_loaded_model(
     config: DictConfig, loaded: object, tokenizer: "PreTrainedTokenizerBase", typed: Sequence[str]
 ) -> None:
-    """ConfigError for typed options of `model` and `tokenizer` that a loaded model, which brings both, is not like."""
+    """ConfigError for typed options of `model` and `tokenizer` that contradict what was loaded. Options that
+    nobody typed are
+    ignored: a loaded model brings its own.
+    """
     source = f"init_from={config.init_from}" if config.init_from else f"model.name={config.model.get('name')}"
     if any(key_of(a).startswith("model") for a in typed):
         refuse_other_model(OmegaConf.to_object(config.model), loaded, typed, source=source)
@@ -189,7 +222,7 @@ def check_loaded_model(
 
 
 def _is_tokenizer(config: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a tokenizer can be what the group of that name describes, but for tokens that were added since."""
+    """True if the loaded tokenizer can be the one that the options describe, tokens added since then aside."""
     vocabulary, options = tokenizer.get_vocab(), config.tokenizer
     if options.kind == "bpe":
         return options.vocab_size in (tokenizer.vocab_size, len(vocabulary))
@@ -198,13 +231,15 @@ def _is_tokenizer(config: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> b
 
 
 def fit_to_context(config: DictConfig, model: Model | WrappedDecoder) -> tuple[int, int, str | None]:
-    """Rows of a batch and their tokens, cut to the model's context, and a line on what that changed.
+    """(batch size, seq_len, line): the batch cut to the model's context, and a line on the change, or None.
 
-    Virtual tokens of an adapter take their places from the text. A batch of as many rows as make so many tokens, which is
-    the default, has as many of the rows that are cut.
+    The context is max_seq_len less the adapter's virtual tokens; ConfigError where these leave no room. A
+    default batch size, given as tokens per batch, is recomputed for the shorter rows; one that the user typed
+    stays.
     """
     n_prefix = n_virtual(model)
     seq_len, longest = config.data.seq_len, model.config.max_seq_len - n_prefix
+    # no room for text
     if n_prefix and longest < 2:
         source = "peft.n_tokens" if config.peft._target_ else "peft.init_from" if config.peft.init_from else "init_from"
         value = OmegaConf.select(config, source)
@@ -214,6 +249,7 @@ def fit_to_context(config: DictConfig, model: Model | WrappedDecoder) -> tuple[i
         )
     if seq_len <= longest:
         return config.data.batch_size, seq_len, None
+    # shorter rows, and more of them if their number is a default
     less = f" less {n_prefix} virtual tokens" if n_prefix else ""
     line = f"data.seq_len {seq_len:,} -> {longest:,}: the model's context{less}"
     fitted_size = batch_size = config.data.batch_size

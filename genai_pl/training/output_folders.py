@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from genai_pl.atomic_io import SWEEP
 from genai_pl.signals import RANK_VARIABLES
 
-_created_folders: list[Path] = []  # folders that this command makes: what is empty of them at its end is removed
-_early_outputs: list[Path] = []  # what it writes before the run has started
+_created_folders: list[Path] = []  # by this command; the empty ones are removed at its end
+_early_outputs: list[Path] = []  # files and folders written before the first step
 
 
 def reserve_folder(path: str) -> str:
@@ -41,7 +41,7 @@ def reserve_folder(path: str) -> str:
         except FileExistsError:
             continue
         except OSError:
-            break  # Hydra cannot make it either, and says so
+            break  # Hydra cannot create it either, and reports it
         _created_folders.extend(new_folders)
         return name
     return path
@@ -100,7 +100,7 @@ def _remove_empty(folder: Path) -> None:
             (folder / SWEEP).unlink()  # of a sweep without a job
         folder.rmdir()
     except OSError:
-        pass  # something lies in it, or somebody else was faster
+        pass  # not empty, or removed by another process
 
 
 class HydraFolders(Callback):
@@ -129,4 +129,4 @@ def _expect_hydra_folder(config: DictConfig, key: str) -> None:
     try:
         _created_folders.extend(_missing_ancestors(Path(OmegaConf.select(config, key))))
     except OmegaConfBaseException:
-        return  # known to Hydra alone, which reads it later
+        return  # a value that only Hydra can resolve

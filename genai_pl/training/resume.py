@@ -24,7 +24,7 @@ from genai_pl.training.output_folders import is_first_process
 from genai_pl.training.sweeps import replay_sweep
 from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides
 
-TYPED_ARGUMENTS: list[str] = []  # the command line before it was completed: what a person asked for now
+TYPED_ARGUMENTS: list[str] = []  # the command line as typed, before `replay` completes it
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
@@ -70,13 +70,13 @@ def replay(arguments: list[str]) -> list[str]:
     _check_init_from(saved, arguments)
     trusted = trusted_overrides(saved, run / OVERRIDES, arguments)
     _print_changes(saved, arguments)
-    if "strategy" in keys:  # another one has not the options of the old
+    if "strategy" in keys:  # options of the old strategy mean nothing to another
         trusted = [o for o in trusted if not key_of(o).startswith("strategy.")]
     if "hydra.run.dir" not in keys:
-        trusted.append(f"hydra.run.dir={run}")  # what it takes to be read as it is, whoever reads the command line adds
+        trusted.append(f"hydra.run.dir={run}")  # `quote_argument` adds the quotes it needs
     # argparse takes positional words in one row only: no flag with a value may stand between overrides
     n_flags = next((n for n, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
-    return arguments[:n_flags] + trusted + arguments[n_flags:]  # --config-dir FOLDER must not stand between overrides
+    return arguments[:n_flags] + trusted + arguments[n_flags:]
 
 
 def _with_hydra_folder(arguments: list[str]) -> list[str]:
@@ -134,7 +134,7 @@ def _print_changes(saved: list[str], arguments: list[str]) -> None:
     process only.
     """
     if not is_first_process():
-        return  # which says it
+        return  # the first process prints it
     saved_by_key = {key_of(o): o for o in saved}
     for argument in arguments:
         key = key_of(argument)

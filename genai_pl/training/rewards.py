@@ -149,7 +149,7 @@ def _function(name: str, module: str, attribute: str) -> Reward:
         function = attrgetter(attribute)(
             _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         )
-    except (Exception, SystemExit) as error:  # a module may raise whatever it likes while it is imported
+    except (Exception, SystemExit) as error:  # importing a user's module can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         is_import_error = isinstance(error, ImportError | AttributeError | OSError)
         reason = reason if is_import_error else f"{type(error).__name__}: {reason}"

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LOG = "train.log"
 DATA = ("data.path", "data.val_path")
-FREE = {  # of the groups below, what a run may change in its middle
+FREE = {  # options of the groups below that may change in the middle of a run
     *("model.dropout", "model.attention", "data.batch_size", "data.val_batch_size", "peft.init_from", "peft.dropout"),
     *("data.workers", "tokenizer.name", "model.name", *DATA),
 }
@@ -87,7 +87,7 @@ def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run
     typed_keys = {key_of(a) for a in TYPED_ARGUMENTS}
     for option, digest in constraints["data"].items():
         if digest is None or stored_digests.get(option, digest) == digest:
-            continue  # where there is none, whoever reads it says so
+            continue  # missing data are reported by their reader
         if option not in typed_keys:
             raise DataError(
                 f"{option}: its contents have changed since {checkpoint} was written; "
@@ -105,4 +105,4 @@ def _digest(path: str | None) -> str | None:
     try:
         return sources.find_source(path).content
     except DataError:
-        return None  # a data module of one's own reads it
+        return None  # read by a data module of the user

@@ -32,7 +32,7 @@ class RunLog:
     """
 
     def __init__(self, fallback: TextIO) -> None:
-        self._fallback = fallback  # where a disk that refuses the file is told of
+        self._fallback = fallback  # gets one line if the log cannot be written
         self._path: Path | None = None
         self._early: deque[str] = deque(maxlen=MAX_EARLY_LINES)
         self._unfinished: dict[int, str] = {}  # lines that have not ended yet, by stream
@@ -44,7 +44,7 @@ class RunLog:
         stream: any number that identifies the stream.
         """
         *lines, rest = (self._unfinished.get(stream, "") + text).split("\n")
-        self._unfinished[stream] = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # a bar writes over itself
+        self._unfinished[stream] = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # a progress bar overwrites its line
         self._write([line for line in map(_visible_text, lines) if line is not None])
 
     def keep(self, path: Path) -> None:
@@ -68,8 +68,8 @@ class RunLog:
         try:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{line}\n" for line in self._early)
-        except OSError as error:  # a run does not end for its log; what it depends on says so itself
-            if not any(line.startswith("error: ") for line in self._early):  # which has told of the disk already
+        except OSError as error:  # a run never ends for its log
+            if not any(line.startswith("error: ") for line in self._early):  # the disk is reported already
                 print(
                     f"log         {self._path}: {reason_of(error)}; the log of this run ends here", file=self._fallback
                 )
@@ -134,7 +134,7 @@ def recording() -> Iterator[None]:
         try:
             yield
         except Exception:
-            _log.add(0, traceback.format_exc())  # which the interpreter prints when all is over
+            _log.add(0, traceback.format_exc())  # printed by the interpreter after this context ends
             raise
         finally:
             _log.close()

@@ -61,8 +61,8 @@ def replay_sweep(arguments: list[str]) -> list[str]:
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
     trusted = trusted_overrides(saved_by_key.values(), folder / SWEEP, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
-    # argparse needs flags before all overrides
-    flags = [a for a in arguments if a.startswith("-")]  # argparse wants all that is no flag in one row
+    # argparse takes positional words in one row: flags first
+    flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if not a.startswith("-")]
     return [*flags, *trusted, *overrides, *([] if sweep_dir else [f"hydra.sweep.dir='{folder}'"])]
 
@@ -85,7 +85,7 @@ def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
         results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
         step = {name: value for name, value in results.items() if isinstance(value, int | float)}["step"]
     except (OSError, ValueError, RecursionError, AttributeError, KeyError):
-        return None  # none, or not one of ours
+        return None  # missing, damaged or of another program
     return results if step >= (max_steps or 0) else None
 
 

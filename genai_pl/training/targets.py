@@ -112,7 +112,7 @@ def check_arguments(node: object, path: str) -> None:
     for name, value in node.items():
         if parameters is not None and name not in parameters and not name.startswith("_"):
             raise ConfigError(f"{path}.{name}: no such option{did_you_mean(name, parameters)}")
-        bounded = f"{path}.{name}" in BOUNDS  # by the configuration, which may take null for a default of its own
+        bounded = f"{path}.{name}" in BOUNDS  # null may stand for a default there
         if name in hints and not bounded and not (bound := bound_of(hints[name])).accepts(value):
             raise ConfigError(f"{path}.{name}={as_typed(value)}: expected {bound.expected}")
         check_arguments(value, f"{path}.{name}")
@@ -161,7 +161,7 @@ def typed_targets() -> Iterator[str]:
         return
     hydra = HydraConfig.get()
     # overrides that came out of a run folder name none: `trust` has refused those
-    for override in (*job_overrides("hydra"), *job_overrides()):  # those of a run folder name none
+    for override in (*job_overrides("hydra"), *job_overrides()):
         yield from TARGET.findall(override)
     for source in hydra.runtime.config_sources:
         folder = Path(source.path.removeprefix("file://"))

@@ -1,4 +1,9 @@
-"""Configuration becomes objects, here only: a resolved configuration in, a run folder out."""
+"""The train command: a resolved configuration in, a run folder out.
+
+`train` prepares the process and locks the folder, `build` makes the objects, `fit` runs them. This file holds what
+needs both the configuration and the built run: the lines printed before the first step, the settings written with
+it, and the hyperparameters for TensorBoard.
+"""
 
 import logging
 from contextlib import nullcontext
@@ -35,18 +40,24 @@ log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> Outcome:
-    """Train as the configuration says; status 0, or that of the signal which ended the run; the value of optimized_metric."""
+    """Train as the configuration says, in the folder `output_dir`.
+
+    Returns the exit status, 0 or 128 + signal, and the last value of `optimized_metric` for a sweeper. With
+    `resume=auto` in a sweep a finished job is skipped, and one without checkpoints starts anew.
+    """
     signals.end_at_once("training had not begun, nothing was saved", grace_period=config.trainer.grace_period)
     folder = shown_path(Path(config.output_dir))
     in_sweep = config.resume == "auto" and HydraConfig.get().mode is RunMode.MULTIRUN  # a sweep, each job in its folder
     if in_sweep and (results := read_results(folder, config.trainer.max_steps)):
         print(f"run         {folder} is finished: skipped", flush=True)
         return Outcome(0, results.get(config.optimized_metric))
+    # global state of torch, before any tensor exists
     silence_libraries()
     torch.set_float32_matmul_precision(config.precision.matmul)
     # model.attention=sdpa: cuDNN's kernel gives NaN gradients under a dense mask (pytorch/pytorch 196678, on H100)
     torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
+    # the checkpoint, then the run under its folder's lock
     resumes = config.resume and (not in_sweep or any((folder / "checkpoints").glob("*.ckpt")))
     checkpoint = shown_path(choose_checkpoint(config.resume, folder)) if resumes else None
     with claimed(folder) if rank_zero_only.rank == 0 else nullcontext():
@@ -55,6 +66,7 @@ def train(config: DictConfig) -> Outcome:
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
+    """Build, announce and run; (exit status, run)."""
     # what must not differ between the parts of a run
     settings = resume_constraints(config)
     if checkpoint:
@@ -82,7 +94,11 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
 
 @rank_zero_only
 def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
-    """Write what the folder says of the run, and take back what it said of steps that are made again."""
+    """Write the settings of the run into its folder, and discard what the folder holds of steps after the
+    checkpoint.
+
+    Called when the first step begins: a run that fails before it leaves the folder as it was.
+    """
     keep_run_folder(run.folder)
     if checkpoint is None or step_of(checkpoint) < run.module.total_steps:  # else no step is made by these settings
         write_settings(run.folder, config)
@@ -94,7 +110,9 @@ def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> N
 
 
 def optimized(name: str | None, trainer: L.Trainer) -> float | None:
-    """The last value of the metric, for a sweeper that needs it."""
+    """Last value of the metric; None if no sweeper needs it. ConfigError in a search where validation does not
+    measure it.
+    """
     metrics = trainer.callback_metrics
     if name in metrics:
         return float(metrics[name])
@@ -105,10 +123,13 @@ def optimized(name: str | None, trainer: L.Trainer) -> float | None:
 
 
 def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None:
-    """Print what is about to be trained, on what, for how long, with which attention."""
+    """Print the run, its data, model, attention, step, length, adapters and device: one line each, first process
+    only.
+    """
     trainer, module, model = run.trainer, run.module, run.module.model
     device = trainer.strategy.root_device
     batch_rows, sizes = run.data.batch_size, {"devices": n_replicas(trainer), "total_steps": module.total_steps}
+    # a step in tokens, or a rollout in completions
     if isinstance(module, PolicyGradientModule):
         options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
         step = describe_rollout(prompts=batch_rows, n_updates=module.n_updates(batch_rows), **options, **sizes)
@@ -130,10 +151,13 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
 
 
 def flatten(config: DictConfig) -> dict[str, object]:
-    """What shapes the result, resolved, as one level of dotted names: what TensorBoard's HParams shows."""
+    """Options that shape the result as one level of dotted names, for TensorBoard's HParams table; secrets
+    redacted.
+    """
     flat: dict[str, object] = {}
 
     def walk(value: object, name: str) -> None:
+        """Add the leaves of a nested value."""
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(inner, f"{name}.{key}" if name else str(key))

@@ -1,4 +1,9 @@
-"""The Trainer of a run, with its callbacks and loggers, from the configuration."""
+"""The Trainer of a run: Lightning's arguments from the group `trainer`, our callbacks, loggers and strategy.
+
+Lightning counts batches and epochs, this project optimizer steps: validation, checkpoints and the end are given in
+steps, and the data module never ends an epoch early. Arguments of Lightning that would contradict this are refused
+with the option to use instead (REFUSED_ARGUMENTS).
+"""
 
 import logging
 import os
@@ -67,7 +72,10 @@ REFUSED_ARGUMENTS = {  # arguments of Lightning's Trainer that are decided elsew
 def build_trainer(
     config: DictConfig, folder: Path, *, module: BaseModule, data: RowsDataModule, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[L.Trainer, dict[str, L.Callback]]:
-    """The Trainer of a module, and our callbacks by name; ConfigError for what Lightning refuses."""
+    """The Trainer, and our callbacks by their names in `Run`; ConfigError for arguments that Lightning refuses.
+
+    folder: the run folder. module, data, tokenizer: for callbacks that sample text and count FLOPs.
+    """
     follow_launcher()
     # the options of `trainer`, without those that Lightning does not know or that have no effect
     options = OmegaConf.to_container(config.trainer, resolve=True)
@@ -76,19 +84,21 @@ def build_trainer(
         del options[name]
     for name in options.keys() & REFUSED_ARGUMENTS:
         raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes: it decides on devices
         options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
     if not module.automatic_optimization:
         options["gradient_clip_val"] = None  # the module clips by itself
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
-    # ours count optimizer steps, across epochs; Lightning counts batches
+    # options count optimizer steps, across epochs; Lightning counts batches
     options["val_check_interval"] *= options["accumulate_grad_batches"]
     options |= {"check_val_every_n_epoch": None, "log_every_n_steps": 1, "max_steps": -1, "max_epochs": -1}
     loggers = OmegaConf.to_container(config.logger, resolve=True) if config.logger else []
     callbacks = build_callbacks(
         config, folder, strategy, log_every=log_every, module=module, data=data, tokenizer=tokenizer
     )
+    # callbacks of the user, which are instantiated like any target
     for name, entry in config.callbacks.extra.items():
+        # Lightning checks its arguments in many places and ways
         if not isinstance(entry, DictConfig) or "_target_" not in entry:
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
     extra_callbacks = [*instantiate(config.callbacks.extra).values(), *([cb.Profile(folder)] if config.profile else [])]
@@ -109,6 +119,7 @@ def build_trainer(
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
     if config.precision.lightning in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
         raise ConfigError("precision=fp16 needs a GPU: on a CPU Lightning takes bf16 instead; precision=bf16")
+    # two replacements that Lightning has no argument for: signals, and the command line of further ranks
     trainer._signal_connector = NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
@@ -125,7 +136,11 @@ def build_callbacks(
     data: RowsDataModule,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, L.Callback]:
-    """Our callbacks by their names in `Run`; `samples` among them where one process can write text."""
+    """Our callbacks by their names in `Run`; `samples` only where one process can write text.
+
+    log_every: optimizer steps between logged values. FLOPs and prompts are functions, because data are not read
+    yet.
+    """
     settings, model, console = config.callbacks, module.model, cb.Console()
     callbacks = {
         "monitor": cb.Monitor(
@@ -153,10 +168,10 @@ def build_callbacks(
 
 
 class NoSignals(_SignalConnector):
-    """In the place of Lightning's handlers, which talk to other processes from inside, and requeue jobs of Slurm."""
+    """Stand-in for Lightning's signal handlers, which communicate from inside a handler and requeue Slurm jobs."""
 
     def register_signal_handlers(self) -> None:
-        """Signals have an owner already: genai_pl.signals."""
+        """Install nothing: genai_pl.signals owns the handlers."""
 
 
 def choose_run_length(
@@ -166,7 +181,11 @@ def choose_run_length(
     world_size: int,
     stored: Mapping[str, int | None] | None,
 ) -> Length:
-    """The length of the run, from our own numbers; stored: what a checkpoint says of it."""
+    """Length of the run in optimizer steps, from options, data and module.
+
+    world_size: replicas that each read their own rows. stored: the length in the checkpoint of a resumed run,
+    None otherwise.
+    """
     accumulate, options = config.trainer.accumulate_grad_batches, config.trainer
     batches = None if data.streaming else data.steps_per_epoch(accumulate, world_size)
     trained = bool(config.init_from) or "name" in config.model
@@ -180,12 +199,18 @@ def choose_run_length(
 
 
 def limit_steps(trainer: L.Trainer, steps: int) -> None:
-    """Let the Trainer end after so many optimizer steps, which are known only once the data are."""
+    """End the Trainer after `steps` optimizer steps. Its argument max_steps comes too early: it would be needed
+    before the data.
+    """
     trainer.fit_loop.epoch_loop.max_steps = steps
 
 
 def checkpoint_contents(run: Run) -> dict[str, object]:
-    """What a checkpoint of the run holds besides Lightning's state: model, tokenizer, length, adapter."""
+    """What a checkpoint of the run holds besides Lightning's state: model, tokenizer, length, adapter and the name
+    of its base.
+
+    This makes a single .ckpt loadable without its run folder.
+    """
     contents: dict[str, object] = {
         "model": run.module.model.config.to_dict(),
         "tokenizer": tokenizer_files(run.tokenizer),
@@ -200,7 +225,7 @@ def checkpoint_contents(run: Run) -> dict[str, object]:
 
 
 def prepare_loggers(trainer: L.Trainer, checkpoint: Path | None) -> None:
-    """Let TensorBoard write into the run folder, and forget what it holds of steps after the checkpoint."""
+    """Let TensorBoard write into the run folder, and hide its events of steps after the checkpoint."""
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             continue
@@ -210,7 +235,9 @@ def prepare_loggers(trainer: L.Trainer, checkpoint: Path | None) -> None:
 
 
 def prepare_strategy(config: DictConfig, run: Run) -> None:
-    """Connect the strategy with the module, and apply the options that trade memory for time; ConfigError if they clash."""
+    """Connect strategy and module, and apply what trades time for memory; ConfigError for options that exclude
+    each other.
+    """
     strategy = run.trainer.strategy
     strategy.connect(run.module)
     if isinstance(strategy, ShardedStrategy):
@@ -224,7 +251,9 @@ def prepare_strategy(config: DictConfig, run: Run) -> None:
 
 
 def check_in_backward(config: DictConfig, run: Run) -> None:
-    """ConfigError for what needs all gradients of a step at once."""
+    """ConfigError for what needs all gradients of a step at once, while each parameter is updated inside of
+    backward (Lv et al. 2023) and its gradient freed.
+    """
     name, options, trainer = "trainer.optimizer_in_backward=true", config.trainer, run.trainer
     if not run.module.automatic_optimization:
         raise ConfigError(f"{name}: an objective that writes while it trains steps by itself")
@@ -239,7 +268,7 @@ def check_in_backward(config: DictConfig, run: Run) -> None:
 
 
 def silence_libraries() -> None:
-    """Silence what Lightning and datasets say that a user cannot act on."""
+    """Silence messages of Lightning and datasets on which a user cannot act."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)

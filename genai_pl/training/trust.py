@@ -25,11 +25,11 @@ from genai_pl.config.redaction import contains_secret
 from genai_pl.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-TRUSTED_GROUPS = {  # of whose fields each may be set
+TRUSTED_GROUPS = {  # every field of these may be set by a saved command
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
     *("precision", "strategy", "trainer", "generation", "plan"),
 }
-TRUSTED_CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, but for fields of ours
+TRUSTED_CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, except for shipped callbacks
 # options that each command gives anew: they are never taken from a saved run
 PER_COMMAND = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}
 MAX_BYTES, MAX_OVERRIDES = 2**18, 500  # of one file

@@ -1,13 +1,15 @@
 """Checkpoints on disk: complete or absent, the newest few, and nothing but data."""
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from genai_pl.atomic_io import CONTENTS
 from genai_pl.callbacks import newest_checkpoints
-from genai_pl.callbacks.checkpoint import _rng_state, _set_rng
+from genai_pl.callbacks.checkpoint import StepCheckpoint, _rng_state, _set_rng
 from genai_pl.checkpoints.file import read_checkpoint, write_checkpoint
 from genai_pl.errors import CheckpointError, TrainingError
 
@@ -80,3 +82,18 @@ def test_checkpoints_are_listed_newest_first_and_a_link_only_once(tmp_path: Path
     assert len(actual) == 2
     assert actual[0].samefile(tmp_path / "step=000010.ckpt")
     assert actual[1].name == "step=000005.ckpt"
+
+
+def test_a_thread_that_writes_and_the_training_remove_old_checkpoints_in_turn(tmp_path: Path) -> None:
+    for _ in range(10):
+        for step in range(5):
+            folder = tmp_path / f"step={step:06d}.ckpt"
+            folder.mkdir(exist_ok=True)
+            for name in (CONTENTS, *map(str, range(100))):
+                (folder / name).touch()
+        callback = StepCheckpoint(str(tmp_path), every_n_steps=1, keep=1)
+        callback.written(folder)
+        with ThreadPoolExecutor() as threads:
+            for removal in [threads.submit(callback._keep_newest, n) for n in (2, 1, 2, 1)]:
+                removal.result()
+        assert [path.name for path in tmp_path.glob("step=*")] == [folder.name]

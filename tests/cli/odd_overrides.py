@@ -68,14 +68,14 @@ class Outcome(NamedTuple):
 
 def draw(seed: int, n: int) -> list[Case]:
     """n cases: a command that works, with one or two values that are odd."""
-    rng, found = random.Random(seed), []
+    rng, cases = random.Random(seed), []
     for number in range(n):
-        command, given = _usual(rng, number)
-        fields = list(_fields(command, given))
+        command, arguments = _usual(rng, number)
+        fields = list(_fields(command, arguments))
         odd = [f"{rng.choice(fields)}={rng.choice(ODD)}" for _ in range(rng.choice((1, 1, 2)))]
         odd = [o for o in odd if not (o.startswith(ENDLESS) and o.partition("=")[2][:1] in "1392t")]
-        found.append(Case(command, (*given, *odd)))
-    return found
+        cases.append(Case(command, (*arguments, *odd)))
+    return cases
 
 
 def sizes(model: str) -> tuple[str, ...]:
@@ -103,14 +103,14 @@ def _usual(rng: random.Random, number: int) -> Case:
     fits = rng.random() < 0.8
     model = FITTING.get(objective, "gpt_nano") if fits else rng.choice(MODELS)
     data = OBJECTIVES[objective] if fits or rng.random() < 0.5 else rng.choice(sorted(DATA))
-    given = [f"model={model}", f"objective={objective}", f"data={data}", f"data.path={DATA[data]}", *sizes(model)]
-    given += rollouts(objective)
+    arguments = [f"model={model}", f"objective={objective}", f"data={data}", f"data.path={DATA[data]}", *sizes(model)]
+    arguments += rollouts(objective)
     for group, (choices, every) in CHOICES.items():
-        given += [f"{group}={rng.choice(choices)}"] if number % every == 0 else []
-    return Case("train", (*given, "hydra.run.dir=run"))
+        arguments += [f"{group}={rng.choice(choices)}"] if number % every == 0 else []
+    return Case("train", (*arguments, "hydra.run.dir=run"))
 
 
-def _fields(command: str, given: tuple[str, ...]) -> Iterator[str]:
+def _fields(command: str, arguments: tuple[str, ...]) -> Iterator[str]:
     """The dotted names of everything that a command line may set, nodes too."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -121,7 +121,9 @@ def _fields(command: str, given: tuple[str, ...]) -> Iterator[str]:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config" if command == "train" else command, overrides=[g for g in given if "hydra" not in g])
+        config = compose(
+            "config" if command == "train" else command, overrides=[g for g in arguments if "hydra" not in g]
+        )
     yield from (path for path in _option_names(config) if not path.rpartition(".")[2].startswith("_"))
 
 

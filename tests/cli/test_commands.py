@@ -46,7 +46,7 @@ def test_a_run_leaves_what_the_documentation_says(trained: Path) -> None:
 
 def test_a_run_says_where_everything_lies_and_what_to_type_next(command) -> None:
     result = command("train", *TINY, "hydra.run.dir=run")
-    for said in (
+    for text in (
         "parameters",
         "attention   sdpa: ",
         "tok/s",
@@ -54,7 +54,7 @@ def test_a_run_says_where_everything_lies_and_what_to_type_next(command) -> None
         "run/model",
         "python generate.py checkpoint=run",
     ):
-        assert said in result.out
+        assert text in result.out
     assert result.err == ""
 
 
@@ -254,11 +254,11 @@ def test_a_truncated_checkpoint_is_refused_and_auto_takes_the_one_before(command
     assert refused.err.count("\n") == 1
     assert "step=000004.ckpt: refused" in refused.err
     assert "step=000002.ckpt" in refused.err
-    taken = command("train", "resume=auto")
-    assert taken.status == 0
-    assert "step=000004.ckpt: refused" in taken.err
-    assert "resuming    outputs/run" in taken.out
-    assert "step=000002.ckpt" in taken.out
+    result = command("train", "resume=auto")
+    assert result.status == 0
+    assert "step=000004.ckpt: refused" in result.err
+    assert "resuming    outputs/run" in result.out
+    assert "step=000002.ckpt" in result.out
 
 
 class Evil:
@@ -309,5 +309,8 @@ def test_two_processes_give_the_losses_of_one(command, tmp_path: Path) -> None:
     assert two.returncode == 0, out
     for step, row in table(tmp_path / "one").items():
         for name, value in row.items():
-            found = table(tmp_path / "two")[step][name]
-            assert found == value or float(found) == pytest.approx(float(value), rel=1e-5), (step, name)
+            two_process_value = table(tmp_path / "two")[step][name]
+            assert two_process_value == value or float(two_process_value) == pytest.approx(float(value), rel=1e-5), (
+                step,
+                name,
+            )

@@ -54,13 +54,13 @@ def test_no_weights_are_read(run: Path, command, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_tokens_that_an_objective_needs_are_counted(command, tmp_path: Path) -> None:
-    counted = {
+    counts = {
         ("objective=clm",): 258,
         ("objective=mlm", "model=encoder_nano"): 259,  # a mask
         ("objective=fim",): 261,  # prefix, middle and suffix
         ("objective=span_corruption", "model=t5_nano"): 358,  # T5's 100 sentinels
     }
-    for options, n in counted.items():
+    for options, n in counts.items():
         result = command("train", *PLAN, "tokenizer=byte", *options)
         assert result.status == 0, result.err
         assert f" {n} tokens, context" in result.out
@@ -80,17 +80,17 @@ def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None
         ("objective=mlm", "model=encoder_nano"),
     }
     for options in runs:
-        given = ("train", *TINY, "trainer.max_steps=1", "callbacks.export=false", *options)
-        made, planned = command(*given), command(*given, "dry_run=true")
-        assert made.status == planned.status == 0, made.err + planned.err
-        assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
-        assert STEP.search(made.out)[0] == STEP.search(planned.out)[0]
+        arguments = ("train", *TINY, "trainer.max_steps=1", "callbacks.export=false", *options)
+        trained, estimated = command(*arguments), command(*arguments, "dry_run=true")
+        assert trained.status == estimated.status == 0, trained.err + estimated.err
+        assert SIZE.search(trained.out).groups() == SIZE.search(estimated.out).groups()
+        assert STEP.search(trained.out)[0] == STEP.search(estimated.out)[0]
         texts = 1 if "objective=mlm" in options else 2  # of a row
-        assert f"({4 * texts} rows x 32 x 1 batches" in made.out
+        assert f"({4 * texts} rows x 32 x 1 batches" in trained.out
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("objective=mlm",), "objective=mlm needs a model of shape encoder, not decoder"),
         (("peft=prefix", "peft.n_tokens=32"), "peft.n_tokens=32: 32 virtual tokens leave no text to learn"),
@@ -101,7 +101,7 @@ def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_plan_and_run_alike(
-    options: tuple[str, ...], said: str, command, tmp_path: Path
+    options: tuple[str, ...], message: str, command, tmp_path: Path
 ) -> None:
     from genai_pl.config.enums import Head
     from genai_pl.data import byte_tokenizer
@@ -115,17 +115,17 @@ def test_what_cannot_be_trained_is_refused_by_plan_and_run_alike(
     for more in ((), ("dry_run=true",)):
         result = command("train", *sizes, "output_dir=refused", *options, *more)
         assert (result.status, result.err.count("\n")) == (2, 1), result.err
-        assert said in result.err
+        assert message in result.err
         assert not Path("refused/checkpoints").exists()
 
 
 def test_layers_that_an_adapter_trains_whole_are_planned(run: Path, command) -> None:
     options = ("init_from=run", "peft=lora", "peft.modules_to_save=[embed,lm_head]", "data.batch_size=4")
     short = ("trainer.max_steps=1", "callbacks.export=false", "callbacks.samples.every_n_steps=null")
-    made, planned = command("train", *options, *short), command("train", *options, *PLAN)
-    assert made.status == planned.status == 0, made.err + planned.err
-    assert SIZE.search(made.out).groups() == SIZE.search(planned.out).groups()
-    assert planned.err == ""
+    trained, estimated = command("train", *options, *short), command("train", *options, *PLAN)
+    assert trained.status == estimated.status == 0, trained.err + estimated.err
+    assert SIZE.search(trained.out).groups() == SIZE.search(estimated.out).groups()
+    assert estimated.err == ""
 
 
 def test_a_reference_is_a_copy_of_the_weights_and_none_beside_an_adapter(run: Path, command) -> None:
@@ -161,7 +161,7 @@ def test_pairs_are_two_texts_each_and_a_reference_reads_them_too(run: Path, comm
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("init_from=nowhere",), "init_from=nowhere: no such run folder"),
         (("init_from=owner/name",), "init_from=owner/name: not here, and dry_run=true downloads nothing"),
@@ -170,7 +170,7 @@ def test_pairs_are_two_texts_each_and_a_reference_reads_them_too(run: Path, comm
         (("init_from=run", "peft.init_from=run"), "dry_run=true reads no adapter"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(options: tuple[str, ...], said: str, run: Path, command) -> None:
+def test_what_cannot_be_planned_is_one_line(options: tuple[str, ...], message: str, run: Path, command) -> None:
     result = command("train", *PLAN, *options)
     assert (result.status, result.err.count("\n")) in ((1, 1), (2, 1))
-    assert said in result.err
+    assert message in result.err

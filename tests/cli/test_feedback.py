@@ -33,12 +33,12 @@ class LongerIsBetter:
 
 def test_both_orders_are_asked_and_averaged() -> None:
     judge = LongerIsBetter()
-    found = compare(judge, "p", "short", "much longer", rubric="")
-    assert (found["chosen"], found["rejected"]) == ("much longer", "short")
+    row = compare(judge, "p", "short", "much longer", rubric="")
+    assert (row["chosen"], row["rejected"]) == ("much longer", "short")
     assert len(judge.asked) == 2
     swapped = compare(judge, "p", "much longer", "short", rubric="")
-    assert swapped["chosen"] == found["chosen"]
-    assert swapped["margin"] == pytest.approx(found["margin"])
+    assert swapped["chosen"] == row["chosen"]
+    assert swapped["margin"] == pytest.approx(row["margin"])
     even = compare(judge, "p", "same", "same", rubric="")
     assert even["position_bias"] == pytest.approx(0.0498, abs=1e-4)  # sigmoid(0.2) - 1/2
     assert even["margin"] == pytest.approx(0.0, abs=1e-9)
@@ -46,8 +46,8 @@ def test_both_orders_are_asked_and_averaged() -> None:
 
 def test_each_principle_criticizes_and_revises_the_answer_before() -> None:
     writer = LongerIsBetter()
-    found = critique(writer, "p", [{"critique": "C1", "revision": "R1"}, {"critique": "C2", "revision": "R2"}])
-    assert (found["rejected"], found["chosen"]) == ("answer 1", "answer 5")
+    row = critique(writer, "p", [{"critique": "C1", "revision": "R1"}, {"critique": "C2", "revision": "R2"}])
+    assert (row["rejected"], row["chosen"]) == ("answer 1", "answer 5")
     assert "C1" in writer.asked[1]
     assert "answer 1" in writer.asked[1]
     assert "answer 2" in writer.asked[2]
@@ -103,15 +103,15 @@ def rows(path: Path) -> list[dict]:
 def test_labels_are_written_once_and_train_a_policy(endpoint: str, command, tmp_path: Path) -> None:
     data = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(6)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    given = ("feedback", f"judge={endpoint}", "key_variable=KEY", "data.path=prompts.jsonl", "out=pairs.jsonl")
-    first = command(*given, "limit=4")
+    arguments = ("feedback", f"judge={endpoint}", "key_variable=KEY", "data.path=prompts.jsonl", "out=pairs.jsonl")
+    first = command(*arguments, "limit=4")
     assert first.status == 0, first.err
     with (tmp_path / "pairs.jsonl").open("a") as file:
         file.write('{"row": 4, "prom')  # a crash
-    assert command(*given).status == 0
-    found = rows(tmp_path / "pairs.jsonl")
-    assert [row["row"] for row in found] == list(range(6))
-    assert all(row["position_bias"] == pytest.approx(-0.5, abs=1e-3) for row in found)  # it always says B
+    assert command(*arguments).status == 0
+    labels = rows(tmp_path / "pairs.jsonl")
+    assert [row["row"] for row in labels] == list(range(6))
+    assert all(row["position_bias"] == pytest.approx(-0.5, abs=1e-3) for row in labels)  # it always says B
     trained = command("train", "objective=dpo", *TINY, "data.path=pairs.jsonl")
     assert trained.status == 0, trained.err
 
@@ -120,15 +120,15 @@ def test_a_local_model_criticizes_itself(command, tmp_path: Path) -> None:
     assert command("train", *TINY, "model.max_seq_len=256", "hydra.run.dir=run").status == 0
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
     (tmp_path / "own.yaml").write_text("principles:\n- {critique: C, revision: R}\n")
-    given = ("feedback", "checkpoint=run", "data.path=prompts.jsonl", "generation.max_new_tokens=4")
-    result = command(*given, "task=critique", "constitution=own.yaml", "out=revised.jsonl")
+    arguments = ("feedback", "checkpoint=run", "data.path=prompts.jsonl", "generation.max_new_tokens=4")
+    result = command(*arguments, "task=critique", "constitution=own.yaml", "out=revised.jsonl")
     assert result.status == 0, result.err
     assert set(rows(tmp_path / "revised.jsonl")[0]) == {"row", "prompt", "completion", "chosen", "rejected", "record"}
-    assert command(*given, "out=pairs.jsonl").status == 0
+    assert command(*arguments, "out=pairs.jsonl").status == 0
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("task=both",), "task=both is not one of label, critique"),
         (("limit=-1",), "limit=-1 must be at least 1"),
@@ -143,9 +143,9 @@ def test_a_local_model_criticizes_itself(command, tmp_path: Path) -> None:
         (("task=critique", "constitution=nowhere.yaml", "checkpoint=http://127.0.0.1:1"), "constitution=nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, command, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "p"}\n')
-    result = command("feedback", "data.path=prompts.jsonl", *given)
+    result = command("feedback", "data.path=prompts.jsonl", *arguments)
     assert result.status in (1, 2)
     assert message in result.err
     assert result.err.count("\n") == 1
@@ -222,16 +222,16 @@ def test_a_last_line_is_kept_where_whole_and_dropped_where_cut(
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text(lines(*PAIRS))
     own = {**LABEL, "margin": 0.25}
-    kept = lines(own).encode()
+    complete = lines(own).encode()
     (tmp_path / "pairs.jsonl").write_bytes(
-        kept + (end if isinstance(end, bytes) else end.encode()) if end else kept[:-1]
+        complete + (end if isinstance(end, bytes) else end.encode()) if end else complete[:-1]
     )
-    given = ("feedback", f"judge={endpoint}", "key_variable=KEY", "data.path=prompts.jsonl", "out=pairs.jsonl")
-    result = command(*given, "limit=2")
+    arguments = ("feedback", f"judge={endpoint}", "key_variable=KEY", "data.path=prompts.jsonl", "out=pairs.jsonl")
+    result = command(*arguments, "limit=2")
     assert result.status == 0, result.err
     assert [row["row"] for row in rows(tmp_path / "pairs.jsonl")] == [0, 1]
     assert rows(tmp_path / "pairs.jsonl")[0] == own
-    assert command(*given, "limit=1").status == 0  # more is there than the limit asks for
+    assert command(*arguments, "limit=1").status == 0  # more is there than the limit asks for
 
 
 def test_answers_given_as_messages_are_judged(endpoint: str, command, tmp_path: Path) -> None:
@@ -240,20 +240,20 @@ def test_answers_given_as_messages_are_judged(endpoint: str, command, tmp_path: 
 
     data = [{"prompt": f"p{i}", "chosen": talk(f"p{i}", "a"), "rejected": talk(f"p{i}", "b")} for i in range(4)]
     (tmp_path / "ultra.jsonl").write_text(lines(*data))
-    given = ("feedback", f"judge={endpoint}", "key_variable=KEY", "out=pairs.jsonl")
+    arguments = ("feedback", f"judge={endpoint}", "key_variable=KEY", "out=pairs.jsonl")
     for _ in range(2):
-        result = command(*given, "data.path=ultra.jsonl")
+        result = command(*arguments, "data.path=ultra.jsonl")
         assert result.status == 0, result.err
-    found = rows(tmp_path / "pairs.jsonl")
-    assert [(row["prompt"], {row["chosen"], row["rejected"]}) for row in found] == [
+    labels = rows(tmp_path / "pairs.jsonl")
+    assert [(row["prompt"], {row["chosen"], row["rejected"]}) for row in labels] == [
         (talk(f"p{i}"), {"a", "b"}) for i in range(4)
     ]
     longer = [{"prompt": "p", "chosen": talk("p", "a", "q", "r"), "rejected": talk("p", "b")}]
     (tmp_path / "longer.jsonl").write_text(lines(*longer))
-    result = command(*given[:-1], "data.path=longer.jsonl", "out=other.jsonl")
+    result = command(*arguments[:-1], "data.path=longer.jsonl", "out=other.jsonl")
     assert "row 1: column 'chosen': a judge compares single answers: give a text, or one message of" in result.err
     (tmp_path / "asked.jsonl").write_text(lines({"prompt": talk("p", "a", "q"), "chosen": "a", "rejected": "b"}))
-    result = command(*given[:-1], "data.path=asked.jsonl", "out=other.jsonl")
+    result = command(*arguments[:-1], "data.path=asked.jsonl", "out=other.jsonl")
     assert "row 1: column 'prompt': a judge is asked about one request: give a text, or one message of" in result.err
     assert result.err.count("\n") == 1
 
@@ -264,7 +264,7 @@ def test_a_reward_model_chooses_the_answer_that_evaluation_scores_higher(command
     options = ("optimizer.lr=1e-2", "trainer.max_steps=3", "trainer.limit_val_batches=0")
     trained = command("train", *TINY, "objective=reward", *data, *options, "hydra.run.dir=judge")
     assert trained.status == 0, trained.err
-    given = ("feedback", "data.path=pairs.jsonl", "out=new/labels.jsonl")
+    arguments = ("feedback", "data.path=pairs.jsonl", "out=new/labels.jsonl")
     refused = {
         ("judge=judge", "rubric=short"): "rubric: not read by a reward model (judge=judge); leave it out",
         (
@@ -273,11 +273,11 @@ def test_a_reward_model_chooses_the_answer_that_evaluation_scores_higher(command
         ): "checkpoint=judge: a reward model, which writes no answers; give it as",
     }
     for options, message in refused.items():
-        result = command(*given, *options)
+        result = command(*arguments, *options)
         assert (result.status, result.err.count("\n")) == (2, 1)
         assert message in result.err
         assert not (tmp_path / "new").exists()
-    result = command(*given, "judge=judge", "data.first=rejected", "data.second=chosen")
+    result = command(*arguments, "judge=judge", "data.first=rejected", "data.second=chosen")
     assert result.status == 0, result.err
     assert "bias" not in result.out
     labels = rows(tmp_path / "new" / "labels.jsonl")

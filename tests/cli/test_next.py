@@ -38,7 +38,7 @@ def next_of(out: str) -> list[str]:
 
 @pytest.mark.parametrize("objective", RUNS)
 def test_the_next_command_shows_what_the_objective_has_taught(objective: str, command, tmp_path: Path) -> None:
-    rows, options, shown = RUNS[objective]
+    rows, options, expected = RUNS[objective]
     data = [] if rows is None else ["data.path=rows.jsonl"]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or ()))
     folder = "output_dir=runs of/it's [1], a=b"
@@ -47,19 +47,19 @@ def test_the_next_command_shows_what_the_objective_has_taught(objective: str, co
     script, *arguments = next_of(result.out)
     assert script == "generate.py"
     assert "checkpoint=runs of/it's [1], a=b" in arguments
-    plain = [] if shown != "text" else ["generation.max_new_tokens=2"]
-    written = command("generate", *arguments, *plain)
-    assert written.status == 0, written.err
+    plain = [] if expected != "text" else ["generation.max_new_tokens=2"]
+    completion = command("generate", *arguments, *plain)
+    assert completion.status == 0, completion.err
     prompt = next(a for a in arguments if a.startswith("prompt=")).partition("=")[2]
-    if shown in ("score", "embedding"):
-        line = json.loads(written.out)
-        assert shown in line
+    if expected in ("score", "embedding"):
+        line = json.loads(completion.out)
+        assert expected in line
         assert line["prompt"] == prompt
     else:
-        assert written.out.startswith(prompt)
-    if shown == "candidates":
+        assert completion.out.startswith(prompt)
+    if expected == "candidates":
         assert "<|mask|>" in prompt
-        assert len(written.out.splitlines()) == 1 + 5
+        assert len(completion.out.splitlines()) == 1 + 5
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -71,8 +71,8 @@ def test_a_folder_of_any_name_is_pasted_and_read_as_it_is(name: str, tmp_path: P
             Path(name) / "run", exported=None, finished=finished, generate={"prompt": name}, arguments=[name]
         )
         _, *words = next_of("\n" + lines[-1])
-        (found,) = [word for word in words if word.startswith(f"{option}=")]
-        override = OverridesParser.create().parse_override(quote_argument(found))
+        (option_word,) = [word for word in words if word.startswith(f"{option}=")]
+        override = OverridesParser.create().parse_override(quote_argument(option_word))
         assert not override.is_sweep_override()
         assert override.value() == f"{name}/run"
     prompt = shlex.split(shell_arguments({"prompt": name}))

@@ -47,9 +47,9 @@ def outcomes(cases: list[Case], folder: Path) -> list[Outcome]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    base, *found = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+    base, *results = [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
     assert base.status == 0, base.err
-    return found
+    return results
 
 
 def is_told(outcome: Outcome) -> bool:
@@ -59,10 +59,10 @@ def is_told(outcome: Outcome) -> bool:
 
 
 def check(cases: list[Case], folder: Path) -> None:
-    found = zip(cases, outcomes(cases, folder), strict=True)
+    pairs = zip(cases, outcomes(cases, folder), strict=True)
     failed = [
         f"{case.command}.py {' '.join(case.arguments)}\n{o.status} {o.err[-1500:]}"
-        for case, o in found
+        for case, o in pairs
         if not is_told(o)
     ]
     assert not failed, "\n\n".join(failed)
@@ -70,13 +70,13 @@ def check(cases: list[Case], folder: Path) -> None:
 
 def test_known_slips_and_random_odd_values_are_work_done_or_one_line_that_names_the_option(tmp_path: Path) -> None:
     base = ("data.path=text.txt", *odd_overrides.TINY, "hydra.run.dir=run")
-    known = [Case("train", (*base, *typed.split())) for typed in KNOWN]
+    slips = [Case("train", (*base, *typed.split())) for typed in KNOWN]
     cases = draw(seed=1, n=60)
-    found = outcomes([*known, *cases], tmp_path)
-    for typed, outcome in zip(KNOWN, found, strict=False):
+    results = outcomes([*slips, *cases], tmp_path)
+    for typed, outcome in zip(KNOWN, results, strict=False):
         assert outcome.err.startswith(f"error: {KNOWN[typed]}"), (typed, outcome)
         assert is_told(outcome), (typed, outcome)
-    failed = [(case, o) for case, o in zip(cases, found[len(known) :], strict=True) if not is_told(o)]
+    failed = [(case, o) for case, o in zip(cases, results[len(slips) :], strict=True) if not is_told(o)]
     assert not failed
 
 
@@ -91,11 +91,11 @@ def test_every_objective_on_every_model_trains_or_says_what_it_needs(tmp_path: P
     cases = []
     for objective, data in odd_overrides.OBJECTIVES.items():
         for model in odd_overrides.MODELS:
-            given = [
+            commands = [
                 f"model={model}",
                 f"objective={objective}",
                 f"data.path={odd_overrides.DATA[data]}",
                 f"data={data}",
             ]
-            cases.append(Case("train", (*given, *odd_overrides.sizes(model), *odd_overrides.rollouts(objective))))
+            cases.append(Case("train", (*commands, *odd_overrides.sizes(model), *odd_overrides.rollouts(objective))))
     check(cases, tmp_path)

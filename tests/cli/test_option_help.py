@@ -21,11 +21,11 @@ def flat(text: str) -> str:
 
 def options(contents: dict, prefix: str = "") -> list[str]:
     """The dotted names of the values in a file of options."""
-    found = []
+    names = []
     for key, value in contents.items():
         if key not in ("defaults", "hydra"):
-            found += options(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return found
+            names += options(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return names
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -34,12 +34,12 @@ def test_help_has_every_option_of_the_command_with_its_comment_and_no_group_of_a
     contents = yaml.safe_load(path.read_text())
     result = command(name, "--help")
     assert (result.status, result.err) == (0, "")
-    said = flat(result.out)
+    text = flat(result.out)
     for option in options(contents):
-        assert f" {option}=" in said
+        assert f" {option}=" in text
     comments = [line.partition(" # ")[2] for line in path.read_text().partition("\nhydra:")[0].splitlines()]
     for comment in filter(None, comments[comments.index(comments[-1]) - len(options(contents)) :]):
-        assert flat(comment) in said
+        assert flat(comment) in text
     groups = {key for entry in contents["defaults"] if isinstance(entry, dict) for key in entry}
     listed = {
         line.split()[0]
@@ -51,20 +51,20 @@ def test_help_has_every_option_of_the_command_with_its_comment_and_no_group_of_a
 
 
 def test_help_of_a_group_says_what_its_choices_are_and_which_is_the_default() -> None:
-    said = flat(help_text("config", ["--help", "optimizer"]))
+    text = flat(help_text("config", ["--help", "optimizer"]))
     for path in (CONF / "optimizer").glob("*.yaml"):
-        assert flat(path.read_text().splitlines()[0][2:]) in said
-    assert "optimizer=muon* Muon" in said
-    assert "optimizer.momentum=0.95 memory of the mean of gradients" in said
+        assert flat(path.read_text().splitlines()[0][2:]) in text
+    assert "optimizer=muon* Muon" in text
+    assert "optimizer.momentum=0.95 memory of the mean of gradients" in text
 
 
 def test_help_of_a_choice_has_the_fields_it_begins_with_too() -> None:
-    said = flat(help_text("config", ["peft=dora", "-h"]))
-    assert "peft.dora=true" in said
-    assert "peft.rank=8 of the change of a weight" in said
-    said = flat(help_text("config", ["--help", "model=llama"]))
-    assert "model.n_kv_head" in said
-    assert "null: n_head (no grouping)" in said
+    text = flat(help_text("config", ["peft=dora", "-h"]))
+    assert "peft.dora=true" in text
+    assert "peft.rank=8 of the change of a weight" in text
+    text = flat(help_text("config", ["--help", "model=llama"]))
+    assert "model.n_kv_head" in text
+    assert "null: n_head (no grouping)" in text
 
 
 def test_help_of_one_option_is_its_line_and_a_slip_is_told_with_the_nearest(command) -> None:

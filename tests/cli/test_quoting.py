@@ -56,9 +56,9 @@ def test_a_sweep_of_files_that_are_not_there_says_how_a_comma_is_quoted(command)
 
 
 @pytest.mark.parametrize(
-    ("typed", "found"), [("[true]", ["true"]), ("[1e3, x]", ["1e3", "x"]), ("['a,b',007]", ["a,b", "007"])]
+    ("typed", "expected"), [("[true]", ["true"]), ("[1e3, x]", ["1e3", "x"]), ("['a,b',007]", ["a,b", "007"])]
 )
-def test_stop_strings_are_as_they_are_typed(typed: str, found: list[str]) -> None:
+def test_stop_strings_are_as_they_are_typed(typed: str, expected: list[str]) -> None:
     from hydra import compose, initialize_config_dir
 
     from genai_pl.cli.command import CONF, register
@@ -67,4 +67,4 @@ def test_stop_strings_are_as_they_are_typed(typed: str, found: list[str]) -> Non
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("generate", overrides=[quote_argument(f"generation.stop={typed}")])
-    assert list(config.generation.stop) == found
+    assert list(config.generation.stop) == expected

@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line(mistake: str, command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "contents", "said"),
+    ("name", "contents", "message"),
     [
         ("empty.txt", b"", "empty"),
         ("latin.txt", b"line one\nna\xefve" * 100, "not UTF-8 at byte 11 (line 2)"),
@@ -138,12 +138,12 @@ def test_a_mistake_is_one_line(mistake: str, command) -> None:
         ("odd.xyz", b"something", "unknown kind of file"),
     ],
 )
-def test_bad_data_is_one_line(name: str, contents: bytes, said: str, command, tmp_path: Path) -> None:
+def test_bad_data_is_one_line(name: str, contents: bytes, message: str, command, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(contents)
     result = command("train", *TINY, f"data.path={name}")
     assert result.status in (1, 2)
     assert result.err.count("\n") == 1
-    assert said in result.err
+    assert message in result.err
 
 
 def test_a_dry_run_prints_costs_and_trains_nothing(command, tmp_path: Path) -> None:

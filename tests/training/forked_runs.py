@@ -117,9 +117,9 @@ def serve() -> None:
         if not pid:
             _be_run(job)
         status = _wait(pid, job["seconds"], job["rank"])
-        left = _end_all()
+        leftovers = _end_all()
         seconds = time.monotonic() - began
-        print(json.dumps({"status": status, "left": left, "seconds": seconds}), flush=True)
+        print(json.dumps({"status": status, "left": leftovers, "seconds": seconds}), flush=True)
 
 
 def _wait(pid: int, seconds: float | None, rank: int) -> int:
@@ -148,10 +148,10 @@ def _end_all() -> int:
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    left = _children(os.getpid())
-    for process in left:
+    children = _children(os.getpid())
+    for process in children:
         os.kill(process, signal.SIGKILL)
-    return len(left)
+    return len(children)
 
 
 def _children(pid: int) -> list[int]:
@@ -177,13 +177,13 @@ def _be_run(job: dict) -> NoReturn:
     class Popen(subprocess.Popen):
         """A process of train.py is one that waits for its command line already."""
 
-        def _execute_child(self, args: list[str], *given: object) -> None:
+        def _execute_child(self, args: list[str], *rest: object) -> None:
             if not any(str(argument).endswith("train.py") for argument in args):
-                super()._execute_child(args, *given)
+                super()._execute_child(args, *rest)
                 return
             self.pid, pipe = waiting.pop(0)
             words = args[next(n for n, argument in enumerate(args) if str(argument).endswith("train.py")) :]
-            os.write(pipe, json.dumps({"arguments": words, "environment": dict(given[5])}).encode())
+            os.write(pipe, json.dumps({"arguments": words, "environment": dict(rest[5])}).encode())
             os.close(pipe)
 
     subprocess.Popen = Popen
@@ -192,14 +192,14 @@ def _be_run(job: dict) -> NoReturn:
 
 def _fork_rank(job: dict) -> tuple[int, int]:
     """A process that becomes one of the run when it is told its command line, and where to tell it."""
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
-        os.close(tell)
-        with os.fdopen(told) as file:
+        os.close(write_end)
+        with os.fdopen(read_end) as file:
             _be_rank(job, file.read())
-    os.close(told)
-    return pid, tell
+    os.close(read_end)
+    return pid, write_end
 
 
 def _be_rank(job: dict, command: str) -> NoReturn:

@@ -82,13 +82,13 @@ def test_log_probabilities_of_completions_are_those_of_transformers(pairs: str, 
     sums = dict.fromkeys(("chosen", "rejected"), 0.0)
     for line in (tmp_path / "pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
-        given = tokenizer(row["prompt"])["input_ids"]
+        prompt_ids = tokenizer(row["prompt"])["input_ids"]
         for name in sums:
-            ids = given + tokenizer(row[name])["input_ids"] + [tokenizer.eos_token_id]
+            ids = prompt_ids + tokenizer(row[name])["input_ids"] + [tokenizer.eos_token_id]
             with torch.no_grad():
                 logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             targets = torch.tensor(ids[1:])
-            sums[name] += logprobs.gather(1, targets[:, None])[len(given) - 1 :].sum().item()
+            sums[name] += logprobs.gather(1, targets[:, None])[len(prompt_ids) - 1 :].sum().item()
     last = table(tmp_path / "run")[-1]
     for name, total in sums.items():
         assert float(last[f"val/logps/{name}"]) == pytest.approx(total / 32, abs=1e-3)
@@ -160,10 +160,18 @@ KINDS = {
 def test_rollouts_are_learned_from_and_a_resumed_run_draws_the_same(
     kind: str, prompts: str, command, tmp_path: Path
 ) -> None:
-    given = ("train", *KINDS[kind], *SMALL, prompts, *RL, "trainer.max_steps=8", "callbacks.checkpoint.every_n_steps=4")
-    result = command(*given, "hydra.run.dir=whole")
+    arguments = (
+        "train",
+        *KINDS[kind],
+        *SMALL,
+        prompts,
+        *RL,
+        "trainer.max_steps=8",
+        "callbacks.checkpoint.every_n_steps=4",
+    )
+    result = command(*arguments, "hydra.run.dir=whole")
     assert result.status == 0, result.err
-    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command(*arguments, "hydra.run.dir=half").status == 0
     result = command("train", "resume=half/checkpoints/step=000004.ckpt")
     assert (result.status, "objective.reward=rewards:many_e names code to run" in result.err) == (1, True)
     assert command("train", "resume=half/checkpoints/step=000004.ckpt", RL[2]).status == 0
@@ -204,7 +212,7 @@ def test_a_reward_model_judges_rollouts(pairs: str, prompts: str, command) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ((), "objective.reward is not set"),
         (("objective.reward=rewards:none",), "objective.reward=rewards:none: cannot be imported"),
@@ -215,8 +223,8 @@ def test_a_reward_model_judges_rollouts(pairs: str, prompts: str, command) -> No
         (("objective.reward=rewards:many_e", "trainer.accumulate_grad_batches=2"), "rollouts have minibatches instead"),
     ],
 )
-def test_a_mistake_with_rewards_is_one_line(given: tuple[str, ...], message: str, prompts: str, command) -> None:
-    result = command("train", *KINDS["grpo"], *SMALL, prompts, *RL[:2], *given)
+def test_a_mistake_with_rewards_is_one_line(arguments: tuple[str, ...], message: str, prompts: str, command) -> None:
+    result = command("train", *KINDS["grpo"], *SMALL, prompts, *RL[:2], *arguments)
     assert result.status in (1, 2)
     assert message in result.err
     assert result.err.startswith("error: ")
@@ -237,10 +245,10 @@ def test_the_commands_of_the_documentation_work_as_written(command, tmp_path: Pa
     assert len(lines) == 7
     small = ("data.batch_size=2", "trainer.max_steps=2", "callbacks.samples.every_n_steps=null")
     for line in lines:
-        script, *given = line.replace("BASE", "first").split()[1:]
+        script, *arguments = line.replace("BASE", "first").split()[1:]
         extra = small if script == "train.py" else ()
-        extra += ("objective.max_new_tokens=4", "objective.minibatch_size=2") if "objective=ppo" in given else ()
-        result = command(script.removesuffix(".py"), *given, *extra)
+        extra += ("objective.max_new_tokens=4", "objective.minibatch_size=2") if "objective=ppo" in arguments else ()
+        result = command(script.removesuffix(".py"), *arguments, *extra)
         assert result.status == 0, f"{line}: {result.err}"
     rows = table(tmp_path / "ppo")
     assert rows[-1]["val/scores"]
@@ -251,11 +259,11 @@ def test_completions_that_no_reward_applies_to_are_in_no_mean(prompts: str, comm
     (tmp_path / "some.py").write_text(
         "def score(prompts, completions, answer, **columns):\n    return [1.0 if a % 2 else None for a in answer]\n"
     )
-    given = ("objective.max_new_tokens=8", "data.batch_size=4", "objective.reward=some.py:score")
-    result = command("train", *KINDS["grpo"], *SMALL, prompts, *given, "hydra.run.dir=run")
+    arguments = ("objective.max_new_tokens=8", "data.batch_size=4", "objective.reward=some.py:score")
+    result = command("train", *KINDS["grpo"], *SMALL, prompts, *arguments, "hydra.run.dir=run")
     assert result.status == 0, result.err
     rows = table(tmp_path / "run")
     assert {float(row["objective/scores"]) for row in rows if row["objective/scores"]} <= {0.0, 1.0}  # 0: none at all
     assert {float(row["val/scores"]) for row in rows if row["val/scores"]} == {1.0}
-    refused = command("train", *KINDS["ppo"], *SMALL, prompts, *given)
+    refused = command("train", *KINDS["ppo"], *SMALL, prompts, *arguments)
     assert refused.err.startswith("error: objective.reward: no reward applies to some completions")

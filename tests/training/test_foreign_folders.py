@@ -101,8 +101,8 @@ def check(runs: list[str], seed: int) -> str:
     foreign.copy(Path(run), Path("x"), seed)
     exported = "adapter" if run == "lora" else "model"
     ended = forked(*(argument.format(exported=exported) for argument in USES[use]))
-    for made in ("new", "exported"):
-        foreign.shutil.rmtree(made, ignore_errors=True)
+    for origin in ("new", "exported"):
+        foreign.shutil.rmtree(origin, ignore_errors=True)
     where = f"seed {seed}, {use} of {run}, status {ended.status}: "
     if Path(foreign.MARKER).exists():
         return where + "something ran"
@@ -117,13 +117,13 @@ def check(runs: list[str], seed: int) -> str:
 
 def test_a_foreign_folder_is_taken_or_refused_in_one_line(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.getcwd())  # where evil.py lies
-    found = [check(runs, seed) for seed in range(24)]
-    assert {*found} == {"taken", "refused"}
+    outcomes = [check(runs, seed) for seed in range(24)]
+    assert {*outcomes} == {"taken", "refused"}
 
 
 @pytest.mark.slow
 def test_200_foreign_folders_are_taken_or_refused_in_one_line(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.getcwd())
-    found = [check(runs, seed) for seed in range(1000, 1200)]
-    print({kind: found.count(kind) for kind in {*found}})
-    assert {*found} == {"taken", "refused"}
+    outcomes = [check(runs, seed) for seed in range(1000, 1200)]
+    print({kind: outcomes.count(kind) for kind in {*outcomes}})
+    assert {*outcomes} == {"taken", "refused"}

@@ -77,7 +77,7 @@ OPTIONS = {**KINDS, "quick": (*KINDS["bpe"], "trainer.val_check_interval=5")}
 def draws() -> list[Case]:
     """Cases of all kinds in which the stages take turns; `time` is a share of the seconds that the run takes."""
     draw = random.Random(18)
-    found = []
+    numbers = []
     for kind, options in KINDS.items():
         stages = ["preparation", "training", "validation", "checkpoint", "export", TORN, "time", "beginning", "finish"]
         stages += ["rollout"] * ("objective.group_size=4" in options) + ["samples"] * (kind == "tensorboard")
@@ -85,10 +85,10 @@ def draws() -> list[Case]:
         ranks = range(2 if TWO[0] in options else 1)
         for length in (1, 1, 3):
             chosen = tuple(stages.pop() for _ in range(length))
-            found.append(
+            numbers.append(
                 Case(kind, chosen, tuple(draw.random() for _ in chosen), tuple(draw.choice(ranks) for _ in chosen))
             )
-    return found
+    return numbers
 
 
 CASES = draws()
@@ -150,17 +150,17 @@ def test_a_killed_run_that_is_taken_up_is_the_undisturbed_one(case: Case, killer
 
 def assert_survives(case: Case, killer: Killer, expected: Whole) -> None:
     """The run is killed at each moment of the case, taken up in between and at last, and then equals the expected one."""
-    folder, given = killer.folder / f"{case}", (*SMALL, *OPTIONS[case.kind], "resume=auto", "hydra.run.dir=run")
+    folder, arguments = killer.folder / f"{case}", (*SMALL, *OPTIONS[case.kind], "resume=auto", "hydra.run.dir=run")
     for stage, share, rank in zip(case.stages, case.shares, case.ranks, strict=True):
         if stage == "time":
             when = {"seconds": share * expected.seconds, "rank": rank}
         else:
             rank = rank if stage in expected.counts[rank] else 0  # what one process does for all
             when = {"moment": Moment(stage, 1 + int(share * expected.counts[rank][stage]), rank)}
-        ended = killer.run(folder, *given, **when)
+        ended = killer.run(folder, *arguments, **when)
         print(f"{case}: {when} ended with {ended.status} after {ended.seconds:.1f} s")
         assert ("Traceback" in ended.out, ended.left) == (False, 0), ended.out
-    ended = killer.run(folder, *given)
+    ended = killer.run(folder, *arguments)
     assert (ended.status, "Traceback" in ended.out, ended.left) == (0, False, 0), ended.out
     assert_equal_runs(folder, expected.folder)
 
@@ -203,8 +203,8 @@ def assert_equal_values(ours: object, theirs: object, where: str) -> None:
 
 def names(folder: Path) -> list[str]:
     """The files of a folder, but for events, of which each process writes a file, and what `datasets` locks."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.name.startswith("events.out.tfevents"))
-    return sorted(str(path) for path in found if not (path.parts[0] == "cache" and path.suffix == ".lock"))
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.name.startswith("events.out.tfevents"))
+    return sorted(str(path) for path in paths if not (path.parts[0] == "cache" and path.suffix == ".lock"))
 
 
 def table(run: Path) -> list[dict[str, str]]:

@@ -78,8 +78,8 @@ def test_only_a_schedule_that_warms_up_is_given_a_warmup() -> None:
 
 
 def test_a_run_of_12_steps_reaches_its_rate_and_a_checkpoint_keeps_what_it_began_with(command, tmp_path: Path) -> None:
-    given = ("train", *TINY, "trainer.max_steps=12", "optimizer.lr=1e-3", "scheduler=constant", "hydra.run.dir=run")
-    result = command(*given)
+    arguments = ("train", *TINY, "trainer.max_steps=12", "optimizer.lr=1e-3", "scheduler=constant", "hydra.run.dir=run")
+    result = command(*arguments)
     assert "warmup 2 steps (17%)" in length_of(result.out)
     rates = [float(row["train/lr"]) for row in lines_of("run/metrics.csv") if row["train/lr"]]
     assert rates == pytest.approx([0.0, 5e-4, *[1e-3] * 10])

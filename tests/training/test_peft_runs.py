@@ -28,8 +28,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_path: Path) -> None:
-    given = ("train", *GPT, f"peft={method}", "callbacks.checkpoint.every_n_steps=2")
-    result = command(*given, "hydra.run.dir=run")
+    arguments = ("train", *GPT, f"peft={method}", "callbacks.checkpoint.every_n_steps=2")
+    result = command(*arguments, "hydra.run.dir=run")
     assert result.status == 0, result.err
     assert "trainable params: " in result.out
     run = tmp_path / "run"
@@ -42,7 +42,7 @@ def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_pa
     # the checkpoint: adapter, its two moments, and what every run has (tokenizer, random numbers, position)
     adapter_bytes = (run / "adapter/adapter_model.safetensors").stat().st_size
     assert (run / "checkpoints/last.ckpt").stat().st_size <= 3 * adapter_bytes + 60_000
-    assert command(*given, "hydra.run.dir=half").status == 0
+    assert command(*arguments, "hydra.run.dir=half").status == 0
     assert command("train", "resume=half/checkpoints/step=000002.ckpt").status == 0
     assert losses(tmp_path / "half") == losses(run)
 
@@ -50,10 +50,10 @@ def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_generates_and_merges_where_it_can(method: str, command, tmp_path: Path) -> None:
     assert command("train", *GPT, f"peft={method}", "hydra.run.dir=run").status == 0
-    asked = ("prompt=A", "generation.max_new_tokens=4", "generation=greedy")
-    text = command("generate", "checkpoint=run", *asked)
+    options = ("prompt=A", "generation.max_new_tokens=4", "generation=greedy")
+    text = command("generate", "checkpoint=run", *options)
     assert text.status == 0, text.err
-    again = command("generate", "checkpoint=run/base", "adapter=run", *asked)
+    again = command("generate", "checkpoint=run/base", "adapter=run", *options)
     assert again.out == text.out
     merged = command("export", "checkpoint=run", "format=merged", "out=merged")
     if method in MERGED:
@@ -97,29 +97,29 @@ def test_an_adapter_that_the_checkpoint_brings_is_not_put_on_twice(command, tmp_
     from genai_pl.serving.settings import Settings
 
     command("train", *GPT, "peft=lora", "trainer.max_steps=1", "output_dir=run")
-    asked = (
+    commands = (
         ("generate", "checkpoint=run", "adapter=run", "score=true", "prompt=A"),
         ("generate", "checkpoint=run/checkpoints/last.ckpt", "adapter=run", "prompt=A"),
         ("export", "checkpoint=run", "adapter=run/adapter", "format=merged", "out=merged"),
     )
-    for given in asked:
-        result = command(*given)
+    for arguments in commands:
+        result = command(*arguments)
         assert (result.status, result.err.count("\n")) == (2, 1)
-        assert f"{given[2]}: {given[1]} brings it already" in result.err
+        assert f"{arguments[2]}: {arguments[1]} brings it already" in result.err
     with pytest.raises(ConfigError, match="adapter=run: checkpoint=run brings it already"):
         open_service(Settings(checkpoint="run", adapters={"run": "run"}), Metrics())
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("peft=lora", "peft.target_modules=[nothing]"), "no module is called nothing; there are: q_proj"),
         (("peft=bitfit", "model.bias=false"), "bias"),
         (("peft.init_from=nowhere",), "peft.init_from=nowhere: no adapter_config.json in this folder"),
     ],
 )
-def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command) -> None:
-    result = command("train", *GPT, *given)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, command) -> None:
+    result = command("train", *GPT, *arguments)
     assert result.status in (1, 2)
     assert message in result.err
     assert result.err.count("\n") == 1
@@ -128,8 +128,8 @@ def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command) ->
 def test_tokens_that_a_model_lacked_come_with_its_adapter(command, tmp_path: Path) -> None:
     """The base is written down with more rows, of which the adapter holds the trained ones."""
     assert command("train", *GPT, "tokenizer=byte", "callbacks.export=true", "hydra.run.dir=gpt").status == 0
-    given = ("objective=fim", "init_from=gpt", "peft=lora", "peft.modules_to_save=[embed,lm_head]")
-    result = command("train", *GPT, *given, "hydra.run.dir=run")
+    arguments = ("objective=fim", "init_from=gpt", "peft=lora", "peft.modules_to_save=[embed,lm_head]")
+    result = command("train", *GPT, *arguments, "hydra.run.dir=run")
     assert result.status == 0, result.err
     before, base, adapted = (load(name).model for name in ("gpt", "run/base", "run"))
     n = before.config.vocab_size
@@ -143,8 +143,8 @@ def test_tokens_that_a_model_lacked_come_with_its_adapter(command, tmp_path: Pat
 
 @pytest.mark.parametrize("method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_an_adapter_on_two_processes_is_that_of_one(method: str, command, tmp_path: Path) -> None:
-    given = ("train", *GPT, f"peft={method}", "data.batch_size=2", "data.val_batch_size=2")
-    assert command(*given, "trainer.accumulate_grad_batches=2", "hydra.run.dir=one").status == 0
-    result = command(*given, "trainer=ddp", "trainer.devices=2", "hydra.run.dir=two")
+    arguments = ("train", *GPT, f"peft={method}", "data.batch_size=2", "data.val_batch_size=2")
+    assert command(*arguments, "trainer.accumulate_grad_batches=2", "hydra.run.dir=one").status == 0
+    result = command(*arguments, "trainer=ddp", "trainer.devices=2", "hydra.run.dir=two")
     assert result.status == 0, result.err
     torch.testing.assert_close(logits(load("two").model), logits(load("one").model), rtol=0, atol=1e-5)

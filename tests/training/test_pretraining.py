@@ -47,11 +47,11 @@ def test_an_objective_trains_and_exports_what_transformers_loads(objective: str,
     ours = load("run").model
     assert type(theirs).__name__ == name
     ids = torch.arange(10, 30)[None]
-    given = {"decoder_input_ids": ids} if objective == "span_corruption" else {}
+    decoder_inputs = {"decoder_input_ids": ids} if objective == "span_corruption" else {}
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids, **given), theirs(ids, **given).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(ids, **decoder_inputs), theirs(ids, **decoder_inputs).logits, rtol=0, atol=1e-4)
         of_checkpoint = load("run/checkpoints/last.ckpt").model
-        assert torch.equal(of_checkpoint(ids, **given), ours(ids, **given))
+        assert torch.equal(of_checkpoint(ids, **decoder_inputs), ours(ids, **decoder_inputs))
 
 
 @pytest.mark.parametrize("objective", ["mlm", "span_corruption"])
@@ -139,7 +139,7 @@ def test_an_exported_encoder_embeds_as_transformers_with_mean_pooling(command, t
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("objective=mlm",), "objective=mlm needs a model of shape encoder, not decoder"),
         (("objective=contrastive", "data=text", "model=bert_nano"), "objective=contrastive needs data=pairs, not data=text"),
@@ -153,9 +153,9 @@ def test_an_exported_encoder_embeds_as_transformers_with_mean_pooling(command, t
         (("model=hf", "model.name=nowhere"), "nowhere: transformers cannot load it"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line(given: tuple[str, ...], message: str, command, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, command, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl")
-    result = command("train", *given)
+    result = command("train", *arguments)
     assert result.status in (1, 2)
     assert message in result.err
     assert result.err.startswith("error: ")

@@ -67,23 +67,23 @@ LENGTHS = ("max_steps", "max_epochs")
 def draws() -> list[tuple[str, str, int, int, int]]:
     """Kind of run, what measures its length, where it stops, where it ends, and steps between checkpoints."""
     draw = random.Random(7)
-    found = []
+    numbers = []
     for kind in KINDS:
         measure = draw.choice(LENGTHS[: 1 if kind == "stream" else 2])
         stop = draw.randint(1, 11) if measure == "max_steps" else draw.randint(1, 2)
         end = stop + (draw.randint(1, 12) if measure == "max_steps" else 1)
-        found.append((kind, measure, stop, end, draw.randint(2, 5)))
-    return found
+        numbers.append((kind, measure, stop, end, draw.randint(2, 5)))
+    return numbers
 
 
 @pytest.mark.parametrize(("kind", "measure", "stop", "end", "every"), [*draws(), ("table", "max_steps", 8, 19, 8)])
 def test_a_run_that_is_made_longer_equals_the_long_one(
     kind: str, measure: str, stop: int, end: int, every: int, place: Path, command
 ) -> None:
-    given = ("train", *SMALL, *KINDS[kind], f"callbacks.checkpoint.every_n_steps={every}", "scheduler=constant")
-    given += ("trainer.val_check_interval=3",)
-    assert command(*given, f"trainer.{measure}={end}", "hydra.run.dir=whole").status == 0
-    assert command(*given, f"trainer.{measure}={stop}", "hydra.run.dir=run").status == 0
+    arguments = ("train", *SMALL, *KINDS[kind], f"callbacks.checkpoint.every_n_steps={every}", "scheduler=constant")
+    arguments += ("trainer.val_check_interval=3",)
+    assert command(*arguments, f"trainer.{measure}={end}", "hydra.run.dir=whole").status == 0
+    assert command(*arguments, f"trainer.{measure}={stop}", "hydra.run.dir=run").status == 0
     result = command("train", "resume=run", f"trainer.{measure}={end}")
     assert result.status == 0, result.err
     assert f"changed     trainer.{measure}={end} (was {stop})" in result.out
@@ -91,14 +91,14 @@ def test_a_run_that_is_made_longer_equals_the_long_one(
 
 
 def test_any_checkpoint_of_a_run_leads_to_its_end(place: Path, command) -> None:
-    given = (
+    arguments = (
         "train",
         *SMALL,
         "trainer.max_steps=12",
         "trainer.val_check_interval=4",
         "trainer.accumulate_grad_batches=3",
     )
-    assert command(*given, "callbacks.checkpoint.every_n_steps=1", "hydra.run.dir=whole").status == 0
+    assert command(*arguments, "callbacks.checkpoint.every_n_steps=1", "hydra.run.dir=whole").status == 0
     for step in random.Random(3).sample(range(1, 12), 3):
         shutil.copytree("whole", "run")
         result = command("train", f"resume=run/checkpoints/step={step:06d}.ckpt")
@@ -108,8 +108,8 @@ def test_any_checkpoint_of_a_run_leads_to_its_end(place: Path, command) -> None:
 
 
 def test_the_rows_of_a_step_may_be_split_otherwise_on_resume(place: Path, command) -> None:
-    given = ("train", *SMALL, "model.dropout=0", "trainer.max_steps=12", "callbacks.checkpoint.every_n_steps=1")
-    assert command(*given, "data.batch_size=4", "hydra.run.dir=whole").status == 0
+    arguments = ("train", *SMALL, "model.dropout=0", "trainer.max_steps=12", "callbacks.checkpoint.every_n_steps=1")
+    assert command(*arguments, "data.batch_size=4", "hydra.run.dir=whole").status == 0
     for step in (2, 3):  # in the middle of an epoch of 4 steps
         shutil.copytree("whole", "run")
         split = ("data.batch_size=2", "trainer.accumulate_grad_batches=2")
@@ -136,8 +136,8 @@ def test_output_dir_is_the_run_folder_whole(place: Path, command) -> None:
 
 
 def test_a_run_at_its_last_step_is_exported_and_nothing_is_trained(place: Path, command) -> None:
-    given = ("train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run")
-    assert command(*given).status == 0
+    arguments = ("train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run")
+    assert command(*arguments).status == 0
     before, rows = weights("run"), table(Path("run"))
     result = command("train", "resume=run", "callbacks.export=true")
     assert result.status == 0, result.err
@@ -151,8 +151,8 @@ def test_a_run_at_its_last_step_is_exported_and_nothing_is_trained(place: Path, 
 
 
 def test_a_rate_a_decay_and_a_schedule_that_are_typed_on_resume_count(place: Path, command) -> None:
-    given = ("train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run", "scheduler=constant")
-    assert command(*given).status == 0
+    arguments = ("train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run", "scheduler=constant")
+    assert command(*arguments).status == 0
     shutil.copytree("run", "same")
     assert command("train", "resume=same", "trainer.max_steps=5").status == 0
     for change in ("optimizer.lr=1e-2", "optimizer.betas=[0.5,0.6]", "scheduler=linear"):
@@ -170,7 +170,7 @@ def test_a_rate_a_decay_and_a_schedule_that_are_typed_on_resume_count(place: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("seed=1", "seed=1: the run was begun with 0"),
         ("model.n_embd=64", "model.n_embd=64: the run was begun with 32"),
@@ -187,14 +187,14 @@ def test_a_rate_a_decay_and_a_schedule_that_are_typed_on_resume_count(place: Pat
     ],
 )
 def test_what_cannot_change_in_a_run_is_one_line_and_leaves_the_folder_as_it_was(
-    change: str, said: str, place: Path, command
+    change: str, message: str, place: Path, command
 ) -> None:
     assert command("train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run").status == 0
     files = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
     result = command("train", "resume=run", "trainer.max_steps=5", change)
     assert result.status in (1, 2), result
     assert (result.err.startswith("error: "), result.err.count("\n")) == (True, 1), result.err
-    assert said in result.err
+    assert message in result.err
     assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == files
 
 
@@ -259,11 +259,11 @@ def test_a_folder_is_written_by_one_process_which_the_other_names(tmp_path: Path
 
 
 def test_a_new_run_does_not_start_in_the_folder_of_an_old_one(place: Path, command) -> None:
-    given = ("train", *SMALL, "trainer.max_steps=2")
-    assert command(*given, "hydra.run.dir=run").status == 0
+    arguments = ("train", *SMALL, "trainer.max_steps=2")
+    assert command(*arguments, "hydra.run.dir=run").status == 0
     files = sorted(Path("run").rglob("*"))
     for name in ("hydra.run.dir=run", "output_dir=run"):
-        result = command(*given, name)
+        result = command(*arguments, name)
         assert result.err == "error: run: holds a run already; continue it with resume=run, or name another folder\n"
     assert sorted(Path("run").rglob("*")) == files
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -271,8 +271,8 @@ def test_a_new_run_does_not_start_in_the_folder_of_an_old_one(place: Path, comma
 
 
 def test_what_lay_beyond_the_step_that_a_run_goes_on_from_is_set_aside(place: Path, command) -> None:
-    given = ("train", *SMALL, "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=2", "hydra.run.dir=run")
-    assert command(*given).status == 0
+    arguments = ("train", *SMALL, "trainer.max_steps=6", "callbacks.checkpoint.every_n_steps=2", "hydra.run.dir=run")
+    assert command(*arguments).status == 0
     assert command("train", "resume=run/checkpoints/step=000002.ckpt", "trainer.max_steps=3").status == 0
     names = sorted(path.name for path in Path("run/checkpoints").glob("*step=*"))
     assert names == ["aside-step=000004.ckpt", "aside-step=000006.ckpt", "step=000002.ckpt", "step=000003.ckpt"]

@@ -131,18 +131,18 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     import sys
     from types import ModuleType
 
-    def scores(*given: object, weights: list[float] | None = None) -> list[float]:
+    def scores(*functions: object, weights: list[float] | None = None) -> list[float]:
         module = ModuleType("given_here")
-        for n, values in enumerate(given):
+        for n, values in enumerate(functions):
             setattr(module, f"f{n}", lambda prompts, completions, values=values: values)
         monkeypatch.setitem(sys.modules, "given_here", module)
-        return loaded(*(f"given_here:f{n}" for n in range(len(given))), weights=weights)(PROMPTS, SAID)
+        return loaded(*(f"given_here:f{n}" for n in range(len(functions))), weights=weights)(PROMPTS, SAID)
 
     return scores
 
 
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [
         [1, 2.0, True],
         (1, 2, 1),
@@ -154,14 +154,14 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
         [torch.tensor([1.0]), [2.0], np.array([1])],
         (x for x in (1.0, 2.0, 1.0)),
     ],
-    ids=lambda given: type(given).__name__,
+    ids=lambda values: type(values).__name__,
 )
-def test_a_reward_may_give_its_numbers_in_any_form(given: object, give: Callable[..., list[float]]) -> None:
-    assert give(given) == [1.0, 2.0, 1.0]
+def test_a_reward_may_give_its_numbers_in_any_form(values: object, give: Callable[..., list[float]]) -> None:
+    assert give(values) == [1.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("values", "message"),
     [
         (None, "objective.reward gave None for 3 completions (given_here:f0)"),
         (1.0, "objective.reward gave 1.0 for 3 completions (given_here:f0)"),
@@ -182,21 +182,21 @@ def test_a_reward_may_give_its_numbers_in_any_form(given: object, give: Callable
     ],
 )
 def test_what_is_no_number_for_each_completion_is_one_line_that_names_the_reward_and_the_row(
-    given: object, message: str, give: Callable[..., list[float]]
+    values: object, message: str, give: Callable[..., list[float]]
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        give(given)
+        give(values)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_reward_that_gives_none_is_left_out_of_the_weighted_sum_as_in_trl(give: Callable[..., list[float]]) -> None:
     first, second, weights = [1.0, None, None], [10.0, 20.0, None], [2.0, 0.5]
-    found = give(first, second, weights=weights)
+    rewards = give(first, second, weights=weights)
     per_function = torch.tensor([[math.nan if x is None else x for x in row] for row in (first, second)]).T
     expected = (per_function * torch.tensor(weights)).nansum(1)  # GRPOTrainer of TRL 1.16
     expected[per_function.isnan().all(1)] = math.nan
-    np.testing.assert_equal(np.array(found), expected.numpy())
+    np.testing.assert_equal(np.array(rewards), expected.numpy())
 
 
 def test_that_no_reward_applies_is_said_once(
@@ -304,9 +304,9 @@ def test_columns_reach_a_reward_but_those_that_are_called_as_its_arguments(
     assert loaded("judges_here:answer")(PROMPTS, SAID, answer=["a", "x", "ccc"]) == [1.0, 0.0, 1.0]
     columns = {"prompts": [1, 2, 3], "completions": [4, 5, 6], "answer": SAID}
     assert loaded("judges_here:keys", "judges_here:answer", weights=[1.0, 10.0])(PROMPTS, SAID, **columns) == [11.0] * 3
-    said = [record.message for record in caplog.records]
-    assert sum("column prompts of the data is not handed on" in line for line in said) == 1
-    assert sum("column completions of the data is not handed on" in line for line in said) == 1
+    messages = [record.message for record in caplog.records]
+    assert sum("column prompts of the data is not handed on" in line for line in messages) == 1
+    assert sum("column completions of the data is not handed on" in line for line in messages) == 1
 
 
 def test_coroutines_keep_one_event_loop() -> None:
@@ -332,8 +332,8 @@ def test_coroutines_keep_one_event_loop() -> None:
 
 
 def test_a_reward_model_reads_conversations_as_in_its_training_and_in_evaluation(command, tmp_path: Path) -> None:
-    asked = [[{"role": "user", "content": f"{n}?"}] for n in range(8)]
-    rows = [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in asked]
+    conversations = [[{"role": "user", "content": f"{n}?"}] for n in range(8)]
+    rows = [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in conversations]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = ("model.n_layer=1", "model.n_embd=32", "model.n_head=4", "tokenizer=byte", "trainer.max_steps=20")
     result = command(
@@ -341,10 +341,12 @@ def test_a_reward_model_reads_conversations_as_in_its_training_and_in_evaluation
     )
     assert result.status == 0, result.err
     judged = load("judge")
-    tokens = [row.tokens for row in pair_windows(asked, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)]
+    tokens = [
+        row.tokens for row in pair_windows(conversations, ["good"] * 8, judged.tokenizer, seq_len=256, judges=True)
+    ]
     expected = reward_scores(judged.model, tokens).tolist()
     reward = load_rewards(["judge"], None, policy=judged.model, device=torch.device("cpu"))
     texts = [judged.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-    assert reward(texts, ["good"] * 8, asked) == pytest.approx(expected, abs=1e-5)
+    assert reward(texts, ["good"] * 8, conversations) == pytest.approx(expected, abs=1e-5)
     # what stands in a prompt decoded without its markers is another text
     assert reward(texts, ["good"] * 8) != pytest.approx(expected, abs=1e-5)

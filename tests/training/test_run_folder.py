@@ -61,8 +61,8 @@ def test_files_of_the_user_stay_where_a_run_in_their_folder_is_refused(command, 
     (tmp_path / "with" / "train.log").write_text("mine\n")
     for name in ("with", "empty"):
         assert command("train", *TINY, "peft=lora", "data.path=nowhere", f"output_dir={name}").status == 1
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["empty", "with", "with/base", "with/base/file", "with/train.log"]
+    remaining = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert remaining == ["empty", "with", "with/base", "with/base/file", "with/train.log"]
     assert (tmp_path / "with" / "train.log").read_text() == "mine\n"
 
 

@@ -28,8 +28,8 @@ def test_the_log_of_a_run_is_what_was_printed_and_a_resume_appends_to_it(command
     first = command("train", *TINY, "hydra.run.dir=run")
     assert first.status == 0
     assert LOG.read_text() == first.out
-    for said in ("data        ", "parameters", "tok/s", "val/loss", "next        "):
-        assert said in first.out
+    for text in ("data        ", "parameters", "tok/s", "val/loss", "next        "):
+        assert text in first.out
     second = command("train", "resume=run", "trainer.max_steps=5")
     assert second.status == 0
     assert LOG.read_text() == first.out + second.out

@@ -33,8 +33,10 @@ def test_a_name_is_the_folder_and_finds_the_run_and_tags_filter_the_table(comman
     assert result.status == 0, result.err
     assert f"resuming    {run}/checkpoints/step=000002.ckpt" in result.out
     assert json.loads((run / "results.json").read_text())["step"] == 3
-    asked = ("prompt=a", "generation.max_new_tokens=2")
-    assert command("generate", "checkpoint=mine", *asked).out == command("generate", f"checkpoint={run}", *asked).out
+    options = ("prompt=a", "generation.max_new_tokens=2")
+    assert (
+        command("generate", "checkpoint=mine", *options).out == command("generate", f"checkpoint={run}", *options).out
+    )
     # the table
     whole = command("compare", "outputs", "--no-picture").out
     assert "tags" in whole.splitlines()[0]

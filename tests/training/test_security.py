@@ -168,7 +168,7 @@ def test_a_sweep_folder_is_trusted_as_little(override: str, place: Path, command
 
 
 @pytest.mark.parametrize(
-    "kept",
+    "option",
     [
         *("seed=3", "model.n_layer=2", "optimizer=adamw", "optimizer.betas=[0.9,0.95]", "data.path=texts/*.txt"),
         *("data.path='a b.txt'", "objective=grpo", "objective.reward=runs/judge", "experiment=smoke", "logger=[]"),
@@ -181,9 +181,9 @@ def test_a_sweep_folder_is_trusted_as_little(override: str, place: Path, command
         *("callbacks.checkpoint.every_n_steps=5", "generation.regex='a{2}'", "trainer.max_epochs=null", "logger=csv"),
     ],
 )
-def test_plain_options_of_a_run_folder_count(kept: str, place: Path) -> None:
-    folder(place / "run", kept)
-    assert kept in replay(["resume=run"])
+def test_plain_options_of_a_run_folder_count(option: str, place: Path) -> None:
+    folder(place / "run", option)
+    assert option in replay(["resume=run"])
 
 
 def test_what_is_typed_again_counts(place: Path) -> None:
@@ -407,8 +407,8 @@ def test_a_secret_on_the_command_line_of_a_training_is_refused_unseen(argument: 
 
 def test_options_are_not_taken_for_secrets() -> None:
     texts = [path.read_text() for path in (ROOT / "conf").rglob("*.yaml")]
-    found = {f"{key}=3" for text in texts for key in re.findall(r"^ *(\w+):", text, re.M)}
-    assert not [option for option in found if contains_secret(option)]
+    names = {f"{key}=3" for text in texts for key in re.findall(r"^ *(\w+):", text, re.M)}
+    assert not [option for option in names if contains_secret(option)]
     assert not contains_secret("+logger.1.api_key=${oc.env:WANDB_API_KEY}")
     assert redact("http://host:8000/v1?n=3 a:b@c") == "http://host:8000/v1?n=3 a:b@c"
     assert redact("redis://:pass@host:1/0 https://me:pass@host") == "redis://***@host:1/0 https://***@host"

@@ -161,15 +161,15 @@ def test_the_loss_is_that_of_transformers_on_the_same_rows(packing: str, command
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     total, count = 0.0, 0
     for row in SUMS[5:40]:
-        given = tokenizer(row["prompt"])["input_ids"]
-        ids = given + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(given) + ids[len(given) :]])
+        prompt_ids = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt_ids + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt_ids) + ids[len(prompt_ids) :]])
         n = int((labels != -100).sum())
         with torch.no_grad():
             total += model(torch.tensor([ids]), labels=labels).loss.item() * n
         count += n
-    said = float(result.out.split("val/loss ")[-1].split()[0])
-    assert said == pytest.approx(total / count, abs=2e-4)
+    printed_loss = float(result.out.split("val/loss ")[-1].split()[0])
+    assert printed_loss == pytest.approx(total / count, abs=2e-4)
 
 
 def test_conversations_train_and_their_template_is_saved(command, tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_a_stopped_sweep_names_the_command_that_goes_on_with_all_of_it_and_a_fin
 
     begin = Console.on_train_batch_start
 
-    def interrupted(*given: object) -> None:
+    def interrupted(*args: object) -> None:
         signal.raise_signal(signal.SIGINT)
-        begin(*given)
+        begin(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(Console, "on_train_batch_start", interrupted)
@@ -125,18 +125,18 @@ def test_a_stopped_sweep_names_the_command_that_goes_on_with_all_of_it_and_a_fin
 
 
 @pytest.mark.parametrize(
-    ("overrides", "given", "said"),
+    ("overrides", "typed", "message"),
     [
         (["seed=1,2"], "seed=1,2,3", "was started with seed=1,2, not seed=1,2,3"),
         (["seed=1,2"], "optimizer.lr=1,2", "was started without optimizer.lr"),
         (["+callbacks.extra.x._target_=os.getcwd"], "seed=1", "names code to run"),
     ],
 )
-def test_what_would_mix_two_sweeps_up_is_one_line(overrides, given, said, tmp_path: Path, monkeypatch) -> None:
+def test_what_would_mix_two_sweeps_up_is_one_line(overrides, typed, message, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "multirun" / "a", *overrides)
-    with pytest.raises(UserError, match=said) as error:
-        replay_sweep(["-m", "resume=auto", given])
+    with pytest.raises(UserError, match=message) as error:
+        replay_sweep(["-m", "resume=auto", typed])
     assert "\n" not in str(error.value)
 
 

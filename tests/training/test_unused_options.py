@@ -96,11 +96,11 @@ EFFECT = [
 
 def composed(name: str, arguments: str) -> tuple[DictConfig, list[str]]:
     """A configuration and the words of its command line."""
-    given = [*NEEDS.get(name, []), *arguments.split()]
+    words = [*NEEDS.get(name, []), *arguments.split()]
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, overrides=[quote_argument(word) for word in given]), arguments.split()
+        return compose(name, overrides=[quote_argument(word) for word in words]), arguments.split()
 
 
 @pytest.mark.parametrize(("name", "beside", "option"), NO_EFFECT)
@@ -144,7 +144,7 @@ def base(trained: dict[str, Path], command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "said"),
+    ("mistake", "message"),
     [
         ("model.n_layer=2", "init_from=base has n_layer=1"),
         ("model.position=learned", "init_from=base has position=rotary"),
@@ -153,10 +153,10 @@ def base(trained: dict[str, Path], command, tmp_path: Path) -> None:
         ("trainer.max_epochs=2 trainer.max_steps=9", "has no effect beside trainer.max_epochs=2"),
     ],
 )
-def test_what_a_loaded_model_does_not_take_is_refused(mistake: str, said: str, base: None, command) -> None:
+def test_what_a_loaded_model_does_not_take_is_refused(mistake: str, message: str, base: None, command) -> None:
     result = command("train", "init_from=base", *mistake.split())
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert said in result.err
+    assert message in result.err
     assert mistake.split()[-1] in result.err
 
 
@@ -168,18 +168,18 @@ def test_what_a_loaded_model_is_like_or_takes_may_be_typed(base: None, command) 
 
 
 def test_rows_that_are_cut_to_the_context_are_said_and_fill_the_batch(base: None, command) -> None:
-    given = ("train", "init_from=base", "trainer.max_steps=1", "trainer.limit_val_batches=1", "plan=cpu")
-    result = command(*given, "data.seq_len=4096", "callbacks.samples.every_n_steps=null")
+    arguments = ("train", "init_from=base", "trainer.max_steps=1", "trainer.limit_val_batches=1", "plan=cpu")
+    result = command(*arguments, "data.seq_len=4096", "callbacks.samples.every_n_steps=null")
     assert result.status == 0, result.err
     assert "data.seq_len 4,096 -> 32: the model's context; data.batch_size 1 -> 64: as many tokens\n" in result.out
     assert "(64 rows x 32 x 1 batches x 1 devices)" in result.out
     assert "unused      plan=cpu: has no effect" in result.out
-    typed = command(*given, "data.seq_len=4096", "data.batch_size=3", "callbacks.samples.every_n_steps=null")
+    typed = command(*arguments, "data.seq_len=4096", "data.batch_size=3", "callbacks.samples.every_n_steps=null")
     assert "data.seq_len 4,096 -> 32: the model's context\n" in typed.out
     assert "(3 rows x 32 x 1 batches x 1 devices)" in typed.out
-    asked = command(*given, "data.seq_len=32", "callbacks.samples.every_n_steps=null")
-    assert "(64 rows x 32 x 1 batches x 1 devices)" in asked.out
-    assert "clamped" not in asked.out
+    whole_result = command(*arguments, "data.seq_len=32", "callbacks.samples.every_n_steps=null")
+    assert "(64 rows x 32 x 1 batches x 1 devices)" in whole_result.out
+    assert "clamped" not in whole_result.out
 
 
 @pytest.mark.parametrize("option", ["+scheduler.gamma=0.5", "+optimizer.rho=0.5"])

@@ -99,22 +99,22 @@ def transformers_answer(folder: Path, question: str) -> str:
     """What transformers writes after a question, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    asked = [{"role": "user", "content": question}]
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    written = model.generate(**ids, do_sample=False, max_new_tokens=24)
-    return tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    messages = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**ids, do_sample=False, max_new_tokens=24)
+    return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_goes_through_every_stage(name: str, command, tmp_path: Path) -> None:
     write_folder(name, tmp_path / "folder")
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS] * 10
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS] * 10
     answers = [[{"role": "assistant", "content": text}] for text in QUESTIONS.values()] * 10
-    write_rows(tmp_path / "chat.jsonl", [{"messages": q + a} for q, a in zip(asked, answers, strict=True)])
+    write_rows(tmp_path / "chat.jsonl", [{"messages": q + a} for q, a in zip(conversations, answers, strict=True)])
     wrong = [{"role": "assistant", "content": "No."}]
-    pairs = [{"prompt": q, "chosen": a, "rejected": wrong} for q, a in zip(asked, answers, strict=True)]
+    pairs = [{"prompt": q, "chosen": a, "rejected": wrong} for q, a in zip(conversations, answers, strict=True)]
     write_rows(tmp_path / "pairs.jsonl", pairs)
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q in asked])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": q} for q in conversations])
     (tmp_path / "judge.py").write_text(
         "def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n"
     )
@@ -140,7 +140,7 @@ def test_a_folder_goes_through_every_stage(name: str, command, tmp_path: Path) -
         for question, text in QUESTIONS.items():
             body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
             choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
-            said = choice["message"]["content"]
-            assert said.removeprefix("<think>\n\n</think>\n\n") == text
+            answer = choice["message"]["content"]
+            assert answer.removeprefix("<think>\n\n</think>\n\n") == text
             assert choice["finish_reason"] == "stop"
-            assert said == transformers_answer(tmp_path / "out", question)
+            assert answer == transformers_answer(tmp_path / "out", question)

@@ -89,6 +89,7 @@ def _options(modules: list[HFModule], tensors: TensorReader) -> dict[str, object
     if not here:
         raise CheckpointError("no layer of IA3 in it")
     ours = [site.names[0] for module in here for site in module.parts]
+    # the shape shows the side: (1, in) on the input, (out, 1) on the output
     inputs = [module for module in here if tensors.peek(module.name, SCALE).shape[0] == 1]
     if any(len(module.parts) > 1 for module in inputs):
         raise CheckpointError("it scales the input of a joined layer, which is not supported")

@@ -77,6 +77,7 @@ def options_of(
     if not sizes:
         raise CheckpointError("no layer of LoRA in it")
     names = list(names)
+    # names are as short as they can be without matching other modules
     rank, alpha = config["r"], config["lora_alpha"]
     return {
         "rank": rank,
