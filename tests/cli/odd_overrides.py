@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "model.n_layer=1", "model.n_embd=32", "model.n_head=2", "model.max_seq_len=32", "tokenizer=byte", "data.batch_size=2",
     "trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1", "callbacks.samples.every_n_steps=null",
