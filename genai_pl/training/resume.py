@@ -22,7 +22,7 @@ from genai_pl.config.redaction import redact, refuse_secrets
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.training.output_folders import is_first_process
 from genai_pl.training.sweeps import replay_sweep
-from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides
+from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
 
 TYPED_ARGUMENTS: list[str] = []  # the command line as typed, before `replay` completes it
 OVERRIDES = Path(".hydra", "overrides.yaml")
@@ -92,7 +92,7 @@ def _with_hydra_folder(arguments: list[str]) -> list[str]:
 
 def _chosen_folder(arguments: list[str]) -> str | None:
     """The folder that the command line gives the run, without quotes; None where the configuration chooses it."""
-    return next((_value(a) for a in arguments if key_of(a) == "hydra.run.dir"), None)
+    return next((value_of(a) for a in arguments if key_of(a) == "hydra.run.dir"), None)
 
 
 def _check_folder_unused(arguments: list[str]) -> None:
@@ -110,11 +110,11 @@ def _check_init_from(saved: list[str], arguments: list[str]) -> None:
     """
     from genai_pl.references import is_hub_id, named_run
 
-    old_value = next((_value(o) for o in reversed(saved) if key_of(o) == "init_from"), "null")
-    argument = next((a for a in arguments if key_of(a) == "init_from" and _value(a) != old_value), None)
+    old_value = next((value_of(o) for o in reversed(saved) if key_of(o) == "init_from"), "null")
+    argument = next((a for a in arguments if key_of(a) == "init_from" and value_of(a) != old_value), None)
     # the same weights under another path are no contradiction
     if argument is None or (
-        os.path.exists(old_value) and os.path.realpath(old_value) == os.path.realpath(_value(argument))
+        os.path.exists(old_value) and os.path.realpath(old_value) == os.path.realpath(value_of(argument))
     ):
         return
     still_there = (
@@ -139,13 +139,8 @@ def _print_changes(saved: list[str], arguments: list[str]) -> None:
     for argument in arguments:
         key = key_of(argument)
         if "=" in argument and key not in PER_COMMAND and saved_by_key.get(key) != argument:
-            old = f"was {_value(saved_by_key[key])}" if key in saved_by_key else "was not given"
+            old = f"was {value_of(saved_by_key[key])}" if key in saved_by_key else "was not given"
             print(f"changed     {redact(argument)} ({redact(old)})", flush=True)
-
-
-def _value(argument: str) -> str:
-    """The value of an override without its outer quotes."""
-    return argument.partition("=")[2].strip("'\"")
 
 
 def _named_run_folder(reference: str) -> str | None:

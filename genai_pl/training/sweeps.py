@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from genai_pl.atomic_io import RESULTS, SWEEP, write_atomic
 from genai_pl.errors import UserError
-from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides
+from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
 
 ROOT = "multirun"
 
@@ -37,7 +37,7 @@ def replay_sweep(arguments: list[str]) -> list[str]:
     """
     typed = {key_of(a): a for a in arguments}
     sweep_dir = typed.get("hydra.sweep.dir")
-    folder = _newest_sweep(Path(_value(sweep_dir) if sweep_dir else ROOT))
+    folder = _newest_sweep(Path(value_of(sweep_dir) if sweep_dir else ROOT))
     if folder is None:
         print("resume=auto: no sweep to continue, starting a new one", flush=True)
         return [a for a in arguments if key_of(a) != "resume"]
@@ -57,7 +57,7 @@ def replay_sweep(arguments: list[str]) -> list[str]:
                 f"resume=auto: the sweep {folder} {description}, not {argument}; leave out resume to start another"
             )
     sweeper = saved_by_key.get("hydra/sweeper", typed.get("hydra/sweeper"))
-    if sweeper and _value(sweeper) != "basic":
+    if sweeper and value_of(sweeper) != "basic":
         raise UserError(f"resume=auto: a sweep of {sweeper} goes on by its own storage: see docs/sweeps.md")
     trusted = trusted_overrides(saved_by_key.values(), folder / SWEEP, arguments)
     print(f"resume=auto: going on with the sweep {folder}", flush=True)
@@ -111,11 +111,6 @@ def _saved_last(sweep: Path) -> float:
 def saved_overrides(folder: Path) -> list[str]:
     """Command line of a sweep without its flags, from its multirun.yaml: Hydra's own overrides, then ours."""
     return [o for kind in ("hydra", "task") for o in read_overrides(folder / SWEEP, "hydra", "overrides", kind)]
-
-
-def _value(argument: str) -> str:
-    """The value of an override without its outer quotes."""
-    return argument.partition("=")[2].strip("'\"")
 
 
 def _is_swept(argument: str) -> bool:

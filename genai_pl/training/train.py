@@ -74,13 +74,13 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     run = build(config, folder, checkpoint)
 
     # what is written with every checkpoint, and what a run that ends early prints
-    adapted = bool(adapters_of(run.module.model))
+    trained_only = run.base is not None and bool(adapters_of(run.module.model))
     run.checkpoints.describe_run(
         {**checkpoint_contents(run), **settings},
-        trained_only=adapted and run.base is not None,
+        trained_only=trained_only,
         on_start=partial(_open_run_folder, config, run, checkpoint),
     )
-    if adapted and run.base is not None:
+    if trained_only:
         run.module.load_trained_only()
     sweep = job_sweep()
     arguments = resume_arguments(sweep)

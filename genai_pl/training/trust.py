@@ -86,6 +86,11 @@ def key_of(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
+def value_of(argument: str) -> str:
+    """The value of an override without its outer quotes."""
+    return argument.partition("=")[2].strip("'\"")
+
+
 def trusted_overrides(overrides: Iterable[str], path: Path, arguments: Sequence[str]) -> list[str]:
     """Saved overrides to be put before a command line: all but those that the command line gives itself.
 
