@@ -1,8 +1,8 @@
 """Attention: the one function that every model calls, and the choice of the backend that computes it.
 
-`reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `flash/` holds Triton
-kernels that read masks as rules. All of them take the same mask and the same score options, and give the same numbers up
-to rounding: `tests/kernels` compares each of them with the reference.
+`reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `dense.py` holds all
+weights of short rows at once, `flash/` has Triton kernels that read masks as rules. All of them take the same mask and the
+same score options, and give the same numbers up to rounding: `tests/kernels` compares each of them with the reference.
 """
 
 import functools
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.cpu_products import bf16_products_pay
+from genai_pl.kernels.dense import dense_attention, dense_lacks
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
@@ -21,9 +23,10 @@ from genai_pl.kernels.sdpa import sdpa_attention, sdpa_lacks
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "dense", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_DIM = 256
+DENSE_TOKENS = (32, 512)  # fewest queries and most keys for which auto takes dense attention on a CPU
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # at import: torch.compile cannot trace the look-up
 
 
@@ -76,8 +79,12 @@ def attention_with(
         from genai_pl.kernels.flash.operator import flash_attention  # imports Triton, which a CPU run need not have
 
         return flash_attention(q, k, v, mask, options)[0]
+    if backend == "auto" and selected == "sdpa" and _dense_is_faster(q, k):
+        selected = "dense"
     if selected == "sdpa":
         return sdpa_attention(q, k, v, mask, options)
+    if selected == "dense":
+        return dense_attention(q, k, v, mask, options)
     return reference_attention(q, k, v, mask, **options._asdict())
 
 
@@ -91,11 +98,16 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend that `attention` runs, and the reason for the log; ConfigError if the named one cannot compute this.
 
-    auto takes Triton on a GPU, else torch's fused kernel, else the reference: the order of their speed.
+    auto takes Triton on a GPU, else torch's fused kernel, else the reference: the order of their speed. On a CPU with
+    products in bfloat16 `attention` takes dense instead of sdpa for short rows.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
-    lacks = {"triton": triton_lacks(device, head_dim=head_dim, dtype=dtype), "sdpa": sdpa_lacks(softcap=softcap)}
+    lacks = {
+        "triton": triton_lacks(device, head_dim=head_dim, dtype=dtype),
+        "sdpa": sdpa_lacks(softcap=softcap),
+        "dense": dense_lacks(softcap=softcap),
+    }
     if backend != "auto":
         if lacks.get(backend):
             raise ConfigError(
@@ -123,6 +135,14 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
     if dtype not in TRITON_DTYPES:
         return f"triton has no kernels for {dtype}"
     return None
+
+
+def _dense_is_faster(q: Tensor, k: Tensor) -> bool:
+    """True for short rows of bfloat16 on a CPU that multiplies in it; one new query with a cache is not such a row."""
+    fewest, most = DENSE_TOKENS
+    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or q.shape[2] < fewest or k.shape[2] > most:
+        return False
+    return not torch.compiler.is_compiling() and bf16_products_pay()
 
 
 @functools.cache

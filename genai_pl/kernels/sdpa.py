@@ -30,14 +30,9 @@ def sdpa_attention(
     No (T, S) mask is built where the mask hides nothing, or is the lower triangle of a square.
     """
     T, S = q.shape[2], k.shape[2]
-    bias, alibi = options.bias, options.alibi
-    unbiased = bias is None and alibi is None
     # torch aligns is_causal at the top left, we at the bottom right: the same on a square only
-    is_causal = unbiased and mask.is_plain_causal(T, S)
-    additive = None
-    if not is_causal and not (unbiased and mask.sees_all(T, S)):
-        # torch converts a mask of booleans to numbers in every layer, and keeps each for backward: convert it once
-        additive = mask.additive(T, S, q.dtype, q.device) if unbiased else _biased_mask(q, S, mask, bias, alibi)
+    is_causal = options.bias is None and options.alibi is None and mask.is_plain_causal(T, S)
+    additive = None if is_causal else additive_mask(q, S, mask, options)
     # a literal True: under torch.compile the comparison may be symbolic, which the argument must not be
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     return F.scaled_dot_product_attention(
@@ -52,9 +47,12 @@ def sdpa_attention(
     )
 
 
-def _biased_mask(q: Tensor, S: int, mask: AttentionMask, bias: Tensor | None, alibi: Tensor | None) -> Tensor:
-    """bias + alibi, and -inf where the mask hides, broadcastable to (B, H, T, S), in the dtype of the queries."""
-    T = q.shape[2]
+def additive_mask(q: Tensor, S: int, mask: AttentionMask, options: ScoreOptions) -> Tensor | None:
+    """Biases, and -inf where the mask hides, broadcastable to (B, H, T, S), in the dtype of the queries; None for all 0."""
+    T, bias, alibi = q.shape[2], options.bias, options.alibi
+    if bias is None and alibi is None:
+        # torch converts a mask of booleans to numbers in every layer, and keeps each for backward: convert it once
+        return None if mask.sees_all(T, S) else mask.additive(T, S, q.dtype, q.device)
     terms = [] if bias is None else [bias]
     if alibi is not None:
         terms.append(alibi_bias(alibi, T, S))

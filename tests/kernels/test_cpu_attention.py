@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.kernels import AttentionMask, ScoreOptions
+from genai_pl.kernels.dense import dense_attention
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.sdpa import sdpa_attention
 
@@ -33,6 +34,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, **options) -> Ten
     return sdpa_attention(q, k, v, mask, ScoreOptions(**options))
 
 
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, **options) -> Tensor:
+    return dense_attention(q, k, v, mask, ScoreOptions(**options))
+
+
 def inputs(T: int, S: int, *, K: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """q, k, v and the gradient of the output."""
     generator = torch.Generator().manual_seed(T + S)
@@ -51,34 +56,36 @@ def run(attention, tensors: list[Tensor], mask: AttentionMask, **options) -> lis
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
 
+@pytest.mark.parametrize("attention", [sdpa, dense])
 @pytest.mark.parametrize(
     ("features", "T", "S"),
     # where there are more queries than keys, some have no rank of their own
     [(features, T, S) for features in FEATURES for T, S in SIZES if features != "order" or T <= S],
 )
-def test_sdpa_equals_the_reference_forward_and_backward(features: str, T: int, S: int):
+def test_it_equals_the_reference_forward_and_backward(attention, features: str, T: int, S: int):
     mask = make_mask(features, T, S)
     for K in (1, 2, 4):
         tensors = inputs(T, S, K=K)
-        torch.testing.assert_close(run(sdpa, tensors, mask), run(reference_attention, tensors, mask))
+        torch.testing.assert_close(run(attention, tensors, mask), run(reference_attention, tensors, mask))
 
 
+@pytest.mark.parametrize("attention", [sdpa, dense])
 @pytest.mark.parametrize(("T", "S"), [(17, 17), (1, 17), (5, 17)])
 @pytest.mark.parametrize("features", ["nothing", "causal", "segments"])
-def test_sdpa_equals_the_reference_with_bias_alibi_and_scale(features: str, T: int, S: int):
+def test_it_equals_the_reference_with_bias_alibi_and_scale(attention, features: str, T: int, S: int):
     tensors, mask = inputs(T, S), make_mask(features, T, S)
     slopes = 2.0 ** -torch.arange(1, H + 1, dtype=torch.float64)
     for shape in ((B, H, T, S), (1, H, T, S), (1, 1, 1, S), (T, S)):
         for options in ({}, {"alibi": slopes}, {"scale": 0.3}):
             options = options | {"bias": torch.randn(shape, dtype=torch.float64)}
-            ours, expected = (run(f, tensors, mask, **options) for f in (sdpa, reference_attention))
+            ours, expected = (run(f, tensors, mask, **options) for f in (attention, reference_attention))
             torch.testing.assert_close(ours, expected)
     options = {"alibi": slopes}
-    ours, expected = (run(f, tensors, mask, **options) for f in (sdpa, reference_attention))
+    ours, expected = (run(f, tensors, mask, **options) for f in (attention, reference_attention))
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("attention", [sdpa, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, dense, reference_attention])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention, dtype, biased: bool):
@@ -98,7 +105,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention,
         assert x.masked_select(~padding).any()
 
 
-@pytest.mark.parametrize("attention", [sdpa, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, dense, reference_attention])
 @pytest.mark.parametrize("features", ["nothing", "causal", "causal segments"])
 def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(attention, features: str):
     T = S = 129
@@ -132,19 +139,20 @@ def test_sdpa_builds_no_mask_where_none_is_needed(monkeypatch, mask: AttentionMa
     assert sdpa(q, k, v, mask).shape == q.shape
 
 
+@pytest.mark.parametrize("attention", [sdpa, dense])
 @pytest.mark.parametrize("biased", [False, True])
-def test_sdpa_runs_in_autocast_with_float32_inputs(biased: bool):
+def test_it_runs_in_autocast_with_float32_inputs(attention, biased: bool):
     tensors = inputs(17, 17, dtype=torch.float32)
     options = {"bias": torch.ones(1, H, 17, 17)} if biased else {}
     mask = AttentionMask(causal=True, window=4)
     exact = reference_attention(*tensors[:3], mask, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        results = run(sdpa, tensors, mask, **options)
+        results = run(attention, tensors, mask, **options)
     torch.testing.assert_close(results[0], exact, atol=2e-2, rtol=0, check_dtype=False)
     assert all(gradient.dtype == torch.float32 for gradient in results[1:])
 
 
-@pytest.mark.parametrize("attention", [sdpa, reference_attention])
+@pytest.mark.parametrize("attention", [sdpa, dense, reference_attention])
 def test_dropout_follows_the_seed_and_keeps_the_mean(attention):
     q, k, _, _ = inputs(129, 129, dtype=torch.float32)
     v = torch.ones_like(k)
