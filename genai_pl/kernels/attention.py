@@ -70,7 +70,12 @@ def attention_with(
     """`attention` with its score options in one tuple, as the layers of a model hold them."""
     _check_shapes(q, k, v)
     selected, reason = choose_backend(
-        q.device, softcap=options.softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
+        q.device,
+        softcap=options.softcap,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        dtype=q.dtype,
+        lengths=(q.shape[2], k.shape[2]),
+        backend=backend,
     )
     # a fallback is slow and memory-hungry: the log tells why, once a process
     if backend == "auto" and selected == "reference" and not torch.compiler.is_compiling():
@@ -79,8 +84,6 @@ def attention_with(
         from genai_pl.kernels.flash.operator import flash_attention  # imports Triton, which a CPU run need not have
 
         return flash_attention(q, k, v, mask, options)[0]
-    if backend == "auto" and selected == "sdpa" and _dense_is_faster(q, k):
-        selected = "dense"
     if selected == "sdpa":
         return sdpa_attention(q, k, v, mask, options)
     if selected == "dense":
@@ -94,12 +97,13 @@ def choose_backend(
     softcap: float | None = None,
     head_dim: int = 1,
     dtype: torch.dtype = torch.float32,
+    lengths: tuple[int, int] = (1, 1),
     backend: str = "auto",
 ) -> tuple[str, str]:
     """The backend that `attention` runs, and the reason for the log; ConfigError if the named one cannot compute this.
 
-    auto takes Triton on a GPU, else torch's fused kernel, else the reference: the order of their speed. On a CPU with
-    products in bfloat16 `attention` takes dense instead of sdpa for short rows.
+    lengths: queries T and keys S. auto takes Triton on a GPU, else torch's fused kernel, or dense attention for short rows of
+    bfloat16 on a CPU that is fast in it, else the reference: the order of their speed.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
@@ -118,6 +122,8 @@ def choose_backend(
         return "triton", "its kernels run every mask and option on a GPU"
     if lacks["sdpa"]:
         return "reference", lacks["sdpa"]
+    if device.type == "cpu" and dtype is torch.bfloat16 and _rows_are_short(*lengths) and bf16_products_pay():
+        return "dense", "short rows of bf16 are faster so on this CPU"
     slower = f", where {lacks['triton']}" if device.type == "cuda" else ""
     return "sdpa", f"it is the fastest that runs on {device.type}{slower}"
 
@@ -137,12 +143,10 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
     return None
 
 
-def _dense_is_faster(q: Tensor, k: Tensor) -> bool:
-    """True for short rows of bfloat16 on a CPU that multiplies in it; one new query with a cache is not such a row."""
+def _rows_are_short(T: int, S: int) -> bool:
+    """True for rows that dense attention suits; under torch.compile, where lengths may be symbols, for none."""
     fewest, most = DENSE_TOKENS
-    if q.device.type != "cpu" or q.dtype is not torch.bfloat16 or q.shape[2] < fewest or k.shape[2] > most:
-        return False
-    return not torch.compiler.is_compiling() and bf16_products_pay()
+    return not torch.compiler.is_compiling() and fewest <= T and most >= S
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
-from genai_pl.kernels.sdpa import additive_mask, sdpa_lacks
+from genai_pl.kernels.sdpa import additive_mask, sdpa_lacks, total_bias
 
 
 def dense_lacks(*, softcap: float | None = None) -> str | None:
@@ -27,29 +27,36 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, option
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     scale = D**-0.5 if options.scale is None else options.scale
+    additive, blind = _additive_and_blind(q, S, mask, options)
     with torch.autocast(q.device.type, enabled=False):
         # scores: the queries are scaled, which is less work than to scale T x S numbers
         rows = (q * scale).reshape(B, K, H // K * T, D)
         scores = (rows @ k.transpose(-1, -2)).view(B, H, T, S)
-        additive = additive_mask(q, S, mask, options)
-        if additive is not None:
-            scores = scores + additive
-        # a row that sees no key is -inf throughout, and its softmax NaN: set to 0, as its gradient
-        blind = None if additive is None or mask.is_plain_causal(T, S) else _blind_queries(mask, T, S, q.device)
-        if blind is not None:
-            scores = scores.masked_fill(blind, 0.0)
-        weights = torch.softmax(scores, dim=-1)
-        if blind is not None:
-            weights = weights.masked_fill(blind, 0.0)
+        weights = torch.softmax(scores if additive is None else scores + additive, dim=-1)
         weights = F.dropout(weights, options.dropout_p)
-        return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
+        out = (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
+    # a query that sees no key sees all of them above, as -inf throughout has no softmax: its result and gradients are 0
+    return out if blind is None else out.masked_fill(blind, 0.0)
 
 
-def _blind_queries(mask: AttentionMask, T: int, S: int, device: torch.device) -> Tensor | None:
-    """True for queries that see no key, (B or 1, 1, T, 1), asked once for all layers; None if every query sees one."""
+def _additive_and_blind(
+    q: Tensor, S: int, mask: AttentionMask, options: ScoreOptions
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, as of `additive_mask` but open for blind queries, and True for those, (B or 1, 1, T, 1).
 
-    def build() -> Tensor | None:
-        blind = ~mask.dense(T, S, device).any(-1, keepdim=True)
-        return blind if blind.any() else None
+    blind is None where no query can be blind, and both are where nothing is hidden or added.
+    """
+    T, total = q.shape[2], total_bias(q, S, options)
+    if mask.sees_all(T, S):
+        return total, None
+    if mask.is_plain_causal(T, S):
+        return additive_mask(q, S, mask, options), None
 
-    return mask.remember("blind", (T, S, device), build)
+    def build() -> tuple[Tensor, Tensor, Tensor]:
+        visible = mask.dense(T, S, q.device)
+        blind = ~visible.any(-1, keepdim=True)
+        visible = visible | blind
+        return visible, torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, float("-inf")), blind
+
+    visible, additive, blind = mask.remember("open", (T, S, q.dtype, q.device), build)  # once for all layers
+    return (additive if total is None else torch.where(visible, total, float("-inf"))), blind

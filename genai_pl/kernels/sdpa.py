@@ -49,14 +49,18 @@ def sdpa_attention(
 
 def additive_mask(q: Tensor, S: int, mask: AttentionMask, options: ScoreOptions) -> Tensor | None:
     """Biases, and -inf where the mask hides, broadcastable to (B, H, T, S), in the dtype of the queries; None for all 0."""
-    T, bias, alibi = q.shape[2], options.bias, options.alibi
-    if bias is None and alibi is None:
-        # torch converts a mask of booleans to numbers in every layer, and keeps each for backward: convert it once
-        return None if mask.sees_all(T, S) else mask.additive(T, S, q.dtype, q.device)
-    terms = [] if bias is None else [bias]
-    if alibi is not None:
-        terms.append(alibi_bias(alibi, T, S))
-    total = sum(terms[1:], terms[0]).to(q.dtype)
+    T, total = q.shape[2], total_bias(q, S, options)
     if mask.sees_all(T, S):
         return total
+    # torch converts a mask of booleans to numbers in every layer, and keeps each for backward: convert it once
+    if total is None:
+        return mask.additive(T, S, q.dtype, q.device)
     return torch.where(mask.dense(T, S, q.device), total, float("-inf"))
+
+
+def total_bias(q: Tensor, S: int, options: ScoreOptions) -> Tensor | None:
+    """The sum of bias and ALiBi, broadcastable to (B, H, T, S), in the dtype of the queries; None without either."""
+    terms = [] if options.bias is None else [options.bias]
+    if options.alibi is not None:
+        terms.append(alibi_bias(options.alibi, q.shape[2], S))
+    return sum(terms[1:], terms[0]).to(q.dtype) if terms else None
