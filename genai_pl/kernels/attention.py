@@ -39,6 +39,7 @@ def attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
@@ -54,7 +55,7 @@ def attention(
     >>> attention(x, x, x, AttentionMask(causal=True)).shape
     torch.Size([1, 2, 3, 4])
     """
-    options = ScoreOptions(scale=scale, softcap=softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
+    options = ScoreOptions(scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks, dropout_p=dropout_p)
     return attention_with(q, k, v, mask, options, backend=backend)
 
 
@@ -68,7 +69,7 @@ def attention_with(
     backend: str = "auto",
 ) -> Tensor:
     """`attention` with its score options in one tuple, as the layers of a model hold them."""
-    _check_shapes(q, k, v)
+    _check_shapes(q, k, v, options.sinks)
     selected, reason = choose_backend(
         q.device,
         softcap=options.softcap,
@@ -155,10 +156,12 @@ def log_once(message: str) -> None:
     log.info(message)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     """ValueError where the shapes do not fit: torch's own message is less clear, or torch broadcasts without one."""
     (B, H, _, D), (_, K, S, _) = q.shape, k.shape
     if H % K:
         raise ValueError(f"query heads ({H}) must be a multiple of key/value heads ({K})")
     if k.shape != (B, K, S, D) or v.shape[:3] != (B, K, S):
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks {tuple(sinks.shape)} do not fit {H} query heads")

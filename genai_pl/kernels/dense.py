@@ -32,9 +32,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, option
         # scores: the queries are scaled, which is less work than to scale T x S numbers
         rows = (q * scale).reshape(B, K, H // K * T, D)
         scores = (rows @ k.transpose(-1, -2)).view(B, H, T, S)
-        weights = torch.softmax(scores if additive is None else scores + additive, dim=-1)
+        scores = scores if additive is None else scores + additive
+        if options.sinks is None:
+            weights = torch.softmax(scores, dim=-1)
+        else:  # a first key of value zero: its column takes a share and is dropped
+            sinks = options.sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+            weights = torch.softmax(torch.cat([sinks, scores], dim=-1), dim=-1)[..., 1:]
         weights = F.dropout(weights, options.dropout_p)
-        out = (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, -1)
+        out = (weights.reshape(B, K, H // K * T, S) @ v).view(B, H, T, -1)
     # a query that sees no key sees all of them above, as -inf throughout has no softmax: its result and gradients are 0
     return out if blind is None else out.masked_fill(blind, 0.0)
 

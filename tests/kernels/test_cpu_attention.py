@@ -46,12 +46,12 @@ def inputs(T: int, S: int, *, K: int = 2, dtype: torch.dtype = torch.float64) ->
 
 
 def run(attention, tensors: list[Tensor], mask: AttentionMask, **options) -> list[Tensor]:
-    """The output and the gradients of q, k, v and of the bias if there is one."""
+    """The output and the gradients of q, k, v and of bias and sinks if there are any."""
     *qkv, d_out = tensors
     leaves = [x.detach().clone().requires_grad_() for x in qkv]
-    if "bias" in options:
-        options["bias"] = options["bias"].detach().clone().requires_grad_()
-        leaves.append(options["bias"])
+    for name in {"bias", "sinks"} & set(options):
+        options[name] = options[name].detach().clone().requires_grad_()
+        leaves.append(options[name])
     out = attention(*leaves[:3], mask, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
@@ -85,6 +85,23 @@ def test_it_equals_the_reference_with_bias_alibi_and_scale(attention, features: 
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("attention", [sdpa, dense])
+@pytest.mark.parametrize(
+    ("features", "T", "S"),
+    [(features, T, S) for features in FEATURES for T, S in SIZES if features != "order" or T <= S],
+)
+def test_it_equals_the_reference_with_sinks(attention, features: str, T: int, S: int):
+    mask = make_mask(features, T, S)
+    sinks = torch.tensor([0.5, -3.0, 4.0, 0.0], dtype=torch.float64)
+    slopes = 2.0 ** -torch.arange(1, H + 1, dtype=torch.float64)
+    bias = torch.randn(1, 1, 1, S, dtype=torch.float64)
+    for K, options in ((1, {}), (2, {"scale": 0.3}), (4, {"alibi": slopes}), (2, {"bias": bias})):
+        tensors, options = inputs(T, S, K=K), {"sinks": sinks} | options
+        torch.testing.assert_close(
+            run(attention, tensors, mask, **options), run(reference_attention, tensors, mask, **options)
+        )
+
+
 @pytest.mark.parametrize("attention", [sdpa, dense, reference_attention])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [False, True])
@@ -93,7 +110,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention,
     segments = torch.ones(B, S, dtype=torch.long)
     segments[0, 5:9] = 0
     segments[1] = 0  # a row of nothing but padding
-    options = {"bias": torch.zeros(1, H, T, S, dtype=dtype)} if biased else {}
+    options = {"bias": torch.zeros(1, H, T, S, dtype=dtype), "sinks": torch.zeros(H, dtype=dtype)} if biased else {}
     mask = AttentionMask(causal=True, segments=segments)
     with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
         results = run(attention, inputs(T, S, dtype=dtype), mask, **options)
@@ -106,20 +123,25 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_zero_gradient(attention,
 
 
 @pytest.mark.parametrize("attention", [sdpa, dense, reference_attention])
-@pytest.mark.parametrize("features", ["nothing", "causal", "causal segments"])
+@pytest.mark.parametrize("features", ["nothing", "causal", "causal segments", "sinks"])
 def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(attention, features: str):
     T = S = 129
     mask = make_mask(features, T, S)
     tensors = inputs(T, S, K=H)
+    options = {"sinks": torch.tensor([0.5, -3.0, 4.0, 1.0], dtype=torch.float64)} if features == "sinks" else {}
 
-    def eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    def eager(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, sinks: Tensor | None = None) -> Tensor:
         scores = (q @ k.transpose(-2, -1)) * D**-0.5
         dense = mask.dense(T, S)
-        return (scores.masked_fill(~dense, -1e9).softmax(-1) * dense) @ v
+        scores = scores.masked_fill(~dense, -1e9)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(B, H, T, 1)], dim=-1)
+        return (scores.softmax(-1)[..., :S] * dense) @ v
 
-    exact = run(reference_attention, tensors, mask)
-    low = [x.bfloat16() for x in tensors]
-    for ours, theirs, truth in zip(run(attention, low, mask), run(eager, low, mask), exact, strict=True):
+    exact = run(reference_attention, tensors, mask, **options)
+    low, low_options = [x.bfloat16() for x in tensors], {name: x.bfloat16() for name, x in options.items()}
+    results = run(attention, low, mask, **low_options), run(eager, low, mask, **low_options)
+    for ours, theirs, truth in zip(*results, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()
 
