@@ -23,11 +23,11 @@ from genai_pl.models.transformer import Transformer
 class Decoder(Transformer):
     """Next-token logits (B, T, V) of input_ids (B, T), with packing by `segment_ids` and a cache as an argument.
 
-    `fused_step` is None until `prepare_for_decoding` finds a shorter way for steps of one token.
+    `fused` is None until `prepare_for_decoding` finds passes with fewer operations, for a model that is only read.
     """
 
     causal = True
-    fused_step: Callable[[Tensor, Tensor | None, KVCache], Tensor] | None = None
+    fused: Callable[[Tensor, Tensor | None, KVCache | None], Tensor] | None = None
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **options: object) -> Tensor:
         """Logits (B, T, V) in the dtype of the weights; `options` are those of `features`."""
@@ -53,10 +53,10 @@ class Decoder(Transformer):
                            completions of one prompt in one row (if `supports_shared_prompts`)
         source             (B, S, C), an encoder's output, and its segments (B, S): documents of equal number see each other
         """
+        if self.fused is not None and prefix is None and source is None and shared_prompt_len is None:
+            return self.fused(input_ids, segment_ids, cache)
         T = input_ids.shape[1]
         enters = cache is None or cache.length == 0  # the first call of these rows
-        if self.fused_step is not None and not enters and T == 1 and prefix is None and source is None:
-            return self.fused_step(input_ids, segment_ids, cache)
         # segments (B, S) and positions (S,) or (B, S) of all tokens: cached, then new; positions restart in each document
         past = 0 if cache is None else cache.n_text
         virtual = self.virtual_prefix(enters=enters)
@@ -68,7 +68,7 @@ class Decoder(Transformer):
             positions = positions_from_segments(segment_ids)
         if shared_prompt_len is not None:
             positions = positions + shared_prompt_len[:, None] * (segment_ids > 1)
-        self.check_length(virtual.n + self._longest(positions))
+        self.check_length(virtual.n + self.longest(positions))
         segments, positions = virtual.prepend_positions(segment_ids, positions, explicit=prefix is not None)
         # embed the new tokens, and virtual ones before them if this call is the first
         x = self.embed_inputs(input_ids, positions[..., -T - virtual.n_queries :], insert_virtual=virtual.prepend)
@@ -94,7 +94,7 @@ class Decoder(Transformer):
         windowed = any(window is not None for window in self.windows)
         return self.config.attention_kind is AttentionKind.full and not windowed and self.virtual is None
 
-    def _longest(self, positions: Tensor) -> int:
+    def longest(self, positions: Tensor) -> int:
         """The length of the row or, where learned positions may end before it, of its longest document."""
         length = positions.shape[-1]
         if positions.dim() == 1 or self.max_length is None or length <= self.max_length:

@@ -22,7 +22,7 @@ CACHE_KEY = "GENAI_PL_CACHE_KEY"  # secret that signs entries of a shared cache
 KEYS = "GENAI_PL_API_KEYS"  # API keys of clients, separated by commas
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "onnx", "openai")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
