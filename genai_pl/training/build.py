@@ -121,8 +121,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     limit_steps(trainer, length.steps)
     data.limit_batches(length.steps * trainer.accumulate_grad_batches)
 
-    outside = {"defaults": initial.defaults, "adapter_base": adapter_base}
-    run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **outside)
+    origins = {"defaults": initial.defaults, "adapter_base": adapter_base}
+    run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **origins)
     prepare_strategy(config, run)
     prepare_loggers(trainer, checkpoint)
     return run
