@@ -47,7 +47,7 @@ RUN_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
 def register() -> None:
     """Register resolvers and schemas with Hydra's ConfigStore; the files of conf/ refer to them by name.
 
-    Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of so many tokens, at least 1),
+    Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of this many tokens, at least 1),
     `${run_folder:NAME,TIME}` and `${unused:PATH}` (a folder that did not exist).
     """
     store = ConfigStore.instance()

@@ -130,7 +130,7 @@ def cache_name(source: Source, *options: object) -> str:
 
 
 def verify_unchanged(source: Source, cells: Cells) -> Cells:
-    """The cells, passed through; behind the last one a DataError if the files changed while they were read.
+    """The cells, passed through; after the last one a DataError if the files changed while they were read.
 
     The table would otherwise be cached under the hash of contents that it does not have.
     """

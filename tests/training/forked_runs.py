@@ -123,7 +123,7 @@ def serve() -> None:
 
 
 def _wait(pid: int, seconds: float | None, rank: int) -> int:
-    """The exit status of the process, one of whose run is killed after so many seconds."""
+    """The exit status of the process, one of whose run is killed after this many seconds."""
     deadline = time.monotonic() + (seconds or float("inf"))
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
