@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+from genai_pl.distributed.dtensor import is_dtensor
 
 
 class VocabShard(NamedTuple):
@@ -77,8 +78,10 @@ def local_vocab_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
     ValueError for a DTensor that is not sharded over tokens alone.
     """
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return weight, bias, None
+    from torch.distributed.tensor import Shard
+
     mesh = weight.device_mesh
     if weight.placements != (Shard(0),):
         raise ValueError(

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from genai_pl.distributed.dtensor import local_shard, map_across_ranks, shard_like
+from genai_pl.distributed.dtensor import is_dtensor, local_shard, map_across_ranks, shard_like
 from genai_pl.errors import ConfigError
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
@@ -133,7 +132,7 @@ class MuonAdamW(Optimizer):
         """Step the matrices of a group, of each mesh apart, as many at a time as the mesh has ranks."""
         meshes: dict[DeviceMesh | None, list[Tensor]] = {}
         for parameter in parameters:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            mesh = parameter.device_mesh if is_dtensor(parameter) else None
             meshes.setdefault(mesh, []).append(parameter)
         for mesh, some in meshes.items():
             n_at_once = 1 if mesh is None else mesh.size()  # full matrices in memory
