@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from genai_pl.distributed.dtensor import is_dtensor
+from torch import Tensor, nn
 
 
 class VocabShard(NamedTuple):
@@ -78,10 +76,12 @@ def local_vocab_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
     ValueError for a DTensor that is not sharded over tokens alone.
     """
-    if not is_dtensor(weight):
+    if type(weight) in (Tensor, nn.Parameter):
         return weight, bias, None
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor import DTensor, Shard  # late: a third of a second that plain tensors need not spend
 
+    if not isinstance(weight, DTensor):
+        return weight, bias, None
     mesh = weight.device_mesh
     if weight.placements != (Shard(0),):
         raise ValueError(
