@@ -39,7 +39,7 @@ class Product(NamedTuple):
 def fastest_product(dtype: torch.dtype, weights: Sequence[Tensor], *, rows: int) -> Product:
     """The product that takes the least time for `rows` rows with each of the weights (out, in) once.
 
-    dtype: bfloat16, float16, or int8 for 8 bits per weight. Weights should be as many as do not fit into a cache, if the
+    dtype: float32, bfloat16, float16, or int8 for 8 bits per weight. Weights should be as many as do not fit into a cache, if the
     model does not. The last product of a dtype runs everywhere.
     """
     candidates, seconds = _products(dtype), {}
@@ -69,6 +69,11 @@ def _seconds(product: Product, inputs: Sequence[Tensor], packed: Sequence[object
 
 def _products(dtype: torch.dtype) -> list[Product]:
     """The products for weights of a dtype, on this processor."""
+    if dtype is torch.float32:
+        return [
+            Product("float32 by columns", by_columns, F.linear),
+            Product("float32", torch.Tensor.contiguous, F.linear),
+        ]
     if dtype is torch.int8:
         exact = next((limb for limb in (127, 63) if _is_exact(limb)), None)
         if exact is not None:
@@ -151,7 +156,11 @@ def _split_product(x: Tensor, packed: object, *, limb: int, mix: tuple[Tensor, T
     """
     rows = x.reshape(-1, x.shape[-1])
     # one scale a row; a row of zeros keeps a scale above 0, one with NaN or infinity gives NaN
-    scale = torch.add(TINY, rows.abs().amax(1, keepdim=True), alpha=1 / limb)  # (N, 1)
+    if len(rows) == 1:  # one operation instead of two, which is slower for more rows
+        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True)
+    else:
+        largest = rows.abs().amax(1, keepdim=True)
+    scale = torch.add(TINY, largest, alpha=1 / limb)  # (N, 1)
     scaled = rows / scale
     both = torch.addcmul(scaled * mix[0], scaled.round(), mix[1])  # (2, N, in)
     # FBGEMM rounds its input / 1.0 to integers, offset to be unsigned
