@@ -7,7 +7,7 @@ average): prompts have a median of 80 and answers of 180 tokens, both with sigma
 The same requests go to serve.py and, with --simple, to a lock around transformers' generate (serve_simple.py). With
 --minutes there is one run of that length instead, with the memory of the server at its start and end, and the errors.
 With --mixed a part of the requests are chats, several answers at once, embeddings and scores; with --attackers there are
-so many clients of each kind of tests/serving/attacks.py beside them, from another address, and what they saw is printed:
+this many clients of each kind of tests/serving/attacks.py beside them, from another address, and what they saw is printed:
 
     python benchmarks/serve_load.py checkpoint=MODEL --clients 64 --minutes 10 --mixed --attackers 1 --scale 0.1
 """
@@ -152,7 +152,7 @@ def server(command: list[str]) -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def attacked(url: str, n: int, seconds: float) -> Iterator[None]:
-    """Inside, so many of each kind of attackers are at work for that time, which print what they saw."""
+    """Inside, this many of each kind of attackers are at work for that time, which print what they saw."""
     if not n or not seconds:
         yield
         return

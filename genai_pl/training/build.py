@@ -1,6 +1,6 @@
 """Objects of a run, built from its configuration in order: model, data, module, trainer.
 
-Configuration stops here: below this file functions take plain typed arguments. Nothing changes the configuration,
+Configuration stops here: lower layers than training/ take plain typed arguments. Nothing changes the configuration,
 and what comes back is complete: whoever trains it sets no attribute of it. The order is one of cost: checks that
 need no data first, then the model, then tokenization, so that a mistake shows in seconds.
 """
@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -37,6 +38,7 @@ from genai_pl.training.initial_model import (
     save_base,
 )
 from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
+from genai_pl.training.precision import choose_precision
 from genai_pl.training.rewards import load_rewards
 from genai_pl.training.targets import instantiate, locate_target
 from genai_pl.training.trainer import (
@@ -80,26 +82,36 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     check_shape(config, model.config, objective)
     if objective.head is not None:
         model.set_head(objective.head)
-    base = save_base(config, folder, initial)
+    adapter_base = save_base(config, folder, initial)
     model = apply_peft(config.peft, model, tokenizer)
 
     # batches that fit its context
-    batch_size, seq_len, clamped = fit_to_context(config, model)
+    batch_size, seq_len, clamp_message = fit_to_context(config, model)
     data.fit_to_model(seq_len=seq_len, batch_size=batch_size, val_batch_size=config.data.val_batch_size or batch_size)
-    if clamped:
-        rank_zero_only(log.info)("clamped     %s", clamped)
+    if clamp_message:
+        rank_zero_only(log.info)("clamped     %s", clamp_message)
+
+    # precision of matrix products: a resumed run keeps it
+    contents = None if checkpoint is None else read_contents(checkpoint)
+    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
+    stored_precision = None if contents is None else contents[MARK].get("precision", "32-true")
+    precision = choose_precision(
+        config.precision, n_embd=model.config.n_embd, device=device.type, stored=stored_precision
+    )
+    torch.set_float32_matmul_precision(precision.matmul)
 
     # the objective and the Trainer, whose mistakes come before the data are tokenized
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
     if objective.needs_reward:
-        connect_reward(config, module, tokenizer)
-    trainer, callbacks = build_trainer(config, folder, module=module, data=data, tokenizer=tokenizer)
+        connect_reward(config, module, tokenizer, device)
+    trainer, callbacks = build_trainer(
+        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
+    )
     data.prepare(tokenizer, module.collator)
 
     # the length, which depends on how many rows there are
-    contents = None if checkpoint is None else read_contents(checkpoint)
     stored_length = None if contents is None else read_stored_length(contents[MARK])
     length = choose_run_length(config, data, module, n_replicas(trainer), stored_length)
     epochs = config.trainer.max_epochs
@@ -109,7 +121,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     limit_steps(trainer, length.steps)
     data.limit_batches(length.steps * trainer.accumulate_grad_batches)
 
-    run = Run(folder, trainer, module, data, tokenizer, length, **callbacks, defaults=initial.defaults, base=base)
+    origins = {"defaults": initial.defaults, "adapter_base": adapter_base}
+    run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **origins)
     prepare_strategy(config, run)
     prepare_loggers(trainer, checkpoint)
     return run
@@ -131,16 +144,19 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.scheduler),
     )
-    module.make_optimizer(module.trained())  # built once here: mistakes show before the data are read
+    # built once here: mistakes show before the data are read
+    module.make_optimizer(module.named_parameters_for_optimizer())
     if config.compile:
         for block in model.blocks:
             block.compile()
     return module
 
 
-def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a module that learns from rewards its reward function, its critic, and the gradient clipping that
-    Lightning leaves to it.
+def connect_reward(
+    config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> None:
+    """Give a module that learns from rewards its reward function, on this device, its critic, and the gradient clipping
+    that Lightning leaves to it.
 
     Such a module makes several optimizer steps per batch of prompts, so Lightning neither accumulates nor clips
     for it.
@@ -149,7 +165,6 @@ def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: 
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
-    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
     reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)

@@ -38,7 +38,8 @@ from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.signals import exit_status
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
-from genai_pl.training.report import final_lines
+from genai_pl.training.precision import Precision
+from genai_pl.training.report import describe_seconds, final_lines
 from genai_pl.training.sweeps import write_results
 from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
 
@@ -57,8 +58,8 @@ class Run:
     passes.
     monitor, console, interrupt, checkpoints, samples: our callbacks; samples is None where no text can be
     written.
-    defaults: generation settings of the folder that the model came from. base: reference to an adapter's base
-    model, None without.
+    defaults: generation settings of the folder that the model came from. adapter_base: reference to an adapter's base
+    model, None without. precision: what products are computed in, and why.
     """
 
     folder: Path
@@ -67,13 +68,14 @@ class Run:
     data: RowsDataModule
     tokenizer: "PreTrainedTokenizerBase"
     length: Length
+    precision: Precision
     monitor: Monitor
     console: Console
     interrupt: Interrupt
     checkpoints: StepCheckpoint
     samples: Samples | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
-    base: str | None = None  # reference to the base of an adapter
+    adapter_base: str | None = None
 
 
 def fit(run: Run, checkpoint: Path | None) -> None:
@@ -152,6 +154,9 @@ def finish(
     if run.trainer.is_global_zero:
         options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
+        samples = 0.0 if run.samples is None else run.samples.seconds
+        seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
+        print(describe_seconds(**seconds))
         lines = final_lines(
             run.folder, exported=name, finished=done, generate=options, arguments=arguments, sweep=sweep
         )
@@ -175,11 +180,11 @@ def export_run(run: Run, card: dict[str, str]) -> None:
 def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
     """Fill an adapter's folder: weights, tokenizer, generation settings and card."""
     model, tokenizer = run.module.model, run.tokenizer
-    save_adapter(model, folder, base=run.base)
+    save_adapter(model, folder, base=run.adapter_base)
     save_tokenizer(tokenizer, folder)
     write_json(folder / GENERATION, generation_config_values(model.config, token_ids(tokenizer), run.defaults))
     write_files(folder, run.module.export_files())
-    (folder / "README.md").write_text(adapter_card(run.base, card), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(run.adapter_base, card), encoding="utf-8")
 
 
 def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
