@@ -110,7 +110,12 @@ def supports_fused_decode(model: nn.Module) -> bool:
         return False
     c = model.config
     kinds = (c.position, c.norm, c.norm_order, c.attention_kind)
-    if kinds != (Position.rotary, Norm.rmsnorm, NormOrder.pre, AttentionKind.full) or not c.gated_mlp or c.qk_norm:
+    if (
+        kinds != (Position.rotary, Norm.rmsnorm, NormOrder.pre, AttentionKind.full)
+        or not c.gated_mlp
+        or c.qk_norm
+        or c.n_experts
+    ):
         return False
     if set(model.windows) != {None} or c.share_layers or model.virtual is not None:
         return False
