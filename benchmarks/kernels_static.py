@@ -26,7 +26,7 @@ from genai_pl.kernels.flash.problem import Case
 from genai_pl.kernels.softmax_triton import Softmax, softmax_launch
 
 B, H, T, V = 2, 16, 4096, 128256
-CAUSAL = Case(True, 0, False, False, 0, 0.1, 0.0, 0.0)
+CAUSAL = Case(True, 0, False, False, 0, 0.1, 0.0, 0.0, False)
 MATRIX_KERNELS = {"forward", "split", "key_value", "query", "bias"}
 NAMES = {"key_value": "dK, dV", "query": "dQ", "bias": "d bias", "row_sums": "delta"}
 Named = tuple[str, Launch]
@@ -42,10 +42,11 @@ def tensors(D: int, dtype: torch.dtype, *, n_query: int = T, n_kv_head: int = H)
 def everything() -> tuple[Extras, Case]:
     """Every feature at once, as no model has them."""
     empty = torch.empty
-    tables = [empty(B, 7, T, dtype=torch.int32, device="meta") for _ in range(2)]
+    tables = [empty(B, 8, T, dtype=torch.int32, device="meta") for _ in range(2)]
     bias, alibi = empty(1, H, T, T, device="meta"), empty(H, device="meta")
     seed = empty(1, dtype=torch.int64, device="meta")
-    return Extras(bias, alibi, *tables, seed), Case(True, 1024, True, True, 0, 0.1, 30.0, 0.1)
+    sinks = empty(H, device="meta")
+    return Extras(bias, alibi, *tables, seed, sinks), Case(True, 1024, True, True, 0, 0.1, 30.0, 0.1, True)
 
 
 def attention_launches(arch: str) -> Iterator[Named]:
@@ -56,6 +57,7 @@ def attention_launches(arch: str) -> Iterator[Named]:
         cases = [
             ("causal", tensors(D, bf16), Extras(), CAUSAL, {"forward", "key_value", "query", "row_sums"}),
             ("packed", tensors(D, bf16), packed, CAUSAL._replace(segments=True), {"forward", "key_value", "query"}),
+            ("sinks", tensors(D, bf16), Extras(sinks=extras.sinks), CAUSAL, {"forward", "row_sums"}),
             ("all features", tensors(D, bf16), extras, all_features, MATRIX_KERNELS),
             ("GQA", tensors(D, bf16, n_kv_head=H // 4), Extras(), CAUSAL, {"key_value"}),
             ("decode", tensors(D, bf16, n_query=1), Extras(), CAUSAL, {"split", "combine"}),
@@ -110,7 +112,7 @@ def failures(name: str, target: Target, launch: Launch, report: Report) -> Itera
         yield f"{place}: {report.shared} bytes of shared memory or {report.registers} registers do not fit"
     if launch.name in MATRIX_KERNELS and "fp32" not in name and report.n_tensor == 0:
         yield f"{place}: no tensor-core instruction"
-    plain = name.endswith(" causal") or launch.name == "softmax"
+    plain = name.endswith((" causal", " sinks")) or launch.name == "softmax"
     if plain and target.gpu.backend == "cuda" and report.spilled:
         yield f"{place}: spills {report.spilled} bytes"
 

@@ -2,7 +2,7 @@
 
 Peers: transformers (GPT2LMHeadModel in its Trainer; needs accelerate) and loop (GPT2LMHeadModel in a plain loop with
 AdamW). Both sides take turns, `--pairs` times; tokens per second and their ratio are medians. One step is
-`--batch-size` rows of `--seq-len` random tokens, float32, GPT-2's shape, dropout 0, AdamW, no clipping.
+`--batch-size` rows of `--seq-len` random tokens, in `--precision`, GPT-2's shape, dropout 0, AdamW, no clipping.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=VOCABULARY)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of both sides")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--side", choices=("ours", "transformers", "loop"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -86,7 +87,8 @@ def ours(args: argparse.Namespace) -> float:
     ones = torch.ones(args.seq_len + 1).numpy()
     data = [{"input_ids": row.numpy(), "segment_ids": ones} for row in rows(args, args.batch_size * (args.steps + 2))]
     trainer = L.Trainer(
-        max_steps=args.steps + 2, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[Ticks()],
+        max_steps=args.steps + 2, limit_val_batches=0, precision=args.precision, accelerator="cpu", logger=False,
+        callbacks=[Ticks()],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, EpochLoader(data, CausalLMCollator(), BatchPlan(batch_size=args.batch_size)))
@@ -117,7 +119,7 @@ def transformers(args: argparse.Namespace) -> float:
         settings = TrainingArguments(
             output_dir=folder, max_steps=args.steps + 2, per_device_train_batch_size=args.batch_size, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, max_grad_norm=0.0,
-            weight_decay=0.1, learning_rate=3e-4, dataloader_pin_memory=False,
+            weight_decay=0.1, learning_rate=3e-4, dataloader_pin_memory=False, bf16=args.precision == "bf16-mixed",
         )  # fmt: skip
         Trainer(model=gpt2(args), args=settings, train_dataset=data, callbacks=[Ticks()]).train()
     return clock.rate()
@@ -128,8 +130,9 @@ def loop(args: argparse.Namespace) -> float:
     model, clock = gpt2(args), Clock(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
     for batch in rows(args, args.batch_size * (args.steps + 2)).split(args.batch_size):
-        logits = model(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16-mixed"):
+            logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -15,6 +15,8 @@ DTYPES = {
 
 def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of weights, dtype of autocast or None) for a precision; ConfigError for one that is for training only."""
+    if precision == "auto":
+        raise ConfigError("precision=auto is for training: what a command answers must not depend on the machine; fp32")
     if precision not in DTYPES:
         raise ConfigError(f"precision.lightning={precision}: expected one of {', '.join(DTYPES)}")
     return DTYPES[precision]

@@ -68,6 +68,7 @@ class StepCheckpoint(Checkpoint):
         self.on_start: Callable[[], None] = lambda: None
         self.last_step = -1
         self.started = False  # whether a first step has begun
+        self.seconds = 0.0  # that writing has taken in this process
         self._seen = 0
         self._unconfirmed = False  # whether no step has followed the newest checkpoint yet
         self._removing = threading.Lock()  # a thread that writes a checkpoint removes old ones, as training does
@@ -110,8 +111,9 @@ class StepCheckpoint(Checkpoint):
         """
         if not _is_finite(trainer):
             raise TrainingError(f"the weights have grown out of all bounds at step {trainer.global_step}")
-        self.last_step = trainer.global_step
+        self.last_step, start = trainer.global_step, time.perf_counter()
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step:06d}.ckpt")
+        self.seconds += time.perf_counter() - start
 
     def written(self, path: Path) -> None:
         """Point `last.ckpt` at a complete checkpoint of this folder, and remove the oldest."""

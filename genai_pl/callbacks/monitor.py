@@ -1,7 +1,8 @@
 """Run metrics: one row per log interval, measured here and sent to all loggers under the documented names.
 
 Speed counts the tokens that the model read (`module.n_tokens`) over the time since the last row, validations excluded.
-MFU divides the FLOPs of those tokens by the peak of the devices: measured for a CPU, from a table for GPUs.
+MFU divides the FLOPs of those tokens by the peak of the devices in the precision of the run's products: measured for a CPU,
+from a table for GPUs.
 """
 
 import time
@@ -25,7 +26,8 @@ class Monitor(L.Callback):
     flops: function of no arguments that returns the FLOPs per token of the model, called when training starts
     listeners: called with (step, metrics) of every row, such as the console
 
-    `tokens_seen`, of the whole run over all ranks, is part of the checkpoint.
+    `tokens_seen`, of the whole run over all ranks, is part of the checkpoint. `seconds` is of this process: of
+    `training` in all, and in it of `data` (waiting for batches) and `validation`.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class Monitor(L.Callback):
     ) -> None:
         self.every_n_steps, self._count_flops, self.listeners = every_n_steps, flops, listeners
         self.tokens_seen = 0
+        self.seconds = {"training": 0.0, "data": 0.0, "validation": 0.0}
         self.flops = FlopRates(0.0, 0.0, 0.0)
         self._peak_flops: float | None = None
         self._step = 0
+        self._began: float | None = None  # when training has, while it lasts
         self._reset()  # a run that is at its last step already only validates
 
     def state_dict(self) -> dict[str, int]:
@@ -46,9 +50,16 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Measure the peak of the device, and start the first interval."""
-        self.flops, self._peak_flops = self._count_flops(), peak_flops(module.device)
+        self.flops, self._peak_flops = self._count_flops(), peak_flops(module.device, products_dtype(trainer.precision))
         self._step = trainer.global_step
+        self._began = time.perf_counter()
         self._reset()
+
+    def on_fit_end(self, *_: object) -> None:
+        """Training has ended, its last checkpoint included."""
+        if self._began is not None:
+            self.seconds["training"] += time.perf_counter() - self._began
+            self._began = None
 
     def _reset(self) -> None:
         """Start a new interval: no tokens, no time waited or paused."""
@@ -58,13 +69,20 @@ class Monitor(L.Callback):
 
     def on_train_batch_start(self, *_: object) -> None:
         """The time since the last batch ended was spent waiting for data."""
-        self._waited += time.perf_counter() - self._batch_end
+        waited = time.perf_counter() - self._batch_end
+        self._waited += waited
+        self.seconds["data"] += waited
 
     def on_validation_start(self, *_: object) -> None:
         self._pause_start = time.perf_counter()
 
     def on_validation_end(self, *_: object) -> None:
-        self._paused += time.perf_counter() - self._pause_start
+        """Leave the validation out of the interval; one after training counts as part of it."""
+        paused = time.perf_counter() - self._pause_start
+        self._paused += paused
+        self.seconds["validation"] += paused
+        if self._began is None:
+            self.seconds["training"] += paused
         self._batch_end = time.perf_counter()
 
     def on_train_batch_end(
@@ -116,11 +134,18 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that the device can reach: from Lightning's table for GPUs, measured by a matrix product on CPU."""
+def products_dtype(precision: str) -> torch.dtype:
+    """The dtype of products under a precision of Lightning's; fp8 counts as bf16, of which the others' tables are."""
+    if precision.startswith("32"):
+        return torch.float32
+    return torch.float16 if precision.startswith("16") else torch.bfloat16
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s in products of `dtype`: from Lightning's table for GPUs, which knows tf32, measured by a product on CPU."""
     if device.type != "cpu":
-        return get_available_flops(device, torch.bfloat16)
-    a = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+        return get_available_flops(device, dtype)
+    a = torch.randn(768, 768, generator=torch.Generator().manual_seed(0)).to(dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -1,5 +1,6 @@
 """Samples: text that the model generates during training, in the console and in TensorBoard."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ class Samples(L.Callback):
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
         self.tokenizer, self.say = tokenizer, say
         self._last = 0
+        self.seconds = 0.0  # that samples have taken in this process
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last = trainer.global_step
@@ -56,12 +58,14 @@ class Samples(L.Callback):
         self._last = step
         if not due or step == before:
             return
+        start = time.perf_counter()
         if not isinstance(module, PolicyGradientModule):
             with module.unsharded_model(), trainer.precision_plugin.forward_context():
                 if trainer.is_global_zero:
                     self._show_continuations(trainer, module, step)
         elif trainer.is_global_zero:
             self._show_scored(trainer, module.examples, "training", step)
+        self.seconds += time.perf_counter() - start
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Show scored completions of the validation."""

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from genai_pl.callbacks import duration
+from genai_pl.callbacks.monitor import products_dtype
 from genai_pl.cli.planned_run import (
     DeviceWork,
     device_layout,
@@ -41,6 +42,7 @@ from genai_pl.planning.count import (
 )
 from genai_pl.training.initial_model import apply_peft, check_shape, fit_to_context, new_overrides, report_unused
 from genai_pl.training.length import check_length
+from genai_pl.training.precision import plan_precision
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, format_bytes
 from genai_pl.training.targets import locate_target
 
@@ -73,6 +75,7 @@ def dry_run(config: DictConfig) -> int:
     objective = locate_target(config.objective._target_)
     model_config = planned_model_config(config, objective)
     check_shape(config, model_config, objective)
+    config = plan_precision(config, n_embd=model_config.n_embd)
     # the model, its batch, and the step
     with fake_tensors(torch.float32):
         model = build_full_model(config, objective, model_config)
@@ -82,7 +85,8 @@ def dry_run(config: DictConfig) -> int:
     steps, epochs = planned_steps(config, objective)
     # the lines that a run prints, then the tables
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
-    print(*describe_model(model, device), sep="\n")
+    dtype = products_dtype(config.precision.lightning)
+    print(*describe_model(model, device, dtype=dtype, seq_len=seq_len), sep="\n")
     if clamped:
         print(f"clamped     {clamped}")
     counts = {"devices": estimate.layout.data, "total_steps": steps}

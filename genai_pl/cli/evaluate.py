@@ -55,7 +55,9 @@ CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # o
 def evaluate(config: DictConfig) -> int:
     """Print the metrics of the model, and write them to `out` if that is given; the exit status."""
     check_options(config)
-    torch.set_float32_matmul_precision(config.precision.matmul)
+    dtypes_of(config.precision.lightning)  # refuses what is for training only
+    matmul = config.precision.matmul
+    torch.set_float32_matmul_precision("highest" if matmul == "auto" else matmul)
     figures = evaluate_data(config) if config.tasks is None else evaluate_tasks(config)
     if config.out:
         write_figures(config, figures)

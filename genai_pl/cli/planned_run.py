@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from genai_pl.atomic_io import ADAPTER, is_checkpoint
-from genai_pl.callbacks.monitor import peak_flops
+from genai_pl.callbacks.monitor import peak_flops, products_dtype
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.tokenizer import tokenizer_from_files
@@ -199,9 +199,11 @@ def plan_machine(config: DictConfig, layout: planning.Layout) -> planning.Machin
     if precision.lightning == "transformer-engine" or precision.get("float8"):
         rate = "fp8"
     if plan.gpu == "cpu":
-        flops = (plan[rate] or peak_flops(torch.device("cpu")) / 1e12) / min(layout.devices, layout.per_node)
+        shared_by = min(layout.devices, layout.per_node)
+        measured = None if plan[rate] else peak_flops(torch.device("cpu"), products_dtype(precision.lightning)) / 1e12
+        flops = (plan[rate] or measured) / shared_by
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        memory = (plan.memory or ram) / min(layout.devices, layout.per_node)
+        memory = (plan.memory or ram) / shared_by
     else:
         flops, memory = plan[rate], plan.memory
     if flops is None:

@@ -97,7 +97,7 @@ BOUNDS: dict[str, Bound] = {
     "tokenizer.vocab_size": COUNT,
     "tokenizer.name": TEXT,
     "precision.lightning": TEXT,
-    "precision.matmul": choice("highest", "high", "medium"),
+    "precision.matmul": choice("auto", "highest", "high", "medium"),
     "precision.float8": FLAG,
     "strategy.lightning": TEXT,
     **{f"objective.{name}": real(0, 1) for name in ("label_smoothing", "gamma", "gae_lambda")},

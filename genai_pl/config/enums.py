@@ -87,13 +87,14 @@ class AttentionKind(str, Enum):
 
 
 class AttentionBackend(str, Enum):
-    """Implementation of attention. auto picks by device and prints why; reference is eager PyTorch in fp32, the
-    specification.
+    """Implementation of attention. auto picks by device and prints why; dense holds all weights of a row, fast for
+    short rows of bf16 on a CPU; reference is eager PyTorch in fp32, the specification.
     """
 
     auto = "auto"
     triton = "triton"
     sdpa = "sdpa"
+    dense = "dense"
     reference = "reference"
 
 

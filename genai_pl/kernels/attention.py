@@ -1,8 +1,8 @@
 """Attention: the one function that every model calls, and the choice of the backend that computes it.
 
-`reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `flash/` holds Triton
-kernels that read masks as rules. All of them take the same mask and the same score options, and give the same numbers up
-to rounding: `tests/kernels` compares each of them with the reference.
+`reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `dense.py` holds all
+weights of short rows at once, `flash/` has Triton kernels that read masks as rules. All of them take the same mask and the
+same score options, and give the same numbers up to rounding: `tests/kernels` compares each of them with the reference.
 """
 
 import functools
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.cpu_products import bf16_products_pay
+from genai_pl.kernels.dense import dense_attention, dense_lacks
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
@@ -21,9 +23,10 @@ from genai_pl.kernels.sdpa import sdpa_attention, sdpa_lacks
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "dense", "reference")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_DIM = 256
+DENSE_TOKENS = (32, 512)  # fewest queries and most keys for which auto takes dense attention on a CPU
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # at import: torch.compile cannot trace the look-up
 
 
@@ -36,6 +39,7 @@ def attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
@@ -51,7 +55,7 @@ def attention(
     >>> attention(x, x, x, AttentionMask(causal=True)).shape
     torch.Size([1, 2, 3, 4])
     """
-    options = ScoreOptions(scale=scale, softcap=softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
+    options = ScoreOptions(scale=scale, softcap=softcap, bias=bias, alibi=alibi, sinks=sinks, dropout_p=dropout_p)
     return attention_with(q, k, v, mask, options, backend=backend)
 
 
@@ -65,9 +69,14 @@ def attention_with(
     backend: str = "auto",
 ) -> Tensor:
     """`attention` with its score options in one tuple, as the layers of a model hold them."""
-    _check_shapes(q, k, v)
+    _check_shapes(q, k, v, options.sinks)
     selected, reason = choose_backend(
-        q.device, softcap=options.softcap, head_dim=max(q.shape[-1], v.shape[-1]), dtype=q.dtype, backend=backend
+        q.device,
+        softcap=options.softcap,
+        head_dim=max(q.shape[-1], v.shape[-1]),
+        dtype=q.dtype,
+        lengths=(q.shape[2], k.shape[2]),
+        backend=backend,
     )
     # a fallback is slow and memory-hungry: the log tells why, once a process
     if backend == "auto" and selected == "reference" and not torch.compiler.is_compiling():
@@ -78,6 +87,8 @@ def attention_with(
         return flash_attention(q, k, v, mask, options)[0]
     if selected == "sdpa":
         return sdpa_attention(q, k, v, mask, options)
+    if selected == "dense":
+        return dense_attention(q, k, v, mask, options)
     return reference_attention(q, k, v, mask, **options._asdict())
 
 
@@ -87,15 +98,21 @@ def choose_backend(
     softcap: float | None = None,
     head_dim: int = 1,
     dtype: torch.dtype = torch.float32,
+    lengths: tuple[int, int] = (1, 1),
     backend: str = "auto",
 ) -> tuple[str, str]:
     """The backend that `attention` runs, and the reason for the log; ConfigError if the named one cannot compute this.
 
-    auto takes Triton on a GPU, else torch's fused kernel, else the reference: the order of their speed.
+    lengths: queries T and keys S. auto takes Triton on a GPU, else torch's fused kernel, or dense attention for short rows of
+    bfloat16 on a CPU that is fast in it, else the reference: the order of their speed.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
-    lacks = {"triton": triton_lacks(device, head_dim=head_dim, dtype=dtype), "sdpa": sdpa_lacks(softcap=softcap)}
+    lacks = {
+        "triton": triton_lacks(device, head_dim=head_dim, dtype=dtype),
+        "sdpa": sdpa_lacks(softcap=softcap),
+        "dense": dense_lacks(softcap=softcap),
+    }
     if backend != "auto":
         if lacks.get(backend):
             raise ConfigError(
@@ -106,6 +123,8 @@ def choose_backend(
         return "triton", "its kernels run every mask and option on a GPU"
     if lacks["sdpa"]:
         return "reference", lacks["sdpa"]
+    if device.type == "cpu" and dtype is torch.bfloat16 and _rows_are_short(*lengths) and bf16_products_pay():
+        return "dense", "short rows of bf16 are faster so on this CPU"
     slower = f", where {lacks['triton']}" if device.type == "cuda" else ""
     return "sdpa", f"it is the fastest that runs on {device.type}{slower}"
 
@@ -125,16 +144,24 @@ def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> 
     return None
 
 
+def _rows_are_short(T: int, S: int) -> bool:
+    """True for rows that dense attention suits; under torch.compile, where lengths may be symbols, for none."""
+    fewest, most = DENSE_TOKENS
+    return not torch.compiler.is_compiling() and fewest <= T and most >= S
+
+
 @functools.cache
 def log_once(message: str) -> None:
     """Log a message the first time it occurs in this process."""
     log.info(message)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
     """ValueError where the shapes do not fit: torch's own message is less clear, or torch broadcasts without one."""
     (B, H, _, D), (_, K, S, _) = q.shape, k.shape
     if H % K:
         raise ValueError(f"query heads ({H}) must be a multiple of key/value heads ({K})")
     if k.shape != (B, K, S, D) or v.shape[:3] != (B, K, S):
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks {tuple(sinks.shape)} do not fit {H} query heads")

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # fast with 200.
 CHUNK_BYTES = 100 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
+BLOCK_BYTES = 8 * 2**20  # of float32 logits that a CPU passes over several times: they should stay in its caches
 FUSED_DEVICES = {"cuda"}  # tests add cpu, for Triton's interpreter
 
 Rows = slice | Tensor  # indices of a chunk's tokens among the N
@@ -29,10 +30,10 @@ class Projection:
     """softcap(hidden @ weight.T + bias) for hidden (N, C), weight (V, C) and bias (V,), and the gradients of those three.
 
     Products run in `matmul_dtype`, everything else in float32 (float64 for float64 inputs). may_fuse: whether the Triton
-    kernel may be used; `fused` says that it is. Then `logits` are bare products, and `cross_entropy_` does the rest.
+    kernel may be used; `fused` says that it is, and `cross_entropy_` then does all between the products.
 
     The order of calls: `track` once if gradients are needed; for each chunk `logits`, a loss that turns them into their
-    gradient in place, `add_gradients`; at last `gradients`.
+    gradient in place (by `cross_entropy_`, or on each of `float_blocks`), `add_gradients`; at last `gradients`.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Projection:
         self.matmul_weight = weight.to(matmul_dtype)
         self.softcap = softcap
         self.fused = may_fuse and fuses(hidden.device, matmul_dtype)
-        self.buffer = hidden.new_empty(0, weight.shape[0], dtype=matmul_dtype if self.fused else self.dtype)
-        self.slope: Tensor | None = None
+        self.buffer = hidden.new_empty(0, weight.shape[0], dtype=matmul_dtype)
+        self.scratch = hidden.new_empty(0, weight.shape[0], dtype=self.dtype)
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
@@ -70,14 +71,10 @@ class Projection:
         return any(gradient is not None for gradient in (self.d_hidden, self.d_weight, self.d_bias))
 
     def logits(self, rows: Rows) -> Tensor:
-        """The logits of a chunk, (n, V), in a buffer that the next call overwrites."""
+        """The bare products of a chunk, (n, V), in `matmul_dtype` and a buffer that the next call overwrites."""
         hidden = self.hidden[rows].to(self.matmul_weight.dtype)  # (n, C)
         logits = self._logits_buffer(hidden.shape[0])
-        if hidden.dtype == logits.dtype:
-            torch.mm(hidden, self.matmul_weight.t(), out=logits)
-        else:
-            logits.copy_(hidden @ self.matmul_weight.t())
-        return logits if self.fused else self._cap_(logits)
+        return torch.mm(hidden, self.matmul_weight.t(), out=logits)
 
     def _logits_buffer(self, n: int) -> Tensor:
         """An uninitialized (n, V), a view of the buffer."""
@@ -88,15 +85,43 @@ class Projection:
             self.buffer = self.buffer.new_empty(n, width)
         return self.buffer[:n, :V]
 
-    def _cap_(self, logits: Tensor) -> Tensor:
-        """Add the bias and cap the products, in place; keeps the cap's slope for the gradient."""
+    def float_blocks(self, logits: Tensor, *, whole: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of a chunk's products (n, V) after the other, as (rows, logits with bias and cap) in float32.
+
+        What the caller leaves in a block is the gradient of its logits, and becomes that of the products in the chunk. A
+        block is a view where products are float32 already; bf16 ones are converted a block at a time, so that a chunk is
+        read and written once from memory, in 2 bytes a number. whole: all rows as one block.
+        """
+        n, V = logits.shape
+        size = n if whole or logits.device.type != "cpu" else max(1, BLOCK_BYTES // (self.dtype.itemsize * V))
+        for start in range(0, n, size):
+            products = logits[start : start + size]
+            block = products
+            if products.dtype != self.dtype:
+                if self.scratch.shape[0] < products.shape[0]:
+                    self.scratch = self.scratch.new_empty(products.shape)
+                block = self.scratch[: products.shape[0]].copy_(products)
+            slope = self._cap_(block)
+            yield slice(start, start + products.shape[0]), block
+            if not self.tracks:
+                continue
+            if slope is not None:
+                block.mul_(slope)
+            if self.d_bias is not None:
+                self.d_bias.add_(block.sum(0))
+            if block is not products:
+                products.copy_(block)
+
+    def _cap_(self, logits: Tensor) -> Tensor | None:
+        """Add the bias and cap the products, in place; returns the slope of the cap where a gradient needs it."""
         if self.bias is not None:
             logits.add_(self.bias)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            self.slope = logits.square().neg_().add_(1) if self.tracks else None
-            logits.mul_(self.softcap)
-        return logits
+        if self.softcap is None:
+            return None
+        logits.div_(self.softcap).tanh_()
+        slope = logits.square().neg_().add_(1) if self.tracks else None
+        logits.mul_(self.softcap)
+        return slope
 
     def cross_entropy_(
         self,
@@ -117,15 +142,12 @@ class Projection:
         return softmax_triton.cross_entropy_(logits, labels, options)
 
     def add_gradients(self, rows: Rows, d_logits: Tensor) -> None:
-        """Add a chunk's share of the gradients; d_logits (n, V): the gradient of the latest `logits`, which is overwritten.
+        """Add a chunk's share of the gradients; d_logits (n, V): the gradient of the latest `logits`.
 
         rows: the chunk. Gradients of hidden rows are set, those of weight and bias summed over chunks.
         """
-        if self.slope is not None:
-            d_logits.mul_(self.slope)
-        if self.d_bias is not None:
+        if self.fused and self.d_bias is not None:
             self.d_bias.add_(d_logits.sum(0, dtype=self.dtype))
-        d_logits = d_logits.to(self.matmul_weight.dtype)
         if self.d_hidden is not None:
             self.d_hidden[rows] = (d_logits @ self.matmul_weight).to(self.d_hidden.dtype)
         if self.d_weight is not None:
@@ -167,19 +189,26 @@ def _log_once(message: str) -> None:
     log.info(message)
 
 
-def tokens_at_once(vocab_size: int, device: torch.device) -> int:
-    """Tokens in a chunk by default: as many as float32 logits fit into the device's budget, at least one."""
-    budget = CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    return max(1, budget // (4 * vocab_size))
+def tokens_at_once(vocab_size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+    """Tokens in a chunk by default: as many as logits fit into the device's budget, at least one.
+
+    A CPU holds the logits of a chunk in `dtype`, that of the products; elsewhere float32 ones may stand beside them.
+    """
+    if device.type == "cpu":
+        return max(1, CHUNK_BYTES // (min(4, dtype.itemsize) * vocab_size))
+    return max(1, GPU_CHUNK_BYTES // (4 * vocab_size))
 
 
-def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: int | None) -> Iterator[Rows]:
+def chunks(
+    labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: int | None, dtype: torch.dtype = torch.float32
+) -> Iterator[Rows]:
     """Chunks of the tokens that have a label, `chunk_tokens` or `tokens_at_once` of them at a time.
 
-    labels: (N,). vocab_size: V, or this process's share. ignore_index: the label of tokens that are skipped; to find the
-    others waits for the device once, which costs less than to multiply them (85 % of tokens in masked LM).
+    labels: (N,). vocab_size: V, or this process's share. dtype: of the products. ignore_index: the label of tokens that are
+    skipped; to find the others waits for the device once, which costs less than to multiply them (85 % of tokens in
+    masked LM).
     """
-    size = chunk_tokens or tokens_at_once(vocab_size, labels.device)
+    size = chunk_tokens or tokens_at_once(vocab_size, labels.device, dtype)
     N = labels.numel()
     labelled = (labels != ignore_index).nonzero().squeeze(-1)
     if labelled.numel() < N:
@@ -188,9 +217,12 @@ def chunks(labels: Tensor, *, vocab_size: int, ignore_index: int, chunk_tokens: 
         yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
 
 
-def exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp (n, 1) of logits (n, V), which become exponentials, and the sum (n, 1) that makes them a softmax."""
+def softmax_(logits: Tensor) -> Tensor:
+    """Log-sum-exp (n, 1) of logits (n, V), which become their softmax.
+
+    torch's softmax passes over a row while it is in the cache. Its largest probability gives the log-sum-exp back: it is at
+    least 1 / V, whatever the logits are.
+    """
     peak = logits.amax(-1, keepdim=True)
-    logits.sub_(peak).exp_()
-    total = logits.sum(-1, keepdim=True)
-    return peak + total.log(), total
+    torch.softmax(logits, -1, out=logits)
+    return peak - logits.amax(-1, keepdim=True).log()

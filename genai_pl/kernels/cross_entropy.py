@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from genai_pl.kernels.chunked_logits import Projection, chunks, exp_, matmul_dtype
+from genai_pl.kernels.chunked_logits import Projection, chunks, matmul_dtype, softmax_
 from genai_pl.kernels.vocab_parallel import VocabShard, local_vocab_shard
 
 
@@ -82,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             vocab_size=weight.shape[0] if shard is None else shard.shard_size,
             ignore_index=options.ignore_index,
             chunk_tokens=options.chunk_tokens,
+            dtype=precision["matmul_dtype"],
         ):
             logits = projection.logits(rows)
             total += _loss_(projection, logits, labels[rows], options)
@@ -104,19 +105,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
-    """The summed loss of a chunk by the code for its weight; its logits (n, V) become their own gradient if any is tracked."""
-    smoothing, z_loss = options.label_smoothing, options.z_loss
-    if options.shard is not None:
-        return options.shard.cross_entropy_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
-    if not projection.fused:
-        return _eager_loss_(logits, labels, label_smoothing=smoothing, z_loss=z_loss)
-    return projection.cross_entropy_(
-        logits, labels, label_smoothing=smoothing, z_loss=z_loss, with_gradients=projection.tracks
-    ).sum()
+    """The summed loss of a chunk by the code for its weight; its products (n, V) become their own gradient if any is tracked."""
+    extra = {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
+    if projection.fused:
+        return projection.cross_entropy_(logits, labels, **extra, with_gradients=projection.tracks).sum()
+    # a shard communicates in each block
+    total = torch.zeros((), dtype=projection.dtype, device=logits.device)
+    for rows, block in projection.float_blocks(logits, whole=options.shard is not None):
+        loss_ = _eager_loss_ if options.shard is None else options.shard.cross_entropy_
+        total += loss_(block, labels[rows], **extra)
+    return total
 
 
 def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
-    """The summed loss of a chunk in tensor operations; its logits (n, V) become their own gradient.
+    """The summed loss of some tokens in tensor operations; their logits (n, V) become their own gradient.
 
     With p the softmax and q the smoothed target the gradient is (1 + 2 z_loss logsumexp) p - q, written over the
     logits without another (n, V).
@@ -125,8 +127,9 @@ def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_lo
     goal = logits.gather(1, labels[:, None])  # (n, 1)
     if label_smoothing:
         goal = torch.lerp(goal, logits.mean(-1, keepdim=True), label_smoothing)
-    logsumexp, total = exp_(logits)
-    logits.mul_((1 + 2 * z_loss * logsumexp) / total)
+    logsumexp = softmax_(logits)
+    if z_loss:
+        logits.mul_(1 + 2 * z_loss * logsumexp)
     logits[torch.arange(n, device=labels.device), labels] -= 1 - label_smoothing
     if label_smoothing:
         logits.sub_(label_smoothing / V)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from genai_pl.kernels.chunked_logits import Projection, chunks, exp_, matmul_dtype
+from genai_pl.kernels.chunked_logits import Projection, chunks, matmul_dtype, softmax_
 
 
 @torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
@@ -48,7 +48,12 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.projection = {"softcap": softcap, "matmul_dtype": matmul_dtype(hidden)}
-        ctx.chunks = {"vocab_size": weight.shape[0], "ignore_index": ignore_index, "chunk_tokens": chunk_tokens}
+        ctx.chunks = {
+            "vocab_size": weight.shape[0],
+            "ignore_index": ignore_index,
+            "chunk_tokens": chunk_tokens,
+            "dtype": matmul_dtype(hidden),
+        }
         projection = Projection(hidden, weight, bias, **ctx.projection)
         logprobs = hidden.new_zeros(labels.shape, dtype=projection.dtype)
         for rows in chunks(labels, **ctx.chunks):
@@ -70,19 +75,22 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _logprobs_(projection: Projection, logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) of each token of a chunk, (n,); overwrites the logits (n, V)."""
+    """log p(label) of each token of a chunk, (n,); overwrites the products (n, V)."""
     if projection.fused:
         return -projection.cross_entropy_(logits, labels, with_gradients=False)
-    target = logits.gather(1, labels[:, None])
-    logsumexp, _ = exp_(logits)
-    return (target - logsumexp).squeeze(1)
+    logprobs = torch.empty(labels.shape, dtype=projection.dtype, device=labels.device)
+    for rows, block in projection.float_blocks(logits):
+        target = block.gather(1, labels[rows, None])
+        logprobs[rows] = (target - softmax_(block)).squeeze(1)
+    return logprobs
 
 
 def _gradients_(projection: Projection, logits: Tensor, labels: Tensor, d_logprobs: Tensor) -> None:
-    """Turn the logits (n, V) of a chunk into their gradient, (onehot - softmax) d_logprobs, in place."""
+    """Turn the products (n, V) of a chunk into their gradient, (onehot - softmax) d_logprobs, in place."""
     if projection.fused:
         projection.cross_entropy_(logits, labels, weights=-d_logprobs)
         return
-    _, total = exp_(logits)
-    logits.mul_(-d_logprobs[:, None] / total)
-    logits[torch.arange(labels.numel(), device=labels.device), labels] += d_logprobs
+    for rows, block in projection.float_blocks(logits):
+        softmax_(block)
+        block.mul_(-d_logprobs[rows, None])
+        block[torch.arange(block.shape[0], device=labels.device), labels[rows]] += d_logprobs[rows]

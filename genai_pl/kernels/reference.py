@@ -1,7 +1,7 @@
 """Reference attention: plain tensor operations, the specification that every faster backend is tested against.
 
 It materializes the (B, H, T, S) scores, which the others avoid. The order of the steps is the contract: scale, softcap,
-bias and ALiBi, mask, softmax, dropout.
+bias and ALiBi, mask, sinks, softmax, dropout.
 """
 
 import torch
@@ -21,12 +21,14 @@ def reference_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """softmax(softcap(q k^T * scale) + bias + alibi) v over the visible keys, (B, H, T, D), computed in float32.
 
-    float64 inputs are computed in float64. A query that sees no key gets zeros and gives zero gradient.
+    sinks (H,) enter the softmax as the score of one more key, whose value is zero. float64 inputs are computed in float64. A
+    query that sees no key gets zeros and gives zero gradient.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     _, H, T, D = q.shape
@@ -42,12 +44,16 @@ def reference_attention(
             scores = scores + bias.to(exact)
         if alibi is not None:
             scores = scores + alibi_bias(alibi.to(exact), T, S)
-        weights = F.dropout(_visible_softmax(scores, mask.dense(T, S, q.device)), dropout_p)
+        weights = F.dropout(_visible_softmax(scores, mask.dense(T, S, q.device), sinks), dropout_p)
         return (weights @ values).to(q.dtype)
 
 
-def _visible_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the visible entries of each row, and zeros for a row without any, (B, H, T, S)."""
+def _visible_softmax(scores: Tensor, visible: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the visible entries of each row and its head's sink, and zeros for a row without any, (B, H, T, S)."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
+        shown = scores.masked_fill(~visible, float("-inf"))
+        return torch.cat([column, shown], dim=-1).softmax(-1)[..., 1:]
     blind = ~visible.any(-1, keepdim=True)  # (B or 1, 1, T, 1)
     # a row of -inf alone is NaN in the softmax, and anomaly detection stops at it: show it everything, then set it to 0
     weights = scores.masked_fill(~(visible | blind), float("-inf")).softmax(-1)

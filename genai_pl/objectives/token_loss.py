@@ -45,7 +45,7 @@ def masked_accuracy(hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tenso
     head, bias, part = local_vocab_shard(head.to(dtype), bias)
     vocab_size = head.shape[0] if part is None else part.shard_size
     correct = labels.new_zeros(())
-    for rows in chunks(labels, vocab_size=vocab_size, ignore_index=IGNORED, chunk_tokens=None):
+    for rows in chunks(labels, vocab_size=vocab_size, ignore_index=IGNORED, chunk_tokens=None, dtype=dtype):
         logits = hidden[rows].to(dtype) @ head.t()  # (n, V)
         if bias is not None:
             logits = logits + bias

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from genai_pl.distributed.dtensor import local_shard, map_across_ranks, shard_like
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
 from genai_pl.optim.groups import EXPERTS, Group, NamedParameters, decay_groups, is_matrix, trainable
@@ -25,6 +26,7 @@ from genai_pl.optim.groups import EXPERTS, Group, NamedParameters, decay_groups,
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
 NOT_HIDDEN += ("content_bias", "position_bias", "type_bias", "type_embed")
 NEWTON_SCHULZ_STEPS = 5
+BATCH_ELEMENTS = 2**24  # of matrices that are orthogonalized at once: small ones keep no device busy one by one
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0 rather than convergent (Jordan 2024)
 ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),  # Liu et al. 2025, eq. 4
@@ -78,22 +80,31 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     return is_hidden and is_matrix(name, parameter) and not any(part in name for part in NOT_HIDDEN)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly U V^T of the SVD of a matrix: singular values go to about 0.7 to 1.2 (Jordan 2024, Newton-Schulz).
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Nearly U V^T of the SVD of each matrix (..., rows, columns): singular values go to about 0.7 to 1.2 (Jordan 2024).
 
-    A 3-D tensor is a batch of matrices, each orthogonalized alone.
+    Newton-Schulz steps of all matrices at once, in bfloat16 on a GPU. On a CPU in float32, or in bfloat16 where float32
+    products may be rounded (`torch.set_float32_matmul_precision`, which precision=bf16 sets) and bfloat16 is faster.
     """
-    # CPUs without bfloat16 units are 20 (160 x 640) to 46 (256 x 1024) times slower in it than in float32
-    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
-    tall = x.size(-2) > x.size(-1)
+    shape = matrices.shape
+    x = matrices.to(_products_dtype(matrices.device)).reshape(-1, *shape[-2:])  # (N, rows, columns)
+    tall = x.size(1) > x.size(2)
     x = x.mT if tall else x  # the Gram matrix of the shorter side
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)
+
+
+def _products_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of Newton-Schulz products on a device."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    may_round = torch.get_float32_matmul_precision() != "highest"
+    # CPUs without bfloat16 units are 20 (160 x 640) to 46 (256 x 1024) times slower in it than in float32
+    return torch.bfloat16 if may_round and bf16_products_pay() else torch.float32
 
 
 class MuonAdamW(Optimizer):
@@ -135,21 +146,30 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _step_matrices(self, parameters: list[Tensor], group: Group) -> None:
-        """Step the matrices of a group, of each mesh apart, as many at a time as the mesh has ranks."""
-        meshes: dict[DeviceMesh | None, list[Tensor]] = {}
+        """Step the matrices of a group: of each mesh apart, as many at a time as the mesh has ranks; others by shape."""
+        meshes: dict[DeviceMesh, list[Tensor]] = {}
+        shapes: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            meshes.setdefault(mesh, []).append(parameter)
+            if isinstance(parameter, DTensor):
+                meshes.setdefault(parameter.device_mesh, []).append(parameter)
+            else:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, alike in shapes.items():
+            n_at_once = max(1, BATCH_ELEMENTS // shape.numel())
+            for first in range(0, len(alike), n_at_once):
+                self._step_some(alike[first : first + n_at_once], group, None)
         for mesh, some in meshes.items():
-            n_at_once = 1 if mesh is None else mesh.size()  # full matrices in memory
-            for first in range(0, len(some), n_at_once):
-                self._step_some(some[first : first + n_at_once], group, mesh)
+            for first in range(0, len(some), mesh.size()):  # full matrices in memory
+                self._step_some(some[first : first + mesh.size()], group, mesh)
 
     def _step_some(self, parameters: list[Tensor], group: Group, mesh: DeviceMesh | None) -> None:
-        """Decay and move some matrices; sharded ones are gathered for the orthogonalization only."""
+        """Decay and move some matrices, of one shape or of one mesh; sharded ones are gathered to be orthogonalized."""
         updates = [self._update(parameter, group) for parameter in parameters]
         # Newton-Schulz on shards would communicate in each of its steps
-        directions = map(orthogonalize, updates) if mesh is None else map_across_ranks(orthogonalize, updates, mesh)
+        if mesh is None:
+            directions = orthogonalize(torch.stack(updates)).unbind()
+        else:
+            directions = map_across_ranks(orthogonalize, updates, mesh)
         for parameter, direction in zip(parameters, directions, strict=True):
             scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape[-2:])
             own = local_shard(parameter)

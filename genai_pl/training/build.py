@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -37,6 +38,7 @@ from genai_pl.training.initial_model import (
     save_base,
 )
 from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
+from genai_pl.training.precision import choose_precision
 from genai_pl.training.rewards import load_rewards
 from genai_pl.training.targets import instantiate, locate_target
 from genai_pl.training.trainer import (
@@ -89,17 +91,27 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if clamped:
         rank_zero_only(log.info)("clamped     %s", clamped)
 
+    # what products are computed in: a resumed run keeps it
+    contents = None if checkpoint is None else read_contents(checkpoint)
+    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
+    stored_precision = None if contents is None else contents[MARK].get("precision", "32-true")
+    precision = choose_precision(
+        config.precision, n_embd=model.config.n_embd, device=device.type, stored=stored_precision
+    )
+    torch.set_float32_matmul_precision(precision.matmul)
+
     # the objective and the Trainer, whose mistakes come before the data are tokenized
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
     if objective.needs_reward:
-        connect_reward(config, module, tokenizer)
-    trainer, callbacks = build_trainer(config, folder, module=module, data=data, tokenizer=tokenizer)
+        connect_reward(config, module, tokenizer, device)
+    trainer, callbacks = build_trainer(
+        config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
+    )
     data.prepare(tokenizer, module.collator)
 
     # the length, which depends on how many rows there are
-    contents = None if checkpoint is None else read_contents(checkpoint)
     stored_length = None if contents is None else read_stored_length(contents[MARK])
     length = choose_run_length(config, data, module, n_replicas(trainer), stored_length)
     epochs = config.trainer.max_epochs
@@ -109,7 +121,9 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     limit_steps(trainer, length.steps)
     data.limit_batches(length.steps * trainer.accumulate_grad_batches)
 
-    run = Run(folder, trainer, module, data, tokenizer, length, **callbacks, defaults=initial.defaults, base=base)
+    run = Run(
+        folder, trainer, module, data, tokenizer, length, precision, **callbacks, defaults=initial.defaults, base=base
+    )
     prepare_strategy(config, run)
     prepare_loggers(trainer, checkpoint)
     return run
@@ -138,9 +152,11 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
-def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a module that learns from rewards its reward function, its critic, and the gradient clipping that
-    Lightning leaves to it.
+def connect_reward(
+    config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase", device: torch.device
+) -> None:
+    """Give a module that learns from rewards its reward function, on this device, its critic, and the gradient clipping
+    that Lightning leaves to it.
 
     Such a module makes several optimizer steps per batch of prompts, so Lightning neither accumulates nor clips
     for it.
@@ -149,7 +165,6 @@ def connect_reward(config: DictConfig, module: PolicyGradientModule, tokenizer: 
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
-    device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
     reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)

@@ -38,7 +38,8 @@ from genai_pl.peft import adapters_of, save_adapter
 from genai_pl.signals import exit_status
 from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
-from genai_pl.training.report import final_lines
+from genai_pl.training.precision import Precision
+from genai_pl.training.report import describe_seconds, final_lines
 from genai_pl.training.sweeps import write_results
 from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
 
@@ -58,7 +59,7 @@ class Run:
     monitor, console, interrupt, checkpoints, samples: our callbacks; samples is None where no text can be
     written.
     defaults: generation settings of the folder that the model came from. base: reference to an adapter's base
-    model, None without.
+    model, None without. precision: what products are computed in, and why.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Run:
     data: RowsDataModule
     tokenizer: "PreTrainedTokenizerBase"
     length: Length
+    precision: Precision
     monitor: Monitor
     console: Console
     interrupt: Interrupt
@@ -152,6 +154,9 @@ def finish(
     if run.trainer.is_global_zero:
         options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
+        samples = 0.0 if run.samples is None else run.samples.seconds
+        seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
+        print(describe_seconds(**seconds))
         lines = final_lines(
             run.folder, exported=name, finished=done, generate=options, arguments=arguments, sweep=sweep
         )

@@ -5,6 +5,7 @@ processes.
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -12,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.training.sweeps import saved_overrides
 from genai_pl.training.trust import CONF, PER_COMMAND, key_of, untrusted_overrides
+
+if TYPE_CHECKING:
+    from genai_pl.training.precision import Precision
 
 
 def job_overrides(kind: str = "task") -> list[str]:
@@ -64,9 +68,9 @@ def shown_path(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def rank_command(config: DictConfig) -> list[str]:
+def rank_command(config: DictConfig, precision: "Precision") -> list[str]:
     """Command line of another rank of this run on this machine: the same overrides, as one plain run with the
-    folder written out.
+    folder and the precision written out.
 
     Lightning's launcher repeats sys.argv instead, which names the wrong folder after `resume=` and starts a
     sweep in a sweep. The other ranks write neither `.hydra/` nor a log.
@@ -78,6 +82,8 @@ def rank_command(config: DictConfig) -> list[str]:
         *(part for folder in folders for part in ("--config-dir", folder)),
         *(override for override in job_overrides("hydra") if override.startswith("hydra.searchpath")),
         *job_overrides(),
+        f"precision.lightning={precision.lightning}",
+        f"precision.matmul={precision.matmul}",
         # the first process writes the run folder and its log
         *(
             f"hydra.run.dir={quote_for_hydra(config.output_dir)}",

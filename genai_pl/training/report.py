@@ -11,10 +11,14 @@ from genai_pl.kernels import choose_backend
 from genai_pl.models import Model, flops_per_token, n_active_parameters, n_parameters
 
 
-def describe_model(model: Model, device: torch.device) -> list[str]:
-    """Lines on the model's size and on the attention backend, with the reason for that backend."""
+def describe_model(model: Model, device: torch.device, *, dtype: torch.dtype, seq_len: int) -> list[str]:
+    """Lines on the model's size and on the attention backend for rows of seq_len tokens, with the reason for that backend.
+
+    dtype: of products.
+    """
     c = model.config
-    backend, why = choose_backend(device, softcap=c.softcap, backend=c.attention.value)
+    options = {"softcap": c.softcap, "backend": c.attention.value, "dtype": dtype, "head_dim": c.head_dim}
+    backend, why = choose_backend(device, lengths=(seq_len, seq_len), **options)
     layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"
     kind = "" if c.attention_kind is AttentionKind.full else f", kind {c.attention_kind.value}"
     trainable = f"{n_parameters(model, trainable=True):,} trainable"
@@ -80,6 +84,19 @@ def format_bytes(n_bytes: float) -> str:
             return f"{n_bytes:.4g} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.4g} TiB"
+
+
+def describe_seconds(training: float, **parts: float) -> str:
+    """One line on where the time of training went, by parts in seconds; what is left are the steps.
+
+    >>> describe_seconds(10.0, data=1.0, validation=2.0, checkpoints=0.25, samples=0.0)
+    'time        10.0 s of training: steps 6.8, data wait 1.0, validation 2.0, checkpoints 0.2, samples 0.0'
+    """
+    names = {"data": "data wait"}
+    listed = {"steps": max(training - sum(parts.values()), 0.0), **parts}
+    return f"time        {training:.1f} s of training: " + ", ".join(
+        f"{names.get(k, k)} {v:.1f}" for k, v in listed.items()
+    )
 
 
 def final_lines(

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai_pl import signals
 from genai_pl.atomic_io import claimed
 from genai_pl.callbacks import MetricsCSV, step_of
+from genai_pl.callbacks.monitor import products_dtype
 from genai_pl.config.redaction import redact
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import n_replicas
@@ -53,7 +54,6 @@ def train(config: DictConfig) -> Outcome:
         return Outcome(0, results.get(config.optimized_metric))
     # global state of torch, before any tensor exists
     silence_libraries()
-    torch.set_float32_matmul_precision(config.precision.matmul)
     # model.attention=sdpa: cuDNN's kernel gives NaN gradients under a dense mask (pytorch/pytorch 196678, on H100)
     torch.backends.cuda.enable_cudnn_sdp(False)
     L.seed_everything(config.seed, verbose=False)
@@ -143,11 +143,13 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
         if checkpoint:
             print(describe_resume(checkpoint))
         print(f"data        {redact(run.data.summary())}")
-        print(*describe_model(model, device), step, sep="\n")
+        dtype = products_dtype(run.precision.lightning)
+        print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
         if adapters_of(model):
             print(*describe(model), sep="\n")
-        print(f"device      {device}{threads}, precision {config.precision.lightning}, seed {config.seed}", flush=True)
+        precision, reason = run.precision.lightning, run.precision.reason and f" (auto: {run.precision.reason})"
+        print(f"device      {device}{threads}, precision {precision}{reason}, seed {config.seed}", flush=True)
 
 
 def flatten(config: DictConfig) -> dict[str, object]:

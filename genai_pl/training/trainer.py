@@ -37,6 +37,7 @@ from genai_pl.training.length import (
     warmup_of,
 )
 from genai_pl.training.output_folders import register_early_output
+from genai_pl.training.precision import Precision
 from genai_pl.training.targets import instantiate
 
 if TYPE_CHECKING:
@@ -70,11 +71,18 @@ REFUSED_ARGUMENTS = {  # arguments of Lightning's Trainer that are decided elsew
 
 
 def build_trainer(
-    config: DictConfig, folder: Path, *, module: BaseModule, data: RowsDataModule, tokenizer: "PreTrainedTokenizerBase"
+    config: DictConfig,
+    folder: Path,
+    *,
+    precision: Precision,
+    module: BaseModule,
+    data: RowsDataModule,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[L.Trainer, dict[str, L.Callback]]:
     """The Trainer, and our callbacks by their names in `Run`; ConfigError for arguments that Lightning refuses.
 
-    folder: the run folder. module, data, tokenizer: for callbacks that sample text and count FLOPs.
+    folder: the run folder. precision: what products are computed in. module, data, tokenizer: for callbacks that sample
+    text and count FLOPs.
     """
     follow_launcher()
     # the options of `trainer`, without those that Lightning does not know or that have no effect
@@ -105,7 +113,7 @@ def build_trainer(
     try:
         trainer = L.Trainer(
             **options,
-            precision=config.precision.lightning,
+            precision=precision.lightning,
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
             callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
@@ -117,12 +125,12 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's checks of its own arguments
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
-    if config.precision.lightning in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
+    if precision.lightning in ("16", "16-mixed") and isinstance(trainer.accelerator, CPUAccelerator):
         raise ConfigError("precision=fp16 needs a GPU: on a CPU Lightning takes bf16 instead; precision=bf16")
     # two replacements that Lightning has no argument for: signals, and the command line of further ranks
     trainer._signal_connector = NoSignals(trainer)
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config))
+        trainer.strategy._launcher = RankLauncher(trainer.strategy.launcher, rank_command(config, precision))
     return trainer, callbacks
 
 
@@ -215,6 +223,7 @@ def checkpoint_contents(run: Run) -> dict[str, object]:
         "model": run.module.model.config.to_dict(),
         "tokenizer": tokenizer_files(run.tokenizer),
         "defaults": {name: dict(values) for name, values in run.defaults._asdict().items()},
+        "precision": run.precision.lightning,
         "length": {"steps": run.length.steps, "warmup_steps": warmup_of(run.module.schedule)},
     }
     if files := {name: values for name, values in run.module.export_files().items() if name.endswith(".json")}:

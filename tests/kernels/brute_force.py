@@ -53,6 +53,7 @@ def attend(
     scale: float,
     bias: Tensor | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """(B, H, T, D), a Python number at a time."""
@@ -72,6 +73,7 @@ def attend(
             if alibi is not None:
                 score -= float(alibi[h]) * abs(S - T + i - j)
             weights[j] = math.exp(score)
+        total = sum(weights.values()) + (0.0 if sinks is None else math.exp(float(sinks[h])))
         for j, weight in weights.items():
-            out[b, h, i] += weight / sum(weights.values()) * v[b, h // group, j]
+            out[b, h, i] += weight / total * v[b, h // group, j]
     return out

@@ -8,7 +8,7 @@ from genai_pl.kernels.flash.operator import flash_attention
 from genai_pl.kernels.reference import reference_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("o", "lse", "dq", "dk", "dv", "d_bias")
+LEARNED = ("bias", "sinks")  # options that get a gradient
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -39,26 +39,27 @@ def exact_lse(q: Tensor, k: Tensor, mask: AttentionMask, options: dict) -> Tenso
     if "alibi" in options:
         distance = (torch.arange(S - T, S)[:, None] - torch.arange(S)).abs().to(q.device)
         scores = scores - options["alibi"].view(-1, 1, 1) * distance
-    return scores.masked_fill(~mask.dense(T, S, q.device), float("-inf")).logsumexp(-1)
+    scores = scores.masked_fill(~mask.dense(T, S, q.device), float("-inf"))
+    if "sinks" in options:
+        scores = torch.cat([scores, options["sinks"].view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.logsumexp(-1)
 
 
 def results(attention, tensors: list[Tensor], options: dict, dtype: torch.dtype) -> list[Tensor]:
-    """The results of `attention`, and the gradients of q, k, v and bias, for inputs rounded to dtype."""
+    """The results of `attention`, and the gradients of q, k, v, bias and sinks, for inputs rounded to dtype."""
     leaves = [x.to(dtype).detach().requires_grad_() for x in tensors[:3]]
-    if "bias" in options:
-        options = options | {"bias": options["bias"].to(dtype).detach().requires_grad_()}
-        leaves.append(options["bias"])
+    learned = {name: options[name].to(dtype).detach().requires_grad_() for name in LEARNED if name in options}
+    options, leaves = options | learned, [*leaves, *learned.values()]
     o, *lse = attention(*leaves[:3], **options)
     return [o, *lse, *torch.autograd.grad(o, leaves, tensors[3].to(o.dtype))]
 
 
 def ours_and_exact(mask: AttentionMask, tensors: list[Tensor], options: dict, dtype: torch.dtype = torch.float32):
-    """(o, lse, dq, dk, dv, d_bias) of the kernels in dtype and of the reference in float64, for the same inputs."""
+    """(o, lse, dq, dk, dv, d_bias, d_sinks) of the kernels in dtype and of the reference in float64, as far as there are any."""
     mask = on_device(mask)
     options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
     tensors = [x.to(dtype).double() for x in tensors]
-    if "bias" in options:
-        options["bias"] = options["bias"].to(dtype).double()
+    options |= {name: options[name].to(dtype).double() for name in LEARNED if name in options}
 
     def exact(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
         return reference_attention(q, k, v, mask, **options), exact_lse(q, k, mask, options)
@@ -77,5 +78,6 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 def check(mask: AttentionMask, tensors: list[Tensor], limit: float = 1e-5, dtype=torch.float32, **options) -> None:
     """The kernels equal the reference, forward and backward, up to `limit`."""
     ours, exact = ours_and_exact(mask, tensors, options, dtype)
-    errors = {name: relative_error(a, b) for name, a, b in zip(NAMES, ours, exact, strict=False)}
+    names = ("o", "lse", "dq", "dk", "dv", *(f"d_{name}" for name in LEARNED if name in options))
+    errors = {name: relative_error(a, b) for name, a, b in zip(names, ours, exact, strict=True)}
     assert all(error <= limit for error in errors.values()), errors

@@ -1,11 +1,13 @@
 import logging
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from genai_pl.errors import ConfigError
-from genai_pl.kernels import AttentionMask, attention, choose_backend
+from genai_pl.kernels import AttentionMask, ScoreOptions, attention, choose_backend
+from genai_pl.kernels.dense import dense_attention
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.sdpa import sdpa_attention
 
@@ -25,6 +27,22 @@ def test_auto_runs_sdpa_and_says_why():
     backend, reason = choose_backend(CPU)
     assert backend == "sdpa"
     assert "cpu" in reason
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_auto_takes_dense_attention_for_short_rows_of_bf16_where_its_products_are_fast(monkeypatch, pays: bool):
+    monkeypatch.setattr(sys.modules["genai_pl.kernels.attention"], "bf16_products_pay", lambda: pays)
+    mask = AttentionMask(causal=True)
+    for T, S, dtype in [
+        (64, 64, torch.bfloat16),
+        (64, 64, torch.float32),
+        (1, 64, torch.bfloat16),
+        (64, 640, torch.bfloat16),
+    ]:
+        q, k, v = (x.to(dtype) for x in inputs(T=T, S=S))
+        is_dense = pays and dtype is torch.bfloat16 and T > 1 and S <= 512
+        expected = (dense_attention if is_dense else sdpa_attention)(q, k, v, mask, ScoreOptions())
+        assert torch.equal(attention(q, k, v, mask), expected)
 
 
 def test_auto_falls_back_to_the_reference_for_softcap_and_logs_the_reason_once(caplog):
@@ -53,7 +71,7 @@ def test_sdpa_with_softcap_is_refused_with_the_option_and_the_fix():
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_backends():
-    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, triton, sdpa, reference"):
+    with pytest.raises(ConfigError, match=r"model\.attention=flash .* auto, triton, sdpa, dense, reference"):
         attention(*inputs(), backend="flash")
 
 

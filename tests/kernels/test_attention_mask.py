@@ -92,7 +92,7 @@ def test_layers_that_share_a_mask_build_it_once():
     assert mask.additive(2, 4, torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "dense", "reference"])
 def test_a_mask_first_used_in_inference_mode_can_be_trained_with(backend: str):
     mask = AttentionMask(causal=True, segments=torch.tensor([[1, 1, 2, 0]]))
     x = torch.randn(1, 1, 4, 8, requires_grad=True)

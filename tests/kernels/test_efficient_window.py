@@ -21,7 +21,7 @@ def expected_mask(T: int, *, window: int, n_global: int, causal: bool, segments:
     return near & shown(T, S, causal=causal, segments=segments)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "dense", "reference"])
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["", "packed"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("T", [S, S - 5, 20, 1])

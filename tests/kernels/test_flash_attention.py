@@ -105,6 +105,7 @@ def test_any_head_dim(D: int, D_V: int):
 
 
 SLOPES = torch.tensor([0.5, 0.125])
+SINKS = torch.tensor([1.5, -2.0])
 
 
 @pytest.mark.parametrize(
@@ -116,13 +117,22 @@ SLOPES = torch.tensor([0.5, 0.125])
         (AttentionMask(causal=True), {}, {"alibi": SLOPES}),
         (AttentionMask(), {"B": 1, "T": 33, "S": 70}, {"alibi": SLOPES}),
         (AttentionMask(causal=True), {}, {"bias": draw(1, 2, 40, 40, seed=9)}),
+        (AttentionMask(causal=True, window=9), {"T": 70, "B": 1}, {"sinks": SINKS}),
+        (AttentionMask(causal=True, segments=PACKED), {"H": 4}, {"sinks": SINKS.repeat(2), "scale": 0.7}),
+        (AttentionMask(segments=documents("40.", "40a")), {}, {"sinks": SINKS * 9}),  # rows that see the sink alone
         (AttentionMask(), {"T": 33, "S": 70}, {"bias": draw(2, 1, 1, 70, seed=9)}),
         (AttentionMask(segments=PACKED), {"H": 4}, {"bias": draw(40, 40, seed=9)}),
         (AttentionMask(order=RANKS), {}, {"bias": draw(2, 2, 40, 40, seed=9), "softcap": 2.0}),
         (
             AttentionMask(causal=True, window=30, segments=WILD, prefix=3, order=RANKS),
             {"H": 4, "D": 40},
-            {"bias": draw(1, 4, 1, 40, seed=9), "softcap": 2.0, "alibi": SLOPES.repeat(2), "scale": 0.3},
+            {
+                "bias": draw(1, 4, 1, 40, seed=9),
+                "softcap": 2.0,
+                "alibi": SLOPES.repeat(2),
+                "scale": 0.3,
+                "sinks": draw(4),
+            },
         ),
     ],
 )
@@ -138,6 +148,8 @@ def test_what_is_done_to_the_scores(mask: AttentionMask, sizes: dict, options: d
         (AttentionMask(causal=True, segments=documents("70. 30a", "100b")), {"T": 2, "S": 100, "H": 4}, {}),
         (AttentionMask(segments=documents("90.")), {"T": 3, "S": 90}, {}),
         (AttentionMask(causal=True, prefix=60), {"T": 4, "S": 90}, {"alibi": SLOPES}),
+        (AttentionMask(causal=True, window=40), {"T": 5, "S": 130, "H": 4}, {"sinks": draw(4)}),
+        (AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90), "sinks": 9 * draw(4)}),
         (AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90)}),
     ],
 )

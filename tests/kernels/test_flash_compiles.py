@@ -20,7 +20,10 @@ capability, D, featured = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "fe
 q, k, v = (torch.empty(2, 256, 4, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
 tables = [torch.zeros(2, 8, 256, dtype=torch.int32) for _ in range(2)]
 seed = torch.zeros(1, dtype=torch.int64)
-extras = Extras(torch.empty(1, 4, 256, 256), torch.empty(4), *tables, seed) if featured else Extras()
+sinks = torch.empty(4)
+extras = Extras(torch.empty(1, 4, 256, 256), torch.empty(4), *tables, seed, sinks) if featured else Extras()
+if sys.argv[3] == "sinks":
+    extras = Extras(sinks=sinks)
 case = Case(True, 100 * featured, featured, featured, 0, 0.1, 30.0 * featured, 0.1 * featured, featured)
 for launch in launches(q, k, v, extras, case, f"sm{capability}"):
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -47,7 +50,8 @@ def spills(capability: int, D: int, kind: str) -> dict[str, int]:
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_plain_causal_attention_in_bfloat16_spills_no_register(capability: int, D: int):
-    assert spills(capability, D, "plain") == {"forward": 0, "row_sums": 0, "key_value": 0, "query": 0}
+    for kind in ("plain", "sinks"):
+        assert spills(capability, D, kind) == {"forward": 0, "row_sums": 0, "key_value": 0, "query": 0}
 
 
 @pytest.mark.slow

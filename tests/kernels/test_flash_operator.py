@@ -81,7 +81,9 @@ def test_the_operator_is_well_formed(biased: bool):
     bias = draw(1, 2, 20, 20).float().requires_grad_() if biased else None
     tables = mask_tables(mask, 20, 20, SEGMENTS.device)
     case = (True, 0, False, True, 0, 0.25, 0.0, 0.0, False)
-    torch.library.opcheck(torch.ops.genai_pl.flash_forward.default, (*leaves(), bias, None, *tables, None, *case))
+    sinks = draw(2).float().requires_grad_() if biased else None
+    extras = (bias, None, *tables, None, sinks)
+    torch.library.opcheck(torch.ops.genai_pl.flash_forward.default, (*leaves(), *extras, *case))
 
 
 @pytest.mark.parametrize("documents", [False, True])

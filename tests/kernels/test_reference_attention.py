@@ -24,6 +24,7 @@ def inputs(*, H: int = 4, K: int = 2, T: int = 3, S: int = 5, D: int = 3, dtype:
         {"scale": 1.0, "softcap": 0.5},
         {"scale": 1.0, "bias": torch.linspace(-1, 1, 4 * 3 * 5, dtype=torch.float64).view(1, 4, 3, 5)},
         {"scale": 1.0, "alibi": torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)},
+        {"scale": 0.7, "sinks": torch.tensor([0.5, -3.0, 4.0, 0.0], dtype=torch.float64)},
         {"scale": 2.0, "softcap": 1.5, "bias": torch.tensor([0.0, 3, 0, -2, 1]), "alibi": torch.ones(4)},
     ],
 )
@@ -42,11 +43,30 @@ def test_the_scale_is_one_over_the_root_of_head_dim_unless_given():
 def test_gradients_match_finite_differences_in_blind_rows_too(mask: AttentionMask):
     tensors = [x.requires_grad_() for x in inputs()]
     bias = torch.randn(1, 1, 3, 5, dtype=torch.float64).requires_grad_()
+    sinks = torch.randn(4, dtype=torch.float64).requires_grad_()
 
-    def function(q, k, v, bias):
-        return reference_attention(q, k, v, mask, bias=bias, softcap=2.0)
+    def function(q, k, v, bias, sinks=None):
+        return reference_attention(q, k, v, mask, bias=bias, sinks=sinks, softcap=2.0)
 
     assert torch.autograd.gradcheck(function, (*tensors, bias))
+    assert torch.autograd.gradcheck(function, (*tensors, bias, sinks))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@torch.no_grad()
+def test_sinks_are_those_of_gpt_oss(window: int | None):
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_attention_forward
+
+    config = GptOssConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=3, hidden_size=8)
+    theirs = GptOssAttention(config, 0).double()
+    theirs.sinks.copy_(torch.tensor([0.5, -3.0, 4.0, 0.0]))
+    q, k, v = inputs()
+    mask = AttentionMask(causal=True, window=window)
+    hidden = torch.zeros(1, 1, 3, 5, dtype=torch.float64).masked_fill(~mask.dense(3, 5), -1e30)
+    expected, _ = eager_attention_forward(theirs, q, k, v, hidden, scaling=0.7, s_aux=theirs.sinks)
+    actual = reference_attention(q, k, v, mask, scale=0.7, sinks=theirs.sinks)
+    torch.testing.assert_close(actual.transpose(1, 2), expected)
 
 
 def test_low_precision_is_computed_in_float32_and_rounded_once():

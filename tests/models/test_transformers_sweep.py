@@ -32,9 +32,9 @@ EQUAL = {
     "gemma3": {},
     "deepseek_v3": {},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_oss": {},
 }
 REFUSED = [
-    ("gpt_oss", {}, "GptOssAttention gives attention s_aux, which ours does not take"),
     ("qwen3_5_text", {}, "packed into one row come out otherwise than alone"),
     ("qwen3_next", {}, "packed into one row come out otherwise than alone"),
     ("lfm2", {}, "packed into one row come out otherwise than alone"),

@@ -88,5 +88,8 @@ def test_each_name_answers_with_its_adapter(tiny: Path, tmp_path: Path) -> None:
             scored = client.post("/score", json={"prompt": "Once", "text": " upon", "model": name}).json()
             assert scored["model"] == name
             assert scored["scores"][0]["score"] == pytest.approx(logprob, abs=1e-3)
+        # outside of passes the model is the base
+        adapters = service.engine.adapters.adapters
+        assert {(adapter.weight, adapter.rows) for adapter in adapters.values()} == {(0.0, None)}
         reply = client.post("/score", json={"text": "x", "model": "kind"})
         assert (reply.status_code, reply.json()["error"]["param"]) == (404, "model")

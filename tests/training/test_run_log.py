@@ -54,7 +54,7 @@ def test_each_job_of_a_sweep_has_the_log_of_its_own_run(command) -> None:
     result = command("train", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=sweep")
     assert result.status == 0, result.err
     logs = [Path(f"sweep/{job}/train.log").read_text() for job in range(2)]
-    assert [log.count("precision 32-true, seed") for log in logs] == [1, 1]
+    assert [log.count("precision 32-true (auto") for log in logs] == [1, 1]
     assert ["seed 1" in log for log in logs] == [True, False]
     assert result.out == "".join(logs) + "next        python compare.py sweep\n"  # of all jobs
 

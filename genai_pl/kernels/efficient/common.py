@@ -14,6 +14,7 @@ FIXES = {  # name -> what it is, and the option that turns it off
     "prefix": ("a bidirectional prefix", "model.attention_kind=full"),
     "bias": ("biases of the scores", "model.position=rotary"),
     "alibi": ("ALiBi", "model.position=rotary"),
+    "sinks": ("attention sinks", "model.attention_kind=full"),
     "softcap": ("a softcap", "model.softcap=null"),
     "dropout": ("attention dropout", "model.dropout=0"),
 }
@@ -32,6 +33,7 @@ def refuse(
         "prefix": mask.prefix is not None,
         "bias": options.bias is not None,
         "alibi": options.alibi is not None,
+        "sinks": options.sinks is not None,
         "softcap": options.softcap is not None,
         "dropout": options.dropout_p > 0.0,
     }

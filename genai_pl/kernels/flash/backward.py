@@ -4,6 +4,8 @@ With weights p = exp(score - lse), which are computed again from q and k, and de
 
     dV = p^T d_o        d_p = d_o V^T        d_score = p (d_p - delta)        dQ = d_score K        dK = d_score^T Q
 
+A sink is a key whose value, and so d_p, is zero: its gradient is the sum of -p delta, with p = exp(sink - lse).
+
 One kernel owns blocks of keys and loops over queries (dK, dV), one owns blocks of queries and loops over keys (dQ), one owns
 tiles of the bias. Scores are computed once in each; in return there are no atomics, and gradients are the same bit for bit
 in every run.
@@ -32,11 +34,14 @@ from genai_pl.kernels.flash.common import (
 
 
 @triton.jit
-def row_sums(OUT, D_OUT, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HAS_D_LSE: tl.constexpr, F: tl.constexpr):
+def row_sums(
+    OUT, D_OUT, LSE, D_LSE, LSE2, DELTA, D_SINKS, extras, o_stride, do_stride, sizes,
+    HAS_D_LSE: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
     """delta = sum(o * d_o) - d_lse of each query, and lse in log2 units, into padded buffers.
 
     A gradient of the log-sum-exp enters as -d_lse: d lse / d score is the weight itself. Rows that see no key or do not
-    exist get lse = +inf, which makes all their weights 0.
+    exist get lse = +inf, which makes all their weights 0. D_SINKS gets the block's share of its head's gradient.
     """
     n_blocks = sizes.padded // F.BLOCK_M
     bh = tl.program_id(0) // n_blocks
@@ -55,7 +60,11 @@ def row_sums(OUT, D_OUT, LSE, D_LSE, LSE2, DELTA, o_stride, do_stride, sizes, HA
     lse = tl.load(LSE + row, mask=i < sizes.T, other=float("-inf"))
     out = bh.to(tl.int64) * sizes.padded + i
     tl.store(DELTA + out, delta)
-    tl.store(LSE2 + out, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    tl.store(LSE2 + out, lse2)
+    if F.sinks:
+        weight = tl.exp2(tl.load(extras.sinks + h) * LOG2E - lse2)
+        tl.store(D_SINKS + tl.program_id(0), -tl.sum(weight * delta, 0))
 
 
 @triton.jit

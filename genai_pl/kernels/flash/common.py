@@ -48,6 +48,7 @@ class Features:
     order: int = 0  # 1: keys of the query's rank or lower, 2: lower only
     bias: bool = False
     alibi: bool = False
+    sinks: bool = False
     softcap: bool = False
     dropout: bool = False
     packed: bool = False
@@ -111,7 +112,7 @@ class Extras(NamedTuple):
     """Optional tensors.
 
     bias (B or 1, H or 1, T, S); alibi (H,) slopes; queries and keys: the mask's tables (`mask_tables.py`); seed (1,) of
-    dropout, a tensor so that no call waits for the device.
+    dropout, a tensor so that no call waits for the device; sinks (H,) scores.
     """
 
     bias: Tensor | None = None
@@ -119,6 +120,7 @@ class Extras(NamedTuple):
     queries: Tensor | None = None
     keys: Tensor | None = None
     seed: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class Strides(NamedTuple):

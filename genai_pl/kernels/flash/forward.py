@@ -12,6 +12,7 @@ import triton.language as tl
 from genai_pl.kernels.flash.blocks import clip, key_blocks, split_global_prefix, step_to, walk
 from genai_pl.kernels.flash.common import (
     LN2,
+    LOG2E,
     as_column,
     as_row,
     base,
@@ -83,6 +84,11 @@ def forward(
 
     # normalize and write
     acc, total, peak = state
+    if F.sinks and not SPLIT:  # one more key, with a value of zero; with split keys `combine` adds it
+        sink = tl.load(extras.sinks + h) * LOG2E
+        new_peak = tl.maximum(peak, sink)
+        old = tl.exp2(peak - new_peak)
+        acc, total, peak = acc * old[:, None], total * old + tl.exp2(sink - new_peak), new_peak
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: zeros, and a log-sum-exp of -inf
     out_b = b
     if SPLIT:
@@ -136,7 +142,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def combine(PARTS, PARTS_LSE, OUT, LSE, o_stride, sizes, n_splits, n_heads, F: tl.constexpr):
+def combine(PARTS, PARTS_LSE, OUT, LSE, extras, o_stride, sizes, n_splits, n_heads, F: tl.constexpr):
     """The output (B, H, T, D) and log-sum-exp of one row from those of each split of the keys.
 
     PARTS (splits, rows, D_V) and PARTS_LSE (splits, rows), rows ordered by batch row, key head, query head and query.
@@ -145,19 +151,24 @@ def combine(PARTS, PARTS_LSE, OUT, LSE, o_stride, sizes, n_splits, n_heads, F: t
     row = tl.program_id(0).to(tl.int64)
     n_rows = tl.num_programs(0)
     d = tl.arange(0, F.BLOCK_D_V)
+    bh = row // sizes.T  # rows of a key head are its query heads' rows, one head after the other
     peak = tl.full([], float("-inf"), tl.float32)
+    if F.sinks:
+        peak = tl.load(extras.sinks + bh % n_heads)
+    sink = peak
     for split in range(n_splits):
         peak = tl.maximum(peak, tl.load(PARTS_LSE + split * n_rows + row))
     # parts weighted by their share of the whole denominator
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     acc = tl.zeros([F.BLOCK_D_V], tl.float32)
     total = tl.zeros([], tl.float32)
+    if F.sinks:
+        total += tl.exp(sink - safe)
     for split in range(n_splits):
         weight = tl.exp(tl.load(PARTS_LSE + split * n_rows + row) - safe)
         acc += weight * tl.load(PARTS + (split * n_rows + row) * F.D_V + d, mask=d < F.D_V, other=0.0)
         total += weight
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(LSE + row, peak + tl.log(total))
-    bh = row // sizes.T  # rows of a key head are its query heads' rows, one head after the other
     o = base(OUT, bh // n_heads, bh % n_heads, row % sizes.T, o_stride)
     tl.store(o + d, (acc / total).to(OUT.dtype.element_ty), mask=d < F.D_V)

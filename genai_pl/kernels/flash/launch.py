@@ -66,7 +66,7 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
     compiled = replace(p.compiled_for(blocks), packed=packed, even_m=False, even_n=False)
     strides = (*_strides(q, p.k, p.v, parts), p.bias_stride)
     args = (q, p.k, p.v, parts, parts_lse, p.extras, *strides, sizes, p.scalars, split_size, True, compiled)
-    joined = (parts, parts_lse, o, lse, *_strides(o), p.sizes(), n_splits, p.H, compiled)
+    joined = (parts, parts_lse, o, lse, p.extras, *_strides(o), p.sizes(), n_splits, p.H, compiled)
     return [
         Launch("split", forward, (n_programs, n_splits), args, blocks.options()),
         Launch("combine", combine, (p.B * p.H * p.T,), joined, Blocks(1, 1, 1, 1).options()),
@@ -74,12 +74,16 @@ def _split_launches(p: Problem, o: Tensor, lse: Tensor) -> list[Launch]:
 
 
 class Gradients(NamedTuple):
-    """The gradients that the kernels fill; dk and dv may have H heads, to be summed over those that share a key head."""
+    """The gradients that the kernels fill; dk and dv may have H heads, to be summed over those that share a key head.
+
+    d_sinks: (B, H, blocks), to be summed over batch rows and blocks.
+    """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     d_bias: Tensor | None
+    d_sinks: Tensor | None
 
 
 def backward_launches(
@@ -93,10 +97,12 @@ def backward_launches(
     f, sizes, d_o, o = p.features, p.sizes(), p.operand(d_o), p.operand(o)
     lse2, delta = p.empty(p.B, p.H, sizes.padded), p.empty(p.B, p.H, sizes.padded)
     rows = replace(f, BLOCK_M=32)
-    grid = (sizes.padded // rows.BLOCK_M * p.B * p.H,)
+    n_blocks = sizes.padded // rows.BLOCK_M
+    grid = (n_blocks * p.B * p.H,)
+    d_sinks = p.empty(p.B, p.H, n_blocks) if f.sinks else None
     # the gradient of a sum is one number, expanded: the kernel needs real strides
     d_lse = None if d_lse is None else d_lse.contiguous()
-    args = (o, d_o, lse, d_lse, lse2, delta, *_strides(o, d_o), sizes, d_lse is not None, rows)
+    args = (o, d_o, lse, d_lse, lse2, delta, d_sinks, p.extras, *_strides(o, d_o), sizes, d_lse is not None, rows)
     launches = [Launch("row_sums", row_sums, grid, args, Blocks(32, 1, 4, 1).options())]
 
     # keys and values, queries, bias
@@ -111,7 +117,7 @@ def backward_launches(
     if need_bias:
         launch, d_bias = _bias_launch(p, sizes, inputs, strides)
         launches.append(launch)
-    return launches, Gradients(dq, dk, dv, d_bias)
+    return launches, Gradients(dq, dk, dv, d_bias, d_sinks)
 
 
 def _key_value_launch(p: Problem, sizes: Sizes, inputs: tuple, strides: tuple) -> tuple[Launch, Tensor, Tensor]:
@@ -149,16 +155,18 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, extras: Extras, case: Case) -> 
 def run_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None, extras: Extras, case: Case,
     *, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Run the backward pass: gradients of q, k, v and of the bias, in their dtypes and shapes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Run the backward pass: gradients of q, k, v, of the bias and of the sinks, in their dtypes and shapes."""
     p = Problem(q, k, v, extras, case, architecture(q.device))
-    launches, (dq, dk, dv, d_bias) = backward_launches(p, d_o, d_lse, o, lse, need_bias=need_bias)
+    launches, (dq, dk, dv, d_bias, d_sinks) = backward_launches(p, d_o, d_lse, o, lse, need_bias=need_bias)
     _run(launches, q)
     if dk.shape[1] > p.K:
         dk, dv = (x.unflatten(1, (p.K, -1)).sum(2) for x in (dk, dv))
     if d_bias is not None:
         d_bias = d_bias.sum_to_size(extras.bias.shape).to(extras.bias.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_bias
+    if d_sinks is not None:
+        d_sinks = d_sinks.sum((0, 2)).to(extras.sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_bias, d_sinks
 
 
 def _run(launches: list[Launch], q: Tensor) -> None:

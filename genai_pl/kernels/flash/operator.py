@@ -13,10 +13,10 @@ from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 
 # the schema: optional tensors, numbers
-EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed"
+EXTRAS = "Tensor? bias, Tensor? alibi, Tensor? queries, Tensor? keys, Tensor? seed, Tensor? sinks"
 CASE = "bool causal, int window, bool prefix, bool segments, int order, float scale, float softcap, float dropout_p"
 CASE += ", bool global_prefix"
-N_EXTRAS = 5
+N_EXTRAS = 6
 
 
 def flash_attention(
@@ -26,10 +26,10 @@ def flash_attention(
     mask: AttentionMask,
     options: ScoreOptions = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """`reference_attention`, (B, H, T, D), and the log-sum-exp of the scores in float32, (B, H, T).
+    """`reference_attention`, (B, H, T, D), and the log-sum-exp of the scores and sinks in float32, (B, H, T).
 
-    Both are differentiable in q, k, v and bias, so that parts of attention over different keys can be merged. A query that
-    sees no key has a log-sum-exp of -inf. ValueError for slopes that need a gradient.
+    Both are differentiable in q, k, v, bias and sinks, so that parts of attention over different keys can be merged. A query
+    that sees no key has a log-sum-exp of -inf, or its head's sink. ValueError for slopes that need a gradient.
     """
     (B, H, T, D), S = q.shape, k.shape[2]
     if options.alibi is not None and options.alibi.requires_grad:
@@ -53,7 +53,8 @@ def flash_attention(
         options.dropout_p,
         mask.global_prefix is not None,
     )
-    return torch.ops.genai_pl.flash_forward(q, k, v, options.bias, options.alibi, queries, keys, seed, *case)
+    extras = (options.bias, options.alibi, queries, keys, seed, options.sinks)
+    return torch.ops.genai_pl.flash_forward(q, k, v, *extras, *case)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -67,16 +68,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Te
 
 def _backward(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward operator's kernel: gradients of q, k, v and bias (an empty tensor if it needs none)."""
+) -> tuple[Tensor, ...]:
+    """The backward operator's kernel: gradients of q, k, v, bias and sinks (an empty tensor where none is needed)."""
     from genai_pl.kernels.flash.common import Extras
     from genai_pl.kernels.flash.launch import run_backward
     from genai_pl.kernels.flash.problem import Case
 
     *rest, need_bias = rest
     extras, case = Extras(*rest[:N_EXTRAS]), Case(*rest[N_EXTRAS:])
-    dq, dk, dv, d_bias = run_backward(q, k, v, o, lse, d_o, d_lse, extras, case, need_bias=need_bias)
-    return dq, dk, dv, q.new_empty(0) if d_bias is None else d_bias  # an operator returns no None
+    dq, dk, dv, *optional = run_backward(q, k, v, o, lse, d_o, d_lse, extras, case, need_bias=need_bias)
+    return dq, dk, dv, *(q.new_empty(0) if x is None else x for x in optional)  # an operator returns no None
 
 
 def _heads_aside(x: Tensor, width: int | None = None) -> Tensor:
@@ -92,11 +93,12 @@ def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Ten
 
 def _backward_shapes(
     d_o: Tensor, d_lse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients without numbers, for tracing."""
-    bias, need_bias = rest[0], rest[-1]
+    bias, sinks, need_bias = rest[0], rest[N_EXTRAS - 1], rest[-1]
     d_bias = bias.new_empty(bias.shape) if need_bias else q.new_empty(0)
-    return _heads_aside(q), _heads_aside(k), _heads_aside(v), d_bias
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return _heads_aside(q), _heads_aside(k), _heads_aside(v), d_bias, d_sinks
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -112,8 +114,11 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, d_o: Tensor | None, d_l
     o, lse, q, k, v, *extras = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o
     need_bias = extras[0] is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, d_bias = torch.ops.genai_pl.flash_backward(d_o, d_lse, o, lse, q, k, v, *extras, *ctx.case, need_bias)
-    return dq, dk, dv, d_bias if need_bias else None, *(None,) * (N_EXTRAS - 1 + len(ctx.case))
+    dq, dk, dv, d_bias, d_sinks = torch.ops.genai_pl.flash_backward(
+        d_o, d_lse, o, lse, q, k, v, *extras, *ctx.case, need_bias
+    )
+    d_extras = (d_bias if need_bias else None, *(None,) * (N_EXTRAS - 2), None if extras[-1] is None else d_sinks)
+    return dq, dk, dv, *d_extras, *(None,) * len(ctx.case)
 
 
 def _register() -> None:
@@ -122,7 +127,8 @@ def _register() -> None:
     torch.library.define("genai_pl::flash_forward", f"({arguments}) -> (Tensor, Tensor)")
     torch.library.define(
         "genai_pl::flash_backward",
-        f"(Tensor d_o, Tensor? d_lse, Tensor o, Tensor lse, {arguments}, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor d_o, Tensor? d_lse, Tensor o, Tensor lse, {arguments}, bool need_bias)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     for name, run, shapes in (("forward", _forward, _forward_shapes), ("backward", _backward, _backward_shapes)):
         for device in ("CUDA", "CPU"):

@@ -62,6 +62,7 @@ class Problem:
             order=case.order,
             bias=extras.bias is not None,
             alibi=extras.alibi is not None,
+            sinks=extras.sinks is not None,
             softcap=case.softcap > 0,
             dropout=case.dropout_p > 0,
             precision=precision(self.dtype, arch),
@@ -75,10 +76,12 @@ class Problem:
         return f.tables or f.order > 0 or f.dropout or not f.plain
 
     def _prepare(self, extras: Extras) -> tuple[Extras, BiasStrides]:
-        """The extras as the kernels read them, and the bias's strides: slopes in float32, the bias expanded to (B, H, T, S)."""
+        """The extras as the kernels read them: slopes and sinks in float32, the bias as (B, H, T, S), with its strides."""
         stride = BiasStrides(0, 0, 0, 0)
         if extras.alibi is not None:
             extras = extras._replace(alibi=extras.alibi.float().contiguous())
+        if extras.sinks is not None:
+            extras = extras._replace(sinks=extras.sinks.float().contiguous())
         if extras.bias is not None:
             bias = extras.bias.expand(self.B, self.H, self.T, self.S)
             bias = bias.float() if self.carrier else bias

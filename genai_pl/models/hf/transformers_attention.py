@@ -96,12 +96,14 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packing: Packing | None = None,
     **extra: object,
 ) -> tuple[Tensor, None]:
     """Attention (B, T, H, D) with the signature of transformers' attention functions; ConfigError for unknown arguments.
 
-    q (B, H, T, D), k and v (B, K, S, D). attention_mask: what `rules` gave. scaling, dropout, softcap: as in `attention`.
+    q (B, H, T, D), k and v (B, K, S, D). attention_mask: what `rules` gave. scaling, dropout, softcap: as in `attention`;
+    s_aux: its sinks.
     """
     refuse_unknown(type(module).__name__, "attention", extra, INERT)
     if packing is None:
@@ -119,7 +121,7 @@ def attend(
     mask = AttentionMask(
         causal=attention_mask.causal, window=window, segments=packing.segments, global_prefix=global_prefix
     )
-    options = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
     return attention(q, k, v, mask, **options, backend=packing.backend).transpose(1, 2), None
 
 

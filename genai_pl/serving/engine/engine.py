@@ -268,11 +268,11 @@ class Engine:
         return state.stream
 
     def run_between_steps(self, work: Callable[[], object], adapter: str | None = None) -> Future:
-        """Future of work that the engine's thread does between two steps, with this adapter active; QueueFull once it stops."""
+        """Future of work that the engine's thread does between two steps, with this adapter selected; QueueFull once it stops."""
 
         def run() -> object:
-            self.adapters.activate([adapter])
-            return work()
+            with self.adapters.selected([adapter]):
+                return work()
 
         with self._changed:
             if self._is_stopping:

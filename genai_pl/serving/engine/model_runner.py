@@ -19,7 +19,7 @@ log = logging.getLogger("genai_pl.serving")
 class ModelRunner(ABC):
     """The requests that decode, `states`, and the passes of the model for them.
 
-    adapters: switches the model to the adapter of each request before a pass
+    adapters: switches the model to the adapter of each request during a pass
     max_length: tokens of prompt and answer together that one request may have
     packs_prompts: several short prompts can be read in one pass, as documents of one packed row
     prefills_whole_prompts: a prompt cannot be read in chunks
@@ -38,7 +38,7 @@ class ModelRunner(ABC):
     def allocate(self, states: list[RequestState]) -> None:
         """Give requests whose prompts are read in one pass a KV cache for it, prompt after prompt in one row.
 
-        Their adapter must be active: virtual tokens of prefix tuning take columns of the cache, too.
+        Their adapter must be selected: virtual tokens of prefix tuning take columns of the cache, too.
         """
         share_cache(states, self.prefill_capacity(states))
 
@@ -49,11 +49,11 @@ class ModelRunner(ABC):
         the pass read.
         """
         before = sum(state.n_prefilled for state in states)
-        self.adapters.activate([states[0].request.adapter])
-        if len(states) > 1:
-            logits = prefill_packed(states, self.adapters.device)
-        else:
-            logits = states[0].prefill_chunk(budget, self.adapters.device)
+        with self.adapters.selected([states[0].request.adapter]):
+            if len(states) > 1:
+                logits = prefill_packed(states, self.adapters.device)
+            else:
+                logits = states[0].prefill_chunk(budget, self.adapters.device)
         return logits, sum(state.n_prefilled for state in states) - before
 
     def add_request(self, state: RequestState) -> None:
@@ -117,10 +117,10 @@ class BatchedModelRunner(ModelRunner):
 
     def decode(self) -> Tensor:
         """The logits (B, V) of one pass over the newest tokens (B, 1)."""
-        self.adapters.activate([state.request.adapter for state in self.states])
         self.cache.ensure_capacity()
         tokens = torch.tensor([[state.output_ids[-1]] for state in self.states], device=self.adapters.device)
-        return self.model.logits(self.model.features(tokens, cache=self.cache)[:, -1])
+        with self.adapters.selected([state.request.adapter for state in self.states]):
+            return self.model.logits(self.model.features(tokens, cache=self.cache)[:, -1])
 
 
 class PerRequestModelRunner(ModelRunner):
@@ -145,8 +145,7 @@ class PerRequestModelRunner(ModelRunner):
 
     def _decode_isolated(self, state: RequestState) -> Tensor:
         """The logits (1, V) of a request; zeros for one whose pass fails, which has its finish_reason then."""
-        with isolate_failure(state):
-            self.adapters.activate([state.request.adapter])
+        with isolate_failure(state), self.adapters.selected([state.request.adapter]):
             token = torch.tensor([[state.output_ids[-1]]], device=self.adapters.device)
             return state.model.logits(state.model.features(token, cache=state.cache)[:, -1])
         return torch.zeros(1, state.model.config.vocab_size, device=self.adapters.device)

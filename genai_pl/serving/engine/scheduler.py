@@ -71,17 +71,18 @@ class Scheduler:
         A request that cannot start is finished, and the next one is tried.
         """
         while self._dequeue_next(budget if self.model_runner.packs_prompts else 0):
+            adapter = self.prefilling[0].request.adapter
             try:
-                # before `start`, which may run an encoder, and `allocate`, which counts virtual tokens
-                self.model_runner.adapters.activate([self.prefilling[0].request.adapter])
-                for state in list(self.prefilling):
-                    self.start(state)
-                    if state.finish_reason:
-                        self.prefilling.remove(state)
-                        self.finish(state, None)
-                if self.prefilling:
-                    self.model_runner.allocate(self.prefilling)
-                    return True
+                # `start` may run an encoder, and `allocate` counts virtual tokens: both depend on the adapter
+                with self.model_runner.adapters.selected([adapter]):
+                    for state in list(self.prefilling):
+                        self.start(state)
+                        if state.finish_reason:
+                            self.prefilling.remove(state)
+                            self.finish(state, None)
+                    if self.prefilling:
+                        self.model_runner.allocate(self.prefilling)
+                        return True
             except Exception:
                 log.exception("a request cannot begin")
                 self.fail_prefill()
