@@ -15,6 +15,11 @@ from genai_pl.peft import load_adapter, lora, merge, save_adapter
 from genai_pl.peft.adapter import Adapter, RowWeights, adapters_of
 from genai_pl.peft.lora import ExpertLoRA, LoRALinear
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    # PEFT compares its patterns with names of modules only, and uses them for parameters all the same
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
+]
 SIZES = {
     "n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 61, "max_seq_len": 24, "position": "rotary", "norm": "rmsnorm",
     "activation": "silu", "gated_mlp": True, "bias": False, "tie_embeddings": False, "n_experts": 3, "expert_size": 24,

@@ -9,8 +9,7 @@ file says which one it is only together with the config. Elsewhere in this folde
 
 from collections.abc import Container, Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import CheckpointError
@@ -100,8 +99,3 @@ def block_diagonal(blocks: list[Tensor]) -> Tensor:
         result[..., row : row + block.shape[-2], column : column + block.shape[-1]] = block
         row, column = row + block.shape[-2], column + block.shape[-1]
     return result
-
-
-def row_norms(weight: nn.Parameter) -> Tensor:
-    """Lengths of the rows of a matrix, or of each expert's."""
-    return torch.linalg.vector_norm(weight, dim=-1)

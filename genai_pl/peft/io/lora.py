@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from genai_pl.errors import CheckpointError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import TrainedCopy
-from genai_pl.peft.io.experts import block_diagonal, flat, nested, row_norms, unflat, unnested
+from genai_pl.peft.io.experts import block_diagonal, flat, nested, unflat, unnested
 from genai_pl.peft.io.hf_names import PREFIX, SHARED, HFModule, hf_modules
 from genai_pl.peft.io.lora_config import (
     Size,
@@ -97,7 +97,7 @@ def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[fl
         weight = site.inner.weight
         if layer is None:
             blocks.append(present[0].lora_B.new_zeros(*weight.shape[:-1], 0))
-            magnitudes.append(row_norms(weight))
+            magnitudes.append(weight.norm(dim=-1))
         else:
             blocks.append(layer.factors()[1] * (layer.scaling / scaling))
             magnitudes.append(layer.magnitude)
