@@ -27,7 +27,7 @@ from genai_pl.modules.preference import PreferenceModule
 from genai_pl.objectives.preference import WITH_REFERENCE
 from genai_pl.planning import cost_model as planning
 from genai_pl.references import folder_of, is_hub_id, resolve
-from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides
+from genai_pl.training.initial_model import check_loaded_model, model_config, new_overrides, routed_config
 from genai_pl.training.length import DEFAULT_PASSES, DEFAULT_STEPS
 from genai_pl.training.report import texts_of_row
 
@@ -64,6 +64,7 @@ def planned_model_config(config: DictConfig, objective: type[BaseModule]) -> Mod
         raise ConfigError("dry_run=true needs a model of our own, not model=hf: its estimates know no other")
     if config.init_from:
         model_settings, tokenizer = read_stored_config(config.init_from, option="init_from")
+        model_settings = routed_config(model_settings, config.model)
         check_loaded_model(config, model_settings, tokenizer, new_overrides(config))
         add_missing_tokens(tokenizer, objective.needs)
         model_settings = replace(model_settings, attention=config.model.attention, dropout=config.model.dropout)

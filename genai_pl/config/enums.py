@@ -107,3 +107,10 @@ class RopeKind(str, Enum):
     linear = "linear"
     llama3 = "llama3"
     yarn = "yarn"
+
+
+class Router(str, Enum):
+    """Scores of experts: softmax over all of them (Fedus et al. 2021), or a sigmoid of each (DeepSeek-V3)."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"

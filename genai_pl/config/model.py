@@ -16,6 +16,7 @@ from genai_pl.config.enums import (
     NormOrder,
     Position,
     RopeKind,
+    Router,
     Shape,
 )
 from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, to_json_values
@@ -25,7 +26,12 @@ POSITIVE_FIELDS = (
     "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "embedding_size", "head_dim", "intermediate_size",
     "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
     "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
-    "softcap", "logit_softcap", "init_std",
+    "softcap", "logit_softcap", "init_std", "experts_per_token", "expert_size", "expert_every", "router_scale",
+)  # fmt: skip
+# fields of a mixture of experts, of no effect where n_experts is null
+EXPERT_FIELDS = (
+    "experts_per_token", "n_shared_experts", "expert_size", "expert_every", "n_dense_layers", "router", "router_scale",
+    "normalize_top_k", "balance_loss", "router_z_loss", "balance_bias",
 )  # fmt: skip
 
 
@@ -92,6 +98,7 @@ class ModelConfig:
     qkv_bias: bool | None = None  # null: as bias
     o_bias: bool | None = None  # null: as bias
     qk_norm: bool = False
+    qk_norm_joint: bool = False  # qk_norm over all heads at once (OLMoE), not over each
     head: Head = Head.linear
     head_bias: bool = False
     scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
@@ -109,6 +116,20 @@ class ModelConfig:
     reformer_bucket: int = 64  # positions per chunk
     softcap: float | None = None  # tanh cap of attention scores
     logit_softcap: float | None = None
+    n_experts: int | None = (
+        None  # experts in place of an MLP (Shazeer et al. 2017); null or 0: the MLP of every layer is dense
+    )
+    experts_per_token: int = 2  # experts that a token is sent to
+    n_shared_experts: int = 0  # further experts that every token passes: one MLP of so many times expert_size
+    expert_size: int | None = None  # hidden channels of an expert; null: intermediate_size
+    expert_every: int = 1  # every n-th layer has experts
+    n_dense_layers: int = 0  # the first layers have none
+    router: Router = Router.softmax
+    router_scale: float = 1.0  # factor on the weights of a token's experts (DeepSeek-V3: 2.5)
+    normalize_top_k: bool = True  # divide the weights of a token's experts by their sum
+    balance_loss: float = 0.01  # coefficient of the load-balancing loss, of each layer (Fedus et al. 2021, eq. 4)
+    router_z_loss: float = 0.0  # coefficient of the squared log-sum-exp of router logits (Zoph et al. 2022: 0.001)
+    balance_bias: float = 0.0  # step of a bias that balances without a loss (DeepSeek-V3: 0.001); 0: no bias
     dropout: float = 0.0
     init_std: float = 0.02
     attention: AttentionBackend = AttentionBackend.auto
@@ -144,6 +165,9 @@ class ModelConfig:
         if self.intermediate_size is None:
             # 8/3 n_embd keeps the parameters of 4 n_embd, for a gated MLP has three matrices (Shazeer 2020)
             self.intermediate_size = 32 * -(-8 * self.n_embd // (3 * 32)) if self.gated_mlp else 4 * self.n_embd
+        self.n_experts = self.n_experts or None
+        if self.n_experts and self.expert_size is None:
+            self.expert_size = self.intermediate_size
 
     def _check_pairs(self) -> None:
         # sizes
@@ -165,6 +189,8 @@ class ModelConfig:
             raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
         if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
             raise ConfigError("model.n_decoder_layer needs model.shape=encoder_decoder")
+        if self.qk_norm_joint and not self.qk_norm:
+            raise ConfigError("model.qk_norm_joint needs model.qk_norm=true")
         # windows and approximations of attention
         if self.full_every and self.window is None:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
@@ -184,6 +210,34 @@ class ModelConfig:
         if self.attention in (AttentionBackend.sdpa, AttentionBackend.dense) and self.softcap is not None:
             name = self.attention.value
             raise ConfigError(f"model.attention={name} has no softcap: set model.attention=auto, or model.softcap=null")
+
+        if self.n_experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        """ConfigError for fields of a mixture of experts that cannot hold together."""
+        if not 1 <= self.experts_per_token <= self.n_experts:
+            raise ConfigError(
+                f"model.experts_per_token ({self.experts_per_token}) must be 1 to model.n_experts ({self.n_experts})"
+            )
+        if min(self.n_shared_experts, self.n_dense_layers) < 0:
+            raise ConfigError("model.n_shared_experts and model.n_dense_layers are at least 0")
+        if min(self.balance_loss, self.router_z_loss, self.balance_bias) < 0:
+            raise ConfigError("model.balance_loss, model.router_z_loss and model.balance_bias are at least 0")
+        if self.share_layers:
+            raise ConfigError("model.n_experts needs layers of their own: set model.share_layers=false")
+        if not self.mixture_layers:
+            raise ConfigError("model.n_experts: no layer is left for them; lower model.n_dense_layers or expert_every")
+
+    @property
+    def mixture_layers(self) -> range:
+        """The layers that have experts, by number."""
+        if not self.n_experts:
+            return range(0)
+        n = max(self.n_layer, self.n_decoder_layer or 0)
+        # the first layer number l >= n_dense_layers with l + 1 a multiple of expert_every
+        first = self.expert_every * (self.n_dense_layers // self.expert_every + 1) - 1
+        return range(first, n, self.expert_every)
 
     @property
     def writes(self) -> bool:

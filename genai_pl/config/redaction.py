@@ -18,7 +18,8 @@ SECRET_QUERY = re.compile(
     r"username|password|passwd)=)[^&\s'\"]+"
 )
 KEY_SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[opsu]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{16})")
-SECRET_NAMES = re.compile(r"(?i)(?:^|_)(?:password|passwd|secret|token|api_?key|access_key|credentials?)$")
+# "per_token" counts something for each token of a text
+SECRET_NAMES = re.compile(r"(?i)(?:^|_)(?:password|passwd|secret|(?<!per_)token|api_?key|access_key|credentials?)$")
 MASK = "***"
 
 _replacements: dict[str, str] = {}  # values that came from the environment: what is printed in their place

@@ -12,7 +12,7 @@ from genai_pl.models.build import Model, build_model
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.encoder import Encoder
 from genai_pl.models.encoder_decoder import DecoderWithSource, EncoderDecoder
-from genai_pl.models.flops import FlopRates, flop_rates, flops_per_token, n_parameters
+from genai_pl.models.flops import FlopRates, flop_rates, flops_per_token, n_active_parameters, n_parameters
 from genai_pl.models.fused_decode import prepare_for_decoding
 from genai_pl.models.hf.transformers_model import WrappedDecoder, load_wrapped
 from genai_pl.models.hf.weights import load_pretrained, save_pretrained
@@ -39,6 +39,7 @@ __all__ = [
     "flops_per_token",
     "load_pretrained",
     "load_wrapped",
+    "n_active_parameters",
     "n_parameters",
     "prepare_for_decoding",
     "save_pretrained",

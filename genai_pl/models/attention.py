@@ -69,9 +69,11 @@ class Attention(nn.Module):
         self.k_proj = None if keys_are_queries else nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.o_bias)
-        # norms over the D channels of each head keep scores in range in long runs (Dehghani et al. 2023)
-        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm and not keys_are_queries else nn.Identity()
+        # norms over the D channels of each head, or over all heads, keep scores in range in long runs (Dehghani et al. 2023)
+        self.joint_norm = config.qk_norm_joint
+        widths = (q_width, kv_width) if config.qk_norm_joint else (config.head_dim, config.head_dim)
+        self.q_norm = build_norm(config, widths[0]) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, widths[1]) if config.qk_norm and not keys_are_queries else nn.Identity()
         # the scores
         self.dropout, self.softcap = config.dropout, config.softcap
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
@@ -93,7 +95,7 @@ class Attention(nn.Module):
         """The output of the attention sublayer, before dropout and the residual addition, (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         # project, and turn queries by their positions
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        q = self._normalized(self.q_norm, self.q_proj(x))  # (B, H, T, D)
         q = q if inputs.rotary is None else rotate(q, inputs.rotary)
         k, v = self._keys_and_values(x if inputs.source is None else inputs.source, q, inputs)  # (B, K, S, D)
         q = q.to(v.dtype)  # under autocast norms give float32
@@ -101,6 +103,11 @@ class Attention(nn.Module):
         q, options = self._score_options(q, k, inputs)
         y = self.attend(q, k, v, mask, options)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+    def _normalized(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Queries or keys split into heads, (B, T, H D) -> (B, H, T, D), normalized before or after the split."""
+        heads = (norm(x) if self.joint_norm else x).view(*x.shape[:2], -1, self.head_dim)
+        return (heads if self.joint_norm else norm(heads)).transpose(1, 2)
 
     def _score_options(self, q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, ScoreOptions]:
         """The queries to multiply keys with, and what happens to the products.
@@ -126,7 +133,7 @@ class Attention(nn.Module):
         if self.k_proj is None:
             k = q
         else:
-            k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+            k = self._normalized(self.k_norm, self.k_proj(x))
             k = k if inputs.rotary is None else rotate(k, inputs.rotary)  # keys are cached with their positions in them
         k = k.to(v.dtype)
         if inputs.virtual_kv is not None:  # (2, K, P, D)

@@ -1,4 +1,4 @@
-"""Block: one layer of a Transformer, attention and then MLP, each added to the residual stream through a norm.
+"""Block: one layer of a Transformer, attention and then MLP or experts, each added to the residual stream through a norm.
 
 A decoder of an encoder-decoder has a third part between the two, attention to the encoder's output.
 """
@@ -12,6 +12,7 @@ from genai_pl.config.enums import AttentionKind, NormOrder, Position
 from genai_pl.config.model import ModelConfig
 from genai_pl.kernels import AttentionMask
 from genai_pl.models.attention import NO_INPUTS, Attention, AttentionInputs, CrossAttention
+from genai_pl.models.experts import MoE
 from genai_pl.models.layers import MLP, GatedMLP, build_norm
 
 
@@ -38,7 +39,9 @@ class Block(nn.Module):
             self.norm_cross = build_norm(config, config.n_embd)
             self.cross = CrossAttention(plain, layer)
         self.norm2 = build_norm(config, config.n_embd)
-        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
+        self.is_mixture = layer in config.mixture_layers
+        dense = GatedMLP if config.gated_mlp else MLP
+        self.mlp = MoE(config) if self.is_mixture else dense(config)
         self.norm2_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
@@ -68,7 +71,11 @@ class Block(nn.Module):
         if self.cross is not None:
             cross_inputs = AttentionInputs(source=encoded, cache=inputs.cache)
             x = self._add(x, self.norm_cross, lambda y: self.cross(y, encoded_mask, cross_inputs))
-        return self._add(x, self.norm2, lambda y: self.norm2_after(self.mlp(y)))
+        if not self.is_mixture:
+            return self._add(x, self.norm2, lambda y: self.norm2_after(self.mlp(y)))
+        # routers do not count padding
+        real = None if mask.segments is None else mask.segments[:, -x.shape[1] :] != 0
+        return self._add(x, self.norm2, lambda y: self.norm2_after(self.mlp(y, real)))
 
     def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
         """x with one part added, the norm before or after it."""

@@ -11,11 +11,19 @@ from torch import nn
 
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.model import ModelConfig
+from genai_pl.models.experts import MoE
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     """The number of parameters, or of trainable ones; a tied weight counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def n_active_parameters(model: nn.Module) -> int:
+    """The number of parameters that one token passes: of experts, experts_per_token out of n_experts."""
+    return n_parameters(model) - sum(
+        _idle(p.numel(), moe) for moe in _mixtures(model) for p in moe.experts.parameters()
+    )
 
 
 class FlopRates(NamedTuple):
@@ -38,9 +46,9 @@ class FlopRates(NamedTuple):
 def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates:
     """6 N + 12 L H D T per token, split by the part of the model that computes it (Chowdhery et al. 2022, appendix B).
 
-    N: parameters of matrices that multiply every token, 2 FLOPs each forward and 4 backward. The second term is attention:
-    two products of T keys. T is the whole row of seq_len tokens, as in the paper, though a causal kernel skips half of
-    it; or the window, where there is one.
+    N: parameters of matrices that multiply a token (of the experts only those that it is sent to), 2 FLOPs each forward
+    and 4 backward. The second term is attention: two products of T keys. T is the whole row of seq_len tokens, as in the
+    paper, though a causal kernel skips half of it; or the window, where there is one.
     """
     head = 0 if config.head in (Head.none, Head.score) else 6.0 * config.vocab_size * config.embedding_size
     span = min(seq_len, config.window or seq_len)
@@ -58,6 +66,24 @@ def flops_per_token(model: nn.Module, config: ModelConfig, seq_len: int) -> floa
 
 
 def _multiplied(model: nn.Module) -> int:
-    """Parameters of the matrices that multiply each token, without the head's."""
-    parts = [*model.blocks, model.transform, model.embed_proj]
-    return sum(p.numel() for part in parts for p in part.parameters() if p.dim() >= 2)  # a shared block counts again
+    """Parameters of the matrices that multiply each token, without the head's; a shared block counts again."""
+    return sum(multiplied(part) for part in (*model.blocks, model.transform, model.embed_proj))
+
+
+def multiplied(part: nn.Module, *, frozen: bool = False) -> int:
+    """Parameters of the matrices in a part of a model that multiply one token; with frozen, of those without a gradient."""
+    counted = {p: p.numel() for p in part.parameters() if p.dim() >= 2 and not (frozen and p.requires_grad)}
+    for moe in _mixtures(part):
+        for name, p in moe.experts.named_parameters():
+            if p in counted:
+                counted[p] = 0 if name.endswith("bias") else counted[p] - _idle(counted[p], moe)
+    return sum(counted.values())
+
+
+def _idle(n: int, moe: MoE) -> int:
+    """How many of n parameters of all experts a token does not pass."""
+    return n // moe.n_experts * (moe.n_experts - moe.k)
+
+
+def _mixtures(model: nn.Module) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]

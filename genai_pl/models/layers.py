@@ -48,12 +48,16 @@ def build_activation(activation: Activation) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), (B, T, C) -> (B, T, C) over F hidden channels (Vaswani et al. 2017, eq. 2)."""
+    """down(act(up(x))), (B, T, C) -> (B, T, C) over F hidden channels (Vaswani et al. 2017, eq. 2).
 
-    def __init__(self, config: ModelConfig) -> None:
+    size: F; None: the configuration's.
+    """
+
+    def __init__(self, config: ModelConfig, size: int | None = None) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        size = config.intermediate_size if size is None else size
+        self.up_proj = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.down_proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
 
     @property
@@ -73,14 +77,16 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6): SwiGLU with silu, GEGLU with gelu.
 
-    Three matrices instead of two: for an equal number of parameters F is two thirds of a plain MLP's.
+    Three matrices instead of two: for an equal number of parameters F is two thirds of a plain MLP's. size: F; None: the
+    configuration's.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, size: int | None = None) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        size = config.intermediate_size if size is None else size
+        self.gate_proj = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.up_proj = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.down_proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.activation = build_activation(config.activation)
 
     @property

@@ -24,6 +24,7 @@ from genai_pl.distributed.dtensor import is_dtensor, local_shard
 from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
+from genai_pl.modules.routing import Routing
 from genai_pl.optim import StepInBackward
 from genai_pl.optim.settings import configure, settings_of
 
@@ -86,6 +87,7 @@ class BaseModule(L.LightningModule, ABC):
         self._stepper: StepInBackward | None = None
         self.skipped, self._in_a_row = 0, 0  # steps that fp16 loss scaling skipped
         self._targets = torch.ones(())
+        self.routing = Routing(model)
 
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
@@ -157,11 +159,13 @@ class BaseModule(L.LightningModule, ABC):
         It is its summed loss divided by all targets of the step, multiplied by what Lightning and the strategy divide by.
         """
         targets = self.step_targets(batch)
-        sums = self.step(batch)
+        with self.routing.collected():
+            sums = self.step(batch)
         self.accumulate(sums)
+        loss = sums["loss"] + self.routing.loss(batch["targets"])
         # Lightning divides by the accumulated batches, and the strategy by the replicas
         scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
-        return sums["loss"] * (scale / targets)
+        return loss * (scale / targets)
 
     def step_targets(self, batch: Batch) -> Tensor:
         """The number of targets of the optimizer step that the batch belongs to, over all ranks, at least 1.
@@ -197,6 +201,7 @@ class BaseModule(L.LightningModule, ABC):
         self.group_norms = dict(zip(self._group_names, norms, strict=True)) if len(norms) > 1 else {}
         # the window is complete: its sums become those of the last step
         self.finished, self.window = self.window, {}
+        self.routing.finish_step(self._over_ranks)
         loss = self._over_ranks(self.finished["loss"])  # so that all ranks stop, or none
         self.step_loss = loss / self._targets.clamp(min=1)
         # fp16 skips a step with an overflow; in any other precision a value that is not finite ends the run
@@ -236,8 +241,11 @@ class BaseModule(L.LightningModule, ABC):
         return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}
 
     def update_metrics(self) -> dict[str, float]:
-        """Metrics of the last update: learning rate, gradient norm, norm of each parameter group where there are several."""
+        """Metrics of the last update, which every rank must ask for: learning rate, gradient norm, norm of each parameter group
+        where there are several, and the routing of a mixture of experts.
+        """
         metrics = {"train/lr": self.lr, "train/grad_norm": self.grad_norm.item()}
+        metrics |= self.routing.metrics(self._over_ranks)
         metrics |= {f"train/grad_norm/{name}": norm.item() for name, norm in self.group_norms.items()}
         return metrics if self._scaler() is None else {**metrics, "train/skipped_steps": self.skipped}
 

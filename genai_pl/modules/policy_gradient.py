@@ -105,6 +105,7 @@ class PolicyGradientModule(RolloutModule):
             metrics = self._backward(minibatch, self.trainer.world_size / normalizer)
             if sums and self._kl_exceeded(metrics["policy/approxkl"], minibatch["mask"]):
                 optimizer.zero_grad()
+                self.routing.drop_step()
                 break
             loss = metrics["loss"]
             self.window = {"loss": loss}  # checked for finiteness with the gradient norm
@@ -119,8 +120,10 @@ class PolicyGradientModule(RolloutModule):
         """Accumulate the gradient of a minibatch by micro-batches; returns sums over its tokens, and its loss."""
         sums: Metrics = {}
         for _, micro_batch in micro_batches(minibatch, self.rows_at_once(minibatch)):
-            loss, metrics = self.loss(micro_batch)
-            self.manual_backward(loss * factor)
+            with self.routing.collected():
+                loss, metrics = self.loss(micro_batch)
+            auxiliary = self.routing.loss(self.loss_normalizer(micro_batch))
+            self.manual_backward((loss + auxiliary) * factor)
             sums = _add_sums(sums, {**metrics, "loss": loss.detach()})
         return sums
 

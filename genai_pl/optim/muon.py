@@ -19,7 +19,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.optim.adamw import has_fused_kernel
 from genai_pl.optim.checks import check, choose
-from genai_pl.optim.groups import Group, NamedParameters, decay_groups, trainable
+from genai_pl.optim.groups import EXPERTS, Group, NamedParameters, decay_groups, is_matrix, trainable
 
 # parts of the names of tables that are looked up, and of scores that no hidden state is multiplied with
 NOT_HIDDEN = ("embed", "lm_head", "position", "types", "relative")
@@ -75,7 +75,8 @@ def muon(
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon may step a parameter: a matrix between hidden states, not a table of vectors."""
-    return parameter.ndim == 2 and not any(part in name for part in NOT_HIDDEN)
+    is_hidden = parameter.ndim == 2 or (parameter.ndim == 3 and EXPERTS in name)  # a 3-D tensor is a matrix per expert
+    return is_hidden and is_matrix(name, parameter) and not any(part in name for part in NOT_HIDDEN)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class MuonAdamW(Optimizer):
         else:
             directions = map_across_ranks(orthogonalize, updates, mesh)
         for parameter, direction in zip(parameters, directions, strict=True):
-            scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape)
+            scale = ADJUST_LR[group["adjust_lr"]](*parameter.shape[-2:])
             own = local_shard(parameter)
             own.mul_(1.0 - group["lr"] * group["weight_decay"])
             own.add_(local_shard(shard_like(direction, parameter)), alpha=-group["lr"] * scale)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import WrappedDecoder
+from genai_pl.models.experts import ExpertLinear
 from genai_pl.peft.adapter import Adapter, AdapterLayer
 from genai_pl.peft.targets import adapter_layers, base_module, module_sites
 
@@ -68,13 +69,18 @@ class TrainedCopy(WeightAdapter):
         super().__init__(base, adapter)
         self.copy = deepcopy(base_module(base)).requires_grad_(True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        """rest: further inputs of the base; a router takes its bias, and returns a tuple."""
         if self.adapter.is_off:
-            return self.base(x)
+            return self.base(x, *rest)
         if self._is_whole:
-            return self.copy(x)
-        y = self.base(x)
-        return y + self.adapter.scale(y) * (self.copy(x) - y)
+            return self.copy(x, *rest)
+        y = self.base(x, *rest)
+        if isinstance(y, tuple):
+            raise ConfigError(
+                "an adapter that trains a router is on or off: it has no weights between 0 and 1, or by row"
+            )
+        return y + self.adapter.scale(y) * (self.copy(x, *rest) - y)
 
     @property
     def weight(self) -> Tensor:
@@ -135,6 +141,8 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
             continue
         if any(layer.adapter is adapter for layer in adapter_layers(site.module)):
             raise ConfigError(f"peft.modules_to_save: {site.leaf} is one of peft.target_modules too; name it in one")
+        if isinstance(site.inner, ExpertLinear):
+            raise ConfigError(f"peft.modules_to_save: {site.leaf} are experts; adapt them by peft.target_modules")
         layer = TrainedCopy(site.module, adapter)
         for name, parameter in base_module(layer).named_parameters():
             setattr(layer.copy, name, shared.setdefault(parameter, getattr(layer.copy, name)))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from genai_pl.distributed.dtensor import local_shard
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
+from genai_pl.models.experts import Dispatch, ExpertLinear
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, train_whole
 from genai_pl.peft.quantize import quantize as quantize_blocks
@@ -47,37 +49,50 @@ class LoRALinear(WeightAdapter):
         init: str,
     ) -> None:
         super().__init__(base, adapter)
-        out_features, in_features = self.weight.shape
+        *experts, out_features, in_features = self.weight.shape
         self.rank, self.scaling = rank, alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = new_parameter(self.weight, rank, in_features)
-        self.lora_B = new_parameter(self.weight, out_features, rank)
+        self.lora_A = new_parameter(self.weight, *experts, rank, in_features)
+        self.lora_B = new_parameter(self.weight, *experts, out_features, rank)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         if init == "pissa":
             self._start_at_principal_part()
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_A.data.view(-1, in_features), a=math.sqrt(5))
         self.magnitude = nn.Parameter(self.norms()) if dora else None  # (out,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def forward(self, x: Tensor, *groups: Dispatch) -> Tensor:
+        """groups: nothing, or the dispatch of a layer of experts, whose rows have a weight each."""
+        y = self.base(x, *groups)
         if self.adapter.is_off:
             return y
         # plain LoRA: the scale is applied between A and B, where the tensor has only R columns
-        scale = self.adapter.scale(x)
+        scale = self._scale(x, *groups)
         dropped = self.dropout(x)
         if self.magnitude is None:
-            return y + self._change(x, dropped, scale * self.scaling).to(y.dtype)
+            return y + self._change(x, dropped, scale * self.scaling, *groups).to(y.dtype)
         # DoRA: (m / |W'| - 1) W x + m / |W'| s B A x is what must be added to the base's output
-        norm_ratio = self.magnitude / self.norms()  # no gradient through the norms (section 4.3)
+        norm_ratio = self._by_row(self.magnitude / self.norms(), *groups)  # no gradient through the norms (section 4.3)
         # W x without bias; under dropout both terms must see the same dropped input
         if self.training and self.dropout.p > 0.0:
-            straight = F.linear(dropped, self.weight.to(dropped.dtype))
+            straight = self._product(dropped, self.weight.to(dropped.dtype), *groups)
         else:
-            straight = y if self.bias is None else y - self.bias
-        change = (norm_ratio - 1) * straight + norm_ratio * self._change(x, dropped, self.scaling)
+            straight = y if self.bias is None else y - self._by_row(self.bias, *groups)
+        change = (norm_ratio - 1) * straight + norm_ratio * self._change(x, dropped, self.scaling, *groups)
         return y + (scale * change).to(y.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T; under tensor parallelism a process holds some rows or columns of A or B."""
+        return F.linear(x, local_shard(weight))
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Values by output channel, as they multiply the output."""
+        return values
+
+    def _scale(self, x: Tensor) -> Tensor | float:
+        """The adapter's weight, by row of the batch where rows differ."""
+        return self.adapter.scale(x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) whose product times `scaling` is the whole change of the weight.
@@ -86,13 +101,13 @@ class LoRALinear(WeightAdapter):
         """
         if self.start_A is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+        return torch.cat([self.lora_A, self.start_A], dim=-2), torch.cat([self.lora_B, -self.start_B], dim=-1)
 
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Lengths (out,) of the rows of the changed weight, without gradient."""
         A, B = self.factors()
-        return (self.weight.to(A.dtype) + self.scaling * (B @ A)).norm(dim=1)
+        return (self.weight.to(A.dtype) + self.scaling * (B @ A)).norm(dim=-1)
 
     def merged(self, state: State) -> State:
         A, B = self.factors()
@@ -100,20 +115,21 @@ class LoRALinear(WeightAdapter):
         change = self.scaling * (B @ A)
         if self.magnitude is None:
             return {**state, "weight": weight + share * change}
-        scale = (self.magnitude / self.norms())[:, None]
+        scale = (self.magnitude / self.norms())[..., None]
         new = {**state, "weight": weight + share * ((scale - 1) * weight + scale * change)}
         if self.bias is not None:
             # `forward` scales base(x) - bias, so it scales what adapters inside have added to the bias
-            new["bias"] = state["bias"] + share * (scale[:, 0] - 1) * (state["bias"] - self.bias)
+            new["bias"] = state["bias"] + share * (scale[..., 0] - 1) * (state["bias"] - self.bias)
         return new
 
-    def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float) -> Tensor:
+    def _change(self, x: Tensor, dropped: Tensor, factor: Tensor | float, *groups: Dispatch) -> Tensor:
         """factor * (B A dropped - B0 A0 x), with the factor applied to the R columns between the two products."""
-        # under tensor parallelism a process holds some rows or columns of A or B
-        change = F.linear(F.linear(self._cast(dropped), local_shard(self.lora_A)) * factor, local_shard(self.lora_B))
-        if self.start_A is None:
-            return change
-        return change - F.linear(F.linear(self._cast(x), self.start_A) * factor, self.start_B)
+
+        def through(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return self._product(self._product(self._cast(x), A, *groups) * factor, B, *groups)
+
+        change = through(dropped, self.lora_A, self.lora_B)
+        return change if self.start_A is None else change - through(x, self.start_A, self.start_B)
 
     def _cast(self, x: Tensor) -> Tensor:
         """x in the dtype of A; under autocast, F.linear casts by itself."""
@@ -123,13 +139,30 @@ class LoRALinear(WeightAdapter):
     def _start_at_principal_part(self) -> None:
         """Set A and B so that s B A is the part of the weight with the R largest singular values (Meng et al. 2024, eq. 2, 3)."""
         U, S, Vh = torch.linalg.svd(self.weight.to(self.lora_A.dtype), full_matrices=False)
-        if self.rank > S.shape[0]:
-            shape = " x ".join(map(str, self.weight.shape))
+        if self.rank > S.shape[-1]:
+            shape = " x ".join(map(str, self.weight.shape[-2:]))
             raise ConfigError(f"peft.init=pissa: peft.rank={self.rank} is more than a weight of {shape} has")
-        root = (S[: self.rank] / self.scaling).sqrt()
-        self.lora_A.copy_(root[:, None] * Vh[: self.rank])
-        self.lora_B.copy_(U[:, : self.rank] * root)
+        root = (S[..., : self.rank] / self.scaling).sqrt()
+        self.lora_A.copy_(root[..., None] * Vh[..., : self.rank, :])
+        self.lora_B.copy_(U[..., : self.rank] * root[..., None, :])
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+
+class ExpertLoRA(LoRALinear):
+    """LoRA on a tensor of experts (E, out, in), with A (E, R, in) and B (E, out, R): a change for each expert."""
+
+    def _product(self, x: Tensor, weight: Tensor, dispatch: Dispatch) -> Tensor:
+        """x W_e^T, each row by the matrix of its expert."""
+        return grouped_linear(x, weight, dispatch.ends)
+
+    def _by_row(self, values: Tensor, dispatch: Dispatch) -> Tensor:
+        """Values (E, out) by expert, as they multiply the sorted rows."""
+        return grouped_rows(values, dispatch.experts)
+
+    def _scale(self, x: Tensor, dispatch: Dispatch) -> Tensor | float:
+        """The adapter's weight; where rows of the batch differ, that of the row that each sorted row came from."""
+        rows = self.adapter.rows
+        return self.adapter.weight if rows is None else rows.to(x.dtype)[dispatch.batch_rows][:, None]
 
 
 def lora(
@@ -149,6 +182,8 @@ def lora(
 ) -> nn.Module:
     """The model, frozen, with a LoRALinear around each target; None targets q_proj, k_proj, v_proj and o_proj.
 
+    Experts are targets by name only (gate_proj, up_proj, down_proj, or experts.up_proj where a dense layer has one too).
+
     rank, alpha, dropout, rslora, dora, init: see `LoRALinear`; rank_pattern and alpha_pattern, {name: value}, override the first
     two for the targets of that name. target_modules: see `targets.match`. modules_to_save: layers trained as full copies.
     quantize: "nf4" or "int8" for the frozen linear layers of the blocks (QLoRA), or None.
@@ -164,12 +199,13 @@ def lora(
         quantize_blocks(model, kind=quantize, keep=names["modules_to_save"] or [])
     # freeze the base, then wrap: parameters made afterwards are trainable
     adapter = Adapter("dora" if dora else "lora", options)
-    targets = match(model, target_modules, default=TARGETS)
+    targets = match(model, target_modules, default=TARGETS, kinds=(nn.Linear, ExpertLinear))
     rank_of = partial(_by_pattern, "rank_pattern", ranks, targets, rank)
     alpha_of = partial(_by_pattern, "alpha_pattern", alphas, targets, alpha)
     model.requires_grad_(False)
     for site in targets:
-        site.replace(LoRALinear(site.module, adapter, rank=rank_of(site), alpha=alpha_of(site), **common))
+        layer = ExpertLoRA if isinstance(site.inner, ExpertLinear) else LoRALinear
+        site.replace(layer(site.module, adapter, rank=rank_of(site), alpha=alpha_of(site), **common))
     train_whole(model, names["modules_to_save"] or [], adapter)
     return model
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import WrappedDecoder
+from genai_pl.models.experts import ExpertLinear
 from genai_pl.peft.adapter import AdapterLayer, adapters_of
 
 ALL_LINEAR = "all-linear"
@@ -86,13 +87,20 @@ def base_module(module: nn.Module | None) -> nn.Module | None:
     return module
 
 
-def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, default: Sequence[str]) -> list[ModuleSite]:
+def match(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None,
+    *,
+    default: Sequence[str],
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+) -> list[ModuleSite]:
     """The sites of linear layers that the option `target_modules` means; ConfigError for names without such a layer.
 
     target_modules: a list of names, one regular expression for whole names, "all-linear" for the blocks' linear layers, or None
-    for those of `default` that exist. The head is never among them: `modules_to_save` trains it.
+    for those of `default` that exist. The head is never among them: `modules_to_save` trains it. kinds: classes of layers that
+    names may mean; "all-linear" means nn.Linear alone, as in PEFT, for which experts are no modules.
     """
-    linears = _linears(model)
+    linears = _linears(model, kinds)
     # each form of the option gives the targets and the names that match nothing
     if target_modules is None:
         targets = [site for site in linears if any(map(site.is_called, default))]
@@ -101,7 +109,8 @@ def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, defau
         missing = missing if isinstance(model, WrappedDecoder) or not targets else []
     elif target_modules == ALL_LINEAR:
         inside = {id(module) for block in model.blocks for module in block.modules()}
-        targets, missing = [site for site in linears if id(site.module) in inside], []
+        targets = [site for site in linears if id(site.module) in inside and isinstance(site.inner, nn.Linear)]
+        missing = []
     elif isinstance(target_modules, str):
         targets = [site for site in linears if any(_full_match(target_modules, name) for name in site.names)]
         missing = [] if targets else [f"{target_modules} (a regular expression of whole names; write [a,b] for names)"]
@@ -157,10 +166,10 @@ def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
             _walk(inner, f"{prefix}{attribute}.", known)
 
 
-def _linears(model: nn.Module) -> list[ModuleSite]:
+def _linears(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[ModuleSite]:
     """The sites of linear layers that an adapter may wrap."""
     head = base_module(model.lm_head)
-    linears = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
+    linears = [site for site in module_sites(model) if isinstance(site.inner, kinds)]
     return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
 
 
@@ -186,6 +195,8 @@ def _leaves(sites: list[ModuleSite]) -> str:
 
 
 def _shape(module: nn.Module | None) -> str:
+    if isinstance(module, ExpertLinear):
+        return f" {len(module.weight)} x {module.in_features} -> {module.out_features}"
     if isinstance(module, nn.Linear):
         return f" {module.in_features} -> {module.out_features}"
     return "" if module is None else f" of {type(module).__name__}"

@@ -16,6 +16,7 @@ from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
 from genai_pl.models.attention import Attention
+from genai_pl.models.flops import multiplied
 from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
 from genai_pl.planning.activation_memory import ResultBytes, saved_tensor_bytes
@@ -52,6 +53,8 @@ def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
 
     Fewer heads, channels and words, or fewer layers. ConfigError where heads or channels cannot be divided.
     """
+    if config.n_experts and layout.tensor * layout.stages > 1:
+        raise ConfigError("model.n_experts is divided by strategy=fsdp only: set trainer=fsdp, or strategy=fsdp")
     for name, parts in (("n_head", layout.tensor), ("n_kv_head", layout.tensor), ("intermediate_size", layout.tensor)):
         if getattr(config, name) % parts:
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {parts}: see strategy")
@@ -170,5 +173,5 @@ def training_flops(model: Model, config: ModelConfig, seq_len: int, *, recompute
     recomputed: share of the forward pass that runs again; a forward pass is a third of the total
     """
     flops = flops_per_token(model, config, seq_len)
-    frozen = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim >= 2 and not p.requires_grad)
+    frozen = sum(multiplied(block, frozen=True) for block in model.blocks)
     return flops * (1 + recomputed / 3) - 2.0 * frozen

@@ -89,6 +89,10 @@ class PipelineStrategy(ShardedStrategy):
                 f"model.n_layer ({model.config.n_layer}, share_layers={model.config.share_layers}): strategy=pipeline "
                 f"needs layers of their own for each of {stages} processes"
             )
+        if model.config.n_experts:
+            raise ConfigError(
+                f"model.n_experts: strategy=pipeline carries no auxiliary losses between stages; {instead}"
+            )
         if model.virtual is not None:
             raise ConfigError(
                 f"strategy=pipeline: virtual tokens (peft=prompt, peft=prefix) belong to no stage; {instead}"

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import genai_pl.kernels.flash.operator  # noqa: F401  defines its operator
+import genai_pl.kernels.flash.operator
+import genai_pl.kernels.grouped_linear  # noqa: F401  these define their operators
 from genai_pl.errors import ConfigError
 from genai_pl.models import LanguageModel
 
@@ -46,4 +47,5 @@ def kept_operations() -> list[torch._ops.OpOverload]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.genai_pl.flash_forward.default,
+        torch.ops.genai_pl.grouped_linear.default,
     ]

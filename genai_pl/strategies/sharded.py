@@ -26,6 +26,7 @@ from genai_pl.checkpoints.optimizer_state import restore_state, saved_state, sha
 from genai_pl.distributed.dtensor import full_tensor_on_cpu, local_shard, move_unsharded, shard_like
 from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
+from genai_pl.models.experts import Router
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
 from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
@@ -188,9 +189,10 @@ class ShardedStrategy(ModelParallelStrategy):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         options, block_policy, ignored = {"mesh": mesh}, policy, []
         if self.precision_plugin.precision == "bf16-mixed":
-            # norms and biases stay unsharded: gathered with the rest of a block they would be rounded, and norms compute
-            # in the dtype of their weight
-            ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+            # norms, biases and routers stay unsharded: gathered with the rest of a block they would be rounded, and norms
+            # compute in the dtype of their weight, while a rounded router sends tokens elsewhere
+            routers = {module.weight for module in model.modules() if isinstance(module, Router)}
+            ignored = [parameter for parameter in model.parameters() if parameter.ndim < 2 or parameter in routers]
             options["ignored_params"], block_policy = set(ignored), replace(policy, param_dtype=torch.bfloat16)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())

@@ -7,6 +7,7 @@ that the objective needs, such as mask or pad, are added to tokenizer and embedd
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,7 @@ from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, loa
 from genai_pl.models.hf.transformers_model import WrappedConfig
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
+from genai_pl.models.upcycle import upcycle, upcycled_config
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
@@ -80,10 +82,14 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wraps_transformers else {}
         loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
         model, tokenizer, path = loaded
+        before = model.config
+        if not wraps_transformers:
+            model = with_experts(model, config.model)
+        upcycled = model.config is not before and not before.n_experts
         defaults = loaded.defaults
         sentence = saved_sentence_head(path, tokenizer, model.config) if objective.embeds else None
     else:
-        model = load_wrapped(config.model.name, attention=config.model.attention)
+        model, upcycled = load_wrapped(config.model.name, attention=config.model.attention), False
         tokenizer, sentence = pretrained_tokenizer(config.model.name), None
         defaults = read_generation_defaults(folder_of(config.model.name))
     # rows of the embedding for new tokens: first those that the file has spare, then more
@@ -99,7 +105,29 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
             "vocabulary  %s tokens more than the model knew (%s)", n_tokens - min(n_known, capacity), f"{n_known:,}"
         )
     set_end_tokens(model.config, tokenizer, defaults)
-    return InitialModel(model.train(), tokenizer, n_tokens > min(n_known, capacity), defaults, sentence)
+    is_new = upcycled or n_tokens > min(n_known, capacity)
+    return InitialModel(model.train(), tokenizer, is_new, defaults, sentence)
+
+
+def with_experts(model: Model | WrappedDecoder, options: DictConfig) -> Model | WrappedDecoder:
+    """A loaded model with the run's auxiliary losses of routing; with experts, where it is dense and `options` has some."""
+    if isinstance(model.config, ModelConfig):
+        config = routed_config(model.config, options)
+        if config.n_experts and not model.config.n_experts:
+            log.info("upcycled    every expert starts as the dense MLP: %d experts", config.n_experts)
+            return upcycle(model, config)
+        if config.n_experts:
+            model.config = config
+    return model
+
+
+def routed_config(loaded: ModelConfig, options: DictConfig) -> ModelConfig:
+    """The configuration of a loaded model in this run: its losses of routing are the run's, a dense one may be upcycled."""
+    if options.n_experts and not loaded.n_experts:
+        return upcycled_config(loaded, OmegaConf.to_container(options, resolve=True))
+    if not loaded.n_experts:
+        return loaded
+    return replace(loaded, balance_loss=options.balance_loss, router_z_loss=options.router_z_loss)
 
 
 def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objective: type[BaseModule]) -> None:

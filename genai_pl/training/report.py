@@ -8,7 +8,7 @@ import torch
 
 from genai_pl.config.enums import AttentionKind
 from genai_pl.kernels import choose_backend
-from genai_pl.models import Model, flops_per_token, n_parameters
+from genai_pl.models import Model, flops_per_token, n_active_parameters, n_parameters
 
 
 def describe_model(model: Model, device: torch.device, *, dtype: torch.dtype, seq_len: int) -> list[str]:
@@ -21,8 +21,12 @@ def describe_model(model: Model, device: torch.device, *, dtype: torch.dtype, se
     backend, why = choose_backend(device, lengths=(seq_len, seq_len), **options)
     layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"
     kind = "" if c.attention_kind is AttentionKind.full else f", kind {c.attention_kind.value}"
+    trainable = f"{n_parameters(model, trainable=True):,} trainable"
+    if c.n_experts:
+        trainable += f", {n_active_parameters(model):,} active per token"
+        layers += f", {c.n_experts} experts in {len(c.mixture_layers)}"
     return [
-        f"model       {n_parameters(model):,} parameters ({n_parameters(model, trainable=True):,} trainable): "
+        f"model       {n_parameters(model):,} parameters ({trainable}): "
         f"{c.shape.value}, {layers}, {c.n_embd} wide, {c.n_head} heads, {c.vocab_size:,} tokens, context {c.max_seq_len}",
         f"attention   {backend}: {why}{kind}",
     ]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
+from genai_pl.config.model import EXPERT_FIELDS
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.preference import WITH_REFERENCE
 
@@ -19,7 +20,13 @@ Condition = Callable[[DictConfig], bool]
 SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
 ADDRESSES = ("http://", "https://")
 SIZE_FIELDS = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
-FREE_FIELDS = {"attention", "dropout", "max_seq_len"}  # fields of `model` that a loaded model takes
+FREE_FIELDS = {
+    "attention",
+    "dropout",
+    "max_seq_len",
+    "balance_loss",
+    "router_z_loss",
+}  # fields of `model` that a loaded model takes
 
 
 class Rule(NamedTuple):
@@ -71,6 +78,11 @@ TRAIN_RULES = (
     ),
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
+    Rule(
+        tuple(f"model.{field}" for field in EXPERT_FIELDS),
+        _all(_is("model.n_experts", None, 0), _is("init_from", None)),
+        "model.n_experts=null",
+    ),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),

@@ -156,7 +156,7 @@ def test_a_dry_run_prints_costs_and_trains_nothing(command, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "option", ["+model.n_experts=4", "+objective.span=3", "+callbacks.sample=1", "+data.shuffled=true", "+sead=1"]
+    "option", ["+model.n_lanes=4", "+objective.span=3", "+callbacks.sample=1", "+data.shuffled=true", "+sead=1"]
 )
 def test_an_added_option_that_nothing_reads_is_one_line(option: str, command) -> None:
     result = command("train", *TINY, option)

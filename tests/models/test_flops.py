@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from genai_pl.models import Decoder, ModelConfig, flops_per_token, n_parameters
+from genai_pl.models import Decoder, ModelConfig, flops_per_token, n_active_parameters, n_parameters
 from tests.small_models import GPT as SIZES
 from tests.small_models import LLAMA
 from tests.small_models import MODELS as DECODERS
@@ -14,6 +14,8 @@ MODELS = {
     "relu2": {**SIZES, "activation": "relu2", "position": "alibi"},
     "gated relu": {**LLAMA, "activation": "relu"},
     "qk-norm without rotary": {**SIZES, "qk_norm": True},
+    "experts": {**LLAMA, "n_experts": 4, "n_shared_experts": 1, "n_dense_layers": 1},
+    "experts with biases": {**SIZES, "n_experts": 5, "experts_per_token": 1},
 }
 every_model = pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
 
@@ -43,6 +45,18 @@ def on_meta(**values: object) -> Decoder:
 )
 def test_parameters_are_as_many_as_published(values: dict, published: int):
     assert n_parameters(on_meta(**values)) == published
+
+
+def test_a_mixture_has_the_total_and_active_parameters_that_are_published():
+    mixtral = on_meta(  # Mixtral 8x7B: 46.7B parameters, of which a token passes 12.9B (Jiang et al. 2024)
+        **{**LLAMA, "n_layer": 32, "n_embd": 4096, "n_head": 32, "n_kv_head": 8, "vocab_size": 32000},
+        intermediate_size=14336,
+        n_experts=8,
+    )
+    assert n_parameters(mixtral) == 46_702_792_704
+    assert round(n_active_parameters(mixtral) / 1e9, 1) == 12.9
+    dense = on_meta(**LLAMA)
+    assert n_active_parameters(dense) == n_parameters(dense)
 
 
 def test_frozen_parameters_do_not_count_as_trainable():

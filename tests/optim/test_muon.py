@@ -119,6 +119,41 @@ def test_the_split_goes_by_name_and_by_dimension():
     }
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16)])
+def test_each_expert_of_a_tensor_is_orthogonalized_alone(shape: tuple[int, ...]):
+    tensor = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        * torch.tensor([1.0, 9.0, 0.1])[: shape[0], None, None]
+    )
+    alone = torch.stack([orthogonalize(matrix) for matrix in tensor])
+    torch.testing.assert_close(orthogonalize(tensor), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone[0].double(), exact_newton_schulz(tensor[0]), rtol=0, atol=1e-4)
+
+
+def test_a_tensor_of_experts_moves_as_its_matrices_would_and_their_biases_are_vectors():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.weight = nn.Parameter(torch.ones(3, 8, 4))
+            self.experts.bias = nn.Parameter(torch.ones(3, 8))
+
+    layer, single = Layer(), [nn.Parameter(torch.ones(8, 4)) for _ in range(3)]
+    optimizer = muon(layer.named_parameters(), **OPTIONS)
+    others = muon([(f"layer{n}.weight", parameter) for n, parameter in enumerate(single)], **OPTIONS)
+    assert {group["algorithm"]: group["param_names"] for group in optimizer.param_groups} == {
+        "muon": ["experts.weight"],
+        "adamw": ["experts.bias"],
+    }
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    layer.experts.weight.grad = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    for parameter, gradient in zip(single, layer.experts.weight.grad, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    others.step()
+    torch.testing.assert_close(layer.experts.weight, torch.stack(single), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("layer", ["up_proj.weight", "embed_tokens.weight"])
 def test_it_trains_a_model_that_has_only_one_kind_of_parameter(layer: str):
     model = TinyModel()

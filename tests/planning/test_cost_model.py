@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from genai_pl.errors import ConfigError
 from genai_pl.models import Decoder, ModelConfig, build_model, n_parameters
 from genai_pl.optim import muon
 from genai_pl.peft import lora
@@ -20,7 +21,12 @@ from genai_pl.strategies import recompute
 from tests.small_models import GPT, LLAMA
 from tests.small_models import MODELS as DECODERS
 
-MODELS = {**DECODERS, "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative"}}
+EXPERTS = {**LLAMA, "n_experts": 4, "expert_size": 32, "n_shared_experts": 1}
+MODELS = {
+    **DECODERS,
+    "experts": EXPERTS,
+    "t5": {**GPT, "shape": "encoder_decoder", "n_decoder_layer": 2, "position": "relative"},
+}
 PLAIN = {"product": None, "every": None, "kind": "full", "fused": False}
 A100 = Machine("a100", flops=312e12, memory=80e9, link=300e9, network=25e9)
 
@@ -129,6 +135,22 @@ def test_counting_without_memory_finds_what_autograd_holds(values: dict, adapter
     model, ids = build(), torch.zeros(4, 32, dtype=torch.long)
     target = {"decoder_input_ids": ids} if values.get("shape") == "encoder_decoder" else {}
     assert counted == saved_tensor_bytes(model, lambda: model.features(ids, **target))
+
+
+def test_frozen_experts_save_the_flops_of_those_that_a_token_passes():
+    config = ModelConfig(**EXPERTS)
+    model = Decoder(config)
+    every = training_flops(model, config, 32, recomputed=0.0)
+    for block in model.blocks:
+        block.mlp.experts.requires_grad_(False)
+    # 2 FLOPs for each weight of 2 of 4 experts: three matrices of 64 x 32 in three layers
+    assert every - training_flops(model, config, 32, recomputed=0.0) == 2 * 3 * 2 * 3 * 64 * 32
+
+
+def test_experts_are_planned_under_fsdp_only():
+    with pytest.raises(ConfigError, match="n_experts"):
+        local_model_config(ModelConfig(**EXPERTS), Layout(tensor=2))
+    assert local_model_config(ModelConfig(**EXPERTS), Layout(data=2, zero=3)).n_experts == 4
 
 
 def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():

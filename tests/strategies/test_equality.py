@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.strategies.processes import HALF, SMALL, WHOLE, assert_same, train
+from tests.strategies.processes import HALF, SAME, SMALL, WHOLE, assert_same, start, train
 
 OBJECTIVES = {
     # tied embeddings, norms of single heads, rows of many documents, four batches to a step, a gradient far too long
@@ -15,6 +15,12 @@ OBJECTIVES = {
     "relative": ("model=t5_nano", "objective=span_corruption", "model.n_head=4"),
     "alibi": ("model.position=alibi", "model.qk_norm=false", "optimizer=muon", "optimizer.lr=1e-3"),
 }
+MIXTURE = (
+    # auxiliary losses are defined on micro-batches, which two processes halve; loads and biases are of the whole step
+    "model=moe_nano", "model.balance_loss=0", "model.balance_bias=0.01", "model.n_experts=5", "model.expert_size=16",
+    "model.n_shared_experts=1",
+)  # fmt: skip
+OBJECTIVES |= {"experts": MIXTURE, "experts, muon": (*MIXTURE, "optimizer=muon", "optimizer.lr=1e-3")}
 STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
@@ -49,6 +55,28 @@ def test_heads_take_their_own_positions_along(objective: str, strategy: str, fol
     options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir='{run}'")
     train(folder, *SMALL, *options)
     assert_same(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "strategy"), [("experts", "ddp"), ("experts", "fsdp"), ("experts, muon", "fsdp")]
+)
+def test_experts_and_their_loads_are_those_of_one_process(
+    objective: str, strategy: str, folder: Path, reference
+) -> None:
+    expected, run = reference(objective), folder / f"{objective}-{strategy}"
+    options = (*OBJECTIVES[objective], *STRATEGIES[strategy], "trainer.devices=2", f"hydra.run.dir='{run}'")
+    train(folder, *SMALL, *options)
+    assert_same(run, expected, names=(*SAME, "train/expert_load", "train/expert_load/layer_1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["tensor_parallel", "pipeline"])
+def test_experts_are_not_divided_by_layers_or_channels(strategy: str, folder: Path) -> None:
+    command = start(folder, *SMALL, *MIXTURE, f"strategy={strategy}", WHOLE, "trainer.devices=2")
+    out, _ = command.communicate(timeout=300)
+    assert command.returncode in (1, 2)
+    assert "model.n_experts" in out.splitlines()[-1]
 
 
 @pytest.mark.slow

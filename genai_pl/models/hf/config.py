@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from genai_pl.config.enums import AttentionBackend, Head, RopeKind, Shape
-from genai_pl.config.model import ModelConfig
+from genai_pl.config.model import EXPERT_FIELDS, ModelConfig
 from genai_pl.config.values import MAX_LAYERS
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
@@ -101,7 +101,13 @@ def _expresses(family: Family, config: ModelConfig) -> bool:
 def _arithmetic(config: ModelConfig) -> ModelConfig:
     """The configuration with every field at a fixed value that does not change the logits of given weights."""
     same = {"attention": AttentionBackend.auto, "dropout": 0.0, "init_std": 1.0, "eos_token_ids": ()}
-    same |= {"extra": {}, "pooler": False}
+    same |= {"extra": {}, "pooler": False, "balance_loss": 0.0, "router_z_loss": 0.0}
+    if len(config.mixture_layers) == config.n_layer:
+        same["intermediate_size"] = config.expert_size
+    if config.balance_bias:
+        same["balance_bias"] = 1.0  # any step means that there is a bias
+    if not config.n_experts:
+        same |= {field: ModelConfig.__dataclass_fields__[field].default for field in EXPERT_FIELDS}
     if config.full_every and config.full_every > config.n_layer:
         same["full_every"] = None
     if config.head in (Head.none, Head.score):

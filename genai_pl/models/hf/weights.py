@@ -122,6 +122,7 @@ def _without_memory(config: ModelConfig, folder: Path) -> Model:
 def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path) -> None:
     """CheckpointError if a stored tensor has another shape than our tensors, joined and in the folder's layout."""
     parts = [operator.attrgetter(name)(model) for name in row.names]
+    parts = parts if row.expert is None else [part[row.expert] for part in parts]
     expected = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
     if shape != expected:
         raise CheckpointError(
@@ -142,15 +143,27 @@ def _assign(model: Model, row: Weight, tensor: Tensor) -> None:
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in row.names]
     leaves = [name.rpartition(".")[2] for name in row.names]
     before = [getattr(owner, leaf) for owner, leaf in zip(owners, leaves, strict=True)]
+    if row.expert is not None:
+        _assign_slice(owners[0], leaves[0], row, tensor)
+        return
     rows = [len(old) for old in before]
     for owner, leaf, old, part in zip(owners, leaves, before, row.from_hf(tensor).split(rows), strict=True):
         part = part.clone() if len(rows) > 1 else part  # a view would keep the whole tensor alive
         setattr(owner, leaf, nn.Parameter(part) if isinstance(old, nn.Parameter) else part)
 
 
+def _assign_slice(owner: nn.Module, leaf: str, row: Weight, tensor: Tensor) -> None:
+    """Copy the matrix of one expert into the 3-D parameter of all, which gets memory at the first."""
+    old = getattr(owner, leaf)
+    if old.is_meta:
+        setattr(owner, leaf, nn.Parameter(torch.empty(old.shape, dtype=tensor.dtype)))
+    getattr(owner, leaf).data[row.expert] = row.from_hf(tensor)
+
+
 def _to_hf(state: dict[str, Tensor], row: Weight) -> Tensor:
     """The tensor of a row as the folder stores it, joined from ours."""
-    parts = [state[name].detach().cpu() for name in row.names]
+    parts = [state[name].detach() for name in row.names]
+    parts = [(part if row.expert is None else part[row.expert]).cpu() for part in parts]
     return row.to_hf(
         parts[0] if len(parts) == 1 else torch.cat(parts)
     ).clone()  # safetensors refuses two names of one memory

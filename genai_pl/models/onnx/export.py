@@ -54,6 +54,8 @@ def check_exportable(model: nn.Module) -> None:
     """ConfigError for models that are not exported: of other libraries, approximate attention, virtual tokens."""
     if not isinstance(model, Model):
         raise ConfigError("format=onnx writes our own families; optimum exports this one")
+    if model.config.n_experts:
+        raise ConfigError("format=onnx writes dense models, not model.n_experts: export with format=hf")
     if model.config.attention_kind is not AttentionKind.full:
         raise ConfigError(
             f"format=onnx writes full attention, not model.attention_kind={model.config.attention_kind.value}"

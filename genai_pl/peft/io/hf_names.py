@@ -15,11 +15,13 @@ from genai_pl.models import WrappedDecoder
 from genai_pl.models.hf.config import family_of
 from genai_pl.models.hf.families import Weight
 from genai_pl.models.hf.folder import PREFIXES
+from genai_pl.peft.io.experts import expert_parameters, is_of_experts
 from genai_pl.peft.targets import ModuleSite, module_sites
 
 PREFIX = "base_model.model."  # before every tensor name in an adapter file
 # T5's shared embedding is a module of each stack, and PEFT wraps each of them
 SHARED = {"shared": ("encoder.embed_tokens", "decoder.embed_tokens")}
+IN_FILES = (".block_sparse_moe.", ".mlp.")  # Mixtral's files call a module otherwise than its class does
 HF_ONLY = ("pooler.dense",)  # module names that exist in transformers only; suffixes must not match them
 
 
@@ -35,31 +37,43 @@ class HFModule(NamedTuple):
     weights: tuple[Weight, ...]
     transposed: bool
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """A tensor over the joined outputs (dim 0), split into one per part; CheckpointError if the sizes do not add up."""
-        sizes = [site.inner.weight.shape[0] for site in self.parts]
-        if tensor.shape[0] != sum(sizes):
-            raise CheckpointError(f"{self.name} has {sum(sizes)} outputs here, in the file {tensor.shape[0]}")
-        return tensor.split(sizes)
+    @property
+    def n_experts(self) -> int:
+        """The number of experts whose weights are one tensor here; 0 for an ordinary layer."""
+        return len(self.parts[0].inner.weight) if is_of_experts(self.parts[0]) else 0
+
+    def split(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """A tensor over the joined outputs, split into one per part; CheckpointError if the sizes do not add up."""
+        sizes = [site.inner.weight.shape[1 if self.n_experts else 0] for site in self.parts]
+        if tensor.shape[dim] != sum(sizes):
+            raise CheckpointError(f"{self.name} has {sum(sizes)} outputs here, in the file {tensor.shape[dim]}")
+        return tensor.split(sizes, dim)
 
 
 def hf_modules(model: nn.Module) -> list[HFModule]:
-    """Every module with weights, under its name in transformers; under its own if no class of transformers is this model."""
+    """Every module with weights, under its name in transformers; under its own if no class of transformers is this model.
+
+    A tensor of experts is a parameter there, and stands for a module here.
+    """
     places = {name: site for site in module_sites(model) if site.parameters for name in site.names}
     rows = {row.hf_name: row for row in _table(model, places)}
     modules: list[HFModule] = []
     # a row of the table is a module if it maps to weights of known sites
     for row in rows.values():
+        if row.expert is not None:
+            continue
         owners = [name.rpartition(".")[0] for name in row.names]
         if not all(name.endswith(".weight") for name in row.names) or any(owner not in places for owner in owners):
             continue
-        name, _, kind = row.hf_name.rpartition(".")
+        name, _, kind = row.hf_name.replace(*IN_FILES).rpartition(".")
         parts = tuple(places[owner] for owner in owners)
         if kind != "weight":  # a bare parameter in transformers, which PEFT cannot wrap
             modules += [_native_module(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
         weights = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]
         modules += [HFModule(other, parts, tuple(weights), row.transposed) for other in SHARED.get(name, (name,))]
+    if any(row.expert is not None for row in rows.values()):
+        modules += [HFModule(name, parts, (), False) for name, parts in expert_parameters(model.config, places)]
     return modules
 
 

@@ -4,12 +4,15 @@ Written jointly: the parts' A are stacked, their B form a block-diagonal matrix,
 own adapter on c_attn has one A that all parts share; it is read into parts with equal A.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import TrainedCopy
+from genai_pl.peft.io.experts import block_diagonal, flat, nested, unflat, unnested
 from genai_pl.peft.io.hf_names import PREFIX, SHARED, HFModule, hf_modules
 from genai_pl.peft.io.lora_config import (
     Size,
@@ -46,19 +49,23 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
             }
         elif kind is not None:
             scaling, factors = _join_factors(module, layers)
+            sizes[module.name] = size_of(scaling, factors[A].shape[-2], rslora=options["rslora"])
+            if module.n_experts:
+                factors[A], factors[B] = flat(factors[A], factors[B])
             tensors |= {f"{PREFIX}{module.name}.{name}": value for name, value in factors.items()}
-            sizes[module.name] = size_of(scaling, factors[A].shape[0], rslora=options["rslora"])
     # the config follows from the tensors: rank and alpha per module, and suffixes that select just these modules
     transposed = any(module.transposed for module in modules if module.name in sizes)
-    config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
+    parameters = [module.name for module in modules if module.n_experts and not module.weights]
+    config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules], parameters)
     config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in saved_modules] or None}
-    return AdapterFile(config, tensors, options)
+    return AdapterFile(config, nested(tensors, {PREFIX + name for name in parameters}), options)
 
 
 def read_lora(model: nn.Module, file: AdapterFile) -> nn.Module:
     """The model with the adapter of a file that genai_pl or PEFT wrote."""
     check_config(file.config)
     modules = hf_modules(model)
+    file = replace(file, tensors=unnested(file.tensors, file.config.get("target_parameters") or ()))
     tensors = TensorReader(file, modules, KINDS)
     # options from the metadata, or inferred from PEFT's config and the shapes of its tensors
     for names in SHARED.values():
@@ -89,14 +96,14 @@ def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[fl
     for site, layer in zip(module.parts, layers, strict=True):
         weight = site.inner.weight
         if layer is None:
-            blocks.append(present[0].lora_B.new_zeros(weight.shape[0], 0))
-            magnitudes.append(weight.norm(dim=1))
+            blocks.append(present[0].lora_B.new_zeros(*weight.shape[:-1], 0))
+            magnitudes.append(weight.norm(dim=-1))
         else:
             blocks.append(layer.factors()[1] * (layer.scaling / scaling))
             magnitudes.append(layer.magnitude)
-    factors = {A: torch.cat([layer.factors()[0] for layer in present]), B: torch.block_diag(*blocks)}
+    factors = {A: torch.cat([layer.factors()[0] for layer in present], dim=-2), B: block_diagonal(blocks)}
     if present[0].magnitude is not None:
-        factors[MAGNITUDE] = torch.cat(magnitudes)
+        factors[MAGNITUDE] = torch.cat(magnitudes, dim=-1)
     return scaling, factors
 
 
@@ -107,22 +114,24 @@ def _fill_factors(module: HFModule, layers: list[LoRALinear | None], tensors: Te
     B. False for PEFT's: each part takes all of A and its rows of B.
     """
     a, b = tensors.pop(module.name, A), tensors.pop(module.name, B)
+    if module.n_experts:
+        a, b = unflat(a, b, module.n_experts)
     present = [layer for layer in layers if layer is not None]
     ranks = [layer.rank if layer else 0 for layer in layers]
     magnitudes = [None] * len(layers)
     if present[0].magnitude is not None:
-        magnitudes = module.split(tensors.pop(module.name, MAGNITUDE))
-    if blocks and a.shape[0] != sum(ranks):
-        raise CheckpointError(f"{module.name} has rank {a.shape[0]} in the file, {sum(ranks)} by its options")
+        magnitudes = module.split(tensors.pop(module.name, MAGNITUDE), -1)
+    if blocks and a.shape[-2] != sum(ranks):
+        raise CheckpointError(f"{module.name} has rank {a.shape[-2]} in the file, {sum(ranks)} by its options")
     # part by part: rows of B always, columns of B and rows of A if they are blocks
     first = 0
-    for layer, part, rank, magnitude in zip(layers, module.split(b), ranks, magnitudes, strict=True):
+    for layer, part, rank, magnitude in zip(layers, module.split(b, -2), ranks, magnitudes, strict=True):
         columns = slice(first, first + rank) if blocks else slice(None)
         first += rank
         if layer is None:
             continue
-        fill(layer.lora_A, a[columns], f"{A} of {module.name}")
-        fill(layer.lora_B, part[:, columns] * (present[0].scaling / layer.scaling), f"{B} of {module.name}")
+        fill(layer.lora_A, a[..., columns, :], f"{A} of {module.name}")
+        fill(layer.lora_B, part[..., columns] * (present[0].scaling / layer.scaling), f"{B} of {module.name}")
         if magnitude is not None:
             fill(layer.magnitude, magnitude, f"{MAGNITUDE} of {module.name}")
 
@@ -131,7 +140,8 @@ def _options(config: dict[str, object], modules: list[HFModule], tensors: Tensor
     """The options under which our LoRA has just the layers of a file that PEFT wrote."""
     ours: dict[str, Size] = {}
     for module in tensors.of(modules, A):
-        size = size_in(config, tensors.names[Key(module.name, A)], tensors.peek(module.name, A).shape[0])
+        rank = tensors.peek(module.name, A).shape[0] // (module.n_experts or 1)
+        size = size_in(config, tensors.names[Key(module.name, A)], rank)
         ours |= {site.names[0]: size for site in module.parts}
     saved_modules = [site.names[0] for module in tensors.of(modules, "weight") for site in module.parts]
     every = [site.names[0] for module in modules for site in module.parts]

@@ -44,21 +44,32 @@ def size_of(scaling: float, rank: int, *, rslora: bool) -> Size:
     return Size(rank, round(alpha) if math.isclose(alpha, round(alpha)) else alpha)
 
 
-def to_config(options: dict[str, object], sizes: dict[str, Size], names: list[str]) -> dict[str, object]:
-    """PEFT's keys for layers of these sizes, {module name: size}, among all module names of the model."""
+def to_config(
+    options: dict[str, object], sizes: dict[str, Size], names: list[str], parameters: Iterable[str] = ()
+) -> dict[str, object]:
+    """PEFT's keys for layers of these sizes, {module name: size}, among all module names of the model.
+
+    parameters: those of the names that are parameters in transformers, the tensors of experts. PEFT knows no dropout there.
+    """
+    parameters = set(parameters)
+    adapted = {name for name in sizes if name in parameters}
+    others = [name for name in names if name not in sizes]
     common = Size(options["rank"], options["alpha"])
     patterns = {key: _pattern({n: s[i] for n, s in sizes.items()}, common[i]) for i, key in enumerate(Size._fields)}
     return {
         "r": common.rank,
         "lora_alpha": common.alpha,
-        "lora_dropout": options["dropout"],
+        "lora_dropout": 0.0 if adapted else options["dropout"],
         "use_rslora": options["rslora"],
         "use_dora": options["dora"],
         "bias": "none",
         "init_lora_weights": True,
-        "target_modules": shortest_suffixes(sizes, [name for name in names if name not in sizes]),
+        "target_modules": shortest_suffixes(
+            [name for name in sizes if name not in adapted], [*others, *(name for name in names if name in parameters)]
+        ),
         "rank_pattern": patterns["rank"],
         "alpha_pattern": patterns["alpha"],
+        **({"target_parameters": shortest_suffixes([n for n in sizes if n in adapted], others)} if adapted else {}),
     }
 
 

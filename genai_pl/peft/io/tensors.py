@@ -18,6 +18,7 @@ from genai_pl.peft.targets import ModuleSite, adapter_layers
 HARMLESS = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
     "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules",
+    "target_parameters",
 )  # fmt: skip
 
 

@@ -44,12 +44,14 @@ def _llama(config: ModelConfig) -> Iterator[Weight]:
 
 
 def projections(config: ModelConfig) -> Iterator[Weight]:
-    """The rows of attention and MLP in Llama's layout, with the biases and norms that the configuration has."""
+    """The rows of attention and dense MLPs in Llama's layout, with the biases and norms that the configuration has."""
     hf_layer, layer = "model.layers.{i}", "blocks.{i}"
     for p in "qkvo":
         yield one(f"{hf_layer}.self_attn.{p}_proj", f"{layer}.attention.{p}_proj")
+    mixtures = config.mixture_layers
+    dense = tuple(n for n in range(config.n_layer) if n not in mixtures) if mixtures else None
     for p in ("gate", "up", "down"):
-        yield one(f"{hf_layer}.mlp.{p}_proj", f"{layer}.mlp.{p}_proj")
+        yield one(f"{hf_layer}.mlp.{p}_proj", f"{layer}.mlp.{p}_proj", layers=dense)
     if config.qkv_bias:
         for p in "qkv":
             yield Weight(f"{hf_layer}.self_attn.{p}_proj.bias", (f"{layer}.attention.{p}_proj.bias",))

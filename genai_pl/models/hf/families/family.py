@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,6 +22,8 @@ class Weight(NamedTuple):
     head_dim    the file splits our last dimension in two (before transposing): heads, head_dim
     leading     this many dimensions of 1 stand first in the file
     offset      our tensor is the file's plus this (Gemma's norms multiply by 1 + weight)
+    layers      the layers that have it; None: all
+    expert      our tensors are 3-D, and the file's is this slice of them; a table writes {e} in hf_name instead
 
     >>> row = Weight("c_fc.weight", ("up_proj.weight",), transposed=True)
     >>> import torch; row.from_hf(torch.zeros(2, 3)).shape, row.to_hf(torch.zeros(3, 2)).shape
@@ -33,6 +36,8 @@ class Weight(NamedTuple):
     head_dim: int | None = None
     leading: int = 0
     offset: float = 0.0
+    layers: tuple[int, ...] | None = None
+    expert: int | None = None
 
     def from_hf(self, tensor: Tensor) -> Tensor:
         """Our tensors, concatenated, from the file's tensor."""
@@ -97,15 +102,16 @@ class Family:
         return {*self.fields.values(), *self.constants, *self.defaults, *coded, *(name for name, _ in self.synonyms)}
 
     def rows(self, config: ModelConfig) -> Iterator[Weight]:
-        """Every tensor of a model of this configuration, one row for each layer."""
+        """Every tensor of a model of this configuration, one row for each layer and expert."""
         counts = {"{i}": 1 if config.share_layers else config.n_layer, "{j}": config.n_decoder_layer or 0}
         pooler = both(self.pooler, "pooler") if config.pooler else ()
         for row in (*self.weights(config), *pooler):
             count = next((n for mark, n in counts.items() if mark in row.names[0]), 1)
             hf_name = row.hf_name.removeprefix(self.prefix) if config.head is Head.none else row.hf_name
-            for i in range(count):
+            experts = range(config.n_experts) if "{e}" in hf_name else (None,)
+            for i, expert in product(range(count) if row.layers is None else row.layers, experts):
                 names = tuple(name.format(i=i, j=i) for name in row.names)
-                yield row._replace(hf_name=hf_name.format(i=i, j=i), names=names)
+                yield row._replace(hf_name=hf_name.format(i=i, j=i, e=expert), names=names, expert=expert)
 
     def table(self, config: ModelConfig) -> list[Weight]:
         """`rows` as a list."""
