@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--beside", nargs="+", default=["nothing", "one", "two", "training"])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("options", nargs="*", help="more options of train.py, behind --")
+    parser.add_argument("options", nargs="*", help="more options of train.py, after --")
     return parser.parse_args()
 
 

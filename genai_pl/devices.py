@@ -22,6 +22,27 @@ def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
     return DTYPES[precision]
 
 
+def weights_of(precision: str, dtype: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """`dtypes_of` the precision, or of the option dtype: int8 weights, for products in float32 on a CPU.
+
+    ConfigError for another dtype, and for int8 beside a precision or device that has it not.
+    """
+    if dtype is None:
+        return dtypes_of(precision)
+    if dtype != "int8":
+        raise ConfigError(f"dtype={dtype}: expected int8, or null for the weights of precision=")
+    if dtypes_of(precision) != (torch.float32, None):
+        raise ConfigError("dtype=int8 computes in float32: leave precision out")
+    check_int8(device)
+    return torch.int8, None
+
+
+def check_int8(device: torch.device) -> None:
+    """ConfigError for a device that has no products with int8 weights."""
+    if device.type != "cpu":
+        raise ConfigError(f"dtype=int8 multiplies on a CPU, not on {device}: set device=cpu, or leave dtype out")
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one. ConfigError for a device that cannot compute here."""
     if name == "auto":

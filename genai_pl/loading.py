@@ -28,6 +28,7 @@ from genai_pl.data.generation_defaults import (
 from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
+from genai_pl.models.fused_decode import prepare_for_decoding
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.transformers_check import check
@@ -84,7 +85,8 @@ def load(
 ) -> Loaded:
     """The model and tokenizer of a reference, in evaluation mode; CheckpointError gives the reason if there is none.
 
-    dtype: of the weights. attention: backend, see `AttentionBackend`. dropout: probability while training.
+    dtype: of the weights; int8: packed for products on a CPU, of a model without adapters (`prepare_for_decoding`).
+    attention: backend, see `AttentionBackend`. dropout: probability while training.
     wrap: allow models of other families, which transformers runs with our attention.
     adapters: references of adapters that are put on top, in this order. onnx: allow ONNX folders, which can only generate.
     option: name of the option that held the reference, for messages.
@@ -92,6 +94,12 @@ def load(
 
     An adapter folder, and a run with one, give the base with the adapter.
     """
+    if dtype is torch.int8:
+        loaded = load(
+            reference, attention=attention, wrap=wrap, adapters=adapters, onnx=onnx, option=option, above=above
+        )
+        prepare_for_decoding(loaded.model, dtype)
+        return loaded
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     # find the path, and refuse an adapter that is its own base
     path = resolve(reference, option=option)

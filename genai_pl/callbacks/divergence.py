@@ -15,9 +15,9 @@ import lightning as L
 log = logging.getLogger(__name__)
 
 RECENT, LEAST = 5, 3  # losses whose median is a level, and the fewest of which one is taken
-TIMES = 3.0  # a loss is far above the best level if it is above so many times that,
-NOISES = 4.0  # and also above it by so many mean differences between neighbouring steps
-EXPLODES = 10.0  # two losses above so many times the first one, or so much, are enough
+TIMES = 3.0  # a loss is far above the best level if it is above this many times that,
+NOISES = 4.0  # and also above it by this many mean differences between neighbouring steps
+EXPLODES = 10.0  # two losses above this many times the first one, and above this value, are enough
 HISTORY, FIRST = 100, 10  # differences that are kept, and steps after which those at the best level count
 
 

@@ -79,7 +79,7 @@ def dry_run(config: DictConfig) -> int:
     # the model, its batch, and the step
     with fake_tensors(torch.float32):
         model = build_full_model(config, objective, model_config)
-    batch_size, seq_len, clamped = fit_to_context(config, model)
+    batch_size, seq_len, clamp_message = fit_to_context(config, model)
     work = planned_work(config, objective, batch_size, seq_len)
     estimate = estimate_step(config, objective, model_config, model, work)
     steps, epochs = planned_steps(config, objective)
@@ -87,8 +87,8 @@ def dry_run(config: DictConfig) -> int:
     device = torch.device("cpu" if config.plan.gpu == "cpu" else "cuda")
     dtype = products_dtype(config.precision.lightning)
     print(*describe_model(model, device, dtype=dtype, seq_len=seq_len), sep="\n")
-    if clamped:
-        print(f"clamped     {clamped}")
+    if clamp_message:
+        print(f"clamped     {clamp_message}")
     counts = {"devices": estimate.layout.data, "total_steps": steps}
     if work.prompts is not None:
         options = {"prompts": work.prompts, "group_size": work.completions, "n_updates": work.n_updates}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.enums import Head
 from genai_pl.data import token_bytes
-from genai_pl.devices import choose_device, dtypes_of
+from genai_pl.devices import choose_device, dtypes_of, weights_of
 from genai_pl.errors import DISK_FULL, ConfigError, DataError
 from genai_pl.evaluation import (
     Kind,
@@ -77,6 +77,8 @@ def check_options(config: DictConfig) -> None:
             raise ConfigError(f"{name}={value} must be at least 1")
     if config.num_fewshot is not None and (config.tasks is None or config.num_fewshot < 0):
         raise ConfigError(f"num_fewshot={config.num_fewshot} is for tasks=, and not below 0")
+    if config.tasks is not None and config.dtype is not None:
+        raise ConfigError(f"dtype={config.dtype} is for data.path=: transformers runs tasks=; leave one of them out")
     if config.tasks is not None and not config.tasks:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out:
@@ -115,7 +117,7 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     loaded = load_model(config, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
-    products = dtypes_of(config.precision.lightning)[1]
+    products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
         tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
@@ -207,7 +209,8 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
 
     ConfigError also where data.seq_len exceeds the model's context.
     """
-    loaded = load(config.checkpoint, dtype=dtypes_of(config.precision.lightning)[0])
+    weights, _ = weights_of(config.precision.lightning, config.dtype, choose_device(config.device))
+    loaded = load(config.checkpoint, dtype=weights)
     model_config = loaded.model.config
     if model_config.head is Head.score and not judges:
         raise ConfigError(

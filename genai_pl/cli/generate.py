@@ -17,7 +17,7 @@ from torch import nn
 from genai_pl.cli.chat import Chat, answer_all, run_terminal
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.devices import choose_device, dtypes_of
+from genai_pl.devices import choose_device, weights_of
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
@@ -34,7 +34,7 @@ def generate(config: DictConfig) -> int:
     prompts = [] if config.chat else read_prompts(config)
     # weights in the precision's dtype; products under autocast where the two differ
     device = choose_device(config.device)
-    weights, products = dtypes_of(config.precision.lightning)
+    weights, products = weights_of(config.precision.lightning, config.dtype, device)
     loaded = load(
         config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
     )
@@ -47,7 +47,7 @@ def generate(config: DictConfig) -> int:
     loaded.model.to(device)
     # fused decoding needs weights and products in one dtype
     if products is None:
-        prepare_for_decoding(loaded.model)
+        prepare_for_decoding(loaded.model, rows=max(1, len(prompts) * config.num_samples))
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:

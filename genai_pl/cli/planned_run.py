@@ -48,7 +48,7 @@ class DeviceWork(NamedTuple):
 
     rows: int  # of a forward and backward pass
     seq_len: int
-    passes: int  # so many of them in a step
+    passes: int  # this many of them in a step
     unlearned: float  # forward passes without a gradient beside each: of the reference, of the policy that wrote
     reference: bool  # whether a frozen copy of the model, as it was, is kept
     prompts: int | None = None  # of a rollout
@@ -183,7 +183,7 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.data_parallel_size ({data}) x strategy.pipeline_parallel_size ({stages}) must be {n}, the "
                 "number of devices"
             )
-        schedule = {"microbatches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
+        schedule = {"micro_batches": strategy.microbatches, "gpipe": strategy.schedule == "gpipe"}
         return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
     # DDP, or DeepSpeed's ZeRO stage
     zero = strategy.stage if target == "deepspeed" else 0

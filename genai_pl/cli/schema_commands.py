@@ -13,7 +13,7 @@ class GenerateSchema:
     checkpoint: a reference (`auto`, a run, a folder, a Hub id). adapter: one, several, or names to folders.
     adapter_weights: a factor for each. prompt, prompt_file: texts to continue, stdin if both are null.
     num_samples: completions per prompt. stream: print while decoding. chat, embed, score: what to do instead of
-    continuing. top_k: candidates per mask. precision, generation: groups.
+    continuing. top_k: candidates per mask. dtype: of the weights, null as precision has them. precision, generation: groups.
     """
 
     checkpoint: str = "auto"
@@ -32,6 +32,7 @@ class GenerateSchema:
     top_k: int = 5
     seed: int = 0
     device: str = "auto"
+    dtype: str | None = None
     precision: Any = None
     generation: Any = None
 
@@ -75,7 +76,7 @@ class EvaluateSchema:
 
     checkpoint: a reference. tasks: of lm-evaluation-harness, instead of data. num_fewshot: examples in their
     prompts. batch_size: rows of a harness batch. batch_tokens: tokens of a batch of data. limit: rows, or
-    examples per task. out: a JSON file.
+    examples per task. out: a JSON file. dtype: of the weights, null as precision has them.
     """
 
     checkpoint: str = "auto"
@@ -86,6 +87,7 @@ class EvaluateSchema:
     batch_tokens: int = 4096
     out: str | None = None
     device: str = "auto"
+    dtype: str | None = None
     precision: Any = None
     data: EvaluateDataSchema = field(default_factory=EvaluateDataSchema)
 

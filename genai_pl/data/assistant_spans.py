@@ -78,7 +78,7 @@ def _probed_span(
     n_after = _n_common(first[::-1], other[::-1])
     if n_after and not text.endswith(first[-n_after:]):
         return None
-    # before the content the turn has its header, behind it an end marker
+    # before the content the turn has its header, after it an end marker
     start, content_end = _header_end(template, text, before, tools, min_start, n_before), len(text) - n_after
     if not after:
         return start, len(text)
@@ -90,7 +90,7 @@ def _probed_span(
 def _header_end(
     template: "ChatTemplate", text: str, before: Messages, tools: Tools, min_start: int, max_end: int
 ) -> int:
-    """Where the header of an assistant's turn ends in text[min_start:max_end]: behind as much of the generation prompt as
+    """Where the header of an assistant's turn ends in text[min_start:max_end]: after as much of the generation prompt as
     occurs there.
 
     The generation prompt is what the template appends for `add_generation_prompt`. A turn with content may have only its
@@ -113,9 +113,9 @@ def _header_end(
 
 
 def include_end_token(special: re.Pattern[str], text: str, end: int) -> int:
-    """The end of a turn, moved behind the special token that closes it.
+    """The end of a turn, moved after the special token that closes it.
 
-    A span that already ends with a special token keeps it, without the spaces behind it: such a space may be one token with
+    A span that already ends with a special token keeps it, without the spaces after it: such a space may be one token with
     the first word of the next turn. Otherwise a special token that follows directly is included; in some templates that
     token opens the next turn, and it is what the model must produce to stop.
     """

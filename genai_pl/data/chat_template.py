@@ -132,7 +132,7 @@ class ChatTemplate:
                 _check_turn_rendered(message, n, text)
             elif n >= n_prompt:
                 min_start = spans[-1][1] if spans else 0
-                # spans are in order, so each is searched behind the one before
+                # spans are in order, so each is searched after the one before
                 start, end = assistant_span(self, text, messages, n, tools, min_start=min_start)
                 spans.append((start, include_end_token(self.special, text, end)))
                 _check_turn_rendered(message, n, text[start:end])

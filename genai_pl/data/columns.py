@@ -117,7 +117,7 @@ def loads(text: str) -> object:
 
 
 def decode_at(text: str, start: int) -> tuple[object, int]:
-    """The JSON value that begins at character `start`, and the position behind it."""
+    """The JSON value that begins at character `start`, and the position after it."""
     return _DECODER.raw_decode(text, start)
 
 

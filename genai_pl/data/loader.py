@@ -157,7 +157,10 @@ class EpochLoader:
         return {"epoch": self.epoch, "rows": self.position * per_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue behind those rows with the next `iter`; DataError if batches or steps of this size do not end there."""
+        """Set the data position of a resumed run; Lightning calls it when a checkpoint is loaded.
+
+        The next `iter` continues after those rows; DataError if batches or steps of this size do not end there.
+        """
         per_batch = self.plan.batch_size * self.plan.world_size
         if state["rows"] % per_batch:
             raise DataError(

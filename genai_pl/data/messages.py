@@ -38,7 +38,7 @@ def is_json_messages(value: object) -> bool:
 
 
 def prepend_system(messages: list[Message], system: object, place: Place) -> list[Message]:
-    """The messages behind a system message from a column of its own; DataError if they begin with another one."""
+    """The messages after a system message from a column of its own; DataError if they begin with another one."""
     if system is None or system == "":
         return messages
     message = {"role": "system", "content": parse_text(system, place)}

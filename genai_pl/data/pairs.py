@@ -82,7 +82,7 @@ def tokenize_texts(
     prompt: str = "",
     add_end: bool = True,
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the texts of each column, behind the prompt and at most seq_len long.
+    """Token ids of the texts of each column, after the prompt and at most seq_len long.
 
     Special tokens count, and are kept when a text is truncated; so is the end token of `add_end`.
     """

@@ -97,7 +97,7 @@ def encode_conversations(
 def encode_completion(
     tokenizer: "PreTrainedTokenizerBase", prompt: str | Messages, completion: str | Messages, tools: Tools = ()
 ) -> TokenizedExample:
-    """A prompt and its completion, which is learned with the end token behind it; or both as messages."""
+    """A prompt and its completion, which is learned with the end token after it; or both as messages."""
     return encode_completions(tokenizer, [prompt], [completion], [tools])[0]
 
 

@@ -152,7 +152,7 @@ def _of_values(path: Path) -> Iterator[Record]:
 
 
 def _decoded(text: str, path: Path, number: int, start: int | None = None) -> tuple[object, int]:
-    """The JSON value that is the whole text, or the one that begins at `start`, and the position behind it."""
+    """The JSON value that is the whole text, or the one that begins at `start`, and the position after it."""
     try:
         return (loads(text), len(text)) if start is None else decode_at(text, start)
     except RecursionError:

@@ -31,7 +31,7 @@ LOOK_AHEAD = 1 << 13  # characters beyond a passage in which a place to split is
 
 
 class BatchStream(IterableDataset):
-    """An endless stream of (worker, state, batch); the state resumes the stream behind the batch.
+    """An endless stream of (worker, state, batch); the state resumes the stream after the batch.
 
     source: documents with a column `text`. tokenizer, collate: as in training. plan: ranks, workers and batch size.
     build_packer: makes the packer of a worker.
@@ -184,7 +184,7 @@ class _WorkerStream:
         for line in self._texts():
             lines.append(line)
             n_pending += len(line)
-            # collect enough lines to search for a split behind CHUNK characters
+            # collect enough lines to search for a split after CHUNK characters
             if n_pending < CHUNK + LOOK_AHEAD:
                 continue
             text = "".join(lines)
@@ -244,9 +244,12 @@ class StreamLoader:
                 return
 
     def state_dict(self) -> dict:
-        """The number of batches that were yielded, and the state of each worker behind its last one."""
+        """The number of batches that were yielded, and the state of each worker after its last one."""
         return {"position": self.position, "workers": dict(self.rows.states)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue behind those batches with the next `iter`."""
+        """Set the data position of a resumed run; Lightning calls it when a checkpoint is loaded.
+
+        The next `iter` continues after those batches.
+        """
         self.position, self.rows.states = state["position"], dict(state["workers"])

@@ -30,13 +30,13 @@ def encode_texts(
 
 
 def appends_end_token(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer puts a special token behind every text."""
+    """Whether the tokenizer puts a special token after every text."""
     plain, complete = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     return complete[-1:] != plain[-1:]
 
 
 def append_end_token(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Make the tokenizer put its end token behind every text, also where its tokenizer.json is loaded by other programs.
+    """Make the tokenizer put its end token after every text, also where its tokenizer.json is loaded by other programs.
 
     The post-processor is edited as JSON: `tokenizers` cannot append to one in place.
     """

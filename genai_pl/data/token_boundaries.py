@@ -72,9 +72,9 @@ def _encode_parts(tokenizer: "PreTrainedTokenizerBase", text: str, boundaries: S
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, continues: bool) -> list[Tokens]:
-    """The tokens of each text; of one that `continues` another, the tokens that it has behind a line break.
+    """The tokens of each text; of one that `continues` another, the tokens that it has after a line break.
 
-    No merge reaches over a line break, so the tokens behind it are those of a continuation.
+    No merge reaches over a line break, so the tokens after it are those of a continuation.
     """
     if not texts:
         return []
@@ -84,11 +84,11 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, conti
     (line_break, _), (letter, _), (both, _) = _tokens(tokenizer, ["\n", "a", "\na"])
     if both == line_break + letter:  # this tokenizer does not treat the beginning of a text specially
         return plain
-    behind = _tokens(tokenizer, ["\n" + text for text in texts])
+    after = _tokens(tokenizer, ["\n" + text for text in texts])
     n = len(line_break)
     return [
         (ids[n:], starts[n:] - 1) if ids[:n] == line_break else alone
-        for (ids, starts), alone in zip(behind, plain, strict=True)
+        for (ids, starts), alone in zip(after, plain, strict=True)
     ]
 
 

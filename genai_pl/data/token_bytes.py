@@ -71,7 +71,7 @@ class _Spelling:
         self.byte_fallback = bool(model.get("byte_fallback")) or "ByteFallback" in kinds
         self.space = "▁" if kinds & {"Metaspace", "Replace"} else ""
         self.inner = model.get("continuing_subword_prefix") or ""  # in front of tokens that continue a word
-        self.last = model.get("end_of_word_suffix") or ""  # behind tokens that end a word; decoded as a space
+        self.last = model.get("end_of_word_suffix") or ""  # after tokens that end a word; decoded as a space
 
     def n_bytes(self, token: str) -> int:
         """UTF-8 bytes of the text that a token of the vocabulary stands for."""

@@ -37,7 +37,7 @@ class TensorParallelGroup:
     size: number of ranks
     rank: number of this rank in the group
 
-    Sequences are (B, T, C), sharded along T: t = ceil(T / size) tokens a rank, zeros behind the last where size does
+    Sequences are (B, T, C), sharded along T: t = ceil(T / size) tokens a rank, zeros after the last where size does
     not divide T.
     """
 

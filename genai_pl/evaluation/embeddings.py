@@ -95,7 +95,7 @@ def _read_head(path: Path, n_embd: int) -> SentenceHead | None:
 def encode_sentences(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], head: SentenceHead, *, max_length: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each text behind the head's prompt, truncated to its limit and max_length; special tokens are kept."""
+    """Token ids of each text after the head's prompt, truncated to its limit and max_length; special tokens are kept."""
     limits = [limit for limit in (head.max_length, max_length) if limit is not None]
     prompted = [head.prompt + text for text in texts]
     return encode_texts(tokenizer, prompted, max_length=min(limits, default=None), add_end=head.closes)

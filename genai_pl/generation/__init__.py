@@ -11,7 +11,7 @@ from genai_pl.generation.decode import decode, evaluating, generate
 from genai_pl.generation.decode_state import DecodeState
 from genai_pl.generation.detokenize import Detokenizer, StopFilter, TextStream
 from genai_pl.generation.output_constraints import OutputConstraints, build_output_constraints
-from genai_pl.generation.processors import process, sample
+from genai_pl.generation.processors import draw_token, process, sample
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.generation.text import check_bias, complete, continue_rows, encode_prompt, generate_text
 
@@ -29,6 +29,7 @@ __all__ = [
     "complete",
     "continue_rows",
     "decode",
+    "draw_token",
     "encode_prompt",
     "evaluating",
     "generate",

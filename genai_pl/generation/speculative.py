@@ -19,7 +19,7 @@ from genai_pl.generation.banned_tokens import build_banned_tokens
 from genai_pl.generation.decode import evaluating, seen_tokens
 from genai_pl.generation.decode_state import PrefixReuseState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
-from genai_pl.generation.processors import process, token_logprobs
+from genai_pl.generation.processors import draw_token, process, token_logprobs
 from genai_pl.models import Decoder
 from genai_pl.peft.adapter import RowWeights
 
@@ -80,7 +80,7 @@ class DraftModel:
                 tokens.append(int(logits.argmax()))
                 continue
             probabilities.append(self._padded(logits.softmax(dim=-1)))
-            tokens.append(int(torch.multinomial(probabilities[-1], 1, generator=generator)))
+            tokens.append(int(draw_token(probabilities[-1], generator)))
         return tokens, torch.cat(probabilities) if probabilities else None
 
     def _padded(self, probabilities: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _accept(
     p = logits.softmax(dim=-1)  # (1, V)
     # past the last draft token: an ordinary draw
     if draft_token is None:
-        return torch.multinomial(p, 1, generator=generator)[0]
+        return draw_token(p, generator)
     if q is None:
         q = torch.zeros_like(p)
         q[0, draft_token] = 1.0
@@ -228,4 +228,4 @@ def _accept(
     # rejected: the remaining probability of the target
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum() > 0, rest, p)  # p and q alike but for rounding
-    return torch.multinomial(rest, 1, generator=generator)[0]
+    return draw_token(rest, generator)

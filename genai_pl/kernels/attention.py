@@ -1,8 +1,8 @@
 """Attention: the one function that every model calls, and the choice of the backend that computes it.
 
 `reference.py` is the specification in plain tensor operations, `sdpa.py` calls torch's fused kernel, `dense.py` holds all
-weights of short rows at once, `flash/` has Triton kernels that read masks as rules. All of them take the same mask and the
-same score options, and give the same numbers up to rounding: `tests/kernels` compares each of them with the reference.
+attention probabilities of short rows at once, `flash/` has Triton kernels that read masks as rules. All of them take the same
+mask and score options, and give the same numbers up to rounding: `tests/kernels` compares each of them with the reference.
 """
 
 import functools
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.cpu_products import bf16_products_pay
-from genai_pl.kernels.dense import dense_attention, dense_lacks
+from genai_pl.kernels.dense import dense_attention, dense_unsupported
 from genai_pl.kernels.mask import EVERYTHING, AttentionMask
 from genai_pl.kernels.reference import reference_attention
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
-from genai_pl.kernels.sdpa import sdpa_attention, sdpa_lacks
+from genai_pl.kernels.sdpa import sdpa_attention, sdpa_unsupported
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T * scale + ...) v: attention of q (B, H, T, D) to k and v (B, K, S, D), (B, H, T, D).
+    """The values mixed by attention, (B, H, T, D): softmax(q k^T * scale + ...) v of q (B, H, T, D), k and v (B, K, S, D).
 
     H is a multiple of K: query heads h * H / K and following share key head h (grouped queries, Ainslie et al. 2023). The
     S keys end where the T queries end, so that one new query with a cache sees all keys under a causal mask. The options
@@ -108,29 +108,29 @@ def choose_backend(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"model.attention={backend} is not a backend: choose one of {', '.join(BACKENDS)}")
-    lacks = {
-        "triton": triton_lacks(device, head_dim=head_dim, dtype=dtype),
-        "sdpa": sdpa_lacks(softcap=softcap),
-        "dense": dense_lacks(softcap=softcap),
+    unsupported = {
+        "triton": triton_unsupported(device, head_dim=head_dim, dtype=dtype),
+        "sdpa": sdpa_unsupported(softcap=softcap),
+        "dense": dense_unsupported(softcap=softcap),
     }
     if backend != "auto":
-        if lacks.get(backend):
+        if unsupported.get(backend):
             raise ConfigError(
-                f"model.attention={backend} cannot run this model: {lacks[backend]}; set model.attention=auto"
+                f"model.attention={backend} cannot run this model: {unsupported[backend]}; set model.attention=auto"
             )
         return backend, f"model.attention={backend} asks for it"
-    if device.type == "cuda" and lacks["triton"] is None:
+    if device.type == "cuda" and unsupported["triton"] is None:
         return "triton", "its kernels run every mask and option on a GPU"
-    if lacks["sdpa"]:
-        return "reference", lacks["sdpa"]
+    if unsupported["sdpa"]:
+        return "reference", unsupported["sdpa"]
     if device.type == "cpu" and dtype is torch.bfloat16 and _rows_are_short(*lengths) and bf16_products_pay():
-        return "dense", "short rows of bf16 are faster so on this CPU"
-    slower = f", where {lacks['triton']}" if device.type == "cuda" else ""
+        return "dense", "it is faster for short bf16 rows on this CPU"
+    slower = f", where {unsupported['triton']}" if device.type == "cuda" else ""
     return "sdpa", f"it is the fastest that runs on {device.type}{slower}"
 
 
-def triton_lacks(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> str | None:
-    """The reason why the Triton kernels cannot compute this, or None where they can; ROCm calls its devices cuda too."""
+def triton_unsupported(device: torch.device, *, head_dim: int, dtype: torch.dtype) -> str | None:
+    """The reason why the Triton kernels cannot compute this, None where supported; ROCm calls its devices cuda too."""
     if not HAS_TRITON:
         return "triton is not installed (pip install triton)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,6 +1,6 @@
-"""Dense attention: three products in the dtype of the queries, with all (B, H, T, S) weights in memory at once.
+"""Dense attention: three products in the dtype of the queries, with all (B, H, T, S) attention probabilities in memory at once.
 
-torch's fused kernel never holds the weights, and computes every product of a CPU in float32 on the way. Where the processor
+torch's fused kernel never holds them, and computes every product of a CPU in float32 on the way. Where the processor
 multiplies bfloat16 in one instruction and rows are short, the plain products are faster: forward and backward of 8 rows of
 256 tokens with 4 heads of 40 take 14 ms instead of 24 (one thread of an EPYC with AVX512-BF16, torch 2.13); at 1,024 tokens
 the fused kernel is ahead again. `attention.py` decides; scores are rounded to the dtype, which the fused kernel does not do.
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
-from genai_pl.kernels.sdpa import additive_mask, sdpa_lacks, total_bias
+from genai_pl.kernels.sdpa import additive_mask, sdpa_unsupported, total_bias
 
 
-def dense_lacks(*, softcap: float | None = None) -> str | None:
-    """The reason why `dense_attention` cannot compute this, or None where it can: what the fused kernel lacks, it lacks."""
-    return sdpa_lacks(softcap=softcap)
+def dense_unsupported(*, softcap: float | None = None) -> str | None:
+    """The reason why `dense_attention` cannot compute this, None where supported: as for the fused kernel."""
+    return sdpa_unsupported(softcap=softcap)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, options: ScoreOptions = PLAIN) -> Tensor:

@@ -88,7 +88,7 @@ class AttentionMask:
     def _build_dense(self, T: int, S: int, device: torch.device | None) -> Tensor:
         """The rules one by one, (B or 1, 1, T, S): positions, documents, the global prefix, ranks."""
         visible = self._by_position(T, S, device)
-        # the own document only
+        # its own document only
         if self.segments is not None:
             key = self.segments[:, None, None, :]  # (B, 1, 1, S)
             query = self.segments_of_queries(T, S)[:, None, :, None]  # (B, 1, T, 1)

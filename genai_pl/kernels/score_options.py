@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class ScoreOptions(NamedTuple):
-    """The steps from q k^T to the softmax, and the dropout behind it, in this order.
+    """The steps from q k^T to the softmax, and the dropout after it, in this order.
 
     scale      factor of the products; None is D**-0.5 (Vaswani et al. 2017, eq. 1)
     softcap    scores become softcap * tanh(scores / softcap), before any bias (Gemma 2); None: no cap

@@ -15,8 +15,8 @@ from genai_pl.kernels.score_options import PLAIN, ScoreOptions
 CHANNELS = 8  # added to each head by sinks: kernels want channels in eights
 
 
-def sdpa_lacks(*, softcap: float | None = None) -> str | None:
-    """The reason why scaled_dot_product_attention cannot compute this, or None where it can."""
+def sdpa_unsupported(*, softcap: float | None = None) -> str | None:
+    """The reason why scaled_dot_product_attention cannot compute this, None where supported."""
     return None if softcap is None else f"scaled_dot_product_attention has no softcap ({softcap})"
 
 

@@ -62,16 +62,16 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         # projections; the Reformer's keys are its queries
         keys_are_queries = config.attention_kind is AttentionKind.reformer
-        self.q_proj = nn.Linear(config.n_embd, n_q, bias=config.qkv_bias)
-        self.k_proj = None if keys_are_queries else nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, n_kv, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(n_q, config.n_embd, bias=config.o_bias)
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
+        self.k_proj = None if keys_are_queries else nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.o_bias)
         # norms over the D channels of each head, or over all heads, keep scores in range in long runs (Dehghani et al. 2023)
         self.joint_norm = config.qk_norm_joint
-        widths = (n_q, n_kv) if config.qk_norm_joint else (config.head_dim, config.head_dim)
+        widths = (q_width, kv_width) if config.qk_norm_joint else (config.head_dim, config.head_dim)
         self.q_norm = build_norm(config, widths[0]) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, widths[1]) if config.qk_norm and not keys_are_queries else nn.Identity()
         # the scores
@@ -83,16 +83,16 @@ class Attention(nn.Module):
 
     @property
     def column_layers(self) -> list[nn.Module]:
-        """The layers whose output channels are those of heads."""
+        """Column-parallel layers of tensor parallelism (Megatron): outputs split by head."""
         return [layer for layer in (self.q_proj, self.k_proj, self.v_proj) if layer is not None]
 
     @property
     def row_layers(self) -> list[nn.Module]:
-        """The layer whose input channels are those of heads."""
+        """Row-parallel layer of tensor parallelism (Megatron): inputs split by head."""
         return [self.o_proj]
 
     def forward(self, x: Tensor, mask: AttentionMask, inputs: AttentionInputs = NO_INPUTS) -> Tensor:
-        """The attention's share of the residual stream, (B, T, C) -> (B, T, C)."""
+        """The output of the attention sublayer, before dropout and the residual addition, (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         # project, and turn queries by their positions
         q = self._normalized(self.q_norm, self.q_proj(x))  # (B, H, T, D)
@@ -110,7 +110,10 @@ class Attention(nn.Module):
         return (heads if self.joint_norm else norm(heads)).transpose(1, 2)
 
     def _score_options(self, q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, ScoreOptions]:
-        """The queries to multiply keys with, and what happens to the products: positions that are no rotation act here."""
+        """The queries to multiply keys with, and what happens to the products.
+
+        Position kinds other than rotary (XL, T5 bias, ALiBi) enter here.
+        """
         bias = inputs.bias
         if self.xl is not None:
             T, S = q.shape[2], k.shape[2]
@@ -118,13 +121,13 @@ class Attention(nn.Module):
                 torch.arange(T, device=q.device)[None] if inputs.token_positions is None else inputs.token_positions
             )
             q, bias = self.xl(q, columns, S, scale=self.scale, segment_differs=inputs.segment_differs)
-        # a bias has the distances in it already
+        # an explicit bias already includes the ALiBi distances
         alibi = alibi_slopes(self.n_alibi, device=q.device) if self.n_alibi and bias is None else None
         dropout_p = self.dropout if self.training else 0.0
         return q, ScoreOptions(scale=self.scale, softcap=self.softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
 
     def _keys_and_values(self, x: Tensor, q: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, K, S, D) of x (B, T, C), behind those of virtual tokens and of the cache, which keeps them."""
+        """Keys and values (B, K, S, D) of x (B, T, C), after those of virtual tokens and of the cache, which keeps them."""
         B, T, _ = x.shape
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.k_proj is None:
@@ -134,8 +137,8 @@ class Attention(nn.Module):
             k = k if inputs.rotary is None else rotate(k, inputs.rotary)  # keys are cached with their positions in them
         k = k.to(v.dtype)
         if inputs.virtual_kv is not None:  # (2, K, P, D)
-            new_k, new_v = inputs.virtual_kv.to(v.dtype)[:, None].expand(-1, B, -1, -1, -1)
-            k, v = torch.cat([new_k, k], dim=2), torch.cat([new_v, v], dim=2)
+            virtual_k, virtual_v = inputs.virtual_kv.to(v.dtype)[:, None].expand(-1, B, -1, -1, -1)
+            k, v = torch.cat([virtual_k, k], dim=2), torch.cat([virtual_v, v], dim=2)
         return (k, v) if inputs.cache is None else inputs.cache.update(self.layer, k, v)
 
 

@@ -27,13 +27,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
-        self.pre_norm = config.norm_order is not NormOrder.post
+        self.pre_norm = config.norm_order is not NormOrder.post  # also true for sandwich
         sandwich = config.norm_order is NormOrder.sandwich
         self.norm1 = build_norm(config, config.n_embd)
         self.attention = Attention(config, layer)
         self.norm1_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.cross = None
-        if cross:  # positions of two texts do not compare: this part has none
+        if cross:
+            # no position bias or rotation: `learned` adds its positions to the embeddings and is neutral here
             plain = replace(config, position=Position.learned, attention_kind=AttentionKind.full)
             self.norm_cross = build_norm(config, config.n_embd)
             self.cross = CrossAttention(plain, layer)
@@ -58,9 +59,9 @@ class Block(nn.Module):
         encoded: Tensor | None = None,
         encoded_mask: AttentionMask | None = None,
     ) -> Tensor:
-        """The residual stream behind this layer, (B, T, C) -> (B, T, C).
+        """The residual stream after this layer, (B, T, C) -> (B, T, C).
 
-        inputs: what attention to the own text reads. encoded (B, S, C) and its mask: the encoder's output. In permutation
+        inputs: what attention to its own text reads. encoded (B, S, C) and its mask: the encoder's output. In permutation
         language modelling x is the query stream, which must not see its own tokens, and `inputs.source` the content
         stream, from which keys and values come.
         """

@@ -5,7 +5,7 @@ Next-token prediction in one pass over a row: token t sees tokens up to t, so ev
 (0 is padding), and no token sees another document. A cache carries keys and values from one call to the next, so that
 decoding passes one new token at a time.
 
-The lesson continues in `transformer.py` (embeddings, stack, head), `block.py` (one layer), `attention.py` (heads,
+Continue reading in `transformer.py` (embeddings, stack, head), `block.py` (one layer), `attention.py` (heads,
 positions, cache) and `kernels/attention.py` (the softmax).
 """
 
@@ -23,11 +23,11 @@ from genai_pl.models.transformer import Transformer
 class Decoder(Transformer):
     """Next-token logits (B, T, V) of input_ids (B, T), with packing by `segment_ids` and a cache as an argument.
 
-    `fused_step` is None until `prepare_for_decoding` finds a shorter way for steps of one token.
+    `fused` is None until `prepare_for_decoding` finds passes with fewer operations, for a model that is only read.
     """
 
     causal = True
-    fused_step: Callable[[Tensor, Tensor | None, KVCache], Tensor] | None = None
+    fused: Callable[[Tensor, Tensor | None, KVCache | None], Tensor] | None = None
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **options: object) -> Tensor:
         """Logits (B, T, V) in the dtype of the weights; `options` are those of `features`."""
@@ -49,17 +49,17 @@ class Decoder(Transformer):
         segment_ids        (B, T), 0 is padding, 1.. the documents of the row; None: each row is one document
         cache              the T tokens follow those that it holds, and it advances by T
         prefix             (B,), the first tokens of a row that see each other both ways (prefix LM, Raffel et al. 2020)
-        shared_prompt_len  (B,), the first tokens of a row begin each of its documents, though only document 1 holds them:
-                           completions of one prompt in one row (if `supports_shared_prompts`)
+        shared_prompt_len  (B,), length of the prompt that all documents of a row share; it is stored once, in document 1,
+                           and the others attend to it and continue its positions (if `supports_shared_prompts`)
         source             (B, S, C), an encoder's output, and its segments (B, S): documents of equal number see each other
         """
+        if self.fused is not None and prefix is None and source is None and shared_prompt_len is None:
+            return self.fused(input_ids, segment_ids, cache)
         T = input_ids.shape[1]
-        enters = cache is None or cache.length == 0  # the first call of these rows
-        if self.fused_step is not None and not enters and T == 1 and prefix is None and source is None:
-            return self.fused_step(input_ids, segment_ids, cache)
+        is_first_call = cache is None or cache.length == 0  # of these rows
         # segments (B, S) and positions (S,) or (B, S) of all tokens: cached, then new; positions restart in each document
         past = 0 if cache is None else cache.n_text
-        virtual = self.virtual_prefix(enters=enters)
+        virtual = self.virtual_prefix(is_first_call=is_first_call)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, T)
         if segment_ids is None:
@@ -68,7 +68,7 @@ class Decoder(Transformer):
             positions = positions_from_segments(segment_ids)
         if shared_prompt_len is not None:
             positions = positions + shared_prompt_len[:, None] * (segment_ids > 1)
-        self.check_length(virtual.n + self._longest(positions))
+        self.check_length(virtual.n + self.longest(positions))
         segments, positions = virtual.prepend_positions(segment_ids, positions, explicit=prefix is not None)
         # embed the new tokens, and virtual ones before them if this call is the first
         x = self.embed_inputs(input_ids, positions[..., -T - virtual.n_queries :], insert_virtual=virtual.prepend)
@@ -85,21 +85,21 @@ class Decoder(Transformer):
             cache=cache,
         )
         if cache is not None:
-            cache.advance(T, virtual.n if enters else 0)
+            cache.advance(T, virtual.n if is_first_call else 0)
         return x[:, virtual.n_queries :]
 
     @property
     def supports_shared_prompts(self) -> bool:
-        """True if `shared_prompt_len` gives what whole documents would: not in a window, nor behind virtual tokens."""
+        """True if `shared_prompt_len` gives what whole documents would: not in a window, nor after virtual tokens."""
         windowed = any(window is not None for window in self.windows)
         return self.config.attention_kind is AttentionKind.full and not windowed and self.virtual is None
 
-    def _longest(self, positions: Tensor) -> int:
-        """The length of the row or, where learned positions may end before it, of its longest document."""
+    def longest(self, positions: Tensor) -> int:
+        """Number of positions needed: the row's length, or that of its longest document where the learned table is shorter."""
         length = positions.shape[-1]
         if positions.dim() == 1 or self.max_length is None or length <= self.max_length:
             return length
-        return int(positions.max()) + 1  # waits for the device, in this case only
+        return int(positions.max()) + 1  # a device sync, only here
 
 
 def _source_mask(input_ids: Tensor, segment_ids: Tensor | None, source_segments: Tensor | None) -> AttentionMask:

@@ -52,7 +52,7 @@ class Encoder(Transformer):
 
         The third is None where no virtual tokens are among the states; then S is T.
         """
-        virtual = self.virtual_prefix(enters=True)
+        virtual = self.virtual_prefix(is_first_call=True)
         if virtual.embeddings is not None:
             return self._encode_interleaved(input_ids, segment_ids, token_type_ids, virtual)
         x, positions, segments = self._embed(input_ids, segment_ids, token_type_ids, virtual)

@@ -1,125 +1,234 @@
-"""Fused decoding: weights laid out for reading, and steps of one token with few operations, in float32 on a CPU.
+"""Fused decoding: weights laid out for reading, and passes with few operations, on a CPU.
 
-A decoding step multiplies one token of each row with every weight, so it is as fast as weights come from memory. Two things
-help, and neither changes a number beyond rounding:
+A decoding step multiplies one token of each row with every weight, so it is as fast as weights come from memory. Three
+things help:
 
-1. Weights by columns. torch reads a matrix for a product with few rows at 24 to 28 GB/s by columns, at 16 to 20 by rows
-   (one thread of an EPYC, torch 2.13).
-2. Fewer operations. Decoders of Llama's kind spend a quarter of a step between their products. Here the weights that share
-   an input are one matrix (q, k and v; gate and up), queries and keys are turned in one call, and norms are written out.
+1. Fewer bytes. Weights of 16 bits or `dtype=int8` are packed for the product that a probe finds fastest here
+   (`kernels/packed_product.py`); everything else is float32.
+2. float32 weights by columns. torch reads a matrix for a product with one row at 24 to 28 GB/s by columns, at 16 to 20 by
+   rows (one thread of an EPYC, torch 2.13); from 16 rows on it is the reverse. This changes no number beyond rounding.
+3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
+   weights that share an input are one matrix (q, k and v; gate and up), queries and keys are normed and turned in one
+   call, and norms of single tokens are written out.
 
-`prepare_for_decoding` does both in place, without memory for a second copy: the layers' own weights become views of the
-concatenated ones. From then on the model is for reading; to train it, load it again.
+`prepare_for_decoding` does all in place, without memory for a second copy. From then on the model is for reading; to
+train it, load it again.
 """
 
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.config.enums import AttentionKind, Norm, NormOrder, Position
+from genai_pl.config.enums import AttentionKind, NormOrder, Position
+from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
+from genai_pl.kernels.packed_product import Product, by_columns, fastest_product
+from genai_pl.models.attention import Attention
 from genai_pl.models.block import Block
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.kv_cache import KVCache
+from genai_pl.models.layers import GatedMLP
+from genai_pl.models.packed_linear import ChannelsOf, PackedLinear, equalize, is_packable, pack_weights
 from genai_pl.models.positions import rotate
 
+log = logging.getLogger(__name__)
 
-class FusedLayer(NamedTuple):
-    """A block with its concatenated weights: qkv (H D + 2 K D, C), gate_up (2 F, C), each with its bias or None."""
-
-    block: Block
-    options: ScoreOptions
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+PROBED_BYTES = 16 << 20  # of the weights that a probe multiplies with, in 16 bits: more than caches of the second level
+COLUMN_ROWS = 8  # rows of a step up to which float32 weights are read by columns
+POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
-class FusedDecodeStep:
-    """Hidden states (B, 1, C) of one more token (B, 1) of each row, equal to the decoder's `features` up to rounding.
+class FusedNorm:
+    """RMSNorm or LayerNorm over the last C channels, in few operations.
 
-    model: a decoder that `supports_fused_decode`; its weights become views of this step's.
+    weight, bias: those of the norm, (C,), or of several norms of one kind, (H, 1, C).
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias, self.eps, self.shape = weight, bias, norm.eps, norm.normalized_shape
+        self.is_rms = isinstance(norm, nn.RMSNorm)
+        C = weight.shape[-1]
+        if self.is_rms:
+            self.weight, self.root_eps = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.is_rms:  # x / sqrt(mean(x^2) + eps) = x sqrt(C) / sqrt(|x|^2 + C eps)
+            length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.root_eps)
+            return x / length * self.weight
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        y = F.layer_norm(x, self.shape, eps=self.eps) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class FusedBlock:
+    """A block with joined layers: `qkv`, (..., C) -> (..., H D + 2 K D), and `feed_forward`, (..., C) -> (..., C)."""
+
+    def __init__(self, block: Block, product: Product | None, layout: Callable[[Tensor], Tensor]) -> None:
+        heads, mlp = block.attention, block.mlp
+        self.heads, self.mlp = heads, mlp
+        self.options = ScoreOptions(scale=heads.scale, softcap=heads.softcap)
+        self.norm1, self.norm2 = _fused_norm(block.norm1), _fused_norm(block.norm2)
+        self.qk_norm = _fused_head_norm(heads)
+        self.qkv = _join(heads, ("q_proj", "k_proj", "v_proj"), product, layout)
+        self.feed_forward = mlp
+        if isinstance(mlp, GatedMLP):
+            self.gate_up, self.feed_forward = _join(mlp, ("gate_proj", "up_proj"), product, layout), self._gated
+
+    def _gated(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.mlp.down_proj(self.mlp.activation(gate) * up)
+
+
+class FusedForward:
+    """Hidden states (B, T, C) of T tokens, equal to the decoder's `features` up to rounding.
+
+    model: a decoder that `supports_fused_decode`; its weights are packed by a product or, without one, become views of
+    this one's, which `layout` puts in order.
+    """
+
+    def __init__(self, model: Decoder, product: Product | None, layout: Callable[[Tensor], Tensor]) -> None:
         self.model, self.config = model, model.config
         self.backend = model.config.attention.value
-        self.layers = [_fuse(block) for block in model.blocks]
+        self.layers = [FusedBlock(block, product, layout) for block in model.blocks]
+        self.norm = _fused_norm(model.norm)
 
-    def __call__(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache) -> Tensor:
-        # positions of the new tokens; rows differ in length only if the cache has segments
-        segments = cache.segments(segment_ids, 1)
+    def __call__(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        model, T = self.model, input_ids.shape[1]
+        # positions of all tokens; rows differ in length only if there are segments
+        segments = segment_ids if cache is None else cache.segments(segment_ids, T)
         if segments is None:
-            positions = torch.tensor([cache.n_text], device=input_ids.device)
+            end = T if cache is None else cache.n_text + T
+            positions = torch.arange(end - T, end, device=input_ids.device)
+            model.check_length(end)
         else:
-            positions = positions_from_segments(segments)[:, -1:]
-        x = self.model.embed_inputs(input_ids, positions)  # (B, 1, C)
-        mask, table = AttentionMask(causal=True, segments=segments), self.model.rotary(positions)
-        # the blocks, written out: pre-norm attention, pre-norm gated MLP
+            positions = positions_from_segments(segments)
+            model.check_length(model.longest(positions))
+            positions = positions[:, -T:]
+        x = model.embed_inputs(input_ids, positions)  # (B, T, C)
+        mask = AttentionMask(causal=True, segments=segments)
+        table = None if model.rotary is None else model.rotary(positions)
+        # the blocks, written out: pre-norm attention, pre-norm MLP
         for layer in self.layers:
-            x = x + self._attend(self._normalize(x, layer.block.norm1), layer, mask, table, cache)
-            y = self._normalize(x, layer.block.norm2)
-            gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            mlp = layer.block.mlp
-            x = x + mlp.down_proj(mlp.activation(gate) * up)
-        cache.advance(1)
-        return self._normalize(x, self.model.norm)
+            x = x + self._attend(layer.norm1(x), layer, mask, table, cache)
+            x = x + layer.feed_forward(layer.norm2(x))
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
 
     def _attend(
-        self, x: Tensor, layer: FusedLayer, mask: AttentionMask, table: tuple[Tensor, Tensor], cache: KVCache
+        self,
+        x: Tensor,
+        layer: FusedBlock,
+        mask: AttentionMask,
+        table: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
     ) -> Tensor:
-        """Attention of one token, (B, 1, C) -> (B, 1, C): with T = 1 heads are split by `view` alone."""
-        B, H, K = x.shape[0], self.config.n_head, self.config.n_kv_head
-        heads = layer.block.attention
-        y = F.linear(x, layer.qkv, layer.qkv_bias).view(B, H + 2 * K, 1, heads.head_dim)
-        qk = rotate(y[:, : H + K], table)
-        k, v = cache.update(heads.layer, qk[:, H:], y[:, H + K :])
+        """Attention, (B, T, C) -> (B, T, C)."""
+        (B, T, _), H, K = x.shape, self.config.n_head, self.config.n_kv_head
+        y = layer.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)  # (B, H + 2 K, T, D)
+        qk, v = y[:, : H + K], y[:, H + K :]
+        if layer.qk_norm is not None:
+            qk = layer.qk_norm(qk)
+        if table is not None:
+            qk = rotate(qk, table)
+        k = qk[:, H:]
+        if cache is not None:
+            k, v = cache.update(layer.heads.layer, k, v)
         y = attention_with(qk[:, :H], k, v, mask, layer.options, backend=self.backend)
-        return heads.o_proj(y.reshape(B, 1, -1))
-
-    def _normalize(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
-        """RMSNorm in four operations; torch's own takes more, and slower, ones for a single token."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+        return layer.heads.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def prepare_for_decoding(model: nn.Module) -> bool:
-    """Lay out the weights of a model that is only read from now on, in place; True if its steps are fused too.
+def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, rows: int = 1) -> bool:
+    """Lay out the weights of a model that is only read from now on, in place; True if its passes are fused too.
 
-    Only float32 weights on a CPU are touched; no memory is added. `train()` on the model is a RuntimeError afterwards: a
-    step of an optimizer would write through views that several layers share.
+    dtype: of the weights in products, None for the model's own. ConfigError for int8 where it cannot be; other dtypes and
+    devices than a CPU's stay as they are. rows: tokens of a typical step, one of each sequence, for the probe of products.
+    `train()` on the model is a RuntimeError afterwards: a step of an optimizer would write through views that several
+    layers share.
     """
-    is_fused = supports_fused_decode(model)
+    if dtype is torch.int8:
+        _check_int8(model)
+    product = _choose_product(model, dtype, rows)
+    layout = (
+        by_columns if rows <= COLUMN_ROWS else torch.Tensor.contiguous
+    )  # a rule: float32 must not vary with a probe
+    if product is None:
+        for module in model.modules():
+            if type(module) is nn.Linear and _is_plain(module.weight):
+                module.weight.data = layout(module.weight.data)
+    else:
+        log.info("decoding    products of %s", product.name)
+        dtype = model.embed.weight.dtype if dtype is None else dtype
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases
+                parameter.data = parameter.data.float()
+        if dtype is torch.int8:
+            equalize(model)
+    # joined layers first: the others are packed one by one
+    is_fused = supports_fused_decode(model) and (product is not None or _is_plain(model.embed.weight))
     if is_fused:
-        model.fused_step = FusedDecodeStep(model)
-    for module in model.modules():
-        if type(module) is nn.Linear and _is_plain(module.weight):
-            module.weight.data = _by_columns(module.weight.data)
+        model.fused = FusedForward(model, product, layout)
+    if product is not None:
+        pack_weights(model, dtype, product)
     model.train = partial(_refuse_training, model)
     return is_fused
 
 
 def supports_fused_decode(model: nn.Module) -> bool:
-    """True if `FusedDecodeStep` computes what a step of this model does: a plain pre-norm decoder of Llama's kind.
+    """True if `FusedForward` computes what this model does: a pre-norm decoder of Llama's or GPT-2's kind.
 
     Every layer must be a bare `nn.Linear`: an adapter around one would be passed over.
     """
-    if type(model) is not Decoder or not _is_plain(model.embed.weight):
+    if type(model) is not Decoder:
         return False
     c = model.config
-    kinds = (c.position, c.norm, c.norm_order, c.attention_kind)
-    if (
-        kinds != (Position.rotary, Norm.rmsnorm, NormOrder.pre, AttentionKind.full)
-        or not c.gated_mlp
-        or c.qk_norm
-        or c.n_experts
-    ):
+    if c.position not in POSITIONS or c.norm_order is not NormOrder.pre or c.attention_kind is not AttentionKind.full:
+        return False
+    if c.n_experts or c.qk_norm_joint:
         return False
     if set(model.windows) != {None} or c.share_layers or model.virtual is not None:
         return False
     return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
+
+
+def _check_int8(model: nn.Module) -> None:
+    """ConfigError for a model whose weights cannot be packed in 8 bits."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise ConfigError("dtype=int8 multiplies on a CPU: set device=cpu, or a dtype or precision of 16 bits")
+    if not is_packable(model):
+        raise ConfigError(
+            "dtype=int8 takes a model of a family of ours without adapters: "
+            "merge them first (export.py format=merged), or leave dtype out"
+        )
+
+
+def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> Product | None:
+    """The fastest product for the model's weights, or None for a model whose weights stay in their dtype."""
+    if not is_packable(model) or _is_packed(model):
+        return None
+    dtype = model.embed.weight.dtype if dtype is None else dtype
+    if dtype not in (torch.bfloat16, torch.float16, torch.int8):
+        return None
+    linears = (module for block in model.blocks for module in block.modules() if type(module) is nn.Linear)
+    return fastest_product(dtype, _probed(linears), rows=rows)
+
+
+def _probed(linears: Iterable[nn.Linear]) -> list[Tensor]:
+    """Weights of a model's own shapes, in its order, for a probe."""
+    weights: list[Tensor] = []
+    for linear in linears:
+        if 2 * sum(weight.numel() for weight in weights) < PROBED_BYTES:
+            weights.append(linear.weight.detach())
+    return weights
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def _refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
@@ -130,32 +239,48 @@ def _refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _linears(block: Block) -> list[nn.Module]:
-    """The layers whose weights are concatenated: three with the input of attention, two with that of the MLP."""
+    """The layers that are joined, and those beside them: all matrices of a block."""
     heads, mlp = block.attention, block.mlp
-    return [heads.q_proj, heads.k_proj, heads.v_proj, mlp.gate_proj, mlp.up_proj]
+    return [*heads.column_layers, *heads.row_layers, *mlp.column_layers, *mlp.row_layers]
 
 
-def _fuse(block: Block) -> FusedLayer:
-    linears = _linears(block)
-    options = ScoreOptions(scale=block.attention.scale, softcap=block.attention.softcap)
-    return FusedLayer(block, options, *_concatenated(linears[:3]), *_concatenated(linears[3:]))
+def _fused_norm(norm: nn.Module) -> FusedNorm:
+    bias = getattr(norm, "bias", None)
+    return FusedNorm(norm, norm.weight.detach(), None if bias is None else bias.detach())
 
 
-def _concatenated(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight and bias of several layers, whose own weights become views of it."""
-    weight = _by_columns(torch.cat([linear.weight.detach() for linear in linears]))
-    for linear, part in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
-        linear.weight.data = part
-    if linears[0].bias is None:
-        return weight, None
-    return weight, torch.cat([linear.bias.detach() for linear in linears])
+def _fused_head_norm(heads: Attention) -> FusedNorm | None:
+    """The norms of queries and keys as one, with a weight for each of H + K heads; None if there are none."""
+    if isinstance(heads.q_norm, nn.Identity):
+        return None
+    norms = [heads.q_norm] * (heads.q_proj.out_features // heads.head_dim)
+    norms += [heads.k_norm] * (heads.k_proj.out_features // heads.head_dim)
+    weight = torch.stack([norm.weight.detach() for norm in norms])[:, None]  # (H + K, 1, D)
+    has_bias = isinstance(heads.q_norm, nn.LayerNorm) and heads.q_norm.bias is not None
+    bias = torch.stack([norm.bias.detach() for norm in norms])[:, None] if has_bias else None
+    return FusedNorm(heads.q_norm, weight, bias)
+
+
+def _join(
+    parent: nn.Module, names: Sequence[str], product: Product | None, layout: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """One layer for several of one input; these become views of its weight or, if it is packed, of its results."""
+    linears = [parent.get_submodule(name) for name in names]
+    sizes = [linear.out_features for linear in linears]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    if product is None:
+        weight = layout(weight)
+        for linear, part in zip(linears, weight.split(sizes), strict=True):
+            linear.weight.data = part
+        return partial(F.linear, weight=weight, bias=bias)
+    joined, start = PackedLinear(weight, bias, product), 0
+    for name, size in zip(names, sizes, strict=True):
+        setattr(parent, name, ChannelsOf(joined, start, start + size))
+        start += size
+    return joined
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """True for a weight that reads faster by columns; a GPU and other dtypes have kernels for either layout."""
+    """True for a weight that reads faster by columns; a GPU has kernels for either layout."""
     return weight.dtype is torch.float32 and weight.device.type == "cpu"
-
-
-def _by_columns(weight: Tensor) -> Tensor:
-    """The same matrix with the entries of each column next to each other."""
-    return weight.t().contiguous().t()

@@ -100,7 +100,7 @@ class KVCache:
         self.length -= n
 
     def _next_length(self, n_new: int) -> int:
-        """The length behind n_new more tokens; ValueError if the buffers do not hold it."""
+        """The length after n_new more tokens; ValueError if the buffers do not hold it."""
         if self.length + n_new > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {self.length + n_new} were given")
         return self.length + n_new

@@ -62,12 +62,12 @@ class MLP(nn.Module):
 
     @property
     def column_layers(self) -> list[nn.Module]:
-        """The layers that make the hidden channels."""
+        """Column-parallel layers of tensor parallelism (Megatron): outputs split by hidden channel."""
         return [self.up_proj]
 
     @property
     def row_layers(self) -> list[nn.Module]:
-        """The layer that takes the hidden channels."""
+        """Row-parallel layer of tensor parallelism (Megatron): inputs split by hidden channel."""
         return [self.down_proj]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,12 +91,12 @@ class GatedMLP(nn.Module):
 
     @property
     def column_layers(self) -> list[nn.Module]:
-        """The layers that make the hidden channels."""
+        """Column-parallel layers of tensor parallelism (Megatron): outputs split by hidden channel."""
         return [self.gate_proj, self.up_proj]
 
     @property
     def row_layers(self) -> list[nn.Module]:
-        """The layer that takes the hidden channels."""
+        """Row-parallel layer of tensor parallelism (Megatron): inputs split by hidden channel."""
         return [self.down_proj]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,8 +83,9 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.devic
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Vectors x (B, H, T, D) turned by the tables of `rotary`; channel i is paired with channel i + D/2, as in Llama's weights.
+    """Vectors x (B, H, T, D) turned by the tables of `rotary` (apply_rotary elsewhere).
 
+    Channel i is paired with channel i + D/2, as in Llama's weights.
     x cos + roll(x) sin is the rotation of all pairs at once: with the sign of the first half in the table, a roll by D/2
     puts each channel's partner in its place.
     """

@@ -55,7 +55,7 @@ class PipelineModel(LanguageModel, Protocol):
     """A model whose blocks can be divided among the stages of a pipeline.
 
     input_modules: the modules that make the input of the first block
-    output_modules: the modules behind the last block: norm and head
+    output_modules: the modules after the last block: norm and head
     """
 
     input_modules: Iterable[nn.Module]

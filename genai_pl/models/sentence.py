@@ -1,7 +1,7 @@
 """Sentence heads: the modules of a sentence-transformers folder that turn hidden states of a text into its vector.
 
 A folder lists its modules in modules.json: the Transformer, a pooling, and any of Dense, LayerNorm, Normalize and Dropout
-behind it, each with a config.json and weights of its own. They are read and written as they are, so that the same folder
+after it, each with a config.json and weights of its own. They are read and written as they are, so that the same folder
 gives the same vectors here and in sentence-transformers.
 """
 
@@ -94,7 +94,7 @@ class SentenceHead(nn.Module):
     def __init__(self, files: Files, *, n_embd: int, where: str, closes: bool = False) -> None:
         super().__init__()
         self.files, self.n_embd, self.where, self.closes = dict(files), n_embd, where, closes
-        # the three kinds of settings: of tokens, of the pooling, of the modules behind it
+        # the three kinds of settings: of tokens, of the pooling, of the modules after it
         (_, _, tokens), (_, pooling_path, pooling_config), *rest = modules(files, where)
         check_transformer(tokens, where)
         self.poolings = poolings(pooling_config, f"{where}/{pooling_path}/config.json")
@@ -143,7 +143,7 @@ class SentenceHead(nn.Module):
         return vectors[..., : self.size]
 
     def with_pooling(self, kind: str) -> "SentenceHead":
-        """A head with another pooling; CheckpointError where the modules behind it take another number of channels."""
+        """A head with another pooling; CheckpointError where the modules after it take another number of channels."""
         if self.poolings == (kind,):
             return self
         config_file = f"{self.files[MODULES][1]['path']}/config.json"

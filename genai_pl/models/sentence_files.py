@@ -31,14 +31,14 @@ FLAGS = {  # flags of older files -> the same, in the order in which the vectors
     "pooling_mode_lasttoken": "last",
 }
 TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
-BEHIND = ("Dense", "LayerNorm", "Normalize", "Dropout")  # modules behind the pooling
+AFTER_POOLING = ("Dense", "LayerNorm", "Normalize", "Dropout")  # modules after the pooling
 KEYS = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs"}
 KEYS |= {"query_length", "document_length", "message_format"}  # for other tasks than a plain text
 HARMLESS = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "revision", "device_map", "cache_dir"}
 
 
 def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dict]]:
-    """Kind, path and settings of each module in turn: Transformer, Pooling, and those of BEHIND.
+    """Kind, path and settings of each module in turn: Transformer, Pooling, and those of AFTER_POOLING.
 
     files: JSON contents by path. where: the folder, for errors. CheckpointError for another order or kind.
     """
@@ -49,7 +49,7 @@ def modules(files: Mapping[str, object], where: str) -> list[tuple[str, str, dic
         if not isinstance(kind, str) or not isinstance(path, str):
             raise CheckpointError(f"{where}/{MODULES}: a module needs a type and a path, not {entry}")
         library, *_, name = kind.split(".")
-        allowed = ("Transformer", "Pooling")[len(entries) : len(entries) + 1] or BEHIND
+        allowed = ("Transformer", "Pooling")[len(entries) : len(entries) + 1] or AFTER_POOLING
         if library != "sentence_transformers" or name not in allowed or entry.get("kwargs"):
             raise CheckpointError(
                 f"{where}/{MODULES}: module {path or len(entries)} ({kind}) is not supported; "

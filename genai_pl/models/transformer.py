@@ -107,7 +107,7 @@ class Transformer(nn.Module):
 
     @property
     def output_modules(self) -> list[nn.Module]:
-        """The modules behind the last block."""
+        """The modules after the last block."""
         return [part for part in (self.norm, self.transform, self.lm_head) if part is not None]
 
     def keep_blocks(self, blocks: range, received: Callable[[], Tensor] | None) -> None:
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
 
         positions: (T,) or (B, T), each token's place in its document. token_type_ids: (B, T), None is type 0.
         insert_virtual: a function that adds virtual tokens to the token embeddings (B, T, E); positions and types then
-        count them too. Pipeline stages behind the first replace this method by the states that they receive.
+        count them too. Pipeline stages after the first replace this method by the states that they receive.
         """
         x = self.embed(input_ids)  # (B, T, E)
         if self.embed_scale is not None:
@@ -208,19 +208,19 @@ class Transformer(nn.Module):
             x = block(x, masks[window], inputs, encoded=encoded, encoded_mask=encoded_mask)
         return self.norm(x)
 
-    def virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
-        """The virtual tokens before each row; `enters`: whether this call is the first of the row, so that they must be computed.
+    def virtual_prefix(self, *, is_first_call: bool) -> VirtualPrefix:
+        """The virtual tokens before each row; is_first_call: whether they must be computed.
 
         Later calls find their keys and values in the cache.
         """
-        return virtual_prefix(self.virtual, enters=enters)
+        return virtual_prefix(self.virtual, is_first_call=is_first_call)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for max_length tokens a row, beside the virtual tokens, on the model's device.
 
         Its dtype is autocast's where that is on: keys and values come in it.
         """
-        n_virtual = self.virtual_prefix(enters=False).n
+        n_virtual = self.virtual_prefix(is_first_call=False).n
         if n_virtual:
             longest = max_length + n_virtual
             max_length = longest if self.max_length is None else min(longest, max(max_length, self.max_length))

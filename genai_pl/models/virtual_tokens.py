@@ -87,7 +87,7 @@ class VirtualPrefix(NamedTuple):
         return None if segments is None else F.pad(segments, (self.n, 0)), torch.cat([first, positions], dim=-1)
 
     def prepend(self, x: Tensor) -> Tensor:
-        """The embeddings that enter in this call, and x (B, T, E) behind them."""
+        """The embeddings that enter in this call, and x (B, T, E) after them."""
         if self.embeddings is None:
             return x
         return torch.cat([self.embeddings.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
@@ -101,11 +101,11 @@ def n_virtual(model: nn.Module) -> int:
 NO_PREFIX = VirtualPrefix()
 
 
-def virtual_prefix(virtual: VirtualTokens | None, *, enters: bool) -> VirtualPrefix:
-    """The prefix of one call; `enters`: whether it is the first of its rows, whose tokens are not in a cache yet."""
+def virtual_prefix(virtual: VirtualTokens | None, *, is_first_call: bool) -> VirtualPrefix:
+    """The prefix of one call; is_first_call: whether it is the first of its rows, whose tokens are not in a cache yet."""
     if virtual is None or virtual.is_off():
         return NO_PREFIX
-    if not enters:
+    if not is_first_call:
         return VirtualPrefix(virtual.n_tokens, virtual.rows())
     return VirtualPrefix(virtual.n_tokens, virtual.rows(), virtual.embeddings(), virtual.layers())
 

@@ -2,7 +2,7 @@
 
 An optimizer step may consist of several accumulated batches on several ranks. Its loss is the sum over all of them of
 the loss of each target, divided by the number of all targets. To get that exactly, the loader puts `window_targets`
-into each batch (this rank's targets in the whole accumulation window), `begin` sums it over ranks at the first batch
+into each batch (this rank's targets in the whole accumulation window), `step_targets` sums it over ranks at the first batch
 of a window, and `training_step` divides each batch's sum by that number at once: gradients then add up to the gradient
 of the exact mean, without being rescaled later. Logged metrics are sums too, and are divided at the end of the step.
 """
@@ -16,12 +16,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.config.enums import Head
-from genai_pl.distributed.dtensor import local_shard
+from genai_pl.distributed.dtensor import is_dtensor, local_shard
 from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
@@ -54,7 +53,7 @@ class BaseModule(L.LightningModule, ABC):
     shapes: tuple[str, ...] = ()  # shapes of models that the objective can train: decoder, encoder, encoder_decoder
     data_kind = "text"  # kind of data that it reads: a value of conf/data
     needs: tuple[str, ...] = ()  # special tokens that the tokenizer must have: mask, sentinels, fim
-    sparse = False  # whether most tokens are not predicted
+    sparse = False  # whether only a minority of tokens is predicted
     needs_reward = False  # whether a reward function scores completions in training
     head: Head | None = None  # head that it trains instead of the language-model head
     embeds = False  # whether it trains embeddings of texts
@@ -81,7 +80,7 @@ class BaseModule(L.LightningModule, ABC):
         self.step_loss = torch.zeros(())  # of the last complete step, over all ranks
         self.grad_norm, self.lr = torch.zeros(()), 0.0  # of the last complete step
         self.group_norms: Metrics = {}  # of the last complete step, by the optimizer's group where there are several
-        self.global_norm = global_norm  # of gradients, some of which a strategy may keep elsewhere
+        self.global_norm = global_norm  # function; a strategy replaces it where ranks hold different parameters
         # a context in which this process may run the model alone, any number of times; FSDP gathers the weights for it
         self.unsharded_model: Callable[[], AbstractContextManager[None]] = nullcontext
         self.steps_in_backward = False  # until step_in_backward
@@ -122,7 +121,7 @@ class BaseModule(L.LightningModule, ABC):
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             configure(optimizer, schedule.scheduler, self._settings)
 
-    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters_for_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters for the optimizer, frozen ones among them: optimizers leave those out."""
         yield from self.model.named_parameters()
 
@@ -139,7 +138,7 @@ class BaseModule(L.LightningModule, ABC):
         return batch["input_ids"].numel()
 
     def n_updates(self, rows: int) -> int:
-        """Optimizer steps that one batch of so many rows gives without accumulation; RL takes several on a rollout."""
+        """Optimizer steps that one batch of this many rows gives without accumulation; RL takes several on a rollout."""
         return 1
 
     def make_prompt(self, text: str) -> str:
@@ -155,17 +154,20 @@ class BaseModule(L.LightningModule, ABC):
         return {name: value / targets for name, value in sums.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The batch's share of the step's loss: its sum over all targets of the step, in this rank's scale."""
-        targets = self.begin(batch)
+        """The batch's share of the step's loss.
+
+        It is its summed loss divided by all targets of the step, multiplied by what Lightning and the strategy divide by.
+        """
+        targets = self.step_targets(batch)
         with self.routing.collected():
             sums = self.step(batch)
-        self.count(sums)
+        self.accumulate(sums)
         loss = sums["loss"] + self.routing.loss(batch["targets"])
-        # Lightning divides by the accumulated batches, and the strategy averages over the replicas: undo both
+        # Lightning divides by the accumulated batches, and the strategy by the replicas
         scale = self.trainer.accumulate_grad_batches * n_replicas(self.trainer)
         return loss * (scale / targets)
 
-    def begin(self, batch: Batch) -> Tensor:
+    def step_targets(self, batch: Batch) -> Tensor:
         """The number of targets of the optimizer step that the batch belongs to, over all ranks, at least 1.
 
         The first batch of a window communicates; the following ones take the number from it.
@@ -174,7 +176,7 @@ class BaseModule(L.LightningModule, ABC):
             self._targets = self._over_ranks(batch["window_targets"])
         return self._targets.clamp(min=1)
 
-    def count(self, sums: Metrics) -> None:
+    def accumulate(self, sums: Metrics) -> None:
         """Add the detached sums of a batch to those of the current optimizer step."""
         for name, value in sums.items():
             self.window[name] = self.window.get(name, 0) + value.detach()
@@ -235,7 +237,8 @@ class BaseModule(L.LightningModule, ABC):
         """Metrics of the last optimizer step, over all ranks; every rank must call it."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
         metrics = self.summarize(sums, self._targets)
-        return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}  # rewards/chosen has a name
+        # names with a slash, such as rewards/chosen, keep their prefix
+        return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}
 
     def update_metrics(self) -> dict[str, float]:
         """Metrics of the last update, which every rank must ask for: learning rate, gradient norm, norm of each parameter group
@@ -276,7 +279,7 @@ class BaseModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and its schedule by step as a factor of each group's learning rate."""
-        optimizer = self.make_optimizer(self.trained())
+        optimizer = self.make_optimizer(self.named_parameters_for_optimizer())
         self._group_names = [group.get("name", str(n)) for n, group in enumerate(optimizer.param_groups)]
         if self.steps_in_backward:
             self._stepper = StepInBackward(optimizer)
@@ -305,7 +308,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
         return torch.zeros(())
     meshes: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+        meshes.setdefault(gradient.device_mesh if is_dtensor(gradient) else None, []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()

@@ -122,9 +122,9 @@ class ContrastiveModule(BaseModule):
             return x
         return self.all_gather(x, sync_grads=x.is_floating_point()).flatten(0, 1)
 
-    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters_for_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's parameters, the temperature, and those of the pooling head."""
-        yield from super().trained()
+        yield from super().named_parameters_for_optimizer()
         yield "log_temperature", self.log_temperature
         yield from self.sentence.named_parameters("sentence")
 

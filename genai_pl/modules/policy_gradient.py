@@ -80,7 +80,7 @@ class PolicyGradientModule(RolloutModule):
         return self._rollout_tokens
 
     def n_updates(self, prompts: int) -> int:
-        """Optimizer steps that a rollout of so many prompts gives."""
+        """Optimizer steps that a rollout of this many prompts gives."""
         n = prompts * self.group_size
         return self.epochs * -(-n // (self.minibatch_size or n))
 

@@ -71,9 +71,9 @@ class PPOModule(PolicyGradientModule):
     def models(self) -> list[nn.Module]:
         return [*super().models(), *([] if self.critic is None else [self.critic])]
 
-    def trained(self):
+    def named_parameters_for_optimizer(self):
         """The policy's parameters, the value head's, and the critic's."""
-        yield from super().trained()
+        yield from super().named_parameters_for_optimizer()
         yield from self.value_head.named_parameters(prefix="value_head")
         if self.critic is not None:
             yield from self.critic.named_parameters(prefix="critic")

@@ -111,14 +111,14 @@ class PreferenceModule(BaseModule):
         with self.trainer.precision_plugin.forward_context():
             return self._compute_reference(batch)
 
-    def begin(self, batch: Batch) -> Tensor:
+    def step_targets(self, batch: Batch) -> Tensor:
         """The targets of the step, pairs; the tokens of its likelihood term are also summed over ranks.
 
         The preference term is a mean over pairs, the likelihood term one over tokens.
         """
         if not self.window and "window_tokens" in batch:
             self._tokens = self._over_ranks(batch["window_tokens"]).clamp(min=1)
-        return super().begin(batch)
+        return super().step_targets(batch)
 
     def step(self, batch: Batch) -> Metrics:
         """Sums over pairs of the loss, log-probabilities and implicit rewards."""

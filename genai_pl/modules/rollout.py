@@ -1,7 +1,7 @@
 """Rollouts: completions that a policy generates in training, as the batches that it learns from.
 
 Two layouts of the same completions meet here. Rows (R, T) go through the model: a prompt with one completion, or, with
-shared prompts, with all `group_size` completions behind it as segments of their own. Completions (N, L) go through the
+shared prompts, with all `group_size` completions after it as segments of their own. Completions (N, L) go through the
 objective: one line per completion, tokens from the left. N is a multiple of R, and completions i * N/R to (i + 1) *
 N/R - 1 belong to row i. `token_positions` (N, L) leads from the second to the first: `gather_tokens(row_values,
 token_positions)`.

@@ -37,7 +37,7 @@ def plackett_luce_loss(rewards: Tensor) -> Tensor:
 
     rewards are (B, k), the best first.
     """
-    left = rewards.flip(-1).logcumsumexp(-1).flip(-1)  # (B, k): log-sum-exp of a place and all behind it
+    left = rewards.flip(-1).logcumsumexp(-1).flip(-1)  # (B, k): log-sum-exp of a place and all after it
     return (left - rewards).sum()
 
 

@@ -37,7 +37,7 @@ class Seq2SeqCollator(Collator):
         return {**batch, "segment_ids": segments, "decoder_segment_ids": decoder_segments}
 
     def _shifted(self, row: Example) -> np.ndarray:
-        """The decoder's input: each target shifted right by one, behind the start token."""
+        """The decoder's input: each target shifted right by one, after the start token."""
         target, segments = row["target"], row["target_segments"]
         first = np.diff(segments, prepend=0) > 0
         return np.where(first, self.start, np.roll(target, 1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.int8 import from_int8, to_int8
 from genai_pl.peft.targets import ALL_LINEAR, ModuleSite, adapter_layers, match, module_sites
 
 BLOCK = 64  # weights that share a scale in nf4
@@ -53,17 +54,6 @@ def from_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the two values of each byte
     values = F.embedding(codes.int(), pairs)  # (N / 2, 2)
     return (values.view(-1, BLOCK) * scales[:, None]).flatten()[: shape.numel()].view(shape)
-
-
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) int8, and scales (out,) that map the largest magnitude of each row to 127."""
-    scales = weight.float().abs().amax(dim=1) / 127
-    return (weight.float() / scales.clamp_min(torch.finfo().tiny)[:, None]).round().to(torch.int8), scales
-
-
-def from_int8(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    """The weight in float32, of the given shape."""
-    return (codes.float() * scales[:, None]).view(shape)
 
 
 KINDS = {"nf4": (to_nf4, from_nf4), "int8": (to_int8, from_int8)}

@@ -19,7 +19,7 @@ class Layout:
     data: replicas that see different batches
     tensor: devices that share each layer
     stages: devices of a pipeline, each of which holds some of the layers
-    microbatches: of a batch, in a pipeline
+    micro_batches: of a batch, in a pipeline
     gpipe: all forward passes come first; else the schedule is 1F1B
     sequence: hidden states between attention and MLP are sharded over the devices that share a layer
     zero: what replicas divide: 1 optimizer states, 2 gradients too, 3 weights too
@@ -31,7 +31,7 @@ class Layout:
     data: int = 1
     tensor: int = 1
     stages: int = 1
-    microbatches: int = 1
+    micro_batches: int = 1
     gpipe: bool = False
     sequence: bool = False
     zero: int = 0
@@ -44,8 +44,8 @@ class Layout:
         return self.data * self.tensor * self.stages
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches that a stage holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019)."""
-        return self.microbatches if self.gpipe else min(self.stages - stage, self.microbatches)
+        """Micro-batches that a stage holds at once: under 1F1B one per stage from it on (Narayanan et al. 2019)."""
+        return self.micro_batches if self.gpipe else min(self.stages - stage, self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def memory(share: Share, layout: Layout, *, activations: float, loss: float, sta
         optimizer_bytes=share.weight_bytes * share.moments,
     )
     gathered = 0.0
-    activations *= layout.in_flight(stage) / layout.microbatches
+    activations *= layout.in_flight(stage) / layout.micro_batches
     if layout.zero == 3 and layout.data > 1:
         # the current block and the next, which is prefetched, and the gradient of one
         gathered = 3 * share.largest * share.compute_bytes
@@ -225,9 +225,9 @@ def step_time(machine: Machine, layout: Layout, sent: Iterable[Traffic], *, flop
     """The seconds of a step in which every device computes `flops`.
 
     Traffic of gradients and weights hides behind products, that inside a layer does not. A pipeline of p stages is idle
-    for (p - 1) / m of its work over m microbatches (Narayanan et al. 2021, section 2.2).
+    for (p - 1) / m of its work over m micro-batches (Narayanan et al. 2021, section 2.2).
     """
-    compute = flops / (machine.flops * machine.efficiency) * (1 + (layout.stages - 1) / layout.microbatches)
+    compute = flops / (machine.flops * machine.efficiency) * (1 + (layout.stages - 1) / layout.micro_batches)
     seconds = {t: t.n_bytes / (machine.network if t.across_nodes else machine.link) for t in sent}
     # traffic that overlaps with products, and traffic that delays them
     hidden = sum(s for t, s in seconds.items() if t.hidden)

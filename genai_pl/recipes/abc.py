@@ -198,7 +198,7 @@ class _TuneParser:
 
 
 def _read(tune: str) -> Iterator[tuple[Bar, str]]:
-    """Each bar with the bar line behind it, and the number of the ending that begins there."""
+    """Each bar with the bar line after it, and the number of the ending that begins there."""
     # the melody without lines of fields that do not affect it
     body = re.split(r"(?m)^K:.*$", tune, maxsplit=1)[-1]
     melody = "\n".join(line for line in body.splitlines() if not re.match("[A-JN-Za-z]:", line))

@@ -33,7 +33,7 @@ def open_files() -> int:
 
 
 def connection_limits(n_files: int) -> tuple[int, int]:
-    """(connections at most, length of the accept backlog) for so many file descriptors.
+    """(connections at most, length of the accept backlog) for this many file descriptors.
 
     asyncio closes a surplus connection some turns of its loop after accepting it, and accepts up to a backlog more in each
     turn: four backlogs of descriptors stay free for that, and OWN_FILES for everything else.

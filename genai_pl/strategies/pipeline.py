@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each rank holds neighbouring blocks, and microbatches travel from rank to rank.
+"""Pipeline parallelism: each rank holds neighbouring blocks, and micro-batches travel from rank to rank.
 
 Every rank builds the whole model and optimizer, then frees the storage of the parameters of other stages: names,
 shapes and numbers stay those of one process, so optimizers, exports and checkpoints need no translation. torch's
@@ -51,7 +51,7 @@ class PipelineStrategy(ShardedStrategy):
         if microbatches < 1:
             raise ConfigError(f"strategy.microbatches={microbatches}: at least 1")
         super().__init__(data_parallel_size=data_parallel_size, tensor_parallel_size=pipeline_parallel_size)
-        self.schedule, self.microbatches = schedule, microbatches
+        self.schedule, self.micro_batches = schedule, microbatches
         self._stages_of: dict[nn.Parameter, tuple[int, ...]] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # of stages that hold the same parameter
         self._batch: Batch = {}
@@ -62,15 +62,15 @@ class PipelineStrategy(ShardedStrategy):
         return self.global_rank % self.sizes[1]
 
     def check(self, module: BaseModule, *, rows: int) -> None:
-        """Also ConfigError where microbatches do not divide a batch, or are fewer than the stages under 1f1b."""
+        """Also ConfigError where micro-batches do not divide a batch, or are fewer than the stages under 1f1b."""
         super().check(module, rows=rows)
-        if rows % self.microbatches:
+        if rows % self.micro_batches:
             raise ConfigError(
-                f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.microbatches})"
+                f"data.batch_size ({rows}) must be a multiple of strategy.microbatches ({self.micro_batches})"
             )
-        if self.schedule == "1f1b" and self.microbatches < self.sizes[1]:
+        if self.schedule == "1f1b" and self.micro_batches < self.sizes[1]:
             raise ConfigError(
-                f"strategy.microbatches ({self.microbatches}) must be at least strategy.pipeline_parallel_size "
+                f"strategy.microbatches ({self.micro_batches}) must be at least strategy.pipeline_parallel_size "
                 f"({self.sizes[1]}) under schedule=1f1b"
             )
 
@@ -118,7 +118,7 @@ class PipelineStrategy(ShardedStrategy):
         group = self.device_mesh["tensor_parallel"].get_group()
         # the schedule of this stage
         part = Stage(module, stage, n_stages, self.precision_plugin.forward_context)
-        self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, microbatches=self.microbatches)
+        self._pipeline = Pipeline(part, stage, group, schedule=self.schedule, micro_batches=self.micro_batches)
         module.global_norm = self._global_norm
 
     def _group_of_this_rank(self, groups: list[list[int]], **options: str) -> dist.ProcessGroup | None:
@@ -148,8 +148,8 @@ class PipelineStrategy(ShardedStrategy):
     def backward(self, closure_loss: Tensor, *_: object, **__: object) -> Tensor:
         """Run the schedule on the kept batch, which accumulates gradients, and count its sums."""
         module = self.lightning_module
-        sums = self._pipeline.run(self._batch, 1 / module.begin(self._batch), train=True)
-        module.count(sums)
+        sums = self._pipeline.run(self._batch, 1 / module.step_targets(self._batch), train=True)
+        module.accumulate(sums)
         return closure_loss
 
     def validation_step(self, batch: Batch, *_: object) -> None:

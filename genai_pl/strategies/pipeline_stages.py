@@ -1,4 +1,4 @@
-"""Pipeline stages: the blocks of a model divided among ranks, and the schedule of microbatches through them.
+"""Pipeline stages: the blocks of a model divided among ranks, and the schedule of micro-batches through them.
 
 A stage runs the model's own `features` with the blocks of other stages skipped (`keep_blocks`), so masks, positions
 and dropout come from the same code as in one process; every stage has the token ids of the batch, and only hidden
@@ -57,14 +57,14 @@ def free_storage(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 class Stage(nn.Module):
-    """The objective of one microbatch, as far as this stage computes it.
+    """The objective of one micro-batch, as far as this stage computes it.
 
     module: the objective's module, whose model is restricted to the blocks of this stage
     stage, n_stages: this stage and their number
     precision: context of autocast
 
     The output is hidden states (B, T, C); on the last stage the loss (1,), times `loss_scale`. `sums` adds up the
-    objective's sums over microbatches there.
+    objective's sums over micro-batches there.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Stage(nn.Module):
         model.keep_blocks(range(blocks[0], blocks[-1] + 1), None if stage == 0 else lambda: self._received)
 
     def forward(self, x: Tensor, **rows: Tensor) -> Tensor:
-        """Run the blocks of this stage on one microbatch.
+        """Run the blocks of this stage on one micro-batch.
 
         x: token ids on the first stage, else the previous stage's hidden states
-        rows: the batch of this microbatch, by name
+        rows: the batch of this micro-batch, by name
         """
         self._received = x  # what `keep_blocks` feeds to the first block; unused on the first stage
         with self.precision():
@@ -102,12 +102,14 @@ class Pipeline:
     stage, index: this rank's stage and its number
     group: the ranks of the pipeline
     schedule: gpipe or 1f1b
-    microbatches: parts of a batch, as far as its rows allow
+    micro_batches: parts of a batch, as far as its rows allow
     """
 
-    def __init__(self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, microbatches: int) -> None:
+    def __init__(
+        self, stage: Stage, index: int, group: dist.ProcessGroup, *, schedule: str, micro_batches: int
+    ) -> None:
         self.stage, self.index, self.group = stage, index, group
-        self.schedule, self.microbatches = schedule, microbatches
+        self.schedule, self.micro_batches = schedule, micro_batches
         self._schedules: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}
         self._names: dict[bool, list[str]] = {}
 
@@ -118,7 +120,7 @@ class Pipeline:
         """
         input_ids, labels = batch["input_ids"], batch["labels"]
         rows = {name: value for name, value in batch.items() if value.ndim}
-        # each microbatch adds to these sums
+        # each micro-batch adds to these sums
         self.stage.train(train)
         self.stage.loss_scale = loss_scale
         self.stage.sums = Counter()
@@ -136,13 +138,13 @@ class Pipeline:
         return self._schedules[train][1]
 
     def _build(self, input_ids: Tensor, train: bool) -> "PipelineScheduleSingle":
-        """A schedule of torch for microbatches of B / n rows; shapes are given by meta tensors, so that none are sent."""
+        """A schedule of torch for micro-batches of B / n rows; shapes are given by meta tensors, so that none are sent."""
         # imported here: it takes a third of a second
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
         # shapes of what this stage receives and sends
         B, T = input_ids.shape
-        n_stages, n = self.group.size(), math.gcd(B, self.microbatches)
+        n_stages, n = self.group.size(), math.gcd(B, self.micro_batches)
         model = self.stage.module.model
         hidden = torch.empty(B // n, T, model.config.n_embd, dtype=model.embed.weight.dtype, device="meta")
         hidden.requires_grad_(train)
@@ -156,7 +158,7 @@ class Pipeline:
             output_args=loss if self.stage.is_last else hidden,
             group=self.group,
         )
-        # 1F1B needs a microbatch for every stage; the last rows of an epoch may be fewer
+        # 1F1B needs a micro-batch for every stage; the last rows of an epoch may be fewer
         kind = Schedule1F1B if self.schedule == "1f1b" and train and n >= n_stages else ScheduleGPipe
         return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
 

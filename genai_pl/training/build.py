@@ -1,6 +1,6 @@
 """Objects of a run, built from its configuration in order: model, data, module, trainer.
 
-Configuration stops here: below this file functions take plain typed arguments. Nothing changes the configuration,
+Configuration stops here: lower layers than training/ take plain typed arguments. Nothing changes the configuration,
 and what comes back is complete: whoever trains it sets no attribute of it. The order is one of cost: checks that
 need no data first, then the model, then tokenization, so that a mistake shows in seconds.
 """
@@ -82,16 +82,16 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     check_shape(config, model.config, objective)
     if objective.head is not None:
         model.set_head(objective.head)
-    base = save_base(config, folder, initial)
+    adapter_base = save_base(config, folder, initial)
     model = apply_peft(config.peft, model, tokenizer)
 
     # batches that fit its context
-    batch_size, seq_len, clamped = fit_to_context(config, model)
+    batch_size, seq_len, clamp_message = fit_to_context(config, model)
     data.fit_to_model(seq_len=seq_len, batch_size=batch_size, val_batch_size=config.data.val_batch_size or batch_size)
-    if clamped:
-        rank_zero_only(log.info)("clamped     %s", clamped)
+    if clamp_message:
+        rank_zero_only(log.info)("clamped     %s", clamp_message)
 
-    # what products are computed in: a resumed run keeps it
+    # precision of matrix products: a resumed run keeps it
     contents = None if checkpoint is None else read_contents(checkpoint)
     device = choose_device("cpu" if config.trainer.accelerator == "cpu" else "auto")
     stored_precision = None if contents is None else contents[MARK].get("precision", "32-true")
@@ -121,9 +121,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     limit_steps(trainer, length.steps)
     data.limit_batches(length.steps * trainer.accumulate_grad_batches)
 
-    run = Run(
-        folder, trainer, module, data, tokenizer, length, precision, **callbacks, defaults=initial.defaults, base=base
-    )
+    origins = {"defaults": initial.defaults, "adapter_base": adapter_base}
+    run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **origins)
     prepare_strategy(config, run)
     prepare_loggers(trainer, checkpoint)
     return run
@@ -145,7 +144,8 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
         optimizer=instantiate(config.optimizer),
         schedule=instantiate(config.scheduler),
     )
-    module.make_optimizer(module.trained())  # built once here: mistakes show before the data are read
+    # built once here: mistakes show before the data are read
+    module.make_optimizer(module.named_parameters_for_optimizer())
     if config.compile:
         for block in model.blocks:
             block.compile()

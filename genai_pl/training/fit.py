@@ -58,7 +58,7 @@ class Run:
     passes.
     monitor, console, interrupt, checkpoints, samples: our callbacks; samples is None where no text can be
     written.
-    defaults: generation settings of the folder that the model came from. base: reference to an adapter's base
+    defaults: generation settings of the folder that the model came from. adapter_base: reference to an adapter's base
     model, None without. precision: what products are computed in, and why.
     """
 
@@ -75,7 +75,7 @@ class Run:
     checkpoints: StepCheckpoint
     samples: Samples | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
-    base: str | None = None  # reference to the base of an adapter
+    adapter_base: str | None = None
 
 
 def fit(run: Run, checkpoint: Path | None) -> None:
@@ -180,11 +180,11 @@ def export_run(run: Run, card: dict[str, str]) -> None:
 def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
     """Fill an adapter's folder: weights, tokenizer, generation settings and card."""
     model, tokenizer = run.module.model, run.tokenizer
-    save_adapter(model, folder, base=run.base)
+    save_adapter(model, folder, base=run.adapter_base)
     save_tokenizer(tokenizer, folder)
     write_json(folder / GENERATION, generation_config_values(model.config, token_ids(tokenizer), run.defaults))
     write_files(folder, run.module.export_files())
-    (folder / "README.md").write_text(adapter_card(run.base, card), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(run.adapter_base, card), encoding="utf-8")
 
 
 def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from genai_pl.errors import ConfigError
 
 DEFAULT_STEPS = 500
 DEFAULT_PASSES = 3  # of a trained model over examples, as num_train_epochs of transformers and TRL
-DEFAULT_WARMUP, WARMUP_SHARE = 100, 5  # at most so many steps, and at most a fifth of the run
+DEFAULT_WARMUP, WARMUP_SHARE = 100, 5  # at most this many steps, and at most a fifth of the run
 BEFORE = {"steps": DEFAULT_STEPS, "warmup_steps": DEFAULT_WARMUP}  # of runs whose checkpoints do not store a length
 
 

@@ -74,7 +74,7 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     run = build(config, folder, checkpoint)
 
     # what is written with every checkpoint, and what a run that ends early prints
-    trained_only = run.base is not None and bool(adapters_of(run.module.model))
+    trained_only = run.adapter_base is not None and bool(adapters_of(run.module.model))
     run.checkpoints.describe_run(
         {**checkpoint_contents(run), **settings},
         trained_only=trained_only,

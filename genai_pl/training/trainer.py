@@ -229,7 +229,7 @@ def checkpoint_contents(run: Run) -> dict[str, object]:
     if files := {name: values for name, values in run.module.export_files().items() if name.endswith(".json")}:
         contents["files"] = files
     for adapter in adapters_of(run.module.model):
-        contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": run.base}
+        contents |= {"peft": {"method": adapter.method, "options": adapter.options}, "base": run.adapter_base}
     return contents
 
 

@@ -22,7 +22,7 @@ def drawn(loss: Callable[[random.Random, int], float], seed: int, n: int) -> lis
 
 
 def gamma(draw: random.Random, mean: float, spread: float) -> float:
-    """A positive loss whose standard deviation is so many times its mean."""
+    """A positive loss whose standard deviation is this many times its mean."""
     return draw.gammavariate(1 / spread**2, mean * spread**2)
 
 

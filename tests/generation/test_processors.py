@@ -4,7 +4,7 @@ import transformers
 from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
-from genai_pl.generation import process, sample
+from genai_pl.generation import draw_token, process, sample
 from genai_pl.generation.processors import logit_bias, min_p, repetition_penalty, temperature, top_k, top_p
 
 BIAS = {3: 2.5, 7: -100.0, 49: 1.0}
@@ -96,6 +96,28 @@ def test_samples_have_the_frequencies_of_the_processed_probabilities():
     statistic = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum()
     freedom = torch.tensor((possible.sum().item() - 1) / 2, dtype=torch.float64)
     assert torch.special.gammaincc(freedom, statistic / 2) > 1e-3  # the chance of a worse fit
+
+
+def test_draws_from_a_wide_vocabulary_have_its_probabilities():
+    probabilities = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(0)).pow(8)
+    probabilities[:, 12:] = 0.0  # a filter left twelve
+    probabilities[1, :5] = 0.0
+    generator, n = torch.Generator().manual_seed(0), 4000
+    tokens = torch.stack([draw_token(probabilities, generator) for _ in range(n)])  # (n, 2)
+    for row, expected in zip(tokens.T, probabilities[:, :12].double(), strict=True):
+        expected = expected / expected.sum()
+        counts, possible = row.bincount(minlength=12).double(), expected > 1e-3
+        assert counts[expected == 0].sum() == 0
+        statistic = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum()
+        assert torch.special.gammaincc((possible.sum() - 1) / 2, statistic.float() / 2) > 1e-3
+    same = draw_token(probabilities, torch.Generator().manual_seed(7))
+    assert torch.equal(same, draw_token(probabilities, torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_nothing_to_draw_from_is_an_error(value):
+    with pytest.raises(RuntimeError, match="NaN"):
+        draw_token(torch.full((1, 20_000), value))
 
 
 def test_a_temperature_too_low_to_divide_by_takes_the_likeliest_token():

@@ -15,6 +15,9 @@ KINDS = {
     "qwen2": {"qkv_bias": True, "n_kv_head": 1},
     "gemma": {"activation": "gelu_tanh", "scale_embeddings": True, "head_dim": 12},
     "softcap": {"softcap": 5.0, "attention": "reference", "logit_softcap": 8.0},
+    "qwen3": {"qk_norm": True, "n_kv_head": 2},
+    "gpt2": {"position": "learned", "norm": "layernorm", "gated_mlp": False, "activation": "gelu", "bias": True},
+    "normed": {"position": "sinusoidal", "norm": "layernorm", "qk_norm": True, "bias": True, "embed_norm": True},
 }
 
 
@@ -40,7 +43,9 @@ def test_steps_give_the_states_and_tokens_of_the_whole(kind: str) -> None:
         cache = model.new_cache(3, 12)
         model.features(ids[:, :8], None if segment_ids is None else segment_ids[:, :8], cache=cache)
         states = [model.features(ids[:, n : n + 1], cache=cache) for n in range(8, 12)]
-        torch.testing.assert_close(torch.cat(states, 1), plain.features(ids, segment_ids)[:, 8:], atol=2e-5, rtol=1e-5)
+        expected = plain.features(ids, segment_ids)[:, 8:]
+        torch.testing.assert_close(torch.cat(states, 1), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(model.features(ids, segment_ids)[:, 8:], expected, atol=2e-5, rtol=1e-5)
     config = GenerationConfig(max_new_tokens=80, temperature=0)  # beyond the context
     for segment_ids in (None, segments):
         assert torch.equal(
@@ -64,10 +69,9 @@ def test_rows_of_unequal_length_share_a_step() -> None:
 
 
 OTHERS = {
-    "bf16": lambda: build().bfloat16(),
-    "gpt2": lambda: build(position="learned", norm="layernorm", gated_mlp=False),
+    "relative": lambda: build(position="relative"),
     "windows": lambda: build(window=8),
-    "qk_norm": lambda: build(qk_norm=True),
+    "post_norm": lambda: build(norm_order="post"),
     "adapter": lambda: peft.lora(build(), rank=2),
     "prefix": lambda: peft.prefix(build(), n_tokens=2),
     "encoder": lambda: build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=60, shape="encoder")),
@@ -88,4 +92,4 @@ def test_a_prepared_model_refuses_training_mode_and_says_why(kind: str) -> None:
 def test_other_models_stay_as_they_are(name: str) -> None:
     model = OTHERS[name]()
     assert not prepare_for_decoding(model)
-    assert getattr(model, "fused_step", None) is None
+    assert getattr(model, "fused", None) is None

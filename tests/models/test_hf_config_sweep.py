@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sweep
 
-FEW = 23  # of the cases, in the default suite: every so many of them, another one first for each model
+FEW = 23  # of the cases, in the default suite: one in this many, another one first for each model
 SMALL = ("gpt2", "llama_tied", "gemma3", "bert", "roberta", "albert_headless", "flan_t5", "xlnet_untied", "qwen3_score")
 
 

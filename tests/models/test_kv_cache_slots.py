@@ -27,7 +27,7 @@ def build(**options: object) -> Decoder:
 
 
 def alone(model: Decoder, row: list[int]) -> Tensor:
-    """The logits behind a sequence, in one pass and without a cache."""
+    """The logits after a sequence, in one pass and without a cache."""
     return model(torch.tensor([row]))[0, -1]
 
 

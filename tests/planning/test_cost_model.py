@@ -92,7 +92,7 @@ def test_a_step_waits_for_what_is_slowest():
         assert time.step == pytest.approx(seconds)
         assert where in time.bottleneck
     # Narayanan et al. 2021, section 2.2: (p - 1) / m of the work is waited for
-    assert step_time(A100, Layout(stages=4, microbatches=8), [], flops=A100.flops).compute == pytest.approx(
+    assert step_time(A100, Layout(stages=4, micro_batches=8), [], flops=A100.flops).compute == pytest.approx(
         (1 + 3 / 8) / A100.efficiency
     )
 
@@ -200,12 +200,12 @@ def test_a_stage_holds_its_blocks_and_what_lies_at_its_end():
     assert (middle, last) == (block, block + embed + norm)  # whose head is the embedding
 
 
-def test_early_stages_of_1f1b_hold_more_microbatches():
+def test_early_stages_of_1f1b_hold_more_micro_batches():
     # Narayanan et al. 2019, section 3.2: as many as there are stages from one on; GPipe: all
-    assert [Layout(stages=4, microbatches=8).in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
-    assert [Layout(stages=4, microbatches=8, gpipe=True).in_flight(stage) for stage in range(4)] == [8] * 4
+    assert [Layout(stages=4, micro_batches=8).in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [Layout(stages=4, micro_batches=8, gpipe=True).in_flight(stage) for stage in range(4)] == [8] * 4
     share = Share(weights=0, trained=0, largest=0)
-    assert memory(share, Layout(stages=4, microbatches=8), activations=80, loss=5, stage=2).total == 20 + 5
+    assert memory(share, Layout(stages=4, micro_batches=8), activations=80, loss=5, stage=2).total == 20 + 5
 
 
 def test_states_are_counted_by_what_the_optimizer_makes():

@@ -123,7 +123,7 @@ def serve() -> None:
 
 
 def _wait(pid: int, seconds: float | None, rank: int) -> int:
-    """The exit status of the process, one of whose run is killed after so many seconds."""
+    """The exit status of the process, one of whose run is killed after this many seconds."""
     deadline = time.monotonic() + (seconds or float("inf"))
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -221,7 +221,8 @@ def _train(job: dict, argv: list[str], *, rank: int) -> NoReturn:
     sys.argv, status = argv, 0
     moment = Moment(*job["moment"]) if job["moment"] else None
     tracer = Tracer(moment if moment and moment.rank == rank else None)
-    tracer.start()
+    if moment or job["counts"]:  # tracing takes as long as the run itself
+        tracer.start()
     try:
         train.main()
     except SystemExit as stop:

@@ -50,11 +50,11 @@ def attend_by_features(log_q: Tensor, log_k: Tensor, values: Tensor, mask: Atten
     keys, values, documents = (_blocks(x, length, block) for x in (log_k, _with_ones(values), documents))
     documents, query_documents = documents[..., 0], query_documents[..., 0]  # (B, 1, 1, N or n, block)
     n = queries.shape[3]
-    # keys of the own block, keys before it, and without a causal mask keys behind it
+    # keys of its own block, keys before it, and without a causal mask keys after it
     visible = _visible(query_documents, documents[:, :, :, -n:], causal=mask.causal)
     parts = [_within(queries, keys[:, :, :, -n:], values[:, :, :, -n:], visible)]
     parts.append(_from_states(queries, query_documents, _states_before(keys, values, documents)))
-    if not mask.causal:  # keys behind a block stand before it in the reversed row
+    if not mask.causal:  # keys after a block stand before it in the reversed row
         last = documents.amax() + 1
         reversed_documents = torch.where(documents == 0, 0, last - documents).flip(3)
         state, document = _states_before(keys.flip(3), values.flip(3), reversed_documents)

@@ -132,7 +132,7 @@ class WindowAttention(nn.Module):
         keys = torch.cat([first, near[..., 0]], dim=2).expand(B, -1, -1).flatten(0, 1)  # (B * N, n_global + width)
         queries = split_into_blocks(pad_to_blocks(queries[..., None], self.block), self.block)[..., 0]
         queries = queries.expand(B, -1, -1).flatten(0, 1)  # (B * N, block)
-        # the rows end `after` positions behind their queries, so the window to both sides is a causal one of its width
+        # the rows end `after` positions past their queries, so the window to both sides is a causal one of its width
         window = before + 1 + after
         return AttentionMask(
             causal=True, window=window, prefix=self.n_global or None, segments=keys, query_segments=queries

@@ -233,7 +233,7 @@ def score_gradient(
     q, d_o, lse2, delta, k, v, i, j, of_query, k_table, head, bias_stride, sizes, scalars, EDGES: tl.constexpr,
     F: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the scores (behind cap and bias) at one tile of queries by keys, and the tanh of the softcap."""
+    """The gradient of the scores (after cap and bias) at one tile of queries by keys, and the tanh of the softcap."""
     scores = product(q, tl.trans(k), tl.zeros([F.BLOCK_M, F.BLOCK_N], tl.float32), F)
     x, ratio = logits(scores, i[:, None], j[None, :], head, bias_stride, sizes, scalars, EDGES, F)
     weights = tl.exp2(x - lse2[:, None])

@@ -131,7 +131,7 @@ def _attend(
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row may have seen nothing yet
             weights = tl.exp2(x - safe[:, None])
             old = tl.exp2(peak - safe)
-        # the denominator counts dropped weights too: dropout comes behind the softmax
+        # the denominator counts dropped weights too: dropout comes after the softmax
         total = total * old + tl.sum(weights, 1)
         if F.dropout:
             weights = tl.where(keep(i[:, None], j[None, :], head, scalars), weights * scalars.keep_scale, 0.0)

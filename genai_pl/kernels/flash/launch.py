@@ -17,7 +17,7 @@ from genai_pl.kernels.flash.config import Blocks, architecture, n_processors
 from genai_pl.kernels.flash.forward import combine, forward
 from genai_pl.kernels.flash.problem import Case, Problem
 
-SHORT = 16  # up to so many queries, keys are split among programs instead
+SHORT = 16  # up to this many queries, keys are split among programs instead
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _fault(model: "WrappedDecoder") -> str | None:
 
 
 def _packing_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
-    """The fault of two documents packed into a row, or of one behind padding, or None; expected: logits of plain rows."""
+    """The fault of two documents packed into a row, or of one after padding, or None; expected: logits of plain rows."""
     documents = torch.tensor([[1] * N + [2] * N], device=tokens.device)
     packed = model(tokens.reshape(1, 2 * N), documents).view_as(expected)
     if not _near(packed, expected):
@@ -83,7 +83,7 @@ def _packing_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) ->
     rows, segments = _padded(tokens, N)
     padded = model(rows, segments)
     if not (_near(padded[0, PAD:], expected[0, : N - PAD]) and _near(padded[1], expected[1])):
-        return "texts behind padding come out otherwise than without"
+        return "texts after padding come out otherwise than without"
     return None
 
 
@@ -105,7 +105,7 @@ def _cache_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> s
 
 
 def _padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Rows (2, length), the first shifted right behind PAD tokens of padding, and their segments."""
+    """Rows (2, length), the first shifted right after PAD tokens of padding, and their segments."""
     rows, segments = tokens.clone(), torch.ones_like(tokens)
     rows[0] = torch.cat([tokens[0, :1].expand(PAD), tokens[0, : length - PAD]])
     segments[0, :PAD] = 0

@@ -126,7 +126,7 @@ class WrappedDecoder(nn.Module):
         # segments and positions of all tokens, as in `Decoder.features`
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
-        virtual = self._virtual_prefix(enters=past == 0)
+        virtual = self._virtual_prefix(is_first_call=past == 0)
         if cache is not None:
             segment_ids = cache.segments(segment_ids, B, T, input_ids.device)
         if segment_ids is None:
@@ -150,10 +150,10 @@ class WrappedDecoder(nn.Module):
             cache.length += T
         return hidden[:, virtual.n_queries :]
 
-    def _virtual_prefix(self, *, enters: bool) -> VirtualPrefix:
+    def _virtual_prefix(self, *, is_first_call: bool) -> VirtualPrefix:
         """The virtual tokens of this call: embeddings enter once, keys and values every time (transformers' cache lacks them)."""
-        virtual = virtual_prefix(self.virtual, enters=True)
-        return virtual if enters else virtual._replace(embeddings=None)
+        virtual = virtual_prefix(self.virtual, is_first_call=True)
+        return virtual if is_first_call else virtual._replace(embeddings=None)
 
     def to_head(self, hidden: Tensor) -> Tensor:
         """The input of `lm_head`: hidden states as they are."""

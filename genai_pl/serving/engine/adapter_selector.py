@@ -41,7 +41,10 @@ class AdapterSelector:
 
     @contextmanager
     def selected(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Context manager: inside, the model has one adapter per batch row by name, None for the base alone."""
+        """Context manager: inside, one adapter per batch row is active, by name, None for the base alone.
+
+        It is PEFT's set_adapter for every row: the active adapter of a row has weight 1, the others 0.
+        """
         for name, adapter in self.adapters.items():
             weights = [float(row_name == name) for row_name in names]
             alike = len(set(weights)) == 1  # one number is faster than a tensor with one per row

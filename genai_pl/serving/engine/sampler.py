@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genai_pl.generation import process
+from genai_pl.generation import draw_token, process
 from genai_pl.serving.engine.request import SampledToken
 from genai_pl.serving.engine.request_state import RequestState, isolate_failure
 
@@ -86,7 +86,7 @@ def _processed(logits: Tensor, states: Sequence[RequestState], members: list[int
 
 def _draw(probabilities: Tensor, state: RequestState) -> Tensor:
     """A token () drawn from probabilities (V,) with the request's own generator."""
-    return torch.multinomial(probabilities, 1, generator=state.generator)[0]
+    return draw_token(probabilities[None], state.generator)[0]
 
 
 def _with_logprobs(logits: Tensor, token: int, n: int | None) -> SampledToken:

@@ -11,7 +11,7 @@ from genai_pl.serving.engine.request_state import RequestState
 from genai_pl.serving.fair_queue import FairQueue
 
 log = logging.getLogger("genai_pl.serving")
-SLOTS_PER_SPARE = 4  # one spare slot for so many slots, rounded up
+SLOTS_PER_SPARE = 4  # one spare slot for this many slots, rounded up
 
 
 class Scheduler:
@@ -25,8 +25,8 @@ class Scheduler:
     finish: called for a request that ends here, with a finish reason or with None where the request has one
 
     Three rules decide who runs. Clients take turns by tokens (FairQueue). New requests and half-read prompts alternate, so
-    that a long prompt neither blocks short ones nor starves behind them. A quarter as many spare slots again are for
-    requests that would otherwise wait behind a client that holds all slots: see `may_use_spare_slot`.
+    that a long prompt neither blocks short ones nor is starved by them. Beyond the slots, a quarter as many spare ones
+    are reserved for requests that would otherwise wait for a client that holds all slots: see `may_use_spare_slot`.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Scheduler:
         return self.prefilling
 
     def admit(self, budget: int) -> bool:
-        """Move waiting requests to `prefilling`, with a cache; False if none may start now.
+        """Move waiting requests to `prefilling`, with a cache; True if one or more were, False if none may start now.
 
         A request that cannot start is finished, and the next one is tried.
         """
+        # a budget of 0 admits exactly one request
         while self._dequeue_next(budget if self.model_runner.packs_prompts else 0):
             adapter = self.prefilling[0].request.adapter
             try:
@@ -89,7 +90,7 @@ class Scheduler:
         return False
 
     def pause(self) -> None:
-        """Put the prompt of the current pass, which is not complete, behind the other half-read ones."""
+        """Put the prompt of the current pass, which is not complete, after the other half-read ones."""
         self.paused += self.prefilling
         self.prefilling = []
 
@@ -111,10 +112,12 @@ class Scheduler:
 
     def remove_stopped(self, now: float) -> list[RequestState]:
         """Take out the waiting and paused requests that are cancelled or past their deadline (`now` is monotonic)."""
+        stopped = []
         with self.lock:
-            for state in self.waiting:
+            for state in list(self.waiting):
                 state.check_stopped(now)
-            stopped = [s for s in list(self.waiting) if s.finish_reason and self.waiting.remove(s.request.client, s)]
+                if state.finish_reason and self.waiting.remove(state.request.client, state):
+                    stopped.append(state)
         for state in list(self.paused):
             state.check_stopped(now)
             if state.finish_reason:
@@ -123,7 +126,7 @@ class Scheduler:
         return stopped
 
     def dequeue(self, states: list[RequestState]) -> list[RequestState]:
-        """The same requests, which wait no longer; their clients have had what they cost."""
+        """Remove the requests from the queue and charge their clients; returns them unchanged."""
         with self.lock:
             for state in states:
                 self.waiting.dequeue(state.request.client, state)
@@ -149,7 +152,9 @@ class Scheduler:
         return [next(turns[state.request.client]) for state in waiting]
 
     def may_use_spare_slot(self, state: RequestState) -> bool:
-        """True if nothing runs for the request's client, or nothing of its group and it ends before a slot gets free."""
+        """True if nothing runs for the request's client, or no other request of its group runs, and it will finish before any
+        running request.
+        """
         running = self.running()
         if all(state.request.client != other.request.client for other in running):
             return True
@@ -158,12 +163,16 @@ class Scheduler:
         return state.config.max_new_tokens < min(other.n_remaining for other in running)
 
     def _dequeue_next(self, budget: int) -> bool:
-        """Fill `prefilling` with waiting requests, of `budget` tokens in all or one of any length; False if none may start."""
+        """Fill `prefilling` with waiting requests, up to `budget` tokens in all, or a single longer one.
+
+        True if `prefilling` has a request, False if none may start.
+        """
         with self.lock:  # nobody may cancel a request between its choice and its removal from the queue
             self.prefilling = self.dequeue(self._select(budget))
         return bool(self.prefilling)
 
     def _select(self, budget: int) -> list[RequestState]:
+        """The waiting requests that start next: as many as `n_packed` for free slots, at most one for a spare slot."""
         states, n_running = self.in_turn(), len(self.running())
         if n_running < self.slots:
             return states[: n_packed(states, self.slots - n_running, budget)]

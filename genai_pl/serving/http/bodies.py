@@ -15,7 +15,7 @@ from genai_pl.serving.errors import ApiError, ClientGone, too_busy
 SECONDS = 30.0  # for the whole body to arrive
 SMALL = 65_536  # bytes of a body that need no reservation: connections are limited, so these are
 LARGE_AT_ONCE = 32  # memory for all larger bodies together, in bodies of the largest size
-HEAVY = 8  # a text, list or object is as much work as so many numbers
+HEAVY = 8  # a text, list or object is as much work as this many numbers
 # what begins a value, or a text in which these characters mean nothing
 PART = re.compile(rb'["\[{,:]')
 # reservations of the current request, released when it ends

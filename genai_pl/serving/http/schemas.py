@@ -162,7 +162,7 @@ class EmbeddingBody(Body):
     input: Text | Tokens | Inputs
     model: Text | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Count | None = Field(None, description="the first so many numbers, again of length 1")
+    dimensions: Count | None = Field(None, description="this many of the first numbers, again of length 1")
 
     @property
     def inputs(self) -> list[str | list[int]]:

@@ -12,7 +12,7 @@ from genai_pl.models.hf.families.rope import ROPE
 
 
 def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
-    """The rows behind a decoder's last norm: a head for scores, an untied language-model head, or none."""
+    """The rows after a decoder's last norm: a head for scores, an untied language-model head, or none."""
     if config.head is Head.score:
         return (one("score", "score"),)
     return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)

@@ -75,7 +75,7 @@ def _ties(prefix: str, decoder: str, bias: str) -> tuple[tuple[str, str], ...]:
 def _read_roberta(values: Values) -> dict[str, object]:
     """RoBERTa numbers positions from pad_token_id + 1 on, so its table has as many more rows."""
     if type(values["pad_token_id"]) is not int:
-        raise ConfigError(f"pad_token_id={values['pad_token_id']!r} must be a number: positions begin behind it")
+        raise ConfigError(f"pad_token_id={values['pad_token_id']!r} must be a number: positions begin after it")
     offset = values["pad_token_id"] + 1
     return {"position_offset": offset, "max_seq_len": values["max_position_embeddings"] - offset}
 

@@ -20,7 +20,7 @@ class Weight(NamedTuple):
     names       ours, in the order in which the file's tensor holds them (GPT-2's c_attn: q, k, v)
     transposed  the file stores (in, out), as GPT-2's Conv1D does
     head_dim    the file splits our last dimension in two (before transposing): heads, head_dim
-    leading     so many dimensions of 1 stand first in the file
+    leading     this many dimensions of 1 stand first in the file
     offset      our tensor is the file's plus this (Gemma's norms multiply by 1 + weight)
     layers      the layers that have it; None: all
     expert      our tensors are 3-D, and the file's is this slice of them; a table writes {e} in hf_name instead

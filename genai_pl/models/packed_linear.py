@@ -1,0 +1,122 @@
+"""Packed layers: the linear layers and the embedding of a model that is only read, with weights in 16 or 8 bits.
+
+Hidden states, norms and the KV cache stay in float32, so only what is read most is small: the weights of products. A
+packed model has no parameters for them any more; it cannot be trained, saved or moved.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genai_pl.kernels.packed_product import Product
+from genai_pl.models.block import Block
+from genai_pl.models.encoder_decoder import EncoderDecoder
+from genai_pl.models.layers import GatedMLP
+from genai_pl.models.transformer import Transformer
+from genai_pl.models.virtual_tokens import VirtualTokens
+
+OURS = ("torch.nn.", "genai_pl.models.")  # packages of the modules that `pack_weights` knows: no adapters
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b, (..., in) -> (..., out) in float32, by a product that owns the packed weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, product: Product) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.multiply, self.packed = product.multiply, product.pack(weight.detach())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x, self.packed)
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        _refuse_change(fn)
+        return super()._apply(fn, recurse)
+
+
+class ChannelsOf(nn.Module):
+    """Output channels start to stop of a linear layer that several layers of one input were joined to."""
+
+    def __init__(self, joined: nn.Module, start: int, stop: int) -> None:
+        super().__init__()
+        self.joined, self.channels = joined, slice(start, stop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(x)[..., self.channels]
+
+
+class PackedEmbedding(nn.Module):
+    """Embeddings (..., C) in float32 from a table (V, C) of 16 bits: a step reads one row, so 8 bits would save no time.
+
+    weight: no numbers, (0, C); it has the dtype and the device of the result, which callers ask for.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.table = weight.detach().to(torch.bfloat16 if dtype is torch.int8 else dtype)
+        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.embedding(input_ids, self.table).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        _refuse_change(fn)
+        return super()._apply(fn, recurse)
+
+
+def is_packable(model: nn.Module) -> bool:
+    """True for a model of ours on a CPU, without adapters: they would read the weights of the layers that they wrap."""
+    if not isinstance(model, Transformer | EncoderDecoder) or any(p.device.type != "cpu" for p in model.parameters()):
+        return False
+    return all(
+        type(module).__module__.startswith(OURS) and not isinstance(module, VirtualTokens) for module in model.modules()
+    )
+
+
+def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product) -> None:
+    """Replace the linear layers and token embeddings of a packable model, in place; the rest becomes float32.
+
+    Layers that are packed already stay. A scoring head, of few channels, keeps float32.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if module not in replaced and type(module) is nn.Linear and name != "score":
+                replaced[module] = PackedLinear(module.weight, module.bias, product)
+            elif module not in replaced and name == "embed" and type(module) is nn.Embedding:
+                replaced[module] = PackedEmbedding(module.weight, dtype)
+            if module in replaced:
+                setattr(parent, name, replaced[module])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+def equalize(model: nn.Module) -> None:
+    """Scale channels inside the gated MLPs of a packable model, in place: the same function, which loses less in 8 bits.
+
+    A few channels of act(gate) * up are far above the others, and errors of their weights in `down` count as often. The
+    expected size of a channel is the product of the norms of its rows in gate and up; its square root divides the row of
+    up, whose scale in 8 bits absorbs it, and multiplies the column of down (after Nagel et al. 2019, section 4.1).
+    """
+    for block in (block for block in model.modules() if isinstance(block, Block) and isinstance(block.mlp, GatedMLP)):
+        mlp, norm = block.mlp, block.norm2 if block.pre_norm else block.norm1
+        gate, up = ((layer.weight.float() * norm.weight).norm(dim=1) for layer in (mlp.gate_proj, mlp.up_proj))
+        size = (gate * up).sqrt().clamp_min(1e-6)  # (F,)
+        size = size / size.mean()
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data / size[:, None]
+        if mlp.up_proj.bias is not None:
+            mlp.up_proj.bias.data = mlp.up_proj.bias.data / size
+        mlp.down_proj.weight.data = mlp.down_proj.weight.data * size
+
+
+def _refuse_change(fn: Callable[[Tensor], Tensor]) -> None:
+    """RuntimeError for a function of `Module._apply` that moves or casts: packed weights are of this CPU."""
+    probe = torch.empty(0)
+    changed = fn(probe)
+    if changed.device != probe.device or changed.dtype != probe.dtype:
+        raise RuntimeError("this model's weights are packed for products on a CPU: load it again to move or cast it")
