@@ -189,7 +189,9 @@ def supports_fused_decode(model: nn.Module) -> bool:
     c = model.config
     if c.position not in POSITIONS or c.norm_order is not NormOrder.pre or c.attention_kind is not AttentionKind.full:
         return False
-    if set(model.windows) != {None} or c.share_layers or model.virtual is not None or c.n_experts or c.qk_norm_joint:
+    if c.n_experts or c.qk_norm_joint:
+        return False
+    if set(model.windows) != {None} or c.share_layers or model.virtual is not None:
         return False
     return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
 

@@ -20,7 +20,7 @@ MIXTURE = (
     "model=moe_nano", "model.balance_loss=0", "model.balance_bias=0.01", "model.n_experts=5", "model.expert_size=16",
     "model.n_shared_experts=1",
 )  # fmt: skip
-OBJECTIVES |= {"experts": MIXTURE, "experts, muon": (*MIXTURE, "optimizer=muon", "optimizer.lr=1e-3")}
+OBJECTIVES |= {"experts": MIXTURE, "experts_muon": (*MIXTURE, "optimizer=muon", "optimizer.lr=1e-3")}
 STRATEGIES = {
     "ddp": ("trainer=ddp", HALF),
     "fsdp": ("trainer=fsdp", HALF),
@@ -58,9 +58,7 @@ def test_heads_take_their_own_positions_along(objective: str, strategy: str, fol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "strategy"), [("experts", "ddp"), ("experts", "fsdp"), ("experts, muon", "fsdp")]
-)
+@pytest.mark.parametrize(("objective", "strategy"), [("experts", "ddp"), ("experts", "fsdp"), ("experts_muon", "fsdp")])
 def test_experts_and_their_loads_are_those_of_one_process(
     objective: str, strategy: str, folder: Path, reference
 ) -> None:
