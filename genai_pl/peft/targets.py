@@ -93,6 +93,10 @@ def match(model: nn.Module, target_modules: str | Sequence[str] | None, *, defau
     for those of `default` that exist. The head is never among them: `modules_to_save` trains it.
     """
     linears = _linears(model)
+    if not linears:
+        raise ConfigError(
+            "peft.target_modules: this model has no torch.nn.Linear to adapt (transformers' Conv1D is none)"
+        )
     # each form of the option gives the targets and the names that match nothing
     if target_modules is None:
         targets = [site for site in linears if any(map(site.is_called, default))]
@@ -160,8 +164,15 @@ def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
 def _linears(model: nn.Module) -> list[ModuleSite]:
     """The sites of linear layers that an adapter may wrap."""
     head = base_module(model.lm_head)
-    linears = [site for site in module_sites(model) if isinstance(site.inner, nn.Linear)]
+    linears = [site for site in module_sites(model) if _is_linear(site.inner)]
     return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """True for a linear layer; not for a class of transformers that makes something else of its weight (routers, groups)."""
+    kind = type(module)
+    is_other = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
+    return isinstance(module, nn.Linear) and not is_other
 
 
 def _full_match(pattern: str, name: str) -> bool:
