@@ -3,11 +3,13 @@
 from omegaconf import DictConfig
 
 from genai_pl.cli.command import command
+from genai_pl.imports import collecting_later
 
 
 @command("feedback")
 def main(config: DictConfig) -> int:
-    from genai_pl.cli.feedback import feedback
+    with collecting_later():
+        from genai_pl.cli.feedback import feedback
 
     return feedback(config)
 

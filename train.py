@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from genai_pl.cli.command import command
+from genai_pl.imports import collecting_later
 from genai_pl.training.resume import replay
 from genai_pl.training.sweeps import Outcome
 
@@ -10,10 +11,12 @@ from genai_pl.training.sweeps import Outcome
 @command("config", prepare=replay, records=True)
 def main(config: DictConfig) -> int | Outcome:
     if config.dry_run:
-        from genai_pl.cli.dry_run import dry_run
+        with collecting_later():
+            from genai_pl.cli.dry_run import dry_run
 
         return dry_run(config)
-    from genai_pl.training.train import train
+    with collecting_later():
+        from genai_pl.training.train import train
 
     return train(config)
 

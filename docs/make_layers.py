@@ -12,7 +12,10 @@ PAGES = ("CONTRIBUTING.md", "docs/repository.md")
 # the modules and folders of a layer, and what they hold
 LAYERS = [
     ("errors", "errors that a user can cause, one line each"),
-    ("atomic_io devices plugins", "files written whole or not at all, devices, modules of your own"),
+    (
+        "atomic_io devices imports plugins",
+        "files written whole or not at all, devices, late imports, modules of your own",
+    ),
     ("config signals", "plain data: models, decoding, bounds of options; signals that end a command"),
     ("kernels distributed", "attention and cross entropy; sharded tensors and tensor-parallel collectives"),
     ("objectives optim checkpoints", "pure losses and collators, optimizers and schedules, checkpoint files"),

@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from genai_pl.imports import collecting_later
+
 if TYPE_CHECKING:
     from genai_pl.api import generate, train
     from genai_pl.loading import load
@@ -19,4 +21,6 @@ def __getattr__(name: str) -> object:
     """Import the function on its first use: `import genai_pl` alone loads neither torch nor Lightning."""
     if name not in MODULES:
         raise AttributeError(f"module 'genai_pl' has no attribute {name!r}")
-    return getattr(import_module(f"genai_pl.{MODULES[name]}"), name)
+    with collecting_later():
+        module = import_module(f"genai_pl.{MODULES[name]}")
+    return getattr(module, name)

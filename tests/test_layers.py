@@ -2,8 +2,6 @@
 
 import ast
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,12 +72,3 @@ def test_a_file_is_read_in_one_sitting(path: Path) -> None:
     code = {n for n, line in enumerate(text.splitlines(), 1) if line.strip()} - explanation(text)
     assert len(code) <= 250
     assert len(text.splitlines()) <= 350
-
-
-def test_starting_a_command_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, genai_pl.cli.command, genai_pl.training.resume;"
-        "print([m for m in ('torch', 'lightning', 'transformers', 'datasets') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"

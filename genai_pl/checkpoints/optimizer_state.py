@@ -8,10 +8,9 @@ by every rank. So one rank's file can be loaded by eight, and shards of eight by
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from genai_pl.distributed.dtensor import full_tensor_on_cpu, shard_like
+from genai_pl.distributed.dtensor import full_tensor_on_cpu, is_dtensor, shard_like
 
 State = dict[str, object]
 
@@ -76,7 +75,7 @@ def parameters_by_number(optimizer: Optimizer, saved: State) -> dict[int, Tensor
 
 def _is_sharded_like(value: object, parameter: Tensor) -> bool:
     """Whether a value of the state has shape and placements of its parameter, as moments do."""
-    return isinstance(value, DTensor) and value.shape == parameter.shape and value.placements == parameter.placements
+    return is_dtensor(value) and value.shape == parameter.shape and value.placements == parameter.placements
 
 
 def _shard_value(value: object, parameter: Tensor) -> object:
@@ -85,11 +84,13 @@ def _shard_value(value: object, parameter: Tensor) -> object:
     Sharded where it has the parameter's shape, else replicated on the parameter's mesh; plain numbers, scalars and
     values for plain parameters unchanged.
     """
-    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+    if not isinstance(value, Tensor) or is_dtensor(value):
         return value
-    if not isinstance(parameter, DTensor) or value.ndim == 0:
+    if not is_dtensor(parameter) or value.ndim == 0:
         return value
     if value.shape == parameter.shape:
         return shard_like(value, parameter)
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh = parameter.device_mesh
     return DTensor.from_local(value.to(parameter.device), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 
 from genai_pl.atomic_io import CONTENTS, commit, open_temporary
+from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.errors import CheckpointError, TrainingError, reason_of, system_error
 
 SHAPES = "shapes"  # of all tensors, by name
@@ -92,7 +92,7 @@ def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
 def _empty_tensor(stored: TensorStorageMetadata, template: Tensor | None) -> Tensor:
     """The tensor that DCP reads into: sharded as a template of the stored shape; else full, in RAM."""
     dtype = stored.properties.dtype
-    if isinstance(template, DTensor) and template.shape == stored.size:
+    if is_dtensor(template) and template.shape == stored.size:
         return torch.empty_like(template.detach(), dtype=dtype)
     return torch.empty(stored.size, dtype=dtype)
 

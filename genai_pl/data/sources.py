@@ -25,6 +25,7 @@ from genai_pl.data.columns import Place, drop_missing_keys, parse_text
 from genai_pl.data.records import BUILDERS, Records, first_line
 from genai_pl.data.table_store import FORMAT, Cells, cached_table, log_empty_cells
 from genai_pl.errors import DataError, reason_of
+from genai_pl.imports import collecting_later
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -255,7 +256,8 @@ def split_rows(table: "Dataset", fraction: float, *, seed: int, path: str) -> "t
 
 def configure_progress_bars() -> None:
     """Let `datasets` draw progress bars on a terminal only."""
-    from datasets import disable_progress_bars, enable_progress_bars
+    with collecting_later():
+        from datasets import disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty():
         enable_progress_bars()

@@ -6,17 +6,32 @@ tensor that is. A gather is a collective: every rank of the mesh must call it, i
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: object) -> "TypeGuard[DTensor]":
+    """Whether a value is a DTensor; plain tensors and parameters are told apart without the import of DTensor.
+
+    That import takes a third of a second, which only runs on several devices need to spend.
+    """
+    if not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """The full tensor of a DTensor, detached, on the device of its mesh (a collective); any other unchanged."""
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
         return value
     # shards that are kept in RAM are gathered through the devices of the mesh
     return value.detach().to(value.device_mesh.device_type).full_tensor()
@@ -24,12 +39,12 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def full_tensor_on_cpu(value: object) -> object:
     """The full tensor of a DTensor, in RAM (a collective); any other value unchanged."""
-    return full_tensor(value).cpu() if isinstance(value, DTensor) else value
+    return full_tensor(value).cpu() if is_dtensor(value) else value
 
 
 def local_shard(value: Tensor) -> Tensor:
     """This rank's shard of a DTensor, a view that writes through to it; any other tensor unchanged."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
@@ -37,7 +52,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
     Every rank must hold the same `full`, which is returned unchanged where it is a DTensor, or `like` is none.
     """
-    if not isinstance(like, DTensor) or isinstance(full, DTensor):  # it need not be, or is cut already
+    if not is_dtensor(like) or is_dtensor(full):  # it need not be, or is cut already
         return full
     mesh, part = like.device_mesh, full
     # tensor parallelism, the last dimension of the mesh, shards first, and FSDP shards its shards
@@ -46,6 +61,8 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
         if not placement.is_replicate():
             part = _chunk(part, mesh.size(axis), mesh.get_local_rank(axis), placement.dim)
     part = part.to(like.device).contiguous()
+    from torch.distributed.tensor import DTensor
+
     # run_check would send tensors to compare them; the stride is that of the full tensor, contiguous
     return DTensor.from_local(
         part, mesh, like.placements, run_check=False, shape=full.shape, stride=full.contiguous().stride()
@@ -58,7 +75,7 @@ def move_unsharded(module: nn.Module, device: torch.device) -> None:
     With CPU offload shards stay in RAM, where they are stepped; every forward pass needs the rest on the GPU.
     """
     for tensor in [*module.parameters(), *module.buffers()]:
-        if not isinstance(tensor, DTensor):
+        if not is_dtensor(tensor):
             tensor.data = tensor.data.to(device)
 
 

@@ -129,13 +129,19 @@ def draw_token(probabilities: Tensor, generator: torch.Generator | None = None) 
     """
     if probabilities.device.type != "cpu" or probabilities.shape[-1] <= WIDE:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]  # (B, 1)
-    if not (total > 0).all():
+    numbers = torch.rand(len(probabilities), 1, generator=generator, dtype=torch.float64)
+    # row by row: one row of float64 stays in the caches
+    return torch.cat([_first_above(row, number) for row, number in zip(probabilities, numbers, strict=True)])
+
+
+def _first_above(probabilities: Tensor, number: Tensor) -> Tensor:
+    """The first index (1,) whose cumulative probability exceeds a number (1,) of 0 to 1 times the total of all (V,)."""
+    cumulative = probabilities.cumsum(0, dtype=torch.float64)
+    total = cumulative[-1:]
+    if not total > 0:
         raise RuntimeError("probabilities are NaN, or all of them 0")
-    chosen = torch.rand(total.shape, generator=generator, dtype=torch.float64) * total
-    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may have reached the total itself
-    return torch.searchsorted(cumulative, torch.minimum(chosen, below), right=True)[:, 0]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may reach the total itself
+    return torch.searchsorted(cumulative, torch.minimum(number * total, below), right=True)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from genai_pl.kernels.chunked_logits import Projection, chunks, matmul_dtype, softmax_
+from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.kernels.vocab_parallel import VocabShard, local_vocab_shard
 
 
@@ -27,7 +28,7 @@ class _Options(NamedTuple):
     shard: VocabShard | None
 
 
-@torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
+@uncompiled("its loop over chunks is as fast in eager mode, and its length depends on the labels")
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from genai_pl.kernels.chunked_logits import Projection, chunks, matmul_dtype, softmax_
+from genai_pl.kernels.uncompiled import uncompiled
 
 
-@torch.compiler.disable(reason="its loop over chunks is as fast in eager mode, and its length depends on the labels")
+@uncompiled("its loop over chunks is as fast in eager mode, and its length depends on the labels")
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

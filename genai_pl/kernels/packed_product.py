@@ -151,7 +151,11 @@ def _split_product(x: Tensor, packed: object, *, limb: int, mix: tuple[Tensor, T
     """
     rows = x.reshape(-1, x.shape[-1])
     # one scale a row; a row of zeros keeps a scale above 0, one with NaN or infinity gives NaN
-    scale = torch.add(TINY, rows.abs().amax(1, keepdim=True), alpha=1 / limb)  # (N, 1)
+    if len(rows) == 1:  # one operation instead of two, which is slower for more rows
+        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True)
+    else:
+        largest = rows.abs().amax(1, keepdim=True)
+    scale = torch.add(TINY, largest, alpha=1 / limb)  # (N, 1)
     scaled = rows / scale
     both = torch.addcmul(scaled * mix[0], scaled.round(), mix[1])  # (2, N, in)
     # FBGEMM rounds its input / 1.0 to integers, offset to be unsigned

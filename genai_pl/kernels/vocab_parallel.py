@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor, nn
 
 
 class VocabShard(NamedTuple):
@@ -77,6 +76,10 @@ def local_vocab_shard(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
     ValueError for a DTensor that is not sharded over tokens alone.
     """
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight, bias, None
+    from torch.distributed.tensor import DTensor, Shard  # late: a third of a second that plain tensors need not spend
+
     if not isinstance(weight, DTensor):
         return weight, bias, None
     mesh = weight.device_mesh

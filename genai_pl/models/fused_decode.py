@@ -5,8 +5,8 @@ things help:
 
 1. Fewer bytes. Weights of 16 bits or `dtype=int8` are packed for the product that a probe finds fastest here
    (`kernels/packed_product.py`); everything else is float32.
-2. float32 weights by columns. torch reads a matrix for a product with few rows at 24 to 28 GB/s by columns, at 16 to 20
-   by rows (one thread of an EPYC, torch 2.13). This changes no number beyond rounding.
+2. float32 weights by columns. torch reads a matrix for a product with one row at 24 to 28 GB/s by columns, at 16 to 20 by
+   rows (one thread of an EPYC, torch 2.13); from 16 rows on it is the reverse. This changes no number beyond rounding.
 3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
    weights that share an input are one matrix (q, k and v; gate and up), queries and keys are normed and turned in one
    call, and norms of single tokens are written out.
@@ -16,7 +16,7 @@ train it, load it again.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -38,6 +38,7 @@ from genai_pl.models.positions import rotate
 log = logging.getLogger(__name__)
 
 PROBED_BYTES = 16 << 20  # of the weights that a probe multiplies with, in 16 bits: more than caches of the second level
+COLUMN_ROWS = 8  # rows of a step up to which float32 weights are read by columns
 POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
@@ -67,16 +68,16 @@ class FusedNorm:
 class FusedBlock:
     """A block with joined layers: `qkv`, (..., C) -> (..., H D + 2 K D), and `feed_forward`, (..., C) -> (..., C)."""
 
-    def __init__(self, block: Block, product: Product | None) -> None:
+    def __init__(self, block: Block, product: Product | None, layout: Callable[[Tensor], Tensor]) -> None:
         heads, mlp = block.attention, block.mlp
         self.heads, self.mlp = heads, mlp
         self.options = ScoreOptions(scale=heads.scale, softcap=heads.softcap)
         self.norm1, self.norm2 = _fused_norm(block.norm1), _fused_norm(block.norm2)
         self.qk_norm = _fused_head_norm(heads)
-        self.qkv = _join(heads, ("q_proj", "k_proj", "v_proj"), product)
+        self.qkv = _join(heads, ("q_proj", "k_proj", "v_proj"), product, layout)
         self.feed_forward = mlp
         if isinstance(mlp, GatedMLP):
-            self.gate_up, self.feed_forward = _join(mlp, ("gate_proj", "up_proj"), product), self._gated
+            self.gate_up, self.feed_forward = _join(mlp, ("gate_proj", "up_proj"), product, layout), self._gated
 
     def _gated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -86,13 +87,14 @@ class FusedBlock:
 class FusedForward:
     """Hidden states (B, T, C) of T tokens, equal to the decoder's `features` up to rounding.
 
-    model: a decoder that `supports_fused_decode`; its weights become views of this one's, or are packed by a product.
+    model: a decoder that `supports_fused_decode`; its weights are packed by a product or, without one, become views of
+    this one's, which `layout` puts in order.
     """
 
-    def __init__(self, model: Decoder, product: Product | None) -> None:
+    def __init__(self, model: Decoder, product: Product | None, layout: Callable[[Tensor], Tensor]) -> None:
         self.model, self.config = model, model.config
         self.backend = model.config.attention.value
-        self.layers = [FusedBlock(block, product) for block in model.blocks]
+        self.layers = [FusedBlock(block, product, layout) for block in model.blocks]
         self.norm = _fused_norm(model.norm)
 
     def __call__(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -152,10 +154,13 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     if dtype is torch.int8:
         _check_int8(model)
     product = _choose_product(model, dtype, rows)
+    layout = (
+        by_columns if rows <= COLUMN_ROWS else torch.Tensor.contiguous
+    )  # a rule: float32 must not vary with a probe
     if product is None:
         for module in model.modules():
             if type(module) is nn.Linear and _is_plain(module.weight):
-                module.weight.data = by_columns(module.weight.data)
+                module.weight.data = layout(module.weight.data)
     else:
         log.info("decoding    products of %s", product.name)
         dtype = model.embed.weight.dtype if dtype is None else dtype
@@ -167,7 +172,7 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     # joined layers first: the others are packed one by one
     is_fused = supports_fused_decode(model) and (product is not None or _is_plain(model.embed.weight))
     if is_fused:
-        model.fused = FusedForward(model, product)
+        model.fused = FusedForward(model, product, layout)
     if product is not None:
         pack_weights(model, dtype, product)
     model.train = partial(_refuse_training, model)
@@ -207,13 +212,17 @@ def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> P
     dtype = model.embed.weight.dtype if dtype is None else dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.int8):
         return None
-    # weights of the model's own shapes, in its order
-    weights, n_bytes = [], 0
-    for module in (module for block in model.blocks for module in block.modules()):
-        if type(module) is nn.Linear and n_bytes < PROBED_BYTES:
-            weights.append(module.weight.detach())
-            n_bytes += 2 * module.weight.numel()
-    return fastest_product(dtype, weights, rows=rows)
+    linears = (module for block in model.blocks for module in block.modules() if type(module) is nn.Linear)
+    return fastest_product(dtype, _probed(linears), rows=rows)
+
+
+def _probed(linears: Iterable[nn.Linear]) -> list[Tensor]:
+    """Weights of a model's own shapes, in its order, for a probe."""
+    weights: list[Tensor] = []
+    for linear in linears:
+        if 2 * sum(weight.numel() for weight in weights) < PROBED_BYTES:
+            weights.append(linear.weight.detach())
+    return weights
 
 
 def _is_packed(model: nn.Module) -> bool:
@@ -250,14 +259,16 @@ def _fused_head_norm(heads: Attention) -> FusedNorm | None:
     return FusedNorm(heads.q_norm, weight, bias)
 
 
-def _join(parent: nn.Module, names: Sequence[str], product: Product | None) -> Callable[[Tensor], Tensor]:
+def _join(
+    parent: nn.Module, names: Sequence[str], product: Product | None, layout: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     """One layer for several of one input; these become views of its weight or, if it is packed, of its results."""
     linears = [parent.get_submodule(name) for name in names]
     sizes = [linear.out_features for linear in linears]
     weight = torch.cat([linear.weight.detach() for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
     if product is None:
-        weight = by_columns(weight)
+        weight = layout(weight)
         for linear, part in zip(linears, weight.split(sizes), strict=True):
             linear.weight.data = part
         return partial(F.linear, weight=weight, bias=bias)

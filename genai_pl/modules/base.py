@@ -16,12 +16,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from genai_pl.config.enums import Head
-from genai_pl.distributed.dtensor import local_shard
+from genai_pl.distributed.dtensor import is_dtensor, local_shard
 from genai_pl.errors import LossError, TrainingError
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
@@ -301,7 +300,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
         return torch.zeros(())
     meshes: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        meshes.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+        meshes.setdefault(gradient.device_mesh if is_dtensor(gradient) else None, []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
+from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.objectives.token_loss import IGNORED
 
 
@@ -147,7 +148,7 @@ def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, logprobs - old_logprobs, 0).exp()
 
 
-@torch.compiler.disable(reason="its loop over chunks depends on the labels, as that of linear_cross_entropy does")
+@uncompiled("its loop over chunks depends on the labels, as that of linear_cross_entropy does")
 def token_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
 ) -> Tensor:

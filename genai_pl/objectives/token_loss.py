@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genai_pl.kernels import linear_cross_entropy
 from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
+from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.kernels.vocab_parallel import local_vocab_shard
 
 IGNORED = -100
@@ -36,7 +37,7 @@ def token_loss(
     )
 
 
-@torch.compiler.disable(reason="its loop over chunks depends on the labels, as that of linear_cross_entropy does")
+@uncompiled("its loop over chunks depends on the labels, as that of linear_cross_entropy does")
 @torch.no_grad()
 def masked_accuracy(hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """The number of labelled tokens whose logit is the highest of their position; a softcap does not change which that is."""

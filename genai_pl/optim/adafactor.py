@@ -2,6 +2,7 @@
 
 import torch
 
+from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.errors import ConfigError
 from genai_pl.optim.checks import check
 from genai_pl.optim.groups import NamedParameters, decay_groups, trainable
@@ -19,9 +20,7 @@ def adafactor(
     ConfigError for sharded parameters, whose rows and columns torch's implementation cannot reduce.
     """
     check("optimizer", lr=lr, beta2_decay=beta2_decay, clip_threshold=clip_threshold, weight_decay=weight_decay)
-    from torch.distributed.tensor import DTensor  # late: half a second that a CPU run need not spend
-
     named = trainable(named_parameters)
-    if any(isinstance(parameter, DTensor) for _, parameter in named):
+    if any(is_dtensor(parameter) for _, parameter in named):
         raise ConfigError("optimizer=adafactor cannot step sharded parameters in torch; take optimizer=adamw or muon")
     return torch.optim.Adafactor(decay_groups(named, weight_decay), lr=lr, beta2_decay=beta2_decay, d=clip_threshold)

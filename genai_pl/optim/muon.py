@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from genai_pl.distributed.dtensor import local_shard, map_across_ranks, shard_like
+from genai_pl.distributed.dtensor import is_dtensor, local_shard, map_across_ranks, shard_like
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.optim.adamw import has_fused_kernel
@@ -149,7 +148,7 @@ class MuonAdamW(Optimizer):
         meshes: dict[DeviceMesh, list[Tensor]] = {}
         shapes: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
-            if isinstance(parameter, DTensor):
+            if is_dtensor(parameter):
                 meshes.setdefault(parameter.device_mesh, []).append(parameter)
             else:
                 shapes.setdefault(parameter.shape, []).append(parameter)

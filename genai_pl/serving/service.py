@@ -67,10 +67,6 @@ class Service:
         self.hashes = self._model_hashes(folders)
         # engine; without adapters the model may fuse weights that an adapter would have to reach
         self.engine: Engine | None = None
-        if folders and settings.dtype == "int8":
-            raise ConfigError(
-                "dtype=int8 takes no adapter: merge it first (export.py format=merged), or leave dtype out"
-            )
         if not folders:
             packed = torch.int8 if settings.dtype == "int8" else None
             prepare_for_decoding(self.model, packed, rows=settings.slots)

@@ -99,6 +99,10 @@ class Settings:
             raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {redact(self.url)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
+        if self.dtype == "int8" and self.adapters:
+            raise ConfigError(
+                "dtype=int8 takes no adapter: merge it first (export.py format=merged), or leave dtype out"
+            )
         is_cache = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
         if not is_cache:
             raise ConfigError(f"cache={redact(self.cache)} is not null, memory or redis://HOST:PORT/DB")

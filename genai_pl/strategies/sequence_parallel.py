@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.distributed.tensor_parallel_group import TensorParallelGroup
+from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.models.transformer import Transformer
 
 
@@ -49,7 +50,7 @@ class SequenceShards:
         return self.group.gather_without_grad_sum(hidden, self.length)
 
 
-@torch.compiler.disable(reason="a generator of its own for each call")
+@uncompiled("a generator of its own for each call")
 def _shard_dropout(dropout: nn.Dropout, rank: int, x: Tensor) -> Tensor:
     """Dropout of a shard, with other random numbers on each rank.
 

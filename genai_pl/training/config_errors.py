@@ -13,6 +13,7 @@ The checks: `check_types` (an override of another type than the YAML value it re
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,16 +150,26 @@ def _is_group(argument: str, conf: Path) -> bool:
 
 
 def _compose(conf: Path, config_name: str, overrides: list[str]) -> DictConfig | None:
-    """The configuration of these overrides without the running job's Hydra; None if they do not compose. Sweeps
-    are left out.
+    """The configuration of these overrides without the running job's Hydra, to be read only; None if they do not
+    compose. Sweeps are left out.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    chosen = tuple(o for o in overrides if "," not in o)
+    # the jobs of a sweep choose the same groups; a user's own files may change between two jobs
+    is_shipped = not any(o.startswith("hydra.searchpath") for o in chosen)
+    return (_compose_choice if is_shipped else _compose_choice.__wrapped__)(conf, config_name, chosen)
+
+
+@lru_cache(maxsize=16)
+def _compose_choice(conf: Path, config_name: str, overrides: tuple[str, ...]) -> DictConfig | None:
+    """The configuration of `_compose`."""
+    from hydra import compose, initialize_config_dir
+
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
-            return compose(config_name, overrides=[o for o in overrides if "," not in o])
+            return compose(config_name, overrides=list(overrides))
     except HydraException:
         return None
 

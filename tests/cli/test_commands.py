@@ -4,15 +4,14 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
+from tests.preloaded import Command
 
 SAME = ("train/loss", "train/grad_norm", "train/lr", "train/tokens_seen", "val/loss", "val/bpb")
 
@@ -189,23 +188,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory):
     def get(*options: str) -> dict:
         if options not in runs:
             run = tmp_path_factory.mktemp("runs") / "whole"
-            subprocess.run(
-                [sys.executable, ROOT / "train.py", *LONG, *options, f"hydra.run.dir={run}"],
-                check=True,
-                capture_output=True,
-            )
+            process = start(run, *LONG, *options, f"hydra.run.dir={run}")
+            out, _ = process.communicate()
+            assert process.returncode == 0, out
             runs[options] = table(run)
         return runs[options]
 
     return get
 
 
-def start(run: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.Popen(command, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(run: Path, *arguments: str) -> Command:
+    return Command(arguments, run.parent, os.environ, n_others=0)
 
 
-def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(run: Path, process: Command, step: int) -> None:
     while process.poll() is None:
         if (run / "metrics.csv").exists() and max(table(run), default=0) >= step:
             return

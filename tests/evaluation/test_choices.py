@@ -135,6 +135,8 @@ def test_a_bad_row_is_one_line_of_the_command(folder: Path, command, tmp_path: P
         ("word", {"text": "word"}, ("data.last_word=true",), "row 2: 1 words; there is nothing to predict"),
         ("stride", good, ("data.stride=4",), "data.stride=4: prompts and completions have no windows"),
         ("shots", good, ("num_fewshot=1",), "num_fewshot=1 is for tasks="),
+        ("dtype", good, ("dtype=int8", "precision=bf16"), "dtype=int8 computes in float32"),
+        ("harness", good, ("dtype=int8", "tasks=[one]"), "dtype=int8 is for data.path="),
     ):
         first = {"text": "two words"} if "text" in row else good
         path = write_lines(tmp_path / f"{name}.jsonl", [first, row])

@@ -36,6 +36,16 @@ def test_windows_score_each_token_but_the_first_once_with_the_context_that_the_s
     assert scored == list(range(1, n_tokens))
 
 
+def test_int8_weights_give_nearly_the_figures_of_float32(folder: Path, command, tmp_path: Path) -> None:
+    data, found = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS]), []
+    for dtype in ("null", "int8"):
+        result = command("evaluate", f"checkpoint={folder}", f"data.path={data}", f"dtype={dtype}", f"out={dtype}.json")
+        assert (result.status, result.err) == (0, "")
+        found.append(json.loads((tmp_path / f"{dtype}.json").read_text()))
+    assert found[0]["perplexity"] != found[1]["perplexity"]
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=2e-2)
+
+
 def test_a_text_gets_the_figures_of_transformers_window_by_window(
     folder: Path, theirs, command, tmp_path: Path
 ) -> None:

@@ -30,6 +30,26 @@ def theirs(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+MISTAKES = {
+    "dtype=int2": "dtype=int2: expected int8, or null for the weights of precision=",
+    "dtype=int8 precision=bf16_true": "dtype=int8 computes in float32: leave precision out",
+    "dtype=int8 precision=bf16": "dtype=int8 computes in float32: leave precision out",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_dtype_that_cannot_be_is_one_line(mistake, folder, command):
+    result = command("generate", "checkpoint=model", "prompt=ab", *mistake.split())
+    assert result.status in (1, 2)
+    assert result.err == f"error: {MISTAKES[mistake]}\n"
+
+
+def test_int8_gives_nearly_the_likelihoods_of_float32(folder, command):
+    exact, rounded = (lines(command, "prompt=abcdefgh", "score=true", *dtype)[0] for dtype in ((), ("dtype=int8",)))
+    assert rounded["logprob"] != exact["logprob"]
+    assert rounded["logprob"] == pytest.approx(exact["logprob"], rel=2e-2)
+
+
 def lines(command, *arguments: str) -> list[dict]:
     result = command("generate", "checkpoint=model", *arguments)
     assert (result.status, result.err) == (0, "")

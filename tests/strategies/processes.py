@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.preloaded import Command
 
 SMALL = (
     "model.n_layer=2",
@@ -42,10 +43,18 @@ def write_documents(folder: Path) -> None:
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def start(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> subprocess.Popen:
-    """train.py with the arguments, in the folder."""
-    command = [sys.executable, *launch, str(ROOT / "train.py"), *arguments]
+def start(
+    folder: Path, *arguments: str, launch: tuple[str, ...] = (), forked: bool = True
+) -> Command | subprocess.Popen:
+    """train.py with the arguments, in the folder; launch: what Python is to run with train.py as its argument.
+
+    forked: whether a fork of a process with all imports will do; tests of processes and their signals need real ones.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not launch and forked:
+        devices = (argument.partition("=")[2] for argument in arguments if argument.startswith("trainer.devices="))
+        return Command(arguments, folder, environment, int(next(devices, 2)) - 1)
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -98,7 +107,7 @@ def assert_equal_to_the_last_bit(
         assert torch.equal(weights[name], value), name
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def wait_for_step(process: Command, run: Path, step: int) -> None:
     """Return when the run has logged the step."""
     deadline = time.monotonic() + 300
     while not (run / "metrics.csv").exists() or max(table(run), default=0) < step:
@@ -107,6 +116,6 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-def processes(first: subprocess.Popen) -> list[int]:
+def processes(first: Command) -> list[int]:
     """The ids of a run's processes, by rank."""
     return [first.pid, *map(int, subprocess.check_output(["pgrep", "-P", str(first.pid)]).split())]

@@ -221,7 +221,8 @@ def _train(job: dict, argv: list[str], *, rank: int) -> NoReturn:
     sys.argv, status = argv, 0
     moment = Moment(*job["moment"]) if job["moment"] else None
     tracer = Tracer(moment if moment and moment.rank == rank else None)
-    tracer.start()
+    if moment or job["counts"]:  # tracing takes as long as the run itself
+        tracer.start()
     try:
         train.main()
     except SystemExit as stop:

@@ -34,13 +34,22 @@ class Killer:
         )
 
     def run(
-        self, folder: Path, *arguments: str, moment: Moment | None = None, seconds: float | None = None, rank: int = 0
+        self,
+        folder: Path,
+        *arguments: str,
+        moment: Moment | None = None,
+        seconds: float | None = None,
+        rank: int = 0,
+        counts: bool = False,
     ) -> Ended:
-        """How train.py with the arguments ends in the folder, where it has a cache of its own, if it is killed then."""
+        """How train.py with the arguments ends in the folder, where it has a cache of its own, if it is killed then.
+
+        counts: count the moments of its stages
+        """
         self.n += 1
         output = self.folder / f"output-{self.n}.txt"
         folder.mkdir(exist_ok=True)
-        job = {"arguments": arguments, "folder": str(folder), "output": str(output)}
+        job = {"arguments": arguments, "folder": str(folder), "output": str(output), "counts": counts}
         self.process.stdin.write(json.dumps({**job, "moment": moment, "seconds": seconds, "rank": rank}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())

@@ -129,7 +129,7 @@ def whole(killer: Killer) -> Callable[[str], Whole]:
     def get(kind: str) -> Whole:
         if kind not in done:
             folder = killer.folder / kind
-            ended = killer.run(folder, *SMALL, *OPTIONS[kind], "hydra.run.dir=run")
+            ended = killer.run(folder, *SMALL, *OPTIONS[kind], "hydra.run.dir=run", counts=True)
             assert ended.status == 0, ended.out
             done[kind] = Whole(folder, ended.counts, ended.seconds)
         return done[kind]

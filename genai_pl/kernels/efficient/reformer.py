@@ -9,6 +9,7 @@ from genai_pl.kernels.attention import attention_with
 from genai_pl.kernels.efficient.common import blocks_with_neighbours, pad_to_blocks, refuse, split_into_blocks
 from genai_pl.kernels.mask import AttentionMask
 from genai_pl.kernels.score_options import PLAIN, ScoreOptions
+from genai_pl.kernels.uncompiled import uncompiled
 
 ONLY_CHOICE = -3e4  # added to a position's score of itself: far below every other, and finite in float16
 
@@ -99,7 +100,7 @@ def lsh_buckets(q: Tensor, *, n_hashes: int, n_half: int, seed: int) -> Tensor:
     return torch.cat([products, -products], dim=-1).argmax(-1).transpose(-2, -1)
 
 
-@torch.compiler.disable  # dynamo cannot trace a generator
+@uncompiled("dynamo cannot trace a generator")
 def _directions(head_dim: int, n: int, seed: int) -> Tensor:
     """Random directions, (head_dim, n), the same in every call, so that a token keeps its bucket."""
     return torch.randn(head_dim, n, generator=torch.Generator().manual_seed(seed), device="cpu")
