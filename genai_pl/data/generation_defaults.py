@@ -19,7 +19,7 @@ from genai_pl.models.hf.folder import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from genai_pl.models.hf.transformers_model import WrappedConfig
+    from genai_pl.models.hf.transformers_config import WrappedConfig
 
 GENERATION, EOS = "generation_config.json", "eos_token_id"
 STALE = ("transformers_version", "_from_model_config", "_commit_hash")  # about the program that wrote the file

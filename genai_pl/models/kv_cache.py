@@ -1,8 +1,8 @@
 """KV caches: the keys and values of the past, so that a decoding step computes those of one token only.
 
-Three caches with one interface (`update`, `segments`, `advance`, and what decoding needs to reorder and rewind):
-`KVCache` for rows that are decoded together from their prompts on, `SlotCache` for the rows of a serving engine, which
-come and go, and `WrappedCache` around the cache of transformers. A cache is an argument of a forward pass and never a
+Two caches with one interface (`update`, `segments`, `advance`, and what decoding needs to reorder and rewind):
+`KVCache` for rows that are decoded together from their prompts on, and `SlotCache` for the rows of a serving engine, which
+come and go (`hf/transformers_cache.py` wraps those of transformers). A cache is an argument of a forward pass and never a
 part of the model: the model writes it, the caller owns it.
 """
 
@@ -240,42 +240,3 @@ class SlotCache:
         for layer in old:  # one at a time: a copy of all would be as great as the buffer
             layer[:B, :, filled] = layer[:B, :, first : self.next_column].clone()
         return old
-
-
-class WrappedCache:
-    """A cache of transformers (`DynamicCache`) that grows, with the segment ids of the tokens that it holds.
-
-    max_length: the most tokens that a caller will ask for; the cache itself has no end.
-    """
-
-    def __init__(self, max_length: int) -> None:
-        from transformers import DynamicCache
-
-        self.inner = DynamicCache()  # without the configuration: it keeps all keys, and the mask hides old ones
-        self.max_length, self.length = max_length, 0
-        self._segments: Tensor | None = None
-
-    def segments(self, new: Tensor | None, B: int, T: int, device: torch.device) -> Tensor | None:
-        """Segment ids (B, S) of the past and of the new tokens (B, T), or None as long as none were given."""
-        if new is None and self._segments is None:
-            return None
-        if self._segments is None:
-            self._segments = torch.ones(B, self.length, dtype=torch.long, device=device)
-        new = self._segments[:, -1:].expand(B, T) if new is None else new
-        self._segments = torch.cat([self._segments, new], dim=1)
-        return self._segments
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Reorder, repeat or drop rows of the batch, (B',) indices."""
-        self.inner.batch_select_indices(rows)
-        self._segments = None if self._segments is None else self._segments[rows]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Let each row continue another one, (B,) indices."""
-        self.keep_rows(rows)
-
-    def rewind(self, n: int) -> None:
-        """Forget the last n tokens."""
-        self.length -= n
-        self.inner.crop(-n)
-        self._segments = None if self._segments is None else self._segments[:, : self.length]

@@ -101,6 +101,10 @@ def match(
     names may mean; "all-linear" means nn.Linear alone, as in PEFT, for which experts are no modules.
     """
     linears = _linears(model, kinds)
+    if not linears:
+        raise ConfigError(
+            "peft.target_modules: this model has no torch.nn.Linear to adapt (transformers' Conv1D is none)"
+        )
     # each form of the option gives the targets and the names that match nothing
     if target_modules is None:
         targets = [site for site in linears if any(map(site.is_called, default))]
@@ -169,8 +173,15 @@ def _walk(parent: nn.Module, prefix: str, known: dict) -> None:
 def _linears(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[ModuleSite]:
     """The sites of linear layers that an adapter may wrap."""
     head = base_module(model.lm_head)
-    linears = [site for site in module_sites(model) if isinstance(site.inner, kinds)]
+    linears = [site for site in module_sites(model) if _is_linear(site.inner, kinds)]
     return [site for site in linears if site.inner is not head and site.leaf not in NO_TARGETS]
+
+
+def _is_linear(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """True for a layer of these kinds; not for a class of transformers that makes something else of its weight (routers, groups)."""
+    kind = type(module)
+    is_other = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
+    return isinstance(module, kinds) and not is_other
 
 
 def _full_match(pattern: str, name: str) -> bool:

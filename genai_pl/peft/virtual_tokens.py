@@ -55,6 +55,8 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> T
         raise ConfigError(f"peft={method} needs model.attention_kind=full, not {config.attention_kind.value}")
     if isinstance(stack, Transformer) and config.position is Position.xl:
         raise ConfigError(f"peft={method} has no place for its tokens in model.position=xl: choose peft=lora")
+    if isinstance(stack, WrappedDecoder):
+        stack.refuse_virtual(layers=not reads, embeddings=reads)
     if stack.virtual is not None:
         raise ConfigError(
             f"peft={method}: this model has virtual tokens of peft={stack.virtual.adapter.method} already"

@@ -25,7 +25,7 @@ from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.exporting import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
-from genai_pl.models.hf.transformers_model import WrappedConfig
+from genai_pl.models.hf.transformers_config import WrappedConfig
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
 from genai_pl.models.upcycle import upcycle, upcycled_config

@@ -8,10 +8,12 @@ import torch
 
 from genai_pl.config.enums import AttentionKind
 from genai_pl.kernels import choose_backend
-from genai_pl.models import Model, flops_per_token, n_active_parameters, n_parameters
+from genai_pl.models import Model, WrappedDecoder, flops_per_token, n_active_parameters, n_parameters
 
 
-def describe_model(model: Model, device: torch.device, *, dtype: torch.dtype, seq_len: int) -> list[str]:
+def describe_model(
+    model: Model | WrappedDecoder, device: torch.device, *, dtype: torch.dtype, seq_len: int
+) -> list[str]:
     """Lines on the model's size and on the attention backend for rows of seq_len tokens, with the reason for that backend.
 
     dtype: of products.
@@ -19,6 +21,8 @@ def describe_model(model: Model, device: torch.device, *, dtype: torch.dtype, se
     c = model.config
     options = {"softcap": c.softcap, "backend": c.attention.value, "dtype": dtype, "head_dim": c.head_dim}
     backend, why = choose_backend(device, lengths=(seq_len, seq_len), **options)
+    if isinstance(model, WrappedDecoder) and not model.route.ours:
+        backend, why = "transformers", model.route.notes[0]
     layers = f"{c.n_layer} layers" if c.n_decoder_layer is None else f"{c.n_layer} + {c.n_decoder_layer} layers"
     kind = "" if c.attention_kind is AttentionKind.full else f", kind {c.attention_kind.value}"
     trainable = f"{n_parameters(model, trainable=True):,} trainable"

@@ -84,9 +84,8 @@ def test_what_is_no_family_of_ours_is_wrapped_only_where_that_is_wanted(tmp_path
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("stablelm", {}, "does not hand its arguments on"),
-        ("cohere", {"logit_scale": 0.5}, "its head does more than one product"),
-        ("bloom", {"n_layer": 2, "n_head": 4}, "cannot take our attention"),
+        ("bert", {}, "its head does more than one product"),
+        ("llama", {"is_causal": False}, "its tokens see those that come later"),
     ],
 )
 def test_an_architecture_that_cannot_is_refused_in_one_line(kind: str, values: dict, message: str, tmp_path: Path):

@@ -19,7 +19,7 @@ from genai_pl.serving.engine.request import EngineObserver, Request, SampledToke
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from genai_pl.models.kv_cache import WrappedCache
+    from genai_pl.models.hf.transformers_cache import WrappedCache
 
 log = logging.getLogger("genai_pl.serving")
 
