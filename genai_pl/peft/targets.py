@@ -16,7 +16,8 @@ from genai_pl.peft.adapter import AdapterLayer, adapters_of
 
 ALL_LINEAR = "all-linear"
 # XLNet's projection of distances has no batch dimension, so weights by row have no meaning; a scoring head is trained whole
-NO_TARGETS = ("r_proj", "score")
+SCORE_LAYERS = ("score", "score_dense")  # of a head for labels
+NO_TARGETS = ("r_proj", *SCORE_LAYERS)
 
 
 class ModuleSite(NamedTuple):

@@ -67,7 +67,7 @@ def test_a_run_that_lost_a_process_goes_on_exactly(
 ) -> None:
     expected = undisturbed(strategy)
     run = folder / request.node.callspec.id
-    process = start(folder, *RUN, *STRATEGIES[strategy], *saved, f"hydra.run.dir='{run}'", forked=False)
+    process = start(folder, *RUN, *STRATEGIES[strategy], *saved, f"hydra.run.dir='{run}'")
     wait_for_step(process, run, 5)
     os.kill(processes(process)[lost], signal.SIGKILL)
     out, _ = process.communicate(timeout=30)  # the pipe closes when the last of them has gone
@@ -87,7 +87,7 @@ def test_a_run_that_lost_a_process_goes_on_exactly(
 def test_sigterm_to_one_process_saves_for_all(folder: Path, undisturbed) -> None:
     expected, run = undisturbed("fsdp"), folder / "sigterm"
     options = (*STRATEGIES["fsdp"], PIECES, "callbacks.checkpoint.every_n_steps=1000")
-    process = start(folder, *RUN, *options, f"hydra.run.dir={run}", forked=False)
+    process = start(folder, *RUN, *options, f"hydra.run.dir={run}")
     wait_for_step(process, run, 3)
     os.kill(processes(process)[1], signal.SIGTERM)
     out, _ = process.communicate(timeout=60)

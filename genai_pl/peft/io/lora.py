@@ -20,7 +20,12 @@ from genai_pl.peft.io.lora_config import (
     size_of,
     to_config,
 )
-from genai_pl.peft.io.modules_to_save import layer_type, load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.modules_to_save import (
+    layer_type,
+    load_saved_modules,
+    saved_module_names,
+    saved_module_tensors,
+)
 from genai_pl.peft.io.tensors import AdapterFile, Key, TensorReader, common_config, fill, layer_of, make
 from genai_pl.peft.lora import LoRALinear, lora
 
@@ -51,7 +56,7 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
     # the config follows from the tensors: rank and alpha per module, and suffixes that select just these modules
     transposed = any(module.transposed for module in modules if module.name in sizes)
     config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules])
-    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in saved_modules] or None}
+    config |= {"fan_in_fan_out": transposed, "modules_to_save": saved_module_names(saved_modules)}
     return AdapterFile(config, tensors, options)
 
 
