@@ -214,7 +214,7 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
         print_json({"prompt": prompt, "embedding": vector})
 
 
-def print_scores(loaded: Loaded, prompts: list[str], query: str | None) -> None:
+def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -> None:
     """Print one JSON line for each prompt: log-probability and perplexity by a language model, a reward model's
     score, or labels with their probabilities. query: first text of pairs whose second text is the prompt.
     """
