@@ -188,7 +188,7 @@ def row(name: str, clients: int, outcome: Outcome) -> str:
 
     rate = outcome.n_tokens / outcome.seconds
     waits = percentiles(outcome.first) + percentiles(outcome.between)
-    return f"{name:<10}{clients:>8}{rate:>10.1f}{waits}{len(outcome.errors):>8}"
+    return f"{name:<8}{clients:>8}{rate:>10.1f}{waits}{len(outcome.errors):>8}"
 
 
 def main() -> None:
@@ -199,7 +199,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4, help="for each client")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--dtype", nargs="+", default=["fp32"], help="of ours")
     parser.add_argument("--simple", action="store_true", help="the simple server too")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--mixed", action="store_true", help="requests of all kinds")
@@ -207,13 +206,11 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = str(Path(options.checkpoint).resolve()) if Path(options.checkpoint).exists() else options.checkpoint
     ours = ["serve.py", f"checkpoint={checkpoint}", f"slots={options.slots}", "queue_size=256", "timeout=600"]
-    servers = {
-        f"ours {dtype}": [*ours, "cache=null", f"dtype={dtype}", f"port={free_port()}"] for dtype in options.dtype
-    }
+    servers = {"ours": [*ours, "cache=null", f"port={free_port()}"]}
     if options.simple:
         servers["simple"] = ["benchmarks/serve_simple.py", checkpoint, str(free_port())]
     print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seed {SEED}")
-    print("server     clients  tokens/s  first p50, p95  between p50, p95 (ms)  errors")
+    print("server   clients  tokens/s  first p50, p95  between p50, p95 (ms)  errors")
     for name, command in servers.items():
         with server([sys.executable, *command]) as process:
             url = f"http://127.0.0.1:{command[-1].rpartition('=')[2]}"

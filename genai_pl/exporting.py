@@ -119,8 +119,8 @@ def adapter_card(base: str, card: dict[str, str]) -> str:
 
 def _model_card(model: Model, reader: str, card: dict[str, str]) -> str:
     """The README.md of a model folder. reader: name of the class that reads it."""
-    scores = model.config.head is Head.score
-    task = "text-classification" if scores else TASKS[model.config.shape, model.config.head is not Head.none]
+    labels = {Head.score: "text-classification", Head.tokens: "token-classification"}
+    task = labels.get(model.config.head) or TASKS[model.config.shape, model.config.head is not Head.none]
     library = NATIVE if reader == NATIVE else "transformers"
     lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "---", "", "# Language model", ""]
     lines += [f"{n_parameters(model):,} parameters, read by `{reader}`.", ""]

@@ -17,6 +17,7 @@ from genai_pl import peft
 from genai_pl.atomic_io import ADAPTER, is_checkpoint
 from genai_pl.checkpoints.file import MARK, read_checkpoint
 from genai_pl.config.enums import AttentionBackend, Head
+from genai_pl.config.labels import read_labels
 from genai_pl.config.model import ModelConfig
 from genai_pl.data.generation_defaults import (
     GENERATION,
@@ -186,8 +187,7 @@ def _with_end_tokens(
 def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -> Loaded:
     """The base that an adapter folder names, with the adapter, and the folder's tokenizer if it has one."""
     base = load(_base_of(path), above=above, **options)
-    if read_json(path / ADAPTER).get("task_type") == "SEQ_CLS":
-        _add_score_head(base.model)
+    peft.add_label_head(base.model, path)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
     own = read_generation_defaults(path) if (path / GENERATION).is_file() else base.defaults
     return _with_end_tokens(peft.load_adapter(base.model, path), tokenizer, path, own)
@@ -203,8 +203,7 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
         # the model: its base loaded from elsewhere, or built on the meta device for the weights
         if base is not None:  # the state_dict has the adapter's keys only
             model = load(base, dtype=dtype, above=above, **options).model
-            if ours["model"].get("head") == Head.score.value:
-                _add_score_head(model)
+            _set_stored_head(model, ours["model"])
         else:
             model = _empty_model(ours["model"], state, options["attention"], options["dropout"])
         if adapter is not None:
@@ -249,11 +248,15 @@ def refuse_twice(path: Path, adapter: Path, *, message: str) -> None:
         raise ConfigError(f"{message} brings it already; leave one of them out")
 
 
-def _add_score_head(model: Model | WrappedDecoder) -> None:
-    """Replace a base's head by a scoring head, whose weights the adapter brings; the global generator is not advanced."""
-    if not isinstance(model, WrappedDecoder) and model.config.head is not Head.score:
-        with torch.random.fork_rng(devices=[]):
-            model.set_head(Head.score)
+def _set_stored_head(model: Model | WrappedDecoder, stored: dict) -> None:
+    """Give a base the head for labels that a checkpoint's configuration describes; the global generator is not advanced."""
+    head = stored.get("head")
+    if head not in (Head.score.value, Head.tokens.value) or isinstance(model, WrappedDecoder):
+        return
+    extra = stored.get("extra") or {}
+    labels = read_labels(extra, stored.get("n_labels", 1)) if "id2label" in extra else None
+    with torch.random.fork_rng(devices=[]):
+        model.set_head(Head(head), labels)
 
 
 def _base_of(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from genai_pl.callbacks.checkpoint_files import newest_checkpoints, saved_at, step_of
+from genai_pl.callbacks.confusion import ConfusionPicture
 from genai_pl.callbacks.console import Console, duration
 from genai_pl.callbacks.divergence import Divergence, LossWatch
 from genai_pl.callbacks.ema import EMA
@@ -13,6 +14,7 @@ from genai_pl.callbacks.samples import Samples
 
 __all__ = [
     "AtomicCheckpointIO",
+    "ConfusionPicture",
     "Console",
     "Divergence",
     "EMA",

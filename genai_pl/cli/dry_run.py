@@ -23,6 +23,7 @@ from genai_pl.cli.planned_run import (
     read_stored_config,
 )
 from genai_pl.config.enums import Head
+from genai_pl.config.labels import Labels
 from genai_pl.devices import DTYPES
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.chunked_logits import CHUNK_BYTES, GPU_CHUNK_BYTES
@@ -105,8 +106,9 @@ def dry_run(config: DictConfig) -> int:
 def build_full_model(config: DictConfig, objective: type[BaseModule], model_config: ModelConfig) -> Model:
     """The model that the run trains, with its head and adapters, on whatever device and dtype is the default."""
     model = build_model(model_config)
-    if objective.head is not None:
-        model.set_head(objective.head)
+    if objective.head is not None:  # the data, which are not read, name the labels
+        names = config.data.get("labels") or ("0", "1")
+        model.set_head(objective.head, Labels(tuple(names)) if objective.labelled else None)
     return apply_peft(config.peft, model, None)
 
 

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
 from tqdm import tqdm
 
 from genai_pl.atomic_io import write_atomic
+from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
 from genai_pl.config.enums import Head
 from genai_pl.data import token_bytes
 from genai_pl.devices import choose_device, dtypes_of, weights_of
@@ -42,12 +42,12 @@ from genai_pl.evaluation import (
     win_rate,
 )
 from genai_pl.evaluation.harness import check_harness, run_tasks
+from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
-from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import adapters_of, merge
 from genai_pl.training.hydra_job import job_overrides
-from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, refuse_unused
+from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, NO_LABELS_RULE, refuse_unused
 
 CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
 
@@ -110,11 +110,15 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     """Metrics of the model on the rows of `data`, printed, with the counts of rows, scored tokens and cut prompts."""
     options = config.data
     device = choose_device(config.device)
+    loaded = load_checkpoint(config)
+    if loaded.model.config.head.scores and not is_reward_model(loaded.model):
+        return evaluate_labels(config, loaded)
+    refuse_unused(config, job_overrides(), [NO_LABELS_RULE])
     kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
     if kind in (Kind.preferences, Kind.conversations):
         refuse_unused(config, job_overrides(), [NO_BOS_RULE])
     # tokenize everything first: mistakes in the data show before any model runs
-    loaded = load_model(config, judges=kind is Kind.preferences)
+    check_model(config, loaded, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
     rows = build_rows(options, kind, columns, loaded)
     products = weights_of(config.precision.lightning, config.dtype, device)[1]
@@ -165,7 +169,9 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
     """A folder of the checkpoint that transformers can load; written to `temporary`, adapters merged, if there is
     none.
     """
-    model, tokenizer, path = load_model(config, judges=False)
+    loaded = load_checkpoint(config)
+    check_model(config, loaded, judges=False)
+    model, tokenizer, path = loaded
     if (path / "config.json").is_file():
         return path
     export_model(merge(model) if adapters_of(model) else model, tokenizer, temporary, card={})
@@ -203,14 +209,16 @@ def preference_metrics(
     return {**metrics, "accuracy_per_token": win_rate(means[0] - means[1])}
 
 
-def load_model(config: DictConfig, *, judges: bool) -> Loaded:
-    """The model and its tokenizer, checked: a decoder that predicts the next token, or with `judges` also a reward
-    model.
-
-    ConfigError also where data.seq_len exceeds the model's context.
-    """
+def load_checkpoint(config: DictConfig) -> Loaded:
+    """The model and its tokenizer, with weights in the dtype of `precision` and `dtype`."""
     weights, _ = weights_of(config.precision.lightning, config.dtype, choose_device(config.device))
-    loaded = load(config.checkpoint, dtype=weights)
+    return load(config.checkpoint, dtype=weights)
+
+
+def check_model(config: DictConfig, loaded: Loaded, *, judges: bool) -> None:
+    """ConfigError unless the model is a decoder that predicts the next token, or with `judges` a reward model, and
+    its context holds data.seq_len tokens.
+    """
     model_config = loaded.model.config
     if model_config.head is Head.score and not judges:
         raise ConfigError(
@@ -225,12 +233,6 @@ def load_model(config: DictConfig, *, judges: bool) -> Loaded:
         raise ConfigError(
             f"checkpoint={config.checkpoint}: evaluate needs a model of shape decoder, not {model_config.shape.value}"
         )
-    return loaded
-
-
-def context_of(model: nn.Module) -> int:
-    """Tokens of text that the model reads at once: its context less the virtual tokens of adapters."""
-    return model.config.max_seq_len - n_virtual(model)
 
 
 def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[ScoredWindow]:
@@ -261,13 +263,6 @@ def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loa
     if not rows:
         raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
     return rows
-
-
-def print_metrics(metrics: Metrics) -> None:
-    """Print one metric a line, aligned."""
-    width = max([22, *(len(name) + 2 for name in metrics)])
-    for name, value in metrics.items():
-        print(f"{name:<{width}}{value:>12.4f}")
 
 
 def write_figures(config: DictConfig, figures: dict[str, float]) -> None:

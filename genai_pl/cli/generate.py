@@ -23,6 +23,7 @@ from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
 from genai_pl.loading import Loaded, load, load_draft
 from genai_pl.models import Encoder, prepare_for_decoding
+from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITER_RULE, refuse_unused
@@ -42,7 +43,7 @@ def generate(config: DictConfig) -> int:
     refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
         head = loaded.model.config.head
-        other = "a reward model: set score=true" if head is Head.score else "a model of vectors: set embed=true"
+        other = "a model of scores or labels: set score=true" if head.scores else "a model of vectors: set embed=true"
         raise ConfigError(f"checkpoint={config.checkpoint}: writes no text, it is {other}")
     loaded.model.to(device)
     # fused decoding needs weights and products in one dtype
@@ -53,7 +54,7 @@ def generate(config: DictConfig) -> int:
         if config.embed:
             print_embeddings(loaded, prompts, config.pooling)
         elif config.score:
-            print_scores(loaded, prompts)
+            print_scores(loaded, prompts, config.query)
         elif config.chat:
             return run_chat(config, loaded, device)
         elif isinstance(loaded.model, Encoder):
@@ -71,6 +72,8 @@ def check_options(config: DictConfig) -> None:
     chosen = [f"{name}=true" for name in ("embed", "score", "logprobs", "chat") if config[name]]
     if len(chosen) > 1 and chosen != ["score=true", "logprobs=true"]:
         raise ConfigError(f"{' and '.join(chosen)}: choose one of them")
+    if config.query is not None and not config.score:
+        raise ConfigError("query is the first text of a pair to score: set score=true")
     if config.system is not None and not config.chat:
         raise ConfigError("system is what a chat begins with: set chat=true")
     if config.chat and (config.num_samples > 1 or config.generation.num_return > 1):
@@ -211,13 +214,19 @@ def print_embeddings(loaded: Loaded, prompts: list[str], pooling: str | None) ->
         print_json({"prompt": prompt, "embedding": vector})
 
 
-def print_scores(loaded: Loaded, prompts: list[str]) -> None:
-    """Print one JSON line for each prompt: log-probability and perplexity by a language model, or a reward model's
-    score.
+def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -> None:
+    """Print one JSON line for each prompt: log-probability and perplexity by a language model, a reward model's
+    score, or labels with their probabilities. query: first text of pairs whose second text is the prompt.
     """
     from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
+    from genai_pl.evaluation.labels import is_reward_model
 
     model, tokenizer = loaded.model, loaded.tokenizer
+    if model.config.head.scores and not is_reward_model(model):
+        print_labels(loaded, prompts, query)
+        return
+    if query is not None:
+        raise ConfigError("query is the first text of a pair, which a model with labels reads; leave it out here")
     if model.config.head is Head.score:
         rows = [row[-model.config.max_seq_len :] for row in encode_texts(tokenizer, prompts)]
         for prompt, reward in zip(prompts, reward_scores(model, rows).tolist(), strict=True):
@@ -229,6 +238,29 @@ def print_scores(loaded: Loaded, prompts: list[str]) -> None:
         mean = total / n if n else None  # nothing precedes the first token of a text without a bos
         perplexity = None if mean is None else math.exp(-mean)
         print_json({"prompt": prompt, "logprob": total, "mean": mean, "perplexity": perplexity, "tokens": n})
+
+
+def print_labels(loaded: Loaded, prompts: list[str], query: str | None) -> None:
+    """Print one JSON line for each prompt with the labels of the model's head and their probabilities."""
+    from genai_pl.config.labels import read_labels
+    from genai_pl.data.text_tokens import encode_pairs
+    from genai_pl.evaluation.labels import describe_labels, label_logits, probabilities, tag_words
+
+    model, config = loaded.model, loaded.model.config
+    max_length = config.max_seq_len - n_virtual(model)
+    if config.head is Head.tokens:
+        if query is not None:
+            raise ConfigError("query is the first text of a pair; this model gives tags to the words of a prompt")
+        sentences = [prompt.split() for prompt in prompts]
+        tags = tag_words(model, loaded.tokenizer, sentences, max_length=max_length)
+        for prompt, words, row in zip(prompts, sentences, tags, strict=True):
+            print_json({"prompt": prompt, "tokens": words, "tags": row})
+        return
+    labels = read_labels(config.extra, config.n_labels)
+    texts = (prompts, None) if query is None else ([query] * len(prompts), prompts)
+    rows = encode_pairs(loaded.tokenizer, *texts, max_length=max_length)
+    for prompt, row in zip(prompts, probabilities(label_logits(model, rows), labels), strict=True):
+        print_json({**({} if query is None else {"query": query}), "prompt": prompt, **describe_labels(row, labels)})
 
 
 def print_json(line: dict[str, object]) -> None:

@@ -8,10 +8,13 @@ config/bounds.py checks.
 from genai_pl.cli.schema_commands import EvaluateSchema, ExportSchema, FeedbackSchema, GenerateSchema, ServeSchema
 from genai_pl.cli.schema_data import (
     ChatSchema,
+    LabelledSchema,
     PairsSchema,
     PreferenceSchema,
     PromptsSchema,
+    RerankSchema,
     Seq2SeqSchema,
+    TagsSchema,
     TextSchema,
     UnpairedSchema,
 )
@@ -31,6 +34,9 @@ SCHEMAS = {
     "preference": PreferenceSchema,
     "unpaired": UnpairedSchema,
     "prompts": PromptsSchema,
+    "labelled": LabelledSchema,
+    "tags": TagsSchema,
+    "rerank": RerankSchema,
     "generation": GenerationConfig,
     "generate": GenerateSchema,
     "evaluate": EvaluateSchema,

@@ -13,7 +13,8 @@ class GenerateSchema:
     checkpoint: a reference (`auto`, a run, a folder, a Hub id). adapter: one, several, or names to folders.
     adapter_weights: a factor for each. prompt, prompt_file: texts to continue, stdin if both are null.
     num_samples: completions per prompt. stream: print while decoding. chat, embed, score: what to do instead of
-    continuing. top_k: candidates per mask. dtype: of the weights, null as precision has them. precision, generation: groups.
+    continuing. query: first text of scored pairs. top_k: candidates per mask. dtype: of the weights, null as precision
+    has them. precision, generation: groups.
     """
 
     checkpoint: str = "auto"
@@ -29,6 +30,7 @@ class GenerateSchema:
     embed: bool = False
     pooling: str | None = None
     score: bool = False
+    query: str | None = None
     top_k: int = 5
     seed: int = 0
     device: str = "auto"
@@ -56,7 +58,7 @@ class ExportSchema:
 
 @dataclass
 class EvaluateDataSchema:
-    """The data of `evaluate.py`: texts, completions, choices, pairs or conversations to score.
+    """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score.
 
     path: file, folder or Hub data set. column: of texts. last_word: score the last word only (LAMBADA).
     seq_len, stride: window and step in tokens. bos: whether rows begin with the begin token.
@@ -65,6 +67,14 @@ class EvaluateDataSchema:
     path: str = MISSING
     column: str | None = None
     last_word: bool = False
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    query: str = "query"
+    document: str = "documents"
+    relevance: str = "labels"
     seq_len: int | None = None
     stride: int | None = None
     bos: bool | None = None

@@ -87,6 +87,38 @@ class UnpairedSchema(DataSchema):
 
 
 @dataclass
+class LabelledSchema(DataSchema):
+    """Texts, or pairs of texts, with a class, several labels or numbers."""
+
+    _target_: str = "genai_pl.data.labelled.LabelledDataModule"
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    labels: list[str] | None = None
+    problem_type: str | None = None
+
+
+@dataclass
+class RerankSchema(DataSchema):
+    """Queries with documents and their relevance."""
+
+    _target_: str = "genai_pl.data.rerank.RerankDataModule"
+    query: str = "query"
+    document: str = "documents"
+    label: str = "labels"
+
+
+@dataclass
+class TagsSchema(DataSchema):
+    """Sentences of words with a tag each."""
+
+    _target_: str = "genai_pl.data.tags.TagsDataModule"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    labels: list[str] | None = None
+
+
+@dataclass
 class PromptsSchema(DataSchema):
     """Prompts that the policy answers during training (PPO, GRPO)."""
 

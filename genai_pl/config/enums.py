@@ -64,13 +64,25 @@ class Activation(str, Enum):
 
 class Head(str, Enum):
     """Layer that maps hidden states to outputs: none (states are the output), linear (C -> V), transform (BERT's
-    dense layer, activation and norm, then C -> V), score (C -> 1, a reward model).
+    dense layer, activation and norm, then C -> V), score (C -> n_labels for a text: rewards, classes), tokens
+    (C -> n_labels for every token: tags).
     """
 
     none = "none"
     linear = "linear"
     transform = "transform"
     score = "score"
+    tokens = "tokens"
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """True for language-model heads, whose outputs are tokens of the vocabulary."""
+        return self in (Head.linear, Head.transform)
+
+    @property
+    def scores(self) -> bool:
+        """True for heads whose outputs are labels: of a text or of each token."""
+        return self in (Head.score, Head.tokens)
 
 
 class AttentionKind(str, Enum):

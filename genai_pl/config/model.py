@@ -27,6 +27,7 @@ POSITIVE_FIELDS = (
     "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
     "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
     "softcap", "logit_softcap", "init_std", "experts_per_token", "expert_size", "expert_every", "router_scale",
+    "n_labels",
 )  # fmt: skip
 # fields of a mixture of experts, of no effect where n_experts is null
 EXPERT_FIELDS = (
@@ -101,6 +102,8 @@ class ModelConfig:
     qk_norm_joint: bool = False  # qk_norm over all heads at once (OLMoE), not over each
     head: Head = Head.linear
     head_bias: bool = False
+    n_labels: int = 1  # outputs of head=score and head=tokens
+    score_dense: bool = False  # a dense layer with tanh before head=score (BERT's pooler, RoBERTa's classifier)
     scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
     pooler: bool = False  # keep the folder's dense layer over the first state (BERT's pooler)
@@ -185,6 +188,8 @@ class ModelConfig:
             raise ConfigError("model.position=xl needs model.shape=encoder")
         if self.pooler and self.shape is not Shape.encoder:
             raise ConfigError("model.pooler needs model.shape=encoder")
+        if self.head.scores and self.shape is Shape.encoder_decoder:
+            raise ConfigError(f"model.head={self.head.value} needs model.shape=decoder or encoder")
         if not 0 <= self.start_token(0) < (self.vocab_size or MAX_SIZE):
             raise ConfigError(f"model.decoder_start_token_id={self.decoder_start_token_id} is no token of the model")
         if self.n_decoder_layer is not None and self.shape is not Shape.encoder_decoder:
@@ -242,7 +247,12 @@ class ModelConfig:
     @property
     def writes(self) -> bool:
         """True if the model can continue text token by token: a decoder side with a language-model head."""
-        return self.shape is not Shape.encoder and self.head in (Head.linear, Head.transform)
+        return self.shape is not Shape.encoder and self.head.predicts_tokens
+
+    @property
+    def is_reward(self) -> bool:
+        """True if the model gives a text one number."""
+        return self.head is Head.score and self.n_labels == 1
 
     def start_token(self, pad: int) -> int:
         """First token of the decoder beside an encoder. pad: the tokenizer's pad token, T5's start token (Raffel

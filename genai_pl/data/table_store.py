@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 FORMAT = 5  # version of read tables: raise it when the same file gives other rows
 ROWS, CHARACTERS = 1000, 1 << 26  # limits of a batch that is written at once
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
+MAY_BE_EMPTY = ("tools", "label")  # most conversations have no tools; a text may have none of several labels
 EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
 
 Cells = Iterable[tuple[Place, Sequence[object]]]  # for each row, its place and its cells
@@ -122,7 +123,7 @@ def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) 
     import pyarrow.compute as pc
 
     for column, kind in cell_kinds.items():
-        if kind not in EMPTY or column == "tools":  # most conversations have no tools
+        if kind not in EMPTY or column in MAY_BE_EMPTY:
             continue
         empty = pc.equal(pc.binary_length(table.with_format("arrow")[:][column]), EMPTY[kind])
         if count := pc.sum(empty).as_py():

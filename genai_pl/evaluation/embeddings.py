@@ -105,7 +105,7 @@ def encode_sentences(
 def embed(model: Model, rows: TokenRows, head: SentenceHead) -> Tensor:
     """Vectors (N, D), float32 on the CPU, of N rows of token ids."""
     vectors = torch.empty(len(rows), head.size)
-    for batch, input_ids, segment_ids in _padded(model, rows, BATCH_TOKENS):
+    for batch, input_ids, segment_ids in padded(model, rows, BATCH_TOKENS):
         hidden = model.features(input_ids, segment_ids).float()
         vectors[batch] = head.to(hidden).forward(hidden, segment_ids).cpu()
     return vectors
@@ -124,7 +124,7 @@ def reward_scores(
     batch_tokens: tokens of a batch, padding included. on_batch: called with the number of rows after every batch.
     """
     rewards = torch.zeros(len(rows), dtype=torch.float64)
-    for batch, input_ids, segment_ids in _padded(model, rows, batch_tokens):
+    for batch, input_ids, segment_ids in padded(model, rows, batch_tokens):
         rewards[batch] = scores(model, input_ids, segment_ids, 1)[:, 0].double().cpu()
         if on_batch is not None:
             on_batch(len(batch))
@@ -162,7 +162,7 @@ def logprob_windows(
     return [row for windows in per_text for row in windows], owners
 
 
-def _padded(model: Model, rows: TokenRows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def padded(model: Model, rows: TokenRows, batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Batches: row numbers, and input_ids and segment_ids (B, T) of these rows, padded on the right."""
     device = model.embed.weight.device
     for batch in batches([len(row) for row in rows], batch_tokens):

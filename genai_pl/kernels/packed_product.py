@@ -39,7 +39,7 @@ class Product(NamedTuple):
 def fastest_product(dtype: torch.dtype, weights: Sequence[Tensor], *, rows: int) -> Product:
     """The product that takes the least time for `rows` rows with each of the weights (out, in) once.
 
-    dtype: bfloat16, float16, or int8 for 8 bits per weight. Weights should be as many as do not fit into a cache, if the
+    dtype: float32, bfloat16, float16, or int8 for 8 bits per weight. Weights should be as many as do not fit into a cache, if the
     model does not. The last product of a dtype runs everywhere.
     """
     candidates, seconds = _products(dtype), {}
@@ -69,6 +69,11 @@ def _seconds(product: Product, inputs: Sequence[Tensor], packed: Sequence[object
 
 def _products(dtype: torch.dtype) -> list[Product]:
     """The products for weights of a dtype, on this processor."""
+    if dtype is torch.float32:
+        return [
+            Product("float32 by columns", by_columns, F.linear),
+            Product("float32", torch.Tensor.contiguous, F.linear),
+        ]
     if dtype is torch.int8:
         exact = next((limb for limb in (127, 63) if _is_exact(limb)), None)
         if exact is not None:

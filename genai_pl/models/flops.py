@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from genai_pl.config.enums import Head, Shape
+from genai_pl.config.enums import Shape
 from genai_pl.config.model import ModelConfig
 from genai_pl.models.experts import MoE
 
@@ -50,7 +50,7 @@ def flop_rates(model: nn.Module, config: ModelConfig, seq_len: int) -> FlopRates
     and 4 backward. The second term is attention: two products of T keys. T is the whole row of seq_len tokens, as in the
     paper, though a causal kernel skips half of it; or the window, where there is one.
     """
-    head = 0 if config.head in (Head.none, Head.score) else 6.0 * config.vocab_size * config.embedding_size
+    head = 0 if not config.head.predicts_tokens else 6.0 * config.vocab_size * config.embedding_size
     span = min(seq_len, config.window or seq_len)
     scores = 12.0 * config.n_head * config.head_dim * span  # of one attention
     if config.shape is not Shape.encoder_decoder:

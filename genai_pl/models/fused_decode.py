@@ -5,8 +5,8 @@ things help:
 
 1. Fewer bytes. Weights of 16 bits or `dtype=int8` are packed for the product that a probe finds fastest here
    (`kernels/packed_product.py`); everything else is float32.
-2. float32 weights by columns. torch reads a matrix for a product with one row at 24 to 28 GB/s by columns, at 16 to 20 by
-   rows (one thread of an EPYC, torch 2.13); from 16 rows on it is the reverse. This changes no number beyond rounding.
+2. float32 weights by columns, where they are faster. torch reads a matrix for a product with one row at 24 to 28 GB/s by
+   columns, at 16 to 20 by rows (one thread of an EPYC, torch 2.13). This changes no number beyond rounding.
 3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
    weights that share an input are one matrix (q, k and v; gate and up), queries and keys are normed and turned in one
    call, and norms of single tokens are written out.
@@ -38,7 +38,6 @@ from genai_pl.models.positions import rotate
 log = logging.getLogger(__name__)
 
 PROBED_BYTES = 16 << 20  # of the weights that a probe multiplies with, in 16 bits: more than caches of the second level
-COLUMN_ROWS = 8  # rows of a step up to which float32 weights are read by columns
 POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
@@ -153,14 +152,13 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     """
     if dtype is torch.int8:
         _check_int8(model)
-    product = _choose_product(model, dtype, rows)
-    layout = (
-        by_columns if rows <= COLUMN_ROWS else torch.Tensor.contiguous
-    )  # a rule: float32 must not vary with a probe
+    product, layout = _choose_product(model, dtype, rows), by_columns
     if product is None:
-        for module in model.modules():
-            if type(module) is nn.Linear and _is_plain(module.weight):
-                module.weight.data = layout(module.weight.data)
+        linears = [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
+        if linears:
+            layout = fastest_product(torch.float32, _probed(linears), rows=rows).pack
+        for module in linears:
+            module.weight.data = layout(module.weight.data)
     else:
         log.info("decoding    products of %s", product.name)
         dtype = model.embed.weight.dtype if dtype is None else dtype

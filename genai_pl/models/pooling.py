@@ -38,7 +38,12 @@ def pool(hidden: Tensor, segment_ids: Tensor, kind: str) -> Tensor:
 
 
 def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **extra_inputs: Tensor) -> Tensor:
-    """The scores (B, n) of segments 1 .. n of each row, in float32, from the linear layer `model.score`.
+    """The first label's score of segments 1 .. n of each row, (B, n) in float32: see `label_scores`."""
+    return label_scores(model, input_ids, segment_ids, n, **extra_inputs)[..., 0]
+
+
+def label_scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **extra_inputs: Tensor) -> Tensor:
+    """The scores (B, n, n_labels) of segments 1 .. n of each row, in float32, from the model's head for scores.
 
     A decoder's score is that of a segment's last token, an encoder's that of its first. extra_inputs: keyword arguments of
     `features`, such as `shared_prompt_len`.
@@ -50,4 +55,4 @@ def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **e
     else:
         token_positions = segment_ends(segment_ids, n)  # (B, n)
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return model.score(hidden[rows, token_positions]).squeeze(-1).float()
+    return model.label_logits(hidden[rows, token_positions]).float()

@@ -13,7 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from genai_pl.config.enums import Head, NormOrder, Position
+from genai_pl.config.enums import Head, NormOrder, Position, Shape
+from genai_pl.config.labels import KEYS as LABEL_KEYS
+from genai_pl.config.labels import Labels
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
@@ -25,8 +27,6 @@ from genai_pl.models.layers import HeadTransform, OffsetEmbedding, Pooler, build
 from genai_pl.models.positions import rotary, sinusoidal
 from genai_pl.models.relative_positions import RelativeBias
 from genai_pl.models.virtual_tokens import NO_PREFIX, VirtualPrefix, VirtualTokens, distance_bias, virtual_prefix
-
-LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # keys of config.json that describe a head for scores
 
 
 class Transformer(nn.Module):
@@ -75,8 +75,11 @@ class Transformer(nn.Module):
         self.head_scale = config.n_embd**-0.5 if config.scale_head else None
         self.logit_softcap = config.logit_softcap
         self.lm_head = None
-        self.score = nn.Linear(config.n_embd, 1, bias=False) if config.head is Head.score else None
-        if config.head in (Head.linear, Head.transform):
+        self.score_dense = nn.Linear(config.n_embd, config.n_embd) if config.score_dense else None
+        self.score = None
+        if config.head.scores:
+            self.score = nn.Linear(config.n_embd, config.n_labels, bias=config.head_bias)
+        if config.head.predicts_tokens:
             width = E if config.head is Head.transform else config.n_embd
             self.lm_head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
         init_weights(self, config)
@@ -87,17 +90,49 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings and self.lm_head is not None:
             self.lm_head.weight = self.embed.weight
 
-    def set_head(self, head: Head) -> None:
-        """Replace the language model's head by none, or by a new linear layer `score` that turns a hidden state into one number.
+    def set_head(self, head: Head, labels: Labels | None = None) -> None:
+        """Replace the head by none, or by a new linear layer `score` that turns a hidden state into one number for each label.
 
-        The folder's labels go with the old head.
+        labels: names of the outputs; None is one output without a name (a reward). A head that has these outputs stays.
+        An encoder's head for texts has a dense layer before it: that of the old head, else the folder's pooler, else a new one.
+        The labels of the old head go with it.
         """
-        extra = {key: value for key, value in self.config.extra.items() if key not in LABELS}
-        self.config = replace(self.config, head=head, head_bias=False, extra=extra)
+        names = {} if labels is None else labels.values()
+        extra = {key: value for key, value in self.config.extra.items() if key not in LABEL_KEYS} | names
+        n = 1 if labels is None else len(labels.names)
         self.transform, self.lm_head = nn.Identity(), None
-        if head is Head.score and self.score is None:
-            self.score = nn.Linear(self.config.n_embd, 1, bias=False, device=self.embed.weight.device)
-            nn.init.zeros_(self.score.weight)  # random scores are as large as the states, and must be unlearned first
+        if head.scores and self.config.head is head and self.config.n_labels == n:
+            self.config = replace(self.config, extra=extra)
+            return
+        dense = head is Head.score and self.config.shape is Shape.encoder
+        bias = dense or head is Head.tokens  # as transformers' classes have it
+        options = {"head": head, "head_bias": bias, "n_labels": n, "score_dense": dense}
+        pooler = self.config.pooler and not head.scores  # it becomes the dense layer, or has no place in the new class
+        self.config = replace(self.config, **options, pooler=pooler, extra=extra)
+        self.score, self.score_dense = None, self.score_dense if dense else None
+        if head.scores:
+            self._build_score_head()
+
+    def _build_score_head(self) -> None:
+        """New layers `score`, and `score_dense` where there is one, on the device and in the dtype of the embedding."""
+        like, config = self.embed.weight, self.config
+        options = {"device": like.device, "dtype": like.dtype}
+        self.score = nn.Linear(config.n_embd, config.n_labels, bias=config.head_bias, **options)
+        for parameter in self.score.parameters():
+            nn.init.zeros_(parameter)  # random scores are as large as the states, and must be unlearned first
+        if config.score_dense and self.score_dense is None:
+            self.score_dense = nn.Linear(config.n_embd, config.n_embd, **options)
+            nn.init.normal_(self.score_dense.weight, std=config.init_std)
+            nn.init.zeros_(self.score_dense.bias)
+            if self.pooler is not None:
+                self.score_dense.load_state_dict(self.pooler.state_dict())
+        self.pooler = None
+
+    def label_logits(self, hidden: Tensor) -> Tensor:
+        """The outputs (..., n_labels) of the head for scores, of hidden states (..., C)."""
+        if self.score_dense is not None:
+            hidden = self.dropout(torch.tanh(self.score_dense(hidden)))
+        return self.score(hidden)
 
     @property
     def input_modules(self) -> list[nn.Module]:

@@ -57,6 +57,9 @@ class BaseModule(L.LightningModule, ABC):
     needs_reward = False  # whether a reward function scores completions in training
     head: Head | None = None  # head that it trains instead of the language-model head
     embeds = False  # whether it trains embeddings of texts
+    labelled = False  # whether the outputs of its head are labels of the data
+    weighs_classes = False  # whether its classes may be weighted by the targets of the training rows
+    confusion: Tensor | None = None  # (K, K) counts of the last validation by true and predicted class
     reference: Reference | None = None  # the frozen reference policy of preference objectives and RL
     columns = (Column("train/loss", "loss", "{:8.4f}"),)  # metrics of the printed table
     loss_falls = True  # whether a loss far above its best means that the run diverges

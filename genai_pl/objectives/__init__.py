@@ -4,6 +4,7 @@ A loss maps tensors to a scalar, with the equation number of its paper, and is i
 process groups; `genai_pl.modules` calls it. A collator maps a list of examples to a batch of tensors.
 """
 
+from genai_pl.objectives.classify import LabelCollator
 from genai_pl.objectives.clm import CausalLMCollator, causal_lm_loss
 from genai_pl.objectives.collate import Collator
 from genai_pl.objectives.contrastive import info_nce, matryoshka, recall_at_k, symmetric_info_nce
@@ -46,6 +47,7 @@ from genai_pl.objectives.preference_collators import (
     UnpairedPreferenceCollator,
 )
 from genai_pl.objectives.prefix_lm import PrefixLMCollator
+from genai_pl.objectives.rerank import RerankCollator
 from genai_pl.objectives.reward import (
     centering_penalty,
     pairwise_reward_loss,
@@ -58,12 +60,14 @@ from genai_pl.objectives.seq2seq import Seq2SeqCollator
 from genai_pl.objectives.sft import SFTCollator
 from genai_pl.objectives.span_corruption import SpanCorruptionCollator
 from genai_pl.objectives.special_tokens import SpecialTokens
+from genai_pl.objectives.token_classify import TagCollator
 from genai_pl.objectives.token_loss import IGNORED, masked_accuracy, token_loss
 
 __all__ = [
     "IGNORED",
     "CausalLMCollator",
     "Collator",
+    "LabelCollator",
     "FimCollator",
     "MaskedLMCollator",
     "PairCollator",
@@ -71,11 +75,13 @@ __all__ = [
     "PreferenceCollator",
     "PrefixLMCollator",
     "RankingCollator",
+    "RerankCollator",
     "SFTCollator",
     "Seq2SeqCollator",
     "SpanCorruptionCollator",
     "UnpairedPreferenceCollator",
     "SpecialTokens",
+    "TagCollator",
     "adapt_kl_coef",
     "causal_lm_loss",
     "centering_penalty",

@@ -11,7 +11,7 @@ from genai_pl.peft.adapter_layers import tie_weights
 from genai_pl.peft.bitfit import bitfit
 from genai_pl.peft.bottleneck import bottleneck
 from genai_pl.peft.ia3 import ia3
-from genai_pl.peft.io.folder import METHODS, load_adapter, save_adapter
+from genai_pl.peft.io.folder import METHODS, add_label_head, load_adapter, save_adapter
 from genai_pl.peft.lora import lora
 from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
@@ -25,6 +25,7 @@ __all__ = [
     "AdapterLayer",
     "METHODS",
     "RowWeights",
+    "add_label_head",
     "adapters_disabled",
     "adapters_of",
     "base_tensors",

@@ -9,12 +9,11 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from genai_pl.config.enums import Head
 from genai_pl.errors import ConfigError
 from genai_pl.models import WrappedDecoder
 from genai_pl.models.experts import ExpertLinear
 from genai_pl.peft.adapter import Adapter, AdapterLayer
-from genai_pl.peft.targets import adapter_layers, base_module, module_sites
+from genai_pl.peft.targets import SCORE_LAYERS, adapter_layers, base_module, module_sites
 
 State = dict[str, Tensor]  # the parameters of one layer, by name
 
@@ -127,7 +126,7 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
     names: of layers, as `ModuleSite.is_called` takes them. A head that scores texts is always added: it is new in this model, so
     the base holds only its initialization. ConfigError for unknown names and for layers that the adapter wraps already.
     """
-    names = [*names, "score"] if model.config.head is Head.score else names
+    names = [*names, *score_layers(model)]
     # every name must mean a layer that has parameters of its own
     places = [site for site in module_sites(model) if site.parameters]
     for name in names:
@@ -147,6 +146,13 @@ def train_whole(model: nn.Module, names: list[str], adapter: Adapter) -> None:
         for name, parameter in base_module(layer).named_parameters():
             setattr(layer.copy, name, shared.setdefault(parameter, getattr(layer.copy, name)))
         site.replace(layer)
+
+
+def score_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of a head for labels; none without such a head."""
+    if not model.config.head.scores:
+        return []
+    return list(SCORE_LAYERS if model.config.score_dense else SCORE_LAYERS[:1])
 
 
 def tie_weights(model: nn.Module) -> None:

@@ -9,7 +9,17 @@ from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
 from genai_pl.peft.io.tensors import AdapterFile, fill
-from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
+from genai_pl.peft.virtual_tokens import (
+    KEY,
+    VirtualAdapter,
+    config_of,
+    fill_head,
+    head_tensors,
+    install,
+    stack_for,
+    table_in,
+    virtual_of,
+)
 
 
 class Prefix(VirtualAdapter):
@@ -79,7 +89,7 @@ def write_prefix(model: nn.Module, adapter: Adapter) -> AdapterFile:
     if two:  # PEFT splits the table into four parts per layer and uses the first two
         table = nn.functional.pad(table.view(P, L, 2 * K * D), (0, 2 * K * D)).flatten(1)
         config["num_layers"] = 2 * L
-    return AdapterFile(config, {KEY: table}, {**adapter.options, "hidden_size": None})
+    return AdapterFile(config, {KEY: table, **head_tensors(model, adapter)}, {**adapter.options, "hidden_size": None})
 
 
 def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
@@ -89,6 +99,7 @@ def read_prefix(model: nn.Module, file: AdapterFile) -> nn.Module:
     if isinstance(model, EncoderDecoder):
         table = _of_decoder(table, model.config.n_decoder_layer, model.config.n_kv_head * model.config.head_dim)
     fill(virtual_of(model).weight, table, KEY)
+    fill_head(model, file)
     return model
 
 

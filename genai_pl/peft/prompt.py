@@ -10,7 +10,17 @@ from genai_pl.models.transformer import Transformer
 from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import new_parameter
 from genai_pl.peft.io.tensors import AdapterFile, fill
-from genai_pl.peft.virtual_tokens import KEY, VirtualAdapter, config_of, install, stack_for, table_in, virtual_of
+from genai_pl.peft.virtual_tokens import (
+    KEY,
+    VirtualAdapter,
+    config_of,
+    fill_head,
+    head_tensors,
+    install,
+    stack_for,
+    table_in,
+    virtual_of,
+)
 
 INITS = ("random", "text", "vocabulary")
 
@@ -65,7 +75,7 @@ def write_prompt(model: nn.Module, adapter: Adapter) -> AdapterFile:
         "num_attention_heads": model.config.n_head,
         "num_transformer_submodules": 1,
     }
-    return AdapterFile(config, {KEY: tokens.weight.detach()}, dict(adapter.options))
+    return AdapterFile(config, {KEY: tokens.weight.detach(), **head_tensors(model, adapter)}, dict(adapter.options))
 
 
 def read_prompt(model: nn.Module, file: AdapterFile) -> nn.Module:
@@ -74,6 +84,7 @@ def read_prompt(model: nn.Module, file: AdapterFile) -> nn.Module:
     model = prompt(model, n_tokens=n_tokens)
     # for an encoder-decoder PEFT stores twice as many rows and uses the first half
     fill(virtual_of(model).weight, table[:n_tokens], KEY)
+    fill_head(model, file)
     return model
 
 

@@ -17,7 +17,8 @@ from genai_pl.peft.adapter import AdapterLayer, adapters_of
 
 ALL_LINEAR = "all-linear"
 # XLNet's projection of distances has no batch dimension, so weights by row have no meaning; a scoring head is trained whole
-NO_TARGETS = ("r_proj", "score")
+SCORE_LAYERS = ("score", "score_dense")  # of a head for labels
+NO_TARGETS = ("r_proj", *SCORE_LAYERS)
 
 
 class ModuleSite(NamedTuple):
@@ -178,7 +179,7 @@ def _linears(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Modul
 
 
 def _is_linear(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """True for a layer of these kinds; not for a class of transformers that makes something else of its weight (routers, groups)."""
+    """True for a layer of these kinds; not for a class of transformers that uses its weight otherwise (routers, groups)."""
     kind = type(module)
     is_other = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
     return isinstance(module, kinds) and not is_other

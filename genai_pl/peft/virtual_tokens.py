@@ -12,9 +12,13 @@ from genai_pl.models import Encoder, EncoderDecoder, WrappedDecoder
 from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
 from genai_pl.peft.adapter import Adapter, AdapterLayer
-from genai_pl.peft.io.tensors import AdapterFile, common_config
+from genai_pl.peft.adapter_layers import TrainedCopy, train_whole
+from genai_pl.peft.io.hf_names import PREFIX, HFModule, hf_modules
+from genai_pl.peft.io.modules_to_save import load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.tensors import AdapterFile, TensorReader, common_config, layer_of
 
-KEY = "prompt_embeddings"  # the one tensor of the file
+KEY = "prompt_embeddings"  # the one tensor of virtual tokens
+HEAD = "base_model."  # before the names of a head's tensors, where there is one
 
 
 class VirtualAdapter(AdapterLayer, VirtualTokens):
@@ -70,9 +74,10 @@ def stack_for(model: nn.Module, method: str, n_tokens: int, *, reads: bool) -> T
 
 
 def install(model: nn.Module, stack: Transformer, tokens: VirtualAdapter) -> nn.Module:
-    """The model, frozen, with `tokens` as the virtual tokens of `stack`."""
+    """The model, frozen, with `tokens` as the virtual tokens of `stack`; a head for labels is trained whole beside them."""
     model.requires_grad_(False)
     stack.virtual = tokens.requires_grad_(True).train(stack.training)
+    train_whole(model, [], tokens.adapter)
     return model
 
 
@@ -88,15 +93,43 @@ def config_of(model: nn.Module, peft_type: str, tokens: VirtualAdapter) -> dict[
         "num_layers": model.config.n_layer,
     }
     # the only class of PEFT under which an encoder sees the tokens and its output keeps its length
-    if isinstance(model, Encoder):
+    if isinstance(model, Encoder) and not model.config.head.scores:
         config["task_type"] = "FEATURE_EXTRACTION"
     return config
 
 
+def head_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The trained head for labels, as PEFT names its tensors beside virtual tokens; empty without such a head."""
+    tensors = {}
+    for module, layers in _head_modules(model, adapter):
+        saved = saved_module_tensors(module, layers)
+        tensors |= {f"{HEAD}{module.name}.{name}": value for name, value in saved.items()}
+    return tensors
+
+
+def fill_head(model: nn.Module, file: AdapterFile) -> None:
+    """Copy the head's tensors of a file into the model with its virtual tokens; CheckpointError for missing or further ones."""
+    adapter = virtual_of(model).adapter
+    own = {PREFIX + name.removeprefix(HEAD): x for name, x in file.tensors.items() if name != KEY}
+    modules = _head_modules(model, adapter)
+    tensors = TensorReader(AdapterFile(file.config, own), [module for module, _ in modules], ("weight", "bias"))
+    for module, layers in modules:
+        load_saved_modules(module, layers, tensors)
+    tensors.finish()
+
+
+def _head_modules(model: nn.Module, adapter: Adapter) -> list[tuple[HFModule, list[TrainedCopy | None]]]:
+    """The modules of transformers that the adapter trains whole, with their layers here."""
+    if not model.config.head.scores:
+        return []
+    found = [(module, [layer_of(site, adapter) for site in module.parts]) for module in hf_modules(model)]
+    return [(module, layers) for module, layers in found if any(isinstance(layer, TrainedCopy) for layer in layers)]
+
+
 def table_in(file: AdapterFile) -> tuple[Tensor, int]:
-    """The one tensor of the file, (rows, width), and the number of virtual tokens; CheckpointError for any other content."""
+    """The tensor of virtual tokens, (rows, width), and their number; CheckpointError for other content than it and a head."""
     tensors, n_tokens = file.tensors, file.config.get("num_virtual_tokens")
-    if set(tensors) != {KEY}:
+    if {name for name in tensors if not name.startswith(HEAD)} != {KEY}:
         raise CheckpointError(f"there must be a tensor {KEY} and no other, not {', '.join(sorted(tensors)) or 'none'}")
     table = tensors[KEY]
     if not isinstance(n_tokens, int) or table.dim() != 2 or not 1 <= n_tokens <= len(table):

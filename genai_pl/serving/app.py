@@ -10,6 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from genai_pl.serving.errors import install
 from genai_pl.serving.http.bodies import Bodies
+from genai_pl.serving.http.label_routes import label_routes
 from genai_pl.serving.http.native import plain_routes, state_routes
 from genai_pl.serving.http.openai import openai_routes
 from genai_pl.serving.http.proxy import proxy_routes
@@ -69,6 +70,7 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
     if isinstance(backend, Service):
         app.include_router(plain_routes(backend))
         app.include_router(openai_routes(backend))
+        app.include_router(label_routes(backend))
     else:
         app.include_router(proxy_routes(backend))
     # middleware; the last one added is the outermost

@@ -49,6 +49,8 @@ class TextScorer:
         """
         if self.service.is_reward:
             raise ApiError(400, f"{self.service.name} is a reward model: it gives scores at /score")
+        if self.service.labels is not None:
+            raise ApiError(400, f"{self.service.name} is a classifier: it gives labels at /classify")
         self._check_one_stack("embeddings")
         # token ids are taken as they are
         rows: list[Sequence[int]] = [
@@ -75,7 +77,7 @@ class TextScorer:
         prompts: what each text follows (its tokens are not scored), as many as texts; None for texts alone
         """
         if not (self.service.is_reward or self.service.engine is not None):
-            raise ApiError(400, f"{self.service.name} gives no scores: it is for embeddings")
+            raise ApiError(400, f"{self.service.name} gives no scores: it is for {self.service.purpose}")
         self._check_one_stack("scores")
         if not self.service.is_reward and any(not isinstance(prompt, str) for prompt in prompts or ()):
             raise ApiError(422, "prompt: messages are for reward models; give a text", param="prompt")

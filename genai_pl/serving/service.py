@@ -12,9 +12,11 @@ import torch
 
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.config.labels import read_labels
 from genai_pl.devices import check_int8, choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_sentence_head
+from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.generation import build_output_constraints, encode_prompt
 from genai_pl.loading import Loaded, load, refuse_twice, resolve_adapter
 from genai_pl.models import prepare_for_decoding
@@ -26,6 +28,7 @@ from genai_pl.serving.engine.request import QueueFull, Request, TokenStream
 from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import CLIENT
+from genai_pl.serving.labels import TextLabeller
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.settings import Settings
@@ -44,8 +47,9 @@ class Service:
     metrics: observer of the engine, and counter of cache lookups
 
     Attributes that routes use: `name` and `names` (base and adapters), `context` (tokens of prompt and answer), `engine` (None
-    for encoders and reward models, which write no text), `scorer` (embeddings and scores), `is_reward`, `has_two_stacks`
-    (encoder-decoder), `tokenizer` (for single tokens only: texts go to tokenize_threads).
+    for encoders and models of scores, which write no text), `scorer` (embeddings and scores), `labeller` (classes and
+    relevance by `labels`, which are None for other models), `is_reward`, `has_two_stacks` (encoder-decoder), `tokenizer` (for
+    single tokens only: texts go to tokenize_threads).
     """
 
     def __init__(self, settings: Settings, loaded: Loaded, metrics: Metrics) -> None:
@@ -57,7 +61,9 @@ class Service:
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
         self.context = min(settings.max_length or config.max_seq_len, config.max_seq_len)
-        self.is_reward = config.head is Head.score
+        self.is_reward = is_reward_model(self.model)
+        has_labels = config.head is Head.score and not self.is_reward
+        self.labels = read_labels(config.extra, config.n_labels) if has_labels else None
         self.has_two_stacks = config.shape is Shape.encoder_decoder
         # embeddings, cache
         self.sentence = find_sentence_head(settings.pooling, loaded.path, self.tokenizer, config)
@@ -88,7 +94,7 @@ class Service:
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
         self.tokenize_threads = TokenizeThreads(self.tokenizer, **waiting)
         self.scoring_queue = ScoringQueue(self.engine, **waiting)
-        self.scorer = TextScorer(self)
+        self.scorer, self.labeller = TextScorer(self), TextLabeller(self)
         self.longest = max(MIN_TOKEN_CHARACTERS, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
     def _model_hashes(self, folders: Mapping[str, Path]) -> dict[str | None, str]:
@@ -119,6 +125,11 @@ class Service:
         self.scoring_queue.close()
         if self.cache is not None:
             await self.cache.close()
+
+    @property
+    def purpose(self) -> str:
+        """What a model that writes no text is for."""
+        return "scores" if self.is_reward else "embeddings" if self.labels is None else "labels"
 
     @property
     def names(self) -> list[str]:
@@ -231,7 +242,7 @@ class Service:
     def _clamp_to_context(self, request: Request) -> Request:
         """The request with max_new_tokens cut to what the context leaves; ApiError 400 if it leaves nothing."""
         if self.engine is None:
-            raise ApiError(400, f"{self.name} writes no text: it is for {'scores' if self.is_reward else 'embeddings'}")
+            raise ApiError(400, f"{self.name} writes no text: it is for {self.purpose}")
         n, config = len(request.input_ids), request.config
         if n >= self.context:
             raise ApiError(

@@ -89,6 +89,10 @@ def curl(backend: Service | Upstream, address: str) -> str:
         path, body = "/generate", '{"prompt": "Once upon a time", "max_new_tokens": 20}'
     elif backend.is_reward:
         path, body = "/score", '{"text": "Once upon a time"}'
+    elif backend.labels is not None and len(backend.labels.names) == 1:
+        path, body = "/rerank", '{"query": "tea", "documents": ["a hot drink", "a cold stone"]}'
+    elif backend.labels is not None:
+        path, body = "/classify", '{"input": "Once upon a time"}'
     else:
         path, body = "/v1/embeddings", '{"input": "Once upon a time"}'
     return f"curl {address}{path} -H 'Content-Type: application/json' -d '{body}'"

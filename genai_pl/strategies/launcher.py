@@ -114,8 +114,7 @@ class RankLauncher(_SubprocessScriptLauncher):
                     time.sleep(GRACE)
                 self._end(rank)
             for rank, timer in enumerate(timers, 1):
-                # after a signal to this process its own deadline decides, which is as far away
-                if timer.is_too_long() and signals.received_signal() is None:
+                if timer.is_too_long():
                     signals.end_process(timer.line(rank), 1)
 
     def _is_lost(self, process: subprocess.Popen) -> bool:

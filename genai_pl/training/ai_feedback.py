@@ -18,7 +18,6 @@ from typing import Protocol
 
 import torch
 
-from genai_pl.config.enums import Head
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.data.prompt_tokens import Messages
 from genai_pl.errors import ConfigError
@@ -209,7 +208,7 @@ def local_writer(
 ) -> Writer | Judge:
     """The model of a name; for option "judge" a reward model becomes a Judge. ConfigError names the option."""
     loaded = load(name, option=option)
-    is_reward_model = loaded.model.config.head is Head.score
+    is_reward_model = loaded.model.config.is_reward
     if is_reward_model and option == "judge":
         return Judge(loaded, device)
     if is_reward_model:

@@ -37,6 +37,7 @@ from genai_pl.training.initial_model import (
     report_unused,
     save_base,
 )
+from genai_pl.training.label_head import set_objective_head
 from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
 from genai_pl.training.precision import choose_precision
 from genai_pl.training.rewards import load_rewards
@@ -80,8 +81,7 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     if config.init_from or "name" in config.model:
         check_loaded_model(config, model.config, tokenizer, new_options)
     check_shape(config, model.config, objective)
-    if objective.head is not None:
-        model.set_head(objective.head)
+    set_objective_head(model, objective, data, tokenizer)
     adapter_base = save_base(config, folder, initial)
     model = apply_peft(config.peft, model, tokenizer)
 
@@ -104,6 +104,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     module = build_module(config, model, tokenizer)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
+    if objective.weighs_classes:
+        module.use_targets(data.label_targets())
     if objective.needs_reward:
         connect_reward(config, module, tokenizer, device)
     trainer, callbacks = build_trainer(

@@ -15,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.config.enums import Head
 from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.generation_defaults import NO_DEFAULTS, GenerationDefaults, read_generation_defaults, set_end_tokens
@@ -135,7 +134,7 @@ def check_shape(config: DictConfig, model: ModelConfig | WrappedConfig, objectiv
     name = HydraConfig.get().runtime.choices.objective
     if (shape := model.shape.value) not in objective.shapes:
         raise ConfigError(f"objective={name} needs a model of shape {' or '.join(objective.shapes)}, not {shape}")
-    if objective.head is None and model.head in (Head.none, Head.score):
+    if objective.head is None and not model.head.predicts_tokens:
         source = f"init_from={config.init_from}" if config.init_from else f"model.head={model.head.value}"
         raise ConfigError(
             f"{source}: a model that embeds or scores texts, without the language-model head that objective={name} "

@@ -22,7 +22,6 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from genai_pl.config.enums import Head
 from genai_pl.data.columns import Place
 from genai_pl.data.messages import parse_tools
 from genai_pl.data.prompt_tokens import Messages
@@ -216,7 +215,7 @@ def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
     score head.
     """
     loaded = load(name, option="objective.reward")
-    if loaded.model.config.head is not Head.score:
+    if not loaded.model.config.is_reward:
         raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
     share_frozen(loaded.model, policy)
     return Judge(loaded, device)

@@ -110,6 +110,7 @@ def build_trainer(
         if not isinstance(entry, DictConfig) or "_target_" not in entry:
             raise ConfigError(f"callbacks.extra.{name}: no callback, for it has no _target_ that names its class")
     extra_callbacks = [*instantiate(config.callbacks.extra).values(), *([cb.Profile(folder)] if config.profile else [])]
+    extra_callbacks += [cb.ConfusionPicture()] if module.labelled else []
     try:
         trainer = L.Trainer(
             **options,

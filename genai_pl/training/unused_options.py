@@ -164,6 +164,10 @@ EVALUATE_RULES = (
     ),
     Rule(("batch_size",), _is("tasks", None), "it is of tasks=; batches of data have batch_tokens"),
 )
+LABEL_OPTIONS = tuple(
+    f"data.{name}" for name in ("text", "text_pair", "label", "tokens", "tags", "query", "document", "relevance")
+)
+NO_LABELS_RULE = Rule(LABEL_OPTIONS, lambda config: True, "they are columns of models with labels; set data.column")
 NO_BOS_RULE = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
 EXPORT_RULES = (
     Rule(("dtype",), _is("format", "peft"), "format=peft copies the adapter as it is"),

@@ -43,15 +43,10 @@ def write_documents(folder: Path) -> None:
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def start(
-    folder: Path, *arguments: str, launch: tuple[str, ...] = (), forked: bool = True
-) -> Command | subprocess.Popen:
-    """train.py with the arguments, in the folder; launch: what Python is to run with train.py as its argument.
-
-    forked: whether a fork of a process with all imports will do; tests of processes and their signals need real ones.
-    """
+def start(folder: Path, *arguments: str, launch: tuple[str, ...] = ()) -> Command | subprocess.Popen:
+    """train.py with the arguments, in the folder; launch: what Python is to run with train.py as its argument."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if not launch and forked:
+    if not launch:
         devices = (argument.partition("=")[2] for argument in arguments if argument.startswith("trainer.devices="))
         return Command(arguments, folder, environment, int(next(devices, 2)) - 1)
     command = [sys.executable, *launch, str(ROOT / "train.py"), *arguments]

@@ -57,7 +57,7 @@ def send(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(what: str, name: str, *options: str) -> tuple[int, str]:
         with monkeypatch.context() as patch:
             patch.setenv("SEND", what)
-            process = start(folder, *RUN, *options, f"hydra.run.dir={name}", forked=False)
+            process = start(folder, *RUN, *options, f"hydra.run.dir={name}")
         out, _ = process.communicate(timeout=120)
         return process.returncode, out
 
@@ -127,7 +127,7 @@ def test_the_others_end_when_a_process_is_stopped_for_longer_than_the_grace_peri
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEND", "on_train_batch_start 3 0 SIGSTOP 0")
-        process = start(folder, *RUN, *options, f"hydra.run.dir={name}", forked=False)
+        process = start(folder, *RUN, *options, f"hydra.run.dir={name}")
     said = next(text for text in process.stdout if text.startswith("error:"))
     assert line in said
     process.send_signal(signal.SIGCONT)
@@ -147,7 +147,7 @@ def test_a_signal_ends_a_process_that_waits_for_one_which_does_not_answer(folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("SEND", "on_train_batch_start 3 1 SIGTERM 0,1")
-        process = start(folder, *RUN, *options, "hydra.run.dir=silent", forked=False)
+        process = start(folder, *RUN, *options, "hydra.run.dir=silent")
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 143, out
     assert out.splitlines()[-1].startswith(

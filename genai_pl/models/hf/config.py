@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from genai_pl.config.enums import AttentionBackend, Head, RopeKind, Shape
+from genai_pl.config.labels import read_labels
 from genai_pl.config.model import EXPERT_FIELDS, ModelConfig
 from genai_pl.config.values import MAX_LAYERS
 from genai_pl.errors import CheckpointError, ConfigError
@@ -110,8 +111,10 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
         same |= {field: ModelConfig.__dataclass_fields__[field].default for field in EXPERT_FIELDS}
     if config.full_every and config.full_every > config.n_layer:
         same["full_every"] = None
-    if config.head in (Head.none, Head.score):
-        same |= {"tie_embeddings": True, "head_bias": False}
+    if not config.head.predicts_tokens:
+        same["tie_embeddings"] = True
+    if config.head is Head.none:
+        same |= {"head_bias": False, "n_labels": 1}
     if config.attention_scale == config.head_dim**-0.5:
         same["attention_scale"] = None
     if config.rope_theta_local == config.rope_theta and config.rope_scaling.kind is RopeKind.none:
@@ -158,16 +161,14 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
         raise ConfigError(f"is_causal={values.get('is_causal')!r} with a window ({fields['window']}) is not supported")
     # head, pooler, and keys that are kept to be written again
     head = family.head_of(values, stored)
-    if head is Head.score:
-        _check_labels(values)
-    pooler = {"pooler": True} if stored is not None and family.pooler and f"{family.pooler}.weight" in stored else {}
+    has_pooler = stored is not None and family.pooler and f"{family.pooler}.weight" in stored and not head.scores
+    pooler = {"pooler": True} if has_pooler else {}
     known = {*family.keys, *WRITTEN} - {family.fields.get("activation")}
     extra = {key: value for key, value in given.items() if key not in known}
-    head_bias = family.head_bias and head is not Head.none
     # a field's error names the key of the file beside it
     try:
         return ModelConfig(
-            **{**family.fixed, "head": head, "head_bias": head_bias, **pooler, **fields},
+            **{**family.fixed, **_head_fields(family, head, values), **pooler, **fields},
             extra={**extra, "model_type": family.model_type},
         )
     except ConfigError as error:
@@ -186,12 +187,14 @@ def _without_synonyms(family: Family, values: dict) -> dict:
     return values
 
 
-def _check_labels(values: dict) -> None:
-    """ConfigError unless the head has one label; transformers assumes two where config.json is silent."""
-    labels = values.get("id2label")
-    n = (values.get("num_labels") or 2) if labels is None else len(labels)
-    if n != 1:
-        raise ConfigError(f"a model that scores texts has one label here, and num_labels or id2label says {n}")
+def _head_fields(family: Family, head: Head, values: dict) -> dict[str, object]:
+    """The fields of ModelConfig that describe the head; transformers assumes two labels where config.json is silent."""
+    if not head.scores:
+        return {"head": head, "head_bias": family.head_bias and head is not Head.none}
+    named = values.get("id2label")
+    n = (values.get("num_labels") or 2) if named is None else len(named)
+    dense = head is Head.score and family.score_bias
+    return {"head": head, "head_bias": dense or head is Head.tokens, "n_labels": n, "score_dense": dense}
 
 
 def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
@@ -215,8 +218,9 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     if config.dropout or not set(family.dropouts) & set(config.extra):
         values |= dict.fromkeys(family.dropouts, config.dropout)
     extra = config.extra
-    if config.head is Head.score and "id2label" not in extra:
-        extra = {**ONE_LABEL, **extra}
+    if config.head.scores and "id2label" not in extra:
+        named = ONE_LABEL if config.n_labels == 1 else read_labels(extra, config.n_labels).values()
+        extra = {**named, **extra}
     identity = {"model_type": family.model_type, "architectures": [family.architectures[config.head][0]]}
     return {**extra, **identity, **family.constants, **values}
 

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 
-from genai_pl.config.enums import Head
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Family
@@ -18,7 +17,7 @@ def resolve_ties(family: Family, config: ModelConfig, stored: TensorFiles) -> Mo
     As transformers 5 does: two that are stored and differ are not tied, whatever config.json says, and of two that are
     tied the file may leave out either. ConfigError where tensors differ that our model cannot hold apart.
     """
-    if config.head in (Head.none, Head.score) or not (config.tie_embeddings or family.always_ties):
+    if not config.head.predicts_tokens or not (config.tie_embeddings or family.always_ties):
         return config
     # a missing tensor is its partner, two equal ones are one, two different ones are not tied
     for name, source in family.ties:

@@ -44,6 +44,7 @@ class WrappedConfig:
     n_decoder_layer: int | None = None
     shape: Shape = Shape.decoder
     head: Head = Head.linear
+    is_reward: bool = False  # its head predicts tokens
     attention_kind: AttentionKind = AttentionKind.full
     tie_embeddings: bool = False
     writes: bool = True

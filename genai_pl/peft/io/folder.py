@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from genai_pl.atomic_io import ADAPTER, write_atomic
-from genai_pl.config.enums import Position
+from genai_pl.config.enums import Head, Position
+from genai_pl.config.labels import read_labels
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models import WrappedDecoder
 from genai_pl.models.hf.folder import read_json, write_json
 from genai_pl.peft.adapter import Adapter, AdapterLayer, adapters_of
 from genai_pl.peft.bitfit import bitfit
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 XLNET_PARAMETERS = ("q_proj", "k_proj", "v_proj", "o_proj")  # bare parameters in transformers, while PEFT wraps layers
 WEIGHTS = "adapter_model.safetensors"
+LABELS = "labels.json"  # names of the head's outputs, in the keys of transformers' config.json
 OPTIONS = "genai_pl"  # key of the metadata with our options
 
 
@@ -96,6 +100,9 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, adapter: Adapter 
     metadata = {"format": "pt", OPTIONS: json.dumps(file.options)}
     config = {**file.config, "base_model_name_or_path": base}
     write_atomic(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    if model.config.head.scores and "id2label" in model.config.extra:
+        labels = read_labels(model.config.extra, model.config.n_labels).values()
+        write_atomic(folder / LABELS, lambda path: write_json(path, labels))
     write_atomic(folder / ADAPTER, lambda path: write_json(path, config))
 
 
@@ -111,6 +118,32 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     except (CheckpointError, ConfigError) as error:
         message = str(error)
         raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from None
+
+
+def add_label_head(model: nn.Module, folder: Path) -> None:
+    """Give a base the head for labels whose weights an adapter folder brings, if it brings one.
+
+    The names are those of labels.json; without it the shape of the weight says how many there are, and one output is a reward.
+    The global generator is not advanced.
+    """
+    heads = {"SEQ_CLS": Head.score, "TOKEN_CLS": Head.tokens}
+    head = heads.get(read_json(folder / ADAPTER).get("task_type"))
+    if head is None or isinstance(model, WrappedDecoder):
+        return
+    values = read_json(folder / LABELS) if (folder / LABELS).is_file() else {}
+    n = len(values.get("id2label") or ()) or _n_outputs(folder / WEIGHTS)
+    if not values and model.config.head is head and model.config.n_labels == n:
+        return
+    labels = read_labels(values, n) if values or n > 1 else None
+    with torch.random.fork_rng(devices=[]):
+        model.set_head(head, labels)
+
+
+def _n_outputs(path: Path) -> int:
+    """The outputs of the head in a file of weights; 1 for a file without one, which is refused when it is read."""
+    tensors = _read_file(path, {}).tensors
+    ends = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+    return next((len(tensor) for name, tensor in tensors.items() if name.endswith(ends)), 1)
 
 
 def _trained_adapter(model: nn.Module) -> Adapter:

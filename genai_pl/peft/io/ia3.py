@@ -8,7 +8,12 @@ from genai_pl.peft.adapter import Adapter
 from genai_pl.peft.adapter_layers import TrainedCopy
 from genai_pl.peft.ia3 import IA3Linear, ia3, ones_like_output
 from genai_pl.peft.io.hf_names import PREFIX, HFModule, hf_modules, shortest_suffixes
-from genai_pl.peft.io.modules_to_save import layer_type, load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.modules_to_save import (
+    layer_type,
+    load_saved_modules,
+    saved_module_names,
+    saved_module_tensors,
+)
 from genai_pl.peft.io.tensors import AdapterFile, TensorReader, check_neutral, common_config, fill, layer_of, make
 
 SCALE = "ia3_l"
@@ -43,7 +48,7 @@ def write_ia3(model: nn.Module, adapter: Adapter) -> AdapterFile:
         "feedforward_modules": inner,
         "fan_in_fan_out": any(module.transposed for module, _ in adapted),
         "init_ia3_weights": True,
-        "modules_to_save": [module.name for module, _ in saved_modules] or None,
+        "modules_to_save": saved_module_names(module for module, _ in saved_modules),
     }
     return AdapterFile(config, tensors, adapter.options)
 

@@ -23,7 +23,12 @@ from genai_pl.peft.io.lora_config import (
     size_of,
     to_config,
 )
-from genai_pl.peft.io.modules_to_save import layer_type, load_saved_modules, saved_module_tensors
+from genai_pl.peft.io.modules_to_save import (
+    layer_type,
+    load_saved_modules,
+    saved_module_names,
+    saved_module_tensors,
+)
 from genai_pl.peft.io.tensors import AdapterFile, Key, TensorReader, common_config, fill, layer_of, make
 from genai_pl.peft.lora import LoRALinear, lora
 
@@ -57,7 +62,7 @@ def write_lora(model: nn.Module, adapter: Adapter) -> AdapterFile:
     transposed = any(module.transposed for module in modules if module.name in sizes)
     parameters = [module.name for module in modules if module.n_experts and not module.weights]
     config = common_config(model, "LORA") | to_config(options, sizes, [module.name for module in modules], parameters)
-    config |= {"fan_in_fan_out": transposed, "modules_to_save": [module.name for module in saved_modules] or None}
+    config |= {"fan_in_fan_out": transposed, "modules_to_save": saved_module_names(saved_modules)}
     return AdapterFile(config, nested(tensors, {PREFIX + name for name in parameters}), options)
 
 

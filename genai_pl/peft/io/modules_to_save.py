@@ -1,5 +1,7 @@
 """Fully trained layers (`TrainedCopy`) in adapter files: PEFT's modules_to_save."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from genai_pl.peft.adapter import AdapterLayer
 from genai_pl.peft.adapter_layers import TrainedCopy
 from genai_pl.peft.io.hf_names import HFModule
 from genai_pl.peft.io.tensors import TensorReader, fill
+from genai_pl.peft.targets import SCORE_LAYERS
 
 Layers = list[TrainedCopy | None]  # of one module, by part; None where a part is not wrapped
 
@@ -21,6 +24,12 @@ def layer_type(module: HFModule, layers: list[AdapterLayer | None]) -> type | No
     return next(iter(kinds), None)
 
 
+def saved_module_names(modules: Iterable[HFModule]) -> list[str] | None:
+    """The names for PEFT's option modules_to_save, None without modules; RoBERTa's classifier is one module of two layers."""
+    names = ("classifier" if module.name.startswith("classifier.") else module.name for module in modules)
+    return list(dict.fromkeys(names)) or None
+
+
 def saved_module_tensors(module: HFModule, layers: Layers) -> dict[str, Tensor]:
     """Weight and bias of one module of transformers; parts that are not trained contribute their frozen values."""
     tensors = {}
@@ -31,7 +40,12 @@ def saved_module_tensors(module: HFModule, layers: Layers) -> dict[str, Tensor]:
 
 
 def load_saved_modules(module: HFModule, layers: Layers, tensors: TensorReader) -> None:
-    """Copy the tensors that `saved_module_tensors` made into the copies of a module's parts."""
+    """Copy the tensors that `saved_module_tensors` made into the copies of a module's parts.
+
+    BERT's pooler may be absent: PEFT leaves it frozen, and the copy is then that of the base.
+    """
+    if module.parts[0].leaf == SCORE_LAYERS[1] and not tensors.of([module], "weight"):
+        return
     for weight in module.weights:
         kind, ours = _kind(weight.hf_name), _kind(weight.names[0])
         parts = module.split(weight.from_hf(tensors.pop(module.name, kind)))

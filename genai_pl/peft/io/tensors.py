@@ -119,8 +119,8 @@ def common_config(model: nn.Module, peft_type: str) -> dict[str, object]:
     task = "CAUSAL_LM"
     if isinstance(model, EncoderDecoder):
         task = "SEQ_2_SEQ_LM"
-    elif model.config.head is Head.score:
-        task = "SEQ_CLS"
+    elif model.config.head.scores:
+        task = "SEQ_CLS" if model.config.head is Head.score else "TOKEN_CLS"
     elif model.config.shape is Shape.encoder:
         task = "FEATURE_EXTRACTION" if model.config.head is Head.none else None
     return {"peft_type": peft_type, "task_type": task, "inference_mode": True}

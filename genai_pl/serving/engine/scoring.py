@@ -5,13 +5,14 @@ before it resumes the generator; the generator's return value is the result. A b
 than a slice is read chunk by chunk into a KV cache, where the model allows it, so that no single text holds the model.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genai_pl.evaluation.embeddings import embed, reward_scores
+from genai_pl.evaluation.labels import label_logits
 from genai_pl.evaluation.scoring import batches, score
 from genai_pl.evaluation.windows import ScoredWindow
 from genai_pl.models import Model
@@ -57,6 +58,15 @@ def reward_slices(model: Model, rows: Rows) -> Generator[None, None, Tensor]:
         rewards[batch] = reward_scores(model, [rows[n] for n in batch])
         yield
     return rewards
+
+
+def label_slices(model: Model, rows: Mapping[str, Rows]) -> Generator[None, None, Tensor]:
+    """Outputs (N, K), float32 on the CPU, of a head for labels for N rows of `input_ids` and perhaps `token_type_ids`."""
+    logits = torch.zeros(len(rows["input_ids"]), model.config.n_labels)
+    for batch in batches([len(row) for row in rows["input_ids"]], slice_tokens(model)):
+        logits[batch] = label_logits(model, {name: [column[n] for n in batch] for name, column in rows.items()})
+        yield
+    return logits
 
 
 def logprob_slices(

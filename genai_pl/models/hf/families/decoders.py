@@ -11,10 +11,12 @@ from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, bo
 from genai_pl.models.hf.families.rope import ROPE
 
 
-def lm_head(config: ModelConfig) -> tuple[Weight, ...]:
-    """The rows after a decoder's last norm: a head for scores, an untied language-model head, or none."""
+def lm_head(config: ModelConfig, token_head: str = "score") -> tuple[Weight, ...]:
+    """The rows after a decoder's last norm: a head for labels, an untied language-model head, or none."""
     if config.head is Head.score:
         return (one("score", "score"),)
+    if config.head is Head.tokens:
+        return both(token_head, "score")
     return () if config.tie_embeddings or config.head is Head.none else (one("lm_head", "lm_head"),)
 
 
@@ -30,7 +32,7 @@ def _gpt2(config: ModelConfig) -> Iterator[Weight]:
     yield from both(f"{layer}.mlp.c_fc", "blocks.{i}.mlp.up_proj", transposed=True)
     yield from both(f"{layer}.mlp.c_proj", "blocks.{i}.mlp.down_proj", transposed=True)
     yield from both("transformer.ln_f", "norm")
-    yield from lm_head(config)
+    yield from lm_head(config, token_head="classifier")
 
 
 def _llama(config: ModelConfig) -> Iterator[Weight]:
@@ -67,6 +69,7 @@ def _classes(name: str) -> dict[Head, tuple[str, ...]]:
     return {
         Head.linear: (f"{name}ForCausalLM",),
         Head.score: (f"{name}ForSequenceClassification",),
+        Head.tokens: (f"{name}ForTokenClassification",),
         Head.none: (f"{name}Model",),
     }
 
@@ -75,15 +78,15 @@ def _read_causal(values: Values) -> dict[str, object]:
     """is_causal=false makes an encoder of a decoder's weights, as some embedding models are."""
     if values.get("is_causal", True):
         return {}
-    if any(str(name).endswith("ForSequenceClassification") for name in values.get("architectures") or ()):
-        raise ConfigError("is_causal=false is not supported for a model that scores texts")
+    if any(str(name).endswith("Classification") for name in values.get("architectures") or ()):
+        raise ConfigError("is_causal=false is not supported for a model that scores texts or tokens")
     return {"shape": Shape.encoder}
 
 
 def _write_causal(config: ModelConfig) -> dict[str, object]:
     if config.shape is not Shape.encoder:
         return {}
-    if "model_type" not in config.extra or config.head is Head.score:  # older versions of transformers ignore the key
+    if "model_type" not in config.extra or config.head.scores:  # older versions of transformers ignore the key
         raise ConfigError("an encoder is written as a decoder only if it was read as one")
     return {"is_causal": False}
 

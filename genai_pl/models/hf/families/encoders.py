@@ -30,8 +30,17 @@ def _layers(prefix: str) -> Iterator[Weight]:
     yield from both(f"{hf_layer}.output.LayerNorm", f"{layer}.norm2")
 
 
+def _label_head(config: ModelConfig, dense: str, score: str) -> Iterator[Weight]:
+    """The rows of a head for labels: of texts behind a dense layer, of tokens alone."""
+    if config.head is Head.score:
+        yield from both(dense, "score_dense")
+        yield from both(score, "score")
+    elif config.head is Head.tokens:
+        yield from both("classifier", "score")
+
+
 def _head(config: ModelConfig, dense: str, norm: str, decoder: str, bias: str) -> Iterator[Weight]:
-    if config.head is Head.none:
+    if not config.head.predicts_tokens:
         return
     yield from both(dense, "transform.dense")
     yield from both(norm, "transform.norm")
@@ -46,12 +55,14 @@ def _bert(config: ModelConfig) -> Iterator[Weight]:
     yield from _embeddings("bert")
     yield from _layers("bert")
     yield from _head(config, f"{at}.transform.dense", f"{at}.transform.LayerNorm", f"{at}.decoder", f"{at}.bias")
+    yield from _label_head(config, "bert.pooler.dense", "classifier")
 
 
 def _roberta(config: ModelConfig) -> Iterator[Weight]:
     yield from _embeddings("roberta")
     yield from _layers("roberta")
     yield from _head(config, "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+    yield from _label_head(config, "classifier.dense", "classifier.out_proj")
 
 
 def _albert(config: ModelConfig) -> Iterator[Weight]:
@@ -65,6 +76,7 @@ def _albert(config: ModelConfig) -> Iterator[Weight]:
     yield from both(f"{hf_layer}.ffn_output", f"{layer}.mlp.down_proj")
     yield from both(f"{hf_layer}.full_layer_layer_norm", f"{layer}.norm2")
     yield from _head(config, "predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias")
+    yield from _label_head(config, "albert.pooler", "classifier")
 
 
 def _ties(prefix: str, decoder: str, bias: str) -> tuple[tuple[str, str], ...]:
@@ -103,10 +115,20 @@ def _check_albert(values: Values) -> dict[str, object]:
     return {}
 
 
+def _classes(name: str) -> dict[Head, tuple[str, ...]]:
+    """transformers' classes of a family by their heads."""
+    return {
+        Head.transform: (f"{name}ForMaskedLM", f"{name}ForPreTraining"),
+        Head.none: (f"{name}Model",),
+        Head.score: (f"{name}ForSequenceClassification",),
+        Head.tokens: (f"{name}ForTokenClassification",),
+    }
+
+
 CHECK = Codec(_check, lambda config: {}, ("is_causal",))
 BERT = Family(
     model_type="bert",
-    architectures={Head.transform: ("BertForMaskedLM", "BertForPreTraining"), Head.none: ("BertModel",)},
+    architectures=_classes("Bert"),
     fixed={
         "shape": Shape.encoder,
         "norm_order": NormOrder.post,
@@ -144,6 +166,7 @@ BERT = Family(
     dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     prefix="bert.",
     head_bias=True,
+    score_bias=True,
     head_tensor="cls.predictions.transform.dense.weight",
     pooler="bert.pooler.dense",
     ties=_ties("bert", "cls.predictions.decoder", "cls.predictions.bias"),
@@ -151,7 +174,7 @@ BERT = Family(
 ROBERTA = replace(
     BERT,
     model_type="roberta",
-    architectures={Head.transform: ("RobertaForMaskedLM",), Head.none: ("RobertaModel",)},
+    architectures={**_classes("Roberta"), Head.transform: ("RobertaForMaskedLM",)},
     fields={k: v for k, v in BERT.fields.items() if k != "max_seq_len"},
     constants={**BERT.constants, "hidden_act": "gelu"},  # which its head has whatever the key says
     defaults={**BERT.defaults, "pad_token_id": 1},
@@ -165,7 +188,7 @@ ROBERTA = replace(
 ALBERT = replace(
     BERT,
     model_type="albert",
-    architectures={Head.transform: ("AlbertForMaskedLM", "AlbertForPreTraining"), Head.none: ("AlbertModel",)},
+    architectures=_classes("Albert"),
     fixed={**BERT.fixed, "share_layers": True},
     fields={**BERT.fields, "embedding_size": "embedding_size"},
     constants={"num_hidden_groups": 1, "inner_group_num": 1, "position_embedding_type": "absolute"},
