@@ -9,6 +9,9 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -144,10 +147,25 @@ def triton_unsupported(device: torch.device, *, head_dim: int, dtype: torch.dtyp
     return None
 
 
+_fused_only: ContextVar[bool] = ContextVar("fused_only", default=False)
+
+
+@contextmanager
+def fused_only() -> Iterator[None]:
+    """Context in which auto never takes dense attention: for code that counts on a CPU what another device would do."""
+    token = _fused_only.set(True)
+    try:
+        yield
+    finally:
+        _fused_only.reset(token)
+
+
 def _rows_are_short(T: int, S: int) -> bool:
     """True for rows that dense attention suits; under torch.compile, where lengths may be symbols, for none."""
+    if torch.compiler.is_compiling() or _fused_only.get():
+        return False
     fewest, most = DENSE_TOKENS
-    return not torch.compiler.is_compiling() and fewest <= T and most >= S
+    return fewest <= T and most >= S
 
 
 @functools.cache

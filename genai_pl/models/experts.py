@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from genai_pl.config.enums import Router as RouterKind
 from genai_pl.config.model import ModelConfig
 from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
+from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.models.layers import MLP, GatedMLP, build_activation
 
 
@@ -68,7 +69,7 @@ def collecting() -> Iterator[list[LayerRouting]]:
         _collector.reset(token)
 
 
-@torch.compiler.disable
+@uncompiled("it adds to a list of the caller")
 def _collect(routing: LayerRouting) -> None:
     """Add to the list of the innermost `collecting`; recomputation in a backward pass is outside, and adds nothing."""
     found = _collector.get()

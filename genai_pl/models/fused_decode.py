@@ -31,7 +31,7 @@ from genai_pl.models.attention import Attention
 from genai_pl.models.block import Block
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.kv_cache import KVCache
-from genai_pl.models.layers import GatedMLP
+from genai_pl.models.layers import MLP, GatedMLP
 from genai_pl.models.packed_linear import ChannelsOf, PackedLinear, equalize, is_packable, pack_weights
 from genai_pl.models.positions import rotate
 
@@ -190,6 +190,8 @@ def supports_fused_decode(model: nn.Module) -> bool:
     if c.n_experts or c.qk_norm_joint:
         return False
     if set(model.windows) != {None} or c.share_layers or model.virtual is not None:
+        return False
+    if any(type(block.mlp) not in (MLP, GatedMLP) for block in model.blocks):
         return False
     return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
 

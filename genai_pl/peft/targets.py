@@ -180,9 +180,10 @@ def _linears(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Modul
 
 def _is_linear(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
     """True for a layer of these kinds; not for a class of transformers that uses its weight otherwise (routers, groups)."""
+    if not isinstance(module, kinds):
+        return False
     kind = type(module)
-    is_other = kind.forward is not nn.Linear.forward and kind.__module__.startswith("transformers.")
-    return isinstance(module, kinds) and not is_other
+    return kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers.")
 
 
 def _full_match(pattern: str, name: str) -> bool:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai_pl.config.enums import Shape
 from genai_pl.errors import ConfigError
+from genai_pl.kernels.attention import fused_only
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
 from genai_pl.models.attention import Attention
 from genai_pl.models.flops import multiplied
@@ -93,7 +94,7 @@ def activation_bytes(
     rows, seq_len: of the batch
     product: dtype of autocast, None for none
     every, kind: recomputation of every n-th block, full or selective; every=None: none
-    fused: attention saves no scores for dropout, as our GPU kernels do not
+    fused: attention saves no scores, for dropout or dense products, as our GPU kernels do not
     sequence_shards: shards of each sequence between the parts of blocks, under sequence parallelism
     """
     # the layers as the device would run them
@@ -106,7 +107,8 @@ def activation_bytes(
     target = {"decoder_input_ids": ids} if model.config.shape is Shape.encoder_decoder else {}
 
     def run() -> torch.Tensor:
-        with torch.autocast("cpu", product) if product else nullcontext():
+        precision = torch.autocast("cpu", product) if product else nullcontext()
+        with precision, fused_only() if fused else nullcontext():
             return model.features(ids, **target)
 
     # without recomputation: all that autograd saves

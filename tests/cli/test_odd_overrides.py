@@ -23,7 +23,7 @@ KNOWN = {  # base, and what is typed: what the line begins with
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0: expected",
     "trainer.num_nodes=0": "trainer.num_nodes=0: expected",
     "trainer.recompute_every=[1,2]": "trainer.recompute_every=[1, 2]: expected",
-    "precision.matmul=3": "precision.matmul=3: expected one of highest, high, medium",
+    "precision.matmul=3": "precision.matmul=3: expected one of auto, highest, high, medium",
     "optimizer.lr=nan": "optimizer.lr",
     "objective.z_loss=null": "objective.z_loss=null: expected a number",
     "data=null": "data=null: no such option; data is one of chat, pairs",

@@ -16,6 +16,8 @@ RELATIVE = {**SIZES, "position": "relative", "relative_buckets": 8}
 BOTH = {**SIZES, "shape": "encoder_decoder"}
 ENCODER = {**SIZES, "shape": "encoder"}
 WINDOW = {**ROTARY, "window": 3}
+EXPERTS = {**ROTARY, "n_experts": 4, "experts_per_token": 2}
+SCORE = {**ENCODER, "head": "score", "tie_embeddings": False}
 
 # option -> (the rest, another value)
 CHANGE_PARAMETERS = {
@@ -44,10 +46,22 @@ CHANGE_PARAMETERS = {
     "o_bias": (SIZES, False),
     "head": (SIZES, "transform"),
     "head_bias": (SIZES, True),
+    "qk_norm_joint": ({**SIZES, "qk_norm": True}, True),
+    "n_experts": (EXPERTS, 3),
+    "n_shared_experts": (EXPERTS, 1),
+    "expert_size": (EXPERTS, 40),
+    "expert_every": (EXPERTS, 2),
+    "n_dense_layers": (EXPERTS, 1),
+    "n_labels": (SCORE, 3),
+    "score_dense": (SCORE, True),
     "linformer_rank": ({**ENCODER, "attention_kind": "linformer"}, 8),
 }
 CHANGE_LOGITS = {
     "n_head": (SIZES, 2),
+    "experts_per_token": (EXPERTS, 3),
+    "router": (EXPERTS, "sigmoid"),
+    "router_scale": (EXPERTS, 3.0),
+    "normalize_top_k": (EXPERTS, False),
     "rope_theta": (ROTARY, 50.0),
     "norm_eps": (SIZES, 0.1),
     "activation": (SIZES, "relu2"),
@@ -68,13 +82,18 @@ CHANGE_LOGITS = {
     "reformer_hashes": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4, "reformer_hashes": 1}, 3),
     "reformer_bucket": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4}, 8),
 }
-CHANGE_BUFFERS = {"performer_features": ({**SIZES, "attention_kind": "performer"}, 32)}
+CHANGE_BUFFERS = {
+    "performer_features": ({**SIZES, "attention_kind": "performer"}, 32),
+    "balance_bias": (EXPERTS, 0.1),  # the step of a bias that begins at 0
+}
 CHANGE_NEITHER = {
     "attention": (SIZES, "reference"),
     "eos_token_ids": (SIZES, (1, 2)),
     "extra": (SIZES, {"_name_or_path": "elsewhere"}),
     "pooler": ({**SIZES, "shape": "encoder"}, True),
     "decoder_start_token_id": (SIZES, 3),
+    "balance_loss": (EXPERTS, 0.5),
+    "router_z_loss": (EXPERTS, 0.5),
 }
 CHANGE_INITIAL_WEIGHTS = {"init_std": (SIZES, 0.1)}
 

@@ -119,7 +119,7 @@ def test_a_layer_keeps_what_korthikanti_counted():
     for n_layer in (1, 2):
         with fake_tensors(torch.bfloat16):
             model = Decoder(ModelConfig(**{**GPT, "n_layer": n_layer}))
-            sizes.append(activation_bytes(model, rows=B, seq_len=T, **PLAIN))
+            sizes.append(activation_bytes(model, rows=B, seq_len=T, **PLAIN | {"fused": True}))
     assert sizes[1] - sizes[0] == pytest.approx(32 * B * T * C + B * T * 4 * (H + 2 * 2), rel=0.02)
 
 
@@ -185,7 +185,11 @@ def test_pieces_of_sequences_leave_less_to_each_device():
                 ModelConfig(**{**GPT, "n_layer": n_layer, "head_dim": C // H}), Layout(tensor=n)
             )
             with fake_tensors(torch.bfloat16):
-                sizes.append(activation_bytes(Decoder(config), rows=B, seq_len=T, **PLAIN, sequence_shards=n_shards))
+                sizes.append(
+                    activation_bytes(
+                        Decoder(config), rows=B, seq_len=T, **PLAIN | {"fused": True}, sequence_shards=n_shards
+                    )
+                )
         statistics = B * T * 4 * (H / n + 2 * 2 / n_shards)
         assert sizes[1] - sizes[0] == pytest.approx(expected * B * T * C + statistics, rel=0.02)
 

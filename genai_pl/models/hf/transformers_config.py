@@ -42,6 +42,7 @@ class WrappedConfig:
     logit_factor: float = 1.0
     window: int | None = None
     n_decoder_layer: int | None = None
+    n_experts: int | None = None  # whatever transformers' layers are
     shape: Shape = Shape.decoder
     head: Head = Head.linear
     is_reward: bool = False  # its head predicts tokens

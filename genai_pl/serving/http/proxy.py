@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from genai_pl.serving.errors import ApiError, documented, json_response
+from genai_pl.serving.http.label_schemas import ClassifyBody, RerankBody
 from genai_pl.serving.http.schemas import (
     Body,
     ChatBody,
@@ -70,6 +71,19 @@ def proxy_routes(upstream: Upstream) -> APIRouter:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """Embeddings of texts."""
         return await forward(upstream, request, "embeddings", body, stream=False)
+
+    @router.post("/v2/rerank", tags=["labels"])
+    @router.post("/v1/rerank", tags=["labels"])
+    @router.post("/rerank", tags=["labels"])
+    async def rerank(body: RerankBody, request: Request) -> Response:
+        """Documents in the order of their relevance to a query."""
+        return await forward(upstream, request, "rerank", body, stream=False)
+
+    @router.post("/v1/classify", tags=["labels"])
+    @router.post("/classify", tags=["labels"])
+    async def classify(body: ClassifyBody) -> Response:
+        """An error: OpenAI's API has no such route."""
+        raise ApiError(400, "backend=openai gives no labels: OpenAI's API has no /classify; ask the server itself")
 
     # this project's routes
     @router.post("/generate", response_model=GenerateAnswer, tags=["genai_pl"])
