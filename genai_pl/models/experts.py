@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from genai_pl.config.enums import Router as RouterKind
 from genai_pl.config.model import ModelConfig
-from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
 from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.models.layers import MLP, GatedMLP, build_activation
 
@@ -116,6 +115,9 @@ class ExpertLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_experts, out_features)) if bias else None
 
     def forward(self, x: Tensor, dispatch: Dispatch) -> Tensor:
+        # late: registering an operator imports triton, which only mixtures need to wait for
+        from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
+
         y = grouped_linear(x, self.weight, dispatch.ends)
         return y if self.bias is None else y + grouped_rows(self.bias, dispatch.experts).to(y.dtype)
 

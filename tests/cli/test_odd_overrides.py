@@ -26,7 +26,7 @@ KNOWN = {  # base, and what is typed: what the line begins with
     "precision.matmul=3": "precision.matmul=3: expected one of auto, highest, high, medium",
     "optimizer.lr=nan": "optimizer.lr",
     "objective.z_loss=null": "objective.z_loss=null: expected a number",
-    "data=null": "data=null: no such option; data is one of chat, pairs",
+    "data=null": "data=null: no such option; data is one of chat, labelled, pairs",
     "strategy=3": "strategy=3: no such option; strategy is one of auto, ddp",
     "plan=[null]": "plan=[null]: no such option; plan is one of a100",
     "objective=contrastive model=t5_nano data.path=pairs.jsonl": "objective=contrastive needs a model of shape",
