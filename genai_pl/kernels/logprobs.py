@@ -48,12 +48,13 @@ class _LinearLogprobs(torch.autograd.Function):
         chunk_tokens: int | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.projection = {"softcap": softcap, "matmul_dtype": matmul_dtype(hidden)}
+        dtype = matmul_dtype(hidden)
+        ctx.projection = {"softcap": softcap, "matmul_dtype": dtype}
         ctx.chunks = {
             "vocab_size": weight.shape[0],
             "ignore_index": ignore_index,
             "chunk_tokens": chunk_tokens,
-            "dtype": matmul_dtype(hidden),
+            "dtype": dtype,
         }
         projection = Projection(hidden, weight, bias, **ctx.projection)
         logprobs = hidden.new_zeros(labels.shape, dtype=projection.dtype)
