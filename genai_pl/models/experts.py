@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genai_pl.config.enums import Router as RouterKind
 from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.dtensor import local_shard
 from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.models.layers import MLP, GatedMLP, build_activation
 
@@ -106,7 +107,10 @@ class Router(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """x W_e^T + b_e for rows sorted by expert, (N k, in) -> (N k, out), with weight (E, out, in) and bias (E, out) or None."""
+    """x W_e^T + b_e for rows sorted by expert, (N k, in) -> (N k, out), with weight (E, out, in) and bias (E, out) or None.
+
+    Under expert parallelism a rank holds some of the E, and gets their rows.
+    """
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -118,8 +122,8 @@ class ExpertLinear(nn.Module):
         # late: registering an operator imports triton, which only mixtures need to wait for
         from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
 
-        y = grouped_linear(x, self.weight, dispatch.ends)
-        return y if self.bias is None else y + grouped_rows(self.bias, dispatch.experts).to(y.dtype)
+        y = grouped_linear(x, local_shard(self.weight), dispatch.ends)
+        return y if self.bias is None else y + grouped_rows(local_shard(self.bias), dispatch.experts).to(y.dtype)
 
 
 class Experts(nn.Module):
@@ -164,8 +168,8 @@ class MoE(nn.Module):
             counted = None if real is None else real.reshape(-1)
             _collect(LayerRouting(self, *statistics(experts, scores, logits, counted)))
         dispatch = sort_by_expert(experts, self.n_experts, tokens_per_row=x.shape[-2])
-        y = self.experts(_Sort.apply(flat, dispatch.order, dispatch.inverse, dispatch.k), dispatch)  # (N k, C)
-        y = _Sort.apply(y, dispatch.inverse, dispatch.order, 1).view(*experts.shape, -1)  # (N, k, C), by token again
+        y = self.experts(SortRows.apply(flat, dispatch.order, dispatch.inverse, dispatch.k), dispatch)  # (N k, C)
+        y = SortRows.apply(y, dispatch.inverse, dispatch.order, 1).view(*experts.shape, -1)  # (N, k, C), by token again
         y = (y * weights[..., None].to(y.dtype)).sum(1)
         if self.shared is not None:
             y = y + self.shared(flat)
@@ -202,7 +206,7 @@ def statistics(
     return load, balance, z
 
 
-class _Sort(torch.autograd.Function):
+class SortRows(torch.autograd.Function):
     """Rows (N, C), each k times, in a given order of the N k: gathers both ways, so that no sum depends on threads."""
 
     @staticmethod
