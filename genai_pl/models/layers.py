@@ -48,7 +48,7 @@ class GLU(nn.Module):
 
 
 class ClampedSwiGLU(nn.Module):
-    """g sigmoid(alpha g) (u + 1) of two (..., F), where g = min(gate, limit) and u is up within +-limit (OpenAI 2025, gpt-oss)."""
+    """g sigmoid(alpha g) (u + 1) of two (..., F), g = min(gate, limit), u up within +-limit (gpt-oss, OpenAI 2025)."""
 
     def __init__(self, *, alpha: float, limit: float) -> None:
         super().__init__()

@@ -23,7 +23,10 @@ from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.ties import resolve_ties
 
 # keys that `extra` does not keep: writing sets its own, and code beside the weights is not written
-WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id", "quantization_config")
+WRITTEN = (
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
+    "quantization_config",
+)  # fmt: skip
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
 NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
 
@@ -227,6 +230,8 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     if "activation" in family.fields:
         key = family.fields["activation"]
         same = [name for name, activation in ACTIVATIONS.items() if activation is config.activation]
+        if not same:
+            raise ConfigError(f"transformers has no word for activation={config.activation.value}")
         values[key] = config.extra[key] if config.extra.get(key) in same else same[0]  # some have several names
     for codec in family.codecs:
         values |= codec.write(config)

@@ -255,6 +255,7 @@ def load_wrapped(
         raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
     if loading_info["missing_keys"]:  # transformers would initialize them at random
         raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
+    _forget_quantization(inner)
     # find the sizes that other folders ask for, and compare with transformers
     try:
         model = WrappedDecoder(inner.eval(), attention=attention, own_attention=own_attention)
@@ -276,6 +277,17 @@ def _with_our_attention(build: Callable) -> tuple[object, str | None]:
         if NAME not in str(error):
             raise
     return build(attn_implementation=None), "its classes take no other"
+
+
+def _forget_quantization(inner: "PreTrainedModel") -> None:
+    """Let transformers save a model, whose quantized tensors it has read as plain numbers, as it saves any other.
+
+    It would give them the names of quantized ones, which no class finds again (transformers 5.23).
+    """
+    conversions = getattr(inner, "_weight_conversions", None) or ()
+    operations = [type(step) for conversion in conversions for step in getattr(conversion, "operations", ())]
+    if any(step.__module__.startswith("transformers.integrations") for step in operations):
+        inner._weight_conversions = None  # those of the class
 
 
 def build_wrapped(

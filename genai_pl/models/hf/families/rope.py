@@ -22,7 +22,10 @@ HF_KEYS = {  # field of RopeScaling -> key, by kind
         "truncate": "truncate",
     },
 }
-PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with the only value that is supported, or the usual
+PLAIN = {
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}  # further keys, with the only value that is supported, or the usual
 THETA = 10000.0  # where config.json has no base
 
 
