@@ -104,19 +104,39 @@ class EvaluateSchema:
 
 @dataclass
 class FeedbackDataSchema:
-    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers."""
+    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers; or of pairs."""
 
     path: str = MISSING
     prompt: str = "prompt"
     first: str = "chosen"
     second: str = "rejected"
+    anchor: str = "anchor"
+    positive: str = "positive"
+
+
+@dataclass
+class NegativesSchema:
+    """Options of task=negatives: the fields of evaluation/negatives.py, further candidates, and the form of a line."""
+
+    n: int = 3
+    range_min: int = 0
+    range_max: int | None = None
+    min_score: float | None = None
+    max_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = 0.05
+    sampling: str = "top"
+    corpus: str | None = None
+    corpus_column: str = "text"
+    pooling: str | None = None
+    format: str = "triplet"
 
 
 @dataclass
 class FeedbackSchema:
     """Options of `feedback.py`.
 
-    task: label or critique. checkpoint: the model that answers. judge: model, reward model or URL that
+    task: label, critique or negatives. checkpoint: the model that answers. judge: model, reward model or URL that
     compares. judge_model,
     key_variable, retries, workers: of endpoints. rubric: what the judge is to prefer. constitution: a file of
     principles. limit: rows.
@@ -137,6 +157,7 @@ class FeedbackSchema:
     seed: int = 0
     device: str = "auto"
     data: FeedbackDataSchema = field(default_factory=FeedbackDataSchema)
+    negatives: NegativesSchema = field(default_factory=NegativesSchema)
     generation: Any = None
 
 

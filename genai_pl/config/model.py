@@ -92,6 +92,7 @@ class ModelConfig:
     norm: Norm = Norm.layernorm
     norm_order: NormOrder = NormOrder.pre
     norm_eps: float = 1e-5
+    first_norm: bool = True  # norm before the attention of the first block (ModernBERT has none there)
     embed_norm: bool = False  # normalize the sum of the embeddings
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     activation: Activation = Activation.gelu_tanh
@@ -107,6 +108,9 @@ class ModelConfig:
     head_bias: bool = False
     n_labels: int = 1  # outputs of head=score and head=tokens
     score_dense: bool = False  # a dense layer with tanh before head=score (BERT's pooler, RoBERTa's classifier)
+    score_transform: bool = False  # the layers of head=transform also before head=score and head=tokens (ModernBERT)
+    score_mean: bool = False  # an encoder's head=score reads the mean of a text's states, not the first
+    transform_bias: bool = True  # bias of the dense layer of head=transform
     scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
     pooler: bool = False  # keep the folder's dense layer over the first state (BERT's pooler)
@@ -115,6 +119,7 @@ class ModelConfig:
     attention_scale: float | None = None  # scale of attention scores; null: 1/sqrt(head_dim)
     window: int | None = None  # tokens that a token attends to, itself included (in an encoder: to either side)
     full_every: int | None = None  # every n-th layer has no window (Gemma 3: 6)
+    first_full: int | None = None  # index of the first of them (ModernBERT: 0); null: full_every - 1
     n_global: int = 0  # attention_kind=window: leading tokens with global attention
     linformer_rank: int = 64  # projected keys
     performer_features: int = 128  # random features per head
@@ -204,6 +209,12 @@ class ModelConfig:
         # windows and approximations of attention
         if self.full_every and self.window is None:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
+        if self.first_full is not None and not 0 <= self.first_full < (self.full_every or 0):
+            raise ConfigError(f"model.first_full={self.first_full} must lie below model.full_every ({self.full_every})")
+        if (self.score_transform or self.score_mean) and self.shape is not Shape.encoder:
+            raise ConfigError("model.score_transform and model.score_mean need model.shape=encoder")
+        if not self.first_norm and self.norm_order is not NormOrder.pre:
+            raise ConfigError("model.first_norm=false needs model.norm_order=pre")
         if self.attention_kind is AttentionKind.window and self.window is None:
             raise ConfigError("model.attention_kind=window needs model.window")
         if self.attention_sinks and (
@@ -254,6 +265,14 @@ class ModelConfig:
         # the first layer number l >= n_dense_layers with l + 1 a multiple of expert_every
         first = self.expert_every * (self.n_dense_layers // self.expert_every + 1) - 1
         return range(first, n, self.expert_every)
+
+    @property
+    def full_layers(self) -> range:
+        """The layers without a window, by number, where `full_every` names them."""
+        if self.full_every is None:
+            return range(0)
+        first = self.full_every - 1 if self.first_full is None else self.first_full
+        return range(first, max(self.n_layer, self.n_decoder_layer or 0), self.full_every)
 
     @property
     def writes(self) -> bool:

@@ -138,7 +138,7 @@ class HeadTransform(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.n_embd, config.embedding_size)
+        self.dense = nn.Linear(config.n_embd, config.embedding_size, bias=config.transform_bias)
         self.activation = build_activation(config.activation)
         self.norm = build_norm(config, config.embedding_size)
 

@@ -188,6 +188,25 @@ def _uses_local_model(config: DictConfig) -> bool:
 
 FEEDBACK_RULES = (
     Rule(
+        (
+            "judge",
+            "rubric",
+            "constitution",
+            "judge_model",
+            "key_variable",
+            "retries",
+            "workers",
+            "generation.",
+            "data.prompt",
+            "data.first",
+            "data.second",
+        ),
+        _is("task", "negatives"),
+        "task=negatives compares vectors, and nobody writes or judges",
+    ),
+    Rule(("seed",), _all(_is("task", "negatives"), _is("negatives.sampling", "top")), "sampling=top draws nothing"),
+    Rule(("negatives.", "data.anchor", "data.positive"), _not(_is("task", "negatives")), "it is of task=negatives"),
+    Rule(
         ("judge", "rubric", "data.first", "data.second"),
         _is("task", "critique"),
         "task=critique: the model of checkpoint= judges itself",

@@ -57,6 +57,9 @@ CHANGE_PARAMETERS = {
     "n_dense_layers": (EXPERTS, 1),
     "n_labels": (SCORE, 3),
     "score_dense": (SCORE, True),
+    "score_transform": (SCORE, True),
+    "transform_bias": ({**SIZES, "head": "transform"}, False),
+    "first_norm": (SIZES, False),
     "linformer_rank": ({**ENCODER, "attention_kind": "linformer"}, 8),
 }
 CHANGE_LOGITS = {
@@ -82,6 +85,7 @@ CHANGE_LOGITS = {
     "scale_head": (SIZES, True),
     "attention_scale": (SIZES, 1.0),
     "full_every": (WINDOW, 2),
+    "first_full": ({**WINDOW, "full_every": 2}, 0),
     "attention_kind": (SIZES, "performer"),
     "n_global": ({**WINDOW, "attention_kind": "window"}, 2),
     "reformer_hashes": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4, "reformer_hashes": 1}, 3),
@@ -97,6 +101,7 @@ CHANGE_NEITHER = {
     "extra": (SIZES, {"_name_or_path": "elsewhere"}),
     "pooler": ({**SIZES, "shape": "encoder"}, True),
     "decoder_start_token_id": (SIZES, 3),
+    "score_mean": (ENCODER, True),  # it is of head=score
     "balance_loss": (EXPERTS, 0.5),
     "router_z_loss": (EXPERTS, 0.5),
 }

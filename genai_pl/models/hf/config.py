@@ -114,8 +114,18 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
         same |= {name: ModelConfig.__dataclass_fields__[name].default for name in ("swiglu_alpha", "swiglu_limit")}
     if not config.n_experts:
         same |= {field: ModelConfig.__dataclass_fields__[field].default for field in EXPERT_FIELDS}
-    if config.full_every and config.full_every > config.n_layer:
-        same["full_every"] = None
+    if config.full_every:  # several periods can mean the same layers
+        same |= {
+            "full_every": None,
+            "first_full": None,
+            "extra": {"full": [*config.full_layers]} if config.full_layers else {},
+        }
+    if config.head is not Head.transform and not (config.head.scores and config.score_transform):
+        same["transform_bias"] = True
+    if config.head is not Head.score:
+        same["score_mean"] = False
+    if not config.head.scores:
+        same["score_transform"] = False
     if not config.head.predicts_tokens:
         same["tie_embeddings"] = True
     if config.head is Head.none:
@@ -212,7 +222,8 @@ def _head_fields(family: Family, head: Head, values: dict) -> dict[str, object]:
     named = values.get("id2label")
     n = (values.get("num_labels") or 2) if named is None else len(named)
     dense = head is Head.score and family.score_bias
-    return {"head": head, "head_bias": dense or head is Head.tokens, "n_labels": n, "score_dense": dense}
+    bias = dense or head is Head.tokens or family.score_transform
+    return {"head": head, "head_bias": bias, "n_labels": n, "score_dense": dense}
 
 
 def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:

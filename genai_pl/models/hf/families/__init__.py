@@ -10,6 +10,7 @@ from genai_pl.models.hf.families.family import ACTIVATIONS, Family, Weight
 from genai_pl.models.hf.families.gemma3 import GEMMA3
 from genai_pl.models.hf.families.gpt_oss import GPT_OSS
 from genai_pl.models.hf.families.mixtures import MIXTURES
+from genai_pl.models.hf.families.modernbert import MODERNBERT
 from genai_pl.models.hf.families.t5 import T5
 from genai_pl.models.hf.families.xlnet import XLNET
 
@@ -25,6 +26,7 @@ FAMILIES = [
     BERT,
     ROBERTA,
     ALBERT,
+    MODERNBERT,
     T5,
     XLNET,
 ]  # a plugin appends its own

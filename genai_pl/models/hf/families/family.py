@@ -97,6 +97,9 @@ class Family:
     prefix: str = ""  # of names in a model with a head, absent in one without
     head_bias: bool = False  # True if the language model's head has tensors that are never tied
     score_bias: bool = False  # True if the head for scores of texts has a bias, and a dense layer before it
+    score_transform: bool = (
+        False  # True if the head for scores has the layers of the language model's head before it, and a bias
+    )
     head_tensor: str = "lm_head.weight"  # a tensor that only a file of the model with its head holds
     pooler: str = ""  # the name of the dense layer over the first state, where its classes have one
     ties: tuple[tuple[str, str], ...] = ()  # (tensor, tensor that it equals unless the file holds both and they differ)
