@@ -86,6 +86,7 @@ class MixtureDataModule(RowsDataModule):
             with naming(source.name):
                 source.data.prepare(tokenizer, collate)
         self._check_columns()
+        self._share_columns()
         self.train_rows = ConcatDataset([s.data.train_rows for s in self.sources if not s.data.streaming] or [[]])
         self.val_rows = ConcatDataset([source.data.val_rows for source in self.sources])
         self.plans = [self._plan(source) for source in self.sources]
@@ -101,6 +102,14 @@ class MixtureDataModule(RowsDataModule):
                     f"data.sources: {which[0].name} has {lacking[0]} and {which[1].name} has not; give it to all sources "
                     "or to none"
                 )
+
+    def _share_columns(self) -> None:
+        """Give all prompts the columns of all sources, None where a source has none: a reward receives them by name."""
+        prompts = [source.data for source in self.sources if source.data.kind == "prompts"]
+        names = dict.fromkeys(name for data in prompts for name in data.val_rows[0]["columns"])
+        for data in prompts:
+            for row in (*data.train_rows, *data.val_rows):
+                row["columns"] = {**dict.fromkeys(names), **row["columns"]}
 
     def _plan(self, source: MixedSource) -> SourcePlan:
         """The part of a source in the schedule, by what its rows hold."""

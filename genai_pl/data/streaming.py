@@ -217,6 +217,11 @@ class StreamReader:
             yield "".join(lines)
 
 
+def _as_it_is(batch: object) -> object:
+    """The batch, which the stream has collated; the default would make tensors of the arrays of prompts."""
+    return batch
+
+
 class StreamLoader:
     """`n_batches` batches of an endless stream, or of a mixture with streams; the state is that of every worker.
 
@@ -238,6 +243,7 @@ class StreamLoader:
         loader = DataLoader(
             self.rows,
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=plan.workers,
             worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),

@@ -186,3 +186,7 @@ def test_prompts_of_two_sources_may_have_other_columns(tmp_path: Path) -> None:
     data = MixtureDataModule(sources, kind="prompts", by_tokens=False, temperature=1.0, **LOADING)
     data.prepare(byte_tokenizer(), CausalLMCollator())
     assert [plan.weight for plan in data.plans] == [[(0.0, 18.0)], [(0.0, 18.0)]]  # as many rows of each
+    for source, name, other in zip(data.sources, ("answer", "theme"), ("theme", "answer"), strict=True):
+        columns = source.data.train_rows[0]["columns"]
+        assert columns[name] is not None
+        assert columns[other] is None

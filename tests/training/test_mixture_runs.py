@@ -60,6 +60,23 @@ def test_pairs_of_several_sources_have_losses_of_their_own(train) -> None:
     assert {"val/loss/a", "val/loss/b"} <= row.keys()
 
 
+def test_prompts_of_several_sources_have_scores_and_columns_of_their_own(train) -> None:
+    write("sums.jsonl", [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(20)])
+    write("poems.jsonl", [{"prompt": f"Line {i}:"} for i in range(20)])
+    Path("rewards.py").write_text(
+        "def reward(prompts, completions, answer, **columns):\n    return [-1.0 if a is None else 1.0 for a in answer]\n"
+    )
+    options = ("objective.reward=rewards.py:reward", "objective.max_new_tokens=4", "objective.group_size=2")
+    sources = "data.sources={sums: {path: sums.jsonl, weight: 3}, poems: {path: poems.jsonl, weight: 1}}"
+    result = train("objective=grpo", *options, sources, "data.mix_by=examples", "trainer.max_steps=3")
+    assert result.status == 0, result.err
+    row = last_row()
+    assert (row["objective/scores/sums"], row["objective/scores/poems"]) == (1.0, -1.0)
+    assert row["objective/scores"] == 0.5  # three prompts of four
+    assert (row["val/scores/sums"], row["val/scores/poems"]) == (1.0, -1.0)
+    assert row["train/share/sums"] == 0.75
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
