@@ -1,6 +1,7 @@
 """Schemas of the group `data`: one for each kind of training data; conf/data/*.yaml explain the fields."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -22,7 +23,16 @@ class DataSchema:
 
 
 @dataclass
-class TextSchema(DataSchema):
+class MixableSchema(DataSchema):
+    """Fields of data that may come from several sources: what they are, and how they are weighed."""
+
+    sources: Any = None
+    mix_by: str = "tokens"
+    mix_temperature: float = 1.0
+
+
+@dataclass
+class TextSchema(MixableSchema):
     """Documents for language modelling, cut or packed into rows of seq_len tokens."""
 
     _target_: str = "genai_pl.data.text.TextDataModule"
@@ -34,7 +44,7 @@ class TextSchema(DataSchema):
 
 
 @dataclass
-class PairsSchema(DataSchema):
+class PairsSchema(MixableSchema):
     """Anchors with a positive and perhaps a negative text, for embeddings."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
@@ -44,7 +54,7 @@ class PairsSchema(DataSchema):
 
 
 @dataclass
-class Seq2SeqSchema(DataSchema):
+class Seq2SeqSchema(MixableSchema):
     """Sources and targets of an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
@@ -54,7 +64,7 @@ class Seq2SeqSchema(DataSchema):
 
 
 @dataclass
-class ChatSchema(DataSchema):
+class ChatSchema(MixableSchema):
     """Conversations, or prompts with completions, to imitate (SFT)."""
 
     _target_: str = "genai_pl.data.chat.ChatDataModule"
@@ -65,7 +75,7 @@ class ChatSchema(DataSchema):
 
 
 @dataclass
-class PreferenceSchema(DataSchema):
+class PreferenceSchema(MixableSchema):
     """Prompts with a chosen and a rejected completion, perhaps with the margin between them."""
 
     _target_: str = "genai_pl.data.preference.PreferenceDataModule"
@@ -77,7 +87,7 @@ class PreferenceSchema(DataSchema):
 
 
 @dataclass
-class UnpairedSchema(DataSchema):
+class UnpairedSchema(MixableSchema):
     """Completions with a label: desirable or not (KTO)."""
 
     _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
@@ -119,7 +129,7 @@ class TagsSchema(DataSchema):
 
 
 @dataclass
-class PromptsSchema(DataSchema):
+class PromptsSchema(MixableSchema):
     """Prompts that the policy answers during training (PPO, GRPO)."""
 
     _target_: str = "genai_pl.data.prompts.PromptsDataModule"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -26,8 +25,8 @@ from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of
-from genai_pl.recipes.made import check_prepared
 from genai_pl.strategies import float8
+from genai_pl.training.data_sources import build_data
 from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
     apply_peft,
@@ -66,16 +65,12 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     defaults. Raises ConfigError and DataError for options and data that do not fit each other.
     """
     # what can be refused before anything is read
-    check_prepared(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     new_options = new_overrides(config)
     report_unused(config, new_options)
-    data = instantiate(config.data, seed=config.seed)
     objective = locate_target(config.objective._target_)
-    if data.kind != objective.data_kind:
-        names = HydraConfig.get().runtime.choices
-        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+    data = build_data(config, objective)
 
     # the model as it is before the first step
     initial = build_initial_model(config, data, objective)
@@ -115,6 +110,7 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         module.use_targets(data.label_targets())
     if objective.needs_reward:
         connect_reward(config, module, tokenizer, device)
+    module.source_names = data.source_names
     trainer, callbacks = build_trainer(
         config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
     )
@@ -128,7 +124,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         log.warning(line)
     module.set_run_length(length.steps, with_warmup(module.schedule, length.steps, stored_length))
     limit_steps(trainer, length.steps)
-    data.limit_batches(length.steps * trainer.accumulate_grad_batches)
+    n_batches = length.steps * trainer.accumulate_grad_batches
+    data.limit_batches(n_batches, expected=-(-n_batches // module.n_updates(batch_size)))
 
     origins = {"defaults": initial.defaults, "adapter_base": adapter_base}
     run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **origins)

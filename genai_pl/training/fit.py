@@ -156,7 +156,7 @@ def finish(
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
         samples = 0.0 if run.samples is None else run.samples.seconds
         seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
-        print(describe_seconds(**seconds))
+        print(*run.data.mixture_lines(), describe_seconds(**seconds), sep="\n")
         lines = final_lines(
             run.folder, exported=name, finished=done, generate=options, arguments=arguments, sweep=sweep
         )

@@ -83,6 +83,16 @@ TRAIN_RULES = (
         _all(_is("model.n_experts", None, 0), _is("init_from", None)),
         "model.n_experts=null",
     ),
+    Rule(
+        ("data.path", "data.val_path"),
+        lambda config: bool(config.data.get("sources")),
+        "each of data.sources has its own",
+    ),
+    Rule(
+        ("data.mix_by", "data.mix_temperature"),
+        lambda config: not config.data.get("sources"),
+        "data.sources=null: nothing is mixed",
+    ),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),
