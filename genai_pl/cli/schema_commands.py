@@ -60,11 +60,13 @@ class ExportSchema:
 class EvaluateDataSchema:
     """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score.
 
-    path: file, folder or Hub data set. column: of texts. last_word: score the last word only (LAMBADA).
+    path: file, folder or Hub data set. columns: names that files give to others. column: of texts.
+    last_word: score the last word only (LAMBADA).
     seq_len, stride: window and step in tokens. bos: whether rows begin with the begin token.
     """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     column: str | None = None
     last_word: bool = False
     text: str = "text"
@@ -104,9 +106,12 @@ class EvaluateSchema:
 
 @dataclass
 class FeedbackDataSchema:
-    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers; or of pairs."""
+    """The data of `feedback.py`: `path`, names that its files give to columns, and the columns of prompts and of two
+    answers, if it has answers; or of pairs.
+    """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     prompt: str = "prompt"
     first: str = "chosen"
     second: str = "rejected"

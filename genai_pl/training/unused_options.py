@@ -168,7 +168,7 @@ WRITER_RULE = Rule(
 )
 EVALUATE_RULES = (
     Rule(
-        ("data.path", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        ("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
         _not(_is("tasks", None)),
         "tasks= bring their own data",
     ),
