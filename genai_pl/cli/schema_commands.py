@@ -45,7 +45,7 @@ class ExportSchema:
 
     checkpoint, adapter: references. format: hf, merged, peft or onnx. dtype: fp32, bf16 or fp16, null keeps
     that of the files.
-    quantize: null or int8, for onnx. out: the new folder.
+    quantize: null or int8, for onnx. average: checkpoints of a run whose mean is exported. out: the new folder.
     """
 
     checkpoint: str = "auto"
@@ -53,6 +53,7 @@ class ExportSchema:
     format: str = "hf"
     dtype: str | None = None
     quantize: str | None = None
+    average: int | None = None
     out: str = MISSING
 
 
