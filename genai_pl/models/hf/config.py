@@ -43,7 +43,15 @@ def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelCon
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
     except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # of values of any type
-        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}{_advice(values, error, file)}") from None
+
+
+def _advice(values: Mapping[str, object], error: Exception, file: Path) -> str:
+    """The other way to run a decoder of a family that has something ours does not compute."""
+    kinds = {family.model_type for family in FAMILIES if family.fixed.get("shape", Shape.decoder) is Shape.decoder}
+    if values.get("model_type") not in kinds or not isinstance(error, ConfigError) or "not supported" not in str(error):
+        return ""
+    return f"; try transformers' layers: model=hf model.name={file.parent}"
 
 
 def prefix_of(file: Path) -> str:
@@ -189,7 +197,7 @@ def _check_quantization(family: Family, quantization: dict | None) -> None:
     ):
         supported = f"; supported: {', '.join(family.quantizations)}" if family.quantizations else ""
         raise ConfigError(
-            f"quantization_config={quantization!r} is not supported for model_type {family.model_type!r}{supported}: "
+            f"quantization_config={quantization!r} is not read for model_type {family.model_type!r}{supported}: "
             "load it with transformers, model.dequantize(), and save it"
         )
 

@@ -26,7 +26,7 @@ from genai_pl.models.hf.transformers_check import check, refusal
 from genai_pl.models.hf.transformers_config import WrappedConfig, wrapped_config
 from genai_pl.models.hf.transformers_rope import length_rope
 from genai_pl.models.hf.transformers_rows import document_rows
-from genai_pl.models.hf.transformers_sizes import check_counts, check_sizes
+from genai_pl.models.hf.transformers_sizes import check_counts, check_folder, check_sizes
 from genai_pl.models.virtual_tokens import VirtualPrefix, VirtualTokens, virtual_prefix
 from genai_pl.plugins import ADVICE
 
@@ -257,7 +257,10 @@ def load_wrapped(
         )
 
     try:
+        check_folder(Path(name))
         (inner, loading_info), own_attention = _with_our_attention(read)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
