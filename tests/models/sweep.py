@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -329,6 +330,8 @@ BASES = {
 
 def _theirs(cls: str, folder: Path) -> nn.Module:
     options = {} if cls.startswith("XLNet") else {"attn_implementation": "eager"}
+    if "layer_types" in json.loads((folder / "config.json").read_text()):  # as AutoConfig takes it
+        cls = re.sub("^Mistral", "Ministral", cls)
     model, info = getattr(transformers, cls).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )

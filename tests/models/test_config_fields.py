@@ -56,6 +56,10 @@ FIELDS = {  # name: model_type, values, what init_from= does: RIGHT, or a part o
     ),
     "no positions in some layers": ("smollm3", {"no_rope_layers": [1, 0]}, NO_FAMILY),
     "kinds of layers": ("gemma3_text", {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}, RIGHT),
+    "kinds of layers in a Mistral": (
+        "mistral", {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}, RIGHT
+    ),
+    "kinds of layers in a Mistral, all full": ("mistral", {"layer_types": ["full_attention"] * 2}, RIGHT),
     "kinds of layers without a period": (
         "gpt_oss", {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, "layer_types="
     ),

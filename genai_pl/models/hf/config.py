@@ -19,6 +19,7 @@ from genai_pl.config.values import MAX_LAYERS
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
 from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
+from genai_pl.models.hf.families.ministral import kind_of
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.ties import resolve_ties
 
@@ -137,7 +138,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
 
 def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, Iterable[Weight]]:
     """Configuration and table of weights of a config.json of any family; ConfigError for an unknown model_type."""
-    kind = values["model_type"]
+    kind = kind_of(values)
     if kind == NATIVE:
         config = ModelConfig.from_dict(values["model"])
         if stored is not None:
