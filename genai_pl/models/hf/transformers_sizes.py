@@ -14,9 +14,11 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.hf.folder import TensorFiles, read_json
 
 CONFIG = "config.json"
-MOST_REPEATED = 1000  # layers or experts that few tensors may hold: some models stack experts in one
+MOST_REPEATED = 1000  # layers that few tensors may hold
+MOST_EXPERTS = 2**15  # experts that are rows of one tensor: Doge has 16,384
 SLACK = 2**28  # bytes for buffers, and for weights that are stored once and used twice
 REPEATED = re.compile(r"layer|expert|block|depth|stage")
+SIZE = re.compile(r"size|channel|dim|width|length")  # of layers or experts, not their number
 
 
 def check_counts(values: Mapping[object, object], n_stored: int) -> None:
@@ -24,7 +26,9 @@ def check_counts(values: Mapping[object, object], n_stored: int) -> None:
     for name, value in values.items():
         if isinstance(value, Mapping):
             check_counts(value, n_stored)
-        elif REPEATED.search(str(name)) and isinstance(value, int) and value > max(n_stored, MOST_REPEATED):
+            continue
+        is_count = isinstance(value, int) and REPEATED.search(str(name)) and not SIZE.search(str(name))
+        if is_count and value > max(n_stored, MOST_EXPERTS if "expert" in str(name) else MOST_REPEATED):
             raise ConfigError(f"its configuration has {name}={value}, and the checkpoint has not their weights")
 
 
