@@ -45,7 +45,7 @@ class ExportSchema:
 
     checkpoint, adapter: references. format: hf, merged, peft or onnx. dtype: fp32, bf16 or fp16, null keeps
     that of the files.
-    quantize: null or int8, for onnx. out: the new folder.
+    quantize: null or int8, for onnx. average: checkpoints of a run whose mean is exported. out: the new folder.
     """
 
     checkpoint: str = "auto"
@@ -53,6 +53,7 @@ class ExportSchema:
     format: str = "hf"
     dtype: str | None = None
     quantize: str | None = None
+    average: int | None = None
     out: str = MISSING
 
 
@@ -60,11 +61,13 @@ class ExportSchema:
 class EvaluateDataSchema:
     """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score.
 
-    path: file, folder or Hub data set. column: of texts. last_word: score the last word only (LAMBADA).
+    path: file, folder or Hub data set. columns: names that files give to others. column: of texts.
+    last_word: score the last word only (LAMBADA).
     seq_len, stride: window and step in tokens. bos: whether rows begin with the begin token.
     """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     column: str | None = None
     last_word: bool = False
     text: str = "text"
@@ -104,9 +107,12 @@ class EvaluateSchema:
 
 @dataclass
 class FeedbackDataSchema:
-    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers; or of pairs."""
+    """The data of `feedback.py`: `path`, names that its files give to columns, and the columns of prompts and of two
+    answers, if it has answers; or of pairs.
+    """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     prompt: str = "prompt"
     first: str = "chosen"
     second: str = "rejected"

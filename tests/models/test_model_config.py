@@ -20,6 +20,7 @@ EXPERTS = {**ROTARY, "n_experts": 4, "experts_per_token": 2}
 SCORE = {**ENCODER, "head": "score", "tie_embeddings": False}
 
 # option -> (the rest, another value)
+CLAMPED = {**SIZES, "gated_mlp": True, "activation": "clamped_swiglu"}
 CHANGE_PARAMETERS = {
     "n_layer": (SIZES, 3),
     "n_kv_head": (SIZES, 2),
@@ -49,6 +50,8 @@ CHANGE_PARAMETERS = {
     "qk_norm_joint": ({**SIZES, "qk_norm": True}, True),
     "n_experts": (EXPERTS, 3),
     "n_shared_experts": (EXPERTS, 1),
+    "router_bias": (EXPERTS, True),
+    "attention_sinks": (SIZES, True),
     "expert_size": (EXPERTS, 40),
     "expert_every": (EXPERTS, 2),
     "n_dense_layers": (EXPERTS, 1),
@@ -68,6 +71,8 @@ CHANGE_LOGITS = {
     "rope_theta": (ROTARY, 50.0),
     "norm_eps": (SIZES, 0.1),
     "activation": (SIZES, "relu2"),
+    "swiglu_alpha": (CLAMPED, 0.5),
+    "swiglu_limit": (CLAMPED, 0.1),
     "window": (SIZES, 3),
     "softcap": (SIZES, 1.0),
     "logit_softcap": (SIZES, 1.0),
