@@ -40,6 +40,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 16, "rope_theta": 500.0,
 }  # fmt: skip
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODERNBERT = {
+    **COMMON, "local_attention": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "sep_token_id": 2,
+}  # fmt: skip
 MODELS = {  # name: class, model_type, values
     "gpt2": ("GPT2LMHeadModel", "gpt2", GPT2),
     "gpt2_untied": ("GPT2LMHeadModel", "gpt2", {**GPT2, "tie_word_embeddings": False}),
@@ -82,6 +86,9 @@ MODELS = {  # name: class, model_type, values
     "roberta_headless": ("RobertaModel", "roberta", COMMON),
     "albert": ("AlbertForMaskedLM", "albert", {**COMMON, "embedding_size": 16}),
     "albert_headless": ("AlbertModel", "albert", {**COMMON, "embedding_size": 16}),
+    "modernbert": ("ModernBertForMaskedLM", "modernbert", MODERNBERT),
+    "modernbert_untied": ("ModernBertForMaskedLM", "modernbert", {**MODERNBERT, "tie_word_embeddings": False}),
+    "modernbert_headless": ("ModernBertModel", "modernbert", MODERNBERT),
     "t5": ("T5ForConditionalGeneration", "t5", T5),
     "flan_t5": (
         "T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -93,7 +100,8 @@ MODELS = {  # name: class, model_type, values
 # further plausible values of keys, beside what is tried of every key by its kind
 VALUES = {
     "hidden_act": ["relu", "silu", "gelu_new", "tanh"],
-    "hidden_activation": ["gelu", "silu"],
+    "hidden_activation": ["gelu", "silu"], "classifier_activation": ["silu"], "classifier_pooling": ["mean", "max"],
+    "local_attention": [4, 7, 100],
     "activation_function": ["relu", "gelu", "quick_gelu"],
     "ff_activation": ["relu", "gelu_new"],
     "feed_forward_proj": ["gelu", "gated-silu", "gated-relu", "silu", "gated-gelu-x"],
@@ -145,6 +153,7 @@ ADDED = {  # keys that no folder of transformers 5 has, or not all
     "clip_qkv": [0.1], "no_rope_layers": [[1, 0]], "no_rope_layer_interval": [2], "logits_scaling": [3.0], "logit_scale": [0.5],
     "attention_multiplier": [0.3], "residual_multiplier": [0.5], "embedding_multiplier": [2.0], "use_qk_norm": [True],
     "norm_topk_prob": [True, False], "routed_scaling_factor": [2.5], "num_experts": [3], "scoring_func": ["sigmoid"],
+    "global_attn_every_n_layers": [1, 2, 5, 0], "global_rope_theta": [50.0, None], "local_rope_theta": [50.0, None],
     "alibi": [True], "parallel_attn": [True], "query_pre_attn_scalar": [24], "final_logit_softcapping": [5.0],
 }  # fmt: skip
 ABSURD = [10**12, -1, 0, 2.5, "2", True, None, [], {}, 1e400]
@@ -231,12 +240,19 @@ def tensor_cases(folder: Path) -> Iterator[Case]:
             yield Case(f"{name} added", tensors={name: torch.randn(32, generator=generator)})
 
 
-EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "word_embeddings.weight", "shared.weight", "word_embedding.weight")
-BIASES = ("cls.predictions.bias", "lm_head.bias", "predictions.bias")
+EMBEDDINGS = (
+    "wte.weight",
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "word_embedding.weight",
+    "tok_embeddings.weight",
+)
+BIASES = ("decoder.bias", "cls.predictions.bias", "lm_head.bias", "predictions.bias")
 TIED = (
     "lm_head.weight", "lm_loss.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight",
     "predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.decoder.bias", "predictions.decoder.bias",
-    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.weight", "decoder.bias",
 )  # fmt: skip
 EXTRA = (
     "bert.pooler.dense.bias", "roberta.pooler.dense.bias", "albert.pooler.bias", "pooler.dense.bias", "a.b.c.weight",
@@ -324,7 +340,7 @@ BASES = {
     "gpt2": "GPT2Model", "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model",
     "gemma3_text": "Gemma3TextModel", "mixtral": "MixtralModel", "qwen3_moe": "Qwen3MoeModel", "olmoe": "OlmoeModel",
     "dots1": "Dots1Model", "gpt_oss": "GptOssModel", "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel",
-    "xlnet": "XLNetModel",
+    "xlnet": "XLNetModel", "modernbert": "ModernBertModel",
 }  # fmt: skip
 
 
