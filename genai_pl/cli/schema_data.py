@@ -1,6 +1,6 @@
 """Schemas of the group `data`: one for each kind of training data; conf/data/*.yaml explain the fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -44,7 +44,14 @@ class TextSchema(MixableSchema):
 
 
 @dataclass
-class PairsSchema(MixableSchema):
+class TableSchema(DataSchema):
+    """Fields of data in columns: names of columns that the files call otherwise."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class PairsSchema(TableSchema, MixableSchema):
     """Anchors with a positive and perhaps a negative text, for embeddings."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
@@ -54,7 +61,7 @@ class PairsSchema(MixableSchema):
 
 
 @dataclass
-class Seq2SeqSchema(MixableSchema):
+class Seq2SeqSchema(TableSchema, MixableSchema):
     """Sources and targets of an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
@@ -64,7 +71,14 @@ class Seq2SeqSchema(MixableSchema):
 
 
 @dataclass
-class ChatSchema(MixableSchema):
+class MessagesSchema(TableSchema, MixableSchema):
+    """Fields of texts or conversations: the format of the columns, auto by their names."""
+
+    format: str = "auto"
+
+
+@dataclass
+class ChatSchema(MessagesSchema):
     """Conversations, or prompts with completions, to imitate (SFT)."""
 
     _target_: str = "genai_pl.data.chat.ChatDataModule"
@@ -75,7 +89,7 @@ class ChatSchema(MixableSchema):
 
 
 @dataclass
-class PreferenceSchema(MixableSchema):
+class PreferenceSchema(MessagesSchema):
     """Prompts with a chosen and a rejected completion, perhaps with the margin between them."""
 
     _target_: str = "genai_pl.data.preference.PreferenceDataModule"
@@ -87,7 +101,7 @@ class PreferenceSchema(MixableSchema):
 
 
 @dataclass
-class UnpairedSchema(MixableSchema):
+class UnpairedSchema(MessagesSchema):
     """Completions with a label: desirable or not (KTO)."""
 
     _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
@@ -97,7 +111,7 @@ class UnpairedSchema(MixableSchema):
 
 
 @dataclass
-class LabelledSchema(DataSchema):
+class LabelledSchema(TableSchema):
     """Texts, or pairs of texts, with a class, several labels or numbers."""
 
     _target_: str = "genai_pl.data.labelled.LabelledDataModule"
@@ -109,7 +123,7 @@ class LabelledSchema(DataSchema):
 
 
 @dataclass
-class RerankSchema(DataSchema):
+class RerankSchema(TableSchema):
     """Queries with documents and their relevance."""
 
     _target_: str = "genai_pl.data.rerank.RerankDataModule"
@@ -119,7 +133,7 @@ class RerankSchema(DataSchema):
 
 
 @dataclass
-class TagsSchema(DataSchema):
+class TagsSchema(TableSchema):
     """Sentences of words with a tag each."""
 
     _target_: str = "genai_pl.data.tags.TagsDataModule"
@@ -129,7 +143,7 @@ class TagsSchema(DataSchema):
 
 
 @dataclass
-class PromptsSchema(MixableSchema):
+class PromptsSchema(MessagesSchema):
     """Prompts that the policy answers during training (PPO, GRPO)."""
 
     _target_: str = "genai_pl.data.prompts.PromptsDataModule"

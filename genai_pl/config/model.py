@@ -27,12 +27,12 @@ POSITIVE_FIELDS = (
     "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
     "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
     "softcap", "logit_softcap", "init_std", "experts_per_token", "expert_size", "expert_every", "router_scale",
-    "n_labels",
+    "n_labels", "swiglu_alpha", "swiglu_limit",
 )  # fmt: skip
 # fields of a mixture of experts, of no effect where n_experts is null
 EXPERT_FIELDS = (
     "experts_per_token", "n_shared_experts", "expert_size", "expert_every", "n_dense_layers", "router", "router_scale",
-    "normalize_top_k", "balance_loss", "router_z_loss", "balance_bias",
+    "normalize_top_k", "router_bias", "balance_loss", "router_z_loss", "balance_bias",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the ramp begins and ends at whole channels
     attention_factor: float | None = None  # yarn: factor of queries and keys; null: 0.1 ln(factor) + 1
 
     def __post_init__(self) -> None:
@@ -91,10 +92,13 @@ class ModelConfig:
     norm: Norm = Norm.layernorm
     norm_order: NormOrder = NormOrder.pre
     norm_eps: float = 1e-5
+    first_norm: bool = True  # norm before the attention of the first block (ModernBERT has none there)
     embed_norm: bool = False  # normalize the sum of the embeddings
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     activation: Activation = Activation.gelu_tanh
     gated_mlp: bool = False
+    swiglu_alpha: float = 1.702  # activation=clamped_swiglu: factor in the sigmoid
+    swiglu_limit: float = 7.0  # activation=clamped_swiglu: bound of gate and up projection
     bias: bool = True  # biases in every linear layer and LayerNorm
     qkv_bias: bool | None = None  # null: as bias
     o_bias: bool | None = None  # null: as bias
@@ -104,6 +108,9 @@ class ModelConfig:
     head_bias: bool = False
     n_labels: int = 1  # outputs of head=score and head=tokens
     score_dense: bool = False  # a dense layer with tanh before head=score (BERT's pooler, RoBERTa's classifier)
+    score_transform: bool = False  # the layers of head=transform also before head=score and head=tokens (ModernBERT)
+    score_mean: bool = False  # an encoder's head=score reads the mean of a text's states, not the first
+    transform_bias: bool = True  # bias of the dense layer of head=transform
     scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
     pooler: bool = False  # keep the folder's dense layer over the first state (BERT's pooler)
@@ -112,11 +119,13 @@ class ModelConfig:
     attention_scale: float | None = None  # scale of attention scores; null: 1/sqrt(head_dim)
     window: int | None = None  # tokens that a token attends to, itself included (in an encoder: to either side)
     full_every: int | None = None  # every n-th layer has no window (Gemma 3: 6)
+    first_full: int | None = None  # index of the first of them (ModernBERT: 0); null: full_every - 1
     n_global: int = 0  # attention_kind=window: leading tokens with global attention
     linformer_rank: int = 64  # projected keys
     performer_features: int = 128  # random features per head
     reformer_hashes: int = 2
     reformer_bucket: int = 64  # positions per chunk
+    attention_sinks: bool = False  # a learned score for each head, of one more key without value (gpt-oss)
     softcap: float | None = None  # tanh cap of attention scores
     logit_softcap: float | None = None
     n_experts: int | None = (
@@ -130,6 +139,7 @@ class ModelConfig:
     router: Router = Router.softmax
     router_scale: float = 1.0  # factor on the weights of a token's experts (DeepSeek-V3: 2.5)
     normalize_top_k: bool = True  # divide the weights of a token's experts by their sum
+    router_bias: bool = False  # a bias of the router's logits (gpt-oss)
     balance_loss: float = 0.01  # coefficient of the load-balancing loss, of each layer (Fedus et al. 2021, eq. 4)
     router_z_loss: float = 0.0  # coefficient of the squared log-sum-exp of router logits (Zoph et al. 2022: 0.001)
     balance_bias: float = 0.0  # step of a bias that balances without a loss (DeepSeek-V3: 0.001); 0: no bias
@@ -199,8 +209,20 @@ class ModelConfig:
         # windows and approximations of attention
         if self.full_every and self.window is None:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
+        if self.first_full is not None and not 0 <= self.first_full < (self.full_every or 0):
+            raise ConfigError(f"model.first_full={self.first_full} must lie below model.full_every ({self.full_every})")
+        if (self.score_transform or self.score_mean) and self.shape is not Shape.encoder:
+            raise ConfigError("model.score_transform and model.score_mean need model.shape=encoder")
+        if not self.first_norm and self.norm_order is not NormOrder.pre:
+            raise ConfigError("model.first_norm=false needs model.norm_order=pre")
         if self.attention_kind is AttentionKind.window and self.window is None:
             raise ConfigError("model.attention_kind=window needs model.window")
+        if self.attention_sinks and (
+            self.attention_kind is not AttentionKind.full or self.shape is Shape.encoder_decoder
+        ):
+            raise ConfigError("model.attention_sinks needs model.attention_kind=full, and a decoder or an encoder")
+        if self.activation is Activation.clamped_swiglu and not (self.gated_mlp and self.head is not Head.transform):
+            raise ConfigError("model.activation=clamped_swiglu needs model.gated_mlp=true, and no head=transform")
         if self.attention_kind is AttentionKind.linformer and self.shape is not Shape.encoder:
             raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
         if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
@@ -243,6 +265,14 @@ class ModelConfig:
         # the first layer number l >= n_dense_layers with l + 1 a multiple of expert_every
         first = self.expert_every * (self.n_dense_layers // self.expert_every + 1) - 1
         return range(first, n, self.expert_every)
+
+    @property
+    def full_layers(self) -> range:
+        """The layers without a window, by number, where `full_every` names them."""
+        if self.full_every is None:
+            return range(0)
+        first = self.full_every - 1 if self.first_full is None else self.first_full
+        return range(first, max(self.n_layer, self.n_decoder_layer or 0), self.full_every)
 
     @property
     def writes(self) -> bool:

@@ -67,11 +67,9 @@ class LabelledDataModule(LabelsDataModule):
         return {f"data.{role}": column for role, column in self.columns.items()}
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        texts = {
-            role: parse_text(record.get(roles[role]), place._replace(column=roles[role])) for role in self.text_roles
-        }
+        texts = {role: parse_text(record.get(roles[role]), place.at(roles[role])) for role in self.text_roles}
         column = roles["label"]
-        return {**texts, "label": parse_label_cell(record.get(column), place._replace(column=column))}
+        return {**texts, "label": parse_label_cell(record.get(column), place.at(column))}
 
     def find_labels(self, known: Labels | None) -> Labels:
         cells = [json.loads(cell) for table in self.tables() for cell in table["label"]]

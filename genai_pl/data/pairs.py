@@ -21,12 +21,12 @@ ROLES = ("anchor", "positive", "negative")
 class TextsDataModule(TableDataModule):
     """The base of rows of several texts, each tokenized by itself.
 
-    columns: names of the table's columns by the roles of the texts. Other arguments: see `TableDataModule`.
+    texts: names of the columns of texts by their roles. Other arguments: see `TableDataModule`.
     """
 
-    def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
+    def __init__(self, *, texts: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
-        self.columns = columns
+        self.columns = texts
 
     def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
@@ -56,7 +56,7 @@ class PairsDataModule(TextsDataModule):
 
     def __init__(self, *, anchor: str, positive: str | None, negative: str | None, **rest: object) -> None:
         named = {"anchor": anchor, "positive": positive, "negative": negative}
-        super().__init__(columns={role: column for role, column in named.items() if column is not None}, **rest)
+        super().__init__(texts={role: column for role, column in named.items() if column is not None}, **rest)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: PairCollator) -> None:
         self.seq_len = min(self.seq_len, collate.max_length or self.seq_len)

@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, parse_list, parse_number
+from genai_pl.data.columns import Place, parse_list, parse_number, parse_text
+from genai_pl.data.formats import AUTO, is_dialogue, parse_dialogue
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
 from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
@@ -66,13 +67,16 @@ class PreferenceDataModule(MessagesDataModule):
         super().prepare(tokenizer, collate)
 
     def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
-        """The columns to read, by role: those of pairs, or prompt and ranked completions."""
-        ranked = self.ranking_columns["completions"] in names and self.columns["chosen"] not in names
-        roles = dict(self.ranking_columns if ranked else self.columns)
-        if not ranked and roles["prompt"] == "prompt" and "prompt" not in names and roles["chosen"] in names:
-            del roles["prompt"]
-        sources.check_columns(source, names, {f"data.{role}": column for role, column in roles.items()})
-        return roles
+        """The columns to read, by role: those of pairs, prompt and ranked completions, or the two texts of HH."""
+        # what the user has named must be there: without a prompt another format would fit
+        named = {role: column for role, column in self.columns.items() if column != role}
+        sources.check_columns(source, names, {f"data.{role}": column for role, column in named.items()})
+        roles = self.recognized(source, names, {**self.columns, **self.ranking_columns})
+        if self.format == AUTO and roles.keys() == {"chosen", "rejected"}:
+            _, first = next(sources.read_records(source, set(roles.values())), (None, {}))
+            if all(is_dialogue(first.get(column)) for column in roles.values()):
+                roles = {f"{role}_turns": column for role, column in roles.items()}
+        return roles | ({"margin": self.columns["margin"]} if "margin" in self.columns else {})
 
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         answers = "completions" if "completions" in roles else "answers"
@@ -80,9 +84,15 @@ class PreferenceDataModule(MessagesDataModule):
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         prompt = parse_prompt(record, roles["prompt"], place) if "prompt" in roles else None
-        places = {role: place._replace(column=column) for role, column in roles.items()}
-        # the answers: a list of any length, or two columns
-        if "completions" in roles:
+        places = {role: place.at(column) for role, column in roles.items()}
+        # the answers: texts of turns, a list of any length, or two columns
+        if "chosen_turns" in roles:
+            before = record.get(roles["prompt_turns"]) if "prompt_turns" in roles else ""
+            texts = [record.get(roles[role]) for role in ("chosen_turns", "rejected_turns")]
+            at = [places[role] for role in ("chosen_turns", "rejected_turns")]
+            whole = [parse_text(before, place) + parse_text(text, spot) for text, spot in zip(texts, at, strict=True)]
+            answers = [parse_dialogue(text, spot) for text, spot in zip(whole, at, strict=True)]
+        elif "completions" in roles:
             answers = parse_list(record.get(roles["completions"]), places["completions"], text_or_messages)
         else:
             answers = [text_or_messages(record.get(roles[role]), places[role]) for role in ("chosen", "rejected")]

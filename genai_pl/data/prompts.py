@@ -6,7 +6,7 @@ the left: their end is what is answered.
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place
+from genai_pl.data.formats import instruction_messages
 from genai_pl.data.messages import message_texts
-from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
@@ -46,10 +47,15 @@ class PromptsDataModule(MessagesDataModule):
         super().__init__(**rest)
         self.column, self.max_prompt_len = prompt, max_prompt_len
 
-    def required_columns(self) -> dict[str, str]:
-        return {"data.prompt": self.column}
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        return self.recognized(source, names, None if self.column == "prompt" else {"prompt": self.column})
+
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
+        return ["prompt", TOOLS]
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "instruction" in roles:
+            return {"prompt": instruction_messages(record, roles, place)}
         return {"prompt": parse_prompt(record, roles["prompt"], place)}
 
     def training_texts(self) -> Iterable[str]:

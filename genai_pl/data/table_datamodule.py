@@ -35,7 +35,8 @@ class TableDataModule(RowsDataModule):
     """Examples of a table, one per row.
 
     path: the training data (`sources.find_source`). val_path: the validation data, or None for `val_fraction` of the rows
-    of `path`, by a permutation of the seed. Other arguments: see `RowsDataModule`.
+    of `path`, by a permutation of the seed. columns: {name: name in the files} of columns with other names.
+    Other arguments: see `RowsDataModule`.
 
     A subclass defines `kind`, `required_columns` or `roles`, `rows`, and `example` where cells are not plain texts.
     optional_columns: columns that are read where the source has them, whatever the options say.
@@ -45,14 +46,24 @@ class TableDataModule(RowsDataModule):
     optional_columns: ClassVar[tuple[str, ...]] = ()
     cell_kinds: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None,
+        val_fraction: float,
+        columns: Mapping[str, str] | None = None,
+        **loading: object,
+    ) -> None:
         super().__init__(**loading)
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         self.path, self.val_fraction = path, val_fraction
-        self.source = sources.find_source(path)
+        self.source = sources.find_source(path, columns=columns)
         self.val_source = (
-            sources.find_source(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+            sources.find_source(val_path, option="data.val_path", columns=columns)
+            if val_path
+            else sources.shipped_validation(path)
         )
         self._tables: tuple[Table, Table] | None = None
 
@@ -116,7 +127,7 @@ class TableDataModule(RowsDataModule):
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         """The parsed cells of a record, by role; here all are texts."""
-        return {role: parse_text(record.get(column), place._replace(column=column)) for role, column in roles.items()}
+        return {role: parse_text(record.get(column), place.at(column)) for role, column in roles.items()}
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.tokenizer, self.collate = tokenizer, collate

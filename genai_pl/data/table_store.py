@@ -26,6 +26,7 @@ TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "
 MAY_BE_EMPTY = ("tools", "label")  # most conversations have no tools; a text may have none of several labels
 EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each cell
 Cells = Iterable[tuple[Place, Sequence[object]]]  # for each row, its place and its cells
 
 
@@ -133,8 +134,10 @@ def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) 
 
 def to_json(value: object, place: Place) -> str:
     """JSON of a text, messages or tools; DataError for what UTF-8 or JSON cannot hold."""
+    if not value and type(value) is list:  # the tools of nearly every row
+        return "[]"
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = _ENCODER.encode(value)
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         refuse(place, "half of a surrogate pair is no text")

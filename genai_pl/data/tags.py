@@ -40,8 +40,8 @@ class TagsDataModule(LabelsDataModule):
         return {f"data.{role}": column for role, column in self.columns.items()}
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        words = parse_list(record.get(roles["tokens"]), place._replace(column=roles["tokens"]), parse_text)
-        tags_place = place._replace(column=roles["tags"])
+        words = parse_list(record.get(roles["tokens"]), place.at(roles["tokens"]), parse_text)
+        tags_place = place.at(roles["tags"])
         tags = parse_list(record.get(roles["tags"]), tags_place, parse_label_cell)
         if len(words) != len(tags):
             refuse(tags_place, f"{len(tags)} tags for {len(words)} words: give each word one")

@@ -4,12 +4,13 @@ The loss needs the completion of another row as a mismatched one, so every batch
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_label
 from genai_pl.data.loader import BatchPlan
 from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
@@ -46,8 +47,8 @@ class UnpairedDataModule(MessagesDataModule):
         super().__init__(**rest)
         self.columns = {"prompt": prompt, "completion": completion, "label": label}
 
-    def required_columns(self) -> dict[str, str]:
-        return {f"data.{role}": column for role, column in self.columns.items()}
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        return self.recognized(source, names, self.columns)
 
     def batch_plan(self) -> BatchPlan:
         plan = super().batch_plan()
@@ -60,9 +61,9 @@ class UnpairedDataModule(MessagesDataModule):
         return plan
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        answer = text_or_messages(record.get(roles["completion"]), place._replace(column=roles["completion"]))
+        answer = text_or_messages(record.get(roles["completion"]), place.at(roles["completion"]))
         prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
-        label = parse_label(record.get(roles["label"]), place._replace(column=roles["label"]))
+        label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
         return {"prompt": prompt, "completion": completion, "label": label}
 
     def training_texts(self) -> Iterable[str]:

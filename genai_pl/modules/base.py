@@ -8,6 +8,7 @@ of the exact mean, without being rescaled later. Logged metrics are sums too, an
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -125,7 +126,11 @@ class BaseModule(L.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Restore the command line's optimizer settings, which a checkpoint has just overwritten with its own."""
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            before, group = optimizer.param_groups[0]["lr"], optimizer.param_groups[0]
             configure(optimizer, schedule.scheduler, self._settings)
+            if self.trainer.global_step and not math.isclose(group["lr"], before) and self.trainer.is_global_zero:
+                form = "schedule    goes on at lr %.3g, not %.3g: over %d steps, with the settings of this command"
+                log.info(form, group["lr"], before, self.total_steps)
 
     def named_parameters_for_optimizer(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters for the optimizer, frozen ones among them: optimizers leave those out."""

@@ -36,6 +36,10 @@ MIXTURE = (
 SFT, DPO = ("objective=sft", CHAT), ("objective=dpo", PAIRS)
 GRPO = ("objective=grpo", *PROMPTS, "objective.group_size=4")
 PPO = ("objective=ppo", *PROMPTS, "objective.epochs=2", "objective.minibatch_size=2", "objective.kl_target=1.0")
+BEST = (
+    *("callbacks.checkpoint.best=val/loss", "callbacks.export=best", "callbacks.checkpoint.keep=1"),
+    *("callbacks.early_stopping.patience=2", "callbacks.early_stopping.min_delta=10", "optimizer.lr=0.1"),
+)
 KINDS = {
     "bpe": (TEXT, "tokenizer=bpe", "tokenizer.vocab_size=300"),
     "tensorboard": (TEXT, "logger=default", "callbacks.samples.every_n_steps=3", "optimizer=muon"),
@@ -57,6 +61,8 @@ KINDS = {
     "ppo-ddp": (*PPO, *DDP),
     "mixture": (*MIXTURE, "data.workers=2", "trainer.accumulate_grad_batches=2"),
     "mixture-ddp": (*MIXTURE, *DDP),
+    "best": (TEXT, *BEST),
+    "best-pieces": (TEXT, *BEST, *FSDP, *PIECES),
 }
 TIMES = {"train/tokens_per_sec", "train/data_wait", "train/mfu", "train/memory_gib", "train/rollout_seconds"}
 REWARD = """
