@@ -15,10 +15,10 @@ from genai_pl.config.enums import (
     Norm,
     NormOrder,
     Position,
-    RopeKind,
     Router,
     Shape,
 )
+from genai_pl.config.rope_scaling import RopeScaling
 from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, to_json_values
 from genai_pl.errors import ConfigError
 
@@ -34,29 +34,6 @@ EXPERT_FIELDS = (
     "experts_per_token", "n_shared_experts", "expert_size", "expert_every", "n_dense_layers", "router", "router_scale",
     "normalize_top_k", "router_bias", "balance_loss", "router_z_loss", "balance_bias",
 )  # fmt: skip
-
-
-@dataclass
-class RopeScaling:
-    """Scaling of rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
-
-    kind: RopeKind = RopeKind.none
-    factor: float = 1.0  # new length / length of the training
-    original_max_seq_len: int = 8192  # llama3, yarn: context of the training
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: the ramp begins and ends at whole channels
-    attention_factor: float | None = None  # yarn: factor of queries and keys; null: 0.1 ln(factor) + 1
-
-    def __post_init__(self) -> None:
-        parse_enums(self, "model.rope_scaling")
-        check_numbers(self, "model.rope_scaling")
-        if not self.factor >= 1.0:
-            raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise ConfigError("model.rope_scaling.high_freq_factor must be above low_freq_factor")
 
 
 @dataclass
@@ -128,9 +105,7 @@ class ModelConfig:
     attention_sinks: bool = False  # a learned score for each head, of one more key without value (gpt-oss)
     softcap: float | None = None  # tanh cap of attention scores
     logit_softcap: float | None = None
-    n_experts: int | None = (
-        None  # experts in place of an MLP (Shazeer et al. 2017); null or 0: the MLP of every layer is dense
-    )
+    n_experts: int | None = None  # experts in place of an MLP (Shazeer et al. 2017); null or 0: every MLP is dense
     experts_per_token: int = 2  # experts that a token is sent to
     n_shared_experts: int = 0  # further experts that every token passes: one MLP of so many times expert_size
     expert_size: int | None = None  # hidden channels of an expert; null: intermediate_size
@@ -183,8 +158,8 @@ class ModelConfig:
             self.expert_size = self.intermediate_size
 
     def _check_pairs(self) -> None:
-        # sizes
         """ConfigError for fields that cannot hold together."""
+        # sizes
         if max(self.n_layer, self.n_decoder_layer or 0) > MAX_LAYERS:
             raise ConfigError(f"model.n_layer and model.n_decoder_layer are at most {MAX_LAYERS:,}")
         if min(self.n_token_types, self.n_global, self.position_offset) < 0:

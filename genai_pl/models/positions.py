@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.enums import RopeKind
-from genai_pl.config.model import RopeScaling
+from genai_pl.config.rope_scaling import RopeScaling
 
 UNSCALED = RopeScaling()
 

@@ -73,7 +73,8 @@ def test_the_loss_multiplies_by_a_head_in_16_bits() -> None:
     model = build("llama")
     held = copy.deepcopy(model)
     hold_frozen_in_16_bits(held, rounds=False)
-    assert held.lm_head.weight is held.embed.weight and held.embed.weight.dtype is torch.bfloat16
+    assert held.lm_head.weight is held.embed.weight
+    assert held.embed.weight.dtype is torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         losses = [linear_cross_entropy(m.to_head(m.features(ids)), m.lm_head.weight, ids) for m in (model, held)]
     assert losses[0] == losses[1]
@@ -81,7 +82,8 @@ def test_the_loss_multiplies_by_a_head_in_16_bits() -> None:
 
 def test_what_would_lose_a_bit_or_is_trained_stays_in_float32() -> None:
     model = build("llama", rounded=False)
-    assert hold_frozen_in_16_bits(model, rounds=False) == 0 and not is_held_in_16_bits(model)
+    assert hold_frozen_in_16_bits(model, rounds=False) == 0
+    assert not is_held_in_16_bits(model)
     trained = build("gpt2").requires_grad_(True)
     assert hold_frozen_in_16_bits(trained, rounds=True) == 0
     # one weight with a bit more than bfloat16 has

@@ -1,7 +1,8 @@
 """Rotary positions in config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
 
 from genai_pl.config.enums import RopeKind
-from genai_pl.config.model import ModelConfig, RopeScaling
+from genai_pl.config.model import ModelConfig
+from genai_pl.config.rope_scaling import RopeScaling
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Codec, Values
 
