@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
 from genai_pl.data import special_tokens
+from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
@@ -69,11 +70,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     new_options = new_overrides(config)
     report_unused(config, new_options)
-    data = instantiate(config.data, seed=config.seed)
     objective = locate_target(config.objective._target_)
-    if data.kind != objective.data_kind:
-        names = HydraConfig.get().runtime.choices
-        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+    data = instantiate_data(config, objective)
 
     # the model as it is before the first step
     initial = build_initial_model(config, data, objective)
@@ -128,6 +126,15 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     prepare_strategy(config, run)
     prepare_loggers(trainer, checkpoint)
     return run
+
+
+def instantiate_data(config: DictConfig, objective: type[BaseModule]) -> RowsDataModule:
+    """The data module; ConfigError for data of another kind than the objective reads."""
+    data = instantiate(config.data, seed=config.seed)
+    if data.kind != objective.data_kind:
+        names = HydraConfig.get().runtime.choices
+        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+    return data
 
 
 def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokenizerBase") -> BaseModule:
