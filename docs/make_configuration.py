@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/config/model.py.
+"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/config/.
 
 python docs/make_configuration.py [--check]
 """

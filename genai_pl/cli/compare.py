@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.compared_runs import ComparedRun, parse_number, read_runs, varied_settings
+from genai_pl.config.metric_modes import greater_is_better
 from genai_pl.errors import DataError, UserError
 from genai_pl.references import named_run, named_sweep, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GREATER_IS_BETTER = ("accuracy", "accuracies", "scores", "margins", "rlhf_reward", "tokens_per_sec", "mfu", "recall@1")
 SPEEDS = ("tokens_per_sec", "mfu")  # which compare whatever is trained
 DESCRIPTION = (
     "The runs of a sweep beside each other: what differs in their settings, how their metric went, and which won."
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
     args = parser.parse_args()
     # lower is better, except for known metrics and with --max
-    greater = args.max or args.metric.rpartition("/")[2] in GREATER_IS_BETTER
+    greater = args.max or greater_is_better(args.metric) is True
     try:
         # read, print the table, draw
         folder = find_folder(args.folder)

@@ -22,6 +22,7 @@ from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.duplicates import unique_rows
 from genai_pl.data.inspection import CUT, GIVEN, LEARNED, Counts, InspectedRow, inspected_rows
+from genai_pl.data.mixture_datamodule import MixtureDataModule
 from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.table_datamodule import TableDataModule
 from genai_pl.data.table_store import cache_folder
@@ -38,6 +39,8 @@ def inspect(config: DictConfig) -> int:
     if config.rows < 0 or config.width < 100:
         raise ConfigError(f"rows={config.rows}, width={config.width}: at least 0 rows, of at least 100 characters")
     read = open_data(config)
+    if isinstance(read.data, MixtureDataModule):
+        raise ConfigError("data.sources: inspect looks at one source: data.py inspect PATH")
     if read.data.streaming:
         raise ConfigError("data.streaming=true: data.py reads files as a whole; leave it out")
     with _reading(read.data) as errors:
@@ -64,9 +67,11 @@ def prepare(config: DictConfig) -> int:
     read = open_data(config)
     if read.data.streaming:
         raise ConfigError("data.streaming=true: a stream is tokenized while it trains; leave it out")
-    if isinstance(read.data, TableDataModule):
-        read.data.encoders = config.encoders
-    elif config.encoders:
+    modules = [source.data for source in read.data.sources] if isinstance(read.data, MixtureDataModule) else [read.data]
+    tables = [data for data in modules if isinstance(data, TableDataModule)]
+    for data in tables:
+        data.encoders = config.encoders
+    if config.encoders and not tables:
         raise ConfigError(f"encoders={config.encoders}: texts are tokenized on all cores without it; leave it out")
     read = tokenize_data(config, read)
     print(f"data        {read.data.summary()}")

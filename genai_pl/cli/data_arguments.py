@@ -19,9 +19,10 @@ def complete_arguments(words: list[str]) -> list[str]:
     if rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest[0] = f"data.path={rest[0]}"
     path = next((word.partition("=")[2] for word in rest if word.startswith("data.path=")), None)
-    if path is None:
+    mixes = any(word.startswith("data.sources") for word in rest)
+    if path is None and not (mixes and task == "prepare"):
         raise ConfigError(f"data.py {task}: give a file, folder, glob or hub name after {task}")
-    if not any(word.partition("=")[0] in CHOOSERS for word in rest):
+    if path is not None and not any(word.partition("=")[0] in CHOOSERS for word in rest):
         rest += objective_of(path, rest)
     return [f"task={task}", *rest]
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from genai_pl.cli.command import CONF
+from genai_pl.cli.negatives import write_negatives
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, preview, refuse
 from genai_pl.data.formats import recognize
@@ -43,6 +44,8 @@ Request = list[TextOrMessages]  # a prompt, and the answers to it that the data 
 def feedback(config: DictConfig) -> int:
     """Write one JSON line per prompt that is not in the output file yet; the exit status."""
     check_options(config)
+    if config.task == "negatives":
+        return write_negatives(config)
     out = Path(config.out)
     source = sources.find_source(config.data.path, columns=dict(config.data.columns))
     done = read_finished(out, config, source)
@@ -71,8 +74,8 @@ def feedback(config: DictConfig) -> int:
 
 def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
-    if config.task not in TASK_FIELDS:
-        raise ConfigError(f"task={config.task} is not one of {', '.join(TASK_FIELDS)}")
+    if config.task not in (*TASK_FIELDS, "negatives"):
+        raise ConfigError(f"task={config.task} is not one of {', '.join(TASK_FIELDS)}, negatives")
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")

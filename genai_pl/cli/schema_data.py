@@ -1,6 +1,7 @@
 """Schemas of the group `data`: one for each kind of training data; conf/data/*.yaml explain the fields."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -22,7 +23,16 @@ class DataSchema:
 
 
 @dataclass
-class TextSchema(DataSchema):
+class MixableSchema(DataSchema):
+    """Fields of data that may come from several sources: what they are, and how they are weighed."""
+
+    sources: Any = None
+    mix_by: str = "tokens"
+    mix_temperature: float = 1.0
+
+
+@dataclass
+class TextSchema(MixableSchema):
     """Documents for language modelling, cut or packed into rows of seq_len tokens."""
 
     _target_: str = "genai_pl.data.text.TextDataModule"
@@ -43,7 +53,7 @@ class TableSchema(DataSchema):
 
 
 @dataclass
-class PairsSchema(TableSchema):
+class PairsSchema(TableSchema, MixableSchema):
     """Anchors with a positive and perhaps a negative text, for embeddings."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
@@ -53,7 +63,7 @@ class PairsSchema(TableSchema):
 
 
 @dataclass
-class Seq2SeqSchema(TableSchema):
+class Seq2SeqSchema(TableSchema, MixableSchema):
     """Sources and targets of an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
@@ -63,7 +73,7 @@ class Seq2SeqSchema(TableSchema):
 
 
 @dataclass
-class MessagesSchema(TableSchema):
+class MessagesSchema(TableSchema, MixableSchema):
     """Fields of texts or conversations: the format of the columns, auto by their names."""
 
     format: str = "auto"

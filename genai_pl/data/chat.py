@@ -8,7 +8,7 @@ the same code that generation and serving prompt with.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +35,6 @@ from genai_pl.data.prompt_tokens import (
     encode_prompt,
 )
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,12 +65,10 @@ class ChatDataModule(MessagesDataModule):
         self.packing = packing
         self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         roles = [role for role in self.columns if role in train.column_names]
-        return train_bpe(
-            (text for row in train for role in roles for text in message_texts(json.loads(row[role]))), vocab_size
-        )
+        return (text for row in train for role in roles for text in message_texts(json.loads(row[role])))
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.capacity = collate.row_length(self.seq_len)

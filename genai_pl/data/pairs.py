@@ -4,11 +4,11 @@ Each text of a row is tokenized by itself, with the special tokens that its toke
 collator pairs a text with itself, and dropout makes the two views (SimCSE: Gao et al. 2021).
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from genai_pl.data.table_datamodule import TableDataModule
 from genai_pl.data.text_tokens import encode_texts
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.objectives.pairs import PairCollator
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class TextsDataModule(TableDataModule):
     def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
+        return (row[role] for row in train for role in self.columns)
 
     def tokenized_texts(self, table: "Dataset") -> "Dataset":
         """The token ids of all texts of a table, one column for each role."""

@@ -7,7 +7,7 @@ its prompt would teach more than the preference.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -22,7 +22,6 @@ from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_p
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -52,13 +51,13 @@ class PreferenceDataModule(MessagesDataModule):
         self.columns |= {"margin": margin} if margin else {}
         self.ranking_columns = {"prompt": prompt, "completions": completions}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # rejected answers are no text to learn
         values = (
             value for row in train for value in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
         )
-        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
+        return (text for value in values for text in message_texts(value))
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         if is_ranked(self.tables()[0]) and not collate.ranks:

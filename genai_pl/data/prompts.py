@@ -6,7 +6,7 @@ the left: their end is what is answered.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,6 @@ from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_p
 from genai_pl.data.prompt_tokens import encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -59,9 +58,9 @@ class PromptsDataModule(MessagesDataModule):
             return {"prompt": instruction_messages(record, roles, place)}
         return {"prompt": parse_prompt(record, roles["prompt"], place)}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((text for row in train for text in message_texts(json.loads(row["prompt"]))), vocab_size)
+        return (text for row in train for text in message_texts(json.loads(row["prompt"])))
 
     def rows(self, table: "Table") -> Dataset:
         prompts = as_arrays(self.encode_table(table, self.encoded_roles(table, "prompt"), tokenize_prompts), "prompt")

@@ -5,6 +5,7 @@ none sees another. Validation is the end of the text by characters rather than r
 with the training.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ from genai_pl.data.loader import Collate, EpochLoader
 from genai_pl.data.packing import PackedRows, Packer
 from genai_pl.data.streaming import BatchStream, StreamLoader
 from genai_pl.data.tokenize import n_characters, split_text, tokenize
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -106,11 +106,10 @@ class TextDataModule(RowsDataModule):
                 self._tables = split_text(table, self.val_fraction)
         return self._tables
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
-        """A byte-pair tokenizer learned from the training documents; of a stream, from its first 20,000."""
+    def training_texts(self) -> Iterable[str]:
+        """The training documents; of a stream, its first 20,000."""
         table, _ = self.documents()
-        texts = self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
-        return train_bpe(texts, vocab_size)
+        return self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
 
     def _first(self, table: "IterableTable", n: int) -> list[str]:
         """The first n texts of a stream."""
@@ -167,11 +166,13 @@ class TextDataModule(RowsDataModule):
         return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
-        if not self.streaming:
-            return super().train_dataloader()
+        return StreamLoader(self.stream(), self.n_batches) if self.streaming else super().train_dataloader()
+
+    def stream(self) -> BatchStream:
+        """The training documents as an endless stream of batches."""
         plan = self.batch_plan()
         train, _ = self.documents()
-        rows = BatchStream(
+        return BatchStream(
             train,
             self.tokenizer,
             self.collate,
@@ -180,4 +181,3 @@ class TextDataModule(RowsDataModule):
             block_rows=self.block_rows if self.shuffle else plan.batch_size,
             continuous=self.source.is_text,
         )
-        return StreamLoader(rows, self.n_batches)

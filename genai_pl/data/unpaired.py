@@ -4,7 +4,7 @@ The loss needs the completion of another row as a mismatched one, so every batch
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -18,7 +18,6 @@ from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, 
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,10 +66,10 @@ class UnpairedDataModule(MessagesDataModule):
         label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
         return {"prompt": prompt, "completion": completion, "label": label}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         values = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
-        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
+        return (text for value in values for text in message_texts(value))
 
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)

@@ -8,6 +8,7 @@ token_positions)`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -136,8 +137,9 @@ def generate_rollout(
     # sample: prompts are padded on the left, so that all continue in the same column
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
     options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
-    steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
-    tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
+    with _casts_kept(device.type):
+        steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
+        tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
     completions = [_through_end(row, ends) for row in tokens]
     # rows for training, padded on the right
     completion_ids = [np.asarray(row) for row in completions]
@@ -150,6 +152,22 @@ def generate_rollout(
     batch = {name: x.to(device) for name, x in batch.items()}
     ended = torch.tensor([row[-1] in ends for row in completions], device=device)
     return Rollout(batch, token_positions.to(device), mask.to(device), completions, ended)
+
+
+@contextmanager
+def _casts_kept(kind: str) -> Iterator[None]:
+    """A context without gradients in which autocast rounds each trainable weight once, instead of for every token.
+
+    kind: of device. Forgotten afterwards: a rounded copy made without gradients must not serve a pass that needs them.
+    """
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    try:
+        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _through_end(row: list[int], ends: Collection[int]) -> list[int]:

@@ -26,9 +26,9 @@ from genai_pl.models import build_model
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.hf.transformers_config import N_POSITIONS
 from genai_pl.modules import BaseModule
-from genai_pl.recipes.made import check_prepared
 from genai_pl.references import resolve
-from genai_pl.training.build import build_module, instantiate_data
+from genai_pl.training.build import build_module
+from genai_pl.training.data_sources import build_data
 from genai_pl.training.initial_model import build_tokenizer, complete_tokenizer
 from genai_pl.training.targets import locate_target
 
@@ -54,14 +54,13 @@ def open_data(config: DictConfig) -> DataOnly:
 
     ConfigError for objectives with labels, whose outputs are a part of the model.
     """
-    check_prepared(config.data.path)
     objective = locate_target(config.objective._target_)
     if objective.labelled:
         name = HydraConfig.get().runtime.choices.objective
         raise ConfigError(
             f"objective={name}: its labels are a part of the model; data.py reads texts and conversations"
         )
-    data = instantiate_data(config, objective)
+    data = build_data(config, objective)
     wraps = "name" in config.model
     if not config.init_from and not wraps:
         return DataOnly(data, objective, None, config.model.max_seq_len)

@@ -1,7 +1,8 @@
 """Rotary positions in config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
 
 from genai_pl.config.enums import RopeKind
-from genai_pl.config.model import ModelConfig, RopeScaling
+from genai_pl.config.model import ModelConfig
+from genai_pl.config.rope_scaling import RopeScaling
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Codec, Values
 
@@ -19,9 +20,13 @@ HF_KEYS = {  # field of RopeScaling -> key, by kind
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "truncate": "truncate",
     },
 }
-PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with the only value that is supported
+PLAIN = {
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}  # further keys, with the only value that is supported, or the usual
 THETA = 10000.0  # where config.json has no base
 
 
@@ -71,7 +76,8 @@ def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
     if scaling.kind is RopeKind.none:
         return {"rope_type": "default", "rope_theta": theta}
     entry = {key: getattr(scaling, field) for field, key in HF_KEYS[scaling.kind].items()}
-    return {"rope_type": scaling.kind.value, "rope_theta": theta, **{k: v for k, v in entry.items() if v is not None}}
+    stated = {key: value for key, value in entry.items() if value is not None and value is not PLAIN.get(key)}
+    return {"rope_type": scaling.kind.value, "rope_theta": theta, **stated}
 
 
 def _read(values: Values) -> dict[str, object]:
