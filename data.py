@@ -3,11 +3,11 @@
 from omegaconf import DictConfig
 
 from genai_pl.cli.command import command
-from genai_pl.cli.data_arguments import complete_arguments
+from genai_pl.cli.data_arguments import TASKS, complete_arguments
 from genai_pl.imports import collecting_later
 
 
-@command("inspect", prepare=complete_arguments)
+@command("inspect", prepare=complete_arguments, tasks=TASKS)
 def main(config: DictConfig) -> int:
     with collecting_later():
         from genai_pl.cli.data import inspect, prepare

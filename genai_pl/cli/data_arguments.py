@@ -1,5 +1,7 @@
 """The command line of data.py: its first two words, and the objective that fits the columns of the data."""
 
+from pathlib import Path
+
 from genai_pl.errors import ConfigError
 
 TASKS = ("inspect", "prepare")
@@ -16,7 +18,7 @@ def complete_arguments(words: list[str]) -> list[str]:
         given = f", not {words[0]!r}" if words else ""
         raise ConfigError(f"data.py begins with what to do, {' or '.join(TASKS)}{given}: data.py inspect FILE")
     task, *rest = words
-    if rest and "=" not in rest[0] and not rest[0].startswith("-"):
+    if rest and not rest[0].startswith("-") and ("=" not in rest[0] or Path(rest[0]).exists()):
         rest[0] = f"data.path={rest[0]}"
     path = next((word.partition("=")[2] for word in rest if word.startswith("data.path=")), None)
     mixes = any(word.startswith("data.sources") for word in rest)

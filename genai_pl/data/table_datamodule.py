@@ -85,6 +85,7 @@ class TableDataModule(RowsDataModule):
 
     def read_table(self, source: sources.Source) -> "Table":
         """The examples of a source in columns by role, with the number of their `row`; DataError for a bad one."""
+        sources.configure_progress_bars()
         columns = sources.column_names(source)
         roles = self.roles(source, columns)
         # columns of the source become columns by role, which are cached

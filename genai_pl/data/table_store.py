@@ -99,10 +99,13 @@ def _write_encoded(
 def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> None:
     """Write rows of cells as an Arrow stream, batch by batch."""
     import pyarrow as pa
+    from datasets.utils import tqdm
 
     schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in cell_kinds.items()])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    bar = tqdm(unit=" rows", desc="reading")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer, bar:
         for place, batch in _batches(cells):
+            bar.update(len(batch))
             try:
                 arrays = [
                     pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)

@@ -124,8 +124,9 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], line: str, command, tmp_p
     assert result.err.count("\n") == 1
 
 
-def test_help_lists_the_options_of_both_tasks(command) -> None:
-    result = command("data", "--help")
+@pytest.mark.parametrize("words", [(), ("inspect",)])
+def test_help_lists_the_options_of_both_tasks(words: tuple[str, ...], command) -> None:
+    result = command("data", *words, "--help")
     assert result.status == 0
     for option in ("rows=3", "encoders=0", "picture=lengths.png", "data.py inspect chat.jsonl init_from=MODEL"):
         assert option in result.out
