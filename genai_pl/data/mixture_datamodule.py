@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 ROW_KINDS = ("text", "chat")  # kinds whose rows are tokens with segments: they may meet in one batch
 OPTION = re.compile(
-    r"(?<![\w./])data\.(?=(path|val_\w+|columns?|format|streaming|messages|prompt|completion|chosen|rejected|margin)\b)"
+    r"(?<![\w./])data\.(?=(path|val_\w+|columns?|format|deduplicate|streaming|messages|prompt|completion|chosen|rejected"
+    r"|margin)\b)"
 )
 
 
