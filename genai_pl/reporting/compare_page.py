@@ -62,12 +62,7 @@ def _ranking(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) -> 
     for run in runs:
         figures = (number(run.best), f"{run.step:,}", number(run.values[-1]))
         rows.append([run.name, *([run.tags] if has_tags else []), *run.settings, *figures])
-    text = page.table(heads, rows, numbers=len(heads) - 3, best=0)
-    for run in runs:
-        if run.link:
-            cell = f"<td>{escape(run.name)}</td>"
-            text = text.replace(cell, f'<td><a href="{escape(run.link)}">{escape(run.name)}</a></td>', 1)
-    return text
+    return page.table(heads, rows, numbers=len(heads) - 3, best=0, links=[run.link for run in runs])
 
 
 def _label(options: Sequence[str], run: RankedRun) -> str:
@@ -116,7 +111,7 @@ def coordinates(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) 
         for text, height in shown:
             parts.append(f'<text x="{x + 5:.1f}" y="{_place(height) + 4:.1f}">{escape(_short(text, 18))}</text>')
     name = escape(f"settings and best {metric} of {len(runs)} runs")
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    svg = f'<svg class="halo" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     words = '<p class="soft">One line for each run; the thick one is the best.</p>'
     return f'<div class="card"><div class="wide">{svg}</div>{words}</div>'
 
