@@ -30,6 +30,8 @@ p { margin: 6px 0; max-width: 80ch; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 11.5px; font-family: inherit; }
 svg text.end { text-anchor: end; } svg text.middle { text-anchor: middle; } svg text.strong { fill: var(--text); }
+a { color: var(--accent); }
+.halo text { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
 .mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: .45; stroke-width: 1.3; }
@@ -85,18 +87,33 @@ def charts(cards: Iterable[str]) -> str:
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0, best: int | None = None) -> str:
-    """A table; "" without rows. numbers: columns from this one on are numbers. best: number of the row in bold."""
+def table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: int = 0,
+    best: int | None = None,
+    links: Sequence[str] = (),
+) -> str:
+    """A table; "" without rows.
+
+    numbers: columns from this one on are numbers. best: number of the row in bold. links: where the first cell of each
+    row leads, "" for nowhere.
+    """
     if not rows:
         return ""
 
-    def cells(tag: str, row: Sequence[str]) -> str:
-        kinds = ['class="number"' if numbers and n >= numbers else "" for n in range(len(row))]
-        return "".join(f"<{tag} {k}>{escape(text)}</{tag}>" for k, text in zip(kinds, row, strict=True)).replace(
-            " >", ">"
-        )
+    def cells(tag: str, row: Sequence[str], link: str = "") -> str:
+        kinds = [' class="number"' if numbers and n >= numbers else "" for n in range(len(row))]
+        texts = [escape(text) for text in row]
+        if link:
+            texts[0] = f'<a href="{escape(link)}">{texts[0]}</a>'
+        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
 
-    body = "".join(f"<tr{' class=best' if n == best else ''}>{cells('td', row)}</tr>" for n, row in enumerate(rows))
+    body = ""
+    for n, row in enumerate(rows):
+        kind = " class=best" if n == best else ""
+        body += f"<tr{kind}>{cells('td', row, links[n] if links else '')}</tr>"
     head = f"<thead><tr>{cells('th', heads)}</tr></thead>" if any(heads) else ""
     return f'<div class="table"><table>{head}<tbody>{body}</tbody></table></div>'
 
