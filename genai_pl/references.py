@@ -1,7 +1,8 @@
 """References: the names by which a user calls a trained model, resolved to a path.
 
 A reference is "auto" (the newest run), a path of a run folder, .ckpt, Hugging Face or adapter folder, the name of a run below
-the working folder, or a hub id. A mistake is answered with the nearest name that exists; a path is never sent to the hub.
+the working folder, RUN/best or RUN/last for one of its checkpoints, or a hub id. A mistake is answered with the nearest name
+that exists; a path is never sent to the hub.
 """
 
 import json
@@ -18,6 +19,7 @@ ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
 # usual names of local folders, which are therefore never taken for accounts of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
+CHECKPOINTS = ("best", "last")  # of a run, named RUN/best and RUN/last
 DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders that a search for runs visits at most
 SKIPPED = {"pyvenv.cfg"}  # files that mark folders without runs: virtual environments
 DEPTH, MANY = 4, 2000  # levels and folders that a search for models visits at most
@@ -39,6 +41,8 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         return path
     if path.is_dir():
         return _model_of_run(path, option)
+    if path.name.removesuffix(".ckpt") in CHECKPOINTS and (run := run_of(str(path.parent), option)):
+        return _checkpoint_of_run(run, path.name.removesuffix(".ckpt"), option)
     if folder := named_run(reference, option) or named_sweep(reference, option):
         return _model_of_run(folder, option)
     if not is_hub_id(reference):
@@ -188,6 +192,22 @@ def _model_of_run(folder: Path, option: str) -> Path:
     raise CheckpointError(
         f"{option}={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder{hint}"
     )
+
+
+def run_of(reference: str, option: str) -> Path | None:
+    """The folder of a run by `auto`, its path or its name; None if there is none."""
+    if reference == "auto":
+        return newest_run(Path(), resumable=True)
+    return Path(reference) if is_run(Path(reference)) else named_run(reference, option)
+
+
+def _checkpoint_of_run(run: Path, name: str, option: str) -> Path:
+    """The best or last checkpoint of a run; CheckpointError if it has none."""
+    path = run / "checkpoints" / f"{name}.ckpt"
+    if not is_checkpoint(path):
+        how = ": set callbacks.checkpoint.best=val/loss when training" if name == "best" else ""
+        raise CheckpointError(f"{option}={run / name}: the run has no {path.relative_to(run)}{how}")
+    return path
 
 
 def _has_newer_checkpoint(run: Path, last: Path, exported: Path) -> bool:

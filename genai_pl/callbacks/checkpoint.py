@@ -19,10 +19,11 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 
-from genai_pl.callbacks.checkpoint_files import link, named_step, newest_checkpoints, remove_checkpoint_files, step_of
+from genai_pl.callbacks.best import BestCheckpoint, remove_old
+from genai_pl.callbacks.checkpoint_files import link, named_step, newest_checkpoints, step_of
 from genai_pl.callbacks.due import passed
 from genai_pl.callbacks.shares import gather_shares, restore_share
-from genai_pl.callbacks.validation import validate_if_due
+from genai_pl.callbacks.validation import validate_if_due, validation_is_due
 from genai_pl.checkpoints.file import MARK, read_checkpoint, write_checkpoint
 from genai_pl.distributed.dtensor import local_shard
 from genai_pl.errors import CheckpointError, ConfigError, TrainingError
@@ -55,14 +56,26 @@ class StepCheckpoint(Checkpoint):
     """Writes `step=000200.ckpt` every n optimizer steps, keeps the newest few, and points `last.ckpt` at the newest.
 
     folder: of the run's checkpoints
-    every_n_steps: optimizer steps between two of them; the last step of a run always gets one
+    every_n_steps: optimizer steps between two of them, None: no such; the last step of a run always gets one
     keep: how many stay; at least the newest two until a step after the newest has given a finite loss
+    every_n_minutes: minutes since the last one after which the next step gets one
+    best: what keeps the best one; every step that is validated then gets one
 
     `describe_run` gives the rest, which is known only when model and tokenizer are.
     """
 
-    def __init__(self, folder: str, every_n_steps: int, keep: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_n_steps: int | None,
+        keep: int,
+        *,
+        every_n_minutes: float | None = None,
+        best: BestCheckpoint | None = None,
+    ) -> None:
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self.every_n_minutes, self.best = every_n_minutes, best
+        self._saved = time.monotonic()  # when, in this process
         self.contents: dict[str, object] = {}  # these three from `describe_run`
         self.trained_only = False
         self.on_start: Callable[[], None] = lambda: None
@@ -91,12 +104,22 @@ class StepCheckpoint(Checkpoint):
         return self.folder / "last.ckpt"
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        """Save at a multiple of every_n_steps; inside an accumulation window there is nothing to save."""
+        """Save where a checkpoint is due; inside an accumulation window there is nothing to save."""
         before, self._seen = self._seen, trainer.global_step
         if self._seen > max(before, self.last_step):  # the newest checkpoint's weights gave a finite loss
             self.confirm()
-        if passed(before, self._seen, self.every_n_steps) and not module.window:
+        if not module.window and self._seen > self.last_step and self._is_due(trainer, before):
             self.save(trainer)
+
+    def _is_due(self, trainer: L.Trainer, before: int) -> bool:
+        """Whether steps or minutes have passed, or this step is validated and may be the best; the same on all ranks."""
+        if self.every_n_steps and passed(before, self._seen, self.every_n_steps):
+            return True
+        if self.best is not None and validation_is_due(trainer):
+            return True
+        if self.every_n_minutes is None:
+            return False
+        return trainer.strategy.broadcast(time.monotonic() - self._saved >= 60 * self.every_n_minutes)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save the last step, if it has no checkpoint yet."""
@@ -114,12 +137,15 @@ class StepCheckpoint(Checkpoint):
         self.last_step, start = trainer.global_step, time.perf_counter()
         trainer.save_checkpoint(self.folder / f"step={trainer.global_step:06d}.ckpt")
         self.seconds += time.perf_counter() - start
+        self._saved = time.monotonic()
 
     def written(self, path: Path) -> None:
         """Point `last.ckpt` at a complete checkpoint of this folder, and remove the oldest."""
         if path.parent != self.folder or not path.name.startswith("step="):
             return
         link(path, self.last)
+        if self.best is not None:
+            self.best.point()  # a thread may have been writing it during the validation
         self._unconfirmed = True
         # the previous one is known to be good; this one only after the next step
         self._keep_newest(max(self.keep, 2))
@@ -143,13 +169,14 @@ class StepCheckpoint(Checkpoint):
         self.last.unlink(missing_ok=True)
         if left := newest_checkpoints(self.folder):
             link(left[0], self.last)
+        if self.best is not None:
+            self.best.point()
         return aside
 
     def _keep_newest(self, n: int) -> None:
-        """Remove all but the n checkpoints of the highest steps."""
+        """Remove all but the n checkpoints of the highest steps, and the best ones."""
         with self._removing:
-            for old in sorted(self.folder.glob("step=*.ckpt"), key=named_step)[:-n]:
-                remove_checkpoint_files(old)
+            remove_old(sorted(self.folder.glob("step=*.ckpt"), key=named_step), n, self.best)
 
     def begin(self) -> None:
         """Call `on_start` once: all is restored, and the run may write."""
@@ -164,8 +191,12 @@ class StepCheckpoint(Checkpoint):
             if named_step(path) > step:
                 path.rename(path.with_name(f"aside-{path.name}"))
                 log.info("checkpoint  %s is set aside: the run goes on from step %d", path, step)
+        own = self.folder / f"step={step:06d}.ckpt"  # best.ckpt is a second name that will move on
         if checkpoint.parent == self.folder and checkpoint != self.last:
-            link(checkpoint, self.last)
+            link(own if own.exists() else checkpoint, self.last)
+        if self.best is not None:
+            self.best.rewind()
+        self._unconfirmed = True  # what the stopped run had no time to remove goes with the next step
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
         """Add generator states of all ranks, data positions and `contents`; drop frozen weights if so set. A collective."""
@@ -257,8 +288,12 @@ def _set_progress(loop: dict, rows: int) -> None:
     Lightning would continue from the old count: with another batch size or number of processes it would end the epoch
     too early, or after a single batch.
     """
-    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["total"]
-    if batches["is_last_batch"] and epochs["completed"] == epochs["ready"]:
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    in_its_end = batches["current"]["completed"] < batches["current"]["ready"]  # saved while its last batch ended
+    if batches["is_last_batch"] and in_its_end:
+        for count in epochs.values():  # Lightning has not counted the epoch that a resumed run had begun in
+            count |= {"ready": count["completed"] + 1, "started": count["completed"] + 1}
+    elif batches["is_last_batch"] and epochs["total"]["completed"] == epochs["total"]["ready"]:
         steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for progress in (batches, loop["epoch_loop.scheduler_progress"], *steps.values()):
             progress["current"] = dict.fromkeys(progress["current"], 0)

@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from genai_pl.atomic_io import ADAPTER, write_atomic
+from genai_pl.callbacks import newest_checkpoints, step_of
+from genai_pl.checkpoints.average import mean_weights
 from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
@@ -24,6 +26,7 @@ from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtyp
 from genai_pl.models.onnx.export import write_description, write_graphs
 from genai_pl.models.onnx.quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
+from genai_pl.references import run_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EXPORT_RULES, refuse_unused
 
@@ -48,10 +51,12 @@ def export(config: DictConfig) -> int:
     out = Path(config.out)
     if os.path.lexists(out):
         raise ConfigError(f"out={out}: exists already; name another, or remove it first")
+    if config.average is not None and config.average < 2:
+        raise ConfigError(f"average={config.average}: expected at least 2 checkpoints, or null")
     if config.format == "peft":
         return copy_adapter(config, out)
     # one model without adapters, in dtype= or the dtype of its files
-    loaded = load(config.checkpoint, adapters=[config.adapter] if config.adapter else ())
+    loaded = load_mean(config) if config.average else load(config.checkpoint, adapters=_adapters(config))
     model = loaded.model
     if adapters_of(model):
         if config.format == "hf":
@@ -62,7 +67,7 @@ def export(config: DictConfig) -> int:
     if config.dtype:
         model = model.to(DTYPES[config.dtype])
     elif config.format != "onnx":
-        _restore_dtypes(model, stored_dtypes(config.checkpoint))
+        _restore_dtypes(model, stored_dtypes(str(loaded.path) if config.average else config.checkpoint))
     # write, with tokenizer, generation defaults and model card
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
@@ -73,6 +78,33 @@ def export(config: DictConfig) -> int:
             reader = export_model(model, loaded.tokenizer, out, **options)
     print(f"model       {out}, read by {reader}")
     return 0
+
+
+def _adapters(config: DictConfig) -> list[str]:
+    return [config.adapter] if config.adapter else []
+
+
+def load_mean(config: DictConfig) -> Loaded:
+    """The model of a run with the mean weights of its newest checkpoints; CheckpointError where there are too few."""
+    run = run_of(config.checkpoint, "checkpoint")
+    if run is None:
+        raise CheckpointError(f"average={config.average}: of the checkpoints of a run; checkpoint= names none")
+    by_step = {step_of(path): path for path in newest_checkpoints(run / "checkpoints")}  # a copied last.ckpt is a file
+    found = [by_step[step] for step in sorted(by_step, reverse=True)]
+    if len(found) < config.average:
+        raise CheckpointError(
+            f"average={config.average}: {run / 'checkpoints'} holds {len(found)}; "
+            f"callbacks.checkpoint.keep={config.average} keeps as many in training"
+        )
+    chosen = found[: config.average]
+    loaded = load(str(chosen[0]), adapters=_adapters(config))
+    weights = mean_weights(chosen)
+    missing = weights.keys() - loaded.model.state_dict().keys()
+    if missing:
+        raise CheckpointError(f"{chosen[0]}: does not fit its own model ({min(missing)})")
+    loaded.model.load_state_dict(weights, strict=False)  # an adapter's checkpoint lacks its frozen base
+    print(f"average     of steps {', '.join(str(step_of(path)) for path in chosen)}")
+    return loaded
 
 
 def sentence_files(loaded: Loaded) -> dict[str, object]:

@@ -26,6 +26,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
+    else:
+        weight = weight.to(x.dtype)  # a frozen one may be held in 16 bits
     return torch.ops.genai_pl.grouped_linear(x, weight, ends)
 
 

@@ -17,7 +17,7 @@ from genai_pl.config.enums import Router as RouterKind
 from genai_pl.config.model import ModelConfig
 from genai_pl.distributed.dtensor import local_shard
 from genai_pl.kernels.uncompiled import uncompiled
-from genai_pl.models.layers import MLP, GatedMLP, build_activation
+from genai_pl.models.layers import MLP, GatedMLP, build_activation, build_glu
 
 
 class Dispatch(NamedTuple):
@@ -80,26 +80,29 @@ def _collect(routing: LayerRouting) -> None:
 class Router(nn.Module):
     """The experts of each token and their weights: softmax or sigmoid scores of x W^T in float32, and the k highest.
 
-    config: kind of scores, k, and whether the k weights are divided by their sum. A `bias` (E,) is added for the choice
-    only (DeepSeek-V3, arXiv 2412.19437, eq. 16). Float32, as a rounded score sends a token elsewhere (Fedus et al. 2021).
+    config: kind of scores, k, whether the logits have a `bias` (E,), and whether the k weights are divided by their sum,
+    which makes of a softmax over all experts the softmax over the k. A balance bias (E,) is added for the choice only
+    (DeepSeek-V3, arXiv 2412.19437, eq. 16). Float32, as a rounded score sends a token elsewhere (Fedus et al. 2021).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.n_experts)) if config.router_bias else None
         self.k, self.normalizes, self.scale = config.experts_per_token, config.normalize_top_k, config.router_scale
         self.is_sigmoid = config.router is RouterKind.sigmoid
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, balance_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weights (N, k), experts (N, k), scores (N, E) and logits (N, E) of tokens (N, C)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
             scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(-1)
-            if bias is None:
+            if balance_bias is None:
                 weights, experts = scores.topk(self.k)
             else:
-                experts = (scores + bias.to(dtype)).topk(self.k).indices
+                experts = (scores + balance_bias.to(dtype)).topk(self.k).indices
                 weights = scores.gather(1, experts)
             if self.normalizes:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
@@ -135,12 +138,13 @@ class Experts(nn.Module):
         self.gate_proj = ExpertLinear(E, C, F_, bias=bias) if config.gated_mlp else None
         self.up_proj = ExpertLinear(E, C, F_, bias=bias)
         self.down_proj = ExpertLinear(E, F_, C, bias=bias)
-        self.activation = build_activation(config.activation)
+        self.activation = None if config.gated_mlp else build_activation(config.activation)
+        self.glu = build_glu(config) if config.gated_mlp else None
 
     def forward(self, x: Tensor, dispatch: Dispatch) -> Tensor:
         """The MLP of its expert for each row, (N k, C) -> (N k, C)."""
         up = self.up_proj(x, dispatch)
-        hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x, dispatch)) * up
+        hidden = self.activation(up) if self.glu is None else self.glu(self.gate_proj(x, dispatch), up)
         return self.down_proj(hidden, dispatch)
 
 

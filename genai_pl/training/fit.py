@@ -24,7 +24,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.callbacks import Console, Interrupt, Monitor, Samples, StepCheckpoint
+from genai_pl.callbacks import BestCheckpoint, Console, EarlyStop, Interrupt, Monitor, Samples, StepCheckpoint
+from genai_pl.checkpoints.file import read_checkpoint
 from genai_pl.config.redaction import redact
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.generation_defaults import GENERATION, NO_DEFAULTS, GenerationDefaults, generation_config_values
@@ -40,6 +41,7 @@ from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
 from genai_pl.training.precision import Precision
 from genai_pl.training.report import describe_seconds, final_lines
+from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import write_results
 from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
 
@@ -56,8 +58,8 @@ class Run:
 
     folder: the run folder. trainer, module, data, tokenizer: what Lightning fits. length: optimizer steps and
     passes.
-    monitor, console, interrupt, checkpoints, samples: our callbacks; samples is None where no text can be
-    written.
+    monitor, console, interrupt, checkpoints, best, early_stop, samples: our callbacks; samples is None where no text
+    can be written, best and early_stop where they are not asked for.
     defaults: generation settings of the folder that the model came from. adapter_base: reference to an adapter's base
     model, None without. precision: what products are computed in, and why.
     """
@@ -73,9 +75,17 @@ class Run:
     console: Console
     interrupt: Interrupt
     checkpoints: StepCheckpoint
+    best: BestCheckpoint | None = None
+    early_stop: EarlyStop | None = None
     samples: Samples | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
     adapter_base: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its end: its last step, or an early stop."""
+        stopped = self.early_stop is not None and self.early_stop.stopped
+        return (stopped or self.trainer.global_step >= self.module.total_steps) and not self.interrupt.left_out
 
 
 def fit(run: Run, checkpoint: Path | None) -> None:
@@ -127,15 +137,23 @@ def describe_saved(run: Run, arguments: list[str]) -> str:
     )
 
 
+def final_metrics(run: Run) -> dict[str, float]:
+    """Metrics of the last validation, and as `best/...` those of the best one with its step."""
+    metrics = {k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith("val/")}
+    if run.best is not None and run.best.best is not None:
+        metrics |= {"best/step": run.best.best.step, **{f"best/{k}": v for k, v in run.best.metrics.items()}}
+    return metrics
+
+
 def finish(
-    run: Run, *, flat: dict[str, object], export: bool, arguments: Iterable[str] = (), sweep: Path | None = None
+    run: Run, *, flat: dict[str, object], export: bool | str, arguments: Iterable[str] = (), sweep: Path | None = None
 ) -> int:
     """Log the end, export, print where everything is and how to go on; the exit status.
 
-    flat: options for TensorBoard. export: whether to write the trained model. arguments, sweep: as of
-    `final_lines`.
+    flat: options for TensorBoard. export: whether to write the trained model, "best": that of the best checkpoint.
+    arguments, sweep: as of `final_lines`.
     """
-    metrics = {k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith("val/")}
+    metrics = final_metrics(run)
     with _one_line_errors(run):
         # hyperparameters with the metrics that they led to
         for logger in run.trainer.loggers:
@@ -146,22 +164,52 @@ def finish(
         if export and isinstance(run.trainer.strategy, ShardedStrategy):
             run.trainer.strategy.gather()
         if export and run.trainer.is_global_zero:
-            export_run(run, _card(run, flat, metrics))
-        done = run.trainer.global_step >= run.module.total_steps and not run.interrupt.left_out
+            step = load_best(run) if export == "best" else run.trainer.global_step
+            of_weights = run.best.metrics if export == "best" and run.best.metrics else metrics
+            export_run(run, _card(run, flat, of_weights, step))
+        done = run.finished
         if done and run.trainer.is_global_zero:
-            write_results(run.folder, run.trainer.global_step, metrics)
+            early = run.trainer.global_step < run.module.total_steps
+            write_results(run.folder, run.trainer.global_step, metrics, stopped_early=early)
     # what is there, and what to type next
     if run.trainer.is_global_zero:
         options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
         samples = 0.0 if run.samples is None else run.samples.seconds
         seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
-        print(describe_seconds(**seconds))
-        lines = final_lines(
-            run.folder, exported=name, finished=done, generate=options, arguments=arguments, sweep=sweep
+        print(*run.data.mixture_lines(), describe_seconds(**seconds), sep="\n")
+        reported = write_run_report(
+            run.folder, results=metrics, best=best_of(run), device=run.trainer.strategy.root_device
         )
+        best = None if run.best is None else f"{run.best.path} ({run.best.describe()})"
+        words = {"generate": options, "arguments": arguments, "sweep": sweep, "best": best}
+        lines = final_lines(run.folder, exported=name, finished=done, report=reported, **words)
         print(*lines, sep="\n", flush=True)
     return exit_status(run.interrupt.signum) if run.interrupt.left_out else 0
+
+
+def best_of(run: Run) -> tuple[str, int, float] | None:
+    """Metric, step and value of the best validation; None where none is kept or found."""
+    return None if run.best is None or run.best.best is None else (run.best.metric, *run.best.best)
+
+
+def load_best(run: Run) -> int:
+    """Put the weights of the best checkpoint into the model, which one process holds in full; returns their step.
+
+    Those of the last step stay where no validation has found a best one yet.
+    """
+    best = run.best.best
+    if best is None or best.step == run.trainer.global_step:
+        return run.trainer.global_step
+    stored = read_checkpoint(run.best.path)["state_dict"]
+    own = dict(run.module.named_parameters(remove_duplicate=False)) | dict(
+        run.module.named_buffers(remove_duplicate=False)
+    )
+    for name, weight in stored.items():  # one by one: FSDP's hooks on load_state_dict expect its shards
+        if name not in own or own[name].shape != weight.shape:
+            raise CheckpointError(f"{run.best.path}: {name} does not fit the model")
+        own[name].data.copy_(weight)
+    return best.step
 
 
 def export_run(run: Run, card: dict[str, str]) -> None:
@@ -187,15 +235,17 @@ def _write_adapter(run: Run, card: dict[str, str], folder: Path) -> None:
     (folder / "README.md").write_text(adapter_card(run.adapter_base, card), encoding="utf-8")
 
 
-def _card(run: Run, flat: dict[str, object], metrics: dict[str, float]) -> dict[str, str]:
-    """Headings and paragraphs of the model card: command, data, metrics."""
+def _card(run: Run, flat: dict[str, object], metrics: dict[str, float], step: int) -> dict[str, str]:
+    """Headings and paragraphs of the model card: command, data, metrics. step: of the weights."""
     overrides = read_overrides(run.folder / ".hydra" / "overrides.yaml")
     # a run counts once, however often it was resumed
     command = redact(" ".join(o for o in overrides if key_of(o) not in PER_COMMAND))
     headings = {"run_name": "Name", "tags": "Tags"}
+    last = run.trainer.global_step
+    steps = f"{last} steps" if step == last else f"step {step} of {last}, the best by {run.best.metric}"
     return {
         **{heading: str(flat[option]) for option, heading in headings.items() if option in flat},
-        "Training": f"`python train.py {command}`".replace(" `", "`") + f", {run.trainer.global_step} steps.",
+        "Training": f"`python train.py {command}`".replace(" `", "`") + f", {steps}.",
         "Data": f"{redact(str(flat['data.path']))}, {run.monitor.tokens_seen:,} tokens seen.",
         "Metrics": "\n".join(f"- {k}: {v:.4f}" for k, v in sorted(metrics.items())) or "none",
     }

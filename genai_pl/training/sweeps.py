@@ -67,17 +67,18 @@ def replay_sweep(arguments: list[str]) -> list[str]:
     return [*flags, *trusted, *overrides, *([] if sweep_dir else [f"hydra.sweep.dir='{folder}'"])]
 
 
-def write_results(run: Path, step: int, metrics: dict[str, float]) -> None:
+def write_results(run: Path, step: int, metrics: dict[str, float], *, stopped_early: bool = False) -> None:
     """Write results.json: the last step, and the validation metrics at the end. Its presence marks the run as
     finished.
     """
-    text = json.dumps({"step": step, **metrics}, indent=2) + "\n"
+    early = {"stopped_early": True} if stopped_early else {}
+    text = json.dumps({"step": step, **early, **metrics}, indent=2) + "\n"
     write_atomic(run / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
     """Contents of results.json if the run is finished, else None; a max_steps above its last step makes it
-    unfinished again.
+    unfinished again, unless it was stopped early.
 
     A damaged or foreign file counts as none: the job then resumes, which costs one step at most.
     """
@@ -86,7 +87,7 @@ def read_results(run: Path, max_steps: int | None) -> dict[str, float] | None:
         step = {name: value for name, value in results.items() if isinstance(value, int | float)}["step"]
     except (OSError, ValueError, RecursionError, AttributeError, KeyError):
         return None  # missing, damaged or of another program
-    return results if step >= (max_steps or 0) else None
+    return results if results.get("stopped_early") is True or step >= (max_steps or 0) else None
 
 
 def _newest_sweep(root: Path) -> Path | None:

@@ -28,7 +28,7 @@ from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
-from genai_pl.training.fit import Run, describe_saved, finish, fit
+from genai_pl.training.fit import Run, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
@@ -36,6 +36,7 @@ from genai_pl.training.resume import choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.sweeps import Outcome, read_results
 from genai_pl.training.trainer import checkpoint_contents, silence_libraries
+from genai_pl.training.watched_metrics import describe_watched
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def train(config: DictConfig) -> Outcome:
     checkpoint = shown_path(choose_checkpoint(config.resume, folder)) if resumes else None
     with claimed(folder) if rank_zero_only.rank == 0 else nullcontext():
         status, run = _train(config, folder, checkpoint)
-    return Outcome(status, None if status else optimized(config.optimized_metric, run.trainer))
+    return Outcome(status, None if status else optimized(config.optimized_metric, run))
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
@@ -89,7 +90,8 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     print_summary(config, run, checkpoint)
     with launched(run.trainer):
         fit(run, checkpoint)
-        return finish(run, flat=flatten(config), export=config.callbacks.export, arguments=arguments, sweep=sweep), run
+        options = {"export": config.callbacks.export, "arguments": arguments, "sweep": sweep}
+        return finish(run, flat=flatten(config), **options), run
 
 
 @rank_zero_only
@@ -107,17 +109,19 @@ def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> N
     for logger in run.trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.resume(step_of(checkpoint) if checkpoint else 0)
+    if run.samples is not None:
+        run.samples.resume(step_of(checkpoint) if checkpoint else -1)
 
 
-def optimized(name: str | None, trainer: L.Trainer) -> float | None:
+def optimized(name: str | None, run: Run) -> float | None:
     """Last value of the metric; None if no sweeper needs it. ConfigError in a search where validation does not
     measure it.
     """
-    metrics = trainer.callback_metrics
+    metrics = {**run.trainer.callback_metrics, **final_metrics(run)}
     if name in metrics:
         return float(metrics[name])
     if is_search_job():
-        names = ", ".join(sorted(k for k in metrics if k.startswith("val/"))) or "none: trainer.limit_val_batches=0"
+        names = ", ".join(sorted(k for k in metrics if "val/" in k)) or "none: trainer.limit_val_batches=0"
         raise ConfigError(f"optimized_metric={name}: no such metric; validation measures {names}")
     return None
 
@@ -148,6 +152,9 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
         print(describe_length(run.length, warmup_of(module.schedule)))
         if adapters_of(model):
             print(*describe(model), sep="\n")
+        exports_best = config.callbacks.export == "best"
+        for line in describe_watched(run.best, run.early_stop, exports=exports_best):
+            print(line)
         precision, reason = run.precision.lightning, run.precision.reason and f" (auto: {run.precision.reason})"
         print(f"device      {device}{threads}, precision {precision}{reason}, seed {config.seed}", flush=True)
 
@@ -169,6 +176,8 @@ def flatten(config: DictConfig) -> dict[str, object]:
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     left_out = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
     values["tags"] = ", ".join(values["tags"])
+    if values["data"].get("sources"):
+        values["data"]["path"] = ", ".join(f"{name}: {s['path']}" for name, s in values["data"]["sources"].items())
     left_out |= {name for name in ("run_name", "tags") if not values[name]}
     walk({k: v for k, v in values.items() if k not in left_out}, "")
     return flat

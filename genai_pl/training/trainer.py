@@ -38,7 +38,9 @@ from genai_pl.training.length import (
 )
 from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.precision import Precision
+from genai_pl.training.run_report import SAMPLES
 from genai_pl.training.targets import instantiate
+from genai_pl.training.watched_metrics import choose_best, choose_early_stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,8 +159,12 @@ def build_callbacks(
         ),
         "console": console,
         "interrupt": cb.Interrupt(),
-        "checkpoints": cb.StepCheckpoint(str(folder / "checkpoints"), **settings.checkpoint),
     }
+    # checkpoints, the best of them, and an early end
+    intervals = {name: settings.checkpoint[name] for name in ("every_n_steps", "every_n_minutes", "keep")}
+    best, stop = choose_best(config, folder / "checkpoints"), choose_early_stop(config)
+    callbacks |= {name: callback for name, callback in {"best": best, "early_stop": stop}.items() if callback}
+    callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, best=best)
     # text is written by one process, which must hold the whole model for a while
     gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
     wants_samples = model.config.writes and settings.samples.every_n_steps
@@ -169,6 +175,7 @@ def build_callbacks(
             prompts=lambda: prompts or [module.make_prompt(data.prompt())],
             config=GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens}),
             tokenizer=tokenizer,
+            file=folder / SAMPLES,
             say=console.say,
         )
     elif wants_samples:

@@ -29,7 +29,12 @@ TRUSTED_GROUPS = {  # every field of these may be set by a saved command
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
     *("precision", "strategy", "trainer", "generation", "plan"),
 }
-TRUSTED_CALLBACKS = {"checkpoint", "samples", "export"}  # `extra` names code, except for shipped callbacks
+TRUSTED_CALLBACKS = {
+    "checkpoint",
+    "early_stopping",
+    "samples",
+    "export",
+}  # `extra` names code, except for shipped callbacks
 # options that each command gives anew: they are never taken from a saved run
 PER_COMMAND = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.dir", "hydra.mode"}
 MAX_BYTES, MAX_OVERRIDES = 2**18, 500  # of one file

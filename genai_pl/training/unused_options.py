@@ -77,11 +77,23 @@ TRAIN_RULES = (
         SAMPLE_OPTIONS, RL, "a policy is shown by its rollouts, which objective.temperature and max_new_tokens are for"
     ),
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
+    Rule(("callbacks.checkpoint.mode",), _is("callbacks.checkpoint.best", None), "callbacks.checkpoint.best=null"),
+    Rule(("callbacks.early_stopping.",), _is("callbacks.early_stopping.patience", None), "patience=null stops nothing"),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
     Rule(
         tuple(f"model.{field}" for field in EXPERT_FIELDS),
         _all(_is("model.n_experts", None, 0), _is("init_from", None)),
         "model.n_experts=null",
+    ),
+    Rule(
+        ("data.path", "data.val_path"),
+        lambda config: bool(config.data.get("sources")),
+        "each of data.sources has its own",
+    ),
+    Rule(
+        ("data.mix_by", "data.mix_temperature"),
+        lambda config: not config.data.get("sources"),
+        "data.sources=null: nothing is mixed",
     ),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
@@ -158,7 +170,7 @@ WRITER_RULE = Rule(
 )
 EVALUATE_RULES = (
     Rule(
-        ("data.path", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        ("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
         _not(_is("tasks", None)),
         "tasks= bring their own data",
     ),
@@ -170,7 +182,7 @@ LABEL_OPTIONS = tuple(
 NO_LABELS_RULE = Rule(LABEL_OPTIONS, lambda config: True, "they are columns of models with labels; set data.column")
 NO_BOS_RULE = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
 EXPORT_RULES = (
-    Rule(("dtype",), _is("format", "peft"), "format=peft copies the adapter as it is"),
+    Rule(("dtype", "average"), _is("format", "peft"), "format=peft copies the adapter as it is"),
     Rule(("checkpoint",), _all(_is("format", "peft"), _not(_is("adapter", None))), "adapter= is what is copied"),
 )
 
@@ -187,6 +199,25 @@ def _uses_local_model(config: DictConfig) -> bool:
 
 
 FEEDBACK_RULES = (
+    Rule(
+        (
+            "judge",
+            "rubric",
+            "constitution",
+            "judge_model",
+            "key_variable",
+            "retries",
+            "workers",
+            "generation.",
+            "data.prompt",
+            "data.first",
+            "data.second",
+        ),
+        _is("task", "negatives"),
+        "task=negatives compares vectors, and nobody writes or judges",
+    ),
+    Rule(("seed",), _all(_is("task", "negatives"), _is("negatives.sampling", "top")), "sampling=top draws nothing"),
+    Rule(("negatives.", "data.anchor", "data.positive"), _not(_is("task", "negatives")), "it is of task=negatives"),
     Rule(
         ("judge", "rubric", "data.first", "data.second"),
         _is("task", "critique"),

@@ -1,0 +1,74 @@
+"""Watched metrics: which checkpoint counts as the best, and when a run ends early, from the options of callbacks."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from genai_pl.callbacks import BestCheckpoint, EarlyStop
+from genai_pl.config.metric_modes import greater_is_better
+from genai_pl.errors import ConfigError
+
+DEFAULT = "val/loss"  # metric of early stopping
+
+
+def choose_best(config: DictConfig, folder: Path) -> BestCheckpoint | None:
+    """What keeps the best checkpoint of a run, None where none is asked for; ConfigError for options that do not fit.
+
+    folder: of its checkpoints.
+    """
+    options = config.callbacks.checkpoint
+    if options.best is None:
+        if config.callbacks.export == "best":
+            raise ConfigError("callbacks.export=best: set callbacks.checkpoint.best=val/loss, the metric that decides")
+        return None
+    _check(config, "callbacks.checkpoint.best", options.best)
+    greater = _is_greater_better(options.best, options.mode, "callbacks.checkpoint.mode")
+    return BestCheckpoint(folder, options.best, greater=greater)
+
+
+def choose_early_stop(config: DictConfig) -> EarlyStop | None:
+    """What ends a run early, None without a patience; ConfigError for options that do not fit."""
+    options = config.callbacks.early_stopping
+    if options.patience is None:
+        return None
+    metric = options.metric or config.callbacks.checkpoint.best or DEFAULT
+    mode = options.mode or (config.callbacks.checkpoint.mode if options.metric is None else None)
+    _check(config, "callbacks.early_stopping.metric", metric)
+    greater = _is_greater_better(metric, mode, "callbacks.early_stopping.mode")
+    return EarlyStop(metric, greater=greater, patience=options.patience, min_delta=float(options.min_delta))
+
+
+def _check(config: DictConfig, option: str, metric: str) -> None:
+    """ConfigError for a metric that no validation can measure."""
+    if not metric.startswith("val/"):
+        raise ConfigError(f"{option}={metric}: expected a metric of the validation, such as val/loss")
+    if not config.trainer.limit_val_batches:
+        raise ConfigError(f"{option}={metric}: nothing is validated, trainer.limit_val_batches=0")
+
+
+def _is_greater_better(metric: str, mode: str | None, option: str) -> bool:
+    """Whether a greater value is better; ConfigError where neither the mode nor the name of the metric says so."""
+    guessed = greater_is_better(metric) if mode is None else mode == "max"
+    if guessed is None:
+        raise ConfigError(f"{option}=null: the name {metric} does not tell what is better: set it to min or max")
+    return guessed
+
+
+def describe_watched(best: BestCheckpoint | None, stop: EarlyStop | None, *, exports: bool) -> list[str]:
+    """Lines on what is watched.
+
+    exports: whether the best checkpoint is exported.
+    """
+    lines = []
+    if best is not None:
+        exported = ", exported at the end" if exports else ""
+        lines.append(f"best        {best.metric}, {_words(best.greater)}: kept as {best.path}{exported}")
+    if stop is not None:
+        n = f"{stop.patience} validation{'s' * (stop.patience != 1)}"
+        least = f" by more than {stop.min_delta:g}" if stop.min_delta else ""
+        lines.append(f"early stop  after {n} in which {stop.metric} has not improved{least}, {_words(stop.greater)}")
+    return lines
+
+
+def _words(greater: bool) -> str:
+    return "greater is better" if greater else "lower is better"
