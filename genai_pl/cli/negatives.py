@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.enums import Shape
@@ -102,7 +103,7 @@ def read_corpus(config: DictConfig) -> Iterator[str]:
         yield parse_text(row.get(column), place._replace(column=column))
 
 
-def embed_texts(loaded: Loaded, texts: list[str], pooling: str | None):
+def embed_texts(loaded: Loaded, texts: list[str], pooling: str | None) -> Tensor:
     """Vectors (N, D) of texts, as the model's folder says they are made."""
     model_config = loaded.model.config
     head = find_sentence_head(pooling, loaded.path, loaded.tokenizer, model_config)
