@@ -126,7 +126,12 @@ def report(config: DictConfig, mined: Mined, *, n_pairs: int, n_candidates: int,
     there = mined.scores.isfinite()
     short = int((there.sum(1) < config.negatives.n).sum())
     print(f"negatives   {int(there.sum()):,} for {n_pairs:,} pairs among {n_candidates:,} texts, {n_lines:,} lines")
-    print(f"similarity  positives {mined.positives.mean():.3f}, negatives {mined.scores[there].mean():.3f} (means)")
+    positive, negative = mined.positives.mean(), mined.scores[there].mean()
+    print(f"similarity  positives {positive:.3f}, negatives {negative:.3f} (means)")
+    if negative > positive:
+        print(
+            "shortcut    negatives are nearer than positives, and can be told by that alone: set negatives.relative_margin"
+        )
     print(f"left out    {mined.excluded:,} by margins and scores; {short:,} anchors have fewer than negatives.n")
     form = config.negatives.format
     columns = {"data.negative": "negative"} if form == "triplet" else {}
