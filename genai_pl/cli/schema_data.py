@@ -41,13 +41,15 @@ class TextSchema(MixableSchema):
     block_rows: int = 1024
     val_documents: int = 100
     separate_documents: bool = True
+    deduplicate: str | None = None
 
 
 @dataclass
 class TableSchema(DataSchema):
-    """Fields of data in columns: names of columns that the files call otherwise."""
+    """Fields of data in columns: names of columns that the files call otherwise, and repeated rows."""
 
     columns: dict[str, str] = field(default_factory=dict)
+    deduplicate: str | None = None
 
 
 @dataclass

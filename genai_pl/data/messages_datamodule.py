@@ -88,28 +88,33 @@ class MessagesDataModule(TableDataModule):
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         return [*roles, TOOLS]
 
-    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
-        """The example of each record with its `tools`, and its system message in front.
+    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object] | None]]:
+        """The example of each record with its `tools`, and its system message in front; None for one that is left out.
 
         DataError where some prompts are texts and others messages: one source is tokenized in one way.
         """
         first = None
         for place, record in records:
-            example = self.example(record, roles, place)
-            # all prompts have the type of the first
-            is_text = isinstance(example.get("prompt"), str)
-            first = is_text if first is None else first
-            if is_text is not first:
-                names = ("messages", "a text") if is_text else ("a text", "messages")
-                refuse(place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way")
-            # a system message and tools are part of a conversation; a text has neither
-            example[TOOLS] = []
-            if not is_text:
-                opening = "messages" if "messages" in example else "prompt"
-                if record.get(SYSTEM) and example[opening]:
-                    example[opening] = prepend_system(example[opening], record[SYSTEM], place.at(SYSTEM))
-                if record.get(TOOLS):
-                    example[TOOLS] = parse_tools(record[TOOLS], place.at(TOOLS))
+            try:
+                example = self.example(record, roles, place)
+                # all prompts have the type of the first
+                is_text = isinstance(example.get("prompt"), str)
+                first = is_text if first is None else first
+                if is_text is not first:
+                    names = ("messages", "a text") if is_text else ("a text", "messages")
+                    refuse(
+                        place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way"
+                    )
+                # a system message and tools are part of a conversation; a text has neither
+                example[TOOLS] = []
+                if not is_text:
+                    opening = "messages" if "messages" in example else "prompt"
+                    if record.get(SYSTEM) and example[opening]:
+                        example[opening] = prepend_system(example[opening], record[SYSTEM], place.at(SYSTEM))
+                    if record.get(TOOLS):
+                        example[TOOLS] = parse_tools(record[TOOLS], place.at(TOOLS))
+            except DataError as error:
+                example = self.leave_out(error)
             yield place, example
 
     def encoded_roles(self, table: "Table", *roles: str) -> list[str]:

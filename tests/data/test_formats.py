@@ -21,7 +21,7 @@ PAIRS = {name: name for name in ("prompt", "chosen", "rejected", "completions")}
 
 
 def chat(path: str, **options: object) -> ChatDataModule:
-    return ChatDataModule(**CHAT, **{**LOADING, "path": path, **options})
+    return ChatDataModule(**{**CHAT, **LOADING, "path": path, **options})
 
 
 def preference(path: str, **options: object) -> PreferenceDataModule:

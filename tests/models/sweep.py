@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from genai_pl.config.enums import Head
-from genai_pl.errors import CheckpointError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import load_pretrained
+from genai_pl.models.hf.transformers_model import load_wrapped
 
 REMOVED = object()
 LENGTH = 17
@@ -37,6 +39,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 500.0,
 }  # fmt: skip
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODERNBERT = {
     **COMMON, "local_attention": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
     "sep_token_id": 2,
@@ -63,6 +66,18 @@ MODELS = {  # name: class, model_type, values
         {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "gemma3_score": ("Gemma3TextForSequenceClassification", "gemma3_text", {**LLAMA, "num_labels": 1}),
+    "mixtral": ("MixtralForCausalLM", "mixtral", {**LLAMA, "num_local_experts": 3, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", {**LLAMA, **EXPERTS, "decoder_sparse_step": 2}),
+    "olmoe": ("OlmoeForCausalLM", "olmoe", {**LLAMA, **EXPERTS, "head_dim": 8}),
+    "dots1": (
+        "Dots1ForCausalLM", "dots1",
+        {**LLAMA, "head_dim": 8, "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM", "gpt_oss", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5}
+    ),
+    "gpt_oss_score": ("GptOssForSequenceClassification", "gpt_oss", {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "bert": ("BertForMaskedLM", "bert", COMMON),
     "bert_untied": ("BertForMaskedLM", "bert", {**COMMON, "tie_word_embeddings": False}),
     "bert_pretraining": ("BertForPreTraining", "bert", COMMON),
@@ -113,6 +128,9 @@ VALUES = {
     "scale_decoder_outputs": [True, False],
     "architectures": [["Strange"], ["Strange", "Stranger"]],
     "sliding_window": [3, 5, 100], "sliding_window_pattern": [1, 2], "_sliding_window_pattern": [2],
+    "mlp_only_layers": [[0], [1], [0, 1]], "decoder_sparse_step": [1, 2], "num_experts_per_tok": [1, 2],
+    "num_local_experts": [2, 3], "swiglu_limit": [0.2], "swiglu_alpha": [0.7], "n_shared_experts": [2, 0],
+    "first_k_dense_replace": [0, 2], "n_group": [1, 3], "topk_group": [1, 2], "moe_intermediate_size": [12],
     "pad_token_id": [1, 3], "decoder_start_token_id": [5], "d_head": [8, 4], "n_inner": [40], "n_ctx": [12],
 }  # fmt: skip
 ADDED = {  # keys that no folder of transformers 5 has, or not all
@@ -132,6 +150,9 @@ ADDED = {  # keys that no folder of transformers 5 has, or not all
     "decoder_start_token_id": [7], "scale_decoder_outputs": [True, False], "reorder_and_upcast_attn": [True],
     "no_key_of_anybody": [1, {"a": [1]}], "auto_map": [{"AutoModel": "x.Y"}], "architectures": [["Strange"]],
     "forced_eos_token_id": [3], "task_specific_params": [{"x": 1}], "max_length": [20], "temperature": [0.3],
+    "clip_qkv": [0.1], "no_rope_layers": [[1, 0]], "no_rope_layer_interval": [2], "logits_scaling": [3.0], "logit_scale": [0.5],
+    "attention_multiplier": [0.3], "residual_multiplier": [0.5], "embedding_multiplier": [2.0], "use_qk_norm": [True],
+    "norm_topk_prob": [True, False], "routed_scaling_factor": [2.5], "num_experts": [3], "scoring_func": ["sigmoid"],
     "global_attn_every_n_layers": [1, 2, 5, 0], "global_rope_theta": [50.0, None], "local_rope_theta": [50.0, None],
     "alibi": [True], "parallel_attn": [True], "query_pre_attn_scalar": [24], "final_logit_softcapping": [5.0],
 }  # fmt: skip
@@ -285,15 +306,48 @@ def judge(name: str, folder: Path) -> Verdict:
     return Verdict("wrong", f"{list(actual.shape)} and {list(expected.shape)} differ")
 
 
+@torch.no_grad()
+def judge_wrapped(name: str, folder: Path) -> Verdict:
+    """Read the folder as model=hf does, and compare a row, and two documents of one, with transformers on each alone."""
+    try:
+        ours = load_wrapped(str(folder))
+    except (CheckpointError, ConfigError) as error:
+        return Verdict("refused" if "\n" not in str(error) else "wrong", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {error}")
+    V = ours.config.vocab_size
+    ids = torch.randint(3, min(61, V), (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    parts = ids.split([LENGTH - 7, 7], dim=1)
+    try:
+        theirs = _theirs(MODELS[name][0], folder)
+        expected = [theirs(part).logits for part in (ids, *parts)]
+    except Exception as error:
+        return Verdict("strange", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    try:
+        segments = torch.tensor([[1] * (LENGTH - 7) + [2] * 7])
+        actual = [ours(ids), *ours(ids, segments).split([LENGTH - 7, 7], dim=1)]
+    except ConfigError as error:
+        return Verdict("refused", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {error}")
+    # up to a constant for each token, which no softmax sees
+    pairs = [[x - x.mean(-1, keepdim=True) for x in pair] for pair in zip(actual, expected, strict=True)]
+    is_equal = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    return Verdict("equal") if is_equal else Verdict("wrong", "logits differ")
+
+
 BASES = {
     "gpt2": "GPT2Model", "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model",
-    "gemma3_text": "Gemma3TextModel", "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel",
+    "gemma3_text": "Gemma3TextModel", "mixtral": "MixtralModel", "qwen3_moe": "Qwen3MoeModel", "olmoe": "OlmoeModel",
+    "dots1": "Dots1Model", "gpt_oss": "GptOssModel", "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel",
     "xlnet": "XLNetModel", "modernbert": "ModernBertModel",
 }  # fmt: skip
 
 
 def _theirs(cls: str, folder: Path) -> nn.Module:
     options = {} if cls.startswith("XLNet") else {"attn_implementation": "eager"}
+    if "layer_types" in json.loads((folder / "config.json").read_text()):  # as AutoConfig takes it
+        cls = re.sub("^Mistral", "Ministral", cls)
     model, info = getattr(transformers, cls).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
