@@ -1,28 +1,29 @@
-"""Reranking of code by docstrings, against the embedding search of the same model.
+"""Reranking of English sentences by German ones, against the embedding search of the model that it starts from.
 
     python benchmarks/rerank.py data OUT
-    python feedback.py task=negatives checkpoint=MINILM data.path=OUT/train.jsonl negatives.format=ranking out=OUT/rankings.jsonl
-    python train.py objective=rerank init_from=MINILM data.path=OUT/rankings.jsonl
+    python feedback.py task=negatives checkpoint=MINILM data.path=OUT/train.jsonl negatives.format=ranking \
+      out=OUT/rankings.jsonl negatives.relative_margin=null limit=2700
+    python train.py objective=rerank objective.loss=listwise init_from=MINILM data.path=OUT/rankings.jsonl
     python benchmarks/rerank.py score OUT MINILM RUN
 
-`data` writes pairs of docstrings and bodies of functions of the running Python's standard library: test.jsonl, 500 pairs of
-files that training does not see, and train.jsonl. A body has no docstring, and its function is called f. `score` lets
-MINILM find the nearest --depth bodies of each docstring among all bodies of the test, puts them in the order of RUN's
-scores, and prints recall@1 before and after, with a 95 % interval of the difference (bootstrap over docstrings).
+`data` writes pairs of sentences of a dictionary (Debian's trans-de-en, GPL): 500 for the test, the others for training.
+`score` lets MINILM find the --depth nearest English sentences of each German one among those of the test, puts them in
+the order of RUN's scores, and prints recall@1 before and after, with a 95 % interval of the difference (bootstrap over
+sentences). MINILM was trained on English alone.
 """
 
 import argparse
-import ast
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from genai_pl.recipes.code import find, functions
+from genai_pl.recipes import translation
 from genai_pl.recipes.fetch import read_rows, write_rows
 
-N_TEST, SHORTEST, LONGEST = 500, 60, 600  # pairs; characters of a body
+N_TEST = 500
 
 
 def parse() -> argparse.Namespace:
@@ -34,43 +35,28 @@ def parse() -> argparse.Namespace:
     score.add_argument("out", type=Path, help="the folder of `data`")
     score.add_argument("searcher", help="a model of embeddings")
     score.add_argument("reranker", help="a run of objective=rerank")
-    score.add_argument("--depth", type=int, default=10, help="bodies that are reranked")
-    score.add_argument("--seq-len", type=int, default=128, help="tokens of a pair, as in training")
+    score.add_argument("--depth", type=int, default=10, help="sentences that are reranked")
+    score.add_argument("--seq-len", type=int, default=64, help="tokens of a pair, as in training")
     return parser.parse_args()
 
 
-def pairs_of(path: Path) -> dict[str, str]:
-    """The first paragraph of each docstring of a module, and the function's body without it."""
-    try:
-        found = list(functions(path.read_text(encoding="utf-8")))
-    except (SyntaxError, UnicodeDecodeError):  # the library has examples of invalid code
-        return {}
-    pairs = {}
-    for _, node in found:
-        text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-        node.body, node.name = node.body[1:], "f"
-        if len(text) > 24 and node.body and SHORTEST < len(body := ast.unparse(node)) < LONGEST:
-            pairs.setdefault(text, body)
-    return pairs
-
-
 def write_data(out: Path) -> None:
-    """Write the pairs of shuffled files, the first N_TEST of them for the test; no text is on both sides."""
-    files = find(Path())
-    test: dict[str, str] = {}
-    train: dict[str, str] = {}
-    for n in np.random.default_rng(0).permutation(len(files)):
-        (test if len(test) < N_TEST else train).update(pairs_of(files[n]))
-    test = dict(list(test.items())[:N_TEST])
-    bodies = set(test.values())
-    train = {text: body for text, body in train.items() if text not in test and body not in bodies}
+    """Write the pairs of sentences, shuffled; the last N_TEST are the test, and no text is on both sides."""
+    with tempfile.TemporaryDirectory() as work:
+        (path,) = translation.find(Path(work))
+        lines = path.read_text(encoding="utf-8").splitlines()
+    found = [pair for pair in dict(translation.pairs(lines)).items() if all(map(translation.is_sentence, pair))]
+    found = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
+    test = list({english: (german, english) for german, english in found[-N_TEST:]}.values())
+    known = {english for _, english in test}
+    train = [(german, english) for german, english in found[:-N_TEST] if english not in known]
     for name, pairs in (("train", train), ("test", test)):
-        rows = [{"anchor": text, "positive": body} for text, body in pairs.items()]
+        rows = [{"anchor": german, "positive": english} for german, english in pairs]
         print(f"{write_rows(out / f'{name}.jsonl', rows):,} pairs in {out / name}.jsonl")
 
 
 def search(rows: list[dict[str, str]], name: str) -> torch.Tensor:
-    """Cosines (Q, N) of all docstrings and all bodies."""
+    """Cosines (Q, N) of all anchors and all positives."""
     from genai_pl.evaluation.embeddings import embed, encode_sentences, find_sentence_head
     from genai_pl.loading import load
 
@@ -78,12 +64,12 @@ def search(rows: list[dict[str, str]], name: str) -> torch.Tensor:
     head = find_sentence_head(None, path, tokenizer, model.config)
     texts = [[row[role] for row in rows] for role in ("anchor", "positive")]
     encoded = [encode_sentences(tokenizer, part, head, max_length=model.config.max_seq_len) for part in texts]
-    anchors, bodies = (torch.nn.functional.normalize(embed(model, part, head), dim=-1) for part in encoded)
-    return anchors @ bodies.T
+    anchors, candidates = (torch.nn.functional.normalize(embed(model, part, head), dim=-1) for part in encoded)
+    return anchors @ candidates.T
 
 
 def rerank(rows: list[dict[str, str]], nearest: torch.Tensor, name: str, seq_len: int) -> torch.Tensor:
-    """Scores (Q, depth) of each docstring with its nearest bodies (Q, depth)."""
+    """Scores (Q, depth) of each anchor with its nearest candidates (Q, depth)."""
     from genai_pl.data.text_tokens import encode_pairs
     from genai_pl.evaluation.labels import label_logits
     from genai_pl.loading import load

@@ -16,7 +16,10 @@ LAYERS = [
         "atomic_io devices imports plugins",
         "files written whole or not at all, devices, late imports, modules of your own",
     ),
-    ("config signals", "plain data: models, decoding, bounds of options; signals that end a command"),
+    (
+        "config signals reporting",
+        "plain data: models, decoding, bounds of options; signals that end a command; reports as HTML",
+    ),
     ("kernels distributed", "attention and cross entropy; sharded tensors and tensor-parallel collectives"),
     ("objectives optim checkpoints", "pure losses and collators, optimizers and schedules, checkpoint files"),
     ("models", "one Transformer in three shapes; Hugging Face and ONNX folders"),

@@ -1,13 +1,16 @@
-"""Samples: text that the model generates during training, in the console and in TensorBoard."""
+"""Samples: text that the model generates during training, in the console, in TensorBoard and in samples.jsonl."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from genai_pl.atomic_io import naming, write_atomic
 from genai_pl.callbacks.due import passed
 from genai_pl.config.enums import Shape
 from genai_pl.config.generation import GenerationConfig
@@ -26,6 +29,7 @@ class Samples(L.Callback):
     prompts: function of no arguments that returns the texts to continue
     config: how to generate
     tokenizer: of the model
+    file: JSON lines of step, prompt and text; None: no file
     say: where to print
     seed: of a generator of their own: training draws the same numbers with and without samples
 
@@ -40,11 +44,12 @@ class Samples(L.Callback):
         prompts: Callable[[], Sequence[str]],
         config: GenerationConfig,
         tokenizer: "PreTrainedTokenizerBase",
+        file: Path | None = None,
         say: Callable[[str], None] = print,
         seed: int = 0,
     ) -> None:
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
-        self.tokenizer, self.say = tokenizer, say
+        self.tokenizer, self.file, self.say = tokenizer, file, say
         self._last = 0
         self.seconds = 0.0  # that samples have taken in this process
 
@@ -81,6 +86,7 @@ class Samples(L.Callback):
         for prompt, (text, *_) in zip(prompts, texts, strict=True):
             sample = f"{prompt}{apart}{text}"
             self.say(f"--- step {step} ---\n{sample}\n---")
+            self._keep(step, f"{prompt}{apart}", text)
             quoted = "\n".join(f"    {line}" for line in sample.splitlines())
             _add_text(trainer, f"samples/{prompt.strip() or 'empty'}", quoted, step)
 
@@ -88,9 +94,31 @@ class Samples(L.Callback):
         """Show completions with score and KL, and a Markdown table of them in TensorBoard."""
         for prompt, completion, score, kl in examples:
             self.say(f"--- step {step}, {part}: score {score:.3f}, KL {kl:.3f} ---\n{prompt}{completion}\n---")
+            self._keep(step, prompt, completion, part=part, score=score, kl=kl)
         rows = [f"| {_cell(e.prompt)} | {_cell(e.completion)} | {e.score:.3f} | {e.kl:.3f} |" for e in examples]
         table = ["| prompt | completion | score | KL |", "|---|---|---|---|", *rows]
         _add_text(trainer, f"samples/{part}", "\n".join(table), step)
+
+    def resume(self, step: int) -> None:
+        """Drop the samples of later steps, which a resumed run makes again, and a line that a crash cut short."""
+        if self.file is None or not self.file.exists():
+            return
+        rows = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows += [line] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                continue
+        text = "".join(f"{row}\n" for row in rows)
+        write_atomic(self.file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _keep(self, step: int, prompt: str, text: str, **more: object) -> None:
+        """Append a sample to the file."""
+        if self.file is None:
+            return
+        row = json.dumps({"step": step, "prompt": prompt, "text": text, **more}, ensure_ascii=False, default=float)
+        with naming(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.write(f"{row}\n")
 
 
 def _add_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:

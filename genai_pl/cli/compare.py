@@ -1,20 +1,23 @@
-"""Comparison of runs: a table and a picture of one metric over the runs of a sweep, or of any folder.
+"""Comparison of runs: a table, an HTML report and a picture of one metric over the runs of a sweep, or of any folder.
 
 Runs are read from disk, not from a tracking server: settings from `.hydra/overrides.yaml`, metrics from metrics.csv. Only
 settings that differ get a column. matplotlib is needed for the picture alone.
 """
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.compared_runs import ComparedRun, parse_number, read_runs, varied_settings
 from genai_pl.config.metric_modes import greater_is_better
 from genai_pl.errors import DataError, UserError
 from genai_pl.references import named_run, named_sweep, nearest
+from genai_pl.reporting.compare_page import RankedRun, compare_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,6 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="the picture; default: FOLDER/compare.png")
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
+    parser.add_argument("--report", type=Path, help="the HTML report; default: FOLDER/compare.html")
     args = parser.parse_args()
     # lower is better, except for known metrics and with --max
     greater = args.max or greater_is_better(args.metric) is True
@@ -151,6 +155,12 @@ def main() -> None:
         runs = read_runs(folder, args.metric, args.tag)
         logged = [run for run in runs if run.values]
         print(*table(logged, args.metric, greater=greater), *table_notes(runs, args.metric), sep="\n", flush=True)
+        if args.report or not args.no_picture:
+            report = args.report or folder / "compare.html"
+            write_report(
+                logged, args.metric, report, title=str(folder), greater=greater, notes=table_notes(runs, args.metric)
+            )
+            print(f"report: {report}")
         if args.out is None and not args.no_picture and find_spec("matplotlib") is None:
             print(f"picture: none, it is drawn with matplotlib: {INSTALL}")
         elif not args.no_picture:
@@ -160,6 +170,22 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+
+
+def write_report(
+    runs: list[ComparedRun], metric: str, path: Path, *, title: str, greater: bool, notes: list[str]
+) -> None:
+    """Write an HTML page with the ranking, the metric by step, parallel coordinates and the importance of options."""
+    names = varied_settings(runs)
+    ranked = []
+    for run in sorted(runs, key=lambda run: run.best(greater=greater)[0], reverse=greater):
+        value, step = run.best(greater=greater)
+        own = run.folder / "report.html"
+        link = quote(os.path.relpath(own, path.parent)) if own.is_file() else ""
+        settings, tags = [run.settings.get(name, "") for name in names], ", ".join(sorted(run.tags))
+        ranked.append(RankedRun(run.name, link, tags, settings, run.steps, run.values, value, step))
+    text = compare_page(title, metric, names, ranked, notes)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def find_folder(reference: str) -> Path:

@@ -23,7 +23,7 @@ class ComparedRun:
 
     name: path below the compared folder, with run_name where it differs. settings: override to value. tags: of
     run_name's neighbour `tags`. objective: the group's choice, "" if unknown. steps, values: the metric where
-    it was logged, equal lengths.
+    it was logged, equal lengths. folder: of the run.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ComparedRun:
     objective: str
     steps: list[int]
     values: list[float]
+    folder: Path = Path()
 
     def best(self, *, greater: bool) -> tuple[float, int]:
         """Best value and its step."""
@@ -67,7 +68,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
         choices = _read_mapping(path.parent / ".hydra" / "hydra.yaml", "hydra", "runtime", "choices")
         choice = choices.get("objective")
         objective = choice if isinstance(choice, str) and choice.isprintable() else ""
-        runs.append(ComparedRun(name, _settings(path.parent), run_tags, objective, steps, values))
+        runs.append(ComparedRun(name, _settings(path.parent), run_tags, objective, steps, values, path.parent))
     # an error names what exists
     if not runs and not metric_names and tags:
         raise DataError(

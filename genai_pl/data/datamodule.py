@@ -34,7 +34,7 @@ class RowsDataModule(L.LightningDataModule):
 
     kind = "text"  # the option of the group `data`
     streaming = False
-    source_names: tuple[str, ...] = ()  # of a mixture; rows then have the number of their `source`
+    source_names: tuple[str, ...] = ()  # of a mixture; batches then have the `sources` of their rows
     min_batch_rows = 1
     train_rows: Dataset
     val_rows: Dataset

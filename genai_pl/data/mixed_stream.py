@@ -19,6 +19,8 @@ from genai_pl.objectives.collate import Example
 
 log = logging.getLogger(__name__)
 
+NUMBER = "source_number"  # key of the number of a row's source
+
 
 class MixedStream(BatchStream):
     """An endless stream of (worker, state, batch) of a mixture; batches have `sources`, (B,) numbers.
@@ -73,8 +75,8 @@ class MixedStream(BatchStream):
         """The row of a draw, with its source's number, which is part of its key."""
         if draw.source in readers:
             row = readers[draw.source].next_row()
-            return {**row, "key": (draw.source, *row["key"]), "source": draw.source}
-        return {**self.rows[draw.source][draw.row], "key": tuple(draw), "source": draw.source}
+            return {**row, "key": (draw.source, *row["key"]), NUMBER: draw.source}
+        return {**self.rows[draw.source][draw.row], "key": tuple(draw), NUMBER: draw.source}
 
     def accept(self, worker: int, state: dict) -> None:
         """Take the state of a batch that was trained on; log the sources that begin again or end with it."""
@@ -116,4 +118,4 @@ class MixedStream(BatchStream):
 
 def with_sources(rows: Sequence[Example], collate: Collate) -> Batch:
     """The batch of the rows with the number of each row's source, `sources` (B,)."""
-    return {**collate(rows), "sources": torch.tensor([row["source"] for row in rows])}
+    return {**collate(rows), "sources": torch.tensor([row[NUMBER] for row in rows])}

@@ -81,23 +81,28 @@ class Mixture:
         """Drop what was computed ahead: the next row of each source, and the weights."""
         self._next: list[tuple[Draw, int, int] | None] = [None] * len(self.plans)
         self._weights: list[float] | None = None
+        self._active: list[int] = []  # sources in play
 
     def take(self) -> Draw:
         """The next row; DataError where every source has ended or has no weight now."""
         # weights of the sources in play, which inherit what the others are owed
-        weights = self._weights if self._weights is not None and self._constant else self.weights()
-        self._weights = weights
-        owed = sum(lag for lag, weight in zip(self.lags, weights, strict=True) if not weight)
-        if owed:
-            self.lags = [lag + owed * weight if weight else 0.0 for lag, weight in zip(self.lags, weights, strict=True)]
+        if self._weights is None or not self._constant:
+            self._weights = self.weights()
+            self._active = [n for n, weight in enumerate(self._weights) if weight]
+            if owed := sum(lag for lag, weight in zip(self.lags, self._weights, strict=True) if not weight):
+                self.lags = [(lag + owed * w if w else 0.0) for lag, w in zip(self.lags, self._weights, strict=True)]
+        lags, weights = self.lags, self._weights
         # of those that lag, the one that is entitled to its whole next row first
-        active = [n for n, weight in enumerate(weights) if weight]
-        lagging = [n for n in active if self.lags[n] >= -ROUNDING] or active
-        chosen = min(lagging, key=lambda n: ((self._ahead(n)[1] - self.lags[n]) / weights[n], n))
+        chosen, first = -1, float("inf")
+        for n in [n for n in self._active if lags[n] >= -ROUNDING] or self._active:
+            deadline = (self._ahead(n)[1] - lags[n]) / weights[n]
+            if deadline < first:
+                chosen, first = n, deadline
         draw, cost, tokens = self._ahead(chosen)
         # account for it
-        self.lags = [lag + weight * cost for lag, weight in zip(self.lags, weights, strict=True)]
-        self.lags[chosen] -= cost
+        for n in self._active:
+            lags[n] += weights[n] * cost
+        lags[chosen] -= cost
         self.rows[chosen] += 1
         self.tokens[chosen] += tokens
         self.spent[chosen] += cost

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate, validation_batches
-from genai_pl.data.mixed_stream import MixedStream, with_sources
+from genai_pl.data.mixed_stream import NUMBER, MixedStream, with_sources
 from genai_pl.data.mixture import Mixture, Points, SourcePlan
 from genai_pl.data.packing import KeyedExamples
 from genai_pl.data.row_sizes import row_examples, row_tokens
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 ROW_KINDS = ("text", "chat")  # kinds whose rows are tokens with segments: they may meet in one batch
 OPTION = re.compile(
-    r"(?<![\w./])data\.(?=(path|val_\w+|columns?|format|deduplicate|streaming|messages|prompt|completion|chosen|rejected|margin)\b)"
+    r"(?<![\w./])data\.(?=(path|val_\w+|columns?|format|deduplicate|streaming|messages|prompt|completion|chosen|rejected"
+    r"|margin)\b)"
 )
 
 
@@ -227,13 +228,13 @@ class MixtureDataModule(RowsDataModule):
 
 
 class NumberedRows(KeyedExamples):
-    """The rows of several data sets end to end by (epoch, index), each with the number of its data set as `source`."""
+    """The rows of several data sets end to end by (epoch, index), each with the number of its data set."""
 
     rows: ConcatDataset
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, object]:
         source = int(np.searchsorted(self.rows.cumulative_sizes, key[1], side="right"))
-        return {**super().__getitem__(key), "source": source}
+        return {**super().__getitem__(key), NUMBER: source}
 
 
 def n_rows_at_most(plan: SourcePlan) -> int | None:

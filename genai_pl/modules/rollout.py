@@ -8,7 +8,7 @@ token_positions)`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.generation.decode import decode
 from genai_pl.generation.text import left_pad
+from genai_pl.models.packed_linear import packed_products
 from genai_pl.modules.base import Batch
 from genai_pl.objectives import IGNORED
 from genai_pl.objectives.preference_collators import groups_batch
@@ -137,7 +139,7 @@ def generate_rollout(
     # sample: prompts are padded on the left, so that all continue in the same column
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
     options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
-    with _casts_kept(device.type):
+    with _rounded_once(model):
         steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
         tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
     completions = [_through_end(row, ends) for row in tokens]
@@ -155,16 +157,21 @@ def generate_rollout(
 
 
 @contextmanager
-def _casts_kept(kind: str) -> Iterator[None]:
-    """A context without gradients in which autocast rounds each trainable weight once, instead of for every token.
+def _rounded_once(model: nn.Module) -> Iterator[None]:
+    """A context without gradients in which autocast rounds each weight once, instead of for every token.
 
-    kind: of device. Forgotten afterwards: a rounded copy made without gradients must not serve a pass that needs them.
+    Copies are forgotten afterwards: one that was made without gradients must not serve a pass that needs them.
     """
+    kind = next(model.parameters()).device.type
     if not torch.is_autocast_enabled(kind):
         yield
         return
+    is_packable = kind == "cpu" and not any(is_dtensor(weight) for weight in model.parameters())
     try:
-        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True):
+        with (
+            packed_products(model) if is_packable else nullcontext(),
+            torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True),
+        ):
             yield
     finally:
         torch.clear_autocast_cache()

@@ -112,6 +112,9 @@ def _source(
         raise ConfigError(f"{option}.path: missing; name its files")
     check_prepared(own["path"])
     node = {**fields, **inherited, "val_path": None, **own}
+    for key, value in node.items():
+        if value == "???":
+            raise ConfigError(f"{option}.{key}: missing; give it, or data={kind}, which has a default")
     with naming(name):
         data = instantiate(node, at=option, seed=seed)
     weight = None if source.get("weight") is None else read_weight(source["weight"], f"{option}.weight")

@@ -41,6 +41,7 @@ from genai_pl.strategies import ShardedStrategy
 from genai_pl.training.length import Length
 from genai_pl.training.precision import Precision
 from genai_pl.training.report import describe_seconds, final_lines
+from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import write_results
 from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
 
@@ -177,11 +178,19 @@ def finish(
         samples = 0.0 if run.samples is None else run.samples.seconds
         seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
         print(*run.data.mixture_lines(), describe_seconds(**seconds), sep="\n")
+        reported = write_run_report(
+            run.folder, results=metrics, best=best_of(run), device=run.trainer.strategy.root_device
+        )
         best = None if run.best is None else f"{run.best.path} ({run.best.describe()})"
         words = {"generate": options, "arguments": arguments, "sweep": sweep, "best": best}
-        lines = final_lines(run.folder, exported=name, finished=done, **words)
+        lines = final_lines(run.folder, exported=name, finished=done, report=reported, **words)
         print(*lines, sep="\n", flush=True)
     return exit_status(run.interrupt.signum) if run.interrupt.left_out else 0
+
+
+def best_of(run: Run) -> tuple[str, int, float] | None:
+    """Metric, step and value of the best validation; None where none is kept or found."""
+    return None if run.best is None or run.best.best is None else (run.best.metric, *run.best.best)
 
 
 def load_best(run: Run) -> int:
@@ -192,10 +201,14 @@ def load_best(run: Run) -> int:
     best = run.best.best
     if best is None or best.step == run.trainer.global_step:
         return run.trainer.global_step
-    contents = read_checkpoint(run.best.path)
-    found = run.module.load_state_dict(contents["state_dict"], strict=False)  # without the frozen base of an adapter
-    if found.unexpected_keys:
-        raise CheckpointError(f"{run.best.path}: does not fit the model ({found.unexpected_keys[0]})")
+    stored = read_checkpoint(run.best.path)["state_dict"]
+    own = dict(run.module.named_parameters(remove_duplicate=False)) | dict(
+        run.module.named_buffers(remove_duplicate=False)
+    )
+    for name, weight in stored.items():  # one by one: FSDP's hooks on load_state_dict expect its shards
+        if name not in own or own[name].shape != weight.shape:
+            raise CheckpointError(f"{run.best.path}: {name} does not fit the model")
+        own[name].data.copy_(weight)
     return best.step
 
 

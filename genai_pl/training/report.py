@@ -112,12 +112,14 @@ def final_lines(
     arguments: Iterable[str] = (),
     sweep: Path | None = None,
     best: str | None = None,
+    report: Path | None = None,
 ) -> list[str]:
     """Lines at the end of a run: where its files are, and the next command to type.
 
     exported: name of the exported folder in the run folder, None if nothing was exported. generate: options of
     generate.py beside `checkpoint=`. arguments: words that a resume needs beside its folder. sweep: folder of
     the sweep that goes on as a whole, for a job of one. best: path of the best checkpoint, with its step.
+    report: the written report, if there is one.
     """
     # what there is, then one command: to try the model, or to go on
     lines = [f"run         {run}", f"checkpoint  {run / 'checkpoints' / 'last.ckpt'}"]
@@ -125,6 +127,8 @@ def final_lines(
         lines += [f"best        {best}"]
     if exported:
         lines += [f"{exported:<12}{run / exported}"]
+    if report:
+        lines += [f"report      {report}"]
     if (run / "tensorboard").exists():
         lines += [f"curves      {shlex.join(['tensorboard', '--logdir', str(run)])}"]
     if finished:

@@ -109,6 +109,8 @@ def _open_run_folder(config: DictConfig, run: Run, checkpoint: Path | None) -> N
     for logger in run.trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.resume(step_of(checkpoint) if checkpoint else 0)
+    if run.samples is not None:
+        run.samples.resume(step_of(checkpoint) if checkpoint else -1)
 
 
 def optimized(name: str | None, run: Run) -> float | None:

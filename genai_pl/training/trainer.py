@@ -38,6 +38,7 @@ from genai_pl.training.length import (
 )
 from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.precision import Precision
+from genai_pl.training.run_report import SAMPLES
 from genai_pl.training.targets import instantiate
 from genai_pl.training.watched_metrics import choose_best, choose_early_stop
 
@@ -174,6 +175,7 @@ def build_callbacks(
             prompts=lambda: prompts or [module.make_prompt(data.prompt())],
             config=GenerationConfig(**{**config.generation, "max_new_tokens": settings.samples.max_new_tokens}),
             tokenizer=tokenizer,
+            file=folder / SAMPLES,
             say=console.say,
         )
     elif wants_samples:

@@ -94,3 +94,10 @@ def test_activations_of_the_forward_pass_are_not_kept() -> None:
 def test_what_cannot_be_is_refused(chunk: int, more: dict) -> None:
     with pytest.raises(ConfigError, match=r"objective\.gradcache_chunk"):
         module(chunk, **more)
+
+
+def test_strategies_that_gather_weights_are_refused() -> None:
+    made = module(4)
+    made._trainer.strategy = object()
+    with pytest.raises(ConfigError, match=r"objective\.gradcache_chunk runs on one device or with strategy=ddp"):
+        made.on_fit_start()

@@ -26,12 +26,16 @@ def train(command, tmp_path: Path):
     return lambda *arguments: command("train", *SMALL, *arguments, "hydra.run.dir=run")
 
 
+def rows(run: str) -> list[dict[str, str]]:
+    with Path(run, "metrics.csv").open() as file:
+        return [*csv.DictReader(file)]
+
+
 def last_row() -> dict[str, float]:
-    with Path("run/metrics.csv").open() as file:
-        return {name: float(value) for name, value in [*csv.DictReader(file)][-1].items() if value}
+    return {name: float(value) for name, value in rows("run")[-1].items() if value}
 
 
-@pytest.mark.parametrize("objective", ["clm", "sft"])
+@pytest.mark.parametrize("objective", ["clm", pytest.param("sft", marks=pytest.mark.slow)])
 def test_losses_tokens_and_shares_are_known_by_source(objective: str, train) -> None:
     kind = f"data.sources={{{WEB.replace('weight', 'kind: text, weight')}, {TALKS}}}"
     result = train(f"objective={objective}", kind, "trainer.max_steps=12", "trainer.limit_val_batches=1.0")
@@ -60,6 +64,7 @@ def test_pairs_of_several_sources_have_losses_of_their_own(train) -> None:
     assert {"val/loss/a", "val/loss/b"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_prompts_of_several_sources_have_scores_and_columns_of_their_own(train) -> None:
     write("sums.jsonl", [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(20)])
     write("poems.jsonl", [{"prompt": f"Line {i}:"} for i in range(20)])
@@ -108,6 +113,10 @@ def test_prompts_of_several_sources_have_scores_and_columns_of_their_own(train) 
             "data.sources: all end by epochs or cap",
         ),
         (["data.sources=web.txt"], "data.sources=web.txt: expected names with options each"),
+        (
+            ["objective=grpo", "data=text", "data.sources={web: {path: pairs.jsonl, kind: prompts}}"],
+            "data.sources.web.max_prompt_len: missing; give it, or data=prompts",
+        ),
         (["data.mix_by=rows"], "data.mix_by=rows: expected one of tokens, examples"),
         (["data.mix_temperature=0"], "data.mix_temperature=0.0: expected a number above 0"),
     ],
@@ -122,8 +131,8 @@ def test_a_mistake_is_one_line(arguments: list[str], error: str, train) -> None:
 
 
 def test_an_option_of_one_source_beside_several_is_said_to_be_unused(train) -> None:
-    result = train(f"data.sources={{{WEB}}}", "data.path=web.txt")
-    assert result.status == 0, result.err
+    result = train("data.sources={web: {path: nope.txt}}", "data.path=web.txt")
+    assert result.status == 1
     assert "data.path=web.txt: has no effect: each of data.sources has its own" in result.out
 
 
@@ -134,3 +143,19 @@ def test_files_that_change_are_refused_on_resume(train, command) -> None:
     result = command("train", "resume=run", "trainer.max_steps=6")
     assert result.status != 0
     assert "error: data.sources.talks.path: its contents have changed since" in result.err
+
+
+@pytest.mark.slow
+def test_a_mixture_of_files_goes_on_with_other_batches(train, command) -> None:
+    sources = f"data.sources={{{WEB}, {TALKS}}}"
+    options = ("scheduler=constant", "scheduler.warmup_steps=0", "optimizer=adamw", "trainer.limit_val_batches=0")
+    whole = command("train", *SMALL, *options, sources, "trainer.max_steps=8", "hydra.run.dir=whole")
+    first = train(*options, sources, "trainer.max_steps=4")
+    rest = command(
+        "train", "resume=run", "data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.max_steps=8"
+    )
+    assert (whole.status, first.status, rest.status) == (0, 0, 0), rest.err
+    expected, got = (rows(run) for run in ("whole", "run"))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), rel=1e-5)
+        assert ours["train/tokens_seen/talks"] == theirs["train/tokens_seen/talks"]

@@ -19,6 +19,7 @@ from genai_pl.config.values import MAX_LAYERS
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
 from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
+from genai_pl.models.hf.families.ministral import kind_of
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.ties import resolve_ties
 
@@ -43,7 +44,15 @@ def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelCon
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
     except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # of values of any type
-        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}{_advice(values, error, file)}") from None
+
+
+def _advice(values: Mapping[str, object], error: Exception, file: Path) -> str:
+    """The other way to run a decoder of a family that has something ours does not compute."""
+    kinds = {family.model_type for family in FAMILIES if family.fixed.get("shape", Shape.decoder) is Shape.decoder}
+    if values.get("model_type") not in kinds or not isinstance(error, ConfigError) or "not supported" not in str(error):
+        return ""
+    return f"; try transformers' layers: model=hf model.name={file.parent}"
 
 
 def prefix_of(file: Path) -> str:
@@ -139,7 +148,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
 
 def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, Iterable[Weight]]:
     """Configuration and table of weights of a config.json of any family; ConfigError for an unknown model_type."""
-    kind = values["model_type"]
+    kind = kind_of(values)
     if kind == NATIVE:
         config = ModelConfig.from_dict(values["model"])
         if stored is not None:
@@ -199,7 +208,7 @@ def _check_quantization(family: Family, quantization: dict | None) -> None:
     ):
         supported = f"; supported: {', '.join(family.quantizations)}" if family.quantizations else ""
         raise ConfigError(
-            f"quantization_config={quantization!r} is not supported for model_type {family.model_type!r}{supported}: "
+            f"quantization_config={quantization!r} is not read for model_type {family.model_type!r}{supported}: "
             "load it with transformers, model.dequantize(), and save it"
         )
 

@@ -22,11 +22,11 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels import positions_from_segments
 from genai_pl.models.hf.transformers_attention import NAME, Packing, register
 from genai_pl.models.hf.transformers_cache import WrappedCache, new_inner_cache
-from genai_pl.models.hf.transformers_check import check, refusal
+from genai_pl.models.hf.transformers_check import check, reason_of, refusal
 from genai_pl.models.hf.transformers_config import WrappedConfig, wrapped_config
 from genai_pl.models.hf.transformers_rope import length_rope
 from genai_pl.models.hf.transformers_rows import document_rows
-from genai_pl.models.hf.transformers_sizes import check_counts, check_sizes
+from genai_pl.models.hf.transformers_sizes import check_counts, check_folder, check_sizes
 from genai_pl.models.virtual_tokens import VirtualPrefix, VirtualTokens, virtual_prefix
 from genai_pl.plugins import ADVICE
 
@@ -253,15 +253,21 @@ def load_wrapped(
     # read the files
     def read(**implementation: str | None) -> tuple:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **implementation
+            name,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **implementation,
         )
 
     try:
+        check_folder(Path(name))
         (inner, loading_info), own_attention = _with_our_attention(read)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
+        raise CheckpointError(f"{name}: transformers cannot load it ({reason_of(error)}){advice}") from None
     if loading_info["missing_keys"]:  # transformers would initialize them at random
         raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
     _forget_quantization(inner)
@@ -323,7 +329,7 @@ def build_wrapped(
     except ConfigError:
         raise
     except Exception as error:  # anybody's code, given anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise ConfigError(f"its configuration is none that transformers builds ({reason})") from None
     inner, own_attention = _with_our_attention(partial(build, trust_remote_code=False))
     return WrappedDecoder(inner, attention=attention, own_attention=own_attention)

@@ -9,6 +9,7 @@ from genai_pl.models.hf.families.encoders import ALBERT, BERT, ROBERTA
 from genai_pl.models.hf.families.family import ACTIVATIONS, Family, Weight
 from genai_pl.models.hf.families.gemma3 import GEMMA3
 from genai_pl.models.hf.families.gpt_oss import GPT_OSS
+from genai_pl.models.hf.families.ministral import MINISTRAL
 from genai_pl.models.hf.families.mixtures import MIXTURES
 from genai_pl.models.hf.families.modernbert import MODERNBERT
 from genai_pl.models.hf.families.t5 import T5
@@ -18,6 +19,7 @@ FAMILIES = [
     GPT2,
     LLAMA,
     MISTRAL,
+    MINISTRAL,
     QWEN2,
     QWEN3,
     GEMMA3,

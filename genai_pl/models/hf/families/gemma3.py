@@ -6,6 +6,7 @@ from dataclasses import replace
 from genai_pl.config.enums import Head, NormOrder
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.biases import ATTENTION_BIAS
 from genai_pl.models.hf.families.decoders import CAUSAL, LLAMA, UNBIASED, WIDTH, lm_head, projections
 from genai_pl.models.hf.families.family import Codec, Values, Weight, one
 from genai_pl.models.hf.families.layer_types import FULL_LAYER, WINDOW_LAYER, read_windows, write_windows
@@ -58,7 +59,7 @@ GEMMA3 = replace(
         Head.none: ("Gemma3TextModel",),
     },
     fixed={
-        **UNBIASED.fixed,
+        **LLAMA.fixed,
         "qk_norm": True,
         "norm_order": NormOrder.sandwich,
         "scale_embeddings": True,
@@ -69,8 +70,9 @@ GEMMA3 = replace(
         "logit_softcap": "final_logit_softcapping",
     },
     # transformers 5 reads attn_logit_softcapping, and does not pass it to attention
-    constants={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    constants={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     defaults={
+        "attention_bias": False,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
@@ -85,6 +87,7 @@ GEMMA3 = replace(
     weights=_gemma3,
     codecs=(
         TWO_ROPES,
+        ATTENTION_BIAS,
         CAUSAL,
         WIDTH,
         Codec(

@@ -50,6 +50,13 @@ def _read_windows(values: Values) -> dict[str, object]:
     return read_windows(values, [(WINDOW_LAYER, FULL_LAYER)[i % 2] for i in range(n)] if kinds is None else kinds)
 
 
+def _read_rope(values: Values) -> dict[str, object]:
+    """Rotary positions, scaled unless config.json says otherwise."""
+    return ROPE.read(
+        values if values.get("rope_parameters") is not None else {**values, "rope_parameters": ROPE_DEFAULT}
+    )
+
+
 WINDOWS = Codec(_read_windows, write_windows, ("layer_types", "sliding_window"))
 GPT_OSS = replace(
     UNBIASED,
@@ -91,10 +98,9 @@ GPT_OSS = replace(
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
         "rope_theta": 150000.0,
-        "rope_parameters": ROPE_DEFAULT,
     },
     weights=_weights,
-    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, WINDOWS),
+    codecs=(ROPE._replace(read=_read_rope), ATTENTION_BIAS, CAUSAL, WINDOWS),
     synonyms=(("num_experts", "num_local_experts"),),
     quantizations=("mxfp4",),
 )

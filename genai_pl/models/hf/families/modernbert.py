@@ -51,6 +51,9 @@ def _read_layers(values: Values) -> dict[str, object]:
         kinds = [SLIDING if i % every else FULL for i in range(n)]
     elif len(kinds) != n or not {*kinds} <= {FULL, SLIDING}:
         raise ConfigError(f"layer_types={kinds!r} must say {FULL} or {SLIDING} for each of {n} layers")
+    half = values["local_attention"] // 2
+    if values.get("sliding_window", half) != half:  # transformers would set the first by the second
+        raise ConfigError(f"sliding_window={values['sliding_window']!r} is not half of local_attention ({half})")
     bases, scaling = {}, {}
     for kind, (older, default) in THETAS.items():
         theta = default if values.get(older) is None else values[older]
@@ -68,7 +71,7 @@ def _read_layers(values: Values) -> dict[str, object]:
         "rope_theta": bases[FULL],
         "rope_scaling": scaling[FULL],
         "rope_theta_local": bases[SLIDING],
-        "window": values["local_attention"] // 2 + 1,  # to either side, the token itself included
+        "window": half + 1,  # to either side, the token itself included
         "full_every": period,
         "first_full": first,
     }
@@ -137,7 +140,14 @@ def _write_parts(config: ModelConfig) -> dict[str, object]:
     }
 
 
-LAYER_KEYS = ("layer_types", "local_attention", "global_attn_every_n_layers", "rope_parameters", "rope_scaling")
+LAYER_KEYS = (
+    "layer_types",
+    "local_attention",
+    "global_attn_every_n_layers",
+    "rope_parameters",
+    "rope_scaling",
+    "sliding_window",
+)
 PART_KEYS = (
     "mlp_bias",
     "norm_bias",

@@ -1,5 +1,7 @@
 """Rotary positions in config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
 
+import math
+
 from genai_pl.config.enums import RopeKind
 from genai_pl.config.model import ModelConfig
 from genai_pl.config.rope_scaling import RopeScaling
@@ -50,6 +52,8 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
     other = rope.pop("type", "default")
     name = rope.pop("rope_type", other)
     rope = {key: value for key, value in rope.items() if value is not None}
+    if name == RopeKind.yarn.value:
+        rope = _with_mscale(rope)
     kind = next((kind for kind in HF_KEYS if kind.value == name), None)
     if kind is None and name != "default":
         raise ConfigError(f"rotary positions of rope_type={name!r} are not supported; supported: {_kinds()}")
@@ -69,6 +73,16 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
         length = fields.get("original_max_seq_len", values["max_position_embeddings"])
         fields["original_max_seq_len"] = values.get("original_max_position_embeddings", length)
     return theta, RopeScaling(kind=kind, **fields)
+
+
+def _with_mscale(rope: dict[str, object]) -> dict[str, object]:
+    """YaRN's keys with the quotient of DeepSeek's two factors of queries and keys as one, as transformers takes it."""
+    rest = dict(rope)
+    scales = [rest.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+    if not all(scales) or "attention_factor" in rope or "factor" not in rope:
+        return rest
+    first, second = (0.1 * scale * math.log(max(rope["factor"], 1.0)) + 1.0 for scale in scales)
+    return {**rest, "attention_factor": first / second}
 
 
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
