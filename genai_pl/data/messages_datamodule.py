@@ -63,7 +63,7 @@ class MessagesDataModule(TableDataModule):
     ) -> None:
         """Log the format, the first text that is the JSON of messages, and the columns that nothing reads."""
         if form := formats.named(self.kind, roles):
-            renamed = "".join(f", {column} read as {name}" for name, column in source.columns)
+            renamed = "".join(f"; {column} read as {name}" for name, column in source.columns)
             log.info("data        %s format: %s rows -> %s%s", form.name, f"{len(table):,}", form.becomes, renamed)
         self._log_json_text(table, source)
         if not self.keeps_all_columns:

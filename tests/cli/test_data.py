@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import config
 
+from genai_pl.training.trust import CONF
 from tests.conftest import TINY
 
 CHAT = ("tokenizer=byte", "model.max_seq_len=96", "picture=null")
@@ -122,6 +124,13 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], line: str, command, tmp_p
     assert line in result.err
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
+
+
+def test_the_groups_are_those_of_train_in_their_order() -> None:
+    defaults = [yaml.safe_load((CONF / f"{name}.yaml").read_text())["defaults"] for name in ("config", "inspect")]
+    groups = [[entry for entry in entries if isinstance(entry, dict)] for entries in defaults]
+    assert [entry for entry in groups[1] if entry not in groups[0]] == [{"override hydra/hydra_logging": "none"}]
+    assert [entry for entry in groups[1] if entry in groups[0]] == groups[0]  # an objective overrides what comes before
 
 
 @pytest.mark.parametrize("words", [(), ("inspect",)])

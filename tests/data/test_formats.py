@@ -160,7 +160,7 @@ def test_renamed_columns_are_read_and_errors_name_those_of_the_file(
     found = cells(chat(path, columns=names), "prompt", "completion")
     assert found == [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
     assert format_lines(caplog)[0].endswith(
-        "3 rows -> prompt, completion, answer read as completion, question read as prompt"
+        "3 rows -> prompt, completion; answer read as completion; question read as prompt"
     )
     bad = lines(tmp_path / "bad.jsonl", [*rows, {"question": None, "answer": "x"}])
     with pytest.raises(DataError, match=r"row 4: column 'question': missing"):
