@@ -174,7 +174,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
             flat[name] = value if isinstance(value, bool | int | float) else redact(str(value))
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    left_out = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    left_out = {"callbacks", "logger", "generation", "eval", "output_dir", "dry_run", "plan", "optimized_metric"}
     values["tags"] = ", ".join(values["tags"])
     left_out |= {name for name in ("run_name", "tags") if not values[name]}
     walk({k: v for k, v in values.items() if k not in left_out}, "")
