@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/config/model.py.
+"""Writes docs/configuration.md, every group and option, from the comments in conf/ and genai_pl/config/.
 
 python docs/make_configuration.py [--check]
 """
@@ -14,7 +14,7 @@ from genai_pl.cli.option_help import read_dataclass_fields, read_yaml_fields  # 
 PAGE = ROOT / "docs" / "configuration.md"
 COMMANDS = {
     "config": "train.py", "generate": "generate.py", "evaluate": "evaluate.py", "export": "export.py",
-    "feedback": "feedback.py", "serve": "serve.py",
+    "inspect": "data.py", "feedback": "feedback.py", "serve": "serve.py",
 }  # fmt: skip
 INTRODUCTION = """# Configuration
 

@@ -38,6 +38,20 @@ ROUTES = {
     "each new": "no cache",
     "there are no": "no prompt tuning",
 }
+# why transformers does not build, load or run a family in a small size
+NOT_TRIED = {
+    "blt": "reads patches of bytes; transformers makes no cache of its configuration, which has no number of layers",
+    "dots3_note": "sees images, and states sizes for layers 25 to 41, so that it has no small member",
+    "dots3_note_text": "states sizes for some of its layers, so that it has 76M parameters at least",
+    "emu3": "AutoModelForCausalLM writes a configuration of its text part, and does not read it again",
+    "gemma3n": "its images need the package timm",
+    "gemma4_assistant": "a draft that reads states of another model, and no text of its own",
+    "gemma4_unified_assistant": "a draft that reads states of another model, and no text of its own",
+    "mllama": "AutoModelForCausalLM writes a configuration of its text part, and does not read it again",
+    "musicgen": "AutoModelForCausalLM gives its decoder the configuration of the whole, and stops",
+    "musicgen_melody": "AutoModelForCausalLM gives its decoder the configuration of the whole, and stops",
+    "xlstm": "transformers stops in its chunks of a text, at states of another shape",
+}
 CHECKS = ("logits", "packed", "padded", "generation", "gradients", "export", "lora")
 
 
@@ -50,7 +64,7 @@ def outcome(kind: str) -> tuple[str, str, str]:
             theirs = built(kind)
             ours, other = native(theirs, Path(folder) / "native"), wrapped(theirs, Path(folder) / "wrapped")
         except NotTried as error:
-            return "not tried", "", str(error)
+            return "not tried", "", NOT_TRIED.get(kind, str(error))
     if ours is not None and ours.refused is None:
         other = other._replace(notes=other.notes if other.refused is None else (), refused=None)
     if other.refused is not None:

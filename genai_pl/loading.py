@@ -186,7 +186,7 @@ def _with_end_tokens(
 
 def _load_with_adapter(path: Path, above: tuple[Path, ...], **options: object) -> Loaded:
     """The base that an adapter folder names, with the adapter, and the folder's tokenizer if it has one."""
-    base = load(_base_of(path), above=above, **options)
+    base = load(base_of(path), above=above, **options)
     peft.add_label_head(base.model, path)
     tokenizer = pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base.tokenizer
     own = read_generation_defaults(path) if (path / GENERATION).is_file() else base.defaults
@@ -234,7 +234,7 @@ def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
         named = {name.removeprefix(prefix): x.dtype for name, x in contents["state_dict"].items()}
         return named if base is None else stored_dtypes(base)
     if (path / ADAPTER).is_file():
-        return stored_dtypes(_base_of(path))
+        return stored_dtypes(base_of(path))
     if is_supported(path / "config.json"):
         return stored_of_folder(path)
     stored = TensorFiles(path)
@@ -259,7 +259,7 @@ def _set_stored_head(model: Model | WrappedDecoder, stored: dict) -> None:
         model.set_head(Head(head), labels)
 
 
-def _base_of(folder: Path) -> str:
+def base_of(folder: Path) -> str:
     """The reference of an adapter folder's base; a relative path may also be relative to the folder."""
     name = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
     if not name:

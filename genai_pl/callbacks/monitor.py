@@ -117,6 +117,7 @@ class Monitor(L.Callback):
             "train/data_wait": self._waited / seconds,
             "train/tokens_seen": self.tokens_seen,
             "train/memory_gib": memory_gib(module.device),
+            **(trainer.datamodule.mixture_metrics() if trainer.datamodule else {}),
         }
         if self._peak_flops:
             n = n_replicas(trainer)  # ranks that share a batch also share its work

@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -93,12 +93,13 @@ def command(
     *,
     own_signals: bool = False,
     records: bool = False,
+    tasks: Sequence[str] = (),
 ) -> Callable[[Main], Callable[[], None]]:
     """Decorator that turns `main(config) -> exit status or Outcome` into a Hydra command.
 
     config_name: root file in conf/. prepare: rewrites the command line before Hydra reads it (train.py:
     resume). own_signals: the command installs its own signal handlers (serve.py). records: what is printed also
-    goes to train.log.
+    goes to train.log. tasks: words with which the command line may begin (data.py), no part of what help is asked for.
 
     The configuration is composed inside of the handlers, so that every stage answers a mistake in the same way.
     """
@@ -146,7 +147,7 @@ def command(
             """
             try:
                 if set(HELP_FLAGS) & set(sys.argv[1:]):
-                    print(help_text(config_name, sys.argv[1:]))
+                    print(help_text(config_name, [word for word in sys.argv[1:] if word not in tasks]))
                     return
                 # the words as Hydra is to read them: modules first, for they may define resolvers
                 import_plugins(named=names_user_code(sys.argv[1:]))

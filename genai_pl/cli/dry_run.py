@@ -32,6 +32,7 @@ from genai_pl.modules import BaseModule
 from genai_pl.planning import cost_model as planning
 from genai_pl.planning.count import (
     activation_bytes,
+    expert_parameters,
     fake_tensors,
     largest_gradient,
     largest_part,
@@ -128,6 +129,7 @@ def estimate_step(
             local_model,
             weight_bytes=weight_dtype.itemsize,
             compute_bytes=(matmul_dtype or weight_dtype).itemsize,
+            expert_devices=layout.experts,
         )
         recomputed = recomputed_share(config, local_model)
         activations = stored_activation_bytes(config, local_model, work, matmul_dtype, layout)
@@ -149,6 +151,7 @@ def estimate_step(
     memory = replace(memory, reference=reference, critic=critic)
     # traffic, arithmetic and time
     sizes = {"tokens": work.rows * work.seq_len, "n_layer": len(model.blocks), "n_embd": model_config.n_embd}
+    sizes["expert_rows"] = len(model_config.mixture_layers) * model_config.experts_per_token
     traffic = planning.traffic(share, layout, **sizes, passes=work.passes, recomputed=recomputed)
     tokens = work.rows * work.seq_len * work.passes * layout.data
     # a forward pass is a third of the work where every weight learns
@@ -161,12 +164,16 @@ def estimate_step(
     return StepEstimate(machine, layout, memory, traffic, time, tokens)
 
 
-def model_share(config: DictConfig, local_model: Model, *, weight_bytes: int, compute_bytes: int) -> planning.Share:
-    """Parameters of one device: all, trained, the largest gathered block, and optimizer moments."""
+def model_share(
+    config: DictConfig, local_model: Model, *, weight_bytes: int, compute_bytes: int, expert_devices: int = 1
+) -> planning.Share:
+    """Parameters of one device: all, trained, those of experts, the largest gathered block, and optimizer moments."""
     return planning.Share(
         weights=n_parameters(local_model),
         trained=n_parameters(local_model, trainable=True),
-        largest=largest_part(local_model),
+        largest=largest_part(local_model, experts=expert_devices),
+        experts=expert_parameters(local_model),
+        trained_experts=expert_parameters(local_model, trainable=True),
         largest_gradient=largest_gradient(local_model) if config.trainer.optimizer_in_backward else None,
         weight_bytes=weight_bytes,
         compute_bytes=compute_bytes,
@@ -244,7 +251,12 @@ def describe_estimate(estimate: StepEstimate, steps: int | None) -> list[str]:
         f"  {'total':<12}{format_bytes(memory.total):>10}  {fits} the {format_bytes(machine.memory)} of {machine.name}"
     )
     if estimate.traffic:
-        shape = {"data": layout.data, "tensor": layout.tensor, "stages": layout.stages}
+        shape = {
+            "data": layout.data // layout.experts,
+            "experts": layout.experts,
+            "tensor": layout.tensor,
+            "stages": layout.stages,
+        }
         on = " x ".join(f"{n} ({name})" for name, n in shape.items() if n > 1)
         lines.append(f"traffic     per device and step, on {on} devices")
         lines += [

@@ -96,7 +96,8 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     if loaded.model.config.head.scores and not is_reward_model(loaded.model):
         return evaluate_labels(config, loaded)
     refuse_unused(config, job_overrides(), [NO_LABELS_RULE])
-    kind, columns = read_examples(options.path, column=options.column, last_word=options.last_word, limit=config.limit)
+    how = {"column": options.column, "last_word": options.last_word, "columns": dict(options.columns)}
+    kind, columns = read_examples(options.path, limit=config.limit, **how)
     if kind in (Kind.preferences, Kind.conversations):
         refuse_unused(config, job_overrides(), [NO_BOS_RULE])
     # tokenize everything first: mistakes in the data show before any model runs

@@ -33,7 +33,9 @@ def evaluate_labels(config: DictConfig, loaded: Loaded) -> dict[str, float]:
             "data.column, last_word and stride are for language models; a classifier reads text and label"
         )
     labels = read_labels(model_config.extra, model_config.n_labels)
-    source = sources.shipped_validation(options.path) or sources.find_source(options.path)
+    source = sources.shipped_validation(options.path) or sources.find_source(
+        options.path, columns=dict(options.columns)
+    )
     if model_config.head is Head.tokens:
         return evaluate_tags(config, loaded, source)
     if len(labels.names) == 1 and {options.query, options.document} <= set(sources.column_names(source)):
@@ -87,8 +89,8 @@ def evaluate_tags(config: DictConfig, loaded: Loaded, source: sources.Source) ->
     labels = read_labels(model_config.extra, model_config.n_labels)
     sentences, true = [], []
     for place, record in islice(sources.read_records(source, {*columns.values()}), config.limit):
-        words = parse_list(record.get(options.tokens), place._replace(column=options.tokens), parse_text)
-        at = place._replace(column=options.tags)
+        words = parse_list(record.get(options.tokens), place.at(options.tokens), parse_text)
+        at = place.at(options.tags)
         indices = [
             (tag, label_index(labels, tag)) for tag in parse_list(record.get(options.tags), at, parse_label_cell)
         ]
@@ -142,10 +144,10 @@ def read_labelled(config: DictConfig, source: sources.Source) -> tuple[list[str]
     for place, record in sources.read_records(source, {*columns.values()}):
         if config.limit is not None and len(texts) == config.limit:
             break
-        texts.append(parse_text(record.get(options.text), place._replace(column=options.text)))
+        texts.append(parse_text(record.get(options.text), place.at(options.text)))
         if options.text_pair is not None:
-            pairs.append(parse_text(record.get(options.text_pair), place._replace(column=options.text_pair)))
-        cells.append(parse_label_cell(record.get(options.label), place._replace(column=options.label)))
+            pairs.append(parse_text(record.get(options.text_pair), place.at(options.text_pair)))
+        cells.append(parse_label_cell(record.get(options.label), place.at(options.label)))
     if not texts:
         raise DataError(f"data.path={options.path}: no rows")
     return texts, pairs if options.text_pair is not None else None, cells

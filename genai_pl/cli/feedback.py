@@ -18,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from genai_pl.cli.command import CONF
+from genai_pl.cli.negatives import write_negatives
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, preview, refuse
+from genai_pl.data.formats import recognize
 from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messages
-from genai_pl.data.messages_datamodule import INPUT, parse_prompt
+from genai_pl.data.messages_datamodule import CONTEXT, INPUT, parse_prompt
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
@@ -42,15 +44,17 @@ Request = list[TextOrMessages]  # a prompt, and the answers to it that the data 
 def feedback(config: DictConfig) -> int:
     """Write one JSON line per prompt that is not in the output file yet; the exit status."""
     check_options(config)
+    if config.task == "negatives":
+        return write_negatives(config)
     out = Path(config.out)
-    source = sources.find_source(config.data.path)
+    source = sources.find_source(config.data.path, columns=dict(config.data.columns))
     done = read_finished(out, config, source)
     # the data: prompts, and answers unless a model writes them
     columns_there = sources.column_names(source)
-    sources.check_columns(source, columns_there, {"data.prompt": config.data.prompt})
     writes = writes_answers(config, columns_there)
-    columns = [config.data.prompt, *([] if writes else [config.data.first, config.data.second])]
-    rows = sources.read_records(source, {*columns, INPUT})
+    prompt = prompt_column(config.data.prompt, columns_there, source)
+    columns = [prompt, *([] if writes else [config.data.first, config.data.second])]
+    rows = sources.read_records(source, {*columns, INPUT, CONTEXT})
     n_rows = None if config.limit is None else max([config.limit, *(n + 1 for n in done.rows)])
     requests = [read_request(row, columns, place) for place, row in islice(rows, n_rows)]
     check_same_requests(done, requests, config)
@@ -70,12 +74,20 @@ def feedback(config: DictConfig) -> int:
 
 def check_options(config: DictConfig) -> None:
     """ConfigError for values that cannot work, before anything is read."""
-    if config.task not in TASK_FIELDS:
-        raise ConfigError(f"task={config.task} is not one of {', '.join(TASK_FIELDS)}")
+    if config.task not in (*TASK_FIELDS, "negatives"):
+        raise ConfigError(f"task={config.task} is not one of {', '.join(TASK_FIELDS)}, negatives")
     for name, least in (("limit", 1), ("workers", 1), ("retries", 0)):
         if config[name] is not None and config[name] < least:
             raise ConfigError(f"{name}={config[name]} must be at least {least}")
     refuse_unused(config, job_overrides(), FEEDBACK_RULES)
+
+
+def prompt_column(named: str, columns: Sequence[str], source: sources.Source) -> str:
+    """The column of prompts: as it is named, or Alpaca's instructions where no column is named and there is no `prompt`."""
+    if not columns:
+        raise DataError(f"data.path={source.name}: no rows")
+    own = None if named == "prompt" else {"prompt": named}
+    return next(iter(recognize("prompts", columns, path=source.name, own=own).values()))
 
 
 def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place) -> Request:
@@ -83,7 +95,7 @@ def read_request(row: Mapping[str, object], columns: Sequence[str], place: Place
     compare.
     """
     prompt = parse_prompt(row, columns[0], place)
-    answers = [text_or_messages(row.get(column), place._replace(column=column)) for column in columns[1:]]
+    answers = [text_or_messages(row.get(column), place.at(column)) for column in columns[1:]]
     prompt, answers = extract_prompt(prompt, answers, place)
     if _single_text(prompt, "user") is None:
         refuse(

@@ -25,6 +25,11 @@ GROUP_DATACLASSES = {
     "model": ("ModelConfig", "RopeScaling"),
     "generation": ("GenerationConfig",),
 }  # of whose fields a group has
+MODULES = {
+    "ModelConfig": "model",
+    "RopeScaling": "rope_scaling",
+    "GenerationConfig": "generation",
+}  # of genai_pl/config
 SHOWN_DEFAULTS = {"field(default_factory=list)": "[]", "field(default_factory=dict)": "{}", "()": "[]"}
 
 
@@ -70,8 +75,7 @@ def read_yaml_fields(path: Path) -> tuple[str, list[Field]]:
 
 def read_dataclass_fields(name: str) -> list[Field]:
     """Fields of a dataclass of genai_pl/config by its source text: name, default as typed, trailing comment."""
-    module = next(module for module, names in GROUP_DATACLASSES.items() if name in names)
-    source = (CONF.parent / "genai_pl" / "config" / f"{module}.py").read_text(encoding="utf-8")
+    source = (CONF.parent / "genai_pl" / "config" / f"{MODULES[name]}.py").read_text(encoding="utf-8")
     lines = source.splitlines()
     (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
     fields = []

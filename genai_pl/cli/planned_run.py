@@ -171,9 +171,14 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 "number of devices"
             )
         regathers, sequence = strategy.reshard_after_forward, strategy.sequence_parallel
-        return planning.Layout(
-            data=data, tensor=tensor, zero=3, per_node=per_node, regathers=regathers, sequence=sequence
-        )
+        experts = strategy.expert_parallel_size
+        if experts > 1 and (tensor > 1 or data % experts):
+            raise ConfigError(
+                f"strategy.expert_parallel_size ({experts}) must divide strategy.data_parallel_size ({data}), and "
+                "strategy.tensor_parallel_size must be 1"
+            )
+        sizes = {"data": data, "experts": experts, "tensor": tensor, "per_node": per_node}
+        return planning.Layout(**sizes, zero=3, regathers=regathers, sequence=sequence)
     # pipeline stages with data parallelism
     if target == "PipelineStrategy":
         data = strategy.data_parallel_size or n // strategy.pipeline_parallel_size

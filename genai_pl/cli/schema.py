@@ -18,13 +18,14 @@ from genai_pl.cli.schema_data import (
     TextSchema,
     UnpairedSchema,
 )
-from genai_pl.cli.schema_train import HardwareSpec, TrainSchema, TransformersModelSchema
+from genai_pl.cli.schema_train import DataCommandSchema, HardwareSpec, TrainSchema, TransformersModelSchema
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.model import ModelConfig
 
 SCHEMAS = {
     "root": TrainSchema,
     "model": ModelConfig,
+    "inspect": DataCommandSchema,
     "plan": HardwareSpec,
     "wrapped": TransformersModelSchema,
     "data": TextSchema,

@@ -61,11 +61,13 @@ class ExportSchema:
 class EvaluateDataSchema:
     """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score.
 
-    path: file, folder or Hub data set. column: of texts. last_word: score the last word only (LAMBADA).
+    path: file, folder or Hub data set. columns: names that files give to others. column: of texts.
+    last_word: score the last word only (LAMBADA).
     seq_len, stride: window and step in tokens. bos: whether rows begin with the begin token.
     """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     column: str | None = None
     last_word: bool = False
     text: str = "text"
@@ -105,19 +107,42 @@ class EvaluateSchema:
 
 @dataclass
 class FeedbackDataSchema:
-    """The data of `feedback.py`: `path`, and its columns of prompts and of two answers, if it has answers."""
+    """The data of `feedback.py`: `path`, names that its files give to columns, and the columns of prompts and of two
+    answers, if it has answers; or of pairs.
+    """
 
     path: str = MISSING
+    columns: dict[str, str] = field(default_factory=dict)
     prompt: str = "prompt"
     first: str = "chosen"
     second: str = "rejected"
+    anchor: str = "anchor"
+    positive: str = "positive"
+
+
+@dataclass
+class NegativesSchema:
+    """Options of task=negatives: the fields of evaluation/negatives.py, further candidates, and the form of a line."""
+
+    n: int = 3
+    range_min: int = 0
+    range_max: int | None = None
+    min_score: float | None = None
+    max_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = 0.05
+    sampling: str = "top"
+    corpus: str | None = None
+    corpus_column: str = "text"
+    pooling: str | None = None
+    format: str = "triplet"
 
 
 @dataclass
 class FeedbackSchema:
     """Options of `feedback.py`.
 
-    task: label or critique. checkpoint: the model that answers. judge: model, reward model or URL that
+    task: label, critique or negatives. checkpoint: the model that answers. judge: model, reward model or URL that
     compares. judge_model,
     key_variable, retries, workers: of endpoints. rubric: what the judge is to prefer. constitution: a file of
     principles. limit: rows.
@@ -138,6 +163,7 @@ class FeedbackSchema:
     seed: int = 0
     device: str = "auto"
     data: FeedbackDataSchema = field(default_factory=FeedbackDataSchema)
+    negatives: NegativesSchema = field(default_factory=NegativesSchema)
     generation: Any = None
 
 

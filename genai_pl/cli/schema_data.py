@@ -1,6 +1,7 @@
 """Schemas of the group `data`: one for each kind of training data; conf/data/*.yaml explain the fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -22,7 +23,16 @@ class DataSchema:
 
 
 @dataclass
-class TextSchema(DataSchema):
+class MixableSchema(DataSchema):
+    """Fields of data that may come from several sources: what they are, and how they are weighed."""
+
+    sources: Any = None
+    mix_by: str = "tokens"
+    mix_temperature: float = 1.0
+
+
+@dataclass
+class TextSchema(MixableSchema):
     """Documents for language modelling, cut or packed into rows of seq_len tokens."""
 
     _target_: str = "genai_pl.data.text.TextDataModule"
@@ -31,10 +41,19 @@ class TextSchema(DataSchema):
     block_rows: int = 1024
     val_documents: int = 100
     separate_documents: bool = True
+    deduplicate: str | None = None
 
 
 @dataclass
-class PairsSchema(DataSchema):
+class TableSchema(DataSchema):
+    """Fields of data in columns: names of columns that the files call otherwise, and repeated rows."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    deduplicate: str | None = None
+
+
+@dataclass
+class PairsSchema(TableSchema, MixableSchema):
     """Anchors with a positive and perhaps a negative text, for embeddings."""
 
     _target_: str = "genai_pl.data.pairs.PairsDataModule"
@@ -44,7 +63,7 @@ class PairsSchema(DataSchema):
 
 
 @dataclass
-class Seq2SeqSchema(DataSchema):
+class Seq2SeqSchema(TableSchema, MixableSchema):
     """Sources and targets of an encoder-decoder."""
 
     _target_: str = "genai_pl.data.seq2seq.Seq2SeqDataModule"
@@ -54,7 +73,14 @@ class Seq2SeqSchema(DataSchema):
 
 
 @dataclass
-class ChatSchema(DataSchema):
+class MessagesSchema(TableSchema, MixableSchema):
+    """Fields of texts or conversations: the format of the columns, auto by their names."""
+
+    format: str = "auto"
+
+
+@dataclass
+class ChatSchema(MessagesSchema):
     """Conversations, or prompts with completions, to imitate (SFT)."""
 
     _target_: str = "genai_pl.data.chat.ChatDataModule"
@@ -65,7 +91,7 @@ class ChatSchema(DataSchema):
 
 
 @dataclass
-class PreferenceSchema(DataSchema):
+class PreferenceSchema(MessagesSchema):
     """Prompts with a chosen and a rejected completion, perhaps with the margin between them."""
 
     _target_: str = "genai_pl.data.preference.PreferenceDataModule"
@@ -77,7 +103,7 @@ class PreferenceSchema(DataSchema):
 
 
 @dataclass
-class UnpairedSchema(DataSchema):
+class UnpairedSchema(MessagesSchema):
     """Completions with a label: desirable or not (KTO)."""
 
     _target_: str = "genai_pl.data.unpaired.UnpairedDataModule"
@@ -87,7 +113,7 @@ class UnpairedSchema(DataSchema):
 
 
 @dataclass
-class LabelledSchema(DataSchema):
+class LabelledSchema(TableSchema):
     """Texts, or pairs of texts, with a class, several labels or numbers."""
 
     _target_: str = "genai_pl.data.labelled.LabelledDataModule"
@@ -99,7 +125,7 @@ class LabelledSchema(DataSchema):
 
 
 @dataclass
-class RerankSchema(DataSchema):
+class RerankSchema(TableSchema):
     """Queries with documents and their relevance."""
 
     _target_: str = "genai_pl.data.rerank.RerankDataModule"
@@ -109,7 +135,7 @@ class RerankSchema(DataSchema):
 
 
 @dataclass
-class TagsSchema(DataSchema):
+class TagsSchema(TableSchema):
     """Sentences of words with a tag each."""
 
     _target_: str = "genai_pl.data.tags.TagsDataModule"
@@ -119,7 +145,7 @@ class TagsSchema(DataSchema):
 
 
 @dataclass
-class PromptsSchema(DataSchema):
+class PromptsSchema(MessagesSchema):
     """Prompts that the policy answers during training (PPO, GRPO)."""
 
     _target_: str = "genai_pl.data.prompts.PromptsDataModule"

@@ -45,6 +45,21 @@ class TrainSchema:
 
 
 @dataclass
+class DataCommandSchema(TrainSchema):
+    """Options of data.py beside those of train.py that say what is read.
+
+    task: inspect or prepare. rows, width (characters), color, picture: of what is shown. encoders: processes.
+    """
+
+    task: str = "inspect"
+    rows: int = 3
+    width: int = 2000
+    color: bool | None = None
+    picture: str | None = "lengths.png"
+    encoders: int = 0
+
+
+@dataclass
 class HardwareSpec:
     """A device for which `dry_run=true` estimates a step.
 

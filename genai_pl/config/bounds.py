@@ -66,6 +66,10 @@ TEXT = Bound("text", lambda value: isinstance(value, str))
 NULL = Bound("null", lambda value: value is None)
 FLAG = Bound("true or false", lambda value: isinstance(value, bool))
 FIELDS = Bound("fields", lambda value: isinstance(value, Mapping))
+SOURCES = Bound(
+    "names with options each, such as {web: {path: web.txt}}, or null",
+    lambda value: value is None or (isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())),
+)
 NAME_OR_NAMES = any_of(NULL, TEXT, list_of(TEXT))
 COUNT, COUNT_OR_NULL = integer(1), any_of(integer(1), NULL)
 MAX_STEPS = Bound("a number, whole and at least 1", lambda value: type(value) is int and (value == -1 or value >= 1))
@@ -93,6 +97,9 @@ BOUNDS: dict[str, Bound] = {
     "data.block_rows": COUNT,
     "data.val_documents": COUNT,
     "data.max_prompt_len": COUNT,
+    "data.sources": SOURCES,
+    "data.mix_by": choice("tokens", "examples"),
+    "data.mix_temperature": real(0, exclusive=True),
     "tokenizer.kind": choice("bpe", "byte", "pretrained"),
     "tokenizer.vocab_size": COUNT,
     "tokenizer.name": TEXT,

@@ -52,7 +52,7 @@ class NormOrder(str, Enum):
 
 class Activation(str, Enum):
     """Nonlinearity of the MLP: gelu is exact, gelu_tanh the approximation of GPT-2, relu2 the square of ReLU (So
-    et al. 2021).
+    et al. 2021), clamped_swiglu the gate of gpt-oss (OpenAI 2025), for gated MLPs only.
     """
 
     relu = "relu"
@@ -60,6 +60,7 @@ class Activation(str, Enum):
     gelu = "gelu"
     gelu_tanh = "gelu_tanh"
     silu = "silu"
+    clamped_swiglu = "clamped_swiglu"
 
 
 class Head(str, Enum):

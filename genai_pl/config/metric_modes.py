@@ -30,6 +30,8 @@ def greater_is_better(name: str) -> bool | None:
     >>> greater_is_better("val/height") is None
     True
     """
+    if "/loss/" in name:  # of a source, whatever its name
+        return False
     for part in reversed(name.split("/")):
         word = part.partition("@")[0]
         if word in GREATER or word.startswith("pass"):

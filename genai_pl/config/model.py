@@ -15,10 +15,10 @@ from genai_pl.config.enums import (
     Norm,
     NormOrder,
     Position,
-    RopeKind,
     Router,
     Shape,
 )
+from genai_pl.config.rope_scaling import RopeScaling
 from genai_pl.config.values import MAX_LAYERS, MAX_SIZE, check_numbers, check_positive, parse_enums, to_json_values
 from genai_pl.errors import ConfigError
 
@@ -27,35 +27,13 @@ POSITIVE_FIELDS = (
     "vocab_size", "max_seq_len", "rope_theta", "rope_theta_local", "relative_buckets", "relative_max_distance", "norm_eps",
     "attention_scale", "window", "full_every", "linformer_rank", "performer_features", "reformer_hashes", "reformer_bucket",
     "softcap", "logit_softcap", "init_std", "experts_per_token", "expert_size", "expert_every", "router_scale",
-    "n_labels",
+    "n_labels", "swiglu_alpha", "swiglu_limit",
 )  # fmt: skip
 # fields of a mixture of experts, of no effect where n_experts is null
 EXPERT_FIELDS = (
     "experts_per_token", "n_shared_experts", "expert_size", "expert_every", "n_dense_layers", "router", "router_scale",
-    "normalize_top_k", "balance_loss", "router_z_loss", "balance_bias",
+    "normalize_top_k", "router_bias", "balance_loss", "router_z_loss", "balance_bias",
 )  # fmt: skip
-
-
-@dataclass
-class RopeScaling:
-    """Scaling of rotary frequencies for texts longer than those of the training (transformers: rope_parameters)."""
-
-    kind: RopeKind = RopeKind.none
-    factor: float = 1.0  # new length / length of the training
-    original_max_seq_len: int = 8192  # llama3, yarn: context of the training
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: factor of queries and keys; null: 0.1 ln(factor) + 1
-
-    def __post_init__(self) -> None:
-        parse_enums(self, "model.rope_scaling")
-        check_numbers(self, "model.rope_scaling")
-        if not self.factor >= 1.0:
-            raise ConfigError(f"model.rope_scaling.factor must be at least 1, not {self.factor}")
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise ConfigError("model.rope_scaling.high_freq_factor must be above low_freq_factor")
 
 
 @dataclass
@@ -91,10 +69,13 @@ class ModelConfig:
     norm: Norm = Norm.layernorm
     norm_order: NormOrder = NormOrder.pre
     norm_eps: float = 1e-5
+    first_norm: bool = True  # norm before the attention of the first block (ModernBERT has none there)
     embed_norm: bool = False  # normalize the sum of the embeddings
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     activation: Activation = Activation.gelu_tanh
     gated_mlp: bool = False
+    swiglu_alpha: float = 1.702  # activation=clamped_swiglu: factor in the sigmoid
+    swiglu_limit: float = 7.0  # activation=clamped_swiglu: bound of gate and up projection
     bias: bool = True  # biases in every linear layer and LayerNorm
     qkv_bias: bool | None = None  # null: as bias
     o_bias: bool | None = None  # null: as bias
@@ -104,6 +85,9 @@ class ModelConfig:
     head_bias: bool = False
     n_labels: int = 1  # outputs of head=score and head=tokens
     score_dense: bool = False  # a dense layer with tanh before head=score (BERT's pooler, RoBERTa's classifier)
+    score_transform: bool = False  # the layers of head=transform also before head=score and head=tokens (ModernBERT)
+    score_mean: bool = False  # an encoder's head=score reads the mean of a text's states, not the first
+    transform_bias: bool = True  # bias of the dense layer of head=transform
     scale_head: bool = False  # multiply hidden states by 1/sqrt(n_embd) before the head (T5)
     tie_embeddings: bool = True
     pooler: bool = False  # keep the folder's dense layer over the first state (BERT's pooler)
@@ -112,16 +96,16 @@ class ModelConfig:
     attention_scale: float | None = None  # scale of attention scores; null: 1/sqrt(head_dim)
     window: int | None = None  # tokens that a token attends to, itself included (in an encoder: to either side)
     full_every: int | None = None  # every n-th layer has no window (Gemma 3: 6)
+    first_full: int | None = None  # index of the first of them (ModernBERT: 0); null: full_every - 1
     n_global: int = 0  # attention_kind=window: leading tokens with global attention
     linformer_rank: int = 64  # projected keys
     performer_features: int = 128  # random features per head
     reformer_hashes: int = 2
     reformer_bucket: int = 64  # positions per chunk
+    attention_sinks: bool = False  # a learned score for each head, of one more key without value (gpt-oss)
     softcap: float | None = None  # tanh cap of attention scores
     logit_softcap: float | None = None
-    n_experts: int | None = (
-        None  # experts in place of an MLP (Shazeer et al. 2017); null or 0: the MLP of every layer is dense
-    )
+    n_experts: int | None = None  # experts in place of an MLP (Shazeer et al. 2017); null or 0: every MLP is dense
     experts_per_token: int = 2  # experts that a token is sent to
     n_shared_experts: int = 0  # further experts that every token passes: one MLP of so many times expert_size
     expert_size: int | None = None  # hidden channels of an expert; null: intermediate_size
@@ -130,6 +114,7 @@ class ModelConfig:
     router: Router = Router.softmax
     router_scale: float = 1.0  # factor on the weights of a token's experts (DeepSeek-V3: 2.5)
     normalize_top_k: bool = True  # divide the weights of a token's experts by their sum
+    router_bias: bool = False  # a bias of the router's logits (gpt-oss)
     balance_loss: float = 0.01  # coefficient of the load-balancing loss, of each layer (Fedus et al. 2021, eq. 4)
     router_z_loss: float = 0.0  # coefficient of the squared log-sum-exp of router logits (Zoph et al. 2022: 0.001)
     balance_bias: float = 0.0  # step of a bias that balances without a loss (DeepSeek-V3: 0.001); 0: no bias
@@ -173,8 +158,8 @@ class ModelConfig:
             self.expert_size = self.intermediate_size
 
     def _check_pairs(self) -> None:
-        # sizes
         """ConfigError for fields that cannot hold together."""
+        # sizes
         if max(self.n_layer, self.n_decoder_layer or 0) > MAX_LAYERS:
             raise ConfigError(f"model.n_layer and model.n_decoder_layer are at most {MAX_LAYERS:,}")
         if min(self.n_token_types, self.n_global, self.position_offset) < 0:
@@ -199,8 +184,20 @@ class ModelConfig:
         # windows and approximations of attention
         if self.full_every and self.window is None:
             raise ConfigError("model.full_every needs model.window: without one every layer is full already")
+        if self.first_full is not None and not 0 <= self.first_full < (self.full_every or 0):
+            raise ConfigError(f"model.first_full={self.first_full} must lie below model.full_every ({self.full_every})")
+        if (self.score_transform or self.score_mean) and self.shape is not Shape.encoder:
+            raise ConfigError("model.score_transform and model.score_mean need model.shape=encoder")
+        if not self.first_norm and self.norm_order is not NormOrder.pre:
+            raise ConfigError("model.first_norm=false needs model.norm_order=pre")
         if self.attention_kind is AttentionKind.window and self.window is None:
             raise ConfigError("model.attention_kind=window needs model.window")
+        if self.attention_sinks and (
+            self.attention_kind is not AttentionKind.full or self.shape is Shape.encoder_decoder
+        ):
+            raise ConfigError("model.attention_sinks needs model.attention_kind=full, and a decoder or an encoder")
+        if self.activation is Activation.clamped_swiglu and not (self.gated_mlp and self.head is not Head.transform):
+            raise ConfigError("model.activation=clamped_swiglu needs model.gated_mlp=true, and no head=transform")
         if self.attention_kind is AttentionKind.linformer and self.shape is not Shape.encoder:
             raise ConfigError("model.attention_kind=linformer mixes all positions and needs model.shape=encoder")
         if self.attention_kind is AttentionKind.reformer and self.n_kv_head != self.n_head:
@@ -243,6 +240,14 @@ class ModelConfig:
         # the first layer number l >= n_dense_layers with l + 1 a multiple of expert_every
         first = self.expert_every * (self.n_dense_layers // self.expert_every + 1) - 1
         return range(first, n, self.expert_every)
+
+    @property
+    def full_layers(self) -> range:
+        """The layers without a window, by number, where `full_every` names them."""
+        if self.full_every is None:
+            return range(0)
+        first = self.full_every - 1 if self.first_full is None else self.first_full
+        return range(first, max(self.n_layer, self.n_decoder_layer or 0), self.full_every)
 
     @property
     def writes(self) -> bool:

@@ -1,28 +1,25 @@
 """Chat data: prompts with completions, or conversations, tokenized with a loss mask and packed whole into rows.
 
-One option file, three spellings of a data set: a column of messages (OpenAI's or ShareGPT's form), prompt and
-completion, or Alpaca's instruction, input and output. All become `TokenizedExample`s: token ids, and a mask that is True
-where the model is to produce the token. Which tokens those are is decided in `prompt_tokens` alone, the same code that
-generation and serving prompt with.
+One option file, several spellings of a data set (`formats.FORMATS`): a column of messages, prompt and completion,
+ShareGPT's conversations, or Alpaca's instruction, input and output. All become `TokenizedExample`s: token ids, and a
+mask that is True where the model is to produce the token. Which tokens those are is decided in `prompt_tokens` alone,
+the same code that generation and serving prompt with.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, preview
+from genai_pl.data.columns import Place, parse_text, preview
+from genai_pl.data.formats import instruction_messages
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import Message, extract_prompt, message_texts, parse_messages, text_or_messages
 from genai_pl.data.messages_datamodule import (
-    CONTEXT,
-    INPUT,
-    INSTRUCTION,
-    OUTPUT,
     TOOLS,
     MessagesDataModule,
     parse_prompt,
@@ -38,7 +35,6 @@ from genai_pl.data.prompt_tokens import (
     encode_prompt,
 )
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,14 +45,13 @@ log = logging.getLogger(__name__)
 
 DEFAULT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
 ROLES = {"system", "user", "assistant", "tool", "developer", "function"}
-CONVERSATIONS = "conversations"  # as ShareGPT has them
 
 
 class ChatDataModule(MessagesDataModule):
     """Packed rows of whole examples for supervised fine-tuning; only tokens that the model is to produce are targets.
 
     messages, prompt, completion: names of the columns. A source with a column of messages is read as conversations,
-        else by prompt and completion; with the default names, `conversations` and `instruction`/`output` are found too.
+        else by prompt and completion; with the default names, the formats of other projects are recognized too.
     packing: put several examples into a row (`PackedExamples`); False gives each example a row of its own.
     Other arguments: see `TableDataModule`.
 
@@ -70,12 +65,10 @@ class ChatDataModule(MessagesDataModule):
         self.packing = packing
         self.columns = {"messages": messages, "prompt": prompt, "completion": completion}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         roles = [role for role in self.columns if role in train.column_names]
-        return train_bpe(
-            (text for row in train for role in roles for text in message_texts(json.loads(row[role]))), vocab_size
-        )
+        return (text for row in train for role in roles for text in message_texts(json.loads(row[role])))
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.capacity = collate.row_length(self.seq_len)
@@ -114,29 +107,22 @@ class ChatDataModule(MessagesDataModule):
 
     def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
         """The columns to read, by role: messages, or prompt and completion, under their own or under well-known names."""
-        if self.columns["messages"] in names:
-            return {"messages": self.columns["messages"]}
-        roles = {role: self.columns[role] for role in ("prompt", "completion")}
-        # with default names, the columns of well-known data sets are recognised
-        if self.columns == DEFAULT and not set(roles.values()) <= set(names):
-            if CONVERSATIONS in names:
-                log.info("data        column %s of %s is read as messages", CONVERSATIONS, source.name)
-                return {"messages": CONVERSATIONS}
-            if {INSTRUCTION, OUTPUT} <= set(names):
-                roles = {"prompt": INSTRUCTION, "completion": OUTPUT}
-        sources.check_columns(source, names, {f"data.{role}": column for role, column in roles.items()})
-        if roles["prompt"] == INSTRUCTION:
-            beside = next((column for column in (INPUT, CONTEXT) if column in names), None)
-            more = f", then {beside} after a blank line" if beside else ""
-            columns = source.name, INSTRUCTION, more, roles["completion"]
-            log.info("data        prompts of %s are column %s%s; completions %s", *columns)
-        return roles
+        return self.recognized(source, names, None if self.columns == DEFAULT else self.columns)
+
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
+        return ["prompt", "completion", TOOLS] if "prompt" in roles else ["messages", TOOLS]
 
     def example(self, record: Mapping[str, object], roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        if "messages" in roles:
-            column = roles["messages"]
-            return {"messages": parse_messages(record.get(column), place._replace(column=column))}
-        answer = text_or_messages(record.get(roles["completion"]), place._replace(column=roles["completion"]))
+        if "instruction" in roles:  # Alpaca and Dolly
+            column = roles["output"] if "output" in roles else roles["response"]
+            answer = {"role": "assistant", "content": parse_text(record.get(column), place.at(column))}
+            return {"messages": [*instruction_messages(record, roles, place), answer]}
+        if "prompt" not in roles:
+            column = roles["messages"] if "messages" in roles else roles["conversations"]
+            if "conversations" in roles and record.get(column) == []:
+                return {"messages": []}  # ShareGPT has them: left out with the others that have nothing to learn
+            return {"messages": parse_messages(record.get(column), place.at(column))}
+        answer = text_or_messages(record.get(roles["completion"]), place.at(roles["completion"]))
         prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
         return {"prompt": prompt, "completion": completion}
 
@@ -196,8 +182,7 @@ class ChatDataModule(MessagesDataModule):
 def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
     """Token ids and loss mask of each example of a batch of columns, as encoded tables hold them."""
     if "messages" in batch:
-        n_prompt = [0] * len(batch["messages"])
-        examples = encode_conversations(tokenizer, batch["messages"], n_prompt, **tools_argument(batch))
+        examples = _encode_messages(batch, tokenizer)
     else:
         examples = encode_completions(tokenizer, batch["prompt"], batch["completion"], **tools_argument(batch))
     return {
@@ -205,6 +190,17 @@ def tokenize_examples(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBas
         # as bytes: arrow packs booleans into bits, which no array can map
         "loss_mask": [example.loss_mask.view(np.uint8) for example in examples],
     }
+
+
+def _encode_messages(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> list[TokenizedExample]:
+    """The example of each conversation of a batch, without tokens where the conversation has no messages."""
+    filled = [n for n, messages in enumerate(batch["messages"]) if messages]
+    given = {name: [values[n] for n in filled] for name, values in batch.items()}
+    encoded = encode_conversations(tokenizer, given["messages"], [0] * len(filled), **tools_argument(given))
+    examples = [TokenizedExample(np.zeros(0, np.int32), np.zeros(0, bool))] * len(batch["messages"])
+    for n, example in zip(filled, encoded, strict=True):
+        examples[n] = example
+    return examples
 
 
 def _opening(messages: list[Message]) -> list[Message]:

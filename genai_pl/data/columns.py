@@ -30,14 +30,21 @@ class Place(NamedTuple):
     """A cell of a data set.
 
     name: the file, or the name on the hub. row: its number, counted from 1. column: its name, or None for the whole row.
+    renamed: (name, name in the file) of the columns that `data.columns` renames; messages have the file's.
     """
 
     name: str
     row: int
     column: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def at(self, column: str) -> "Place":
+        """The cell of a column in the same row."""
+        return Place(self.name, self.row, column, self.renamed)
 
     def __str__(self) -> str:
-        return f"{self.name}: row {self.row}" + ("" if self.column is None else f": column {self.column!r}")
+        column = dict(self.renamed).get(self.column, self.column)
+        return f"{self.name}: row {self.row}" + ("" if column is None else f": column {column!r}")
 
 
 def refuse(place: Place, why: str) -> NoReturn:

@@ -4,7 +4,7 @@ A subclass reads and tokenizes in `prepare` and leaves `train_rows` and `val_row
 are the same for every kind of data.
 """
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from genai_pl.data.loader import BatchPlan, Collate, EpochLoader, validation_batches
 from genai_pl.data.packing import KeyedExamples
+from genai_pl.data.tokenizer import train_bpe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ class RowsDataModule(L.LightningDataModule):
 
     kind = "text"  # the option of the group `data`
     streaming = False
+    source_names: tuple[str, ...] = ()  # of a mixture; batches then have the `sources` of their rows
     min_batch_rows = 1
     train_rows: Dataset
     val_rows: Dataset
@@ -45,17 +47,25 @@ class RowsDataModule(L.LightningDataModule):
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size or batch_size
         self.workers, self.shuffle, self.seed = workers, shuffle, seed
         self.n_batches = 0  # training batches of the whole run, which a stream has to give
+        self.expected_batches = 0  # those that it takes, by which the weights of a mixture change
 
     def fit_to_model(self, *, seq_len: int, batch_size: int, val_batch_size: int) -> None:
         """Take the sizes of batches that fit the model's context; before `prepare`."""
         self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size
 
-    def limit_batches(self, n_batches: int) -> None:
-        """Take the number of training batches of the run, after which a stream ends."""
-        self.n_batches = n_batches
+    def limit_batches(self, n_batches: int, *, expected: int) -> None:
+        """Take the number of training batches of the run, after which a stream ends, and of those that are expected.
+
+        A rollout is one batch and several steps, of which there may be fewer than expected.
+        """
+        self.n_batches, self.expected_batches = n_batches, expected
 
     def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
         """A byte-pair tokenizer of `vocab_size` tokens learned from the training texts."""
+        return train_bpe(self.training_texts(), vocab_size)
+
+    def training_texts(self) -> Iterable[str]:
+        """The texts that a tokenizer is learned from."""
         raise NotImplementedError
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
@@ -69,6 +79,14 @@ class RowsDataModule(L.LightningDataModule):
     def summary(self) -> str:
         """One line about the data: where from, how many rows or tokens, how many for validation."""
         raise NotImplementedError
+
+    def mixture_metrics(self) -> dict[str, float]:
+        """Tokens seen and shares by source so far, under the names of their metrics; none without a mixture."""
+        return {}
+
+    def mixture_lines(self) -> list[str]:
+        """Lines on what each source of a mixture has given; none without one."""
+        return []
 
     def prompt(self) -> str:
         """A prompt out of the validation data, for samples that are logged during training."""

@@ -1,7 +1,7 @@
 """Labelled data: texts, or pairs of texts, with a class, several labels or numbers, for classification and regression."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,7 +14,6 @@ from genai_pl.data.records import Record
 from genai_pl.data.sources import locate_row
 from genai_pl.data.table_datamodule import TableDataModule, as_arrays
 from genai_pl.data.text_tokens import encode_pairs, separate_pairs
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -68,11 +67,9 @@ class LabelledDataModule(LabelsDataModule):
         return {f"data.{role}": column for role, column in self.columns.items()}
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        texts = {
-            role: parse_text(record.get(roles[role]), place._replace(column=roles[role])) for role in self.text_roles
-        }
+        texts = {role: parse_text(record.get(roles[role]), place.at(roles[role])) for role in self.text_roles}
         column = roles["label"]
-        return {**texts, "label": parse_label_cell(record.get(column), place._replace(column=column))}
+        return {**texts, "label": parse_label_cell(record.get(column), place.at(column))}
 
     def find_labels(self, known: Labels | None) -> Labels:
         cells = [json.loads(cell) for table in self.tables() for cell in table["label"]]
@@ -83,9 +80,9 @@ class LabelledDataModule(LabelsDataModule):
         if "text_pair" in self.columns:
             separate_pairs(tokenizer)
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((row[role] for row in train for role in self.text_roles), vocab_size)
+        return (row[role] for row in train for role in self.text_roles)
 
     def label_targets(self) -> np.ndarray:
         """Targets of the training rows, (N, 1 or n_labels), by which classes may be weighted."""

@@ -113,7 +113,7 @@ def encode_label(labels: Labels, cell: Cell) -> list[float]:
 def parse_ranking(record: Record, columns: Sequence[str], place: Place) -> tuple[str, list[str], list[float]]:
     """Query, documents and their relevance of a record; columns: the three names. DataError for lists of unequal length."""
     query, document, label = (record.get(column) for column in columns)
-    places = [place._replace(column=column) for column in columns]
+    places = [place.at(column) for column in columns]
     is_list = (isinstance(document, str) and document.lstrip().startswith("[")) or (
         isinstance(document, Sequence) and not isinstance(document, str)
     )

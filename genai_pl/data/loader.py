@@ -161,16 +161,24 @@ class EpochLoader:
 
         The next `iter` continues after those rows; DataError if batches or steps of this size do not end there.
         """
-        per_batch = self.plan.batch_size * self.plan.world_size
-        if state["rows"] % per_batch:
-            raise DataError(
-                f"data.batch_size: the checkpoint stands at row {state['rows']} of its epoch, which batches of "
-                f"{per_batch} rows do not reach; resume with the batch size and processes it was trained with"
-            )
-        position = state["rows"] // per_batch
-        if position % self.plan.accumulate and position < len(self):
-            raise DataError(
-                f"trainer.accumulate_grad_batches: the checkpoint stands at batch {position} of its epoch, which steps of "
-                f"{self.plan.accumulate} batches do not reach; resume with what it was trained with"
-            )
-        self._resume = (state["epoch"], position)
+        self._resume = (state["epoch"], batches_of(state["rows"], self.plan, n_batches=len(self)))
+
+
+def batches_of(rows: int, plan: BatchPlan, *, n_batches: int) -> int:
+    """The number of global batches that `rows` rows were; DataError if batches or steps of this size do not end there.
+
+    n_batches: of the epoch, whose last step may be shorter.
+    """
+    per_batch = plan.batch_size * plan.world_size
+    if rows % per_batch:
+        raise DataError(
+            f"data.batch_size: the checkpoint stands at row {rows} of its epoch, which batches of "
+            f"{per_batch} rows do not reach; resume with the batch size and processes it was trained with"
+        )
+    position = rows // per_batch
+    if position % plan.accumulate and position < n_batches:
+        raise DataError(
+            f"trainer.accumulate_grad_batches: the checkpoint stands at batch {position} of its epoch, which steps of "
+            f"{plan.accumulate} batches do not reach; resume with what it was trained with"
+        )
+    return position

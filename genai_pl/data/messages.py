@@ -9,9 +9,16 @@ from collections.abc import Mapping, Sequence
 
 from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse, type_name
 
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts with a text: of chat completions and of responses
 Message = dict[str, object]
 TextOrMessages = str | list[Message]  # a prompt or an answer
-SHARE_GPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# who speaks in turns of {from, value}: ShareGPT's names, those of its other chat bots, and LLaMA-Factory's for tools
+SHARE_GPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 def text_or_messages(value: object, place: Place) -> TextOrMessages:
@@ -68,6 +75,10 @@ def parse_messages(value: object, place: Place) -> list[Message]:
 
 def parse_message(value: object, place: Place) -> Message:
     """One message with role, content (a text) and its other keys; DataError for anything else."""
+    if type(value) is dict and len(value) == 2:  # nearly all messages: two texts and nothing to convert
+        role, content = value.get("role"), value.get("content")
+        if type(content) is str and type(role) is str and role:
+            return {"role": role, "content": parse_text(content, place)}
     # normalize ShareGPT's keys, then check what every message needs
     if isinstance(value, Mapping) and {"from", "value"} <= set(value) and "role" not in value:
         value = _from_value(value, place)
@@ -88,7 +99,15 @@ def _from_value(value: Mapping[str, object], place: Place) -> Message:
     role = SHARE_GPT.get(value["from"]) if isinstance(value["from"], str) else None
     if role is None:
         refuse(place, f"messages: from is {preview(value['from'])}, not one of {', '.join(SHARE_GPT)}")
+    if value["from"] == "function_call":  # one call, or a list of them
+        calls = parse_json(value["value"], place) if isinstance(value["value"], str) else value["value"]
+        return {"role": role, "tool_calls": _as_functions(calls if isinstance(calls, list) else [calls])}
     return {"role": role, "content": value["value"]}
+
+
+def _as_functions(calls: list) -> list:
+    """Calls {name, arguments} as OpenAI writes them, each under `function`."""
+    return [{"type": "function", "function": call} if isinstance(call, Mapping) else call for call in calls]
 
 
 def _content(value: Mapping[str, object], place: Place) -> str:
@@ -105,10 +124,12 @@ def _content(value: Mapping[str, object], place: Place) -> str:
 
 def _part(part: object, place: Place) -> str:
     """The text of a part of a content."""
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and "text" in part:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind in TEXT_PARTS and "text" in part:
         part = part["text"]
     elif not isinstance(part, str):
-        refuse(place, f"messages: a part of a content is {preview(part)}; only text is read")
+        what = f"of type {preview(kind)}, " if kind is not None and kind not in TEXT_PARTS else ""
+        refuse(place, f"messages: a part of a content is {what}{preview(part)}; only text is read")
     return parse_text(part, place)
 
 

@@ -9,12 +9,13 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from genai_pl.data import sources
+from genai_pl.data import formats, sources
 from genai_pl.data.columns import Place, parse_text, refuse
 from genai_pl.data.messages import TextOrMessages, is_json_messages, parse_tools, prepend_system, text_or_messages
 from genai_pl.data.prompt_tokens import prompt_text
 from genai_pl.data.records import Record, Records
 from genai_pl.data.table_datamodule import TableDataModule
+from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -23,13 +24,16 @@ log = logging.getLogger(__name__)
 
 JSON_MESSAGES = r'^(\[.*)?"\s*\[\s*\{'  # JSON of a text, or of a list of texts, that begins like a list of objects
 INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"  # columns of Alpaca
-CONTEXT = "context"  # Dolly's name of the input
+CONTEXT, RESPONSE = "context", "response"  # Dolly's names of the input and the output
 SYSTEM = "system"  # a system message in a column of its own
 TOOLS = "tools"  # functions that the conversation of a row may call
 
 
 class MessagesDataModule(TableDataModule):
-    """Examples of which parts are texts, or messages that a chat template renders; arguments: see `TableDataModule`.
+    """Examples of which parts are texts, or messages that a chat template renders.
+
+    format: the layout of the columns (`formats.FORMATS` of the kind), or auto: it is recognized by their names.
+    Other arguments: see `TableDataModule`.
 
     keeps_all_columns: columns that the module does not read are passed on (to rewards), so they are not reported as unused.
     """
@@ -38,6 +42,18 @@ class MessagesDataModule(TableDataModule):
     optional_columns = (INPUT, CONTEXT, SYSTEM, TOOLS)
     keeps_all_columns = False
 
+    def __init__(self, *, format: str = formats.AUTO, **rest: object) -> None:
+        super().__init__(**rest)
+        self.format = format
+
+    def recognized(
+        self, source: sources.Source, names: Sequence[str], own: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """The columns to read, by role, of the format that the source has; own: columns that the user has named."""
+        if not names:
+            raise DataError(f"data.path={source.name}: no rows")
+        return formats.recognize(self.kind, names, path=source.name, selected=self.format, own=own)
+
     def has_conversations(self) -> bool:
         train, _ = self.tables()
         return "messages" in train.column_names or not isinstance(json.loads(train[0]["prompt"]), str)
@@ -45,7 +61,10 @@ class MessagesDataModule(TableDataModule):
     def log_unused_columns(
         self, table: "Table", source: sources.Source, roles: Mapping[str, str], columns: Sequence[str]
     ) -> None:
-        """Log the first text that is the JSON of messages, and the columns that nothing reads."""
+        """Log the format, the first text that is the JSON of messages, and the columns that nothing reads."""
+        if form := formats.named(self.kind, roles):
+            renamed = "".join(f", {column} read as {name}" for name, column in source.columns)
+            log.info("data        %s format: %s rows -> %s%s", form.name, f"{len(table):,}", form.becomes, renamed)
         self._log_json_text(table, source)
         if not self.keeps_all_columns:
             has_chat = not isinstance(
@@ -69,25 +88,33 @@ class MessagesDataModule(TableDataModule):
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         return [*roles, TOOLS]
 
-    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
-        """The example of each record with its `tools`, and its system message in front.
+    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object] | None]]:
+        """The example of each record with its `tools`, and its system message in front; None for one that is left out.
 
         DataError where some prompts are texts and others messages: one source is tokenized in one way.
         """
         first = None
         for place, record in records:
-            example = self.example(record, roles, place)
-            # all prompts have the type of the first
-            is_text = isinstance(example.get("prompt"), str)
-            first = is_text if first is None else first
-            if is_text is not first:
-                names = ("messages", "a text") if is_text else ("a text", "messages")
-                refuse(place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way")
-            # a system message and tools are part of a conversation; a text has neither
-            opening = "messages" if "messages" in example else "prompt"
-            if not is_text:
-                example[opening] = prepend_system(example[opening], record.get(SYSTEM), place._replace(column=SYSTEM))
-            example[TOOLS] = [] if is_text else parse_tools(record.get(TOOLS), place._replace(column=TOOLS))
+            try:
+                example = self.example(record, roles, place)
+                # all prompts have the type of the first
+                is_text = isinstance(example.get("prompt"), str)
+                first = is_text if first is None else first
+                if is_text is not first:
+                    names = ("messages", "a text") if is_text else ("a text", "messages")
+                    refuse(
+                        place, f"the prompt of the first row is {names[0]}, this one {names[1]}: give all the same way"
+                    )
+                # a system message and tools are part of a conversation; a text has neither
+                example[TOOLS] = []
+                if not is_text:
+                    opening = "messages" if "messages" in example else "prompt"
+                    if record.get(SYSTEM) and example[opening]:
+                        example[opening] = prepend_system(example[opening], record[SYSTEM], place.at(SYSTEM))
+                    if record.get(TOOLS):
+                        example[TOOLS] = parse_tools(record[TOOLS], place.at(TOOLS))
+            except DataError as error:
+                example = self.leave_out(error)
             yield place, example
 
     def encoded_roles(self, table: "Table", *roles: str) -> list[str]:
@@ -105,11 +132,11 @@ class MessagesDataModule(TableDataModule):
 
 def parse_prompt(record: Record, column: str, place: Place) -> TextOrMessages:
     """The prompt of a record; an `instruction` is followed by its `input` (Alpaca) or `context` (Dolly) after a blank line."""
-    prompt = text_or_messages(record.get(column), place._replace(column=column))
+    prompt = text_or_messages(record.get(column), place.at(column))
     context = INPUT if INPUT in record else CONTEXT
     if column != INSTRUCTION or record.get(context) in (None, "") or not isinstance(prompt, str):
         return prompt
-    return f"{prompt}\n\n{parse_text(record[context], place._replace(column=context))}"
+    return f"{prompt}\n\n{parse_text(record[context], place.at(context))}"
 
 
 def _log_unused(source: sources.Source, roles: Mapping[str, str], columns: Sequence[str], *, has_chat: bool) -> None:

@@ -59,6 +59,10 @@ class PackedRows(Dataset):
         start = index * (self.length - self.overlap)
         return self._row(start, start + self.length)
 
+    def row_tokens(self) -> int:
+        """Tokens of each row that the row before it has not."""
+        return self.length - self.overlap
+
     def tail(self) -> Example | None:
         """The tokens after the last full row as a shorter row, or None: validation counts every token."""
         start = len(self) * (self.length - self.overlap)
@@ -147,6 +151,10 @@ class PackedExamples(Dataset):
     def __len__(self) -> int:
         return len(self.bins)
 
+    def row_tokens(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.asarray([sum(len(self.examples[n].input_ids) for n in row) for row in self.bins], np.int64)
+
     def __getitem__(self, index: int) -> Example:
         examples = [self.examples[n] for n in self.bins[index]]
         lengths = [len(example.input_ids) for example in examples]
@@ -169,13 +177,17 @@ class PackedPairs(Dataset):
 
     def __init__(self, pairs: "datasets.Dataset", capacity: int) -> None:
         self.pairs = pairs
-        lengths = [
-            max(len(source), len(target)) for source, target in zip(pairs["source"], pairs["target"], strict=True)
+        self.lengths = [
+            (len(source), len(target)) for source, target in zip(pairs["source"], pairs["target"], strict=True)
         ]
-        self.bins = pack(lengths, capacity) if capacity else [[n] for n in range(len(pairs))]
+        self.bins = pack([*map(max, self.lengths)], capacity) if capacity else [[n] for n in range(len(pairs))]
 
     def __len__(self) -> int:
         return len(self.bins)
+
+    def row_tokens(self) -> np.ndarray:
+        """Tokens of each row, sources and targets."""
+        return np.asarray([sum(sum(self.lengths[n]) for n in row) for row in self.bins], np.int64)
 
     def __getitem__(self, index: int) -> Example:
         pairs = [self.pairs[n] for n in self.bins[index]]

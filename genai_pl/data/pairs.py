@@ -4,11 +4,11 @@ Each text of a row is tokenized by itself, with the special tokens that its toke
 collator pairs a text with itself, and dropout makes the two views (SimCSE: Gao et al. 2021).
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from genai_pl.data.table_datamodule import TableDataModule
 from genai_pl.data.text_tokens import encode_texts
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.objectives.pairs import PairCollator
 
 if TYPE_CHECKING:
@@ -21,19 +21,19 @@ ROLES = ("anchor", "positive", "negative")
 class TextsDataModule(TableDataModule):
     """The base of rows of several texts, each tokenized by itself.
 
-    columns: names of the table's columns by the roles of the texts. Other arguments: see `TableDataModule`.
+    texts: names of the columns of texts by their roles. Other arguments: see `TableDataModule`.
     """
 
-    def __init__(self, *, columns: dict[str, str], **rest: object) -> None:
+    def __init__(self, *, texts: dict[str, str], **rest: object) -> None:
         super().__init__(**rest)
-        self.columns = columns
+        self.columns = texts
 
     def required_columns(self) -> dict[str, str]:
         return {f"data.{role}": column for role, column in self.columns.items()}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((row[role] for row in train for role in self.columns), vocab_size)
+        return (row[role] for row in train for role in self.columns)
 
     def tokenized_texts(self, table: "Dataset") -> "Dataset":
         """The token ids of all texts of a table, one column for each role."""
@@ -56,7 +56,7 @@ class PairsDataModule(TextsDataModule):
 
     def __init__(self, *, anchor: str, positive: str | None, negative: str | None, **rest: object) -> None:
         named = {"anchor": anchor, "positive": positive, "negative": negative}
-        super().__init__(columns={role: column for role, column in named.items() if column is not None}, **rest)
+        super().__init__(texts={role: column for role, column in named.items() if column is not None}, **rest)
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: PairCollator) -> None:
         self.seq_len = min(self.seq_len, collate.max_length or self.seq_len)

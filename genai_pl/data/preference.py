@@ -7,21 +7,21 @@ its prompt would teach more than the preference.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, parse_list, parse_number
+from genai_pl.data.columns import Place, parse_list, parse_number, parse_text
+from genai_pl.data.formats import AUTO, is_dialogue, parse_dialogue
 from genai_pl.data.loader import Collate
 from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
 from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ class PreferenceDataModule(MessagesDataModule):
         self.columns |= {"margin": margin} if margin else {}
         self.ranking_columns = {"prompt": prompt, "completions": completions}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         answers = ("completions", None) if is_ranked(train) else ("answers", 1)  # rejected answers are no text to learn
         values = (
             value for row in train for value in (json.loads(row["prompt"]), *json.loads(row[answers[0]])[: answers[1]])
         )
-        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
+        return (text for value in values for text in message_texts(value))
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         if is_ranked(self.tables()[0]) and not collate.ranks:
@@ -67,13 +67,16 @@ class PreferenceDataModule(MessagesDataModule):
         super().prepare(tokenizer, collate)
 
     def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
-        """The columns to read, by role: those of pairs, or prompt and ranked completions."""
-        ranked = self.ranking_columns["completions"] in names and self.columns["chosen"] not in names
-        roles = dict(self.ranking_columns if ranked else self.columns)
-        if not ranked and roles["prompt"] == "prompt" and "prompt" not in names and roles["chosen"] in names:
-            del roles["prompt"]
-        sources.check_columns(source, names, {f"data.{role}": column for role, column in roles.items()})
-        return roles
+        """The columns to read, by role: those of pairs, prompt and ranked completions, or the two texts of HH."""
+        # what the user has named must be there: without a prompt another format would fit
+        named = {role: column for role, column in self.columns.items() if column != role}
+        sources.check_columns(source, names, {f"data.{role}": column for role, column in named.items()})
+        roles = self.recognized(source, names, {**self.columns, **self.ranking_columns})
+        if self.format == AUTO and roles.keys() == {"chosen", "rejected"}:
+            _, first = next(sources.read_records(source, set(roles.values())), (None, {}))
+            if all(is_dialogue(first.get(column)) for column in roles.values()):
+                roles = {f"{role}_turns": column for role, column in roles.items()}
+        return roles | ({"margin": self.columns["margin"]} if "margin" in self.columns else {})
 
     def table_roles(self, roles: Mapping[str, str]) -> list[str]:
         answers = "completions" if "completions" in roles else "answers"
@@ -81,9 +84,15 @@ class PreferenceDataModule(MessagesDataModule):
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         prompt = parse_prompt(record, roles["prompt"], place) if "prompt" in roles else None
-        places = {role: place._replace(column=column) for role, column in roles.items()}
-        # the answers: a list of any length, or two columns
-        if "completions" in roles:
+        places = {role: place.at(column) for role, column in roles.items()}
+        # the answers: texts of turns, a list of any length, or two columns
+        if "chosen_turns" in roles:
+            before = record.get(roles["prompt_turns"]) if "prompt_turns" in roles else ""
+            texts = [record.get(roles[role]) for role in ("chosen_turns", "rejected_turns")]
+            at = [places[role] for role in ("chosen_turns", "rejected_turns")]
+            whole = [parse_text(before, place) + parse_text(text, spot) for text, spot in zip(texts, at, strict=True)]
+            answers = [parse_dialogue(text, spot) for text, spot in zip(whole, at, strict=True)]
+        elif "completions" in roles:
             answers = parse_list(record.get(roles["completions"]), places["completions"], text_or_messages)
         else:
             answers = [text_or_messages(record.get(roles[role]), places[role]) for role in ("chosen", "rejected")]

@@ -6,7 +6,7 @@ the left: their end is what is answered.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place
+from genai_pl.data.formats import instruction_messages
 from genai_pl.data.messages import message_texts
-from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_prompts
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,15 +47,20 @@ class PromptsDataModule(MessagesDataModule):
         super().__init__(**rest)
         self.column, self.max_prompt_len = prompt, max_prompt_len
 
-    def required_columns(self) -> dict[str, str]:
-        return {"data.prompt": self.column}
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        return self.recognized(source, names, None if self.column == "prompt" else {"prompt": self.column})
+
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
+        return ["prompt", TOOLS]
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "instruction" in roles:
+            return {"prompt": instruction_messages(record, roles, place)}
         return {"prompt": parse_prompt(record, roles["prompt"], place)}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((text for row in train for text in message_texts(json.loads(row["prompt"]))), vocab_size)
+        return (text for row in train for text in message_texts(json.loads(row["prompt"])))
 
     def rows(self, table: "Table") -> Dataset:
         prompts = as_arrays(self.encode_table(table, self.encoded_roles(table, "prompt"), tokenize_prompts), "prompt")

@@ -1,7 +1,7 @@
 """Reranking data: queries with documents and the relevance of each; one query with its documents, or one pair, per row."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,7 +15,6 @@ from genai_pl.data.labels import parse_ranking
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.text_tokens import encode_pairs, separate_pairs
-from genai_pl.data.tokenizer import train_bpe
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -52,9 +51,9 @@ class RerankDataModule(LabelsDataModule):
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         separate_pairs(tokenizer)
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((text for row in train for text in (row["query"], *json.loads(row["document"]))), vocab_size)
+        return (text for row in train for text in (row["query"], *json.loads(row["document"])))
 
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, ["query", "document"], tokenize_rankings, seq_len=self.seq_len)

@@ -26,7 +26,7 @@ class Seq2SeqDataModule(TextsDataModule):
     kind = "seq2seq"
 
     def __init__(self, *, source: str, target: str, packing: bool, **rest: object) -> None:
-        super().__init__(columns={"source": source, "target": target}, **rest)
+        super().__init__(texts={"source": source, "target": target}, **rest)
         self.packing = packing
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:

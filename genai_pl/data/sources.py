@@ -11,8 +11,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -40,11 +40,13 @@ class Source:
     """Where documents are read from: local files of one kind, or a name on the hub.
 
     name: as the user gave it. files: empty for a name on the hub. split: of a data set on the hub.
+    columns: (name, name in the files) of columns that are read under another name.
     """
 
     name: str
     files: tuple[Path, ...] = ()
     split: str = "train"
+    columns: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def content(self) -> str:
@@ -57,9 +59,25 @@ class Source:
         return bool(self.files) and BUILDERS[self.files[0].suffix.lower()] == "text"
 
 
-def find_source(path: str, *, option: str = "data.path") -> Source:
-    """The source that a path stands for; DataError if there is none. `option` is the option's name, for the error."""
-    path = os.path.expanduser(path)
+def find_source(path: str, *, option: str = "data.path", columns: Mapping[str, str] | None = None) -> Source:
+    """The source that a path stands for; DataError if there is none. `option` is the option's name, for the error.
+
+    columns: names under which columns of the files are read, {name: name in the files} (`data.columns`).
+    """
+    source = _found(os.path.expanduser(path), option)
+    if not columns:
+        return source
+    renamed = replace(source, columns=tuple(sorted(columns.items())))
+    in_files = column_names(source)
+    for name, column in renamed.columns:
+        if column not in in_files:
+            listed = ", ".join(in_files)
+            raise DataError(f"{option}={path}: data.columns.{name}={column}: no such column; found: {listed}")
+    return renamed
+
+
+def _found(path: str, option: str) -> Source:
+    """The source of a path, its columns as they are called."""
     # local files: one, all of a folder, or those of a glob
     if Path(path).is_file():
         files = [Path(path)]
@@ -116,10 +134,7 @@ def read_documents(source: Source, column: str, *, streaming: bool = False) -> "
 
         options = {"files": list(source.files), "column": column}
         return IterableDataset.from_generator(_stream_texts, Features({"text": Value("string")}), gen_kwargs=options)
-    cells = (
-        (place, [parse_text(row.get(column), place._replace(column=column))])
-        for place, row in read_records(source, [column])
-    )
+    cells = ((place, [parse_text(row.get(column), place.at(column))]) for place, row in read_records(source, [column]))
     table = cached_table(cache_name(source, column), {"text": "text"}, verify_unchanged(source, cells))
     return _check_documents(source, table)
 
@@ -144,7 +159,7 @@ def verify_unchanged(source: Source, cells: Cells) -> Cells:
 def _stream_texts(files: list[Path], column: str) -> Iterator[dict[str, str]]:
     """Generator of {"text"} for a streamed data set; a top-level function, because `datasets` pickles it."""
     for place, row in records.read_records(files, columns=[column], by_line=True):
-        yield {"text": parse_text(row.get(column), place._replace(column=column))}
+        yield {"text": parse_text(row.get(column), place.at(column))}
 
 
 def _hub_documents(source: Source, column: str, *, streaming: bool) -> "Dataset | IterableDataset":
@@ -157,10 +172,7 @@ def _hub_documents(source: Source, column: str, *, streaming: bool) -> "Dataset 
     if streaming:
         return table if column == "text" else table.rename_column(column, "text")
     if table.features[column] != Value("string") or table.data.column(column).null_count:
-        cells = (
-            (place, [parse_text(row.get(column), place._replace(column=column))])
-            for place, row in _hub_rows(source, table)
-        )
+        cells = ((place, [parse_text(row.get(column), place.at(column))]) for place, row in _hub_rows(source, table))
         return _check_documents(source, cached_table(f"{table._fingerprint}-{FORMAT}", {"text": "text"}, cells))
     return _check_documents(source, table if column == "text" else table.rename_column(column, "text"))
 
@@ -176,11 +188,24 @@ def _check_documents(source: Source, table: "Dataset") -> "Dataset":
 def read_records(source: Source, columns: Collection[str] | None = None) -> Records:
     """The records of a source with their places; `columns` limits what is read where the format allows."""
     if source.files:
-        return records.read_records(source.files, columns=columns)
+        if not source.columns:
+            return records.read_records(source.files, columns=columns)
+        in_files = dict(source.columns)
+        names = None if columns is None else {in_files.get(name, name) for name in columns}
+        return _renamed(records.read_records(source.files, columns=names), source)
     table = load_hub(source)
     return _hub_rows(
         source, table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
     )
+
+
+def _renamed(rows: Records, source: Source) -> Records:
+    """The records with columns under the names of `source.columns`, which hide columns of the file that are called so."""
+    names = {column: name for name, column in source.columns}
+    hidden = names.values() - names.keys()
+    for place, row in rows:
+        renamed = {names.get(column, column): value for column, value in row.items() if column not in hidden}
+        yield place._replace(renamed=source.columns), renamed
 
 
 def locate_row(source: Source, number: int) -> Place:
@@ -190,7 +215,11 @@ def locate_row(source: Source, number: int) -> Place:
 
 def column_names(source: Source) -> list[str]:
     """The names of the columns of a source."""
-    return records.column_names(source.files) if source.files else load_hub(source).column_names
+    if not source.files:
+        return load_hub(source).column_names
+    names, in_files = records.column_names(source.files), {column: name for name, column in source.columns}
+    hidden = in_files.values() - in_files.keys()
+    return [in_files.get(name, name) for name in names if name not in hidden]
 
 
 def _hub_rows(source: Source, table: "Dataset") -> Records:
@@ -219,6 +248,10 @@ def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableD
         raise DataError(f"{source.name}: cannot be read ({first_line(error.__cause__ or error)})") from None
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.path={source.name}: {first_line(error)}") from None
+    for name, column in source.columns:
+        if name in (table.column_names or ()):
+            table = table.remove_columns(name)
+        table = table.rename_column(column, name)
     # compare the number of rows with the metadata
     if not streaming and table.split in (splits := table.info.splits or {}):
         expected = splits[table.split].num_examples
@@ -268,6 +301,8 @@ def configure_progress_bars() -> None:
 def content_hash(source: Source) -> str:
     """A hash of a source's present contents: of the bytes of its files, or of its hub name."""
     digest = hashlib.blake2b(source.name.encode() if not source.files else b"", digest_size=8)
+    if source.columns:
+        digest.update(repr(source.columns).encode())
     for path in source.files:
         try:
             digest.update(checksummed.cached_digest(path) + path.suffix.encode() + b"\0")

@@ -60,23 +60,41 @@ class BatchStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[int, dict, Batch | DataError]]:
         info = get_worker_info()
-        n_workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        n_workers, turn = (info.num_workers, info.id) if info else (1, 0)
         # after a resume the first batch must come from the worker whose turn it was
-        worker = (worker + self.first_worker) % n_workers
-        share = self.plan.rank * n_workers + worker, self.plan.world_size * n_workers
-        stream = _WorkerStream(self, share)
-        if worker in self.states:
-            stream.load_state_dict(self.states[worker])
+        worker = (turn + self.first_worker) % n_workers
+        batches = self.batches(worker, n_workers, turn)
         while True:
             try:
-                rows = [stream.next_row() for _ in range(self.plan.batch_size)]
+                rows, state = next(batches)
             except DataError as error:  # as a value: raised in a worker, its message would be that process's traceback
                 yield worker, {}, error
                 return
-            yield worker, stream.state_dict(), self.collate(rows)
+            yield worker, state, self.collate(rows)
+
+    def batches(self, worker: int, n_workers: int, turn: int) -> Iterator[tuple[list[Example], dict]]:
+        """Endlessly the rows of a batch of this worker, and the state after them; turn: batches of others that come first."""
+        stream = StreamReader(self, (self.plan.rank * n_workers + worker, self.plan.world_size * n_workers))
+        if worker in self.states:
+            stream.load_state_dict(self.states[worker])
+        while True:
+            yield [stream.next_row() for _ in range(self.plan.batch_size)], stream.state_dict()
+
+    def accept(self, worker: int, state: dict) -> None:
+        """Take the state of a batch that was trained on as that of its worker."""
+        self.states[worker] = state
+
+    def state_dict(self) -> dict:
+        """The state of each worker after its last accepted batch."""
+        return {"workers": dict(self.states)}
+
+    def load_state_dict(self, state: dict) -> int:
+        """Continue after a `state_dict` of a loader; returns the batches that were yielded."""
+        self.states = dict(state["workers"])
+        return state["position"]
 
 
-class _WorkerStream:
+class StreamReader:
     """The share of one worker: an endless sequence of rows.
 
     epoch, n_seen: passes over the source, and documents seen in this one. block, position: the block and the rows of it
@@ -199,8 +217,13 @@ class _WorkerStream:
             yield "".join(lines)
 
 
+def _as_it_is(batch: object) -> object:
+    """The batch, which the stream has collated; the default would make tensors of the arrays of prompts."""
+    return batch
+
+
 class StreamLoader:
-    """`n_batches` batches of an endless stream; the state is that of every worker.
+    """`n_batches` batches of an endless stream, or of a mixture with streams; the state is that of every worker.
 
     rows: the stream. n_batches: of the whole run, those before a resume included.
     """
@@ -220,6 +243,7 @@ class StreamLoader:
         loader = DataLoader(
             self.rows,
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=plan.workers,
             worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(plan.seed),
@@ -236,20 +260,19 @@ class StreamLoader:
 
         for batch in with_window_targets(batches(), plan.accumulate):
             # the batches of a step are fetched together: only those that were yielded count
-            worker, state = states.pop(0)
-            self.rows.states[worker] = state
+            self.rows.accept(*states.pop(0))
             self.position += 1
             yield batch
             if self.position >= self.n_batches:
                 return
 
     def state_dict(self) -> dict:
-        """The number of batches that were yielded, and the state of each worker after its last one."""
-        return {"position": self.position, "workers": dict(self.rows.states)}
+        """The number of batches that were yielded, and the state of the stream after them."""
+        return {"position": self.position, **self.rows.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Set the data position of a resumed run; Lightning calls it when a checkpoint is loaded.
 
         The next `iter` continues after those batches.
         """
-        self.position, self.rows.states = state["position"], dict(state["workers"])
+        self.position = self.rows.load_state_dict(state)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.duplicates import check_mode, without_duplicates
 from genai_pl.data.loader import Collate
 from genai_pl.data.records import Record, Records
 from genai_pl.data.table_store import cached_encoding, cached_table, log_empty_cells, to_json
@@ -35,7 +36,9 @@ class TableDataModule(RowsDataModule):
     """Examples of a table, one per row.
 
     path: the training data (`sources.find_source`). val_path: the validation data, or None for `val_fraction` of the rows
-    of `path`, by a permutation of the seed. Other arguments: see `RowsDataModule`.
+    of `path`, by a permutation of the seed. columns: {name: name in the files} of columns with other names. deduplicate:
+    None, or `exact` or `near`: rows that repeat an earlier one are left out, before any are held back.
+    Other arguments: see `RowsDataModule`.
 
     A subclass defines `kind`, `required_columns` or `roles`, `rows`, and `example` where cells are not plain texts.
     optional_columns: columns that are read where the source has them, whatever the options say.
@@ -45,21 +48,35 @@ class TableDataModule(RowsDataModule):
     optional_columns: ClassVar[tuple[str, ...]] = ()
     cell_kinds: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, *, path: str, val_path: str | None, val_fraction: float, **loading: object) -> None:
+    def __init__(
+        self,
+        *,
+        path: str,
+        val_path: str | None,
+        val_fraction: float,
+        columns: Mapping[str, str] | None = None,
+        deduplicate: str | None = None,
+        **loading: object,
+    ) -> None:
         super().__init__(**loading)
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
-        self.path, self.val_fraction = path, val_fraction
-        self.source = sources.find_source(path)
+        check_mode(deduplicate)
+        self.path, self.val_fraction, self.deduplicate = path, val_fraction, deduplicate
+        self.source = sources.find_source(path, columns=columns)
         self.val_source = (
-            sources.find_source(val_path, option="data.val_path") if val_path else sources.shipped_validation(path)
+            sources.find_source(val_path, option="data.val_path", columns=columns)
+            if val_path
+            else sources.shipped_validation(path)
         )
         self._tables: tuple[Table, Table] | None = None
+        self.encoders = 0  # processes that tokenize, 0: this one
+        self.errors: list[str] | None = None  # of rows that are left out, where somebody collects them
 
     def tables(self) -> tuple["Table", "Table"]:
         """Training and validation table; without data.val_path, a random fraction of the rows validates."""
         if self._tables is None:
-            table = self.read_table(self.source)
+            table = without_duplicates(self.read_table(self.source), self.deduplicate, name=self.path)
             if self.val_source:
                 self._tables = table, self.read_table(self.val_source)
             else:
@@ -68,6 +85,7 @@ class TableDataModule(RowsDataModule):
 
     def read_table(self, source: sources.Source) -> "Table":
         """The examples of a source in columns by role, with the number of their `row`; DataError for a bad one."""
+        sources.configure_progress_bars()
         columns = sources.column_names(source)
         roles = self.roles(source, columns)
         # columns of the source become columns by role, which are cached
@@ -92,6 +110,8 @@ class TableDataModule(RowsDataModule):
         """The cells of each example in the order of the roles, and the number of its row."""
         records = sources.read_records(source, {*roles.values(), *self.optional_columns})
         for number, (place, example) in enumerate(self.examples(records, roles), start=1):
+            if example is None:
+                continue
             cells = [
                 to_json(example[role], place) if kind == "json" else example[role] for role, kind in cell_kinds.items()
             ]
@@ -110,13 +130,24 @@ class TableDataModule(RowsDataModule):
         """The roles that the table has columns for."""
         return list(roles)
 
-    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object]]]:
-        """The example of each record, with its place."""
-        return ((place, self.example(record, roles, place)) for place, record in records)
+    def examples(self, records: Records, roles: Mapping[str, str]) -> Iterator[tuple[Place, dict[str, object] | None]]:
+        """The example of each record, with its place; None for a record whose error is collected."""
+        for place, record in records:
+            try:
+                example = self.example(record, roles, place)
+            except DataError as error:
+                example = self.leave_out(error)
+            yield place, example
+
+    def leave_out(self, error: DataError) -> None:
+        """Collect the error of a row that is left out; raise it where nobody collects errors."""
+        if self.errors is None:
+            raise error
+        self.errors.append(str(error))
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
         """The parsed cells of a record, by role; here all are texts."""
-        return {role: parse_text(record.get(column), place._replace(column=column)) for role, column in roles.items()}
+        return {role: parse_text(record.get(column), place.at(column)) for role, column in roles.items()}
 
     def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
         self.tokenizer, self.collate = tokenizer, collate
@@ -140,7 +171,9 @@ class TableDataModule(RowsDataModule):
         source = self.source_of(table)
         json_roles = [role for role in roles if self.cell_kinds.get(role) == "json"]
         bound = {"encode": encode, "json_roles": json_roles, "source": source, "tokenizer": self.tokenizer}
-        return cached_encoding("rows", name, columns, partial(_encoded, **bound, **options), batch_size=1000)
+        return cached_encoding(
+            "rows", name, columns, partial(_encoded, **bound, **options), batch_size=1000, processes=self.encoders
+        )
 
     def source_of(self, table: "Table") -> sources.Source:
         """The source of a table, for errors."""

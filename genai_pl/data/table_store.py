@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from genai_pl.data import checksummed
 from genai_pl.data.columns import Place, refuse
+from genai_pl.data.worker_pool import map_in_order
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "
 MAY_BE_EMPTY = ("tools", "label")  # most conversations have no tools; a text may have none of several labels
 EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each cell
 Cells = Iterable[tuple[Place, Sequence[object]]]  # for each row, its place and its cells
 
 
@@ -46,15 +48,18 @@ def cached_encoding(
     encode: Callable[..., dict[str, list]],
     *,
     batch_size: int,
+    processes: int = 0,
     **options: object,
 ) -> "Dataset":
     """The table that `encode` makes of batches of `table`, cached as `kind`-`name`.
 
-    name: a hash of everything that the result depends on. batch_size: rows of a call. options: passed to `encode`.
+    name: a hash of everything that the result depends on. batch_size: rows of a call. processes: that encode, 0: this one;
+    the table does not depend on their number. options: passed to `encode`.
     """
     if not len(table):
         return table
-    write = partial(_write_encoded, table=table, encode=partial(encode, **options), batch_size=batch_size)
+    how = {"encode": partial(encode, **options), "batch_size": batch_size, "processes": processes}
+    write = partial(_write_encoded, table=table, **how)
     return memory_mapped_table(f"{kind}-{name}", write, fingerprint=name)
 
 
@@ -77,14 +82,16 @@ def cache_folder() -> Path:
     return folder
 
 
-def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dict[str, list]], batch_size: int) -> None:
+def _write_encoded(
+    path: Path, *, table: "Dataset", encode: Callable[[dict], dict[str, list]], batch_size: int, processes: int
+) -> None:
     """Write the encoded batches of a table, with a progress bar on a terminal."""
     from datasets.arrow_writer import ArrowWriter
     from datasets.utils import tqdm  # as datasets' own bars: on a terminal only
 
     with ArrowWriter(path=str(path)) as writer, tqdm(total=len(table), unit=" rows", desc="tokenizing") as bar:
-        for batch in table.iter(batch_size):
-            writer.write_batch(encode(batch))
+        for encoded in map_in_order(encode, table.iter(batch_size), processes):
+            writer.write_batch(encoded)
             bar.update(min(batch_size, len(table) - bar.n))
         writer.finalize()
 
@@ -92,10 +99,13 @@ def _write_encoded(path: Path, *, table: "Dataset", encode: Callable[[dict], dic
 def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> None:
     """Write rows of cells as an Arrow stream, batch by batch."""
     import pyarrow as pa
+    from datasets.utils import tqdm
 
     schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in cell_kinds.items()])
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    bar = tqdm(unit=" rows", desc="reading")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer, bar:
         for place, batch in _batches(cells):
+            bar.update(len(batch))
             try:
                 arrays = [
                     pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)
@@ -133,8 +143,10 @@ def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) 
 
 def to_json(value: object, place: Place) -> str:
     """JSON of a text, messages or tools; DataError for what UTF-8 or JSON cannot hold."""
+    if not value and type(value) is list:  # the tools of nearly every row
+        return "[]"
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = _ENCODER.encode(value)
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         refuse(place, "half of a surrogate pair is no text")

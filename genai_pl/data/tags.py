@@ -1,7 +1,7 @@
 """Tagged data: sentences of words with a tag each, for token classification; tags are names (BIO) or numbers of names."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,14 +14,12 @@ from genai_pl.data.labels import encode_label, find_labels, parse_label_cell
 from genai_pl.data.records import Record
 from genai_pl.data.sources import locate_row
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.data.word_tokens import tokenize_words
 from genai_pl.errors import DataError
 from genai_pl.objectives.token_loss import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
-    from transformers import PreTrainedTokenizerBase
 
 
 class TagsDataModule(LabelsDataModule):
@@ -42,8 +40,8 @@ class TagsDataModule(LabelsDataModule):
         return {f"data.{role}": column for role, column in self.columns.items()}
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        words = parse_list(record.get(roles["tokens"]), place._replace(column=roles["tokens"]), parse_text)
-        tags_place = place._replace(column=roles["tags"])
+        words = parse_list(record.get(roles["tokens"]), place.at(roles["tokens"]), parse_text)
+        tags_place = place.at(roles["tags"])
         tags = parse_list(record.get(roles["tags"]), tags_place, parse_label_cell)
         if len(words) != len(tags):
             refuse(tags_place, f"{len(tags)} tags for {len(words)} words: give each word one")
@@ -56,9 +54,9 @@ class TagsDataModule(LabelsDataModule):
         self.fixed_labels = found._replace(problem_type=None)  # a key for labels of texts
         return self.fixed_labels
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
-        return train_bpe((" ".join(json.loads(row["tokens"])) for row in train), vocab_size)
+        return (" ".join(json.loads(row["tokens"])) for row in train)
 
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, ["tokens"], tokenize_words, seq_len=self.seq_len)

@@ -5,6 +5,7 @@ none sees another. Validation is the end of the text by characters rather than r
 with the training.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,11 @@ from torch.utils.data import ConcatDataset, Dataset
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.datamodule import RowsDataModule
+from genai_pl.data.duplicates import check_mode, without_duplicates
 from genai_pl.data.loader import Collate, EpochLoader
 from genai_pl.data.packing import PackedRows, Packer
 from genai_pl.data.streaming import BatchStream, StreamLoader
 from genai_pl.data.tokenize import n_characters, split_text, tokenize
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TextDataModule(RowsDataModule):
     streaming: tokenize while training; then the first `val_documents` documents validate, and rows are shuffled in blocks
         of `block_rows`.
     separate_documents: tokens attend to their own document only.
+    deduplicate: None, or `exact` or `near`: documents that repeat an earlier one are left out.
     batch_size, val_batch_size, workers, shuffle, seed: see `RowsDataModule`.
     """
 
@@ -56,6 +58,7 @@ class TextDataModule(RowsDataModule):
         val_documents: int,
         separate_documents: bool,
         seed: int,
+        deduplicate: str | None = None,
     ) -> None:
         super().__init__(
             seq_len=seq_len,
@@ -67,7 +70,10 @@ class TextDataModule(RowsDataModule):
         )
         self.path, self.val_path, self.val_fraction, self.column = path, val_path, val_fraction, column
         self.streaming, self.block_rows, self.val_documents = streaming, block_rows, val_documents
-        self.separate_documents = separate_documents
+        self.separate_documents, self.deduplicate = separate_documents, deduplicate
+        check_mode(deduplicate)
+        if deduplicate and streaming:
+            raise ConfigError(f"data.deduplicate={deduplicate}: a stream is read once; leave it out, or data.streaming")
         if not 0 < val_fraction < 1:
             raise ConfigError(f"data.val_fraction must lie between 0 and 1, not {val_fraction}")
         # sources are looked up now, so that a wrong path fails before a model is built
@@ -81,6 +87,8 @@ class TextDataModule(RowsDataModule):
         """Training and validation documents; with streaming, the former are an iterable."""
         if self._tables is None:
             table = sources.read_documents(self.source, self.column, streaming=self.streaming)
+            if self.deduplicate:
+                table = without_duplicates(table, self.deduplicate, name=self.path)
             if self.val_source:
                 self._tables = table, sources.read_documents(self.val_source, self.column)
             elif self.streaming:
@@ -98,11 +106,10 @@ class TextDataModule(RowsDataModule):
                 self._tables = split_text(table, self.val_fraction)
         return self._tables
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
-        """A byte-pair tokenizer learned from the training documents; of a stream, from its first 20,000."""
+    def training_texts(self) -> Iterable[str]:
+        """The training documents; of a stream, its first 20,000."""
         table, _ = self.documents()
-        texts = self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
-        return train_bpe(texts, vocab_size)
+        return self._first(table, 20_000) if self.streaming else (example["text"] for example in table)
 
     def _first(self, table: "IterableTable", n: int) -> list[str]:
         """The first n texts of a stream."""
@@ -138,7 +145,8 @@ class TextDataModule(RowsDataModule):
         """
         split = part if source is self.source and not (part == "train" and self.val_source) else "all"
         fraction = self.val_fraction if split != "all" else ""
-        content = sources.cache_name(source, self.column, split, fraction)
+        without = [self.deduplicate] if self.deduplicate and source is self.source else []
+        content = sources.cache_name(source, self.column, split, fraction, *without)
         return PackedRows(tokenize(table, self.tokenizer, content=content), self.row_length, **self.packing)
 
     def summary(self) -> str:
@@ -158,11 +166,13 @@ class TextDataModule(RowsDataModule):
         return " ".join(next((line for line in lines if len(line) >= 4), "").split()[:6])
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
-        if not self.streaming:
-            return super().train_dataloader()
+        return StreamLoader(self.stream(), self.n_batches) if self.streaming else super().train_dataloader()
+
+    def stream(self) -> BatchStream:
+        """The training documents as an endless stream of batches."""
         plan = self.batch_plan()
         train, _ = self.documents()
-        rows = BatchStream(
+        return BatchStream(
             train,
             self.tokenizer,
             self.collate,
@@ -171,4 +181,3 @@ class TextDataModule(RowsDataModule):
             block_rows=self.block_rows if self.shuffle else plan.batch_size,
             continuous=self.source.is_text,
         )
-        return StreamLoader(rows, self.n_batches)

@@ -4,12 +4,13 @@ The loss needs the completion of another row as a mismatched one, so every batch
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_label
 from genai_pl.data.loader import BatchPlan
 from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
@@ -17,7 +18,6 @@ from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, 
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
-from genai_pl.data.tokenizer import train_bpe
 from genai_pl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class UnpairedDataModule(MessagesDataModule):
         super().__init__(**rest)
         self.columns = {"prompt": prompt, "completion": completion, "label": label}
 
-    def required_columns(self) -> dict[str, str]:
-        return {f"data.{role}": column for role, column in self.columns.items()}
+    def roles(self, source: sources.Source, names: Sequence[str]) -> dict[str, str]:
+        return self.recognized(source, names, self.columns)
 
     def batch_plan(self) -> BatchPlan:
         plan = super().batch_plan()
@@ -61,15 +61,15 @@ class UnpairedDataModule(MessagesDataModule):
         return plan
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        answer = text_or_messages(record.get(roles["completion"]), place._replace(column=roles["completion"]))
+        answer = text_or_messages(record.get(roles["completion"]), place.at(roles["completion"]))
         prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
-        label = parse_label(record.get(roles["label"]), place._replace(column=roles["label"]))
+        label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
         return {"prompt": prompt, "completion": completion, "label": label}
 
-    def train_tokenizer(self, vocab_size: int) -> "PreTrainedTokenizerBase":
+    def training_texts(self) -> Iterable[str]:
         train, _ = self.tables()
         values = (json.loads(row[role]) for row in train for role in ("prompt", "completion"))
-        return train_bpe((text for value in values for text in message_texts(value)), vocab_size)
+        return (text for value in values for text in message_texts(value))
 
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)

@@ -113,6 +113,20 @@ class _Collective(torch.autograd.Function):
         return ctx.grad_collective(d), None, None
 
 
+def exchange_rows(x: Tensor, *, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows (sum of `received`, C) from all ranks of a group, in the order of ranks, for rows (sum of `sent`, C) to them.
+
+    sent, received: numbers of rows, by rank. Gradients go the other way.
+    """
+    there = partial(_all_to_all, sent, received, group.group_name)
+    back = partial(_all_to_all, received, sent, group.group_name)
+    return _Collective.apply(x, there, back)
+
+
+def _all_to_all(sent: list[int], received: list[int], group: str, x: Tensor) -> Tensor:
+    return COLLECTIVES.wait_tensor(COLLECTIVES.all_to_all_single(x.contiguous(), received, sent, group))
+
+
 def _identity(x: Tensor) -> Tensor:
     return x.view_as(x)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_json, parse_list, parse_text
+from genai_pl.data.formats import HISTORY, instruction_messages, is_dialogue, parse_dialogue
 from genai_pl.data.messages import (
     Message,
     TextOrMessages,
@@ -22,7 +23,7 @@ from genai_pl.data.messages import (
     prepend_system,
     text_or_messages,
 )
-from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, parse_prompt
+from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, RESPONSE, parse_prompt
 from genai_pl.data.records import Record
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_labelled_question, read_question
@@ -41,7 +42,7 @@ class Conversation(NamedTuple):
     tools: list[Message]
 
 
-OPTIONAL = {"tools", "system", INPUT, CONTEXT}
+OPTIONAL = {"tools", "system", INPUT, CONTEXT, HISTORY}
 
 
 class Kind(Enum):
@@ -55,23 +56,31 @@ class Kind(Enum):
     completions = ("prompt", "completion", "tools", "system")
     pairs = ("chosen", "rejected", "tools", "system")  # preferences whose answers begin with the prompt
     share_gpt = ("conversations", "tools", "system")  # ShareGPT
-    instructions = (INSTRUCTION, OUTPUT, INPUT, CONTEXT)  # Alpaca
+    instructions = (INSTRUCTION, OUTPUT, INPUT, HISTORY, "system")  # Alpaca
+    dolly = (INSTRUCTION, RESPONSE, CONTEXT, "system")
     text = ("text",)
 
 
 CANONICAL_KINDS = {Kind.questions: Kind.choices, Kind.labelled: Kind.choices, Kind.pairs: Kind.preferences}
-CANONICAL_KINDS |= {Kind.share_gpt: Kind.conversations, Kind.instructions: Kind.completions}
+FOREIGN_KINDS = (Kind.share_gpt, Kind.instructions, Kind.dolly)  # of other projects; the columns of two are ambiguous
+CANONICAL_KINDS |= dict.fromkeys(FOREIGN_KINDS, Kind.conversations)
 
 
 def read_examples(
-    path: str, *, column: str | None = None, last_word: bool = False, limit: int | None = None
+    path: str,
+    *,
+    column: str | None = None,
+    last_word: bool = False,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Kind, list[list]]:
     """The kind of the rows and their columns, those of the kind in its order, or one column of `Question`s.
 
     path: a source, of which a shipped set gives its validation file. column: read this column as texts.
     last_word: make a text into a prompt and its last word as completion (LAMBADA). limit: rows to read.
+    columns: {name: name in the files} of columns with other names.
     """
-    source = sources.shipped_validation(path) or sources.find_source(path)
+    source = sources.shipped_validation(path) or sources.find_source(path, columns=columns)
     available = sources.column_names(source)
     # the columns decide, unless an option names a column of texts
     if column is None and not last_word:
@@ -91,23 +100,23 @@ def read_examples(
     kind = CANONICAL_KINDS.get(kind, kind)
     if kind is Kind.choices:
         return kind, [examples]
-    columns = [list(column) for column in zip(*examples, strict=True)]
+    values = [list(column) for column in zip(*examples, strict=True)]
     if kind is Kind.completions:
-        if isinstance(columns[0][0], str):
-            return kind, columns[:2]
+        if isinstance(values[0][0], str):
+            return kind, values[:2]
         with name_path_in_errors(path):
-            return Kind.conversations, [[*map(_given_conversation, count(1), *columns)]]
+            return Kind.conversations, [[*map(_given_conversation, count(1), *values)]]
     if last_word:
         with name_path_in_errors(path):
-            return Kind.completions, split_last_words(columns[0])
-    if kind is Kind.text and (empty := [n for n, text in enumerate(columns[0], start=1) if not text]):
+            return Kind.completions, split_last_words(values[0])
+    if kind is Kind.text and (empty := [n for n, text in enumerate(values[0], start=1) if not text]):
         log.warning("data        %s of %s texts are empty, first row %s", len(empty), len(examples), empty[0])
-    return kind, columns
+    return kind, values
 
 
 def read_texts(place: Place, record: Record) -> list[str]:
     """The texts of a record."""
-    return [parse_text(cell, place._replace(column=name)) for name, cell in record.items()]
+    return [parse_text(cell, place.at(name)) for name, cell in record.items()]
 
 
 def read_pair(place: Place, record: Record) -> list[TextOrMessages]:
@@ -118,27 +127,37 @@ def read_pair(place: Place, record: Record) -> list[TextOrMessages]:
 def read_conversation(place: Place, record: Record) -> list[Conversation]:
     """The conversation of a record."""
     name = "messages" if "messages" in record else "conversations"
-    messages = prepend_system(
-        parse_messages(record[name], place._replace(column=name)), record.get("system"), place._replace(column="system")
-    )
-    return [Conversation(messages, 0, parse_tools(record.get("tools"), place._replace(column="tools")))]
+    messages = prepend_system(parse_messages(record[name], place.at(name)), record.get("system"), place.at("system"))
+    return [Conversation(messages, 0, parse_tools(record.get("tools"), place.at("tools")))]
+
+
+def read_instruction(place: Place, record: Record) -> list[Conversation]:
+    """The conversation of an Alpaca or Dolly row, of which the answer is scored, and earlier ones of its history."""
+    roles = {name: name for name in record}
+    messages = instruction_messages(record, roles, place)
+    messages = prepend_system(messages, record.get("system"), place.at("system"))
+    answer = OUTPUT if OUTPUT in record else RESPONSE
+    messages.append({"role": "assistant", "content": parse_text(record[answer], place.at(answer))})
+    return [Conversation(messages, 0, [])]
 
 
 def read_completion(place: Place, record: Record) -> list[TextOrMessages]:
     """Prompt and completion of a record, texts or messages, and its tools."""
-    return _split_answers(place, record, "completion" if "completion" in record else OUTPUT)
+    return _split_answers(place, record, "completion")
 
 
 def _split_answers(place: Place, record: Record, *columns: str) -> list[TextOrMessages]:
     """The prompt of a record, its answers in the given columns, and its tools."""
-    prompt_column = next((name for name in ("prompt", INSTRUCTION) if name in record), None)
-    answers = [text_or_messages(record[name], place._replace(column=name)) for name in columns]
+    prompt_column = "prompt" if "prompt" in record else None
+    answers = [text_or_messages(record[name], place.at(name)) for name in columns]
+    if prompt_column is None and all(map(is_dialogue, answers)):  # HH
+        answers = [parse_dialogue(text, place.at(name)) for text, name in zip(answers, columns, strict=True)]
     prompt, answers = extract_prompt(
         parse_prompt(record, prompt_column, place) if prompt_column else None, answers, place
     )
     if not isinstance(prompt, str):
-        prompt = prepend_system(prompt, record.get("system"), place._replace(column="system"))
-    tools = [] if isinstance(prompt, str) else parse_tools(record.get("tools"), place._replace(column="tools"))
+        prompt = prepend_system(prompt, record.get("system"), place.at("system"))
+    tools = [] if isinstance(prompt, str) else parse_tools(record.get("tools"), place.at("tools"))
     return [prompt, *answers, tools]
 
 
@@ -150,9 +169,9 @@ def read_choice(place: Place, record: Record) -> Question:
     names = list(record)
     # the prompt, in ARC's form for a `question`
     question, choices, answer = record.values()
-    question = parse_text(question, place._replace(column=names[0]))
+    question = parse_text(question, place.at(names[0]))
     prompt = f"Question: {question}\nAnswer:" if names[0] == "question" else question
-    choices_place = place._replace(column=names[1])
+    choices_place = place.at(names[1])
     choices = parse_json(choices, choices_place) if isinstance(choices, str) else choices
     # choices as an object of texts and labels, or as a list
     if isinstance(choices, Mapping):
@@ -187,20 +206,27 @@ READERS = {
     Kind.conversations: read_conversation,
     Kind.share_gpt: read_conversation,
     Kind.completions: read_completion,
-    Kind.instructions: read_completion,
+    Kind.instructions: read_instruction,
+    Kind.dolly: read_instruction,
     Kind.text: read_texts,
 }
 
 
 def find_kind(path: str, names: Sequence[str]) -> Kind:
     """The first kind whose columns are all there; DataError lists the columns found and those of every kind."""
-    for kind in Kind:
-        if {*kind.value} - OPTIONAL <= set(names):
-            return kind
+    fitting = [kind for kind in Kind if {*kind.value} - OPTIONAL <= set(names)]
+    foreign = [kind.name for kind in fitting if kind in FOREIGN_KINDS]
+    if len(foreign) > 1 and fitting[0] in FOREIGN_KINDS:
+        raise DataError(
+            f"data.path={path}: found: {', '.join(names)}; that is {' and '.join(foreign)}: name the columns that count "
+            "(data.columns={prompt: NAME, completion: NAME})"
+        )
+    if fitting:
+        return fitting[0]
     known = "; ".join(" ".join(name for name in kind.value if name not in OPTIONAL) for kind in reversed(Kind))
     raise DataError(
         f"data.path={path}: no column 'text', nor those of another kind of rows; found: {', '.join(names)} "
-        f"(known: {known}; set data.column)"
+        f"(known: {known}; set data.column, or data.columns={{prompt: NAME}})"
     )
 
 

@@ -5,7 +5,7 @@ are a specification in plain tensor operations, faster code for a CPU, and Trito
 """
 
 from genai_pl.kernels.attention import BACKENDS, attention, attention_with, choose_backend
-from genai_pl.kernels.cross_entropy import linear_cross_entropy
+from genai_pl.kernels.cross_entropy import GroupSums, linear_cross_entropy
 from genai_pl.kernels.logprobs import linear_logprobs
 from genai_pl.kernels.mask import AttentionMask, positions_from_segments
 from genai_pl.kernels.score_options import ScoreOptions
@@ -14,6 +14,7 @@ from genai_pl.kernels.vector_math import resolve_vector_math
 __all__ = [
     "BACKENDS",
     "AttentionMask",
+    "GroupSums",
     "ScoreOptions",
     "attention",
     "attention_with",

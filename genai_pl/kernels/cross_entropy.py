@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from genai_pl.kernels.chunked_logits import Projection, chunks, matmul_dtype, softmax_
+from genai_pl.kernels.chunked_logits import Projection, Rows, chunks, matmul_dtype, softmax_
 from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.kernels.vocab_parallel import VocabShard, local_vocab_shard
 
 
+class GroupSums(NamedTuple):
+    """Sums of the loss by group of tokens: groups (...) of integers, like labels, and sums (K,), which are added to."""
+
+    groups: Tensor
+    sums: Tensor
+
+
 class _Options(NamedTuple):
-    """The arguments of `linear_cross_entropy` that are no tensors, and the shard of the vocabulary, None for all of it."""
+    """The arguments of `linear_cross_entropy` that need no gradient, and the shard of the vocabulary, None for all of it."""
 
     softcap: float | None
     label_smoothing: float
@@ -26,6 +33,7 @@ class _Options(NamedTuple):
     chunk_tokens: int | None
     with_gradients: bool
     shard: VocabShard | None
+    by_group: GroupSums | None
 
 
 @uncompiled("its loop over chunks is as fast in eager mode, and its length depends on the labels")
@@ -40,6 +48,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    by_group: GroupSums | None = None,
 ) -> Tensor:
     """Sum over labelled tokens of the cross entropy of hidden @ weight.T (+ bias), plus z_loss * logsumexp**2.
 
@@ -48,6 +57,7 @@ def linear_cross_entropy(
     label_smoothing  the share of the target that all V words have equally (Szegedy et al. 2016)
     z_loss           the factor of logsumexp**2, which keeps logits from drifting (PaLM, section 5)
     chunk_tokens     tokens at a time; None: as many as the memory budget holds
+    by_group         groups of the tokens, and where the sums of the loss by group are added, in place and without gradient
 
     The sum is float32 at least, and the caller divides it by its own number of targets. Backward runs once: gradients are
     made with the loss, and given away. Processes that hold shards of the vocabulary (a DTensor weight) and have the same
@@ -60,7 +70,8 @@ def linear_cross_entropy(
     # inside the Function grad mode is always off, and inputs look as if they needed gradients under no_grad too
     with_gradients = torch.is_grad_enabled()
     weight, bias, shard = local_vocab_shard(weight, bias)
-    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, shard)
+    by_group = by_group and by_group._replace(groups=by_group.groups.reshape(-1))
+    options = _Options(softcap, label_smoothing, z_loss, ignore_index, chunk_tokens, with_gradients, shard, by_group)
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels.reshape(-1), options)
 
@@ -86,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dtype=precision["matmul_dtype"],
         ):
             logits = projection.logits(rows)
-            total += _loss_(projection, logits, labels[rows], options)
+            total += _loss_(projection, logits, labels[rows], rows, options)
             if projection.tracks:
                 projection.add_gradients(rows, logits)
         # each process knows the gradient of hidden states through its own words
@@ -105,21 +116,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None, None
 
 
-def _loss_(projection: Projection, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
-    """The summed loss of a chunk by the code for its weight; its products (n, V) become their own gradient if any is tracked."""
+def _loss_(projection: Projection, logits: Tensor, labels: Tensor, rows: Rows, options: _Options) -> Tensor:
+    """The summed loss of a chunk by the code for its weight; its products (n, V) become their own gradient if any is tracked.
+
+    rows: the chunk's tokens, whose groups' sums are added to.
+    """
+    groups = None if options.by_group is None else options.by_group.groups[rows]
     extra = {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
     if projection.fused:
-        return projection.cross_entropy_(logits, labels, **extra, with_gradients=projection.tracks).sum()
+        losses = projection.cross_entropy_(logits, labels, **extra, with_gradients=projection.tracks)
+        _add_by_group(options.by_group, groups, losses)
+        return losses.sum()
     # a shard communicates in each block
     total = torch.zeros((), dtype=projection.dtype, device=logits.device)
-    for rows, block in projection.float_blocks(logits, whole=options.shard is not None):
+    for part, block in projection.float_blocks(logits, whole=options.shard is not None):
         loss_ = _eager_loss_ if options.shard is None else options.shard.cross_entropy_
-        total += loss_(block, labels[rows], **extra)
+        losses = loss_(block, labels[part], **extra)
+        _add_by_group(options.by_group, None if groups is None else groups[part], losses)
+        total += losses.sum()
     return total
 
 
+def _add_by_group(by_group: GroupSums | None, groups: Tensor | None, losses: Tensor) -> None:
+    """Add the losses (n,) of tokens to the sums of their groups (n,)."""
+    if by_group is not None:
+        by_group.sums.index_add_(0, groups, losses.to(by_group.sums.dtype))
+
+
 def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
-    """The summed loss of some tokens in tensor operations; their logits (n, V) become their own gradient.
+    """The losses (n,) of some tokens in tensor operations; their logits (n, V) become their own gradient.
 
     With p the softmax and q the smoothed target the gradient is (1 + 2 z_loss logsumexp) p - q, written over the
     logits without another (n, V).
@@ -134,4 +159,4 @@ def _eager_loss_(logits: Tensor, labels: Tensor, *, label_smoothing: float, z_lo
     logits[torch.arange(n, device=labels.device), labels] -= 1 - label_smoothing
     if label_smoothing:
         logits.sub_(label_smoothing / V)
-    return (logsumexp - goal + z_loss * logsumexp.square()).sum()
+    return (logsumexp - goal + z_loss * logsumexp.square()).reshape(n)

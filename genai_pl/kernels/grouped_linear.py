@@ -26,6 +26,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
+    else:
+        weight = weight.to(x.dtype)  # a frozen one may be held in 16 bits
     return torch.ops.genai_pl.grouped_linear(x, weight, ends)
 
 
@@ -35,9 +37,12 @@ def grouped_rows(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def serves(x: Tensor, *sizes: int) -> bool:
-    """True where torch._grouped_mm has a kernel: on a GPU, in bfloat16, for sizes that are multiples of 16 bytes."""
+    """True where torch._grouped_mm has a kernel: on a GPU, in bfloat16, for rows in sizes that are multiples of 16 bytes.
+
+    Of divided experts a rank may get no row at all.
+    """
     aligned = all(size * x.element_size() % ALIGNED == 0 for size in sizes)
-    return x.device.type == "cuda" and x.dtype is torch.bfloat16 and aligned
+    return x.device.type == "cuda" and x.dtype is torch.bfloat16 and aligned and x.shape[0] > 0
 
 
 def by_groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

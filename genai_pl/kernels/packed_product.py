@@ -87,7 +87,7 @@ def _products(dtype: torch.dtype) -> list[Product]:
     ]
     if dtype is torch.bfloat16:
         half += [
-            Product("bfloat16 by oneDNN", _pack_onednn, _multiply_onednn),
+            BF16,
             Product("bfloat16", torch.Tensor.bfloat16, lambda x, weight: F.linear(x.bfloat16(), weight).float()),
         ]
     return [*half, Product("float32", by_columns, F.linear)]
@@ -117,6 +117,9 @@ def _pack_onednn(weight: Tensor) -> Tensor:
 
 def _multiply_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), weight, None, "none", [], "").float()
+
+
+BF16 = Product("bfloat16 by oneDNN", _pack_onednn, _multiply_onednn)  # rounds as autocast does
 
 
 # 8 bits

@@ -35,7 +35,7 @@ class VocabShard(NamedTuple):
         return is_local, local_ids.where(is_local, 0)
 
     def cross_entropy_(self, logits: Tensor, labels: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
-        """The summed loss of a chunk over the whole vocabulary; logits (n, n_tokens of this process) become their gradient.
+        """The losses (n,) of a chunk over the whole vocabulary; logits (n, n_tokens of this process) become their gradient.
 
         The arithmetic is that of `cross_entropy._eager_loss_`, with sums over words taken over the group.
         """
@@ -54,7 +54,7 @@ class VocabShard(NamedTuple):
         logits[rows, local_ids] -= (1 - label_smoothing) * is_local
         if label_smoothing:
             logits.sub_(label_smoothing / self.vocab_size)
-        return (logsumexp - torch.lerp(goal, mean, label_smoothing) + z_loss * logsumexp.square()).sum()
+        return logsumexp - torch.lerp(goal, mean, label_smoothing) + z_loss * logsumexp.square()
 
     def argmax(self, logits: Tensor) -> Tensor:
         """The token of the highest logit over the whole vocabulary, (n,); the first of several."""

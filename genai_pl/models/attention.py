@@ -75,6 +75,7 @@ class Attention(nn.Module):
         self.q_norm = build_norm(config, widths[0]) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, widths[1]) if config.qk_norm and not keys_are_queries else nn.Identity()
         # the scores
+        self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.attention_sinks else None
         self.dropout, self.softcap = config.dropout, config.softcap
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.n_alibi = config.n_head if config.position is Position.alibi else 0
@@ -124,7 +125,8 @@ class Attention(nn.Module):
         # an explicit bias already includes the ALiBi distances
         alibi = alibi_slopes(self.n_alibi, device=q.device) if self.n_alibi and bias is None else None
         dropout_p = self.dropout if self.training else 0.0
-        return q, ScoreOptions(scale=self.scale, softcap=self.softcap, bias=bias, alibi=alibi, dropout_p=dropout_p)
+        scores = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        return q, ScoreOptions(**scores, bias=bias, alibi=alibi, dropout_p=dropout_p)
 
     def _keys_and_values(self, x: Tensor, q: Tensor | None, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         """Keys and values (B, K, S, D) of x (B, T, C), after those of virtual tokens and of the cache, which keeps them."""

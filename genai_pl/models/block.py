@@ -29,7 +29,8 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm_order is not NormOrder.post  # also true for sandwich
         sandwich = config.norm_order is NormOrder.sandwich
-        self.norm1 = build_norm(config, config.n_embd)
+        has_norm = layer > 0 or config.first_norm
+        self.norm1 = build_norm(config, config.n_embd) if has_norm else nn.Identity()
         self.attention = Attention(config, layer)
         self.norm1_after = build_norm(config, config.n_embd) if sandwich else nn.Identity()
         self.cross = None

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from genai_pl.config.enums import Router as RouterKind
 from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.dtensor import local_shard
 from genai_pl.kernels.uncompiled import uncompiled
-from genai_pl.models.layers import MLP, GatedMLP, build_activation
+from genai_pl.models.layers import MLP, GatedMLP, build_activation, build_glu
 
 
 class Dispatch(NamedTuple):
@@ -79,26 +80,29 @@ def _collect(routing: LayerRouting) -> None:
 class Router(nn.Module):
     """The experts of each token and their weights: softmax or sigmoid scores of x W^T in float32, and the k highest.
 
-    config: kind of scores, k, and whether the k weights are divided by their sum. A `bias` (E,) is added for the choice
-    only (DeepSeek-V3, arXiv 2412.19437, eq. 16). Float32, as a rounded score sends a token elsewhere (Fedus et al. 2021).
+    config: kind of scores, k, whether the logits have a `bias` (E,), and whether the k weights are divided by their sum,
+    which makes of a softmax over all experts the softmax over the k. A balance bias (E,) is added for the choice only
+    (DeepSeek-V3, arXiv 2412.19437, eq. 16). Float32, as a rounded score sends a token elsewhere (Fedus et al. 2021).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.n_experts)) if config.router_bias else None
         self.k, self.normalizes, self.scale = config.experts_per_token, config.normalize_top_k, config.router_scale
         self.is_sigmoid = config.router is RouterKind.sigmoid
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, balance_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weights (N, k), experts (N, k), scores (N, E) and logits (N, E) of tokens (N, C)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype), bias)
             scores = logits.sigmoid() if self.is_sigmoid else logits.softmax(-1)
-            if bias is None:
+            if balance_bias is None:
                 weights, experts = scores.topk(self.k)
             else:
-                experts = (scores + bias.to(dtype)).topk(self.k).indices
+                experts = (scores + balance_bias.to(dtype)).topk(self.k).indices
                 weights = scores.gather(1, experts)
             if self.normalizes:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
@@ -106,7 +110,10 @@ class Router(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """x W_e^T + b_e for rows sorted by expert, (N k, in) -> (N k, out), with weight (E, out, in) and bias (E, out) or None."""
+    """x W_e^T + b_e for rows sorted by expert, (N k, in) -> (N k, out), with weight (E, out, in) and bias (E, out) or None.
+
+    Under expert parallelism a rank holds some of the E, and gets their rows.
+    """
 
     def __init__(self, n_experts: int, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
@@ -118,8 +125,8 @@ class ExpertLinear(nn.Module):
         # late: registering an operator imports triton, which only mixtures need to wait for
         from genai_pl.kernels.grouped_linear import grouped_linear, grouped_rows
 
-        y = grouped_linear(x, self.weight, dispatch.ends)
-        return y if self.bias is None else y + grouped_rows(self.bias, dispatch.experts).to(y.dtype)
+        y = grouped_linear(x, local_shard(self.weight), dispatch.ends)
+        return y if self.bias is None else y + grouped_rows(local_shard(self.bias), dispatch.experts).to(y.dtype)
 
 
 class Experts(nn.Module):
@@ -131,12 +138,13 @@ class Experts(nn.Module):
         self.gate_proj = ExpertLinear(E, C, F_, bias=bias) if config.gated_mlp else None
         self.up_proj = ExpertLinear(E, C, F_, bias=bias)
         self.down_proj = ExpertLinear(E, F_, C, bias=bias)
-        self.activation = build_activation(config.activation)
+        self.activation = None if config.gated_mlp else build_activation(config.activation)
+        self.glu = build_glu(config) if config.gated_mlp else None
 
     def forward(self, x: Tensor, dispatch: Dispatch) -> Tensor:
         """The MLP of its expert for each row, (N k, C) -> (N k, C)."""
         up = self.up_proj(x, dispatch)
-        hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x, dispatch)) * up
+        hidden = self.activation(up) if self.glu is None else self.glu(self.gate_proj(x, dispatch), up)
         return self.down_proj(hidden, dispatch)
 
 
@@ -164,8 +172,8 @@ class MoE(nn.Module):
             counted = None if real is None else real.reshape(-1)
             _collect(LayerRouting(self, *statistics(experts, scores, logits, counted)))
         dispatch = sort_by_expert(experts, self.n_experts, tokens_per_row=x.shape[-2])
-        y = self.experts(_Sort.apply(flat, dispatch.order, dispatch.inverse, dispatch.k), dispatch)  # (N k, C)
-        y = _Sort.apply(y, dispatch.inverse, dispatch.order, 1).view(*experts.shape, -1)  # (N, k, C), by token again
+        y = self.experts(SortRows.apply(flat, dispatch.order, dispatch.inverse, dispatch.k), dispatch)  # (N k, C)
+        y = SortRows.apply(y, dispatch.inverse, dispatch.order, 1).view(*experts.shape, -1)  # (N, k, C), by token again
         y = (y * weights[..., None].to(y.dtype)).sum(1)
         if self.shared is not None:
             y = y + self.shared(flat)
@@ -202,7 +210,7 @@ def statistics(
     return load, balance, z
 
 
-class _Sort(torch.autograd.Function):
+class SortRows(torch.autograd.Function):
     """Rows (N, C), each k times, in a given order of the N k: gathers both ways, so that no sum depends on threads."""
 
     @staticmethod

@@ -70,7 +70,7 @@ class FusedBlock:
     def __init__(self, block: Block, product: Product | None, layout: Callable[[Tensor], Tensor]) -> None:
         heads, mlp = block.attention, block.mlp
         self.heads, self.mlp = heads, mlp
-        self.options = ScoreOptions(scale=heads.scale, softcap=heads.softcap)
+        self.options = ScoreOptions(scale=heads.scale, softcap=heads.softcap, sinks=heads.sinks)
         self.norm1, self.norm2 = _fused_norm(block.norm1), _fused_norm(block.norm2)
         self.qk_norm = _fused_head_norm(heads)
         self.qkv = _join(heads, ("q_proj", "k_proj", "v_proj"), product, layout)
@@ -80,7 +80,7 @@ class FusedBlock:
 
     def _gated(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.mlp.down_proj(self.mlp.activation(gate) * up)
+        return self.mlp.down_proj(self.mlp.glu(gate, up))
 
 
 class FusedForward:

@@ -6,7 +6,7 @@
 | embed where scale_head                   | normal(0, 1) (T5: logits are its products / sqrt(n_embd))   |
 | XLNet's position and type parameters     | normal(0, init_std)                                         |
 | q_proj k_proj v_proj gate_proj up_proj   | normal(0, init_std)                                         |
-| router                                   | normal(0, init_std)                                         |
+| router, sinks of attention               | normal(0, init_std)                                         |
 | o_proj down_proj (write to the residual) | normal(0, init_std / sqrt(2 n_layer)) (Radford et al. 2019) |
 | biases                                   | 0                                                           |
 | norm weights; norm biases                | 1; 0                                                        |
@@ -20,6 +20,7 @@ import math
 from torch import nn
 
 from genai_pl.config.model import ModelConfig
+from genai_pl.models.attention import Attention
 from genai_pl.models.experts import ExpertLinear, Router
 from genai_pl.models.relative_positions import XLPositions
 
@@ -39,7 +40,9 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
         if isinstance(module, XLPositions):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=config.init_std)
-        if isinstance(module, nn.Linear | ExpertLinear) and module.bias is not None:
+        if isinstance(module, Attention) and module.sinks is not None:
+            nn.init.normal_(module.sinks, std=config.init_std)
+        if isinstance(module, nn.Linear | ExpertLinear | Router) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             module.reset_parameters()

@@ -36,6 +36,36 @@ def build_norm(config: ModelConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
+class GLU(nn.Module):
+    """act(gate) * up of two (..., F), the hidden channels of a gated MLP (Shazeer 2020, eq. 5)."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = build_activation(activation)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
+
+
+class ClampedSwiGLU(nn.Module):
+    """g sigmoid(alpha g) (u + 1) of two (..., F), g = min(gate, limit), u up within +-limit (gpt-oss, OpenAI 2025)."""
+
+    def __init__(self, *, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+
+def build_glu(config: ModelConfig) -> nn.Module:
+    """The module (gate, up) -> hidden channels of a gated MLP, by the configuration's activation."""
+    if config.activation is Activation.clamped_swiglu:
+        return ClampedSwiGLU(alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+    return GLU(config.activation)
+
+
 def build_activation(activation: Activation) -> nn.Module:
     """The activation module of a name; `gelu_tanh` is the approximation that GPT-2 was trained with."""
     return {
@@ -75,7 +105,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6): SwiGLU with silu, GEGLU with gelu.
+    """down(glu(gate(x), up(x))), (B, T, C) -> (B, T, C) (Shazeer 2020, eq. 6): SwiGLU with silu, GEGLU with gelu.
 
     Three matrices instead of two: for an equal number of parameters F is two thirds of a plain MLP's. size: F; None: the
     configuration's.
@@ -87,7 +117,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.n_embd, size, bias=config.bias)
         self.up_proj = nn.Linear(config.n_embd, size, bias=config.bias)
         self.down_proj = nn.Linear(size, config.n_embd, bias=config.bias)
-        self.activation = build_activation(config.activation)
+        self.glu = build_glu(config)
 
     @property
     def column_layers(self) -> list[nn.Module]:
@@ -100,7 +130,7 @@ class GatedMLP(nn.Module):
         return [self.down_proj]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.glu(self.gate_proj(x), self.up_proj(x)))
 
 
 class HeadTransform(nn.Module):
@@ -108,7 +138,7 @@ class HeadTransform(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.n_embd, config.embedding_size)
+        self.dense = nn.Linear(config.n_embd, config.embedding_size, bias=config.transform_bias)
         self.activation = build_activation(config.activation)
         self.norm = build_norm(config, config.embedding_size)
 

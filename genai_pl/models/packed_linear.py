@@ -4,15 +4,17 @@ Hidden states, norms and the KV cache stay in float32, so only what is read most
 packed model has no parameters for them any more; it cannot be trained, saved or moved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genai_pl.kernels.packed_product import Product
+from genai_pl.kernels.packed_product import BF16, LACKS, Product
 from genai_pl.models.block import Block
 from genai_pl.models.encoder_decoder import EncoderDecoder
+from genai_pl.models.frozen import FrozenLinear, RoundedLinear
 from genai_pl.models.layers import GatedMLP
 from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
@@ -30,7 +32,7 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x, self.packed)
+        y = self.multiply(x.float(), self.packed)  # under autocast x may be rounded
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
@@ -94,6 +96,32 @@ def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product) -> None
                 setattr(parent, name, replaced[module])
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+
+
+@contextmanager
+def packed_products(model: nn.Module) -> Iterator[None]:
+    """Context without gradients in which linear layers on a CPU multiply by packed bfloat16 copies of their weights.
+
+    For many tokens from weights that stay, as in a rollout: packed once, not for every token. Weights need 16 bits more each
+    meanwhile. Adapters keep their effect, as they call the layer that they wrap. Always the same product, since a probe
+    could choose another one after a resume, which samples other tokens. Without effect where torch has not that product.
+    """
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear, RoundedLinear)]
+    try:
+        try:
+            for layer in layers:
+                layer.forward = PackedLinear(layer.weight, layer.bias, BF16).forward
+        except LACKS:
+            _unpack(layers)
+        yield
+    finally:
+        _unpack(layers)
+
+
+def _unpack(layers: Iterable[nn.Module]) -> None:
+    """Give layers the forward pass of their class again."""
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
 
 
 def equalize(model: nn.Module) -> None:

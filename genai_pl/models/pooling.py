@@ -45,10 +45,14 @@ def scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **e
 def label_scores(model: nn.Module, input_ids: Tensor, segment_ids: Tensor, n: int, **extra_inputs: Tensor) -> Tensor:
     """The scores (B, n, n_labels) of segments 1 .. n of each row, in float32, from the model's head for scores.
 
-    A decoder's score is that of a segment's last token, an encoder's that of its first. extra_inputs: keyword arguments of
-    `features`, such as `shared_prompt_len`.
+    A decoder's score is that of a segment's last token, an encoder's that of its first, or of the mean of its states where
+    its configuration has score_mean. extra_inputs: keyword arguments of `features`, such as `shared_prompt_len`.
     """
     hidden = model.features(input_ids, segment_ids, **extra_inputs)  # (B, T, C)
+    if model.config.score_mean:
+        numbers = torch.arange(1, n + 1, device=hidden.device)
+        own = (segment_ids[:, None] == numbers[:, None]).to(hidden.dtype)  # (B, n, T)
+        return model.label_logits(own @ hidden / own.sum(-1, keepdim=True).clamp(min=1)).float()
     if model.config.shape is Shape.encoder:
         numbers = torch.arange(1, n + 1, device=hidden.device)
         token_positions = (segment_ids[:, None] == numbers[:, None]).int().argmax(-1)  # the first token of each

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.enums import RopeKind
-from genai_pl.config.model import RopeScaling
+from genai_pl.config.rope_scaling import RopeScaling
 
 UNSCALED = RopeScaling()
 
@@ -76,10 +76,13 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling, device: torch.devic
         """The pair of channels that turns so often within the trained length."""
         return head_dim * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_dim - 1)
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     pair = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
-    return 1.0 - ((pair - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    width = 0.001 if low == high else high - low  # no division by zero
+    return 1.0 - ((pair - low) / width).clamp(0.0, 1.0)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

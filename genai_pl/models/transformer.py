@@ -70,7 +70,9 @@ class Transformer(nn.Module):
         self.windows = [_window(config, layer) for layer in range(config.n_layer)]
         # hidden states to logits; a post-norm block ends in a norm of its own
         self.norm = nn.Identity() if config.norm_order is NormOrder.post else build_norm(config, config.n_embd)
-        self.transform = HeadTransform(config) if config.head is Head.transform else nn.Identity()
+        self.transforms_scores = config.score_transform and config.head.scores
+        has_transform = config.head is Head.transform or self.transforms_scores
+        self.transform = HeadTransform(config) if has_transform else nn.Identity()
         self.pooler = Pooler(config.n_embd) if config.pooler else None
         self.head_scale = config.n_embd**-0.5 if config.scale_head else None
         self.logit_softcap = config.logit_softcap
@@ -100,18 +102,28 @@ class Transformer(nn.Module):
         names = {} if labels is None else labels.values()
         extra = {key: value for key, value in self.config.extra.items() if key not in LABEL_KEYS} | names
         n = 1 if labels is None else len(labels.names)
-        self.transform, self.lm_head = nn.Identity(), None
+        self.lm_head = None
+        self._keep_transform(self.config.score_transform and head.scores)
         if head.scores and self.config.head is head and self.config.n_labels == n:
             self.config = replace(self.config, extra=extra)
             return
-        dense = head is Head.score and self.config.shape is Shape.encoder
-        bias = dense or head is Head.tokens  # as transformers' classes have it
+        dense = head is Head.score and self.config.shape is Shape.encoder and not self.transforms_scores
+        bias = dense or head is Head.tokens or self.transforms_scores  # as transformers' classes have it
         options = {"head": head, "head_bias": bias, "n_labels": n, "score_dense": dense}
         pooler = self.config.pooler and not head.scores  # it becomes the dense layer, or has no place in the new class
         self.config = replace(self.config, **options, pooler=pooler, extra=extra)
         self.score, self.score_dense = None, self.score_dense if dense else None
         if head.scores:
             self._build_score_head()
+
+    def _keep_transform(self, wanted: bool) -> None:
+        """Let the new head have the layers of head=transform before it: those of the old head, else new ones; or none."""
+        self.transforms_scores = wanted
+        if not wanted:
+            self.transform = nn.Identity()
+        elif isinstance(self.transform, nn.Identity):
+            self.transform = HeadTransform(self.config).to(self.embed.weight)
+            nn.init.normal_(self.transform.dense.weight, std=self.config.init_std)
 
     def _build_score_head(self) -> None:
         """New layers `score`, and `score_dense` where there is one, on the device and in the dtype of the embedding."""
@@ -130,6 +142,8 @@ class Transformer(nn.Module):
 
     def label_logits(self, hidden: Tensor) -> Tensor:
         """The outputs (..., n_labels) of the head for scores, of hidden states (..., C)."""
+        if self.transforms_scores:
+            hidden = self.dropout(self.transform(hidden))
         if self.score_dense is not None:
             hidden = self.dropout(torch.tanh(self.score_dense(hidden)))
         return self.score(hidden)
@@ -294,9 +308,8 @@ def _pass_on(x: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:
-    """The window of a layer in tokens: every `full_every`th layer has none, and sees everything (Gemma 3)."""
-    full = config.full_every is not None and (layer + 1) % config.full_every == 0
-    return None if full else config.window
+    """The window of a layer in tokens: every `full_every`th layer has none, and sees everything (Gemma 3, ModernBERT)."""
+    return None if layer in config.full_layers else config.window
 
 
 def _build_added_positions(config: ModelConfig) -> nn.Embedding | partial | None:

@@ -66,4 +66,6 @@ def _mixture(config: ModelConfig, dense: nn.Module) -> MoE:
             if layer.bias is not None:
                 layer.bias.copy_(source.bias)
     nn.init.normal_(moe.router.weight, std=config.init_std)
+    if moe.router.bias is not None:
+        nn.init.zeros_(moe.router.bias)
     return moe

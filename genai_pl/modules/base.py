@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from genai_pl.config.enums import Head
 from genai_pl.distributed.dtensor import is_dtensor, local_shard
 from genai_pl.errors import LossError, TrainingError
+from genai_pl.modules.by_source import LOSSES, sums_by_source, sums_of_rows, take_losses
 from genai_pl.modules.columns import Column
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.routing import Routing
@@ -53,6 +54,7 @@ class BaseModule(L.LightningModule, ABC):
 
     shapes: tuple[str, ...] = ()  # shapes of models that the objective can train: decoder, encoder, encoder_decoder
     data_kind = "text"  # kind of data that it reads: a value of conf/data
+    source_kinds: tuple[str, ...] = ()  # further kinds that sources of a mixture may have
     needs: tuple[str, ...] = ()  # special tokens that the tokenizer must have: mask, sentinels, fim
     sparse = False  # whether only a minority of tokens is predicted
     needs_reward = False  # whether a reward function scores completions in training
@@ -78,6 +80,7 @@ class BaseModule(L.LightningModule, ABC):
         self.total_steps = 0  # optimizer steps of the run, from `set_run_length`
         self.validated_at = -1  # step of the last validation
         self.validation_cut = False  # whether the current validation was stopped before its last batch
+        self.source_names: tuple[str, ...] = ()  # of a mixture, whose batches name the `sources` (B,) of their rows
         self.val_sums: Metrics = {}
         self.window: Metrics = {}  # sums of the current accumulation window
         self.finished: Metrics = {}  # sums of the last complete step
@@ -244,9 +247,10 @@ class BaseModule(L.LightningModule, ABC):
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last optimizer step, over all ranks; every rank must call it."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
-        metrics = self.summarize(sums, self._targets)
+        by_source = take_losses(self.source_names, sums)
+        metrics = self.summarize(sums, self._targets) | by_source
         # names with a slash, such as rewards/chosen, keep their prefix
-        return {k if "/" in k else f"train/{k}": v.item() for k, v in metrics.items()}
+        return {k if "/" in k and not k.startswith("loss/") else f"train/{k}": v.item() for k, v in metrics.items()}
 
     def update_metrics(self) -> dict[str, float]:
         """Metrics of the last update, which every rank must ask for: learning rate, gradient norm, norm of each parameter group
@@ -258,7 +262,15 @@ class BaseModule(L.LightningModule, ABC):
         return metrics if self._scaler() is None else {**metrics, "train/skipped_steps": self.skipped}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.count_validated(batch, self.step(batch))
+        sums = self.step(batch)
+        if self.source_names and LOSSES not in sums:  # a batch of one source
+            first = batch["sources"][:1], sums["loss"][None], batch["targets"][None]
+            sums |= sums_by_source(len(self.source_names), *first)
+        self.count_validated(batch, sums)
+
+    def losses_of_rows(self, batch: Batch, loss: Callable[[Tensor], Tensor]) -> Metrics:
+        """Sums by source of a loss that adds up over rows (`sums_of_rows`); none without a mixture."""
+        return sums_of_rows(len(self.source_names), batch["sources"], loss) if self.source_names else {}
 
     def count_validated(self, batch: Batch, sums: Metrics) -> None:
         """Add the sums of a batch, and its targets, to those of the current validation, in float64."""
@@ -279,7 +291,8 @@ class BaseModule(L.LightningModule, ABC):
         targets = sums.pop("targets")
         if targets > 0 and not torch.isfinite(sums.get("loss", targets)):
             raise LossError(f"the validation loss is not finite after step {self.trainer.global_step}")
-        metrics = self.summarize(sums, targets) | self.epoch_metrics()
+        by_source = take_losses(self.source_names, sums)
+        metrics = self.summarize(sums, targets) | self.epoch_metrics() | by_source
         step = torch.tensor(
             float(self.trainer.global_step)
         )  # else Lightning counts the last step of a fit as not yet done

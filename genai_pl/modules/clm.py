@@ -14,6 +14,7 @@ class CausalLMModule(TokenModule):
     """Next-token prediction: each token from those before it in its document (packed rows have several)."""
 
     shapes = ("decoder",)
+    source_kinds = ("text", "chat")  # of a conversation the answers are learned
     make_collator = CausalLMCollator
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -23,6 +24,7 @@ class CausalLMModule(TokenModule):
 class PrefixLMModule(CausalLMModule):
     """Prediction of the tokens after a prefix, within which attention is bidirectional (`prefix` (B,) tokens of a row)."""
 
+    source_kinds = ()
     make_collator = PrefixLMCollator
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -32,5 +34,6 @@ class PrefixLMModule(CausalLMModule):
 class FimModule(CausalLMModule):
     """Next-token prediction on documents whose middle was moved to the end (Bavarian et al. 2022)."""
 
+    source_kinds = ()
     needs = ("fim",)
     make_collator = FimCollator

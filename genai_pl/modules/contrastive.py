@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from genai_pl.config.enums import Head
 from genai_pl.data.text_tokens import append_end_token
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECALLS = (1, 5, 10)
+GRADCACHE_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)  # others gather or split weights around a forward pass
 
 
 class ContrastiveModule(BaseModule):
@@ -32,6 +35,7 @@ class ContrastiveModule(BaseModule):
     pooling: of hidden states to a vector, None for that of the model's folder, or mean
     temperature: of the similarities, learned (as its logarithm) with learn_temperature
     matryoshka_dims: also train these prefixes of the vector as embeddings (Kusupati et al. 2022)
+    gradcache_chunk: texts whose activations exist at once; None: those of the whole batch
     """
 
     shapes = ("encoder", "decoder")
@@ -51,12 +55,20 @@ class ContrastiveModule(BaseModule):
         temperature: float = 0.05,
         learn_temperature: bool = False,
         matryoshka_dims: list[int] | None = None,
+        gradcache_chunk: int | None = None,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if pooling is not None and pooling not in POOLINGS:
             raise ConfigError(f"objective.pooling={pooling} is not one of {', '.join(POOLINGS)}")
         if not temperature > 0:
             raise ConfigError(f"objective.temperature must be above 0, not {temperature}")
+        if gradcache_chunk is not None and gradcache_chunk < 1:
+            raise ConfigError(f"objective.gradcache_chunk={gradcache_chunk} must be at least 1, or null for none")
+        if gradcache_chunk is not None and model.config.n_experts:
+            raise ConfigError(
+                "objective.gradcache_chunk: losses of experts need the whole batch at once; set it to null"
+            )
+        self.gradcache_chunk = gradcache_chunk
         self.collator = PairCollator(vocabulary=vocabulary)
         self.pooling = pooling
         self.sentence = self._default_head(closes=True)
@@ -65,6 +77,11 @@ class ContrastiveModule(BaseModule):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=learn_temperature)
         self.loss = matryoshka(info_nce, matryoshka_dims) if matryoshka_dims else info_nce
         self.held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.gradcache_chunk is not None and not isinstance(self.trainer.strategy, GRADCACHE_STRATEGIES):
+            raise ConfigError("objective.gradcache_chunk runs on one device or with strategy=ddp; set it to null")
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -88,9 +105,21 @@ class ContrastiveModule(BaseModule):
         collator.prompt, collator.max_length, collator.add_end = head.prompt, head.max_length, head.closes
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeddings (N, D) of the texts of a batch."""
-        hidden = self.model.features(batch["input_ids"], batch["segment_ids"])
-        return self.sentence(hidden, batch["segment_ids"])
+        """Embeddings (N, D) of the texts of a batch.
+
+        With gradcache_chunk the loss keeps the vectors alone, and each chunk of texts is embedded again in the backward pass
+        (Gao et al. 2021, GradCache): its gradient is that of the whole batch, because texts do not see each other and dropout
+        draws the same numbers the second time.
+        """
+        inputs = batch["input_ids"], batch["segment_ids"]
+        if self.gradcache_chunk is None:
+            return self._embed(*inputs)
+        chunks = zip(*(x.split(self.gradcache_chunk) for x in inputs), strict=True)
+        return torch.cat([checkpoint(self._embed, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _embed(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """Embeddings (N, D) of texts (N, T)."""
+        return self.sentence(self.model.features(input_ids, segment_ids), segment_ids)
 
     def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
         return {"prompt": text, "embed": True}

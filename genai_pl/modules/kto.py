@@ -59,7 +59,9 @@ class KTOModule(BaseModule):
         ratios = self._ratios(own)
         with torch.no_grad():
             kl = self._mean(self._ratios(mismatched)).clamp(min=0)
-        loss = kto_loss(ratios, desirable, kl, beta=self.beta, **self.weights)
+        options = {"beta": self.beta, **self.weights}
+        loss = kto_loss(ratios, desirable, kl, **options)
+        by_source = self.losses_of_rows(batch, lambda rows: kto_loss(ratios[rows], desirable[rows], kl, **options))
         rewards = self.beta * ratios.detach()
         return {
             "loss": loss,
@@ -67,6 +69,7 @@ class KTOModule(BaseModule):
             "rewards/rejected": rewards[~desirable].sum(),
             "kl": kl * B,
             "desirable": desirable.sum().float(),
+            **by_source,
         }
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:

@@ -95,6 +95,8 @@ class PolicyGradientModule(RolloutModule):
         scored = self.generate_and_score(batch, self.group_size, self._generator())
         self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)
+        of_sources = self.scores_by_source(batch, scored.scores)
+        means |= {f"objective/{name}": mean for name, mean in of_sources.items()}
         self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         # updates; the loops break on all ranks together, as the KL is summed over ranks
@@ -146,7 +148,11 @@ class PolicyGradientModule(RolloutModule):
         parts = [[float(part) for part in mean] for mean in self.means.values()]
         sums, counts = self._over_ranks(torch.tensor(parts, dtype=torch.float64, device=self.device)).unbind(1)
         means = dict(zip(self.means, (sums / counts.clamp(min=1)).tolist(), strict=True))
-        return {k if "/" in k else f"train/{k}": v for k, v in means.items()}
+        # a source of a mixture that this rollout has no prompt of has no score
+        absent = {
+            k for k, n in zip(self.means, counts.tolist(), strict=True) if k.startswith("objective/scores/") and not n
+        }
+        return {k if "/" in k else f"train/{k}": v for k, v in means.items() if k not in absent}
 
     def _generator(self) -> torch.Generator:
         """The sampling generator of this step and rank."""

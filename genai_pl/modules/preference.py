@@ -128,7 +128,9 @@ class PreferenceModule(BaseModule):
         policy = completion_logprobs(self.model, batch)  # (B, 2): chosen, rejected
         lengths = losses.segment_sums(batch["labels"] != IGNORED, batch["segment_ids"], 2)
         if self.kind in WITHOUT_REFERENCE:
-            loss = losses.simpo_loss(policy, lengths, beta=self.beta, target_margin=self.target_margin)
+            simpo = {"beta": self.beta, "target_margin": self.target_margin}
+            loss = losses.simpo_loss(policy, lengths, **simpo)
+            by_source = self.losses_of_rows(batch, lambda rows: losses.simpo_loss(policy[rows], lengths[rows], **simpo))
             rewards = self.beta * policy.detach()
         else:
             reference = batch["reference_logprobs"] if self.reference is None else self._compute_reference(batch)
@@ -136,7 +138,10 @@ class PreferenceModule(BaseModule):
                 self._loss_against_reference(policy, reference, lengths),
                 self.beta * (policy - reference).detach(),
             )
-        return {"loss": loss, **_describe(policy, rewards)}
+            by_source = self.losses_of_rows(
+                batch, lambda rows: self._loss_against_reference(policy[rows], reference[rows], lengths[rows])
+            )
+        return {"loss": loss, **_describe(policy, rewards), **by_source}
 
     def _with_likelihood(self, batch: Batch) -> Metrics:
         """Sums of a loss with a mean over pairs and one over tokens, under a single normalizer, the number of pairs.

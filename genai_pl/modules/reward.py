@@ -64,7 +64,14 @@ class RewardModule(BaseModule):
         if "sizes" in batch:
             return self._ranked(batch)
         chosen, rejected = self._scores(batch, 2).unbind(1)
-        loss = pairwise_reward_loss(chosen, rejected, margin=batch.get("margin"), centering=self.centering)
+        margin = batch.get("margin")
+        loss = pairwise_reward_loss(chosen, rejected, margin=margin, centering=self.centering)
+        by_source = self.losses_of_rows(
+            batch,
+            lambda rows: pairwise_reward_loss(
+                chosen[rows], rejected[rows], margin=None if margin is None else margin[rows], centering=self.centering
+            ),
+        )
         difference = (chosen - rejected).detach()
         return {
             "loss": loss,
@@ -72,6 +79,7 @@ class RewardModule(BaseModule):
             "margin": difference.sum(),
             "rewards/chosen": chosen.detach().sum(),
             "rewards/rejected": rejected.detach().sum(),
+            **by_source,
         }
 
     def _scores(self, batch: Batch, n: int) -> Tensor:

@@ -8,6 +8,7 @@ token_positions)`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.generation.decode import decode
 from genai_pl.generation.text import left_pad
+from genai_pl.models.packed_linear import packed_products
 from genai_pl.modules.base import Batch
 from genai_pl.objectives import IGNORED
 from genai_pl.objectives.preference_collators import groups_batch
@@ -136,8 +139,9 @@ def generate_rollout(
     # sample: prompts are padded on the left, so that all continue in the same column
     input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
     options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
-    steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
-    tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
+    with _rounded_once(model):
+        steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
+        tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
     completions = [_through_end(row, ends) for row in tokens]
     # rows for training, padded on the right
     completion_ids = [np.asarray(row) for row in completions]
@@ -150,6 +154,27 @@ def generate_rollout(
     batch = {name: x.to(device) for name, x in batch.items()}
     ended = torch.tensor([row[-1] in ends for row in completions], device=device)
     return Rollout(batch, token_positions.to(device), mask.to(device), completions, ended)
+
+
+@contextmanager
+def _rounded_once(model: nn.Module) -> Iterator[None]:
+    """A context without gradients in which autocast rounds each weight once, instead of for every token.
+
+    Copies are forgotten afterwards: one that was made without gradients must not serve a pass that needs them.
+    """
+    kind = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    is_packable = kind == "cpu" and not any(is_dtensor(weight) for weight in model.parameters())
+    try:
+        with (
+            packed_products(model) if is_packable else nullcontext(),
+            torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=True),
+        ):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _through_end(row: list[int], ends: Collection[int]) -> list[int]:

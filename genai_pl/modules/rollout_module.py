@@ -112,13 +112,26 @@ class RolloutModule(BaseModule):
             "ended": rollout.ended.sum(),
             "targets": batch["targets"],
         }
+        for name, (total, scored) in self.scores_by_source(batch, scored_rollout.scores).items():
+            sums |= {name: total, f"{name}/scored": scored}
         for name, value in sums.items():
             self.val_sums[name] = self.val_sums.get(name, 0) + value.detach().double()
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """Means over all completions; the score is a mean over those to which a reward applies."""
         scored = sums.pop("scored").clamp(min=1)
-        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored}
+        names = [name for name in sums if name.startswith("scores/") and not name.endswith("/scored")]
+        of_sources = {name: (sums.pop(name), sums.pop(f"{name}/scored")) for name in names}
+        means = {name: total / count for name, (total, count) in of_sources.items() if count > 0}
+        return {**super().summarize(sums, targets), "scores": sums["scores"] / scored, **means}
+
+    def scores_by_source(self, batch: Batch, scores: Tensor) -> Means:
+        """The scores of each source of a mixture as sums with counts; scores: (N,), N / B of each prompt of the batch."""
+        if not self.source_names:
+            return {}
+        sources = batch["sources"].to(scores.device).repeat_interleave(len(scores) // len(batch["sources"]))
+        rows = {name: scores[sources == k] for k, name in enumerate(self.source_names)}
+        return {f"scores/{name}": (own.nansum(), (~own.isnan()).sum()) for name, own in rows.items()}
 
     def generate_and_score(self, batch: Batch, copies: int, generator: torch.Generator) -> ScoredRollout:
         """Completions of each prompt of a batch with their scores (N,), nan where no reward applies.

@@ -10,8 +10,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from genai_pl.kernels import GroupSums
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.by_source import LOSSES, TARGETS
 from genai_pl.objectives import IGNORED, Collator, SpecialTokens, masked_accuracy, token_loss
 
 
@@ -56,6 +58,11 @@ class TokenModule(BaseModule):
         labels, model = batch["labels"], self.model
         labelled = labels != IGNORED
         hidden = self.hidden(batch)
+        by_source, groups = None, None
+        if self.source_names:
+            groups = batch["sources"][:, None].expand(labels.shape)
+            groups = groups[labelled] if self.sparse else groups
+            by_source = GroupSums(groups, labels.new_zeros(len(self.source_names), dtype=torch.float32))
         if self.sparse:  # a masked LM predicts 15 % of the positions: the head need not see the others
             hidden, labels = hidden[labelled], labels[labelled]
         hidden, head, bias = model.to_head(hidden), model.lm_head.weight, model.lm_head.bias
@@ -67,11 +74,16 @@ class TokenModule(BaseModule):
             softcap=model.config.logit_softcap,
             label_smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
+            by_group=by_source,
         )
         # sums for the logs: bytes of the predicted tokens, and in validation how many were predicted exactly
         sums = {"loss": loss, "bytes": self.n_bytes[batch["labels"][labelled]].sum()}
         if not self.training:  # costs a second product with the head
             sums["correct"] = masked_accuracy(hidden, head, labels, bias=bias)
+        if by_source is not None:
+            counts = torch.zeros_like(by_source.sums)
+            counts.index_add_(0, groups.reshape(-1), (labels != IGNORED).reshape(-1).to(counts))
+            sums |= {LOSSES: by_source.sums, TARGETS: counts}
         return sums
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:

@@ -14,7 +14,10 @@ causal_lm_loss = token_loss  # labels[t] is what position t should predict
 
 
 class CausalLMCollator(Collator):
-    """Rows of T + 1 tokens become input_ids and labels (B, T); segment_ids only where a row has padding or two documents."""
+    """Rows of T + 1 tokens become input_ids and labels (B, T); segment_ids only where a row has padding or two documents.
+
+    Of a row with a `loss_mask` (n,) only tokens where it is True are targets.
+    """
 
     overlap = 1
 
@@ -23,7 +26,13 @@ class CausalLMCollator(Collator):
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         ids, segments = [row["input_ids"] for row in rows], [row["segment_ids"] for row in rows]
-        return next_token_batch(ids, segments, pad=self.pad)
+        batch = next_token_batch(ids, segments, pad=self.pad)
+        if not any("loss_mask" in row for row in rows):
+            return batch
+        # rows of conversations learn what their mask says, rows of text everything
+        masks = [row.get("loss_mask", np.ones(len(row["input_ids"]))) for row in rows]
+        labels = torch.where(pad_rows(masks, 0)[:, 1:] > 0, batch["labels"], IGNORED)  # (B, T)
+        return {**batch, "labels": labels, "targets": (labels != IGNORED).sum().float()}
 
 
 def next_token_batch(ids: Sequence[np.ndarray], segments: Sequence[np.ndarray], *, pad: int) -> Batch:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from genai_pl.kernels import linear_cross_entropy
+from genai_pl.kernels import GroupSums, linear_cross_entropy
 from genai_pl.kernels.chunked_logits import chunks, matmul_dtype
 from genai_pl.kernels.uncompiled import uncompiled
 from genai_pl.kernels.vocab_parallel import local_vocab_shard
@@ -20,10 +20,11 @@ def token_loss(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    by_group: GroupSums | None = None,
 ) -> Tensor:
     """-sum_t log P(labels[t]) in nats over the labelled tokens of hidden (..., C), head (V, C) and labels (...).
 
-    z_loss adds z (log Z)^2 (Chowdhery et al. 2022, 5).
+    z_loss adds z (log Z)^2 (Chowdhery et al. 2022, 5). by_group receives the same sums by group of tokens.
     """
     return linear_cross_entropy(
         hidden,
@@ -34,6 +35,7 @@ def token_loss(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         ignore_index=IGNORED,
+        by_group=by_group,
     )
 
 

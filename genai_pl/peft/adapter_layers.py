@@ -152,6 +152,8 @@ def score_layers(model: nn.Module) -> list[str]:
     """Names of the layers of a head for labels; none without such a head."""
     if not model.config.head.scores:
         return []
+    if model.config.score_transform:
+        return [SCORE_LAYERS[0], "transform.dense", "transform.norm"]
     return list(SCORE_LAYERS if model.config.score_dense else SCORE_LAYERS[:1])
 
 

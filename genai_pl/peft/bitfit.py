@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.peft.adapter import Adapter
-from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, scalar_weight, train_whole
-from genai_pl.peft.targets import SCORE_LAYERS, base_module, module_sites
+from genai_pl.peft.adapter_layers import State, WeightAdapter, new_parameter, scalar_weight, score_layers, train_whole
+from genai_pl.peft.targets import base_module, module_sites
 
 
 class TrainedBias(WeightAdapter):
@@ -39,7 +39,8 @@ def bitfit(model: nn.Module) -> nn.Module:
     """The model, frozen except for changes of the biases of its linear layers and LayerNorms; ConfigError if it has none."""
     # every bias must be in a layer that TrainedBias can wrap
     kinds = (nn.Linear, nn.LayerNorm)
-    sites = [site for site in module_sites(model) if "bias" in site.parameters and site.leaf not in SCORE_LAYERS]
+    head = score_layers(model)
+    sites = [site for site in module_sites(model) if "bias" in site.parameters and not any(map(site.is_called, head))]
     unsupported = [type(site.inner).__name__ for site in sites if not isinstance(site.inner, kinds)]
     if unsupported:
         raise ConfigError(f"peft=bitfit: the bias of a {unsupported[0]} cannot be trained; choose peft=lora")

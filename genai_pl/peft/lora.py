@@ -153,7 +153,7 @@ class ExpertLoRA(LoRALinear):
 
     def _product(self, x: Tensor, weight: Tensor, dispatch: Dispatch) -> Tensor:
         """x W_e^T, each row by the matrix of its expert."""
-        return grouped_linear(x, weight, dispatch.ends)
+        return grouped_linear(x, local_shard(weight), dispatch.ends)
 
     def _by_row(self, values: Tensor, dispatch: Dispatch) -> Tensor:
         """Values (E, out) by expert, as they multiply the sorted rows."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from genai_pl.errors import ConfigError
 from genai_pl.models import EncoderDecoder, WrappedDecoder
+from genai_pl.models.frozen import hold_frozen_in_32_bits
 from genai_pl.peft.adapter import AdapterLayer
 from genai_pl.peft.adapter_layers import WeightAdapter
 from genai_pl.peft.quantize import dequantize
@@ -22,6 +23,7 @@ def merge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
             raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
+    hold_frozen_in_32_bits(model)
     for site in module_sites(dequantize(model)):
         layers = adapter_layers(site.module)
         if layers:

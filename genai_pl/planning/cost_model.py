@@ -17,6 +17,7 @@ class Layout:
     """The spread of a run over devices.
 
     data: replicas that see different batches
+    experts: replicas that hold the experts of a mixture between them
     tensor: devices that share each layer
     stages: devices of a pipeline, each of which holds some of the layers
     micro_batches: of a batch, in a pipeline
@@ -29,6 +30,7 @@ class Layout:
     """
 
     data: int = 1
+    experts: int = 1
     tensor: int = 1
     stages: int = 1
     micro_batches: int = 1
@@ -77,6 +79,7 @@ class Share:
     moments: numbers of optimizer state per trained parameter, as wide as weights
     largest_gradient: parameters of the largest weight, where each is stepped as soon as its gradient is known; else
         None
+    experts, trained_experts: those of `weights` and `trained` that belong to routed experts
     """
 
     weights: int
@@ -86,6 +89,8 @@ class Share:
     compute_bytes: int = 4
     moments: float = 2.0
     largest_gradient: int | None = None
+    experts: int = 0
+    trained_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,12 +177,23 @@ class Traffic:
 
 
 def traffic(
-    share: Share, layout: Layout, *, tokens: int, n_layer: int, n_embd: int, passes: int, recomputed: float
+    share: Share,
+    layout: Layout,
+    *,
+    tokens: int,
+    n_layer: int,
+    n_embd: int,
+    passes: int,
+    recomputed: float,
+    expert_rows: int = 0,
 ) -> list[Traffic]:
     """Every collective of an optimizer step of `passes` batches of `tokens` tokens per device, rings throughout.
 
+    expert_rows: rows that a token is in all mixture layers together, k in each
+
     A ring of n sends (n - 1) / n of what it gathers or scatters, and twice that to all-reduce (Patarasuk and Yuan
-    2009). `recomputed` is the share of blocks whose forward pass runs again.
+    2009). `recomputed` is the share of blocks whose forward pass runs again. Under expert parallelism a device gathers and
+    sums the experts that it holds with data / experts others.
     """
     collectives: list[Traffic] = []
     wide = layout.data > 1 and layout.devices > layout.per_node
@@ -186,9 +202,14 @@ def traffic(
     if layout.data > 1 and layout.zero == 3:
         # gathered for the forward pass and the backward pass (Rajbhandari et al. 2020, section 7.2.2: 1.5 times DDP)
         times = passes * (2 if layout.regathers else 1)
-        gathered, summed = share.weights * share.compute_bytes, share.trained * share.weight_bytes
-        collectives.append(Traffic("all-gather of weights", times * ring * gathered, layout.data, wide, True))
-        collectives.append(Traffic("reduce-scatter of gradients", passes * ring * summed, layout.data, wide, True))
+        own_ring = (layout.data / layout.experts - 1) / layout.data  # of 1 / experts of the experts
+        gathered = ring * (share.weights - share.experts) + own_ring * share.experts
+        summed = ring * (share.trained - share.trained_experts) + own_ring * share.trained_experts
+        sent = {
+            "all-gather of weights": times * gathered * share.compute_bytes,
+            "reduce-scatter of gradients": passes * summed * share.weight_bytes,
+        }
+        collectives += [Traffic(what, n_bytes, layout.data, wide, True) for what, n_bytes in sent.items()]
     elif layout.data > 1:
         summed = 2 * ring * share.trained * share.weight_bytes
         collectives.append(Traffic("all-reduce of gradients", summed, layout.data, wide, True))
@@ -205,6 +226,11 @@ def traffic(
         ring = 2 * (layout.tensor - 1) / layout.tensor
         wide = layout.tensor > layout.per_node
         collectives.append(Traffic(what, times * ring * crossing, layout.tensor, wide, False))
+    if layout.experts > 1:
+        # to the experts and back, forward and backward, forward again where it is recomputed (Lepikhin et al. 2020)
+        times = passes * (4 + 2 * recomputed) * expert_rows * (layout.experts - 1) / layout.experts
+        wide = layout.experts > layout.per_node
+        collectives.append(Traffic("all-to-all of tokens", times * crossing, layout.experts, wide, False))
     if layout.stages > 1:
         wide = layout.devices > layout.per_node
         collectives.append(Traffic("send of hidden states", 2 * passes * crossing, layout.stages, wide, True))

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai_pl.config.enums import Shape
@@ -17,6 +18,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels.attention import fused_only
 from genai_pl.models import Model, ModelConfig, flops_per_token, n_parameters
 from genai_pl.models.attention import Attention
+from genai_pl.models.experts import Experts
 from genai_pl.models.flops import multiplied
 from genai_pl.models.transformer import Transformer
 from genai_pl.optim.muon import is_hidden_matrix
@@ -56,6 +58,10 @@ def local_model_config(config: ModelConfig, layout: Layout) -> ModelConfig:
     """
     if config.n_experts and layout.tensor * layout.stages > 1:
         raise ConfigError("model.n_experts is divided by strategy=fsdp only: set trainer=fsdp, or strategy=fsdp")
+    if layout.experts > 1 and (not config.n_experts or config.n_experts % layout.experts):
+        raise ConfigError(
+            f"model.n_experts ({config.n_experts}) must be divisible by strategy.expert_parallel_size ({layout.experts})"
+        )
     for name, parts in (("n_head", layout.tensor), ("n_kv_head", layout.tensor), ("intermediate_size", layout.tensor)):
         if getattr(config, name) % parts:
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {parts}: see strategy")
@@ -148,11 +154,20 @@ def n_recomputed(model: Model, every: int) -> int:
     return len(model.blocks) // every
 
 
-def largest_part(model: Model) -> int:
-    """Parameters of the largest unit that FSDP gathers: a block, or everything outside of blocks."""
+def largest_part(model: Model, *, experts: int = 1) -> int:
+    """Parameters of the largest unit that FSDP gathers: a block, or everything outside of blocks.
+
+    experts: devices that hold the experts between them
+    """
     blocks = list(dict.fromkeys(model.blocks))
     sizes = [n_parameters(block) for block in blocks]
-    return max(*sizes, n_parameters(model) - sum(sizes))
+    held = [n - expert_parameters(block) * (experts - 1) // experts for n, block in zip(sizes, blocks, strict=True)]
+    return max(*held, n_parameters(model) - sum(sizes))
+
+
+def expert_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Parameters of routed experts, adapters on them among these."""
+    return sum(n_parameters(module, trainable=trainable) for module in model.modules() if isinstance(module, Experts))
 
 
 def largest_gradient(model: Model) -> int:

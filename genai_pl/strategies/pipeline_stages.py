@@ -111,7 +111,7 @@ class Pipeline:
         self.stage, self.index, self.group = stage, index, group
         self.schedule, self.micro_batches = schedule, micro_batches
         self._schedules: dict[bool, tuple[torch.Size, PipelineScheduleSingle]] = {}
-        self._names: dict[bool, list[str]] = {}
+        self._shapes: dict[bool, dict[str, torch.Size]] = {}
 
     def run(self, batch: Batch, loss_scale: Tensor, *, train: bool) -> Sums:
         """Sums over the targets of the batch, the same on all stages.
@@ -163,15 +163,17 @@ class Pipeline:
         return kind(stage, n, loss_fn=(lambda loss, _: loss.sum()) if train else None, scale_grads=False)
 
     def _broadcast_sums(self, train: bool) -> Sums:
-        """The last stage's sums on all stages; their names are sent once."""
+        """The last stage's sums on all stages; their names and shapes are sent once."""
         last, sums = self.group.size() - 1, self.stage.sums
-        if train not in self._names:
-            names = [list(sums)]
-            dist.broadcast_object_list(names, group=self.group, group_src=last)
-            self._names[train] = names[0]
-        names, loss_scale = self._names[train], self.stage.loss_scale
-        values = torch.zeros(len(names), dtype=torch.float64, device=loss_scale.device)
+        if train not in self._shapes:
+            shapes = [{name: value.shape for name, value in sums.items()}]
+            dist.broadcast_object_list(shapes, group=self.group, group_src=last)
+            self._shapes[train] = shapes[0]
+        shapes, loss_scale = self._shapes[train], self.stage.loss_scale
+        sizes = [shape.numel() for shape in shapes.values()]
+        values = torch.zeros(sum(sizes), dtype=torch.float64, device=loss_scale.device)
         if self.stage.is_last:
-            values = torch.stack([sums[name].double() for name in names])
+            values = torch.cat([sums[name].double().reshape(-1) for name in shapes])
         dist.broadcast(values, group=self.group, group_src=last)
-        return {name: value.to(loss_scale.dtype) for name, value in zip(names, values, strict=True)}
+        parts = zip(shapes.items(), values.to(loss_scale.dtype).split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}

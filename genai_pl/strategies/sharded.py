@@ -27,8 +27,10 @@ from genai_pl.distributed.dtensor import full_tensor_on_cpu, local_shard, move_u
 from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
 from genai_pl.models.experts import Router
+from genai_pl.modules.rollout_module import RolloutModule
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
+from genai_pl.strategies.expert_parallel import check_experts, expert_mesh, split_experts
 from genai_pl.strategies.fsdp_gather import gather_parameters, unsharded
 from genai_pl.strategies.tensor_parallel import check_split, split_model
 
@@ -44,6 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
     sharded_checkpoints: a folder of shards instead of one file
     async_checkpoints: go on while a copy is being written
     sequence_parallel: also shard hidden states along the sequence, within a tensor-parallel group
+    expert_parallel_size: data-parallel ranks that hold the experts of a mixture between them
     """
 
     shared_size = "tensor_parallel_size"  # the option for the number of ranks that share a batch
@@ -59,6 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
         sharded_checkpoints: bool = False,
         async_checkpoints: bool = False,
         sequence_parallel: bool = False,
+        expert_parallel_size: int = 1,
     ) -> None:
         if async_checkpoints and not sharded_checkpoints:
             raise ConfigError("strategy.async_checkpoints needs strategy.sharded_checkpoints=true")
@@ -67,7 +71,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._requested_sizes, self.replicate_size = (data_parallel_size, tensor_parallel_size), replicate_size
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.sharded_checkpoints, self.async_checkpoints = sharded_checkpoints, async_checkpoints
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.expert_parallel_size = sequence_parallel, expert_parallel_size
         self._is_split, self._saver = False, None
         # unsharded in a tensor-parallel group, each rank of which computes a part of their gradient
         self._shared: list[nn.Parameter] = []
@@ -83,8 +87,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def gathers(self) -> bool:
-        """Whether one rank can hold the full model for a while, to generate text: not under tensor parallelism."""
-        return self._requested_sizes[1] == 1
+        """Whether one rank can hold the full model for a while, to generate text: not where layers are divided."""
+        return self._requested_sizes[1] == self.expert_parallel_size == 1
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -123,6 +127,21 @@ class ShardedStrategy(ModelParallelStrategy):
             check_split(module.model, tensor, sequence_parallel=self.sequence_parallel)
         elif self.sequence_parallel:
             raise ConfigError("strategy.sequence_parallel needs strategy.tensor_parallel_size above 1")
+        if self.expert_parallel_size != 1:
+            self._check_experts(module)
+
+    def _check_experts(self, module: L.LightningModule) -> None:
+        """ConfigError for sizes, objectives and models that expert parallelism cannot take."""
+        (data, tensor), option = self.sizes, f"strategy.expert_parallel_size ({self.expert_parallel_size})"
+        if tensor > 1:
+            raise ConfigError(f"{option}: strategy.tensor_parallel_size must be 1")
+        if isinstance(module, RolloutModule):
+            raise ConfigError(f"{option}: no process holds the whole model to write completions; set it to 1 here")
+        sizes = {"data": data, "replicate": self.replicate_size, "size": self.expert_parallel_size}
+        check_experts(module.model, **sizes)
+        for beside in module.models()[1:]:  # the reference, which may be dense
+            if beside.config.n_experts:
+                check_experts(beside, **sizes)
 
     def setup_environment(self) -> None:
         """Create process groups and the mesh, with three dimensions for hybrid sharding."""
@@ -135,6 +154,9 @@ class ShardedStrategy(ModelParallelStrategy):
             mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
             mesh["replicate", "shard"]._flatten("data_parallel")
             self._device_mesh = mesh
+        if self.expert_parallel_size > 1:
+            sizes = {"data": data, "replicate": self.replicate_size, "size": self.expert_parallel_size}
+            self._expert_mesh = expert_mesh(self.root_device.type, **sizes)
 
     def setup(self, trainer: L.Trainer) -> None:
         """Shard the model once, create the saver of sharded checkpoints, then set up as Lightning does."""
@@ -175,7 +197,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if data.size() > 1 or tensor.size() == 1:
             mesh = self.device_mesh["replicate", "shard"] if self.replicate_size > 1 else data
             replicated += [parameter for model in models for parameter in self._shard(model, mesh)]
-        if tensor.size() == 1:
+        if self.gathers:
             module.unsharded_model = partial(unsharded, module.model, reshard=self.reshard_after_forward)
         # gradients that FSDP does not reduce
         for parameter in replicated:
@@ -196,6 +218,9 @@ class ShardedStrategy(ModelParallelStrategy):
             options["ignored_params"], block_policy = set(ignored), replace(policy, param_dtype=torch.bfloat16)
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        if self.expert_parallel_size > 1:
+            own = {**options, "reshard_after_forward": self.reshard_after_forward}
+            split_experts(model, self._expert_mesh, block_policy, **{k: v for k, v in own.items() if k != "mesh"})
         for block in dict.fromkeys(model.blocks):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, mp_policy=block_policy, **options)
         # embeddings, last norm and head stay gathered until the backward pass, as losses read the head's weight, and

@@ -194,9 +194,9 @@ def check_split(model: nn.Module, size: int, *, sequence_parallel: bool) -> None
             raise ConfigError(f"model.{name} ({getattr(config, name)}) must be divisible by {option}")
     if -(-config.vocab_size // size) * (size - 1) >= config.vocab_size:
         raise ConfigError(f"model.vocab_size ({config.vocab_size}) has no words for each of {option}")
-    if config.n_experts or config.qk_norm_joint:
-        name = "n_experts" if config.n_experts else "qk_norm_joint"
-        raise ConfigError(f"model.{name} cannot be divided by {option}; use strategy=fsdp")
+    for name in ("n_experts", "qk_norm_joint", "attention_sinks"):
+        if getattr(config, name):
+            raise ConfigError(f"model.{name} cannot be divided by {option}; use strategy=fsdp")
     if config.position is Position.xl:
         raise ConfigError(f"model.position=xl cannot be divided by {option}; use strategy=fsdp")
     if config.attention_kind not in (AttentionKind.full, AttentionKind.window):

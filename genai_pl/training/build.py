@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -21,11 +20,13 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
+from genai_pl.models.frozen import hold_frozen_in_16_bits
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
-from genai_pl.recipes.made import check_prepared
+from genai_pl.peft import adapters_of
 from genai_pl.strategies import float8
+from genai_pl.training.data_sources import build_data
 from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
     apply_peft,
@@ -39,7 +40,7 @@ from genai_pl.training.initial_model import (
 )
 from genai_pl.training.label_head import set_objective_head
 from genai_pl.training.length import check_length, overrun_line, read_stored_length, with_warmup
-from genai_pl.training.precision import choose_precision
+from genai_pl.training.precision import choose_precision, may_hold_in_16_bits
 from genai_pl.training.rewards import load_rewards
 from genai_pl.training.targets import instantiate, locate_target
 from genai_pl.training.trainer import (
@@ -64,16 +65,12 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     defaults. Raises ConfigError and DataError for options and data that do not fit each other.
     """
     # what can be refused before anything is read
-    check_prepared(config.data.path)
     lengths = {name: config.trainer[name] for name in ("max_steps", "max_epochs")}
     check_length(**lengths, warmup_steps=config.scheduler.get("warmup_steps"))
     new_options = new_overrides(config)
     report_unused(config, new_options)
-    data = instantiate(config.data, seed=config.seed)
     objective = locate_target(config.objective._target_)
-    if data.kind != objective.data_kind:
-        names = HydraConfig.get().runtime.choices
-        raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
+    data = build_data(config, objective)
 
     # the model as it is before the first step
     initial = build_initial_model(config, data, objective)
@@ -99,15 +96,21 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         config.precision, n_embd=model.config.n_embd, device=device.type, stored=stored_precision
     )
     torch.set_float32_matmul_precision(precision.matmul)
+    holds_in_16_bits = precision.lightning == "bf16-mixed" and may_hold_in_16_bits(config)
+    if holds_in_16_bits:  # DoRA takes norms of the exact weights
+        hold_frozen_in_16_bits(model, rounds=all(adapter.method != "dora" for adapter in adapters_of(model)))
 
     # the objective and the Trainer, whose mistakes come before the data are tokenized
     module = build_module(config, model, tokenizer)
+    if holds_in_16_bits and module.reference is not None and module.reference.copy is not None:
+        hold_frozen_in_16_bits(module.reference.copy, rounds=True)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
     if objective.weighs_classes:
         module.use_targets(data.label_targets())
     if objective.needs_reward:
         connect_reward(config, module, tokenizer, device)
+    module.source_names = data.source_names
     trainer, callbacks = build_trainer(
         config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
     )
@@ -121,7 +124,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         log.warning(line)
     module.set_run_length(length.steps, with_warmup(module.schedule, length.steps, stored_length))
     limit_steps(trainer, length.steps)
-    data.limit_batches(length.steps * trainer.accumulate_grad_batches)
+    n_batches = length.steps * trainer.accumulate_grad_batches
+    data.limit_batches(n_batches, expected=-(-n_batches // module.n_updates(batch_size)))
 
     origins = {"defaults": initial.defaults, "adapter_base": adapter_base}
     run = Run(folder, trainer, module, data, tokenizer, length, precision, **callbacks, **origins)

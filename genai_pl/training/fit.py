@@ -189,7 +189,7 @@ def finish(
         samples = 0.0 if run.samples is None else run.samples.seconds
         measured = {} if run.benchmarks is None else {"benchmarks": run.benchmarks.seconds}
         seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples, **measured}
-        print(describe_seconds(**seconds))
+        print(*run.data.mixture_lines(), describe_seconds(**seconds), sep="\n")
         reported = write_run_report(
             run.folder, results=metrics, best=best_of(run), device=run.trainer.strategy.root_device
         )

@@ -62,6 +62,13 @@ def _choose(n_embd: int, device: str) -> tuple[str, str]:
     return "32-true", "bf16 is no faster here"
 
 
+def may_hold_in_16_bits(config: DictConfig) -> bool:
+    """Whether frozen weights may be of another dtype than trained ones: shards must be of one, and float8 replaces layers."""
+    strategy = config.strategy
+    is_whole = "_target_" not in strategy and strategy.lightning.partition("_")[0] in ("auto", "ddp")
+    return is_whole and not config.precision.get("float8")
+
+
 def plan_precision(config: DictConfig, *, n_embd: int) -> DictConfig:
     """A copy of the configuration whose precision is that of a run on the hardware of the group `plan`."""
     gpu = config.plan.gpu != "cpu"

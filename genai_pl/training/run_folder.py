@@ -61,9 +61,17 @@ def resume_constraints(config: DictConfig) -> dict[str, object]:
     for group in GROUPS:
         values = OmegaConf.to_container(config[group], resolve=True, enum_to_str=True)
         settings |= {f"{group}.{key}": value for key, value in values.items() if f"{group}.{key}" not in FREE}
-    if config.data.get("streaming"):  # workers share the documents
+    # of the sources of a mixture too, names and contents of files count apart
+    paths = dict.fromkeys(DATA)
+    if sources_ := settings.get("data.sources"):
+        for name, source in sources_.items():
+            paths |= {f"data.sources.{name}.{key}": source.pop(key, None) for key in ("path", "val_path")}
+    else:
+        paths = {option: OmegaConf.select(config, option) for option in DATA}
+    streams = [config.data.get("streaming"), *(source.get("streaming") for source in (sources_ or {}).values())]
+    if any(streams):  # workers share the documents
         settings["data.workers"] = config.data.workers
-    return {"fixed": settings, "data": {option: _digest(OmegaConf.select(config, option)) for option in DATA}}
+    return {"fixed": settings, "data": {option: _digest(path) for option, path in paths.items()}}
 
 
 def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run: Path) -> None:
@@ -88,7 +96,7 @@ def check_settings_unchanged(constraints: dict[str, dict], checkpoint: Path, run
     for option, digest in constraints["data"].items():
         if digest is None or stored_digests.get(option, digest) == digest:
             continue  # missing data are reported by their reader
-        if option not in typed_keys:
+        if not any(option == key or option.startswith(f"{key}.") for key in typed_keys):
             raise DataError(
                 f"{option}: its contents have changed since {checkpoint} was written; "
                 f"type {option}= again to go on with what is there now"

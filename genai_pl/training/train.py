@@ -176,6 +176,8 @@ def flatten(config: DictConfig) -> dict[str, object]:
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     left_out = {"callbacks", "logger", "generation", "eval", "output_dir", "dry_run", "plan", "optimized_metric"}
     values["tags"] = ", ".join(values["tags"])
+    if values["data"].get("sources"):
+        values["data"]["path"] = ", ".join(f"{name}: {s['path']}" for name, s in values["data"]["sources"].items())
     left_out |= {name for name in ("run_name", "tags") if not values[name]}
     walk({k: v for k, v in values.items() if k not in left_out}, "")
     return flat

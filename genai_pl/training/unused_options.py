@@ -86,6 +86,16 @@ TRAIN_RULES = (
         _all(_is("model.n_experts", None, 0), _is("init_from", None)),
         "model.n_experts=null",
     ),
+    Rule(
+        ("data.path", "data.val_path"),
+        lambda config: bool(config.data.get("sources")),
+        "each of data.sources has its own",
+    ),
+    Rule(
+        ("data.mix_by", "data.mix_temperature"),
+        lambda config: not config.data.get("sources"),
+        "data.sources=null: nothing is mixed",
+    ),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),
@@ -161,7 +171,7 @@ WRITER_RULE = Rule(
 )
 EVALUATE_RULES = (
     Rule(
-        ("data.path", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        ("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
         _not(_is("tasks", None)),
         "tasks= bring their own data",
     ),
@@ -190,6 +200,25 @@ def _uses_local_model(config: DictConfig) -> bool:
 
 
 FEEDBACK_RULES = (
+    Rule(
+        (
+            "judge",
+            "rubric",
+            "constitution",
+            "judge_model",
+            "key_variable",
+            "retries",
+            "workers",
+            "generation.",
+            "data.prompt",
+            "data.first",
+            "data.second",
+        ),
+        _is("task", "negatives"),
+        "task=negatives compares vectors, and nobody writes or judges",
+    ),
+    Rule(("seed",), _all(_is("task", "negatives"), _is("negatives.sampling", "top")), "sampling=top draws nothing"),
+    Rule(("negatives.", "data.anchor", "data.positive"), _not(_is("task", "negatives")), "it is of task=negatives"),
     Rule(
         ("judge", "rubric", "data.first", "data.second"),
         _is("task", "critique"),

@@ -11,6 +11,7 @@ import pytest
 
 from genai_pl.data import byte_tokenizer, special_tokens
 from genai_pl.data import chat as conversations
+from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.columns import Place, loads, parse_label, parse_number, parse_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.messages import common_prefix_length, extract_prompt, parse_messages, parse_tools
@@ -283,12 +284,11 @@ def test_tools_are_a_list_or_its_json() -> None:
             parse_tools(value, HERE)
 
 
-def test_the_input_of_an_instruction_is_a_part_of_its_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+def test_the_input_of_an_instruction_is_a_part_of_its_prompt(tmp_path: Path) -> None:
     rows = [{"instruction": "Add.", "input": given, "output": "3"} for given in ("1 2", "", "2 1")]
-    found = row_texts("completions", module("completions", Path(lines(tmp_path / "alpaca.jsonl", rows))))
-    assert found == [["Add.\n\n1 2", "3"], ["Add.", "3"], ["Add.\n\n2 1", "3"]]
-    assert "then input after a blank line" in caplog.text
+    names = {"messages": "messages", "prompt": "instruction", "completion": "output", "packing": True}
+    data = ChatDataModule(**names, **{**LOADING, "path": lines(tmp_path / "alpaca.jsonl", rows)})
+    assert row_texts("completions", data) == [["Add.\n\n1 2", "3"], ["Add.", "3"], ["Add.\n\n2 1", "3"]]
 
 
 def test_turns_of_from_and_value_are_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -296,9 +296,9 @@ def test_turns_of_from_and_value_are_messages(tmp_path: Path, caplog: pytest.Log
     talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     data = module("chat", Path(lines(tmp_path / "share.jsonl", [{"conversations": talk}] * 3)))
     assert row_texts("chat", data) == [[("user", "a"), ("assistant", "b")]] * 3
-    assert "column conversations" in caplog.text
-    with pytest.raises(DataError, match="from is 'observation'"):
-        parse_messages([{"from": "observation", "value": "x"}], HERE)
+    assert "sharegpt format: 3 rows -> messages" in caplog.text
+    with pytest.raises(DataError, match="from is 'narrator'"):
+        parse_messages([{"from": "narrator", "value": "x"}], HERE)
 
 
 def test_a_reward_gets_all_columns_as_they_are_written(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_system_column_beside_conversations_is_their_first_message(
     found = row_texts("chat", module("chat", Path(lines(tmp_path / "share.jsonl", rows))))
     assert found == [[("system", "Count."), *SAID], SAID, SAID]
     assert caplog.text.count("columns not used: id\n") == 1
-    assert caplog.text.count("is read as messages") == 1
+    assert caplog.text.count("sharegpt format: 3 rows -> messages") == 1
 
 
 def test_two_system_messages_are_refused_unless_they_are_the_same() -> None:
@@ -88,8 +88,8 @@ def test_a_system_column_beside_a_prompt_of_messages_is_its_first_message(tmp_pa
         ("completions", {"prompt": "a", "completion": "b", "system_prompt": "c", "input": "d"}, "input, system_prompt"),
         (
             "completions",
-            {"instruction": "a", "output": "b", "input": "", "system": "c", "history": []},
-            "history, system",
+            {"instruction": "a", "output": "b", "input": "", "system": "c", "history": [], "text": "d"},
+            "text",
         ),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "system": "d", "id": 1}, "id, system"),
         ("unpaired", {"prompt": "a", "completion": "b", "label": True, "two\nlines": 1}, "two lines"),
@@ -117,7 +117,6 @@ def test_the_context_of_an_instruction_is_a_part_of_its_prompt(
     names = {"messages": "messages", "prompt": "instruction", "completion": "response", "packing": True}
     data = ChatDataModule(path=lines(tmp_path / "dolly.jsonl", rows), **names, **LOADING)
     assert row_texts("completions", data) == [["Who?\n\nHe sings.", "He."], ["Who?", "He."], ["Who?\n\nHe is.", "He."]]
-    assert "then context after a blank line" in caplog.text
     assert "not used" not in caplog.text
 
 

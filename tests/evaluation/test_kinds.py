@@ -28,9 +28,28 @@ def test_pairs_without_a_prompt_are_preferences(row: dict, prompt, chosen, rejec
     assert read(tmp_path / "rows.jsonl", row) == (Kind.preferences, [[prompt], [chosen], [rejected], [[]]])
 
 
-def test_instructions_are_completions_of_the_instruction_and_its_input(tmp_path: Path) -> None:
-    rows = [{"instruction": "Add.", "input": given, "output": "3", "text": "x"} for given in ("1 2", "")]
-    assert read(tmp_path / "rows.jsonl", *rows) == (Kind.completions, [["Add.\n\n1 2", "Add."], ["3", "3"]])
+@pytest.mark.parametrize(("beside", "answer"), [("input", "output"), ("context", "response")])
+def test_instructions_are_conversations_of_the_instruction_with_its_input(
+    beside: str, answer: str, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "Add.", beside: given, answer: "3", "text": "x"} for given in ("1 2", "")]
+    kind, [found] = read(tmp_path / "rows.jsonl", *rows)
+    assert kind is Kind.conversations
+    assert [[message["content"] for message in row.messages] for row in found] == [["Add.\n\n1 2", "3"], ["Add.", "3"]]
+    assert {row.n_prompt for row in found} == {0}
+
+
+def test_columns_of_two_projects_are_refused_until_they_are_named(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "output": "3", "response": "4"}
+    with pytest.raises(DataError, match=r"that is instructions and dolly: name the columns .* completion: NAME"):
+        read(tmp_path / "rows.jsonl", row)
+    named = {"prompt": "instruction", "completion": "response"}
+    assert read_examples(str(tmp_path / "rows.jsonl"), columns=named) == (Kind.completions, [["Add."], ["4"]])
+
+
+def test_texts_of_turns_are_preferences_in_messages(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: Two?\n\nAssistant: 2", "rejected": "\n\nHuman: Two?\n\nAssistant: 3"}
+    assert read(tmp_path / "rows.jsonl", row) == (Kind.preferences, [[ASKED], [ANSWER], [WRONG], [[]]])
 
 
 def test_turns_of_from_and_value_are_conversations_after_their_system(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from largest_tensor import LargestTensor
 from torch import Tensor
 
-from genai_pl.kernels import linear_cross_entropy
+from genai_pl.kernels import GroupSums, linear_cross_entropy
 from genai_pl.kernels.chunked_logits import tokens_at_once
 
 N, C, V = 23, 8, 37
@@ -58,6 +58,18 @@ def test_loss_and_gradients_are_those_of_full_logits(with_bias, softcap, label_s
     for chunk_tokens in (None, 4):
         ours = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens, **options)
         assert_same(ours, full_logits(hidden, weight, labels, **options), leaves)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_sums_by_group_are_those_of_its_tokens_and_change_no_loss(chunk_tokens: int | None, ignored: float) -> None:
+    hidden, weight, _, labels = inputs(ignored=ignored)
+    groups = torch.arange(N) % 3
+    by_group = GroupSums(groups, torch.zeros(4, dtype=torch.float64))
+    ours = linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens, by_group=by_group)
+    assert_same(ours, full_logits(hidden, weight, labels), [hidden, weight])
+    expected = [full_logits(hidden, weight, labels.masked_fill(groups != k, -100)) for k in range(4)]
+    torch.testing.assert_close(by_group.sums, torch.stack(expected).detach())
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, N - 1, N, N + 1, 1000])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from genai_pl.config.enums import Head
-from genai_pl.errors import CheckpointError
+from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models import load_pretrained
+from genai_pl.models.hf.transformers_model import load_wrapped
 
 REMOVED = object()
 LENGTH = 17
@@ -36,6 +38,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 500.0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODERNBERT = {
+    **COMMON, "local_attention": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "sep_token_id": 2,
 }  # fmt: skip
 MODELS = {  # name: class, model_type, values
     "gpt2": ("GPT2LMHeadModel", "gpt2", GPT2),
@@ -59,6 +66,18 @@ MODELS = {  # name: class, model_type, values
         {**LLAMA, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "gemma3_score": ("Gemma3TextForSequenceClassification", "gemma3_text", {**LLAMA, "num_labels": 1}),
+    "mixtral": ("MixtralForCausalLM", "mixtral", {**LLAMA, "num_local_experts": 3, "sliding_window": 5}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", {**LLAMA, **EXPERTS, "decoder_sparse_step": 2}),
+    "olmoe": ("OlmoeForCausalLM", "olmoe", {**LLAMA, **EXPERTS, "head_dim": 8}),
+    "dots1": (
+        "Dots1ForCausalLM", "dots1",
+        {**LLAMA, "head_dim": 8, "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM", "gpt_oss", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5}
+    ),
+    "gpt_oss_score": ("GptOssForSequenceClassification", "gpt_oss", {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "bert": ("BertForMaskedLM", "bert", COMMON),
     "bert_untied": ("BertForMaskedLM", "bert", {**COMMON, "tie_word_embeddings": False}),
     "bert_pretraining": ("BertForPreTraining", "bert", COMMON),
@@ -67,6 +86,9 @@ MODELS = {  # name: class, model_type, values
     "roberta_headless": ("RobertaModel", "roberta", COMMON),
     "albert": ("AlbertForMaskedLM", "albert", {**COMMON, "embedding_size": 16}),
     "albert_headless": ("AlbertModel", "albert", {**COMMON, "embedding_size": 16}),
+    "modernbert": ("ModernBertForMaskedLM", "modernbert", MODERNBERT),
+    "modernbert_untied": ("ModernBertForMaskedLM", "modernbert", {**MODERNBERT, "tie_word_embeddings": False}),
+    "modernbert_headless": ("ModernBertModel", "modernbert", MODERNBERT),
     "t5": ("T5ForConditionalGeneration", "t5", T5),
     "flan_t5": (
         "T5ForConditionalGeneration", "t5", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -78,7 +100,8 @@ MODELS = {  # name: class, model_type, values
 # further plausible values of keys, beside what is tried of every key by its kind
 VALUES = {
     "hidden_act": ["relu", "silu", "gelu_new", "tanh"],
-    "hidden_activation": ["gelu", "silu"],
+    "hidden_activation": ["gelu", "silu"], "classifier_activation": ["silu"], "classifier_pooling": ["mean", "max"],
+    "local_attention": [4, 7, 100],
     "activation_function": ["relu", "gelu", "quick_gelu"],
     "ff_activation": ["relu", "gelu_new"],
     "feed_forward_proj": ["gelu", "gated-silu", "gated-relu", "silu", "gated-gelu-x"],
@@ -105,6 +128,9 @@ VALUES = {
     "scale_decoder_outputs": [True, False],
     "architectures": [["Strange"], ["Strange", "Stranger"]],
     "sliding_window": [3, 5, 100], "sliding_window_pattern": [1, 2], "_sliding_window_pattern": [2],
+    "mlp_only_layers": [[0], [1], [0, 1]], "decoder_sparse_step": [1, 2], "num_experts_per_tok": [1, 2],
+    "num_local_experts": [2, 3], "swiglu_limit": [0.2], "swiglu_alpha": [0.7], "n_shared_experts": [2, 0],
+    "first_k_dense_replace": [0, 2], "n_group": [1, 3], "topk_group": [1, 2], "moe_intermediate_size": [12],
     "pad_token_id": [1, 3], "decoder_start_token_id": [5], "d_head": [8, 4], "n_inner": [40], "n_ctx": [12],
 }  # fmt: skip
 ADDED = {  # keys that no folder of transformers 5 has, or not all
@@ -124,6 +150,10 @@ ADDED = {  # keys that no folder of transformers 5 has, or not all
     "decoder_start_token_id": [7], "scale_decoder_outputs": [True, False], "reorder_and_upcast_attn": [True],
     "no_key_of_anybody": [1, {"a": [1]}], "auto_map": [{"AutoModel": "x.Y"}], "architectures": [["Strange"]],
     "forced_eos_token_id": [3], "task_specific_params": [{"x": 1}], "max_length": [20], "temperature": [0.3],
+    "clip_qkv": [0.1], "no_rope_layers": [[1, 0]], "no_rope_layer_interval": [2], "logits_scaling": [3.0], "logit_scale": [0.5],
+    "attention_multiplier": [0.3], "residual_multiplier": [0.5], "embedding_multiplier": [2.0], "use_qk_norm": [True],
+    "norm_topk_prob": [True, False], "routed_scaling_factor": [2.5], "num_experts": [3], "scoring_func": ["sigmoid"],
+    "global_attn_every_n_layers": [1, 2, 5, 0], "global_rope_theta": [50.0, None], "local_rope_theta": [50.0, None],
     "alibi": [True], "parallel_attn": [True], "query_pre_attn_scalar": [24], "final_logit_softcapping": [5.0],
 }  # fmt: skip
 ABSURD = [10**12, -1, 0, 2.5, "2", True, None, [], {}, 1e400]
@@ -210,12 +240,19 @@ def tensor_cases(folder: Path) -> Iterator[Case]:
             yield Case(f"{name} added", tensors={name: torch.randn(32, generator=generator)})
 
 
-EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "word_embeddings.weight", "shared.weight", "word_embedding.weight")
-BIASES = ("cls.predictions.bias", "lm_head.bias", "predictions.bias")
+EMBEDDINGS = (
+    "wte.weight",
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "word_embedding.weight",
+    "tok_embeddings.weight",
+)
+BIASES = ("decoder.bias", "cls.predictions.bias", "lm_head.bias", "predictions.bias")
 TIED = (
     "lm_head.weight", "lm_loss.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight",
     "predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.decoder.bias", "predictions.decoder.bias",
-    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.weight", "decoder.bias",
 )  # fmt: skip
 EXTRA = (
     "bert.pooler.dense.bias", "roberta.pooler.dense.bias", "albert.pooler.bias", "pooler.dense.bias", "a.b.c.weight",
@@ -269,15 +306,48 @@ def judge(name: str, folder: Path) -> Verdict:
     return Verdict("wrong", f"{list(actual.shape)} and {list(expected.shape)} differ")
 
 
+@torch.no_grad()
+def judge_wrapped(name: str, folder: Path) -> Verdict:
+    """Read the folder as model=hf does, and compare a row, and two documents of one, with transformers on each alone."""
+    try:
+        ours = load_wrapped(str(folder))
+    except (CheckpointError, ConfigError) as error:
+        return Verdict("refused" if "\n" not in str(error) else "wrong", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {error}")
+    V = ours.config.vocab_size
+    ids = torch.randint(3, min(61, V), (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    parts = ids.split([LENGTH - 7, 7], dim=1)
+    try:
+        theirs = _theirs(MODELS[name][0], folder)
+        expected = [theirs(part).logits for part in (ids, *parts)]
+    except Exception as error:
+        return Verdict("strange", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    try:
+        segments = torch.tensor([[1] * (LENGTH - 7) + [2] * 7])
+        actual = [ours(ids), *ours(ids, segments).split([LENGTH - 7, 7], dim=1)]
+    except ConfigError as error:
+        return Verdict("refused", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {error}")
+    # up to a constant for each token, which no softmax sees
+    pairs = [[x - x.mean(-1, keepdim=True) for x in pair] for pair in zip(actual, expected, strict=True)]
+    is_equal = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in pairs)
+    return Verdict("equal") if is_equal else Verdict("wrong", "logits differ")
+
+
 BASES = {
     "gpt2": "GPT2Model", "llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model",
-    "gemma3_text": "Gemma3TextModel", "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel",
-    "xlnet": "XLNetModel",
+    "gemma3_text": "Gemma3TextModel", "mixtral": "MixtralModel", "qwen3_moe": "Qwen3MoeModel", "olmoe": "OlmoeModel",
+    "dots1": "Dots1Model", "gpt_oss": "GptOssModel", "bert": "BertModel", "roberta": "RobertaModel", "albert": "AlbertModel",
+    "xlnet": "XLNetModel", "modernbert": "ModernBertModel",
 }  # fmt: skip
 
 
 def _theirs(cls: str, folder: Path) -> nn.Module:
     options = {} if cls.startswith("XLNet") else {"attn_implementation": "eager"}
+    if "layer_types" in json.loads((folder / "config.json").read_text()):  # as AutoConfig takes it
+        cls = re.sub("^Mistral", "Ministral", cls)
     model, info = getattr(transformers, cls).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )

@@ -17,6 +17,7 @@ KINDS = {
     "softcap": {"softcap": 5.0, "attention": "reference", "logit_softcap": 8.0},
     "qwen3": {"qk_norm": True, "n_kv_head": 2},
     "gpt2": {"position": "learned", "norm": "layernorm", "gated_mlp": False, "activation": "gelu", "bias": True},
+    "sinks": {"attention_sinks": True, "activation": "clamped_swiglu", "swiglu_limit": 0.3},
     "normed": {"position": "sinusoidal", "norm": "layernorm", "qk_norm": True, "bias": True, "embed_norm": True},
 }
 

@@ -20,6 +20,7 @@ EXPERTS = {**ROTARY, "n_experts": 4, "experts_per_token": 2}
 SCORE = {**ENCODER, "head": "score", "tie_embeddings": False}
 
 # option -> (the rest, another value)
+CLAMPED = {**SIZES, "gated_mlp": True, "activation": "clamped_swiglu"}
 CHANGE_PARAMETERS = {
     "n_layer": (SIZES, 3),
     "n_kv_head": (SIZES, 2),
@@ -49,11 +50,16 @@ CHANGE_PARAMETERS = {
     "qk_norm_joint": ({**SIZES, "qk_norm": True}, True),
     "n_experts": (EXPERTS, 3),
     "n_shared_experts": (EXPERTS, 1),
+    "router_bias": (EXPERTS, True),
+    "attention_sinks": (SIZES, True),
     "expert_size": (EXPERTS, 40),
     "expert_every": (EXPERTS, 2),
     "n_dense_layers": (EXPERTS, 1),
     "n_labels": (SCORE, 3),
     "score_dense": (SCORE, True),
+    "score_transform": (SCORE, True),
+    "transform_bias": ({**SIZES, "head": "transform"}, False),
+    "first_norm": (SIZES, False),
     "linformer_rank": ({**ENCODER, "attention_kind": "linformer"}, 8),
 }
 CHANGE_LOGITS = {
@@ -65,6 +71,8 @@ CHANGE_LOGITS = {
     "rope_theta": (ROTARY, 50.0),
     "norm_eps": (SIZES, 0.1),
     "activation": (SIZES, "relu2"),
+    "swiglu_alpha": (CLAMPED, 0.5),
+    "swiglu_limit": (CLAMPED, 0.1),
     "window": (SIZES, 3),
     "softcap": (SIZES, 1.0),
     "logit_softcap": (SIZES, 1.0),
@@ -77,6 +85,7 @@ CHANGE_LOGITS = {
     "scale_head": (SIZES, True),
     "attention_scale": (SIZES, 1.0),
     "full_every": (WINDOW, 2),
+    "first_full": ({**WINDOW, "full_every": 2}, 0),
     "attention_kind": (SIZES, "performer"),
     "n_global": ({**WINDOW, "attention_kind": "window"}, 2),
     "reformer_hashes": ({**ENCODER, "attention_kind": "reformer", "reformer_bucket": 4, "reformer_hashes": 1}, 3),
@@ -92,6 +101,7 @@ CHANGE_NEITHER = {
     "extra": (SIZES, {"_name_or_path": "elsewhere"}),
     "pooler": ({**SIZES, "shape": "encoder"}, True),
     "decoder_start_token_id": (SIZES, 3),
+    "score_mean": (ENCODER, True),  # it is of head=score
     "balance_loss": (EXPERTS, 0.5),
     "router_z_loss": (EXPERTS, 0.5),
 }

@@ -50,8 +50,7 @@ def test_with_all_tokens_learned_it_is_causal_language_modelling() -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_model_reads_seq_len_tokens_of_rows_that_do_not_overlap() -> None:
-    assert COLLATE.overlap == 0
+def test_a_model_reads_seq_len_tokens_of_a_row() -> None:
     length = COLLATE.row_length(32)
     batch = COLLATE([{**row(length), "loss_mask": np.ones(length, bool)}])
     assert batch["input_ids"].shape == (1, 32)

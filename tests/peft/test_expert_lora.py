@@ -28,7 +28,10 @@ FAMILIES = {
     "MixtralForCausalLM": {},
     "Qwen3MoeForCausalLM": {"qk_norm": True, "n_dense_layers": 1},
     "OlmoeForCausalLM": {"qk_norm": True, "qk_norm_joint": True, "normalize_top_k": False},
-}
+    "GptOssForCausalLM": {
+        "bias": True, "attention_sinks": True, "router_bias": True, "activation": "clamped_swiglu", "window": 8, "full_every": 2,
+    },
+}  # fmt: skip
 EXPERTS = ["experts.gate_proj", "experts.up_proj", "experts.down_proj"]
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
@@ -140,8 +143,9 @@ def test_pefts_files_are_read(
 
 
 @torch.no_grad()
-def test_a_trained_router_and_lora_on_attention_are_read_by_peft(tmp_path: Path, ids: Tensor) -> None:
-    model = build()
+@pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_a_trained_router_and_lora_on_attention_are_read_by_peft(class_name: str, tmp_path: Path, ids: Tensor) -> None:
+    model = build(**FAMILIES[class_name])
     save_pretrained(model, tmp_path / "base", token_ids=TOKENS)
     model = shaken(lora(model, rank=2, modules_to_save=["router"]))
     for name, parameter in model.named_parameters():
@@ -154,7 +158,9 @@ def test_a_trained_router_and_lora_on_attention_are_read_by_peft(tmp_path: Path,
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "options", [{"n_shared_experts": 1}, {"qk_norm": True, "n_dense_layers": 1}], ids=["native", "dora"]
+    "options",
+    [{"n_shared_experts": 1}, {"qk_norm": True, "n_dense_layers": 1}, FAMILIES["GptOssForCausalLM"]],
+    ids=["native", "dora", "gpt_oss"],
 )
 def test_adapters_that_peft_cannot_hold_come_back_here(options: dict, tmp_path: Path, ids: Tensor) -> None:
     save_pretrained(build(**options), tmp_path / "base", token_ids=TOKENS)

@@ -32,6 +32,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 KINDS = {
     "bert": {**SIZES, "max_position_embeddings": 24},
     "roberta": {**SIZES, "max_position_embeddings": 24, "type_vocab_size": 1, "pad_token_id": 1},
+    "modernbert": {**SIZES, "max_position_embeddings": 24, "pad_token_id": 0, "local_attention": 6},
     "llama": {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 32, "pad_token_id": 0},
 }
@@ -89,10 +90,10 @@ def test_peft_gives_the_labels_of_an_adapter(kind: str, method: Callable, head: 
 
 
 @pytest.mark.parametrize("method", [lora, ia3, bitfit, bottleneck, prompt, prefix])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "modernbert"])
 def test_a_folder_brings_the_head_and_its_names_to_a_base_without(kind: str, method: Callable, tmp_path: Path) -> None:
-    if (kind, method) == ("llama", bitfit):
-        pytest.skip("Llama has no biases")
+    if (kind, method) in (("llama", bitfit), ("modernbert", bitfit)):
+        pytest.skip("no biases")
     base = base_of(kind, tmp_path / "base")
     options = {"n_tokens": 4} if method in (prompt, prefix) else {}
     model = shaken(method(headed(base), **options), of="trained", std=0.1)

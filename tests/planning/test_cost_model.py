@@ -12,6 +12,7 @@ from genai_pl.planning.cost_model import Layout, Machine, Share, loss_bytes, mem
 from genai_pl.planning.count import (
     activation_bytes,
     fake_tensors,
+    largest_part,
     local_model_config,
     moments,
     stage_sizes,
@@ -151,6 +152,35 @@ def test_experts_are_planned_under_fsdp_only():
     with pytest.raises(ConfigError, match="n_experts"):
         local_model_config(ModelConfig(**EXPERTS), Layout(tensor=2))
     assert local_model_config(ModelConfig(**EXPERTS), Layout(data=2, zero=3)).n_experts == 4
+
+
+def test_experts_that_stay_are_not_gathered_and_their_tokens_travel_four_times():
+    # 1000 parameters, 800 of them of experts, on 8 devices; 2 mixture layers of 3 experts a token
+    share, options = Share(weights=1000, trained=1000, largest=0, experts=800, trained_experts=800), {"n_layer": 4}
+    options |= {"tokens": 10, "n_embd": 5, "passes": 1, "recomputed": 0.0, "expert_rows": 6}
+
+    def sent(experts: int) -> dict[str, float]:
+        return {t.what: t.n_bytes for t in traffic(share, Layout(data=8, experts=experts, zero=3), **options)}
+
+    assert sent(1) == {"all-gather of weights": 7000, "reduce-scatter of gradients": 3500}
+    # 200 parameters among 8 devices as before; a quarter of the 800, with one other device
+    others = 4 * (200 * 7 / 8 + 200 / 2)
+    tokens = 4 * 6 * 10 * 5 * 4 * 3 / 4
+    assert sent(4) == {
+        "all-gather of weights": pytest.approx(2 * others),
+        "reduce-scatter of gradients": pytest.approx(others),
+        "all-to-all of tokens": pytest.approx(tokens),
+    }
+    # with as many as there are devices, experts are neither gathered nor summed
+    assert sent(8)["reduce-scatter of gradients"] == pytest.approx(4 * 200 * 7 / 8)
+
+
+def test_a_unit_that_is_gathered_has_the_experts_of_its_device():
+    model = Decoder(ModelConfig(**EXPERTS))
+    routed = 3 * 4 * 64 * 32
+    assert largest_part(model) - largest_part(model, experts=4) == routed * 3 // 4
+    with pytest.raises(ConfigError, match=r"model.n_experts \(4\) must be divisible by strategy.expert_parallel_size"):
+        local_model_config(ModelConfig(**EXPERTS), Layout(data=3, experts=3, zero=3))
 
 
 def test_recomputed_blocks_keep_their_input_and_selected_ones_their_products_too():

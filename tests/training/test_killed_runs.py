@@ -27,6 +27,12 @@ PIECES = ("strategy.sharded_checkpoints=true",)
 TEXT, CHAT, PAIRS = (f"data.path=../{name}" for name in ("text.txt", "examples.jsonl", "pairs.jsonl"))
 PROMPTS = ("data.path=../prompts.jsonl", "objective.reward=../rewards.py:many_e", "objective.max_new_tokens=8")
 STREAM = ("data.path=../documents.jsonl", "data.streaming=true", "data.val_path=../text.txt", "data.block_rows=5")
+MIXTURE = (
+    "data.sources={file: {path: ../text.txt, weight: 3}, "
+    "stream: {path: ../documents.jsonl, streaming: true, block_rows: 5, val_documents: 10, weight: [[0, 1], [1, 3]]}, "
+    "talks: {path: ../examples.jsonl, kind: chat, weight: 2, epochs: 1}}",
+    "precision=fp32",
+)
 SFT, DPO = ("objective=sft", CHAT), ("objective=dpo", PAIRS)
 GRPO = ("objective=grpo", *PROMPTS, "objective.group_size=4")
 PPO = ("objective=ppo", *PROMPTS, "objective.epochs=2", "objective.minibatch_size=2", "objective.kl_target=1.0")
@@ -53,6 +59,8 @@ KINDS = {
     "dpo-ddp": (*DPO, *DDP),
     "grpo-ddp": (*GRPO, *DDP),
     "ppo-ddp": (*PPO, *DDP),
+    "mixture": (*MIXTURE, "data.workers=2", "trainer.accumulate_grad_batches=2"),
+    "mixture-ddp": (*MIXTURE, *DDP),
     "best": (TEXT, *BEST),
     "best-pieces": (TEXT, *BEST, *FSDP, *PIECES),
 }

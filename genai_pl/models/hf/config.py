@@ -12,18 +12,22 @@ from pathlib import Path
 
 import torch
 
-from genai_pl.config.enums import AttentionBackend, Head, RopeKind, Shape
+from genai_pl.config.enums import Activation, AttentionBackend, Head, RopeKind, Shape
 from genai_pl.config.labels import read_labels
 from genai_pl.config.model import EXPERT_FIELDS, ModelConfig
 from genai_pl.config.values import MAX_LAYERS
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import build_model
 from genai_pl.models.hf.families import ACTIVATIONS, FAMILIES, Family, Weight
+from genai_pl.models.hf.families.ministral import kind_of
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.ties import resolve_ties
 
 # keys that `extra` does not keep: writing sets its own, and code beside the weights is not written
-WRITTEN = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id")
+WRITTEN = (
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
+    "quantization_config",
+)  # fmt: skip
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
 NATIVE = "genai_pl"  # model_type of a folder that no class of transformers can express
 
@@ -40,7 +44,15 @@ def read_config(file: Path, stored: TensorFiles | None = None) -> tuple[ModelCon
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
     except (ConfigError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # of values of any type
-        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}{_advice(values, error, file)}") from None
+
+
+def _advice(values: Mapping[str, object], error: Exception, file: Path) -> str:
+    """The other way to run a decoder of a family that has something ours does not compute."""
+    kinds = {family.model_type for family in FAMILIES if family.fixed.get("shape", Shape.decoder) is Shape.decoder}
+    if values.get("model_type") not in kinds or not isinstance(error, ConfigError) or "not supported" not in str(error):
+        return ""
+    return f"; try transformers' layers: model=hf model.name={file.parent}"
 
 
 def prefix_of(file: Path) -> str:
@@ -107,10 +119,22 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
         same["intermediate_size"] = config.expert_size
     if config.balance_bias:
         same["balance_bias"] = 1.0  # any step means that there is a bias
+    if config.activation is not Activation.clamped_swiglu:
+        same |= {name: ModelConfig.__dataclass_fields__[name].default for name in ("swiglu_alpha", "swiglu_limit")}
     if not config.n_experts:
         same |= {field: ModelConfig.__dataclass_fields__[field].default for field in EXPERT_FIELDS}
-    if config.full_every and config.full_every > config.n_layer:
-        same["full_every"] = None
+    if config.full_every:  # several periods can mean the same layers
+        same |= {
+            "full_every": None,
+            "first_full": None,
+            "extra": {"full": [*config.full_layers]} if config.full_layers else {},
+        }
+    if config.head is not Head.transform and not (config.head.scores and config.score_transform):
+        same["transform_bias"] = True
+    if config.head is not Head.score:
+        same["score_mean"] = False
+    if not config.head.scores:
+        same["score_transform"] = False
     if not config.head.predicts_tokens:
         same["tie_embeddings"] = True
     if config.head is Head.none:
@@ -124,7 +148,7 @@ def _arithmetic(config: ModelConfig) -> ModelConfig:
 
 def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, Iterable[Weight]]:
     """Configuration and table of weights of a config.json of any family; ConfigError for an unknown model_type."""
-    kind = values["model_type"]
+    kind = kind_of(values)
     if kind == NATIVE:
         config = ModelConfig.from_dict(values["model"])
         if stored is not None:
@@ -143,9 +167,10 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
     """The configuration of a config.json of this family; ConfigError that names the key for what is not supported."""
     # keys that must have one value
     values = {**family.defaults, **_without_synonyms(family, given)}
-    for key, needed in {**family.constants, "quantization_config": None, "per_layer_config": None}.items():
+    for key, needed in {**family.constants, "per_layer_config": None}.items():
         if values.get(key, needed) != needed:
             raise ConfigError(f"{key}={values[key]!r} is not supported for model_type {family.model_type!r}")
+    _check_quantization(family, values.get("quantization_config"))
     # keys that are one field each, then those that need a codec
     fields = {name: values[key] for name, key in family.fields.items()}
     if type(fields["n_layer"]) is not int or not 0 < fields["n_layer"] <= MAX_LAYERS:  # before anything counts to it
@@ -176,6 +201,18 @@ def _from_family(family: Family, given: dict, stored: TensorFiles | None) -> Mod
         raise ConfigError(f"{error}{' (' + ', '.join(keys) + ' here)' if keys else ''}") from None
 
 
+def _check_quantization(family: Family, quantization: dict | None) -> None:
+    """ConfigError for tensors that are stored in another way than this family's files are read."""
+    if quantization is not None and (
+        not isinstance(quantization, dict) or quantization.get("quant_method") not in family.quantizations
+    ):
+        supported = f"; supported: {', '.join(family.quantizations)}" if family.quantizations else ""
+        raise ConfigError(
+            f"quantization_config={quantization!r} is not read for model_type {family.model_type!r}{supported}: "
+            "load it with transformers, model.dequantize(), and save it"
+        )
+
+
 def _without_synonyms(family: Family, values: dict) -> dict:
     """The values under each key's canonical name; ConfigError where two names of a key differ."""
     values = dict(values)
@@ -194,7 +231,8 @@ def _head_fields(family: Family, head: Head, values: dict) -> dict[str, object]:
     named = values.get("id2label")
     n = (values.get("num_labels") or 2) if named is None else len(named)
     dense = head is Head.score and family.score_bias
-    return {"head": head, "head_bias": dense or head is Head.tokens, "n_labels": n, "score_dense": dense}
+    bias = dense or head is Head.tokens or family.score_transform
+    return {"head": head, "head_bias": bias, "n_labels": n, "score_dense": dense}
 
 
 def check_blocks(config: ModelConfig, names: Iterable[str]) -> None:
@@ -212,6 +250,8 @@ def _to_family(family: Family, config: ModelConfig) -> dict[str, object]:
     if "activation" in family.fields:
         key = family.fields["activation"]
         same = [name for name, activation in ACTIVATIONS.items() if activation is config.activation]
+        if not same:
+            raise ConfigError(f"transformers has no word for activation={config.activation.value}")
         values[key] = config.extra[key] if config.extra.get(key) in same else same[0]  # some have several names
     for codec in family.codecs:
         values |= codec.write(config)

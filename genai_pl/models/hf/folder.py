@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.errors import CheckpointError
+from genai_pl.models.hf.mxfp4 import BLOCKS, SCALES, dequantized, dequantized_shape
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -60,16 +61,21 @@ class TensorFiles:
         for name, stored in plain.items() if prefix else ():
             self._known |= {f"{prefix}{name}": stored, name.removeprefix(prefix): stored}
         self._known |= plain
+        # two tensors of a quantized one stand for it; a tensor of that name comes first
+        found = [name.removesuffix(BLOCKS) for name in self._known if name.endswith(BLOCKS)]
+        self._quantized = {name for name in found if name not in self._known and name + SCALES in self._known}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._known
+        return name in self._known or name in self._quantized
 
     def alias(self, name: str, other: str) -> None:
         """Let `name` stand for the tensor `other`."""
         self._known[name] = self._known[other]
 
     def read(self, name: str) -> Tensor:
-        """The tensor of this name; CheckpointError if it is missing."""
+        """The tensor of this name, a quantized one as numbers of 16 bits; CheckpointError if it is missing."""
+        if name in self._quantized:
+            return dequantized(self.read(name + BLOCKS), self.read(name + SCALES))
         stored = self._stored(name)
         self.read_names.add(stored)
         with _opened(self.files[stored]) as file:
@@ -77,6 +83,8 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header of its file; CheckpointError if it is missing."""
+        if name in self._quantized:
+            return self._quantized_shape(name)
         stored = self._stored(name)
         path = self.files[stored]
         if path not in self._shapes:
@@ -87,7 +95,9 @@ class TensorFiles:
         return self._shapes[path][stored]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is stored."""
+        """The dtype in which a tensor is stored, or that of its numbers if it is quantized."""
+        if name in self._quantized:
+            return torch.bfloat16
         return self.read(name).dtype  # the mapped file: no byte of the tensor is read
 
     def equal(self, name: str, other: str) -> bool:
@@ -101,6 +111,13 @@ class TensorFiles:
     def unused(self) -> list[str]:
         """Names of tensors that were not read, without the buffers of old files."""
         return [name for name in self.files if name not in self.read_names and not name.endswith(BUFFERS)]
+
+    def _quantized_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a quantized tensor; CheckpointError where blocks and scales are not of the format."""
+        blocks, scales = self.shape(name + BLOCKS), self.shape(name + SCALES)
+        if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
+            raise CheckpointError(f"{self.folder}: {name}{BLOCKS} {[*blocks]} and {SCALES} {[*scales]} are no MXFP4")
+        return dequantized_shape(blocks)
 
     def _stored(self, name: str) -> str:
         """The name in the file."""

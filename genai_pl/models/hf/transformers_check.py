@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +64,7 @@ def _choose_route(model: "WrappedDecoder") -> str | None:
         with their_attention(model.inner):
             expected = model.inner(input_ids=tokens, use_cache=False).logits
     except Exception as error:  # anybody's code
-        return f"transformers does not run it on tokens alone ({_reason(error)})"
+        return f"transformers does not run it on tokens alone ({reason_of(error)})"
     if not expected.isfinite().all():
         return f"its logits are not finite in {expected.dtype}, whoever computes attention"
     # attention: ours or theirs
@@ -110,12 +111,15 @@ def _attempt(probe: Callable[[], str | None]) -> str | None:
     try:
         return probe()
     except Exception as error:
-        return _reason(error) if isinstance(error, ConfigError) else f"it stops ({_reason(error)})"
+        return reason_of(error) if isinstance(error, ConfigError) else f"it stops ({reason_of(error)})"
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def reason_of(error: Exception) -> str:
+    """The first line of an error, with the second where it announces one; or its kind."""
+    if "ignore_mismatched_sizes" in str(error):  # transformers' line sends to a table
+        return "a tensor in its files has another shape than config.json asks for"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _logits_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> str | None:
@@ -127,14 +131,18 @@ def _logits_fault(model: "WrappedDecoder", tokens: Tensor, expected: Tensor) -> 
 
 
 def _near_head(model: "WrappedDecoder", hidden: Tensor, expected: Tensor) -> bool:
-    """True if the head gives the expected logits with a factor of the configuration, which it then has."""
+    """True if the head gives the expected logits with a factor and cap of the configuration, which it then has.
+
+    A family may ignore a key that another one has: no cap is tried, too.
+    """
     values = model.inner.config.get_text_config(decoder=True)
     given = [float(v) for name in FACTORS if isinstance(v := getattr(values, name, None), int | float) and v]
-    for factor in (1.0, *given, *(1 / v for v in given)):
-        model.config.logit_factor = factor
+    factors, cap = (1.0, *given, *(1 / v for v in given)), model.config.logit_softcap
+    for tried, factor in product(dict.fromkeys((cap, None)), factors):
+        model.config.logit_softcap, model.config.logit_factor = tried, factor
         if _near(model.logits(hidden), expected):
             return True
-    model.config.logit_factor = 1.0
+    model.config.logit_softcap, model.config.logit_factor = cap, 1.0
     return False
 
 

@@ -22,10 +22,11 @@ from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.kernels import positions_from_segments
 from genai_pl.models.hf.transformers_attention import NAME, Packing, register
 from genai_pl.models.hf.transformers_cache import WrappedCache, new_inner_cache
-from genai_pl.models.hf.transformers_check import check, refusal
+from genai_pl.models.hf.transformers_check import check, reason_of, refusal
 from genai_pl.models.hf.transformers_config import WrappedConfig, wrapped_config
+from genai_pl.models.hf.transformers_rope import length_rope
 from genai_pl.models.hf.transformers_rows import document_rows
-from genai_pl.models.hf.transformers_sizes import check_counts, check_sizes
+from genai_pl.models.hf.transformers_sizes import check_counts, check_folder, check_sizes
 from genai_pl.models.virtual_tokens import VirtualPrefix, VirtualTokens, virtual_prefix
 from genai_pl.plugins import ADVICE
 
@@ -81,6 +82,7 @@ class WrappedDecoder(nn.Module):
         self.max_length, self.embed_scale = None, None
         self.config: WrappedConfig = wrapped_config(inner, attention)
         self.route = Route()
+        self._length_rope = length_rope(inner)
         # the arguments that the layers' `forward` names; None where it takes any
         parameters = inspect.signature(self.stack.forward).parameters
         is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -133,6 +135,8 @@ class WrappedDecoder(nn.Module):
         """
         if cache is not None:
             return self._continue(input_ids, segment_ids, cache)
+        if self._length_rope is not None and self._length_rope.is_exceeded(segment_ids, self.virtual):
+            return self._length_rope.each_alone(lambda text: self._pass(text, None), input_ids, segment_ids)
         if segment_ids is None or self.route.masks_documents:
             return self._pass(input_ids, segment_ids)
         rows = document_rows(segment_ids)
@@ -142,6 +146,9 @@ class WrappedDecoder(nn.Module):
         """Hidden states (B, T, C) of tokens that follow those of the cache."""
         past, T = cache.length, input_ids.shape[1]
         tokens, segments = cache.extend(input_ids, segment_ids)
+        if self._length_rope is not None and cache.length > self._length_rope.limit:
+            cache.inner = None  # the keys of earlier tokens have other positions
+            return self.features(tokens, segments)[:, -T:]
         if cache.inner is not None:
             return self._pass(input_ids, segments, cache=cache.inner, past=past)
         # the first tokens, or all of them again; documents beside each other have no common state
@@ -166,6 +173,8 @@ class WrappedDecoder(nn.Module):
 
         segments (B, past + T). embedded: give layers embeddings even where they could have the tokens.
         """
+        if self._length_rope is not None:
+            self._length_rope.reset()
         # segments and positions of all tokens, as in `Decoder.features`
         B, T = input_ids.shape
         virtual = self._virtual_prefix(is_first_call=past == 0)
@@ -244,17 +253,24 @@ def load_wrapped(
     # read the files
     def read(**implementation: str | None) -> tuple:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **implementation
+            name,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **implementation,
         )
 
     try:
+        check_folder(Path(name))
         (inner, loading_info), own_attention = _with_our_attention(read)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     except Exception as error:  # anybody's files: transformers and safetensors raise what has no common base
         advice = ADVICE if "does not recognize this architecture" in str(error) else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: transformers cannot load it ({reason}){advice}") from None
+        raise CheckpointError(f"{name}: transformers cannot load it ({reason_of(error)}){advice}") from None
     if loading_info["missing_keys"]:  # transformers would initialize them at random
         raise CheckpointError(f"{name}: tensor {min(loading_info['missing_keys'])} is missing in its files")
+    _forget_quantization(inner)
     # find the sizes that other folders ask for, and compare with transformers
     try:
         model = WrappedDecoder(inner.eval(), attention=attention, own_attention=own_attention)
@@ -276,6 +292,17 @@ def _with_our_attention(build: Callable) -> tuple[object, str | None]:
         if NAME not in str(error):
             raise
     return build(attn_implementation=None), "its classes take no other"
+
+
+def _forget_quantization(inner: "PreTrainedModel") -> None:
+    """Let transformers save a model, whose quantized tensors it has read as plain numbers, as it saves any other.
+
+    It would give them the names of quantized ones, which no class finds again (transformers 5.23).
+    """
+    conversions = getattr(inner, "_weight_conversions", None) or ()
+    operations = [type(step) for conversion in conversions for step in getattr(conversion, "operations", ())]
+    if any(step.__module__.startswith("transformers.integrations") for step in operations):
+        inner._weight_conversions = None  # those of the class
 
 
 def build_wrapped(
@@ -302,7 +329,7 @@ def build_wrapped(
     except ConfigError:
         raise
     except Exception as error:  # anybody's code, given anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason_of(error)
         raise ConfigError(f"its configuration is none that transformers builds ({reason})") from None
     inner, own_attention = _with_our_attention(partial(build, trust_remote_code=False))
     return WrappedDecoder(inner, attention=attention, own_attention=own_attention)

@@ -18,10 +18,12 @@ class DocumentRows(NamedTuple):
 
     index   (N, M), for each document and position the place of its token among the B * T of the packed rows
     places  (B, T), for each token its place among the N * M of the documents; 0 for padding
+    lengths (N,), tokens of each document
     """
 
     index: Tensor
     places: Tensor
+    lengths: Tensor
 
     def split(self, tokens: Tensor) -> Tensor:
         """Documents (N, M) of packed tokens (B, T)."""
@@ -46,4 +48,5 @@ def document_rows(segments: Tensor) -> DocumentRows:
     places = (number * longest + positions).masked_fill(~is_text, 0)
     index = torch.zeros(n * longest, dtype=torch.long, device=segments.device)
     index[places[is_text]] = is_text.flatten().nonzero()[:, 0]
-    return DocumentRows(index.view(n, longest), places)
+    lengths = torch.bincount(number[is_text], minlength=n)
+    return DocumentRows(index.view(n, longest), places, lengths)

@@ -6,14 +6,19 @@ would take all memory, or hours.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from genai_pl.errors import ConfigError
+from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.models.hf.folder import TensorFiles, read_json
 
-MOST_REPEATED = 1000  # layers or experts that few tensors may hold: some models stack experts in one
+CONFIG = "config.json"
+MOST_REPEATED = 1000  # layers that few tensors may hold
+MOST_EXPERTS = 2**15  # experts that are rows of one tensor: Doge has 16,384
 SLACK = 2**28  # bytes for buffers, and for weights that are stored once and used twice
 REPEATED = re.compile(r"layer|expert|block|depth|stage")
+SIZE = re.compile(r"size|channel|dim|width|length")  # of layers or experts, not their number
 
 
 def check_counts(values: Mapping[object, object], n_stored: int) -> None:
@@ -21,8 +26,21 @@ def check_counts(values: Mapping[object, object], n_stored: int) -> None:
     for name, value in values.items():
         if isinstance(value, Mapping):
             check_counts(value, n_stored)
-        elif REPEATED.search(str(name)) and isinstance(value, int) and value > max(n_stored, MOST_REPEATED):
+            continue
+        is_count = isinstance(value, int) and REPEATED.search(str(name)) and not SIZE.search(str(name))
+        if is_count and value > max(n_stored, MOST_EXPERTS if "expert" in str(name) else MOST_REPEATED):
             raise ConfigError(f"its configuration has {name}={value}, and the checkpoint has not their weights")
+
+
+def check_folder(folder: Path) -> None:
+    """ConfigError for a folder whose config.json states more layers or experts than its files have tensors."""
+    if not (folder / CONFIG).is_file():  # a hub id
+        return
+    try:
+        n_stored = len(TensorFiles(folder).files)
+    except CheckpointError:  # of another format, or damaged: transformers says what is wrong
+        return
+    check_counts(read_json(folder / CONFIG), n_stored)
 
 
 def check_sizes(model: nn.Module, stored: Mapping[str, Tensor]) -> None:

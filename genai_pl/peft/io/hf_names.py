@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from genai_pl.errors import CheckpointError
@@ -29,13 +30,15 @@ class HFModule(NamedTuple):
     """A module of transformers and the sites here that it stands for.
 
     name: in transformers. parts: sites, whose outputs are joined in this order. weights: rows of the family's table for its
-    weight and bias. transposed: True for GPT-2's Conv1D, whose weight is (in, out).
+    weight and bias. transposed: True for GPT-2's Conv1D, whose weight is (in, out). interleaved: the outputs of the parts
+    are joined by turns (gpt-oss's gate and up projection).
     """
 
     name: str
     parts: tuple[ModuleSite, ...]
     weights: tuple[Weight, ...]
     transposed: bool
+    interleaved: bool = False
 
     @property
     def n_experts(self) -> int:
@@ -47,7 +50,15 @@ class HFModule(NamedTuple):
         sizes = [site.inner.weight.shape[1 if self.n_experts else 0] for site in self.parts]
         if tensor.shape[dim] != sum(sizes):
             raise CheckpointError(f"{self.name} has {sum(sizes)} outputs here, in the file {tensor.shape[dim]}")
+        if self.interleaved:
+            tensor = torch.cat([tensor.unflatten(dim, (-1, len(sizes))).select(dim, n) for n in range(len(sizes))], dim)
         return tensor.split(sizes, dim)
+
+    def joined(self, tensor: Tensor, dim: int) -> Tensor:
+        """A tensor over the outputs of one part after the other, in the order of the file; dim counts from the end."""
+        if not self.interleaved:
+            return tensor
+        return torch.stack(tensor.chunk(len(self.parts), dim), dim).flatten(dim - 1, dim)
 
 
 def hf_modules(model: nn.Module) -> list[HFModule]:
@@ -58,22 +69,25 @@ def hf_modules(model: nn.Module) -> list[HFModule]:
     places = {name: site for site in module_sites(model) if site.parameters for name in site.names}
     rows = {row.hf_name: row for row in _table(model, places)}
     modules: list[HFModule] = []
+    has_experts = alternate = False
     # a row of the table is a module if it maps to weights of known sites
     for row in rows.values():
-        if row.expert is not None:
-            continue
         owners = [name.rpartition(".")[0] for name in row.names]
         if not all(name.endswith(".weight") for name in row.names) or any(owner not in places for owner in owners):
             continue
         name, _, kind = row.hf_name.replace(*IN_FILES).rpartition(".")
         parts = tuple(places[owner] for owner in owners)
+        if row.expert is not None or (kind != "weight" and is_of_experts(parts[0])):
+            has_experts, alternate = True, alternate or row.interleaved
+            continue
         if kind != "weight":  # a bare parameter in transformers, which PEFT cannot wrap
             modules += [_native_module(owner, site) for owner, site in zip(owners, parts, strict=True)]
             continue
         weights = [rows[key] for key in (row.hf_name, f"{name}.bias") if key in rows]
         modules += [HFModule(other, parts, tuple(weights), row.transposed) for other in SHARED.get(name, (name,))]
-    if any(row.expert is not None for row in rows.values()):
-        modules += [HFModule(name, parts, (), False) for name, parts in expert_parameters(model.config, places)]
+    if has_experts:
+        named = expert_parameters(model.config, places)
+        modules += [HFModule(name, parts, (), False, alternate and len(parts) > 1) for name, parts in named]
     return modules
 
 

@@ -106,9 +106,12 @@ def _join_factors(module: HFModule, layers: list[LoRALinear | None]) -> tuple[fl
         else:
             blocks.append(layer.factors()[1] * (layer.scaling / scaling))
             magnitudes.append(layer.magnitude)
-    factors = {A: torch.cat([layer.factors()[0] for layer in present], dim=-2), B: block_diagonal(blocks)}
+    factors = {
+        A: torch.cat([layer.factors()[0] for layer in present], dim=-2),
+        B: module.joined(block_diagonal(blocks), -2),
+    }
     if present[0].magnitude is not None:
-        factors[MAGNITUDE] = torch.cat(magnitudes, dim=-1)
+        factors[MAGNITUDE] = module.joined(torch.cat(magnitudes, dim=-1), -1)
     return scaling, factors
 
 

@@ -1,4 +1,4 @@
-"""Biases of attention in Llama's config.json: one key for all four projections."""
+"""Biases of attention in config.json, for Llama and many after it: one key for all four projections."""
 
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
@@ -11,7 +11,7 @@ def _read(values: Values) -> dict[str, object]:
 
 def _write(config: ModelConfig) -> dict[str, object]:
     if config.qkv_bias != config.o_bias:
-        raise ConfigError("Llama has biases in all projections of its attention or in none")
+        raise ConfigError("this family has biases in all projections of its attention or in none")
     return {"attention_bias": config.qkv_bias}
 
 

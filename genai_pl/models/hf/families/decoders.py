@@ -211,8 +211,8 @@ QWEN3 = replace(
     UNBIASED,
     model_type="qwen3",
     architectures=_classes("Qwen3"),
-    fixed={**UNBIASED.fixed, "qk_norm": True},
-    constants={"attention_bias": False, "use_sliding_window": False},
+    fixed={**LLAMA.fixed, "qk_norm": True},
+    constants={"use_sliding_window": False},
     defaults={**LLAMA.defaults, "num_key_value_heads": 32, "head_dim": 128},
-    codecs=(ROPE, CAUSAL, FULL),
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, FULL),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from genai_pl.config.enums import Activation, Head
@@ -18,7 +19,8 @@ class Weight(NamedTuple):
 
     hf_name     in the file; {i} stands for a layer
     names       ours, in the order in which the file's tensor holds them (GPT-2's c_attn: q, k, v)
-    transposed  the file stores (in, out), as GPT-2's Conv1D does
+    transposed  the file stores (in, out), as GPT-2's Conv1D does, or (experts, in, out)
+    interleaved our tensors, of all experts each, alternate by output in the file's (gpt-oss: gate and up projection)
     head_dim    the file splits our last dimension in two (before transposing): heads, head_dim
     leading     this many dimensions of 1 stand first in the file
     offset      our tensor is the file's plus this (Gemma's norms multiply by 1 + weight)
@@ -38,18 +40,23 @@ class Weight(NamedTuple):
     offset: float = 0.0
     layers: tuple[int, ...] | None = None
     expert: int | None = None
+    interleaved: bool = False
 
     def from_hf(self, tensor: Tensor) -> Tensor:
         """Our tensors, concatenated, from the file's tensor."""
         tensor = tensor.reshape(tensor.shape[self.leading :]) if self.leading else tensor
         tensor = tensor.flatten(-2) if self.head_dim else tensor
-        tensor = tensor.T.contiguous() if self.transposed else tensor
+        tensor = tensor.mT.contiguous() if self.transposed else tensor
+        if self.interleaved:  # (E, n out, ...) -> (n E, out, ...)
+            tensor = torch.cat([tensor[:, part :: len(self.names)] for part in range(len(self.names))])
         return tensor + self.offset if self.offset else tensor
 
     def to_hf(self, tensor: Tensor) -> Tensor:
         """The file's tensor from ours, concatenated; the inverse of `from_hf`."""
         tensor = tensor - self.offset if self.offset else tensor
-        tensor = tensor.T if self.transposed else tensor
+        if self.interleaved:
+            tensor = torch.stack(tensor.chunk(len(self.names)), dim=2).flatten(1, 2)
+        tensor = tensor.mT if self.transposed else tensor
         tensor = tensor.unflatten(-1, (-1, self.head_dim)) if self.head_dim else tensor
         return tensor.reshape((1,) * self.leading + tuple(tensor.shape)).contiguous()
 
@@ -90,11 +97,15 @@ class Family:
     prefix: str = ""  # of names in a model with a head, absent in one without
     head_bias: bool = False  # True if the language model's head has tensors that are never tied
     score_bias: bool = False  # True if the head for scores of texts has a bias, and a dense layer before it
+    score_transform: bool = (
+        False  # True if the head for scores has the layers of the language model's head before it, and a bias
+    )
     head_tensor: str = "lm_head.weight"  # a tensor that only a file of the model with its head holds
     pooler: str = ""  # the name of the dense layer over the first state, where its classes have one
     ties: tuple[tuple[str, str], ...] = ()  # (tensor, tensor that it equals unless the file holds both and they differ)
     always_ties: bool = False  # whatever tie_word_embeddings says
     synonyms: tuple[tuple[str, str], ...] = ()  # other names of keys, and the keys
+    quantizations: tuple[str, ...] = ()  # values of quant_method whose tensors are read, and become numbers of 16 bits
 
     @property
     def keys(self) -> set[str]:

@@ -6,8 +6,10 @@ from dataclasses import replace
 from genai_pl.config.enums import Head, NormOrder
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.biases import ATTENTION_BIAS
 from genai_pl.models.hf.families.decoders import CAUSAL, LLAMA, UNBIASED, WIDTH, lm_head, projections
 from genai_pl.models.hf.families.family import Codec, Values, Weight, one
+from genai_pl.models.hf.families.layer_types import FULL_LAYER, WINDOW_LAYER, read_windows, write_windows
 from genai_pl.models.hf.families.rope import TWO_ROPES
 
 
@@ -30,20 +32,11 @@ def _gemma3(config: ModelConfig) -> Iterator[Weight]:
 
 
 def _read_gemma3(values: Values) -> dict[str, object]:
-    """Windows and scale. Layers may be listed by kind or stated by a period; only periodic lists are supported."""
-    n, kinds = values["num_hidden_layers"], values.get("layer_types")
-    pattern = values["sliding_window_pattern"]
+    """Windows and scale. Layers may be listed by kind or stated by a period."""
+    n, kinds, pattern = values["num_hidden_layers"], values.get("layer_types"), values["sliding_window_pattern"]
     if kinds is None:
-        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n)]
-    elif len(kinds) != n or not {*kinds} <= {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"layer_types={kinds!r} must say full_attention or sliding_attention for each of {n} layers")
-    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else max(pattern, n + 1)
-    if [kind == "full_attention" for kind in kinds] != [(i + 1) % every == 0 for i in range(n)]:
-        raise ConfigError(f"layer_types={kinds!r} without a period are not supported")
-    if values["sliding_window"] is None and "sliding_attention" in kinds:
-        raise ConfigError("sliding_window=None is not supported where layer_types has sliding_attention")
-    window = {"window": values["sliding_window"], "full_every": every if values["sliding_window"] else None}
-    return {**window, "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
+        kinds = [FULL_LAYER if (i + 1) % pattern == 0 else WINDOW_LAYER for i in range(n)]
+    return {**read_windows(values, kinds, period=pattern), "attention_scale": values["query_pre_attn_scalar"] ** -0.5}
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, object]:
@@ -53,14 +46,8 @@ def _write_gemma3(config: ModelConfig) -> dict[str, object]:
     scalar = (config.attention_scale or config.head_dim**-0.5) ** -2
     if abs(scalar - round(scalar)) > 1e-6:
         raise ConfigError("Gemma 3's query_pre_attn_scalar is an integer")
-    every = config.full_every or config.n_layer + 1
-    full = [(i + 1) % every == 0 for i in range(config.n_layer)]
-    return {
-        "sliding_window": config.window,
-        "sliding_window_pattern": every,
-        "layer_types": ["full_attention" if here else "sliding_attention" for here in full],
-        "query_pre_attn_scalar": round(scalar),
-    }
+    period = {"sliding_window_pattern": config.full_every or config.n_layer + 1}
+    return {**write_windows(config), **period, "query_pre_attn_scalar": round(scalar)}
 
 
 GEMMA3 = replace(
@@ -72,7 +59,7 @@ GEMMA3 = replace(
         Head.none: ("Gemma3TextModel",),
     },
     fixed={
-        **UNBIASED.fixed,
+        **LLAMA.fixed,
         "qk_norm": True,
         "norm_order": NormOrder.sandwich,
         "scale_embeddings": True,
@@ -83,8 +70,9 @@ GEMMA3 = replace(
         "logit_softcap": "final_logit_softcapping",
     },
     # transformers 5 reads attn_logit_softcapping, and does not pass it to attention
-    constants={"attention_bias": False, "use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    constants={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     defaults={
+        "attention_bias": False,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
@@ -99,6 +87,7 @@ GEMMA3 = replace(
     weights=_gemma3,
     codecs=(
         TWO_ROPES,
+        ATTENTION_BIAS,
         CAUSAL,
         WIDTH,
         Codec(

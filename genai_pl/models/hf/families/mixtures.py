@@ -6,6 +6,7 @@ from dataclasses import replace
 from genai_pl.config.enums import Head, Router
 from genai_pl.config.model import ModelConfig
 from genai_pl.errors import ConfigError
+from genai_pl.models.hf.families.biases import ATTENTION_BIAS
 from genai_pl.models.hf.families.decoders import CAUSAL, FULL, LLAMA, UNBIASED, lm_head, projections
 from genai_pl.models.hf.families.family import Codec, Family, Values, Weight, one
 from genai_pl.models.hf.families.rope import ROPE
@@ -77,7 +78,7 @@ DERIVED_HEAD_DIM = Codec(_read_head_dim, lambda config: {}, ("head_dim",))
 SHARED = Codec(_read_shared, _write_shared, ("n_shared_experts",))
 COMMON = {"experts_per_token": "num_experts_per_tok"}
 WITHOUT_HEAD_DIM = {field: key for field, key in UNBIASED.fields.items() if field != "head_dim"}
-DEFAULTS = {key: value for key, value in LLAMA.defaults.items() if key not in ("attention_bias", "head_dim")}
+DEFAULTS = {key: value for key, value in LLAMA.defaults.items() if key != "head_dim"}
 
 MIXTRAL = replace(
     UNBIASED,
@@ -117,7 +118,7 @@ QWEN3_MOE = replace(
         Head.score: ("Qwen3MoeForSequenceClassification",),
         Head.none: ("Qwen3MoeModel",),
     },
-    fixed={**UNBIASED.fixed, "qk_norm": True, "router": Router.softmax},
+    fixed={**LLAMA.fixed, "qk_norm": True, "router": Router.softmax},
     fields={
         **UNBIASED.fields,
         **COMMON,
@@ -126,7 +127,7 @@ QWEN3_MOE = replace(
         "expert_every": "decoder_sparse_step",
         "normalize_top_k": "norm_topk_prob",
     },
-    constants={"attention_bias": False, "use_sliding_window": False},
+    constants={"use_sliding_window": False},
     defaults={
         **LLAMA.defaults,
         "num_key_value_heads": 4,
@@ -138,14 +139,14 @@ QWEN3_MOE = replace(
         "mlp_only_layers": None,
     },
     weights=_weights,
-    codecs=(ROPE, CAUSAL, FULL, DENSE_LAYERS),
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, FULL, DENSE_LAYERS),
     synonyms=(("num_local_experts", "num_experts"),),
 )
 OLMOE = replace(
     UNBIASED,
     model_type="olmoe",
     architectures={Head.linear: ("OlmoeForCausalLM",), Head.none: ("OlmoeModel",)},
-    fixed={**UNBIASED.fixed, "qk_norm": True, "qk_norm_joint": True, "router": Router.softmax},
+    fixed={**LLAMA.fixed, "qk_norm": True, "qk_norm_joint": True, "router": Router.softmax},
     fields={
         **WITHOUT_HEAD_DIM,
         **COMMON,
@@ -153,7 +154,7 @@ OLMOE = replace(
         "expert_size": "intermediate_size",
         "normalize_top_k": "norm_topk_prob",
     },
-    constants={"attention_bias": False, "clip_qkv": None},
+    constants={"clip_qkv": None},
     defaults={
         **DEFAULTS,
         "rms_norm_eps": 1e-5,
@@ -162,14 +163,14 @@ OLMOE = replace(
         "norm_topk_prob": False,
     },
     weights=_weights,
-    codecs=(ROPE, CAUSAL, DERIVED_HEAD_DIM),
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, DERIVED_HEAD_DIM),
     synonyms=(("num_local_experts", "num_experts"),),
 )
 DOTS1 = Family(
     model_type="dots1",
     architectures={Head.linear: ("Dots1ForCausalLM",), Head.none: ("Dots1Model",)},
     # any step of the bias means that the file holds one
-    fixed={**UNBIASED.fixed, "qk_norm": True, "router": Router.sigmoid, "balance_bias": 0.001},
+    fixed={**LLAMA.fixed, "qk_norm": True, "router": Router.sigmoid, "balance_bias": 0.001},
     fields={
         **WITHOUT_HEAD_DIM,
         **COMMON,
@@ -179,7 +180,7 @@ DOTS1 = Family(
         "normalize_top_k": "norm_topk_prob",
         "router_scale": "routed_scaling_factor",
     },
-    constants={"attention_bias": False, "n_group": 1, "topk_group": 1},
+    constants={"n_group": 1, "topk_group": 1},
     defaults={
         **DEFAULTS,
         "n_shared_experts": None,
@@ -188,7 +189,7 @@ DOTS1 = Family(
         "routed_scaling_factor": 1.0,
     },
     weights=_weights,
-    codecs=(ROPE, CAUSAL, FULL, DERIVED_HEAD_DIM, SHARED),
+    codecs=(ROPE, ATTENTION_BIAS, CAUSAL, FULL, DERIVED_HEAD_DIM, SHARED),
     prefix="model.",
     ties=UNBIASED.ties,
     synonyms=(("num_local_experts", "n_routed_experts"),),

@@ -1,7 +1,10 @@
 """Rotary positions in config.json: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before)."""
 
+import math
+
 from genai_pl.config.enums import RopeKind
-from genai_pl.config.model import ModelConfig, RopeScaling
+from genai_pl.config.model import ModelConfig
+from genai_pl.config.rope_scaling import RopeScaling
 from genai_pl.errors import ConfigError
 from genai_pl.models.hf.families.family import Codec, Values
 
@@ -19,9 +22,13 @@ HF_KEYS = {  # field of RopeScaling -> key, by kind
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "truncate": "truncate",
     },
 }
-PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}  # further keys, with the only value that is supported
+PLAIN = {
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}  # further keys, with the only value that is supported, or the usual
 THETA = 10000.0  # where config.json has no base
 
 
@@ -45,6 +52,8 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
     other = rope.pop("type", "default")
     name = rope.pop("rope_type", other)
     rope = {key: value for key, value in rope.items() if value is not None}
+    if name == RopeKind.yarn.value:
+        rope = _with_mscale(rope)
     kind = next((kind for kind in HF_KEYS if kind.value == name), None)
     if kind is None and name != "default":
         raise ConfigError(f"rotary positions of rope_type={name!r} are not supported; supported: {_kinds()}")
@@ -66,12 +75,23 @@ def read_rope(rope: Values, *, theta: float, values: Values) -> tuple[float, Rop
     return theta, RopeScaling(kind=kind, **fields)
 
 
+def _with_mscale(rope: dict[str, object]) -> dict[str, object]:
+    """YaRN's keys with the quotient of DeepSeek's two factors of queries and keys as one, as transformers takes it."""
+    rest = dict(rope)
+    scales = [rest.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+    if not all(scales) or "attention_factor" in rope or "factor" not in rope:
+        return rest
+    first, second = (0.1 * scale * math.log(max(rope["factor"], 1.0)) + 1.0 for scale in scales)
+    return {**rest, "attention_factor": first / second}
+
+
 def write_rope(theta: float, scaling: RopeScaling) -> dict[str, object]:
     """The entry of rope_parameters for a base and a scaling."""
     if scaling.kind is RopeKind.none:
         return {"rope_type": "default", "rope_theta": theta}
     entry = {key: getattr(scaling, field) for field, key in HF_KEYS[scaling.kind].items()}
-    return {"rope_type": scaling.kind.value, "rope_theta": theta, **{k: v for k, v in entry.items() if v is not None}}
+    stated = {key: value for key, value in entry.items() if value is not None and value is not PLAIN.get(key)}
+    return {"rope_type": scaling.kind.value, "rope_theta": theta, **stated}
 
 
 def _read(values: Values) -> dict[str, object]:
