@@ -64,7 +64,7 @@ def transformers(folder: Path, dtype: torch.dtype, n: int) -> Side:
 def llama_cpp(file: Path, n: int, threads: int) -> Side:
     from llama_cpp import Llama
 
-    model = Llama(str(file), n_ctx=4096, n_threads=threads, verbose=False)
+    model = Llama(str(file), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def continued(input_ids: Tensor) -> Tensor:
         rows = []

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.enums import Shape
@@ -102,7 +103,7 @@ def read_corpus(config: DictConfig) -> Iterator[str]:
         yield parse_text(row.get(column), place._replace(column=column))
 
 
-def embed_texts(loaded: Loaded, texts: list[str], pooling: str | None):
+def embed_texts(loaded: Loaded, texts: list[str], pooling: str | None) -> Tensor:
     """Vectors (N, D) of texts, as the model's folder says they are made."""
     model_config = loaded.model.config
     head = find_sentence_head(pooling, loaded.path, loaded.tokenizer, model_config)
@@ -125,7 +126,12 @@ def report(config: DictConfig, mined: Mined, *, n_pairs: int, n_candidates: int,
     there = mined.scores.isfinite()
     short = int((there.sum(1) < config.negatives.n).sum())
     print(f"negatives   {int(there.sum()):,} for {n_pairs:,} pairs among {n_candidates:,} texts, {n_lines:,} lines")
-    print(f"similarity  positives {mined.positives.mean():.3f}, negatives {mined.scores[there].mean():.3f} (means)")
+    positive, negative = mined.positives.mean(), mined.scores[there].mean()
+    print(f"similarity  positives {positive:.3f}, negatives {negative:.3f} (means)")
+    if negative > positive:
+        print(
+            "shortcut    negatives are nearer than positives, and can be told by that alone: set negatives.relative_margin"
+        )
     print(f"left out    {mined.excluded:,} by margins and scores; {short:,} anchors have fewer than negatives.n")
     form = config.negatives.format
     columns = {"data.negative": "negative"} if form == "triplet" else {}

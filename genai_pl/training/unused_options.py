@@ -96,6 +96,11 @@ TRAIN_RULES = (
         lambda config: not config.data.get("sources"),
         "data.sources=null: nothing is mixed",
     ),
+    Rule(
+        ("model.swiglu_alpha", "model.swiglu_limit"),
+        _all(_not(_is("model.activation", "clamped_swiglu")), _is("init_from", None)),
+        "only model.activation=clamped_swiglu has it",
+    ),
     Rule(("data.block_rows", "data.val_documents"), _is("data.streaming", False), "data.streaming=false"),
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from genai_pl.cli.negatives import report
+from genai_pl.evaluation.negatives import Mined
 from genai_pl.models import ModelConfig, build_model, save_pretrained
 from tests.conftest import TINY
 
@@ -59,6 +63,15 @@ def test_mined_triplets_and_rankings_are_trained_on(encoder: Path, command, tmp_
         run = f"hydra.run.dir={objective[0]}"
         result = command("train", f"objective={objective[0]}", f"init_from={encoder}", *objective[1:], *TINY_RUN, run)
         assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize(("nearer", "told"), [(0.9, True), (0.1, False)])
+def test_negatives_that_are_nearer_than_positives_are_told(nearer: float, told: bool, capsys) -> None:
+    options = {"n": 1, "format": "ranking"}
+    config = OmegaConf.create({"negatives": options, "checkpoint": "m", "out": "o", "data": {"path": "p"}})
+    mined = Mined(torch.tensor([[nearer]]), torch.tensor([[0]]), torch.tensor([0.5]), 0)
+    report(config, mined, n_pairs=1, n_candidates=2, n_lines=1)
+    assert ("shortcut" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(
