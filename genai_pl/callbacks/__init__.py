@@ -1,5 +1,6 @@
 """Callbacks for what Lightning lacks: exact checkpoints, clean interruption, one row of metrics for all outputs, samples."""
 
+from genai_pl.callbacks.benchmarks import Benchmarks
 from genai_pl.callbacks.best import BestCheckpoint, EarlyStop
 from genai_pl.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint
 from genai_pl.callbacks.checkpoint_files import newest_checkpoints, saved_at, step_of
@@ -15,6 +16,7 @@ from genai_pl.callbacks.samples import Samples
 
 __all__ = [
     "AtomicCheckpointIO",
+    "Benchmarks",
     "BestCheckpoint",
     "ConfusionPicture",
     "Console",

@@ -73,6 +73,11 @@ class Monitor(L.Callback):
         self._waited += waited
         self.seconds["data"] += waited
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave seconds that have just passed between two batches out of the interval: samples or benchmarks."""
+        self._paused += seconds
+        self._batch_end += seconds
+
     def on_validation_start(self, *_: object) -> None:
         self._pause_start = time.perf_counter()
 

@@ -31,6 +31,7 @@ class Samples(L.Callback):
     tokenizer: of the model
     file: JSON lines of step, prompt and text; None: no file
     say: where to print
+    spent: told the seconds that samples of a step have taken
     seed: of a generator of their own: training draws the same numbers with and without samples
 
     A policy that learns from rollouts shows completions of those instead, with score and KL, in training and
@@ -46,10 +47,11 @@ class Samples(L.Callback):
         tokenizer: "PreTrainedTokenizerBase",
         file: Path | None = None,
         say: Callable[[str], None] = print,
+        spent: Callable[[float], None] | None = None,
         seed: int = 0,
     ) -> None:
         self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
-        self.tokenizer, self.file, self.say = tokenizer, file, say
+        self.tokenizer, self.file, self.say, self.spent = tokenizer, file, say, spent
         self._last = 0
         self.seconds = 0.0  # that samples have taken in this process
 
@@ -70,7 +72,10 @@ class Samples(L.Callback):
                     self._show_continuations(trainer, module, step)
         elif trainer.is_global_zero:
             self._show_scored(trainer, module.examples, "training", step)
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if self.spent is not None:
+            self.spent(seconds)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Show scored completions of the validation."""

@@ -19,30 +19,12 @@ from tqdm import tqdm
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
 from genai_pl.config.enums import Head
-from genai_pl.data import token_bytes
 from genai_pl.devices import choose_device, dtypes_of, weights_of
-from genai_pl.errors import DISK_FULL, ConfigError, DataError
-from genai_pl.evaluation import (
-    Kind,
-    Metrics,
-    ScoredWindow,
-    choice_metrics,
-    choice_windows,
-    completion_metrics,
-    completion_windows,
-    conversation_windows,
-    name_path_in_errors,
-    pair_metrics,
-    pair_windows,
-    read_examples,
-    reward_scores,
-    score,
-    text_metrics,
-    text_windows,
-    win_rate,
-)
+from genai_pl.errors import DISK_FULL, ConfigError
+from genai_pl.evaluation import Kind, read_examples
 from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.evaluation.labels import is_reward_model
+from genai_pl.evaluation.tasks import Task, build_task, measure
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
 from genai_pl.peft import adapters_of, merge
@@ -121,20 +103,15 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     # tokenize everything first: mistakes in the data show before any model runs
     check_model(config, loaded, judges=kind is Kind.preferences)
     model = loaded.model.to(device)
-    rows = build_rows(options, kind, columns, loaded)
+    task = build_data_task(options, kind, columns, loaded)
     products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
-        tqdm(total=len(rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        tqdm(total=len(task.rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
         # score in batches of about batch_tokens tokens
-        measure = preference_metrics if kind is Kind.preferences else prediction_metrics
-        metrics = measure(kind, columns, loaded, rows, batch_tokens=config.batch_tokens, on_batch=bar.update)
-    counts = {
-        "rows": len(columns[0]),
-        "tokens": sum(row.n_scored for row in rows),
-        "cut": sum(row.truncated for row in rows),
-    }
+        metrics = measure(task, model, loaded.tokenizer, batch_tokens=config.batch_tokens, on_batch=bar.update)
+    counts = task.counts
     print_metrics(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
     if counts["cut"]:
@@ -179,37 +156,6 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
     return temporary
 
 
-def prediction_metrics(
-    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
-) -> Metrics:
-    """Metrics of predicted texts, completions or choices: losses per token and per byte, perplexity, accuracy."""
-    scores = score(loaded.model, rows, **scoring)
-    if kind is Kind.choices:
-        return choice_metrics(scores.nll, columns[0])
-    measure = text_metrics if kind is Kind.text else completion_metrics
-    return measure(scores, rows, token_bytes(loaded.tokenizer, loaded.model.config.vocab_size))
-
-
-def preference_metrics(
-    kind: Kind, columns: list[list], loaded: Loaded, rows: list[ScoredWindow], **scoring: object
-) -> Metrics:
-    """Share of pairs whose chosen completion gets the higher reward, or else the higher log-probability, and
-    margins.
-
-    rows: all chosen completions, then all rejected ones. For log-probabilities the comparison per token is
-    added, which does not favour short completions.
-    """
-    n = len(columns[0])  # the chosen ones, then the rejected ones
-    lengths = torch.tensor([row.n_scored for row in rows]).view(2, n).T  # (N, 2)
-    judges, tokens = loaded.model.config.head is Head.score, [row.tokens for row in rows]
-    scores = reward_scores(loaded.model, tokens, **scoring) if judges else -score(loaded.model, rows, **scoring).nll
-    metrics = pair_metrics(scores[:n], scores[n:], lengths)
-    if judges:
-        return metrics
-    means = (scores.view(2, n).T / lengths).unbind(1)
-    return {**metrics, "accuracy_per_token": win_rate(means[0] - means[1])}
-
-
 def load_checkpoint(config: DictConfig) -> Loaded:
     """The model and its tokenizer, with weights in the dtype of `precision` and `dtype`."""
     weights, _ = weights_of(config.precision.lightning, config.dtype, choose_device(config.device))
@@ -236,34 +182,21 @@ def check_model(config: DictConfig, loaded: Loaded, *, judges: bool) -> None:
         )
 
 
-def build_rows(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> list[ScoredWindow]:
-    """Rows to score, with the position of the first scored token in each; DataError if there is none.
+def build_data_task(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> Task:
+    """The task of the data, tokenized for the model.
 
     options: the group `data`. columns: the data, as read for that kind.
     """
-    tokenizer, values = loaded.tokenizer, loaded.model.config
-    seq_len, bos = options.seq_len or context_of(loaded.model), options.bos
-    if kind is not Kind.text and options.stride is not None:
-        raise ConfigError(f"data.stride={options.stride}: prompts and completions have no windows; leave it out")
-    with name_path_in_errors(options.path):
-        # windows for texts; one row for every other example
-        if kind is Kind.text:
-            rows = text_windows(*columns, tokenizer, seq_len=seq_len, stride=options.stride, bos=bos)
-        elif kind is Kind.completions:
-            rows = completion_windows(*columns, tokenizer, seq_len=seq_len, bos=bos)
-        elif kind is Kind.conversations:
-            rows = conversation_windows(*columns, tokenizer, seq_len=seq_len)
-        elif kind is Kind.choices:
-            rows = choice_windows(*columns, tokenizer, seq_len=seq_len, bos=bos)
-        else:
-            prompts, chosen, rejected, tools = columns
-            judges = values.head is Head.score
-            rows = pair_windows(
-                prompts * 2, chosen + rejected, tokenizer, seq_len=seq_len, judges=judges, tools=tools * 2
-            )
-    if not rows:
-        raise DataError(f"data.path={options.path}: there is no token to score; a text needs two, or data.bos=true")
-    return rows
+    return build_task(
+        options.path,
+        kind,
+        columns,
+        loaded.tokenizer,
+        seq_len=options.seq_len or context_of(loaded.model),
+        judges=loaded.model.config.head is Head.score,
+        stride=options.stride,
+        bos=options.bos,
+    )
 
 
 def write_figures(config: DictConfig, figures: dict[str, float]) -> None:

@@ -49,4 +49,5 @@ SCHEMAS = {
 OPEN_MAPPINGS = {  # fields of untyped options whose keys are the user's
     "patterns": {"rank_pattern": {}, "alpha_pattern": {}},
     "extra": {"extra": {}},
+    "tasks": {"tasks": {}},
 }

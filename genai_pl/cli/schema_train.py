@@ -38,6 +38,7 @@ class TrainSchema:
     trainer: Any = None
     callbacks: Any = None
     logger: Any = None
+    eval: Any = None
     generation: Any = None
     plan: Any = None
     optimized_metric: str | None = None

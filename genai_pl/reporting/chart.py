@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 440, 230  # of the view box; a chart is scaled to its column
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26  # margins of the plot
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 10, 26  # margins of the plot
 MAX_POINTS = 300  # of a series; more are averaged in groups of neighbours
 WIDE_RANGE = 100.0  # a ratio of values above which positive values have a logarithmic axis
 N_COLORS = 8

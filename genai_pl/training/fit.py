@@ -24,7 +24,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.callbacks import BestCheckpoint, Console, EarlyStop, Interrupt, Monitor, Samples, StepCheckpoint
+from genai_pl.callbacks import (
+    Benchmarks,
+    BestCheckpoint,
+    Console,
+    EarlyStop,
+    Interrupt,
+    Monitor,
+    Samples,
+    StepCheckpoint,
+)
 from genai_pl.checkpoints.file import read_checkpoint
 from genai_pl.config.redaction import redact
 from genai_pl.data.datamodule import RowsDataModule
@@ -58,8 +67,8 @@ class Run:
 
     folder: the run folder. trainer, module, data, tokenizer: what Lightning fits. length: optimizer steps and
     passes.
-    monitor, console, interrupt, checkpoints, best, early_stop, samples: our callbacks; samples is None where no text
-    can be written, best and early_stop where they are not asked for.
+    monitor, console, interrupt, checkpoints, best, early_stop, samples, benchmarks: our callbacks; samples is None
+    where no text can be written, best, early_stop and benchmarks where they are not asked for.
     defaults: generation settings of the folder that the model came from. adapter_base: reference to an adapter's base
     model, None without. precision: what products are computed in, and why.
     """
@@ -78,6 +87,7 @@ class Run:
     best: BestCheckpoint | None = None
     early_stop: EarlyStop | None = None
     samples: Samples | None = None
+    benchmarks: Benchmarks | None = None
     defaults: GenerationDefaults = NO_DEFAULTS  # of the folder that the model came from
     adapter_base: str | None = None
 
@@ -138,8 +148,9 @@ def describe_saved(run: Run, arguments: list[str]) -> str:
 
 
 def final_metrics(run: Run) -> dict[str, float]:
-    """Metrics of the last validation, and as `best/...` those of the best one with its step."""
+    """Metrics of the last validation and of benchmarks, and as `best/...` those of the best validation with its step."""
     metrics = {k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith("val/")}
+    metrics |= {} if run.benchmarks is None else run.benchmarks.metrics
     if run.best is not None and run.best.best is not None:
         metrics |= {"best/step": run.best.best.step, **{f"best/{k}": v for k, v in run.best.metrics.items()}}
     return metrics
@@ -176,7 +187,8 @@ def finish(
         options = run.module.generate_options(run.data.prompt(), run.tokenizer.mask_token)
         name = ("adapter" if adapters_of(run.module.model) else "model") if export else None
         samples = 0.0 if run.samples is None else run.samples.seconds
-        seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples}
+        measured = {} if run.benchmarks is None else {"benchmarks": run.benchmarks.seconds}
+        seconds = {**run.monitor.seconds, "checkpoints": run.checkpoints.seconds, "samples": samples, **measured}
         print(*run.data.mixture_lines(), describe_seconds(**seconds), sep="\n")
         reported = write_run_report(
             run.folder, results=metrics, best=best_of(run), device=run.trainer.strategy.root_device

@@ -174,7 +174,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
             flat[name] = value if isinstance(value, bool | int | float) else redact(str(value))
 
     values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    left_out = {"callbacks", "logger", "generation", "output_dir", "dry_run", "plan", "optimized_metric"}
+    left_out = {"callbacks", "logger", "generation", "eval", "output_dir", "dry_run", "plan", "optimized_metric"}
     values["tags"] = ", ".join(values["tags"])
     if values["data"].get("sources"):
         values["data"]["path"] = ", ".join(f"{name}: {s['path']}" for name, s in values["data"]["sources"].items())

@@ -29,6 +29,7 @@ from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
 from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.training.benchmarks import build_benchmarks
 from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
 from genai_pl.training.length import (
@@ -177,8 +178,13 @@ def build_callbacks(
             tokenizer=tokenizer,
             file=folder / SAMPLES,
             say=console.say,
+            spent=callbacks["monitor"].leave_out,
         )
-    elif wants_samples:
+    if tasks := build_benchmarks(
+        config, model, tokenizer, gathers=gathers, say=console.say, spent=callbacks["monitor"].leave_out
+    ):
+        callbacks["benchmarks"] = tasks
+    if wants_samples and not gathers:
         log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
     return callbacks
 

@@ -27,7 +27,7 @@ from genai_pl.errors import UserError
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TRUSTED_GROUPS = {  # every field of these may be set by a saved command
     *("model", "data", "tokenizer", "objective", "peft", "optimizer", "scheduler"),
-    *("precision", "strategy", "trainer", "generation", "plan"),
+    *("precision", "strategy", "trainer", "generation", "plan", "eval"),
 }
 TRUSTED_CALLBACKS = {
     "checkpoint",

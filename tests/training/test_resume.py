@@ -126,7 +126,7 @@ def test_output_dir_is_the_run_folder_whole(place: Path, command) -> None:
     result = command("train", *SMALL, "callbacks.export=true", "trainer.max_steps=2", "output_dir=mine/run")
     assert result.status == 0, result.err
     names = {path.name for path in (place / "mine" / "run").iterdir()}
-    assert names == {".hydra", "checkpoints", "metrics.csv", "model", "results.json", "train.log"}
+    assert names == {".hydra", "checkpoints", "metrics.csv", "model", "report.html", "results.json", "train.log"}
     assert not (place / "outputs").exists()
     assert command("train", "resume=mine/run", "trainer.max_steps=3").status == 0
     assert max(table(Path("mine/run"))) == 3

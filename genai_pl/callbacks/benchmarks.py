@@ -1,0 +1,91 @@
+"""Benchmarks: tasks that a model is measured on while it trains, by the machinery of evaluate.py.
+
+The first process measures, on the whole model; the others wait for it at their next step. Nothing is drawn at random, so
+training is the same with and without benchmarks.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from genai_pl.callbacks.due import passed
+from genai_pl.evaluation.tasks import Task, measure
+from genai_pl.generation.decode import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEADLINES = ("accuracy", "loss")  # metrics of a task that the console shows, the first that there is
+
+
+class Benchmarks(L.Callback):
+    """Measures tasks every n optimizer steps, and at the last step.
+
+    every_n_steps: optimizer steps between measurements
+    tasks: name to task; its metrics are logged as `eval/NAME/METRIC`
+    tokenizer: of the model
+    batch_tokens: tokens of a batch, padding included
+    say: where to print
+    spent: told the seconds of each measurement
+
+    metrics: those of the last measurement. seconds: that measuring has taken in this process
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        tasks: Mapping[str, Task],
+        *,
+        tokenizer: "PreTrainedTokenizerBase",
+        batch_tokens: int,
+        say: Callable[[str], None] = print,
+        spent: Callable[[float], None] | None = None,
+    ) -> None:
+        self.every_n_steps, self.tasks, self.batch_tokens = every_n_steps, tasks, batch_tokens
+        self.tokenizer, self.say, self.spent = tokenizer, say, spent
+        self.metrics: dict[str, float] = {}
+        self.seconds = 0.0
+        self._last = 0
+
+    def state_dict(self) -> dict[str, object]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.metrics = {name: float(value) for name, value in state["metrics"].items()}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        """Measure where it is due. All ranks enter the gather of sharded weights."""
+        step, before = trainer.global_step, self._last
+        due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
+        self._last = step
+        if not due or step == before:
+            return
+        start = time.perf_counter()
+        with module.unsharded_model(), trainer.precision_plugin.forward_context(), evaluating(module.model):
+            if trainer.is_global_zero:
+                self._measure(trainer, module, step)
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if self.spent is not None:
+            self.spent(seconds)
+
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Measure all tasks, log their metrics and print one line."""
+        headlines = []
+        self.metrics = {}
+        for name, task in self.tasks.items():
+            found = measure(task, module.model, self.tokenizer, batch_tokens=self.batch_tokens)
+            self.metrics |= {f"eval/{name}/{metric}": value for metric, value in found.items()}
+            headline = next(metric for metric in HEADLINES if metric in found)
+            text = f"eval/{name}/{headline} {found[headline]:.4f}"
+            if f"{headline}_low" in found:
+                text += f" ({found[f'{headline}_low']:.3f} to {found[f'{headline}_high']:.3f})"
+            headlines.append(text)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics, step=step)
+        self.say(f"{step:8d}  {'  '.join(headlines)}")
