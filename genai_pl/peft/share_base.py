@@ -25,7 +25,7 @@ def share_frozen(model: nn.Module, other: nn.Module) -> int:
     """Replace parameters of `model` by equal frozen ones of `other`; returns the number of bytes shared.
 
     `model` is frozen whole, since training it would change `other`. Names, dtypes and values must be equal. Where `other`
-    holds its frozen weights in 16 bits, so does `model` from now on; under DoRA, which takes their norms, only where that is exact.
+    holds its frozen weights in 16 bits, so does `model` from now on; under DoRA, which takes norms, only where it is exact.
     """
     model.requires_grad_(False)
     if is_held_in_16_bits(other):
