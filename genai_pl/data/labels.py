@@ -70,10 +70,24 @@ def find_labels(
     if len(values) > MAX_LABELS:
         raise DataError(f"data.label: {len(values):,} different labels; is this the column of labels?")
     if names:
-        return Labels(tuple(map(str, names)), kind)
-    if known is not None and all(label_index(known, value) is not None for value in values):
-        return Labels(known.names, kind)
-    return Labels(tuple(sorted({str(value) for value in values}, key=_order(values))), kind)
+        labels = tuple(map(str, names))
+    elif known is not None and all(label_index(known, value) is not None for value in values):
+        labels = known.names
+    else:
+        labels = tuple(sorted({str(value) for value in values}, key=_order(values)))
+    _check_names(labels, kind)
+    return Labels(labels, kind)
+
+
+def _check_names(names: Sequence[str], problem_type: str) -> None:
+    """ConfigError for a name that occurs twice, DataError for one class, of which every text is."""
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise ConfigError(f"data.labels names {preview(repeated[0])} twice: give each output a name of its own")
+    if problem_type == SINGLE and len(names) < 2:
+        only = f"only the label {preview(names[0])}" if names else "no labels"
+        raise DataError(
+            f"the data have {only}, and one class is nothing to learn: add rows of another, or set data.labels"
+        )
 
 
 def label_index(labels: Labels, value: Scalar) -> int | None:

@@ -12,9 +12,11 @@ from genai_pl.config.labels import Labels
 from genai_pl.data.columns import Place
 from genai_pl.data.labelled import LabelsDataModule
 from genai_pl.data.labels import parse_ranking
+from genai_pl.data.loader import Collate
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.text_tokens import encode_pairs, separate_pairs
+from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -55,6 +57,10 @@ class RerankDataModule(LabelsDataModule):
         train, _ = self.tables()
         return (text for row in train for text in (row["query"], *json.loads(row["document"])))
 
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase", collate: Collate) -> None:
+        super().prepare(tokenizer, collate)
+        _check_comparable(self.train_rows, listwise=getattr(collate, "listwise", False))
+
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, ["query", "document"], tokenize_rankings, seq_len=self.seq_len)
         columns = {name: as_arrays(encoded, name) for name in encoded.column_names}
@@ -73,6 +79,19 @@ class RerankDataModule(LabelsDataModule):
 
     def prompt(self) -> str:
         return self.tables()[1][0]["query"]
+
+
+def _check_comparable(rows: Iterable[Mapping[str, object]], *, listwise: bool) -> None:
+    """DataError where no pair is to get a higher score than another: of all rows, or with `listwise` of one query."""
+    labels = [row["labels"] for row in rows]
+    if listwise and not any(of_query.max() > of_query.min() for of_query in labels):
+        raise DataError(
+            "objective.loss=listwise compares the documents of a query, and no row has documents of different relevance: "
+            "write a row for each query with a list of documents, or take objective.loss=pointwise"
+        )
+    flat = np.concatenate(labels)
+    if flat.max() == flat.min():
+        raise DataError(f"data.label: every document has the relevance {flat[0]:g}, so there is nothing to learn")
 
 
 def tokenize_rankings(

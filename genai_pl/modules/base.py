@@ -248,7 +248,7 @@ class BaseModule(L.LightningModule, ABC):
         """Metrics of the last optimizer step, over all ranks; every rank must call it."""
         sums = {name: self._over_ranks(value) for name, value in self.finished.items()}
         by_source = take_losses(self.source_names, sums)
-        metrics = self.summarize(sums, self._targets) | by_source
+        metrics = self.summarize(sums, self._targets.clamp(min=1)) | by_source  # 0 for a step without targets
         # names with a slash, such as rewards/chosen, keep their prefix
         return {k if "/" in k and not k.startswith("loss/") else f"train/{k}": v.item() for k, v in metrics.items()}
 

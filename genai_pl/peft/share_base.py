@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai_pl.models.frozen import hold_frozen_in_16_bits, is_held_in_16_bits
+from genai_pl.peft.adapter import adapters_of
 from genai_pl.peft.targets import module_sites
 
 
@@ -24,11 +25,11 @@ def share_frozen(model: nn.Module, other: nn.Module) -> int:
     """Replace parameters of `model` by equal frozen ones of `other`; returns the number of bytes shared.
 
     `model` is frozen whole, since training it would change `other`. Names, dtypes and values must be equal. Where `other`
-    holds its frozen weights in 16 bits, so does `model` from now on.
+    holds its frozen weights in 16 bits, so does `model` from now on; under DoRA, which takes norms, only where it is exact.
     """
     model.requires_grad_(False)
     if is_held_in_16_bits(other):
-        hold_frozen_in_16_bits(model, rounds=True)
+        hold_frozen_in_16_bits(model, rounds=all(adapter.method != "dora" for adapter in adapters_of(model)))
     theirs = {name: x for name, _, _, x in base_tensors(other) if isinstance(x, nn.Parameter) and not x.requires_grad}
     shared = 0
     for name, module, attribute, tensor in list(base_tensors(model)):

@@ -20,8 +20,8 @@ def set_objective_head(
 ) -> None:
     """Give the model the head of the objective, if it has one of its own, in place.
 
-    An objective with labels takes those of the data; the tokenizer is completed for its rows. ConfigError for a model that
-    transformers runs, whose head is its own.
+    An objective with labels takes those of the data; the tokenizer is completed for its rows, and truncates at the model's
+    context, as pipelines that load the export ask it to. ConfigError for a model that transformers runs, whose head is its own.
     """
     if objective.head is None:
         return
@@ -31,6 +31,7 @@ def set_objective_head(
         return
     labels = data.find_labels(known_labels(model, objective))
     data.prepare_tokenizer(tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_seq_len)
     model.set_head(objective.head, labels)
 
 

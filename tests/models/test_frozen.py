@@ -18,14 +18,14 @@ ALL = {**KINDS, "mixture": MIXTURE}
 ids = torch.arange(24).view(2, 12) % 60
 
 
-def build(kind: str, *, rounded: bool = True) -> nn.Module:
-    """A frozen model with LoRA that is not zero; `rounded` as if its file were in bfloat16."""
+def build(kind: str, *, rounded: bool = True, dora: bool = False) -> nn.Module:
+    """A frozen model with LoRA (or DoRA) that is not zero; `rounded` as if its file were in bfloat16."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(**{**SIZES, **ALL[kind]}))
     if rounded:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    model = peft.lora(model, rank=2, target_modules="all-linear")
+    model = peft.lora(model, rank=2, target_modules="all-linear", dora=dora)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter)
@@ -122,3 +122,12 @@ def test_a_reward_model_shares_a_base_that_is_held_in_16_bits() -> None:
     saved = hold_frozen_in_16_bits(policy, rounds=True)
     assert peft.share_frozen(judge, policy) >= saved
     assert judge.blocks[0].attention.q_proj.base.weight is policy.blocks[0].attention.q_proj.base.weight
+
+
+def test_a_dora_reward_model_keeps_the_weights_whose_norms_it_takes() -> None:
+    policy, judge = build("llama", rounded=False), build("llama", rounded=False, dora=True)
+    hold_frozen_in_16_bits(policy, rounds=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = judge(ids)
+        peft.share_frozen(judge, policy)
+        assert torch.equal(judge(ids), expected)

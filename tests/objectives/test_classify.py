@@ -101,7 +101,7 @@ def test_the_labels_of_a_model_stay_where_they_cover_the_data() -> None:
     options = {"names": None, "problem_type": None}
     assert find_labels(["good", "bad"], known=known, **options) == known
     assert find_labels([2, 0], known=known, **options) == known  # numbers are positions
-    assert find_labels(["great"], known=known, **options).names == ("great",)
+    assert find_labels(["great", "bad"], known=known, **options).names == ("bad", "great")
     assert encode_label(known, 2) == encode_label(known, "good") == [2.0]
     assert encode_label(known._replace(problem_type=MULTI), ["good", "bad"]) == [1.0, 0.0, 1.0]
     assert encode_label(Labels(("value",), REGRESSION), "2.5") == [2.5]
@@ -114,6 +114,10 @@ def test_the_labels_of_a_model_stay_where_they_cover_the_data() -> None:
         ([[0.5, 1.0], [0.5]], {}, "rows have 1 to 2 numbers"),
         (["a"], {"problem_type": "binary"}, "data.problem_type=binary is not one of single_label"),
         ([0.5], {"names": ["a", "b"]}, "data.labels has 2 names for 1 numbers"),
+        # transformers' configurations refuse a single label with one output
+        (["a", "a"], {}, "only the label 'a', and one class is nothing to learn"),
+        ([0], {"names": ["a"]}, "only the label 'a', and one class is nothing to learn"),
+        (["a", "b"], {"names": ["a", "b", "a"]}, "data.labels names 'a' twice"),
     ],
 )
 def test_labels_that_do_not_fit_are_one_line(cells: list, options: dict, message: str) -> None:

@@ -144,6 +144,28 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, rows, c
     assert message in result.err
 
 
+@pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_a_pipeline_of_transformers_truncates_as_the_run_does(model, rows, command, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    assert command("train", "objective=classify", *model, rows, "hydra.run.dir=run").status == 0
+    text = "awful " * 30  # 180 bytes, of which the context has 32
+    classify = pipeline("text-classification", model=str(tmp_path / "run/model"), top_k=None)
+    expected = {entry["label"]: entry["score"] for entry in classify([text], truncation=True)[0]}
+    (tmp_path / "prompts.txt").write_text(text)
+    said = command("generate", "checkpoint=run", "score=true", "prompt_file=prompts.txt")
+    assert json.loads(said.out)["probabilities"] == pytest.approx(expected, abs=1e-5), said.err
+
+
+def test_steps_of_rows_that_weigh_nothing_have_no_loss(rows, command, tmp_path: Path) -> None:
+    options = (rows, "data.batch_size=1", "objective.class_weights=[0,0,1]", "hydra.run.dir=run")
+    result = command("train", "objective=classify", *ENCODER, *options, "trainer.max_steps=6")
+    assert result.status == 0, result.err
+    losses = [float(row["train/loss"]) for row in rows_of(tmp_path / "run") if row["train/loss"]]
+    assert 0.0 in losses
+    assert all(loss >= 0 for loss in losses)  # and none is NaN
+
+
 def test_the_cost_of_a_classifier_is_planned_without_its_data(command) -> None:
     result = command("train", "objective=classify", *ENCODER, "data.path=nowhere.jsonl", "dry_run=true")
     assert result.status == 0, result.err

@@ -80,3 +80,22 @@ def test_a_bad_row_is_one_line(row: dict, message: str, command, tmp_path: Path)
     result = command("train", "objective=rerank", *ENCODER, "data.path=rows.jsonl")
     assert (result.status in (1, 2), result.err.count("\n")) == (True, 1), result.err
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "message"),
+    [
+        (
+            {"documents": "yes", "labels": 1},
+            ("objective.loss=listwise",),
+            "no row has documents of different relevance",
+        ),
+        ({"documents": ["a", "b"], "labels": [0, 0]}, (), "every document has the relevance 0"),
+    ],
+)
+def test_rows_that_compare_nothing_are_refused(row: dict, arguments, message: str, command, tmp_path: Path) -> None:
+    lines = [{"query": f"q{n}", **row} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = command("train", "objective=rerank", *ENCODER, "data.path=rows.jsonl", *arguments)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert message in result.err
