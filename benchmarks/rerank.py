@@ -1,15 +1,14 @@
-"""Reranking of English sentences by German ones, against the embedding search of the model that it starts from.
+"""Reranking of words by their definitions, against the embedding search of the model that it starts from.
 
     python benchmarks/rerank.py data OUT
     python feedback.py task=negatives checkpoint=MINILM data.path=OUT/train.jsonl negatives.format=ranking \
-      out=OUT/rankings.jsonl negatives.relative_margin=null limit=2700
-    python train.py objective=rerank objective.loss=listwise init_from=MINILM data.path=OUT/rankings.jsonl
+      negatives.n=5 negatives.relative_margin=null out=OUT/rankings.jsonl
+    python train.py objective=rerank objective.loss=listwise init_from=MINILM data.path=OUT/rankings.jsonl data.seq_len=64
     python benchmarks/rerank.py score OUT MINILM RUN
 
-`data` writes pairs of sentences of a dictionary (Debian's trans-de-en, GPL): 500 for the test, the others for training.
-`score` lets MINILM find the --depth nearest English sentences of each German one among those of the test, puts them in
-the order of RUN's scores, and prints recall@1 before and after, with a 95 % interval of the difference (bootstrap over
-sentences). MINILM was trained on English alone.
+`data` writes definitions of nouns with their word, of WordNet 3.0 (Debian's wordnet-base): 1,000 for the test, others for
+training. `score` lets MINILM find the --depth nearest words of each definition among those of the test, puts them in the
+order of RUN's scores, and prints recall@1 before and after, with a 95 % interval of the difference (bootstrap over definitions).
 """
 
 import argparse
@@ -20,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from genai_pl.recipes import translation
-from genai_pl.recipes.fetch import read_rows, write_rows
+from genai_pl.recipes.fetch import from_apt, read_rows, write_rows
 
-N_TEST = 500
+N_TEST, N_TRAIN = 1000, 6000
 
 
 def parse() -> argparse.Namespace:
@@ -35,23 +33,27 @@ def parse() -> argparse.Namespace:
     score.add_argument("out", type=Path, help="the folder of `data`")
     score.add_argument("searcher", help="a model of embeddings")
     score.add_argument("reranker", help="a run of objective=rerank")
-    score.add_argument("--depth", type=int, default=10, help="sentences that are reranked")
+    score.add_argument("--depth", type=int, default=10, help="words that are reranked")
     score.add_argument("--seq-len", type=int, default=64, help="tokens of a pair, as in training")
     return parser.parse_args()
 
 
 def write_data(out: Path) -> None:
-    """Write the pairs of sentences, shuffled; the last N_TEST are the test, and no text is on both sides."""
+    """Write definitions with their words, shuffled; the last N_TEST are the test, and no word is on both sides."""
     with tempfile.TemporaryDirectory() as work:
-        (path,) = translation.find(Path(work))
+        (path,) = from_apt("wordnet-base", "usr/share/wordnet/data.noun", Path(work))
         lines = path.read_text(encoding="utf-8").splitlines()
-    found = [pair for pair in dict(translation.pairs(lines)).items() if all(map(translation.is_sentence, pair))]
-    found = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
-    test = list({english: (german, english) for german, english in found[-N_TEST:]}.values())
-    known = {english for _, english in test}
-    train = [(german, english) for german, english in found[:-N_TEST] if english not in known]
-    for name, pairs in (("train", train), ("test", test)):
-        rows = [{"anchor": german, "positive": english} for german, english in pairs]
+    found: dict[str, str] = {}  # definition by word
+    for line in lines:
+        fields, _, gloss = line.partition(" | ")
+        if not line.startswith(" "):  # the licence
+            word, definition = fields.split()[4].replace("_", " "), gloss.split(";")[0].strip()
+            if word.islower() and definition.count(" ") >= 4:
+                found.setdefault(word, definition)
+    words = sorted(found)
+    words = [words[n] for n in np.random.default_rng(0).permutation(len(words))]
+    for name, part in (("train", words[:N_TRAIN]), ("test", words[-N_TEST:])):
+        rows = [{"anchor": found[word], "positive": word} for word in part]
         print(f"{write_rows(out / f'{name}.jsonl', rows):,} pairs in {out / name}.jsonl")
 
 
