@@ -1,24 +1,27 @@
 """Labelled data: texts, or pairs of texts, with a class, several labels or numbers, for classification and regression."""
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from genai_pl.config.labels import Labels
+from genai_pl.config.labels import REGRESSION, Labels
 from genai_pl.data.columns import Place, parse_text
-from genai_pl.data.labels import encode_label, find_labels, parse_label_cell
+from genai_pl.data.labels import Cell, encode_label, find_labels, label_index, parse_label_cell
 from genai_pl.data.records import Record
 from genai_pl.data.sources import locate_row
-from genai_pl.data.table_datamodule import TableDataModule, as_arrays
+from genai_pl.data.table_datamodule import TableDataModule, as_arrays, report_cut
 from genai_pl.data.text_tokens import encode_pairs, separate_pairs
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 class LabelsDataModule(TableDataModule):
@@ -72,9 +75,20 @@ class LabelledDataModule(LabelsDataModule):
         return {**texts, "label": parse_label_cell(record.get(column), place.at(column))}
 
     def find_labels(self, known: Labels | None) -> Labels:
-        cells = [json.loads(cell) for table in self.tables() for cell in table["label"]]
-        self.fixed_labels = find_labels(cells, names=self.labels, problem_type=self.problem_type, known=known)
+        train, held = ([json.loads(cell) for cell in table["label"]] for table in self.tables())
+        self.fixed_labels = find_labels(train + held, names=self.labels, problem_type=self.problem_type, known=known)
+        self._report_unlearned(train)
         return self.fixed_labels
+
+    def _report_unlearned(self, cells: Sequence[Cell]) -> None:
+        """Log the labels that no training row has, such as those that only validation data name."""
+        labels = self.fixed_labels
+        if labels.problem_type == REGRESSION:
+            return
+        entries = {entry for cell in cells for entry in (cell if isinstance(cell, list) else [cell])}
+        found = {label_index(labels, entry) for entry in entries}
+        if unlearned := [name for n, name in enumerate(labels.names) if n not in found]:
+            log.warning("labels      no training row has %s: nothing teaches it", ", ".join(unlearned[:10]))
 
     def prepare_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if "text_pair" in self.columns:
@@ -91,6 +105,7 @@ class LabelledDataModule(LabelsDataModule):
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, self.text_roles, tokenize_labelled, seq_len=self.seq_len)
         columns = {name: as_arrays(encoded, name) for name in encoded.column_names}
+        report_cut(columns["input_ids"], self.seq_len)
         columns["target"] = list(self._targets(table))
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -14,7 +14,7 @@ from genai_pl.data.labelled import LabelsDataModule
 from genai_pl.data.labels import parse_ranking
 from genai_pl.data.loader import Collate
 from genai_pl.data.records import Record
-from genai_pl.data.table_datamodule import as_arrays
+from genai_pl.data.table_datamodule import as_arrays, report_cut
 from genai_pl.data.text_tokens import encode_pairs, separate_pairs
 from genai_pl.errors import DataError
 
@@ -71,6 +71,7 @@ class RerankDataModule(LabelsDataModule):
             if "token_type_ids" in columns:
                 row["types"] = np.split(columns["token_type_ids"][n], ends)
             rows.append(row)
+        report_cut((pair for row in rows for pair in row["pairs"]), self.seq_len)
         return rows
 
     def summary(self) -> str:

@@ -6,7 +6,8 @@ named after everything that its contents depend on, so changing the tokenizer re
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,6 +27,8 @@ from genai_pl.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 FORMAT = 5  # version of encoded rows: raise it when an encoder changes
@@ -219,3 +222,15 @@ def as_arrays(table: "Table", column: str) -> list[np.ndarray]:
         ends = chunk.offsets.to_numpy()
         arrays += np.split(chunk.flatten().to_numpy(), ends[1:-1] - ends[0])
     return arrays
+
+
+def report_cut(rows: Iterable[Sized], limit: int) -> None:
+    """Log how many of the tokenized texts or pairs fill the limit, where longer ones were cut."""
+    lengths = np.array([len(row) for row in rows])
+    if n := int((lengths >= limit).sum()):
+        log.info(
+            "data        %d of %d texts fill %d tokens, where longer ones are cut (data.seq_len)",
+            n,
+            len(lengths),
+            limit,
+        )

@@ -13,7 +13,7 @@ from genai_pl.data.labelled import LabelsDataModule
 from genai_pl.data.labels import encode_label, find_labels, parse_label_cell
 from genai_pl.data.records import Record
 from genai_pl.data.sources import locate_row
-from genai_pl.data.table_datamodule import as_arrays
+from genai_pl.data.table_datamodule import as_arrays, report_cut
 from genai_pl.data.word_tokens import tokenize_words
 from genai_pl.errors import DataError
 from genai_pl.objectives.token_loss import IGNORED
@@ -61,6 +61,7 @@ class TagsDataModule(LabelsDataModule):
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, ["tokens"], tokenize_words, seq_len=self.seq_len)
         ids, words = as_arrays(encoded, "input_ids"), as_arrays(encoded, "words")
+        report_cut(ids, self.seq_len)
         rows = []
         for number, cell, row, of_token in zip(table["row"], table["tags"], ids, words, strict=True):
             try:

@@ -169,3 +169,13 @@ def test_steps_of_rows_that_weigh_nothing_have_no_loss(rows, command, tmp_path: 
 def test_the_cost_of_a_classifier_is_planned_without_its_data(command) -> None:
     result = command("train", "objective=classify", *ENCODER, "data.path=nowhere.jsonl", "dry_run=true")
     assert result.status == 0, result.err
+
+
+def test_what_is_cut_and_what_nothing_teaches_is_said(rows: str, command, tmp_path: Path) -> None:
+    lines = [{"text": "usual " * 90, "label": "fair"}, {"text": "odd", "label": "strange"}]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = command("train", "objective=classify", *ENCODER, rows, "data.val_path=held.jsonl", "data.seq_len=32",
+                     "trainer.max_steps=1", "hydra.run.dir=run")  # fmt: skip
+    assert result.status == 0, result.err
+    assert "data        1 of 2 texts fill 32 tokens, where longer ones are cut (data.seq_len)" in result.out
+    assert "labels      no training row has strange: nothing teaches it" in result.out + result.err
