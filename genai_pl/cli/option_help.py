@@ -228,7 +228,7 @@ def _columns(rows: list[tuple[str, str]]) -> list[str]:
     start = min(max((len(name) for name, _ in rows), default=0), max(2 * width // 5, 28)) + 2
     lines = []
     for name, text in rows:
-        broken = textwrap.wrap(text, max(width - start, 20)) or [""]
+        broken = textwrap.wrap(text, max(width - start, 20), break_on_hyphens=False) or [""]
         if len(name) > start - 2:
             lines.append(name)
             name = ""

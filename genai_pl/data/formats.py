@@ -132,9 +132,12 @@ def _refusal(kind: str, forms: Sequence[Format], names: Sequence[str], path: str
     if several:
         return f"{found}; that is the format {' and '.join(several)}: choose one with data.format={several[0]}"
     known = "; ".join(f"{form.name} ({', '.join(form.required.values())})" for form in forms if form.name != HH)
-    first = next(iter(next(form for form in forms if form.is_own).required.values()))
-    wanted = {"chat": "prompt"}.get(kind, first)
-    return f"{found}; no format of data={kind}, known: {known} (set data.columns={{{wanted}: NAME, ...}})"
+    own = ["prompt", "completion"] if kind == "chat" else next(form for form in forms if form.is_own).required.values()
+    lacks = next((column for column in own if column not in names), next(iter(own)))
+    return (
+        f"data.path={path}: no column {lacks!r}; found: {', '.join(names)} (set data.{lacks}); "
+        f"no format of data={kind}, known: {known} (set data.columns={{{lacks}: NAME, ...}})"
+    )
 
 
 def _names(forms: Sequence[Format]) -> list[str]:

@@ -32,7 +32,7 @@ def grouped(column: Sequence[str]) -> list[object]:
     """The values of an option as groups: as they are, or numbers with many values by their rank.
 
     >>> grouped(["1", "2", "3", "4", "5", "6", "7", "8"])
-    [0, 0, 1, 2, 3, 3, 4, 5]
+    [0, 0, 1, 1, 2, 2, 3, 3]
     """
     if len(set(column)) <= MAX_VALUES:
         return list(column)

@@ -192,11 +192,11 @@ def test_another_name_for_a_column_is_another_cache_entry(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "row", "line"),
     [
-        ("chat", {"question": "a", "answer": "b"}, "found: question, answer; no format of data=chat, known: messages"),
+        ("chat", {"question": "a", "answer": "b"}, r"no column 'prompt'; found: question, answer \(set data.prompt\); no format"),
         (
             "preference",
             {"prompt": "a", "better": "b"},
-            r"found: prompt, better; no format .*\(set data\.columns=\{prompt",
+            r"no column 'chosen'; found: prompt, better .*no format .*\(set data\.columns=\{chosen",
         ),
         ("unpaired", {"prompt": "a", "completion": "b"}, r"known: kto \(prompt, completion, label\)"),
         ("prompts", {"question": "a"}, r"known: prompts \(prompt\); instructions \(instruction\)"),
