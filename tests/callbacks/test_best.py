@@ -74,6 +74,7 @@ def test_the_best_checkpoint_of_a_run_that_overfits_is_kept_exported_and_named(c
     assert figures[0] == figures[1] != figures[2]
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_keeps_what_the_whole_one_keeps_and_an_earlier_step_its_own_best(
     command, losses, tmp_path: Path
 ) -> None:

@@ -104,11 +104,11 @@ def test_generate_writes_the_prompt_and_a_continuation(trained: Path, command) -
     [
         "To be, or not to be: (that)",
         "it's a \\ 'test'\\",
-        "x=1; y={2}",
+        pytest.param("x=1; y={2}", marks=pytest.mark.slow),
         "${oc.env:HOME} a",
-        "two\nlines\t.",
-        "[1, 2",
-        "# %",
+        pytest.param("two\nlines\t.", marks=pytest.mark.slow),
+        pytest.param("[1, 2", marks=pytest.mark.slow),
+        pytest.param("# %", marks=pytest.mark.slow),
         "''",
     ],
 )
@@ -224,9 +224,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(options: tuple[str, ...], unint
     assert table(run) == uninterrupted(*options)
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_exports_and_the_run_can_go_on(signum: int, status: int, uninterrupted, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, *LONG, f"hydra.run.dir={run}")

@@ -71,7 +71,7 @@ def check(cases: list[Case], folder: Path) -> None:
 def test_known_slips_and_random_odd_values_are_work_done_or_one_line_that_names_the_option(tmp_path: Path) -> None:
     base = ("data.path=text.txt", *odd_overrides.TINY, "hydra.run.dir=run")
     slips = [Case("train", (*base, *typed.split())) for typed in KNOWN]
-    cases = draw(seed=1, n=8)
+    cases = draw(seed=1, n=3)
     results = outcomes([*slips, *cases], tmp_path)
     for typed, outcome in zip(KNOWN, results, strict=False):
         assert outcome.err.startswith(f"error: {KNOWN[typed]}"), (typed, outcome)

@@ -192,7 +192,11 @@ def test_another_name_for_a_column_is_another_cache_entry(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "row", "line"),
     [
-        ("chat", {"question": "a", "answer": "b"}, r"no column 'prompt'; found: question, answer \(set data.prompt\); no format"),
+        (
+            "chat",
+            {"question": "a", "answer": "b"},
+            r"no column 'prompt'; found: question, answer \(set data.prompt\); no format",
+        ),
         (
             "preference",
             {"prompt": "a", "better": "b"},

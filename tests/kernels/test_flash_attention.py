@@ -1,5 +1,7 @@
 """The Triton kernels against the reference in float64, forward and backward; blocks are 32 by 32 in the interpreter."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -86,7 +88,12 @@ MASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MASKS)
+def some(cases: Iterable[object]) -> list[object]:
+    """All cases, every second one of them slow: the interpreter takes half a second for each."""
+    return [case if n % 2 == 0 else pytest.param(case, marks=pytest.mark.slow) for n, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("name", some(MASKS))
 def test_every_mask_equals_the_reference(name: str):
     mask, sizes = MASKS[name]
     check(mask, inputs(**sizes))
@@ -153,7 +160,7 @@ def test_what_is_done_to_the_scores(mask: AttentionMask, sizes: dict, options: d
         (AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90)}),
     ],
 )
-@pytest.mark.parametrize("n_processors", [1, 1000])
+@pytest.mark.parametrize("n_processors", [pytest.param(1, marks=pytest.mark.slow), 1000])
 def test_few_queries_share_out_a_long_cache(monkeypatch, mask, sizes: dict, options: dict, n_processors: int):
     monkeypatch.setattr("genai_pl.kernels.flash.launch.n_processors", lambda _: n_processors)
     check(mask, inputs(B=mask.segments.shape[0] if mask.segments is not None else 1, **(sizes | {"K": 1})), **options)

@@ -129,6 +129,7 @@ def test_an_encoder_gives_the_logits_of_transformers_whatever_the_padding(theirs
     assert close(torch.tensor(actual)[mask > 0], expected[mask > 0])
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_gives_the_logits_of_transformers_token_by_token(theirs):
     model, _, folder = theirs("t5")
     source, target = tokens(2, 6), tokens(2, 5)

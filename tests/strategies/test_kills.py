@@ -60,7 +60,7 @@ def undisturbed(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "saved", "lost"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("strategy", "saved", "lost"), [pytest.param(*case, marks=pytest.mark.slow) for case in (*FAST, *SLOW)]
 )
 def test_a_run_that_lost_a_process_goes_on_exactly(
     strategy: str, saved: tuple[str, ...], lost: int, folder: Path, undisturbed, request: pytest.FixtureRequest

@@ -22,7 +22,7 @@ def losses(path: Path) -> list[float]:
         return [torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()]
 
 
-@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("keep", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lr", ["1e38", "1e15", "1e9"])
 def test_the_last_good_checkpoint_of_a_run_that_diverges_gives_a_finite_loss(lr: str, keep: int, command) -> None:
     result = command(*RUN, f"optimizer.lr={lr}", f"callbacks.checkpoint.keep={keep}")

@@ -11,6 +11,8 @@ from genai_pl.peft import adapters_disabled
 from tests.conftest import ROOT, TINY
 
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "peft").glob("*.yaml") if path.stem != "none")
+FAST = ("lora", "dora", "prefix")
+SOME = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 MERGED = {"lora", "dora", "ia3", "bitfit"}
 GPT = ("model=gpt", *TINY, "model.n_head=4", "model.max_seq_len=64", "optimizer.lr=1e-2")
 IDS = torch.arange(40, 60)[None]
@@ -26,7 +28,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(IDS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME)
 def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_path: Path) -> None:
     arguments = ("train", *GPT, f"peft={method}", "callbacks.checkpoint.every_n_steps=2")
     result = command(*arguments, "hydra.run.dir=run")
@@ -47,7 +49,7 @@ def test_an_adapter_is_trained_alone_and_comes_back(method: str, command, tmp_pa
     assert losses(tmp_path / "half") == losses(run)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOME)
 def test_an_adapter_generates_and_merges_where_it_can(method: str, command, tmp_path: Path) -> None:
     assert command("train", *GPT, f"peft={method}", "hydra.run.dir=run").status == 0
     options = ("prompt=A", "generation.max_new_tokens=4", "generation=greedy")

@@ -25,6 +25,7 @@ JOB = (*TINY, "callbacks.export=false", "callbacks.checkpoint.every_n_steps=2", 
 SWEEP = (*JOB, "optimizer.lr=1e-2,1e-3,1e-4")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_skips_what_is_done_resumes_what_was_not_and_starts_the_rest(command, tmp_path: Path) -> None:
     longer = ("trainer.max_steps=60", "trainer.val_check_interval=60")
     assert command("train", "-m", *SWEEP, *longer, "hydra.sweep.dir=whole").status == 0

@@ -105,7 +105,9 @@ def transformers_answer(folder: Path, question: str) -> str:
     return tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "qwen3")]
+)
 def test_a_folder_goes_through_every_stage(name: str, command, tmp_path: Path) -> None:
     write_folder(name, tmp_path / "folder")
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS] * 10
