@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,12 @@ TINY = (
     "trainer.log_every_n_steps=1",
     "callbacks.samples.every_n_steps=null",
 )
+
+
+def some(cases: Iterable[object]) -> list[object]:
+    """All cases of a parametrization, every second one marked as slow: what they check has cases enough in each half."""
+    pairs = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] if n % 2 else []) for n, pair in enumerate(pairs)]
 
 
 class Result(NamedTuple):

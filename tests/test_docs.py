@@ -27,7 +27,8 @@ def commands() -> list[tuple[str, str, str]]:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ").replace("\\|", "|")
         for name, rest in COMMAND.findall(text):
             matches.append((page.name, name, re.split(r"\s[#|]|\s{3,}| *&", rest)[0].strip()))
-    return list(dict.fromkeys(matches))
+    first = {(name, rest): page for page, name, rest in reversed(matches)}  # a command of several pages is tried once
+    return [(page, name, rest) for (name, rest), page in first.items()]
 
 
 def overrides(arguments: str) -> list[str]:

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from genai_pl.cli.quoting import quote_argument
 from genai_pl.modules.mlm import masked_words
 from genai_pl.training.report import final_lines, shell_arguments
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 RUN = (*TINY, "trainer.max_steps=1", "trainer.limit_val_batches=1")
 CHAT = [{"prompt": f'say {n}, it\'s "now"', "completion": f"{n}"} for n in range(20)]
@@ -36,7 +36,7 @@ def next_of(out: str) -> list[str]:
     return shlex.split(command)
 
 
-@pytest.mark.parametrize("objective", RUNS)
+@pytest.mark.parametrize("objective", some(RUNS))
 def test_the_next_command_shows_what_the_objective_has_taught(objective: str, command, tmp_path: Path) -> None:
     rows, options, expected = RUNS[objective]
     data = [] if rows is None else ["data.path=rows.jsonl"]

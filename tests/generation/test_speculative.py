@@ -12,6 +12,7 @@ from genai_pl.generation import Acceptance, complete, generate, process
 from genai_pl.generation.output_constraints import OutputConstraints
 from genai_pl.generation.speculative import DraftModel, PromptLookup, TargetModel, speculate
 from genai_pl.models import Decoder, KVCache
+from tests.conftest import some
 
 ROTARY = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "bias": False, "n_kv_head": 1}
 PROMPT = [5, 6, 7, 5, 6]
@@ -40,7 +41,7 @@ def generated(target: TargetModel, proposer, seed: int = 0, **options: object) -
 
 @pytest.mark.parametrize("options", [{}, ROTARY, {"position": "alibi"}, {"window": 4}])
 @pytest.mark.parametrize("draft_tokens", [1, 4, 9])
-@pytest.mark.parametrize("noise", [0.0, 0.02, 5.0])
+@pytest.mark.parametrize("noise", some([0.02, 0.0, 5.0]))
 def test_greedy_tokens_with_a_draft_are_those_without(small_model, options, draft_tokens, noise):
     model = small_model(**options)
     config = GenerationConfig(max_new_tokens=40, temperature=0, draft_tokens=draft_tokens, repetition_penalty=1.1)

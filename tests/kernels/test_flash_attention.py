@@ -1,7 +1,5 @@
 """The Triton kernels against the reference in float64, forward and backward; blocks are 32 by 32 in the interpreter."""
 
-from collections.abc import Iterable
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from genai_pl.kernels import AttentionMask, ScoreOptions
 from genai_pl.kernels.flash.operator import flash_attention
+from tests.conftest import some
 
 
 def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -86,11 +85,6 @@ MASKS = {
     "more shared keys than there are": (AttentionMask(global_prefix=99, segments=SHARED), {}),
     "prefix longer than the keys": (AttentionMask(causal=True, prefix=99, segments=PACKED), {}),
 }  # fmt: skip
-
-
-def some(cases: Iterable[object]) -> list[object]:
-    """All cases, every second one of them slow: the interpreter takes half a second for each."""
-    return [case if n % 2 == 0 else pytest.param(case, marks=pytest.mark.slow) for n, case in enumerate(cases)]
 
 
 @pytest.mark.parametrize("name", some(MASKS))

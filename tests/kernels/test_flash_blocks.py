@@ -16,6 +16,7 @@ from genai_pl.kernels import AttentionMask
 from genai_pl.kernels.flash.blocks import clip, key_blocks, query_blocks, walk
 from genai_pl.kernels.flash.common import Features, Sizes
 from genai_pl.kernels.flash.mask_tables import mask_tables
+from tests.conftest import some
 
 BLOCK = 4
 LENGTHS = (1, 3, 4, 6, 9)
@@ -59,7 +60,7 @@ def blocks_of(rows: Tensor) -> tuple[list[int], list[int]]:
     return some, [n for n in some if chunks[n].all() and chunks[n].shape[1] == BLOCK]
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 6])
+@pytest.mark.parametrize("window", some([None, 1, 2, 5, 6]))
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_block_that_is_seen_is_visited_and_no_other(causal: bool, window: int | None, packed: bool):

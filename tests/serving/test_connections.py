@@ -21,6 +21,7 @@ from genai_pl.serving.connections import Connection, connection_limits, connecti
 from genai_pl.serving.http import bodies
 from genai_pl.serving.log_limits import RepeatFilter
 from genai_pl.serving.settings import Limits
+from tests.conftest import some
 from tests.serving.fake import FakeEngine
 from tests.serving.probe import Probed
 from tests.serving.servers import eventually, make_service, running
@@ -120,7 +121,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("case", STRANGE)
+@pytest.mark.parametrize("case", some(STRANGE))
 def test_what_is_strange_in_a_head_is_refused_and_keeps_nobody_waiting(case: str, tiny: Path) -> None:
     data, statuses = STRANGE[case]
     with server(tiny) as (client, probed), connect(client) as raw:

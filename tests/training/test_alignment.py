@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 SMALL = (*TINY, "model.n_head=4", "optimizer=adamw", "scheduler.warmup_steps=2")
 LLAMA = (*SMALL, "model=llama", "model.n_kv_head=2", "model.intermediate_size=64")
@@ -156,7 +156,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some(KINDS))
 def test_rollouts_are_learned_from_and_a_resumed_run_draws_the_same(
     kind: str, prompts: str, command, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from genai_pl.callbacks import StepCheckpoint, newest_checkpoints
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.training.resume import replay
 from tests.cli.test_commands import table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, some
 
 SMALL = (
     *("model.n_layer=1", "model.n_embd=32", "model.max_seq_len=32", "model.dropout=0.1", "tokenizer=byte"),
@@ -76,7 +76,9 @@ def draws() -> list[tuple[str, str, int, int, int]]:
     return numbers
 
 
-@pytest.mark.parametrize(("kind", "measure", "stop", "end", "every"), [*draws(), ("table", "max_steps", 8, 19, 8)])
+@pytest.mark.parametrize(
+    ("kind", "measure", "stop", "end", "every"), some([*draws(), ("table", "max_steps", 8, 19, 8)])
+)
 def test_a_run_that_is_made_longer_equals_the_long_one(
     kind: str, measure: str, stop: int, end: int, every: int, place: Path, command
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from genai_pl.signals import RANK_VARIABLES
 from genai_pl.training.output_folders import remove_unstarted, reserve_folder
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 
 def test_runs_that_start_in_the_same_second_take_folders_of_their_own(
@@ -41,7 +41,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", some(REFUSED))
 def test_what_is_refused_or_dry_leaves_no_folder(what: str, named: bool, command, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     flags = [a for a in REFUSED[what] if a.startswith("-")]
