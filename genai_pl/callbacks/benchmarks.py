@@ -4,13 +4,12 @@ The first process measures, on the whole model; the others wait for it at their 
 training is the same with and without benchmarks.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import lightning as L
 
-from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.due import PeriodicCallback
 from genai_pl.evaluation.tasks import Task, measure
 from genai_pl.generation.decode import evaluating
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 HEADLINES = ("accuracy", "loss")  # metrics of a task that the console shows, the first that there is
 
 
-class Benchmarks(L.Callback):
+class Benchmarks(PeriodicCallback):
     """Measures tasks every n optimizer steps, and at the last step.
 
     every_n_steps: optimizer steps between measurements
@@ -43,11 +42,9 @@ class Benchmarks(L.Callback):
         say: Callable[[str], None] = print,
         spent: Callable[[float], None] | None = None,
     ) -> None:
-        self.every_n_steps, self.tasks, self.batch_tokens = every_n_steps, tasks, batch_tokens
-        self.tokenizer, self.say, self.spent = tokenizer, say, spent
+        super().__init__(every_n_steps, spent)
+        self.tasks, self.batch_tokens, self.tokenizer, self.say = tasks, batch_tokens, tokenizer, say
         self.metrics: dict[str, float] = {}
-        self.seconds = 0.0
-        self._last = 0
 
     def state_dict(self) -> dict[str, object]:
         return {"metrics": self.metrics}
@@ -55,24 +52,11 @@ class Benchmarks(L.Callback):
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.metrics = {name: float(value) for name, value in state["metrics"].items()}
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._last = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        """Measure where it is due. All ranks enter the gather of sharded weights."""
-        step, before = trainer.global_step, self._last
-        due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
-        self._last = step
-        if not due or step == before:
-            return
-        start = time.perf_counter()
+    def act(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Measure all tasks. All ranks enter the gather of sharded weights."""
         with module.unsharded_model(), trainer.precision_plugin.forward_context(), evaluating(module.model):
             if trainer.is_global_zero:
                 self._measure(trainer, module, step)
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        if self.spent is not None:
-            self.spent(seconds)
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Measure all tasks, log their metrics and print one line."""

@@ -1,7 +1,6 @@
 """Samples: text that the model generates during training, in the console, in TensorBoard and in samples.jsonl."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from genai_pl.atomic_io import naming, write_atomic
-from genai_pl.callbacks.due import passed
+from genai_pl.callbacks.due import PeriodicCallback
 from genai_pl.config.enums import Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import generate_text
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Samples(L.Callback):
+class Samples(PeriodicCallback):
     """Continues each prompt every n optimizer steps.
 
     every_n_steps: optimizer steps between samples; the last step always gives some
@@ -50,32 +49,18 @@ class Samples(L.Callback):
         spent: Callable[[float], None] | None = None,
         seed: int = 0,
     ) -> None:
-        self.every_n_steps, self.prompts, self.config, self.seed = every_n_steps, prompts, config, seed
-        self.tokenizer, self.file, self.say, self.spent = tokenizer, file, say, spent
-        self._last = 0
-        self.seconds = 0.0  # that samples have taken in this process
+        super().__init__(every_n_steps, spent)
+        self.prompts, self.config, self.seed = prompts, config, seed
+        self.tokenizer, self.file, self.say = tokenizer, file, say
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._last = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        """Show samples where they are due. All ranks enter the gather of sharded weights; the first generates."""
-        step, before = trainer.global_step, self._last
-        due = passed(before, step, self.every_n_steps) or step == trainer.max_steps
-        self._last = step
-        if not due or step == before:
-            return
-        start = time.perf_counter()
+    def act(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Show samples. All ranks enter the gather of sharded weights; the first generates."""
         if not isinstance(module, PolicyGradientModule):
             with module.unsharded_model(), trainer.precision_plugin.forward_context():
                 if trainer.is_global_zero:
                     self._show_continuations(trainer, module, step)
         elif trainer.is_global_zero:
             self._show_scored(trainer, module.examples, "training", step)
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        if self.spent is not None:
-            self.spent(seconds)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Show scored completions of the validation."""

@@ -17,7 +17,7 @@ from genai_pl.peft.merge import merge
 from genai_pl.peft.prefix import prefix
 from genai_pl.peft.prompt import prompt
 from genai_pl.peft.quantize import quantize
-from genai_pl.peft.share_base import base_tensors, share_frozen
+from genai_pl.peft.share_base import base_tensors, hold_base_in_16_bits, share_frozen
 from genai_pl.peft.targets import describe
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "bitfit",
     "bottleneck",
     "describe",
+    "hold_base_in_16_bits",
     "ia3",
     "load_adapter",
     "lora",

@@ -20,11 +20,10 @@ from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
-from genai_pl.models.frozen import hold_frozen_in_16_bits
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.policy_gradient import PolicyGradientModule
-from genai_pl.peft import adapters_of
+from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
 from genai_pl.training.data_sources import build_data
 from genai_pl.training.fit import Run
@@ -97,13 +96,13 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
     )
     torch.set_float32_matmul_precision(precision.matmul)
     holds_in_16_bits = precision.lightning == "bf16-mixed" and may_hold_in_16_bits(config)
-    if holds_in_16_bits:  # DoRA takes norms of the exact weights
-        hold_frozen_in_16_bits(model, rounds=all(adapter.method != "dora" for adapter in adapters_of(model)))
+    if holds_in_16_bits:
+        hold_base_in_16_bits(model)
 
     # the objective and the Trainer, whose mistakes come before the data are tokenized
     module = build_module(config, model, tokenizer)
     if holds_in_16_bits and module.reference is not None and module.reference.copy is not None:
-        hold_frozen_in_16_bits(module.reference.copy, rounds=True)
+        hold_base_in_16_bits(module.reference.copy)
     if objective.embeds:
         module.use_sentence(initial.sentence, tokenizer)
     if objective.weighs_classes:
