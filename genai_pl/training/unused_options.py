@@ -120,6 +120,11 @@ TRAIN_RULES = (
         "this loss has no reference",
     ),
     Rule(("objective.reference_cache",), _is("objective.precompute_reference", False), "nothing is precomputed"),
+    Rule(
+        ("objective.environment_args", "objective.environment_args.", "objective.max_turns", "objective.tool_timeout"),
+        _all(RL, _is("objective.environment", None)),
+        "objective.environment=null",
+    ),
     Rule(("objective.scale",), _is("objective.advantage", "rloo"), "objective.advantage=rloo divides by nothing"),
     Rule(
         ("objective.kl_horizon",),
