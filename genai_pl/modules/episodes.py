@@ -15,6 +15,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.environments.episode import Episode, Rules
 from genai_pl.environments.user_code import run_all
 from genai_pl.errors import ConfigError
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.modules.rollout import Rollout, sample_completions, training_rows
 
 Decode = Callable[[Sequence[int]], str]
@@ -49,13 +50,16 @@ def play_episodes(
     if not episodes[0].is_text:
         ends = {*ends, *rules.turns.end_tokens(episodes[0].tools.schemas)}
     # turns: sample for all that are not over, then let their environments answer
-    options = {"generator": generator, "ends": ends, "pad": pad}
+    cache = PrefixCache()  # what an episode has read and said is not read again in its next turn
+    options = {"generator": generator, "ends": ends, "pad": pad, "prefix_cache": cache}
     playing, prompts, n = episodes, [episode.prompt for episode in episodes[::copies]], copies
     while playing:
         completions = sample_completions(model, prompts, config, copies=n, **options)
         answered = zip(playing, completions, strict=True)
         run_all([episode.answer(row, *_text(row, ends, decode)) for episode, row in answered])
-        playing = [episode for episode in playing if not episode.is_over]
+        going_on = [i for i, episode in enumerate(playing) if not episode.is_over]
+        cache.select(going_on)
+        playing = [playing[i] for i in going_on]
         prompts, n = [episode.context for episode in playing], 1
     rollout = _rollout(episodes, copies=copies if share_prompts else 1, pad=pad, device=next(model.parameters()).device)
     return rollout, [episode.prompt for episode in episodes]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.generation.decode import decode
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.generation.text import left_pad
 from genai_pl.models.packed_linear import packed_products
 from genai_pl.modules.base import Batch
@@ -163,14 +164,15 @@ def sample_completions(
     generator: torch.Generator,
     ends: Collection[int],
     pad: int,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[list[int]]:
     """`copies` completions of each prompt, neighbours, sampled from the policy in evaluation mode up to their first end token.
 
-    The arguments are those of `generate_rollout`.
+    The arguments are those of `generate_rollout`; prefix_cache: as of `decode`.
     """
     # prompts are padded on the left, so that all continue in the same column
     input_ids, segment_ids = left_pad(prompts, pad, device=next(model.parameters()).device)
-    options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
+    options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad, "prefix_cache": prefix_cache}
     with _rounded_once(model):
         steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
         tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
