@@ -3,13 +3,13 @@
 A decoding step multiplies one token of each row with every weight, so it is as fast as weights come from memory. Three
 things help:
 
-1. Fewer bytes. Weights of 16 bits or `dtype=int8` are packed for the product that a probe finds fastest here
-   (`kernels/packed_product.py`); everything else is float32.
-2. float32 weights by columns, where they are faster. torch reads a matrix for a product with one row at 24 to 28 GB/s by
-   columns, at 16 to 20 by rows (one thread of an EPYC, torch 2.13). This changes no number beyond rounding.
+1. Fewer bytes. Weights of 16 bits or `dtype=int8` stay so; everything else is float32.
+2. The product that a probe finds fastest here (`kernels/packed_product.py`): for few rows mostly one that is compiled
+   (`kernels/row_products.py`), which reads weights at the speed of memory with any number of threads. Weights that
+   cannot be packed are laid out by columns, where torch reads them faster so. No number changes beyond rounding.
 3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
-   weights that share an input are one matrix (q, k and v; gate and up), queries and keys are normed and turned in one
-   call, and norms of single tokens are written out.
+   weights that share an input are one matrix (q, k and v; gate and up), a product adds the residual stream, queries and
+   keys are normed and turned in one call, and norms are compiled or written out.
 
 `prepare_for_decoding` does all in place, without memory for a second copy. From then on the model is for reading; to
 train it, load it again.
