@@ -1,9 +1,9 @@
 """Packed products: x W^T in float32 with W in 16 or 8 bits, for a decoding step, which is as fast as it reads weights.
 
 Several kernels can do it, our own in C (`row_products.py`) and those of torch, and which is fast depends on the processor
-and the number of rows: bfloat16 has instructions of its own on one, is emulated on another. So a product is a pair of functions, `pack` for the weight and `multiply`, and
-`fastest_product` runs those of a dtype on a model's own weights for some milliseconds. A kernel that this torch or this
-processor lacks drops out there.
+and the number of rows: bfloat16 has instructions of its own on one, is emulated on another. So a product is a pair of
+functions, `pack` for the weight and `multiply`, and `fastest_product` runs those of a dtype on a model's own weights for
+some milliseconds. A kernel that this torch or this machine lacks drops out there.
 
 8-bit weights are multiplied in integers, exactly: an activation is written as high + low / 254, two integers of 8 bits
 with one scale for each row, so it keeps 15 bits, and the weights are read once for both (`_split_product`).
