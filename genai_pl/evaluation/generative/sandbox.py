@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -128,10 +129,8 @@ def _run(program: str, limits: Limits) -> Report:
                 lines, timed_out = _talk(child, json.dumps(request).encode(), limits.seconds)
             finally:
                 # before it is reaped: until then its number belongs to no other process
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 child.stdin = None  # closed by _talk
         return Report(lines, timed_out, child.returncode)
 

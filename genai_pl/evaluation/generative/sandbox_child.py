@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import types
+from contextlib import suppress
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_NO_NEW_PRIVS = 1, 8, 38  # linux/prctl.h
@@ -100,10 +101,8 @@ def protect(seconds: float, memory: int) -> dict[str, bool]:
     """Take rights away; which protections hold, by name. Each that the system refuses is False."""
     libc = ctypes.CDLL(None)
     found = {"network": leave_network(libc)}
-    try:
+    with suppress(OSError):
         leave_root(libc)
-    except OSError:
-        pass
     found["root"] = os.getuid() != 0 and os.geteuid() != 0
     # no core files, no file with contents; the parent's clock is what ends most programs
     limit("RLIMIT_CORE", 0)
