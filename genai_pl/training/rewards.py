@@ -60,7 +60,7 @@ def load_rewards(
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
     places = [_locate(name) for name in names]
     rewards = [
-        _load_judge(name, policy, device) if place is None else _function(name, *place)
+        _load_judge(name, policy, device) if place is None else load_function(name, *place)
         for name, place in zip(names, places, strict=True)
     ]
     warned: set[str] = set()
@@ -141,8 +141,11 @@ def _make_importable(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _function(name: str, module: str, attribute: str) -> Reward:
-    """The function of a module or a .py file; ConfigError with the import's own error in one line."""
+def load_function(name: str, module: str, attribute: str, *, option: str = "objective.reward") -> Callable[..., object]:
+    """The function of a module or a .py file; ConfigError with the import's own error in one line.
+
+    name: as it was given in `option`, for errors.
+    """
     _make_importable(Path(os.getcwd()))
     try:
         function = attrgetter(attribute)(
@@ -152,9 +155,9 @@ def _function(name: str, module: str, attribute: str) -> Reward:
         reason = " ".join(str(error).split()) or type(error).__name__
         is_import_error = isinstance(error, ImportError | AttributeError | OSError)
         reason = reason if is_import_error else f"{type(error).__name__}: {reason}"
-        raise ConfigError(f"objective.reward={name}: cannot be imported ({reason})") from None
+        raise ConfigError(f"{option}={name}: cannot be imported ({reason})") from None
     if not callable(function):
-        raise ConfigError(f"objective.reward={name}: not a function")
+        raise ConfigError(f"{option}={name}: not a function")
     return function
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from genai_pl.config.model import EXPERT_FIELDS
+from genai_pl.config.tasks import NAMES
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.preference import WITH_REFERENCE
 
@@ -79,7 +80,11 @@ TRAIN_RULES = (
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
     Rule(("callbacks.checkpoint.mode",), _is("callbacks.checkpoint.best", None), "callbacks.checkpoint.best=null"),
     Rule(("callbacks.early_stopping.",), _is("callbacks.early_stopping.patience", None), "patience=null stops nothing"),
-    Rule(("eval.limit", "eval.batch_tokens"), _is("eval.every_n_steps", None), "eval.every_n_steps=null"),
+    Rule(
+        ("eval.limit", "eval.batch_tokens", "eval.execute_code"),
+        _is("eval.every_n_steps", None),
+        "eval.every_n_steps=null",
+    ),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
     Rule(
         tuple(f"model.{field}" for field in EXPERT_FIELDS),
@@ -176,7 +181,10 @@ WRITER_RULE = Rule(
 )
 EVALUATE_RULES = (
     Rule(
-        ("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        (
+            *("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos"),
+            *("batch_tokens", "execute_code", "completions", *(f"data.{name}" for name in NAMES)),
+        ),
         _not(_is("tasks", None)),
         "tasks= bring their own data",
     ),
