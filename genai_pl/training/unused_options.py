@@ -80,6 +80,7 @@ TRAIN_RULES = (
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
     Rule(("callbacks.checkpoint.mode",), _is("callbacks.checkpoint.best", None), "callbacks.checkpoint.best=null"),
     Rule(("callbacks.early_stopping.",), _is("callbacks.early_stopping.patience", None), "patience=null stops nothing"),
+    Rule(("callbacks.notify.timeout",), _is("callbacks.notify.url", None), "callbacks.notify.url=null"),
     Rule(
         ("eval.limit", "eval.batch_tokens", "eval.execute_code"),
         _is("eval.every_n_steps", None),
