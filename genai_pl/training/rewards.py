@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from genai_pl.data.columns import Place
-from genai_pl.data.messages import parse_tools
 from genai_pl.data.prompt_tokens import Messages
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.loading import Loaded, load
