@@ -27,6 +27,7 @@ from genai_pl.modules.rollout import (
     restore_order,
 )
 from genai_pl.objectives import SpecialTokens, token_entropy
+from genai_pl.objectives.grpo import overlong_penalty
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
@@ -45,6 +46,9 @@ class RolloutModule(BaseModule):
     max_new_tokens: longest completion, in tokens
     temperature: of sampling
     missing_eos_penalty: subtracted from the score of a completion without an end token
+    overlong_buffer: last tokens of max_new_tokens over which a penalty grows from 0 to 1 (DAPO), None for no penalty
+    length_penalty: subtracted from the score for each token of a completion
+    reward_uncertainty: rewards are an ensemble, scored by their mean minus this many standard deviations; None: a sum
 
     `use_reward` gives the reward function itself, which needs the tokenizer.
     """
@@ -68,6 +72,9 @@ class RolloutModule(BaseModule):
         max_new_tokens: int,
         temperature: float,
         missing_eos_penalty: float,
+        overlong_buffer: int | None,
+        length_penalty: float,
+        reward_uncertainty: float | None,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if vocabulary.end is None and not model.config.eos_token_ids:
@@ -76,16 +83,21 @@ class RolloutModule(BaseModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        if overlong_buffer is not None and not 0 < overlong_buffer <= max_new_tokens:
+            raise ConfigError(
+                f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not {overlong_buffer}"
+            )
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
-        self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_penalty, self.length_penalty = missing_eos_penalty, length_penalty
+        self.overlong_buffer = overlong_buffer
         self.examples: list[Example] = []  # of the last rollout
         self.reference = Reference(model)
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
-        self.reward_weights = reward_weights
+        self.reward_weights, self.reward_uncertainty = reward_weights, reward_uncertainty
         self.reward: Reward  # these three from `use_reward`
         self.decode: Decode
         self.clip_norm: float | None = None
@@ -159,8 +171,17 @@ class RolloutModule(BaseModule):
         )
         if rewards.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
-        scores = rewards.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        scores = rewards.to(self.device) - self.penalties(rollout)
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
+
+    def penalties(self, rollout: Rollout) -> Tensor:
+        """What is subtracted from the rewards of completions, (N,): for length, and for a missing end token."""
+        lengths = rollout.mask.sum(1)
+        penalties = self.missing_eos_penalty * ~rollout.ended + self.length_penalty * lengths
+        if self.overlong_buffer is None:
+            return penalties
+        longest = self.sampling.max_new_tokens
+        return penalties - overlong_penalty(lengths, longest=longest, buffer=self.overlong_buffer)
 
     def kl_to_reference(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,), in nats.

@@ -170,7 +170,8 @@ def connect_reward(
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
-    reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+    weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
+    reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)
     module.use_reward(

@@ -72,6 +72,7 @@ def _objective(*names: str) -> Condition:
 
 
 RL, PREFERENCE = _objective("GRPOModule", "PPOModule"), _objective("PreferenceModule")
+GROUPS = _objective("GRPOModule")
 TRAIN_RULES = (
     Rule(SAMPLE_OPTIONS, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
     Rule(
@@ -126,7 +127,18 @@ TRAIN_RULES = (
         "this loss has no reference",
     ),
     Rule(("objective.reference_cache",), _is("objective.precompute_reference", False), "nothing is precomputed"),
-    Rule(("objective.scale",), _is("objective.advantage", "rloo"), "objective.advantage=rloo divides by nothing"),
+    Rule(("objective.scale",), _all(GROUPS, _not(_is("objective.advantage", "group"))), "it is of advantage=group"),
+    Rule(
+        ("objective.kl", "objective.kl_estimator"),
+        _all(GROUPS, _is("objective.beta", 0, 0.0)),
+        "objective.beta=0: there is no KL penalty",
+    ),
+    Rule(("objective.kl_estimator",), _all(GROUPS, _is("objective.kl", "reward")), "kl=reward subtracts log-ratios"),
+    Rule(
+        ("objective.clip_range",),
+        _all(_is("objective.loss", "cispo"), _not(_is("objective.clip_range_high", None))),
+        "loss=cispo bounds weights above alone, by clip_range_high",
+    ),
     Rule(
         ("objective.kl_horizon",),
         _all(_objective("PPOModule"), _is("objective.kl_target", None)),
