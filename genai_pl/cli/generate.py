@@ -257,6 +257,8 @@ def print_labels(loaded: Loaded, prompts: list[str], query: str | None) -> None:
             print_json({"prompt": prompt, "tokens": words, "tags": row})
         return
     labels = read_labels(config.extra, config.n_labels)
+    if labels.pairs and query is None:
+        raise ConfigError("query: the model reads pairs of texts; give the first of them, query='...'")
     texts = (prompts, None) if query is None else ([query] * len(prompts), prompts)
     rows = encode_pairs(loaded.tokenizer, *texts, max_length=max_length)
     for prompt, row in zip(prompts, probabilities(label_logits(model, rows), labels), strict=True):

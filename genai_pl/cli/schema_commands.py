@@ -137,6 +137,7 @@ class NegativesSchema:
     max_score: float | None = None
     absolute_margin: float | None = None
     relative_margin: float | None = 0.05
+    positive_max_rank: int | None = None
     sampling: str = "top"
     corpus: str | None = None
     corpus_column: str = "text"
