@@ -6,8 +6,7 @@ composed: defaults are allowed to have no effect. `train.py` prints an `unused` 
 commands, which are quick to type again, refuse.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from omegaconf import DictConfig
@@ -20,14 +19,6 @@ from genai_pl.objectives.preference import WITH_REFERENCE
 Condition = Callable[[DictConfig], bool]
 SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
 ADDRESSES = ("http://", "https://")
-SIZE_FIELDS = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
-FREE_FIELDS = {
-    "attention",
-    "dropout",
-    "max_seq_len",
-    "balance_loss",
-    "router_z_loss",
-}  # fields of `model` that a loaded model takes
 
 
 class Rule(NamedTuple):
@@ -284,45 +275,3 @@ def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule
     """ConfigError for the first typed override without effect."""
     for line in unused_lines(config, typed, rules):
         raise ConfigError(f"{line}; leave it out")
-
-
-def refuse_other_model(
-    wanted_config: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
-) -> None:
-    """ConfigError where a typed option of `model` contradicts the model that was loaded, whose own fields count.
-
-    wanted_config: the composed group `model`, with derived sizes. loaded: the loaded model's configuration.
-    source: the option that the model came from, for the message. Typing what the model has anyway is allowed,
-    as are the fields that a loaded model takes over (attention backend, dropout, context).
-    """
-    for argument in typed:
-        key = argument.partition("=")[0].lstrip("+")
-        name = key.removeprefix("model.")
-        # a whole group, model=gpt: compare the fields that make a size
-        if key == "model":
-            differences = [
-                f.name
-                for f in fields(wanted_config)
-                if f.name in SIZE_FIELDS and _differs(wanted_config, loaded, f.name)
-            ]
-            if differences:
-                difference = ", ".join(f"{n}={_value_of(getattr(loaded, n))}" for n in differences[:3])
-                raise ConfigError(f"{argument}: has no effect: {source} is another model ({difference}); leave it out")
-        elif key == "model.name":
-            if not source.endswith(argument.partition("=")[2]):
-                raise ConfigError(f"{argument}: has no effect: {source} is what is loaded; leave one of them out")
-        elif key.startswith("model.") and name not in FREE_FIELDS and _differs(wanted_config, loaded, name):
-            difference = f"has {name}={_value_of(getattr(loaded, name, None))}"
-            raise ConfigError(f"{argument}: has no effect: {source} {difference}, and stays as it is; leave it out")
-
-
-def _differs(wanted_config: object, loaded: object, name: str) -> bool:
-    """True if a field is set in one configuration and has another value in the other."""
-    return getattr(wanted_config, name, None) is not None and getattr(wanted_config, name) != getattr(
-        loaded, name, None
-    )
-
-
-def _value_of(value: object) -> object:
-    """The value of an enum's member; anything else as it is."""
-    return getattr(value, "value", value)
