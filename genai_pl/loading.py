@@ -83,6 +83,7 @@ def load(
     onnx: bool = False,
     option: str = "checkpoint",
     above: tuple[Path, ...] = (),
+    rows: int = 1,
 ) -> Loaded:
     """The model and tokenizer of a reference, in evaluation mode; CheckpointError gives the reason if there is none.
 
@@ -92,6 +93,7 @@ def load(
     adapters: references of adapters that are put on top, in this order. onnx: allow ONNX folders, which can only generate.
     option: name of the option that held the reference, for messages.
     above: adapter folders that lead to this base, against a cycle of bases.
+    rows: tokens of a typical pass, for which int8 is packed.
 
     An adapter folder, and a run with one, give the base with the adapter.
     """
@@ -99,7 +101,7 @@ def load(
         loaded = load(
             reference, attention=attention, wrap=wrap, adapters=adapters, onnx=onnx, option=option, above=above
         )
-        prepare_for_decoding(loaded.model, dtype)
+        prepare_for_decoding(loaded.model, dtype, rows=rows)
         return loaded
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     # find the path, and refuse an adapter that is its own base

@@ -36,9 +36,9 @@ def generate(config: DictConfig) -> int:
     # weights in the precision's dtype; products under autocast where the two differ
     device = choose_device(config.device)
     weights, products = weights_of(config.precision.lightning, config.dtype, device)
-    loaded = load(
-        config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
-    )
+    rows = max(1, len(prompts) * config.num_samples)
+    options = {"onnx": not (config.embed or config.score), "rows": rows}
+    loaded = load(config.checkpoint, dtype=weights, adapters=adapter_names(config), **options)
     # what is unused depends on the model's shape, known only now
     refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
@@ -48,7 +48,7 @@ def generate(config: DictConfig) -> int:
     loaded.model.to(device)
     # fused decoding needs weights and products in one dtype
     if products is None:
-        prepare_for_decoding(loaded.model, rows=max(1, len(prompts) * config.num_samples))
+        prepare_for_decoding(loaded.model, rows=rows)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:
@@ -257,6 +257,8 @@ def print_labels(loaded: Loaded, prompts: list[str], query: str | None) -> None:
             print_json({"prompt": prompt, "tokens": words, "tags": row})
         return
     labels = read_labels(config.extra, config.n_labels)
+    if labels.pairs and query is None:
+        raise ConfigError("query: the model reads pairs of texts; give the first of them, query='...'")
     texts = (prompts, None) if query is None else ([query] * len(prompts), prompts)
     rows = encode_pairs(loaded.tokenizer, *texts, max_length=max_length)
     for prompt, row in zip(prompts, probabilities(label_logits(model, rows), labels), strict=True):

@@ -30,6 +30,7 @@ from genai_pl.modules.rollout import (
     restore_order,
 )
 from genai_pl.objectives import SpecialTokens, token_entropy
+from genai_pl.objectives.grpo import overlong_penalty
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
@@ -48,6 +49,9 @@ class RolloutModule(BaseModule):
     max_new_tokens: longest completion, in tokens
     temperature: of sampling
     missing_eos_penalty: subtracted from the score of a completion without an end token
+    overlong_buffer: last tokens of max_new_tokens over which a penalty grows from 0 to 1 (DAPO), None for no penalty
+    length_penalty: subtracted from the score for each token of a completion
+    reward_uncertainty: rewards are an ensemble, scored by their mean minus this many standard deviations; None: a sum
     environment: module:Class of an environment, in which the policy acts for at most `max_turns` completions; it gives the
         rewards. environment_args: of the class. tool_timeout: seconds of one call of a tool.
 
@@ -73,6 +77,9 @@ class RolloutModule(BaseModule):
         max_new_tokens: int,
         temperature: float,
         missing_eos_penalty: float,
+        overlong_buffer: int | None,
+        length_penalty: float,
+        reward_uncertainty: float | None,
         environment: str | None = None,
         environment_args: Mapping[str, object] | None = None,  # of the class, for whoever makes it
         max_turns: int = 1,
@@ -86,12 +93,17 @@ class RolloutModule(BaseModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        if overlong_buffer is not None and not 0 < overlong_buffer <= max_new_tokens:
+            raise ConfigError(
+                f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not {overlong_buffer}"
+            )
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
-        self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_penalty, self.length_penalty = missing_eos_penalty, length_penalty
+        self.overlong_buffer = overlong_buffer
         self.examples: list[Example] = []  # of the last rollout
         self.reference = Reference(model)
         self.environment_name, self.tool_timeout = environment, tool_timeout
@@ -99,7 +111,7 @@ class RolloutModule(BaseModule):
         self.environment: Callable[[], object] | None = None  # these two from `use_environment`
         self.turns: Turns
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
-        self.reward_weights = reward_weights
+        self.reward_weights, self.reward_uncertainty = reward_weights, reward_uncertainty
         self.reward: Reward  # these three from `use_reward`
         self.decode: Decode
         self.clip_norm: float | None = None
@@ -180,7 +192,7 @@ class RolloutModule(BaseModule):
         )
         if rewards.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
-        scores = rewards.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        scores = rewards.to(self.device) - self.penalties(rollout)
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
 
     def _play(self, batch: Batch, options: Mapping[str, object]) -> ScoredRollout:
@@ -198,9 +210,18 @@ class RolloutModule(BaseModule):
         with self.unsharded_model():
             options = {**options, "decode": self.decode}
             rollout, prompts = play_episodes(self.model, rows, self.environment, rules, self.sampling, **options)
-        scores = rollout.turn_rewards.sum(1) - self.missing_eos_penalty * ~rollout.ended
+        scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)
         texts = [[self.decode(row) for row in rows] for rows in (prompts, rollout.completions)]
         return ScoredRollout(rollout, *texts, scores)
+
+    def penalties(self, rollout: Rollout) -> Tensor:
+        """What is subtracted from the rewards of completions, (N,): for length, and for a missing end token."""
+        lengths = rollout.mask.sum(1)
+        penalties = self.missing_eos_penalty * ~rollout.ended + self.length_penalty * lengths
+        if self.overlong_buffer is None:
+            return penalties
+        longest = self.sampling.max_new_tokens * self.max_turns
+        return penalties - overlong_penalty(lengths, longest=longest, buffer=self.overlong_buffer)
 
     def kl_to_reference(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,), in nats.

@@ -174,7 +174,8 @@ def connect_reward(
         )
     reward = None
     if module.environment_name is None:
-        reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+        weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
+        reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
     else:
         if module.reward_names:
             raise ConfigError("objective.reward: the environment gives the rewards; set objective.reward=null")

@@ -33,11 +33,12 @@ from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.training.hydra_job import job_overrides
+from genai_pl.training.other_model import refuse_other_model
 from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.targets import instantiate
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import TRAIN_RULES, refuse_other_model, unused_lines
+from genai_pl.training.unused_options import TRAIN_RULES, unused_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -37,11 +37,17 @@ HOW = "name a function as module:function or file.py:function, or a reward model
 
 
 def load_rewards(
-    names: Sequence[str], weights: Sequence[float] | None, *, policy: nn.Module, device: torch.device
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    *,
+    uncertainty: float | None = None,
+    policy: nn.Module,
+    device: torch.device,
 ) -> Reward:
     """The weighted sum of rewards as one function `(prompts, completions, raw_prompts, **columns) -> list[float]`.
 
-    names: entries of objective.reward. weights: one number for each, None for all 1. policy: the model in
+    names: entries of objective.reward. weights: one number for each, None for all 1. uncertainty: rewards are an
+    ensemble, scored by their mean minus this many standard deviations, None for a weighted sum. policy: the model in
     training; a reward model that is an adapter on the same frozen base shares its weights with it, so that only
     the adapter takes memory. device: of reward models.
 
@@ -50,13 +56,17 @@ def load_rewards(
     """
     if not names:
         raise ConfigError(f"objective.reward is not set: {HOW}")
+    if uncertainty is not None and (weights is not None or len(names) < 2 or uncertainty < 0):
+        raise ConfigError(
+            f"objective.reward_uncertainty={uncertainty} needs a number of at least 0, two rewards or more and no reward_weights"
+        )
     # each entry: a function, or a reward model
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
     places = [_locate(name) for name in names]
     rewards = [
-        _load_judge(name, policy, device) if place is None else _function(name, *place)
+        _load_judge(name, policy, device) if place is None else load_function(name, *place)
         for name, place in zip(names, places, strict=True)
     ]
     warned: set[str] = set()
@@ -87,7 +97,11 @@ def load_rewards(
         ]
         rewards_given = call(names, judges, prompts, completions, columns)
         columns_of_numbers = [numbers(name, values, prompts) for name, values in zip(names, rewards_given, strict=True)]
-        sums = [_weighted_sum(weights, row) for row in zip(*columns_of_numbers, strict=True)]
+        rows = list(zip(*columns_of_numbers, strict=True))
+        if uncertainty is None:
+            sums = [_weighted_sum(weights, row) for row in rows]
+        else:
+            sums = [pessimistic_mean(row, uncertainty) for row in rows]
         if any(map(math.isnan, sums)):
             warn_once(
                 "reward      no reward applies to some completions (all gave None): nothing is learned from these"
@@ -101,6 +115,20 @@ def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> floa
     """Weighted sum of the rewards that apply to one completion; NaN where none does."""
     terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
     return sum(terms) if terms else math.nan
+
+
+def pessimistic_mean(row: Sequence[float | None], uncertainty: float) -> float:
+    """The mean of an ensemble's rewards minus `uncertainty` standard deviations between them (Eisenstein et al. 2023, 5.1:
+    of the ensemble as a population); NaN where none applies.
+
+    >>> pessimistic_mean([1.0, 3.0, None], 0.5)
+    1.5
+    """
+    values = [value for value in row if value is not None]
+    if not values:
+        return math.nan
+    mean = sum(values) / len(values)
+    return mean - uncertainty * math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
 def _locate(name: str) -> tuple[str, str] | None:
@@ -131,11 +159,14 @@ def _locate(name: str) -> tuple[str, str] | None:
     return module, attribute
 
 
-def _function(name: str, module: str, attribute: str) -> Reward:
-    """The function of a module or a .py file."""
-    function = named_object(f"objective.reward={name}", module, attribute)
+def load_function(name: str, module: str, attribute: str, *, option: str = "objective.reward") -> Callable[..., object]:
+    """The function of a module or a .py file.
+
+    name: as it was given in `option`, for errors.
+    """
+    function = named_object(f"{option}={name}", module, attribute)
     if not callable(function):
-        raise ConfigError(f"objective.reward={name}: not a function")
+        raise ConfigError(f"{option}={name}: not a function")
     return function
 
 

@@ -6,27 +6,19 @@ composed: defaults are allowed to have no effect. `train.py` prints an `unused` 
 commands, which are quick to type again, refuse.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from omegaconf import DictConfig
 
 from genai_pl.config.model import EXPERT_FIELDS
+from genai_pl.config.tasks import NAMES
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.preference import WITH_REFERENCE
 
 Condition = Callable[[DictConfig], bool]
 SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
 ADDRESSES = ("http://", "https://")
-SIZE_FIELDS = {"shape", "n_layer", "n_decoder_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "position"}
-FREE_FIELDS = {
-    "attention",
-    "dropout",
-    "max_seq_len",
-    "balance_loss",
-    "router_z_loss",
-}  # fields of `model` that a loaded model takes
 
 
 class Rule(NamedTuple):
@@ -71,6 +63,7 @@ def _objective(*names: str) -> Condition:
 
 
 RL, PREFERENCE = _objective("GRPOModule", "PPOModule"), _objective("PreferenceModule")
+GROUPS = _objective("GRPOModule")
 TRAIN_RULES = (
     Rule(SAMPLE_OPTIONS, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
     Rule(
@@ -79,7 +72,12 @@ TRAIN_RULES = (
     Rule(("generation.max_new_tokens",), _not(RL), "samples are as long as callbacks.samples.max_new_tokens"),
     Rule(("callbacks.checkpoint.mode",), _is("callbacks.checkpoint.best", None), "callbacks.checkpoint.best=null"),
     Rule(("callbacks.early_stopping.",), _is("callbacks.early_stopping.patience", None), "patience=null stops nothing"),
-    Rule(("eval.limit", "eval.batch_tokens"), _is("eval.every_n_steps", None), "eval.every_n_steps=null"),
+    Rule(("callbacks.notify.timeout",), _is("callbacks.notify.url", None), "callbacks.notify.url=null"),
+    Rule(
+        ("eval.limit", "eval.batch_tokens", "eval.execute_code"),
+        _is("eval.every_n_steps", None),
+        "eval.every_n_steps=null",
+    ),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
     Rule(
         tuple(f"model.{field}" for field in EXPERT_FIELDS),
@@ -125,7 +123,23 @@ TRAIN_RULES = (
         _all(RL, _is("objective.environment", None)),
         "objective.environment=null",
     ),
-    Rule(("objective.scale",), _is("objective.advantage", "rloo"), "objective.advantage=rloo divides by nothing"),
+    Rule(
+        ("objective.reward_weights", "objective.reward_uncertainty"),
+        _all(RL, _not(_is("objective.environment", None))),
+        "the environment gives the rewards",
+    ),
+    Rule(("objective.scale",), _all(GROUPS, _not(_is("objective.advantage", "group"))), "it is of advantage=group"),
+    Rule(
+        ("objective.kl", "objective.kl_estimator"),
+        _all(GROUPS, _is("objective.beta", 0, 0.0)),
+        "objective.beta=0: there is no KL penalty",
+    ),
+    Rule(("objective.kl_estimator",), _all(GROUPS, _is("objective.kl", "reward")), "kl=reward subtracts log-ratios"),
+    Rule(
+        ("objective.clip_range",),
+        _all(_is("objective.loss", "cispo"), _not(_is("objective.clip_range_high", None))),
+        "loss=cispo bounds weights above alone, by clip_range_high",
+    ),
     Rule(
         ("objective.kl_horizon",),
         _all(_objective("PPOModule"), _is("objective.kl_target", None)),
@@ -181,7 +195,10 @@ WRITER_RULE = Rule(
 )
 EVALUATE_RULES = (
     Rule(
-        ("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos", "batch_tokens"),
+        (
+            *("data.path", "data.columns", "data.column", "data.last_word", "data.stride", "data.bos"),
+            *("batch_tokens", "execute_code", "completions", *(f"data.{name}" for name in NAMES)),
+        ),
         _not(_is("tasks", None)),
         "tasks= bring their own data",
     ),
@@ -268,45 +285,3 @@ def refuse_unused(config: DictConfig, typed: Iterable[str], rules: Iterable[Rule
     """ConfigError for the first typed override without effect."""
     for line in unused_lines(config, typed, rules):
         raise ConfigError(f"{line}; leave it out")
-
-
-def refuse_other_model(
-    wanted_config: Mapping[str, object] | object, loaded: object, typed: Iterable[str], *, source: str
-) -> None:
-    """ConfigError where a typed option of `model` contradicts the model that was loaded, whose own fields count.
-
-    wanted_config: the composed group `model`, with derived sizes. loaded: the loaded model's configuration.
-    source: the option that the model came from, for the message. Typing what the model has anyway is allowed,
-    as are the fields that a loaded model takes over (attention backend, dropout, context).
-    """
-    for argument in typed:
-        key = argument.partition("=")[0].lstrip("+")
-        name = key.removeprefix("model.")
-        # a whole group, model=gpt: compare the fields that make a size
-        if key == "model":
-            differences = [
-                f.name
-                for f in fields(wanted_config)
-                if f.name in SIZE_FIELDS and _differs(wanted_config, loaded, f.name)
-            ]
-            if differences:
-                difference = ", ".join(f"{n}={_value_of(getattr(loaded, n))}" for n in differences[:3])
-                raise ConfigError(f"{argument}: has no effect: {source} is another model ({difference}); leave it out")
-        elif key == "model.name":
-            if not source.endswith(argument.partition("=")[2]):
-                raise ConfigError(f"{argument}: has no effect: {source} is what is loaded; leave one of them out")
-        elif key.startswith("model.") and name not in FREE_FIELDS and _differs(wanted_config, loaded, name):
-            difference = f"has {name}={_value_of(getattr(loaded, name, None))}"
-            raise ConfigError(f"{argument}: has no effect: {source} {difference}, and stays as it is; leave it out")
-
-
-def _differs(wanted_config: object, loaded: object, name: str) -> bool:
-    """True if a field is set in one configuration and has another value in the other."""
-    return getattr(wanted_config, name, None) is not None and getattr(wanted_config, name) != getattr(
-        loaded, name, None
-    )
-
-
-def _value_of(value: object) -> object:
-    """The value of an enum's member; anything else as it is."""
-    return getattr(value, "value", value)
