@@ -131,6 +131,11 @@ TRAIN_RULES = (
         "loss=cispo bounds weights above alone, by clip_range_high",
     ),
     Rule(
+        ("objective.environment_args", "objective.environment_args.", "objective.max_turns", "objective.tool_timeout"),
+        _all(RL, _is("objective.environment", None)),
+        "objective.environment=null",
+    ),
+    Rule(
         ("objective.kl_horizon",),
         _all(_objective("PPOModule"), _is("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",
