@@ -6,64 +6,25 @@ composed: defaults are allowed to have no effect. `train.py` prints an `unused` 
 commands, which are quick to type again, refuse.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from omegaconf import DictConfig
 
 from genai_pl.config.model import EXPERT_FIELDS
 from genai_pl.config.tasks import NAMES
 from genai_pl.errors import ConfigError
-from genai_pl.objectives.preference import WITH_REFERENCE
+from genai_pl.training.alignment_rules import ALIGNMENT_RULES
+from genai_pl.training.option_rules import Rule
+from genai_pl.training.option_rules import all_hold as _all
+from genai_pl.training.option_rules import fails as _not
+from genai_pl.training.option_rules import is_one_of as _is
+from genai_pl.training.option_rules import objective_is as _objective
 
-Condition = Callable[[DictConfig], bool]
 SAMPLE_OPTIONS = ("callbacks.samples.prompts", "callbacks.samples.max_new_tokens", "generation.")
 ADDRESSES = ("http://", "https://")
 
 
-class Rule(NamedTuple):
-    """One reason why options have no effect.
-
-    options: names of options; one that ends in a dot stands for all options below it.
-    holds: a function of the configuration, True where the reason applies.
-    reason: the end of the sentence "OPTION=VALUE: has no effect: ...".
-    """
-
-    options: tuple[str, ...]
-    holds: Condition
-    reason: str
-
-
-def _is(option: str, *values: object) -> Condition:
-    """Condition that an option has one of the values; an option or group that does not exist counts as None."""
-
-    def holds(config: DictConfig) -> bool:
-        """The option's value, by its path, is among the values."""
-        value: object = config
-        for part in option.split("."):
-            value = value.get(part) if isinstance(value, DictConfig) else None
-        return value in values
-
-    return holds
-
-
-def _not(holds: Condition) -> Condition:
-    """Condition that another does not hold."""
-    return lambda config: not holds(config)
-
-
-def _all(*conditions: Condition) -> Condition:
-    """Condition that all of these hold."""
-    return lambda config: all(holds(config) for holds in conditions)
-
-
-def _objective(*names: str) -> Condition:
-    """Condition that the objective's module is one of these classes."""
-    return lambda config: config.objective._target_.rpartition(".")[2] in names
-
-
-RL, PREFERENCE = _objective("GRPOModule", "PPOModule"), _objective("PreferenceModule")
-GROUPS = _objective("GRPOModule")
+RL = _objective("GRPOModule", "PPOModule")
 TRAIN_RULES = (
     Rule(SAMPLE_OPTIONS, _all(_is("callbacks.samples.every_n_steps", None), _not(RL)), "no samples are written"),
     Rule(
@@ -78,6 +39,7 @@ TRAIN_RULES = (
         _is("eval.every_n_steps", None),
         "eval.every_n_steps=null",
     ),
+    Rule(("init_layers",), _is("init_from", None), "init_from=null: the layers are new"),
     Rule(("plan.",), _is("dry_run", False), "it is for dry_run=true"),
     Rule(
         tuple(f"model.{field}" for field in EXPERT_FIELDS),
@@ -103,38 +65,7 @@ TRAIN_RULES = (
     Rule(("data.val_documents",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _not(_is("data.val_path", None)), "data.val_path validates"),
     Rule(("data.val_fraction",), _is("data.streaming", True), "data.val_documents of a stream validate"),
-    Rule(
-        ("objective.target_margin",), _all(PREFERENCE, _not(_is("objective.loss", "simpo"))), "only loss=simpo has it"
-    ),
-    Rule(("objective.nll_coef",), _all(PREFERENCE, _not(_is("objective.loss", "cpo"))), "only loss=cpo has it"),
-    Rule(
-        ("objective.label_smoothing",),
-        _all(PREFERENCE, _not(_is("objective.loss", "sigmoid", "robust"))),
-        "only loss=sigmoid and robust have it",
-    ),
-    Rule(
-        ("objective.precompute_reference",),
-        _all(PREFERENCE, _not(_is("objective.loss", *WITH_REFERENCE))),
-        "this loss has no reference",
-    ),
-    Rule(("objective.reference_cache",), _is("objective.precompute_reference", False), "nothing is precomputed"),
-    Rule(("objective.scale",), _all(GROUPS, _not(_is("objective.advantage", "group"))), "it is of advantage=group"),
-    Rule(
-        ("objective.kl", "objective.kl_estimator"),
-        _all(GROUPS, _is("objective.beta", 0, 0.0)),
-        "objective.beta=0: there is no KL penalty",
-    ),
-    Rule(("objective.kl_estimator",), _all(GROUPS, _is("objective.kl", "reward")), "kl=reward subtracts log-ratios"),
-    Rule(
-        ("objective.clip_range",),
-        _all(_is("objective.loss", "cispo"), _not(_is("objective.clip_range_high", None))),
-        "loss=cispo bounds weights above alone, by clip_range_high",
-    ),
-    Rule(
-        ("objective.kl_horizon",),
-        _all(_objective("PPOModule"), _is("objective.kl_target", None)),
-        "objective.kl_target=null: kl_coef stays as it is",
-    ),
+    *ALIGNMENT_RULES,
     Rule(
         ("objective.temperature",),
         _all(_not(_is("resume", None)), _is("objective.learn_temperature", True)),
