@@ -33,6 +33,7 @@ UNTYPED_TEXT_OPTIONS = (
     "tokenizer.name",
     "peft.init_from",
     "objective.critic",
+    "objective.teacher",
     "objective.reference_cache",
     "hydra.run.dir",
     "adapter",
