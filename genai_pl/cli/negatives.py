@@ -63,7 +63,14 @@ def mining_options(config: DictConfig) -> MiningOptions:
         raise ConfigError(f"negatives.format={given.format} is not one of {', '.join(OBJECTIVES)}")
     if given.sampling not in ("top", "random"):
         raise ConfigError(f"negatives.sampling={given.sampling} is not one of top, random")
-    at_least = {"n": 1, "range_min": 0, "range_max": 1, "absolute_margin": 0, "relative_margin": 0, "positive_max_rank": 1}
+    at_least = {
+        "n": 1,
+        "range_min": 0,
+        "range_max": 1,
+        "absolute_margin": 0,
+        "relative_margin": 0,
+        "positive_max_rank": 1,
+    }
     for name, least in at_least.items():
         if given[name] is not None and given[name] < least:
             raise ConfigError(f"negatives.{name}={given[name]} must be at least {least}")
@@ -135,7 +142,9 @@ def report(config: DictConfig, mined: Mined, *, n_pairs: int, n_candidates: int,
             "shortcut    negatives are nearer than positives, and can be told by that alone: set negatives.relative_margin, or "
             "for a reranker of K candidates range_max=K positive_max_rank=K sampling=random (docs/classification.md)"
         )
-    print(f"left out    {mined.excluded:,} by margins and scores; {short - mined.too_far:,} anchors have fewer than negatives.n")
+    print(
+        f"left out    {mined.excluded:,} by margins and scores; {short - mined.too_far:,} anchors have fewer than negatives.n"
+    )
     if mined.too_far:
         print(f"too far     {mined.too_far:,} anchors, by negatives.positive_max_rank")
     form = config.negatives.format
