@@ -199,15 +199,6 @@ class RolloutModule(BaseModule):
         scores = rewards.to(self.device) - self.penalties(rollout)
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
 
-    def penalties(self, rollout: Rollout) -> Tensor:
-        """What is subtracted from the rewards of completions, (N,): for length, and for a missing end token."""
-        lengths = rollout.mask.sum(1)
-        penalties = self.missing_eos_penalty * ~rollout.ended + self.length_penalty * lengths
-        if self.overlong_buffer is None:
-            return penalties
-        longest = self.sampling.max_new_tokens
-        return penalties - overlong_penalty(lengths, longest=longest, buffer=self.overlong_buffer)
-
     def _play(self, batch: Batch, options: Mapping[str, object]) -> ScoredRollout:
         """Episodes of each prompt of a batch, with the sums of their rewards as scores."""
         rules = Rules(
@@ -226,6 +217,15 @@ class RolloutModule(BaseModule):
         scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)
         texts = [[self.decode(row) for row in rows] for rows in (prompts, rollout.completions)]
         return ScoredRollout(rollout, *texts, scores)
+
+    def penalties(self, rollout: Rollout) -> Tensor:
+        """What is subtracted from the rewards of completions, (N,): for length, and for a missing end token."""
+        lengths = rollout.mask.sum(1)
+        penalties = self.missing_eos_penalty * ~rollout.ended + self.length_penalty * lengths
+        if self.overlong_buffer is None:
+            return penalties
+        longest = self.sampling.max_new_tokens * self.max_turns
+        return penalties - overlong_penalty(lengths, longest=longest, buffer=self.overlong_buffer)
 
     def kl_to_reference(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,), in nats.

@@ -51,6 +51,11 @@ ALIGNMENT_RULES = (
         "objective.environment=null",
     ),
     Rule(
+        ("objective.reward_weights", "objective.reward_uncertainty"),
+        all_hold(objective_is("GRPOModule", "PPOModule"), fails(is_one_of("objective.environment", None))),
+        "the environment gives the rewards",
+    ),
+    Rule(
         ("objective.kl_horizon",),
         all_hold(objective_is("PPOModule"), is_one_of("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",
