@@ -47,6 +47,7 @@ class Architecture(NamedTuple):
     windows     it has layers with a window
     own_head    output.weight is needed also where it is the embedding
     fused_qkv   attn_qkv holds the three projections
+    grouped     it has fewer heads of keys than of queries
     expert_key  the key of an expert's hidden channels
     """
 
@@ -59,6 +60,7 @@ class Architecture(NamedTuple):
     windows: bool = False
     own_head: bool = False
     fused_qkv: bool = False
+    grouped: bool = True
     expert_key: str = "expert_feed_forward_length"
 
     def refuse(self, config: ModelConfig) -> None:
@@ -71,6 +73,11 @@ class Architecture(NamedTuple):
                     f"format=gguf: llama.cpp's {self.name} has no model.{field}={shown[0]}, only {shown[1]}; "
                     "format=hf or onnx writes this model"
                 )
+        if config.n_kv_head != config.n_head and not self.grouped:
+            raise ConfigError(
+                f"format=gguf: llama.cpp's {self.name} has no grouped heads, and this model has model.n_kv_head="
+                f"{config.n_kv_head} of {config.n_head}; format=hf or onnx writes this model"
+            )
         kind = config.rope_scaling.kind
         if kind not in self.scalings:
             known = ", ".join(scaling.value for scaling in self.scalings)
@@ -107,7 +114,12 @@ GEMMA_27B = 62  # layers by which llama.cpp knows Gemma 3 27B, and gives it anot
 UNBIASED = {"activation": Activation.silu, "qkv_bias": False, "o_bias": False}
 ARCHITECTURES = (
     Architecture(
-        "gpt2", "gpt2", {"activation": Activation.gelu_tanh}, scalings=(RopeKind.none,), fused_qkv=True
+        "gpt2",
+        "gpt2",
+        {"activation": Activation.gelu_tanh},
+        scalings=(RopeKind.none,),
+        fused_qkv=True,
+        grouped=False,
     ),
     *(Architecture("llama", family, scalings=tuple(RopeKind), paired=True) for family in ("llama", "mistral", "ministral")),
     Architecture("qwen2", "qwen2"),
@@ -130,10 +142,10 @@ ARCHITECTURES = (
         "olmoe",
         "olmoe",
         {**UNBIASED, "normalize_top_k": False},
-        own_head=True,
+        own_head=True, grouped=False,
         expert_key="feed_forward_length",
     ),
-    Architecture("dots1", "dots1", UNBIASED, own_head=True),
+    Architecture("dots1", "dots1", UNBIASED, own_head=True, grouped=False),
     Architecture(
         "gpt-oss",
         "gpt_oss",
