@@ -70,7 +70,7 @@ AnyTask = Task | GenerativeTask | CoreTask
 
 def n_rows(task: AnyTask) -> int:
     """How many times in all `on_batch` counts, for a progress bar."""
-    return len(task.prompts) if isinstance(task, GenerativeTask) else len(task.rows)
+    return len(task.rows) * (1 + task.samples) if isinstance(task, GenerativeTask) else len(task.rows)
 
 
 def build_task(
