@@ -26,6 +26,7 @@ class GenerateSchema:
     prompt_file: str | None = None
     chat: bool = False
     system: str | None = None
+    tools: Any = None
     num_samples: int = 1
     stream: bool = True
     logprobs: bool = False
