@@ -24,7 +24,7 @@ from genai_pl.config.tasks import NAMES, GenerationTaskOptions
 from genai_pl.devices import choose_device, dtypes_of, weights_of
 from genai_pl.errors import DISK_FULL, ConfigError
 from genai_pl.evaluation import Kind
-from genai_pl.evaluation.generative import GenerativeTask
+from genai_pl.evaluation.generative import ExecutedTests, GenerativeTask
 from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.evaluation.labels import is_reward_model
 from genai_pl.evaluation.tasks import measure, n_rows
@@ -125,6 +125,8 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     counts = task.counts
     print_metrics(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
+    if isinstance(task, GenerativeTask) and isinstance(task.scorer, ExecutedTests):
+        print(f"{'sandbox':<22}{task.scorer.protections}")
     if counts["cut"]:
         context = config.data.seq_len or context_of(model)
         print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")

@@ -173,7 +173,9 @@ class GRPOModule(PolicyGradientModule):
 
     def _weights(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of tokens (N, L) in the loss, and the number by which their sum is divided."""
-        return completion_weights(mask, normalization=self.normalization, length=self.sampling.max_new_tokens)
+        return completion_weights(
+            mask, normalization=self.normalization, length=self.sampling.max_new_tokens * self.max_turns
+        )
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
         """The surrogate of some rows, with the KL penalty inside, as a weighted sum over tokens."""

@@ -32,15 +32,22 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1"
     raise ConfigError(f"there is no KL estimator {kind!r}; choose k1, k2 or k3")
 
 
-def kl_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+def kl_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, turn_rewards: Tensor | None = None
+) -> Tensor:
     """-kl_coef kl for each token, and the score (B,) of the completion at its last one (Ziegler et al. 2019, eq. 2).
+
+    turn_rewards (B, T): parts of the score that were given for earlier tokens, and stay there.
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> kl_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.25, 9.0]]), mask, kl_coef=0.5).tolist()
     [[-0.25, 0.875, 0.0]]
     """
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(mask, -kl_coef * kl, 0) + torch.where(is_last, scores[:, None], 0)
+    rewards = torch.where(mask, -kl_coef * kl, 0)
+    if turn_rewards is not None:
+        rewards, scores = rewards + turn_rewards, scores - turn_rewards.sum(1)
+    return rewards + torch.where(is_last, scores[:, None], 0)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, n_steps: int) -> float:

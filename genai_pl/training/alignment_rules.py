@@ -46,6 +46,16 @@ ALIGNMENT_RULES = (
         "loss=cispo bounds weights above alone, by clip_range_high",
     ),
     Rule(
+        ("objective.environment_args", "objective.environment_args.", "objective.max_turns", "objective.tool_timeout"),
+        all_hold(objective_is("GRPOModule", "PPOModule"), is_one_of("objective.environment", None)),
+        "objective.environment=null",
+    ),
+    Rule(
+        ("objective.reward_weights", "objective.reward_uncertainty"),
+        all_hold(objective_is("GRPOModule", "PPOModule"), fails(is_one_of("objective.environment", None))),
+        "the environment gives the rewards",
+    ),
+    Rule(
         ("objective.kl_horizon",),
         all_hold(objective_is("PPOModule"), is_one_of("objective.kl_target", None)),
         "objective.kl_target=null: kl_coef stays as it is",

@@ -1,6 +1,7 @@
 """Benchmarks of a run: the tasks of the group `eval`, read and tokenized before the first step."""
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,8 +83,12 @@ def _build(
     if not isinstance(task, Mapping) or "path" not in task:
         raise ConfigError(f"eval.tasks.{name}={value}: expected a file, or {{path: FILE, column: COLUMN}}")
     if unknown := set(task) - {*TYPES, *NAMES}:
-        listed = ", ".join(sorted({*TYPES, *NAMES}))
-        raise ConfigError(f"eval.tasks.{name}.{min(unknown)}: no such option; there are: {listed}")
+        known = sorted({*TYPES, *NAMES})
+        near = get_close_matches(str(min(unknown, key=str)), known, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"eval.tasks.{name}.{min(unknown, key=str)}: no such option{hint}; there are: {', '.join(known)}"
+        )
     _check_types(name, task)
     own = {key: task[key] for key in TYPES if key in task}
     seq_len = model.config.max_seq_len - n_virtual(model)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
 from genai_pl.data import special_tokens
+from genai_pl.data.turns import Turns
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
@@ -27,6 +28,7 @@ from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
 from genai_pl.training.data_sources import build_data
+from genai_pl.training.environments import load_environment
 from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
     apply_peft,
@@ -192,8 +194,16 @@ def connect_reward(
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
-    weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
-    reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
+    reward = None
+    if module.environment_name is None:
+        weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
+        reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
+    else:
+        if module.reward_names:
+            raise ConfigError("objective.reward: the environment gives the rewards; set objective.reward=null")
+        arguments = OmegaConf.to_container(config.objective.environment_args or OmegaConf.create(), resolve=True)
+        environment = load_environment(module.environment_name, arguments)
+        module.use_environment(environment, Turns(tokenizer))
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)
     module.use_reward(

@@ -128,6 +128,9 @@ def choose_scorer(kind: Kind, rows: Sequence[GenerativeRow], options: TaskOption
     if generation.score is not None:
         generation.refuse(MATCH_OPTIONS, "data.score is what scores")
         return FunctionScore(load_score(generation.score), f"data.score={generation.score}")
+    has_tests = not {"test", "test_list"}.isdisjoint(rows[0].record)
+    if has_tests and generation.judge is None:
+        generation.refuse(MATCH_OPTIONS, "these rows have tests")
     if missing := next((n for n, row in enumerate(rows, start=1) if not row.answers), None):
         raise DataError(
             f"data.path={options.path}: row {missing} has no column 'answer': add it, or score by data.score=module:function"
@@ -146,8 +149,9 @@ def _tests(options: TaskOptions) -> ExecutedTests:
             "this machine; read docs/security.md, then set execute_code=true"
         )
     limits = Limits(options.generation.seconds, options.generation.memory_mib)
-    log.info("sandbox     %s, for each program", describe_protections(check_sandbox(limits)))
-    return ExecutedTests(limits)
+    protections = describe_protections(check_sandbox(limits))
+    log.info("sandbox     %s", protections)
+    return ExecutedTests(limits, protections)
 
 
 def load_score(name: str):

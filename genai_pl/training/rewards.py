@@ -6,18 +6,13 @@ in TRL's GRPOTrainer; columns are further columns of the data, repeated per comp
 trained with objective=reward. None instead of a number means "this reward does not apply to this completion".
 """
 
-import importlib
 import importlib.util
 import logging
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -32,6 +27,7 @@ from genai_pl.models.pooling import scores
 from genai_pl.modules.reward_calls import call, numbers
 from genai_pl.objectives.collate import pad_rows
 from genai_pl.peft import share_frozen
+from genai_pl.training.named_objects import make_importable, named_object
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +149,7 @@ def _locate(name: str) -> tuple[str, str] | None:
     if "/" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
         return None
     module, _, attribute = name.rpartition(".")
-    _make_importable(Path.cwd())
+    make_importable(Path.cwd())
     try:
         exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -163,46 +159,15 @@ def _locate(name: str) -> tuple[str, str] | None:
     return module, attribute
 
 
-def _make_importable(folder: Path) -> None:
-    """Put a folder first on sys.path: rewards beside the data are imported like modules of a project."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
 def load_function(name: str, module: str, attribute: str, *, option: str = "objective.reward") -> Callable[..., object]:
-    """The function of a module or a .py file; ConfigError with the import's own error in one line.
+    """The function of a module or a .py file; ConfigError for what cannot be imported or called.
 
     name: as it was given in `option`, for errors.
     """
-    _make_importable(Path(os.getcwd()))
-    try:
-        function = attrgetter(attribute)(
-            _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        )
-    except (Exception, SystemExit) as error:  # importing a user's module can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        is_import_error = isinstance(error, ImportError | AttributeError | OSError)
-        reason = reason if is_import_error else f"{type(error).__name__}: {reason}"
-        raise ConfigError(f"{option}={name}: cannot be imported ({reason})") from None
+    function = named_object(f"{option}={name}", module, attribute)
     if not callable(function):
         raise ConfigError(f"{option}={name}: not a function")
     return function
-
-
-def _from_file(path: Path) -> ModuleType:
-    """The module of a .py file, imported once. Files beside it are importable from it, as for a script."""
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    # under its own name, unless another module has that name
-    _make_importable(path.parent)
-    spec = importlib.util.spec_from_file_location(path.stem if loaded is None else f"reward_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Judge:

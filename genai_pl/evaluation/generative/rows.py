@@ -34,6 +34,11 @@ class GenerativeRow(NamedTuple):
         """Whether the prompt is the beginning of the program that its completion continues."""
         return bool(self.entry_point) and isinstance(self.prompt, str) and f"def {self.entry_point}" in self.prompt
 
+    @property
+    def start(self) -> str:
+        """A prompt that is text; the beginning of a program without its last line break, which its body begins with."""
+        return self.prompt.rstrip() if self.begins_program else self.prompt
+
 
 def read_answered(place: Place, record: Record) -> GenerativeRow:
     """The row of a prompt or question with its right answers, one or a list of them; none where it has no such column."""
@@ -43,9 +48,8 @@ def read_answered(place: Place, record: Record) -> GenerativeRow:
     answers: list[str] = []
     if column is not None:
         cell = record[column]
-        answers = parse_list(cell, place.at(column), parse_text) if isinstance(cell, list) else [""]
-        if not isinstance(cell, list):
-            answers = [parse_text(cell, place.at(column))]
+        is_list = isinstance(cell, list)
+        answers = parse_list(cell, place.at(column), parse_text) if is_list else [parse_text(cell, place.at(column))]
         if not answers:
             refuse(place.at(column), "an empty list: give at least one right answer")
     return GenerativeRow(prompt, answers, "", "", name == "question", dict(record))

@@ -152,8 +152,8 @@ class ExecutedTests:
 
     name, is_share, is_right, more = "pass@1", True, True, REASONS[1:]  # the first is pass@1 itself
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, protections: str = "") -> None:
+        self.limits, self.protections = limits, protections  # the second in words
 
     def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored:
         """Run every program; equal ones once."""
@@ -171,12 +171,14 @@ class ExecutedTests:
 def program_of(row: GenerativeRow, completion: str) -> str:
     """The program of a completion with the tests of its row.
 
-    The code is the first block in fences, if there is one (chat models), else the completion; it continues the prompt
-    where that begins the function.
+    The code is the first block in fences, if there is one (chat models), else the completion. Where the prompt begins the
+    function, the code continues it; code that defines the function itself follows what stands before it in the prompt.
     """
     fenced = FENCED.search(completion)
     code = fenced[1] if fenced else completion
-    start = row.prompt if row.begins_program else ""
+    start = row.start if row.begins_program else ""
+    if start and re.search(rf"^def {re.escape(row.entry_point)}\b", code, re.MULTILINE):
+        start = start[: start.index(f"def {row.entry_point}")]
     return f"{start}{code}\n\n{row.test}\n"
 
 

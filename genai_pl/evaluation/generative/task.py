@@ -80,12 +80,15 @@ def build_generative_task(
 
 
 def shown_prompt(row: GenerativeRow, *, chat: bool) -> str | list[dict]:
-    """What the model reads of a row: a question in the form of choices, or with `chat` as a message of the user."""
+    """What the model reads of a row: a question in the form of choices, or with `chat` as a message of the user.
+
+    Spaces at the end of a text belong to its completion, as in `completion_windows`: tokens begin with them.
+    """
     if not isinstance(row.prompt, str):
         return row.prompt
     if chat:
         return [{"role": "user", "content": row.prompt}]
-    return f"Question: {row.prompt}\nAnswer:" if row.is_question else row.prompt
+    return f"Question: {row.prompt}\nAnswer:" if row.is_question else row.start.rstrip(" \t")
 
 
 def measure_generative(
