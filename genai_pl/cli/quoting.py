@@ -35,6 +35,7 @@ UNTYPED_TEXT_OPTIONS = (
     "objective.critic",
     "objective.teacher",
     "objective.reference_cache",
+    "objective.teacher_cache",
     "hydra.run.dir",
     "adapter",
 )

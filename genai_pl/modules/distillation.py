@@ -24,9 +24,13 @@ from genai_pl.objectives.distillation import DistillCollator, join_batches, prom
 
 
 class TaughtRows(NamedTuple):
-    """Rows that are learned from: batch (input_ids, labels, segment_ids), and weights (B, T) of their tokens' two losses."""
+    """Rows that are learned from: batch (input_ids, labels, segment_ids), and weights (B, T) of their tokens' two losses.
+
+    data_rows: numbers of the data's rows that are the first of them; completions of the student follow.
+    """
 
     batch: Batch
+    data_rows: Tensor
     cross_entropy: Tensor
     divergence: Tensor
 
@@ -88,6 +92,12 @@ class DistillModule(CausalLMModule):
             )
         if min(max_new_tokens, text_prompt_tokens) < 1:
             raise ConfigError("objective.max_new_tokens and objective.text_prompt_tokens must be at least 1")
+        self.longest_prompt = model.config.max_seq_len - max_new_tokens
+        if student_fraction and self.longest_prompt < 1:
+            raise ConfigError(
+                f"objective.max_new_tokens={max_new_tokens} leaves no room for a prompt in the student's context of "
+                f"{model.config.max_seq_len} tokens"
+            )
         self.teacher_name, self.top_k, self.teacher_cache = teacher, top_k, teacher_cache
         self.beta, self.temperature, self.alpha = beta, temperature, alpha
         self.student_fraction, self.text_prompt_tokens = student_fraction, text_prompt_tokens
@@ -102,6 +112,7 @@ class DistillModule(CausalLMModule):
             sizes = f"{teacher.config.vocab_size:,} tokens, the student has {self.model.config.vocab_size:,}"
             raise ConfigError(f"objective.teacher={self.teacher_name}: predicts {sizes}; they must share a vocabulary")
         self._teacher = [teacher.requires_grad_(False).eval()]
+        self.longest_prompt = min(self.longest_prompt, teacher.config.max_seq_len - self.sampling.max_new_tokens)
 
     @property
     def teacher(self) -> nn.Module:
@@ -112,8 +123,13 @@ class DistillModule(CausalLMModule):
         """Move the teacher to the device; with top_k, have it write what it knows of all training rows, and free it."""
         super().on_fit_start()
         self.teacher.to(self.device)
+        data, context = self.trainer.datamodule, self.teacher.config.max_seq_len
+        if context < data.seq_len or (self.student_fraction and self.longest_prompt < 1):
+            raise ConfigError(
+                f"objective.teacher={self.teacher_name}: reads at most {context} tokens; lower data.seq_len "
+                f"({data.seq_len}) and objective.max_new_tokens"
+            )
         if self.top_k is not None:
-            data = self.trainer.datamodule
             if self.source_names or data.streaming:
                 raise ConfigError("objective.top_k: a stream or mixture has no fixed rows; leave objective.top_k null")
             self.cache = fill_cache(self, data.train_rows, seq_len=data.seq_len, batch_size=data.batch_size)
@@ -161,7 +177,8 @@ class DistillModule(CausalLMModule):
         labels = batch["labels"]
         if not (self.training and self.student_fraction):
             ones = torch.ones_like(labels, dtype=torch.float32)
-            return TaughtRows(batch, self.alpha * ones, (1 - self.alpha) * ones)
+            all_rows = torch.arange(len(labels), device=labels.device)
+            return TaughtRows(batch, all_rows, self.alpha * ones, (1 - self.alpha) * ones)
         return self._with_completions(batch)
 
     def _with_completions(self, batch: Batch) -> TaughtRows:
@@ -170,34 +187,30 @@ class DistillModule(CausalLMModule):
         The divergence of a row's completions counts as much as the labels of the row would: a row weighs the same,
         whatever batch it is in and however long the completions are. Their cross entropy does not count.
         """
-        # the student writes; of every rank, as sharded weights are gathered together
-        segments = batch.get("segment_ids", torch.ones_like(batch["input_ids"]))
-        batch = {**batch, "segment_ids": segments}
+        # the student writes, on every rank, as sharded weights are gathered together
+        batch = {"segment_ids": torch.ones_like(batch["input_ids"]), **batch}
         prompts, owners = [], []
         for row in batch["on_policy"].nonzero()[:, 0].tolist():
             parts = (batch[name][row] for name in ("input_ids", "labels", "segment_ids"))
-            longest = self.model.config.max_seq_len - self.sampling.max_new_tokens
-            found = [p[-longest:] for p in prompts_of_row(*parts, text_tokens=self.text_prompt_tokens)]
+            found = [p[-self.longest_prompt :] for p in prompts_of_row(*parts, text_tokens=self.text_prompt_tokens)]
             prompts, owners = prompts + found, owners + [row] * len(found)
         written = self._complete(prompts, int(batch["sample_seed"]))
-        # weights of tokens: of the data, and of completions as much as their rows have labels
-        labelled = (batch["labels"] != IGNORED).float()
-        gives_way = torch.zeros(len(labelled), dtype=torch.bool, device=labelled.device)
-        gives_way[owners] = True
-        weights = torch.ones_like(labelled)
-        if written is None:
-            return TaughtRows(batch, self.alpha * weights, (1 - self.alpha) * weights)
-        of_row = torch.tensor(owners, device=labelled.device)
-        counts = (written["labels"] != IGNORED).sum(1).float()
-        totals = torch.zeros(len(labelled), device=labelled.device).index_add_(0, of_row, counts)
-        shares = (labelled.sum(1) / totals.clamp(min=1))[of_row]
-        data = {**batch, "labels": batch["labels"].masked_fill(gives_way[:, None], IGNORED)}
-        joined = join_batches(data, written, pad=self.vocabulary.pad)
-        width = joined["labels"].shape[1]
-        of_data = nn.functional.pad(weights, (0, width - weights.shape[1]))
-        of_written = shares[:, None].expand(-1, width)
-        cross_entropy = self.alpha * torch.cat([of_data, torch.zeros_like(of_written)])
-        return TaughtRows(joined, cross_entropy, (1 - self.alpha) * torch.cat([of_data, of_written]))
+        n_labels = (batch["labels"] != IGNORED).sum(1).float()  # (B,)
+        kept = torch.ones(len(n_labels), dtype=torch.bool, device=n_labels.device)
+        kept[owners] = False
+        data = {name: batch[name][kept] for name in ("input_ids", "labels", "segment_ids")}
+        shares = n_labels.new_zeros(0)
+        if written is not None:
+            # completions weigh together as much as their row has labels
+            of_row = torch.tensor(owners, device=n_labels.device)
+            counts = (written["labels"] != IGNORED).sum(1).float()
+            totals = torch.zeros_like(n_labels).index_add_(0, of_row, counts)
+            shares = (n_labels / totals.clamp(min=1))[of_row]
+            data = join_batches(data, written, pad=self.vocabulary.pad)
+        ones, width = n_labels.new_ones(int(kept.sum())), data["labels"].shape[1]
+        cross_entropy = torch.cat([self.alpha * ones, 0 * shares])[:, None].expand(-1, width)
+        divergence = (1 - self.alpha) * torch.cat([ones, shares])[:, None].expand(-1, width)
+        return TaughtRows(data, kept.nonzero()[:, 0], cross_entropy, divergence)
 
     def _complete(self, prompts: list, seed: int) -> Batch | None:
         """Rows of prompts with the student's completions, whose tokens are labels; None without prompts."""
@@ -211,34 +224,36 @@ class DistillModule(CausalLMModule):
 
     def _sums(self, batch: Batch, taught: TaughtRows, loss: Tensor, losses: Tensor) -> Metrics:
         """Sums for the logs from the losses (2, B T) of tokens, those of the data's labels alone in the cross entropy."""
-        labels, shape = taught.batch["labels"], taught.batch["labels"].shape
+        labels, n = taught.batch["labels"], len(taught.data_rows)
         labelled = labels != IGNORED
-        cross_entropy, divergence = losses.view(2, *shape)
-        B, T = batch["labels"].shape
-        of_data = labelled[:B, :T]
+        cross_entropy, divergence = losses.view(2, *labels.shape)  # 0 where there is no label
+        of_data = cross_entropy[:n].sum(1)  # (n,)
         sums = {
-            "loss": loss if self.training else cross_entropy[:B, :T][of_data].sum(),
-            "cross_entropy": cross_entropy[:B, :T][of_data].sum(),
-            "data_tokens": of_data.sum().float(),
-            "divergence": divergence[labelled].sum(),
+            "loss": loss if self.training else of_data.sum(),
+            "cross_entropy": of_data.sum(),
+            "data_tokens": labelled[:n].sum().float(),
+            "divergence": divergence.sum(),
             "taught_tokens": labelled.sum().float(),
-            "bytes": self.n_bytes[batch["labels"][of_data]].sum(),
+            "bytes": self.n_bytes[labels[:n][labelled[:n]]].sum(),
         }
         if self.source_names:
-            counts = torch.zeros(len(self.source_names), device=labels.device)
-            rows = batch["sources"][:, None].expand(B, T)[of_data]
-            by_source = counts.clone().index_add_(0, rows, cross_entropy[:B, :T][of_data].to(counts))
-            sums |= {LOSSES: by_source, TARGETS: counts.index_add_(0, rows, torch.ones_like(rows).to(counts))}
+            zeros = of_data.new_zeros(len(self.source_names), dtype=torch.float32)
+            sources, counts = batch["sources"][taught.data_rows], labelled[:n].sum(1)
+            sums |= {LOSSES: zeros.index_add(0, sources, of_data.float())}
+            sums |= {TARGETS: zeros.index_add(0, sources, counts.float())}
         return sums
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
-        """The loss; cross entropy, perplexity and bits per byte of the data's tokens; divergence of all that were taught."""
+        """The loss; cross entropy, perplexity and bits per byte of the data's tokens; divergence of all that were taught.
+
+        In validation the loss is the cross entropy. A step whose rows the student wrote all has no figures of the data.
+        """
         if "divergence" not in sums:
             return super().summarize(sums, targets)
-        tokens, loss = sums["data_tokens"].clamp(min=1), sums["loss"] / targets
-        of_data = {name: sums[name] for name in ("bytes", "correct") if name in sums}
-        metrics = super().summarize({**of_data, "loss": sums["cross_entropy"]}, tokens)
+        metrics: Metrics = {}
+        if (tokens := sums["data_tokens"]) > 0:
+            of_data = {name: sums[name] for name in ("bytes", "correct") if name in sums}
+            metrics = super().summarize({**of_data, "loss": sums["cross_entropy"]}, tokens)
+            metrics |= {} if "correct" in sums else {"cross_entropy": metrics["loss"]}
         divergence = sums["divergence"] / sums["taught_tokens"].clamp(min=1)
-        if "correct" not in sums:  # in validation the loss is the cross entropy
-            metrics["cross_entropy"] = metrics["loss"]
-        return {**metrics, "loss": loss, "divergence": divergence}
+        return {**metrics, "loss": sums["loss"] / targets, "divergence": divergence}

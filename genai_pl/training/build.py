@@ -169,8 +169,8 @@ def connect_teacher(module: DistillModule, tokenizer: "PreTrainedTokenizerBase",
     """
     option, name = "objective.teacher", module.teacher_name
     loaded = load(name, option=option)
-    if not loaded.model.config.writes:
-        raise ConfigError(f"{option}={name}: a model that writes text is needed")
+    if loaded.model.config.shape is not Shape.decoder or not loaded.model.config.head.predicts_tokens:
+        raise ConfigError(f"{option}={name}: a decoder that writes text is needed")
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{option}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 from tests.training.test_alignment import table
 
 SMALL = (*TINY, "optimizer=adamw", "scheduler.warmup_steps=2", "data.seq_len=32")
@@ -99,9 +99,9 @@ def test_a_file_of_all_words_but_one_teaches_the_same_and_is_written_once(place:
     assert last(place / "again", "train/loss") == last(place / "file", "train/loss")
 
 
-@pytest.mark.parametrize("data", [(), CHAT], ids=["text", "chat"])
+@pytest.mark.parametrize("data", [(), pytest.param(CHAT, marks=pytest.mark.slow)], ids=["text", "chat"])
 def test_the_student_learns_from_what_it_writes(data: tuple[str, ...], place: Path, command) -> None:
-    on_policy = ("objective.student_fraction=0.5", "objective.max_new_tokens=6", "objective.text_prompt_tokens=8")
+    on_policy = ("objective.student_fraction=0.6", "objective.max_new_tokens=6", "objective.text_prompt_tokens=8")
     options = (*STUDENT, *OWN, *data, *on_policy, "objective.beta=1", "objective.alpha=0", "optimizer.lr=1e-2")
     result = command(*options, "trainer.max_steps=6", "hydra.run.dir=run")
     assert result.status == 0, result.err
@@ -115,20 +115,23 @@ def test_the_student_learns_from_what_it_writes(data: tuple[str, ...], place: Pa
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (("objective.teacher=nowhere",), "objective.teacher=nowhere"),
-        (
-            ("init_from=null", "init_layers=null", "tokenizer=bpe", "tokenizer.vocab_size=300"),
-            "its tokenizer is another one",
-        ),
-        (("objective.beta=2",), "objective.beta must be from 0 to 1, not 2"),
-        (("objective.temperature=0",), "objective.temperature must be above 0, not 0"),
-        (("objective.top_k=258",), "objective.top_k must be from 1 to 257"),
-        (("objective.top_k=4", "objective.student_fraction=0.5"), "what the student writes is not on disk"),
-        (("init_layers=3",), "init_layers=3: the model of init_from has 2 layers"),
-        (("strategy=tensor_parallel", "trainer.devices=2"), "use strategy=fsdp here"),
-        (("dry_run=true",), "dry_run=true does not estimate a teacher"),
-    ],
+    some(
+        [
+            (("objective.teacher=nowhere",), "objective.teacher=nowhere"),
+            (
+                ("init_from=null", "init_layers=null", "tokenizer=bpe", "tokenizer.vocab_size=300"),
+                "its tokenizer is another one",
+            ),
+            (("objective.beta=2",), "objective.beta must be from 0 to 1, not 2"),
+            (("objective.temperature=0",), "objective.temperature must be above 0, not 0"),
+            (("objective.top_k=258",), "objective.top_k must be from 1 to 257"),
+            (("objective.student_fraction=1", "objective.max_new_tokens=64"), "leaves no room for a prompt"),
+            (("objective.top_k=4", "objective.student_fraction=0.5"), "what the student writes is not on disk"),
+            (("init_layers=3",), "init_layers=3: the model of init_from has 2 layers"),
+            (("strategy=tensor_parallel", "trainer.devices=2"), "use strategy=fsdp here"),
+            (("dry_run=true",), "dry_run=true does not estimate a teacher"),
+        ]
+    ),
 )
 def test_a_mistake_is_one_line(options: tuple[str, ...], message: str, place: Path, command) -> None:
     result = command(*STUDENT, *OWN, *options)
