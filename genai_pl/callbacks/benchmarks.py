@@ -11,7 +11,8 @@ import lightning as L
 
 from genai_pl.callbacks.best import MetricWatch
 from genai_pl.callbacks.due import PeriodicCallback
-from genai_pl.evaluation.tasks import AnyTask, headline, measure
+from genai_pl.config.metric_modes import headline
+from genai_pl.evaluation.tasks import AnyTask, measure
 from genai_pl.generation.decode import evaluating
 
 if TYPE_CHECKING:

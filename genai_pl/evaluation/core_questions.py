@@ -48,46 +48,46 @@ CAPITALS = (
     "Nairobi, Iran Tehran, Iraq Baghdad, Thailand Bangkok, Turkey Ankara, Canada Ottawa, Cyprus Nicosia, Ukraine Kyiv"
 )
 SENTENCES = """
-She was thirsty, so she drank a glass of | water | sand | paint | nails
-It was raining, so he opened his | umbrella | freezer | piano | wallet
-The baby was tired and fell | asleep | upward | engaged | bankrupt
-To cut the bread she used a | knife | pillow | cloud | sock
+She was thirsty, so she drank a glass of | water | sand | ink | nails
+It was raining, so he opened his | umbrella | oven | piano | nose
+The baby was tired and fell | asleep | upward | ill-bred | bald
+To cut the bread she used a | knife | pillow | carpet | window
 He was cold, so he put on a warm | coat | plate | spoon | letter
 The fish swam in the | river | sky | oven | drawer
-Birds build their nests in | trees | soup | clocks | shoes
-After the film they left the | cinema | bottle | moon | envelope
-The farmer milked the | cow | fence | tractor | cabbage
-She wrote the letter with a | pen | fork | brick | lamp
-The key would not fit in the | lock | soup | wind | song
-He lost the race because he ran too | slowly | bluely | sweetly | deeply
-In winter the lake is covered with | ice | fire | sugar | wool
-The dog wagged its | tail | roof | engine | page
-The plane landed at the | airport | teapot | pocket | mirror
-She turned on the lamp because it was | dark | salty | square | loud
-He brushed his teeth with a | toothbrush | hammer | ladder | shovel
-The doctor told the patient to stay in | bed | flour | traffic | orbit
-They lit a fire to keep | warm | square | purple | polite
+Birds build their nests in | trees | pencils | thunder | letters
+After the film they left the | cinema | jar | moon | envelope
+The farmer milked the | cow | hat | sky | pie
+She wrote the letter with a | pen | bee | leg | lamp
+The key would not fit in the | lock | tea | wind | air
+He lost the race because he ran too | slowly | bluely | wet | deeply
+In winter the lake is covered with | ice | tea | jam | wool
+The dog wagged its | tail | roof | ink | page
+The plane landed at the | airport | cup | mirror | pocket
+She turned on the lamp because it was | dark | salty | square | polite
+He brushed his teeth with a | toothbrush | wheelbarrow | ladder | photograph
+The doctor told the patient to stay in | bed | pie | ink | orbit
+They lit a fire to keep | warm | odd | wide | shy
 The milk was left in the sun and turned | sour | wooden | famous | silent
 The bus was full, so she had to | stand | melt | bloom | fly
-He paid for the bread with | money | snow | music | dust
-The moon shines at | night | breakfast | Tuesday | speed
+He paid for the bread with | money | thunder | silence | shadows
+The moon shines at | night | lunch | noon | sea
 The hungry lion hunted a | deer | bicycle | violin | bridge
-A triangle has three | sides | wheels | legs | petals
-The glass fell on the floor and | broke | sang | grew | slept
-Bees make | honey | bread | cheese | paper
-The ship sailed across the | ocean | ceiling | pillow | garden
-She watered the flowers so that they would | grow | bark | rust | shout
-He wore glasses because he could not | see | taste | hear | smell
-The children built a castle of | sand | smoke | thunder | laughter
-The teacher wrote on the | board | river | cloud | butter
-Snow is cold, and fire is | hot | quiet | narrow | blue
-The hen laid an | egg | opinion | anchor | umbrella
-He opened the door and walked into the | room | coin | button | stamp
-You can hear with your | ears | knees | elbows | toes
-The carpenter made a table of | wood | water | air | light
-The shop was closed, so they could not | buy | sneeze | breathe | blink
-To send the parcel she went to the post | office | ocean | forest | stadium
-The music was so loud that he covered his | ears | boots | keys | books
+A triangle has three | sides | eyes | wives | ears
+The glass fell on the floor and | broke | sang | slept | ran
+Bees make | honey | blankets | letters | bottles
+The ship sailed across the | ocean | bed | pillow | hat
+She watered the flowers so that they would | grow | shout | whistle | argue
+He wore glasses because he could not | see | hum | eat | run
+The children built a castle of | sand | fog | thunder | air
+The teacher wrote on the | board | sea | cloud | tea
+Snow is cold, and fire is | hot | shy | wet | sad
+The hen laid an | egg | axe | arm | oar
+He opened the door and walked into the | room | coin | pen | nail
+You can hear with your | ears | lips | hair | toes
+The carpenter made a table of | wood | fog | air | tea
+The shop was closed, so they could not | buy | fly | nod | hum
+To send the parcel she went to the post | office | ocean | hat | stadium
+The music was so loud that he covered his | ears | hat | keys | pie
 """
 
 

@@ -5,7 +5,7 @@
 shipped set.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from genai_pl.config.enums import Head
 from genai_pl.data import token_bytes
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.evaluation.choices import choice_metrics, choice_windows
-from genai_pl.evaluation.core import FIGURE, CoreTask, core_metrics
+from genai_pl.evaluation.core import CoreTask, core_metrics
 from genai_pl.evaluation.embeddings import reward_scores
 from genai_pl.evaluation.examples import Kind, name_path_in_errors
 from genai_pl.evaluation.generative import GenerativeTask, Keep, measure_generative
@@ -38,7 +38,6 @@ METRICS = {  # names by kind
     Kind.choices: (*ACCURACY, "accuracy_norm", "accuracy_norm_low", "accuracy_norm_high", "chance"),
     Kind.preferences: PAIR_METRICS,
 }
-HEADLINES = ("exact_match", "pass@1", "win_rate", "score", FIGURE, "accuracy", "loss")  # by which a task is known
 
 
 class Task(NamedTuple):
@@ -69,14 +68,9 @@ class Task(NamedTuple):
 AnyTask = Task | GenerativeTask | CoreTask
 
 
-def headline(names: Collection[str]) -> str:
-    """The metric by which a task is known, of those that it has."""
-    return next(name for name in HEADLINES if name in names)
-
-
 def n_rows(task: AnyTask) -> int:
     """How many times in all `on_batch` counts, for a progress bar."""
-    return len(task.prompts) if isinstance(task, GenerativeTask) else len(task.rows)
+    return len(task.rows) * (1 + task.samples) if isinstance(task, GenerativeTask) else len(task.rows)
 
 
 def build_task(

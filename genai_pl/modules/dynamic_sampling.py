@@ -4,7 +4,7 @@ A group whose completions all have the same score has advantages of 0. The funct
 their groups; what teaches is known from the scores alone (`objectives.grpo.equal_groups`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def concatenate(first: ScoredRollout, second: ScoredRollout, *, pad: int) -> Sco
         [*a.completions, *b.completions],
         torch.cat([a.ended, b.ended]),
         None if a.turn_rewards is None else _join(a.turn_rewards, b.turn_rewards, 0.0),
-        {name: torch.cat([values, b.metrics[name]]) for name, values in a.metrics.items() if name in b.metrics},
+        _join_metrics(a.metrics, b.metrics, a.ended, b.ended),
     )
     prompts, completions = [*first.prompts, *second.prompts], [*first.completions, *second.completions]
     return ScoredRollout(rollout, prompts, completions, torch.cat([first.scores, second.scores]))
@@ -57,20 +57,27 @@ def select_groups(scored: ScoredRollout, groups: Tensor, *, n_groups: int) -> Sc
     """The part of a rollout of n_groups groups that belongs to some of them, in their order."""
     size, rollout = len(scored.scores) // n_groups, scored.rollout
     of_completions = {"positions": rollout.token_positions, "mask": rollout.mask, "ended": rollout.ended}
-    chosen = select_rows({**of_completions, "scores": scored.scores}, groups, n_groups)
+    of_completions |= {"scores": scored.scores}
+    of_completions |= {} if rollout.turn_rewards is None else {"turn_rewards": rollout.turn_rewards}
+    chosen = select_rows(of_completions, groups, n_groups)
+    metrics = select_rows(rollout.metrics, groups, n_groups)
     batch = select_rows(rollout.batch, groups, n_groups)
 
     def pick(rows: Sequence) -> list:
         return [rows[group * size + i] for group in groups.tolist() for i in range(size)]
 
-    # of episodes
-    metrics = select_rows(rollout.metrics, groups, n_groups)
-    rewards = None
-    if rollout.turn_rewards is not None:
-        rewards = select_rows({"rewards": rollout.turn_rewards}, groups, n_groups)["rewards"]
-    ids = pick(rollout.completions)
-    selected = Rollout(batch, chosen["positions"], chosen["mask"], ids, chosen["ended"], rewards, metrics)
+    completions, turn_rewards = pick(rollout.completions), chosen.get("turn_rewards")
+    selected = Rollout(batch, chosen["positions"], chosen["mask"], completions, chosen["ended"], turn_rewards, metrics)
     return ScoredRollout(selected, pick(scored.prompts), pick(scored.completions), chosen["scores"])
+
+
+def _join_metrics(first: Mapping[str, Tensor], second: Mapping[str, Tensor], *ended: Tensor) -> dict[str, Tensor]:
+    """Numbers of episodes by name, nan for those of the rollout that has none of that name. ended: (N,) of each."""
+    sides = [
+        {name: of_side.get(name, torch.full(rows.shape, torch.nan, device=rows.device)) for name in {**first, **second}}
+        for of_side, rows in zip((first, second), ended, strict=True)
+    ]
+    return {name: torch.cat([side[name] for side in sides]) for name in sides[0]}
 
 
 def _join(first: Tensor, second: Tensor, filler: float) -> Tensor:

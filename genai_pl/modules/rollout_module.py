@@ -97,6 +97,10 @@ class RolloutModule(BaseModule):
             raise ConfigError(
                 f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not {overlong_buffer}"
             )
+        if overlong_buffer is not None and environment is not None:
+            raise ConfigError(
+                "objective.overlong_buffer is of single completions; set it to null beside an environment"
+            )
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size

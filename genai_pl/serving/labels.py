@@ -42,7 +42,7 @@ class TextLabeller(TextScorer):
                 422, f"text_pair: {self.service.name} reads pairs of texts, give the second ones", param="text_pair"
             )
         if not texts:
-            rows = {"input_ids": [list(self.service.check_token_ids(item)) for item in items]}
+            rows = {"input_ids": [list(self.service.check_token_ids(item, "input")) for item in items]}
             self._check_tokens(rows["input_ids"], "input")
         else:
             rows = await self._encode_rows(texts, pairs, "input")

@@ -192,12 +192,12 @@ class Service:
         if n > self.context * self.longest:
             raise ApiError(400, f"the prompt has {n:,} characters, more than {self.context:,} tokens have: shorten it")
 
-    def check_token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The same ids; ApiError 422 if one is outside the vocabulary."""
+    def check_token_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
+        """The same ids; ApiError 422, naming the field, if one is outside the vocabulary."""
         size = self.model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ApiError(422, f"token {wrong} is not one of the model's {size}", param="prompt")
+            raise ApiError(422, f"token {wrong} is not one of the model's {size}", param=param)
         return tuple(ids)
 
     async def answer(self, request: Request) -> Answer:

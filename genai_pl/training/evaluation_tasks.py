@@ -5,7 +5,8 @@ lower layers may not know: functions of the user's, judges, and the consent to r
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -154,7 +155,7 @@ def _tests(options: TaskOptions) -> ExecutedTests:
     return ExecutedTests(limits, protections)
 
 
-def load_score(name: str):
+def load_score(name: str) -> Callable[..., object]:
     """The function of `data.score`, module:function or file.py:function."""
     module, colon, attribute = name.rpartition(":")
     if not colon or not module or not attribute:
@@ -179,11 +180,18 @@ class WinRate:
         if rubric and isinstance(judge, Judge):
             raise ConfigError("data.rubric is not read by a reward model; leave it out")
 
-    def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored:
+    def __call__(
+        self,
+        rows: Sequence[GenerativeRow],
+        completions: Sequence[Sequence[str]],
+        on_done: Callable[[int], object] | None = None,
+    ) -> Scored:
         """Compare every completion with the first answer of its row, in both orders."""
-        shares = [
-            [preference_for(self.judge, row.prompt, text, row.answers[0], rubric=self.rubric) for text in of_row]
-            for row, of_row in zip(rows, completions, strict=True)
-        ]
+        shares: list[list[float]] = []
+        for row, of_row in zip(rows, completions, strict=True):
+            judge = partial(preference_for, self.judge, row.prompt, second=row.answers[0], rubric=self.rubric)
+            shares.append([judge(text) for text in of_row])
+            if on_done is not None:
+                on_done(len(of_row))
         values = [[(share > 0.5) + (share == 0.5) / 2 for share in of_row] for of_row in shares]
         return Scored(values, [[f"{share:.4f}" for share in of_row] for of_row in shares], {})

@@ -160,7 +160,7 @@ def _locate(name: str) -> tuple[str, str] | None:
 
 
 def load_function(name: str, module: str, attribute: str, *, option: str = "objective.reward") -> Callable[..., object]:
-    """The function of a module or a .py file.
+    """The function of a module or a .py file; ConfigError for what cannot be imported or called.
 
     name: as it was given in `option`, for errors.
     """

@@ -28,12 +28,13 @@ from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
+from genai_pl.training.default_optimizer import default_line
 from genai_pl.training.fit import Run, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
 from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
-from genai_pl.training.resume import choose_checkpoint, describe_resume
+from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
 from genai_pl.training.sweeps import Outcome, read_results
 from genai_pl.training.trainer import checkpoint_contents, silence_libraries
@@ -158,6 +159,8 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
         dtype = products_dtype(run.precision.lightning)
         print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
+        if line := default_line(config.optimizer.lr, HydraConfig.get().runtime.choices.optimizer, TYPED_ARGUMENTS):
+            print(line)
         if adapters_of(model):
             print(*describe(model), sep="\n")
         exports_best = config.callbacks.export == "best"

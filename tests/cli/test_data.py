@@ -175,3 +175,11 @@ def test_help_lists_the_options_of_both_tasks(words: tuple[str, ...], command) -
     assert result.status == 0
     for option in ("rows=3", "encoders=0", "picture=lengths.png", "data.py inspect chat.jsonl init_from=MODEL"):
         assert option in result.out
+
+
+def test_a_file_of_which_no_row_can_be_read_says_why(command, tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "completion": None}] * 3
+    result = command("data", "inspect", write(tmp_path / "rows.jsonl", rows), *CHAT)
+    assert result.status == 1
+    assert "rows.jsonl: row 1: column 'completion': missing (null)" in result.err
+    assert result.err.endswith("(none of the 3 rows can be read)\n")

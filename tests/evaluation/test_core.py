@@ -12,7 +12,7 @@ from genai_pl.evaluation.choices import Question
 from genai_pl.evaluation.core import core_metrics
 from genai_pl.evaluation.core_questions import TASKS
 
-CHECKSUM = "863cde458a325aa3"  # of all questions
+CHECKSUM = "726311c0d4b8135f"  # of all questions
 
 
 def test_the_questions_are_the_published_ones_with_one_right_choice_of_four_each() -> None:
@@ -44,6 +44,17 @@ def test_right_choices_are_right() -> None:
     for question in TASKS["copying"]():
         listed, again = (part.split() for part in question.prompt.split(" . "))
         assert question.choices[question.answer] == listed[len(again)]
+
+
+def test_the_length_of_a_choice_tells_nothing() -> None:
+    """Always the shortest choice, or always the longest one, is right about as often as by guessing."""
+    for questions in (make() for make in TASKS.values()):
+        for pick in (min, max):
+            shares = []
+            for question in questions:
+                sizes = [len(choice) for choice in question.choices]
+                shares.append((sizes[question.answer] == pick(sizes)) / sizes.count(pick(sizes)))
+            assert 0.17 < sum(shares) / len(shares) < 0.33
 
 
 def test_centered_accuracy_is_nothing_for_guessing_and_one_for_all_right() -> None:

@@ -48,3 +48,21 @@ def test_equal_groups_give_way_in_place_to_those_that_teach(share: bool) -> None
     assert batch["input_ids"][row, :6].tolist() == PROMPTS[3].tolist()
     assert not batch["input_ids"][batch["segment_ids"] == 0].any()
     assert (batch["labels"][batch["segment_ids"] == 0] == -100).all()
+
+
+def test_numbers_of_episodes_go_with_their_completions() -> None:
+    first, more = scored(0, 3, share=False), scored(3, 5, share=False)
+
+    def episodes(of: ScoredRollout, start: int, *names: str) -> ScoredRollout:
+        rewards = of.rollout.mask * (torch.arange(len(of.scores)) + start)[:, None].float()
+        metrics = {name: torch.arange(len(of.scores)).float() + start for name in names}
+        return of._replace(rollout=of.rollout._replace(turn_rewards=rewards, metrics=metrics))
+
+    sides = episodes(first, 0, "turns"), episodes(more, 10, "turns", "won")
+    equal = [equal_groups(side.scores, 2) for side in sides]
+    joined, _ = replace_groups(sides[0], equal[0], sides[1], equal[1], pad=0)
+    numbers = [0.0, 1.0, 10.0, 11.0, 4.0, 5.0]
+    assert joined.rollout.metrics["turns"].tolist() == numbers
+    assert joined.rollout.metrics["won"].isnan().tolist() == [True, True, False, False, True, True]
+    rewards = joined.rollout.turn_rewards
+    assert torch.equal(rewards, joined.rollout.mask * torch.tensor(numbers)[:, None])

@@ -45,6 +45,12 @@ def test_classify_answers_as_vllm_with_the_probabilities_of_transformers(problem
         assert client.post("/rerank", json={"query": "q", "documents": ["d"]}).status_code == 400
         assert client.post("/classify", json={"input": ["a"], "text_pair": ["b", "c"]}).status_code == 422
         assert client.post("/classify", json={"input": "x" * 200}).status_code == 400
+        for given, message in (
+            ([], "input: List should have at least 1 item"),
+            ([3, 10**6], "token 1000000 is not one"),
+        ):
+            error = client.post("/classify", json={"input": given}).json()["error"]
+            assert (message in error["message"], error["param"]) == (True, "input"), error
     assert (reply["object"], reply["usage"]["prompt_tokens"]) == ("list", sum(map(len, TEXTS)))
     activation = torch.sigmoid if problem == MULTI else lambda x: x.softmax(-1)
     for n, (entry, text) in enumerate(zip(reply["data"], TEXTS, strict=True)):

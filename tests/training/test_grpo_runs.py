@@ -80,19 +80,21 @@ def test_dynamic_sampling_draws_further_prompts_and_a_resumed_run_draws_the_same
 @pytest.mark.usefixtures("prompts")
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (("objective.loss=ppo",), "objective.loss=ppo is not one of grpo, gspo, cispo, rloo"),
-        (("objective.kl_estimator=k1",), "objective.kl_estimator=k1 is not one of k2, k3"),
-        (
-            ("objective.overlong_buffer=9",),
-            "objective.overlong_buffer must be from 1 to objective.max_new_tokens=8, not 9",
-        ),
-        (("objective.dynamic_sampling=-1",), "objective.dynamic_sampling must be at least 0, not -1"),
-        (
-            ("objective.reward_uncertainty=1",),
-            "objective.reward_uncertainty=1 needs a number of at least 0, two rewards",
-        ),
-    ],
+    some(
+        [
+            (("objective.loss=ppo",), "objective.loss=ppo is not one of grpo, gspo, cispo, rloo"),
+            (("objective.kl_estimator=k1",), "objective.kl_estimator=k1 is not one of k2, k3"),
+            (
+                ("objective.overlong_buffer=9",),
+                "objective.overlong_buffer must be from 1 to objective.max_new_tokens=8, not 9",
+            ),
+            (("objective.dynamic_sampling=-1",), "objective.dynamic_sampling must be at least 0, not -1"),
+            (
+                ("objective.reward_uncertainty=1",),
+                "objective.reward_uncertainty=1 needs a number of at least 0, two rewards",
+            ),
+        ]
+    ),
 )
 def test_a_mistake_is_one_line(options: tuple[str, ...], message: str, command) -> None:
     result = command("train", "objective=grpo", *SMALL, *RUN, *options)

@@ -27,6 +27,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 START_SECONDS = 60.0  # for Python to start, on a machine that is busy
 MOST_BYTES = 2**16  # of a report
 MAX_WORKERS = 8
+NEEDED = ("LD_LIBRARY_PATH", "PYTHONHOME")  # variables without which some installations of Python do not start
 PROBE = "import collections, heapq, itertools, math, re, typing\nassert math.sqrt(4) == 2"
 
 
@@ -57,7 +58,7 @@ class Report(NamedTuple):
 
 def check_sandbox(limits: Limits) -> dict[str, bool]:
     """Which protections hold on this system, by name; ConfigError where not even a simple program runs in it."""
-    report = _run(PROBE, limits)
+    report = _run(PROBE, limits._replace(seconds=START_SECONDS))
     protections, outcome = _read(report)
     if protections is None or outcome.reason != PASSED:
         raise ConfigError(f"execute_code=true: the sandbox does not work here ({_last_line(report) or outcome.detail})")
@@ -113,6 +114,7 @@ def _run(program: str, limits: Limits) -> Report:
     request = {"program": program, "seconds": limits.seconds, "memory": limits.memory_mib * 2**20}
     environment = {"LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    environment |= {name: os.environ[name] for name in NEEDED if name in os.environ}
     with TemporaryDirectory(prefix="program-") as folder:
         os.chmod(folder, 0o755)  # the child may be another user
         child = subprocess.Popen(

@@ -27,10 +27,14 @@ REFUSED = (  # events of Python's audit hooks (PEP 578), by their beginnings
 
 
 def leave_network(libc: ctypes.CDLL) -> bool:
-    """Whether the process is now in a network namespace of its own, which has no devices that are up."""
+    """Whether the process is now in a network namespace of its own, which has no devices that are up.
+
+    Others than root need a user namespace for that. Root gets none: it would keep its user, and lose the right to read
+    Python's files, which may lie in its home.
+    """
     if not hasattr(libc, "unshare"):
         return False
-    return libc.unshare(CLONE_NEWNET) == 0 or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+    return libc.unshare(CLONE_NEWNET) == 0 or (os.getuid() != 0 and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0)
 
 
 def leave_root(libc: ctypes.CDLL) -> None:

@@ -18,6 +18,7 @@ from genai_pl.evaluation.metrics import Metrics, mean_interval, pass_at_k, with_
 
 ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
 FENCED = re.compile(r"```(?:python|py|Python)?[ \t]*\n(.*?)(?:\n```|$)", re.DOTALL)
+OnDone = Callable[[int], object]
 UserScore = Callable[[str, Mapping[str, object]], float]
 
 
@@ -33,7 +34,8 @@ class Scorer(Protocol):
     """Interface of scorers.
 
     name: of the mean. is_share: whether numbers are from 0 to 1. is_right: whether they are 1 for right and 0 for wrong, so
-    that pass@k exists. more: names of further metrics.
+    that pass@k exists. more: names of further metrics. Called with the rows, the completions of each, and what is told
+    how many more completions are scored.
     """
 
     name: str
@@ -41,7 +43,9 @@ class Scorer(Protocol):
     is_right: bool
     more: tuple[str, ...]
 
-    def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored: ...
+    def __call__(
+        self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]], on_done: OnDone | None = None
+    ) -> Scored: ...
 
 
 class ExactMatch:
@@ -58,7 +62,9 @@ class ExactMatch:
         self.pattern, self.ignore = None if extract is None else re.compile(extract), tuple(ignore)
         self.more = ("extracted",) if extract else ()
 
-    def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored:
+    def __call__(
+        self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]], on_done: OnDone | None = None
+    ) -> Scored:
         """Score all completions; `extracted` is the share of those in which the pattern was found."""
         found = [[self.answer(text) for text in of_row] for of_row in completions]
         values = []
@@ -66,6 +72,8 @@ class ExactMatch:
             right = {normalize(self.reference(answer), self.ignore) for answer in row.answers}
             values.append([float(a is not None and normalize(a, self.ignore) in right) for a in answers])
         flat = [answer for answers in found for answer in answers]
+        if on_done is not None:
+            on_done(len(flat))
         more = {"extracted": sum(a is not None for a in flat) / len(flat)} if self.pattern else {}
         return Scored(values, [["" if a is None else a for a in answers] for answers in found], more)
 
@@ -123,12 +131,15 @@ class FunctionScore:
     def __init__(self, function: UserScore, option: str) -> None:
         self.function, self.option = function, option
 
-    def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored:
+    def __call__(
+        self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]], on_done: OnDone | None = None
+    ) -> Scored:
         """Score one completion after the other; ConfigError for a function that raises or gives no finite number."""
-        values = [
-            [self._score(n, text, row) for text in of_row]
-            for n, (row, of_row) in enumerate(zip(rows, completions, strict=True), start=1)
-        ]
+        values: list[list[float]] = []
+        for n, (row, of_row) in enumerate(zip(rows, completions, strict=True), start=1):
+            values.append([self._score(n, text, row) for text in of_row])
+            if on_done is not None:
+                on_done(len(of_row))
         return Scored(values, [[""] * len(of_row) for of_row in completions], {})
 
     def _score(self, n: int, text: str, row: GenerativeRow) -> float:
@@ -155,11 +166,15 @@ class ExecutedTests:
     def __init__(self, limits: Limits, protections: str = "") -> None:
         self.limits, self.protections = limits, protections  # the second in words
 
-    def __call__(self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]]) -> Scored:
+    def __call__(
+        self, rows: Sequence[GenerativeRow], completions: Sequence[Sequence[str]], on_done: OnDone | None = None
+    ) -> Scored:
         """Run every program; equal ones once."""
         programs = [[program_of(row, text) for text in of_row] for row, of_row in zip(rows, completions, strict=True)]
         distinct = list(dict.fromkeys(program for of_row in programs for program in of_row))
-        outcomes = dict(zip(distinct, run_programs(distinct, self.limits), strict=True))
+        outcomes = dict(zip(distinct, run_programs(distinct, self.limits, on_done=on_done), strict=True))
+        if on_done is not None:
+            on_done(sum(map(len, programs)) - len(distinct))
         ended = [[outcomes[program] for program in of_row] for of_row in programs]
         counts = Counter(outcome.reason for of_row in ended for outcome in of_row)
         shares = {reason: counts[reason] / counts.total() for reason in self.more}

@@ -102,11 +102,12 @@ def measure_generative(
 ) -> Metrics:
     """Metrics of the model's completions; `unfinished` is the share of those that max_new_tokens cut off.
 
-    keep: receives each completion with its prompt, number and note.
+    on_batch: told how many more prompts are continued, then how many more completions are scored. keep: receives each
+    completion with its prompt, number and note.
     """
     found = write_completions(task, model, tokenizer, batch_tokens=batch_tokens, on_batch=on_batch)
     texts = [[completion.text for completion in of_row] for of_row in found]
-    scored = task.scorer(task.rows, texts)
+    scored = task.scorer(task.rows, texts, on_batch)
     if keep is not None:
         for n, (row, of_row) in enumerate(zip(task.rows, texts, strict=True), start=1):
             for text, value, note in zip(of_row, scored.values[n - 1], scored.notes[n - 1], strict=True):

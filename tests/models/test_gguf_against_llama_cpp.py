@@ -1,0 +1,45 @@
+"""llama.cpp continues texts with the tokens that our model does, from the files that we write, and tokenizes alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_models import MODELS, write_model
+
+from genai_pl.cli.export_gguf import write_gguf_folder
+from genai_pl.config.generation import GenerationConfig
+from genai_pl.generation import generate
+from genai_pl.loading import load
+
+pytest.importorskip("gguf", reason="GGUF files are written by the package gguf")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="the oracle is llama.cpp, which is compiled: pip install llama-cpp-python"
+)
+TEXTS = [
+    "Hello <|pad|>12 34567  日本 naïve\n\n\tit's é I'LL 🤗 <|endoftext|>a  b \r\n",
+    " x=3.14;\n\n\n½ ٣ \u00a0b",
+    "",
+]
+
+
+def opened(file: Path) -> "llama_cpp.Llama":
+    """llama.cpp's model of a file, with keys and values in float32, as ours has them."""
+    return llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, verbose=False, type_k=0, type_v=0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_gives_the_same_greedy_tokens_and_tokenization(kind: str, tmp_path: Path):
+    write_model(kind, tmp_path / "hf")
+    loaded = load(str(tmp_path / "hf"))
+    write_gguf_folder(loaded.model, loaded, tmp_path / "gguf", quantize="f32", name=kind)
+    theirs = opened(tmp_path / "gguf" / "model.gguf")
+    for text in TEXTS:
+        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == loaded.tokenizer(text)["input_ids"]
+    prompt = loaded.tokenizer(TEXTS[0] * 2)["input_ids"]
+    loaded.model.config.eos_token_ids = ()
+    n = 64
+    options = GenerationConfig(max_new_tokens=n, temperature=0.0)
+    ours = generate(loaded.model, torch.tensor([prompt]), config=options)[0, len(prompt) :]
+    steps = theirs.generate(prompt, temp=0.0)
+    assert [next(steps) for _ in range(n)] == ours.tolist()
+    theirs.close()
