@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
 from genai_pl.config.model import ModelConfig
@@ -21,7 +21,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate
 from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.errors import ConfigError
-from genai_pl.loading import base_of
+from genai_pl.loading import base_of, describe_gguf
 from genai_pl.models import build_model
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.hf.transformers_config import N_POSITIONS
@@ -114,6 +114,9 @@ def stored_tokenizer(reference: str, *, option: str) -> "tuple[PreTrainedTokeniz
         contents = read_contents(path)[MARK]
         stored = contents["model"].get("wrapped", contents["model"])
         return tokenizer_from_files(contents["tokenizer"]), _context(stored)
+    if is_gguf(path):
+        model_config, tokenizer = describe_gguf(path)
+        return tokenizer, model_config.max_seq_len
     if (path / ADAPTER).is_file():
         base, context = stored_tokenizer(base_of(path), option=option)
         return (pretrained_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else base), context

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_models import MODELS, write_model
+from small_tokenizers import LINES, scored_sentencepiece_bpe
 
 from genai_pl.cli.export_gguf import write_gguf_folder
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.data import byte_tokenizer
+from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.generation import generate
 from genai_pl.loading import load
 
@@ -42,4 +45,19 @@ def test_llama_cpp_gives_the_same_greedy_tokens_and_tokenization(kind: str, tmp_
     ours = generate(loaded.model, torch.tensor([prompt]), config=options)[0, len(prompt) :]
     steps = theirs.generate(prompt, temp=0.0)
     assert [next(steps) for _ in range(n)] == ours.tolist()
+    theirs.close()
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, scored_sentencepiece_bpe], ids=lambda make: make.__name__)
+def test_llama_cpp_tokenizes_bytes_and_scores_alike(make, tmp_path: Path):
+    tokenizer = make()
+    write_model("llama", tmp_path / "hf", vocab_size=len(tokenizer) + 8)
+    save_tokenizer(tokenizer, tmp_path / "hf")
+    loaded = load(str(tmp_path / "hf"))
+    write_gguf_folder(loaded.model, loaded, tmp_path / "gguf", quantize="f32", name="tokens")
+    theirs = opened(tmp_path / "gguf" / "model.gguf")
+    for text in [*TEXTS, *LINES, "a<s> b</s>c", "  two  spaces "]:
+        # llama.cpp makes nothing of an empty text, this tokenizer a space
+        if text:
+            assert theirs.tokenize(text.encode(), add_bos=True, special=True) == loaded.tokenizer(text)["input_ids"]
     theirs.close()
