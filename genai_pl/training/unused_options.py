@@ -188,6 +188,7 @@ LABEL_OPTIONS = tuple(
 NO_LABELS_RULE = Rule(LABEL_OPTIONS, lambda config: True, "they are columns of models with labels; set data.column")
 NO_BOS_RULE = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
 EXPORT_RULES = (
+    Rule(("dtype", "quantize"), _is("format", "gguf_lora"), "format=gguf_lora has numbers in float32"),
     Rule(("dtype",), _is("format", "gguf"), "format=gguf has quantize= for the type of its numbers"),
     Rule(("dtype", "average"), _is("format", "peft"), "format=peft copies the adapter as it is"),
     Rule(("checkpoint",), _all(_is("format", "peft"), _not(_is("adapter", None))), "adapter= is what is copied"),
