@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from genai_pl import peft
-from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
 from genai_pl.checkpoints.file import MARK, read_checkpoint
 from genai_pl.config.enums import AttentionBackend, Head
 from genai_pl.config.labels import read_labels
@@ -31,7 +31,7 @@ from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.fused_decode import prepare_for_decoding
-from genai_pl.models.gguf.reader import GgufFile, is_gguf, load_gguf, stored_gguf_dtypes
+from genai_pl.models.gguf.reader import GgufFile, load_gguf, stored_gguf_dtypes
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.transformers_check import check
@@ -167,13 +167,25 @@ def _load_gguf(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, d
     """A GGUF file, with the tokenizer in it, or that of a tokenizer.json beside it."""
     stored = GgufFile(path)
     model = load_gguf(stored, dtype=dtype, attention=attention, dropout=dropout)
-    try:
-        beside = (path.parent / "tokenizer.json").is_file()
-        tokenizer = pretrained_tokenizer(str(path.parent)) if beside else tokenizer_from_metadata(stored.keys)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    ends = end_ids(stored.keys)
+    tokenizer, ends = _gguf_tokenizer(stored), end_ids(stored.keys)
     return _with_end_tokens(model, tokenizer, path, GenerationDefaults(config={"eos_token_id": ends} if ends else {}))
+
+
+def _gguf_tokenizer(stored: GgufFile) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a tokenizer.json beside a GGUF file, else that in it."""
+    folder = stored.folder.parent
+    if (folder / "tokenizer.json").is_file():
+        return pretrained_tokenizer(str(folder))
+    try:
+        return tokenizer_from_metadata(stored.keys)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.folder}: {error}") from None
+
+
+def describe_gguf(path: Path) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
+    """Configuration and tokenizer of a GGUF file, without its weights."""
+    stored = GgufFile(path)
+    return stored.description()[0], _gguf_tokenizer(stored)
 
 
 def _is_ours(file: Path) -> bool:

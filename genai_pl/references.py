@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint, is_gguf
 from genai_pl.errors import CheckpointError
 
 ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
@@ -38,7 +38,7 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         return _model_of_run(newest, option)
     path = Path(reference).expanduser()
     # what exists at the path wins over names of runs, and both over the hub
-    if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
+    if is_checkpoint(path) or is_gguf(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
     if (path / GGUF_MODEL).is_file():
         return path / GGUF_MODEL

@@ -2,8 +2,9 @@
 
 Formats: `hf` (the model as it is), `merged` (adapters added into the weights), `peft` (a copy of the adapter),
 `onnx` (graphs of prefill and step, optionally with int8 weights), `gguf` (one file for llama.cpp and Ollama, in any of its
-types of numbers; adapters are added into the weights). The folder is written atomically: it is complete, or absent. An
-existing folder is never overwritten, because it may be what a server is reading.
+types of numbers; adapters are added into the weights), `gguf_lora` (a LoRA alone, for llama.cpp to add to its base). The
+folder is written atomically: it is complete, or absent. An existing folder is never overwritten, because it may be what a
+server is reading.
 """
 
 import os
@@ -18,7 +19,7 @@ from torch import nn
 from genai_pl.atomic_io import ADAPTER, write_atomic
 from genai_pl.callbacks import newest_checkpoints, step_of
 from genai_pl.checkpoints.average import mean_weights
-from genai_pl.cli.export_gguf import check_gguf_options, write_gguf_folder
+from genai_pl.cli.export_gguf import check_gguf_options, write_gguf_adapter, write_gguf_folder
 from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
@@ -33,7 +34,7 @@ from genai_pl.references import run_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EXPORT_RULES, refuse_unused
 
-FORMATS = ("hf", "merged", "peft", "onnx", "gguf")
+FORMATS = ("hf", "merged", "peft", "onnx", "gguf", "gguf_lora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,6 +59,9 @@ def export(config: DictConfig) -> int:
     # one model without adapters, in dtype= or the dtype of its files
     loaded = load_mean(config) if config.average else load(config.checkpoint, adapters=_adapters(config))
     model = loaded.model
+    if config.format == "gguf_lora":
+        print(f"adapter     {out}, read by {write_gguf_adapter(model, out, name=out.name)}")
+        return 0
     if adapters_of(model):
         if config.format == "hf":
             raise ConfigError(
@@ -84,7 +88,7 @@ def export(config: DictConfig) -> int:
 
 def _check_quantize(config: DictConfig) -> None:
     """ConfigError for a quantization that the format does not have, or whose package is absent."""
-    if config.format == "gguf":
+    if config.format in ("gguf", "gguf_lora"):
         check_gguf_options(config.quantize)
     elif config.quantize and config.format != "onnx":
         raise ConfigError(

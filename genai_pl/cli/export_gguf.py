@@ -1,4 +1,4 @@
-"""GGUF folders: model.gguf for llama.cpp, and a Modelfile with which Ollama makes a model of it."""
+"""GGUF folders: model.gguf for llama.cpp, and a Modelfile with which Ollama makes a model of it; adapter.gguf, a LoRA alone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +14,12 @@ from genai_pl.models import WrappedDecoder
 from genai_pl.models.gguf.architectures import architecture_of
 from genai_pl.models.gguf.metadata import context_length
 from genai_pl.models.gguf.package import check_type, gguf_package
-from genai_pl.models.gguf.writer import write_gguf
+from genai_pl.models.gguf.writer import write_gguf, write_lora_gguf
+from genai_pl.peft.io.gguf import gguf_factors
 from genai_pl.references import GGUF_MODEL
 
 STORED = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+ADAPTER_FILE = "adapter.gguf"
 USUAL_CONTEXT = 4096  # tokens that Ollama reads at most, unless the user says otherwise
 SAMPLING = {  # generation_config.json -> Ollama's parameters
     "temperature": "temperature",
@@ -74,6 +76,23 @@ def write_gguf_folder(model: nn.Module, loaded: Loaded, out: Path, *, quantize: 
     for note in notes:
         print(f"note        {note}")
     return f"llama.cpp, Ollama (ollama create NAME -f {out}/Modelfile), generate.py and serve.py"
+
+
+def write_gguf_adapter(model: nn.Module, out: Path, *, name: str) -> str:
+    """Write adapter.gguf, the LoRA of a model without its base; returns the names of what reads it."""
+    if isinstance(model, WrappedDecoder):
+        raise ConfigError(
+            "format=gguf_lora: transformers runs this model: export format=peft, then convert_lora_to_gguf.py"
+        )
+    architecture = architecture_of(model.config)
+    factors = gguf_factors(model, architecture.table(model.config))
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_lora_gguf(factors, architecture, folder / ADAPTER_FILE, name=name)
+
+    write_atomic(out, write)
+    return f"llama.cpp (llama-server -m BASE.gguf --lora {out}/{ADAPTER_FILE}), Ollama (ADAPTER in a Modelfile)"
 
 
 def modelfile(generation: Mapping[str, object], *, ends: list[str], context: int) -> str:

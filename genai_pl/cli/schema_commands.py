@@ -46,7 +46,7 @@ class GenerateSchema:
 class ExportSchema:
     """Options of `export.py`.
 
-    checkpoint, adapter: references. format: hf, merged, peft, onnx or gguf. dtype: fp32, bf16 or fp16, null
+    checkpoint, adapter: references. format: hf, merged, peft, onnx, gguf or gguf_lora. dtype: fp32, bf16 or fp16, null
     keeps that of the files.
     quantize: null; int8 for onnx; f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for gguf. average: checkpoints
     of a run whose mean is exported. out: the new folder.

@@ -88,7 +88,7 @@ def name_of(steps: tuple[str, ...], *, ignore_merges: bool | None) -> str:
     if same:
         reason = f"ignore_merges={ignore_merges} beside the pattern of {same[0]}"
     else:
-        reason = f"a pre-tokenizer with the patterns {list(steps)}"
+        reason = f"pre-tokenizer with the patterns {list(steps)}"
     known = ", ".join(KNOWN)
     raise ConfigError(f"format=gguf: llama.cpp has no {reason}; it has {known} (format=hf writes this tokenizer)")
 

@@ -137,6 +137,7 @@ LABEL_OPTIONS = tuple(
 NO_LABELS_RULE = Rule(LABEL_OPTIONS, lambda config: True, "they are columns of models with labels; set data.column")
 NO_BOS_RULE = Rule(("data.bos",), lambda config: True, "these rows begin as the tokenizer and its template have it")
 EXPORT_RULES = (
+    Rule(("dtype", "quantize"), is_one_of("format", "gguf_lora"), "format=gguf_lora has numbers in float32"),
     Rule(("dtype",), is_one_of("format", "gguf"), "format=gguf has quantize= for the type of its numbers"),
     Rule(("dtype", "average"), is_one_of("format", "peft"), "format=peft copies the adapter as it is"),
     Rule(

@@ -22,18 +22,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from gguf.gguf_reader import ReaderTensor
 
-SUFFIX, MAGIC = ".gguf", b"GGUF"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def is_gguf(path: Path) -> bool:
-    """True for a path of a GGUF file, by its name or its first bytes."""
-    if not path.is_file():
-        return False
-    if path.suffix == SUFFIX:
-        return True
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 class GgufFile:

@@ -64,7 +64,8 @@ def read_scaling(keys: dict[str, object], factors: Tensor | None, *, head_dim: i
         raise CheckpointError(f"rotary scaling {kind!r} is not supported; supported: none, linear, yarn, llama3")
     fields = {field: keys[key] for field, key in YARN.items() if key in keys}
     if ATTENTION in keys:
-        fields["attention_factor"] = keys[ATTENTION] * (0.1 * math.log(keys[FACTOR]) + 1.0)
+        product = keys[ATTENTION] * (0.1 * math.log(keys[FACTOR]) + 1.0)
+        fields["attention_factor"] = float(f"{product:.6g}")  # of two numbers in float32
     original = keys.get(ORIGINAL, keys["context_length"])
     return RopeScaling(kind=RopeKind.yarn, factor=keys[FACTOR], original_max_seq_len=original, **fields)
 

@@ -64,6 +64,20 @@ def write_gguf(
     return coarse
 
 
+def write_lora_gguf(factors: Mapping[str, Tensor], architecture: Architecture, file: Path, *, name: str) -> None:
+    """Write an adapter, float32. factors: A and B of each matrix by its name; name: general.name."""
+    gguf = gguf_package("format=gguf_lora")
+    writer = gguf.GGUFWriter(file, architecture.name)
+    keys = {"general.type": "adapter", "general.name": name, "adapter.type": "lora", "adapter.lora.alpha": 0.0}
+    _add_keys(writer, keys)
+    for key, tensor in factors.items():
+        writer.add_tensor(key, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def quantized(tensor: Tensor, kind: "GGMLQuantizationType") -> "np.ndarray":
     """The tensor in a type of GGUF, as the array of its bytes or numbers."""
     from gguf import quants
