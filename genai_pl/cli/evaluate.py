@@ -36,6 +36,7 @@ from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, NO_LABELS_RULE, refuse_unused
 
 CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
+MANY = 64  # tokens of a typical pass: whole texts
 
 
 def evaluate(config: DictConfig) -> int:
@@ -171,7 +172,7 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
 def load_checkpoint(config: DictConfig) -> Loaded:
     """The model and its tokenizer, with weights in the dtype of `precision` and `dtype`."""
     weights, _ = weights_of(config.precision.lightning, config.dtype, choose_device(config.device))
-    return load(config.checkpoint, dtype=weights)
+    return load(config.checkpoint, dtype=weights, rows=MANY)
 
 
 def check_model(config: DictConfig, loaded: Loaded, *, judges: bool) -> None:

@@ -26,6 +26,7 @@ class GenerateSchema:
     prompt_file: str | None = None
     chat: bool = False
     system: str | None = None
+    tools: Any = None
     num_samples: int = 1
     stream: bool = True
     logprobs: bool = False
@@ -45,9 +46,10 @@ class GenerateSchema:
 class ExportSchema:
     """Options of `export.py`.
 
-    checkpoint, adapter: references. format: hf, merged, peft or onnx. dtype: fp32, bf16 or fp16, null keeps
-    that of the files.
-    quantize: null or int8, for onnx. average: checkpoints of a run whose mean is exported. out: the new folder.
+    checkpoint, adapter: references. format: hf, merged, peft, onnx, gguf or gguf_lora. dtype: fp32, bf16 or fp16, null
+    keeps that of the files.
+    quantize: null; int8 for onnx; f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for gguf. average: checkpoints
+    of a run whose mean is exported. out: the new folder.
     """
 
     checkpoint: str = "auto"
@@ -137,6 +139,7 @@ class NegativesSchema:
     max_score: float | None = None
     absolute_margin: float | None = None
     relative_margin: float | None = 0.05
+    positive_max_rank: int | None = None
     sampling: str = "top"
     corpus: str | None = None
     corpus_column: str = "text"

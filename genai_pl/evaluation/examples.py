@@ -19,12 +19,12 @@ from genai_pl.data.messages import (
     TextOrMessages,
     extract_prompt,
     parse_messages,
-    parse_tools,
     prepend_system,
     text_or_messages,
 )
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, RESPONSE, parse_prompt
 from genai_pl.data.records import Record
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_labelled_question, read_question
 from genai_pl.evaluation.generative.rows import SETUP_COLUMNS, read_answered, read_tested

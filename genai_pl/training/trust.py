@@ -32,6 +32,7 @@ TRUSTED_GROUPS = {  # every field of these may be set by a saved command
 TRUSTED_CALLBACKS = {
     "checkpoint",
     "early_stopping",
+    "notify",  # its address is typed again, as every one of the network
     "samples",
     "export",
 }  # `extra` names code, except for shipped callbacks
