@@ -28,11 +28,23 @@ log = logging.getLogger(__name__)
 
 REPORT, SAMPLES = "report.html", "samples.jsonl"
 SUMMARY = (  # headings of train.log, of twelve characters, before the first step
-    *("data", "model", "attention", "step", "rollout", "length", "best", "early stop", "adapter", "device"),
+    *(
+        "data",
+        "model",
+        "attention",
+        "step",
+        "rollout",
+        "length",
+        "optimizer",
+        "best",
+        "early stop",
+        "adapter",
+        "device",
+    ),
 )
 NOTES = (  # headings that say what was unusual
     *("unused", "changed", "clamped", "diverging", "diverged", "stopped", "early stop", "passed", "schedule", "fp16"),
-    *("resuming", "samples", "export", "finished", "webhook"),
+    *("resuming", "samples", "export", "finished", "notify"),
 )
 WARNING = re.compile(r"(?:\S+:\d+: )?(\w*Warning: .+)")
 PACKAGES = ("genai_pl", "torch", "lightning", "transformers", "datasets", "tokenizers")
@@ -40,17 +52,26 @@ MAX_NOTES = 100
 
 
 def write_run_report(
-    folder: Path, *, results: Mapping[str, float], best: tuple[str, int, float] | None, device: torch.device
+    folder: Path,
+    *,
+    results: Mapping[str, float],
+    best: tuple[str, int, float] | None,
+    device: torch.device,
+    error: Exception | None = None,
 ) -> Path | None:
     """Write report.html into a run folder; its path, or None where it could not be written, which one line says.
 
-    results: metrics at the end. best: metric, step and value of the best validation. device: that trained.
+    results: metrics at the end. best: metric, step and value of the best validation. device: that trained. error: that ended
+    the run, whose line is still to be printed.
     """
     try:
         facts = collect_facts(folder, results=results, best=best, device=device)
+        if error is not None:
+            facts.notes.append(f"error: {redact(str(error).partition(chr(10))[0] or type(error).__name__)}")
         write_atomic(folder / REPORT, lambda path: path.write_text(run_page(facts), encoding="utf-8"))
-    except Exception as error:  # nothing in a report is worth a trained model
-        log.warning("report      none, it failed: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+    except Exception as failure:  # nothing in a report is worth a trained model
+        if error is None:  # else the same disk is full
+            log.warning("report      none, it failed: %s: %s", type(failure).__name__, str(failure).partition("\n")[0])
         return None
     return folder / REPORT
 

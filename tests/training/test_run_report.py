@@ -84,6 +84,15 @@ def test_a_failing_report_is_one_line_and_the_run_ends_well(command, monkeypatch
     assert not Path("run/report.html").exists()
 
 
+def test_a_run_that_fails_has_a_report_with_its_error(command) -> None:
+    result = command("train", *TINY, "optimizer=sgd", "optimizer.lr=1e30", "hydra.run.dir=run")
+    assert result.status == 1
+    error = result.err.splitlines()[-1]
+    assert "is not finite at step" in error
+    assert f"report      {Path('run/report.html')}\n" in result.out
+    assert error in Path("run/report.html").read_text()
+
+
 def test_a_folder_with_nothing_but_a_table_gives_a_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/loss,val/height\n1,2.5,nan\n2,2.0,\n3,inf,\n")
     path = write_run_report(tmp_path, results={"val/loss": 2.0}, best=None, device=torch.device("cpu"))
