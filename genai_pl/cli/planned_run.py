@@ -130,6 +130,10 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
             completions=options.get("group_size", 1),
             n_updates=options.epochs * -(-completions // step),
         )
+    if objective.needs_teacher:
+        raise ConfigError(
+            "dry_run=true does not estimate a teacher; ask for objective=clm and add the teacher's weights"
+        )
     # losses with a reference: one more forward pass, unless precomputed
     texts = texts_of_row(objective.data_kind, config.data)
     unlearned, reference = 0.0, False

@@ -76,7 +76,8 @@ class LabelledDataModule(LabelsDataModule):
 
     def find_labels(self, known: Labels | None) -> Labels:
         train, held = ([json.loads(cell) for cell in table["label"]] for table in self.tables())
-        self.fixed_labels = find_labels(train + held, names=self.labels, problem_type=self.problem_type, known=known)
+        found = find_labels(train + held, names=self.labels, problem_type=self.problem_type, known=known)
+        self.fixed_labels = found._replace(pairs="text_pair" in self.columns)
         self._report_unlearned(train)
         return self.fixed_labels
 
@@ -131,7 +132,7 @@ class LabelledDataModule(LabelsDataModule):
 
 
 def tokenize_labelled(
-    batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", seq_len: int | None
 ) -> dict[str, list[list[int]]]:
     """Token ids of each text or pair, at most seq_len, and the types of a pair's tokens where the tokenizer makes them."""
     return encode_pairs(tokenizer, batch["text"], batch.get("text_pair"), max_length=seq_len)

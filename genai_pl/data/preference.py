@@ -17,7 +17,14 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_list, parse_number, parse_text
 from genai_pl.data.formats import AUTO, is_dialogue, parse_dialogue
 from genai_pl.data.loader import Collate
-from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
+from genai_pl.data.messages import (
+    TextOrMessages,
+    extract_prompt,
+    message_texts,
+    parse_message,
+    parse_messages,
+    text_or_messages,
+)
 from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_answers
 from genai_pl.data.records import Record
@@ -83,8 +90,10 @@ class PreferenceDataModule(MessagesDataModule):
         return ["prompt", answers, *(role for role in roles if role == "margin"), TOOLS]
 
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
-        prompt = parse_prompt(record, roles["prompt"], place) if "prompt" in roles else None
         places = {role: place.at(column) for role, column in roles.items()}
+        prompt = parse_prompt(record, roles["prompt"], place) if "prompt" in roles else None
+        if "conversations" in roles:
+            prompt = parse_messages(record.get(roles["conversations"]), places["conversations"])
         # the answers: texts of turns, a list of any length, or two columns
         if "chosen_turns" in roles:
             before = record.get(roles["prompt_turns"]) if "prompt_turns" in roles else ""
@@ -95,7 +104,7 @@ class PreferenceDataModule(MessagesDataModule):
         elif "completions" in roles:
             answers = parse_list(record.get(roles["completions"]), places["completions"], text_or_messages)
         else:
-            answers = [text_or_messages(record.get(roles[role]), places[role]) for role in ("chosen", "rejected")]
+            answers = [_answer(record.get(roles[role]), places[role]) for role in ("chosen", "rejected")]
         if len(answers) < 2:
             raise DataError(f"{place}: a prompt with {len(answers)} completions has nothing to compare")
         # whole conversations are divided into prompt and answers
@@ -132,6 +141,11 @@ class PreferenceDataModule(MessagesDataModule):
 
     def prompt(self) -> str:
         return self.render(json.loads(self.tables()[1][0]["prompt"]))
+
+
+def _answer(value: object, place: Place) -> TextOrMessages:
+    """A text, messages, or one message, which ShareGPT's sets write without a list."""
+    return [parse_message(value, place)] if isinstance(value, Mapping) else text_or_messages(value, place)
 
 
 def is_ranked(table: "Table") -> bool:

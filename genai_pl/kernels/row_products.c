@@ -2,7 +2,7 @@
  *
  * A decoding step multiplies one row of each sequence with every weight, so it is as fast as weights come from memory. Each
  * weight is read once, in order, and becomes a float in a register, while the processor fetches those that follow. Output
- * channels are divided among threads. The order of a sum depends neither on how many threads there are nor on other rows.
+ * channels are divided among threads; how many there are changes no number.
  */
 #include <math.h>
 #include <stddef.h>
@@ -97,18 +97,71 @@ INLINE void channel(const int kind, const float *x, const char *w, long n, long 
     for (; row < n; row++) dots(kind, 1, x + row * in, w, in, scale, bias, y + row * stride, stride);
 }
 
+#if defined(__AVX512F__)
+enum { TILE = 4 }; /* rows and channels: 16 sums in 32 registers, so that rows too are read from a cache a quarter as often */
+
+/* results of four rows x (4, in) and four channels w (4, in) */
+INLINE void tile(const int kind, const float *x, const char *w, long in, const float *scales, const float *bias, float *y,
+                 long stride) {
+    const size_t size = size_of(kind);
+    const long end = in / LANES * LANES, next = TILE * in * (long)size;
+    floats sum[TILE][TILE] = {{{0}}};
+    for (long i = 0; i < end; i += LANES) {
+        floats weight[TILE];
+        UNROLL for (int q = 0; q < TILE; q++) {
+            const char *at = w + (q * in + i) * size;
+            if (i * size % 64 == 0) __builtin_prefetch(at + next, 0, 2); /* of the next four channels, into the second cache */
+            weight[q] = load(kind, at);
+        }
+        UNROLL for (int r = 0; r < TILE; r++) {
+            const floats row = *(const floats *)(x + r * in + i);
+            UNROLL for (int q = 0; q < TILE; q++) sum[r][q] += row * weight[q];
+        }
+    }
+    UNROLL for (int r = 0; r < TILE; r++)
+        UNROLL for (int q = 0; q < TILE; q++) {
+            float dot = sum_of(sum[r][q]);
+            for (long rest = end; rest < in; rest++) dot += x[r * in + rest] * load_one(kind, w + (q * in + rest) * size);
+            y[r * stride + q] = dot * scales[q] + bias[q];
+        }
+}
+#else
+enum { TILE = 1 };
+#endif
+
+/* y (n, out) of x (n, in) and W (out, in) of the kind, for channels from `first` up to `last` */
+INLINE void channels(const int kind, const float *x, const char *weight, const float *scales, const float *bias, float *y,
+                     long n, long out, long in, long first, long last) {
+    long o = first;
+#if defined(__AVX512F__)
+    for (; o + TILE <= last && n >= TILE; o += TILE) {
+        const char *w = weight + o * in * size_of(kind);
+        float factor[TILE], start[TILE];
+        for (int q = 0; q < TILE; q++) factor[q] = scales ? scales[o + q] : 1.0f, start[q] = bias ? bias[o + q] : 0.0f;
+        long row = 0;
+        for (; row + TILE <= n; row += TILE) tile(kind, x + row * in, w, in, factor, start, y + row * out + o, out);
+        for (int q = 0; q < TILE; q++)
+            for (long rest = row; rest < n; rest++)
+                dots(kind, 1, x + rest * in, w + q * in * size_of(kind), in, factor[q], start[q], y + rest * out + o + q, out);
+    }
+#endif
+    for (; o < last; o++)
+        channel(kind, x, weight + o * in * size_of(kind), n, in, scales ? scales[o] : 1.0f, bias ? bias[o] : 0.0f, y + o, out);
+}
+
 /* y (n, out) of x (n, in) and W (out, in) of the kind, times scales (out), plus bias (out), plus more (n, out); each may be NULL */
 void product(int kind, const float *x, const char *weight, const float *scales, const float *bias, const float *more, float *y,
              long n, long out, long in, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long o = 0; o < out; o++) {
-        const float scale = scales ? scales[o] : 1.0f, start = bias ? bias[o] : 0.0f;
-        const char *w = weight + o * in * size_of(kind);
-        if (kind == FLOAT32) channel(FLOAT32, x, w, n, in, scale, start, y + o, out);
-        else if (kind == BFLOAT16) channel(BFLOAT16, x, w, n, in, scale, start, y + o, out);
-        else channel(INT8, x, w, n, in, scale, start, y + o, out);
+    const long share = (out / threads + TILE) / TILE * TILE; /* channels of a thread, in whole tiles */
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (long part = 0; part < threads; part++) {
+        const long first = part * share, last = first + share < out ? first + share : out;
+        if (kind == FLOAT32) channels(FLOAT32, x, weight, scales, bias, y, n, out, in, first, last);
+        else if (kind == BFLOAT16) channels(BFLOAT16, x, weight, scales, bias, y, n, out, in, first, last);
+        else channels(INT8, x, weight, scales, bias, y, n, out, in, first, last);
         if (more)
-            for (long row = 0; row < n; row++) y[row * out + o] += more[row * out + o];
+            for (long row = 0; row < n; row++)
+                for (long o = first; o < last; o++) y[row * out + o] += more[row * out + o];
     }
 }
 
