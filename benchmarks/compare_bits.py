@@ -1,13 +1,11 @@
 """Quality of bits: python benchmarks/compare_bits.py MODEL TEXT OTHER ... compares OTHERs with MODEL on a text.
 
-MODEL and OTHERs are any references (folders, runs, GGUF files) of models with one tokenizer; TEXT is a text file, or a .jsonl
-with a column `text`. Printed are perplexity, the mean Kullback-Leibler divergence KL(MODEL || OTHER) of the next token in nats,
-how often both have the same likeliest token, and the size of the weights on disk. All compute in float32 with the weights as
-they are stored.
+MODEL and OTHERs are any references (folders, runs, GGUF files) of models with one tokenizer; TEXT is a file. Printed are
+perplexity, the mean Kullback-Leibler divergence KL(MODEL || OTHER) of the next token in nats, how often both have the same
+likeliest token, and the size of the weights on disk. All compute in float32 with the weights as they are stored.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,19 +32,13 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     base = load(args.model)
-    ids = base.tokenizer(read_text(args.text), add_special_tokens=False)["input_ids"][: args.tokens]
+    ids = base.tokenizer(args.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][: args.tokens]
     windows = torch.tensor(ids[: len(ids) // args.window * args.window]).view(-1, args.window)
     print(f"{'model':<28}{'MiB':>8}{'perplexity':>12}{'KL':>10}{'same':>8}  on {windows[:, 1:].numel():,} tokens")
     expected = [x.float() for x in log_probabilities(base.model, windows)]
     for name in (args.model, *args.others):
         loaded = base if name == args.model else load(name)
         report(name, size_of(loaded.path), loaded.model, windows, expected)
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, rows of a .jsonl as paragraphs."""
-    text = path.read_text(encoding="utf-8")
-    return "\n\n".join(json.loads(row)["text"] for row in text.splitlines()) if path.suffix == ".jsonl" else text
 
 
 @torch.inference_mode()
