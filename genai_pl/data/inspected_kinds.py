@@ -76,9 +76,9 @@ def _preference_rows(data: PreferenceDataModule, table: "Table") -> Iterator[Ins
 
 def _unpaired_rows(data: UnpairedDataModule, table: "Table") -> Iterator[InspectedRow]:
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", "completion"), tokenize_completions)
-    columns = as_arrays(encoded, "prompt"), as_arrays(encoded, "completion"), table["label"], table["row"]
-    for prompt, completion, label, number in zip(*columns, strict=True):
-        kept = data._row(prompt, completion, label)
+    columns = *(as_arrays(encoded, name) for name in ("prompt", "completion", "counted")), table["label"], table["row"]
+    for prompt, completion, counted, label, number in zip(*columns, strict=True):
+        kept = data._row(prompt, completion, counted, label)
         answer = _ended("desirable" if label else "undesirable", completion, len(kept["completion"]))
         yield _learned(number, [_begun("prompt", prompt, len(kept["prompt"])), answer])
 

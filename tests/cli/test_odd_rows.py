@@ -18,7 +18,7 @@ def test_empty_answers_of_alpaca_are_counted(command, tmp_path: Path) -> None:
 
 def test_equal_answers_are_counted_by_their_rows_in_a_file_with_unreadable_ones(command, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "chosen": f"{n}!", "rejected": "no"} for n in range(20)]
-    rows[3]["chosen"] = 5
+    rows[3]["chosen"] = True
     rows[8]["rejected"] = rows[8]["chosen"]
     result = command("data", "inspect", write(tmp_path / "rows.jsonl", rows), "objective=dpo", *CHAT, "rows=1")
     assert said(result.out) == [
