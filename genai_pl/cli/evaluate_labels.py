@@ -40,6 +40,11 @@ def evaluate_labels(config: DictConfig, loaded: Loaded) -> dict[str, float]:
         return evaluate_tags(config, loaded, source)
     if len(labels.names) == 1 and {options.query, options.document} <= set(sources.column_names(source)):
         return evaluate_ranking(config, loaded, source)
+    if labels.pairs and options.text_pair is None:
+        ranking = " (or of queries and lists of documents: data.query, data.document)" if len(labels.names) == 1 else ""
+        raise ConfigError(
+            f"data.text_pair: the model reads pairs of texts; name the column of the second ones{ranking}"
+        )
     texts, pairs, cells = read_labelled(config, source)
     labels = labels if labels.problem_type else labels._replace(problem_type=problem_of(cells, labels))
     targets = torch.tensor(encode_all(labels, cells, options.path))

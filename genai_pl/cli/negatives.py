@@ -48,7 +48,8 @@ def write_negatives(config: DictConfig) -> int:
              for anchor, row in zip(positives, mined.indices.tolist(), strict=True)}  # fmt: skip
     lines = list(rows(pairs, found, config.negatives.format))
     if not lines:
-        raise DataError(f"data.path={config.data.path}: no negative remains; lower negatives.relative_margin")
+        far = "" if config.negatives.positive_max_rank is None else " or raise negatives.positive_max_rank"
+        raise DataError(f"data.path={config.data.path}: no negative remains; lower negatives.relative_margin{far}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomic(out, lambda part: part.write_text(text, encoding="utf-8"))
     report(config, mined, n_pairs=len(pairs), n_candidates=len(candidates), n_lines=len(lines))
@@ -62,7 +63,15 @@ def mining_options(config: DictConfig) -> MiningOptions:
         raise ConfigError(f"negatives.format={given.format} is not one of {', '.join(OBJECTIVES)}")
     if given.sampling not in ("top", "random"):
         raise ConfigError(f"negatives.sampling={given.sampling} is not one of top, random")
-    for name, least in (("n", 1), ("range_min", 0), ("range_max", 1), ("absolute_margin", 0), ("relative_margin", 0)):
+    at_least = {
+        "n": 1,
+        "range_min": 0,
+        "range_max": 1,
+        "absolute_margin": 0,
+        "relative_margin": 0,
+        "positive_max_rank": 1,
+    }
+    for name, least in at_least.items():
         if given[name] is not None and given[name] < least:
             raise ConfigError(f"negatives.{name}={given[name]} must be at least {least}")
     options = MiningOptions(**{name: given[name] for name in MiningOptions._fields})
@@ -130,9 +139,14 @@ def report(config: DictConfig, mined: Mined, *, n_pairs: int, n_candidates: int,
     print(f"similarity  positives {positive:.3f}, negatives {negative:.3f} (means)")
     if negative > positive:
         print(
-            "shortcut    negatives are nearer than positives, and can be told by that alone: set negatives.relative_margin"
+            "shortcut    negatives are nearer than positives, and can be told by that alone: set negatives.relative_margin, or "
+            "for a reranker of K candidates range_max=K positive_max_rank=K sampling=random (docs/classification.md)"
         )
-    print(f"left out    {mined.excluded:,} by margins and scores; {short:,} anchors have fewer than negatives.n")
+    print(
+        f"left out    {mined.excluded:,} by margins and scores; {short - mined.too_far:,} anchors have fewer than negatives.n"
+    )
+    if mined.too_far:
+        print(f"too far     {mined.too_far:,} anchors, by negatives.positive_max_rank")
     form = config.negatives.format
     columns = {"data.negative": "negative"} if form == "triplet" else {}
     options = {"init_from": config.checkpoint, "data.path": config.out, **columns}

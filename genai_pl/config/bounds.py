@@ -146,6 +146,7 @@ BOUNDS: dict[str, Bound] = {
     "eval.tasks": FIELDS,
     "eval.limit": COUNT_OR_NULL,
     "eval.batch_tokens": COUNT,
+    "eval.execute_code": FLAG,
     "logger": any_of(list_of(FIELDS), NULL),
     **{f"plan.{name}": POSITIVE_OR_NULL for name in ("bf16", "fp8", "tf32", "fp32", "memory", "link", "network")},
     "plan.per_node": COUNT,

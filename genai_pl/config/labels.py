@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
-# keys of config.json that describe a head for scores; the last one is of sentence-transformers' cross-encoders
-KEYS = ("id2label", "label2id", "num_labels", "problem_type", "sentence_transformers")
+# keys of config.json that describe a head for scores; text_pairs is ours, the last of sentence-transformers' cross-encoders
+KEYS = ("id2label", "label2id", "num_labels", "problem_type", "text_pairs", "sentence_transformers")
 
 
 class Labels(NamedTuple):
@@ -14,10 +14,12 @@ class Labels(NamedTuple):
 
     problem_type: single_label_classification (softmax), multi_label_classification (a sigmoid each), regression (the
     numbers themselves); None where config.json is silent: one output is then a relevance (its sigmoid), several are classes
+    pairs: whether the head is known to read two texts: a reranker, a classifier of pairs, a cross-encoder
     """
 
     names: tuple[str, ...]
     problem_type: str | None = None
+    pairs: bool = False
 
     @property
     def activation(self) -> str:
@@ -34,6 +36,8 @@ class Labels(NamedTuple):
         """
         named = {"id2label": {str(n): name for n, name in enumerate(self.names)}}
         named["label2id"] = {name: n for n, name in enumerate(self.names)}
+        if self.pairs:
+            named["text_pairs"] = True
         return named if self.problem_type is None else {**named, "problem_type": self.problem_type}
 
 
@@ -47,4 +51,5 @@ def read_labels(values: Mapping[str, object], n_labels: int) -> Labels:
     activation = str(cross_encoder.get("activation_fn")) if isinstance(cross_encoder, Mapping) else ""
     if n_labels == 1 and problem is None and activation.endswith("Identity"):
         problem = REGRESSION  # a cross-encoder whose scores are used as they are
-    return Labels(names, problem if problem in PROBLEM_TYPES else None)
+    pairs = values.get("text_pairs") is True or isinstance(cross_encoder, Mapping)
+    return Labels(names, problem if problem in PROBLEM_TYPES else None, pairs)

@@ -76,7 +76,8 @@ class LabelledDataModule(LabelsDataModule):
 
     def find_labels(self, known: Labels | None) -> Labels:
         train, held = ([json.loads(cell) for cell in table["label"]] for table in self.tables())
-        self.fixed_labels = find_labels(train + held, names=self.labels, problem_type=self.problem_type, known=known)
+        found = find_labels(train + held, names=self.labels, problem_type=self.problem_type, known=known)
+        self.fixed_labels = found._replace(pairs="text_pair" in self.columns)
         self._report_unlearned(train)
         return self.fixed_labels
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset as Table
     from transformers import PreTrainedTokenizerBase
 
-RELEVANCE = Labels(("relevance",))
+RELEVANCE = Labels(("relevance",), pairs=True)
 
 
 class RerankDataModule(LabelsDataModule):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-FORMAT = 5  # version of encoded rows: raise it when an encoder changes
+FORMAT = 6  # version of encoded rows: raise it when an encoder changes
 BatchEncoder = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 

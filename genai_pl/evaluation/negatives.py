@@ -22,6 +22,8 @@ class MiningOptions(NamedTuple):
     n: negatives of an anchor. range_min, range_max: ranks among the candidates that remain; range_max=None looks at ten times n
     where a score may exclude some. min_score, max_score: cosines. absolute_margin, relative_margin: a negative's cosine is at
     most p - absolute_margin and p - relative_margin |p|, where p is that of the anchor's least similar positive.
+    positive_max_rank: rank of that positive at most, from 1; an anchor whose positive is farther gets no negatives. A reranker
+    of the K nearest never meets it, and is to learn from what this search finds (Gao, Dai and Callan 2021).
     sampling: top (the nearest) or random (of all that remain).
     """
 
@@ -32,6 +34,7 @@ class MiningOptions(NamedTuple):
     max_score: float | None = None
     absolute_margin: float | None = None
     relative_margin: float | None = 0.05
+    positive_max_rank: int | None = None
     sampling: str = "top"
 
     def depth(self, most_positives: int) -> int:
@@ -47,12 +50,14 @@ class Mined(NamedTuple):
 
     scores, indices: (Q, n) cosines and numbers of candidates; -inf and -1 where an anchor has fewer. positives: (Q,) the
     cosine of the least similar positive. excluded: candidates among those looked at that a margin or a score left out.
+    too_far: anchors whose positive positive_max_rank left out.
     """
 
     scores: Tensor
     indices: Tensor
     positives: Tensor
     excluded: int
+    too_far: int = 0
 
 
 def mine_negatives(
@@ -83,18 +88,25 @@ def mine_negatives(
         least = torch.stack([similarity[n, list(own)].min() for n, own in enumerate(known)])
         # the nearest, without positives and the text itself
         scores, indices = similarity.topk(min(depth + most, similarity.shape[1]), dim=1)
+        nearer = (similarity > least[:, None]).sum(1)  # than the positive
         for n, (own, same) in enumerate(zip(known, same_text[rows], strict=True)):
             own = own if same is None else [*own, same]
             scores[n, torch.isin(indices[n], torch.tensor(own, device=indices.device))] = NONE
+            nearer[n] -= (similarity[n, list({*own})] > least[n]).sum()
         n_before = scores.isfinite().sum()
         scores = _within(scores, least[:, None], options)
         excluded = int(n_before - scores.isfinite().sum())
+        far = torch.zeros_like(nearer, dtype=torch.bool)
+        if options.positive_max_rank is not None:
+            far = nearer >= options.positive_max_rank
+            scores = scores.masked_fill(far[:, None], NONE)
         # ranks among those that remain
         scores, order = scores.topk(min(depth, scores.shape[1]), dim=1)
         indices = indices.gather(1, order)[:, options.range_min :]
-        parts.append((*_choose(scores[:, options.range_min :], indices, options, generator), least, excluded))
-    scores, indices, least, counts = zip(*parts, strict=True)
-    return Mined(torch.cat(scores), torch.cat(indices), torch.cat(least), sum(counts))
+        chosen = _choose(scores[:, options.range_min :], indices, options, generator)
+        parts.append((*chosen, least, excluded, int(far.sum())))
+    scores, indices, least, counts, too_far = zip(*parts, strict=True)
+    return Mined(torch.cat(scores), torch.cat(indices), torch.cat(least), sum(counts), sum(too_far))
 
 
 def _within(scores: Tensor, positive: Tensor, options: MiningOptions) -> Tensor:

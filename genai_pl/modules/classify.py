@@ -69,7 +69,7 @@ class ClassifyModule(BaseModule):
             self.collator.class_weights = self.weights
 
     def generate_options(self, text: str, mask_token: str | None) -> dict[str, object]:
-        return {"prompt": text, "score": True}
+        return {**({"query": "some first text"} if self.labels.pairs else {}), "prompt": text, "score": True}
 
     def step(self, batch: Batch) -> Metrics:
         """The loss summed over rows, and counts from which the metrics follow."""

@@ -1,6 +1,6 @@
 """The report of several runs: a ranking, the metric by step, parallel coordinates and the importance of options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ class RankedRun(NamedTuple):
     """A run in its place of the ranking.
 
     name: of the folder. link: to its own report, relative; "" without one. tags: labels. settings: values of the options
-    that differ, in order. steps, values: the metric. best, step: its best value.
+    that differ, in order. steps, values: the metric. best, step: its best value. evaluations: metric of benchmarks to its
+    last value in words. interval: of the best value, in words.
     """
 
     name: str
@@ -28,6 +29,8 @@ class RankedRun(NamedTuple):
     values: Sequence[float]
     best: float
     step: int
+    evaluations: Mapping[str, str] = {}
+    interval: str = ""
 
 
 def compare_page(
@@ -41,6 +44,7 @@ def compare_page(
             f'<h1>{escape(title)}</h1><p class="soft">{len(runs)} runs by {escape(metric)}, the best first</p>',
             page.figures(_figures(metric, options, runs)),
             page.section("Ranking", _ranking(metric, options, runs), *(f'<p class="soft">{w}</p>' for w in words)),
+            page.section("Benchmarks at the end", _evaluations(runs)),
             page.section("Curves", _curves(metric, options, runs)),
             page.section("Settings and the best value", coordinates(metric, options, runs)),
             page.section("Importance of options", _importances(metric, options, runs)),
@@ -61,9 +65,17 @@ def _ranking(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) -> 
     heads = ["run", *(["tags"] if has_tags else []), *options, f"best {metric}", "at step", "last"]
     rows = []
     for run in runs:
-        figures = (number(run.best), f"{run.step:,}", number(run.values[-1]))
+        figures = (number(run.best) + run.interval, f"{run.step:,}", number(run.values[-1]))
         rows.append([run.name, *([run.tags] if has_tags else []), *run.settings, *figures])
     return page.table(heads, rows, numbers=len(heads) - 3, best=0, links=[run.link for run in runs])
+
+
+def _evaluations(runs: Sequence[RankedRun]) -> str:
+    """The last values of benchmarks, with intervals; "" without benchmarks."""
+    names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
+    if not names:
+        return ""
+    return page.table(("run", *names), [[run.name, *(run.evaluations.get(name, "") for name in names)] for run in runs])
 
 
 def _label(options: Sequence[str], run: RankedRun) -> str:

@@ -54,7 +54,7 @@ class TextScorer:
         self._check_one_stack("embeddings")
         # token ids are taken as they are
         rows: list[Sequence[int]] = [
-            [] if isinstance(item, str) else self.service.check_token_ids(item) for item in inputs
+            [] if isinstance(item, str) else self.service.check_token_ids(item, "input") for item in inputs
         ]
         text_indices = [n for n, item in enumerate(inputs) if isinstance(item, str)]
         self._check_tokens(rows, "input")

@@ -137,8 +137,11 @@ def install(app: FastAPI) -> None:
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
-        # pydantic lists all mistakes; the first one is named
-        first = error.errors()[0]
+        # pydantic lists all mistakes, of a field with several types those of each: the first one is named, but an empty
+        # list is no wrong type
+        mistakes = error.errors()
+        of_field = [each for each in mistakes if each["loc"][:2] == mistakes[0]["loc"][:2]]
+        first = next((each for each in of_field if each["type"] == "too_short"), mistakes[0])
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()

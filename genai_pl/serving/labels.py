@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from genai_pl.config.labels import REGRESSION
 from genai_pl.data.text_tokens import encode_pairs
 from genai_pl.evaluation.labels import probabilities
 from genai_pl.serving.embeddings import TextScorer
@@ -36,8 +37,12 @@ class TextLabeller(TextScorer):
         texts = [item for item in items if isinstance(item, str)]
         if len(texts) not in (0, len(items)):
             raise ApiError(422, "input: give texts or token ids, not both", param="input")
+        if texts and pairs is None and self.labels.pairs:
+            raise ApiError(
+                422, f"text_pair: {self.service.name} reads pairs of texts, give the second ones", param="text_pair"
+            )
         if not texts:
-            rows = {"input_ids": [list(self.service.check_token_ids(item)) for item in items]}
+            rows = {"input_ids": [list(self.service.check_token_ids(item, "input")) for item in items]}
             self._check_tokens(rows["input_ids"], "input")
         else:
             rows = await self._encode_rows(texts, pairs, "input")
@@ -46,8 +51,9 @@ class TextLabeller(TextScorer):
         return probabilities(logits, self.labels), sum(map(len, rows["input_ids"]))
 
     async def rerank(self, query: str, documents: Sequence[str], adapter: str | None = None) -> tuple[Tensor, int]:
-        """(relevance (N,) of N documents to a query, tokens read); ApiError 400 for a model of several labels."""
-        if self.labels is None or len(self.labels.names) != 1:
+        """(relevance (N,) of N documents to a query, tokens read); ApiError 400 for a model that has none."""
+        labels = self.labels
+        if labels is None or len(labels.names) != 1 or (labels.problem_type == REGRESSION and not labels.pairs):
             raise ApiError(400, f"{self.service.name} gives no relevance: /rerank is for models of objective=rerank")
         scores, n_tokens = await self.classify([query] * len(documents), documents, adapter)
         return scores[:, 0], n_tokens

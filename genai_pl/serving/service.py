@@ -4,8 +4,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.labels import read_labels
+from genai_pl.data.tool_calls import CallReader
 from genai_pl.devices import check_int8, choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_sentence_head
@@ -151,6 +153,11 @@ class Service:
         self._check_size(len(prompt))
         return tuple(await self.tokenize_threads.encode(encode_prompt, prompt, size=len(prompt)))
 
+    @cached_property
+    def call_reader(self) -> CallReader:
+        """Finds tool calls in answers; made once, with a tokenizer of its own, which no other thread uses."""
+        return CallReader(deepcopy(self.tokenizer))
+
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
     ) -> tuple[int, ...]:
@@ -185,12 +192,12 @@ class Service:
         if n > self.context * self.longest:
             raise ApiError(400, f"the prompt has {n:,} characters, more than {self.context:,} tokens have: shorten it")
 
-    def check_token_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The same ids; ApiError 422 if one is outside the vocabulary."""
+    def check_token_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
+        """The same ids; ApiError 422, naming the field, if one is outside the vocabulary."""
         size = self.model.config.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ApiError(422, f"token {wrong} is not one of the model's {size}", param="prompt")
+            raise ApiError(422, f"token {wrong} is not one of the model's {size}", param=param)
         return tuple(ids)
 
     async def answer(self, request: Request) -> Answer:

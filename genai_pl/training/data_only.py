@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
 from genai_pl.config.model import ModelConfig
@@ -21,7 +21,7 @@ from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.loader import Collate
 from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.evaluation.embeddings import saved_sentence_head
-from genai_pl.loading import base_of
+from genai_pl.loading import base_of, describe_gguf
 from genai_pl.models import build_model
 from genai_pl.models.hf.folder import read_json
 from genai_pl.models.hf.transformers_config import ENDLESS, N_EMBD, N_POSITIONS
@@ -134,6 +134,9 @@ def stored_model(reference: str, *, option: str) -> StoredModel:
         contents = read_contents(path)[MARK]
         stored = contents["model"].get("wrapped", contents["model"])
         return _stored(tokenizer_from_files(contents["tokenizer"]), stored, path)
+    if is_gguf(path):
+        model_config, tokenizer = describe_gguf(path)
+        return StoredModel(tokenizer, model_config.max_seq_len, path, model_config.n_embd)
     if (path / ADAPTER).is_file():
         base = stored_model(base_of(path), option=option)
         has_tokenizer = (path / "tokenizer.json").is_file()

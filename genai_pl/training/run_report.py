@@ -22,7 +22,7 @@ import torch
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.redaction import redact
 from genai_pl.reporting.run_page import Curves, RunFacts, Sample, run_page
-from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
+from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides, untrusted_overrides
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def collect_facts(
     """The facts of a run folder; what it lacks (a logger that was left out) is empty."""
     overrides = read_overrides(folder / ".hydra" / "overrides.yaml") if (folder / ".hydra").is_dir() else []
     typed = [redact(o) for o in overrides if key_of(o) not in PER_COMMAND]
+    retyped = [redact(o) for o in untrusted_overrides(overrides, [])]  # which resume does not read from the folder
     summary, notes = read_log(folder / "train.log")
     final = {name: value for name, value in results.items() if name != "best/step"}
     return RunFacts(
@@ -92,7 +93,7 @@ def collect_facts(
         samples=read_samples(folder / SAMPLES),
         notes=notes,
         command=" ".join(["python train.py", *map(shlex.quote, typed)]),
-        resume=f"python train.py resume={shlex.quote(str(folder))}",
+        resume=" ".join([f"python train.py resume={shlex.quote(str(folder))}", *map(shlex.quote, retyped)]),
         environment=environment(device),
         best=best,
     )

@@ -162,6 +162,7 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
     # a step in tokens, or a rollout in completions
     if isinstance(module, PolicyGradientModule):
         options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
+        options["max_turns"] = module.max_turns if module.environment_name else None
         step = describe_rollout(prompts=batch_rows, n_updates=module.n_updates(batch_rows), **options, **sizes)
     else:
         accumulate = trainer.accumulate_grad_batches

@@ -57,6 +57,22 @@ def test_the_text_of_the_anchor_is_no_negative_of_it() -> None:
     assert found.indices[:, 0].tolist() == [row[1] for row in mined()]
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_anchors_whose_farthest_positive_is_beyond_a_rank_get_no_negatives(rank: int) -> None:
+    anchors, candidates = vectors()
+    similarity = (anchors @ candidates.T).numpy()
+    far = []
+    for row, own in zip(similarity, POSITIVES, strict=True):
+        others = np.delete(row, own)
+        far.append(int((others > row[own].min()).sum()) >= rank)
+    assert 0 < sum(far) < len(far)
+    found = mine_negatives(anchors, candidates, POSITIVES, MiningOptions(**NONE, positive_max_rank=rank))
+    assert (found.indices < 0).all(1).tolist() == far
+    assert found.too_far == sum(far)
+    kept = [row for row, left_out in zip(mined(), far, strict=True) if not left_out]
+    assert [row for row in found.indices.tolist() if min(row) >= 0] == kept
+
+
 def test_an_anchor_with_fewer_candidates_has_fewer_negatives() -> None:
     anchors, candidates = vectors()
     found = mine_negatives(anchors[:2], candidates[:3], [[0], [1]], MiningOptions(n=4, relative_margin=None))

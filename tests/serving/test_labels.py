@@ -9,7 +9,7 @@ pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from genai_pl.config.labels import MULTI, SINGLE, Labels
+from genai_pl.config.labels import MULTI, REGRESSION, SINGLE, Labels
 from tests.serving.servers import make_service, serving, write_model
 
 SMALL = {"position": "rotary", "norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "bias": False}
@@ -45,6 +45,12 @@ def test_classify_answers_as_vllm_with_the_probabilities_of_transformers(problem
         assert client.post("/rerank", json={"query": "q", "documents": ["d"]}).status_code == 400
         assert client.post("/classify", json={"input": ["a"], "text_pair": ["b", "c"]}).status_code == 422
         assert client.post("/classify", json={"input": "x" * 200}).status_code == 400
+        for given, message in (
+            ([], "input: List should have at least 1 item"),
+            ([3, 10**6], "token 1000000 is not one"),
+        ):
+            error = client.post("/classify", json={"input": given}).json()["error"]
+            assert (message in error["message"], error["param"]) == (True, "input"), error
     assert (reply["object"], reply["usage"]["prompt_tokens"]) == ("list", sum(map(len, TEXTS)))
     activation = torch.sigmoid if problem == MULTI else lambda x: x.softmax(-1)
     for n, (entry, text) in enumerate(zip(reply["data"], TEXTS, strict=True)):
@@ -57,13 +63,15 @@ def test_classify_answers_as_vllm_with_the_probabilities_of_transformers(problem
 
 
 def test_rerank_answers_as_jina_with_the_most_relevant_document_first(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "model", Labels(("relevance",)))
+    folder = classifier(tmp_path / "model", Labels(("relevance",), pairs=True))
     documents = ["one", "two two", "three"]
     with serving(make_service(folder)) as client:
         reply = client.post("/rerank", json={"query": "q", "documents": documents}).json()
         short = client.post("/v1/rerank", json={"query": "q", "documents": [{"text": d} for d in documents], "top_n": 2,
                                                 "return_documents": False}).json()  # fmt: skip
         assert client.post("/v2/rerank", json={"query": "q", "documents": []}).status_code == 422
+        alone = client.post("/classify", json={"input": "a document without its query"})
+        assert (alone.status_code, alone.json()["error"]["param"]) == (422, "text_pair")
     expected = {n: theirs(folder, "q", document).sigmoid().item() for n, document in enumerate(documents)}
     order = sorted(expected, key=expected.get, reverse=True)
     assert [entry["index"] for entry in reply["results"]] == order
@@ -73,3 +81,10 @@ def test_rerank_answers_as_jina_with_the_most_relevant_document_first(tmp_path: 
     assert [entry["index"] for entry in short["results"]] == order[:2]
     assert "document" not in short["results"][0]
     assert reply["usage"]["total_tokens"] == sum(len("q") + len(document) for document in documents)
+
+
+def test_a_regression_of_single_texts_is_no_relevance(tmp_path: Path) -> None:
+    with serving(make_service(classifier(tmp_path / "model", Labels(("stars",), REGRESSION)))) as client:
+        refused = client.post("/rerank", json={"query": "q", "documents": ["d"]})
+    assert refused.status_code == 400
+    assert "no relevance" in refused.json()["error"]["message"]

@@ -82,6 +82,9 @@ def test_pairs_several_labels_and_numbers(command, tmp_path: Path) -> None:
                      "hydra.run.dir=tags")  # fmt: skip
     assert result.status == 0, result.err
     assert "multi label classification: a, b" in result.out
+    assert "query=" in result.out.splitlines()[-1], "the command to try gives both texts"
+    refused = command("generate", "checkpoint=tags", "score=true", "prompt=p1")
+    assert (refused.status, "query=" in refused.err) == (2, True), refused.err
     said = command("generate", "checkpoint=tags", "score=true", "query=t1", "prompt=p1")
     expected = theirs(tmp_path / "tags/model", ["t1"], ["p1"])[0].sigmoid()
     line = json.loads(said.out)
@@ -95,6 +98,8 @@ def test_pairs_several_labels_and_numbers(command, tmp_path: Path) -> None:
     measured = command("evaluate", "checkpoint=stars", *data, "data.label=stars")
     assert measured.status == 0, measured.err
     assert "pearson" in measured.out
+    refused = command("evaluate", "checkpoint=stars", "data.path=rows.jsonl", "data.label=stars")
+    assert (refused.status, "data.text_pair" in refused.err) == (2, True), refused.err
 
 
 def test_a_step_is_exact_whatever_its_batches_and_a_resumed_run_is_the_same(rows, command, tmp_path: Path) -> None:

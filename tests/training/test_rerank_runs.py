@@ -38,6 +38,12 @@ def test_a_reranker_gives_the_scores_of_transformers(loss: str, model, rows, com
         expected = theirs(**tokenizer("q1", "yes 1", return_tensors="pt")).logits.sigmoid().item()
     said = command("generate", "checkpoint=run", "score=true", "query=q1", "prompt=yes 1")
     assert json.loads(said.out)["score"] == pytest.approx(expected, abs=1e-5)
+    # a text alone is no pair
+    refused = command("generate", "checkpoint=run", "score=true", "prompt=yes 1")
+    assert (refused.status, "query=" in refused.err) == (2, True), refused.err
+    (tmp_path / "texts.jsonl").write_text('{"text": "yes 1", "label": 1}')
+    refused = command("evaluate", "checkpoint=run", "data.path=texts.jsonl")
+    assert (refused.status, "data.text_pair" in refused.err) == (2, True), refused.err
     # lists, and the same pairs one by one
     measured = command("evaluate", "checkpoint=run", rows, "out=lists.json")
     assert measured.status == 0, measured.err

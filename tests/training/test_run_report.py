@@ -2,16 +2,18 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from genai_pl.reporting.chart import Series, line_chart, thin
 from genai_pl.reporting.run_page import evaluation
 from genai_pl.training import run_report
-from genai_pl.training.run_report import write_run_report
+from genai_pl.training.run_report import collect_facts, write_run_report
 from tests.conftest import TINY
 
 VOID = {"meta", "br"}
@@ -119,3 +121,12 @@ def test_a_long_series_is_drawn_by_means_of_neighbours_and_points_lie_where_thei
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
     assert (y0 - y2) * 2 == pytest.approx(y0 - y1, abs=0.21)  # upwards is less in SVG
+
+
+def test_the_words_that_a_folder_is_not_trusted_for_stand_beside_resume(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    words = ["trainer.max_steps=4", "callbacks.notify.url=${oc.env:WEBHOOK}", "eval.execute_code=true"]
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
+    facts = collect_facts(tmp_path, results={}, best=None, device=torch.device("cpu"))
+    given = shlex.split(facts.resume)
+    assert given == ["python", "train.py", f"resume={tmp_path}", *words[1:]]
