@@ -67,19 +67,20 @@ def _preference_rows(data: PreferenceDataModule, table: "Table") -> Iterator[Ins
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", answers), tokenize_preference)
     columns = [as_arrays(encoded, name) for name in ("prompt", "completions", "lengths", "counted")]
     for prompt, completions, lengths, counted, number in zip(*columns, table["row"], strict=True):
-        kept_prompt, kept, _ = data._row(prompt, completions, lengths, counted)
+        kept_prompt, _, kept = data._row(prompt, completions, lengths, counted)
         whole = np.split(completions, lengths.cumsum()[:-1])
         labels = ("chosen", "rejected") if answers == "answers" else [f"rank {n + 1}" for n in range(len(whole))]
-        parts = [_ended(label, ids, len(rest)) for label, ids, rest in zip(labels, whole, kept, strict=True)]
+        parts = [_ended(label, ids, mask) for label, ids, mask in zip(labels, whole, kept, strict=True)]
         yield _learned(number, [_begun("prompt", prompt, len(kept_prompt)), *parts])
 
 
 def _unpaired_rows(data: UnpairedDataModule, table: "Table") -> Iterator[InspectedRow]:
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", "completion"), tokenize_completions)
-    columns = *(as_arrays(encoded, name) for name in ("prompt", "completion", "counted")), table["label"], table["row"]
-    for prompt, completion, counted, label, number in zip(*columns, strict=True):
+    columns = (as_arrays(encoded, name) for name in ("prompt", "completion", "counted"))
+    for prompt, completion, counted, label, number in zip(*columns, table["label"], table["row"], strict=True):
         kept = data._row(prompt, completion, counted, label)
-        answer = _ended("desirable" if label else "undesirable", completion, len(kept["completion"]))
+        mask = kept.get("completion_mask", np.ones(len(kept["completion"]), bool))
+        answer = _ended("desirable" if label else "undesirable", completion, mask)
         yield _learned(number, [_begun("prompt", prompt, len(kept["prompt"])), answer])
 
 
@@ -179,9 +180,11 @@ def _begun(label: str, ids: np.ndarray, kept: int) -> Part:
     return Part(label, ids, np.where(np.arange(len(ids)) < len(ids) - kept, CUT, GIVEN))
 
 
-def _ended(label: str, ids: np.ndarray, kept: int) -> Part:
-    """An answer, of which the first `kept` tokens are learned and those after are cut."""
-    return Part(label, ids, np.where(np.arange(len(ids)) < kept, LEARNED, CUT))
+def _ended(label: str, ids: np.ndarray, counted: np.ndarray) -> Part:
+    """An answer of which the end is cut: of its first tokens those are learned that count (k,), all but tools' turns."""
+    states = np.full(len(ids), CUT)
+    states[: len(counted)] = np.where(counted, LEARNED, GIVEN)
+    return Part(label, ids, states)
 
 
 VIEWS = {
