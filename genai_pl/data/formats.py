@@ -140,8 +140,8 @@ def _refusal(kind: str, forms: Sequence[Format], names: Sequence[str], path: str
     own = ["prompt", "completion"] if kind == "chat" else next(form for form in forms if form.is_own).required.values()
     lacks = next((column for column in own if column not in names), next(iter(own)))
     return (
-        f"data.path={path}: no column {lacks!r}; found: {', '.join(names)} (set data.{lacks}, "
-        f"or data.columns={{{lacks}: NAME}}); formats of data={kind}: {known}"
+        f"data.path={path}: no column {lacks!r}; found: {', '.join(names)} (set data.{lacks}); "
+        f"no format of data={kind}, known: {known} (set data.columns={{{lacks}: NAME, ...}})"
     )
 
 
