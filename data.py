@@ -1,10 +1,12 @@
 """python data.py inspect|prepare PATH: look at training data as a run would read it, or tokenize it once; `--help` says how."""
 
-from omegaconf import DictConfig
+from genai_pl.imports import collecting_later, ending_in_one_line
 
-from genai_pl.cli.command import command
-from genai_pl.cli.data_arguments import TASKS, complete_arguments
-from genai_pl.imports import collecting_later
+with ending_in_one_line():
+    from omegaconf import DictConfig
+
+    from genai_pl.cli.command import command
+    from genai_pl.cli.data_arguments import TASKS, complete_arguments
 
 
 @command("inspect", prepare=complete_arguments, tasks=TASKS)

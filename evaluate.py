@@ -1,9 +1,11 @@
 """python evaluate.py: how well a trained model predicts a text or completions; `--help` lists the options."""
 
-from omegaconf import DictConfig
+from genai_pl.imports import collecting_later, ending_in_one_line
 
-from genai_pl.cli.command import command
-from genai_pl.imports import collecting_later
+with ending_in_one_line():
+    from omegaconf import DictConfig
+
+    from genai_pl.cli.command import command
 
 
 @command("evaluate")

@@ -1,9 +1,11 @@
 """python feedback.py: let a model judge or improve answers, and write what the others train on; `--help` lists the options."""
 
-from omegaconf import DictConfig
+from genai_pl.imports import collecting_later, ending_in_one_line
 
-from genai_pl.cli.command import command
-from genai_pl.imports import collecting_later
+with ending_in_one_line():
+    from omegaconf import DictConfig
+
+    from genai_pl.cli.command import command
 
 
 @command("feedback")

@@ -1,9 +1,11 @@
 """python generate.py: continue text with a trained model; `--help` lists the options."""
 
-from omegaconf import DictConfig
+from genai_pl.imports import collecting_later, ending_in_one_line
 
-from genai_pl.cli.command import command
-from genai_pl.imports import collecting_later
+with ending_in_one_line():
+    from omegaconf import DictConfig
+
+    from genai_pl.cli.command import command
 
 
 @command("generate")

@@ -2,8 +2,12 @@
 
 import sys
 
-from genai_pl.recipes.command import main
-from genai_pl.signals import handle_signals
+from genai_pl.imports import ending_in_one_line
+
+with ending_in_one_line():
+    from genai_pl.recipes.command import main
+    from genai_pl.signals import handle_signals
+
 
 if __name__ == "__main__":
     with handle_signals():

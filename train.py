@@ -1,11 +1,13 @@
 """python train.py: train a language model; every option is in conf/, `--help` lists them."""
 
-from omegaconf import DictConfig
+from genai_pl.imports import collecting_later, ending_in_one_line
 
-from genai_pl.cli.command import command
-from genai_pl.imports import collecting_later
-from genai_pl.training.resume import replay
-from genai_pl.training.sweeps import Outcome
+with ending_in_one_line():
+    from omegaconf import DictConfig
+
+    from genai_pl.cli.command import command
+    from genai_pl.training.resume import replay
+    from genai_pl.training.sweeps import Outcome
 
 
 @command("config", prepare=replay, records=True)

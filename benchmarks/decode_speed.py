@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
 
 
 def ours(folder: Path, dtype: torch.dtype, n: int, rows: int) -> Side:
-    model = load(str(folder), dtype=dtype).model
+    model = load(str(folder), dtype=dtype, rows=rows).model
     prepare_for_decoding(model, rows=rows)
     return decoding(model, n)
 

@@ -24,7 +24,7 @@ LAYERS = [
     ("objectives optim checkpoints", "pure losses and collators, optimizers and schedules, checkpoint files"),
     ("models", "one Transformer in three shapes; Hugging Face and ONNX folders"),
     ("data peft", "text to batches; adapters, functions from model to model"),
-    ("generation", "decoding: tokens and text out of a model"),
+    ("generation environments", "decoding: tokens and text out of a model; tasks of several turns"),
     ("modules evaluation", "LightningModules with one `step` each; likelihoods, scores and metrics"),
     ("callbacks strategies", "what Lightning lacks; FSDP2, tensor and pipeline parallelism"),
     ("references planning exporting", "names of trained models; cost of a step elsewhere; folders for others"),

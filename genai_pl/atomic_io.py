@@ -29,7 +29,12 @@ def is_checkpoint(path: Path) -> bool:
     """True if a path looks like a training checkpoint: a file, or a folder with the index of a sharded one.
     Nothing is read.
     """
-    return path.is_file() or (path / CONTENTS).is_file()
+    return (path.is_file() and not is_gguf(path)) or (path / CONTENTS).is_file()
+
+
+def is_gguf(path: Path) -> bool:
+    """True if a path is that of a GGUF file, llama.cpp's format, by its name."""
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

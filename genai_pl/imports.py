@@ -1,13 +1,38 @@
-"""Imports of large libraries, without the collections of cyclic garbage that would run between them.
+"""Imports of large libraries: without the collections of cyclic garbage between them, and with one line for a Ctrl-C.
 
 Torch, Lightning and transformers make half a million objects while they are imported, all of which stay. Python scans
 them again and again for garbage, which takes a third of the time of the imports.
 """
 
 import gc
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """Context for the first imports of a command: Ctrl-C ends it in a line, with the status that it has later (130).
+
+    An exception would come out of the middle of some library, with its traceback, or be lost in it; nothing is open yet.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python allows no handlers
+        return
+    before = signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(signum: int, _frame: object) -> None:
+    """The handler: write the line that `genai_pl.signals` ends with, and leave."""
+    os.write(2, b"stopped     by SIGINT\n")
+    os._exit(128 + signum)
 
 
 @contextmanager

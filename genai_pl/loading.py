@@ -1,6 +1,6 @@
 """Loading: a trained model and its tokenizer from any reference.
 
-A reference is a run folder, a .ckpt, a Hugging Face folder, an adapter folder, an ONNX folder, a hub id, or "auto".
+A reference is a run folder, a .ckpt, a Hugging Face folder, an adapter folder, an ONNX folder, a GGUF file, a hub id, or "auto".
 `references.resolve` finds the path; `load` decides by its content. Everything is read as data: no pickled code, no remote code.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from genai_pl import peft
-from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
 from genai_pl.checkpoints.file import MARK, read_checkpoint
 from genai_pl.config.enums import AttentionBackend, Head
 from genai_pl.config.labels import read_labels
@@ -26,10 +26,12 @@ from genai_pl.data.generation_defaults import (
     read_generation_defaults,
     set_end_tokens,
 )
+from genai_pl.data.gguf_read import end_ids, tokenizer_from_metadata
 from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.fused_decode import prepare_for_decoding
+from genai_pl.models.gguf.reader import GgufFile, load_gguf, stored_gguf_dtypes
 from genai_pl.models.hf.config import check_blocks, is_supported, read_config
 from genai_pl.models.hf.folder import TensorFiles, read_json
 from genai_pl.models.hf.transformers_check import check
@@ -83,6 +85,7 @@ def load(
     onnx: bool = False,
     option: str = "checkpoint",
     above: tuple[Path, ...] = (),
+    rows: int = 1,
 ) -> Loaded:
     """The model and tokenizer of a reference, in evaluation mode; CheckpointError gives the reason if there is none.
 
@@ -92,6 +95,7 @@ def load(
     adapters: references of adapters that are put on top, in this order. onnx: allow ONNX folders, which can only generate.
     option: name of the option that held the reference, for messages.
     above: adapter folders that lead to this base, against a cycle of bases.
+    rows: tokens of a typical pass, for which int8 is packed.
 
     An adapter folder, and a run with one, give the base with the adapter.
     """
@@ -99,7 +103,7 @@ def load(
         loaded = load(
             reference, attention=attention, wrap=wrap, adapters=adapters, onnx=onnx, option=option, above=above
         )
-        prepare_for_decoding(loaded.model, dtype)
+        prepare_for_decoding(loaded.model, dtype, rows=rows)
         return loaded
     options = {"dtype": dtype, "attention": attention, "dropout": dropout, "wrap": wrap}
     # find the path, and refuse an adapter that is its own base
@@ -110,7 +114,9 @@ def load(
     # the content of the path decides how it is read
     if is_onnx(path):
         return _load_onnx(path, allowed=onnx, adapters=adapters)
-    if is_checkpoint(path):
+    if is_gguf(path):
+        loaded = _load_gguf(path, dtype=dtype, attention=attention, dropout=dropout)
+    elif is_checkpoint(path):
         loaded = _load_checkpoint(path, above, **options)
     elif (path / ADAPTER).is_file():
         loaded = _load_with_adapter(path, above, **options)
@@ -155,6 +161,31 @@ def _load_folder(path: Path, *, dtype: torch.dtype, attention: AttentionBackend,
     else:
         model = load_pretrained(path, dtype=dtype, attention=attention, dropout=dropout)
     return _with_end_tokens(model, pretrained_tokenizer(str(path)), path, read_generation_defaults(path))
+
+
+def _load_gguf(path: Path, *, dtype: torch.dtype, attention: AttentionBackend, dropout: float) -> Loaded:
+    """A GGUF file, with the tokenizer in it, or that of a tokenizer.json beside it."""
+    stored = GgufFile(path)
+    model = load_gguf(stored, dtype=dtype, attention=attention, dropout=dropout)
+    tokenizer, ends = _gguf_tokenizer(stored), end_ids(stored.keys)
+    return _with_end_tokens(model, tokenizer, path, GenerationDefaults(config={"eos_token_id": ends} if ends else {}))
+
+
+def _gguf_tokenizer(stored: GgufFile) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a tokenizer.json beside a GGUF file, else that in it."""
+    folder = stored.folder.parent
+    if (folder / "tokenizer.json").is_file():
+        return pretrained_tokenizer(str(folder))
+    try:
+        return tokenizer_from_metadata(stored.keys)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.folder}: {error}") from None
+
+
+def describe_gguf(path: Path) -> tuple[ModelConfig, "PreTrainedTokenizerBase"]:
+    """Configuration and tokenizer of a GGUF file, without its weights."""
+    stored = GgufFile(path)
+    return stored.description()[0], _gguf_tokenizer(stored)
 
 
 def _is_ours(file: Path) -> bool:
@@ -228,6 +259,8 @@ def _load_checkpoint(path: Path, above: tuple[Path, ...], *, dtype: torch.dtype,
 def stored_dtypes(reference: str) -> dict[str, torch.dtype]:
     """{our parameter name: dtype} as the weights of a reference are stored; under an adapter, those of the base."""
     path = resolve(reference)
+    if is_gguf(path):
+        return stored_gguf_dtypes(GgufFile(path))
     if is_checkpoint(path):
         contents = read_checkpoint(path)
         base, prefix = contents[MARK].get("base"), "model."

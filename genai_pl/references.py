@@ -12,13 +12,14 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, RESULTS, SWEEP, is_checkpoint, is_gguf
 from genai_pl.errors import CheckpointError
 
 ROOTS = ("outputs", "multirun")  # Hydra's folders of runs and sweeps
 # usual names of local folders, which are therefore never taken for accounts of the hub
 LOCAL = {*ROOTS, "runs", "run", "models", "checkpoints", "ckpts", "exports", "results", "experiments", "data"}
 OF_RUN = ("checkpoints/last.ckpt", "model/config.json", f"adapter/{ADAPTER}")
+GGUF_MODEL = "model.gguf"  # of a folder that export.py format=gguf wrote
 CHECKPOINTS = ("best", "last")  # of a run, named RUN/best and RUN/last
 DEEPEST, MOST_FOLDERS = 6, 20_000  # levels and folders that a search for runs visits at most
 SKIPPED = {"pyvenv.cfg"}  # files that mark folders without runs: virtual environments
@@ -26,7 +27,7 @@ DEPTH, MANY = 4, 2000  # levels and folders that a search for models visits at m
 
 
 def resolve(reference: str, *, option: str = "checkpoint") -> Path:
-    """The .ckpt, Hugging Face or adapter folder that a reference stands for, downloaded if it is a hub id.
+    """The .ckpt, GGUF file, Hugging Face or adapter folder that a reference stands for, downloaded if it is a hub id.
 
     option: name of the option that held it, for the CheckpointError.
     """
@@ -37,8 +38,10 @@ def resolve(reference: str, *, option: str = "checkpoint") -> Path:
         return _model_of_run(newest, option)
     path = Path(reference).expanduser()
     # what exists at the path wins over names of runs, and both over the hub
-    if is_checkpoint(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
+    if is_checkpoint(path) or is_gguf(path) or (path / "config.json").is_file() or (path / ADAPTER).is_file():
         return path
+    if (path / GGUF_MODEL).is_file():
+        return path / GGUF_MODEL
     if path.is_dir():
         return _model_of_run(path, option)
     if path.name.removesuffix(".ckpt") in CHECKPOINTS and (run := run_of(str(path.parent), option)):

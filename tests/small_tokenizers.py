@@ -1,5 +1,6 @@
 """Small tokenizers of each common kind, trained on a few lines."""
 
+import json
 from collections.abc import Callable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -76,3 +77,13 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "unigram": unigram,
     "wordpiece": wordpiece,
 }
+
+
+def scored_sentencepiece_bpe() -> PreTrainedTokenizerBase:
+    """`sentencepiece_bpe` as transformers converts SentencePiece's files: a merge for every pair that makes a token."""
+    state = json.loads(sentencepiece_bpe().backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    plain = [token for token in vocab if len(token) > 1 and not token.startswith("<")]
+    pairs = [(token[:n], token[n:]) for token in plain for n in range(1, len(token))]  # in the order of the vocabulary
+    state["model"]["merges"] = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+    return wrapped(Tokenizer.from_str(json.dumps(state)))

@@ -92,7 +92,7 @@ def test_every_kind_of_extension_is_shown() -> None:
 
 
 def test_a_mistake_in_an_option_of_ones_own_is_one_line(workplace: Path, command) -> None:
-    options_of_page = ("--config-dir", "conf", "objective=distill", "objective.teacher=nowhere", "tokenizer=byte")
+    options_of_page = ("--config-dir", "conf", "objective=imitate", "objective.teacher=nowhere", "tokenizer=byte")
     result = command("train", *options_of_page, "objective.temprature=1")
     assert result.err == "error: objective.temprature: no such option, did you mean temperature?\n"
     assert result.status == 2

@@ -54,3 +54,22 @@ def test_garbage_is_collected_after_an_import_as_before_it(collects: bool, monke
     finally:
         gc.enable()
     assert gc.get_freeze_count() == 0
+
+
+def test_ctrl_c_among_the_first_imports_is_one_line() -> None:
+    code = """
+import os, signal
+from genai_pl.imports import ending_in_one_line
+before = signal.getsignal(signal.SIGINT)
+with ending_in_one_line():
+    pass
+assert signal.getsignal(signal.SIGINT) is before
+with ending_in_one_line():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except BaseException:  # as a library may, in the middle of its import
+        print("swallowed")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "stopped     by SIGINT\n")

@@ -1,17 +1,18 @@
-"""Best checkpoint and early stopping: what a run keeps, and when it ends, by a metric of its validations.
+"""Best checkpoint and early stopping: what a run keeps, and when it ends, by a metric of its validations or benchmarks.
 
 Both remember the metric of every validation by step, as part of the checkpoint. A validation that a resumed run makes
-again replaces its value, so a run that was killed at any moment keeps and stops where the undisturbed one does.
+again replaces its value, so a run that was killed at any moment keeps and stops where the undisturbed one does. Metrics
+of benchmarks (`eval/...`) come from `callbacks/benchmarks.py` instead of validations; the rest is the same.
 
-Checkpoints are written before the validation of their step. The best one is therefore no file of its own but a
-checkpoint that stays, under a second name. A run may be resumed from an older checkpoint, at which another one was the
-best: `needed` says which stay for that.
+Checkpoints are written before the validation of their step, and after its benchmarks. The best one is therefore no file
+of its own but a checkpoint that stays, under a second name. A run may be resumed from an older checkpoint, at which
+another one was the best: `needed` says which stay for that.
 """
 
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,11 @@ from genai_pl.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
+BENCHMARK = "eval/"  # beginning of metrics that are measured by benchmarks, and not by validations
+
+
 class Validated(NamedTuple):
-    """The metric of one validation."""
+    """The metric of one validation, or of one measurement of benchmarks."""
 
     step: int
     value: float
@@ -41,6 +45,11 @@ class MetricWatch(L.Callback):
         self.metric, self.greater, self.option = metric, greater, option
         self.history: list[Validated] = []
 
+    @property
+    def of_benchmarks(self) -> bool:
+        """Whether benchmarks measure the metric, and not validations."""
+        return self.metric.startswith(BENCHMARK)
+
     def state_dict(self) -> dict[str, object]:
         return {"metric": self.metric, "history": [list(validated) for validated in self.history]}
 
@@ -51,7 +60,7 @@ class MetricWatch(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Remember the value; ConfigError for a metric that validation does not measure."""
-        if module.validation_cut:
+        if module.validation_cut or self.of_benchmarks:
             return
         if self.metric not in trainer.callback_metrics:
             names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
@@ -60,12 +69,17 @@ class MetricWatch(L.Callback):
             raise ConfigError(
                 f"{self.option}={self.metric}: no such metric{hint}; validation measures {', '.join(names) or 'none'}"
             )
+        found = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.remember(trainer, found)
+
+    def remember(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+        """Note the value of this step, and act on it; the same on all ranks. metrics: all that were measured with it."""
         step = trainer.global_step
         self.history = [seen for seen in self.history if seen.step < step]
-        self.history.append(Validated(step, float(trainer.callback_metrics[self.metric])))
-        self.validated(trainer)
+        self.history.append(Validated(step, float(metrics[self.metric])))
+        self.validated(trainer, metrics)
 
-    def validated(self, trainer: L.Trainer) -> None:
+    def validated(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
         """Act on the new value; the same on all ranks."""
 
     def improvements(self, min_delta: float = 0.0) -> list[Validated]:
@@ -81,7 +95,7 @@ class MetricWatch(L.Callback):
 class BestCheckpoint(MetricWatch):
     """Keeps the checkpoint with the best metric, as `best.ckpt` beside the newest.
 
-    folder: of the checkpoints. metrics: all validation metrics of the best step
+    folder: of the checkpoints. metrics: all metrics of the validation, or of the benchmarks, of the best step
     """
 
     def __init__(self, folder: Path, metric: str, *, greater: bool) -> None:
@@ -108,13 +122,17 @@ class BestCheckpoint(MetricWatch):
         if state["metric"] == self.metric:
             self.metrics = {name: float(value) for name, value in state["metrics"].items()}
 
-    def validated(self, trainer: L.Trainer) -> None:
+    def validated(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
         """Name the checkpoint of this step the best one, if it is."""
         if self.best is None or self.best.step != trainer.global_step:
             return
-        self.metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.metrics = dict(metrics)
         if trainer.is_global_zero:
             self.point()
+
+    def measured_at(self, step: int) -> bool:
+        """Whether the metric of this step is known already."""
+        return bool(self.history) and self.history[-1].step == step
 
     def needed(self, steps: Iterable[int]) -> set[int]:
         """Steps of the best checkpoints now, and at each of these steps, from which a run may go on."""
@@ -156,13 +174,18 @@ class EarlyStop(MetricWatch):
         self.patience, self.min_delta = patience, min_delta
         self.stopped = False
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Stop a resumed run that had come to its end; a validation is made again, and stops it then."""
+        if self.of_benchmarks and self.history and self.waited >= self.patience:
+            self.validated(trainer, {})
+
     @property
     def waited(self) -> int:
         """Validations since the last improvement."""
         found = self.improvements(self.min_delta)
         return sum(seen.step > (found[-1].step if found else -1) for seen in self.history)
 
-    def validated(self, trainer: L.Trainer) -> None:
+    def validated(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
         """Stop training, if the patience is at its end; the last step may have been made anyway."""
         if self.waited < self.patience or self.stopped:
             return
@@ -174,7 +197,8 @@ class EarlyStop(MetricWatch):
         """The line that says why a run has ended."""
         found = self.improvements(self.min_delta)
         best = f"; its best was {found[-1].value:.4g} at step {found[-1].step}" if found else ""
-        n = f"{self.waited} validation{'s' * (self.waited != 1)}"
+        word = "measurement" if self.of_benchmarks else "validation"
+        n = f"{self.waited} {word}{'s' * (self.waited != 1)}"
         return f"early stop  at step {step}: {self.metric} has not improved in {n}{best}"
 
 

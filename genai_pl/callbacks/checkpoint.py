@@ -112,10 +112,12 @@ class StepCheckpoint(Checkpoint):
             self.save(trainer)
 
     def _is_due(self, trainer: L.Trainer, before: int) -> bool:
-        """Whether steps or minutes have passed, or this step is validated and may be the best; the same on all ranks."""
+        """Whether steps or minutes have passed, or this step is measured and may be the best; the same on all ranks."""
         if self.every_n_steps and passed(before, self._seen, self.every_n_steps):
             return True
-        if self.best is not None and validation_is_due(trainer):
+        if self.best is not None and (
+            self.best.measured_at(self._seen) if self.best.of_benchmarks else validation_is_due(trainer)
+        ):
             return True
         if self.every_n_minutes is None:
             return False

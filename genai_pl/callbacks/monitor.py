@@ -37,6 +37,7 @@ class Monitor(L.Callback):
         self.tokens_seen = 0
         self.seconds = {"training": 0.0, "data": 0.0, "validation": 0.0}
         self.flops = FlopRates(0.0, 0.0, 0.0)
+        self.last: dict[str, float] = {}  # the newest row
         self._peak_flops: float | None = None
         self._step = 0
         self._began: float | None = None  # when training has, while it lasts
@@ -123,6 +124,7 @@ class Monitor(L.Callback):
             n = n_replicas(trainer)  # ranks that share a batch also share its work
             done = self.flops.total(read=self._tokens, written=n * self._written, predicted=n * float(self._targets))
             metrics["train/mfu"] = done / seconds / (self._peak_flops * trainer.world_size)
+        self.last = metrics
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=self._step)

@@ -15,12 +15,17 @@ from pathlib import Path
 import torch
 
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.data.chat_template import Message
+from genai_pl.data.tool_calls import CallReader
+from genai_pl.environments.tools import Tools
+from genai_pl.environments.user_code import run_all
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.generation import Acceptance, build_output_constraints, complete
 from genai_pl.generation.conversation import Conversation
 from genai_pl.loading import Loaded, load_draft
 from genai_pl.models.virtual_tokens import VirtualTokens
 
+MAX_CALLS = 8  # answers with calls of tools before the last one
 QUOTES = '"""'  # around a message of several lines
 HELP = f"""/help        these lines
 /reset       begin anew: all that was said is forgotten, but for system=
@@ -34,7 +39,8 @@ class Chat:
     """A conversation with a loaded model.
 
     loaded: model and tokenizer. options: decoding settings; max_new_tokens bounds each answer. system: first
-    message, which `/reset` keeps. stream: print text as it is decoded. generator: of the sampling.
+    message, which `/reset` keeps. stream: print text as it is decoded. generator: of the sampling. tools: functions
+    that the model may call; an answer is then printed whole, as a call shows at its end.
     """
 
     def __init__(
@@ -45,14 +51,19 @@ class Chat:
         system: str | None,
         stream: bool,
         generator: torch.Generator,
+        tools: Tools | None = None,
     ) -> None:
         """ConfigError for a model that does not write. The draft model, if any, is loaded here."""
         model, tokenizer, _ = loaded
         if not model.config.writes:
             raise ConfigError("chat=true needs a model that writes, this one reads only")
         virtual = max((m.n_tokens for m in model.modules() if isinstance(m, VirtualTokens)), default=0)
-        self.loaded, self.options, self.stream, self.generator = loaded, options, stream, generator
-        self.conversation = Conversation(tokenizer, context=model.config.max_seq_len - virtual, system=system)
+        self.loaded, self.options, self.generator, self.tools = loaded, options, generator, tools
+        self.stream = stream and tools is None
+        schemas = [] if tools is None else tools.schemas
+        context = model.config.max_seq_len - virtual
+        self.conversation = Conversation(tokenizer, context=context, system=system, tools=schemas)
+        self.reader = CallReader(tokenizer) if schemas else None
         self.draft = load_draft(options.draft, loaded)
         self.ends = build_output_constraints(tokenizer, options, model.config.eos_token_ids).ends
         # a short context is not all for the answer
@@ -61,12 +72,37 @@ class Chat:
     def ask(self, text: str) -> None:
         """Print the answer to a message and keep both; Ctrl-C stops the answer, keeps what was written and raises
         KeyboardInterrupt.
+
+        Calls of tools are run, and the model goes on with their results, up to MAX_CALLS times.
         """
-        prompt = self.conversation.prompt(text, max_new_tokens=self.answer_tokens)
-        if prompt.n_dropped:
-            print_note(f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out")
+        turns, n_dropped = [], 0
+        for n in range(MAX_CALLS + 1):
+            prompt = self.conversation.prompt(text, max_new_tokens=self.answer_tokens, calls=turns)
+            n_dropped = max(n_dropped, prompt.n_dropped)
+            if prompt.n_dropped and not n:
+                print_note(
+                    f"the oldest {prompt.n_dropped} messages do not fit into the context any more and are left out"
+                )
+            answer, tokens, reason, stopped = self._write(prompt.tokens)
+            calls = [] if self.reader is None or reason or stopped or n == MAX_CALLS else self._calls(answer, tokens)
+            if not calls:
+                break
+            turns += calls
+        # an empty answer takes its question back
+        print("" if self.stream else answer, flush=True)
+        if answer.strip():
+            self.conversation.add(text, answer, n_dropped, turns)
+        elif not stopped:
+            print_note("the model ended its answer before it began; the message is taken back")
+        if reason:
+            print_note(f"the answer was cut: {reason}")
+        if stopped:
+            raise KeyboardInterrupt
+
+    def _write(self, prompt: list[int]) -> tuple[str, list[int], str, bool]:
+        """(text, tokens, why the answer was cut, whether Ctrl-C stopped it) of the answer to a prompt."""
         # the rest of the context, at most, is for the answer
-        most = min(self.options.max_new_tokens, self.conversation.context - len(prompt.tokens))
+        most = min(self.options.max_new_tokens, self.conversation.context - len(prompt))
         options = replace(self.options, max_new_tokens=most, min_new_tokens=min(self.options.min_new_tokens, most))
         deltas: list[str] = []
 
@@ -77,34 +113,38 @@ class Chat:
                 print(delta, end="", flush=True)
 
         # decode; an answer at its limit without an end token was cut
-        stopped, reason = False, ""
         try:
             written = complete(
                 self.loaded.model,
                 self.loaded.tokenizer,
-                [prompt.tokens],
+                [prompt],
                 options,
                 generator=self.generator,
                 on_text=show,
                 draft=self.draft,
                 acceptance=Acceptance(),
             )[0][0]
-            if len(written.tokens) >= most and written.tokens[-1] not in self.ends:
-                short = most < self.options.max_new_tokens
-                reason = "the context is full" if short else f"generation.max_new_tokens={most}"
         except KeyboardInterrupt:
-            stopped = True
-        # an empty answer takes its question back
-        answer = "".join(deltas)
-        print("" if self.stream else answer, flush=True)
-        if answer.strip():
-            self.conversation.add(text, answer, prompt.n_dropped)
-        elif not stopped:
-            print_note("the model ended its answer before it began; the message is taken back")
-        if reason:
-            print_note(f"the answer was cut: {reason}")
-        if stopped:
-            raise KeyboardInterrupt
+            return "".join(deltas), [], "", True
+        reason = ""
+        if len(written.tokens) >= most and written.tokens[-1] not in self.ends:
+            short = most < self.options.max_new_tokens
+            reason = "the context is full" if short else f"generation.max_new_tokens={most}"
+        return "".join(deltas), written.tokens, reason, False
+
+    def _calls(self, answer: str, tokens: list[int]) -> list[Message]:
+        """The turns of an answer with calls and of their results, which are shown; none for an answer without."""
+        text, calls = self.reader.read(answer, tokens, self.tools.schemas)
+        if not calls:
+            return []
+        results = run_all([self.tools.run(call) for call in calls])
+        asked, told = [], []
+        for call, (result, _) in zip(calls, results, strict=True):
+            print_note(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)}) = {result}")
+            number, name = self.reader.call_id(), call.name or "unknown"
+            asked.append({"id": number, "type": "function", "function": {"name": name, "arguments": call.arguments}})
+            told.append({"role": "tool", "tool_call_id": number, "name": name, "content": result})
+        return [{"role": "assistant", "content": text, "tool_calls": asked}, *told]
 
     def save(self, path: str) -> None:
         """Append the conversation to a file as a row of `data=chat`."""
@@ -115,7 +155,8 @@ class Chat:
             raise ConfigError("/save: nothing was said yet")
         try:
             with Path(path).expanduser().open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                tools = {} if self.tools is None else {"tools": self.tools.schemas}
+                file.write(json.dumps({"messages": messages, **tools}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(f"/save {path}: cannot be written ({error.strerror or error})") from None
         print_note(f"{len(messages)} messages appended to {path}")

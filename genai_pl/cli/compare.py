@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from genai_pl.atomic_io import write_atomic
-from genai_pl.cli.compared_runs import ComparedRun, parse_number, read_runs, varied_settings
+from genai_pl.cli.compared_runs import (
+    ComparedRun,
+    evaluation_cells,
+    full_name,
+    interval_words,
+    parse_number,
+    read_runs,
+    varied_settings,
+)
 from genai_pl.config.metric_modes import greater_is_better
 from genai_pl.errors import DataError, UserError
 from genai_pl.references import named_run, named_sweep, nearest
@@ -52,12 +60,30 @@ def table(runs: list[ComparedRun], metric: str, *, greater: bool) -> list[str]:
     tag_heading = ["tags"] if any(run.tags for run in runs) else []
     rows = [["run", *tag_heading, *names, f"best {metric}", "at step", "last"]]
     for run in ranked:
-        value, step = run.best(greater=greater)
+        _, step = run.best(greater=greater)
         values = [run.settings.get(name, "") for name in names]
         tags = [", ".join(sorted(run.tags))] if tag_heading else []
-        rows.append([run.name, *tags, *values, f"{value:.4f}", f"{step:,}", f"{run.values[-1]:.4f}"])
+        rows.append([run.name, *tags, *values, best_words(run, greater=greater), f"{step:,}", f"{run.values[-1]:.4f}"])
+    return aligned(rows)
+
+
+def best_words(run: ComparedRun, *, greater: bool) -> str:
+    """The best value of a run, with its 95 % interval where it has one."""
+    value, step = run.best(greater=greater)
+    return f"{value:.4f}" + (interval_words(*run.intervals[step]) if step in run.intervals else "")
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns stand below each other."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def evaluation_table(runs: list[ComparedRun]) -> list[str]:
+    """Lines of a table of benchmarks with one run a line: last values with 95 % intervals; none without benchmarks."""
+    names, cells = evaluation_cells(runs)
+    rows = [[run.name, *row] for run, row in zip(runs, cells, strict=True)]
+    return ["", *aligned([["last", *names], *rows])] if names else []
 
 
 def draw(runs: list[ComparedRun], metric: str, path: Path, *, greater: bool) -> None:
@@ -136,7 +162,7 @@ def main() -> None:
     parser.add_argument(
         "folder", help="a multirun folder, or any folder with runs below it; or the name of a sweep or run"
     )
-    parser.add_argument("--metric", default="val/loss", help="the metric that decides")
+    parser.add_argument("--metric", default="val/loss", help="the metric that decides; eval/NAME is a task's first one")
     parser.add_argument(
         "--max", action="store_true", help="greater is better (known of accuracies, rewards and speeds)"
     )
@@ -147,14 +173,16 @@ def main() -> None:
     parser.add_argument("--no-picture", action="store_true", help="the table alone")
     parser.add_argument("--report", type=Path, help="the HTML report; default: FOLDER/compare.html")
     args = parser.parse_args()
-    # lower is better, except for known metrics and with --max
-    greater = args.max or greater_is_better(args.metric) is True
     try:
-        # read, print the table, draw
+        # lower is better, except for known metrics and with --max
         folder = find_folder(args.folder)
+        args.metric = full_name(folder, args.metric)
+        greater = args.max or greater_is_better(args.metric) is True
+        # read, print the tables, draw
         runs = read_runs(folder, args.metric, args.tag)
         logged = [run for run in runs if run.values]
-        print(*table(logged, args.metric, greater=greater), *table_notes(runs, args.metric), sep="\n", flush=True)
+        lines = [*table(logged, args.metric, greater=greater), *table_notes(runs, args.metric), *evaluation_table(runs)]
+        print(*lines, sep="\n", flush=True)
         if args.report or not args.no_picture:
             report = args.report or folder / "compare.html"
             write_report(
@@ -183,7 +211,10 @@ def write_report(
         own = run.folder / "report.html"
         link = quote(os.path.relpath(own, path.parent)) if own.is_file() else ""
         settings, tags = [run.settings.get(name, "") for name in names], ", ".join(sorted(run.tags))
-        ranked.append(RankedRun(run.name, link, tags, settings, run.steps, run.values, value, step))
+        tasks, [cells] = evaluation_cells([run])
+        interval = interval_words(*run.intervals[step]) if step in run.intervals else ""
+        measured = {"evaluations": dict(zip(tasks, cells, strict=True)), "interval": interval}
+        ranked.append(RankedRun(run.name, link, tags, settings, run.steps, run.values, value, step, **measured))
     text = compare_page(title, metric, names, ranked, notes)
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

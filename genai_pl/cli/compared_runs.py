@@ -5,15 +5,17 @@ Folders may come from anywhere: YAML is read with trust's limits, values are pri
 
 import csv
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from genai_pl.config.metric_modes import BOUNDS, headline
 from genai_pl.config.redaction import redact
 from genai_pl.errors import DataError
 from genai_pl.training.trust import read_overrides, read_untrusted_yaml
 
+EVALUATION = "eval/"  # beginning of the metrics of benchmarks
 LABELS = ("resume", "output_dir", "run_name", "tags")  # no settings of the training
 
 
@@ -23,7 +25,8 @@ class ComparedRun:
 
     name: path below the compared folder, with run_name where it differs. settings: override to value. tags: of
     run_name's neighbour `tags`. objective: the group's choice, "" if unknown. steps, values: the metric where
-    it was logged, equal lengths. folder: of the run.
+    it was logged, equal lengths. folder: of the run. intervals: step to the metric's 95 % interval, where it has one.
+    evaluations: last value of each metric of benchmarks, `eval/...`.
     """
 
     name: str
@@ -33,6 +36,8 @@ class ComparedRun:
     steps: list[int]
     values: list[float]
     folder: Path = Path()
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    evaluations: dict[str, float] = field(default_factory=dict)
 
     def best(self, *, greater: bool) -> tuple[float, int]:
         """Best value and its step."""
@@ -49,7 +54,7 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
         raise DataError(f"{folder}: no metrics.csv below it: give a run or multirun folder (logger=csv writes it)")
     runs, metric_names, known_tags = [], set(), set()
     for path in files:
-        steps, values = [], []
+        steps, values, intervals, evaluations = [], [], {}, {}
         run_name, run_tags = _name_and_tags(path.parent)
         known_tags |= run_tags
         if not run_tags.issuperset(tags):
@@ -62,13 +67,23 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
                 if value is not None and math.isfinite(value) and step.isdecimal():
                     steps.append(int(step))
                     values.append(value)
+                    bounds = [parse_number(row.get(metric + end) or "") for end in BOUNDS]
+                    intervals |= {} if None in bounds else {int(step): tuple(bounds)}
+                cells = {name: parse_number(cell or "") for name, cell in row.items() if _is_evaluation(name)}
+                evaluations |= {name: cell for name, cell in cells.items() if cell is not None}
         name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.name
         if run_name is not None and not path.parent.name.startswith(run_name):
             name = f"{name} ({run_name})"
         choices = _read_mapping(path.parent / ".hydra" / "hydra.yaml", "hydra", "runtime", "choices")
         choice = choices.get("objective")
         objective = choice if isinstance(choice, str) and choice.isprintable() else ""
-        runs.append(ComparedRun(name, _settings(path.parent), run_tags, objective, steps, values, path.parent))
+        runs.append(
+            ComparedRun(
+                *(name, _settings(path.parent), run_tags, objective, steps, values, path.parent),
+                intervals=intervals,
+                evaluations=evaluations,
+            )
+        )
     # an error names what exists
     if not runs and not metric_names and tags:
         raise DataError(
@@ -79,6 +94,44 @@ def read_runs(folder: Path, metric: str, tags: Collection[str] = ()) -> list[Com
             f"{folder}: no run has logged {metric}; there are: {', '.join(sorted(metric_names - {'step'}))}"
         )
     return runs
+
+
+def full_name(folder: Path, metric: str) -> str:
+    """The metric, where `eval/NAME` stands for the one by which that task is known in the runs below a folder."""
+    names: set[str] = set()
+    for path in folder.rglob("metrics.csv") if metric.startswith(EVALUATION) else ():
+        with path.open(newline="", encoding="utf-8") as file:
+            names |= set(next(iter(_rows(file, path)), {}))
+    found = headline({name.removeprefix(f"{metric}/") for name in names if name and name.startswith(f"{metric}/")})
+    return metric if found is None or metric in names else f"{metric}/{found}"
+
+
+def evaluation_cells(runs: list[ComparedRun]) -> tuple[list[str], list[list[str]]]:
+    """Metrics by which the tasks of benchmarks are known, and for each run their last values with intervals."""
+    tasks: dict[str, set[str]] = {}
+    for name in (name for run in runs for name in run.evaluations):
+        task, _, metric = name.rpartition("/")
+        tasks.setdefault(task, set()).add(metric)
+    names = [f"{task}/{metric}" for task, of_task in tasks.items() if (metric := headline(of_task))]
+    return names, [[_with_interval(run.evaluations, name) for name in names] for run in runs]
+
+
+def _with_interval(values: Mapping[str, float], name: str) -> str:
+    """A value in words, with its interval where it has one; "" where it is missing."""
+    if name not in values:
+        return ""
+    bounds = [values.get(name + end) for end in BOUNDS]
+    return f"{values[name]:.4f}" + ("" if None in bounds else interval_words(*bounds))
+
+
+def interval_words(low: float, high: float) -> str:
+    """An interval behind its value."""
+    return f" ({low:.3f} to {high:.3f})"
+
+
+def _is_evaluation(name: str | None) -> bool:
+    """Whether a column is a metric of benchmarks; None is the name of cells beyond the header."""
+    return bool(name) and name.startswith(EVALUATION)
 
 
 def _rows(file: TextIO, path: Path) -> Iterator[dict[str, str]]:

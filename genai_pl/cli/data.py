@@ -21,8 +21,9 @@ from genai_pl.data import sources
 from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.duplicates import unique_rows
-from genai_pl.data.inspection import CUT, GIVEN, LEARNED, Counts, InspectedRow, inspected_rows
-from genai_pl.data.mixture_datamodule import MixtureDataModule
+from genai_pl.data.inspected_kinds import inspected_rows
+from genai_pl.data.inspection import CUT, GIVEN, LEARNED, Counts, InspectedRow
+from genai_pl.data.mixture_datamodule import MixedSource, MixtureDataModule
 from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.table_datamodule import TableDataModule
 from genai_pl.data.table_store import cache_folder
@@ -35,28 +36,51 @@ SHOWN_ERRORS = 5  # rows that cannot be read, of which the line is printed
 
 
 def inspect(config: DictConfig) -> int:
-    """Print rows, lengths and faults of the data, and draw the lengths; status 1 where rows cannot be read."""
+    """Print rows, lengths and faults of each source, and draw the lengths; status 1 where rows cannot be read."""
     if config.rows < 0 or config.width < 100:
         raise ConfigError(f"rows={config.rows}, width={config.width}: at least 0 rows, of at least 100 characters")
     read = open_data(config)
-    if isinstance(read.data, MixtureDataModule):
-        raise ConfigError("data.sources: inspect looks at one source: data.py inspect PATH")
-    if read.data.streaming:
+    if read.data.streaming and not isinstance(read.data, MixtureDataModule):
         raise ConfigError("data.streaming=true: data.py reads files as a whole; leave it out")
-    with _reading(read.data) as errors:
+    pictures = []
+    sources = sources_of(read.data)
+    with _reading(sources) as errors:
         read = tokenize_data(config, read)
-        tables = _tables(read.data)
-        counts, shown = _count(read.data, tables, config.rows)
-        _print_summary(config, read, tables, counts, errors)
+        if len(sources) > 1 or sources[0].data is not read.data:
+            print(f"data        {read.data.summary()}")
+        for source in sources:
+            pictures += _inspect_source(config, read, source, errors[source.name])
+    # the pictures last: matplotlib may be missing
+    for line in dict.fromkeys(map(picture_line, pictures)):
+        print(line, flush=True)
+    return 1 if any(errors.values()) else 0
+
+
+def sources_of(data: RowsDataModule) -> list[MixedSource]:
+    """The sources of a mixture, or the only one, which has no name."""
+    return data.sources if isinstance(data, MixtureDataModule) else [MixedSource("", data)]
+
+
+def _inspect_source(config: DictConfig, read: DataOnly, source: MixedSource, errors: list[str]) -> list[Path | None]:
+    """Print what is found in a source, and draw its lengths; the pictures."""
+    data, name = source.data, source.name
+    if name:
+        print(f"source      {name}: {data.kind}, {data.path}")
+    if data.streaming:
+        print("stream      read while it trains: inspect it as a file, without streaming")
+        return []
+    tables = _tables(data)
+    counts, shown = _count(data, tables, config.rows)
+    _print_summary(config, read, source, tables, counts, errors)
     for row in shown:
         print(*row_lines(row, read.tokenizer, width=config.width, color=config.color), sep="\n")
     if shown:
         print(legend(color=config.color))
-    # the picture last: matplotlib may be missing
-    if config.picture and counts.lengths:
-        picture = draw_lengths(counts.lengths, _limit(read), Path(config.picture), title=config.data.path)
-        print(picture_line(picture), flush=True)
-    return 1 if errors else 0
+    if not config.picture or not counts.lengths:
+        return []
+    path = Path(config.picture)
+    path = path.with_stem(f"{path.stem}-{name}") if name else path
+    return [draw_lengths(counts.lengths, _limit(data), path, title=name or Path(str(data.path)).name)]
 
 
 def prepare(config: DictConfig) -> int:
@@ -67,8 +91,7 @@ def prepare(config: DictConfig) -> int:
     read = open_data(config)
     if read.data.streaming:
         raise ConfigError("data.streaming=true: a stream is tokenized while it trains; leave it out")
-    modules = [source.data for source in read.data.sources] if isinstance(read.data, MixtureDataModule) else [read.data]
-    tables = [data for data in modules if isinstance(data, TableDataModule)]
+    tables = [source.data for source in sources_of(read.data) if isinstance(source.data, TableDataModule)]
     for data in tables:
         data.encoders = config.encoders
     if config.encoders and not tables:
@@ -82,19 +105,20 @@ def prepare(config: DictConfig) -> int:
 
 
 @contextmanager
-def _reading(data: RowsDataModule) -> Iterator[list[str]]:
-    """A context in which the tables of the data are read; yields the errors of the rows that cannot be.
+def _reading(sources: list[MixedSource]) -> Iterator[dict[str, list[str]]]:
+    """A context in which the tables of the sources are read; yields the errors of rows that cannot be, by source.
 
     Where there are some, the other rows are read again without them, into a cache that is removed afterwards: the real one
     never holds a part of a file.
     """
+    files = [source for source in sources if not source.data.streaming]
     try:
-        _read(data)
+        _read(files)
     except DataError:
-        if not isinstance(data, TableDataModule):
+        if not any(isinstance(source.data, TableDataModule) for source in files):
             raise
     else:
-        yield []
+        yield {source.name: [] for source in sources}
         return
     from datasets import config as datasets_config
 
@@ -102,16 +126,19 @@ def _reading(data: RowsDataModule) -> Iterator[list[str]]:
     with TemporaryDirectory() as folder:
         datasets_config.HF_DATASETS_CACHE = folder
         try:
-            data.errors = []
-            _read(data)
-            yield data.errors
+            for n, source in enumerate(files):
+                # a cache of its own: the errors of a file that two sources name are those of both
+                source.data.errors, datasets_config.HF_DATASETS_CACHE = [], str(Path(folder, str(n)))
+                _read([source])
+            yield {source.name: getattr(source.data, "errors", None) or [] for source in sources}
         finally:
             datasets_config.HF_DATASETS_CACHE = kept
 
 
-def _read(data: RowsDataModule) -> None:
-    """Read the tables of the data."""
-    data.tables() if isinstance(data, TableDataModule) else _tables(data)
+def _read(sources: list[MixedSource]) -> None:
+    """Read the tables of the sources."""
+    for source in sources:
+        source.data.tables() if isinstance(source.data, TableDataModule) else _tables(source.data)
 
 
 def _tables(data: RowsDataModule) -> list:
@@ -134,35 +161,40 @@ def _count(data: RowsDataModule, tables: list, n_shown: int) -> tuple[Counts, li
     return counts, [row for *_, row in sorted(shown, reverse=True)]
 
 
-def _print_summary(config: DictConfig, read: DataOnly, tables: list, counts: Counts, errors: list[str]) -> None:
+def _print_summary(
+    config: DictConfig, read: DataOnly, source: MixedSource, tables: list, counts: Counts, errors: list[str]
+) -> None:
     """Print what was read, in lines like those of a run."""
-    print(f"data        {read.data.summary()}")
-    source = config.init_from or config.tokenizer.kind
-    print(f"tokenizer   {source}, {len(read.tokenizer):,} tokens; rows of at most {_limit(read):,}")
+    data = source.data
+    if not source.name:
+        print(f"data        {data.summary()}")
+    tokenizer = config.init_from or config.tokenizer.kind
+    print(f"tokenizer   {tokenizer}, {len(read.tokenizer):,} tokens; rows of at most {_limit(data):,}")
     if errors:
-        print(f"errors      {len(errors):,} rows cannot be read, and a run stops at the first:")
+        several = f"{len(errors):,} rows cannot be read, and a run stops at the first:"
+        print(f"errors      {several if len(errors) > 1 else '1 row cannot be read, and a run stops at it:'}")
         print(*(f"            {error}" for error in errors[:SHOWN_ERRORS]), sep="\n")
     total = len(counts.lengths)
     n = np.percentile(counts.lengths, [50, 90, 99, 100]).astype(int)
     print(f"lengths     {total:,} rows; tokens: median {n[0]:,}, 90 % {n[1]:,}, 99 % {n[2]:,}, longest {n[3]:,}")
-    if not isinstance(read.data, TextDataModule):
+    if not isinstance(data, TextDataModule):
         print(f"cut         {_share(counts.cut, total, counts.first_cut)}")
     print(f"empty       {_share(counts.empty, total, counts.first_empty)}")
     n_unique = len(unique_rows(tables))
     print(f"duplicates  {_share(total - n_unique, total, 0)} repeat an earlier one")
-    tokens = counts.tokens / max(counts.tokens.sum(), 1)
-    print(
-        f"tokens      {counts.tokens.sum():,}: {tokens[LEARNED]:.1%} learned, {tokens[GIVEN]:.1%} given, {tokens[CUT]:.1%} cut"
-    )
+    shares = counts.tokens / max(counts.tokens.sum(), 1)
+    states = {LEARNED: "learned", GIVEN: "given", CUT: "cut"}
+    shown = [f"{shares[state]:.1%} {name}" for state, name in states.items() if counts.tokens[state] or state == CUT]
+    print(f"tokens      {counts.tokens.sum():,}: {', '.join(shown)}")
 
 
-def _limit(read: DataOnly) -> int:
+def _limit(data: RowsDataModule) -> int:
     """The tokens of a row at most."""
-    if isinstance(read.data, ChatDataModule):
-        return read.data.capacity
-    if isinstance(read.data, PromptsDataModule):
-        return min(read.data.max_prompt_len, read.data.seq_len)
-    return read.data.seq_len
+    if isinstance(data, ChatDataModule):
+        return data.capacity
+    if isinstance(data, PromptsDataModule):
+        return min(data.max_prompt_len, data.collate.row_length(data.seq_len))
+    return data.seq_len
 
 
 def _share(n: int, total: int, first: int) -> str:

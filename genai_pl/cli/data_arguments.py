@@ -6,6 +6,14 @@ from genai_pl.errors import ConfigError
 
 TASKS = ("inspect", "prepare")
 OBJECTIVES = {"preference": "dpo", "unpaired": "kto", "chat": "sft", "prompts": "grpo"}  # by kind, in this order
+# by columns, in this order, after those of the table of formats
+COLUMNS = {
+    "contrastive": {"anchor", "positive"},
+    "rerank": {"query", "documents", "labels"},
+    "seq2seq": {"source", "target"},
+    "token_classify": {"tokens", "tags"},
+    "classify": {"text", "label"},
+}
 CHOOSERS = ("objective", "data", "experiment")
 
 
@@ -21,8 +29,8 @@ def complete_arguments(words: list[str]) -> list[str]:
     if rest and not rest[0].startswith("-") and ("=" not in rest[0] or Path(rest[0]).exists()):
         rest[0] = f"data.path={rest[0]}"
     path = next((word.partition("=")[2] for word in rest if word.startswith("data.path=")), None)
-    mixes = any(word.startswith("data.sources") for word in rest)
-    if path is None and not (mixes and task == "prepare"):
+    mixes = any(word.startswith(("data.sources", "experiment=")) for word in rest)
+    if path is None and not mixes:
         raise ConfigError(f"data.py {task}: give a file, folder, glob or hub name after {task}")
     if path is not None and not any(word.partition("=")[0] in CHOOSERS for word in rest):
         rest += objective_of(path, rest)
@@ -30,20 +38,23 @@ def complete_arguments(words: list[str]) -> list[str]:
 
 
 def objective_of(path: str, words: list[str]) -> list[str]:
-    """[objective=...] of the first kind whose formats have the columns of the data; [] for texts."""
+    """[objective=...] of the first kind whose columns the data have; [] for texts."""
     from genai_pl.data import formats, sources
 
     source = sources.find_source(path.strip("'\""))
     names = {*sources.column_names(source), *_renamed(words)}
-    if source.is_text or ("text" in names and not any(_fits(formats.FORMATS[kind], names) for kind in OBJECTIVES)):
+    if source.is_text:
         return []
     kind = next((kind for kind in OBJECTIVES if _fits(formats.FORMATS[kind], names)), None)
-    if kind is None:
+    objective = OBJECTIVES[kind] if kind else next((name for name in COLUMNS if COLUMNS[name] <= names), None)
+    if objective is None and "text" in names:
+        return []
+    if objective is None:
         found = ", ".join(sorted(names))
         raise ConfigError(
             f"data.path={path}: found: {found}; give objective=, and data.columns={{prompt: NAME}} or data.column="
         )
-    return [f"objective={OBJECTIVES[kind]}"]
+    return [f"objective={objective}"]
 
 
 def _renamed(words: list[str]) -> list[str]:

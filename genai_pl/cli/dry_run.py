@@ -94,6 +94,7 @@ def dry_run(config: DictConfig) -> int:
     counts = {"devices": estimate.layout.data, "total_steps": steps}
     if work.prompts is not None:
         options = {"prompts": work.prompts, "group_size": work.completions, "n_updates": work.n_updates}
+        options["max_turns"] = config.objective.max_turns if config.objective.environment else None
         print(describe_rollout(**options, max_new_tokens=config.objective.max_new_tokens, **counts))
     print(describe_step(model, rows=work.rows, seq_len=work.seq_len, accumulate=work.passes, **counts))
     if epochs is not None:

@@ -1,14 +1,15 @@
 """The evaluate command: a resolved configuration in, a table of metrics on stdout out.
 
 Two sources of tasks. `data.path` names a file whose columns decide what is measured: perplexity of texts,
-likelihood of completions or of assistant turns, accuracy of choices, preference of pairs. `tasks=` names tasks of
-lm-evaluation-harness, which runs on an exported folder. `out=` writes the figures with the configuration that they
-are of.
+likelihood of completions or of assistant turns, accuracy of choices, preference of pairs, or what the model writes.
+`tasks=` names tasks of lm-evaluation-harness, which runs on an exported folder. `out=` writes the figures with the
+configuration that they are of, `completions=` what the model wrote.
 """
 
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,19 +20,23 @@ from tqdm import tqdm
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
 from genai_pl.config.enums import Head
+from genai_pl.config.tasks import NAMES, GenerationTaskOptions
 from genai_pl.devices import choose_device, dtypes_of, weights_of
 from genai_pl.errors import DISK_FULL, ConfigError
-from genai_pl.evaluation import Kind, read_examples
+from genai_pl.evaluation import Kind
+from genai_pl.evaluation.generative import ExecutedTests, GenerativeTask
 from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.evaluation.labels import is_reward_model
-from genai_pl.evaluation.tasks import Task, build_task, measure
+from genai_pl.evaluation.tasks import measure, n_rows
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
 from genai_pl.peft import adapters_of, merge
+from genai_pl.training.evaluation_tasks import TaskOptions, build_any_task
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, NO_LABELS_RULE, refuse_unused
 
 CONFIG_KEYS = {"checkpoint", "tasks", "num_fewshot", "batch_tokens", "out"}  # options that stand beside figures
+MANY = 64  # tokens of a typical pass: whole texts
 
 
 def evaluate(config: DictConfig) -> int:
@@ -65,6 +70,8 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError("tasks= names none: give [lambada_openai,arc_easy], or null to measure on data.path")
     if config.out:
         check_out(config)
+    if config.completions and os.path.lexists(config.completions):
+        raise ConfigError(f"completions={config.completions}: exists already; name a new file")
     refuse_unused(config, job_overrides(), EVALUATE_RULES)
 
 
@@ -96,26 +103,32 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     if loaded.model.config.head.scores and not is_reward_model(loaded.model):
         return evaluate_labels(config, loaded)
     refuse_unused(config, job_overrides(), [NO_LABELS_RULE])
-    how = {"column": options.column, "last_word": options.last_word, "columns": dict(options.columns)}
-    kind, columns = read_examples(options.path, limit=config.limit, **how)
+    check_model(config, loaded, judges=True)
+    # tokenize everything first: mistakes in the data show before any model runs
+    kind, task = build_any_task(task_options(config, loaded, device), loaded.model, loaded.tokenizer)
     if kind in (Kind.preferences, Kind.conversations):
         refuse_unused(config, job_overrides(), [NO_BOS_RULE])
-    # tokenize everything first: mistakes in the data show before any model runs
-    check_model(config, loaded, judges=kind is Kind.preferences)
+    if config.completions and not isinstance(task, GenerativeTask):
+        raise ConfigError(f"completions={config.completions}: data.path={options.path} is read, and nothing is written")
     model = loaded.model.to(device)
-    task = build_data_task(options, kind, columns, loaded)
+    written: list[dict[str, object]] = []
     products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
-        tqdm(total=len(task.rows), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        tqdm(total=n_rows(task), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
         # score in batches of about batch_tokens tokens
-        metrics = measure(task, model, loaded.tokenizer, batch_tokens=config.batch_tokens, on_batch=bar.update)
+        options = {"batch_tokens": config.batch_tokens, "on_batch": bar.update, "keep": written.append}
+        metrics = measure(task, model, loaded.tokenizer, **options)
+    if config.completions:
+        write_completions(config, written)
     counts = task.counts
     print_metrics(metrics)
     print(f"{'n':<22}{counts['rows']:>12,} rows, {counts['tokens']:,} tokens")
+    if isinstance(task, GenerativeTask) and isinstance(task.scorer, ExecutedTests):
+        print(f"{'sandbox':<22}{task.scorer.protections}")
     if counts["cut"]:
-        context = options.seq_len or context_of(model)
+        context = config.data.seq_len or context_of(model)
         print(f"{'cut':<22}{counts['cut']:>12,} prompts, on the left, to the context of {context} tokens")
     return {**metrics, **counts}
 
@@ -159,7 +172,7 @@ def transformers_folder(config: DictConfig, temporary: Path) -> Path:
 def load_checkpoint(config: DictConfig) -> Loaded:
     """The model and its tokenizer, with weights in the dtype of `precision` and `dtype`."""
     weights, _ = weights_of(config.precision.lightning, config.dtype, choose_device(config.device))
-    return load(config.checkpoint, dtype=weights)
+    return load(config.checkpoint, dtype=weights, rows=MANY)
 
 
 def check_model(config: DictConfig, loaded: Loaded, *, judges: bool) -> None:
@@ -182,30 +195,47 @@ def check_model(config: DictConfig, loaded: Loaded, *, judges: bool) -> None:
         )
 
 
-def build_data_task(options: DictConfig, kind: Kind, columns: list[list], loaded: Loaded) -> Task:
-    """The task of the data, tokenized for the model.
-
-    options: the group `data`. columns: the data, as read for that kind.
-    """
-    return build_task(
-        options.path,
-        kind,
-        columns,
-        loaded.tokenizer,
+def task_options(config: DictConfig, loaded: Loaded, device: torch.device) -> TaskOptions:
+    """The options of the task that `data` names. device: of a judge."""
+    options = config.data
+    return TaskOptions(
+        path=options.path,
         seq_len=options.seq_len or context_of(loaded.model),
-        judges=loaded.model.config.head is Head.score,
+        generation=GenerationTaskOptions(**{name: _plain(options[name]) for name in NAMES}),
+        columns=dict(options.columns),
+        column=options.column,
+        last_word=options.last_word,
+        limit=config.limit,
         stride=options.stride,
         bos=options.bos,
+        execute_code=config.execute_code,
+        device=device,
     )
+
+
+def _plain(value: object) -> object:
+    """The value of an option without OmegaConf's types."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def write_completions(config: DictConfig, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write what the model wrote as JSON lines, atomically."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _write(config.completions, lines, option="completions")
 
 
 def write_figures(config: DictConfig, figures: dict[str, float]) -> None:
     """Write metrics and configuration as JSON, atomically; NaN and infinity, which JSON has not, become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     text = json.dumps({**finite, "config": OmegaConf.to_container(config)}, indent=2) + "\n"
+    _write(config.out, text, option="out")
+
+
+def _write(name: str, text: str, *, option: str) -> None:
+    """Write a text file, atomically; ConfigError names the option where the system refuses."""
     try:
-        write_atomic(Path(config.out), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomic(Path(name), lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        raise ConfigError(f"out={config.out}: cannot be written ({error.strerror})") from None
+        raise ConfigError(f"{option}={name}: cannot be written ({error.strerror})") from None

@@ -1,8 +1,10 @@
-"""The export command: a trained model in, a folder for transformers, PEFT or ONNX Runtime out.
+"""The export command: a trained model in, a folder for transformers, PEFT, ONNX Runtime or llama.cpp out.
 
 Formats: `hf` (the model as it is), `merged` (adapters added into the weights), `peft` (a copy of the adapter),
-`onnx` (graphs of prefill and step, optionally with int8 weights). The folder is written atomically: it is complete,
-or absent. An existing folder is never overwritten, because it may be what a server is reading.
+`onnx` (graphs of prefill and step, optionally with int8 weights), `gguf` (one file for llama.cpp and Ollama, in any of its
+types of numbers; adapters are added into the weights), `gguf_lora` (a LoRA alone, for llama.cpp to add to its base). The
+folder is written atomically: it is complete, or absent. An existing folder is never overwritten, because it may be what a
+server is reading.
 """
 
 import os
@@ -17,12 +19,14 @@ from torch import nn
 from genai_pl.atomic_io import ADAPTER, write_atomic
 from genai_pl.callbacks import newest_checkpoints, step_of
 from genai_pl.checkpoints.average import mean_weights
+from genai_pl.cli.export_gguf import check_gguf_options, write_gguf_adapter, write_gguf_folder
 from genai_pl.data.generation_defaults import generation_config_values
 from genai_pl.data.tokenizer import save_tokenizer
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.embeddings import saved_sentence_head
 from genai_pl.exporting import export_model, read_alike, token_ids
 from genai_pl.loading import Loaded, load, resolve, resolve_adapter, stored_dtypes
+from genai_pl.models.gguf.package import WRITABLE
 from genai_pl.models.onnx.export import write_description, write_graphs
 from genai_pl.models.onnx.quantize import quantize_graph
 from genai_pl.peft import adapters_of, merge
@@ -30,7 +34,7 @@ from genai_pl.references import run_of
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EXPORT_RULES, refuse_unused
 
-FORMATS = ("hf", "merged", "peft", "onnx")
+FORMATS = ("hf", "merged", "peft", "onnx", "gguf", "gguf_lora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,10 +45,7 @@ def export(config: DictConfig) -> int:
         raise ConfigError(f"format={config.format} is not one of {', '.join(FORMATS)}")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype} is not one of {', '.join(DTYPES)}")
-    if config.quantize not in (None, "int8"):
-        raise ConfigError(f"quantize={config.quantize} is not null or int8")
-    if config.quantize and config.format != "onnx":
-        raise ConfigError("quantize=int8 goes with format=onnx")
+    _check_quantize(config)
     refuse_unused(config, job_overrides(), EXPORT_RULES)
     if not config.out:
         raise ConfigError("out='': name the folder to write")
@@ -58,6 +59,9 @@ def export(config: DictConfig) -> int:
     # one model without adapters, in dtype= or the dtype of its files
     loaded = load_mean(config) if config.average else load(config.checkpoint, adapters=_adapters(config))
     model = loaded.model
+    if config.format == "gguf_lora":
+        print(f"adapter     {out}, read by {write_gguf_adapter(model, out, name=out.name)}")
+        return 0
     if adapters_of(model):
         if config.format == "hf":
             raise ConfigError(
@@ -66,11 +70,13 @@ def export(config: DictConfig) -> int:
         model = merge(model)
     if config.dtype:
         model = model.to(DTYPES[config.dtype])
-    elif config.format != "onnx":
+    elif config.format != "onnx" and not (config.format == "gguf" and config.quantize):
         _restore_dtypes(model, stored_dtypes(str(loaded.path) if config.average else config.checkpoint))
     # write, with tokenizer, generation defaults and model card
     if config.format == "onnx":
         reader = write_onnx(model, loaded, config)
+    elif config.format == "gguf":
+        reader = write_gguf_folder(model, loaded, out, quantize=config.quantize, name=out.name)
     else:
         card = {"Export": f"Written from `{config.checkpoint}`, format {config.format}."}
         options = {"card": card, "defaults": loaded.defaults, "files": sentence_files(loaded)}
@@ -78,6 +84,18 @@ def export(config: DictConfig) -> int:
             reader = export_model(model, loaded.tokenizer, out, **options)
     print(f"model       {out}, read by {reader}")
     return 0
+
+
+def _check_quantize(config: DictConfig) -> None:
+    """ConfigError for a quantization that the format does not have, or whose package is absent."""
+    if config.format in ("gguf", "gguf_lora"):
+        check_gguf_options(config.quantize)
+    elif config.quantize and config.format != "onnx":
+        raise ConfigError(
+            f"quantize={config.quantize} goes with format=onnx (int8) or format=gguf ({', '.join(WRITABLE)})"
+        )
+    elif config.quantize not in (None, "int8"):
+        raise ConfigError(f"quantize={config.quantize} is not null or int8, which format=onnx has")
 
 
 def _adapters(config: DictConfig) -> list[str]:

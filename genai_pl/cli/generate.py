@@ -18,6 +18,7 @@ from genai_pl.cli.chat import Chat, answer_all, run_terminal
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.devices import choose_device, weights_of
+from genai_pl.environments.tools import Tools
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.generation import Acceptance, Completion, complete, encode_prompt
 from genai_pl.generation.fill_mask import fill
@@ -26,6 +27,7 @@ from genai_pl.models import Encoder, prepare_for_decoding
 from genai_pl.models.virtual_tokens import n_virtual
 from genai_pl.peft import RowWeights, adapters_of
 from genai_pl.training.hydra_job import job_overrides
+from genai_pl.training.named_objects import named_object
 from genai_pl.training.unused_options import ENCODER_RULE, GENERATE_RULES, WRITER_RULE, refuse_unused
 
 
@@ -36,9 +38,9 @@ def generate(config: DictConfig) -> int:
     # weights in the precision's dtype; products under autocast where the two differ
     device = choose_device(config.device)
     weights, products = weights_of(config.precision.lightning, config.dtype, device)
-    loaded = load(
-        config.checkpoint, dtype=weights, adapters=adapter_names(config), onnx=not (config.embed or config.score)
-    )
+    rows = max(1, len(prompts) * config.num_samples)
+    options = {"onnx": not (config.embed or config.score), "rows": rows}
+    loaded = load(config.checkpoint, dtype=weights, adapters=adapter_names(config), **options)
     # what is unused depends on the model's shape, known only now
     refuse_unused(config, job_overrides(), [ENCODER_RULE if isinstance(loaded.model, Encoder) else WRITER_RULE])
     if not (config.embed or config.score or isinstance(loaded.model, Encoder) or loaded.model.config.writes):
@@ -48,7 +50,7 @@ def generate(config: DictConfig) -> int:
     loaded.model.to(device)
     # fused decoding needs weights and products in one dtype
     if products is None:
-        prepare_for_decoding(loaded.model, rows=max(1, len(prompts) * config.num_samples))
+        prepare_for_decoding(loaded.model, rows=rows)
     mixed = torch.autocast(device.type, dtype=products, enabled=products is not None)
     with torch.inference_mode(), mixed:
         if config.embed:
@@ -76,6 +78,8 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError("query is the first text of a pair to score: set score=true")
     if config.system is not None and not config.chat:
         raise ConfigError("system is what a chat begins with: set chat=true")
+    if config.tools is not None and not config.chat:
+        raise ConfigError("tools are what a chat may call: set chat=true")
     if config.chat and (config.num_samples > 1 or config.generation.num_return > 1):
         raise ConfigError("chat=true: an answer is one; set num_samples=1 and generation.num_return=1")
     if config.chat and len(adapter_names(config)) > 1 and config.adapter_weights is None:
@@ -89,11 +93,23 @@ def run_chat(config: DictConfig, loaded: Loaded, device: torch.device) -> int:
     assign_adapters(loaded.model, names, config.adapter_weights, 1)
     generator = torch.Generator(device).manual_seed(config.seed)
     options: GenerationConfig = OmegaConf.to_object(config.generation)
-    chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator)
+    tools = None if config.tools is None else load_tools(config.tools)
+    chat = Chat(loaded, options, system=config.system, stream=config.stream, generator=generator, tools=tools)
     if config.prompt is None and config.prompt_file is None:
         return run_terminal(chat)
     answer_all(chat, read_prompts(config))
     return 0
+
+
+def load_tools(names: str | list[str]) -> Tools:
+    """The functions of the option `tools` by name, with 30 seconds for each call."""
+    functions = []
+    for name in [names] if isinstance(names, str) else names:
+        module, _, attribute = str(name).rpartition(":")
+        if not module:
+            raise ConfigError(f"tools={name}: name a function as module:function or file.py:function")
+        functions.append(named_object(f"tools={name}", module, attribute))
+    return Tools(functions, option="tools", timeout=30.0)
 
 
 def print_continuations(config: DictConfig, loaded: Loaded, prompts: list[str], device: torch.device) -> None:

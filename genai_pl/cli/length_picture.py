@@ -20,14 +20,14 @@ def draw_lengths(lengths: list[int], limit: int, path: Path, *, title: str) -> P
     except ImportError:
         return None
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     # a few very long rows must not press all others into one bar
     values = np.asarray(lengths)
     top = max(min(int(values.max()), 2 * int(np.percentile(values, 99))), 1)
     edges = np.linspace(0, top, BINS + 1)
     within = np.minimum(values, top)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     longer = values > limit
     parts = {"within the limit": ~longer, f"{longer.sum():,} longer, cut": longer}
     shown = {label: within[where] for label, where in parts.items() if where.any()}
@@ -42,9 +42,9 @@ def draw_lengths(lengths: list[int], limit: int, path: Path, *, title: str) -> P
             f"{percent} %", (value, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
         )
     axes.set(xlabel="tokens of a row", ylabel="rows", xlim=(0, top))
-    axes.set_title(f"{len(values):,} rows of {Path(title).name}", pad=18)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    axes.set_title(f"{len(values):,} rows of {title}", pad=18)
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     pyplot.close(figure)
     return path

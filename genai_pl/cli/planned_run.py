@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from genai_pl.atomic_io import ADAPTER, is_checkpoint
+from genai_pl.atomic_io import ADAPTER, is_checkpoint, is_gguf
 from genai_pl.callbacks.monitor import peak_flops, products_dtype
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.data import add_missing_tokens, byte_tokenizer, pretrained_tokenizer
 from genai_pl.data.tokenizer import tokenizer_from_files
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.loading import describe_gguf
 from genai_pl.models import ModelConfig
 from genai_pl.models.hf.config import is_supported, prefix_of, read_config
 from genai_pl.models.hf.folder import TensorFiles
@@ -100,6 +101,8 @@ def read_stored_config(reference: str, *, option: str) -> tuple[ModelConfig, "Pr
                 f"dry_run=true needs a model of our own, and {option}={reference} is one of transformers'"
             )
         return ModelConfig.from_dict(contents["model"]), tokenizer_from_files(contents["tokenizer"])
+    if is_gguf(path):
+        return describe_gguf(path)
     if (path / ADAPTER).is_file():
         raise adapter_error
     file = path / "config.json"
@@ -126,6 +129,10 @@ def planned_work(config: DictConfig, objective: type[BaseModule], rows: int, seq
             prompts=rows,
             completions=options.get("group_size", 1),
             n_updates=options.epochs * -(-completions // step),
+        )
+    if objective.needs_teacher:
+        raise ConfigError(
+            "dry_run=true does not estimate a teacher; ask for objective=clm and add the teacher's weights"
         )
     # losses with a reference: one more forward pass, unless precomputed
     texts = texts_of_row(objective.data_kind, config.data)

@@ -33,7 +33,9 @@ UNTYPED_TEXT_OPTIONS = (
     "tokenizer.name",
     "peft.init_from",
     "objective.critic",
+    "objective.teacher",
     "objective.reference_cache",
+    "objective.teacher_cache",
     "hydra.run.dir",
     "adapter",
 )

@@ -1,6 +1,7 @@
 """A row of tokens on the terminal: learned, given and cut parts in colours, or in marks where there are none."""
 
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 from genai_pl.data.inspection import CUT, GIVEN, LEARNED, InspectedRow, Part, runs_of
@@ -17,6 +18,7 @@ def row_lines(row: InspectedRow, tokenizer: "PreTrainedTokenizerBase", *, width:
     """A heading, and a line for each part of a row; width: characters of a part. color: None on a terminal."""
     signs = _signs(color)
     lines = [f"--- row {row.number:,}: {row.length:,} tokens"]
+    lines += [textwrap.shorten(printable(row.note), width, placeholder=" ...")] if row.note else []
     for part in row.parts:
         label = "" if part.label == "text" else f"{part.label}: "
         lines.append(label + _text(part, tokenizer, width, signs))

@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from genai_pl.config.tasks import GenerationTaskOptions
+
 
 @dataclass
 class GenerateSchema:
@@ -12,9 +14,9 @@ class GenerateSchema:
 
     checkpoint: a reference (`auto`, a run, a folder, a Hub id). adapter: one, several, or names to folders.
     adapter_weights: a factor for each. prompt, prompt_file: texts to continue, stdin if both are null.
-    num_samples: completions per prompt. stream: print while decoding. chat, embed, score: what to do instead of
-    continuing. query: first text of scored pairs. top_k: candidates per mask. dtype: of the weights, null as precision
-    has them. precision, generation: groups.
+    tools: functions of a chat. num_samples: completions per prompt. stream: print while decoding. chat, embed,
+    score: what to do instead of continuing. query: first text of scored pairs. top_k: candidates per mask. dtype: of
+    the weights, null as precision has them. precision, generation: groups.
     """
 
     checkpoint: str = "auto"
@@ -24,6 +26,7 @@ class GenerateSchema:
     prompt_file: str | None = None
     chat: bool = False
     system: str | None = None
+    tools: Any = None
     num_samples: int = 1
     stream: bool = True
     logprobs: bool = False
@@ -43,9 +46,10 @@ class GenerateSchema:
 class ExportSchema:
     """Options of `export.py`.
 
-    checkpoint, adapter: references. format: hf, merged, peft or onnx. dtype: fp32, bf16 or fp16, null keeps
-    that of the files.
-    quantize: null or int8, for onnx. average: checkpoints of a run whose mean is exported. out: the new folder.
+    checkpoint, adapter: references. format: hf, merged, peft, onnx, gguf or gguf_lora. dtype: fp32, bf16 or fp16, null
+    keeps that of the files.
+    quantize: null; int8 for onnx; f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 for gguf. average: checkpoints
+    of a run whose mean is exported. out: the new folder.
     """
 
     checkpoint: str = "auto"
@@ -58,8 +62,9 @@ class ExportSchema:
 
 
 @dataclass
-class EvaluateDataSchema:
-    """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score.
+class EvaluateDataSchema(GenerationTaskOptions):
+    """The data of `evaluate.py`: texts, completions, choices, pairs, conversations or labelled texts to score, or prompts
+    to continue, by the options of GenerationTaskOptions.
 
     path: file, folder or Hub data set. columns: names that files give to others. column: of texts.
     last_word: score the last word only (LAMBADA).
@@ -89,7 +94,8 @@ class EvaluateSchema:
 
     checkpoint: a reference. tasks: of lm-evaluation-harness, instead of data. num_fewshot: examples in their
     prompts. batch_size: rows of a harness batch. batch_tokens: tokens of a batch of data. limit: rows, or
-    examples per task. out: a JSON file. dtype: of the weights, null as precision has them.
+    examples per task. out: a JSON file. completions: a JSON lines file. execute_code: whether programs may run.
+    dtype: of the weights, null as precision has them.
     """
 
     checkpoint: str = "auto"
@@ -98,6 +104,8 @@ class EvaluateSchema:
     batch_size: int = 8
     limit: int | None = None
     batch_tokens: int = 4096
+    execute_code: bool = False
+    completions: str | None = None
     out: str | None = None
     device: str = "auto"
     dtype: str | None = None

@@ -12,9 +12,9 @@ from genai_pl.config.enums import AttentionBackend
 class TrainSchema:
     """Root of train.py: options without a group, and the groups.
 
-    init_from: weights to start from. resume: a run to go on with. compile: torch.compile of every block.
-    profile: a trace of a few steps. dry_run: estimate instead of training. optimized_metric: what a searching
-    sweeper gets back.
+    init_from: weights to start from. init_layers: how many of its layers, or which. resume: a run to go on with.
+    compile: torch.compile of every block. profile: a trace of a few steps. dry_run: estimate instead of training.
+    optimized_metric: what a searching sweeper gets back.
     """
 
     seed: int = 0
@@ -22,6 +22,7 @@ class TrainSchema:
     tags: list[str] = field(default_factory=list)
     output_dir: str = MISSING
     init_from: str | None = None
+    init_layers: Any = None
     resume: str | None = None
     compile: bool = False
     profile: bool = False

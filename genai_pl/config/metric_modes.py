@@ -1,4 +1,6 @@
-"""Metric modes: whether a greater value of a metric is the better one, guessed from its name."""
+"""Metric modes: whether a greater value of a metric is the better one, and which metric of a task is shown first."""
+
+from collections.abc import Collection
 
 GREATER = {
     *(
@@ -8,6 +10,9 @@ GREATER = {
         "accuracies",
         "token_accuracy",
         "exact_match",
+        "centered_accuracy",
+        "win_rate",
+        "score",
         "f1",
         "macro_f1",
     ),
@@ -18,6 +23,19 @@ LESS = {
     *("loss", "perplexity", "completion_perplexity", "bpb", "kl", "calibration_error", "nll", "grad_norm", "policy"),
     *("value", "approxkl", "mse", "mae", "rmse", "memory_gib", "data_wait", "error"),
 }
+HEADLINES = (  # metrics by which a task of evaluation is known, the first that it has
+    *("exact_match", "pass@1", "win_rate", "score", "centered_accuracy", "accuracy", "loss"),
+)
+BOUNDS = ("_low", "_high")  # ends of the names of an interval
+
+
+def headline(names: Collection[str]) -> str | None:
+    """The metric by which a task is known, of those that it has; None for names that no task has.
+
+    >>> headline(["accuracy_low", "accuracy", "loss"])
+    'accuracy'
+    """
+    return next((name for name in HEADLINES if name in names), None)
 
 
 def greater_is_better(name: str) -> bool | None:

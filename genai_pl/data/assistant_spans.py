@@ -31,6 +31,7 @@ PROBES = ("qzxjvk", "kvjxzq")
 PROBE_QUESTION = {"role": "user", "content": PROBES[0]}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MARKER = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,30}\]")  # what markers of turns look like, special tokens or not
+QUOTES = re.compile(r"[^\w\s]{0,8}")  # of a text among arguments
 ATOM = re.compile(rf"{MARKER.pattern}|\s+|\w+|.")
 
 
@@ -76,22 +77,40 @@ def _probed_span(
     # the common prefix and suffix of the renderings surround the content
     n_before = min(_n_common(first, other), _n_common(text, first))
     n_after = _n_common(first[::-1], other[::-1])
-    if n_after and not text.endswith(first[-n_after:]):
+    n_shared = min(n_after, _n_common(text[::-1], first[::-1]))
+    # the probe is text, and the last argument may be no text: then a quotation mark at most is not shared
+    quotes = first[len(first) - n_after : len(first) - n_shared]
+    if QUOTES.fullmatch(quotes) is None:
         return None
     # before the content the turn has its header, after it an end marker
-    start, content_end = _header_end(template, text, before, tools, min_start, n_before), len(text) - n_after
+    start, content_end = _header_end(template, text, before, tools, min_start, n_before), len(text) - n_shared
+    if start is None:  # no generation prompt to go by
+        start = min(n_before, _content_start(template, text, messages, n, tools)) if calls_of(messages[n]) else n_before
     if not after:
         return start, len(text)
     # the end marker is what follows the probe when the turn is the last one, as far as the text agrees
-    alone = template.try_render([*before, probes[0]], tools) or ""
-    return start, content_end + _n_common_markers(text[content_end:], alone.rpartition(PROBES[0])[2])
+    alone = (template.try_render([*before, probes[0]], tools) or "").rpartition(PROBES[0])[2]
+    return start, content_end + _n_common_markers(text[content_end:], alone.removeprefix(quotes))
+
+
+def _content_start(template: "ChatTemplate", text: str, messages: Messages, n: int, tools: Tools) -> int:
+    """Where turn n begins, a call: where the text would go on if it were a plain answer; len(text) if that shows nothing.
+
+    What answers the call is left out up to the next question, as templates refuse answers to no call.
+    """
+    following = next((k for k in range(n + 1, len(messages)) if messages[k]["role"] == "user"), len(messages))
+    plain = [{"role": messages[n]["role"], "content": probe_text} for probe_text in PROBES]
+    renderings = [template.try_render([*messages[:n], turn, *messages[following:]], tools) for turn in plain]
+    if None in renderings or renderings[0] == renderings[1]:
+        return len(text)
+    return min(_n_common_markers(*renderings), _n_common_markers(text, renderings[0]))
 
 
 def _header_end(
     template: "ChatTemplate", text: str, before: Messages, tools: Tools, min_start: int, max_end: int
-) -> int:
+) -> int | None:
     """Where the header of an assistant's turn ends in text[min_start:max_end]: after as much of the generation prompt as
-    occurs there.
+    occurs there; None where nothing of it does.
 
     The generation prompt is what the template appends for `add_generation_prompt`. A turn with content may have only its
     beginning (a template that opens `<think>` for a new answer does not repeat that before an old one), so ever shorter
@@ -101,7 +120,7 @@ def _header_end(
     before = before or [PROBE_QUESTION]  # a first turn has no prompt: take the header of another
     opened, plain = template.try_render(before, tools, add_generation_prompt=True), template.try_render(before, tools)
     if opened is None or plain is None:
-        return max_end
+        return None
     prompt = opened[_n_common_markers(opened, plain) :]
     # its longest prefix that occurs in the text, not shorter than its first marker
     shortest = next((match.end() for match in MARKER.finditer(prompt)), len(prompt))
@@ -109,7 +128,7 @@ def _header_end(
         start = text.rfind(prompt[:end], min_start, max_end)
         if start >= 0:
             return start + end
-    return max_end
+    return None
 
 
 def include_end_token(special: re.Pattern[str], text: str, end: int) -> int:
@@ -133,7 +152,7 @@ def _with_probe(message: Message, probe: str) -> dict[str, object]:
     The probe must be the first and the last part that varies, whatever the template writes first.
     """
     changed = {**message, **{name: probe for name in REASONING_KEYS if message.get(name)}}
-    calls = message.get("tool_calls")
+    calls = calls_of(message)
     if not calls or message.get("content"):
         changed["content"] = probe
     if calls:
@@ -145,6 +164,11 @@ def _with_probe(message: Message, probe: str) -> dict[str, object]:
             with_arguments(calls[-1], json.dumps(arguments) if as_text else arguments),
         ]
     return changed
+
+
+def calls_of(message: Message) -> Sequence[Mapping[str, object]]:
+    """The tool calls of a message, none by default."""
+    return message.get("tool_calls") or ()
 
 
 def with_arguments(call: Mapping[str, object], arguments: object) -> dict[str, object]:

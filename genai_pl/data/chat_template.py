@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from genai_pl.data.assistant_spans import (
     PROBE_QUESTION,
     PROBES,
+    REASONING_KEYS,
     Message,
     Messages,
     Tools,
@@ -79,6 +80,7 @@ class ChatTemplate:
 
     needs_parts: the template reads `content` as a list of parts (those of models that see images).
     supports_tools: whether tools change the text; None until tools are given for the first time.
+    reasoning_keys: the keys of a message whose text is in the rendering of a last turn; None until reasoning is given.
     special: matches any special token of the tokenizer, longest first.
     """
 
@@ -87,17 +89,19 @@ class ChatTemplate:
             raise DataError("messages: the tokenizer has no chat template, so conversations cannot be read")
         self.tokenizer, self.needs_parts = tokenizer, False
         self.supports_tools: bool | None = None  # not known before some are given
+        self.reasoning_keys: tuple[str, ...] | None = None
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         special = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         # templates of models that see images want a list of parts, and some drop a text silently
-        self.needs_parts = PROBES[0] not in (self.try_render([PROBE_QUESTION]) or "")
+        self.needs_parts = not self._shows_question() and self._shows_question(in_parts=True)
 
     def render(self, messages: Messages, tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; DataError with the template's own message if it refuses."""
         from jinja2 import TemplateError
 
-        turns = [self._in_parts(message) for message in messages] if self.needs_parts else list(messages)
+        turns = [self._with_own_key(message) for message in messages]
+        turns = [self._in_parts(message) for message in turns] if self.needs_parts else turns
         options = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             try:
@@ -111,7 +115,7 @@ class ChatTemplate:
         """The text of a conversation up to and including the generation prompt: what a model continues."""
         check_messages(messages)
         text = self.render(messages, tools, add_generation_prompt=True)
-        self._check_tools(tools)
+        self._check_tools(tools, text)
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 _check_turn_rendered(message, n, text)
@@ -125,7 +129,7 @@ class ChatTemplate:
         check_messages(messages)
         # render once: all spans are of this text
         text, last = self.render(messages, tools), len(messages) - 1
-        self._check_tools(tools)
+        self._check_tools(tools, text)
         spans: list[tuple[int, int]] = []
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -136,16 +140,49 @@ class ChatTemplate:
                 start, end = assistant_span(self, text, messages, n, tools, min_start=min_start)
                 spans.append((start, include_end_token(self.special, text, end)))
                 _check_turn_rendered(message, n, text[start:end])
+                self._check_reasoning(message, n)
                 _check_turn_separate(messages, n, text[start:end])
         answer = messages[last].get("content") if messages[last]["role"] == "assistant" else ""
         return Rendering(text, spans, is_unclosed=bool(answer) and text.endswith(str(answer).rstrip()))
 
-    def _check_tools(self, tools: Tools) -> None:
+    def _check_tools(self, tools: Tools, text: str) -> None:
         """DataError where tools are given and the template ignores them; found once by rendering with and without."""
         if tools and self.supports_tools is None:
             self.supports_tools = self.try_render([PROBE_QUESTION], tools) != self.try_render([PROBE_QUESTION])
         if tools and not self.supports_tools:
             raise DataError("tools: the chat template has no place for them; leave them out, or use one that has")
+        for name in (str(tool.get("function", tool).get("name", "")) for tool in tools):
+            if name not in text:
+                raise DataError(f"tools: the chat template leaves out {name}")
+
+    def _with_own_key(self, message: Message) -> Message:
+        """The message with its reasoning under a key that the template reads, of the three in use."""
+        given = reasoning_of(message)
+        if not given:
+            return message
+        if self.reasoning_keys is None:
+            self.reasoning_keys = ()  # while it is found out
+            turns = {key: {"role": "assistant", "content": PROBES[0], key: PROBES[1]} for key in REASONING_KEYS}
+            shown = (key for key, turn in turns.items() if PROBES[1] in (self.try_render([PROBE_QUESTION, turn]) or ""))
+            self.reasoning_keys = tuple(shown)
+        if not self.reasoning_keys or given.keys() & {*self.reasoning_keys}:
+            return message
+        rest = {key: value for key, value in message.items() if key not in given}
+        return {**rest, self.reasoning_keys[0]: next(iter(given.values()))}
+
+    def _check_reasoning(self, message: Message, n: int) -> None:
+        """DataError where a turn has reasoning and the template prints none, not even that of the last turn."""
+        if reasoning_of(message) and not self.reasoning_keys:
+            raise DataError(
+                f"messages: the chat template has no place for the reasoning of turn {n + 1}; write it into the content, "
+                f"or leave out {' and '.join(reasoning_of(message))}"
+            )
+
+    def _shows_question(self, *, in_parts: bool = False) -> bool:
+        """Whether a question is in the text as a text, or as a list of parts that is not printed as such."""
+        self.needs_parts = in_parts
+        text = self.try_render([PROBE_QUESTION]) or ""
+        return PROBES[0] in text and not (in_parts and "'type'" in text)
 
     def try_render(self, messages: Messages, tools: Tools = (), **options: bool) -> str | None:
         """The rendering of a part of a conversation, or None if the template takes only whole ones."""
@@ -159,6 +196,11 @@ class ChatTemplate:
         """The message with its text as a list of one text part."""
         content = message.get("content")
         return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def reasoning_of(message: Message) -> dict[str, object]:
+    """The keys of a message that hold reasoning, with their texts."""
+    return {key: message[key] for key in REASONING_KEYS if message.get(key)}
 
 
 def check_messages(messages: Messages) -> None:

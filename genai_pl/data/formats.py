@@ -62,6 +62,8 @@ FORMATS = {
     ],
     "preference": [
         _format("preference", "prompt chosen rejected", PAIR, is_own=True),
+        # of LLaMA-Factory; it has the columns of the next one too, and its own decide
+        _format("sharegpt-preference", "conversations chosen rejected", PAIR, is_own=True),
         _format("preference-without-prompt", "chosen rejected", PAIR, is_own=True),
         _format("ranked", "prompt completions", "prompt, completions", is_own=True),
         _format(HH, "chosen_turns:chosen rejected_turns:rejected", PAIR, "prompt_turns:prompt"),

@@ -132,7 +132,7 @@ class LabelledDataModule(LabelsDataModule):
 
 
 def tokenize_labelled(
-    batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    batch: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", seq_len: int | None
 ) -> dict[str, list[list[int]]]:
     """Token ids of each text or pair, at most seq_len, and the types of a pair's tokens where the tokenizer makes them."""
     return encode_pairs(tokenizer, batch["text"], batch.get("text_pair"), max_length=seq_len)

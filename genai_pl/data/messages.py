@@ -7,7 +7,7 @@ origin of a conversation. What cannot be represented (an image part, a weight pe
 
 from collections.abc import Mapping, Sequence
 
-from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse, type_name
+from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse
 
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts with a text: of chat completions and of responses
 Message = dict[str, object]
@@ -151,20 +151,6 @@ def _call(call: object, place: Place) -> Message:
         arguments = parse_json(arguments, place)
     plain = {**function, **({} if arguments is None else {"arguments": arguments})}
     return {**call, "function": plain} if "function" in call else plain
-
-
-def parse_tools(value: object, place: Place) -> list[Message]:
-    """The tools that a conversation offers: JSON schemas, as a list or as JSON text; an empty cell is no tools."""
-    if value is None or value == "":
-        return []
-    return parse_list(value, place, _tool)
-
-
-def _tool(tool: object, place: Place) -> Message:
-    """The JSON schema of a tool."""
-    if not isinstance(tool, Mapping):
-        refuse(place, f"{preview(tool)} is {type_name(tool)}, not the JSON schema of a tool")
-    return dict(tool)
 
 
 def extract_prompt(

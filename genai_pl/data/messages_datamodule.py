@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from genai_pl.data import formats, sources
 from genai_pl.data.columns import Place, parse_text, refuse
-from genai_pl.data.messages import TextOrMessages, is_json_messages, parse_tools, prepend_system, text_or_messages
+from genai_pl.data.messages import TextOrMessages, is_json_messages, prepend_system, text_or_messages
 from genai_pl.data.prompt_tokens import prompt_text
 from genai_pl.data.records import Record, Records
 from genai_pl.data.table_datamodule import TableDataModule
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import DataError
 
 if TYPE_CHECKING:

@@ -35,10 +35,10 @@ class TextsDataModule(TableDataModule):
         train, _ = self.tables()
         return (row[role] for row in train for role in self.columns)
 
-    def tokenized_texts(self, table: "Dataset") -> "Dataset":
-        """The token ids of all texts of a table, one column for each role."""
+    def tokenized_texts(self, table: "Dataset", *, cut: bool = True) -> "Dataset":
+        """The token ids of all texts of a table, one column for each role; cut: truncated to seq_len."""
         return self.encode_table(
-            table, list(self.columns), tokenize_texts, seq_len=self.seq_len, **self.encode_options()
+            table, list(self.columns), tokenize_texts, seq_len=self.seq_len if cut else None, **self.encode_options()
         ).with_format("numpy")
 
     def encode_options(self) -> dict[str, object]:
@@ -78,11 +78,11 @@ class PairsDataModule(TextsDataModule):
 def tokenize_texts(
     batch: dict[str, list[str]],
     tokenizer: "PreTrainedTokenizerBase",
-    seq_len: int,
+    seq_len: int | None,
     prompt: str = "",
     add_end: bool = True,
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the texts of each column, after the prompt and at most seq_len long.
+    """Token ids of the texts of each column, after the prompt and at most seq_len long; None for no limit.
 
     Special tokens count, and are kept when a text is truncated; so is the end token of `add_end`.
     """

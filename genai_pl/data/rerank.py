@@ -96,7 +96,7 @@ def _check_comparable(rows: Iterable[Mapping[str, object]], *, listwise: bool) -
 
 
 def tokenize_rankings(
-    batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase", seq_len: int | None
 ) -> dict[str, list[list[int]]]:
     """Per query: the token ids of all its pairs end to end, their `lengths`, and the types of the tokens if there are any."""
     counts = [len(documents) for documents in batch["document"]]

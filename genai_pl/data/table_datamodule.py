@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-FORMAT = 5  # version of encoded rows: raise it when an encoder changes
+FORMAT = 6  # version of encoded rows: raise it when an encoder changes
 BatchEncoder = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
@@ -96,6 +96,8 @@ class TableDataModule(RowsDataModule):
         name = sources.cache_name(source, type(self).__name__, roles, cell_kinds)
         cells = sources.verify_unchanged(source, self._cells(source, roles, cell_kinds))
         table = cached_table(name, {**cell_kinds, "row": "row"}, cells)
+        if not len(table) and self.errors:
+            raise DataError(f"{self.errors[0]} (none of the {len(self.errors):,} rows can be read)")
         if not len(table):
             raise DataError(f"{source.name}: no rows")
         log_empty_cells(table, cell_kinds, source.name)

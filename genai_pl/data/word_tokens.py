@@ -8,11 +8,12 @@ if TYPE_CHECKING:
 
 
 def tokenize_words(
-    batch: dict[str, list[list[str]]], tokenizer: "PreTrainedTokenizerBase", seq_len: int
+    batch: dict[str, list[list[str]]], tokenizer: "PreTrainedTokenizerBase", seq_len: int | None
 ) -> dict[str, list[list[int]]]:
     """`input_ids` of each sentence, its words joined by spaces, and `words`: the word that begins at each token, or -1."""
     texts = [" ".join(words) for words in batch["tokens"]]
-    encoded = tokenizer(texts, truncation=True, max_length=seq_len, return_offsets_mapping=True, verbose=False)
+    limits = {} if seq_len is None else {"truncation": True, "max_length": seq_len}
+    encoded = tokenizer(texts, **limits, return_offsets_mapping=True, verbose=False)
     begins = [
         word_beginnings(words, offsets)
         for words, offsets in zip(batch["tokens"], encoded["offset_mapping"], strict=True)

@@ -19,14 +19,15 @@ from genai_pl.data.messages import (
     TextOrMessages,
     extract_prompt,
     parse_messages,
-    parse_tools,
     prepend_system,
     text_or_messages,
 )
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, RESPONSE, parse_prompt
 from genai_pl.data.records import Record
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import DataError
 from genai_pl.evaluation.choices import Question, read_labelled_question, read_question
+from genai_pl.evaluation.generative.rows import SETUP_COLUMNS, read_answered, read_tested
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Conversation(NamedTuple):
     tools: list[Message]
 
 
-OPTIONAL = {"tools", "system", INPUT, CONTEXT, HISTORY}
+OPTIONAL = {"tools", "system", INPUT, CONTEXT, HISTORY, "entry_point", *SETUP_COLUMNS}
 
 
 class Kind(Enum):
@@ -58,12 +59,21 @@ class Kind(Enum):
     share_gpt = ("conversations", "tools", "system")  # ShareGPT
     instructions = (INSTRUCTION, OUTPUT, INPUT, HISTORY, "system")  # Alpaca
     dolly = (INSTRUCTION, RESPONSE, CONTEXT, "system")
+    tests = ("prompt", "test", "entry_point")  # HumanEval
+    listed_tests = ("text", "test_list", "test_setup_code")  # MBPP
+    sanitized_tests = ("prompt", "test_list", "test_imports")  # MBPP, sanitized
     text = ("text",)
+    answers = ("prompt", "answer")
+    asked = ("question", "answer")  # GSM8K
+    prompts = ("prompt",)  # scored by a function or a judge
 
 
 CANONICAL_KINDS = {Kind.questions: Kind.choices, Kind.labelled: Kind.choices, Kind.pairs: Kind.preferences}
 FOREIGN_KINDS = (Kind.share_gpt, Kind.instructions, Kind.dolly)  # of other projects; the columns of two are ambiguous
 CANONICAL_KINDS |= dict.fromkeys(FOREIGN_KINDS, Kind.conversations)
+CANONICAL_KINDS |= {Kind.listed_tests: Kind.tests, Kind.sanitized_tests: Kind.tests}
+CANONICAL_KINDS |= {Kind.asked: Kind.answers, Kind.prompts: Kind.answers}
+GENERATIVE_KINDS = (Kind.tests, Kind.answers)  # in which the model writes, of the canonical ones
 
 
 def read_examples(
@@ -73,19 +83,24 @@ def read_examples(
     last_word: bool = False,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
+    writes: bool = False,
 ) -> tuple[Kind, list[list]]:
-    """The kind of the rows and their columns, those of the kind in its order, or one column of `Question`s.
+    """The kind of the rows and their columns, those of the kind in its order, or one of `Question`s or `GenerativeRow`s.
 
     path: a source, of which a shipped set gives its validation file. column: read this column as texts.
     last_word: make a text into a prompt and its last word as completion (LAMBADA). limit: rows to read.
-    columns: {name: name in the files} of columns with other names.
+    columns: {name: name in the files} of columns with other names. writes: the model is to continue the prompts, whatever
+    other columns say.
     """
     source = sources.shipped_validation(path) or sources.find_source(path, columns=columns)
     available = sources.column_names(source)
     # the columns decide, unless an option names a column of texts
-    if column is None and not last_word:
+    if writes:
+        kind, names = find_prompts(path, available), available
+    elif column is None and not last_word:
         kind = find_kind(path, available)
-        names = [name for name in kind.value if name in available]
+        is_generative = CANONICAL_KINDS.get(kind, kind) in GENERATIVE_KINDS
+        names = available if is_generative else [name for name in kind.value if name in available]
     else:
         kind, names = Kind.text, [column or "text"]
         sources.check_columns(source, available, {"data.column": names[0]})
@@ -98,7 +113,7 @@ def read_examples(
         raise DataError(f"data.path={path}: no rows")
     # kinds of one meaning become one; prompts in messages make conversations
     kind = CANONICAL_KINDS.get(kind, kind)
-    if kind is Kind.choices:
+    if kind is Kind.choices or kind in GENERATIVE_KINDS:
         return kind, [examples]
     values = [list(column) for column in zip(*examples, strict=True)]
     if kind is Kind.completions:
@@ -208,7 +223,13 @@ READERS = {
     Kind.completions: read_completion,
     Kind.instructions: read_instruction,
     Kind.dolly: read_instruction,
+    Kind.tests: read_tested,
+    Kind.listed_tests: read_tested,
+    Kind.sanitized_tests: read_tested,
     Kind.text: read_texts,
+    Kind.answers: read_answered,
+    Kind.asked: read_answered,
+    Kind.prompts: read_answered,
 }
 
 
@@ -228,6 +249,16 @@ def find_kind(path: str, names: Sequence[str]) -> Kind:
         f"data.path={path}: no column 'text', nor those of another kind of rows; found: {', '.join(names)} "
         f"(known: {known}; set data.column, or data.columns={{prompt: NAME}})"
     )
+
+
+def find_prompts(path: str, names: Sequence[str]) -> Kind:
+    """The kind of rows whose prompts are continued; DataError where they have none."""
+    if not {"prompt", "question"} & set(names):
+        raise DataError(
+            f"data.path={path}: no column 'prompt' or 'question' to continue; found: {', '.join(names)} "
+            "(set data.columns={prompt: NAME})"
+        )
+    return Kind.answers
 
 
 def split_last_words(texts: Sequence[str]) -> list[list[str]]:

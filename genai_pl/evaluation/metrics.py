@@ -66,6 +66,29 @@ def with_interval(name: str, share: float, n: int) -> Metrics:
     return {name: share, f"{name}_low": low, f"{name}_high": high}
 
 
+def mean_interval(name: str, values: Sequence[float]) -> Metrics:
+    """A mean of numbers under its name, with its normal 95 % interval as NAME_low and NAME_high (NaN for a single number).
+
+    >>> [round(end, 2) for end in mean_interval("score", [1.0, 2.0, 3.0]).values()]
+    [2.0, 0.87, 3.13]
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    mean = numbers.mean().item()
+    width = Z * numbers.std(ddof=1).item() / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+    return {name: mean, f"{name}_low": mean - width, f"{name}_high": mean + width}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k samples is right, of n samples of which c are: 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimator of pass@k (Chen et al. 2021, eq. 1), as a product that does not overflow.
+
+    >>> round(pass_at_k(5, 1, 2), 3), pass_at_k(5, 0, 2), pass_at_k(5, 4, 2)
+    (0.4, 0.0, 1.0)
+    """
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n (Wilson 1927); unlike the normal one it stays within 0 and 1 and works for small n.
 

@@ -1,6 +1,8 @@
 """Evaluation tasks: rows of a source that a model is measured on, tokenized once and scored whenever asked.
 
-`evaluate.py` measures one task of a trained model, `callbacks/benchmarks.py` several while a model trains: both run this.
+`evaluate.py` measures one task of a trained model, `callbacks/benchmarks.py` several while a model trains: both run
+`measure`. Rows of a `Task` are read by the model alone; of a `GenerativeTask` it continues the prompts; `CoreTask` is the
+shipped set.
 """
 
 from collections.abc import Callable
@@ -12,8 +14,10 @@ from genai_pl.config.enums import Head
 from genai_pl.data import token_bytes
 from genai_pl.errors import ConfigError, DataError
 from genai_pl.evaluation.choices import choice_metrics, choice_windows
+from genai_pl.evaluation.core import CoreTask, core_metrics
 from genai_pl.evaluation.embeddings import reward_scores
 from genai_pl.evaluation.examples import Kind, name_path_in_errors
+from genai_pl.evaluation.generative import GenerativeTask, Keep, measure_generative
 from genai_pl.evaluation.metrics import Metrics, completion_metrics, text_metrics
 from genai_pl.evaluation.preferences import conversation_windows, pair_metrics, pair_windows, win_rate
 from genai_pl.evaluation.scoring import score
@@ -24,22 +28,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TOKEN_METRICS = ("loss", "perplexity", "bpb", "token_accuracy", "calibration_error")
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+PAIR_METRICS = (*ACCURACY, "margin", "longer_is_better", "length_correlation")
+METRICS = {  # names by kind
+    Kind.text: TOKEN_METRICS,
+    Kind.completions: (*TOKEN_METRICS, "completion_perplexity", *ACCURACY),
+    Kind.conversations: (*TOKEN_METRICS, "completion_perplexity", *ACCURACY),
+    Kind.choices: (*ACCURACY, "accuracy_norm", "accuracy_norm_low", "accuracy_norm_high", "chance"),
+    Kind.preferences: PAIR_METRICS,
+}
+
+
 class Task(NamedTuple):
     """Tokenized rows of a task.
 
     kind, columns: of the data, as `read_examples` returns them. rows: windows with the position of their first scored
-    token.
+    token. judges: whether a reward model scores.
     """
 
     kind: Kind
     columns: list[list]
     rows: list[ScoredWindow]
+    judges: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows of the data, scored tokens, and prompts that were cut."""
         scored, cut = sum(row.n_scored for row in self.rows), sum(row.truncated for row in self.rows)
         return {"rows": len(self.columns[0]), "tokens": scored, "cut": cut}
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of its metrics."""
+        of_pairs = self.kind is Kind.preferences and not self.judges
+        return (*METRICS[self.kind], *(("accuracy_per_token",) if of_pairs else ()))
+
+
+AnyTask = Task | GenerativeTask | CoreTask
+
+
+def n_rows(task: AnyTask) -> int:
+    """How many times in all `on_batch` counts, for a progress bar."""
+    return len(task.rows) * (1 + task.samples) if isinstance(task, GenerativeTask) else len(task.rows)
 
 
 def build_task(
@@ -77,22 +108,28 @@ def build_task(
             )
     if not rows:
         raise DataError(f"data.path={path}: there is no token to score; a text needs two, or data.bos=true")
-    return Task(kind, columns, rows)
+    return Task(kind, columns, rows, judges)
 
 
 def measure(
-    task: Task,
+    task: AnyTask,
     model: Model,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     batch_tokens: int,
     on_batch: Callable[[int], object] | None = None,
+    keep: Keep | None = None,
 ) -> Metrics:
     """Metrics of the model on a task: losses and perplexity, accuracies with intervals, or a share of pairs.
 
     batch_tokens: tokens of a batch, padding included. on_batch: called with the number of rows after every batch.
+    keep: receives the completions of a generative task.
     """
     options = {"batch_tokens": batch_tokens, "on_batch": on_batch}
+    if isinstance(task, GenerativeTask):
+        return measure_generative(task, model, tokenizer, **options, keep=keep)
+    if isinstance(task, CoreTask):
+        return core_metrics(score(model, task.rows, **options).nll, task.questions)
     if task.kind is Kind.preferences:
         return _preference_metrics(task, model, **options)
     scores = score(model, task.rows, **options)

@@ -6,6 +6,7 @@ requests come and go between steps; it shares `sample` and `BannedTokens` with t
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation.banned_tokens import build_banned_tokens
 from genai_pl.generation.decode_state import DecodeState, check_prompt
 from genai_pl.generation.output_constraints import NO_CONSTRAINTS, OutputConstraints
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.generation.processors import sample, token_logprobs
 from genai_pl.models import Decoder, DecoderWithSource
 from genai_pl.peft.adapter import RowWeights
@@ -36,6 +38,7 @@ def decode(
     constraints: OutputConstraints = NO_CONSTRAINTS,
     logprobs: list[Tensor] | None = None,
     row_weights: RowWeights | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generator[Tensor, None, None]:
     """Yields the next tokens (N,) of each step, N = B * num_samples, until all rows are finished or max_new_tokens are reached.
 
@@ -46,6 +49,7 @@ def decode(
     logprobs: a list that receives (N,) per step: log-probabilities of the tokens under the model's own distribution, before
         temperature, penalties and masks.
     row_weights: weights of adapters for each prompt, (B,), which its samples share.
+    prefix_cache: what the last batch has read and written, which the prompts continue; it keeps the same of this one.
 
     The model is in evaluation mode until the generator is exhausted or closed, then every module returns to its former mode.
     Finished rows leave the batch once they are at least half of it and at least 8.
@@ -64,7 +68,8 @@ def decode(
     with evaluating(model):
         # prefill: one forward pass over the prompts, whose last logits serve all samples
         state = DecodeState(model, B, T + config.max_new_tokens - 1, row_weights)  # the last token is never an input
-        logits = state.forward(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
+        read = state.forward if prefix_cache is None else partial(prefix_cache.prefill, state)
+        logits = read(input_ids, segment_ids).repeat_interleave(num_samples, dim=0)
         state.expand(num_samples)
         # decode: sample from the logits of the last step, record the tokens, run the model on them
         for n_left in reversed(range(config.max_new_tokens)):
@@ -84,8 +89,13 @@ def decode(
             # the caller may have finished rows while this generator was suspended in `yield`
             n_unfinished = N - int(finished.sum())
             if n_left == 0 or n_unfinished == 0:
+                if prefix_cache is not None:
+                    prefix_cache.keep(state, _rows_of(state), N)
                 return
             if WORTH_DROPPING <= state.n_rows - n_unfinished >= n_unfinished:
+                if prefix_cache is not None:
+                    rows = _rows_of(state)
+                    prefix_cache.keep(state, rows[finished[rows]], N)
                 state.drop_finished(finished)
             logits = state.step(logits, token, segment)
 
@@ -147,6 +157,11 @@ def seen_tokens(
     present = torch.ones_like(input_ids) if segment_ids is None else (segment_ids > 0).long()
     counts = torch.zeros(input_ids.shape[0], vocab_size, dtype=torch.long, device=input_ids.device)
     return (counts.scatter_add_(1, input_ids, present) > 0).repeat_interleave(n, dim=0)
+
+
+def _rows_of(state: DecodeState) -> Tensor:
+    """The numbers of the rows that are still decoded."""
+    return torch.arange(state.n_rows, device=state.tokens.device) if state.row_ids is None else state.row_ids
 
 
 def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:

@@ -1,9 +1,9 @@
 """Packed products: x W^T in float32 with W in 16 or 8 bits, for a decoding step, which is as fast as it reads weights.
 
-Several kernels of torch can do it, and which of them is fast depends on the processor: bfloat16 has instructions of its own
-on one, is emulated on another. So a product is a pair of functions, `pack` for the weight and `multiply`, and
-`fastest_product` runs those of a dtype on a model's own weights for some milliseconds. A kernel that this torch or this
-processor lacks drops out there.
+Several kernels can do it, our own in C (`row_products.py`) and those of torch, and which is fast depends on the processor
+and the number of rows: bfloat16 has instructions of its own on one, is emulated on another. So a product is a pair of
+functions, `pack` for the weight and `multiply`, and `fastest_product` runs those of a dtype on a model's own weights for
+some milliseconds. A kernel that this torch or this machine lacks drops out there.
 
 8-bit weights are multiplied in integers, exactly: an activation is written as high + low / 254, two integers of 8 bits
 with one scale for each row, so it keeps 15 bits, and the weights are read once for both (`_split_product`).
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genai_pl.kernels.int8 import from_int8, to_int8
+from genai_pl.kernels.row_products import multiply_rows, pack_rows
 
 FEW = 8  # rows up to which torch's kernel for bf16 rows times int8 weights is used, where FBGEMM is missing
 PASSES = 3  # timed passes of a probe; the fastest counts, since other work only ever adds time
+CLEARLY = 0.9  # of the time of an earlier candidate: a busy machine should decide as an idle one
 TINY = torch.tensor(torch.finfo().tiny)
 LACKS = (RuntimeError, AttributeError, NotImplementedError)  # what a kernel raises that is not there
 
@@ -36,24 +38,24 @@ class Product(NamedTuple):
     multiply: Callable[[Tensor, object], Tensor]
 
 
-def fastest_product(dtype: torch.dtype, weights: Sequence[Tensor], *, rows: int) -> Product:
+def fastest_product(candidates: Sequence[Product], weights: Sequence[Tensor], *, rows: int) -> Product:
     """The product that takes the least time for `rows` rows with each of the weights (out, in) once.
 
-    dtype: float32, bfloat16, float16, or int8 for 8 bits per weight. Weights should be as many as do not fit into a cache, if the
-    model does not. The last product of a dtype runs everywhere.
+    candidates: those of a dtype (`products_of`), of which the last runs everywhere; one replaces an earlier one only if it is
+    clearly faster. Weights should be as many as do not fit into a cache, if the model does not.
     """
-    candidates, seconds = _products(dtype), {}
-    if len(candidates) == 1:
-        return candidates[0]
+    best, least = candidates[-1], float("inf")
     with torch.inference_mode():
         inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
         for product in candidates:
             try:
                 packed = [product.pack(weight) for weight in weights]
-                seconds[product] = _seconds(product, inputs, packed)
+                seconds = _seconds(product, inputs, packed)
             except LACKS:
                 continue
-    return min(seconds, key=seconds.get)
+            if seconds < CLEARLY * least:
+                best, least = product, seconds
+    return best
 
 
 def _seconds(product: Product, inputs: Sequence[Tensor], packed: Sequence[object]) -> float:
@@ -67,35 +69,48 @@ def _seconds(product: Product, inputs: Sequence[Tensor], packed: Sequence[object
     return best
 
 
-def _products(dtype: torch.dtype) -> list[Product]:
-    """The products for weights of a dtype, on this processor."""
+def products_of(dtype: torch.dtype) -> list[Product]:
+    """The products for weights of a dtype that this processor may have; none for other dtypes than those of 32, 16 and 8 bits."""
     if dtype is torch.float32:
-        return [
-            Product("float32 by columns", by_columns, F.linear),
-            Product("float32", torch.Tensor.contiguous, F.linear),
-        ]
+        return [_compiled(dtype), *LAYOUTS]
     if dtype is torch.int8:
         exact = next((limb for limb in (127, 63) if _is_exact(limb)), None)
         if exact is not None:
-            return [_split(exact)]
+            return [_compiled(dtype), _split(exact)]
         return [
+            _compiled(dtype),
             Product("int8 by torch", _pack_codes, _multiply_codes),
             Product("int8, dequantized", to_int8, lambda x, packed: F.linear(x, from_int8(*packed, packed[0].shape))),
         ]
+    if dtype not in (torch.bfloat16, torch.float16):
+        return []
     half = [
         Product("float16 by FBGEMM", _pack_half, lambda x, weight: torch.ops.quantized.linear_dynamic_fp16(x, weight))
     ]
     if dtype is torch.bfloat16:
-        half += [
+        half = [
+            _compiled(dtype),
+            *half,
             BF16,
             Product("bfloat16", torch.Tensor.bfloat16, lambda x, weight: F.linear(x.bfloat16(), weight).float()),
         ]
     return [*half, Product("float32", by_columns, F.linear)]
 
 
+def _compiled(dtype: torch.dtype) -> Product:
+    return Product(f"{str(dtype).removeprefix('torch.')} compiled", partial(pack_rows, dtype=dtype), multiply_rows)
+
+
 def by_columns(weight: Tensor) -> Tensor:
     """The matrix in float32 with the entries of each column next to each other."""
     return weight.float().t().contiguous().t()
+
+
+# products that leave a float32 weight what it is, in one order or the other
+LAYOUTS = (
+    Product("float32 by columns", by_columns, F.linear),
+    Product("float32", torch.Tensor.contiguous, F.linear),
+)
 
 
 # 16 bits

@@ -3,7 +3,7 @@
 To read the code as a lesson, begin with `decoder.py` and follow a pass of GPT: `transformer.py` (embeddings, stack, head),
 `block.py` (one layer), `attention.py` (heads and cache), `kernels/attention.py` (the softmax). The rest are variants:
 positions in `positions.py` and `relative_positions.py`, virtual tokens of prompt tuning, fused decoding steps. `hf/` reads
-and writes folders of transformers, `onnx/` graphs for ONNX Runtime.
+and writes folders of transformers, `onnx/` graphs for ONNX Runtime, `gguf/` files of llama.cpp.
 """
 
 from genai_pl.config.model import ModelConfig

@@ -3,13 +3,13 @@
 A decoding step multiplies one token of each row with every weight, so it is as fast as weights come from memory. Three
 things help:
 
-1. Fewer bytes. Weights of 16 bits or `dtype=int8` are packed for the product that a probe finds fastest here
-   (`kernels/packed_product.py`); everything else is float32.
-2. float32 weights by columns, where they are faster. torch reads a matrix for a product with one row at 24 to 28 GB/s by
-   columns, at 16 to 20 by rows (one thread of an EPYC, torch 2.13). This changes no number beyond rounding.
+1. Fewer bytes. Weights of 16 bits or `dtype=int8` stay so; everything else is float32.
+2. The product that a probe finds fastest here (`kernels/packed_product.py`): for few rows mostly one that is compiled
+   (`kernels/row_products.py`), which reads weights at the speed of memory with any number of threads. Weights that
+   cannot be packed are laid out by columns, where torch reads them faster so. No number changes beyond rounding.
 3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
-   weights that share an input are one matrix (q, k and v; gate and up), queries and keys are normed and turned in one
-   call, and norms of single tokens are written out.
+   weights that share an input are one matrix (q, k and v; gate and up), a product adds the residual stream, queries and
+   keys are normed and turned in one call, and norms are compiled or written out.
 
 `prepare_for_decoding` does all in place, without memory for a second copy. From then on the model is for reading; to
 train it, load it again.
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionKind, NormOrder, Position
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
-from genai_pl.kernels.packed_product import Product, by_columns, fastest_product
+from genai_pl.kernels.packed_product import LAYOUTS, Product, by_columns, fastest_product, products_of
+from genai_pl.kernels.row_products import multiply_rows, rms_norm_rows, rotate_rows
 from genai_pl.models.attention import Attention
 from genai_pl.models.block import Block
 from genai_pl.models.decoder import Decoder
@@ -37,24 +38,31 @@ from genai_pl.models.positions import rotate
 
 log = logging.getLogger(__name__)
 
-PROBED_BYTES = 16 << 20  # of the weights that a probe multiplies with, in 16 bits: more than caches of the second level
+PROBED_BYTES = 32 << 20  # of the weights that a probe multiplies with, in 16 bits: about what caches hold
 POSITIONS = (Position.rotary, Position.learned, Position.sinusoidal)  # kinds that are no part of the scores
 
 
 class FusedNorm:
     """RMSNorm or LayerNorm over the last C channels, in few operations.
 
-    weight, bias: those of the norm, (C,), or of several norms of one kind, (H, 1, C).
+    weight, bias: those of the norm, (C,), or of several norms of one kind, (H, 1, C). compiled: by the library of rows.
     """
 
-    def __init__(self, norm: nn.RMSNorm | nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, norm: nn.RMSNorm | nn.LayerNorm, weight: Tensor, bias: Tensor | None, *, compiled: bool = False
+    ) -> None:
         self.weight, self.bias, self.eps, self.shape = weight, bias, norm.eps, norm.normalized_shape
         self.is_rms = isinstance(norm, nn.RMSNorm)
+        self.compiled = compiled and self.is_rms and weight.dim() == 1
         C = weight.shape[-1]
         if self.is_rms:
-            self.weight, self.root_eps = weight * C**0.5, torch.tensor((C * norm.eps) ** 0.5)
+            self.eps = torch.finfo(weight.dtype).eps if norm.eps is None else norm.eps
+        if self.is_rms and not self.compiled:
+            self.weight, self.root_eps = weight * C**0.5, torch.tensor((C * self.eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.compiled:
+            return rms_norm_rows(x, self.weight, self.eps)
         if self.is_rms:  # x / sqrt(mean(x^2) + eps) = x sqrt(C) / sqrt(|x|^2 + C eps)
             length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.root_eps)
             return x / length * self.weight
@@ -71,16 +79,24 @@ class FusedBlock:
         heads, mlp = block.attention, block.mlp
         self.heads, self.mlp = heads, mlp
         self.options = ScoreOptions(scale=heads.scale, softcap=heads.softcap, sinks=heads.sinks)
-        self.norm1, self.norm2 = _fused_norm(block.norm1), _fused_norm(block.norm2)
+        self.compiled = product is not None and product.multiply is multiply_rows
+        self.norm1, self.norm2 = (_fused_norm(norm, compiled=self.compiled) for norm in (block.norm1, block.norm2))
         self.qk_norm = _fused_head_norm(heads)
         self.qkv = _join(heads, ("q_proj", "k_proj", "v_proj"), product, layout)
-        self.feed_forward = mlp
-        if isinstance(mlp, GatedMLP):
-            self.gate_up, self.feed_forward = _join(mlp, ("gate_proj", "up_proj"), product, layout), self._gated
+        self.gate_up = _join(mlp, ("gate_proj", "up_proj"), product, layout) if isinstance(mlp, GatedMLP) else None
 
-    def _gated(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.mlp.down_proj(self.mlp.glu(gate, up))
+    def attention_out(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x plus the output projection of what was attended to, both (B, T, C)."""
+        return _add_product(x, self.heads.o_proj, attended)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x plus the MLP of its norm, (B, T, C)."""
+        hidden = self.norm2(x)
+        if self.gate_up is None:
+            hidden = self.mlp.activation(self.mlp.up_proj(hidden))
+        else:
+            hidden = self.mlp.glu(*self.gate_up(hidden).chunk(2, dim=-1))
+        return _add_product(x, self.mlp.down_proj, hidden)
 
 
 class FusedForward:
@@ -94,7 +110,7 @@ class FusedForward:
         self.model, self.config = model, model.config
         self.backend = model.config.attention.value
         self.layers = [FusedBlock(block, product, layout) for block in model.blocks]
-        self.norm = _fused_norm(model.norm)
+        self.norm = _fused_norm(model.norm, compiled=self.layers[0].compiled)
 
     def __call__(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> Tensor:
         model, T = self.model, input_ids.shape[1]
@@ -113,8 +129,8 @@ class FusedForward:
         table = None if model.rotary is None else model.rotary(positions)
         # the blocks, written out: pre-norm attention, pre-norm MLP
         for layer in self.layers:
-            x = x + self._attend(layer.norm1(x), layer, mask, table, cache)
-            x = x + layer.feed_forward(layer.norm2(x))
+            x = layer.attention_out(x, self._attend(layer.norm1(x), layer, mask, table, cache))
+            x = layer.feed_forward(x)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -127,19 +143,23 @@ class FusedForward:
         table: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
     ) -> Tensor:
-        """Attention, (B, T, C) -> (B, T, C)."""
+        """Attention before its output projection, (B, T, C) -> (B, T, H D)."""
         (B, T, _), H, K = x.shape, self.config.n_head, self.config.n_kv_head
-        y = layer.qkv(x).view(B, T, H + 2 * K, -1).transpose(1, 2)  # (B, H + 2 K, T, D)
+        y = layer.qkv(x).view(B, T, H + 2 * K, -1)
+        in_place = layer.compiled and table is not None and layer.qk_norm is None
+        if in_place:
+            rotate_rows(y, table, H + K)
+        y = y.transpose(1, 2)  # (B, H + 2 K, T, D)
         qk, v = y[:, : H + K], y[:, H + K :]
         if layer.qk_norm is not None:
             qk = layer.qk_norm(qk)
-        if table is not None:
+        if table is not None and not in_place:
             qk = rotate(qk, table)
         k = qk[:, H:]
         if cache is not None:
             k, v = cache.update(layer.heads.layer, k, v)
         y = attention_with(qk[:, :H], k, v, mask, layer.options, backend=self.backend)
-        return layer.heads.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, rows: int = 1) -> bool:
@@ -153,13 +173,11 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     if dtype is torch.int8:
         _check_int8(model)
     product, layout = _choose_product(model, dtype, rows), by_columns
-    if product is None:
-        linears = [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
-        if linears:
-            layout = fastest_product(torch.float32, _probed(linears), rows=rows).pack
-        for module in linears:
+    if product in LAYOUTS:  # weights stay parameters, in another order
+        product, layout = None, product.pack
+        for module in _plain_linears(model):
             module.weight.data = layout(module.weight.data)
-    else:
+    elif product is not None:
         log.info("decoding    products of %s", product.name)
         dtype = model.embed.weight.dtype if dtype is None else dtype
         for parameter in model.parameters():
@@ -208,14 +226,20 @@ def _check_int8(model: nn.Module) -> None:
 
 
 def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> Product | None:
-    """The fastest product for the model's weights, or None for a model whose weights stay in their dtype."""
-    if not is_packable(model) or _is_packed(model):
-        return None
+    """The fastest product for the model's weights, or None for a model whose weights stay as they are.
+
+    Weights that cannot be packed, as those that an adapter reads, may still be laid out in another order.
+    """
     dtype = model.embed.weight.dtype if dtype is None else dtype
-    if dtype not in (torch.bfloat16, torch.float16, torch.int8):
-        return None
-    linears = (module for block in model.blocks for module in block.modules() if type(module) is nn.Linear)
-    return fastest_product(dtype, _probed(linears), rows=rows)
+    if is_packable(model) and not _is_packed(model) and products_of(dtype):
+        linears = [module for block in model.blocks for module in block.modules() if type(module) is nn.Linear]
+        return fastest_product(products_of(dtype), _probed(linears), rows=rows)
+    linears = _plain_linears(model)
+    return fastest_product(LAYOUTS, _probed(linears), rows=rows) if linears else None
+
+
+def _plain_linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear and _is_plain(module.weight)]
 
 
 def _probed(linears: Iterable[nn.Linear]) -> list[Tensor]:
@@ -244,9 +268,9 @@ def _linears(block: Block) -> list[nn.Module]:
     return [*heads.column_layers, *heads.row_layers, *mlp.column_layers, *mlp.row_layers]
 
 
-def _fused_norm(norm: nn.Module) -> FusedNorm:
+def _fused_norm(norm: nn.Module, *, compiled: bool) -> FusedNorm:
     bias = getattr(norm, "bias", None)
-    return FusedNorm(norm, norm.weight.detach(), None if bias is None else bias.detach())
+    return FusedNorm(norm, norm.weight.detach(), None if bias is None else bias.detach(), compiled=compiled)
 
 
 def _fused_head_norm(heads: Attention) -> FusedNorm | None:
@@ -279,6 +303,11 @@ def _join(
         setattr(parent, name, ChannelsOf(joined, start, start + size))
         start += size
     return joined
+
+
+def _add_product(x: Tensor, layer: nn.Module, y: Tensor) -> Tensor:
+    """x plus the linear layer of y; a packed layer adds while it multiplies."""
+    return layer(y, x) if isinstance(layer, PackedLinear) else x + layer(y)
 
 
 def _is_plain(weight: Tensor) -> bool:

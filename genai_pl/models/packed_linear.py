@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.kernels.packed_product import BF16, LACKS, Product
+from genai_pl.kernels.row_products import multiply_rows
 from genai_pl.models.block import Block
 from genai_pl.models.encoder_decoder import EncoderDecoder
 from genai_pl.models.frozen import FrozenLinear, RoundedLinear
@@ -23,7 +24,10 @@ OURS = ("torch.nn.", "genai_pl.models.")  # packages of the modules that `pack_w
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b, (..., in) -> (..., out) in float32, by a product that owns the packed weight."""
+    """x W^T + b, (..., in) -> (..., out) in float32, by a product that owns the packed weight.
+
+    `forward` adds `more` (..., out) too, if it is given.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, product: Product) -> None:
         super().__init__()
@@ -31,9 +35,13 @@ class PackedLinear(nn.Module):
         self.multiply, self.packed = product.multiply, product.pack(weight.detach())
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x.float(), self.packed)  # under autocast x may be rounded
-        return y if self.bias is None else y + self.bias
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        x = x.float()  # under autocast it may be rounded
+        if self.multiply is multiply_rows:
+            return multiply_rows(x, self.packed, self.bias, more)
+        y = self.multiply(x, self.packed)
+        y = y if self.bias is None else y + self.bias
+        return y if more is None else more + y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         _refuse_change(fn)

@@ -3,6 +3,7 @@
 from genai_pl.modules.base import BaseModule
 from genai_pl.modules.clm import CausalLMModule, FimModule, PrefixLMModule
 from genai_pl.modules.contrastive import ContrastiveModule
+from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.mlm import MaskedLMModule
 from genai_pl.modules.permutation import PermutationModule
 from genai_pl.modules.span_corruption import SpanCorruptionModule
@@ -12,6 +13,7 @@ __all__ = [
     "BaseModule",
     "CausalLMModule",
     "ContrastiveModule",
+    "DistillModule",
     "FimModule",
     "MaskedLMModule",
     "PermutationModule",

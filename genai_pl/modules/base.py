@@ -54,10 +54,12 @@ class BaseModule(L.LightningModule, ABC):
 
     shapes: tuple[str, ...] = ()  # shapes of models that the objective can train: decoder, encoder, encoder_decoder
     data_kind = "text"  # kind of data that it reads: a value of conf/data
+    further_kinds: tuple[str, ...] = ()  # kinds that it reads beside data_kind, one at a time
     source_kinds: tuple[str, ...] = ()  # further kinds that sources of a mixture may have
     needs: tuple[str, ...] = ()  # special tokens that the tokenizer must have: mask, sentinels, fim
     sparse = False  # whether only a minority of tokens is predicted
     needs_reward = False  # whether a reward function scores completions in training
+    needs_teacher = False  # whether a teacher's predictions are learned
     head: Head | None = None  # head that it trains instead of the language-model head
     embeds = False  # whether it trains embeddings of texts
     labelled = False  # whether the outputs of its head are labels of the data

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LOSSES, TARGETS = "losses_by_source", "targets_by_source"  # sums of a batch or a step, (K,)
+NLLS, TOKENS = "nlls_by_source", "tokens_by_source"  # the same of a likelihood term, whose mean is over tokens
 Metrics = dict[str, Tensor]
 
 
@@ -33,6 +34,8 @@ def take_losses(names: Sequence[str], sums: Metrics) -> Metrics:
     """The loss of each source that has targets, by name; its sums are taken out."""
     if LOSSES not in sums:
         return {}
-    losses, targets = sums.pop(LOSSES), sums.pop(TARGETS)
-    named = zip(names, losses, targets, strict=True)
-    return {f"loss/{name}": loss / count for name, loss, count in named if count > 0}
+    targets = sums.pop(TARGETS)
+    means = sums.pop(LOSSES) / targets
+    if NLLS in sums:
+        means = means + sums.pop(NLLS) / sums.pop(TOKENS).clamp(min=1)
+    return {f"loss/{name}": mean for name, mean, count in zip(names, means, targets, strict=True) if count > 0}

@@ -6,6 +6,7 @@ grows with the global batch. Gathering carries gradients back to the rank that m
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,16 +135,18 @@ class ContrastiveModule(BaseModule):
             self.held.append((anchors, positives, own, batch["anchor_ids"]))
         temperature = self.log_temperature.exp()
         # rank r compares its anchors with the positives of all ranks: its own begin at r * B
-        loss = self.loss(
+        candidates = self._everywhere(positives), self._everywhere(negatives[0]) if negatives else None
+        info_nce_of = partial(
+            self.loss,
             anchors,
-            self._everywhere(positives),
-            self._everywhere(negatives[0]) if negatives else None,
+            *candidates,
             temperature=temperature,
             offset=self.global_rank * B if self.training else 0,
             text_ids=torch.cat([self._everywhere(ids) for ids in (own, other) if len(ids)]),
             anchor_ids=batch["anchor_ids"],
         )
-        return {"loss": loss, "temperature": temperature.detach() * B}
+        by_source = self.losses_of_rows(batch, lambda rows: info_nce_of(rows=rows))
+        return {"loss": info_nce_of(), "temperature": temperature.detach() * B, **by_source}
 
     def _everywhere(self, x: Tensor) -> Tensor:
         """x of all ranks, in rank order; in validation, where ranks may have unequal batches, x of this rank."""

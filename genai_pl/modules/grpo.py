@@ -1,8 +1,9 @@
-"""Group-relative policy optimization: GRPO, Dr. GRPO and RLOO.
+"""Policy gradients against a group of completions: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++.
 
-Each prompt has a group of completions, and the advantage of one is its score against those of its group, the same for
-all its tokens. The published variants differ in three options: what the score is compared with, whether advantages are
-divided by their standard deviation, and how the loss is normalized. The losses are in `objectives/grpo.py`.
+Each prompt has a group of completions, and the advantage of one is its score against those of its group or of the batch.
+The published variants differ in a few options: the surrogate of the policy gradient, the advantage and its scale, the
+place of the KL penalty, how the loss is normalized, and whether groups that teach nothing are sampled anew. The functions
+are in `objectives/grpo.py`.
 """
 
 import torch
@@ -10,62 +11,136 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Metrics
+from genai_pl.modules.dynamic_sampling import replace_groups
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rollout import Experience, Rollout, gather_tokens
+from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, gather_tokens
 from genai_pl.modules.rollout_module import Means
-from genai_pl.objectives.grpo import completion_weights, group_advantages, grpo_loss, rloo_advantages
-from genai_pl.objectives.ppo import clipped_surrogate, kl_estimate, policy_metrics
+from genai_pl.objectives.grpo import (
+    SURROGATES,
+    clipped_tokens,
+    completion_weights,
+    equal_groups,
+    group_advantages,
+    grpo_loss,
+    reinforce_returns,
+    rloo_advantages,
+)
+from genai_pl.objectives.ppo import kl_estimate, moment_sums, policy_metrics, whiten
 
-ADVANTAGES = ("group", "rloo")
+CHOICES = {
+    "loss": tuple(SURROGATES),
+    "advantage": ("group", "rloo", "reinforce", "reinforce_baseline"),
+    "scale": ("std", "batch", "none"),
+    "kl": ("loss", "reward"),
+    "kl_estimator": ("k2", "k3"),
+    "normalization": ("sequence", "token", "constant"),
+}
 
 
 class GRPOModule(PolicyGradientModule):
-    """Clipped policy gradient on advantages within groups, without a value model (Shao et al. 2024).
+    """Policy gradient on advantages within groups or batches, without a value model.
 
-    beta: coefficient of the KL penalty to the reference inside the loss (0: none)
+    loss: surrogate of the gradient: grpo (clipped ratio of a token), gspo (clipped ratio of a completion, its geometric
+        mean), rloo (their product) or cispo (clipped weight, no token without gradient)
+    beta: coefficient of the KL penalty to the reference (0: none)
+    kl: loss (a term of the loss by kl_estimator, k2 or k3) or reward (log-ratios are subtracted from scores)
     clip_range, clip_range_high: the ratio new / old is clipped to [1 - clip_range, 1 + clip_range_high]; None:
         symmetric
-    advantage: group (score minus the group's mean) or rloo (minus the mean of the others)
-    scale: std (advantages are divided by the standard deviation of the group's scores) or none (Dr. GRPO)
+    advantage: group (score minus the group's mean), rloo (minus the mean of the others), reinforce (REINFORCE++: the
+        return of each token, whitened over the batch) or reinforce_baseline (minus the group's mean, whitened over the batch)
+    scale: of advantage=group: std (divided by the deviation of the group's scores), batch (of all scores) or none
     normalization: of the loss over tokens: sequence (GRPO), token (DAPO) or constant (Dr. GRPO)
+    dynamic_sampling: rounds in which groups of equal scores are replaced by groups of other prompts (DAPO), 0: none
     """
 
     def __init__(
         self,
         *args: object,
+        loss: str,
         beta: float,
+        kl: str,
+        kl_estimator: str,
         clip_range: float,
         clip_range_high: float | None,
         advantage: str,
         scale: str,
         normalization: str,
+        dynamic_sampling: int,
         **options: object,
     ) -> None:
         super().__init__(*args, **options)
-        if advantage not in ADVANTAGES:
-            raise ConfigError(f"objective.advantage={advantage} is not one of {', '.join(ADVANTAGES)}")
-        if self.group_size < 2:
-            raise ConfigError("objective.group_size must be at least 2: completions are compared with each other")
+        chosen = {"loss": loss, "advantage": advantage, "scale": scale, "normalization": normalization}
+        for name, value in {**chosen, "kl": kl, "kl_estimator": kl_estimator}.items():
+            if value not in CHOICES[name]:
+                raise ConfigError(f"objective.{name}={value} is not one of {', '.join(CHOICES[name])}")
+        if self.group_size < 2 and (advantage != "reinforce" or dynamic_sampling):
+            raise ConfigError(
+                "objective.group_size must be at least 2: completions are compared with each other (not by "
+                "objective.advantage=reinforce without dynamic_sampling)"
+            )
+        if dynamic_sampling < 0:
+            raise ConfigError(f"objective.dynamic_sampling must be at least 0, not {dynamic_sampling}")
         self.beta, self.clip = beta, {"clip_range": clip_range, "clip_range_high": clip_range_high}
+        self.kind, self.kl_place, self.kl_estimator = loss, kl, kl_estimator
         self.advantage, self.scale, self.normalization = advantage, scale, normalization
+        self.dynamic_sampling = dynamic_sampling
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.dynamic_sampling and self.source_names:
+            raise ConfigError("objective.dynamic_sampling draws from one source of prompts, not from data.sources")
+
+    def complete_rollout(self, scored: ScoredRollout, generator: torch.Generator) -> tuple[ScoredRollout, Means]:
+        """The rollout after `dynamic_sampling` rounds, each of as many prompts as there are groups of equal scores.
+
+        Further prompts are drawn from all training rows by seed, step and rank, so that a resumed run draws the same. All
+        ranks go through equally many rounds. Metrics are those of all groups that were sampled.
+        """
+        if not self.dynamic_sampling:
+            return scored, {}
+        equal = equal_groups(scored.scores, self.group_size)
+        n_groups = n_sampled = len(equal)
+        scores, n_equal, rows = scored.scores, equal.sum(), self._further_rows()
+        for _ in range(self.dynamic_sampling):
+            n = int(equal.sum())
+            if not self._over_ranks(equal.sum().float()):
+                break
+            if not n:  # other ranks sample, and may need this one's weights
+                with self.unsharded_model():
+                    continue
+            batch = self.trainer.datamodule.collate([next(rows) for _ in range(n)])
+            more = self.generate_and_score(batch, self.group_size, generator)
+            more_equal = equal_groups(more.scores, self.group_size)
+            scored, equal = replace_groups(scored, equal, more, more_equal, pad=self.vocabulary.pad)
+            scores, n_equal, n_sampled = torch.cat([scores, more.scores]), n_equal + more_equal.sum(), n_sampled + n
+        return scored, {
+            "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
+            "objective/equal_groups": (n_equal, n_sampled),
+            "objective/sampled_groups": (n_sampled, 1),
+            "objective/taught_groups": (n_groups - equal.sum(), 1),
+        }
+
+    def _further_rows(self):
+        """Training rows in an order drawn by seed, step and rank, without end."""
+        rows, generator = self.trainer.datamodule.train_rows, self.seeded_generator("cpu")
+        while True:
+            for i in torch.randperm(len(rows), generator=generator).tolist():
+                yield rows[i]
 
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, Means]:
-        """Advantages (N,) of completions within their groups, and log-probabilities under old policy and reference."""
-        outputs = self.rollout_logprobs(rollout)
+        """Advantages (N,) or (N, L) of completions, and log-probabilities under old policy and reference."""
+        mask, outputs = rollout.mask, self.rollout_logprobs(rollout)
         old_logprobs, reference_logprobs = outputs["old_logprobs"], outputs["reference_logprobs"]
-        # one advantage per completion, from the scores of its group
-        if self.advantage == "rloo":
-            advantages = rloo_advantages(scores, self.group_size)
-        else:
-            advantages = group_advantages(scores, self.group_size, scale=self.scale)
+        token_kl = torch.where(mask, old_logprobs - reference_logprobs, 0)
+        advantages = self._advantages(scores, token_kl, mask)
         # metrics
-        mask = rollout.mask
         kl = torch.where(mask, kl_estimate(old_logprobs, reference_logprobs, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, outputs["entropy"])
         means["objective/rlhf_reward"] = (scores - self.beta * kl).nansum(), (~scores.isnan()).sum()
-        groups = advantages.view(-1, self.group_size)
-        means["objective/equal_groups"] = (groups == 0).all(1).sum(), len(groups)  # all advantages 0: no gradient
+        if self.group_size > 1:
+            equal = equal_groups(scores, self.group_size)
+            means["objective/equal_groups"] = equal.sum(), len(equal)  # all advantages 0: no gradient
         experience = {
             "token_positions": rollout.token_positions,
             "mask": mask,
@@ -76,20 +151,45 @@ class GRPOModule(PolicyGradientModule):
         }
         return {**rollout.batch, **experience}, means
 
+    def _advantages(self, scores: Tensor, token_kl: Tensor, mask: Tensor) -> Tensor:
+        """Advantages (N,), or (N, L) of REINFORCE++, from scores (N,) and log-ratios to the reference (N, L)."""
+        beta = self.beta if self.kl_place == "reward" else 0.0
+        known = ~scores.isnan()
+        if self.advantage == "reinforce":
+            learned = mask & known[:, None]
+            returns = reinforce_returns(scores, token_kl, learned, beta=beta)
+            return whiten(returns, learned, sums=self._over_ranks(moment_sums(returns, learned)))
+        scores = scores - beta * token_kl.sum(1)
+        if self.advantage == "rloo":
+            return rloo_advantages(scores, self.group_size)
+        if self.advantage == "reinforce_baseline":
+            centered = group_advantages(scores, self.group_size, scale="none")
+            return whiten(centered, known, sums=self._over_ranks(moment_sums(centered, known)))
+        sums = self._over_ranks(moment_sums(scores, known)) if self.scale == "batch" else None
+        return group_advantages(scores, self.group_size, scale=self.scale, sums=sums)
+
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
         return self._weights(minibatch["mask"])[1]
 
     def _weights(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of tokens (N, L) in the loss, and the number by which their sum is divided."""
-        return completion_weights(mask, normalization=self.normalization, length=self.sampling.max_new_tokens)
+        return completion_weights(
+            mask, normalization=self.normalization, length=self.sampling.max_new_tokens * self.max_turns
+        )
 
     def loss(self, minibatch: Experience) -> tuple[Tensor, Metrics]:
-        """The clipped surrogate of some rows, with the KL penalty inside, as a weighted sum over tokens."""
+        """The surrogate of some rows, with the KL penalty inside, as a weighted sum over tokens."""
         logprobs = gather_tokens(token_logprobs(self.model, minibatch), minibatch["token_positions"])
         mask, old_logprobs, advantages = minibatch["mask"], minibatch["old_logprobs"], minibatch["advantages"]
+        advantages = advantages[:, None] if advantages.dim() == 1 else advantages
         weights, _ = self._weights(mask)
-        kl = {"reference_logprobs": minibatch["reference_logprobs"], "beta": self.beta} if self.beta else {}
-        loss = grpo_loss(logprobs, old_logprobs, advantages, weights, **self.clip, **kl)
-        arguments = (logprobs.detach(), old_logprobs, advantages[:, None], mask)
-        policy = clipped_surrogate(*arguments, **self.clip).sum()
-        return loss, policy_metrics(*arguments, **self.clip) | {"loss/policy": policy}
+        kl = {}
+        if self.beta and self.kl_place == "loss":
+            reference = minibatch["reference_logprobs"]
+            kl = {"reference_logprobs": reference, "beta": self.beta, "kl_estimator": self.kl_estimator}
+        surrogate = SURROGATES[self.kind]
+        loss = grpo_loss(logprobs, old_logprobs, advantages, weights, surrogate=surrogate, **self.clip, **kl)
+        arguments = (logprobs.detach(), old_logprobs, advantages, mask)
+        metrics = policy_metrics(*arguments, **self.clip)
+        metrics["policy/clipfrac"] = clipped_tokens(self.kind, *arguments, **self.clip)
+        return loss, metrics | {"loss/policy": surrogate(*arguments, **self.clip).sum()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.modules.base import Batch, Metrics
 from genai_pl.modules.columns import Column
-from genai_pl.modules.rollout import Experience, Rollout, micro_batches, select_rows
+from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, micro_batches, select_rows
 from genai_pl.modules.rollout_module import SHOWN, Means, RolloutModule
 
 
@@ -72,6 +72,10 @@ class PolicyGradientModule(RolloutModule):
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
         """This rank's summand of the number that divides a minibatch's loss: tokens or completions."""
 
+    def complete_rollout(self, scored: ScoredRollout, generator: torch.Generator) -> tuple[ScoredRollout, Means]:
+        """The rollout that is learned from, and metrics of what was sampled for it; a subclass may sample more."""
+        return scored, {}
+
     def step(self, batch: Batch) -> Metrics:
         raise NotImplementedError("rollouts are learned from in training_step")
 
@@ -92,11 +96,13 @@ class PolicyGradientModule(RolloutModule):
             that minibatch is dropped.
         """
         # rollout
-        scored = self.generate_and_score(batch, self.group_size, self._generator())
+        generator = self.seeded_generator(self.device)
+        scored = self.generate_and_score(batch, self.group_size, generator)
+        of_sources = self.scores_by_source(batch, scored.scores)
+        scored, of_sampling = self.complete_rollout(scored, generator)
         self._rollout_tokens = scored.rollout.batch["input_ids"].numel()
         experience, means = self.make_experience(scored.rollout, scored.scores)
-        of_sources = self.scores_by_source(batch, scored.scores)
-        means |= {f"objective/{name}": mean for name, mean in of_sources.items()}
+        means |= {f"objective/{name}": mean for name, mean in of_sources.items()} | of_sampling
         self.examples = scored.examples(experience["kl"], SHOWN)
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         # updates; the loops break on all ranks together, as the KL is summed over ranks
@@ -154,10 +160,10 @@ class PolicyGradientModule(RolloutModule):
         }
         return {k if "/" in k else f"train/{k}": v for k, v in means.items() if k not in absent}
 
-    def _generator(self) -> torch.Generator:
-        """The sampling generator of this step and rank."""
+    def seeded_generator(self, device: torch.device | str) -> torch.Generator:
+        """A generator of this step and rank."""
         number = (self.seed * 1_000_003 + self.trainer.global_step) * 1_009 + self.global_rank
-        return torch.Generator(self.device).manual_seed(number)
+        return torch.Generator(device).manual_seed(number)
 
     def _minibatches(self, experience: Experience) -> Iterator[Experience]:
         """`epochs` passes over the rows in drawn orders, the same on every rank."""

@@ -124,7 +124,8 @@ class PPOModule(PolicyGradientModule):
         old_logprobs, values = outputs["old_logprobs"], torch.where(mask, outputs["values"], 0)
         kl = torch.where(mask, kl_estimate(old_logprobs, outputs["reference_logprobs"], self.kl_estimator), 0)
         # advantages; whitening over all ranks, as the loss is a mean over all of them
-        rewards = kl_rewards(scores, kl, mask, kl_coef=float(self.kl_coef))
+        given = {"kl_coef": float(self.kl_coef), "turn_rewards": rollout.turn_rewards}
+        rewards = kl_rewards(scores, kl, mask, **given)
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)
         advantages = whiten(advantages, mask, sums=self._over_ranks(moment_sums(advantages, mask)))
         # metrics, with the coefficient that these rewards were made with; then adapt it

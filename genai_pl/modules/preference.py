@@ -6,6 +6,7 @@ WITH_REFERENCE compare with a frozen reference, the others do not; those in LIKE
 of a text.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.kernels import linear_logprobs
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics, n_replicas
+from genai_pl.modules.by_source import LOSSES, NLLS, TARGETS, TOKENS, sums_by_source
 from genai_pl.modules.columns import Column
 from genai_pl.modules.precompute import add_reference_logprobs, default_cache, fingerprint
 from genai_pl.modules.reference import Reference
@@ -158,16 +160,37 @@ class PreferenceModule(BaseModule):
         likelihood = losses.segment_sums(logprobs, segments, 1)[:, 0]
         # in validation each batch is scaled by its own counts; the sums kept for the logs are exact
         pairs, tokens = (self._targets, self._tokens) if self.training else (batch["targets"], batch["tokens"])
-        options = {"beta": self.beta, "likelihood": likelihood * (pairs / tokens.clamp(min=1))}
-        if self.kind == "orpo":
-            loss = losses.orpo_loss(policy, lengths, **options)
-        else:
-            loss = losses.cpo_loss(policy, lengths, nll_coef=self.likelihood_coef, **options)
+        scaled = likelihood * (pairs / tokens.clamp(min=1))
+
+        def loss_of(rows: Tensor | slice, likelihood: Tensor) -> Tensor:
+            """The loss summed over rows, with this likelihood (B,) of each pair."""
+            options = {"beta": self.beta, "likelihood": likelihood[rows]}
+            if self.kind == "orpo":
+                return losses.orpo_loss(policy[rows], lengths[rows], **options)
+            return losses.cpo_loss(policy[rows], lengths[rows], nll_coef=self.likelihood_coef, **options)
+
+        loss = loss_of(slice(None), scaled)
         sums = {
-            "preference": loss.detach() + self.likelihood_coef * options["likelihood"].detach().sum(),
+            "preference": loss.detach() + self.likelihood_coef * scaled.detach().sum(),
             "nll": -likelihood.sum(),
         }
+        sums |= self._likelihoods_by_source(batch, loss_of, likelihood.detach(), text_or_completion_labels)
         return {"loss": loss, **sums, "tokens": batch["tokens"], **_describe(policy, self.beta * policy.detach())}
+
+    def _likelihoods_by_source(
+        self, batch: Batch, loss_of: Callable[..., Tensor], likelihood: Tensor, labels: Tensor
+    ) -> Metrics:
+        """Sums by source of the preference term over pairs and of the weighted likelihood term over tokens.
+
+        likelihood: (B,), of the labels (B, T) in the first segment of each row.
+        """
+        if not self.source_names:
+            return {}
+        none = torch.zeros_like(likelihood)
+        by_source = self.losses_of_rows(batch, lambda rows: loss_of(rows, none))
+        tokens = ((labels != IGNORED) & (batch["segment_ids"] == 1)).sum(1)
+        nlls = sums_by_source(len(self.source_names), batch["sources"], -self.likelihood_coef * likelihood, tokens)
+        return {**by_source, NLLS: nlls[LOSSES], TOKENS: nlls[TARGETS]}
 
     def summarize(self, sums: Metrics, targets: Tensor) -> Metrics:
         """With a likelihood term, `nll` is per token and the loss is preference + coefficient * nll."""

@@ -1,5 +1,6 @@
 """Reward models: the preferred answer to a prompt gets the higher score."""
 
+import torch
 from torch import Tensor
 
 from genai_pl.config.enums import Head
@@ -93,16 +94,22 @@ class RewardModule(BaseModule):
         """
         sizes = batch["sizes"]
         all_scores = self._scores(batch, int(sizes.max()))
+        by_source = self.losses_of_rows(batch, lambda rows: self._ranking_loss(all_scores[rows], sizes[rows]))
         sums: Metrics = {}
         for k in sizes.unique().tolist():
             rewards = all_scores[sizes == k, :k]  # (b, k)
             best, worst = rewards.detach()[:, 0], rewards.detach()[:, -1]
             part = {
-                "loss": self.ranking(rewards) + self.centering * centering_penalty(rewards),
                 "accuracy": ranking_accuracy(rewards),
                 "margin": (best - worst).sum(),
                 "rewards/chosen": best.sum(),
                 "rewards/rejected": worst.sum(),
             }
             sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-        return sums
+        return {"loss": self._ranking_loss(all_scores, sizes), **sums, **by_source}
+
+    def _ranking_loss(self, all_scores: Tensor, sizes: Tensor) -> Tensor:
+        """The loss summed over prompts, from scores (B, K) of which the first `sizes` (B,) count; 0 for none."""
+        rewards_by_size = (all_scores[sizes == k, :k] for k in sizes.unique().tolist())
+        losses = [self.ranking(rewards) + self.centering * centering_penalty(rewards) for rewards in rewards_by_size]
+        return torch.stack(losses).sum() if losses else all_scores.sum()

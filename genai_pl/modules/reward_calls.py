@@ -7,16 +7,14 @@ numbers or Nones back. It may be a coroutine function; several such rewards then
 import asyncio
 import inspect
 import math
-import threading
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from genai_pl.errors import ConfigError, UserError
+from genai_pl.environments.user_code import OneLineErrors, event_loop, not_ending
+from genai_pl.errors import ConfigError
 
 
 def call(
@@ -35,13 +33,13 @@ def call(
     # start all: plain functions run here, one after the other, coroutines in the event loop
     results, awaited = [], {}
     for n, (name, function) in enumerate(zip(names, rewards, strict=True)):
-        with _OneLineErrors(name):
+        with OneLineErrors(f"objective.reward={name}"):
             results.append(_call(function, prompts, completions, columns))
         if inspect.isawaitable(results[n]):
-            awaited[n] = asyncio.run_coroutine_threadsafe(_await(results[n]), _loop())
+            awaited[n] = asyncio.run_coroutine_threadsafe(not_ending(results[n]), event_loop())
     # wait for the coroutines
     for n, future in awaited.items():
-        with _OneLineErrors(names[n]):
+        with OneLineErrors(f"objective.reward={names[n]}"):
             results[n] = future.result()
             if isinstance(results[n], SystemExit):
                 raise results[n]
@@ -89,47 +87,6 @@ def _binds(signature: inspect.Signature, /, *arguments: object, **keywords: obje
     return True
 
 
-async def _await(awaitable: Awaitable[object]) -> object:
-    try:
-        return await awaitable
-    except SystemExit as error:  # raised here, it would end the event loop
-        return error
-
-
-_loops: list[asyncio.AbstractEventLoop] = []
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all rewards, in a thread of its own, the same for the whole run.
-
-    A client that a reward opens (HTTP connections, say) belongs to the loop that it was opened in: a loop per call
-    would break it.
-    """
-    if not _loops:
-        _loops.append(asyncio.new_event_loop())
-        threading.Thread(target=_loops[0].run_forever, name="rewards", daemon=True).start()
-    return _loops[0]
-
-
-class _OneLineErrors:
-    """A context that turns exceptions of a reward into a one-line ConfigError with the place where it was raised."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception | SystemExit) or isinstance(error, UserError):
-            return
-        place = traceback.extract_tb(trace)[-1]
-        message = " ".join(str(error).split()) or "without a message"
-        raise ConfigError(
-            f"objective.reward={self.name}: raised {kind.__name__}, {message} ({Path(place.filename).name}, line {place.lineno})"
-        ) from None
-
-
 def numbers(name: str, result: object, prompts: Sequence[str]) -> list[float | None]:
     """One float for each completion, or None where the reward does not apply; ConfigError names the reward and the row.
 
@@ -144,7 +101,7 @@ def numbers(name: str, result: object, prompts: Sequence[str]) -> list[float | N
             f"objective.reward gave {_shown(result)} for {n} completions ({name}): give a list of numbers"
         )
     else:
-        with _OneLineErrors(name):
+        with OneLineErrors(f"objective.reward={name}"):
             values = list(result)
         shape = (len(values),)
     if values is None or len(values) != n:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.distributed.dtensor import is_dtensor
 from genai_pl.generation.decode import decode
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.generation.text import left_pad
 from genai_pl.models.packed_linear import packed_products
 from genai_pl.modules.base import Batch
@@ -69,8 +70,10 @@ class Rollout(NamedTuple):
         prompt that all completions of a row share, where rows hold several
     token_positions: (N, L), the position in its row at which each token of a completion is predicted; 0 after its end
     mask: (N, L), True for tokens of completions, their end token included
-    completions: the tokens of each, up to its first end token, which is included
+    completions: the tokens of each, up to its first end token, which is included; of an episode all after the prompt
     ended: (N,), whether a completion has an end token; the others were cut off at max_new_tokens
+    turn_rewards: (N, L) of episodes, the reward of each turn at its last token; None for single completions
+    metrics: (N,) numbers of episodes, by name
     """
 
     batch: Batch
@@ -78,6 +81,8 @@ class Rollout(NamedTuple):
     mask: Tensor
     completions: list[list[int]]
     ended: Tensor
+    turn_rewards: Tensor | None = None
+    metrics: dict[str, Tensor] = {}
 
 
 class Example(NamedTuple):
@@ -135,25 +140,68 @@ def generate_rollout(
 
     Completions of a prompt are neighbours: completion j of prompt i is number i * copies + j.
     """
+    options = {"copies": copies, "generator": generator, "ends": ends, "pad": pad}
+    completions = sample_completions(model, [row.tolist() for row in prompts], config, **options)
     device = next(model.parameters()).device
-    # sample: prompts are padded on the left, so that all continue in the same column
-    input_ids, segment_ids = left_pad([row.tolist() for row in prompts], pad, device=device)
-    options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad}
+    batch, token_positions, mask = training_rows(
+        [prompts[i // copies] for i in range(len(completions))],
+        [(row, [True] * len(row)) for row in completions],
+        copies=copies if share_prompts else 1,
+        pad=pad,
+        device=device,
+    )
+    ended = torch.tensor([row[-1] in ends for row in completions], device=device)
+    return Rollout(batch, token_positions, mask, completions, ended)
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    *,
+    copies: int = 1,
+    generator: torch.Generator,
+    ends: Collection[int],
+    pad: int,
+    prefix_cache: PrefixCache | None = None,
+) -> list[list[int]]:
+    """`copies` completions of each prompt, neighbours, sampled from the policy in evaluation mode up to their first end token.
+
+    The arguments are those of `generate_rollout`; prefix_cache: as of `decode`.
+    """
+    # prompts are padded on the left, so that all continue in the same column
+    input_ids, segment_ids = left_pad(prompts, pad, device=next(model.parameters()).device)
+    options = {"num_samples": copies, "eos_token_id": sorted(ends), "pad_token_id": pad, "prefix_cache": prefix_cache}
     with _rounded_once(model):
         steps = decode(model, input_ids, config, segment_ids=segment_ids, generator=generator, **options)
         tokens = torch.stack(list(steps), dim=1).tolist()  # (N, L)
-    completions = [_through_end(row, ends) for row in tokens]
-    # rows for training, padded on the right
-    completion_ids = [np.asarray(row) for row in completions]
-    if share_prompts:
-        groups = [(prompt, completion_ids[i * copies :][:copies]) for i, prompt in enumerate(prompts)]
-    else:
-        groups = [(prompts[i // copies], [row]) for i, row in enumerate(completion_ids)]
-    batch = groups_batch(groups, pad, share_prompts=share_prompts)
-    token_positions, mask = _token_positions(batch["labels"], [len(row) for row in completion_ids])
-    batch = {name: x.to(device) for name, x in batch.items()}
-    ended = torch.tensor([row[-1] in ends for row in completions], device=device)
-    return Rollout(batch, token_positions.to(device), mask.to(device), completions, ended)
+    return [_through_end(row, ends) for row in tokens]
+
+
+def training_rows(
+    prompts: Sequence[np.ndarray],
+    continuations: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    *,
+    copies: int,
+    pad: int,
+    device: torch.device,
+) -> tuple[Batch, Tensor, Tensor]:
+    """(batch, token_positions, mask) of a `Rollout`, whose rows are padded on the right.
+
+    prompts: one for each continuation. continuations: tokens, and which of them were sampled; only these have labels, and
+    places in token_positions and mask. copies: continuations of one prompt that share a row; 1: each has its own.
+    """
+    ids = [np.asarray(tokens) for tokens, _ in continuations]
+    groups = [(prompts[i], ids[i : i + copies]) for i in range(0, len(ids), copies)]
+    batch = groups_batch(groups, pad, share_prompts=copies > 1)
+    # labels of tokens that were not sampled are removed; both sides are in the order of continuations
+    labels = batch["labels"]
+    is_sampled = torch.tensor([flag for _, flags in continuations for flag in flags])
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    labels[rows[~is_sampled], columns[~is_sampled]] = IGNORED
+    token_positions, mask = _token_positions(labels, [sum(flags) for _, flags in continuations])
+    return {name: x.to(device) for name, x in batch.items()}, token_positions.to(device), mask.to(device)
 
 
 @contextmanager

@@ -4,15 +4,18 @@ GRPO and PPO derive from it by way of `PolicyGradientModule`. What is here needs
 log-probabilities under policy and reference, and the validation metrics made of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
+from genai_pl.data.turns import Turns
+from genai_pl.environments.episode import Rules
 from genai_pl.errors import ConfigError
 from genai_pl.models import Model
 from genai_pl.modules.base import BaseModule, Batch, Metrics
+from genai_pl.modules.episodes import play_episodes
 from genai_pl.modules.preference import shared_prompt_inputs, supports_shared_prompts, token_logprobs
 from genai_pl.modules.reference import Reference
 from genai_pl.modules.rollout import (
@@ -27,6 +30,7 @@ from genai_pl.modules.rollout import (
     restore_order,
 )
 from genai_pl.objectives import SpecialTokens, token_entropy
+from genai_pl.objectives.grpo import overlong_penalty
 from genai_pl.objectives.prompts import PromptCollator
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
@@ -45,6 +49,11 @@ class RolloutModule(BaseModule):
     max_new_tokens: longest completion, in tokens
     temperature: of sampling
     missing_eos_penalty: subtracted from the score of a completion without an end token
+    overlong_buffer: last tokens of max_new_tokens over which a penalty grows from 0 to 1 (DAPO), None for no penalty
+    length_penalty: subtracted from the score for each token of a completion
+    reward_uncertainty: rewards are an ensemble, scored by their mean minus this many standard deviations; None: a sum
+    environment: module:Class of an environment, in which the policy acts for at most `max_turns` completions; it gives the
+        rewards. environment_args: of the class. tool_timeout: seconds of one call of a tool.
 
     `use_reward` gives the reward function itself, which needs the tokenizer.
     """
@@ -68,29 +77,54 @@ class RolloutModule(BaseModule):
         max_new_tokens: int,
         temperature: float,
         missing_eos_penalty: float,
+        overlong_buffer: int | None,
+        length_penalty: float,
+        reward_uncertainty: float | None,
+        environment: str | None = None,
+        environment_args: Mapping[str, object] | None = None,  # of the class, for whoever makes it
+        max_turns: int = 1,
+        tool_timeout: float = 5.0,
     ) -> None:
         super().__init__(model, optimizer=optimizer, schedule=schedule)
         if vocabulary.end is None and not model.config.eos_token_ids:
             raise ConfigError("the tokenizer has no end token: completions could not end")
         sizes = {"group_size": group_size, "micro_batch_size": micro_batch_size, "max_new_tokens": max_new_tokens}
+        sizes["max_turns"] = max_turns
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
+        if overlong_buffer is not None and not 0 < overlong_buffer <= max_new_tokens:
+            raise ConfigError(
+                f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not {overlong_buffer}"
+            )
+        if overlong_buffer is not None and environment is not None:
+            raise ConfigError(
+                "objective.overlong_buffer is of single completions; set it to null beside an environment"
+            )
         self.collator = PromptCollator(vocabulary=vocabulary, max_new_tokens=max_new_tokens, seed=seed)
         self.vocabulary, self.seed = vocabulary, seed
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.share_prompts = group_size > 1 and supports_shared_prompts(model)
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
-        self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_penalty, self.length_penalty = missing_eos_penalty, length_penalty
+        self.overlong_buffer = overlong_buffer
         self.examples: list[Example] = []  # of the last rollout
         self.reference = Reference(model)
+        self.environment_name, self.tool_timeout = environment, tool_timeout
+        self.max_turns = max_turns if environment else 1
+        self.environment: Callable[[], object] | None = None  # these two from `use_environment`
+        self.turns: Turns
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
-        self.reward_weights = reward_weights
+        self.reward_weights, self.reward_uncertainty = reward_weights, reward_uncertainty
         self.reward: Reward  # these three from `use_reward`
         self.decode: Decode
         self.clip_norm: float | None = None
 
-    def use_reward(self, reward: Reward, *, decode: Decode, clip_norm: float | None = None) -> None:
+    def use_environment(self, environment: Callable[[], object], turns: Turns) -> None:
+        """Act in environments, each made by a call of the function; turns: renders prompts and observations."""
+        self.environment, self.turns = environment, turns
+
+    def use_reward(self, reward: Reward | None, *, decode: Decode, clip_norm: float | None = None) -> None:
         """Set the reward function, the decoding of tokens for it, and the largest gradient norm.
 
         The norm is set here because Lightning's Trainer clips in automatic optimization only.
@@ -112,6 +146,7 @@ class RolloutModule(BaseModule):
             "ended": rollout.ended.sum(),
             "targets": batch["targets"],
         }
+        sums |= {name: values.nansum() for name, values in rollout.metrics.items()}
         for name, (total, scored) in self.scores_by_source(batch, scored_rollout.scores).items():
             sums |= {name: total, f"{name}/scored": scored}
         for name, value in sums.items():
@@ -140,13 +175,15 @@ class RolloutModule(BaseModule):
         the prompts as the data has them (text or messages), and the other columns of their rows by name. ConfigError
         where it does not return one number per completion.
         """
+        ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
+        options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
+        options["share_prompts"] = self.share_prompts and copies > 1
+        if self.environment is not None:
+            return self._play(batch, options)
         # prompts and columns once per completion
         prompts = [prompt for prompt in batch["prompts"] for _ in range(copies)]
         columns = [row for row in batch["columns"] for _ in range(copies)]
         raw_prompts = [prompt for prompt in batch["raw_prompts"] for _ in range(copies)]  # text or messages
-        ends = {*self.model.config.eos_token_ids, self.vocabulary.end} - {None}
-        options = {"ends": ends, "pad": self.vocabulary.pad, "generator": generator, "copies": copies}
-        options["share_prompts"] = self.share_prompts and copies > 1
         # sample
         with self.unsharded_model():
             rollout = generate_rollout(self.model, batch["prompts"], self.sampling, **options)
@@ -159,8 +196,36 @@ class RolloutModule(BaseModule):
         )
         if rewards.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
-        scores = rewards.to(self.device) - self.missing_eos_penalty * ~rollout.ended
+        scores = rewards.to(self.device) - self.penalties(rollout)
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
+
+    def _play(self, batch: Batch, options: Mapping[str, object]) -> ScoredRollout:
+        """Episodes of each prompt of a batch, with the sums of their rewards as scores."""
+        rules = Rules(
+            f"objective.environment={self.environment_name}",
+            self.turns,
+            self.max_turns,
+            self.sampling.max_new_tokens,
+            self.collator.seq_len or self.model.config.max_seq_len,
+            self.tool_timeout,
+        )
+        pairs = zip(batch["columns"], batch["raw_prompts"], strict=True)
+        rows = [{**columns, "prompt": prompt} for columns, prompt in pairs]
+        with self.unsharded_model():
+            options = {**options, "decode": self.decode}
+            rollout, prompts = play_episodes(self.model, rows, self.environment, rules, self.sampling, **options)
+        scores = rollout.turn_rewards.sum(1) - self.penalties(rollout)
+        texts = [[self.decode(row) for row in rows] for rows in (prompts, rollout.completions)]
+        return ScoredRollout(rollout, *texts, scores)
+
+    def penalties(self, rollout: Rollout) -> Tensor:
+        """What is subtracted from the rewards of completions, (N,): for length, and for a missing end token."""
+        lengths = rollout.mask.sum(1)
+        penalties = self.missing_eos_penalty * ~rollout.ended + self.length_penalty * lengths
+        if self.overlong_buffer is None:
+            return penalties
+        longest = self.sampling.max_new_tokens * self.max_turns
+        return penalties - overlong_penalty(lengths, longest=longest, buffer=self.overlong_buffer)
 
     def kl_to_reference(self, rollout: Rollout) -> Tensor:
         """Log-probability of each completion under the policy minus that under the reference, (N,), in nats.
@@ -212,7 +277,9 @@ class RolloutModule(BaseModule):
     def describe(self, rollout: Rollout, scores: Tensor, kl: Tensor, entropy: Tensor) -> Means:
         """Metrics of a rollout as sums with counts: scores (N,), kl (N,), entropy (N, L)."""
         n, tokens = len(scores), rollout.mask.sum()
+        own = {f"objective/{k}": (x.nansum(), (~x.isnan()).sum()) for k, x in rollout.metrics.items()}
         return {
+            **own,
             "objective/scores": (scores.nansum(), (~scores.isnan()).sum()),
             "objective/kl": (kl.sum(), n),
             "objective/entropy": (torch.where(rollout.mask, entropy, 0).sum(), tokens),

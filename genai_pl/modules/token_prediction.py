@@ -30,6 +30,7 @@ class TokenModule(BaseModule):
     """
 
     make_collator: type[Collator]
+    divisible = True  # whether ranks may hold parts of the layers or of the vocabulary
 
     def __init__(
         self,

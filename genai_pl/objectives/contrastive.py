@@ -18,20 +18,21 @@ def info_nce(
     offset: int = 0,
     text_ids: Tensor | None = None,
     anchor_ids: Tensor | None = None,
+    rows: Tensor | slice = slice(None),
 ) -> Tensor:
     """-sum_i log softmax_j(cos(a_i, c_j) / temperature) at the anchor's own positive (van den Oord et al. 2018, eq. 4).
 
     anchors are (B, C). The candidates c are the positives (N, C), of which offset + i belongs to anchor i (N > B if
     they come from several processes), then the negatives (M, C). Where text_ids (N + M,) are equal, candidates are the
     same text, and none is held against its double; nor is a candidate that is the anchor's own text, by anchor_ids (B,),
-    held against its partner. SimCSE is this with the same text twice, under other dropout, at
-    temperature 0.05 (Gao et al. 2021, eq. 1).
+    held against its partner. The sum runs over the anchors of `rows`, a mask (B,) or a slice. SimCSE is this with the
+    same text twice, under other dropout, at temperature 0.05 (Gao et al. 2021, eq. 1).
     """
     candidates = positives if negatives is None else torch.cat([positives, negatives])
     similarity, own, doubles = _similarity(anchors, candidates, offset, text_ids, anchor_ids)
     # masked last: an infinite cosine would give the temperature a gradient that is not a number
     logits = (similarity / temperature).masked_fill(doubles, float("-inf"))
-    return F.cross_entropy(logits, own, reduction="sum")
+    return F.cross_entropy(logits[rows], own[rows], reduction="sum")
 
 
 def symmetric_info_nce(

@@ -32,15 +32,22 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: Literal["k1"
     raise ConfigError(f"there is no KL estimator {kind!r}; choose k1, k2 or k3")
 
 
-def kl_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+def kl_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, turn_rewards: Tensor | None = None
+) -> Tensor:
     """-kl_coef kl for each token, and the score (B,) of the completion at its last one (Ziegler et al. 2019, eq. 2).
+
+    turn_rewards (B, T): parts of the score that were given for earlier tokens, and stay there.
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> kl_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.25, 9.0]]), mask, kl_coef=0.5).tolist()
     [[-0.25, 0.875, 0.0]]
     """
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(mask, -kl_coef * kl, 0) + torch.where(is_last, scores[:, None], 0)
+    rewards = torch.where(mask, -kl_coef * kl, 0)
+    if turn_rewards is not None:
+        rewards, scores = rewards + turn_rewards, scores - turn_rewards.sum(1)
+    return rewards + torch.where(is_last, scores[:, None], 0)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, n_steps: int) -> float:
@@ -80,11 +87,16 @@ def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([mask.sum().double(), masked.sum(), masked.square().sum()])
 
 
+def moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, in float64, from the `moment_sums` of values."""
+    count, total, squares = sums
+    mean = total / count.clamp(min=1)
+    return mean, ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)
+
+
 def whiten(values: Tensor, mask: Tensor, *, sums: Tensor | None = None) -> Tensor:
     """Masked values shifted to mean 0 and scaled to variance 1, and 0 elsewhere; `sums` are those of all ranks."""
-    count, total, squares = moment_sums(values, mask) if sums is None else sums
-    mean = total / count.clamp(min=1)
-    variance = ((squares - count * mean.square()) / (count - 1).clamp(min=1)).clamp(min=0)
+    mean, variance = moments(moment_sums(values, mask) if sums is None else sums)
     whitened = (values - mean) * (variance + 1e-8).rsqrt()
     return torch.where(mask, whitened, 0)
 
@@ -102,7 +114,7 @@ def clipped_surrogate(
 
     With clip_range_high the ratio may rise further than it may fall (Yu et al. 2025, eq. 10).
     """
-    ratio = _ratio(logprobs, old_logprobs, mask)
+    ratio = token_ratio(logprobs, old_logprobs, mask)
     clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped * advantages), 0)
 
@@ -132,7 +144,7 @@ def policy_metrics(
     clip_range_high: float | None = None,
 ) -> dict[str, Tensor]:
     """Sums over tokens: KL(old || new) by k3, the ratio, and the number of tokens whose gradient the clipping removes."""
-    ratio = _ratio(logprobs, old_logprobs, mask)
+    ratio = token_ratio(logprobs, old_logprobs, mask)
     high = 1 + (clip_range if clip_range_high is None else clip_range_high)
     clipped = torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))
     return {
@@ -142,7 +154,7 @@ def policy_metrics(
     }
 
 
-def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """New over old probability of each token, 1 outside the mask."""
     # masked before exp: an overflow outside the mask would turn a gradient of 0 into NaN
     return torch.where(mask, logprobs - old_logprobs, 0).exp()

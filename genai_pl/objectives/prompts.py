@@ -18,9 +18,11 @@ class PromptCollator(Collator):
 
     def __init__(self, *, vocabulary: SpecialTokens, max_new_tokens: int, seed: int = 0) -> None:
         self.pad, self.max_new_tokens = vocabulary.pad, max_new_tokens  # and nothing is drawn
+        self.seq_len: int | None = None  # of a prompt with its completions, once the data are prepared
 
     def row_length(self, seq_len: int) -> int:
         """The tokens of a prompt at most, so that it and its completion fit into seq_len."""
+        self.seq_len = seq_len
         if self.max_new_tokens >= seq_len:
             raise ConfigError(
                 f"objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in {seq_len} tokens "

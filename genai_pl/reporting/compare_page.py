@@ -1,6 +1,6 @@
 """The report of several runs: a ranking, the metric by step, parallel coordinates and the importance of options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -10,13 +10,15 @@ from genai_pl.reporting.importance import FEWEST, importance
 
 MAX_CURVES = 8  # in one chart: as many as there are colors
 WIDTH, HEIGHT, SIDE, TOP, BOTTOM = 900, 300, 70, 34, 16  # of parallel coordinates
+CHARACTER = 6.8  # width of one in a picture, about
 
 
 class RankedRun(NamedTuple):
     """A run in its place of the ranking.
 
     name: of the folder. link: to its own report, relative; "" without one. tags: labels. settings: values of the options
-    that differ, in order. steps, values: the metric. best, step: its best value.
+    that differ, in order. steps, values: the metric. best, step: its best value. evaluations: metric of benchmarks to its
+    last value in words. interval: of the best value, in words.
     """
 
     name: str
@@ -27,6 +29,8 @@ class RankedRun(NamedTuple):
     values: Sequence[float]
     best: float
     step: int
+    evaluations: Mapping[str, str] = {}
+    interval: str = ""
 
 
 def compare_page(
@@ -40,6 +44,7 @@ def compare_page(
             f'<h1>{escape(title)}</h1><p class="soft">{len(runs)} runs by {escape(metric)}, the best first</p>',
             page.figures(_figures(metric, options, runs)),
             page.section("Ranking", _ranking(metric, options, runs), *(f'<p class="soft">{w}</p>' for w in words)),
+            page.section("Benchmarks at the end", _evaluations(runs)),
             page.section("Curves", _curves(metric, options, runs)),
             page.section("Settings and the best value", coordinates(metric, options, runs)),
             page.section("Importance of options", _importances(metric, options, runs)),
@@ -60,9 +65,17 @@ def _ranking(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) -> 
     heads = ["run", *(["tags"] if has_tags else []), *options, f"best {metric}", "at step", "last"]
     rows = []
     for run in runs:
-        figures = (number(run.best), f"{run.step:,}", number(run.values[-1]))
+        figures = (number(run.best) + run.interval, f"{run.step:,}", number(run.values[-1]))
         rows.append([run.name, *([run.tags] if has_tags else []), *run.settings, *figures])
     return page.table(heads, rows, numbers=len(heads) - 3, best=0, links=[run.link for run in runs])
+
+
+def _evaluations(runs: Sequence[RankedRun]) -> str:
+    """The last values of benchmarks, with intervals; "" without benchmarks."""
+    names = list(dict.fromkeys(name for run in runs for name in run.evaluations))
+    if not names:
+        return ""
+    return page.table(("run", *names), [[run.name, *(run.evaluations.get(name, "") for name in names)] for run in runs])
 
 
 def _label(options: Sequence[str], run: RankedRun) -> str:
@@ -88,6 +101,7 @@ def coordinates(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) 
     scales = [_scale([run.settings[n] for run in runs]) for n in range(len(options))]
     low, high = min(run.best for run in runs), max(run.best for run in runs)
     gap = (WIDTH - 2 * SIDE) / len(options)
+    room = max(6, min(26, int(gap / CHARACTER)))  # characters between two axes
     parts = []
     # lines, the best on top
     for n, run in list(enumerate(runs))[::-1]:
@@ -106,10 +120,12 @@ def coordinates(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) 
     for i, (name, values) in enumerate(labels):
         x = SIDE + i * gap
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="middle strong" x="{x:.1f}" y="16">{escape(_short(name, 26))}</text>')
+        parts.append(f'<text class="middle strong" x="{x:.1f}" y="16">{escape(_short(name, room))}</text>')
         shown = values if len(values) <= 8 else [values[0], values[-1]]
         for text, height in shown:
-            parts.append(f'<text x="{x + 5:.1f}" y="{_place(height) + 4:.1f}">{escape(_short(text, 18))}</text>')
+            parts.append(
+                f'<text x="{x + 5:.1f}" y="{_place(height) + 4:.1f}">{escape(_short(text, min(room, 18)))}</text>'
+            )
     name = escape(f"settings and best {metric} of {len(runs)} runs")
     svg = f'<svg class="halo" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     words = '<p class="soft">One line for each run; the thick one is the best.</p>'
@@ -164,7 +180,9 @@ def _place(height: float) -> float:
 def _short(text: str, most: int) -> str:
     """The text, or its end: the last part of an option's name tells most.
 
-    >>> _short("callbacks.samples.max_new_tokens", 20)
-    '...es.max_new_tokens'
+    >>> _short("callbacks.samples.max_new_tokens", 20), _short("callbacks.samples.max_new_tokens", 8)
+    ('max_new_tokens', '..tokens')
     """
-    return text if len(text) <= most else f"...{text[-(most - 3) :]}"
+    last = text.rpartition(".")[2]
+    shown = text if len(text) <= most or last.isdigit() else last
+    return shown if len(shown) <= most else f"..{shown[-(most - 2) :]}"

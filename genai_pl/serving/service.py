@@ -4,8 +4,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.labels import read_labels
+from genai_pl.data.tool_calls import CallReader
 from genai_pl.devices import check_int8, choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_sentence_head
@@ -150,6 +152,11 @@ class Service:
             return self.check_token_ids(prompt)
         self._check_size(len(prompt))
         return tuple(await self.tokenize_threads.encode(encode_prompt, prompt, size=len(prompt)))
+
+    @cached_property
+    def call_reader(self) -> CallReader:
+        """Finds tool calls in answers; made once, with a tokenizer of its own, which no other thread uses."""
+        return CallReader(deepcopy(self.tokenizer))
 
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()

@@ -77,7 +77,7 @@ class PipelineStrategy(ShardedStrategy):
     def _check_model(self, module: BaseModule) -> None:
         """ConfigError for an objective, model, adapter or precision that a pipeline cannot train."""
         model, stages, instead = module.model, self.sizes[1], "use strategy=fsdp here"
-        if not isinstance(module, TokenModule):
+        if not isinstance(module, TokenModule) or not module.divisible:
             raise ConfigError(f"strategy=pipeline is for clm, sft, fim, prefix_lm and mlm; {instead}")
         if not isinstance(model, Transformer) or model.config.position is Position.xl:
             raise ConfigError(

@@ -27,6 +27,7 @@ from genai_pl.distributed.dtensor import full_tensor_on_cpu, local_shard, move_u
 from genai_pl.distributed.tensor_parallel_group import average, sum_gradients
 from genai_pl.errors import ConfigError
 from genai_pl.models.experts import Router
+from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.rollout_module import RolloutModule
 from genai_pl.modules.token_prediction import TokenModule
 from genai_pl.peft.quantize import QuantizedLinear
@@ -119,7 +120,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError(
                 f"strategy.replicate_size ({self.replicate_size}) must divide strategy.data_parallel_size ({data})"
             )
-        if tensor > 1 and not isinstance(module, TokenModule):
+        if tensor > 1 and not (isinstance(module, TokenModule) and module.divisible):
             raise ConfigError(
                 f"strategy.tensor_parallel_size ({tensor}) is for objectives that predict tokens; use strategy=fsdp here"
             )
@@ -135,7 +136,7 @@ class ShardedStrategy(ModelParallelStrategy):
         (data, tensor), option = self.sizes, f"strategy.expert_parallel_size ({self.expert_parallel_size})"
         if tensor > 1:
             raise ConfigError(f"{option}: strategy.tensor_parallel_size must be 1")
-        if isinstance(module, RolloutModule):
+        if isinstance(module, RolloutModule) or (isinstance(module, DistillModule) and module.student_fraction):
             raise ConfigError(f"{option}: no process holds the whole model to write completions; set it to 1 here")
         sizes = {"data": data, "replicate": self.replicate_size, "size": self.expert_parallel_size}
         check_experts(module.model, **sizes)

@@ -112,6 +112,15 @@ def critique(writer: Writer, prompt: str | Messages, principles: Sequence[Mappin
     return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": first, "record": record}
 
 
+def preference_for(judge: Writer | Judge, prompt: str | Messages, first: str, second: str, *, rubric: str) -> float:
+    """Probability that the first of two answers is the better one, by a judge that reads them in both orders."""
+    if isinstance(judge, Judge):
+        a, b = judge([prompt, prompt], [first, second])
+        return (1 + math.tanh((a - b) / 2)) / 2  # the logistic function
+    forward = _probability_of_a(judge, prompt, first, second, rubric)
+    return (forward + 1 - _probability_of_a(judge, prompt, second, first, rubric)) / 2
+
+
 def compare_scores(judge: Judge, prompt: str | Messages, first: str, second: str) -> dict[str, object]:
     """Row of a preference data set, by a reward model, which reads each answer alone and so has no position bias.
 

@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from genai_pl.checkpoints.file import MARK, read_contents
 from genai_pl.config.enums import Shape
 from genai_pl.data import special_tokens
+from genai_pl.data.turns import Turns
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.loading import load
 from genai_pl.models import Model
 from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
+from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
 from genai_pl.training.data_sources import build_data
+from genai_pl.training.environments import load_environment
 from genai_pl.training.fit import Run
 from genai_pl.training.initial_model import (
     apply_peft,
@@ -109,6 +112,8 @@ def build(config: DictConfig, folder: Path, checkpoint: Path | None = None) -> R
         module.use_targets(data.label_targets())
     if objective.needs_reward:
         connect_reward(config, module, tokenizer, device)
+    if objective.needs_teacher:
+        connect_teacher(module, tokenizer, in_16_bits=holds_in_16_bits)
     module.source_names = data.source_names
     trainer, callbacks = build_trainer(
         config, folder, precision=precision, module=module, data=data, tokenizer=tokenizer
@@ -157,6 +162,25 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
     return module
 
 
+def connect_teacher(module: DistillModule, tokenizer: "PreTrainedTokenizerBase", *, in_16_bits: bool) -> None:
+    """Give a module its teacher; ConfigError for a teacher with another tokenizer than the student's.
+
+    Token ids are handed on: the student's tokens must be the teacher's.
+    """
+    option, name = "objective.teacher", module.teacher_name
+    loaded = load(name, option=option)
+    if loaded.model.config.shape is not Shape.decoder or not loaded.model.config.head.predicts_tokens:
+        raise ConfigError(f"{option}={name}: a decoder that writes text is needed")
+    if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{option}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "
+            f"tokenizer.name={name}, or init_from={name} init_layers=N)"
+        )
+    module.use_teacher(loaded.model)
+    if in_16_bits:
+        hold_base_in_16_bits(loaded.model)
+
+
 def connect_reward(
     config: DictConfig, module: PolicyGradientModule, tokenizer: "PreTrainedTokenizerBase", device: torch.device
 ) -> None:
@@ -170,7 +194,16 @@ def connect_reward(
         raise ConfigError(
             "trainer.accumulate_grad_batches: rollouts have minibatches instead (objective.minibatch_size)"
         )
-    reward = load_rewards(module.reward_names, module.reward_weights, policy=module.model, device=device)
+    reward = None
+    if module.environment_name is None:
+        weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
+        reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
+    else:
+        if module.reward_names:
+            raise ConfigError("objective.reward: the environment gives the rewards; set objective.reward=null")
+        arguments = OmegaConf.to_container(config.objective.environment_args or OmegaConf.create(), resolve=True)
+        environment = load_environment(module.environment_name, arguments)
+        module.use_environment(environment, Turns(tokenizer))
     if module.critic_name is not None:
         module.use_critic(load(module.critic_name, option="objective.critic").model)
     module.use_reward(

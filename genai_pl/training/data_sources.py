@@ -34,7 +34,7 @@ def build_data(config: DictConfig, objective: type[BaseModule]) -> RowsDataModul
     if not values.get("sources"):
         check_prepared(config.data.path)
         data = instantiate({**options, "path": config.data.path}, at="data", seed=config.seed)
-        if data.kind != objective.data_kind:
+        if data.kind not in (objective.data_kind, *objective.further_kinds):
             raise ConfigError(f"objective={names.objective} needs data={objective.data_kind}, not data={names.data}")
         return data
     return _mixture(values, options, objective, objective_name=names.objective, seed=config.seed)

@@ -25,6 +25,7 @@ from genai_pl.exporting import export_model, read_alike
 from genai_pl.loading import load
 from genai_pl.models import Model, ModelConfig, WrappedDecoder, build_model, load_wrapped
 from genai_pl.models.hf.transformers_config import WrappedConfig
+from genai_pl.models.keep_layers import keep_layers
 from genai_pl.models.resize import fill_vocabulary, resize_vocabulary
 from genai_pl.models.sentence import SentenceHead
 from genai_pl.models.upcycle import upcycle, upcycled_config
@@ -33,11 +34,12 @@ from genai_pl.modules import BaseModule
 from genai_pl.peft import load_adapter
 from genai_pl.references import folder_of, resolve, resolve_adapter
 from genai_pl.training.hydra_job import job_overrides
+from genai_pl.training.other_model import refuse_other_model
 from genai_pl.training.output_folders import register_early_output
 from genai_pl.training.resume import TYPED_ARGUMENTS
 from genai_pl.training.targets import instantiate
 from genai_pl.training.trust import key_of
-from genai_pl.training.unused_options import TRAIN_RULES, refuse_other_model, unused_lines
+from genai_pl.training.unused_options import TRAIN_RULES, unused_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,10 +83,13 @@ def build_initial_model(config: DictConfig, data: RowsDataModule, objective: typ
         options = {k: config.model[k] for k in ("attention", "dropout")} if not wraps_transformers else {}
         loaded = load(config.init_from, wrap=wraps_transformers, option="init_from", **options)
         model, tokenizer, path = loaded
+        shortened = config.init_layers is not None
+        if shortened:
+            keep_layers(model, config.init_layers if isinstance(config.init_layers, int) else list(config.init_layers))
         before = model.config
         if not wraps_transformers:
             model = with_experts(model, config.model)
-        upcycled = model.config is not before and not before.n_experts
+        upcycled = shortened or (model.config is not before and not before.n_experts)
         defaults = loaded.defaults
         sentence = saved_sentence_head(path, tokenizer, model.config) if objective.embeds else None
     else:

@@ -65,15 +65,23 @@ def describe_step(
 
 
 def describe_rollout(
-    *, prompts: int, group_size: int, devices: int, max_new_tokens: int, n_updates: int, total_steps: int | None
+    *,
+    prompts: int,
+    group_size: int,
+    devices: int,
+    max_new_tokens: int,
+    n_updates: int,
+    total_steps: int | None,
+    max_turns: int | None = None,
 ) -> str:
     """One line on a rollout: completions that are sampled and scored before `n_updates` optimizer steps learn from
-    them.
+    them; max_turns: of episodes in an environment.
     """
+    kind, turns = ("completions", "") if max_turns is None else ("episodes", f"{max_turns} turns of ")
     whole = "" if total_steps is None else f"; {total_steps:,} steps = {-(-total_steps // n_updates):,} rollouts"
     return (
-        f"rollout     {prompts * group_size * devices:,} completions ({prompts} prompts x {group_size} x {devices} devices) "
-        f"of at most {max_new_tokens} tokens, then {n_updates} steps{whole}"
+        f"rollout     {prompts * group_size * devices:,} {kind} ({prompts} prompts x {group_size} x {devices} devices) "
+        f"of at most {turns}{max_new_tokens} tokens, then {n_updates} steps{whole}"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from genai_pl.atomic_io import is_checkpoint
 from genai_pl.config.redaction import redact, refuse_secrets
 from genai_pl.errors import CheckpointError, ConfigError
+from genai_pl.training.default_optimizer import with_default_optimizer
 from genai_pl.training.output_folders import is_first_process
 from genai_pl.training.sweeps import replay_sweep
 from genai_pl.training.trust import PER_COMMAND, check_links, key_of, read_overrides, trusted_overrides, value_of
@@ -32,7 +33,8 @@ def replay(arguments: list[str]) -> list[str]:
     """The command line that resumes the run which `resume=` names: saved overrides first, the words typed now
     after them.
 
-    Without `resume=` the arguments come back with only `output_dir=` translated; with -m the sweep of that name
+    Without `resume=` the arguments come back with `output_dir=` translated and the default optimizer of what they train;
+    with -m the sweep of that name
     goes on instead of one run. Side effect: TYPED_ARGUMENTS holds the words as typed. Raises ConfigError or
     CheckpointError for an unknown run, a run without checkpoints, contradicting words (two output folders,
     `init_from` of other weights) and saved overrides that `trust` refuses; prints a `changed` line for each
@@ -45,7 +47,7 @@ def replay(arguments: list[str]) -> list[str]:
     reference = next((a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")), "null")
     if reference in ("null", "None", ""):
         _check_folder_unused(arguments)
-        return arguments
+        return with_default_optimizer(arguments)
     # a sweep goes on as a whole, job by job
     if {"-m", "--multirun"} & set(arguments):
         arguments = _resume_sweep(reference, arguments)
@@ -61,7 +63,7 @@ def replay(arguments: list[str]) -> list[str]:
         if reference == "auto":
             _check_folder_unused(arguments)
             print("resume=auto: no run to continue, starting a new one", flush=True)
-            return [a for a in arguments if not a.startswith("resume=")]
+            return with_default_optimizer([a for a in arguments if not a.startswith("resume=")])
         return arguments
     # the saved command line, as far as it is trusted and not overruled
     check_links(run)

@@ -6,25 +6,20 @@ in TRL's GRPOTrainer; columns are further columns of the data, repeated per comp
 trained with objective=reward. None instead of a number means "this reward does not apply to this completion".
 """
 
-import importlib
 import importlib.util
 import logging
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from genai_pl.data.columns import Place
-from genai_pl.data.messages import parse_tools
 from genai_pl.data.prompt_tokens import Messages
+from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import reward_tokens
 from genai_pl.loading import Loaded, load
@@ -32,6 +27,7 @@ from genai_pl.models.pooling import scores
 from genai_pl.modules.reward_calls import call, numbers
 from genai_pl.objectives.collate import pad_rows
 from genai_pl.peft import share_frozen
+from genai_pl.training.named_objects import make_importable, named_object
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +37,17 @@ HOW = "name a function as module:function or file.py:function, or a reward model
 
 
 def load_rewards(
-    names: Sequence[str], weights: Sequence[float] | None, *, policy: nn.Module, device: torch.device
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    *,
+    uncertainty: float | None = None,
+    policy: nn.Module,
+    device: torch.device,
 ) -> Reward:
     """The weighted sum of rewards as one function `(prompts, completions, raw_prompts, **columns) -> list[float]`.
 
-    names: entries of objective.reward. weights: one number for each, None for all 1. policy: the model in
+    names: entries of objective.reward. weights: one number for each, None for all 1. uncertainty: rewards are an
+    ensemble, scored by their mean minus this many standard deviations, None for a weighted sum. policy: the model in
     training; a reward model that is an adapter on the same frozen base shares its weights with it, so that only
     the adapter takes memory. device: of reward models.
 
@@ -54,13 +56,17 @@ def load_rewards(
     """
     if not names:
         raise ConfigError(f"objective.reward is not set: {HOW}")
+    if uncertainty is not None and (weights is not None or len(names) < 2 or uncertainty < 0):
+        raise ConfigError(
+            f"objective.reward_uncertainty={uncertainty} needs a number of at least 0, two rewards or more and no reward_weights"
+        )
     # each entry: a function, or a reward model
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
         raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
     places = [_locate(name) for name in names]
     rewards = [
-        _load_judge(name, policy, device) if place is None else _function(name, *place)
+        _load_judge(name, policy, device) if place is None else load_function(name, *place)
         for name, place in zip(names, places, strict=True)
     ]
     warned: set[str] = set()
@@ -91,7 +97,11 @@ def load_rewards(
         ]
         rewards_given = call(names, judges, prompts, completions, columns)
         columns_of_numbers = [numbers(name, values, prompts) for name, values in zip(names, rewards_given, strict=True)]
-        sums = [_weighted_sum(weights, row) for row in zip(*columns_of_numbers, strict=True)]
+        rows = list(zip(*columns_of_numbers, strict=True))
+        if uncertainty is None:
+            sums = [_weighted_sum(weights, row) for row in rows]
+        else:
+            sums = [pessimistic_mean(row, uncertainty) for row in rows]
         if any(map(math.isnan, sums)):
             warn_once(
                 "reward      no reward applies to some completions (all gave None): nothing is learned from these"
@@ -105,6 +115,20 @@ def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> floa
     """Weighted sum of the rewards that apply to one completion; NaN where none does."""
     terms = [weight * value for weight, value in zip(weights, row, strict=True) if value is not None]
     return sum(terms) if terms else math.nan
+
+
+def pessimistic_mean(row: Sequence[float | None], uncertainty: float) -> float:
+    """The mean of an ensemble's rewards minus `uncertainty` standard deviations between them (Eisenstein et al. 2023, 5.1:
+    of the ensemble as a population); NaN where none applies.
+
+    >>> pessimistic_mean([1.0, 3.0, None], 0.5)
+    1.5
+    """
+    values = [value for value in row if value is not None]
+    if not values:
+        return math.nan
+    mean = sum(values) / len(values)
+    return mean - uncertainty * math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
 def _locate(name: str) -> tuple[str, str] | None:
@@ -125,7 +149,7 @@ def _locate(name: str) -> tuple[str, str] | None:
     if "/" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
         return None
     module, _, attribute = name.rpartition(".")
-    _make_importable(Path.cwd())
+    make_importable(Path.cwd())
     try:
         exists = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
@@ -135,43 +159,15 @@ def _locate(name: str) -> tuple[str, str] | None:
     return module, attribute
 
 
-def _make_importable(folder: Path) -> None:
-    """Put a folder first on sys.path: rewards beside the data are imported like modules of a project."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+def load_function(name: str, module: str, attribute: str, *, option: str = "objective.reward") -> Callable[..., object]:
+    """The function of a module or a .py file; ConfigError for what cannot be imported or called.
 
-
-def _function(name: str, module: str, attribute: str) -> Reward:
-    """The function of a module or a .py file; ConfigError with the import's own error in one line."""
-    _make_importable(Path(os.getcwd()))
-    try:
-        function = attrgetter(attribute)(
-            _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        )
-    except (Exception, SystemExit) as error:  # importing a user's module can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        is_import_error = isinstance(error, ImportError | AttributeError | OSError)
-        reason = reason if is_import_error else f"{type(error).__name__}: {reason}"
-        raise ConfigError(f"objective.reward={name}: cannot be imported ({reason})") from None
+    name: as it was given in `option`, for errors.
+    """
+    function = named_object(f"{option}={name}", module, attribute)
     if not callable(function):
-        raise ConfigError(f"objective.reward={name}: not a function")
+        raise ConfigError(f"{option}={name}: not a function")
     return function
-
-
-def _from_file(path: Path) -> ModuleType:
-    """The module of a .py file, imported once. Files beside it are importable from it, as for a script."""
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
-    # under its own name, unless another module has that name
-    _make_importable(path.parent)
-    spec = importlib.util.spec_from_file_location(path.stem if loaded is None else f"reward_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Judge:

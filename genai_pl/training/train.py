@@ -6,7 +6,8 @@ it, and the hyperparameters for TensorBoard.
 """
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +29,15 @@ from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
-from genai_pl.training.fit import Run, describe_saved, final_metrics, finish, fit
+from genai_pl.training.default_optimizer import default_line
+from genai_pl.training.fit import Run, best_of, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
+from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
-from genai_pl.training.resume import choose_checkpoint, describe_resume
+from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
+from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import Outcome, read_results
 from genai_pl.training.trainer import checkpoint_contents, silence_libraries
 from genai_pl.training.watched_metrics import describe_watched
@@ -67,7 +71,35 @@ def train(config: DictConfig) -> Outcome:
 
 
 def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[int, Run]:
-    """Build, announce and run; (exit status, run)."""
+    """Build, announce and run; (exit status, run). The end is told to whom callbacks.notify names."""
+    with notifying(config.callbacks.notify, folder) as notice:
+        notice.run = run = _build(config, folder, checkpoint)
+        print_summary(config, run, checkpoint)
+        with launched(run.trainer), _reported(run):
+            fit(run, checkpoint)
+            sweep = job_sweep()
+            options = {"export": config.callbacks.export, "arguments": resume_arguments(sweep), "sweep": sweep}
+            return finish(run, flat=flatten(config), **options), run
+
+
+@contextmanager
+def _reported(run: Run) -> Iterator[None]:
+    """Context in which a run that fails after its first step gets its report, too."""
+    try:
+        yield
+    except Exception as error:
+        if run.checkpoints.started and run.trainer.is_global_zero:
+            device = run.trainer.strategy.root_device
+            path = write_run_report(
+                run.folder, results=final_metrics(run), best=best_of(run), device=device, error=error
+            )
+            if path:
+                print(f"report      {path}", flush=True)
+        raise
+
+
+def _build(config: DictConfig, folder: Path, checkpoint: Path | None) -> Run:
+    """The run, with what its checkpoints and a line about an early end hold."""
     # what must not differ between the parts of a run
     settings = resume_constraints(config)
     if checkpoint:
@@ -84,14 +116,8 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     if trained_only:
         run.module.load_trained_only()
     sweep = job_sweep()
-    arguments = resume_arguments(sweep)
-    run.interrupt.describe_with(partial(describe_saved, run, [*arguments, f"resume={sweep or folder}"]))
-
-    print_summary(config, run, checkpoint)
-    with launched(run.trainer):
-        fit(run, checkpoint)
-        options = {"export": config.callbacks.export, "arguments": arguments, "sweep": sweep}
-        return finish(run, flat=flatten(config), **options), run
+    run.interrupt.describe_with(partial(describe_saved, run, [*resume_arguments(sweep), f"resume={sweep or folder}"]))
+    return run
 
 
 @rank_zero_only
@@ -136,6 +162,7 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
     # a step in tokens, or a rollout in completions
     if isinstance(module, PolicyGradientModule):
         options = {"group_size": module.group_size, "max_new_tokens": module.sampling.max_new_tokens}
+        options["max_turns"] = module.max_turns if module.environment_name else None
         step = describe_rollout(prompts=batch_rows, n_updates=module.n_updates(batch_rows), **options, **sizes)
     else:
         accumulate = trainer.accumulate_grad_batches
@@ -150,6 +177,8 @@ def print_summary(config: DictConfig, run: Run, checkpoint: Path | None) -> None
         dtype = products_dtype(run.precision.lightning)
         print(*describe_model(model, device, dtype=dtype, seq_len=run.data.seq_len), step, sep="\n")
         print(describe_length(run.length, warmup_of(module.schedule)))
+        if line := default_line(config.optimizer.lr, HydraConfig.get().runtime.choices.optimizer, TYPED_ARGUMENTS):
+            print(line)
         if adapters_of(model):
             print(*describe(model), sep="\n")
         exports_best = config.callbacks.export == "best"

@@ -161,13 +161,17 @@ def build_callbacks(
         "console": console,
         "interrupt": cb.Interrupt(),
     }
+    # benchmarks: text is read and written by one process, which must hold the whole model for a while
+    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
+    spent = callbacks["monitor"].leave_out
+    benchmarks = build_benchmarks(config, model, tokenizer, gathers=gathers, say=console.say, spent=spent)
     # checkpoints, the best of them, and an early end
     intervals = {name: settings.checkpoint[name] for name in ("every_n_steps", "every_n_minutes", "keep")}
-    best, stop = choose_best(config, folder / "checkpoints"), choose_early_stop(config)
-    callbacks |= {name: callback for name, callback in {"best": best, "early_stop": stop}.items() if callback}
+    measured = {} if benchmarks is None else benchmarks.metric_names
+    best, stop = choose_best(config, folder / "checkpoints", measured), choose_early_stop(config, measured)
+    watches = {name: watch for name, watch in {"best": best, "early_stop": stop}.items() if watch}
+    callbacks |= watches
     callbacks["checkpoints"] = cb.StepCheckpoint(str(folder / "checkpoints"), **intervals, best=best)
-    # text is written by one process, which must hold the whole model for a while
-    gathers = not isinstance(strategy, ShardedStrategy) or strategy.gathers
     wants_samples = model.config.writes and settings.samples.every_n_steps
     if wants_samples and gathers:
         prompts = list(settings.samples.prompts or ())
@@ -178,12 +182,11 @@ def build_callbacks(
             tokenizer=tokenizer,
             file=folder / SAMPLES,
             say=console.say,
-            spent=callbacks["monitor"].leave_out,
+            spent=spent,
         )
-    if tasks := build_benchmarks(
-        config, model, tokenizer, gathers=gathers, say=console.say, spent=callbacks["monitor"].leave_out
-    ):
-        callbacks["benchmarks"] = tasks
+    if benchmarks is not None:
+        benchmarks.watches = [watch for watch in watches.values() if watch.of_benchmarks]
+        callbacks["benchmarks"] = benchmarks
     if wants_samples and not gathers:
         log.info("samples     none: no process holds the whole model (strategy=%s)", type(strategy).__name__)
     return callbacks

@@ -32,6 +32,7 @@ TRUSTED_GROUPS = {  # every field of these may be set by a saved command
 TRUSTED_CALLBACKS = {
     "checkpoint",
     "early_stopping",
+    "notify",  # its address is typed again, as every one of the network
     "samples",
     "export",
 }  # `extra` names code, except for shipped callbacks
@@ -40,7 +41,8 @@ PER_COMMAND = {"resume", "dry_run", "output_dir", "hydra.run.dir", "hydra.sweep.
 MAX_BYTES, MAX_OVERRIDES = 2**18, 500  # of one file
 MAX_OVERRIDE_CHARS, MAX_BRACKETS = 2**12, 20  # of one override
 CHOICE_NAME = re.compile(r"[\w-]+")
-FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
+FUNCTION_NAME = re.compile(r"[\w./~-]*\w:[A-Za-z_]\w*")  # module:function, or file.py:function
+DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")  # module.function, which a reward may be
 
 
 class _ReferenceFreeLoader(yaml.SafeLoader):
@@ -229,8 +231,14 @@ def _field_distrust_reason(parts: list[str], values: list[object]) -> str | None
     ):
         return "is not a plain option"
     texts = [leaf for leaf in leaves if isinstance(leaf, str)]
-    if parts[0] == "objective" and any(FUNCTION_NAME.fullmatch(text) for text in texts):
+    if parts[0] in ("objective", "eval") and any(FUNCTION_NAME.fullmatch(text) for text in texts):
         return "names code to run"
+    if parts[:2] == ["objective", "reward"] and any(
+        DOTTED_NAME.fullmatch(text) and not Path(text).exists() for text in texts
+    ):
+        return "names code to run"
+    if parts == ["eval", "execute_code"] and any(value not in (False, "false") for value in values):
+        return "lets programs of a model run"
     return "is a network address" if any("://" in text for text in texts) else None
 
 

@@ -82,7 +82,7 @@ def test_training_is_the_same_with_benchmarks_and_a_run_in_parts_has_the_same_on
         (("eval.every_n_steps=2",), "eval.tasks={}: give both"),
         (("eval.tasks.a=sentence.txt",), "eval.every_n_steps=null: give both"),
         ((*EVAL, "eval.tasks.b=nowhere.txt"), "eval.tasks.b.path=nowhere.txt"),
-        ((*EVAL, "eval.tasks.b={path: sentence.txt, strid: 2}"), "eval.tasks.b.strid: no such option; there are: column"),
+        ((*EVAL, "eval.tasks.b={path: sentence.txt, strid: 2}"), "eval.tasks.b.strid: no such option, did you mean stride?"),
         ((*EVAL, "objective=mlm", "model=encoder_nano"), "eval.tasks: for decoders that predict the next token"),
         ((*EVAL, "strategy=tensor_parallel", "trainer.devices=2", "trainer.accelerator=cpu"), "no process holds the whole"),
     ],

@@ -44,6 +44,28 @@ def test_the_best_run_comes_first_with_what_differs_and_where_it_was_best(sweep:
     assert [line.split()[0] for line in table(runs, "val/loss", greater=True)[1:]] == ["10", "0", "1"]
 
 
+def test_benchmarks_are_shown_with_their_intervals_and_a_task_is_known_by_its_first_metric(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    head = "step,val/loss,eval/qa/accuracy,eval/qa/accuracy_low,eval/qa/accuracy_high,eval/qa/chance,eval/books/loss"
+    for name, last in (("0", 0.5), ("1", 0.75)):
+        rows = ["10,3.0,0.25,0.2,0.3,0.25,", f"20,,{last},0.4,0.8,0.25,2.5", "30,2.0,,,,,"]
+        (sweep / name / "metrics.csv").write_text("\n".join([head, *rows]) + "\n")
+    assert call(monkeypatch, sweep, "--metric", "eval/qa", "--report", sweep / "compare.html", "--no-picture") == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[0] == ["run", "optimizer.lr", "best eval/qa/accuracy", "at step", "last"]
+    assert cells[1] == ["1", "3e-3", "0.7500 (0.400 to 0.800)", "20", "0.7500"]
+    assert cells[5:9] == [
+        ["last", "eval/qa/accuracy", "eval/books/loss"],
+        ["0", "0.5000 (0.400 to 0.800)", "2.5000"],
+        ["1", "0.7500 (0.400 to 0.800)", "2.5000"],
+        ["10"],
+    ]
+    assert "Benchmarks at the end" in (text := (sweep / "compare.html").read_text())
+    assert "0.7500 (0.400 to 0.800)" in text
+
+
 def test_a_picture_is_drawn(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert call(monkeypatch, sweep) == 0

@@ -74,6 +74,42 @@ def test_pairs_and_texts_are_inspected_by_their_columns(command, tmp_path: Path)
     assert "{+A text of number 0." in result.out
 
 
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"anchor": "a", "positive": "b"}, "anchor: a<|endoftext|>\npositive: b<|endoftext|>\n"),
+        ({"source": "a", "target": "b"}, "source: a<|endoftext|>\ntarget: {+b<|endoftext|>+}\n"),
+        ({"text": "a", "label": "x"}, "label: x\na\n"),
+        ({"query": "a", "documents": ["b"], "labels": [1]}, "relevance 1: a<|endoftext|>b\n"),
+        ({"tokens": ["a", "cd"], "tags": ["O", "B-X"]}, "tags: a/O cd/B-X\n{+a+} {+c+}d\n"),
+    ],
+    ids=["contrastive", "seq2seq", "classify", "rerank", "token_classify"],
+)
+def test_the_objective_follows_from_the_columns(row: dict, shown: str, command, tmp_path: Path) -> None:
+    other = {"label": "y", "labels": [0]}  # a label alone teaches nothing
+    rows = [{name: other.get(name, value) if n % 2 else value for name, value in row.items()} for n in range(20)]
+    result = command("data", "inspect", write(tmp_path / "rows.jsonl", rows), *CHAT, "rows=1")
+    assert result.status == 0, result.err
+    assert shown in result.out
+    assert re.search(r"duplicates  (18|19) of 20 rows", result.out)
+
+
+def test_every_source_of_a_mixture_is_inspected_with_errors_of_its_own(command, tmp_path: Path) -> None:
+    name = alpaca(tmp_path, {"instruction": "x", "output": None})
+    write(tmp_path / "web.jsonl", [{"text": "Some words of a text. " * 9}] * 9)
+    sources = f"data.sources={{web: {{path: web.jsonl, kind: text}}, talks: {{path: {name}, kind: chat}}}}"
+    result = command("data", "inspect", sources, "objective=sft", *CHAT, "rows=1")
+    assert result.status == 1
+    assert result.out.index("source      web: text, web.jsonl\n") < result.out.index(
+        "source      talks: chat, alpaca.jsonl\n"
+    )
+    assert result.out.count("errors      1 row cannot be read, and a run stops at it:\n") == 1
+    assert result.out.count("\nlengths ") == 2
+    stream = sources.replace("path: web.jsonl", "path: web.jsonl, streaming: true, val_documents: 1, weight: 1")
+    result = command("data", "inspect", stream.replace("kind: chat", "kind: chat, weight: 1"), "objective=sft", *CHAT)
+    assert "stream      read while it trains: inspect it as a file, without streaming\n" in result.out
+
+
 def test_a_picture_needs_matplotlib_or_says_so(command, tmp_path: Path) -> None:
     result = command("data", "inspect", alpaca(tmp_path), *CHAT[:2], "rows=0")
     try:
@@ -108,7 +144,7 @@ def test_train_reads_what_prepare_has_tokenized(command, tmp_path: Path, monkeyp
         (("inspect",), "data.py inspect: give a file, folder, glob or hub name"),
         (("inspect", "nowhere.jsonl"), "nowhere.jsonl: no such file or folder"),
         (("inspect", "odd.jsonl"), "found: body; give objective=, and data.columns={prompt: NAME} or data.column="),
-        (("inspect", "odd.jsonl", "objective=classify", "data.text=body"), "objective=classify: its labels are a part"),
+        (("inspect", "odd.jsonl", "objective=classify", "data.text=body"), "odd.jsonl: no column 'label'; found: body"),
         (("inspect", "odd.jsonl", "data.column=body", "data=text", "rows=-1"), "rows=-1"),
         (("prepare", "odd.jsonl", "data.column=body", "data=text", "encoders=2"), "texts are tokenized on all cores"),
         (
@@ -139,3 +175,11 @@ def test_help_lists_the_options_of_both_tasks(words: tuple[str, ...], command) -
     assert result.status == 0
     for option in ("rows=3", "encoders=0", "picture=lengths.png", "data.py inspect chat.jsonl init_from=MODEL"):
         assert option in result.out
+
+
+def test_a_file_of_which_no_row_can_be_read_says_why(command, tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "completion": None}] * 3
+    result = command("data", "inspect", write(tmp_path / "rows.jsonl", rows), *CHAT)
+    assert result.status == 1
+    assert "rows.jsonl: row 1: column 'completion': missing (null)" in result.err
+    assert result.err.endswith("(none of the 3 rows can be read)\n")

@@ -14,7 +14,7 @@ from genai_pl.data import chat as conversations
 from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.columns import Place, loads, parse_label, parse_number, parse_text
 from genai_pl.data.datamodule import RowsDataModule
-from genai_pl.data.messages import common_prefix_length, extract_prompt, parse_messages, parse_tools
+from genai_pl.data.messages import common_prefix_length, extract_prompt, parse_messages
 from genai_pl.data.prompt_tokens import ensure_template
 from genai_pl.data.prompts import PromptsDataModule
 from genai_pl.data.text import TextDataModule
@@ -274,14 +274,6 @@ def test_a_prompt_that_conversations_do_not_begin_with_is_refused() -> None:
 )
 def test_the_prompt_within_two_answers_is_what_they_begin_with(chosen: list, rejected: list, begun: int) -> None:
     assert common_prefix_length([chosen, rejected]) == begun
-
-
-def test_tools_are_a_list_or_its_json() -> None:
-    assert parse_tools([TOOL], HERE) == parse_tools(json.dumps([TOOL]), HERE) == [TOOL]
-    assert parse_tools(None, HERE) == parse_tools("", HERE) == []
-    for value in ("no json", [1], 3):
-        with pytest.raises(DataError, match="row 3"):
-            parse_tools(value, HERE)
 
 
 def test_the_input_of_an_instruction_is_a_part_of_its_prompt(tmp_path: Path) -> None:

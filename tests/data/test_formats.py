@@ -251,3 +251,14 @@ def test_the_documented_formats_are_those_of_the_table() -> None:
         assert line.partition("columns: ")[2].partition(";")[0] == ", ".join(form.name for form in forms)
         page = (folder / "docs/data.md").read_text()
         assert all(f"`{form.name}`" in page for form in forms)
+
+
+def test_a_sharegpt_prompt_with_single_messages_for_answers_is_a_pair(tmp_path: Path) -> None:
+    row = {
+        "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Sky?"}],
+        "chosen": {"from": "gpt", "value": "Blue."},
+        "rejected": {"role": "assistant", "content": "Red."},
+    }
+    found = cells(preference(lines(tmp_path / "pairs.jsonl", [row] * 3)), "prompt", "answers")[0]
+    assert found["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sky?"}]
+    assert found["answers"] == [[{"role": "assistant", "content": text}] for text in ("Blue.", "Red.")]

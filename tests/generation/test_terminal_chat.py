@@ -266,3 +266,55 @@ def test_a_bare_prompt_to_a_chat_model_is_hinted_at_in_a_terminal_alone(folder, 
 def test_a_conversation_needs_a_template(byte_tokenizer):
     with pytest.raises(ConfigError, match="no chat template"):
         Conversation(byte_tokenizer, context=10)
+
+
+def test_functions_are_called_and_the_model_goes_on_with_what_they_give(folder, chat, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    (folder / "chat_template.jinja").write_text(
+        "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (tmp_path / "my_tools.py").write_text(
+        'def double(n: int) -> int:\n    """Twice.\n\n    Args:\n        n: A number.\n    """\n    return 2 * n\n'
+    )
+    call = '<tool_call>{"name": "double", "arguments": {"n": %s}}</tool_call>'
+    said, prompts = iter(["So: " + call % 4, call.replace("double", "x") % 1, "It is 8."]), []
+
+    def scripted(model, tokenizer, rows, options, *, on_text, **rest):
+        text = next(said)
+        prompts.append(tokenizer.decode(rows[0]))
+        on_text(0, text)
+        return [[SimpleNamespace(text=text, tokens=[65, 256])]]
+
+    monkeypatch.setattr(terminal, "complete", scripted)
+    result = chat("4?\n/save talk.jsonl\n", "tools=my_tools.py:double", "generation.max_new_tokens=8")
+    assert (result.status, result.out) == (0, "It is 8.\n"), result.err
+    assert 'double({"n": 4}) = 8' in result.err
+    assert "error: there is no tool x, but double" in result.err
+    assert prompts[0] == "double[user]4?[assistant]"
+    written = '{"name": "double", "arguments": {"n": 4}}'
+    assert prompts[1] == f"double[user]4?[assistant]So:<tool_call>{written}</tool_call>[tool]8[assistant]"
+    row = json.loads((tmp_path / "talk.jsonl").read_text())
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert row["tools"][0]["function"]["name"] == "double"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("tools=double",), "tools=double: name a function as module:function or file.py:function"),
+        (("tools=no_such:double",), "tools=no_such:double: cannot be imported"),
+        (("tools=json:dumps",), "tools: dumps is no tool"),
+    ],
+)
+def test_what_is_no_tool_is_one_line(chat, arguments, error):
+    result = chat("hi\n", *arguments)
+    assert result.status != 0
+    assert error in result.err
+
+
+def test_tools_without_a_chat_are_refused(folder, command):
+    result = command("generate", "checkpoint=model", "prompt=hi", "tools=json:dumps")
+    assert result.err == "error: tools are what a chat may call: set chat=true\n"

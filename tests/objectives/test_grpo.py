@@ -118,8 +118,8 @@ def test_a_group_of_one_and_an_unknown_scale_are_errors() -> None:
     for advantages in (group_advantages, rloo_advantages):
         with pytest.raises(ConfigError, match="at least 2 completions"):
             advantages(torch.zeros(3), 1)
-    with pytest.raises(ConfigError, match="choose std or none"):
-        group_advantages(torch.zeros(4), 2, scale="batch")
+    with pytest.raises(ConfigError, match="choose std, batch or none"):
+        group_advantages(torch.zeros(4), 2, scale="all")
 
 
 def test_completions_without_a_reward_are_in_no_mean_and_have_no_advantage_as_in_trl() -> None:

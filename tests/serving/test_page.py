@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
 
-from tests.serving.fake import FakeEngine
+from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.servers import eventually, make_service, serving, write_model
 
 CHROMIUM = shutil.which("chromium", path="/usr/bin:/usr/local/bin")
@@ -117,3 +117,36 @@ def test_adapters_are_chosen_by_name(page, tiny: Path) -> None:
         page.wait_for_selector(".note")
     assert service.engine.requests[0].adapter == "polite"
     assert bytes(service.engine.requests[0].input_ids) == b"Once upon"
+
+
+def test_a_calculator_is_called_and_its_result_goes_back_to_the_model(page, tmp_path: Path) -> None:
+    template = (
+        "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    folder = write_model(tmp_path / "caller", template=False, max_seq_len=512)
+    (folder / "chat_template.jinja").write_text(template)
+    service = make_service(folder, cache=None)
+    service.engine = FakeEngine([])
+    call = '<tool_call>{"name": "calculate", "arguments": {"expression": "(2 + 3) * -4 ** 2 / 8"}}</tool_call>'
+    texts = iter([[call], ["It is ", "-10."], ["Bye."]])
+    service.engine.make = lambda: FakeStream(next(texts), "stop")
+    with serving(service) as client:
+        page.goto(str(client.base_url))
+        page.wait_for_selector("#model option", state="attached")
+        page.select_option("#tools", "calculate")
+        say(page, "Compute it.")
+        page.locator(".turn.assistant", has_text="It is -10.").wait_for()
+        assert page.inner_text(".turn.tool").endswith("= -10")
+        page.locator(".note").nth(1).wait_for()
+        say(page, "Thanks")
+        page.locator(".turn.assistant", has_text="Bye.").wait_for()
+        values = page.evaluate("['2^10', '7 % 4 - .5', '2 ** 3 ** 2', '1e3 / 3'].map(calculate)")
+        refused = "(text) => { try { return calculate(text) } catch { return '!' } }"
+        errors = f"['', '1 +', '(1', 'alert(1)', '1 / 0', '1 2'].map({refused})"
+        assert page.evaluate(errors) == ["!"] * 6
+    assert values == ["1024", "2.5", "512", "333.3333333333"]
+    prompts = [bytes(t for t in request.input_ids if t < 256).decode() for request in service.engine.requests]
+    assert prompts[1].endswith("</tool_call>[tool]-10[assistant]")
+    assert prompts[2].endswith("[assistant]It is -10.[user]Thanks[assistant]")

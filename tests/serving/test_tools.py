@@ -144,3 +144,12 @@ def test_what_cannot_be_is_refused_by_name(param: str, options: dict, play) -> N
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         ai.chat.completions.create(**{"model": "caller", "messages": ASKED, "tools": [TOOL], **options})
     assert raised.value.param == param
+
+
+def test_names_and_thoughts_of_earlier_turns_reach_the_template() -> None:
+    from genai_pl.serving.http.messages import Message
+
+    said = Message(role="assistant", content="It is.", reasoning_content="hm", thinking=None)
+    assert said.plain() == {"role": "assistant", "content": "It is.", "reasoning_content": "hm"}
+    told = Message(role="tool", content="dry", name="weather", tool_call_id="call_1")
+    assert told.plain() == {"role": "tool", "content": "dry", "name": "weather", "tool_call_id": "call_1"}

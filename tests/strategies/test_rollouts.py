@@ -70,6 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "letters.py").write_text(
         "def vowels(prompts, completions, **columns):\n"
         "    return [sum(said.count(letter) for letter in 'aeiou') + len(said) / 9 for said in completions]\n"
+        "def odd(prompts, completions, **columns):\n"
+        "    return [float(len(said) % 2) for said in completions]\n"
     )
     tune = ("objective=sft", "data.path=chat.jsonl", "optimizer=adamw", "optimizer.lr=1e-2", "trainer.max_steps=40")
     train(path, *LLAMA, *tune, "data.batch_size=4", "hydra.run.dir=base")
@@ -85,11 +87,18 @@ def judge(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one_on_what_greedy_decoding_writes(folder: Path) -> None:
+@pytest.mark.parametrize("objective", ["ppo", "reinforce"])  # both whiten over the tokens of all processes
+def test_two_processes_take_the_steps_of_one_on_what_greedy_decoding_writes(objective: str, folder: Path) -> None:
     greedy = (*SMALL, *PPO, "init_from=base/model", "objective.temperature=0")
-    train(folder, *greedy, WHOLE, "hydra.run.dir=one")
-    train(folder, *greedy, HALF, *FSDP, "hydra.run.dir=fsdp")
-    assert_same(folder / "fsdp", folder / "one", names=(*SAME, "loss/value"), rounding=1e-6)
+    if objective == "reinforce":
+        greedy = (
+            "objective=reinforce",
+            *(option for option in greedy if "objective=" not in option and "kl_" not in option),
+        )
+    train(folder, *greedy, WHOLE, f"hydra.run.dir={objective}-one")
+    train(folder, *greedy, HALF, *FSDP, f"hydra.run.dir={objective}-two")
+    names = (*SAME, "loss/value") if objective == "ppo" else SAME
+    assert_same(folder / f"{objective}-two", folder / f"{objective}-one", names=names, rounding=1e-6)
 
 
 @pytest.mark.slow
@@ -103,6 +112,7 @@ def test_copies_of_the_model_take_them_too(folder: Path) -> None:
 CASES = {
     "ppo": (*PPO, "objective.minibatch_size=1"),
     "grpo": (*GRPO, "objective.max_kl=1e-4"),  # some passes end early
+    "dapo": (*GRPO, "objective.dynamic_sampling=2", "objective.reward=letters:odd"),
     "lora": (*GRPO, "peft=lora"),  # the reference is the policy without its adapters
     "critic": (*PPO, "objective.reward=judge", "objective.critic=judge"),
     "kept": (*PPO, "strategy.reshard_after_forward=false", "strategy.sharded_checkpoints=true"),

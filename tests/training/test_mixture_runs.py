@@ -64,6 +64,39 @@ def test_pairs_of_several_sources_have_losses_of_their_own(train) -> None:
     assert {"val/loss/a", "val/loss/b"} <= row.keys()
 
 
+@pytest.mark.parametrize(
+    ("objective", "learns"),
+    [
+        (["dpo", "objective.loss=orpo"], ["chosen", "rejected"]),
+        (["dpo", "objective.loss=cpo"], ["chosen", "rejected"]),
+        (["reward"], ["completions"]),
+        (["contrastive", "model=encoder_nano"], ["anchor", "positive"]),
+    ],
+    ids=["orpo", "cpo", "ranked", "contrastive"],
+)
+def test_the_loss_is_the_mean_of_those_of_two_sources_of_equal_size(
+    objective: list[str], learns: list[str], train
+) -> None:
+    """Pairs and tokens are equally many in both, so that every normalizer weighs them alike."""
+    texts = {"chosen": "good", "rejected": "bad", "completions": ["good", "fair", "bad"]}
+    for file, sign in (("a.jsonl", "+"), ("b.jsonl", "-")):
+        given = [{name: texts.get(name, f"{name} {i} {sign}") for name in learns} for i in range(10, 40)]
+        write(
+            file, [row if "anchor" in learns else {"prompt": f"{sign} {i}", **row} for i, row in enumerate(given, 10)]
+        )
+    sources = "data.sources={a: {path: a.jsonl}, b: {path: b.jsonl}}"
+    name, *options = objective
+    result = train(
+        f"objective={name}", *options, sources, "data.mix_by=examples", "tokenizer=byte", "optimizer.lr=0.01"
+    )
+    assert result.status == 0, result.err
+    row = last_row()
+    for part in ("train", "val"):
+        first, loss, second = (row[f"{part}/loss{name}"] for name in ("/a", "", "/b"))
+        assert loss == pytest.approx((first + second) / 2, rel=1e-5)
+        assert first != second
+
+
 @pytest.mark.slow
 def test_prompts_of_several_sources_have_scores_and_columns_of_their_own(train) -> None:
     write("sums.jsonl", [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(20)])

@@ -34,6 +34,8 @@ def test_every_objective_of_text_is_tried_here() -> None:
         "classify",
         "rerank",
         "token_classify",
+        "distill",
+        *("cispo", "dapo", "dr_grpo", "gspo", "reinforce", "rloo"),
     }
 
 

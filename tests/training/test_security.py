@@ -17,7 +17,7 @@ from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.training.resume import replay
 from genai_pl.training.targets import instantiate, locate_target
-from genai_pl.training.trust import read_overrides
+from genai_pl.training.trust import read_overrides, untrusted_overrides
 from tests.conftest import ROOT, TINY
 
 # writes a file that shows that it ran: when it is imported, called, or made
@@ -184,6 +184,24 @@ def test_a_sweep_folder_is_trusted_as_little(override: str, place: Path, command
 def test_plain_options_of_a_run_folder_count(option: str, place: Path) -> None:
     folder(place / "run", option)
     assert option in replay(["resume=run"])
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("eval.execute_code=true", "lets programs of a model run"),
+        ("eval.execute_code=false", None),
+        ("eval.tasks.a={path: x.jsonl, score: 'evil:f'}", "names code to run"),
+        ("eval.tasks.a={path: x.jsonl, score: 'folder/evil.py:f'}", "names code to run"),
+        ("eval.tasks.a={path: x.jsonl, judge: 'https://evil.example'}", "is a network address"),
+        ("eval.tasks.a={path: x.jsonl, stop: ['Question:'], k: [1, 10]}", None),
+        ("objective.reward=folder/evil.py:f", "names code to run"),
+        ("objective.reward=evil.f", "names code to run"),
+        ("objective.reward=[judge,subprocess.call]", "names code to run"),
+    ],
+)
+def test_functions_and_programs_of_a_run_folder_must_be_typed_again(override: str, reason: str | None, place) -> None:
+    assert untrusted_overrides([override], []) == ({} if reason is None else {override: reason})
 
 
 def test_what_is_typed_again_counts(place: Path) -> None:

@@ -84,7 +84,7 @@ def write_config(
                 values = {"decoder_start_token_id": given.get("pad_token_id", 0), **values}
             return {**token_ids, **values, **given}, family.table(config), family.architectures[config.head][0]
     values = {"model_type": NATIVE, "architectures": [type(_shell(config)).__name__], "model": config.to_dict()}
-    return {**values, **token_ids}, _native_table(config), NATIVE
+    return {**values, **token_ids}, native_table(config), NATIVE
 
 
 def generation_values(values: Mapping[str, object], token_ids: Mapping[str, int | None]) -> dict[str, object]:
@@ -153,7 +153,7 @@ def _from_any(values: dict, stored: TensorFiles | None) -> tuple[ModelConfig, It
         config = ModelConfig.from_dict(values["model"])
         if stored is not None:
             check_blocks(config, stored.files)
-        return config, _native_table(config)
+        return config, native_table(config)
     for family in FAMILIES:
         if family.model_type == kind:
             config = _from_family(family, values, stored)
@@ -271,7 +271,7 @@ def _shell(config: ModelConfig) -> torch.nn.Module:
         return build_model(config)
 
 
-def _native_table(config: ModelConfig) -> list[Weight]:
+def native_table(config: ModelConfig) -> list[Weight]:
     """The table of weights of model_type genai_pl: every parameter and stored buffer under its own name."""
     model = _shell(config)
     kept = model.state_dict()

@@ -6,8 +6,10 @@ that the peak of memory is the model plus one tensor. All names and shapes are c
 
 import logging
 import operator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,21 @@ START = "decoder_start_token_id"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+class StoredTensors(Protocol):
+    """Tensors of files by the names of a table, read one at a time. folder: what is named in messages."""
+
+    folder: Path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; CheckpointError if it is missing."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name."""
+
+    def unused(self) -> list[str]:
+        """Names of tensors that were not read."""
+
+
 def load_pretrained(
     folder: Path,
     *,
@@ -43,13 +60,23 @@ def load_pretrained(
     stored = TensorFiles(folder, prefix_of(folder / "config.json"))
     config, rows = read_config(folder / "config.json", stored)
     config = replace(_with_start(config, folder), attention=attention, dropout=dropout)
+    return load_tensors(config, rows, stored, folder / "config.json", dtype=dtype)
+
+
+def load_tensors(
+    config: ModelConfig, rows: Iterable[Weight], stored: StoredTensors, file: Path, *, dtype: torch.dtype | None
+) -> Model:
+    """The model of a configuration with the tensors of its table, in evaluation mode; CheckpointError where they do not fit.
+
+    file: what the configuration was read from, for messages. dtype: as in `load_pretrained`.
+    """
     table = []
     for row in rows:  # a missing tensor is an error here, before a model of a million layers is built
         stored.shape(row.hf_name)
         table.append(row)
-    model = _without_memory(config, folder)
+    model = _without_memory(config, file)
     for row in table:
-        _check_shape(model, row, stored.shape(row.hf_name), folder)
+        _check_shape(model, row, stored.shape(row.hf_name), file)
     # the weights, one tensor at a time
     for row in table:
         tensor = stored.read(row.hf_name)
@@ -92,7 +119,7 @@ def save_pretrained(
     write_json(folder / "config.json", {**values, "dtype": dtype})
     write_json(folder / "generation_config.json", {**generation_values(values, token_ids), **generation})
     state = model.state_dict()
-    tensors = ((row.hf_name, _to_hf(state, row)) for row in table)
+    tensors = ((row.hf_name, stored_tensor(state, row)) for row in table)
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
     return class_name
 
@@ -110,27 +137,27 @@ def _with_start(config: ModelConfig, folder: Path) -> ModelConfig:
     return replace(config, decoder_start_token_id=start)
 
 
-def _without_memory(config: ModelConfig, folder: Path) -> Model:
+def _without_memory(config: ModelConfig, file: Path) -> Model:
     """The model on the meta device."""
     try:
         with torch.device("meta"):  # no weight is drawn or stored
             return build_model(config)
     except (ConfigError, RuntimeError) as error:  # a tensor of more bytes than can be counted
-        raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{file}: {str(error).splitlines()[0]}") from None
 
 
-def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], folder: Path) -> None:
-    """CheckpointError if a stored tensor has another shape than our tensors, joined and in the folder's layout."""
+def _check_shape(model: Model, row: Weight, shape: tuple[int, ...], file: Path) -> None:
+    """CheckpointError if a stored tensor has another shape than our tensors, joined and in the file's layout."""
     parts = [operator.attrgetter(name)(model) for name in row.names]
     parts = parts if row.expert is None else [part[row.expert] for part in parts]
     expected = row.to_hf(torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], device="meta")).shape
     if shape != expected:
         raise CheckpointError(
-            f"{folder}: tensor {row.hf_name} has shape {list(shape)}, config.json asks for {list(expected)}"
+            f"{file.parent}: tensor {row.hf_name} has shape {list(shape)}, {file.name} asks for {list(expected)}"
         )
 
 
-def _warn_of_unused(stored: TensorFiles) -> None:
+def _warn_of_unused(stored: StoredTensors) -> None:
     """Log the tensors of the folder that the model has no place for."""
     names = stored.unused()
     if names:
@@ -160,8 +187,8 @@ def _assign_slice(owner: nn.Module, leaf: str, row: Weight, tensor: Tensor) -> N
     getattr(owner, leaf).data[row.expert] = row.from_hf(tensor)
 
 
-def _to_hf(state: dict[str, Tensor], row: Weight) -> Tensor:
-    """The tensor of a row as the folder stores it, joined from ours."""
+def stored_tensor(state: dict[str, Tensor], row: Weight) -> Tensor:
+    """The tensor of a row as its file stores it, joined from ours."""
     parts = [state[name].detach() for name in row.names]
     parts = [(part if row.expert is None else part[row.expert]).cpu() for part in parts]
     return row.to_hf(

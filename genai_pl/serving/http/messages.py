@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from genai_pl.data.assistant_spans import REASONING_KEYS
 from genai_pl.data.messages import join_parts
 from genai_pl.serving.errors import ApiError
 
@@ -74,12 +75,18 @@ class Message(BaseModel):
     content: text or parts of text; None only beside tool_calls
     tool_calls: calls of an assistant's turn
     tool_call_id: the call that a tool's turn answers
+    name: of the tool that answers, or of who speaks; for templates that print it
+    reasoning_content: what the assistant thought before this turn (reasoning, thinking: the same under other names)
     """
 
     role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
+    name: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    thinking: Text | None = None
 
     def plain(self) -> dict[str, object]:
         """The turn as a plain dict for chat templates."""
@@ -91,7 +98,8 @@ class Message(BaseModel):
         if self.tool_calls:
             calls = [{"id": call.id, "type": call.type, "function": call.function.plain()} for call in self.tool_calls]
             turn["tool_calls"] = calls
-        return turn if self.tool_call_id is None else {**turn, "tool_call_id": self.tool_call_id}
+        given = {key: getattr(self, key) for key in ("tool_call_id", "name", *REASONING_KEYS)}
+        return turn | {key: value for key, value in given.items() if value is not None}
 
     @model_validator(mode="after")
     def _check_content(self) -> "Message":

@@ -65,7 +65,10 @@ def openai_routes(service: Service) -> APIRouter:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
         top = (body.top_logprobs or 0) if body.logprobs else None
-        answer_format = ToolChatFormat(decoder(service), top, tools) if tools else ChatFormat(decoder(service), top)
+        answer_format = ChatFormat(decoder(service), top)
+        if tools:
+            reader = await asyncio.to_thread(lambda: service.call_reader)
+            answer_format = ToolChatFormat(decoder(service), top, tools, reader)
         return await respond(service, body, request, prompts, answer_format, token_limit)
 
     @router.post("/embeddings")

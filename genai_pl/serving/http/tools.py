@@ -1,13 +1,14 @@
 """Tool calls: tools for the chat template, and the calls parsed out of the generated text.
 
-A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the format of Hermes and Qwen models.
+How a model writes a call is found from its chat template (`genai_pl/data/tool_calls.py`); one that shows none is taken
+to write <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the format of Hermes and Qwen models.
 """
 
 import json
-import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from genai_pl.data.tool_calls import Call, CallReader
 from genai_pl.serving.errors import ApiError
 from genai_pl.serving.http.responses import ChatFormat, Decode, Json
 from genai_pl.serving.http.schemas import ChatBody
@@ -15,8 +16,6 @@ from genai_pl.serving.service import Service
 
 if TYPE_CHECKING:
     from genai_pl.serving.engine.request import TokenOutput
-
-OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
 def offered_tools(service: Service, body: ChatBody) -> list[Json]:
@@ -35,42 +34,18 @@ def offered_tools(service: Service, body: ChatBody) -> list[Json]:
     return tools
 
 
-def parse_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[Json]]:
-    """(text outside of calls, calls in OpenAI's shape).
+def openai_calls(calls: Sequence[Call], tools: Sequence[Json], new_id: Callable[[], str]) -> list[Json]:
+    """Calls in OpenAI's shape; none if one cannot be read or names no offered tool: then all of the answer is text.
 
-    names: of the tools that were offered
-    If one call is no JSON or names no offered tool, all of the text stays text and there are no calls.
-
-    >>> text, [call] = parse_tool_calls('Wait. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', {"add"})
-    >>> text, call["function"]
-    ('Wait.', {'name': 'add', 'arguments': '{"a": 1}'})
+    >>> tools = [{"type": "function", "function": {"name": "add"}}]
+    >>> openai_calls([Call("add", {"a": 1})], tools, lambda: "call_1")[0]["function"]
+    {'name': 'add', 'arguments': '{"a": 1}'}
     """
-    calls, outside, end = [], [], 0
-    for begin, after in tool_call_spans(text):
-        source = text[begin + len(OPENING) : after - len(CLOSING)].strip()
-        outside.append(text[end:begin])
-        end = after
-        try:
-            call = json.loads(source)
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            return text, []
-        if name not in names or not isinstance(arguments, dict):
-            return text, []
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-    return ("".join([*outside, text[end:]]).strip() if calls else text), calls
-
-
-def tool_call_spans(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each call in the text, markers included; linear in the text, whatever markers it has."""
-    end = 0
-    while (begin := text.find(OPENING, end)) >= 0:
-        closing = text.find(CLOSING, begin + len(OPENING))
-        if closing < 0:
-            return
-        end = closing + len(CLOSING)
-        yield begin, end
+    names = {tool["function"]["name"] for tool in tools}
+    if any(call.error or call.name not in names for call in calls):
+        return []
+    functions = [{"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in calls]
+    return [{"id": new_id(), "type": "function", "function": function} for function in functions]
 
 
 class ToolChatFormat(ChatFormat):
@@ -78,19 +53,21 @@ class ToolChatFormat(ChatFormat):
 
     decode, logprobs: as for completions
     tools: offered tools, whose names calls may have
+    reader: finds calls in answers of this model
     """
 
     streams_whole_answers = True
 
-    def __init__(self, decode: Decode, logprobs: int | None, tools: Sequence[Json]) -> None:
+    def __init__(self, decode: Decode, logprobs: int | None, tools: Sequence[Json], reader: CallReader) -> None:
         super().__init__(decode, logprobs)
-        self.names = {tool["function"]["name"] for tool in tools}
+        self.tools, self.reader = tools, reader
 
     def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """The choice of answer n, with its calls; the finish reason is tool_calls if there are any."""
         choice = super().choice(n, outputs, finish_reason)
-        text, calls = parse_tool_calls(choice["message"]["content"], self.names)
-        if calls:
+        ids = [output.token for output in outputs]
+        text, found = self.reader.read(choice["message"]["content"], ids, self.tools)
+        if calls := openai_calls(found, self.tools, self.reader.call_id):
             choice["message"] |= {"content": text or None, "tool_calls": calls}
             choice["finish_reason"] = "tool_calls"
         return choice

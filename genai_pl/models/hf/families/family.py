@@ -26,6 +26,7 @@ class Weight(NamedTuple):
     offset      our tensor is the file's plus this (Gemma's norms multiply by 1 + weight)
     layers      the layers that have it; None: all
     expert      our tensors are 3-D, and the file's is this slice of them; a table writes {e} in hf_name instead
+    pair_heads  heads of a query or key projection whose outputs the file orders by rotary pairs (GGUF's llama)
 
     >>> row = Weight("c_fc.weight", ("up_proj.weight",), transposed=True)
     >>> import torch; row.from_hf(torch.zeros(2, 3)).shape, row.to_hf(torch.zeros(3, 2)).shape
@@ -41,6 +42,7 @@ class Weight(NamedTuple):
     layers: tuple[int, ...] | None = None
     expert: int | None = None
     interleaved: bool = False
+    pair_heads: int | None = None
 
     def from_hf(self, tensor: Tensor) -> Tensor:
         """Our tensors, concatenated, from the file's tensor."""
@@ -49,11 +51,15 @@ class Weight(NamedTuple):
         tensor = tensor.mT.contiguous() if self.transposed else tensor
         if self.interleaved:  # (E, n out, ...) -> (n E, out, ...)
             tensor = torch.cat([tensor[:, part :: len(self.names)] for part in range(len(self.names))])
+        if self.pair_heads:  # (H D/2 2, ...) -> (H 2 D/2, ...)
+            tensor = tensor.unflatten(0, (self.pair_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return tensor + self.offset if self.offset else tensor
 
     def to_hf(self, tensor: Tensor) -> Tensor:
         """The file's tensor from ours, concatenated; the inverse of `from_hf`."""
         tensor = tensor - self.offset if self.offset else tensor
+        if self.pair_heads:
+            tensor = tensor.unflatten(0, (self.pair_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         if self.interleaved:
             tensor = torch.stack(tensor.chunk(len(self.names)), dim=2).flatten(1, 2)
         tensor = tensor.mT if self.transposed else tensor

@@ -1,0 +1,184 @@
+"""Episode: one conversation of the policy with an environment, as tokens of which only sampled ones are learned.
+
+The tokens of an episode grow by completions, which the policy sampled, and by observations, which the environment gave.
+Nothing is tokenized twice: a completion stays as it was sampled (`genai_pl/data/turns.py`).
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from genai_pl.data.turns import Turns
+from genai_pl.environments.environment import Observation
+from genai_pl.environments.tools import Tools
+from genai_pl.environments.user_code import OneLineErrors
+from genai_pl.errors import ConfigError
+
+
+class Rules(NamedTuple):
+    """What all episodes of a run share.
+
+    option: the option that names the environment, with its value, for errors. turns: renders prompts and observations.
+    max_turns: completions of an episode. max_new_tokens: of a completion. context: tokens of an episode with its prompt.
+    tool_timeout: seconds of one call of a tool.
+    """
+
+    option: str
+    turns: Turns
+    max_turns: int
+    max_new_tokens: int
+    context: int
+    tool_timeout: float
+
+
+@dataclass
+class Episode:
+    """One play of an environment.
+
+    environment: the object that plays it. rules: see `Rules`.
+
+    After `start`: prompt (token ids), tools. After each `answer`: tokens after the prompt; is_sampled, of each of them; rewards
+    of turns; turn_ends, the number of sampled tokens up to the end of each; is_over, whether the environment was done, and
+    whether the last completion ended.
+    """
+
+    environment: object
+    rules: Rules
+    prompt: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    is_sampled: list[bool] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
+    is_over: bool = False
+    done: bool = False
+    ended: bool = False
+    n_calls: int = 0
+    n_failed: int = 0
+
+    async def start(self, row: Mapping[str, object], seed: int) -> None:
+        """Reset the environment to a row of the data, and tokenize its first messages."""
+        rules, environment = self.rules, self.environment
+        self.tools = Tools(getattr(environment, "tools", ()), option=rules.option, timeout=rules.tool_timeout)
+        with OneLineErrors(f"{rules.option}: reset"):
+            takes_seed = "seed" in inspect.signature(environment.reset).parameters
+            first = await _awaited(environment.reset(row, seed=seed) if takes_seed else environment.reset(row))
+        self.is_text = isinstance(first, str)
+        if not first or not (self.is_text or _are_messages(first)):
+            raise ConfigError(f"{rules.option}: reset gave {_shown(first)}: give messages, or a text")
+        if self.is_text and self.tools.schemas:
+            raise ConfigError(
+                f"{rules.option}: reset gave a text, and tools are shown by a chat template: give messages"
+            )
+        self.messages = [] if self.is_text else [dict(message) for message in first]
+        self.prompt = rules.turns.prompt(first if self.is_text else self.messages, self.tools.schemas)
+        room = rules.context - rules.max_new_tokens
+        if len(self.prompt) > room:
+            raise ConfigError(
+                f"{rules.option}: the first prompt has {len(self.prompt)} tokens, and beside objective.max_new_tokens="
+                f"{rules.max_new_tokens} there is room for {room} (data.seq_len, model.max_seq_len)"
+            )
+
+    @property
+    def context(self) -> list[int]:
+        """All tokens so far: what the next completion continues."""
+        return self.prompt + self.tokens
+
+    async def answer(self, completion: Sequence[int], text: str, ended: bool) -> None:
+        """Take a completion, and append what the environment answers.
+
+        completion: sampled tokens, the end token included. text: of them without special tokens. ended: whether there is an
+        end token. The completion of turn `max_turns` is the last one, as is one of a chat template that was cut off; these
+        go to `step` even where they have calls.
+        """
+        self.ended = ended
+        self.tokens += completion
+        self.is_sampled += [True] * len(completion)
+        self.turn_ends.append(sum(self.is_sampled))
+        is_cut = not (ended or self.is_text)  # a turn of a chat template has an end
+        is_last = is_cut or len(self.turn_ends) == self.rules.max_turns
+        # calls are run, everything else is a step
+        calls = []
+        if self.tools.schemas and not is_last:
+            calls = self.rules.turns.calls.read(text, completion, self.tools.schemas)[1]
+        if calls:
+            named = [(self.rules.turns.calls.call_id(), call.name or "unknown") for call in calls]
+            results = [await self.tools.run(call) for call in calls]
+            self.n_calls += len(calls)
+            self.n_failed += sum(not worked for _, worked in results)
+            turns = [
+                {"role": "tool", "tool_call_id": number, "name": name, "content": result}
+                for (number, name), (result, _) in zip(named, results, strict=True)
+            ]
+            observation = Observation(turns)
+        else:
+            named = []
+            with OneLineErrors(f"{self.rules.option}: step"):
+                observation = await _awaited(self.environment.step(text))
+            observation = self._checked(observation)
+        # what follows, if there is room for another completion
+        self.rewards.append(float(observation.reward))
+        self.done = bool(observation.done)
+        self.is_over = self.done or is_last
+        if not self.is_over:
+            self._append(named, observation)
+
+    def _append(self, calls: Sequence[tuple[str, str]], observation: Observation) -> None:
+        """Append the tokens of an observation; the episode is over where they leave no room for a completion."""
+        rules = self.rules
+        after = observation.messages
+        ids, answer = rules.turns.observation(self.messages, calls, after, self.tools.schemas)
+        if len(self.prompt) + len(self.tokens) + len(ids) + rules.max_new_tokens > rules.context:
+            self.is_over = True
+            return
+        self.tokens += ids
+        self.is_sampled += [False] * len(ids)
+        if not self.is_text:
+            self.messages += [answer, *map(dict, after)]
+
+    def _checked(self, observation: object) -> Observation:
+        """The observation of a step; ConfigError for what cannot be one."""
+        option = self.rules.option
+        if not isinstance(observation, tuple) or not 1 <= len(observation) <= 3:
+            raise ConfigError(f"{option}: step gave {_shown(observation)}: give Observation(messages, reward, done)")
+        observation = Observation(*observation)
+        reward = observation.reward
+        if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
+            raise ConfigError(f"{option}: step gave the reward {_shown(reward)}: give a finite number")
+        messages = observation.messages
+        if observation.done:
+            return observation
+        if not messages:
+            raise ConfigError(f"{option}: step gave no messages, and done=False: there is nothing to answer")
+        if self.is_text != isinstance(messages, str):
+            kinds = ("a text", "messages") if self.is_text else ("messages", "a text")
+            raise ConfigError(f"{option}: reset gave {kinds[0]}, and step {kinds[1]}: give the same")
+        if not self.is_text and not (_are_messages(messages) and all(m["role"] != "assistant" for m in messages)):
+            raise ConfigError(f"{option}: step gave {_shown(messages)}: give messages of the user or of tools")
+        return observation
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the episode by name: those that all have, and the environment's own."""
+        own = getattr(self.environment, "metrics", dict)()
+        counts = {"turns": len(self.turn_ends), "episode_length": len(self.tokens), "done": self.done}
+        if self.tools.schemas:
+            counts |= {"tool_calls": self.n_calls, "tool_errors": self.n_failed}
+        return {**{name: float(value) for name, value in own.items()}, **{k: float(v) for k, v in counts.items()}}
+
+
+async def _awaited(value: object) -> object:
+    return await value if inspect.isawaitable(value) else value
+
+
+def _are_messages(value: object) -> bool:
+    """Whether a value is messages, each with a role and a content or calls."""
+    return isinstance(value, Sequence) and all(
+        isinstance(message, Mapping) and "role" in message and {"content", "tool_calls"} & set(message)
+        for message in value
+    )
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,58 @@
+"""Tools of an environment: functions offered to the model as schemas, and its calls of them run with a time limit."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable, Sequence
+
+from genai_pl.data.tool_calls import Call
+from genai_pl.data.tool_schemas import Schema, function_schema
+from genai_pl.environments.user_code import within
+from genai_pl.errors import ConfigError
+
+
+class Tools:
+    """Functions by name.
+
+    functions: with typed arguments and docstrings. option: names them in errors. timeout: seconds of one call.
+
+    schemas: what the chat template prints. A call never raises: what went wrong is its result, which the model reads.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., object]], *, option: str, timeout: float) -> None:
+        self.schemas: list[Schema] = [function_schema(function, option) for function in functions]
+        names = [schema["function"]["name"] for schema in self.schemas]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{option}: two tools are called {next(n for n in names if names.count(n) > 1)}")
+        self.functions = dict(zip(names, functions, strict=True))
+        self.timeout = timeout
+
+    async def run(self, call: Call) -> tuple[str, bool]:
+        """(result of a call as text, whether it worked)."""
+        if call.error:
+            return f"error: {call.error}", False
+        function = self.functions.get(call.name)
+        if function is None:
+            return f"error: there is no tool {call.name}, but {', '.join(self.functions)}", False
+        try:
+            inspect.signature(function).bind(**call.arguments)
+        except TypeError as error:
+            return f"error: {call.name}: {error}", False
+        # a coroutine waits beside those of other episodes; anything else runs in a thread of its own
+        is_async = inspect.iscoroutinefunction(function)
+        try:
+            result = await within(self.timeout, lambda: function(**call.arguments), is_async=is_async)
+        except (TimeoutError, asyncio.TimeoutError):
+            return f"error: {call.name} gave no answer within {self.timeout:g} seconds", False
+        except Exception as error:  # of the tool, for the model to read
+            return f"error: {call.name}: {' '.join(str(error).split()) or type(error).__name__}", False
+        return as_text(result), True
+
+
+def as_text(result: object) -> str:
+    """The result of a tool as text: itself, or JSON.
+
+    >>> as_text("a"), as_text({"b": [1, None]})
+    ('a', '{"b": [1, null]}')
+    """
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)

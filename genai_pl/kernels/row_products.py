@@ -1,0 +1,168 @@
+"""Compiled products of few rows: `row_products.c`, built by the machine's C compiler at first use, called through ctypes.
+
+torch's products of one row reach half of what memory delivers, and those of float32 use one thread. The library is kept in
+the user's cache folder under a name that says which source, compiler and processor it is of. Where there is no compiler, or
+what it built computes something else, `library` raises NotImplementedError, and torch's products remain.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.kernels.cpu_products import bf16_products_pay
+from genai_pl.kernels.int8 import to_int8
+
+SOURCE = Path(__file__).with_suffix(".c")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in the source
+FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
+SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
+CACHED = 1 << 19  # weights that are widened at a time for a product of many rows
+BUILD_SECONDS = 60
+
+
+class RowWeight(NamedTuple):
+    """A weight (out, in) in float32, bfloat16, or int8 with scales (out,)."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+
+
+def pack_rows(weight: Tensor, dtype: torch.dtype) -> RowWeight:
+    """The weight (out, in) in that dtype, a view if it is already; NotImplementedError without a library."""
+    library()
+    if dtype is torch.int8:
+        codes, scales = to_int8(weight)
+        return RowWeight(codes.contiguous(), scales)
+    return RowWeight(weight.to(dtype).contiguous())
+
+
+def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
+    """x W^T + bias + more in float32, (..., in) -> (..., out), for a bias (out,) and more (..., out).
+
+    Activations of few rows keep 32 bits beside weights of any dtype.
+    """
+    weight, scales = packed
+    out, width = weight.shape
+    n = x.numel() // width
+    if n > FEW:
+        y = _multiply_many(x, packed)
+        y = y if bias is None else y.add_(bias)
+        return y if more is None else y.add_(more)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
+    more = None if more is None else more.contiguous()
+    threads = torch.get_num_threads() if out * width > SMALL else 1
+    addresses = (x.data_ptr(), weight.data_ptr(), _address(scales), _address(bias), _address(more), y.data_ptr())
+    library().product(KINDS[weight.dtype], *addresses, n, out, width, threads)
+    return y
+
+
+def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last C channels of few rows, (..., C) in float32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    library().rms_norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // width, width)
+    return y
+
+
+def rotate_rows(x: Tensor, table: tuple[Tensor, Tensor], heads: int) -> None:
+    """Turn the first heads of each token in x (B, T, heads + others, D), contiguous, in place by the tables of `rotary`."""
+    B, T, all_heads, D = x.shape
+    cosine, sine = (part.contiguous() for part in table)
+    positions = cosine.numel() // D
+    library().rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), B * T, positions, heads, all_heads, D)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _multiply_many(x: Tensor, packed: RowWeight) -> Tensor:
+    """x W^T by torch, with activations in bfloat16 beside such weights where the processor has that product."""
+    weight, scales = packed
+    if weight.dtype is torch.float32:
+        return F.linear(x, weight)
+    if weight.dtype is torch.bfloat16 and bf16_products_pay():
+        return F.linear(x.bfloat16(), weight).float()
+    # some output channels at a time, so that their floats stay in a cache
+    parts = weight.split(max(1, CACHED // weight.shape[1]))
+    y = torch.cat([F.linear(x, part.float()) for part in parts], dim=-1)
+    return y if scales is None else y.mul_(scales)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled source. NotImplementedError if there is none or its numbers are wrong; a process looks once."""
+    try:
+        found = ctypes.CDLL(str(_build()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise NotImplementedError(f"{SOURCE.name} was not built: {error}") from None
+    pointer, count = ctypes.c_void_p, ctypes.c_long
+    found.product.argtypes = [ctypes.c_int, *[pointer] * 6, *[count] * 3, ctypes.c_int]
+    found.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, count, count]
+    found.rotate.argtypes = [*[pointer] * 3, *[count] * 5]
+    for function in (found.product, found.rms_norm, found.rotate):
+        function.restype = None
+    x, y = torch.linspace(-1, 1, 5 * 70).view(5, 70), torch.empty(5, 3)
+    for dtype, kind in KINDS.items():
+        weight = torch.arange(3 * 70).view(3, 70).sub(100).to(dtype)
+        found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
+        if not torch.allclose(y.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-3):
+            raise NotImplementedError(f"{SOURCE.name} multiplies {dtype} wrongly as built here")
+    return found
+
+
+def _build() -> Path:
+    """The library's file, compiled unless an earlier process has."""
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    compiler = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    # torch's own OpenMP, so that both share one team of threads
+    openmp = [str(file) for file in Path(torch.__file__).parent.glob("lib/libgomp*")]
+    command = [compiler, "-O3", native, "-fopenmp", "-shared", "-fPIC", str(SOURCE), *openmp, "-lm", "-o"]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *_processor()]).encode()).hexdigest()
+    folder = _folder()
+    path = folder / f"{SOURCE.stem}-{key[:24]}.so"
+    if not path.exists():
+        # under a name of its own first: several processes may build at a time
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            built = Path(private) / path.name
+            subprocess.run([*command, str(built)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+            os.replace(built, path)
+    return path
+
+
+def _folder() -> Path:
+    """The user's cache folder, or a new private one where that cannot be written; never one that others could fill."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai_pl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # read-only, or no home
+        pass
+    folder = tempfile.mkdtemp(prefix="genai_pl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _processor() -> list[str]:
+    """What tells processors apart: a home folder may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = {line for line in lines if line.startswith(("flags", "Features"))}
+    return [platform.machine(), platform.processor(), *sorted(flags)]

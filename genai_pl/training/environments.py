@@ -1,0 +1,44 @@
+"""Environments by name: `objective.environment` as a function that makes one for each episode."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from genai_pl.environments import SHIPPED
+from genai_pl.errors import ConfigError
+from genai_pl.training.named_objects import named_object
+
+HOW = f"name a class as module:Class or file.py:Class, or {' or '.join(SHIPPED)}"
+
+
+def load_environment(name: str, arguments: Mapping[str, object]) -> Callable[[], object]:
+    """A function that makes an environment; ConfigError for what is no such class, or takes other arguments.
+
+    name: of a class, or the short name of one that is shipped. arguments: of the class, `objective.environment_args`.
+    """
+    option = f"objective.environment={name}"
+    module, _, attribute = SHIPPED.get(name, name).rpartition(":")
+    if not module:
+        raise ConfigError(f"{option}: no environment of that name; {HOW}")
+    make = named_object(option, module, attribute)
+    if not callable(make):
+        raise ConfigError(f"{option}: not a class; {HOW}")
+    # one is made here: mistakes show before the run begins
+    try:
+        environment = make(**arguments)
+    except Exception as error:  # of a user's constructor
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"objective.environment_args: {name} takes {_arguments(make)} ({reason})") from None
+    missing = [method for method in ("reset", "step") if not callable(getattr(environment, method, None))]
+    if missing:
+        raise ConfigError(f"{option}: has no {' and no '.join(missing)}; docs/alignment.md#environments shows one")
+    return partial(make, **arguments)
+
+
+def _arguments(make: Callable[..., object]) -> str:
+    """The names of the arguments of a class, for an error."""
+    try:
+        names = ", ".join(inspect.signature(make).parameters)
+    except (TypeError, ValueError):
+        return "other arguments"
+    return names or "no arguments"

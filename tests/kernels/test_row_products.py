@@ -1,0 +1,142 @@
+"""Compiled products of few rows against float64, and what happens where they cannot be built."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from genai_pl.kernels import packed_product, row_products
+from genai_pl.kernels.row_products import FEW, KINDS, multiply_rows, pack_rows, rms_norm_rows, rotate_rows
+from genai_pl.models.positions import rotary, rotate
+
+
+def is_built() -> bool:
+    try:
+        row_products.library()
+    except NotImplementedError:
+        return False
+    return True
+
+
+built = pytest.mark.skipif(not is_built(), reason="no C compiler here")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Forget the library of this process, before and after."""
+    row_products.library.cache_clear()
+    yield
+    row_products.library.cache_clear()
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(packed: row_products.RowWeight) -> Tensor:
+    weight, scales = packed
+    return weight.double() if scales is None else weight.double() * scales.double()[:, None]
+
+
+@built
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
+@pytest.mark.parametrize("width", [1, 31, 64, 100])
+def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int) -> None:
+    packed = pack_rows(inputs(7, width), dtype)
+    x, bias, more = inputs(1, rows, width, seed=1), inputs(7, seed=2), inputs(1, rows, 7, seed=3)
+    expected = x.double() @ dense(packed).T + bias + more
+    tolerance = 2e-2 if rows > FEW and dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(multiply_rows(x, packed, bias, more).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@built
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, rows: int) -> None:
+    packed, x = pack_rows(inputs(301, 320), dtype), inputs(rows, 320, seed=1)
+    expected = multiply_rows(x, packed)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(multiply_rows(x, packed), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+def test_what_is_no_number_stays_in_its_row() -> None:
+    packed, x = pack_rows(inputs(9, 64), torch.bfloat16), inputs(5, 64, seed=1)
+    expected = multiply_rows(x, packed)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    y = multiply_rows(x, packed)
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[[0, 3, 4]], expected[[0, 3, 4]])
+
+
+@built
+def test_rows_that_are_not_next_to_each_other_in_memory() -> None:
+    packed, x = pack_rows(inputs(6, 32), torch.float32), inputs(32, 3).T
+    torch.testing.assert_close(multiply_rows(x, packed), F.linear(x, packed.weight))
+
+
+@built
+@pytest.mark.parametrize("width", [5, 48, 576])
+def test_rms_norm_is_that_of_torch(width: int) -> None:
+    x, weight = inputs(2, 3, width), inputs(width, seed=1)
+    torch.testing.assert_close(rms_norm_rows(x, weight, 1e-5), F.rms_norm(x, (width,), weight, 1e-5))
+
+
+@built
+@pytest.mark.parametrize("positions", [torch.arange(3, 7), torch.arange(8).view(2, 4)], ids=["shared", "by row"])
+def test_only_the_first_heads_turn(positions: Tensor) -> None:
+    x, table = inputs(2, 4, 5, 8), rotary(positions, head_dim=8, theta=100.0)
+    expected = rotate(x[:, :, :3].transpose(1, 2), table).transpose(1, 2)
+    turned = x.clone()
+    rotate_rows(turned, table, 3)
+    torch.testing.assert_close(turned[:, :, :3], expected)
+    assert torch.equal(turned[:, :, 3:], x[:, :, 3:])
+
+
+@pytest.mark.parametrize("compiler", ["false", "true", "no-such-compiler"])
+def test_a_compiler_that_fails_leaves_the_products_of_torch(
+    compiler: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiler == "no-such-compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))  # where no other compiler is either
+    with pytest.raises(NotImplementedError, match=r"row_products\.c was not built"):
+        row_products.library()
+    weight = inputs(8, 16)
+    product = packed_product.fastest_product(packed_product.products_of(torch.bfloat16), [weight], rows=1)
+    assert product.multiply is not multiply_rows
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+@built
+def test_the_library_is_built_once_and_found_again(
+    fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row_products.library()
+    [file] = (tmp_path / "genai_pl").iterdir()
+    built_at = file.stat().st_mtime_ns
+    row_products.library.cache_clear()
+    row_products.library()
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "genai_pl").iterdir()] == [built_at]
+
+
+@built
+def test_a_cache_folder_that_is_a_file_is_passed_over(
+    fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    row_products.library()
