@@ -9,7 +9,7 @@
     python benchmarks/rerank.py score OUT MINILM RUN
 
 TASK is `category`, from the definition of a noun to the noun above it in WordNet's taxonomy ("the basic unit of money in
-Vietnam" to "Vietnamese monetary unit"; the task of SemEval-2016, 14), or `word`, to the noun itself. `data` writes 1,000
+Vietnam" to "Vietnamese monetary unit"; close to task 14 of SemEval-2016), or `word`, to the noun itself. `data` writes 1,000
 definitions for the test, others for training, and the nouns among which all of them search, of WordNet 3.0 (Debian's
 wordnet-base). `score` lets MINILM find the --depth nearest nouns of each definition, puts them in the order of RUN's scores, and
 prints recall@1 before and after, with a 95 % interval of the difference (bootstrap over definitions).

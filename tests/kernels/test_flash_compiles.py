@@ -49,12 +49,15 @@ def spills(capability: int, D: int, kind: str) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_plain_causal_attention_in_bfloat16_spills_no_register(capability: int, D: int):
-    for kind in ("plain", "sinks"):
-        assert spills(capability, D, kind) == {"forward": 0, "row_sums": 0, "key_value": 0, "query": 0}
+@pytest.mark.parametrize("kind", ["plain", "sinks"])
+def test_plain_causal_attention_in_bfloat16_spills_no_register(capability: int, D: int, kind: str):
+    assert spills(capability, D, kind) == {"forward": 0, "row_sums": 0, "key_value": 0, "query": 0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_feature_at_once_compiles(capability: int):
-    assert len(spills(capability, 80, "featured")) == 5
+    found = spills(capability, 80, "featured")
+    assert len(found) == 5
+    if capability == 80:  # others spill up to 456 bytes with bias, ALiBi, window, dropout, softcap and sinks together
+        assert {name for name, n in found.items() if n} <= {"bias"}
