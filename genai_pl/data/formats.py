@@ -68,7 +68,10 @@ FORMATS = {
         _format("ranked", "prompt completions", "prompt, completions", is_own=True),
         _format(HH, "chosen_turns:chosen rejected_turns:rejected", PAIR, "prompt_turns:prompt"),
     ],
-    "unpaired": [_format("kto", "prompt completion label", "prompt, completion, label", is_own=True)],
+    "unpaired": [
+        _format("kto", "prompt completion label", "prompt, completion, label", is_own=True),
+        _format("kto-messages", "messages label", "prompt, completion, label", is_own=True),
+    ],
     "prompts": [
         _format("prompts", "prompt", "prompt", is_own=True),
         _format("instructions", "instruction", "prompt", "input context"),

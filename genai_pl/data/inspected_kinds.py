@@ -65,9 +65,9 @@ def _chat_rows(data: ChatDataModule, table: "Table") -> Iterator[InspectedRow]:
 def _preference_rows(data: PreferenceDataModule, table: "Table") -> Iterator[InspectedRow]:
     answers = "completions" if is_ranked(table) else "answers"
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", answers), tokenize_preference)
-    columns = [as_arrays(encoded, name) for name in ("prompt", "completions", "lengths")]
-    for prompt, completions, lengths, number in zip(*columns, table["row"], strict=True):
-        kept_prompt, kept = data._row(prompt, completions, lengths)
+    columns = [as_arrays(encoded, name) for name in ("prompt", "completions", "lengths", "counted")]
+    for prompt, completions, lengths, counted, number in zip(*columns, table["row"], strict=True):
+        kept_prompt, kept, _ = data._row(prompt, completions, lengths, counted)
         whole = np.split(completions, lengths.cumsum()[:-1])
         labels = ("chosen", "rejected") if answers == "answers" else [f"rank {n + 1}" for n in range(len(whole))]
         parts = [_ended(label, ids, len(rest)) for label, ids, rest in zip(labels, whole, kept, strict=True)]

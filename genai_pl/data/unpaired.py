@@ -11,10 +11,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, parse_label
+from genai_pl.data.columns import Place, parse_label, refuse
 from genai_pl.data.loader import BatchPlan
-from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
-from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.messages import extract_prompt, message_texts, parse_messages, text_or_messages
+from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
 from genai_pl.data.prompt_tokens import encode_masked_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
@@ -64,7 +64,17 @@ class UnpairedDataModule(MessagesDataModule):
             )
         return plan
 
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
+        return ["prompt", "completion", "label", TOOLS]
+
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "messages" in roles:
+            at = place.at(roles["messages"])
+            *prompt, answer = parse_messages(record.get(roles["messages"]), at)
+            if not prompt or answer["role"] != "assistant":
+                refuse(at, "messages: the last is the assistant's answer that the label is of, after a prompt")
+            label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
+            return {"prompt": prompt, "completion": [answer], "label": label}
         answer = text_or_messages(record.get(roles["completion"]), place.at(roles["completion"]))
         prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
         label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
