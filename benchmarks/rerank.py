@@ -1,10 +1,11 @@
 """Reranking of WordNet's nouns by a definition, against the embedding search of the model that it starts from.
 
     python benchmarks/rerank.py data TASK OUT
-    python feedback.py task=negatives checkpoint=MINILM data.path=OUT/train.jsonl negatives.corpus=OUT/corpus.jsonl \
-      negatives.format=ranking negatives.n=5 negatives.relative_margin=null negatives.range_max=10 \
-      negatives.positive_max_rank=10 negatives.sampling=random out=OUT/rankings.jsonl
-    python train.py objective=rerank objective.loss=listwise init_from=MINILM data.path=OUT/rankings.jsonl data.seq_len=64
+    python feedback.py task=negatives checkpoint=MINILM data.path=OUT/train.jsonl negatives.format=ranking negatives.n=5 \
+      negatives.relative_margin=null negatives.range_max=10 negatives.positive_max_rank=10 negatives.sampling=random \
+      out=OUT/rankings.jsonl
+    python train.py objective=rerank objective.loss=listwise init_from=MINILM data.path=OUT/rankings.jsonl data.seq_len=64 \
+      optimizer.lr=1e-4 trainer.max_steps=500
     python benchmarks/rerank.py score OUT MINILM RUN
 
 TASK is `category`, from the definition of a noun to the noun above it in WordNet's taxonomy ("the basic unit of money in

@@ -14,9 +14,9 @@ class GenerateSchema:
 
     checkpoint: a reference (`auto`, a run, a folder, a Hub id). adapter: one, several, or names to folders.
     adapter_weights: a factor for each. prompt, prompt_file: texts to continue, stdin if both are null.
-    num_samples: completions per prompt. stream: print while decoding. chat, embed, score: what to do instead of
-    continuing. query: first text of scored pairs. top_k: candidates per mask. dtype: of the weights, null as precision
-    has them. precision, generation: groups.
+    tools: functions of a chat. num_samples: completions per prompt. stream: print while decoding. chat, embed,
+    score: what to do instead of continuing. query: first text of scored pairs. top_k: candidates per mask. dtype: of
+    the weights, null as precision has them. precision, generation: groups.
     """
 
     checkpoint: str = "auto"

@@ -11,6 +11,7 @@ IGNORABLE = ("case", "punctuation", "articles", "spaces", "number_format")
 PROGRAM_OPTIONS = {"seconds", "memory_mib"}
 MATCH_OPTIONS = {"extract", "ignore"}
 MAX_SAMPLES = 1000
+LONGEST = 256  # tokens of a completion where max_new_tokens is null, and the context has as many for the prompt
 
 
 @dataclass
@@ -21,7 +22,7 @@ class GenerationTaskOptions:
     (`data.NAME`).
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     samples: int = 1
@@ -73,15 +74,19 @@ class GenerationTaskOptions:
         if groups > 1:
             raise ConfigError(f"data.extract={self.extract}: {groups} groups; keep one, the answer, and write (?:...)")
 
-    def decoding(self, stop: list[str]) -> GenerationConfig:
+    def longest(self, seq_len: int) -> int:
+        """Tokens of a completion at most, for a model that reads seq_len tokens."""
+        return min(LONGEST, seq_len // 2) if self.max_new_tokens is None else self.max_new_tokens
+
+    def decoding(self, stop: list[str], seq_len: int = 2 * LONGEST) -> GenerationConfig:
         """The decoding settings: greedy for one sample, at temperature 0.8 for several unless `temperature` says so.
 
-        stop: texts that end a completion where the option `stop` is null.
+        stop: texts that end a completion where the option `stop` is null. seq_len: tokens that the model reads.
         """
         temperature = (0.8 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
         try:
             return GenerationConfig(
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=self.longest(seq_len),
                 temperature=temperature,
                 top_p=self.top_p,
                 stop=list(stop if self.stop is None else self.stop),

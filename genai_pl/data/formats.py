@@ -68,7 +68,10 @@ FORMATS = {
         _format("ranked", "prompt completions", "prompt, completions", is_own=True),
         _format(HH, "chosen_turns:chosen rejected_turns:rejected", PAIR, "prompt_turns:prompt"),
     ],
-    "unpaired": [_format("kto", "prompt completion label", "prompt, completion, label", is_own=True)],
+    "unpaired": [
+        _format("kto", "prompt completion label", "prompt, completion, label", is_own=True),
+        _format("kto-messages", "messages label", "prompt, completion, label", is_own=True),
+    ],
     "prompts": [
         _format("prompts", "prompt", "prompt", is_own=True),
         _format("instructions", "instruction", "prompt", "input context"),
@@ -137,8 +140,8 @@ def _refusal(kind: str, forms: Sequence[Format], names: Sequence[str], path: str
     own = ["prompt", "completion"] if kind == "chat" else next(form for form in forms if form.is_own).required.values()
     lacks = next((column for column in own if column not in names), next(iter(own)))
     return (
-        f"data.path={path}: no column {lacks!r}; found: {', '.join(names)} (set data.{lacks}); "
-        f"no format of data={kind}, known: {known} (set data.columns={{{lacks}: NAME, ...}})"
+        f"data.path={path}: no column {lacks!r}; found: {', '.join(names)} (set data.{lacks}, "
+        f"or data.columns={{{lacks}: NAME}}); formats of data={kind}: {known}"
     )
 
 

@@ -65,9 +65,9 @@ def _chat_rows(data: ChatDataModule, table: "Table") -> Iterator[InspectedRow]:
 def _preference_rows(data: PreferenceDataModule, table: "Table") -> Iterator[InspectedRow]:
     answers = "completions" if is_ranked(table) else "answers"
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", answers), tokenize_preference)
-    columns = [as_arrays(encoded, name) for name in ("prompt", "completions", "lengths")]
-    for prompt, completions, lengths, number in zip(*columns, table["row"], strict=True):
-        kept_prompt, kept = data._row(prompt, completions, lengths)
+    columns = [as_arrays(encoded, name) for name in ("prompt", "completions", "lengths", "counted")]
+    for prompt, completions, lengths, counted, number in zip(*columns, table["row"], strict=True):
+        kept_prompt, kept, _ = data._row(prompt, completions, lengths, counted)
         whole = np.split(completions, lengths.cumsum()[:-1])
         labels = ("chosen", "rejected") if answers == "answers" else [f"rank {n + 1}" for n in range(len(whole))]
         parts = [_ended(label, ids, len(rest)) for label, ids, rest in zip(labels, whole, kept, strict=True)]
@@ -76,9 +76,9 @@ def _preference_rows(data: PreferenceDataModule, table: "Table") -> Iterator[Ins
 
 def _unpaired_rows(data: UnpairedDataModule, table: "Table") -> Iterator[InspectedRow]:
     encoded = data.encode_table(table, data.encoded_roles(table, "prompt", "completion"), tokenize_completions)
-    columns = as_arrays(encoded, "prompt"), as_arrays(encoded, "completion"), table["label"], table["row"]
-    for prompt, completion, label, number in zip(*columns, strict=True):
-        kept = data._row(prompt, completion, label)
+    columns = *(as_arrays(encoded, name) for name in ("prompt", "completion", "counted")), table["label"], table["row"]
+    for prompt, completion, counted, label, number in zip(*columns, strict=True):
+        kept = data._row(prompt, completion, counted, label)
         answer = _ended("desirable" if label else "undesirable", completion, len(kept["completion"]))
         yield _learned(number, [_begun("prompt", prompt, len(kept["prompt"])), answer])
 

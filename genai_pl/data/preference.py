@@ -26,7 +26,7 @@ from genai_pl.data.messages import (
     text_or_messages,
 )
 from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
-from genai_pl.data.prompt_tokens import encode_answers
+from genai_pl.data.prompt_tokens import encode_masked_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.errors import ConfigError, DataError
@@ -115,32 +115,38 @@ class PreferenceDataModule(MessagesDataModule):
     def rows(self, table: "Table") -> Dataset:
         answers = "completions" if is_ranked(table) else "answers"
         encoded = self.encode_table(table, self.encoded_roles(table, "prompt", answers), tokenize_preference)
-        rows = map(
-            self._row, as_arrays(encoded, "prompt"), as_arrays(encoded, "completions"), as_arrays(encoded, "lengths")
-        )
+        names = ("prompt", "completions", "lengths", "counted")
+        rows = map(self._row, *(as_arrays(encoded, name) for name in names))
         if is_ranked(table):
-            return [{"prompt": prompt, "completions": completions} for prompt, completions in rows]
+            return [{"prompt": prompt, "completions": completions} for prompt, completions, _ in rows]
         pairs = [
-            {"prompt": prompt, "chosen": completions[0], "rejected": completions[1]} for prompt, completions in rows
+            {"prompt": prompt, "chosen": completions[0], "rejected": completions[1], **_masks(counted)}
+            for prompt, completions, counted in rows
         ]
         if "margin" not in table.column_names:
             return pairs
         return [{**pair, "margin": margin} for pair, margin in zip(pairs, table["margin"], strict=True)]
 
     def _row(
-        self, prompt: np.ndarray, completions: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The prompt and the completions of a row, truncated together to seq_len tokens.
+        self, prompt: np.ndarray, completions: np.ndarray, lengths: np.ndarray, counted: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """The prompt and the completions of a row with their masks, truncated together to seq_len tokens.
 
-        completions: token ids of all completions end to end; lengths: of each. Completions are limited to half of the row, or
-        to what the prompt leaves; the prompt loses its beginning.
+        completions, counted: token ids and masks of all completions end to end; lengths: of each. Completions are limited to
+        half of the row, or to what the prompt leaves; the prompt loses its beginning.
         """
         limit = min(lengths.max(), max(self.seq_len // 2, self.seq_len - len(prompt)))
-        truncated = [ids[:limit] for ids in np.split(completions, lengths.cumsum()[:-1])]
-        return prompt[max(len(prompt) + limit - self.seq_len, 0) :], truncated
+        ends = lengths.cumsum()[:-1]
+        truncated, masks = ([part[:limit] for part in np.split(whole, ends)] for whole in (completions, counted))
+        return prompt[max(len(prompt) + limit - self.seq_len, 0) :], truncated, [mask.view(bool) for mask in masks]
 
     def prompt(self) -> str:
         return self.render(json.loads(self.tables()[1][0]["prompt"]))
+
+
+def _masks(counted: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The masks of a pair by name, where some tokens do not count: those of tools' turns."""
+    return {} if all(mask.all() for mask in counted) else {"chosen_mask": counted[0], "rejected_mask": counted[1]}
 
 
 def _answer(value: object, place: Place) -> TextOrMessages:
@@ -154,11 +160,17 @@ def is_ranked(table: "Table") -> bool:
 
 
 def tokenize_preference(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
-    """Token ids of each prompt, of its completions end to end, and the length of each completion."""
+    """Token ids of each prompt, of its completions end to end, the length of each, and which of their tokens count."""
     completions = batch["completions"] if "completions" in batch else batch["answers"]
-    rows = encode_answers(tokenizer, batch["prompt"], completions, **tools_argument(batch))
+    rows = encode_masked_answers(tokenizer, batch["prompt"], completions, **tools_argument(batch))
+    empty = np.zeros(0, np.int32)
     return {
         "prompt": [prompt for prompt, _ in rows],
-        "completions": [np.concatenate([*completions, np.zeros(0, np.int32)]) for _, completions in rows],
-        "lengths": [np.asarray([len(ids) for ids in completions], dtype=np.int32) for _, completions in rows],
+        "completions": [np.concatenate([*(answer.input_ids for answer in answers), empty]) for _, answers in rows],
+        "lengths": [np.asarray([len(answer.input_ids) for answer in answers], dtype=np.int32) for _, answers in rows],
+        # as bytes: arrow packs booleans into bits, which no array can map
+        "counted": [
+            np.concatenate([*(answer.loss_mask.view(np.uint8) for answer in answers), empty.astype(np.uint8)])
+            for _, answers in rows
+        ],
     }

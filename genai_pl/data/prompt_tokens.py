@@ -42,6 +42,7 @@ __all__ = [
     "encode_completion",
     "encode_completions",
     "encode_conversations",
+    "encode_masked_answers",
     "encode_messages",
     "encode_prompt",
     "encode_prompts",
@@ -132,6 +133,17 @@ def encode_answers(
 
     DataError where the template renders one prompt differently before two answers: their comparison would include that.
     """
+    rows = encode_masked_answers(tokenizer, prompts, answers, tools)
+    return [(prompt, [answer.input_ids for answer in examples]) for prompt, examples in rows]
+
+
+def encode_masked_answers(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | Messages],
+    answers: Sequence[Sequence[str | Messages]],
+    tools: Sequence[Tools] | None = None,
+) -> list[tuple[np.ndarray, list[TokenizedExample]]]:
+    """`encode_answers` with a loss mask for each answer: False for turns of tools and users in it, and what is around them."""
     # encode every (prompt, answer) pair in one call
     prompt_numbers = [n for n, group in enumerate(answers) for _ in group]
     row_tools = _tools_per_row(tools, len(prompts))
@@ -151,8 +163,21 @@ def encode_answers(
         if len(beginnings) > 1:
             raise DataError("messages: the chat template renders the prompt otherwise before another answer")
         prompt = examples_of_row[0].input_ids[:n_prompt] if examples_of_row else np.zeros(0, np.int32)
-        rows.append((prompt, [example.input_ids[n_prompt:] for example in examples_of_row]))
+        # an answer of the assistant alone counts whole, with what the template writes after it
+        masks = [
+            example.loss_mask[n_prompt:]
+            if _has_other_turns(answer)
+            else np.ones(len(example.input_ids) - n_prompt, bool)
+            for answer, example in zip(group, examples_of_row, strict=True)
+        ]
+        ids = [example.input_ids[n_prompt:] for example in examples_of_row]
+        rows.append((prompt, list(map(TokenizedExample, ids, masks))))
     return rows
+
+
+def _has_other_turns(answer: str | Messages) -> bool:
+    """Whether an answer has turns of others than the assistant: of tools, or of a user."""
+    return not isinstance(answer, str) and any(message["role"] != "assistant" for message in answer)
 
 
 def encode_prompt(

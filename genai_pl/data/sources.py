@@ -22,8 +22,9 @@ import numpy as np
 
 from genai_pl.data import checksummed, records
 from genai_pl.data.columns import Place, drop_missing_keys, parse_text
+from genai_pl.data.odd_rows import log_odd_rows
 from genai_pl.data.records import BUILDERS, Records, first_line
-from genai_pl.data.table_store import FORMAT, Cells, cached_table, log_empty_cells
+from genai_pl.data.table_store import FORMAT, Cells, cached_table
 from genai_pl.errors import DataError, reason_of
 from genai_pl.imports import collecting_later
 
@@ -181,7 +182,7 @@ def _check_documents(source: Source, table: "Dataset") -> "Dataset":
     """The table; DataError if it is empty, and a log line if some of its texts are."""
     if not len(table):
         raise DataError(f"{source.name}: no rows")
-    log_empty_cells(table, {"text": "text"}, source.name)
+    log_odd_rows(table, {"text": "text"}, source.name)
     return table
 
 

@@ -19,8 +19,9 @@ from genai_pl.data.columns import Place, parse_text
 from genai_pl.data.datamodule import RowsDataModule
 from genai_pl.data.duplicates import check_mode, without_duplicates
 from genai_pl.data.loader import Collate
+from genai_pl.data.odd_rows import log_odd_rows
 from genai_pl.data.records import Record, Records
-from genai_pl.data.table_store import cached_encoding, cached_table, log_empty_cells, to_json
+from genai_pl.data.table_store import cached_encoding, cached_table, to_json
 from genai_pl.data.tokenizer import end_token, fingerprint
 from genai_pl.errors import ConfigError, DataError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-FORMAT = 5  # version of encoded rows: raise it when an encoder changes
+FORMAT = 6  # version of encoded rows: raise it when an encoder changes
 BatchEncoder = Callable[..., dict[str, list]]  # (batch of columns, tokenizer, **options) -> columns
 
 
@@ -100,7 +101,7 @@ class TableDataModule(RowsDataModule):
             raise DataError(f"{self.errors[0]} (none of the {len(self.errors):,} rows can be read)")
         if not len(table):
             raise DataError(f"{source.name}: no rows")
-        log_empty_cells(table, cell_kinds, source.name)
+        log_odd_rows(table, cell_kinds, source.name)
         self.log_unused_columns(table, source, roles, columns)
         return table
 

@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5  # version of read tables: raise it when the same file gives other rows
+FORMAT = 6  # version of read tables: raise it when the same file gives other rows
 ROWS, CHARACTERS = 1000, 1 << 26  # limits of a batch that is written at once
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
-MAY_BE_EMPTY = ("tools", "label")  # most conversations have no tools; a text may have none of several labels
-EMPTY = {"text": 0, "json": 2}  # the length of an empty text: "" is two characters of JSON
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for each cell
 Cells = Iterable[tuple[Place, Sequence[object]]]  # for each row, its place and its cells
@@ -126,19 +124,6 @@ def _batches(cells: Cells) -> Iterator[tuple[Place, list[Sequence[object]]]]:
             batch, size = [], 0
     if batch:
         yield place, batch
-
-
-def log_empty_cells(table: "Dataset", cell_kinds: Mapping[str, str], name: str) -> None:
-    """Log how many texts of each column are empty, and the first row with one."""
-    import pyarrow.compute as pc
-
-    for column, kind in cell_kinds.items():
-        if kind not in EMPTY or column in MAY_BE_EMPTY:
-            continue
-        empty = pc.equal(pc.binary_length(table.with_format("arrow")[:][column]), EMPTY[kind])
-        if count := pc.sum(empty).as_py():
-            where = name, column, pc.index(empty, True).as_py() + 1
-            log.info("data        %s of %s rows of %s have an empty %s, first row %s", count, len(table), *where)
 
 
 def to_json(value: object, place: Place) -> str:

@@ -11,11 +11,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from genai_pl.data import sources
-from genai_pl.data.columns import Place, parse_label
+from genai_pl.data.columns import Place, parse_label, refuse
 from genai_pl.data.loader import BatchPlan
-from genai_pl.data.messages import extract_prompt, message_texts, text_or_messages
-from genai_pl.data.messages_datamodule import MessagesDataModule, parse_prompt, tools_argument
-from genai_pl.data.prompt_tokens import encode_answers
+from genai_pl.data.messages import extract_prompt, message_texts, parse_messages, text_or_messages
+from genai_pl.data.messages_datamodule import TOOLS, MessagesDataModule, parse_prompt, tools_argument
+from genai_pl.data.prompt_tokens import encode_masked_answers
 from genai_pl.data.records import Record
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.errors import ConfigError
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 
 def tokenize_completions(batch: dict[str, list], tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[np.ndarray]]:
-    """Token ids of each prompt and of its completion."""
-    rows = encode_answers(
+    """Token ids of each prompt and of its completion, and which tokens of the completion count."""
+    rows = encode_masked_answers(
         tokenizer, batch["prompt"], [[answer] for answer in batch["completion"]], **tools_argument(batch)
     )
-    return {"prompt": [prompt for prompt, _ in rows], "completion": [answer for _, (answer,) in rows]}
+    return {
+        "prompt": [prompt for prompt, _ in rows],
+        "completion": [answer.input_ids for _, (answer,) in rows],
+        "counted": [answer.loss_mask.view(np.uint8) for _, (answer,) in rows],  # bytes: no array can map bits
+    }
 
 
 class UnpairedDataModule(MessagesDataModule):
@@ -60,7 +64,17 @@ class UnpairedDataModule(MessagesDataModule):
             )
         return plan
 
+    def table_roles(self, roles: Mapping[str, str]) -> list[str]:
+        return ["prompt", "completion", "label", TOOLS]
+
     def example(self, record: Record, roles: Mapping[str, str], place: Place) -> dict[str, object]:
+        if "messages" in roles:
+            at = place.at(roles["messages"])
+            *prompt, answer = parse_messages(record.get(roles["messages"]), at)
+            if not prompt or answer["role"] != "assistant":
+                refuse(at, "messages: the last is the assistant's answer that the label is of, after a prompt")
+            label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
+            return {"prompt": prompt, "completion": [answer], "label": label}
         answer = text_or_messages(record.get(roles["completion"]), place.at(roles["completion"]))
         prompt, (completion,) = extract_prompt(parse_prompt(record, roles["prompt"], place), [answer], place)
         label = parse_label(record.get(roles["label"]), place.at(roles["label"]))
@@ -73,14 +87,19 @@ class UnpairedDataModule(MessagesDataModule):
 
     def rows(self, table: "Table") -> Dataset:
         encoded = self.encode_table(table, self.encoded_roles(table, "prompt", "completion"), tokenize_completions)
-        columns = (as_arrays(encoded, "prompt"), as_arrays(encoded, "completion"), table["label"])
+        columns = (*(as_arrays(encoded, name) for name in ("prompt", "completion", "counted")), table["label"])
         return [self._row(*row) for row in zip(*columns, strict=True)]
 
-    def _row(self, prompt: np.ndarray, completion: np.ndarray, label: bool) -> dict[str, object]:
-        """The example in seq_len tokens: a long completion keeps half of them or what the prompt leaves, the prompt its end."""
-        completion = completion[: max(self.seq_len // 2, self.seq_len - len(prompt))]
+    def _row(self, prompt: np.ndarray, completion: np.ndarray, counted: np.ndarray, label: bool) -> dict[str, object]:
+        """The example in seq_len tokens: a long completion keeps half of them or what the prompt leaves, the prompt its end.
+
+        `completion_mask` is there where some tokens do not count: those of tools' turns.
+        """
+        limit = max(self.seq_len // 2, self.seq_len - len(prompt))
+        completion, mask = completion[:limit], counted[:limit].view(bool)
         prompt = prompt[max(len(prompt) + len(completion) - self.seq_len, 0) :]
-        return {"prompt": prompt, "completion": completion, "label": label}
+        masks = {} if mask.all() else {"completion_mask": mask}
+        return {"prompt": prompt, "completion": completion, "label": label, **masks}
 
     def prompt(self) -> str:
         return self.render(json.loads(self.tables()[1][0]["prompt"]))

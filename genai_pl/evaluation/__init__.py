@@ -2,7 +2,8 @@
 
 `examples` reads a source, whose columns decide what is measured; `windows`, `choices` and `preferences` make
 `ScoredWindow`s; `scoring` and `embeddings` run the model on them in batches; `metrics` and its neighbours reduce the
-scores. `harness` runs tasks of lm-evaluation-harness instead.
+scores. In `generative` the model writes, and its completions are scored; `core` is the shipped set. `harness` runs tasks
+of lm-evaluation-harness instead.
 """
 
 from genai_pl.evaluation.choices import Question, choice_metrics, choice_windows

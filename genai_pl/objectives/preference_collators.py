@@ -17,7 +17,8 @@ Group = tuple[np.ndarray, Sequence[np.ndarray]]  # a prompt and its completions
 class PreferenceCollator(Collator):
     """One row for each pair, prompt and chosen as segment 1, prompt and rejected as segment 2; targets are the pairs.
 
-    Examples are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none. Only tokens of
+    Examples are {"prompt": ids, "chosen": ids, "rejected": ids}, and a "margin" for all or for none; "chosen_mask" and
+    "rejected_mask" are False for tokens that do not count, those of tools. Only tokens of
     completions are labels, so `segment_sums(logprobs, segment_ids, 2)` are log-probabilities of completions. The last
     token of a segment predicts nothing; a reward model reads its score there (`segment_ends`). A "reference" (2,) of
     precomputed log-probabilities is passed on.
@@ -37,6 +38,7 @@ class PreferenceCollator(Collator):
 
     def __call__(self, rows: Sequence[Example]) -> Batch:
         batch = self.compared([(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows])
+        _ignore(batch, [(row[role], row.get(f"{role}_mask")) for row in rows for role in ("chosen", "rejected")])
         margins = [float(row["margin"]) for row in rows if "margin" in row]
         if len(margins) not in (0, len(rows)):
             raise DataError(f"pairs: {len(margins)} of {len(rows)} rows have a margin; give one to all or to none")
@@ -88,7 +90,9 @@ class UnpairedPreferenceCollator(Collator):
         own = [[(row["prompt"], row["completion"])] for row in rows]
         mismatched = [[(row["prompt"], other["completion"])] for row, other in zip(rows, following, strict=True)]
         desirable = torch.tensor([bool(row["label"]) for row in rows])
-        return {**completions_batch(own + mismatched, self.pad), "desirable": desirable, "targets": _count(rows)}
+        batch = completions_batch(own + mismatched, self.pad)
+        _ignore(batch, [(row["completion"], row.get("completion_mask")) for row in [*rows, *following]])
+        return {**batch, "desirable": desirable, "targets": _count(rows)}
 
 
 def _count(rows: Sequence[Example]) -> torch.Tensor:
@@ -127,6 +131,16 @@ def text_labels(batch: Batch) -> torch.Tensor:
     labels = batch["labels"].clone()
     labels[:, :-1] = torch.where(first[:, :-1] & first[:, 1:], ids[:, 1:], labels[:, :-1])
     return labels
+
+
+def _ignore(batch: Batch, completions: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
+    """Remove the labels of tokens that do not count; completions: ids and masks in the order of the rows, None for all."""
+    if all(mask is None for _, mask in completions):
+        return
+    counted = np.concatenate([np.ones(len(ids), bool) if mask is None else mask for ids, mask in completions])
+    rows, columns = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
+    ignored = ~torch.from_numpy(counted)
+    batch["labels"][rows[ignored], columns[ignored]] = IGNORED
 
 
 def _labels(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from genai_pl.reporting.importance import FEWEST, importance
 
 MAX_CURVES = 8  # in one chart: as many as there are colors
 WIDTH, HEIGHT, SIDE, TOP, BOTTOM = 900, 300, 70, 34, 16  # of parallel coordinates
+CHARACTER = 6.8  # width of one in a picture, about
 
 
 class RankedRun(NamedTuple):
@@ -100,6 +101,7 @@ def coordinates(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) 
     scales = [_scale([run.settings[n] for run in runs]) for n in range(len(options))]
     low, high = min(run.best for run in runs), max(run.best for run in runs)
     gap = (WIDTH - 2 * SIDE) / len(options)
+    room = max(6, min(26, int(gap / CHARACTER)))  # characters between two axes
     parts = []
     # lines, the best on top
     for n, run in list(enumerate(runs))[::-1]:
@@ -118,10 +120,12 @@ def coordinates(metric: str, options: Sequence[str], runs: Sequence[RankedRun]) 
     for i, (name, values) in enumerate(labels):
         x = SIDE + i * gap
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="middle strong" x="{x:.1f}" y="16">{escape(_short(name, 26))}</text>')
+        parts.append(f'<text class="middle strong" x="{x:.1f}" y="16">{escape(_short(name, room))}</text>')
         shown = values if len(values) <= 8 else [values[0], values[-1]]
         for text, height in shown:
-            parts.append(f'<text x="{x + 5:.1f}" y="{_place(height) + 4:.1f}">{escape(_short(text, 18))}</text>')
+            parts.append(
+                f'<text x="{x + 5:.1f}" y="{_place(height) + 4:.1f}">{escape(_short(text, min(room, 18)))}</text>'
+            )
     name = escape(f"settings and best {metric} of {len(runs)} runs")
     svg = f'<svg class="halo" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     words = '<p class="soft">One line for each run; the thick one is the best.</p>'
@@ -176,7 +180,9 @@ def _place(height: float) -> float:
 def _short(text: str, most: int) -> str:
     """The text, or its end: the last part of an option's name tells most.
 
-    >>> _short("callbacks.samples.max_new_tokens", 20)
-    '...es.max_new_tokens'
+    >>> _short("callbacks.samples.max_new_tokens", 20), _short("callbacks.samples.max_new_tokens", 8)
+    ('max_new_tokens', '..tokens')
     """
-    return text if len(text) <= most else f"...{text[-(most - 3) :]}"
+    last = text.rpartition(".")[2]
+    shown = text if len(text) <= most or last.isdigit() else last
+    return shown if len(shown) <= most else f"..{shown[-(most - 2) :]}"

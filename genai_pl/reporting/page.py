@@ -20,7 +20,7 @@ h3 { font-size: 14px; margin: 0 0 4px; display: flex; justify-content: space-bet
 h3 small, p.soft, .soft { color: var(--soft); font-weight: normal; font-size: 13px; }
 p { margin: 6px 0; max-width: 80ch; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 130px), 1fr)); gap: 10px; margin: 16px 0; }
-.figures div { background: var(--card); border-radius: 8px; padding: 10px 12px; }
+.figures div { background: var(--card); border-radius: 8px; padding: 10px 12px; overflow-wrap: anywhere; }
 .figures b { display: block; font-size: 19px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 14px; }

@@ -126,7 +126,7 @@ def _curves(facts: RunFacts) -> list[str]:
     # losses by source or task
     for kind in LOSS:
         names = [name for name in curves if name.startswith(f"{kind}/")]
-        cards.append(_card(f"{NAMES[kind]} loss by part", names, curves, mark=mark, strip=f"{kind}/"))
+        cards.append(_card(f"{NAMES[kind]} loss by source", names, curves, mark=mark, strip=f"{kind}/"))
         used |= set(names)
     cards += [_card(NAMES[name], [name], curves) for name in FIRST if name in curves]
     # one chart for each metric of training and validation, one for each group of the others

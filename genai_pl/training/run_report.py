@@ -22,17 +22,29 @@ import torch
 from genai_pl.atomic_io import write_atomic
 from genai_pl.config.redaction import redact
 from genai_pl.reporting.run_page import Curves, RunFacts, Sample, run_page
-from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides
+from genai_pl.training.trust import PER_COMMAND, key_of, read_overrides, untrusted_overrides
 
 log = logging.getLogger(__name__)
 
 REPORT, SAMPLES = "report.html", "samples.jsonl"
 SUMMARY = (  # headings of train.log, of twelve characters, before the first step
-    *("data", "model", "attention", "step", "rollout", "length", "best", "early stop", "adapter", "device"),
+    *(
+        "data",
+        "model",
+        "attention",
+        "step",
+        "rollout",
+        "length",
+        "optimizer",
+        "best",
+        "early stop",
+        "adapter",
+        "device",
+    ),
 )
 NOTES = (  # headings that say what was unusual
     *("unused", "changed", "clamped", "diverging", "diverged", "stopped", "early stop", "passed", "schedule", "fp16"),
-    *("resuming", "samples", "export", "finished", "webhook"),
+    *("resuming", "samples", "export", "finished", "notify"),
 )
 WARNING = re.compile(r"(?:\S+:\d+: )?(\w*Warning: .+)")
 PACKAGES = ("genai_pl", "torch", "lightning", "transformers", "datasets", "tokenizers")
@@ -40,17 +52,26 @@ MAX_NOTES = 100
 
 
 def write_run_report(
-    folder: Path, *, results: Mapping[str, float], best: tuple[str, int, float] | None, device: torch.device
+    folder: Path,
+    *,
+    results: Mapping[str, float],
+    best: tuple[str, int, float] | None,
+    device: torch.device,
+    error: Exception | None = None,
 ) -> Path | None:
     """Write report.html into a run folder; its path, or None where it could not be written, which one line says.
 
-    results: metrics at the end. best: metric, step and value of the best validation. device: that trained.
+    results: metrics at the end. best: metric, step and value of the best validation. device: that trained. error: that ended
+    the run, whose line is still to be printed.
     """
     try:
         facts = collect_facts(folder, results=results, best=best, device=device)
+        if error is not None:
+            facts.notes.append(f"error: {redact(str(error).partition(chr(10))[0] or type(error).__name__)}")
         write_atomic(folder / REPORT, lambda path: path.write_text(run_page(facts), encoding="utf-8"))
-    except Exception as error:  # nothing in a report is worth a trained model
-        log.warning("report      none, it failed: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+    except Exception as failure:  # nothing in a report is worth a trained model
+        if error is None:  # else the same disk is full
+            log.warning("report      none, it failed: %s: %s", type(failure).__name__, str(failure).partition("\n")[0])
         return None
     return folder / REPORT
 
@@ -61,6 +82,7 @@ def collect_facts(
     """The facts of a run folder; what it lacks (a logger that was left out) is empty."""
     overrides = read_overrides(folder / ".hydra" / "overrides.yaml") if (folder / ".hydra").is_dir() else []
     typed = [redact(o) for o in overrides if key_of(o) not in PER_COMMAND]
+    retyped = [redact(o) for o in untrusted_overrides(overrides, [])]  # which resume does not read from the folder
     summary, notes = read_log(folder / "train.log")
     final = {name: value for name, value in results.items() if name != "best/step"}
     return RunFacts(
@@ -71,7 +93,7 @@ def collect_facts(
         samples=read_samples(folder / SAMPLES),
         notes=notes,
         command=" ".join(["python train.py", *map(shlex.quote, typed)]),
-        resume=f"python train.py resume={shlex.quote(str(folder))}",
+        resume=" ".join([f"python train.py resume={shlex.quote(str(folder))}", *map(shlex.quote, retyped)]),
         environment=environment(device),
         best=best,
     )

@@ -6,7 +6,8 @@ it, and the hyperparameters for TensorBoard.
 """
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +30,14 @@ from genai_pl.peft import adapters_of, describe
 from genai_pl.strategies import launched
 from genai_pl.training.build import build
 from genai_pl.training.default_optimizer import default_line
-from genai_pl.training.fit import Run, describe_saved, final_metrics, finish, fit
+from genai_pl.training.fit import Run, best_of, describe_saved, final_metrics, finish, fit
 from genai_pl.training.hydra_job import is_search_job, job_sweep, resume_arguments, shown_path
 from genai_pl.training.length import describe_length, warmup_of
 from genai_pl.training.notify import notifying
 from genai_pl.training.report import describe_model, describe_rollout, describe_step, texts_of_row
 from genai_pl.training.resume import TYPED_ARGUMENTS, choose_checkpoint, describe_resume
 from genai_pl.training.run_folder import check_settings_unchanged, keep_run_folder, resume_constraints, write_settings
+from genai_pl.training.run_report import write_run_report
 from genai_pl.training.sweeps import Outcome, read_results
 from genai_pl.training.trainer import checkpoint_contents, silence_libraries
 from genai_pl.training.watched_metrics import describe_watched
@@ -73,11 +75,27 @@ def _train(config: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[i
     with notifying(config.callbacks.notify, folder) as notice:
         notice.run = run = _build(config, folder, checkpoint)
         print_summary(config, run, checkpoint)
-        with launched(run.trainer):
+        with launched(run.trainer), _reported(run):
             fit(run, checkpoint)
             sweep = job_sweep()
             options = {"export": config.callbacks.export, "arguments": resume_arguments(sweep), "sweep": sweep}
             return finish(run, flat=flatten(config), **options), run
+
+
+@contextmanager
+def _reported(run: Run) -> Iterator[None]:
+    """Context in which a run that fails after its first step gets its report, too."""
+    try:
+        yield
+    except Exception as error:
+        if run.checkpoints.started and run.trainer.is_global_zero:
+            device = run.trainer.strategy.root_device
+            path = write_run_report(
+                run.folder, results=final_metrics(run), best=best_of(run), device=device, error=error
+            )
+            if path:
+                print(f"report      {path}", flush=True)
+        raise
 
 
 def _build(config: DictConfig, folder: Path, checkpoint: Path | None) -> Run:

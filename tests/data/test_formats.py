@@ -12,6 +12,7 @@ from genai_pl.data.chat import ChatDataModule
 from genai_pl.data.messages import parse_messages
 from genai_pl.data.preference import PreferenceDataModule
 from genai_pl.data.prompts import PromptsDataModule
+from genai_pl.data.unpaired import UnpairedDataModule
 from genai_pl.errors import ConfigError, DataError
 from tests.data.test_broken_files import LOADING, module
 from tests.data.test_columns import HERE, lines, prepared
@@ -262,3 +263,15 @@ def test_a_sharegpt_prompt_with_single_messages_for_answers_is_a_pair(tmp_path: 
     found = cells(preference(lines(tmp_path / "pairs.jsonl", [row] * 3)), "prompt", "answers")[0]
     assert found["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sky?"}]
     assert found["answers"] == [[{"role": "assistant", "content": text}] for text in ("Blue.", "Red.")]
+
+
+def test_the_last_message_of_a_labelled_conversation_is_its_completion(tmp_path: Path) -> None:
+    asked, answer = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}
+    names = {name: name for name in ("prompt", "completion", "label")}
+    rows = [{"messages": [asked, answer], "label": n == 0} for n in range(3)]
+    data = UnpairedDataModule(**names, **{**LOADING, "path": lines(tmp_path / "kto.jsonl", rows)})
+    found = cells(data, "prompt", "completion")
+    assert found[0] == {"prompt": [asked], "completion": [answer]}
+    path = lines(tmp_path / "asked.jsonl", [{"messages": [answer, asked], "label": True}] * 3)
+    with pytest.raises(DataError, match=r"row 1: column 'messages': messages: the last is the assistant's answer"):
+        UnpairedDataModule(**names, **{**LOADING, "path": path}).tables()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from genai_pl.config.tasks import GenerationTaskOptions
 from genai_pl.evaluation.generative import ExactMatch, GenerativeRow, normalize
 from genai_pl.evaluation.generative.scorers import program_of
 from tests.evaluation.reference_loop import write_lines
@@ -59,7 +60,8 @@ def test_a_function_scores_each_completion_with_its_row(
 ) -> None:
     (tmp_path / "scores.py").write_text(
         "def share(completion, row):\n    return completion.count(row['letter']) / len(completion)\n\n"
-        "def broken(completion, row):\n    return None\n"
+        "def broken(completion, row):\n    return None\n\n"
+        "def leaves(completion, row):\n    raise SystemExit(0)\n"
     )
     write_lines(tmp_path / "rows.jsonl", [{"prompt": p, "letter": t[0]} for p, t in zip(PROMPTS, written, strict=True)])
     found = evaluate(command, folder, "data.path=rows.jsonl", "data.score=scores.py:share")
@@ -73,6 +75,14 @@ def test_a_function_scores_each_completion_with_its_row(
         2,
         "error: data.score=scores:broken: gave None for row 1; give a finite number\n",
     )
+    result = command("evaluate", f"checkpoint={folder}", *options[:2], "data.score=scores:leaves")
+    assert (result.status, result.err) == (2, "error: data.score=scores:leaves: raised SystemExit: 0 for row 1\n")
+
+
+@pytest.mark.parametrize(("seq_len", "longest"), [(64, 32), (512, 256), (8192, 256)])
+def test_completions_leave_half_of_a_short_context_to_the_prompt(seq_len: int, longest: int) -> None:
+    assert GenerationTaskOptions().longest(seq_len) == longest
+    assert GenerationTaskOptions(max_new_tokens=300).longest(seq_len) == 300
 
 
 def test_programs_of_the_model_are_run_only_with_consent_and_count_by_how_they_end(

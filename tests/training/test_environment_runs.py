@@ -26,7 +26,7 @@ GAME = (
 KINDS = {
     "grpo": ("objective=grpo", "objective.group_size=4", "objective.beta=0.1"),
     "ppo": ("objective=ppo", "objective.epochs=1", "objective.minibatch_size=null"),
-    "dapo": ("objective=dapo", "objective.group_size=4", "objective.overlong_buffer=2"),
+    "dapo": ("objective=dapo", "objective.group_size=4", "objective.overlong_buffer=null"),
 }
 COUNTER = """
 from genai_pl.environments import Environment, Observation

@@ -2,16 +2,18 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from genai_pl.reporting.chart import Series, line_chart, thin
 from genai_pl.reporting.run_page import evaluation
 from genai_pl.training import run_report
-from genai_pl.training.run_report import write_run_report
+from genai_pl.training.run_report import collect_facts, write_run_report
 from tests.conftest import TINY
 
 VOID = {"meta", "br"}
@@ -84,6 +86,15 @@ def test_a_failing_report_is_one_line_and_the_run_ends_well(command, monkeypatch
     assert not Path("run/report.html").exists()
 
 
+def test_a_run_that_fails_has_a_report_with_its_error(command) -> None:
+    result = command("train", *TINY, "optimizer=sgd", "optimizer.lr=1e30", "hydra.run.dir=run")
+    assert result.status == 1
+    error = result.err.splitlines()[-1]
+    assert "is not finite at step" in error
+    assert f"report      {Path('run/report.html')}\n" in result.out
+    assert error in Path("run/report.html").read_text()
+
+
 def test_a_folder_with_nothing_but_a_table_gives_a_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,val/loss,val/height\n1,2.5,nan\n2,2.0,\n3,inf,\n")
     path = write_run_report(tmp_path, results={"val/loss": 2.0}, best=None, device=torch.device("cpu"))
@@ -110,3 +121,12 @@ def test_a_long_series_is_drawn_by_means_of_neighbours_and_points_lie_where_thei
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
     assert (y0 - y2) * 2 == pytest.approx(y0 - y1, abs=0.21)  # upwards is less in SVG
+
+
+def test_the_words_that_a_folder_is_not_trusted_for_stand_beside_resume(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    words = ["trainer.max_steps=4", "callbacks.notify.url=${oc.env:WEBHOOK}", "eval.execute_code=true"]
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
+    facts = collect_facts(tmp_path, results={}, best=None, device=torch.device("cpu"))
+    given = shlex.split(facts.resume)
+    assert given == ["python", "train.py", f"resume={tmp_path}", *words[1:]]

@@ -146,7 +146,7 @@ class FunctionScore:
         """The number of one completion, of row n."""
         try:
             value = self.function(text, dict(row.record))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"{self.option}: raised {reason} for row {n}") from None
         try:

@@ -56,7 +56,7 @@ def build_generative_task(
     seq_len: int,
 ) -> GenerativeTask:
     """The task of these rows; prompts that leave no room for a completion in seq_len tokens are cut on the left."""
-    room = seq_len - options.max_new_tokens
+    room = seq_len - options.longest(seq_len)
     if room < 1:
         raise ConfigError(
             f"data.max_new_tokens={options.max_new_tokens}: the model's context of {seq_len} tokens leaves no room "
@@ -66,7 +66,7 @@ def build_generative_task(
         raise ConfigError("data.chat=true: the tokenizer has no chat template; leave it out")
     prompts = [encode_prompt(tokenizer, shown_prompt(row, chat=options.chat)) for row in rows]
     chats = options.chat or not isinstance(rows[0].prompt, str)
-    decoding = options.decoding(default_stop(list(rows), chat=chats, extracts=options.extract is not None))
+    decoding = options.decoding(default_stop(list(rows), chat=chats, extracts=options.extract is not None), seq_len)
     return GenerativeTask(
         list(rows),
         [prompt[-room:] for prompt in prompts],
