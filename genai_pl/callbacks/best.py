@@ -196,7 +196,7 @@ class EarlyStop(MetricWatch):
     def describe(self, step: int) -> str:
         """The line that says why a run has ended."""
         found = self.improvements(self.min_delta)
-        best = f"; its best was {found[-1].value:.4g} at step {found[-1].step}" if found else ""
+        best = f"; it last improved at step {found[-1].step}, to {found[-1].value:.4g}" if found else ""
         word = "measurement" if self.of_benchmarks else "validation"
         n = f"{self.waited} {word}{'s' * (self.waited != 1)}"
         return f"early stop  at step {step}: {self.metric} has not improved in {n}{best}"

@@ -72,7 +72,8 @@ def _number_text(value: object, place: Place) -> str:
         return value.text
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    refuse(place, f"{preview(value)} is {type_name(value)}, not text; write it in quotes")
+    hint = "" if isinstance(value, list | dict) else "; write it in quotes"
+    refuse(place, f"{preview(value)} is {type_name(value)}, not text{hint}")
 
 
 def parse_number(value: object, place: Place) -> float:
