@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from genai_pl.cli.command import CONF, register
 from genai_pl.errors import ConfigError
 from genai_pl.training.targets import check_arguments
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("schema", "hydra")
@@ -22,7 +22,7 @@ def composed(*overrides: str):
         return compose("config", overrides=["output_dir=out", *overrides])
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", some(OPTIONS))
 def test_every_option_composes_with_the_defaults(option: str) -> None:
     config = composed(option)
     missing = [key for key in OmegaConf.missing_keys(config) if key.split(".")[0] in ("tokenizer", "model", "data")]
@@ -118,7 +118,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", some(MISTAKES))
 def test_a_mistake_is_one_line(mistake: str, command) -> None:
     result = command("train", *TINY, *mistake.split())
     assert result.status in (1, 2)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import some
 from gguf_models import LLAMA3, MODELS, write_model
 
 from genai_pl.cli.export_gguf import write_gguf_folder
@@ -16,6 +15,7 @@ from genai_pl.models.gguf.architectures import ARCHITECTURES, architecture_of
 from genai_pl.models.gguf.package import check_type
 from genai_pl.models.gguf.reader import GgufFile
 from genai_pl.models.hf.config import family_of
+from tests.conftest import some
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are written by the package gguf")
 # architectures whose tensors transformers reads itself, by a configuration from the folder: it does not take all from the file

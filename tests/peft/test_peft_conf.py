@@ -36,7 +36,7 @@ def test_its_name_is_the_adapter_s(path: Path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @pytest.mark.parametrize(
-    "method", [name if name in ("dora", "prefix") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+    "method", [name if name == "dora" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_compiled_blocks_give_the_same_logits_and_gradients(method: str):
     options = {"dora": True} if method == "dora" else {}

@@ -14,7 +14,7 @@ from genai_pl.loading import load
 from genai_pl.models import n_parameters
 from genai_pl.peft import adapters_disabled, adapters_of, load_adapter, lora, merge, save_adapter
 from genai_pl.peft.quantize import NF4, Quantized, QuantizedLinear, dequantize, quantize
-from tests.conftest import TINY
+from tests.conftest import TINY, some
 
 PAPER = [  # appendix E
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -82,7 +82,7 @@ def test_a_layer_can_be_copied_moved_and_cast_and_keeps_no_dense_weight_for_the_
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"target_modules": "all-linear"}], ids=str)
-@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("bits", some(["nf4", "int8"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_does_what_it_does_on_the_dequantized_model(kind: str, bits: str, options: dict[str, object]):
     base = quantize(build(kind), kind=bits)
@@ -165,7 +165,7 @@ def logits(path: str) -> torch.Tensor:
     return load(path).model(tokens())
 
 
-@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("bits", some(["nf4", "int8"]))
 def test_a_run_on_a_quantized_base_goes_on_exactly_and_comes_back(bits: str, command, tmp_path: Path):
     arguments = ("train", *GPT, "peft=lora", f"peft.quantize={bits}", "callbacks.checkpoint.every_n_steps=2")
     result = command(*arguments, "hydra.run.dir=run")
