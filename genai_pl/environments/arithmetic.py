@@ -4,6 +4,7 @@ import ast
 import math
 import operator
 import re
+from decimal import Context
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -17,6 +18,7 @@ OPERATORS = {
 }
 FUNCTIONS = {"abs": abs, "min": min, "max": max, "round": round, "sqrt": math.sqrt}
 MAX_LENGTH, MAX_BITS = 500, 4096  # characters of an expression, bits of a whole number
+LONG = 10**30  # whole numbers from here on are rounded
 
 
 def evaluate(expression: str) -> int | float:
@@ -85,12 +87,13 @@ def _bounded(value: int | float) -> int | float:
 
 
 def number_text(value: int | float) -> str:
-    """The number as a person writes it: no point where it is whole.
+    """The number as a person writes it: in at most 12 digits, no point where it is whole.
 
-    >>> number_text(4.0), number_text(0.1 + 0.2)
-    ('4', '0.3')
+    >>> number_text(4.0), number_text(0.1 + 0.2), number_text(1e-12), number_text(10**400)
+    ('4', '0.3', '1e-12', '1e+400')
     """
+    if isinstance(value, int) and abs(value) < LONG:
+        return str(value)
     if isinstance(value, float):
-        value = round(value, 10)
-        return str(int(value)) if value.is_integer() else str(value)
-    return str(value)
+        return f"{value:.12g}"
+    return str(Context(prec=12).create_decimal(value).normalize()).lower()  # a float would not hold it

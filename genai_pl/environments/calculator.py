@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from genai_pl.environments.arithmetic import evaluate, number_text
 from genai_pl.environments.environment import Environment, Messages, Observation
 
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+# a sign is none after a digit, a letter or a bracket; what is joined to another number is part of neither
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]])-)?(?<![\w.,/])(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w/]|[.,]\d)"
+)
 WORD = re.compile(r"\w+")
 
 
@@ -76,6 +79,8 @@ def is_right(completion: str, right: str) -> bool:
 
     >>> is_right("So it is 1,234.", "1234"), is_right("12 or 13", "12"), is_right(" Paris ", "paris")
     (True, False, True)
+    >>> is_right("It is 5-3", "-3"), is_right("1/2", "2"), is_right("1e3", "1000"), is_right(".5", "0.5")
+    (False, False, True, True)
     """
     if NUMBER.fullmatch(right.strip()) is None:
         return completion.strip().lower() == right.strip().lower()

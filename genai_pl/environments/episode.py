@@ -16,6 +16,27 @@ from genai_pl.environments.tools import Tools
 from genai_pl.environments.user_code import OneLineErrors
 from genai_pl.errors import ConfigError
 
+TAKEN = frozenset(  # names of metrics that rollouts and policies log themselves
+    [
+        "scores",
+        "scored",
+        "kl",
+        "ended",
+        "response_length",
+        "entropy",
+        "rlhf_reward",
+        "targets",
+        "turns",
+        "episode_length",
+        "done",
+        "tool_calls",
+        "tool_errors",
+        "equal_groups",
+        "sampled_groups",
+        "taught_groups",
+    ]
+)
+
 
 class Rules(NamedTuple):
     """What all episodes of a run share.
@@ -67,6 +88,8 @@ class Episode:
         self.is_text = isinstance(first, str)
         if not first or not (self.is_text or _are_messages(first)):
             raise ConfigError(f"{rules.option}: reset gave {_shown(first)}: give messages, or a text")
+        if not self.is_text and first[-1]["role"] == "assistant":
+            raise ConfigError(f"{rules.option}: reset gave an answer as the last message: the policy is to answer")
         if self.is_text and self.tools.schemas:
             raise ConfigError(
                 f"{rules.option}: reset gave a text, and tools are shown by a chat template: give messages"
@@ -147,6 +170,8 @@ class Episode:
         if not isinstance(reward, bool | int | float) or not math.isfinite(reward):
             raise ConfigError(f"{option}: step gave the reward {_shown(reward)}: give a finite number")
         messages = observation.messages
+        if observation.done not in (True, False):
+            raise ConfigError(f"{option}: step gave done={_shown(observation.done)}: give True or False")
         if observation.done:
             return observation
         if not messages:
@@ -160,11 +185,22 @@ class Episode:
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the episode by name: those that all have, and the environment's own."""
-        own = getattr(self.environment, "metrics", dict)()
+        own = self._own_metrics()
         counts = {"turns": len(self.turn_ends), "episode_length": len(self.tokens), "done": self.done}
         if self.tools.schemas:
             counts |= {"tool_calls": self.n_calls, "tool_errors": self.n_failed}
-        return {**{name: float(value) for name, value in own.items()}, **{k: float(v) for k, v in counts.items()}}
+        return {**own, **{k: float(v) for k, v in counts.items()}}
+
+    def _own_metrics(self) -> dict[str, float]:
+        """The environment's own numbers; ConfigError for what is none, and for names that others have."""
+        option = self.rules.option
+        with OneLineErrors(f"{option}: metrics"):
+            own = getattr(self.environment, "metrics", dict)()
+        if not isinstance(own, Mapping) or not all(isinstance(value, int | float) for value in own.values()):
+            raise ConfigError(f"{option}: metrics gave {_shown(own)}: give numbers by name")
+        if taken := sorted(TAKEN & own.keys()):
+            raise ConfigError(f"{option}: metrics gave {taken[0]!r}, which every episode has: choose another name")
+        return {str(name): float(value) for name, value in own.items()}
 
 
 async def _awaited(value: object) -> object:

@@ -41,18 +41,26 @@ class Tools:
         # a coroutine waits beside those of other episodes; anything else runs in a thread of its own
         is_async = inspect.iscoroutinefunction(function)
         try:
-            result = await within(self.timeout, lambda: function(**call.arguments), is_async=is_async)
+            return as_text(await within(self.timeout, lambda: function(**call.arguments), is_async=is_async)), True
         except (TimeoutError, asyncio.TimeoutError):
             return f"error: {call.name} gave no answer within {self.timeout:g} seconds", False
         except Exception as error:  # of the tool, for the model to read
             return f"error: {call.name}: {' '.join(str(error).split()) or type(error).__name__}", False
-        return as_text(result), True
 
 
 def as_text(result: object) -> str:
-    """The result of a tool as text: itself, or JSON.
+    """The result of a tool as text: itself, or JSON; TypeError or ValueError for what is neither.
 
     >>> as_text("a"), as_text({"b": [1, None]})
     ('a', '{"b": [1, null]}')
     """
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: object) -> object:
+    """What JSON has for a number or array of numpy or torch, or for an object with a text of its own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, bytes) or type(value).__str__ is object.__str__:  # the latter shows an address of memory
+        raise TypeError(f"a tool returned {type(value).__name__}, which is no text, number, list or dict")
+    return str(value)

@@ -1,7 +1,7 @@
 /* Products y = x W^T + b of few rows x, with weights of 32, 16 or 8 bits, in float32.
  *
  * A decoding step multiplies one row of each sequence with every weight, so it is as fast as weights come from memory. Each
- * weight is read once, in order, and becomes a float in a register, while the processor fetches those that follow. Output
+ * weight is read once, in order, and becomes a float in a register, while those that follow are fetched. Output
  * channels are divided among threads; how many there are changes no number.
  */
 #include <math.h>
@@ -13,7 +13,7 @@
 #endif
 
 enum { FLOAT32, BFLOAT16, INT8 };
-enum { AHEAD = 2048 }; /* bytes between what is multiplied and what is fetched */
+enum { AHEAD = 4096 }; /* bytes between float32 weights that are multiplied and those that are fetched; narrower ones come by themselves */
 enum { SUMS = 2 };     /* running sums of one result: an addition takes four cycles, and two begin in each */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 enum { LANES = 8 }; /* floats in a vector */
@@ -75,7 +75,8 @@ INLINE void dots(const int kind, const int R, const float *x, const char *w, lon
     floats sum[4][SUMS] = {{{0}}};
     long i = 0;
     for (; i + SUMS * LANES <= in; i += SUMS * LANES) {
-        UNROLL for (size_t at = 0; at < SUMS * LANES * size; at += 64) __builtin_prefetch(w + i * size + AHEAD + at);
+        if (kind == FLOAT32)
+            UNROLL for (size_t at = 0; at < SUMS * LANES * size; at += 64) __builtin_prefetch(w + i * size + AHEAD + at, 0, 2);
         UNROLL for (int s = 0; s < SUMS; s++) {
             const long at = i + s * LANES;
             const floats weight = load(kind, w + at * size);

@@ -3,8 +3,11 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +18,7 @@ from genai_pl.environments import Environment, Observation
 from genai_pl.environments.calculator import Calculator, is_right
 from genai_pl.environments.episode import Episode, Rules
 from genai_pl.environments.guess_number import GuessNumber
-from genai_pl.environments.tools import Tools
+from genai_pl.environments.tools import Tools, as_text
 from genai_pl.environments.user_code import run_all
 from genai_pl.errors import ConfigError
 from tests.data.test_chat_templates import PATHS, answer, tokenizer_of, user
@@ -248,3 +251,37 @@ def test_coroutines_of_all_episodes_wait_together() -> None:
     began = time.perf_counter()
     run_all([Episode(Slow(), rules).start({}, 0) for _ in range(40)])
     assert time.perf_counter() - began < 4  # one after the other it would be 8 s
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"scores": 77.0}, "'scores', which every episode has"),
+        ({"turns": 1}, "'turns', which every episode has"),
+        ({"x": "abc"}, "give numbers by name"),
+        (None, "give numbers by name"),
+    ],
+)
+def test_numbers_of_an_environment_are_numbers_under_names_of_their_own(metrics: object, message: str) -> None:
+    episode = Episode(SimpleNamespace(metrics=lambda: metrics), SimpleNamespace(option="objective.environment=e:E"))
+    with pytest.raises(ConfigError, match=message):
+        episode._own_metrics()
+
+
+@pytest.mark.parametrize(
+    "result", [b"\xff", object(), {(1, 2): 3}, [object()]], ids=["bytes", "object", "key", "in a list"]
+)
+def test_a_result_that_is_no_text_is_an_error_that_the_model_reads(result: object) -> None:
+    def look() -> str:
+        """Look."""
+        return result
+
+    tools = Tools([look], option="objective.environment=e:E", timeout=5.0)
+    [(text, worked)] = run_all([tools.run(Call("look", {}))])
+    assert not worked
+    assert text.startswith("error: look: ")
+    assert "0x" not in text
+
+
+def test_numbers_of_numpy_and_dates_are_results() -> None:
+    assert as_text({"n": np.int64(3), "day": date(2026, 1, 2)}) == '{"n": 3, "day": "2026-01-02"}'
