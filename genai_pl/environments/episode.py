@@ -16,26 +16,10 @@ from genai_pl.environments.tools import Tools
 from genai_pl.environments.user_code import OneLineErrors
 from genai_pl.errors import ConfigError
 
-TAKEN = frozenset(  # names of metrics that rollouts and policies log themselves
-    [
-        "scores",
-        "scored",
-        "kl",
-        "ended",
-        "response_length",
-        "entropy",
-        "rlhf_reward",
-        "targets",
-        "turns",
-        "episode_length",
-        "done",
-        "tool_calls",
-        "tool_errors",
-        "equal_groups",
-        "sampled_groups",
-        "taught_groups",
-    ]
-)
+# names of metrics that rollouts and policies log themselves
+TAKEN = {"scores", "scored", "kl", "ended", "response_length", "entropy", "rlhf_reward", "targets"}
+TAKEN |= {"equal_groups", "sampled_groups", "taught_groups"}
+TAKEN |= {"turns", "episode_length", "done", "tool_calls", "tool_errors"}
 
 
 class Rules(NamedTuple):
