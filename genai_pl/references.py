@@ -190,7 +190,7 @@ def _model_of_run(folder: Path, option: str) -> Path:
             return exported.parent
     if last.exists():
         return last
-    inside = [str(path) for path in _models(folder)]
+    inside = [str(path) for path in (*_models(folder), *sorted(folder.glob("*.gguf")))]
     hint = f"; in it is {inside[0]}" if inside else ""
     raise CheckpointError(
         f"{option}={folder}: neither model/config.json nor checkpoints/last.ckpt in this folder{hint}"

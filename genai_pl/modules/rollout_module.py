@@ -4,6 +4,7 @@ GRPO and PPO derive from it by way of `PolicyGradientModule`. What is here needs
 log-probabilities under policy and reference, and the validation metrics made of them.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -32,6 +33,8 @@ from genai_pl.modules.rollout import (
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.grpo import overlong_penalty
 from genai_pl.objectives.prompts import PromptCollator
+
+log = logging.getLogger(__name__)
 
 Means = dict[str, tuple[Tensor, float | Tensor]]  # (sum, count) by metric name; both are summed over ranks first
 Decode = Callable[[Sequence[int]], str]
@@ -196,6 +199,8 @@ class RolloutModule(BaseModule):
         )
         if rewards.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
+        if rewards.isnan().all():
+            log.warning("reward      none applies to the %s completions of a batch: they teach nothing", len(rewards))
         scores = rewards.to(self.device) - self.penalties(rollout)
         return ScoredRollout(rollout, prompt_texts, completion_texts, scores)
 

@@ -115,4 +115,4 @@ def _opened(file: Path) -> "GGUFReader":
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{file}: not readable as GGUF ({reason})") from None
+        raise CheckpointError(f"{file}: not readable as GGUF: cut off or damaged ({reason})") from None
