@@ -66,6 +66,7 @@ def test_the_tokens_that_an_objective_needs_are_counted(command, tmp_path: Path)
         assert f" {n} tokens, context" in result.out
 
 
+@pytest.mark.slow
 def test_the_model_of_a_plan_is_that_of_the_run(command, tmp_path: Path) -> None:
     Path("pairs.jsonl").write_text(
         "".join(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n" for _ in range(20))
@@ -119,6 +120,7 @@ def test_what_cannot_be_trained_is_refused_by_plan_and_run_alike(
         assert not Path("refused/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_layers_that_an_adapter_trains_whole_are_planned(run: Path, command) -> None:
     options = ("init_from=run", "peft=lora", "peft.modules_to_save=[embed,lm_head]", "data.batch_size=4")
     short = ("trainer.max_steps=1", "callbacks.export=false", "callbacks.samples.every_n_steps=null")

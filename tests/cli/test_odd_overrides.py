@@ -68,6 +68,7 @@ def check(cases: list[Case], folder: Path) -> None:
     assert not failed, "\n\n".join(failed)
 
 
+@pytest.mark.slow
 def test_known_slips_and_random_odd_values_are_work_done_or_one_line_that_names_the_option(tmp_path: Path) -> None:
     base = ("data.path=text.txt", *odd_overrides.TINY, "hydra.run.dir=run")
     slips = [Case("train", (*base, *typed.split())) for typed in KNOWN]

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from genai_pl.models import Decoder, ModelConfig
 from genai_pl.models.experts import collecting
+from tests.conftest import some
 
 SIZES = {
     "n_layer": 1, "n_head": 4, "n_embd": 32, "vocab_size": 61, "max_seq_len": 64, "init_std": 0.3, "position": "rotary",
@@ -42,7 +43,7 @@ def step(options: dict, backend: str | None) -> tuple[Tensor, dict[str, Tensor],
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [GPT_OSS, DEEPSEEK], ids=["gpt_oss", "deepseek"])
+@pytest.mark.parametrize("options", some([GPT_OSS, DEEPSEEK]), ids=["gpt_oss", "deepseek"])
 @pytest.mark.parametrize(
     "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
 )

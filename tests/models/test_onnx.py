@@ -204,6 +204,7 @@ def run_command(command: Callable[[DictConfig], int], **options: object) -> int:
         return command(compose(command.__name__, [f"{key}={value}" for key, value in options.items()]))
 
 
+@pytest.mark.slow
 def test_the_commands_export_a_model_and_continue_a_prompt_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tokenizer, folder, out = byte_tokenizer(), tmp_path / "hf", tmp_path / "onnx"
     model = build_model(ModelConfig(**{**SIZES, "n_layer": 1, "vocab_size": len(tokenizer)}))

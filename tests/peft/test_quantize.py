@@ -187,7 +187,7 @@ def test_a_run_on_a_quantized_base_goes_on_exactly_and_comes_back(bits: str, com
     torch.testing.assert_close(logits("merged"), logits("run"), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["precision=bf16", "trainer.recompute_every=1", "peft.dora=true"])
+@pytest.mark.parametrize("option", some(["precision=bf16", "trainer.recompute_every=1", "peft.dora=true"]))
 def test_it_goes_with_the_rest(option: str, command):
     result = command("train", *GPT, "peft=lora", "peft.quantize=nf4", option)
     assert result.status == 0, result.err

@@ -11,6 +11,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.generation.decode import DecodeState
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.peft import adapters_disabled, adapters_of, lora, prefix, prompt
+from tests.conftest import some
 
 METHODS = {
     "prompt": partial(prompt, n_tokens=3),
@@ -215,7 +216,7 @@ def test_a_seed_decides_the_first_values(method: str):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
 @every_method
-@pytest.mark.parametrize("segments", [None, torch.tensor([[1] * 17, [1] * 9 + [2] * 8])], ids=["alone", "packed"])
+@pytest.mark.parametrize("segments", some([torch.tensor([[1] * 17, [1] * 9 + [2] * 8]), None]), ids=["packed", "alone"])
 def test_compiled_blocks_give_the_same(method: str, segments: Tensor | None):
     torch._dynamo.reset()  # other tests have compiled blocks too
     model = adapted(LLAMA, method)

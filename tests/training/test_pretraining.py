@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, some
 
 SMALL = (*TINY, "model.n_head=4", "data.workers=0")
 OBJECTIVES = {
@@ -60,7 +60,7 @@ def test_an_objective_trains_and_exports_what_transformers_loads(objective: str,
         assert torch.equal(of_checkpoint(ids, **decoder_inputs), ours(ids, **decoder_inputs))
 
 
-@pytest.mark.parametrize("objective", ["mlm", "span_corruption"])
+@pytest.mark.parametrize("objective", some(["span_corruption", "mlm"]))
 def test_noise_is_the_same_whatever_the_workers_and_after_a_resume(objective: str, command, tmp_path: Path) -> None:
     whole = (*arguments(objective), "trainer.max_steps=6", "trainer.val_check_interval=3")
     assert command("train", *whole, "hydra.run.dir=whole").status == 0

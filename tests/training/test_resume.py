@@ -173,20 +173,22 @@ def test_a_rate_a_decay_and_a_schedule_that_are_typed_on_resume_count(place: Pat
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ("seed=1", "seed=1: the run was begun with 0"),
-        ("model.n_embd=64", "model.n_embd=64: the run was begun with 32"),
-        ("optimizer=sgd", "optimizer._target_=genai_pl.optim.sgd"),
-        ("peft=lora", "peft._target_=genai_pl.peft.lora: the run was begun with None"),
-        ("data.seq_len=16", "data.seq_len=16: the run was begun with 32"),
-        ("data.shuffle=false", "data.shuffle=False: the run was begun with True"),
-        ("tokenizer=bpe", "tokenizer.kind=bpe: the run was begun with byte"),
-        ("data.path=/nope", "/nope"),
-        ("data.batch_size=4", "data.batch_size: the checkpoint stands at row 6"),
-        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: the checkpoint stands at batch 3"),
-        ("+trainer.nonsense=1", "trainer"),
-        ("init_from=run", "init_from=run: has no effect beside resume="),
-    ],
+    some(
+        [
+            ("seed=1", "seed=1: the run was begun with 0"),
+            ("model.n_embd=64", "model.n_embd=64: the run was begun with 32"),
+            ("optimizer=sgd", "optimizer._target_=genai_pl.optim.sgd"),
+            ("peft=lora", "peft._target_=genai_pl.peft.lora: the run was begun with None"),
+            ("data.seq_len=16", "data.seq_len=16: the run was begun with 32"),
+            ("data.shuffle=false", "data.shuffle=False: the run was begun with True"),
+            ("tokenizer=bpe", "tokenizer.kind=bpe: the run was begun with byte"),
+            ("data.path=/nope", "/nope"),
+            ("data.batch_size=4", "data.batch_size: the checkpoint stands at row 6"),
+            ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: the checkpoint stands at batch 3"),
+            ("+trainer.nonsense=1", "trainer"),
+            ("init_from=run", "init_from=run: has no effect beside resume="),
+        ]
+    ),
 )
 def test_what_cannot_change_in_a_run_is_one_line_and_leaves_the_folder_as_it_was(
     change: str, message: str, place: Path, command

@@ -18,7 +18,7 @@ from genai_pl.plugins import import_plugins
 from genai_pl.training.resume import replay
 from genai_pl.training.targets import instantiate, locate_target
 from genai_pl.training.trust import read_overrides, untrusted_overrides
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, some
 
 # writes a file that shows that it ran: when it is imported, called, or made
 EVIL = """
@@ -286,26 +286,28 @@ def test_a_run_folder_with_links_to_elsewhere_is_not_written_into(name: str, pla
 
 @pytest.mark.parametrize(
     "contents",
-    [
-        *(
-            {"genai_pl": 1},
-            {"genai_pl": {}},
-            {"genai_pl": {}, "state_dict": []},
-            [1],
-            {"genai_pl": [], "state_dict": {}},
-        ),
-        {"genai_pl": {"model": "x"}, "state_dict": {}},
-        {"genai_pl": {"model": {"n_layer": 10**9}, "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {"n_layer": "x"}, "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {"vocab_size": 10**15, "n_embd": 10**9}, "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {"wrapped": {"model_type": "evil"}}, "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {}, "tokenizer": {"../../ran": "x"}}, "state_dict": {}},
-        {"genai_pl": {"model": {}, "base": "run/bad.ckpt", "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {}, "base": "nowhere", "tokenizer": {}}, "state_dict": {}},
-        {"genai_pl": {"model": {}, "peft": {"method": "evil.f", "options": {}}}, "state_dict": {}},
-        {"genai_pl": {"model": {}}, "state_dict": {}, "global_step": "x"},
-        {"genai_pl": {"model": {}}, "state_dict": {}, "hyper_parameters": {"x": [{"_target_": "evil.f"}]}},
-    ],
+    some(
+        [
+            *(
+                {"genai_pl": 1},
+                {"genai_pl": {}},
+                {"genai_pl": {}, "state_dict": []},
+                [1],
+                {"genai_pl": [], "state_dict": {}},
+            ),
+            {"genai_pl": {"model": "x"}, "state_dict": {}},
+            {"genai_pl": {"model": {"n_layer": 10**9}, "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {"n_layer": "x"}, "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {"vocab_size": 10**15, "n_embd": 10**9}, "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {"wrapped": {"model_type": "evil"}}, "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {}, "tokenizer": {"../../ran": "x"}}, "state_dict": {}},
+            {"genai_pl": {"model": {}, "base": "run/bad.ckpt", "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {}, "base": "nowhere", "tokenizer": {}}, "state_dict": {}},
+            {"genai_pl": {"model": {}, "peft": {"method": "evil.f", "options": {}}}, "state_dict": {}},
+            {"genai_pl": {"model": {}}, "state_dict": {}, "global_step": "x"},
+            {"genai_pl": {"model": {}}, "state_dict": {}, "hyper_parameters": {"x": [{"_target_": "evil.f"}]}},
+        ]
+    ),
 )
 def test_a_checkpoint_of_any_contents_is_refused_in_one_line(contents: object, place: Path, command) -> None:
     run = folder(place / "run", *TINY)
