@@ -14,10 +14,12 @@ from torch import Tensor
 from genai_pl.errors import ConfigError
 from genai_pl.objectives.ppo import (
     clipped_surrogate,
+    is_clipped,
     kl_estimate,
     kl_rewards,
     moment_sums,
     moments,
+    ratio_ceiling,
     token_ratio,
 )
 
@@ -172,7 +174,7 @@ def cispo_surrogate(
     The ratio is a weight, bounded above alone, so that no token loses its gradient. clip_range stands in for a
     clip_range_high of None.
     """
-    high = 1 + (clip_range if clip_range_high is None else clip_range_high)
+    high = ratio_ceiling(clip_range, clip_range_high)
     weight = token_ratio(logprobs, old_logprobs, mask).detach().clamp(max=high)
     return -weight * advantages * torch.where(mask, logprobs, 0)
 
@@ -230,7 +232,8 @@ def clipped_tokens(
     if kind in ("gspo", "rloo"):
         reduction = "mean" if kind == "gspo" else "sum"
         log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask, reduction=reduction)
-    ratio, high = log_ratio.exp(), 1 + (clip_range if clip_range_high is None else clip_range_high)
+    ratio = log_ratio.exp()
     if kind == "cispo":
-        return (mask & (ratio > high)).sum()
-    return (mask & torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))).sum()
+        return (mask & (ratio > ratio_ceiling(clip_range, clip_range_high))).sum()
+    clipped = is_clipped(ratio, advantages, clip_range=clip_range, clip_range_high=clip_range_high)
+    return (mask & clipped).sum()

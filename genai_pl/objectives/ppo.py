@@ -101,6 +101,17 @@ def whiten(values: Tensor, mask: Tensor, *, sums: Tensor | None = None) -> Tenso
     return torch.where(mask, whitened, 0)
 
 
+def ratio_ceiling(clip_range: float, clip_range_high: float | None) -> float:
+    """The largest ratio that is not clipped: clip_range stands in for a clip_range_high of None."""
+    return 1 + (clip_range if clip_range_high is None else clip_range_high)
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, *, clip_range: float, clip_range_high: float | None) -> Tensor:
+    """Which ratios lose their gradient by clipping: above the ceiling with a positive advantage, below with a negative one."""
+    high = ratio_ceiling(clip_range, clip_range_high)
+    return torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))
+
+
 def clipped_surrogate(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -115,7 +126,7 @@ def clipped_surrogate(
     With clip_range_high the ratio may rise further than it may fall (Yu et al. 2025, eq. 10).
     """
     ratio = token_ratio(logprobs, old_logprobs, mask)
-    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+    clipped = ratio.clamp(1 - clip_range, ratio_ceiling(clip_range, clip_range_high))
     return torch.where(mask, -torch.minimum(ratio * advantages, clipped * advantages), 0)
 
 
@@ -145,8 +156,7 @@ def policy_metrics(
 ) -> dict[str, Tensor]:
     """Sums over tokens: KL(old || new) by k3, the ratio, and the number of tokens whose gradient the clipping removes."""
     ratio = token_ratio(logprobs, old_logprobs, mask)
-    high = 1 + (clip_range if clip_range_high is None else clip_range_high)
-    clipped = torch.where(advantages > 0, ratio > high, (ratio < 1 - clip_range) & (advantages < 0))
+    clipped = is_clipped(ratio, advantages, clip_range=clip_range, clip_range_high=clip_range_high)
     return {
         "policy/approxkl": torch.where(mask, kl_estimate(old_logprobs, logprobs, "k3"), 0).sum(),
         "policy/clipfrac": (mask & clipped).sum(),
