@@ -231,9 +231,10 @@ def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> P
     Weights that cannot be packed, as those that an adapter reads, may still be laid out in another order.
     """
     dtype = model.embed.weight.dtype if dtype is None else dtype
-    if is_packable(model) and not _is_packed(model) and products_of(dtype):
+    candidates = products_of(dtype) if is_packable(model) and not _is_packed(model) else []
+    if candidates:
         linears = [module for block in model.blocks for module in block.modules() if type(module) is nn.Linear]
-        return fastest_product(products_of(dtype), _probed(linears), rows=rows)
+        return fastest_product(candidates, _probed(linears), rows=rows)
     linears = _plain_linears(model)
     return fastest_product(LAYOUTS, _probed(linears), rows=rows) if linears else None
 

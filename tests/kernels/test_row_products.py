@@ -139,4 +139,6 @@ def test_a_cache_folder_that_is_a_file_is_passed_over(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    row_products.library()
+    x, packed = inputs(1, 8), pack_rows(inputs(4, 8, seed=1), torch.float32)
+    torch.testing.assert_close(multiply_rows(x, packed), F.linear(x, packed.weight))
+    assert blocked.read_text() == ""
