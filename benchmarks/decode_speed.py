@@ -22,7 +22,7 @@ from genai_pl.generation import generate
 from genai_pl.loading import load
 from genai_pl.models import prepare_for_decoding
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.int4}
 Side = Callable[[Tensor], Tensor]  # a prompt (B, T) to prompt and continuation (B, T + n)
 
 

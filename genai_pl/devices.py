@@ -12,6 +12,8 @@ DTYPES = {
     "16-mixed": (torch.float32, torch.float16),
 }
 
+CODES = {"int8": torch.int8, "int4": torch.int4}  # dtypes of weights that are codes with scales, by the option's name
+
 
 def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
     """(dtype of weights, dtype of autocast or None) for a precision; ConfigError for one that is for training only."""
@@ -23,24 +25,24 @@ def dtypes_of(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
 
 
 def weights_of(precision: str, dtype: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
-    """`dtypes_of` the precision, or of the option dtype: int8 weights, for products in float32 on a CPU.
+    """`dtypes_of` the precision, or of the option dtype: int8 or int4 weights, for products in float32 on a CPU.
 
-    ConfigError for another dtype, and for int8 beside a precision or device that has it not.
+    ConfigError for another dtype, and for these beside a precision or device that has them not.
     """
     if dtype is None:
         return dtypes_of(precision)
-    if dtype != "int8":
-        raise ConfigError(f"dtype={dtype}: expected int8, or null for the weights of precision=")
+    if dtype not in CODES:
+        raise ConfigError(f"dtype={dtype}: expected {' or '.join(CODES)}, or null for the weights of precision=")
     if dtypes_of(precision) != (torch.float32, None):
-        raise ConfigError("dtype=int8 computes in float32: leave precision out")
-    check_int8(device)
-    return torch.int8, None
+        raise ConfigError(f"dtype={dtype} computes in float32: leave precision out")
+    check_codes(dtype, device)
+    return CODES[dtype], None
 
 
-def check_int8(device: torch.device) -> None:
-    """ConfigError for a device that has no products with int8 weights."""
+def check_codes(dtype: str, device: torch.device) -> None:
+    """ConfigError for a device that has no products with weights of a dtype of `CODES`."""
     if device.type != "cpu":
-        raise ConfigError(f"dtype=int8 multiplies on a CPU, not on {device}: set device=cpu, or leave dtype out")
+        raise ConfigError(f"dtype={dtype} multiplies on a CPU, not on {device}: set device=cpu, or leave dtype out")
 
 
 def choose_device(name: str) -> torch.device:

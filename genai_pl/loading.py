@@ -28,6 +28,7 @@ from genai_pl.data.generation_defaults import (
 )
 from genai_pl.data.gguf_read import end_ids, tokenizer_from_metadata
 from genai_pl.data.tokenizer import pretrained_tokenizer, tokenizer_from_files
+from genai_pl.devices import CODES
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.models.build import Model, build_model
 from genai_pl.models.fused_decode import prepare_for_decoding
@@ -89,17 +90,17 @@ def load(
 ) -> Loaded:
     """The model and tokenizer of a reference, in evaluation mode; CheckpointError gives the reason if there is none.
 
-    dtype: of the weights; int8: packed for products on a CPU, of a model without adapters (`prepare_for_decoding`).
+    dtype: of the weights; int8, int4: packed for products on a CPU, of a model without adapters (`prepare_for_decoding`).
     attention: backend, see `AttentionBackend`. dropout: probability while training.
     wrap: allow models of other families, which transformers runs with our attention.
     adapters: references of adapters that are put on top, in this order. onnx: allow ONNX folders, which can only generate.
     option: name of the option that held the reference, for messages.
     above: adapter folders that lead to this base, against a cycle of bases.
-    rows: tokens of a typical pass, for which int8 is packed.
+    rows: tokens of a typical pass, for which int8 and int4 are packed.
 
     An adapter folder, and a run with one, give the base with the adapter.
     """
-    if dtype is torch.int8:
+    if dtype in CODES.values():
         loaded = load(
             reference, attention=attention, wrap=wrap, adapters=adapters, onnx=onnx, option=option, above=above
         )

@@ -1,4 +1,4 @@
-"""Packed products: x W^T in float32 with W in 16 or 8 bits, for a decoding step, which is as fast as it reads weights.
+"""Packed products: x W^T in float32 with W in 16, 8 or 4 bits, for a decoding step, which is as fast as it reads weights.
 
 Several kernels can do it, our own in C (`row_products.py`) and those of torch, and which is fast depends on the processor
 and the number of rows: bfloat16 has instructions of its own on one, is emulated on another. So a product is a pair of
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genai_pl.kernels.int4 import GROUP, codes_of, ends_of, from_int4, to_int4
 from genai_pl.kernels.int8 import from_int8, to_int8
-from genai_pl.kernels.row_products import multiply_rows, pack_rows
+from genai_pl.kernels.row_products import CACHED, multiply_rows, pack_rows
 
 FEW = 8  # rows up to which torch's kernel for bf16 rows times int8 weights is used, where FBGEMM is missing
+MULTIPLE = 16  # output channels of torch's kernel for 4-bit weights
 PASSES = 3  # timed passes of a probe; the fastest counts, since other work only ever adds time
 CLEARLY = 0.9  # of the time of an earlier candidate: a busy machine should decide as an idle one
 TINY = torch.tensor(torch.finfo().tiny)
@@ -70,7 +72,7 @@ def _seconds(product: Product, inputs: Sequence[Tensor], packed: Sequence[object
 
 
 def products_of(dtype: torch.dtype) -> list[Product]:
-    """The products for weights of a dtype that this processor may have; none for other dtypes than those of 32, 16 and 8 bits."""
+    """The products for weights of a dtype that this processor may have; none for other dtypes than of 32, 16, 8 and 4 bits."""
     if dtype is torch.float32:
         return [_compiled(dtype), *LAYOUTS]
     if dtype is torch.int8:
@@ -81,6 +83,12 @@ def products_of(dtype: torch.dtype) -> list[Product]:
             _compiled(dtype),
             Product("int8 by torch", _pack_codes, _multiply_codes),
             Product("int8, dequantized", to_int8, lambda x, packed: F.linear(x, from_int8(*packed, packed[0].shape))),
+        ]
+    if dtype is torch.int4:
+        return [
+            _compiled(dtype),
+            Product("int4 by torch", _pack_int4, _multiply_int4),
+            Product("int4, dequantized", lambda weight: (to_int4(weight), weight.shape[1]), _dequantize_and_multiply),
         ]
     if dtype not in (torch.bfloat16, torch.float16):
         return []
@@ -215,3 +223,38 @@ def _multiply_codes(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
         return F.linear(x, from_int8(codes, scales, codes.shape))
     y = torch._weight_int8pack_mm(rows.bfloat16(), codes, torch.ones_like(scales, dtype=torch.bfloat16))
     return (y.float() * scales).view(*x.shape[:-1], -1)
+
+
+# 4 bits
+
+
+class Int4Weight(NamedTuple):
+    """torch's packed codes, with scales and zeros (groups, out, 2), out filled up to a multiple of 16; the weight's own sizes."""
+
+    codes: Tensor
+    ends: Tensor
+    width: int
+    out: int
+
+
+def _pack_int4(weight: Tensor) -> Int4Weight:
+    """torch's 4-bit weights, whose value is (code - 8) * scale + zero."""
+    out, width = weight.shape
+    blocks = F.pad(to_int4(weight), (0, 0, 0, -out % MULTIPLE))
+    scale, low = ends_of(blocks)
+    codes = torch._convert_weight_to_int4pack_for_cpu(codes_of(blocks).int().contiguous(), 2)
+    return Int4Weight(codes, torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous(), width, out)
+
+
+def _multiply_int4(x: Tensor, packed: Int4Weight) -> Tensor:
+    codes, ends, width, out = packed
+    rows = F.pad(x.reshape(-1, width), (0, -width % GROUP)).contiguous()
+    y = torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, ends)
+    return y[:, :out].reshape(*x.shape[:-1], out)
+
+
+def _dequantize_and_multiply(x: Tensor, packed: tuple[Tensor, int]) -> Tensor:
+    """x W^T with some output channels at a time in float32."""
+    blocks, width = packed
+    parts = blocks.split(max(1, CACHED // width))
+    return torch.cat([F.linear(x, from_int4(part, width)) for part in parts], dim=-1)

@@ -1,4 +1,4 @@
-/* Products y = x W^T + b of few rows x, with weights of 32, 16 or 8 bits, in float32.
+/* Products y = x W^T + b of few rows x, with weights of 32, 16, 8 or 4 bits, in float32.
  *
  * A decoding step multiplies one row of each sequence with every weight, so it is as fast as weights come from memory. Each
  * weight is read once, in order, and becomes a float in a register, while those that follow are fetched. Output
@@ -12,7 +12,8 @@
 #include <immintrin.h>
 #endif
 
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, BFLOAT16, INT8, INT4 };
+enum { GROUP = 32, BLOCK = 20 }; /* weights of 4 bits that share a scale and a minimum, and their bytes (int4.py) */
 enum { AHEAD = 4096 }; /* bytes between float32 weights that are multiplied and those that are fetched; narrower ones come by themselves */
 enum { SUMS = 2 };     /* running sums of one result: an addition takes four cycles, and two begin in each */
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -33,30 +34,75 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 4")
 
-INLINE size_t size_of(const int kind) { return kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1; }
+/* bytes of `n` weights of a row that begins at one of them; those of 4 bits come in whole groups */
+INLINE size_t bytes_of(const int kind, long n) {
+    if (kind == INT4) return (size_t)(n + GROUP - 1) / GROUP * BLOCK;
+    return (size_t)n * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
+}
 
-/* LANES weights as floats */
-INLINE floats load(const int kind, const char *p) {
-    if (kind == FLOAT32) return *(const floats *)p;
-    if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)p, words) << 16);
+/* LANES bytes, each as an integer of 32 bits */
+INLINE ints widened(const char *p, const int is_signed) {
 #if defined(__AVX512F__)
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    const __m128i narrow = _mm_loadu_si128((const __m128i *)p);
+    return (ints)(is_signed ? _mm512_cvtepi8_epi32(narrow) : _mm512_cvtepu8_epi32(narrow));
 #elif defined(__AVX2__)
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    const __m128i narrow = _mm_loadl_epi64((const __m128i *)p);
+    return (ints)(is_signed ? _mm256_cvtepi8_epi32(narrow) : _mm256_cvtepu8_epi32(narrow));
 #else /* widths that double are what processors have instructions for */
-    shorts wide = __builtin_convertvector(*(const bytes *)p, shorts);
-    return __builtin_convertvector(__builtin_convertvector(wide, ints), floats);
+    const ints wide = __builtin_convertvector(__builtin_convertvector(*(const bytes *)p, shorts), ints);
+    return is_signed ? wide : wide & 255;
 #endif
 }
 
-/* one weight as float */
-INLINE float load_one(const int kind, const char *p) {
-    if (kind == INT8) return (float)*(const int8_t *)p;
-    uint32_t bits = 0;
-    memcpy((char *)&bits + (kind == BFLOAT16 ? 2 : 0), p, size_of(kind)); /* little endian: a bfloat16 is the upper half */
+INLINE float from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+/* scale and minimum of a group of 4-bit weights: two bfloat16, which are the upper halves of a float32 */
+INLINE void ends_of(const char *block, float *scale, float *minimum) {
+    uint32_t both;
+    memcpy(&both, block, sizeof both);
+    *scale = from_bits(both << 16), *minimum = from_bits(both & 0xffff0000u);
+}
+
+/* LANES weights of 4 bits from number i of a row, i a multiple of LANES */
+INLINE floats load_int4(const char *row, long i) {
+    const char *block = row + i / GROUP * BLOCK, *codes = block + 4 + i % (GROUP / 2);
+    float scale, minimum;
+    ends_of(block, &scale, &minimum);
+    const ints both = widened(codes, 0) >> (int)(i % GROUP / (GROUP / 2) * 4);
+#if defined(__AVX512F__) /* the sixteen weights that a group can have are a table, whose index is the lower four bits */
+    const floats count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (floats)_mm512_permutexvar_ps((__m512i)both, (__m512)(count * scale + minimum));
+#else
+    return __builtin_convertvector(both & 15, floats) * scale + minimum;
+#endif
+}
+
+/* LANES weights from number i of a row, i a multiple of LANES, as floats; those of 8 bits without their scale */
+INLINE floats load(const int kind, const char *row, long i) {
+    if (kind == INT4) return load_int4(row, i);
+    const char *p = row + bytes_of(kind, i);
+    if (kind == FLOAT32) return *(const floats *)p;
+    if (kind == BFLOAT16) return (floats)(__builtin_convertvector(*(const halves *)p, words) << 16);
+    return __builtin_convertvector(widened(p, 1), floats);
+}
+
+/* weight number i of a row as float */
+INLINE float load_one(const int kind, const char *row, long i) {
+    if (kind == INT8) return (float)((const int8_t *)row)[i];
+    if (kind == INT4) {
+        const char *block = row + i / GROUP * BLOCK;
+        float scale, minimum;
+        ends_of(block, &scale, &minimum);
+        const uint8_t both = (uint8_t)block[4 + i % (GROUP / 2)];
+        return (float)(i % GROUP < GROUP / 2 ? both & 15 : both >> 4) * scale + minimum;
+    }
+    uint32_t bits = 0; /* little endian: a bfloat16 is the upper half */
+    memcpy((char *)&bits + (kind == BFLOAT16 ? 2 : 0), row + bytes_of(kind, i), bytes_of(kind, 1));
+    return from_bits(bits);
 }
 
 INLINE float sum_of(floats v) {
@@ -71,21 +117,20 @@ INLINE float sum_of(floats v) {
 /* results (R) at y, y + stride, ... of R rows x (R, in) and one output channel w (in) */
 INLINE void dots(const int kind, const int R, const float *x, const char *w, long in, float scale, float bias, float *y,
                  long stride) {
-    const size_t size = size_of(kind);
     floats sum[4][SUMS] = {{{0}}};
     long i = 0;
     for (; i + SUMS * LANES <= in; i += SUMS * LANES) {
         if (kind == FLOAT32)
-            UNROLL for (size_t at = 0; at < SUMS * LANES * size; at += 64) __builtin_prefetch(w + i * size + AHEAD + at, 0, 2);
+            UNROLL for (size_t at = 0; at < SUMS * LANES * 4; at += 64) __builtin_prefetch(w + i * 4 + AHEAD + at, 0, 2);
         UNROLL for (int s = 0; s < SUMS; s++) {
             const long at = i + s * LANES;
-            const floats weight = load(kind, w + at * size);
+            const floats weight = load(kind, w, at);
             UNROLL for (int r = 0; r < R; r++) sum[r][s] += *(const floats *)(x + r * in + at) * weight;
         }
     }
     UNROLL for (int r = 0; r < R; r++) {
         float dot = sum_of(sum[r][0] + sum[r][1]);
-        for (long rest = i; rest < in; rest++) dot += x[r * in + rest] * load_one(kind, w + rest * size);
+        for (long rest = i; rest < in; rest++) dot += x[r * in + rest] * load_one(kind, w, rest);
         y[r * stride] = dot * scale + bias;
     }
 }
@@ -104,15 +149,16 @@ enum { TILE = 4 }; /* rows and channels: 16 sums in 32 registers, so that rows t
 /* results of four rows x (4, in) and four channels w (4, in) */
 INLINE void tile(const int kind, const float *x, const char *w, long in, const float *scales, const float *bias, float *y,
                  long stride) {
-    const size_t size = size_of(kind);
-    const long end = in / LANES * LANES, next = TILE * in * (long)size;
+    const size_t row_bytes = bytes_of(kind, in);
+    const long end = in / LANES * LANES;
     floats sum[TILE][TILE] = {{{0}}};
     for (long i = 0; i < end; i += LANES) {
         floats weight[TILE];
         UNROLL for (int q = 0; q < TILE; q++) {
-            const char *at = w + (q * in + i) * size;
-            if (i * size % 64 == 0) __builtin_prefetch(at + next, 0, 2); /* of the next four channels, into the second cache */
-            weight[q] = load(kind, at);
+            const char *row = w + q * row_bytes;
+            const size_t at = bytes_of(kind, i); /* of the next four channels, into the second cache: */
+            if (kind == INT4 ? i % (2 * GROUP) == 0 : at % 64 == 0) __builtin_prefetch(row + TILE * row_bytes + at, 0, 2);
+            weight[q] = load(kind, row, i);
         }
         UNROLL for (int r = 0; r < TILE; r++) {
             const floats row = *(const floats *)(x + r * in + i);
@@ -122,7 +168,7 @@ INLINE void tile(const int kind, const float *x, const char *w, long in, const f
     UNROLL for (int r = 0; r < TILE; r++)
         UNROLL for (int q = 0; q < TILE; q++) {
             float dot = sum_of(sum[r][q]);
-            for (long rest = end; rest < in; rest++) dot += x[r * in + rest] * load_one(kind, w + (q * in + rest) * size);
+            for (long rest = end; rest < in; rest++) dot += x[r * in + rest] * load_one(kind, w + q * row_bytes, rest);
             y[r * stride + q] = dot * scales[q] + bias[q];
         }
 }
@@ -133,21 +179,22 @@ enum { TILE = 1 };
 /* y (n, out) of x (n, in) and W (out, in) of the kind, for channels from `first` up to `last` */
 INLINE void channels(const int kind, const float *x, const char *weight, const float *scales, const float *bias, float *y,
                      long n, long out, long in, long first, long last) {
+    const size_t row_bytes = bytes_of(kind, in);
     long o = first;
 #if defined(__AVX512F__)
     for (; o + TILE <= last && n >= TILE; o += TILE) {
-        const char *w = weight + o * in * size_of(kind);
+        const char *w = weight + o * row_bytes;
         float factor[TILE], start[TILE];
         for (int q = 0; q < TILE; q++) factor[q] = scales ? scales[o + q] : 1.0f, start[q] = bias ? bias[o + q] : 0.0f;
         long row = 0;
         for (; row + TILE <= n; row += TILE) tile(kind, x + row * in, w, in, factor, start, y + row * out + o, out);
         for (int q = 0; q < TILE; q++)
             for (long rest = row; rest < n; rest++)
-                dots(kind, 1, x + rest * in, w + q * in * size_of(kind), in, factor[q], start[q], y + rest * out + o + q, out);
+                dots(kind, 1, x + rest * in, w + q * row_bytes, in, factor[q], start[q], y + rest * out + o + q, out);
     }
 #endif
     for (; o < last; o++)
-        channel(kind, x, weight + o * in * size_of(kind), n, in, scales ? scales[o] : 1.0f, bias ? bias[o] : 0.0f, y + o, out);
+        channel(kind, x, weight + o * row_bytes, n, in, scales ? scales[o] : 1.0f, bias ? bias[o] : 0.0f, y + o, out);
 }
 
 /* y (n, out) of x (n, in) and W (out, in) of the kind, times scales (out), plus bias (out), plus more (n, out); each may be NULL */
@@ -159,11 +206,31 @@ void product(int kind, const float *x, const char *weight, const float *scales, 
         const long first = part * share, last = first + share < out ? first + share : out;
         if (kind == FLOAT32) channels(FLOAT32, x, weight, scales, bias, y, n, out, in, first, last);
         else if (kind == BFLOAT16) channels(BFLOAT16, x, weight, scales, bias, y, n, out, in, first, last);
+        else if (kind == INT4) channels(INT4, x, weight, scales, bias, y, n, out, in, first, last);
         else channels(INT8, x, weight, scales, bias, y, n, out, in, first, last);
         if (more)
             for (long row = 0; row < n; row++)
                 for (long o = first; o < last; o++) y[row * out + o] += more[row * out + o];
     }
+}
+
+/* y (out, in) in float32: weights of a kind, without scales (NULL) or times those of each channel */
+INLINE void widen_rows(const int kind, const char *weight, const float *scales, float *y, long out, long in, int threads) {
+    const size_t row_bytes = bytes_of(kind, in);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long o = 0; o < out; o++) {
+        const char *row = weight + o * row_bytes;
+        const float scale = scales ? scales[o] : 1.0f;
+        long i = 0;
+        for (; i + LANES <= in; i += LANES) *(floats *)(y + o * in + i) = load(kind, row, i) * scale;
+        for (; i < in; i++) y[o * in + i] = load_one(kind, row, i) * scale;
+    }
+}
+
+void widen(int kind, const char *weight, const float *scales, float *y, long out, long in, int threads) {
+    if (kind == BFLOAT16) widen_rows(BFLOAT16, weight, scales, y, out, in, threads);
+    else if (kind == INT4) widen_rows(INT4, weight, scales, y, out, in, threads);
+    else if (kind == INT8) widen_rows(INT8, weight, scales, y, out, in, threads);
 }
 
 /* What lies between the products of a block: a call each, where torch takes three to six operations. */

@@ -22,30 +22,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genai_pl.kernels.cpu_products import bf16_products_pay
+from genai_pl.kernels.int4 import BLOCK, GROUP, from_int4, to_int4
 from genai_pl.kernels.int8 import to_int8
 
 SOURCE = Path(__file__).with_suffix(".c")
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in the source
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int4: 3}  # as in the source
 FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
-CACHED = 1 << 19  # weights that are widened at a time for a product of many rows
+CACHED = 1 << 17  # weights that are widened at a time for a product of many rows
 BUILD_SECONDS = 60
 
 
 class RowWeight(NamedTuple):
-    """A weight (out, in) in float32, bfloat16, or int8 with scales (out,)."""
+    """A weight (out, width) of a dtype: float32, bfloat16, int8 codes with scales (out,), or blocks of int4 (`to_int4`)."""
 
     weight: Tensor
+    dtype: torch.dtype
+    width: int
     scales: Tensor | None = None
 
 
 def pack_rows(weight: Tensor, dtype: torch.dtype) -> RowWeight:
     """The weight (out, in) in that dtype, a view if it is already; NotImplementedError without a library."""
     library()
+    width = weight.shape[1]
+    if dtype is torch.int4:
+        return RowWeight(to_int4(weight), dtype, width)
     if dtype is torch.int8:
         codes, scales = to_int8(weight)
-        return RowWeight(codes.contiguous(), scales)
-    return RowWeight(weight.to(dtype).contiguous())
+        return RowWeight(codes.contiguous(), dtype, width, scales)
+    return RowWeight(weight.to(dtype).contiguous(), dtype, width)
 
 
 def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more: Tensor | None = None) -> Tensor:
@@ -53,8 +59,8 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
 
     Activations of few rows keep 32 bits beside weights of any dtype.
     """
-    weight, scales = packed
-    out, width = weight.shape
+    weight, dtype, width, scales = packed
+    out = len(weight)
     n = x.numel() // width
     if n > FEW:
         y = _multiply_many(x, packed)
@@ -64,7 +70,7 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
     more = None if more is None else more.contiguous()
     threads = torch.get_num_threads() if out * width > SMALL else 1
     addresses = (x.data_ptr(), weight.data_ptr(), _address(scales), _address(bias), _address(more), y.data_ptr())
-    library().product(KINDS[weight.dtype], *addresses, n, out, width, threads)
+    library().product(KINDS[dtype], *addresses, n, out, width, threads)
     return y
 
 
@@ -91,15 +97,21 @@ def _address(x: Tensor | None) -> int | None:
 
 def _multiply_many(x: Tensor, packed: RowWeight) -> Tensor:
     """x W^T by torch, with activations in bfloat16 beside such weights where the processor has that product."""
-    weight, scales = packed
-    if weight.dtype is torch.float32:
+    weight, dtype, width, scales = packed
+    if dtype is torch.float32:
         return F.linear(x, weight)
-    if weight.dtype is torch.bfloat16 and bf16_products_pay():
+    if dtype is torch.bfloat16 and bf16_products_pay():
         return F.linear(x.bfloat16(), weight).float()
-    # some output channels at a time, so that their floats stay in a cache
-    parts = weight.split(max(1, CACHED // weight.shape[1]))
-    y = torch.cat([F.linear(x, part.float()) for part in parts], dim=-1)
-    return y if scales is None else y.mul_(scales)
+    # some output channels at a time, in the same memory, so that their floats stay in a cache
+    rows, y = x.reshape(-1, width).contiguous(), x.new_empty(*x.shape[:-1], len(weight))
+    step = max(1, CACHED // width)
+    floats, threads = x.new_empty(min(step, len(weight)), width), torch.get_num_threads()
+    parts = zip(weight.split(step), y.view(len(rows), -1).split(step, dim=1), strict=True)
+    for number, (part, result) in enumerate(parts):
+        some = None if scales is None else scales[number * step :]
+        library().widen(KINDS[dtype], part.data_ptr(), _address(some), floats.data_ptr(), len(part), width, threads)
+        torch.mm(rows, floats[: len(part)].t(), out=result)
+    return y
 
 
 @functools.cache
@@ -111,17 +123,26 @@ def library() -> ctypes.CDLL:
         raise NotImplementedError(f"{SOURCE.name} was not built: {error}") from None
     pointer, count = ctypes.c_void_p, ctypes.c_long
     found.product.argtypes = [ctypes.c_int, *[pointer] * 6, *[count] * 3, ctypes.c_int]
+    found.widen.argtypes = [ctypes.c_int, *[pointer] * 3, *[count] * 2, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, count, count]
     found.rotate.argtypes = [*[pointer] * 3, *[count] * 5]
-    for function in (found.product, found.rms_norm, found.rotate):
+    for function in (found.product, found.widen, found.rms_norm, found.rotate):
         function.restype = None
     x, y = torch.linspace(-1, 1, 5 * 70).view(5, 70), torch.empty(5, 3)
     for dtype, kind in KINDS.items():
-        weight = torch.arange(3 * 70).view(3, 70).sub(100).to(dtype)
+        weight = _sample(3, 70) if dtype is torch.int4 else torch.arange(3 * 70).view(3, 70).sub(100).to(dtype)
+        values = from_int4(weight, 70) if dtype is torch.int4 else weight
         found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
-        if not torch.allclose(y.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-3):
+        if not torch.allclose(y.double(), x.double() @ values.double().T, rtol=1e-4, atol=1e-3):
             raise NotImplementedError(f"{SOURCE.name} multiplies {dtype} wrongly as built here")
     return found
+
+
+def _sample(out: int, width: int) -> Tensor:
+    """Blocks of int4 with all codes, scale 1 and minimum -8."""
+    blocks = torch.arange(out * -(-width // GROUP) * BLOCK).to(torch.uint8).view(out, -1, BLOCK)
+    blocks[..., :4] = torch.tensor([1.0, -8.0]).bfloat16().view(torch.uint8)
+    return blocks.flatten(1)
 
 
 def _build() -> Path:

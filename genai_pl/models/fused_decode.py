@@ -3,7 +3,7 @@
 A decoding step multiplies one token of each row with every weight, so it is as fast as weights come from memory. Three
 things help:
 
-1. Fewer bytes. Weights of 16 bits or `dtype=int8` stay so; everything else is float32.
+1. Fewer bytes. Weights of 16 bits, `dtype=int8` and `dtype=int4` stay so; everything else is float32.
 2. The product that a probe finds fastest here (`kernels/packed_product.py`): for few rows mostly one that is compiled
    (`kernels/row_products.py`), which reads weights at the speed of memory with any number of threads. Weights that
    cannot be packed are laid out by columns, where torch reads them faster so. No number changes beyond rounding.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionKind, NormOrder, Position
+from genai_pl.devices import CODES
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
 from genai_pl.kernels.packed_product import LAYOUTS, Product, by_columns, fastest_product, products_of
@@ -33,7 +34,15 @@ from genai_pl.models.block import Block
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import MLP, GatedMLP
-from genai_pl.models.packed_linear import ChannelsOf, PackedLinear, equalize, is_packable, pack_weights
+from genai_pl.models.packed_linear import (
+    HEAD,
+    ChannelsOf,
+    PackedLinear,
+    bytes_when_packed,
+    equalize,
+    is_packable,
+    pack_weights,
+)
 from genai_pl.models.positions import rotate
 
 log = logging.getLogger(__name__)
@@ -165,21 +174,23 @@ class FusedForward:
 def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, rows: int = 1) -> bool:
     """Lay out the weights of a model that is only read from now on, in place; True if its passes are fused too.
 
-    dtype: of the weights in products, None for the model's own. ConfigError for int8 where it cannot be; other dtypes and
+    dtype: of the weights in products, None for the model's own. ConfigError for int8 and int4 where they cannot be; others and
     devices than a CPU's stay as they are. rows: tokens of a typical step, one of each sequence, for the probe of products.
     `train()` on the model is a RuntimeError afterwards: a step of an optimizer would write through views that several
     layers share.
     """
-    if dtype is torch.int8:
-        _check_int8(model)
+    if dtype in CODES.values():
+        _check_codes(model, dtype)
     product, layout = _choose_product(model, dtype, rows), by_columns
     if product in LAYOUTS:  # weights stay parameters, in another order
         product, layout = None, product.pack
         for module in _plain_linears(model):
             module.weight.data = layout(module.weight.data)
     elif product is not None:
-        log.info("decoding    products of %s", product.name)
         dtype = model.embed.weight.dtype if dtype is None else dtype
+        size = f", weights of {bytes_when_packed(model, dtype) / 1e6:,.1f} MB" if dtype in CODES.values() else ""
+        log.info("decoding    products of %s%s", product.name, size)
+        head = _choose_head(model, dtype, product, rows)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases
                 parameter.data = parameter.data.float()
@@ -190,7 +201,7 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     if is_fused:
         model.fused = FusedForward(model, product, layout)
     if product is not None:
-        pack_weights(model, dtype, product)
+        pack_weights(model, dtype, product, head)
     model.train = partial(_refuse_training, model)
     return is_fused
 
@@ -214,13 +225,14 @@ def supports_fused_decode(model: nn.Module) -> bool:
     return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
 
 
-def _check_int8(model: nn.Module) -> None:
-    """ConfigError for a model whose weights cannot be packed in 8 bits."""
+def _check_codes(model: nn.Module, dtype: torch.dtype) -> None:
+    """ConfigError for a model whose weights cannot be packed in 8 or 4 bits."""
+    name = str(dtype).removeprefix("torch.")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise ConfigError("dtype=int8 multiplies on a CPU: set device=cpu, or a dtype or precision of 16 bits")
+        raise ConfigError(f"dtype={name} multiplies on a CPU: set device=cpu, or a dtype or precision of 16 bits")
     if not is_packable(model):
         raise ConfigError(
-            "dtype=int8 takes a model of a family of ours without adapters: "
+            f"dtype={name} takes a model of a family of ours without adapters: "
             "merge them first (export.py format=merged), or leave dtype out"
         )
 
@@ -237,6 +249,17 @@ def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> P
         return fastest_product(candidates, _probed(linears), rows=rows)
     linears = _plain_linears(model)
     return fastest_product(LAYOUTS, _probed(linears), rows=rows) if linears else None
+
+
+def _choose_head(model: nn.Module, dtype: torch.dtype, product: Product, rows: int) -> Product:
+    """The product of the output head: 8 bits beside int4, since each of its errors is one of a logit."""
+    if dtype is not torch.int4:
+        return product
+    candidates = products_of(torch.int8)
+    if product.multiply is multiply_rows:
+        return candidates[0]
+    heads = [module for name, module in model.named_modules() if name.endswith(HEAD)]
+    return fastest_product(candidates, _probed(heads), rows=rows) if heads else product
 
 
 def _plain_linears(model: nn.Module) -> list[nn.Linear]:

@@ -1,4 +1,4 @@
-"""Packed layers: the linear layers and the embedding of a model that is only read, with weights in 16 or 8 bits.
+"""Packed layers: the linear layers and the embedding of a model that is only read, with weights in 16, 8 or 4 bits.
 
 Hidden states, norms and the KV cache stay in float32, so only what is read most is small: the weights of products. A
 packed model has no parameters for them any more; it cannot be trained, saved or moved.
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genai_pl.devices import CODES
 from genai_pl.kernels.packed_product import BF16, LACKS, Product
 from genai_pl.kernels.row_products import multiply_rows
 from genai_pl.models.block import Block
@@ -21,6 +22,9 @@ from genai_pl.models.transformer import Transformer
 from genai_pl.models.virtual_tokens import VirtualTokens
 
 OURS = ("torch.nn.", "genai_pl.models.")  # packages of the modules that `pack_weights` knows: no adapters
+
+HEAD = "lm_head"  # the output head's name in all our models
+BITS = {torch.int8: 8, torch.int4: 5}  # of a weight that is codes, with its part of scales
 
 
 class PackedLinear(nn.Module):
@@ -68,7 +72,7 @@ class PackedEmbedding(nn.Module):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.table = weight.detach().to(torch.bfloat16 if dtype is torch.int8 else dtype)
+        self.table = weight.detach().to(torch.bfloat16 if dtype in CODES.values() else dtype)
         self.weight = nn.Parameter(torch.empty(0, self.embedding_dim), requires_grad=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -88,22 +92,33 @@ def is_packable(model: nn.Module) -> bool:
     )
 
 
-def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product) -> None:
+def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product, head: Product) -> None:
     """Replace the linear layers and token embeddings of a packable model, in place; the rest becomes float32.
 
-    Layers that are packed already stay. A scoring head, of few channels, keeps float32.
+    head: the product of the output head. Layers that are packed already stay. A scoring head, of few channels, keeps float32.
     """
     replaced: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if module not in replaced and type(module) is nn.Linear and name != "score":
-                replaced[module] = PackedLinear(module.weight, module.bias, product)
+                replaced[module] = PackedLinear(module.weight, module.bias, head if name == HEAD else product)
             elif module not in replaced and name == "embed" and type(module) is nn.Embedding:
                 replaced[module] = PackedEmbedding(module.weight, dtype)
             if module in replaced:
                 setattr(parent, name, replaced[module])
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
+
+
+def bytes_when_packed(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that `pack_weights` makes of linear layers and token embeddings, for int8 or int4."""
+    bits = 0
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            bits += module.weight.numel() * (BITS[torch.int8] if name.endswith(HEAD) else BITS[dtype])
+        elif type(module) is nn.Embedding and name.endswith("embed"):
+            bits += module.weight.numel() * 16
+    return bits // 8
 
 
 @contextmanager

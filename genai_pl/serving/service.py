@@ -15,7 +15,7 @@ from genai_pl.config.enums import Head, Shape
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.labels import read_labels
 from genai_pl.data.tool_calls import CallReader
-from genai_pl.devices import check_int8, choose_device
+from genai_pl.devices import CODES, check_codes, choose_device
 from genai_pl.errors import ConfigError
 from genai_pl.evaluation.embeddings import find_sentence_head
 from genai_pl.evaluation.labels import is_reward_model
@@ -38,7 +38,8 @@ from genai_pl.serving.tokenize_threads import TokenizeThreads
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # prompt tokens between two decode steps
 MIN_TOKEN_CHARACTERS = 32  # characters of one token, at least, in the check of prompts before tokenizing
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}  # as loaded
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights as they are loaded
+DTYPES |= dict.fromkeys(CODES, torch.float32)
 
 
 class Service:
@@ -56,8 +57,8 @@ class Service:
 
     def __init__(self, settings: Settings, loaded: Loaded, metrics: Metrics) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, metrics
-        if settings.dtype == "int8":
-            check_int8(choose_device(settings.device))
+        if settings.dtype in CODES:
+            check_codes(settings.dtype, choose_device(settings.device))
         self.model = loaded.model.to(choose_device(settings.device))
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
@@ -76,7 +77,7 @@ class Service:
         # engine; without adapters the model may fuse weights that an adapter would have to reach
         self.engine: Engine | None = None
         if not folders:
-            packed = torch.int8 if settings.dtype == "int8" else None
+            packed = CODES.get(settings.dtype)
             prepare_for_decoding(self.model, packed, rows=settings.slots)
         if config.writes:
             self.engine = Engine(
@@ -104,7 +105,7 @@ class Service:
         if self.cache is None:
             return {}
         base = model_hash(self.model, self.tokenizer)
-        base += "int8" if self.settings.dtype == "int8" else ""  # not quantized yet
+        base += self.settings.dtype if self.settings.dtype in CODES else ""  # not quantized yet
         return {None: base, **{name: base + folder_hash(path) for name, path in folders.items()}}
 
     def start(self) -> None:

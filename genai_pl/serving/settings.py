@@ -15,6 +15,7 @@ from pathlib import Path
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.config.redaction import redact
+from genai_pl.devices import CODES
 from genai_pl.errors import ConfigError
 
 VARIABLE = "GENAI_PL_SERVE"  # environment variable with the settings of workers, as JSON
@@ -22,7 +23,7 @@ CACHE_KEY = "GENAI_PL_CACHE_KEY"  # secret that signs entries of a shared cache
 KEYS = "GENAI_PL_API_KEYS"  # API keys of clients, separated by commas
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 BACKENDS = ("local", "onnx", "openai")
-DTYPES = ("fp32", "bf16", "fp16", "int8")
+DTYPES = ("fp32", "bf16", "fp16", *CODES)
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class Settings:
             raise ConfigError(f"backend=openai needs url=http://HOST:PORT/v1, not {redact(self.url)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype} is not one of {', '.join(DTYPES)}")
-        if self.dtype == "int8" and self.adapters:
+        if self.dtype in CODES and self.adapters:
             raise ConfigError(
-                "dtype=int8 takes no adapter: merge it first (export.py format=merged), or leave dtype out"
+                f"dtype={self.dtype} takes no adapter: merge it first (export.py format=merged), or leave dtype out"
             )
         is_cache = self.cache in (None, "memory") or self.cache.startswith(("redis://", "rediss://", "unix://"))
         if not is_cache:

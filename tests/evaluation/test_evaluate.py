@@ -36,14 +36,17 @@ def test_windows_score_each_token_but_the_first_once_with_the_context_that_the_s
     assert scored == list(range(1, n_tokens))
 
 
-def test_int8_weights_give_nearly_the_figures_of_float32(folder: Path, command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounded", "error"), [("int8", 2e-2), ("int4", 0.1)])
+def test_codes_give_nearly_the_figures_of_float32(
+    rounded: str, error: float, folder: Path, command, tmp_path: Path
+) -> None:
     data, found = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS]), []
-    for dtype in ("null", "int8"):
+    for dtype in ("null", rounded):
         result = command("evaluate", f"checkpoint={folder}", f"data.path={data}", f"dtype={dtype}", f"out={dtype}.json")
         assert (result.status, result.err) == (0, "")
         found.append(json.loads((tmp_path / f"{dtype}.json").read_text()))
     assert found[0]["perplexity"] != found[1]["perplexity"]
-    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=2e-2)
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=error)
 
 
 def test_a_text_gets_the_figures_of_transformers_window_by_window(

@@ -31,8 +31,9 @@ def theirs(folder: Path) -> transformers.PreTrainedModel:
 
 
 MISTAKES = {
-    "dtype=int2": "dtype=int2: expected int8, or null for the weights of precision=",
+    "dtype=int2": "dtype=int2: expected int8 or int4, or null for the weights of precision=",
     "dtype=int8 precision=bf16_true": "dtype=int8 computes in float32: leave precision out",
+    "dtype=int4 precision=bf16_true": "dtype=int4 computes in float32: leave precision out",
     "dtype=int8 precision=bf16": "dtype=int8 computes in float32: leave precision out",
 }
 
@@ -44,10 +45,12 @@ def test_a_dtype_that_cannot_be_is_one_line(mistake, folder, command):
     assert result.err == f"error: {MISTAKES[mistake]}\n"
 
 
-def test_int8_gives_nearly_the_likelihoods_of_float32(folder, command):
-    exact, rounded = (lines(command, "prompt=abcdefgh", "score=true", *dtype)[0] for dtype in ((), ("dtype=int8",)))
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 2e-2), ("int4", 0.1)])
+def test_codes_give_nearly_the_likelihoods_of_float32(dtype, error, folder, command):
+    exact, rounded = (lines(command, "prompt=abcdefgh", "score=true", f"dtype={one}")[0] for one in ("null", dtype))
     assert rounded["logprob"] != exact["logprob"]
-    assert rounded["logprob"] == pytest.approx(exact["logprob"], rel=2e-2)
+    assert rounded["logprob"] == pytest.approx(exact["logprob"], rel=error)
+    assert lines(command, "prompt=abcdefgh", f"dtype={dtype}", "generation.max_new_tokens=5")[0]["text"]
 
 
 def lines(command, *arguments: str) -> list[dict]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from genai_pl.kernels.int4 import GROUP, from_int4, to_int4
 from genai_pl.kernels.int8 import from_int8, to_int8
 from genai_pl.kernels.packed_product import Product, _is_exact, _split, fastest_product, products_of
 
@@ -32,17 +33,19 @@ def usable(product: Product, weight: Tensor) -> bool:
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) that the codes or bits of a dtype stand for, in float64."""
+    if dtype is torch.int4:
+        return from_int4(to_int4(weight), weight.shape[1]).double()
     if dtype is torch.int8:
         codes, scales = to_int8(weight)
         return codes.double() * scales.double()[:, None]
     return weight.to(dtype).double()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.int4])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 40)])
 def test_every_product_equals_float64_up_to_its_rounding(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weight = 0.05 * inputs(70, 48)
-    weight = weight if dtype is torch.int8 else weight.to(dtype)
+    weight = weight if dtype in (torch.int8, torch.int4) else weight.to(dtype)
     x = inputs(*shape, 48) * torch.logspace(-4, 4, shape[1])[:, None]  # rows of very unequal size
     expected = x.double() @ rounded(weight, dtype).t()
     products = [product for product in products_of(dtype) if usable(product, weight)]
@@ -87,9 +90,30 @@ def test_int8_rounds_to_half_a_step_of_each_channel() -> None:
     torch.testing.assert_close(scales, weight.abs().amax(1) / 127)
 
 
+@pytest.mark.parametrize("width", [1, 31, 32, 96])
+def test_int4_keeps_what_its_codes_can_hold_and_errs_less_than_rounding_to_nearest(width: int) -> None:
+    weight = inputs(9, width) * torch.logspace(-3, 3, 9)[:, None]
+    found = from_int4(to_int4(weight), width)
+    assert found.shape == weight.shape
+    torch.testing.assert_close(from_int4(to_int4(found), width), found)  # values on a grid stay
+    # the plain way in float64: 15 steps from the least to the largest weight of each group
+    for group, of_group in zip(weight.double().split(GROUP, 1), found.double().split(GROUP, 1), strict=True):
+        low, high = group.aminmax(dim=1, keepdim=True)
+        step = (high - low).clamp_min(1e-30) / 15
+        plain = low + ((group - low) / step).round() * step
+        rounding = 2**-7 * group.abs().amax(1)  # of scale and minimum in bfloat16, for 32 weights
+        assert ((of_group - group).norm(dim=1) <= (plain - group).norm(dim=1) + rounding).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.75])
+def test_int4_of_equal_weights_is_exact(value: float) -> None:
+    weight = torch.full((3, 40), value)
+    assert torch.equal(from_int4(to_int4(weight), 40), weight)
+
+
 def test_the_probe_takes_a_product_that_runs_and_gives_the_engine_back() -> None:
     before = torch.backends.quantized.engine
-    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.int4):
         product = fastest_product(products_of(dtype), [inputs(32, 24), inputs(24, 32)], rows=2)
         assert product.name in [candidate.name for candidate in products_of(dtype)]
         assert product.multiply(inputs(2, 24), product.pack(inputs(32, 24))).shape == (2, 32)

@@ -1,5 +1,6 @@
 """Compiled products of few rows against float64, and what happens where they cannot be built."""
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,24 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
 
 
 def dense(packed: row_products.RowWeight) -> Tensor:
-    weight, scales = packed
+    """The weight (out, width) in float64 that the packed one stands for."""
+    weight, dtype, width, scales = packed
+    if dtype is torch.int4:
+        return written_out(weight, width)
     return weight.double() if scales is None else weight.double() * scales.double()[:, None]
+
+
+def written_out(blocks: Tensor, width: int) -> Tensor:
+    """Blocks of int4 in float64, byte by byte as `int4.py` describes them."""
+    rows = []
+    for row in blocks.numpy():
+        values = []
+        for block in row.reshape(-1, 20):
+            scale, low = (float(struct.unpack("<f", b"\0\0" + block[at : at + 2].tobytes())[0]) for at in (0, 2))
+            codes = [byte & 15 for byte in block[4:].tolist()] + [byte >> 4 for byte in block[4:].tolist()]
+            values += [code * scale + low for code in codes]
+        rows.append(values[:width])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @built
@@ -114,8 +131,9 @@ def test_a_compiler_that_fails_leaves_the_products_of_torch(
     with pytest.raises(NotImplementedError, match=r"row_products\.c was not built"):
         row_products.library()
     weight = inputs(8, 16)
-    product = packed_product.fastest_product(packed_product.products_of(torch.bfloat16), [weight], rows=1)
-    assert product.multiply is not multiply_rows
+    for dtype in (torch.bfloat16, torch.int4):
+        product = packed_product.fastest_product(packed_product.products_of(dtype), [weight], rows=1)
+        assert product.multiply is not multiply_rows
     assert list(tmp_path.rglob("*.so")) == []
 
 

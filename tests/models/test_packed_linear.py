@@ -1,4 +1,4 @@
-"""Packed models: int8 and 16-bit weights give the logits and tokens of a float32 model with the dequantized weights."""
+"""Packed models: int8, int4 and 16-bit weights give the logits and tokens of a float32 model with the dequantized weights."""
 
 import copy
 
@@ -10,6 +10,7 @@ from genai_pl import peft
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.generation import generate
+from genai_pl.kernels.int4 import from_int4, to_int4
 from genai_pl.kernels.int8 import from_int8, to_int8
 from genai_pl.models import ModelConfig, build_model, prepare_for_decoding
 from genai_pl.models.kv_cache import SlotCache
@@ -37,13 +38,17 @@ def build(kind: str) -> nn.Module:
     return model
 
 
-def rounded(model: nn.Module) -> nn.Module:
-    """A copy in float64 whose linear layers have the values of int8 codes, and the embedding those of bfloat16."""
+def rounded(model: nn.Module, dtype: torch.dtype = torch.int8) -> nn.Module:
+    """A copy in float64 whose linear layers have the values of codes, and the embedding those of bfloat16."""
     model = copy.deepcopy(model)
-    equalize(model)
+    if dtype is torch.int8:
+        equalize(model)
     weights = {module: module.weight.clone() for module in model.modules() if isinstance(module, nn.Linear)}
     for module, weight in weights.items():  # a tied head gets a weight of its own
-        module.weight = nn.Parameter(from_int8(*to_int8(weight), weight.shape))
+        if dtype is torch.int4 and module is not getattr(model, "lm_head", None):
+            module.weight = nn.Parameter(from_int4(to_int4(weight), weight.shape[1]))
+        else:
+            module.weight = nn.Parameter(from_int8(*to_int8(weight), weight.shape))
     model.embed.weight.data = model.embed.weight.data.bfloat16().float()
     return model.double()
 
@@ -54,12 +59,13 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_int8_gives_the_logits_of_the_dequantized_model(kind: str) -> None:
+def test_codes_give_the_logits_of_the_dequantized_model(kind: str, dtype: torch.dtype) -> None:
     model = build(kind)
-    expected = rounded(model)
-    prepare_for_decoding(model, torch.int8)
+    expected = rounded(model, dtype)
+    prepare_for_decoding(model, dtype)
     assert not [m for m in model.modules() if type(m) is nn.Linear]
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     actual, wanted = logits_of(model, ids), logits_of(expected, ids).float()
@@ -151,6 +157,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_packed_is_refused_in_one_line(name: str) -> None:
     model = REFUSED[name]()
-    with pytest.raises(ConfigError, match=r"dtype=int8 takes .*format=merged") as refused:
-        prepare_for_decoding(model, torch.int8)
-    assert "\n" not in str(refused.value)
+    for dtype in ("int8", "int4"):
+        with pytest.raises(ConfigError, match=rf"dtype={dtype} takes .*format=merged") as refused:
+            prepare_for_decoding(model, getattr(torch, dtype))
+        assert "\n" not in str(refused.value)

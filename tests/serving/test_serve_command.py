@@ -167,6 +167,7 @@ MISTAKES = {
     "checkpoint=tiny cache=disk": "cache=disk is not null, memory or redis://",
     "checkpoint=tiny dtype=fp64": "dtype=fp64 is not one of fp32, bf16, fp16",
     "checkpoint=tiny dtype=int8 adapter=nothing": "dtype=int8 takes no adapter: merge it first",
+    "checkpoint=tiny dtype=int4 adapter=nothing": "dtype=int4 takes no adapter: merge it first",
     "checkpoint=tiny host=256.0.0.1": "host=256.0.0.1",
     "checkpoint=tiny timeout=0": "timeout=0",
     "checkpoint=tiny pooling=max": "pooling=max is not one of mean, last, cls",
