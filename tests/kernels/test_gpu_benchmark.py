@@ -20,7 +20,9 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "stages", [["attention", "cross_entropy", "decoding"], pytest.param([], marks=pytest.mark.slow)], ids=["some", "all"]
+    "stages",
+    [["attention", "cross_entropy", "decoding"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
 def test_every_case_runs_and_is_right(stages: list[str], tmp_path: Path) -> None:
     done = run(tmp_path, *stages)
