@@ -98,7 +98,6 @@ class DecodeStep:
         self.shape = _Shape(*sizes, eps, head_eps, scale, 0.0)
         self.layers = (_Layer * len(layers))(*map(_layer, layers))
         self.is_small = layers[0].qkv[0].weight.numel() <= SMALL
-        self.memory = torch.empty(0)
 
     def __call__(self, x: Tensor, table: tuple[Tensor, Tensor] | None, past: Past) -> Tensor:
         """x (B, 1, C) after all blocks, in place; keys and values are written to the cache.
@@ -114,12 +113,9 @@ class DecodeStep:
         step = library()
         shape, cache = ctypes.byref(self.shape), ctypes.byref(cache)
         needed = step.decode_step_memory(shape, cache, B, threads)
-        if needed > self.memory.numel():
-            self.memory = torch.empty(needed * 3 // 2)
+        memory = torch.empty(needed)  # of this call: several threads may take steps of one model
         tables = (None, None) if table is None else (cosine.data_ptr(), sine.data_ptr())
-        step.decode_step(
-            shape, self.layers, x.data_ptr(), *tables, positions, cache, B, threads, self.memory.data_ptr()
-        )
+        step.decode_step(shape, self.layers, x.data_ptr(), *tables, positions, cache, B, threads, memory.data_ptr())
         return x
 
     def takes(self, x: Tensor, past: Past) -> bool:
