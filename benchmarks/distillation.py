@@ -79,7 +79,7 @@ def common_options(options: argparse.Namespace) -> list[str]:
         *("trainer.limit_val_batches=10", "callbacks.samples.every_n_steps=null", "callbacks.export=false"),
         f"eval.every_n_steps={options.steps}",
         f"eval.tasks.lambada={{path: {options.lambada}, limit: {options.limit}}}",
-        f"eval.tasks.test={{path: {options.test}, seq_len: 256, limit: null}}",
+        f"eval.tasks.test={{path: {options.test}, limit: null}}",
     ]
 
 

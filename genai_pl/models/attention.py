@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.attend = build_attend(config, layer)
 
     def renumber(self, layer: int) -> None:
-        """Make this the attention of another layer: its place in the cache, and what a loaded model of that number hashes with."""
+        """Make this the attention of another layer: its place in the cache, and the seed of its hashes once loaded."""
         self.layer = layer
         if isinstance(self.attend, Reformer):
             self.attend.seed = layer
