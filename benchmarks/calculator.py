@@ -206,7 +206,7 @@ def write_data(args: argparse.Namespace) -> None:
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
     solvable = sum(solved(row) is not None for row in test)
     print(
-        f"{len(calls)} with calls, {len(rest)} to train on, {len(test)} held out, of which the rules of sft.jsonl solve {solvable}"
+        f"{len(calls)} with calls, {len(rest)} to train on, {len(test)} held out, of which rules alone solve {solvable}"
     )
 
 
