@@ -78,6 +78,10 @@ class Episode:
             raise ConfigError(
                 f"{rules.option}: reset gave a text, and tools are shown by a chat template: give messages"
             )
+        if self.tools.schemas and rules.max_turns == 1:
+            raise ConfigError(
+                f"{rules.option}: its tools need objective.max_turns=2 or more: a call, and what is made of it"
+            )
         self.messages = [] if self.is_text else [dict(message) for message in first]
         self.prompt = rules.turns.prompt(first if self.is_text else self.messages, self.tools.schemas)
         room = rules.context - rules.max_new_tokens

@@ -180,6 +180,11 @@ def test_the_last_turn_is_a_step_even_with_a_call_and_so_is_one_that_was_cut_off
     assert (episode.is_over, episode.ended, episode.rewards) == (True, False, [1.0])
 
 
+def test_tools_without_a_turn_for_their_answer_are_refused() -> None:
+    with pytest.raises(ConfigError, match="its tools need objective.max_turns=2 or more"):
+        play(Calculator(), chat_tokenizer(), ROW, max_turns=1)
+
+
 def test_an_episode_ends_where_the_context_has_no_room_for_a_completion() -> None:
     tokenizer = chat_tokenizer()
     start = play(Calculator(), tokenizer, ROW)
