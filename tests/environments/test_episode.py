@@ -181,7 +181,7 @@ def test_the_last_turn_is_a_step_even_with_a_call_and_so_is_one_that_was_cut_off
 
 
 def test_tools_without_a_turn_for_their_answer_are_refused() -> None:
-    with pytest.raises(ConfigError, match="its tools need objective.max_turns=2 or more"):
+    with pytest.raises(ConfigError, match=r"its tools need objective\.max_turns=2 or more"):
         play(Calculator(), chat_tokenizer(), ROW, max_turns=1)
 
 
