@@ -45,7 +45,7 @@ class Calculator(Environment):
         """Compute the value of an arithmetic expression.
 
         Args:
-            expression: Numbers with + - * / ** and brackets, such as (3 + 4) * 2.
+            expression: Numbers with + - * / // % ** and brackets, and abs, min, max, round, sqrt, gcd, lcm: gcd(12, 18) * 2.
         """
         value = number_text(evaluate(expression))
         self.n_worked += 1
