@@ -92,7 +92,7 @@ class DecodeStep:
         scale: float,
     ) -> None:
         self.tensors = layers  # the structures below hold addresses only
-        self.C, F = layers[0].qkv[0].weight.shape[1], layers[0].down[0].weight.shape[1]
+        self.C, F = layers[0].qkv[0].width, layers[0].down[0].width
         kind = NORMS[norm]
         sizes = (len(layers), self.C, H, K, D, F, kind, kind, ACTIVATIONS[activation], int(gated))
         self.shape = _Shape(*sizes, eps, head_eps, scale, 0.0)

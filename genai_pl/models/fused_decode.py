@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from genai_pl.config.enums import AttentionKind, NormOrder, Position
 from genai_pl.devices import CODES
-from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
 from genai_pl.kernels.decode_step import DecodeStep
 from genai_pl.kernels.packed_product import LAYOUTS, Product, by_columns, fastest_product, products_of
@@ -42,6 +41,7 @@ from genai_pl.models.packed_linear import (
     ChannelsOf,
     PackedLinear,
     bytes_when_packed,
+    check_packable,
     equalize,
     is_packable,
     pack_weights,
@@ -191,7 +191,7 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
     layers share.
     """
     if dtype in CODES.values():
-        _check_codes(model, dtype)
+        check_packable(model, dtype)
     product, layout = _choose_product(model, dtype, rows), by_columns
     if product in LAYOUTS:  # weights stay parameters, in another order
         product, layout = None, product.pack
@@ -236,18 +236,6 @@ def supports_fused_decode(model: nn.Module) -> bool:
     if any(type(block.mlp) not in (MLP, GatedMLP) for block in model.blocks):
         return False
     return all(type(module) is nn.Linear for block in model.blocks for module in _linears(block))
-
-
-def _check_codes(model: nn.Module, dtype: torch.dtype) -> None:
-    """ConfigError for a model whose weights cannot be packed in 8 or 4 bits."""
-    name = str(dtype).removeprefix("torch.")
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise ConfigError(f"dtype={name} multiplies on a CPU: set device=cpu, or a dtype or precision of 16 bits")
-    if not is_packable(model):
-        raise ConfigError(
-            f"dtype={name} takes a model of a family of ours without adapters: "
-            "merge them first (export.py format=merged), or leave dtype out"
-        )
 
 
 def _choose_product(model: nn.Module, dtype: torch.dtype | None, rows: int) -> Product | None:

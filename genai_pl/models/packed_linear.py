@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genai_pl.devices import CODES
+from genai_pl.errors import ConfigError
 from genai_pl.kernels.packed_product import BF16, LACKS, Product
 from genai_pl.kernels.row_products import multiply_rows
 from genai_pl.models.block import Block
@@ -90,6 +91,18 @@ def is_packable(model: nn.Module) -> bool:
     return all(
         type(module).__module__.startswith(OURS) and not isinstance(module, VirtualTokens) for module in model.modules()
     )
+
+
+def check_packable(model: nn.Module, dtype: torch.dtype) -> None:
+    """ConfigError for a model whose weights cannot be packed as codes of this dtype."""
+    name = str(dtype).removeprefix("torch.")
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise ConfigError(f"dtype={name} multiplies on a CPU: set device=cpu, or a dtype or precision of 16 bits")
+    if not is_packable(model):
+        raise ConfigError(
+            f"dtype={name} takes a model of a family of ours without adapters: "
+            "merge them first (export.py format=merged), or leave dtype out"
+        )
 
 
 def pack_weights(model: nn.Module, dtype: torch.dtype, product: Product, head: Product) -> None:

@@ -69,7 +69,7 @@ def test_a_step_gives_the_states_of_the_whole(kind: str, length: int) -> None:
         torch.testing.assert_close(last_states(model, ids, segments).double(), expected, atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.int4])
 @torch.no_grad()
 def test_narrow_weights_give_the_states_of_the_blocks(dtype: torch.dtype) -> None:
     model = build(**KINDS["qwen3"])
