@@ -98,12 +98,13 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _multiply_many(x: Tensor, packed: RowWeight) -> Tensor:
-    """x W^T by torch, with activations in bfloat16 beside such weights where the processor has that product."""
+    """x W^T by torch, with activations in bfloat16 beside narrow weights where the processor has that product."""
     weight, dtype, width, scales = packed
     if dtype is torch.float32:
         return F.linear(x, weight)
-    if dtype is torch.bfloat16 and bf16_products_pay():
-        return F.linear(x.bfloat16(), weight).float()
+    if dtype in (torch.bfloat16, torch.int8) and bf16_products_pay():  # which holds codes of 8 bits exactly
+        y = F.linear(x.bfloat16(), weight.bfloat16()).float()
+        return y if scales is None else y.mul_(scales)
     # some output channels at a time, in the same memory, so that their floats stay in a cache
     rows, y = x.reshape(-1, width).contiguous(), x.new_empty(*x.shape[:-1], len(weight))
     step = max(1, CACHED // width)
