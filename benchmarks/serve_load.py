@@ -10,6 +10,12 @@ With --mixed a part of the requests are chats, several answers at once, embeddin
 this many clients of each kind of tests/serving/attacks.py beside them, from another address, and what they saw is printed:
 
     python benchmarks/serve_load.py checkpoint=MODEL --clients 64 --minutes 10 --mixed --attackers 1 --scale 0.1
+
+With --turns the clients hold conversations of so many turns instead (chat_trace.py), with this server as it is and without
+its prefix cache; with --gguf FILE also with llama.cpp's server (`pip install 'llama-cpp-python[server]'`), with
+--transformers with `transformers serve`:
+
+    python benchmarks/serve_load.py checkpoint=MODEL --turns 4 --clients 1 16 --requests 1 --scale 0.15 --gguf model.gguf
 """
 
 import argparse
@@ -28,6 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+
+try:
+    from benchmarks.chat_trace import HEAD, chat_row, draw_chats, hold_all
+except ModuleNotFoundError:  # run as a script
+    from chat_trace import HEAD, chat_row, draw_chats, hold_all
 
 ROOT = Path(__file__).parent.parent
 SEED = 0
@@ -191,6 +202,40 @@ def row(name: str, clients: int, outcome: Outcome) -> str:
     return f"{name:<8}{clients:>8}{rate:>10.1f}{waits}{len(outcome.errors):>8}"
 
 
+def hold_chats(servers: dict[str, list[str]], checkpoint: str, options: argparse.Namespace) -> None:
+    """Print the table of the chat trace, each server with the same conversations; tokens are counted by the checkpoint's
+    tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    print(HEAD)
+    for name, command in servers.items():
+        with server([sys.executable, *command]):
+            url = f"http://127.0.0.1:{command[-1].rpartition('=')[2]}"
+            model = "" if name == "llama.cpp" else checkpoint if name == "transformers" else Path(checkpoint).name
+            asyncio.run(hold_all(url, model, 1, [[("Hello", 4)]]))  # what is slow once
+            for clients in options.clients:
+                # other conversations for each number of clients: none is in the prefix cache
+                chats = draw_chats(clients * options.requests, options.turns, scale=options.scale, seed=clients)
+                outcome = asyncio.run(hold_all(url, model, clients, chats))
+                print(chat_row(name, clients, outcome, lambda text: len(tokenizer.encode(text))), flush=True)
+                for error in sorted(set(outcome.errors)):
+                    print(f"  {error}")
+
+
+def peers(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Commands of the other servers that the options ask for; the port is the last word of each."""
+    found = {}
+    if options.gguf:
+        arguments = ["--model", options.gguf, "--n_ctx", "2048", "--interrupt_requests", "false"]
+        found["llama.cpp"] = ["-m", "llama_cpp.server", *arguments, f"--port={free_port()}"]
+    if options.transformers:
+        script = str(Path(sys.executable).with_name("transformers"))
+        found["transformers"] = [script, "serve", f"--port={free_port()}"]
+    return found
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,6 +248,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--mixed", action="store_true", help="requests of all kinds")
     parser.add_argument("--attackers", type=int, default=0, help="of each kind, beside the clients (with --minutes)")
+    parser.add_argument("--turns", type=int, help="conversations of so many turns")
+    parser.add_argument("--gguf", help="the same model for llama.cpp's server (with --turns)")
+    parser.add_argument("--transformers", action="store_true", help="transformers serve too (with --turns)")
+    parser.add_argument("--prefill_chunk", type=int, nargs="+", help="one server for each (with --turns)")
     options = parser.parse_args()
     checkpoint = str(Path(options.checkpoint).resolve()) if Path(options.checkpoint).exists() else options.checkpoint
     ours = ["serve.py", f"checkpoint={checkpoint}", f"slots={options.slots}", "queue_size=256", "timeout=600"]
@@ -210,6 +259,13 @@ def main() -> None:
     if options.simple:
         servers["simple"] = ["benchmarks/serve_simple.py", checkpoint, str(free_port())]
     print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seed {SEED}")
+    if options.turns:
+        servers = {"ours": [*ours, "cache=null", f"port={free_port()}"]}
+        servers["no prefix"] = [*ours, "cache=null", "prefix_cache_mib=0", f"port={free_port()}"]
+        for n in options.prefill_chunk or []:
+            servers[f"chunk {n}"] = [*ours, "cache=null", f"prefill_chunk={n}", f"port={free_port()}"]
+        hold_chats(servers | peers(options), checkpoint, options)
+        return
     print("server   clients  tokens/s  first p50, p95  between p50, p95 (ms)  errors")
     for name, command in servers.items():
         with server([sys.executable, *command]) as process:

@@ -22,6 +22,7 @@ from genai_pl.environments.user_code import run_all
 from genai_pl.errors import ConfigError, UserError
 from genai_pl.generation import Acceptance, build_output_constraints, complete
 from genai_pl.generation.conversation import Conversation
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.loading import Loaded, load_draft
 from genai_pl.models.virtual_tokens import VirtualTokens
 
@@ -65,6 +66,7 @@ class Chat:
         self.conversation = Conversation(tokenizer, context=context, system=system, tools=schemas)
         self.reader = CallReader(tokenizer) if schemas else None
         self.draft = load_draft(options.draft, loaded)
+        self.prefix_cache = PrefixCache()  # earlier turns, which the next prompt begins with, are not read again
         self.ends = build_output_constraints(tokenizer, options, model.config.eos_token_ids).ends
         # a short context is not all for the answer
         self.answer_tokens = min(options.max_new_tokens, max(1, self.conversation.context // 2))
@@ -123,6 +125,7 @@ class Chat:
                 on_text=show,
                 draft=self.draft,
                 acceptance=Acceptance(),
+                prefix_cache=self.prefix_cache,
             )[0][0]
         except KeyboardInterrupt:
             return "".join(deltas), [], "", True

@@ -180,7 +180,8 @@ class FeedbackSchema:
 class ServeSchema:
     """Options of `serve.py`; the fields of serving/settings.py and its limits.
 
-    slots: sequences decoded together. max_length: context in tokens. cache, cache_ttl (s), cache_mib: of
+    slots: sequences decoded together. max_length: context in tokens. prefill_chunk: prompt tokens between two steps.
+    prefix_cache_mib: of keys and values of earlier requests. cache, cache_ttl (s), cache_mib: of
     finished answers. queue_size, timeout (s), max_*: limits of requests. drain: seconds for running answers at
     shutdown. api_keys: a file.
     """
@@ -198,6 +199,8 @@ class ServeSchema:
     key_variable: str = "OPENAI_API_KEY"
     slots: int = 8
     max_length: int | None = None
+    prefill_chunk: int | None = None
+    prefix_cache_mib: float = 512.0
     pooling: str | None = None
     cache: str | None = "memory"
     cache_ttl: float = 3600.0

@@ -18,6 +18,7 @@ from genai_pl.generation.beam import beam_search
 from genai_pl.generation.decode import decode, evaluating
 from genai_pl.generation.detokenize import TextStream
 from genai_pl.generation.output_constraints import OutputConstraints
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.generation.speculative import Acceptance, TargetModel, build_proposer, speculate
 from genai_pl.models import Decoder, DecoderWithSource
 from genai_pl.peft.adapter import RowWeights
@@ -48,7 +49,7 @@ class CompletionRunner:
         start token of each target. config: decoding options. constraints: those of them that are text, as ids.
     pad: id that fills prompts on the left. wants_logprobs: whether `Completion.logprobs` is filled.
     on_text: called as on_text(i, delta) while continuation i grows; it may raise, which ends decoding.
-    row_weights: weights of adapters for each prompt, or None.
+    row_weights: weights of adapters for each prompt, or None. prefix_cache: as of `decode`, for `sample` alone.
     """
 
     model: Decoder | DecoderWithSource
@@ -60,6 +61,7 @@ class CompletionRunner:
     on_text: OnText | None = None
     wants_logprobs: bool = False
     row_weights: RowWeights | None = None
+    prefix_cache: PrefixCache | None = None
 
     def sample(self, n: int, generator: torch.Generator | None) -> list[list[Completion]]:
         """n continuations of each prompt, decoded in one batch of len(rows) * n rows."""
@@ -80,6 +82,7 @@ class CompletionRunner:
             constraints=self.constraints,
             logprobs=logprobs,
             row_weights=self.row_weights,
+            prefix_cache=self.prefix_cache,
         )
         completions = self._collect(steps, streams, finished, logprobs, first=0)
         return [completions[i : i + n] for i in range(0, len(completions), n)]

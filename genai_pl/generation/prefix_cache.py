@@ -1,6 +1,7 @@
 """Prefix cache: keys and values of texts that were decoded, for later prompts that continue them.
 
-The turns of an episode are prompts that grow: what the policy read and wrote in one turn begins its next prompt. Rows of a
+`PrefixBlocks` keeps blocks of tokens, for all requests of a server. `PrefixCache` keeps the rows of one batch for its next
+turn: episodes of a policy, the chat of generate.py. What was read and written in one turn begins the next prompt. Rows of a
 batch differ in how much they have in common with what is cached and in how much is new, and a forward pass reads a
 rectangle. So the prompts stand right-aligned, the cached tokens before a common column, and every row reads as many tokens
 as the row with most new ones:
@@ -9,6 +10,10 @@ as the row with most new ones:
     row 1    c c c c c c c | d d d d
              cached          read now
 """
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -74,6 +79,97 @@ class PrefixCache:
             cached = slice(first, state.cache.length)
             k, v = (buffer[:, place, :, cached].clone() for buffer in (state.cache.k, state.cache.v))
             self.rows[number] = (state.tokens[place, first : state.cache.length].tolist(), k, v)
+
+
+class PrefixBlocks:
+    """Keys and values of blocks of tokens, each known by all tokens up to its end, least recently used ones evicted first.
+
+    max_bytes: of keys and values. block_size: tokens of a block.
+
+    A block's key is (number of the block before it, its tokens), and the first of a text has a root instead: what else the
+    keys and values depend on, such as the adapter. Numbers are never used again, so the keys spell whole texts and no hash is
+    trusted. Blocks are never changed: `restore` copies them, and a text that goes on otherwise gets blocks of its own.
+
+    They live in one tensor (P, 2, L, K, block_size, D), allocated with the first block; an operating system that allocates
+    pages when they are written charges a CPU for used ones alone. Touching a text makes its beginning the most recent block,
+    so a block is never evicted before those that follow it.
+
+    n_bytes: in use.
+    """
+
+    def __init__(self, max_bytes: float, *, block_size: int = 16) -> None:
+        self.max_bytes, self.block_size = max_bytes, block_size
+        self.pool: Tensor | None = None
+        self.places: OrderedDict[tuple[int | str, tuple[int, ...]], tuple[int, int]] = OrderedDict()  # number, place
+        self.numbers = count()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the blocks that are kept."""
+        return 0 if self.pool is None else len(self.places) * self.pool[0].nbytes
+
+    def n_cached(self, root: str, tokens: Sequence[int]) -> int:
+        """Number of the tokens, from the first on, whose keys and values are kept; less than all, as logits are not."""
+        return len(self._found(root, tokens, (len(tokens) - 1) // self.block_size)) * self.block_size
+
+    def restore(self, root: str, tokens: Sequence[int], cache: KVCache) -> int:
+        """Copy what is kept of the tokens behind those that a cache of one row has read; returns how many were added."""
+        begin = cache.length
+        found = self._found(root, tokens, (len(tokens) - 1) // self.block_size)
+        end = len(found) * self.block_size
+        if end <= begin:
+            return 0
+        self._touch(found)
+        places = torch.tensor([self.places[key][1] for key in found[begin // self.block_size :]])
+        blocks = self.pool[places.to(self.pool.device)]  # (n, 2, L, K, block_size, D)
+        kv = blocks.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)[:, :, :, begin % self.block_size :]
+        cache.k[:, 0, :, begin:end], cache.v[:, 0, :, begin:end] = kv
+        cache.advance(end - begin)
+        return end - begin
+
+    def store(self, root: str, tokens: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Keep the whole blocks of tokens with their keys and values (L, K, n, D); n may be more than there are tokens."""
+        n_blocks, size = len(tokens) // self.block_size, self.block_size
+        n_blocks = min(n_blocks, self._n_places(k))  # more would evict the text's own beginning
+        found = self._found(root, tokens, n_blocks)
+        self._touch(found)  # before eviction, so that what this text continues stays
+        for n in range(len(found), n_blocks):
+            columns = slice(n * size, (n + 1) * size)
+            key = (self.places[found[-1]][0] if found else root, tuple(tokens[columns]))
+            place = self._free_place()
+            self.pool[place, 0], self.pool[place, 1] = k[:, :, columns], v[:, :, columns]
+            self.places[key] = next(self.numbers), place
+            found.append(key)
+        self._touch(found)
+
+    def _found(self, root: str, tokens: Sequence[int], n_blocks: int) -> list[tuple[int | str, tuple[int, ...]]]:
+        """Keys of the first n_blocks of a text, up to the first that is not kept."""
+        keys, before, size = [], root, self.block_size
+        for n in range(n_blocks):
+            key = (before, tuple(tokens[n * size : (n + 1) * size]))
+            if key not in self.places:
+                break
+            keys.append(key)
+            before = self.places[key][0]
+        return keys
+
+    def _touch(self, keys: list[tuple[int | str, tuple[int, ...]]]) -> None:
+        for key in reversed(keys):
+            self.places.move_to_end(key)
+
+    def _n_places(self, k: Tensor) -> int:
+        """Blocks of such keys (L, K, n, D) that fit; the pool is allocated for them by the first call."""
+        if self.pool is None:
+            L, K, _, D = k.shape
+            n = int(self.max_bytes // (2 * L * K * self.block_size * D * k.element_size()))
+            self.pool = torch.empty(n, 2, L, K, self.block_size, D, dtype=k.dtype, device=k.device)
+        return len(self.pool)
+
+    def _free_place(self) -> int:
+        """A place that no block has: as long as there are, one that none has had, else that of the block unused for longest."""
+        if len(self.places) < len(self.pool):
+            return len(self.places)
+        return self.places.popitem(last=False)[1][1]
 
 
 def supports_reuse(state: DecodeState) -> bool:

@@ -16,6 +16,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.generation.completions import Completion, CompletionRunner, OnText, left_pad
 from genai_pl.generation.decode import evaluating
 from genai_pl.generation.output_constraints import build_output_constraints
+from genai_pl.generation.prefix_cache import PrefixCache
 from genai_pl.generation.speculative import Acceptance
 from genai_pl.models import Decoder, DecoderWithSource, Encoder, EncoderDecoder, Model
 from genai_pl.peft.adapter import RowWeights
@@ -71,6 +72,7 @@ def complete(
     draft: Decoder | None = None,
     acceptance: Acceptance | None = None,
     row_weights: RowWeights | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> list[list[Completion]]:
     """The continuations of each prompt: `num_samples` of them, or the `num_return` best beams.
 
@@ -78,6 +80,7 @@ def complete(
     generator: on the model's device. on_text: see `CompletionRunner`. logprobs: whether completions hold log-probabilities.
     draft: the model that `generation.draft` names. acceptance: counts of proposed and accepted tokens, increased in place.
     row_weights: weights of adapters for each row of `rows`; the draft model has none.
+    prefix_cache: keys and values of the last call, whose texts these rows continue; beams and speculation leave it alone.
 
     ConfigError for empty prompts, ids outside the vocabulary, and options that exclude each other.
     """
@@ -97,6 +100,7 @@ def complete(
         with nullcontext() if row_weights is None else row_weights.applied():
             model, rows = encode_sources(model, tokenizer, rows, pad), [[model.config.start_token(pad)]] * len(rows)
     options = {"pad": pad, "on_text": on_text, "wants_logprobs": logprobs, "row_weights": row_weights}
+    options["prefix_cache"] = prefix_cache
     runner = CompletionRunner(model, tokenizer, rows, config, constraints, **options)
     # one of three algorithms
     if config.num_beams > 1:

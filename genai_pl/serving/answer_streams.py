@@ -25,11 +25,13 @@ class Answer(Protocol):
 
     finish_reason: None until the last output is read
     n_generated: tokens so far
+    n_cached: tokens of the prompt that the prefix cache had
     cancel: ends the answer, from any thread
     """
 
     finish_reason: str | None
     n_generated: int
+    n_cached: int
 
     def __aiter__(self) -> "AsyncIterator[TokenOutput]": ...
     def cancel(self) -> None: ...
@@ -68,6 +70,10 @@ class RecordingStream:
     def n_generated(self) -> int:
         return self.stream.n_generated
 
+    @property
+    def n_cached(self) -> int:
+        return self.stream.n_cached
+
     def cancel(self) -> None:
         self.stream.cancel()
 
@@ -85,7 +91,7 @@ class CachedAnswer:
 
     def __init__(self, finish_reason: str, n_generated: int, outputs: "list[TokenOutput]") -> None:
         self.finish_reason: str | None = finish_reason
-        self.n_generated = n_generated
+        self.n_generated, self.n_cached = n_generated, 0
         self.outputs = outputs
 
     def cancel(self) -> None:

@@ -58,8 +58,12 @@ class Metrics:
         )
         self.cache = self._counter("cache_lookups", "Lookups in the cache of answers", "result")
         self.memory = self._gauge("memory_bytes", "Memory of the process, and of the accelerator", "kind")
+        self.prefixes = self._counter("prefix_lookups", "Prompts looked up in the prefix cache", "result")
+        self.prefix_tokens = self._counter("prefix_tokens", "Tokens of prompts that the prefix cache had")
+        self.prefix_bytes = self._gauge("prefix_cache_bytes", "Bytes of keys and values in the prefix cache")
         for result in ("hit", "miss"):  # so that both series exist before the first lookup
             self.cache.labels(result)
+            self.prefixes.labels(result)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"genai_pl_{name}", text, labels, registry=self.registry)
@@ -78,6 +82,12 @@ class Metrics:
     def started(self, waited_s: float) -> None:
         """Seconds in the queue."""
         self.queue_seconds.observe(waited_s)
+
+    def prefix_lookup(self, n_cached: int, n_bytes: int) -> None:
+        """One lookup in the prefix cache, and its size after it."""
+        self.prefixes.labels("hit" if n_cached else "miss").inc()
+        self.prefix_tokens.inc(n_cached)
+        self.prefix_bytes.set(n_bytes)
 
     def first_token(self, seconds: float) -> None:
         """Time to first token."""

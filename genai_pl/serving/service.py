@@ -59,9 +59,10 @@ class Service:
 
     def __init__(self, settings: Settings, loaded: Loaded, metrics: Metrics) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, metrics
+        device = choose_device(settings.device)
         if settings.dtype in CODES:
-            check_codes(settings.dtype, choose_device(settings.device))
-        self.model = loaded.model.to(choose_device(settings.device))
+            check_codes(settings.dtype, device)
+        self.model = loaded.model.to(device)
         self.tokenizer, self.path = loaded.tokenizer, loaded.path
         config = self.model.config
         self.name = settings.name or name_of(settings.checkpoint, loaded.path)
@@ -88,7 +89,8 @@ class Service:
                 slots=settings.slots,
                 max_length=self.context,
                 queue_size=self.limits.queue_size,
-                prefill_chunk=CPU_CHUNK if choose_device(settings.device).type == "cpu" else GPU_CHUNK,
+                prefill_chunk=settings.prefill_chunk or (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK),
+                prefix_cache_mib=settings.prefix_cache_mib,
                 adapters={name: str(path) for name, path in folders.items()},
                 observer=metrics,
             )

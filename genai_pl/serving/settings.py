@@ -65,6 +65,8 @@ class Settings:
     backend: local, onnx, or openai for a server at `url` with the API key in the environment variable `key_variable`
     cache, cache_ttl, cache_mib: memory, a Redis URL or None; seconds of an entry; size of the memory cache
     slots, max_length: requests that run at once; tokens of prompt and answer together, None for the model's context
+    prefill_chunk: prompt tokens read between two decode steps, None for the device's default
+    prefix_cache_mib: MiB of keys and values kept for prompts that begin like earlier requests, 0 for none
     pooling: of embeddings, None for the folder's own
     device, dtype: where and in which of DTYPES the weights are
     requests_per_minute, tokens_per_minute: of each client, None for no limit
@@ -89,6 +91,8 @@ class Settings:
     cache_mib: float = 64.0
     slots: int = 8
     max_length: int | None = None
+    prefill_chunk: int | None = None
+    prefix_cache_mib: float = 512.0
     pooling: str | None = None
     device: str = "auto"
     dtype: str = "fp32"
@@ -119,6 +123,10 @@ class Settings:
         for name in ("workers", "slots", "cache_ttl", "cache_mib", "drain"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.prefix_cache_mib < 0:
+            raise ConfigError(f"prefix_cache_mib={self.prefix_cache_mib} must be at least 0 (0: no prefix cache)")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk={self.prefill_chunk} must be at least 1")
         for name in ("requests_per_minute", "tokens_per_minute"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"{name}={value} must be above 0, or null for no limit")

@@ -13,7 +13,7 @@ class FakeStream:
     def __init__(self, texts: list[str], finish_reason: str | None) -> None:
         self.texts, self.last_reason = texts, finish_reason
         self.finish_reason: str | None = None
-        self.n_generated = 0
+        self.n_generated = self.n_cached = 0
         self.cancelled = threading.Event()
         self.released = threading.Event()
 

@@ -33,6 +33,20 @@ def families(text: str) -> dict[str, float]:
     }
 
 
+def test_tokens_of_the_prefix_cache_are_counted_for_the_client_and_for_prometheus(client) -> None:
+    before = families(client.get("/metrics").text)
+    body = {"model": "tiny", "prompt": "A beginning of forty characters in all..", "max_tokens": 3, "seed": 1}
+    # another seed each time, as the cache of answers would not read the prompt at all
+    usages = [client.post("/v1/completions", json={**body, "seed": seed, "n": 2}).json()["usage"] for seed in (11, 31)]
+    assert usages[0]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 32
+    after = families(client.get("/metrics").text)
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert grown['genai_pl_prefix_lookups_total{"result": "hit"}'] >= 2
+    assert grown["genai_pl_prefix_tokens_total{}"] >= 64
+    assert after["genai_pl_prefix_cache_bytes{}"] > 0
+
+
 def test_every_request_and_token_is_counted(client) -> None:
     before = families(client.get("/metrics").text)
     body = {"prompt": "Once", "max_new_tokens": 7, "temperature": 1, "repetition_penalty": 1.01}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genai_pl.errors import ConfigError
 from genai_pl.generation import build_output_constraints
+from genai_pl.generation.prefix_cache import PrefixBlocks
 from genai_pl.models import Model, WrappedDecoder
 from genai_pl.serving.engine.adapter_selector import AdapterSelector
 from genai_pl.serving.engine.model_runner import make_model_runner
@@ -40,6 +41,7 @@ class Engine:
     max_length: tokens of prompt and answer together, at most the model's max_seq_len, which is the default
     queue_size: requests that wait at most; more raise QueueFull
     prefill_chunk: prompt tokens that are read between two decode steps
+    prefix_cache_mib: MiB of keys and values kept for prompts that begin like earlier requests; 0 keeps none
     adapters: adapter folder by the name that requests use
     observer: receives the events that Prometheus counts
 
@@ -62,6 +64,7 @@ class Engine:
         max_length: int | None = None,
         queue_size: int = 64,
         prefill_chunk: int = 512,
+        prefix_cache_mib: float = 64.0,
         adapters: Mapping[str, str] | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
@@ -77,7 +80,11 @@ class Engine:
         self.device = self.adapters.device
         self._changed = threading.Condition()  # the lock, and the signal that there is something to do
         n_rows = slots + n_spare_slots(slots)
-        self.model_runner = make_model_runner(model, self.adapters, slots=n_rows, max_length=self.max_length)
+        if prefix_cache_mib < 0:
+            raise ConfigError(f"prefix_cache_mib={prefix_cache_mib} must be at least 0 (0: no prefix cache)")
+        blocks = PrefixBlocks(prefix_cache_mib * 2**20) if prefix_cache_mib else None
+        options = {"slots": n_rows, "max_length": self.max_length, "prefix_blocks": blocks}
+        self.model_runner = make_model_runner(model, self.adapters, **options)
         self.scheduler = Scheduler(
             self.model_runner,
             slots=slots,
@@ -127,6 +134,7 @@ class Engine:
                 else:
                     self.append_tokens(logits, states)
                     self.scheduler.start_decoding()
+                    self._report_prefixes(states)
             except Exception:
                 log.exception("a prompt cannot be read: its answer ends")
                 self.scheduler.fail_prefill()
@@ -150,12 +158,18 @@ class Engine:
                     state.append_token(token, max_length=self.max_length)
                     state.report_latency(self.observer)
 
+    def _report_prefixes(self, states: list[RequestState]) -> None:
+        if (blocks := self.model_runner.prefix_blocks) is not None:
+            for state in states:
+                self.observer.prefix_lookup(state.stream.n_cached, blocks.n_bytes)
+
     def finish(self, state: RequestState, finish_reason: str | None = None) -> None:
         """End a request that has left queue and batch, for this reason or for the one that it has."""
         state.finish_reason = finish_reason or state.finish_reason
         self.mean_seconds += SMOOTHING * (time.monotonic() - state.submit_time - self.mean_seconds)
         with self._changed:  # the client paid for max_new_tokens when the request left the queue
-            self.scheduler.waiting.refund(state.request.client, state.n_remaining)
+            # nor was a cached part of the prompt read
+            self.scheduler.waiting.refund(state.request.client, state.n_remaining + state.stream.n_cached)
         state.finish(self.observer)
 
     def _start_request(self, state: RequestState) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.enums import AttentionKind
+from genai_pl.generation.prefix_cache import PrefixBlocks
 from genai_pl.models import Decoder, Model, WrappedDecoder
 from genai_pl.models.kv_cache import SlotCache
 from genai_pl.models.onnx.model import OnnxDecoder
@@ -23,12 +24,14 @@ class ModelRunner(ABC):
     max_length: tokens of prompt and answer together that one request may have
     packs_prompts: several short prompts can be read in one pass, as documents of one packed row
     prefills_whole_prompts: a prompt cannot be read in chunks
+    prefix_blocks: where prompts and answers are kept for later requests that begin with them; None keeps nothing
 
     The two subclasses differ in where keys and values live while a request decodes. Prefill is the same for both: a request
     reads its prompt into a cache of its own (or one that a few requests share), and joins the decode batch afterwards.
     """
 
     packs_prompts = False
+    prefix_blocks: PrefixBlocks | None = None
     prefills_whole_prompts = False
 
     def __init__(self, adapters: AdapterSelector, *, max_length: int) -> None:
@@ -48,6 +51,7 @@ class ModelRunner(ABC):
         Returns the logits (B, V) that follow the prompts, None as long as the only one is not complete, and how many tokens
         the pass read.
         """
+        self.restore(states)
         before = sum(state.n_prefilled for state in states)
         with self.adapters.selected([states[0].request.adapter]):
             if len(states) > 1:
@@ -55,6 +59,14 @@ class ModelRunner(ABC):
             else:
                 logits = states[0].prefill_chunk(budget, self.adapters.device)
         return logits, sum(state.n_prefilled for state in states) - before
+
+    def n_cached(self, state: RequestState) -> int:
+        """Tokens of the prompt that need not be read, because an earlier request began with them."""
+        return 0
+
+    def restore(self, states: list[RequestState]) -> None:
+        """Fill in keys and values that earlier requests have computed, before a pass that reads these prompts."""
+        return
 
     def add_request(self, state: RequestState) -> None:
         """Let a request whose prompt is complete take part in decode steps."""
@@ -91,9 +103,17 @@ class BatchedModelRunner(ModelRunner):
 
     packs_prompts = True
 
-    def __init__(self, model: Decoder, adapters: AdapterSelector, *, slots: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        adapters: AdapterSelector,
+        *,
+        slots: int,
+        max_length: int,
+        prefix_blocks: PrefixBlocks | None = None,
+    ) -> None:
         super().__init__(adapters, max_length=max_length)
-        self.model, self.cache = model, SlotCache(slots)
+        self.model, self.cache, self.prefix_blocks = model, SlotCache(slots), prefix_blocks
 
     def prefill_capacity(self, states: list[RequestState]) -> int:
         """Tokens of the prompts: the answer's keys and values go to the SlotCache."""
@@ -103,12 +123,44 @@ class BatchedModelRunner(ModelRunner):
         """Copy the prompt's keys and values into a row of the SlotCache, and drop the prefill cache."""
         self.cache.add_sequence(state.cache, state.cache_start, state.cache_end)
         state.cache = None
+        self._keep(len(self.states), state)
         super().add_request(state)
 
     def remove_request(self, n: int) -> RequestState:
         """Take request n and its cache row out; a row that failed is wiped, since a NaN in padding would spread."""
-        self.cache.remove_sequence(n, clean=self.states[n].finish_reason == "error")
+        failed = self.states[n].finish_reason == "error"
+        if not failed:
+            self._keep(n, self.states[n])
+        self.cache.remove_sequence(n, clean=failed)
         return super().remove_request(n)
+
+    def n_cached(self, state: RequestState) -> int:
+        """Tokens of the prompt that need not be read."""
+        return 0 if self.prefix_blocks is None else self.prefix_blocks.n_cached(self._root(state), state.prompt)
+
+    def restore(self, states: list[RequestState]) -> None:
+        """Copy the blocks of one request's prompt that are kept; prompts that are packed into one row have none.
+
+        Each chunk looks again: another request may have read the rest of the prompt since the last one.
+        """
+        if self.prefix_blocks is not None and len(states) == 1:
+            [state] = states
+            n = self.prefix_blocks.restore(self._root(state), state.prompt, state.cache)
+            state.n_prefilled += n
+            state.stream.n_cached += n
+
+    def _keep(self, row: int, state: RequestState) -> None:
+        """Keep the text of a row of the SlotCache, all that was read of it; the newest token was not."""
+        if self.prefix_blocks is not None:
+            tokens = [*state.prompt, *state.output_ids[:-1]]
+            columns = slice(self.cache.first_columns[row], self.cache.next_column)
+            k, v = self.cache.k[:, row, :, columns], self.cache.v[:, row, :, columns]
+            self.prefix_blocks.store(self._root(state), tokens, k, v)
+
+    def _root(self, state: RequestState) -> str:
+        """What keys and values depend on besides tokens: the adapter, which has another number once it is loaded again."""
+        adapter = self.adapters.adapters.get(state.request.adapter)
+        return "base" if adapter is None else f"adapter {adapter.number}"
 
     def clear(self) -> list[RequestState]:
         """Take all requests out and free the SlotCache, whose contents are unknown after a failed pass."""
@@ -152,12 +204,18 @@ class PerRequestModelRunner(ModelRunner):
 
 
 def make_model_runner(
-    model: Model | WrappedDecoder, adapters: AdapterSelector, *, slots: int, max_length: int
+    model: Model | WrappedDecoder,
+    adapters: AdapterSelector,
+    *,
+    slots: int,
+    max_length: int,
+    prefix_blocks: PrefixBlocks | None = None,
 ) -> ModelRunner:
     """The batched runner where the model allows it; otherwise one pass per request, and the log says why."""
     reason = unbatchable_reason(model)
     if reason is None:
-        return BatchedModelRunner(model, adapters, slots=slots, max_length=max_length)
+        options = {"slots": slots, "max_length": max_length, "prefix_blocks": prefix_blocks}
+        return BatchedModelRunner(model, adapters, **options)
     log.info("serving: a pass of the model for each row, because %s", reason)
     is_chunkable = model.config.attention_kind is AttentionKind.full
     return PerRequestModelRunner(adapters, max_length=max_length, prefills_whole_prompts=not is_chunkable)

@@ -93,11 +93,12 @@ class TokenStream:
     There is one reader. The engine calls `put` and `close` from its own thread; outputs wait in the stream without a bound
     but max_new_tokens, so a slow reader never holds up the batch.
 
-    Attributes: `n_generated` tokens so far, `is_cancelled`, and `finish_reason` once all outputs are read.
+    Attributes: `n_generated` tokens so far, `n_cached` tokens of the prompt that the prefix cache had, `is_cancelled`, and
+    `finish_reason` once all outputs are read.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
-        self.n_generated = 0
+        self.n_generated = self.n_cached = 0
         self.is_cancelled = False
         self._on_cancel = on_cancel
         self._outputs: deque[TokenOutput] = deque()
@@ -182,6 +183,9 @@ class EngineObserver:
 
     def started(self, waited_s: float) -> None:
         """A request got a slot after this many seconds in the queue."""
+
+    def prefix_lookup(self, n_cached: int, n_bytes: int) -> None:
+        """A prompt was read but for its first n_cached tokens, which the prefix cache had; it holds n_bytes."""
 
     def first_token(self, seconds: float) -> None:
         """A request got its first token, this long after its submission (time to first token)."""

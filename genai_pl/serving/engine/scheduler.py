@@ -175,7 +175,8 @@ class Scheduler:
         """The waiting requests that start next: as many as `n_packed` for free slots, at most one for a spare slot."""
         states, n_running = self.in_turn(), len(self.running())
         if n_running < self.slots:
-            return states[: n_packed(states, self.slots - n_running, budget)]
+            n = n_packed(states, self.slots - n_running, budget, self.model_runner.n_cached)
+            return states[:n]
         if n_running >= self.max_running:
             return []
         return [state for state in states if self.may_use_spare_slot(state)][:1]
@@ -186,12 +187,19 @@ def n_spare_slots(slots: int) -> int:
     return -(-slots // SLOTS_PER_SPARE)
 
 
-def n_packed(states: Iterable[RequestState], slots: int, budget: int) -> int:
-    """Number of the first `slots` requests that one pass reads: one adapter, at most `budget` tokens, but at least one."""
+def n_packed(
+    states: Iterable[RequestState], slots: int, budget: int, n_cached: Callable[[RequestState], int] = lambda _: 0
+) -> int:
+    """Number of the first `slots` requests that one pass reads: one adapter, at most `budget` tokens, but at least one.
+
+    n_cached: tokens of a prompt that are not read; a request that has any is read alone, from the middle of its prompt
+    """
     n, total, adapter = 0, 0, None
     for state in islice(states, slots):
         total += len(state.prompt)
-        if n > 0 and (state.request.adapter != adapter or total > budget):
+        if n > 0 and (state.request.adapter != adapter or total > budget or n_cached(state)):
             break
         n, adapter = n + 1, state.request.adapter
+        if n == 1 and n_cached(state):
+            break
     return n

@@ -66,6 +66,11 @@ class OneAnswer:
     def n_generated(self) -> int:
         return self.answer.n_generated
 
+    @property
+    def n_cached(self) -> int:
+        """Tokens of the conversation that the prefix cache had."""
+        return self.answer.n_cached
+
     async def whole(self, request: Request) -> Finished:
         """The answer once it has ended; cancelled if the client leaves."""
         [outputs] = await while_connected(request.receive, collect([self.answer]))

@@ -154,7 +154,12 @@ async def respond(
     if body.stream:
         make_events = whole_chunks if answer_format.streams_whole_answers else chunks
         events = make_events(
-            answers, answer_format, header(answer_format.chunk_kind, name), n_prompt, with_usage=body.with_usage
+            answers,
+            answer_format,
+            header(answer_format.chunk_kind, name),
+            n_prompt,
+            n_each=body.n,
+            with_usage=body.with_usage,
         )
         return await stream_events(request, events)
     # or collect
@@ -175,14 +180,15 @@ async def whole_answer(
     def whole() -> dict[str, object]:
         reasons = ["length" if answer is None else answer.finish_reason for answer in answers]
         choices = (answer_format.choice(n, found, reasons[n]) for n, found in enumerate(outputs))
-        counts = usage(sum(map(len, prompts)), [answer for answer in answers if answer is not None])
+        written = [answer for answer in answers if answer is not None]
+        counts = usage(sum(map(len, prompts)), written, n_each=len(answers) // len(prompts))
         return {**header(answer_format.kind, name), "choices": choices, "usage": counts}
 
     return await json_answer(whole)
 
 
 async def chunks(
-    answers: list[Answer], answer_format: AnswerFormat, head: dict, n_prompt: int, *, with_usage: bool
+    answers: list[Answer], answer_format: AnswerFormat, head: dict, n_prompt: int, *, n_each: int, with_usage: bool
 ) -> Events:
     """Events of a stream: the first chunk of each answer, one for each output, the last ones, and with_usage the token counts.
 
@@ -209,11 +215,11 @@ async def chunks(
             yield event
         yield {**head, "choices": [answer_format.last_chunk(n, answer.finish_reason)], **rest}
     if with_usage:
-        yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
+        yield {**head, "choices": [], "usage": usage(n_prompt, answers, n_each)}
 
 
 async def whole_chunks(
-    answers: list[Answer], answer_format: ToolChatFormat, head: dict, n_prompt: int, *, with_usage: bool
+    answers: list[Answer], answer_format: ToolChatFormat, head: dict, n_prompt: int, *, n_each: int, with_usage: bool
 ) -> Events:
     """Events of a stream that has each answer in one chunk, once all are finished: a tool call shows only at its end."""
     rest = {"usage": None} if with_usage else {}
@@ -222,7 +228,7 @@ async def whole_chunks(
         event = await asyncio.to_thread(json_chunks, {**head, "choices": [chunk], **rest}, in_ascii=True)
         yield b"".join(event).decode()
     if with_usage:
-        yield {**head, "choices": [], "usage": usage(n_prompt, answers)}
+        yield {**head, "choices": [], "usage": usage(n_prompt, answers, n_each)}
 
 
 async def embed(service: Service, body: EmbeddingBody) -> Response:

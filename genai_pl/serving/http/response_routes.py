@@ -102,7 +102,7 @@ def usage(answer: OneAnswer, finished: Finished) -> Json:
     """Token counts of a response."""
     return {
         "input_tokens": answer.n_prompt,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": answer.n_cached},
         "output_tokens": answer.n_generated,
         "output_tokens_details": {"reasoning_tokens": finished.n_reasoning},
         "total_tokens": answer.n_prompt + answer.n_generated,

@@ -22,10 +22,18 @@ def header(kind: str, name: str) -> Json:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
 
-def usage(n_prompt: int, answers: "Sequence[Answer]") -> Json:
-    """Token counts; each prompt counts once, however many answers it has."""
-    written = sum(answer.n_generated for answer in answers)
-    return {"prompt_tokens": n_prompt, "completion_tokens": written, "total_tokens": n_prompt + written}
+def usage(n_prompt: int, answers: "Sequence[Answer]", n_each: int) -> Json:
+    """Token counts; each prompt counts once, with what was cached for the first of its n_each answers."""
+    written, cached = (
+        sum(answer.n_generated for answer in answers),
+        sum(answer.n_cached for answer in answers[::n_each]),
+    )
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": written,
+        "total_tokens": n_prompt + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _finite(logprob: float | None) -> float | None:
