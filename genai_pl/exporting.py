@@ -16,6 +16,7 @@ from genai_pl.data.tokenizer import reloads_unchanged, save_tokenizer
 from genai_pl.errors import CheckpointError
 from genai_pl.models import Model, WrappedDecoder, n_parameters, save_pretrained
 from genai_pl.models.hf.config import NATIVE, write_config
+from genai_pl.progress import written_bytes_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,9 @@ def export_model(
     def write(temporary: Path) -> None:
         ids = token_ids(tokenizer)
         generation = generation_config_values(model.config, ids, defaults)
-        reader.append(save_pretrained(model, temporary, token_ids=ids | dict(defaults.config), generation=generation))
+        options = {"token_ids": ids | dict(defaults.config), "generation": generation}
+        with written_bytes_bar(temporary, n_bytes(model), "writing"):
+            reader.append(save_pretrained(model, temporary, **options))
         save_tokenizer(tokenizer, temporary)
         write_files(temporary, files or {})
         (temporary / "README.md").write_text(_model_card(model, reader[0], card), encoding="utf-8")
@@ -102,6 +105,11 @@ def write_files(folder: Path, files: Mapping[str, object]) -> None:
             save_file(values, folder / name, metadata={"format": "pt"})
         else:
             (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def n_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model, shared ones once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int | None]:

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from tqdm import tqdm
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
@@ -31,6 +30,7 @@ from genai_pl.evaluation.tasks import measure, n_rows
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
 from genai_pl.peft import adapters_of, merge
+from genai_pl.progress import progress_bar
 from genai_pl.training.evaluation_tasks import TaskOptions, build_any_task
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import EVALUATE_RULES, NO_BOS_RULE, NO_LABELS_RULE, refuse_unused
@@ -114,7 +114,7 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     written: list[dict[str, object]] = []
     products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
-        tqdm(total=n_rows(task), desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        progress_bar(n_rows(task), "evaluating", leave=False) as bar,
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
         # score in batches of about batch_tokens tokens

@@ -6,7 +6,6 @@ from itertools import islice
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from genai_pl.config.enums import Head
 from genai_pl.config.labels import Labels, read_labels
@@ -20,6 +19,7 @@ from genai_pl.evaluation import Metrics
 from genai_pl.evaluation.labels import label_logits, label_metrics, rank, ranking_metrics, tag_metrics, tag_words
 from genai_pl.loading import Loaded
 from genai_pl.models.virtual_tokens import n_virtual
+from genai_pl.progress import progress_bar
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.unused_options import NO_BOS_RULE, refuse_unused
 
@@ -130,7 +130,7 @@ def outputs(config: DictConfig, loaded: Loaded, rows: Mapping[str, Sequence[Sequ
     device = choose_device(config.device)
     products = weights_of(config.precision.lightning, config.dtype, device)[1]
     with (
-        tqdm(total=n, desc="evaluating", disable=None, leave=False) as bar,  # None: only on a terminal
+        progress_bar(n, "evaluating", leave=False) as bar,
         torch.autocast(device.type, dtype=products, enabled=products is not None),
     ):
         return label_logits(loaded.model.to(device), rows, batch_tokens=config.batch_tokens, on_batch=bar.update)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from genai_pl.cli.command import CONF
 from genai_pl.cli.negatives import write_negatives
@@ -26,6 +25,7 @@ from genai_pl.data.messages import TextOrMessages, extract_prompt, text_or_messa
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, parse_prompt
 from genai_pl.devices import choose_device
 from genai_pl.errors import ConfigError, DataError
+from genai_pl.progress import progress_bar
 from genai_pl.training.ai_feedback import Writer, compare, compare_scores, critique, local_writer, remote_writer
 from genai_pl.training.hydra_job import job_overrides
 from genai_pl.training.report import shell_arguments
@@ -155,10 +155,15 @@ def run(config: DictConfig, todo: list, writer: Writer | None, judge: Writer | J
     label = partial(compare_scores, judge) if scores else partial(compare, judge, rubric=config.rubric)
     workers = config.workers if not scores and judge.concurrent and (writer is None or writer.concurrent) else 1
     try:
-        with done.open(config.out) as file, ThreadPoolExecutor(workers) as pool:
-            for result in tqdm(pool.map(work, todo), total=len(todo), disable=None, desc=config.task):
+        with (
+            done.open(config.out) as file,
+            ThreadPoolExecutor(workers) as pool,
+            progress_bar(len(todo), config.task) as bar,
+        ):
+            for result in pool.map(work, todo):
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
+                bar.update()
     except OSError as error:  # of the file: what an endpoint refuses is a ConfigError by now
         raise OSError(error.errno, os.strerror(error.errno), error.filename or config.out) from None
 

@@ -10,14 +10,13 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from genai_pl.errors import ConfigError
+from genai_pl.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,14 +74,15 @@ def distinct_rows(table: "Dataset") -> np.ndarray:
 
     index = RMinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS, num_bands=BANDS)
     kept: list[int] = []
-    rows = tqdm(_cells(table), total=len(table), unit=" rows", desc="near duplicates", disable=not sys.stderr.isatty())
-    for number, cells in enumerate(rows):
-        words = shingles(cells)
-        sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
-        sketch.update(sorted(words))
-        if not any(similarity(words, shingles(_row(table, other))) >= THRESHOLD for other in index.query(sketch)):
-            index.insert(number, sketch)
-            kept.append(number)
+    with progress_bar(len(table), "near duplicates") as bar:
+        for number, cells in enumerate(_cells(table)):
+            words = shingles(cells)
+            sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
+            sketch.update(sorted(words))
+            if not any(similarity(words, shingles(_row(table, other))) >= THRESHOLD for other in index.query(sketch)):
+                index.insert(number, sketch)
+                kept.append(number)
+            bar.update()
     return np.asarray(kept, dtype=np.int64)
 
 

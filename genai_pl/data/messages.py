@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from genai_pl.data.columns import Place, loads, parse_json, parse_list, parse_text, preview, refuse
 
+LOSS_WEIGHT = "loss_weight"  # of LLaMA-Factory's messages: 1 where a turn is learned, 0 elsewhere
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts with a text: of chat completions and of responses
 Message = dict[str, object]
 TextOrMessages = str | list[Message]  # a prompt or an answer
@@ -19,6 +20,7 @@ SHARE_GPT = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # columns of what a text refers to and no model reads
 
 
 def text_or_messages(value: object, place: Place) -> TextOrMessages:
@@ -62,6 +64,13 @@ def message_texts(value: TextOrMessages) -> list[str]:
     return [value] if isinstance(value, str) else [message["content"] for message in value]
 
 
+def refuse_media(record: Mapping[str, object], place: Place) -> None:
+    """DataError for a row with images, videos or sounds: without them its text speaks of what the model never saw."""
+    column = next((column for column in MEDIA if record.get(column)), None)
+    if column:
+        refuse(place.at(column), f"{preview(record[column])}: only text is read; leave the row out, or the column")
+
+
 def parse_messages(value: object, place: Place) -> list[Message]:
     """The messages of a cell, which may be written as JSON; at least one.
 
@@ -86,8 +95,13 @@ def parse_message(value: object, place: Place) -> Message:
         refuse(place, f"messages: each is an object with role and content, not {preview(value)}")
     if value.get("weight") not in (None, 1):
         refuse(place, f"messages: weight {preview(value['weight'])}: every answer is learned; leave the key out")
+    if value.get(LOSS_WEIGHT) not in (None, int(value["role"] == "assistant")):
+        refuse(
+            place, f"messages: {LOSS_WEIGHT} {preview(value[LOSS_WEIGHT])} of the role {value['role']}: "
+            "every answer is learned, and nothing else; leave the key out"
+        )  # fmt: skip
     message: Message = {"role": value["role"], "content": ""}
-    message |= {key: inner for key, inner in value.items() if inner is not None and key != "content"}
+    message |= {key: inner for key, inner in value.items() if inner is not None and key not in ("content", LOSS_WEIGHT)}
     message["content"] = _content(value, place)
     if value.get("tool_calls"):
         message["tool_calls"] = parse_list(value["tool_calls"], place, _call)
@@ -125,8 +139,8 @@ def _content(value: Mapping[str, object], place: Place) -> str:
 def _part(part: object, place: Place) -> str:
     """The text of a part of a content."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
-    if kind in TEXT_PARTS and "text" in part:
-        part = part["text"]
+    if kind in TEXT_PARTS and ("text" in part or "value" in part):  # value: LLaMA-Factory's parts
+        part = part["text"] if "text" in part else part["value"]
     elif not isinstance(part, str):
         what = f"of type {preview(kind)}, " if kind is not None and kind not in TEXT_PARTS else ""
         refuse(place, f"messages: a part of a content is {what}{preview(part)}; only text is read")

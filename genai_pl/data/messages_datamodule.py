@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from genai_pl.data import formats, sources
 from genai_pl.data.columns import Place, parse_text, refuse
-from genai_pl.data.messages import TextOrMessages, is_json_messages, prepend_system, text_or_messages
+from genai_pl.data.messages import (
+    MEDIA,
+    TextOrMessages,
+    is_json_messages,
+    prepend_system,
+    refuse_media,
+    text_or_messages,
+)
 from genai_pl.data.prompt_tokens import prompt_text
 from genai_pl.data.records import Record, Records
 from genai_pl.data.table_datamodule import TableDataModule
@@ -40,7 +47,7 @@ class MessagesDataModule(TableDataModule):
     """
 
     cell_kinds: ClassVar[dict[str, str]] = dict.fromkeys(("messages", "prompt", "completion", "answers", TOOLS), "json")
-    optional_columns = (INPUT, CONTEXT, SYSTEM, TOOLS)
+    optional_columns = (INPUT, CONTEXT, SYSTEM, TOOLS, *MEDIA)
     keeps_all_columns = False
 
     def __init__(self, *, format: str = formats.AUTO, **rest: object) -> None:
@@ -95,8 +102,11 @@ class MessagesDataModule(TableDataModule):
         DataError where some prompts are texts and others messages: one source is tokenized in one way.
         """
         first = None
+        beside = [column for column in MEDIA if column not in roles.values()]
         for place, record in records:
             try:
+                if not self.keeps_all_columns:  # a reward may read them
+                    refuse_media({column: record.get(column) for column in beside}, place)
                 example = self.example(record, roles, place)
                 # all prompts have the type of the first
                 is_text = isinstance(example.get("prompt"), str)

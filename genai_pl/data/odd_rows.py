@@ -59,7 +59,7 @@ def _equal_answers(cells: "pa.ChunkedArray") -> "pa.ChunkedArray":
         half = (len(text) - len("[, ]")) // 2
         return text[1 : half + 1] == text[half + 3 : -1]
 
-    return pa.chunked_array([[repeats(cell.as_py()) for cell in chunk] for chunk in cells.chunks])
+    return pa.chunked_array([[repeats(text) for text in chunk.to_pylist()] for chunk in cells.chunks])
 
 
 def has_empty_answer(text: str) -> bool:

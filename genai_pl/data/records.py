@@ -6,10 +6,12 @@ row by row; JSON lists and values over several lines are read whole.
 """
 
 import csv
+import io
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, object]
 Records = Iterator[tuple[Place, Record]]
+OnBytes = Callable[[float], object]  # receives how many more bytes have been read
 SCHEMA_ROWS = 1000  # rows of JSON that are read for the names of its columns
 BYTES = "utf-8-sig"  # UTF-8, with or without a byte order mark
 COMPRESSED = {
@@ -31,20 +34,31 @@ COMPRESSED = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
+PIECE = 1 << 24  # characters of a text that are read at once
 SPACE = re.compile(r"\s*")
 BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_records(files: Sequence[Path], *, columns: Collection[str] | None = None, by_line: bool = False) -> Records:
+def no_report(_: float) -> None:
+    """Nothing: for readers whose progress nobody follows."""
+
+
+def read_records(
+    files: Sequence[Path],
+    *,
+    columns: Collection[str] | None = None,
+    by_line: bool = False,
+    on_bytes: OnBytes = no_report,
+) -> Records:
     """The records of all files with their places, numbered from 1 in each file.
 
     columns: of a parquet file only these are read. by_line: a .txt gives one record per line instead of one per file.
-    DataError names a file that cannot be read.
+    on_bytes: called with the bytes that were read; in all the sizes of the files. DataError names a file that cannot be read.
     """
     for path in files:
         name = str(path)
         try:
-            for number, row in enumerate(_read_file(path, columns, by_line), start=1):
+            for number, row in enumerate(_read_file(path, columns, by_line, on_bytes), start=1):
                 yield Place(name, number), row
         except UnicodeDecodeError:
             raise DataError(why_undecodable(path)) from None
@@ -52,14 +66,32 @@ def read_records(files: Sequence[Path], *, columns: Collection[str] | None = Non
             raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _read_file(path: Path, columns: Collection[str] | None, by_line: bool) -> Iterator[Record]:
+def _read_file(path: Path, columns: Collection[str] | None, by_line: bool, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of a file, by its suffix."""
     kind_of_file = BUILDERS[path.suffix.lower()]
     if kind_of_file == "parquet":
-        return parquet_rows(path, columns)
+        return parquet_rows(path, columns, on_bytes)
     if kind_of_file == "text":
-        return text_lines(path) if by_line else text_rows(path)
-    return csv_rows(path) if kind_of_file == "csv" else json_rows(path)
+        return text_lines(path, on_bytes) if by_line else text_rows(path, on_bytes)
+    return csv_rows(path, on_bytes) if kind_of_file == "csv" else json_rows(path, on_bytes)
+
+
+class _CountedFile(io.FileIO):
+    """A file opened to be read, which reports the bytes of each read."""
+
+    def __init__(self, path: Path, on_bytes: OnBytes) -> None:
+        super().__init__(path)
+        self._on_bytes = on_bytes
+
+    def readinto(self, buffer: bytearray) -> int:
+        n = super().readinto(buffer)
+        self._on_bytes(n)
+        return n
+
+
+def _opened(path: Path, on_bytes: OnBytes, newline: str | None = None) -> io.TextIOWrapper:
+    """The file as text; `newline` as in `open`."""
+    return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, on_bytes)), encoding=BYTES, newline=newline)
 
 
 def column_names(files: Sequence[Path]) -> list[str]:
@@ -75,22 +107,23 @@ def column_names(files: Sequence[Path]) -> list[str]:
     return []
 
 
-def text_rows(path: Path) -> Iterator[Record]:
+def text_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """The whole text as one record."""
-    yield {"text": path.read_text(encoding=BYTES)}
+    with _opened(path, on_bytes) as file:
+        yield {"text": "".join(iter(partial(file.read, PIECE), ""))}
 
 
-def text_lines(path: Path) -> Iterator[Record]:
+def text_lines(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """One record per line, which keeps its line break."""
-    with path.open(encoding=BYTES) as file:
+    with _opened(path, on_bytes) as file:
         for line in file:
             yield {"text": line}
 
 
-def csv_rows(path: Path) -> Iterator[Record]:
+def csv_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """One record per row, all cells texts; empty lines are skipped."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding=BYTES, newline="") as file:
+    with _opened(path, on_bytes, newline="") as file:
         # strict: a bare quote in a cell is an error, not a guess
         lines = csv.reader(file, strict=True)
         try:
@@ -107,16 +140,16 @@ def csv_rows(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}: line {lines.line_num}: not csv ({error})") from None
 
 
-def json_rows(path: Path) -> Iterator[Record]:
+def json_rows(path: Path, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """The objects of a list, of lines, or one after the other; a string stands for an object with that `text`."""
     with path.open(encoding=BYTES) as file:
         first = next((line for line in file if not line.isspace()), "")
     if first.lstrip().startswith("["):
-        yield from _of_list(path)
+        yield from _of_list(path, on_bytes)
     elif _is_json(first):
-        yield from _of_lines(path)
+        yield from _of_lines(path, on_bytes)
     else:
-        yield from _of_values(path)
+        yield from _of_values(path, on_bytes)
 
 
 def _is_json(line: str) -> bool:
@@ -128,26 +161,30 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _of_list(path: Path) -> Iterator[Record]:
-    """The records of one JSON list."""
+def _of_list(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
+    """The records of one JSON list, which is decoded whole: each counts as an equal part of the file."""
     values, _ = _decoded(path.read_text(encoding=BYTES).strip(), path, 0)
+    size = path.stat().st_size / max(len(values), 1)
     for number, value in enumerate(values, start=1):
+        on_bytes(size)
         yield _row(value, path, number)
 
 
-def _of_lines(path: Path) -> Iterator[Record]:
+def _of_lines(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of JSON lines."""
-    with path.open(encoding=BYTES, newline="\n") as file:
+    with _opened(path, on_bytes, newline="\n") as file:
         for number, line in enumerate((line for line in file if not line.isspace()), start=1):
             yield _row(_decoded(line, path, number)[0], path, number)
 
 
-def _of_values(path: Path) -> Iterator[Record]:
+def _of_values(path: Path, on_bytes: OnBytes) -> Iterator[Record]:
     """The records of JSON values that extend over lines, with whitespace between them."""
     text, number, end = path.read_text(encoding=BYTES).strip(), 0, 0
+    bytes_per_character = path.stat().st_size / max(len(text), 1)
     while end < len(text):
-        number += 1
+        number, start = number + 1, end
         value, end = _decoded(text, path, number, SPACE.match(text, end).end())
+        on_bytes((end - start) * bytes_per_character)
         yield _row(value, path, number)
 
 
@@ -188,15 +225,17 @@ def parquet_file(path: Path) -> "ParquetFile":
     return file
 
 
-def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Record]:
+def parquet_rows(path: Path, columns: Collection[str] | None, on_bytes: OnBytes = no_report) -> Iterator[Record]:
     """Records of Python values; a struct has only the keys that hold something."""
     import pyarrow as pa
 
     file = parquet_file(path)
     names = [name for name in file.schema_arrow.names if columns is None or name in columns]
     nested = {name for name in names if pa.types.is_nested(file.schema_arrow.field(name).type)}
+    bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
     try:
         for batch in file.iter_batches(batch_size=SCHEMA_ROWS, columns=names):
+            on_bytes(batch.num_rows * bytes_per_row)
             for record in batch.to_pylist():
                 yield {name: drop_missing_keys(value) if name in nested else value for name, value in record.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:

@@ -27,6 +27,7 @@ from genai_pl.data.records import BUILDERS, Records, first_line
 from genai_pl.data.table_store import FORMAT, Cells, cached_table
 from genai_pl.errors import DataError, reason_of
 from genai_pl.imports import collecting_later
+from genai_pl.progress import BYTES, progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -187,17 +188,20 @@ def _check_documents(source: Source, table: "Dataset") -> "Dataset":
 
 
 def read_records(source: Source, columns: Collection[str] | None = None) -> Records:
-    """The records of a source with their places; `columns` limits what is read where the format allows."""
-    if source.files:
-        if not source.columns:
-            return records.read_records(source.files, columns=columns)
-        in_files = dict(source.columns)
-        names = None if columns is None else {in_files.get(name, name) for name in columns}
-        return _renamed(records.read_records(source.files, columns=names), source)
-    table = load_hub(source)
-    return _hub_rows(
-        source, table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
-    )
+    """The records of a source with their places, with a progress bar on a terminal.
+
+    columns: limits what is read where the format allows.
+    """
+    if not source.files:
+        table = load_hub(source)
+        known = table if columns is None else table.select_columns([c for c in table.column_names if c in columns])
+        yield from _hub_rows(source, known)
+        return
+    in_files = dict(source.columns)
+    names = None if columns is None else {in_files.get(name, name) for name in columns}
+    with progress_bar(sum(path.stat().st_size for path in source.files), "reading", unit=BYTES) as bar:
+        rows = records.read_records(source.files, columns=names, on_bytes=bar.update)
+        yield from _renamed(rows, source) if source.columns else rows
 
 
 def _renamed(rows: Records, source: Source) -> Records:
@@ -226,10 +230,12 @@ def column_names(source: Source) -> list[str]:
 def _hub_rows(source: Source, table: "Dataset") -> Records:
     """The records of a loaded data set, numbered from 1."""
     number = 0
-    for batch in table.iter(batch_size=records.SCHEMA_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Place(source.name, number), dict(zip(batch, map(drop_missing_keys, values), strict=True))
+    with progress_bar(len(table), "reading") as bar:
+        for batch in table.iter(batch_size=records.SCHEMA_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Place(source.name, number), dict(zip(batch, map(drop_missing_keys, values), strict=True))
+            bar.update(number - bar.n)
 
 
 def load_hub(source: Source, *, streaming: bool = False) -> "Dataset | IterableDataset":

@@ -15,13 +15,14 @@ from genai_pl.data import checksummed
 from genai_pl.data.columns import Place, refuse
 from genai_pl.data.worker_pool import map_in_order
 from genai_pl.errors import DataError
+from genai_pl.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
-FORMAT = 6  # version of read tables: raise it when the same file gives other rows
+FORMAT = 7  # version of read tables: raise it when the same file gives other rows
 ROWS, CHARACTERS = 1000, 1 << 26  # limits of a batch that is written at once
 TYPES = {"text": "string", "json": "string", "row": "int64", "label": "bool_", "number": "float64"}
 
@@ -85,9 +86,8 @@ def _write_encoded(
 ) -> None:
     """Write the encoded batches of a table, with a progress bar on a terminal."""
     from datasets.arrow_writer import ArrowWriter
-    from datasets.utils import tqdm  # as datasets' own bars: on a terminal only
 
-    with ArrowWriter(path=str(path)) as writer, tqdm(total=len(table), unit=" rows", desc="tokenizing") as bar:
+    with ArrowWriter(path=str(path)) as writer, progress_bar(len(table), "tokenizing") as bar:
         for encoded in map_in_order(encode, table.iter(batch_size), processes):
             writer.write_batch(encoded)
             bar.update(min(batch_size, len(table) - bar.n))
@@ -97,13 +97,10 @@ def _write_encoded(
 def _write_table(path: Path, *, cell_kinds: Mapping[str, str], cells: Cells) -> None:
     """Write rows of cells as an Arrow stream, batch by batch."""
     import pyarrow as pa
-    from datasets.utils import tqdm
 
     schema = pa.schema([(column, getattr(pa, TYPES[kind])()) for column, kind in cell_kinds.items()])
-    bar = tqdm(unit=" rows", desc="reading")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer, bar:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for place, batch in _batches(cells):
-            bar.update(len(batch))
             try:
                 arrays = [
                     pa.array(column, field.type) for column, field in zip(zip(*batch, strict=True), schema, strict=True)

@@ -15,11 +15,13 @@ from genai_pl.data import sources
 from genai_pl.data.columns import Place, parse_json, parse_list, parse_text
 from genai_pl.data.formats import HISTORY, instruction_messages, is_dialogue, parse_dialogue
 from genai_pl.data.messages import (
+    MEDIA,
     Message,
     TextOrMessages,
     extract_prompt,
     parse_messages,
     prepend_system,
+    refuse_media,
     text_or_messages,
 )
 from genai_pl.data.messages_datamodule import CONTEXT, INPUT, INSTRUCTION, OUTPUT, RESPONSE, parse_prompt
@@ -105,10 +107,11 @@ def read_examples(
         kind, names = Kind.text, [column or "text"]
         sources.check_columns(source, available, {"data.column": names[0]})
     read = READERS[kind]
-    examples = [
-        read(place, {name: row.get(name) for name in names})
-        for place, row in islice(sources.read_records(source, names), limit)
-    ]
+    media = [name for name in MEDIA if name in available and name not in names]
+    examples = []
+    for place, row in islice(sources.read_records(source, {*names, *media}), limit):
+        refuse_media({name: row.get(name) for name in media}, place)
+        examples.append(read(place, {name: row.get(name) for name in names}))
     if not examples:
         raise DataError(f"data.path={path}: no rows")
     # kinds of one meaning become one; prompts in messages make conversations

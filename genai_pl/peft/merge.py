@@ -12,6 +12,7 @@ from genai_pl.peft.adapter import AdapterLayer
 from genai_pl.peft.adapter_layers import WeightAdapter
 from genai_pl.peft.quantize import dequantize
 from genai_pl.peft.targets import adapter_layers, base_module, module_sites
+from genai_pl.progress import progress_bar
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -24,10 +25,11 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(module, AdapterLayer) and not isinstance(module, WeightAdapter):
             raise ConfigError(f"peft={module.adapter.method} cannot be merged into weights: export with format=peft")
     hold_frozen_in_32_bits(model)
-    for site in module_sites(dequantize(model)):
-        layers = adapter_layers(site.module)
-        if layers:
+    found = [(site, layers) for site in module_sites(dequantize(model)) if (layers := adapter_layers(site.module))]
+    with progress_bar(len(found), "merging", unit=" layers") as bar:
+        for site, layers in found:
             site.replace(_merged(layers))
+            bar.update()
     _settle_ties(model)
     return model.requires_grad_(True)
 

@@ -275,3 +275,37 @@ def test_the_last_message_of_a_labelled_conversation_is_its_completion(tmp_path:
     path = lines(tmp_path / "asked.jsonl", [{"messages": [answer, asked], "label": True}] * 3)
     with pytest.raises(DataError, match=r"row 1: column 'messages': messages: the last is the assistant's answer"):
         UnpairedDataModule(**names, **{**LOADING, "path": path}).tables()
+
+
+MEDIA_ROWS = [
+    ("images", ["a.jpg"], {"messages": [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "A"}]}),
+    ("videos", ["a.mp4"], {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A"}]}),
+    ("image", "a.jpg", {"instruction": "Who is it?", "output": "A"}),
+    ("audios", ["a.wav"], {"prompt": "What is said?", "completion": "A"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "value", "row"), MEDIA_ROWS, ids=[column for column, _, _ in MEDIA_ROWS])
+def test_a_row_with_something_to_see_or_hear_is_refused_and_one_without_trains(
+    column: str, value: object, row: dict, tmp_path: Path
+) -> None:
+    empty = type(value)()
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**row, column: cell}) + "\n" for cell in (empty, None, empty, value)))
+    with pytest.raises(DataError, match=rf"row 4: column '{column}': .*only text is read; leave the row out"):
+        chat(str(path)).tables()
+    path.write_text("".join(json.dumps({**row, column: cell}) + "\n" for cell in (empty, None, empty)))
+    assert len(cells(chat(str(path)), *({"messages", "completion"} & {*chat(str(path)).tables()[0].column_names}))) == 3
+
+
+def test_turns_with_a_weight_of_the_loss_are_learned_as_they_say_or_refused() -> None:
+    parts = [{"type": "text", "value": "a"}, {"type": "text", "value": "b"}]
+
+    def message(role: str, weight: float) -> dict:
+        return {"role": role, "content": parts, "loss_weight": weight}
+
+    parsed = parse_messages([message("user", 0.0), message("assistant", 1.0)], HERE)
+    assert parsed == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ab"}]
+    for role, weight in (("user", 1.0), ("assistant", 0.0), ("assistant", 0.5)):
+        with pytest.raises(DataError, match=f"loss_weight {weight} of the role {role}: every answer is learned"):
+            parse_messages([message(role, weight)], HERE)

@@ -13,6 +13,7 @@ from genai_pl.models.gguf.metadata import write_metadata
 from genai_pl.models.gguf.package import gguf_package
 from genai_pl.models.gguf.rope import FACTORS, scaling_factors
 from genai_pl.models.hf.weights import stored_tensor
+from genai_pl.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,8 +59,10 @@ def write_gguf(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    for row, kind in zip(rows, types, strict=True):
-        writer.write_tensor_data(quantized(stored_tensor(state, row), kind))
+    with progress_bar(len(rows), "writing", unit=" tensors") as bar:
+        for row, kind in zip(rows, types, strict=True):
+            writer.write_tensor_data(quantized(stored_tensor(state, row), kind))
+            bar.update()
     writer.close()
     return coarse
 
