@@ -40,7 +40,8 @@ def server_options(settings: Settings) -> dict[str, object]:
     The graceful timeout is longer than the drain, so that requests end with 503 before their connections are cut.
     """
     seconds = math.ceil(settings.drain + TO_GIVE_UP)
-    return {"server_header": False, "timeout_graceful_shutdown": seconds, **connection_options()}
+    logs = {"log_config": None} if settings.log_format == "json" else {}  # else uvicorn writes its lines as text
+    return {"server_header": False, "timeout_graceful_shutdown": seconds, **logs, **connection_options()}
 
 
 def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
