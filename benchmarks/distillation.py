@@ -1,9 +1,10 @@
 """Distillation against text alone at equal tokens: python benchmarks/distillation.py MODEL TRAIN TUNE TEST LAMBADA --out RUNS
 
 Trains one student, some layers of MODEL, in two arms: objective=clm on the text of TRAIN, and objective=distill with MODEL's
-64 likeliest tokens of each position as the only target (alpha=0), which are written to disk once. All else is equal: rows,
-their order, steps, schedule. Each arm takes the learning rate with the fewest bits per byte on TUNE with seed 0, and is then
-trained with every seed; measured are bits per byte of TEST and the last words of LAMBADA. A run that has ended is not repeated.
+64 likeliest tokens of each position, which are written to disk once. All else is equal: rows, their order, steps, schedule.
+Each arm takes the learning rate with the fewest bits per byte on TUNE after half the steps with seed 0, the second then the
+share of cross entropy (alpha) likewise, and is then trained with every seed; measured are bits per byte of TEST and the last
+words of LAMBADA. A run that has ended is not repeated.
 """
 
 import argparse
@@ -25,42 +26,68 @@ def parse() -> argparse.Namespace:
         parser.add_argument(name)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of figures.json")
     parser.add_argument("--layers", default=KEPT, help="layers of the student")
-    parser.add_argument("--steps", type=int, default=40, help="of 512 tokens")
+    parser.add_argument("--steps", type=int, default=24, help="of 512 tokens")
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-4, 1.2e-3])
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0.5], help="shares of cross entropy tried besides 0"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, default=250, help="passages of LAMBADA")
+    parser.add_argument("--limit", type=int, default=120, help="passages of LAMBADA")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    arms = {"text": ["objective=clm"], "teacher": teacher_options(options)}
+    arms = {"text": ["objective=clm"], "teacher": [*teacher_options(options), "objective.alpha=0"]}
     best = {}
     for arm in arms:
-        of_rate = {rate: figures(options, arms, arm, rate, seed=0)["val/bpb"] for rate in options.rates}
-        best[arm] = min(of_rate, key=of_rate.get)
-        print(f"{arm}: bits per byte of TUNE by rate {of_rate}: {best[arm]:g}", flush=True)
+        best[arm] = fewest(
+            {rate: tuned(options, arms[arm], f"tune-{arm}-{rate:g}", rate) for rate in options.rates}, arm
+        )
+    # the share of cross entropy, at the rate that is best without it
+    of_alpha = {0.0: tuned(options, arms["teacher"], f"tune-teacher-{best['teacher']:g}", best["teacher"])}
+    for alpha in options.alphas:
+        arm = [*teacher_options(options), f"objective.alpha={alpha}"]
+        of_alpha[alpha] = tuned(options, arm, f"tune-teacher-{best['teacher']:g}-alpha-{alpha:g}", best["teacher"])
+    arms["teacher"][-1] = f"objective.alpha={fewest(of_alpha, 'alpha')}"
     found = {arm: [] for arm in arms}
     for seed in range(options.seeds):  # seed by seed: an interrupted comparison is still one of pairs
         for arm in arms:
-            found[arm].append(figures(options, arms, arm, best[arm], seed=seed))
+            found[arm].append(figures(options, arms[arm], f"{arm}-{seed}", best[arm], seed=seed))
     report(found)
+
+
+def tuned(options: argparse.Namespace, arm: list[str], name: str, rate: float) -> float:
+    """Bits per byte of TUNE after half the steps, with seed 0."""
+    return figures(options, arm, name, rate)["val/bpb"]
+
+
+def fewest(found: dict[float, float], what: str) -> float:
+    """The setting with the fewest bits per byte, which is printed."""
+    best = min(found, key=found.get)
+    print(f"{what}: bits per byte of TUNE {found}: {best:g}", flush=True)
+    return best
 
 
 def teacher_options(options: argparse.Namespace) -> list[str]:
     """The options of the arm with a teacher, whose files lie beside the runs."""
     cache = f"objective.teacher_cache={options.out / 'teacher'}"
-    return ["objective=distill", f"objective.teacher={options.model}", "objective.top_k=64", "objective.alpha=0", cache]
+    return ["objective=distill", f"objective.teacher={options.model}", "objective.top_k=64", cache]
 
 
-def figures(options: argparse.Namespace, arms: dict, arm: str, rate: float, *, seed: int) -> dict[str, float]:
-    """The last figures of a run, which is made unless figures.json has them."""
-    path, name = options.out / "figures.json", f"{arm}-{rate:g}-{seed}"
+def figures(
+    options: argparse.Namespace, arm: list[str], name: str, rate: float, *, seed: int | None = None
+) -> dict[str, float]:
+    """The last figures of a run, which is made unless figures.json has them; seed None: of half the steps, to tune."""
+    path, tunes = options.out / "figures.json", seed is None
+    steps = options.steps // 2 if tunes else options.steps
     known = json.loads(path.read_text()) if path.exists() else {}
     if name not in known:
         folder = options.out / name
         shutil.rmtree(folder, ignore_errors=True)
-        train(*arms[arm], *common_options(options), f"optimizer.lr={rate}", f"seed={seed}", f"hydra.run.dir={folder}")
+        common = [*common_options(options), *([] if tunes else task_options(options, steps))]
+        run = [f"optimizer.lr={rate}", f"seed={seed or 0}", f"trainer.max_steps={steps}", f"hydra.run.dir={folder}"]
+        train(*arm, *common, *run)
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         known[name] = {key: float(row[key]) for row in rows for key in row if row[key]}
@@ -75,9 +102,15 @@ def common_options(options: argparse.Namespace) -> list[str]:
     return [
         *(f"init_from={options.model}", f"init_layers={options.layers}"),
         *(f"data.path={options.train}", f"data.val_path={options.tune}", "data.seq_len=256", "data.batch_size=2"),
-        *("optimizer=adamw", "scheduler.warmup_steps=5", "precision=bf16", f"trainer.max_steps={options.steps}"),
-        *("trainer.limit_val_batches=10", "callbacks.samples.every_n_steps=null", "callbacks.export=false"),
-        f"eval.every_n_steps={options.steps}",
+        *("optimizer=adamw", "scheduler.warmup_steps=4", "precision=bf16"),
+        *("trainer.limit_val_batches=5", "callbacks.samples.every_n_steps=null", "callbacks.export=false"),
+    ]
+
+
+def task_options(options: argparse.Namespace, steps: int) -> list[str]:
+    """What is measured at the end."""
+    return [
+        f"eval.every_n_steps={steps}",
         f"eval.tasks.lambada={{path: {options.lambada}, limit: {options.limit}}}",
         f"eval.tasks.test={{path: {options.test}, limit: null}}",
     ]

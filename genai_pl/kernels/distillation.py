@@ -1,14 +1,15 @@
 """Distillation of a linear layer's predictions, whose gradients are made in the forward pass, chunk by chunk.
 
 Two vocabularies' worth of logits for each token, the student's and the teacher's, exist for a chunk of tokens at a time.
-A teacher is a function that gives the log-probabilities of a chunk: of all words, or of its likeliest ones with the rest
-of the vocabulary as one further outcome, whose probability is exact.
+A teacher is a function that gives the log-probabilities of a chunk: of all words, of its likeliest ones with the rest
+of the vocabulary as one further outcome, whose probability is exact, or of the words of another vocabulary.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -17,10 +18,14 @@ from genai_pl.kernels.uncompiled import uncompiled
 
 
 class TeacherLogprobs(NamedTuple):
-    """Log-probabilities of n tokens: logprobs (n, V), ids None; or (n, K + 1) of the words ids (n, K) and of all others."""
+    """Log-probabilities of n tokens: logprobs (n, V), ids None; or (n, K + 1) of the words ids (n, K) and of all others.
+
+    ranked: of the words of another vocabulary, which are compared with the student's by rank.
+    """
 
     logprobs: Tensor
     ids: Tensor | None = None
+    ranked: bool = False
 
 
 Teacher = Callable[[Rows], TeacherLogprobs]  # of the tokens of a chunk, at the temperature of the loss
@@ -63,6 +68,20 @@ def generalized_jsd(teacher: Tensor, student: Tensor, *, beta: float) -> tuple[T
     mixture = torch.logaddexp(teacher + b.log(), student + torch.log1p(-b))
     slopes = (1 - beta) * Q * (student - mixture)
     return beta * (P * (teacher - mixture)).sum(-1) + slopes.sum(-1), slopes
+
+
+def universal_logit_distance(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i |p_i - q_i| of probabilities sorted from the largest down, (n,) (Boizard et al. 2024, eq. 3), and its slopes.
+
+    teacher (n, V') and student (n, V) are log-probabilities; the words that the smaller vocabulary lacks have probability 0.
+    The slopes are q times the derivative by q, (n, V), in the order of the student's words.
+    """
+    P = teacher.exp().sort(dim=-1, descending=True).values
+    Q, order = student.exp().sort(dim=-1, descending=True)
+    V = Q.shape[-1]
+    gaps = Q - F.pad(P[:, :V], (0, max(0, V - P.shape[-1])))  # (n, V)
+    distance = gaps.abs().sum(-1) + P[:, V:].sum(-1)
+    return distance, torch.empty_like(Q).scatter_(-1, order, Q * gaps.sign())
 
 
 def top_logprobs(logprobs: Tensor, k: int) -> TeacherLogprobs:
@@ -108,7 +127,8 @@ def linear_distillation(
     """Sum over labelled tokens of w_c cross entropy + w_d temperature^2 divergence, and both of each token (2, N), detached.
 
     hidden is (N, C), weight (V, C), bias (V,), labels (N,); the divergence is `generalized_jsd` of the softmax of logits /
-    temperature, and temperature^2 keeps its gradient as large as that of the cross entropy (Hinton et al. 2015, 2).
+    temperature, or `universal_logit_distance` where the teacher's words are ranked. temperature^2 keeps its gradient as large
+    as that of the cross entropy (Hinton et al. 2015, 2).
     Backward runs once, as that of `linear_cross_entropy`.
     """
     with_gradients = torch.is_grad_enabled()
@@ -141,7 +161,7 @@ class _LinearDistillation(torch.autograd.Function):
             parts = []
             for part, block in projection.float_blocks(logits):
                 ids = None if taught.ids is None else taught.ids[part]
-                of_block = TeacherLogprobs(taught.logprobs[part], ids)
+                of_block = TeacherLogprobs(taught.logprobs[part], ids, taught.ranked)
                 w = Weights(weights.cross_entropy[part], weights.divergence[part])
                 parts.append(_losses_(block, goals[part], of_block, w, options, tracks=projection.tracks))
             losses[:, rows] = torch.cat(parts, dim=1)
@@ -177,7 +197,10 @@ def _losses_(
         others = student.scatter(1, ids, -torch.inf)  # (n, V)
         others_logprob = others.logsumexp(1, keepdim=True)
         outcomes = torch.cat([student.gather(1, ids), others_logprob], dim=1)  # (n, K + 1)
-    divergence, slopes = generalized_jsd(teacher.logprobs.to(outcomes), outcomes, beta=options.beta)
+    if teacher.ranked:
+        divergence, slopes = universal_logit_distance(teacher.logprobs.to(outcomes), outcomes)
+    else:
+        divergence, slopes = generalized_jsd(teacher.logprobs.to(outcomes), outcomes, beta=options.beta)
     if tracks:
         # the chain rule of the softmax: slopes, spread over the words of their outcome, minus Q times their sum
         gradient = slopes

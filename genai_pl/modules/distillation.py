@@ -19,6 +19,7 @@ from genai_pl.modules.clm import CausalLMModule
 from genai_pl.modules.columns import Column
 from genai_pl.modules.rollout import generate_rollout
 from genai_pl.modules.teacher_cache import TeacherCache, fill_cache
+from genai_pl.modules.text_alignment import TextAlignment, gather_pairs
 from genai_pl.objectives import IGNORED, SpecialTokens, masked_accuracy
 from genai_pl.objectives.distillation import DistillCollator, join_batches, prompts_of_row
 
@@ -44,6 +45,7 @@ class DistillModule(CausalLMModule):
     alpha: weight of the cross entropy of the data's tokens
     top_k: write the teacher's likeliest tokens to disk before training, and free it; None: it runs beside the student
     teacher_cache: folder of these files, None for the default
+    universal: compare sorted probabilities with a teacher of any tokenizer (Boizard et al. 2024) instead of the divergence
     student_fraction: share of rows whose completions the student writes itself
     max_new_tokens, sampling_temperature: of those completions
     text_prompt_tokens: tokens of a text that the student continues; a conversation is answered at its first answer
@@ -69,6 +71,7 @@ class DistillModule(CausalLMModule):
         alpha: float,
         top_k: int | None,
         teacher_cache: str | None,
+        universal: bool,
         student_fraction: float,
         max_new_tokens: int,
         sampling_temperature: float,
@@ -90,6 +93,11 @@ class DistillModule(CausalLMModule):
             raise ConfigError(
                 "objective.student_fraction: what the student writes is not on disk; leave objective.top_k null"
             )
+        if universal and (top_k is not None or student_fraction):
+            raise ConfigError(
+                "objective.universal=true: the teacher reads the text of the data as it trains; leave objective.top_k null "
+                "and objective.student_fraction 0"
+            )
         if min(max_new_tokens, text_prompt_tokens) < 1:
             raise ConfigError("objective.max_new_tokens and objective.text_prompt_tokens must be at least 1")
         self.longest_prompt = model.config.max_seq_len - max_new_tokens
@@ -99,6 +107,7 @@ class DistillModule(CausalLMModule):
                 f"{model.config.max_seq_len} tokens"
             )
         self.teacher_name, self.top_k, self.teacher_cache = teacher, top_k, teacher_cache
+        self.universal, self.alignment = universal, None
         self.beta, self.temperature, self.alpha = beta, temperature, alpha
         self.student_fraction, self.text_prompt_tokens = student_fraction, text_prompt_tokens
         self.sampling = GenerationConfig(max_new_tokens=max_new_tokens, temperature=sampling_temperature)
@@ -106,9 +115,13 @@ class DistillModule(CausalLMModule):
         self._teacher: list[nn.Module] = []  # in a list: no submodule, and in no checkpoint
         self.cache: TeacherCache | None = None
 
-    def use_teacher(self, teacher: nn.Module) -> None:
-        """Set the teacher, which is frozen; ConfigError unless it predicts tokens of the student's vocabulary."""
-        if teacher.config.vocab_size != self.model.config.vocab_size:
+    def use_teacher(self, teacher: nn.Module, alignment: TextAlignment | None = None) -> None:
+        """Set the teacher, which is frozen; ConfigError unless it predicts tokens of the student's vocabulary.
+
+        alignment: of its tokens with the student's, with `universal`.
+        """
+        self.alignment = alignment
+        if alignment is None and teacher.config.vocab_size != self.model.config.vocab_size:
             sizes = f"{teacher.config.vocab_size:,} tokens, the student has {self.model.config.vocab_size:,}"
             raise ConfigError(f"objective.teacher={self.teacher_name}: predicts {sizes}; they must share a vocabulary")
         self._teacher = [teacher.requires_grad_(False).eval()]
@@ -124,7 +137,12 @@ class DistillModule(CausalLMModule):
         super().on_fit_start()
         self.teacher.to(self.device)
         data, context = self.trainer.datamodule, self.teacher.config.max_seq_len
-        if context < data.seq_len or (self.student_fraction and self.longest_prompt < 1):
+        if self.universal and data.kind != "text":
+            raise ConfigError(
+                "objective.universal=true: reads texts, not conversations, which each template writes otherwise"
+            )
+        too_long = context < data.seq_len and not self.universal
+        if too_long or (self.student_fraction and self.longest_prompt < 1):
             raise ConfigError(
                 f"objective.teacher={self.teacher_name}: reads at most {context} tokens; lower data.seq_len "
                 f"({data.seq_len}) and objective.max_new_tokens"
@@ -137,16 +155,34 @@ class DistillModule(CausalLMModule):
 
     def teach(self, batch: Batch, labels: Tensor) -> Teacher:
         """The teacher's predictions for rows: by chunks of their flattened tokens (B T)."""
+        return self._teach(batch, labels)[0]
+
+    def _teach(self, batch: Batch, labels: Tensor) -> tuple[Teacher, Tensor | None]:
+        """The teacher's predictions, and which tokens (B T) have any; None: all have."""
+        if self.alignment is not None:
+            return self._teach_text(batch)
         if self.cache is not None:
             logprobs, ids = self.cache.read(batch["rows"], labels.shape[1], device=labels.device)
             flat_logprobs, flat_ids = logprobs.flatten(0, 1), ids.flatten(0, 1)
-            return lambda rows: TeacherLogprobs(flat_logprobs[rows], flat_ids[rows])
-        teacher = self.teacher
-        with torch.no_grad():
-            hidden = teacher.to_head(teacher.features(batch["input_ids"], batch.get("segment_ids")))
-        head, softcap = teacher.lm_head, teacher.config.logit_softcap
-        options = {"bias": head.bias, "softcap": softcap, "temperature": self.temperature}
-        return linear_teacher(hidden.flatten(0, 1), head.weight, **options)
+            return lambda rows: TeacherLogprobs(flat_logprobs[rows], flat_ids[rows]), None
+        return self._predictions(self._read(batch["input_ids"], batch.get("segment_ids")).flatten(0, 1)), None
+
+    def _teach_text(self, batch: Batch) -> tuple[Teacher, Tensor]:
+        """What a teacher with another tokenizer predicts where it has read the same text, by rank, and where that is, (B T)."""
+        segments = batch.get("segment_ids", torch.ones_like(batch["input_ids"]))
+        read = self.alignment.read(batch["input_ids"], segments)
+        predict = self._predictions(gather_pairs(self._read(read.input_ids, read.segment_ids), read.pairs))
+        return lambda rows: predict(rows)._replace(ranked=True), (read.pairs >= 0).flatten()
+
+    @torch.no_grad()
+    def _read(self, input_ids: Tensor, segments: Tensor | None) -> Tensor:
+        """The teacher's states before its head, (B, T, C)."""
+        return self.teacher.to_head(self.teacher.features(input_ids, segments))
+
+    def _predictions(self, hidden: Tensor) -> Teacher:
+        """What the teacher predicts from such states (N, C)."""
+        head, softcap = self.teacher.lm_head, self.teacher.config.logit_softcap
+        return linear_teacher(hidden, head.weight, bias=head.bias, softcap=softcap, temperature=self.temperature)
 
     def step(self, batch: Batch) -> Metrics:
         """Sums over labelled tokens: of the loss in training, of the cross entropy in validation, so that runs compare."""
@@ -155,11 +191,14 @@ class DistillModule(CausalLMModule):
         taught = self._taught_rows(batch)
         rows, model = taught.batch, self.model
         hidden, labels = model.to_head(self.hidden(rows)), rows["labels"]
+        teacher, has_pair = self._teach(rows, labels)
+        if has_pair is not None:
+            taught = taught._replace(divergence=taught.divergence * has_pair.view_as(labels))
         loss, losses = linear_distillation(
             hidden.flatten(0, 1),
             model.lm_head.weight,
             labels.flatten(),
-            self.teach(rows, labels),
+            teacher,
             Weights(taught.cross_entropy.flatten(), taught.divergence.flatten()),
             beta=self.beta,
             temperature=self.temperature,
@@ -168,6 +207,9 @@ class DistillModule(CausalLMModule):
             ignore_index=IGNORED,
         )
         sums = self._sums(batch, taught, loss, losses)
+        if has_pair is not None:
+            sums["divergence"] = (losses[1] * has_pair).sum()
+            sums["taught_tokens"] = (has_pair & (labels.flatten() != IGNORED)).sum().float()
         if not self.training:  # costs a second product with the head
             sums["correct"] = masked_accuracy(hidden, model.lm_head.weight, labels, bias=model.lm_head.bias)
         return sums
@@ -256,4 +298,6 @@ class DistillModule(CausalLMModule):
             metrics = super().summarize({**of_data, "loss": sums["cross_entropy"]}, tokens)
             metrics |= {} if "correct" in sums else {"cross_entropy": metrics["loss"]}
         divergence = sums["divergence"] / sums["taught_tokens"].clamp(min=1)
+        if self.universal:  # the share of tokens with a teacher
+            metrics["paired"] = sums["taught_tokens"] / targets
         return {**metrics, "loss": sums["loss"] / targets, "divergence": divergence}

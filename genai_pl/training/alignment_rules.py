@@ -75,4 +75,9 @@ ALIGNMENT_RULES = (
         all_hold(DISTILL, is_one_of("objective.alpha", 1, 1.0)),
         "alpha=1: the teacher is not listened to",
     ),
+    Rule(
+        ("objective.beta",),
+        all_hold(DISTILL, is_one_of("objective.universal", True)),
+        "universal=true: sorted probabilities have one distance",
+    ),
 )

@@ -25,6 +25,7 @@ from genai_pl.modules import BaseModule
 from genai_pl.modules.base import n_replicas
 from genai_pl.modules.distillation import DistillModule
 from genai_pl.modules.policy_gradient import PolicyGradientModule
+from genai_pl.modules.text_alignment import TextAlignment
 from genai_pl.peft import hold_base_in_16_bits
 from genai_pl.strategies import float8
 from genai_pl.training.data_sources import build_data
@@ -165,18 +166,22 @@ def build_module(config: DictConfig, model: Model, tokenizer: "PreTrainedTokeniz
 def connect_teacher(module: DistillModule, tokenizer: "PreTrainedTokenizerBase", *, in_16_bits: bool) -> None:
     """Give a module its teacher; ConfigError for a teacher with another tokenizer than the student's.
 
-    Token ids are handed on: the student's tokens must be the teacher's.
+    Token ids are handed on: the student's tokens must be the teacher's, unless text is (`objective.universal`).
     """
     option, name = "objective.teacher", module.teacher_name
     loaded = load(name, option=option)
     if loaded.model.config.shape is not Shape.decoder or not loaded.model.config.head.predicts_tokens:
         raise ConfigError(f"{option}={name}: a decoder that writes text is needed")
-    if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+    alignment = None
+    if module.universal:
+        sizes = {"vocab_size": module.model.config.vocab_size, "longest": loaded.model.config.max_seq_len}
+        alignment = TextAlignment(tokenizer, loaded.tokenizer, **sizes)
+    elif loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{option}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "
-            f"tokenizer.name={name}, or init_from={name} init_layers=N)"
+            f"tokenizer.name={name}, or init_from={name} init_layers=N), or set objective.universal=true"
         )
-    module.use_teacher(loaded.model)
+    module.use_teacher(loaded.model, alignment)
     if in_16_bits:
         hold_base_in_16_bits(loaded.model)
 

@@ -1,6 +1,7 @@
 """Distillation in chunks against TRL's generalized_jsd_loss, torch's cross entropy and NumPy, values and gradients."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from genai_pl.kernels.distillation import (
     linear_distillation,
     linear_teacher,
     top_logprobs,
+    universal_logit_distance,
 )
 
 torch.manual_seed(4)
@@ -129,3 +131,51 @@ def test_products_in_bf16_are_as_exact_as_torchs(jsd: Callable[..., torch.Tensor
     exact = [hidden @ head.t(), taught @ teacher_head.t()]
     found, goal = (jsd(a.float()[KEPT], b.float()[KEPT], beta=0.5, reduction="sum") for a, b in (eager, exact))
     assert (loss - goal).abs() <= 2 * (found - goal).abs() + 1e-4
+
+
+@pytest.mark.parametrize(("teacher_words", "temperature"), [(11, 1.0), (29, 2.0)])
+def test_sorted_probabilities_of_two_vocabularies_are_numpys_and_torchs(teacher_words: int, temperature: float) -> None:
+    taught = 2 * torch.randn(N, teacher_words, generator=torch.Generator().manual_seed(1)).double()
+    logprobs = (taught / temperature).log_softmax(-1)
+    leaf, theirs = HIDDEN.clone().requires_grad_(), HIDDEN.clone().requires_grad_()
+    loss, losses = linear_distillation(
+        leaf, HEAD, LABELS, lambda rows: TeacherLogprobs(logprobs[rows], ranked=True), Weights(0.4 * ONES, 0.6 * ONES),
+        beta=0, temperature=temperature, bias=BIAS, chunk_tokens=5,
+    )  # fmt: skip
+    # NumPy: both sorted from the largest, the shorter one with zeros at its end
+    width = max(V, teacher_words)
+    p, q = (np.exp(x.numpy()) for x in (logprobs, (student_logits(HIDDEN, None) / temperature).log_softmax(-1)))
+    p, q = (np.pad(-np.sort(-x), ((0, 0), (0, width - x.shape[1]))) for x in (p, q))
+    np.testing.assert_allclose(losses[1].numpy(), np.abs(p - q).sum(1) * KEPT.numpy())
+    # torch's own derivatives of the same
+    logits = student_logits(theirs, None)
+    q = F.pad((logits / temperature).softmax(-1).sort(descending=True).values, (0, width - V))
+    expected = 0.6 * temperature**2 * (q - torch.from_numpy(p)).abs().sum(1)
+    expected = (expected + 0.4 * F.cross_entropy(logits, LABELS, reduction="none"))[KEPT].sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(leaf.grad, theirs.grad)
+
+
+def test_the_distance_of_sorted_probabilities_is_trls() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        gold = pytest.importorskip("trl.experimental.gold")
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    names = ("crossentropy_weight", "use_extended_uld", "skip_student_eos", "skip_teacher_eos", "use_hybrid_loss")
+    config = SimpleNamespace(
+        **{f"uld_{name}": False for name in names},
+        use_extended_uld=False,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_token_merge_strategy="observed",
+    )
+    assert set(vars(config)) - {"uld_use_extended_uld"} <= set(gold.GOLDConfig.__dataclass_fields__)
+    student, teacher = student_logits(HIDDEN, None)[None], torch.randn(1, N, 29).double()
+    labels = torch.zeros(1, N, dtype=torch.long)
+    theirs = ULDLoss(config)(student, teacher, labels, labels, labels, labels)
+    ours, _ = universal_logit_distance(teacher[0].log_softmax(-1), student[0].log_softmax(-1))
+    torch.testing.assert_close(ours.mean(), theirs)

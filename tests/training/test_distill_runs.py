@@ -99,6 +99,27 @@ def test_a_file_of_all_words_but_one_teaches_the_same_and_is_written_once(place:
     assert last(place / "again", "train/loss") == last(place / "file", "train/loss")
 
 
+OTHER = (
+    "train",
+    "objective=distill",
+    "objective.teacher=teacher",
+    "objective.universal=true",
+    "data.path=text.txt",
+    *SMALL,
+)
+
+
+def test_a_teacher_of_another_tokenizer_teaches_and_resumes_exactly(place: Path, command) -> None:
+    options = (*OTHER, "tokenizer=bpe", "tokenizer.vocab_size=300", "objective.alpha=0", "trainer.max_steps=10")
+    result = command(*options, "optimizer.lr=1e-2", "callbacks.checkpoint.every_n_steps=5", "hydra.run.dir=whole")
+    assert result.status == 0, result.err
+    rows = table(place / "whole")
+    assert float(rows[-1]["train/divergence"]) < 0.8 * float(rows[0]["train/divergence"])
+    assert 0.5 < float(rows[0]["train/paired"]) <= 1
+    assert command("train", "resume=whole/checkpoints/step=000005.ckpt", "hydra.run.dir=whole").status == 0
+    assert [row["train/loss"] for row in table(place / "whole")] == [row["train/loss"] for row in rows]
+
+
 @pytest.mark.parametrize("data", [(), pytest.param(CHAT, marks=pytest.mark.slow)], ids=["text", "chat"])
 def test_the_student_learns_from_what_it_writes(data: tuple[str, ...], place: Path, command) -> None:
     on_policy = ("objective.student_fraction=0.6", "objective.max_new_tokens=6", "objective.text_prompt_tokens=8")
@@ -127,6 +148,8 @@ def test_the_student_learns_from_what_it_writes(data: tuple[str, ...], place: Pa
             (("objective.top_k=258",), "objective.top_k must be from 1 to 257"),
             (("objective.student_fraction=1", "objective.max_new_tokens=64"), "leaves no room for a prompt"),
             (("objective.top_k=4", "objective.student_fraction=0.5"), "what the student writes is not on disk"),
+            (("objective.universal=true", "objective.top_k=4"), "leave objective.top_k null"),
+            (("objective.universal=true", *CHAT), "reads texts, not conversations"),
             (("init_layers=3",), "init_layers=3: the model of init_from has 2 layers"),
             (("strategy=tensor_parallel", "trainer.devices=2"), "use strategy=fsdp here"),
             (("dry_run=true",), "dry_run=true does not estimate a teacher"),
