@@ -42,9 +42,9 @@ def peak_mib(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def segments_of(B: int, T: int) -> Tensor:
+def segments_of(B: int, T: int, device: str = "cuda") -> Tensor:
     """Eight documents of one length in every row."""
-    return (torch.arange(T, device="cuda") // max(1, T // 8) + 1).expand(B, T)
+    return (torch.arange(T, device=device) // max(1, T // 8) + 1).expand(B, T)
 
 
 def flex(mask: AttentionMask, B: int, T: int) -> Attend:
@@ -91,6 +91,14 @@ def backward_milliseconds(attend: Attend, leaves: list[Tensor], d_o: Tensor, rep
 
 
 def attention_line(attend: Attend, *, name: str, B: int, T: int, D: int, options: argparse.Namespace) -> str:
+    figures = attention_figures(attend, name=name, B=B, T=T, D=D, options=options)
+    return "{:8.3f} {:8.1f} {:8.3f} {:8.1f} {:7.0f}".format(*figures)
+
+
+def attention_figures(
+    attend: Attend, *, name: str, B: int, T: int, D: int, options: argparse.Namespace
+) -> tuple[float, float, float, float, float]:
+    """Milliseconds and TFLOP/s forward and backward, and MiB of both beyond the inputs."""
     H, K = options.heads, options.kv_heads or options.heads
     shapes = ((H, D), (K, D), (K, D), (H, D))
     q, k, v, d_o = (
@@ -106,8 +114,7 @@ def attention_line(attend: Attend, *, name: str, B: int, T: int, D: int, options
     backward = backward_milliseconds(attend, leaves, d_o, options.repeats)
     # two products forward and five backward, over the half of the scores that causal attention sees
     flops = 2 * B * H * T * T * D * (1 / 8 if name == "packed" else 1)
-    rates = flops / forward / 1e9, 2.5 * flops / backward / 1e9
-    return f"{forward:8.3f} {rates[0]:8.1f} {backward:8.3f} {rates[1]:8.1f} {peak_mib(step):7.0f}"
+    return forward, flops / forward / 1e9, backward, 2.5 * flops / backward / 1e9, peak_mib(step)
 
 
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

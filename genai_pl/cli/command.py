@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -50,10 +51,15 @@ def register() -> None:
     Resolvers: `${rows_of:TOKENS,SEQ_LEN}` (rows of a batch of this many tokens, at least 1),
     `${run_folder:NAME,TIME}` and `${unused:PATH}` (a folder that did not exist).
     """
-    store = ConfigStore.instance()
     OmegaConf.register_new_resolver("rows_of", lambda tokens, seq_len: max(1, tokens // seq_len), replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True)
     OmegaConf.register_new_resolver("unused", reserve_folder, replace=True, use_cache=True)
+    _register_schemas(ConfigStore.instance())
+
+
+@cache  # once for each store, of which a process has one; Hydra hands out copies
+def _register_schemas(store: ConfigStore) -> None:
+    """Store the schemas of every group under `schema/`."""
     for name, schema in (*SCHEMAS.items(), *OPEN_MAPPINGS.items()):
         store.store(group="schema", name=name, node=open_mappings(schema))
 

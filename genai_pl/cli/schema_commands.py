@@ -209,6 +209,11 @@ class ServeSchema:
     max_inputs: int = 256
     max_input_tokens: int = 131_072
     max_body_mib: float = 4.0
+    stored_mib: float = 16.0
+    reuse_port: bool = False
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    log_format: str = "text"
     drain: float = 30.0
     api_keys: str | None = None
     cors_origins: list[str] = field(default_factory=list)

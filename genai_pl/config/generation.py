@@ -22,6 +22,8 @@ class GenerationConfig:
     top_p: float | None = None  # sample among the most likely tokens with this total probability (nucleus)
     min_p: float | None = None  # sample among tokens with at least this share of the top probability
     repetition_penalty: float = 1.0  # above 1: tokens already in the text become less likely
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that were generated already, once
+    frequency_penalty: float = 0.0  # subtracted from the logit of a token as often as it was generated already
     no_repeat_ngram_size: int | None = None  # no n-gram twice, those of the prompt included
     bad_words: list[str] = field(default_factory=list)  # texts that are never generated, alone or after a space
     prefix: str = ""  # forced beginning of a continuation
@@ -49,6 +51,8 @@ class GenerationConfig:
         checks["top_p"] = self.top_p is None or 0 < self.top_p <= 1
         checks["min_p"] &= self.min_p is None or self.min_p <= 1
         checks["repetition_penalty"] = self.repetition_penalty > 0
+        for name in ("presence_penalty", "frequency_penalty"):
+            checks[name] = abs(getattr(self, name)) < float("inf")
         checks["logit_bias"] = all(i >= 0 and abs(value) < float("inf") for i, value in self.logit_bias.items())
         checks["early_stopping"] = self.early_stopping in ("true", "false", "never")
         checks |= {name: all(getattr(self, name)) for name in ("stop", "bad_words")}  # no empty text
@@ -69,10 +73,20 @@ class GenerationConfig:
             raise ConfigError("generation.num_beams looks for the likeliest text: set generation.temperature=0")
         if self.num_beams > 1 and self.speculates:
             raise ConfigError("generation.draft and generation.prompt_lookup have no use with generation.num_beams")
+        if self.counts_tokens and (self.num_beams > 1 or self.speculates):
+            raise ConfigError(
+                "generation.presence_penalty and frequency_penalty count what was drawn: leave out num_beams, draft and "
+                "prompt_lookup"
+            )
         if self.draft is not None and self.prompt_lookup is not None:
             raise ConfigError("generation.draft and generation.prompt_lookup both propose tokens: give one of them")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(f"generation.min_new_tokens={self.min_new_tokens} is more than generation.max_new_tokens")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """True if a penalty depends on how often a token was generated."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def speculates(self) -> bool:

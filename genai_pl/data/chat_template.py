@@ -150,7 +150,10 @@ class ChatTemplate:
         if tools and self.supports_tools is None:
             self.supports_tools = self.try_render([PROBE_QUESTION], tools) != self.try_render([PROBE_QUESTION])
         if tools and not self.supports_tools:
-            raise DataError("tools: the chat template has no place for them; leave them out, or use one that has")
+            raise DataError(
+                "tools: the chat template has no place for them; leave them out, or put a chat_template.jinja that has "
+                "into the model's folder"
+            )
         for name in (str(tool.get("function", tool).get("name", "")) for tool in tools):
             if name not in text:
                 raise DataError(f"tools: the chat template leaves out {name}")

@@ -16,13 +16,13 @@ OPERATORS = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-FUNCTIONS = {"abs": abs, "min": min, "max": max, "round": round, "sqrt": math.sqrt}
+FUNCTIONS = {"abs": abs, "min": min, "max": max, "round": round, "sqrt": math.sqrt, "gcd": math.gcd, "lcm": math.lcm}
 MAX_LENGTH, MAX_BITS = 500, 4096  # characters of an expression, bits of a whole number
 LONG = 10**30  # whole numbers from here on are rounded
 
 
 def evaluate(expression: str) -> int | float:
-    """The value of an expression of numbers, + - * / // % ** and brackets; ValueError for anything else.
+    """The value of an expression of numbers, + - * / // % **, brackets and FUNCTIONS; ValueError for anything else.
 
     >>> evaluate("(2 + 3) * 4 ** 2"), evaluate("7 / 2")
     (80, 3.5)

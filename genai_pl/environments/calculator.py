@@ -34,7 +34,9 @@ class Calculator(Environment):
     def reset(self, row: Mapping[str, object]) -> Messages:
         """The question as messages, after the system message."""
         if self.answer not in row:
-            raise ValueError(f"no column {self.answer!r} with the right answer: set environment_args.answer")
+            raise ValueError(
+                f"no column {self.answer!r} with the right answer: objective.environment_args={{answer: COLUMN}}"
+            )
         self.right = str(row[self.answer])
         self.lines = [] if self.text is None else str(row.get(self.text) or "").splitlines()
         prompt = row["prompt"]
@@ -45,7 +47,7 @@ class Calculator(Environment):
         """Compute the value of an arithmetic expression.
 
         Args:
-            expression: Numbers with + - * / ** and brackets, such as (3 + 4) * 2.
+            expression: Numbers with + - * / // % ** and brackets, and abs, min, max, round, sqrt, gcd, lcm: gcd(12, 18) * 2.
         """
         value = number_text(evaluate(expression))
         self.n_worked += 1

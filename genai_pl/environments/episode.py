@@ -78,6 +78,10 @@ class Episode:
             raise ConfigError(
                 f"{rules.option}: reset gave a text, and tools are shown by a chat template: give messages"
             )
+        if self.tools.schemas and rules.max_turns == 1:
+            raise ConfigError(
+                f"{rules.option}: its tools need objective.max_turns=2 or more: a call, and what is made of it"
+            )
         self.messages = [] if self.is_text else [dict(message) for message in first]
         self.prompt = rules.turns.prompt(first if self.is_text else self.messages, self.tools.schemas)
         room = rules.context - rules.max_new_tokens
@@ -97,7 +101,7 @@ class Episode:
 
         completion: sampled tokens, the end token included. text: of them without special tokens. ended: whether there is an
         end token. The completion of turn `max_turns` is the last one, as is one of a chat template that was cut off; these
-        go to `step` even where they have calls.
+        go to `step` even where they have calls, which are not run and are no part of what `step` gets.
         """
         self.ended = ended
         self.tokens += completion
@@ -106,10 +110,10 @@ class Episode:
         is_cut = not (ended or self.is_text)  # a turn of a chat template has an end
         is_last = is_cut or len(self.turn_ends) == self.rules.max_turns
         # calls are run, everything else is a step
-        calls = []
-        if self.tools.schemas and not is_last:
-            calls = self.rules.turns.calls.read(text, completion, self.tools.schemas)[1]
-        if calls:
+        said, calls = text, []
+        if self.tools.schemas:
+            said, calls = self.rules.turns.calls.read(text, completion, self.tools.schemas)
+        if calls and not is_last:
             named = [(self.rules.turns.calls.call_id(), call.name or "unknown") for call in calls]
             results = [await self.tools.run(call) for call in calls]
             self.n_calls += len(calls)
@@ -122,7 +126,7 @@ class Episode:
         else:
             named = []
             with OneLineErrors(f"{self.rules.option}: step"):
-                observation = await _awaited(self.environment.step(text))
+                observation = await _awaited(self.environment.step(said))
             observation = self._checked(observation)
         # what follows, if there is room for another completion
         self.rewards.append(float(observation.reward))

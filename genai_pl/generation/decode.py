@@ -62,6 +62,7 @@ def decode(
         finished = torch.zeros(N, dtype=torch.bool, device=input_ids.device)
     segment = continuation_segments(segment_ids, num_samples)
     seen = seen_tokens(input_ids, segment_ids, config, V, num_samples)
+    counts = torch.zeros(N, V, device=input_ids.device) if config.counts_tokens else None
     ends = torch.tensor(_as_list(eos_token_id), dtype=torch.long, device=input_ids.device)
     banned_tokens = build_banned_tokens(config, constraints.and_ends(ends.tolist()), input_ids, segment_ids, V)
     generated: list[list[int]] = [[] for _ in range(N)]  # by row, for `banned_tokens` alone
@@ -76,11 +77,14 @@ def decode(
             banned = None
             if banned_tokens is not None:
                 banned = banned_tokens.mask(_unfinished(generated, finished), input_ids.device)
-            token = sample(logits, config, generator, seen=seen, banned=banned).masked_fill_(finished, pad_token_id)
+            token = sample(logits, config, generator, seen=seen, banned=banned, counts=counts)
+            token.masked_fill_(finished, pad_token_id)
             if logprobs is not None:
                 logprobs.append(token_logprobs(logits, token))
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
+            if counts is not None:
+                counts.scatter_add_(1, token[:, None], torch.ones_like(counts[:, :1]))
             if banned_tokens is not None:
                 generated = [[*row, new] for row, new in zip(generated, token.tolist(), strict=True)]
             if len(ends):

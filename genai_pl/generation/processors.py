@@ -1,9 +1,9 @@
 """Logits processors: pure functions from logits (B, V) to the logits that are sampled from, in transformers' order.
 
-The order is: logit bias; repetition penalty; banned tokens (prefix, no-repeat n-grams, bad words, min_new_tokens, grammar:
-`banned_tokens.py`), which commute with each other; then, for sampling, temperature, top-k, top-p, min-p. Beam search applies
-the first three to log-probabilities, as transformers does. The order matters: top-p after temperature keeps another set of
-tokens than before it.
+The order is: logit bias; repetition, presence and frequency penalty; banned tokens (prefix, no-repeat n-grams, bad words,
+min_new_tokens, grammar: `banned_tokens.py`), which commute with each other; then, for sampling, temperature, top-k, top-p,
+min-p. Beam search applies the first three to log-probabilities, as transformers does. The order matters: top-p after
+temperature keeps another set of tokens than before it.
 """
 
 from collections.abc import Mapping
@@ -32,6 +32,15 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     [[1.0, -4.0, 1.0]]
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def count_penalty(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """Logits less `presence` for tokens with a count (B, V) above 0, and `frequency` times the count (OpenAI's API reference).
+
+    >>> count_penalty(torch.zeros(1, 3), torch.tensor([[0, 1, 2]]), 1.0, 0.5).tolist()
+    [[0.0, -1.5, -2.0]]
+    """
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
@@ -73,25 +82,38 @@ def min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def penalize(
-    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
+    logits: Tensor,
+    config: GenerationConfig,
+    *,
+    seen: Tensor | None = None,
+    banned: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Logits or log-probabilities (B, V) after bias, repetition penalty and mask, before any temperature, in float32.
+    """Logits or log-probabilities (B, V) after bias, penalties and mask, before any temperature, in float32.
 
-    seen: (B, V) bool, tokens to penalize. banned: (B, V) bool, tokens that must not come; their logits become -inf.
+    seen: (B, V) bool, tokens of prompt and text for the repetition penalty. counts: (B, V), how often each token was generated,
+    for the other two. banned: (B, V) bool, tokens that must not come; their logits become -inf.
     """
     logits = logits.float()  # bf16 keeps 8 bits: too few for the tail of a 50k-way softmax
     if config.logit_bias:
         logits = logit_bias(logits, config.logit_bias)
     if seen is not None:
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
+    if counts is not None:
+        logits = count_penalty(logits, counts, config.presence_penalty, config.frequency_penalty)
     return logits if banned is None else logits.masked_fill(banned, FILTERED_LOGIT)
 
 
 def process(
-    logits: Tensor, config: GenerationConfig, *, seen: Tensor | None = None, banned: Tensor | None = None
+    logits: Tensor,
+    config: GenerationConfig,
+    *,
+    seen: Tensor | None = None,
+    banned: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, V) whose softmax is sampled from, in float32; `seen` and `banned` as for `penalize`."""
-    logits = penalize(logits, config, seen=seen, banned=banned)
+    """Logits (B, V) whose softmax is sampled from, in float32; `seen`, `banned` and `counts` as for `penalize`."""
+    logits = penalize(logits, config, seen=seen, banned=banned, counts=counts)
     if config.temperature not in (0.0, 1.0):
         logits = temperature(logits, config.temperature)
     if config.top_k is not None:
@@ -110,12 +132,13 @@ def sample(
     *,
     seen: Tensor | None = None,
     banned: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The next tokens (B,): draws from the softmax of the processed logits, or their argmax where temperature is 0.
 
     One generator draws for all rows: the tokens of a row depend on the batch it is in. Serving draws each row from its own.
     """
-    logits = process(logits, config, seen=seen, banned=banned)
+    logits = process(logits, config, seen=seen, banned=banned, counts=counts)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     return draw_token(logits.softmax(dim=-1), generator)

@@ -150,20 +150,30 @@ INLINE void channels(const int kind, const float *x, const char *weight, const f
         channel(kind, x, weight + o * in * size_of(kind), n, in, scales ? scales[o] : 1.0f, bias ? bias[o] : 0.0f, y + o, out);
 }
 
-/* y (n, out) of x (n, in) and W (out, in) of the kind, times scales (out), plus bias (out), plus more (n, out); each may be NULL */
+/* channels from `first` up to `last` of y (n, out) = x (n, in) W^T of the kind, times scales (out), plus bias (out), plus
+ * more (n, out); each of the last three may be NULL */
+static void some_channels(int kind, const float *x, const char *weight, const float *scales, const float *bias, const float *more,
+                          float *y, long n, long out, long in, long first, long last) {
+    if (kind == FLOAT32) channels(FLOAT32, x, weight, scales, bias, y, n, out, in, first, last);
+    else if (kind == BFLOAT16) channels(BFLOAT16, x, weight, scales, bias, y, n, out, in, first, last);
+    else channels(INT8, x, weight, scales, bias, y, n, out, in, first, last);
+    if (more)
+        for (long row = 0; row < n; row++)
+            for (long o = first; o < last; o++) y[row * out + o] += more[row * out + o];
+}
+
+/* channels of each thread out of `out`, in whole tiles */
+static long share_of(long out, long threads) { return (out / threads + TILE) / TILE * TILE; }
+
+static long lesser(long a, long b) { return a < b ? a : b; }
+
+/* `some_channels` of all channels, divided among threads */
 void product(int kind, const float *x, const char *weight, const float *scales, const float *bias, const float *more, float *y,
              long n, long out, long in, int threads) {
-    const long share = (out / threads + TILE) / TILE * TILE; /* channels of a thread, in whole tiles */
+    const long share = share_of(out, threads);
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (long part = 0; part < threads; part++) {
-        const long first = part * share, last = first + share < out ? first + share : out;
-        if (kind == FLOAT32) channels(FLOAT32, x, weight, scales, bias, y, n, out, in, first, last);
-        else if (kind == BFLOAT16) channels(BFLOAT16, x, weight, scales, bias, y, n, out, in, first, last);
-        else channels(INT8, x, weight, scales, bias, y, n, out, in, first, last);
-        if (more)
-            for (long row = 0; row < n; row++)
-                for (long o = first; o < last; o++) y[row * out + o] += more[row * out + o];
-    }
+    for (long part = 0; part < threads; part++)
+        some_channels(kind, x, weight, scales, bias, more, y, n, out, in, lesser(part * share, out), lesser((part + 1) * share, out));
 }
 
 /* What lies between the products of a block: a call each, where torch takes three to six operations. */

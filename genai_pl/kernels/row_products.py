@@ -2,7 +2,8 @@
 
 torch's products of one row reach half of what memory delivers, and those of float32 use one thread. The library is kept in
 the user's cache folder under a name that says which source, compiler and processor it is of. Where there is no compiler, or
-what it built computes something else, `library` raises NotImplementedError, and torch's products remain.
+what it built computes something else, `library` raises NotImplementedError, and torch's products remain. It also holds
+`decode_step.c`, a whole step, which includes the products.
 """
 
 import atexit
@@ -24,7 +25,8 @@ from torch import Tensor
 from genai_pl.kernels.cpu_products import bf16_products_pay
 from genai_pl.kernels.int8 import to_int8
 
-SOURCE = Path(__file__).with_suffix(".c")
+PRODUCTS = Path(__file__).with_suffix(".c")
+SOURCE = PRODUCTS.with_name("decode_step.c")  # which includes that of the products
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as in the source
 FEW = 16  # rows up to which weights are read once; for more, torch's products of matrices are faster
 SMALL = 1 << 16  # weights of a matrix that one thread reads before a second one has begun
@@ -108,19 +110,22 @@ def library() -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(_build()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        raise NotImplementedError(f"{SOURCE.name} was not built: {error}") from None
+        raise NotImplementedError(f"{PRODUCTS.name} was not built: {error}") from None
     pointer, count = ctypes.c_void_p, ctypes.c_long
     found.product.argtypes = [ctypes.c_int, *[pointer] * 6, *[count] * 3, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, count, count]
     found.rotate.argtypes = [*[pointer] * 3, *[count] * 5]
-    for function in (found.product, found.rms_norm, found.rotate):
+    found.decode_step.argtypes = [*[pointer] * 5, count, pointer, count, ctypes.c_int, pointer]
+    found.decode_step_memory.argtypes = [pointer, pointer, count, count]
+    found.decode_step_memory.restype = count
+    for function in (found.product, found.rms_norm, found.rotate, found.decode_step):
         function.restype = None
     x, y = torch.linspace(-1, 1, 5 * 70).view(5, 70), torch.empty(5, 3)
     for dtype, kind in KINDS.items():
         weight = torch.arange(3 * 70).view(3, 70).sub(100).to(dtype)
         found.product(kind, x.data_ptr(), weight.data_ptr(), None, None, None, y.data_ptr(), 5, 3, 70, 1)
         if not torch.allclose(y.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-3):
-            raise NotImplementedError(f"{SOURCE.name} multiplies {dtype} wrongly as built here")
+            raise NotImplementedError(f"{PRODUCTS.name} multiplies {dtype} wrongly as built here")
     return found
 
 
@@ -134,9 +139,10 @@ def _build() -> Path:
     # torch's own OpenMP, so that both share one team of threads
     openmp = [str(file) for file in Path(torch.__file__).parent.glob("lib/libgomp*")]
     command = [compiler, "-O3", native, "-fopenmp", "-shared", "-fPIC", str(SOURCE), *openmp, "-lm", "-o"]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *command, *_processor()]).encode()).hexdigest()
+    sources = [path.read_text() for path in (SOURCE, PRODUCTS)]
+    key = hashlib.sha256("\n".join([*sources, *command, *_processor()]).encode()).hexdigest()
     folder = _folder()
-    path = folder / f"{SOURCE.stem}-{key[:24]}.so"
+    path = folder / f"{PRODUCTS.stem}-{key[:24]}.so"
     if not path.exists():
         # under a name of its own first: several processes may build at a time
         with tempfile.TemporaryDirectory(dir=folder) as private:

@@ -82,6 +82,12 @@ class Attention(nn.Module):
         self.xl = XLPositions(config) if config.position is Position.xl else None
         self.attend = build_attend(config, layer)
 
+    def renumber(self, layer: int) -> None:
+        """Make this the attention of another layer: its place in the cache, and the seed of its hashes once loaded."""
+        self.layer = layer
+        if isinstance(self.attend, Reformer):
+            self.attend.seed = layer
+
     @property
     def column_layers(self) -> list[nn.Module]:
         """Column-parallel layers of tensor parallelism (Megatron): outputs split by head."""

@@ -9,7 +9,8 @@ things help:
    cannot be packed are laid out by columns, where torch reads them faster so. No number changes beyond rounding.
 3. Fewer operations. Decoders of Llama's and GPT-2's kinds spend a quarter of a step between their products. Here the
    weights that share an input are one matrix (q, k and v; gate and up), a product adds the residual stream, queries and
-   keys are normed and turned in one call, and norms are compiled or written out.
+   keys are normed and turned in one call, and norms are compiled or written out. Where products are compiled, so are
+   all blocks of a step of one token each (`kernels/decode_step.py`).
 
 `prepare_for_decoding` does all in place, without memory for a second copy. From then on the model is for reading; to
 train it, load it again.
@@ -26,10 +27,12 @@ from torch import Tensor, nn
 from genai_pl.config.enums import AttentionKind, NormOrder, Position
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask, ScoreOptions, attention_with, positions_from_segments
+from genai_pl.kernels.decode_step import DecodeStep
 from genai_pl.kernels.packed_product import LAYOUTS, Product, by_columns, fastest_product, products_of
 from genai_pl.kernels.row_products import multiply_rows, rms_norm_rows, rotate_rows
 from genai_pl.models.attention import Attention
 from genai_pl.models.block import Block
+from genai_pl.models.compiled_step import compiled_step
 from genai_pl.models.decoder import Decoder
 from genai_pl.models.kv_cache import KVCache
 from genai_pl.models.layers import MLP, GatedMLP
@@ -52,6 +55,7 @@ class FusedNorm:
         self, norm: nn.RMSNorm | nn.LayerNorm, weight: Tensor, bias: Tensor | None, *, compiled: bool = False
     ) -> None:
         self.weight, self.bias, self.eps, self.shape = weight, bias, norm.eps, norm.normalized_shape
+        self.plain_weight = weight
         self.is_rms = isinstance(norm, nn.RMSNorm)
         self.compiled = compiled and self.is_rms and weight.dim() == 1
         C = weight.shape[-1]
@@ -111,6 +115,7 @@ class FusedForward:
         self.backend = model.config.attention.value
         self.layers = [FusedBlock(block, product, layout) for block in model.blocks]
         self.norm = _fused_norm(model.norm, compiled=self.layers[0].compiled)
+        self.step: DecodeStep | None = None  # all blocks in one call
 
     def __call__(self, input_ids: Tensor, segment_ids: Tensor | None, cache: KVCache | None) -> Tensor:
         model, T = self.model, input_ids.shape[1]
@@ -125,8 +130,14 @@ class FusedForward:
             model.check_length(model.longest(positions))
             positions = positions[:, -T:]
         x = model.embed_inputs(input_ids, positions)  # (B, T, C)
-        mask = AttentionMask(causal=True, segments=segments)
         table = None if model.rotary is None else model.rotary(positions)
+        if self.step is not None and cache is not None and T == 1:
+            past = cache.past(segments)
+            if self.step.takes(x, past):
+                x = self.step(x, table, past)
+                cache.advance(T)
+                return self.norm(x)
+        mask = AttentionMask(causal=True, segments=segments)
         # the blocks, written out: pre-norm attention, pre-norm MLP
         for layer in self.layers:
             x = layer.attention_out(x, self._attend(layer.norm1(x), layer, mask, table, cache))
@@ -191,6 +202,8 @@ def prepare_for_decoding(model: nn.Module, dtype: torch.dtype | None = None, *, 
         model.fused = FusedForward(model, product, layout)
     if product is not None:
         pack_weights(model, dtype, product)
+    if is_fused and model.fused.layers[0].compiled:
+        model.fused.step = compiled_step(model, model.fused.layers)
     model.train = partial(_refuse_training, model)
     return is_fused
 

@@ -61,6 +61,8 @@ def _set_layers(model: Model, config: ModelConfig, numbers: Sequence[int]) -> No
     """Leave the model's blocks of these numbers, and the configuration that describes them."""
     for stack in (module for module in model.modules() if isinstance(module, Transformer)):
         stack.blocks = nn.ModuleList(stack.blocks[n] for n in numbers)
+        for place, block in enumerate(stack.blocks):
+            block.attention.renumber(place)
         stack.windows = [stack.windows[n] for n in numbers]
         stack.config = config
     model.config = config

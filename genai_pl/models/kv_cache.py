@@ -1,6 +1,6 @@
 """KV caches: the keys and values of the past, so that a decoding step computes those of one token only.
 
-Two caches with one interface (`update`, `segments`, `advance`, and what decoding needs to reorder and rewind):
+Two caches with one interface (`update` or `past`, `segments`, `advance`, and what decoding needs to reorder and rewind):
 `KVCache` for rows that are decoded together from their prompts on, and `SlotCache` for the rows of a serving engine, which
 come and go (`hf/transformers_cache.py` wraps those of transformers). A cache is an argument of a forward pass and never a
 part of the model: the model writes it, the caller owns it.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genai_pl.config.model import ModelConfig
+from genai_pl.kernels.decode_step import Past
 
 
 class KVCache:
@@ -54,6 +55,14 @@ class KVCache:
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def past(self, segments: Tensor | None) -> Past:
+        """What a compiled step of one token reads and writes instead of `update`, for the result of `segments`."""
+        self._next_length(1)
+        first = torch.zeros(self.k.shape[1], dtype=torch.long)
+        if segments is not None:  # tokens of a document are next to each other
+            first = (segments != segments[:, -1:]).sum(dim=1)
+        return Past(self.k, self.v, first, self.length)
 
     def segments(self, new: Tensor | None, n_new: int) -> Tensor | None:
         """Segment ids (B, S) of the past and of the n_new tokens, or None as long as no call has given any.
@@ -193,6 +202,10 @@ class SlotCache:
         self.k[layer, :B, :, self.next_column : self.next_column + 1] = k
         self.v[layer, :B, :, self.next_column : self.next_column + 1] = v
         return self.k[layer, :B, :, first : self.next_column + 1], self.v[layer, :B, :, first : self.next_column + 1]
+
+    def past(self, segments: Tensor | None) -> Past:
+        """What a compiled step reads and writes instead of `update`."""
+        return Past(self.k, self.v, self._first_columns.view(-1), self.next_column)
 
     def segments(self, new: Tensor | None, n_new: int) -> Tensor | None:
         """1 where a sequence has a token and 0 in its padding, (B, S) with the new ones; None if all are equally long."""

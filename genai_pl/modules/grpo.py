@@ -14,7 +14,7 @@ from genai_pl.modules.base import Metrics
 from genai_pl.modules.dynamic_sampling import replace_groups
 from genai_pl.modules.policy_gradient import PolicyGradientModule
 from genai_pl.modules.preference import token_logprobs
-from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, gather_tokens
+from genai_pl.modules.rollout import Experience, Rollout, ScoredRollout, gather_tokens, select_rows
 from genai_pl.modules.rollout_module import Means
 from genai_pl.objectives.grpo import (
     SURROGATES,
@@ -187,6 +187,19 @@ class GRPOModule(PolicyGradientModule):
 
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
         return self._weights(minibatch["mask"])[1]
+
+    def teaching_rows(self, minibatch: Experience) -> Experience:
+        """Without the rows whose completions all have the advantage 0, which would be run for a gradient of 0.
+
+        All are kept where the loss has other terms (the KL, auxiliary losses of experts), and among several processes,
+        which have to run equally many passes.
+        """
+        if (self.beta and self.kl_place == "loss") or self.routing.layers or self.trainer.world_size > 1:
+            return minibatch
+        n = len(minibatch["input_ids"])
+        teaches = (minibatch["advantages"].reshape(n, -1) != 0).any(1)
+        teaches[0] |= ~teaches.any()  # a pass of one row: its zeros are a gradient, and nothing would be none
+        return select_rows(minibatch, teaches.nonzero()[:, 0], n)
 
     def _weights(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of tokens (N, L) in the loss, and the number by which their sum is divided."""

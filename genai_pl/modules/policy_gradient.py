@@ -72,6 +72,10 @@ class PolicyGradientModule(RolloutModule):
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
         """This rank's summand of the number that divides a minibatch's loss: tokens or completions."""
 
+    def teaching_rows(self, minibatch: Experience) -> Experience:
+        """The rows of a minibatch whose loss has a gradient, at least one; a subclass may know of others."""
+        return minibatch
+
     def complete_rollout(self, scored: ScoredRollout, generator: torch.Generator) -> tuple[ScoredRollout, Means]:
         """The rollout that is learned from, and metrics of what was sampled for it; a subclass may sample more."""
         return scored, {}
@@ -110,6 +114,7 @@ class PolicyGradientModule(RolloutModule):
         for minibatch in self._minibatches(experience):
             optimizer.zero_grad()
             normalizer = self._over_ranks(self.loss_normalizer(minibatch).float()).clamp(min=1)
+            minibatch = self.teaching_rows(minibatch)  # after the normalizer, which counts all
             metrics = self._backward(minibatch, self.trainer.world_size / normalizer)
             if sums and self._kl_exceeded(metrics["policy/approxkl"], minibatch["mask"]):
                 optimizer.zero_grad()

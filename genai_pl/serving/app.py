@@ -9,14 +9,18 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from genai_pl.serving.errors import install
+from genai_pl.serving.http.anthropic import anthropic_routes
 from genai_pl.serving.http.bodies import Bodies
 from genai_pl.serving.http.label_routes import label_routes
 from genai_pl.serving.http.native import plain_routes, state_routes
 from genai_pl.serving.http.openai import openai_routes
 from genai_pl.serving.http.proxy import proxy_routes
+from genai_pl.serving.http.response_routes import response_routes
+from genai_pl.serving.http.token_routes import token_routes
 from genai_pl.serving.http.upstream import Upstream
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.middleware import Guard
+from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.service import Service
 from genai_pl.serving.settings import Settings
 from genai_pl.serving.shutdown import stop_in_time
@@ -70,7 +74,10 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
     if isinstance(backend, Service):
         app.include_router(plain_routes(backend))
         app.include_router(openai_routes(backend))
+        app.include_router(response_routes(backend))
+        app.include_router(anthropic_routes(backend))
         app.include_router(label_routes(backend))
+        app.include_router(token_routes(backend))
     else:
         app.include_router(proxy_routes(backend))
     # middleware; the last one added is the outermost
@@ -78,9 +85,14 @@ def create_app(backend: Service | Upstream, settings: Settings, metrics: Metrics
     bodies = Bodies(
         max_body=int(limits.max_body_mib * 2**20), max_values=max(MIN_BODY_VALUES, 2 * limits.max_input_tokens)
     )
-    app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies)
+    rates = backend.rates if isinstance(backend, Service) else RateLimits(settings.requests_per_minute, None)
+    logs = settings.log_format == "json"
+    app.add_middleware(Guard, metrics=metrics, keys=keys, bodies=bodies, rates=rates, logs=logs)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
         )
     return app

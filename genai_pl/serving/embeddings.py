@@ -66,6 +66,7 @@ class TextScorer:
                 rows[n] = row
             self._check_tokens(rows, "input")
         self._check_rows(rows)
+        self.service.rates.spend(sum(map(len, rows)))
         slices = embedding_slices(self.model, rows, self.service.sentence)
         return await self._run_slices(slices, adapter), sum(map(len, rows))
 
@@ -102,6 +103,7 @@ class TextScorer:
             rows += await self._encode(encode_texts if prompts is None else reward_tokens, *columns)
             self._check_tokens(rows, "text")
         self._check_rows(rows)
+        self.service.rates.spend(sum(map(len, rows)))
         rewards = await self._run_slices(reward_slices(self.model, rows), adapter)
         return list(zip(rewards.tolist(), map(len, rows), strict=True))
 
@@ -119,6 +121,7 @@ class TextScorer:
             rows += windows
             owners += text_numbers
             self._check_tokens([row.tokens for row in rows], "text")
+        self.service.rates.spend(sum(len(row.tokens) for row in rows))
         return await self._run_slices(logprob_slices(self.model, rows, owners, len(texts)), adapter)
 
     async def _encode(self, encode: Callable[..., T], *lists: Sequence[str | Messages] | None) -> T:

@@ -1,4 +1,4 @@
-"""Errors of the HTTP API: one JSON shape, OpenAI's, for every route and every failure.
+"""Errors of the HTTP API: one JSON shape, OpenAI's, for every route and every failure (below /v1/messages Anthropic's).
 
 A client's mistake (4xx) is explained to the client. A failure of the server (5xx) is explained in the log, under the request
 id that the client gets: messages of libraries may contain paths, addresses or passwords.
@@ -31,8 +31,19 @@ KINDS = {  # `type` of the error by status; any other status is invalid_request_
     503: "unavailable_error",
     504: "timeout_error",
 }
+ANTHROPIC_KINDS = {  # the same in Anthropic's API, for the paths below ANTHROPIC_PATH
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+ANTHROPIC_PATH = "/v1/messages"
 CLIENT_GONE = 499  # nginx's status for a client that left, only for metrics
 REQUEST: ContextVar[str] = ContextVar("request")  # the request id, which is also x-request-id
+IS_ANTHROPIC: ContextVar[bool] = ContextVar("anthropic", default=False)  # whose errors the current request gets
 
 
 class ErrorDetail(BaseModel):
@@ -87,14 +98,19 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, dict[str, object]]:
-        """The body as JSON values, for an answer or for the last event of a stream."""
+    def body(self) -> dict[str, object]:
+        """The body as JSON values, for an answer or for the last event of a stream; Anthropic's shape for its routes."""
+        if IS_ANTHROPIC.get():
+            kind = "api_error" if self.status >= 500 else "invalid_request_error"
+            detail = {"type": ANTHROPIC_KINDS.get(self.status, kind), "message": str(self)}
+            return {"type": "error", "error": detail, "request_id": request_number()}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
     def response(self) -> Response:
         """The answer; JSON escapes non-ASCII, since a message may quote half a surrogate pair, which UTF-8 cannot encode."""
-        return Response(json.dumps(self.body()), self.status, self.headers, "application/json")
+        status = 400 if IS_ANTHROPIC.get() and self.status == 422 else self.status  # a status that its clients know
+        return Response(json.dumps(self.body()), status, self.headers, "application/json")
 
 
 def request_number() -> str:
@@ -138,10 +154,10 @@ def install(app: FastAPI) -> None:
 
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
         # pydantic lists all mistakes, of a field with several types those of each: the first one is named, but an empty
-        # list is no wrong type
+        # list, or a block of an unknown type in one, is no wrong type
         mistakes = error.errors()
         of_field = [each for each in mistakes if each["loc"][:2] == mistakes[0]["loc"][:2]]
-        first = next((each for each in of_field if each["type"] == "too_short"), mistakes[0])
+        first = next((each for each in of_field if each["type"] in ("too_short", "union_tag_invalid")), mistakes[0])
         where = ".".join(str(part) for part in first["loc"] if part != "body" and not _names_a_type(part))
         if first["type"] == "json_invalid":
             return ApiError(422, f"the body is not JSON (at character {where})").response()

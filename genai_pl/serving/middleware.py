@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import hmac
+import logging
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,11 +12,22 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from genai_pl.serving.errors import CLIENT_GONE, REQUEST, ApiError, ClientGone, unexpected
+from genai_pl.serving.errors import (
+    ANTHROPIC_PATH,
+    CLIENT_GONE,
+    IS_ANTHROPIC,
+    REQUEST,
+    ApiError,
+    ClientGone,
+    unexpected,
+)
 from genai_pl.serving.fair_queue import CLIENT, network
 from genai_pl.serving.http.bodies import RESERVED_BYTES, Bodies
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.rate_limits import RateLimits
 
+OWN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")  # ids of clients: nothing that could forge a line of the log
+access = logging.getLogger("genai_pl.access")
 OPEN = {"/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"}  # paths that need no key
 
 
@@ -25,24 +38,37 @@ class Guard:
     metrics: counts route, status and seconds of each request
     keys: accepted API keys; empty for none
     bodies: limits of request bodies, which are read completely before the application starts
+    rates: limits of requests and tokens a minute, which requests that ask for work (POST) are counted by
+    logs: a line in the log for each request
 
-    Each request gets an id (`x-request-id`, and REQUEST for the log) and a client (CLIENT), whose turns it takes: the hash of
-    its key, else its address.
+    Each request gets an id (`x-request-id`, the client's own if it sends one, and REQUEST for the log) and a client (CLIENT),
+    whose turns it takes: the hash of its key, else its address.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, keys: Sequence[str], bodies: Bodies) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        keys: Sequence[str],
+        bodies: Bodies,
+        rates: RateLimits,
+        logs: bool = False,
+    ) -> None:
         self.app = app
         self.metrics = metrics
         self.keys = [key.encode() for key in keys]
-        self.bodies = bodies
+        self.bodies, self.rates, self.logs = bodies, rates, logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         # context of the request, which tasks started for it inherit
-        number = uuid.uuid4().hex[:12]
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        number = given.decode() if OWN_ID.fullmatch(given) else uuid.uuid4().hex[:12]
         REQUEST.set(number)
+        IS_ANTHROPIC.set(scope["path"].startswith(ANTHROPIC_PATH))
         RESERVED_BYTES.set([])
         start, status = time.perf_counter(), 0
 
@@ -56,6 +82,8 @@ class Guard:
         try:
             # key, body, application
             CLIENT.set(self._client(scope))
+            if scope["method"] == "POST":
+                self.rates.admit()
             await self.app(scope, await self._with_body(scope, receive), counted)
         except ClientGone:
             status = CLIENT_GONE
@@ -69,12 +97,19 @@ class Guard:
                 await answer.response()(scope, receive, counted)
         finally:
             self.bodies.release()
-            self.metrics.answered(route_name(scope), status or CLIENT_GONE, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.metrics.answered(route_name(scope), status or CLIENT_GONE, seconds)
+            if self.logs:
+                fields = {"method": scope["method"], "route": route_name(scope), "status": status or CLIENT_GONE}
+                access.info("request", extra={"fields": {**fields, "seconds": round(seconds, 4)}})
 
     def _client(self, scope: Scope) -> str:
         """The client of a request: the hash of its key, else its address; ApiError 401 if a key is needed and not valid."""
-        authorization = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = authorization.partition(b" ")
+        headers = dict(scope["headers"])
+        # Authorization: Bearer KEY, or Anthropic's x-api-key: KEY
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if not key and b"x-api-key" in headers:
+            kind, key = b"bearer", headers[b"x-api-key"]
         if self.keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
             matches = [hmac.compare_digest(key.strip(), valid) for valid in self.keys]  # compare with all: no timing
             if kind.lower() != b"bearer" or not any(matches):

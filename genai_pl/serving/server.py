@@ -29,7 +29,7 @@ def serve(settings: Settings) -> int:
     With port=0 the system chooses a port, which the settings of the workers and the printed address have.
     """
     options = {"log_level": "warning", "access_log": False, **server_options(settings)}
-    with bind(settings.host, settings.port) as listener:
+    with bind(settings.host, settings.port, reuse_port=settings.reuse_port) as listener:
         settings = replace(settings, port=listener.getsockname()[1])
         return (_serve_alone if settings.workers == 1 else _serve_together)(settings, listener, options)
 
@@ -40,7 +40,8 @@ def server_options(settings: Settings) -> dict[str, object]:
     The graceful timeout is longer than the drain, so that requests end with 503 before their connections are cut.
     """
     seconds = math.ceil(settings.drain + TO_GIVE_UP)
-    return {"server_header": False, "timeout_graceful_shutdown": seconds, **connection_options()}
+    logs = {"log_config": None} if settings.log_format == "json" else {}  # else uvicorn writes its lines as text
+    return {"server_header": False, "timeout_graceful_shutdown": seconds, **logs, **connection_options()}
 
 
 def _serve_alone(settings: Settings, listener: socket.socket, options: dict[str, object]) -> int:
@@ -70,11 +71,19 @@ def _serve_together(settings: Settings, listener: socket.socket, options: dict[s
     return 1 if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes) else 0
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening, inheritable socket of the address; ConfigError if it cannot be bound."""
+def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A listening, inheritable socket of the address; ConfigError if it cannot be bound.
+
+    reuse_port: other sockets with it may listen there too, and the kernel distributes connections (SO_REUSEPORT): a new server
+    starts while the old one still answers.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            raise ConfigError("reuse_port=true: this system cannot share a port between servers")
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
         listener.listen()  # now, not in uvicorn: with SO_REUSEADDR two sockets bind to one port until one listens

@@ -30,11 +30,13 @@ from genai_pl.serving.engine.request import QueueFull, Request, TokenStream
 from genai_pl.serving.engine.scoring_queue import ScoringQueue
 from genai_pl.serving.errors import ApiError, too_busy
 from genai_pl.serving.fair_queue import CLIENT
+from genai_pl.serving.http.reasoning import Reasoning
 from genai_pl.serving.labels import TextLabeller
 from genai_pl.serving.metrics import Metrics
+from genai_pl.serving.rate_limits import RateLimits
 from genai_pl.serving.response_cache import Cache, folder_hash, make_cache, model_hash
 from genai_pl.serving.settings import Settings
-from genai_pl.serving.tokenize_threads import TokenizeThreads
+from genai_pl.serving.tokenize_threads import TokenizeThreads, encode_plain
 
 CPU_CHUNK, GPU_CHUNK = 128, 512  # prompt tokens between two decode steps
 MIN_TOKEN_CHARACTERS = 32  # characters of one token, at least, in the check of prompts before tokenizing
@@ -96,6 +98,7 @@ class Service:
         waiting = {"queue_size": self.limits.queue_size, "timeout": self.limits.timeout}
         self.tokenize_threads = TokenizeThreads(self.tokenizer, **waiting)
         self.scoring_queue = ScoringQueue(self.engine, **waiting)
+        self.rates = RateLimits(settings.requests_per_minute, settings.tokens_per_minute)
         self.scorer, self.labeller = TextScorer(self), TextLabeller(self)
         self.longest = max(MIN_TOKEN_CHARACTERS, *map(len, self.tokenizer.get_vocab()))  # characters of one token
 
@@ -153,10 +156,20 @@ class Service:
         self._check_size(len(prompt))
         return tuple(await self.tokenize_threads.encode(encode_prompt, prompt, size=len(prompt)))
 
+    async def plain_tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text without begin and end tokens."""
+        self._check_size(len(text))
+        return tuple(await self.tokenize_threads.encode(encode_plain, text, size=len(text)))
+
     @cached_property
     def call_reader(self) -> CallReader:
         """Finds tool calls in answers; made once, with a tokenizer of its own, which no other thread uses."""
         return CallReader(deepcopy(self.tokenizer))
+
+    @cached_property
+    def reasoning(self) -> Reasoning:
+        """How the model writes its thoughts; it decodes the ends of prompts only."""
+        return Reasoning(self.tokenizer)
 
     async def chat_tokens(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
@@ -206,6 +219,12 @@ class Service:
         Raises ApiError 400 for a prompt that does not fit, 429 if too many requests wait.
         """
         request = self._clamp_to_context(request)
+        answer = await self._answer(request)
+        self.rates.spend(len(request.input_ids))
+        return self.rates.metered(answer)
+
+    async def _answer(self, request: Request) -> Answer:
+        """The same for a request that fits; its tokens are not counted."""
         # cache
         key = None
         if self.cache is not None and is_repeatable(request):

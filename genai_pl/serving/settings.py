@@ -36,6 +36,7 @@ class Limits:
     max_inputs: texts to embed or score in one request
     max_input_tokens: tokens of these texts together
     max_body_mib: size of a request body (413)
+    stored_mib: responses kept for previous_response_id
     """
 
     queue_size: int = 64
@@ -45,6 +46,7 @@ class Limits:
     max_inputs: int = 256
     max_input_tokens: int = 131_072
     max_body_mib: float = 4.0
+    stored_mib: float = 16.0
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -58,11 +60,14 @@ class Settings:
 
     checkpoint, adapters, name: model, adapter folder by name, and the name that clients use for the base
     host, port, workers: address (port 0: any free one) and number of processes
+    reuse_port: another server may listen at the same address, for restarts
     backend: local, onnx, or openai for a server at `url` with the API key in the environment variable `key_variable`
     cache, cache_ttl, cache_mib: memory, a Redis URL or None; seconds of an entry; size of the memory cache
     slots, max_length: requests that run at once; tokens of prompt and answer together, None for the model's context
     pooling: of embeddings, None for the folder's own
     device, dtype: where and in which of DTYPES the weights are
+    requests_per_minute, tokens_per_minute: of each client, None for no limit
+    log_format: text, or json for one object a line, with a line for each request
     api_keys: file with accepted keys; cors_origins: web origins that may call the API
     drain: seconds that running requests have after SIGTERM
     generation: sampling settings of requests that do not set them
@@ -74,6 +79,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
+    reuse_port: bool = False
     backend: str = "local"
     url: str | None = field(default=None, repr=False)  # may hold a password, as cache may
     key_variable: str = "OPENAI_API_KEY"
@@ -85,6 +91,9 @@ class Settings:
     pooling: str | None = None
     device: str = "auto"
     dtype: str = "fp32"
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    log_format: str = "text"
     api_keys: str | None = None
     cors_origins: list[str] = field(default_factory=list)
     drain: float = 30.0
@@ -109,6 +118,13 @@ class Settings:
         for name in ("workers", "slots", "cache_ttl", "cache_mib", "drain"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{name}={value} must be above 0, or null for no limit")
+        if self.backend == "openai" and self.tokens_per_minute is not None:
+            raise ConfigError("tokens_per_minute: backend=openai does not count tokens; set requests_per_minute")
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format={self.log_format} is not one of text, json")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port={self.port} must lie between 0 and 65535")
 

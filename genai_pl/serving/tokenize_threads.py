@@ -22,6 +22,11 @@ T = TypeVar("T")
 SHORT = 16_384  # characters of a short text, tokenized in a few milliseconds
 
 
+def encode_plain(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Token ids of a text without begin and end tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 class FairThread:
     """One thread that works for one request at a time, in turns of clients.
 

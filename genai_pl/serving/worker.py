@@ -16,6 +16,7 @@ from genai_pl.errors import ConfigError, UserError
 from genai_pl.plugins import import_plugins
 from genai_pl.serving.app import create_app
 from genai_pl.serving.http.upstream import Upstream
+from genai_pl.serving.json_logs import log_json
 from genai_pl.serving.log_limits import limit_repeated_lines
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
@@ -25,6 +26,8 @@ from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
     """(service or upstream, application) of the settings: loads the model, which takes seconds to minutes."""
     limit_repeated_lines()
+    if settings.log_format == "json":
+        log_json()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
     backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)

@@ -13,6 +13,7 @@ as if typed.
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -181,13 +182,21 @@ def _distrust_reason(text: str, folders: Sequence[Path]) -> str | None:
     return _field_distrust_reason(parts, values)
 
 
-def _shipped_callback_fields() -> set[tuple[str, ...]]:
+@cache
+def _shipped_callback_fields() -> frozenset[tuple[str, ...]]:
     """(callback, field) pairs of conf/callbacks: the only options below `callbacks.extra` that a saved command may
     set.
     """
     files = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "callbacks").glob("*.yaml")]
     entries = [(name, fields) for file in files for name, fields in file.get("extra", {}).items()]
-    return {(name, field) for name, fields in entries for field in fields}
+    return frozenset((name, field) for name, fields in entries for field in fields)
+
+
+@cache
+def _shipped_options() -> frozenset[str]:
+    """Top-level options that conf/config.yaml has, without its defaults and Hydra's."""
+    options = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    return frozenset(options.keys() - {"defaults", "hydra"})
 
 
 def _values(override: Override) -> list[object] | None:
@@ -224,8 +233,7 @@ def _field_distrust_reason(parts: list[str], values: list[object]) -> str | None
         numbers = len(parts) == 3 and all(isinstance(leaf, int | float) for leaf in leaves)
         return None if numbers else "changes Hydra: what a launcher runs"
     # known roots are the groups, and the top-level options that conf/config.yaml has
-    options = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-    is_root = len(parts) == 1 and parts[0] in options.keys() - {"defaults", "hydra"}
+    is_root = len(parts) == 1 and parts[0] in _shipped_options()
     if not (
         is_root or parts[0] in TRUSTED_GROUPS or (parts[0] == "callbacks" and parts[1] in {*TRUSTED_CALLBACKS, "extra"})
     ):

@@ -171,8 +171,18 @@ def test_the_last_turn_is_a_step_even_with_a_call_and_so_is_one_that_was_cut_off
     tokenizer = chat_tokenizer()
     episode = play(Calculator(), tokenizer, ROW, f"{CALL}<|im_end|>", f"12{CALL}<|im_end|>", max_turns=2)
     assert (episode.n_calls, episode.is_over, episode.done, len(episode.rewards)) == (1, True, True, 2)
+    # the numbers of a call that is not run are no answer
+    episode = play(
+        Calculator(), tokenizer, {**ROW, "answer": "4"}, f"{CALL}<|im_end|>", f"{CALL}<|im_end|>", max_turns=2
+    )
+    assert (episode.n_calls, episode.rewards) == (1, [0.0, 0.0])
     episode = play(Calculator(), tokenizer, ROW, "It is 12")
     assert (episode.is_over, episode.ended, episode.rewards) == (True, False, [1.0])
+
+
+def test_tools_without_a_turn_for_their_answer_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"its tools need objective\.max_turns=2 or more"):
+        play(Calculator(), chat_tokenizer(), ROW, max_turns=1)
 
 
 def test_an_episode_ends_where_the_context_has_no_room_for_a_completion() -> None:

@@ -5,7 +5,15 @@ from torch import Tensor
 
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.generation import draw_token, process, sample
-from genai_pl.generation.processors import logit_bias, min_p, repetition_penalty, temperature, top_k, top_p
+from genai_pl.generation.processors import (
+    count_penalty,
+    logit_bias,
+    min_p,
+    repetition_penalty,
+    temperature,
+    top_k,
+    top_p,
+)
 
 BIAS = {3: 2.5, 7: -100.0, 49: 1.0}
 NO_IDS = torch.zeros(1, 0, dtype=torch.long)
@@ -123,3 +131,22 @@ def test_nothing_to_draw_from_is_an_error(value):
 def test_a_temperature_too_low_to_divide_by_takes_the_likeliest_token():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert sample(logits, GenerationConfig(temperature=1e-40)).tolist() == [1]
+
+
+def test_count_penalties_follow_their_formula() -> None:
+    # mu[j] -> mu[j] - c[j] * frequency - float(c[j] > 0) * presence, OpenAI's API reference
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.5]], dtype=torch.float64)
+    counts = torch.tensor([[0.0, 1.0, 3.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.3, -1.0 - 0.7 - 0.2, 2.0 - 3 * 0.7 - 0.2, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(count_penalty(logits, counts, 0.2, 0.7), expected)
+
+
+def test_a_large_presence_penalty_repeats_no_token(small_model) -> None:
+    from genai_pl.generation import generate
+
+    model = small_model()
+    prompt = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    plain = generate(model, prompt, GenerationConfig(max_new_tokens=12, temperature=0))[:, 3:]
+    config = GenerationConfig(max_new_tokens=12, temperature=0, presence_penalty=1e4)
+    assert any(len(set(row)) < 12 for row in plain.tolist())  # without it some are repeated
+    assert all(len(set(row)) == 12 for row in generate(model, prompt, config)[:, 3:].tolist())

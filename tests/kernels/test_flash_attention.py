@@ -147,13 +147,15 @@ def test_what_is_done_to_the_scores(mask: AttentionMask, sizes: dict, options: d
     ("mask", "sizes", "options"),
     [
         (AttentionMask(causal=True), {"T": 1, "S": 140, "H": 12}, {}),
-        (AttentionMask(causal=True, window=40), {"T": 5, "S": 130, "H": 4}, {}),
+        pytest.param(AttentionMask(causal=True, window=40), {"T": 5, "S": 130, "H": 4}, {}, marks=pytest.mark.slow),
         (AttentionMask(causal=True, segments=documents("70. 30a", "100b")), {"T": 2, "S": 100, "H": 4}, {}),
         (AttentionMask(segments=documents("90.")), {"T": 3, "S": 90}, {}),
         (AttentionMask(causal=True, prefix=60), {"T": 4, "S": 90}, {"alibi": SLOPES}),
         (AttentionMask(causal=True, window=40), {"T": 5, "S": 130, "H": 4}, {"sinks": draw(4)}),
         (AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90), "sinks": 9 * draw(4)}),
-        (AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90)}),
+        pytest.param(
+            AttentionMask(causal=True), {"T": 4, "S": 90, "H": 4}, {"bias": draw(4, 4, 90)}, marks=pytest.mark.slow
+        ),
     ],
 )
 @pytest.mark.parametrize("n_processors", [pytest.param(1, marks=pytest.mark.slow), 1000])

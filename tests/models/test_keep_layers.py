@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.models import ModelConfig, build_model
 from genai_pl.models.keep_layers import evenly_spaced, keep_layers
+from genai_pl.modules.rollout import generate_rollout
 from tests.small_models import GPT, LLAMA
 
 WINDOWS = {**LLAMA, "n_layer": 6, "window": 4, "full_every": 3}
@@ -28,6 +30,24 @@ def test_kept_layers_compute_what_they_did() -> None:
     again = build_model(student.config).eval()  # its configuration describes it
     again.load_state_dict(student.state_dict())
     torch.testing.assert_close(again(ids), student(ids))
+
+
+@pytest.mark.parametrize("kind", ["full", "performer", "reformer"])
+def test_kept_layers_decode_with_a_cache_and_are_loaded_as_the_same_model(kind: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**{**GPT, "n_layer": 4}, attention_kind=kind)).eval()
+    student = keep_layers(model, [1, 3])
+    ids = torch.randint(200, (1, 9))
+    again = build_model(student.config).eval()
+    again.load_state_dict(student.state_dict())
+    torch.testing.assert_close(again(ids), student(ids))
+    if kind == "full":  # the others have no cache
+        options = {"generator": torch.Generator(), "ends": set(), "pad": 0}
+        greedy = generate_rollout(
+            student, [ids[0].numpy()], GenerationConfig(max_new_tokens=3, temperature=0), **options
+        )
+        row = greedy.batch["input_ids"]
+        assert row[0, 9:].tolist() == student(row)[0, 8:-1].argmax(-1).tolist()
 
 
 def test_fields_with_a_value_for_each_layer_follow() -> None:

@@ -176,7 +176,7 @@ WRONG = {
     "n": (openai.UnprocessableEntityError, {"n": 1000}),
     "tools": (openai.UnprocessableEntityError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
     "tool_choice": (openai.UnprocessableEntityError, {"tool_choice": "required"}),
-    "presence_penalty": (openai.UnprocessableEntityError, {"presence_penalty": 1.0}),
+    "presence_penalty": (openai.UnprocessableEntityError, {"presence_penalty": 2.5}),
 }
 
 
@@ -209,3 +209,89 @@ def test_a_tokenizer_without_a_template_is_said(tmp_path: Path) -> None:
         assert reply.status_code == 400
         assert "no chat template" in reply.json()["error"]["message"]
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_penalties_are_those_of_the_formula(ai, theirs) -> None:
+    model, _ = theirs
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.8}
+    text = ai.completions.create(model="tiny", prompt="Once", max_tokens=20, temperature=0, **options).choices[0].text
+    ids, counts = list(b"Once"), torch.zeros(model.config.vocab_size)
+    for _ in range(20):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        token = int((logits - 0.8 * counts - 1.5 * (counts > 0)).argmax())
+        counts[token] += 1
+        ids.append(token)
+    _, tokenizer = theirs
+    assert text == tokenizer.decode(ids[4:], skip_special_tokens=True).rstrip("\ufffd")
+    with pytest.raises(openai.UnprocessableEntityError) as raised:
+        ai.completions.create(model="tiny", prompt="x", presence_penalty=2.1)
+    assert raised.value.param == "presence_penalty"
+
+
+def test_an_echoed_prompt_has_its_log_probabilities(ai, theirs) -> None:
+    options = {"model": "tiny", "prompt": ["Once upon", "Two"], "echo": True, "logprobs": 3, "temperature": 0}
+    model, tokenizer = theirs
+    [once, two] = ai.completions.create(**options, max_tokens=0).choices
+    assert (once.text, two.text, once.finish_reason) == ("Once upon", "Two", "length")
+    ids = list(b"Once upon")
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = once.logprobs
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    assert found.tokens == list("Once upon")
+    assert found.text_offset == list(range(9))
+    chosen = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert found.token_logprobs[1:] == pytest.approx(chosen.tolist(), abs=1e-4)
+    for row, top in zip(expected[:-1], found.top_logprobs[1:], strict=True):
+        best = reversed(list(zip(*row.topk(3), strict=True)))  # of tokens with one text the likeliest is kept
+        assert top == pytest.approx({tokenizer.decode([int(i)]): float(p) for p, i in best}, abs=1e-4)
+    # with an answer after it, whole and in a stream
+    [whole, _] = ai.completions.create(**options, max_tokens=3).choices
+    assert whole.text.startswith("Once upon")
+    assert whole.logprobs.token_logprobs[1:9] == pytest.approx(found.token_logprobs[1:], abs=1e-4)
+    assert len(whole.logprobs.tokens) == len(whole.logprobs.text_offset) == 12
+    chunks = [c for chunk in ai.completions.create(**options, max_tokens=3, stream=True) for c in chunk.choices]
+    assert "".join(chunk.text for chunk in chunks if chunk.index == 0) == whole.text
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"echo": True, "suffix": "x"}, {"suffix": "x"}])
+def test_an_echo_or_suffix_that_cannot_be_is_refused(wrong: dict, ai) -> None:
+    with pytest.raises(openai.APIStatusError, match=r"echo|suffix") as raised:
+        ai.completions.create(model="tiny", prompt="Once", **wrong)
+    assert raised.value.status_code in (400, 422)
+
+
+def test_a_suffix_is_put_before_the_middle(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from genai_pl.data import byte_tokenizer
+    from genai_pl.data.tokenizer import FIM, add_missing_tokens
+    from tests.serving.fake import FakeEngine
+    from tests.serving.servers import make_service, serving, write_model
+
+    wider = byte_tokenizer()
+    add_missing_tokens(wider, ["fim"])
+    folder = write_model(tmp_path / "filler", vocab_size=len(wider))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    add_missing_tokens(tokenizer, ["fim"])
+    tokenizer.save_pretrained(folder)
+    service = make_service(folder, cache=None)
+    service.engine = FakeEngine(["b"])
+    with serving(service) as client:
+        reply = client.post("/v1/completions", json={"prompt": "a", "suffix": "c", "max_tokens": 1})
+    assert reply.json()["choices"][0]["text"] == "b"
+    prefix, middle, suffix = (service.tokenizer.get_vocab()[name] for name in FIM)
+    assert service.engine.requests[0].input_ids == (prefix, ord("a"), suffix, ord("c"), middle)
+
+
+def test_texts_become_tokens_and_tokens_text(client, theirs) -> None:
+    _, tokenizer = theirs
+    found = client.post("/tokenize", json={"prompt": "Zürich", "return_token_strs": True}).json()
+    ids = tokenizer("Zürich")["input_ids"]
+    assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 128)
+    assert found["token_strs"] == tokenizer.convert_ids_to_tokens(ids)
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "Zürich"}
+    chat = client.post("/tokenize", json={"messages": HELLO}).json()["tokens"]
+    assert chat == tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert client.post("/detokenize", json={"tokens": [99999]}).json()["error"]["param"] == "tokens"

@@ -104,7 +104,6 @@ WRONG = {
     "logit_bias": [{"100000": 1}],
     "logit_bias.5": [{"5": 101}],
     "best_of": [3],
-    "echo": [True],
     "suffix": ["end"],
 }
 

@@ -100,6 +100,8 @@ def test_a_call_is_read_whole_and_in_a_stream(folder: Path, play) -> None:
         '<tool_call>{"name": "weather", "arguments": "Zürich"}</tool_call>',
         "<tool_call>[1]</tool_call>",
         '<tool_call>{"name": "weather"',
+        '<tool_call>{"name": "weather", "arguments": {"city": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>',
     ],
 )
 def test_what_is_no_call_stays_text(text: str, play) -> None:
@@ -133,8 +135,13 @@ def test_half_a_character_in_what_is_rendered_is_refused(play) -> None:
 @pytest.mark.parametrize(
     ("param", "options"),
     [
-        ("tool_choice", {"tool_choice": "required"}),
-        ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "weather"}}}),
+        ("tool_choice", {"tool_choice": "perhaps"}),
+        ("tool_choice", {"tool_choice": "required", "tools": []}),
+        ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "other"}}}),
+        (
+            "tools",
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}], "tool_choice": "required"},
+        ),
         ("tools.0.function.name", {"tools": [{"type": "function", "function": {}}]}),
         ("messages.0", {"messages": [{"role": "assistant"}]}),
     ],
@@ -144,6 +151,27 @@ def test_what_cannot_be_is_refused_by_name(param: str, options: dict, play) -> N
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         ai.chat.completions.create(**{"model": "caller", "messages": ASKED, "tools": [TOOL], **options})
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_call_that_must_be_is_one_of_an_offered_tool(folder: Path, choice) -> None:
+    pytest.importorskip("llguidance", reason="needs pip install -e '.[constrain]'")
+    reference = {"$defs": {"small": {"type": "integer", "enum": [1, 2]}}, "type": "object", "required": ["a"]}
+    reference |= {"properties": {"a": {"$ref": "#/$defs/small"}}, "additionalProperties": False}
+    add = {"type": "function", "function": {"name": "add", "parameters": reference}}
+    tools = [add] if choice == "required" else [TOOL, add]
+    with serving(make_service(folder, cache=None)) as client:
+        asked = {"messages": ASKED, "tools": tools, "tool_choice": choice, "temperature": 0, "max_tokens": 100}
+        asked["logit_bias"] = dict.fromkeys(
+            map(str, b" \t\n\r"), -100
+        )  # JSON may have spaces without end between its parts
+        [whole] = client.post("/v1/chat/completions", json=asked).json()["choices"]
+        assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
+        [call] = whole["message"]["tool_calls"]
+        assert call["function"]["name"] == "add"
+        assert json.loads(call["function"]["arguments"])["a"] in (1, 2)
+        short = client.post("/v1/chat/completions", json={**asked, "max_tokens": 5}).json()["choices"][0]
+        assert (short["finish_reason"], "tool_calls" in short["message"]) == ("length", False)
 
 
 def test_names_and_thoughts_of_earlier_turns_reach_the_template() -> None:

@@ -5,7 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from genai_pl.modules.grpo import GRPOModule
+from genai_pl.modules.policy_gradient import PolicyGradientModule
 from tests.conftest import TINY, some
 from tests.training.test_alignment import table
 
@@ -23,6 +27,9 @@ def odd(prompts, completions, **columns):
 
 def mixed(prompts, completions, **columns):
     return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+
+def partly(prompts, completions, **columns):
+    return [score * (int(prompt.split()[0]) % 2) for prompt, score in zip(prompts, mixed(prompts, completions))]
 """
 DAPO = ("objective=dapo", "objective.group_size=2", "objective.overlong_buffer=4", "objective.dynamic_sampling=3")
 PRESETS = ("gspo", "cispo", "reinforce", "dr_grpo", "rloo")
@@ -57,6 +64,44 @@ def test_a_preset_learns_the_same_in_one_pass_and_in_several(preset: str, comman
         for name in ("train/loss", "train/grad_norm", "objective/scores"):
             assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5)
     assert float(once[-1]["train/grad_norm"]) > 0
+
+
+@pytest.mark.usefixtures("prompts")
+@pytest.mark.parametrize("minibatch", [None, 2], ids=["shared prompts", "a row each"])
+def test_groups_without_an_advantage_are_not_run_and_nothing_changes(
+    minibatch: int | None, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        "train",
+        "objective=dr_grpo",
+        "objective.group_size=4",
+        *SMALL,
+        *RUN,
+        "objective.reward=rewards:partly",
+    )
+    arguments += ("trainer.max_steps=2", "trainer.log_every_n_steps=1", "precision=fp32", "data.batch_size=8")
+    arguments += (f"objective.minibatch_size={minibatch or 'null'}", "objective.epochs=2")
+    rows: dict[str, list[int]] = {"fewer": [], "all": []}
+
+    def run(name: str, chosen) -> None:
+        def counted(self: GRPOModule, minibatch: dict) -> dict:
+            learned = chosen(self, minibatch)
+            rows[name].append(len(learned["input_ids"]))
+            return learned
+
+        monkeypatch.setattr(GRPOModule, "teaching_rows", counted)
+        assert command(*arguments, f"hydra.run.dir={name}").status == 0
+
+    run("fewer", GRPOModule.teaching_rows)
+    run("all", PolicyGradientModule.teaching_rows)
+    assert len(rows["fewer"]) == len(rows["all"])
+    assert 0 < sum(rows["fewer"]) < sum(rows["all"])
+    fewer, everything = (load_file(tmp_path / name / "model/model.safetensors") for name in rows)
+    for name, weight in everything.items():
+        torch.testing.assert_close(fewer[name], weight, rtol=1e-5, atol=1e-6)
+    for one, other in zip(table(tmp_path / "fewer"), table(tmp_path / "all"), strict=True):
+        for name in ("train/loss", "train/grad_norm", "objective/equal_groups"):
+            assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.usefixtures("prompts")

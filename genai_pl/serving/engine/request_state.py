@@ -37,7 +37,8 @@ class RequestState:
     finish_reason: None while the request is alive; once it is set, the engine removes the request after the current step
     n_prefilled: prompt tokens whose keys and values are in `cache`
     cache, cache_start: the KV cache of prefill, and the column of the prompt's first token in it
-    generator, seen_tokens: the request's own random numbers, and the tokens (V,) that the repetition penalty counts
+    generator, seen_tokens, token_counts: the request's own random numbers, the tokens (V,) that the repetition penalty counts,
+    and how often each was generated (V,), for presence and frequency penalty
 
     One thread at a time touches a state: the submitting one until it is queued, then the engine's.
     """
@@ -71,6 +72,7 @@ class RequestState:
         self.cache: KVCache | WrappedCache | None = None
         self.generator: torch.Generator | None = None
         self.seen_tokens: Tensor | None = None
+        self.token_counts: Tensor | None = None
 
     def start(self, model: Model | WrappedDecoder, tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> None:
         """Prepare prefill, once the request has a slot: all that takes memory on the device is allocated here.
@@ -89,6 +91,8 @@ class RequestState:
         if self.config.repetition_penalty != 1:
             self.seen_tokens = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
             self.seen_tokens[self.prompt] = True
+        if self.config.counts_tokens:
+            self.token_counts = torch.zeros(model.config.vocab_size, device=device)
 
     def prefill_chunk(self, limit: int, device: torch.device) -> Tensor | None:
         """Read at most `limit` more tokens of the prompt into the cache.
@@ -124,6 +128,8 @@ class RequestState:
         self.output_ids.append(sampled.token)
         if self.seen_tokens is not None:
             self.seen_tokens[sampled.token] = True
+        if self.token_counts is not None:
+            self.token_counts[sampled.token] += 1
         text = self.text.push(sampled.token)
         n = len(self.output_ids)
         if self.text.ended:
@@ -152,7 +158,7 @@ class RequestState:
     def finish(self, observer: EngineObserver) -> None:
         """Report the finish reason to observer and reader, and drop all references to tensors."""
         observer.finished(self.finish_reason, len(self.request.input_ids), len(self.output_ids))
-        self.cache = self.model = self.seen_tokens = None
+        self.cache = self.model = self.seen_tokens = self.token_counts = None
         self.stream.close(self.finish_reason)
 
 

@@ -32,7 +32,8 @@ def sample(logits: Tensor, states: Sequence[RequestState]) -> list[SampledToken 
     for n, state in enumerate(states):
         if state.finish_reason is None:
             c = state.config
-            settings = (c.temperature, c.top_k, c.top_p, c.min_p, c.repetition_penalty, tuple(c.logit_bias.items()))
+            penalties = (c.repetition_penalty, c.presence_penalty, c.frequency_penalty)
+            settings = (c.temperature, c.top_k, c.top_p, c.min_p, *penalties, tuple(c.logit_bias.items()))
             groups[(*settings, state.banned_tokens is None)].append(n)
     # a token for each; they stay on the device, so that the whole batch waits for it once
     for members in groups.values():
@@ -78,9 +79,10 @@ def _processed(logits: Tensor, states: Sequence[RequestState], members: list[int
     """Of a group's B members the likeliest tokens (B,) at temperature 0, else probabilities (B, V)."""
     config = states[members[0]].config
     seen = None if config.repetition_penalty == 1 else torch.stack([states[n].seen_tokens for n in members])
+    counts = torch.stack([states[n].token_counts for n in members]) if config.counts_tokens else None
     masks = torch.stack([banned[n] for n in members]) if members[0] in banned else None
     logits = logits if len(members) == len(states) else logits[members]  # no copy in the common case
-    logits = process(logits, config, seen=seen, banned=masks)
+    logits = process(logits, config, seen=seen, banned=masks, counts=counts)
     return logits.argmax(dim=-1) if config.temperature == 0 else logits.softmax(dim=-1)
 
 

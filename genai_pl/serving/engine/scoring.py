@@ -90,6 +90,37 @@ def logprob_slices(
     return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
+PromptLogprobs = list[tuple[float | None, tuple[tuple[int, float], ...]]]
+
+
+def prompt_logprob_slices(model: Model, rows: Rows, n: int) -> Generator[None, None, list[PromptLogprobs]]:
+    """For each token of each row its log-probability in nats, and the n likeliest tokens in its place with theirs.
+
+    The first token of a row follows nothing: (None, ()).
+    """
+    can_slice, found = unbatchable_reason(model) is None, []
+    device = next(model.parameters()).device
+    for row in rows:
+        values: PromptLogprobs = [(None, ())]
+
+        def add(start: int, hidden: Tensor, row: Sequence[int] = row, values: PromptLogprobs = values) -> None:
+            logprobs = model.logits(hidden[0]).float().log_softmax(-1)  # (T, V) of the slice
+            targets = torch.tensor(row[start + 1 : start + 1 + len(logprobs)], device=logprobs.device)
+            chosen = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+            best = logprobs.topk(min(n, logprobs.shape[1]))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            values.extend((value, tuple(zip(*pair, strict=True))) for value, pair in zip(chosen, pairs, strict=True))
+
+        if can_slice and len(row) > 2:
+            yield from _cached_slices(model, row[:-1], add)
+        elif len(row) > 1:
+            with torch.inference_mode():
+                add(0, model.features(torch.tensor([row[:-1]], device=device)))
+            yield
+        found.append(values)
+    return found
+
+
 def _plan_slices(model: Model, lengths: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Batches of row indices, and whether the batch is one long row that is read in several slices.
 

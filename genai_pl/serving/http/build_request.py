@@ -11,11 +11,8 @@ from genai_pl.generation import check_bias
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.engine.request import Request
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.schemas import Sampling
+from genai_pl.serving.http.schemas import SAMPLING_FIELDS, Sampling
 from genai_pl.serving.service import Service
-
-# fields of Sampling that override the server's settings
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
 def generation_config(

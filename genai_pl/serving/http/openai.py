@@ -7,6 +7,8 @@ Completions and chat share `respond`; an AnswerFormat of responses.py writes the
 import asyncio
 import base64
 from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -15,13 +17,17 @@ from torch import Tensor
 from genai_pl.serving.answer_streams import Answer
 from genai_pl.serving.errors import ApiError, documented
 from genai_pl.serving.http.build_request import check_count, generation_config, submit_requests
+from genai_pl.serving.http.echo import completion_prompts, echoed
 from genai_pl.serving.http.rendering import json_answer, json_chunks
 from genai_pl.serving.http.responses import AnswerFormat, ChatFormat, CompletionFormat, header, usage
 from genai_pl.serving.http.schemas import ChatBody, CompletionBody, EmbeddingBody, OpenAISampling
 from genai_pl.serving.http.streaming import Events, cancelled_at_exit, collect, merged, stream_events, while_connected
 from genai_pl.serving.http.structured import apply_response_format
-from genai_pl.serving.http.tools import ToolChatFormat, offered_tools
+from genai_pl.serving.http.tools import ForcedCallFormat, ToolChatFormat, is_forced, offered_tools
 from genai_pl.serving.service import Service
+
+if TYPE_CHECKING:
+    from genai_pl.serving.engine.request import TokenOutput
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
 
@@ -46,30 +52,24 @@ def openai_routes(service: Service) -> APIRouter:
         """Continue one prompt or several."""
         check(service, body, len(body.prompts))
 
-        async def read() -> list[tuple[int, ...]]:
-            return [await service.tokens(prompt) for prompt in body.prompts]
-
-        prompts = await while_connected(request.receive, read())
+        prompts = await while_connected(request.receive, completion_prompts(service, body))
+        answer_format = CompletionFormat(decoder(service), body.logprobs)
+        if body.echo:
+            adapter = service.adapter_of(body.model)
+            echoes = await while_connected(request.receive, echoed(service, prompts, adapter, body.logprobs))
+            answer_format = CompletionFormat(decoder(service), body.logprobs, echoes, n_each=body.n)
         token_limit = {"max_tokens": body.max_tokens, "param": "max_tokens", "default": 16}  # OpenAI's
-        return await respond(
-            service, body, request, prompts, CompletionFormat(decoder(service), body.logprobs), token_limit
-        )
+        if body.max_tokens == 0:  # echo alone: no answer
+            return await whole_answer(
+                answer_format, body.model or service.name, prompts, [None] * len(prompts) * body.n
+            )
+        return await respond(service, body, request, prompts, answer_format, token_limit)
 
     @router.post("/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        check(service, body, 1)
-        tools = offered_tools(service, body)
-        turns = [message.plain() for message in body.messages]
-        prompts = [await while_connected(request.receive, service.chat_tokens(turns, tools))]
-        param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        answer_format = ChatFormat(decoder(service), top)
-        if tools:
-            reader = await asyncio.to_thread(lambda: service.call_reader)
-            answer_format = ToolChatFormat(decoder(service), top, tools, reader)
-        return await respond(service, body, request, prompts, answer_format, token_limit)
+        prompt, answer_format, token_limit = await read_chat(service, body, request)
+        return await respond(service, body, request, [prompt], answer_format, token_limit)
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
@@ -99,6 +99,41 @@ def decoder(service: Service):
     return lambda token: service.tokenizer.decode([token], skip_special_tokens=False)
 
 
+async def read_chat(
+    service: Service, body: ChatBody, request: Request
+) -> tuple[tuple[int, ...], ChatFormat, dict[str, object]]:
+    """(tokens of the conversation, format of the answers, arguments of generation_config) of a chat."""
+    check(service, body, 1)
+    tools = offered_tools(service, body)
+    turns = [message.plain() for message in body.messages]
+    prompt = await while_connected(request.receive, service.chat_tokens(turns, tools))
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    token_limit = {"max_tokens": getattr(body, param), "param": param, "default": None}
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    options = {"make_splitter": partial(service.reasoning.make, prompt)}
+    if not tools:
+        return prompt, ChatFormat(decoder(service), top, **options), token_limit
+    reader = await asyncio.to_thread(lambda: service.call_reader)
+    if is_forced(body):
+        return prompt, ForcedCallFormat(decoder(service), top, tools, reader), token_limit
+    return prompt, ToolChatFormat(decoder(service), top, tools, reader, **options), token_limit
+
+
+async def submit(
+    service: Service,
+    body: OpenAISampling,
+    request: Request,
+    prompts: list[tuple[int, ...]],
+    answer_format: AnswerFormat,
+    token_limit: dict[str, object],
+) -> list[Answer]:
+    """n answers to each prompt, queued; arguments as for `respond`."""
+    config = generation_config(service, body, stop=body.stops, **token_limit)
+    config = await while_connected(request.receive, apply_response_format(service, body, config))
+    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
+    return await submit_requests(service, body, prompts, config, **options)
+
+
 async def respond(
     service: Service,
     body: OpenAISampling,
@@ -113,11 +148,7 @@ async def respond(
     answer_format: writes the JSON of completions or chat
     token_limit: the arguments max_tokens, param and default of generation_config
     """
-    config = generation_config(service, body, stop=body.stops, **token_limit)
-    config = await while_connected(request.receive, apply_response_format(service, body, config))
-    options = {"adapter": service.adapter_of(body.model), "n": body.n, "logprobs": answer_format.logprobs}
-    # submit
-    answers = await submit_requests(service, body, prompts, config, **options)
+    answers = await submit(service, body, request, prompts, answer_format, token_limit)
     n_prompt, name = sum(map(len, prompts)), body.model or service.name
     # stream
     if body.stream:
@@ -128,10 +159,24 @@ async def respond(
         return await stream_events(request, events)
     # or collect
     outputs = await while_connected(request.receive, collect(answers))
+    return await whole_answer(answer_format, name, prompts, answers, outputs)
+
+
+async def whole_answer(
+    answer_format: AnswerFormat,
+    name: str,
+    prompts: list[tuple[int, ...]],
+    answers: "list[Answer] | list[None]",
+    outputs: "list[list[TokenOutput]] | None" = None,
+) -> Response:
+    """The JSON object of all answers; None stands for an answer without tokens."""
+    outputs = outputs or [[] for _ in answers]
 
     def whole() -> dict[str, object]:
-        choices = (answer_format.choice(n, found, answers[n].finish_reason) for n, found in enumerate(outputs))
-        return {**header(answer_format.kind, name), "choices": choices, "usage": usage(n_prompt, answers)}
+        reasons = ["length" if answer is None else answer.finish_reason for answer in answers]
+        choices = (answer_format.choice(n, found, reasons[n]) for n, found in enumerate(outputs))
+        counts = usage(sum(map(len, prompts)), [answer for answer in answers if answer is not None])
+        return {**header(answer_format.kind, name), "choices": choices, "usage": counts}
 
     return await json_answer(whole)
 
@@ -141,7 +186,7 @@ async def chunks(
 ) -> Events:
     """Events of a stream: the first chunk of each answer, one for each output, the last ones, and with_usage the token counts.
 
-    Without log-probabilities, outputs without text (half a character, a possible stop string) have no event.
+    Without log-probabilities, outputs without text (half a character, a possible stop string or marker) have no event.
     """
     rest = {"usage": None} if with_usage else {}
     opened: set[int] = set()
@@ -156,8 +201,8 @@ async def chunks(
         async for n, output in outputs:
             for event in first_chunk(n):
                 yield event
-            if output.text or answer_format.logprobs is not None:
-                yield {**head, "choices": [answer_format.chunk(n, output)], **rest}
+            if (choice := answer_format.chunk(n, output)) is not None:
+                yield {**head, "choices": [choice], **rest}
     # finish reasons, once all have ended
     for n, answer in enumerate(answers):
         for event in first_chunk(n):

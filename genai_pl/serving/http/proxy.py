@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from genai_pl.serving.errors import ApiError, documented, json_response
 from genai_pl.serving.http.label_schemas import ClassifyBody, RerankBody
 from genai_pl.serving.http.schemas import (
+    SAMPLING_FIELDS,
     Body,
     ChatBody,
     CompletionBody,
@@ -36,7 +37,7 @@ from genai_pl.serving.http.upstream_answers import (
 
 ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 502, 503, 504)
 # fields of /generate that /v1/completions has under the same name
-PASSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "seed", "stop")
+PASSED = (*SAMPLING_FIELDS, "seed", "stop")
 
 
 def proxy_routes(upstream: Upstream) -> APIRouter:

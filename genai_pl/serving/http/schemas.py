@@ -13,14 +13,21 @@ from genai_pl.serving.http.messages import Message, Text, Tool
 SEEDS = 2**63  # seeds are signed integers of 64 bits, as torch.Generator takes them
 NEUTRAL: dict[str, tuple[object, ...]] = {  # OpenAI's fields without effect here: the values that change nothing
     "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "suffix": ("",),
 }
 # fields that never change an answer
 IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+# fields of Sampling that override the server's settings
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 MAX_BIAS = 1024  # tokens in logit_bias
 
 
@@ -65,6 +72,8 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Bias | None = Field(None, description="added to the logits of tokens, by their numbers")
     seed: Seed | None = Field(None, description="the same seed gives the same answer")
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(None, description="seconds; the server has a limit")
@@ -131,12 +140,23 @@ class CompletionBody(OpenAISampling):
 
     prompt: Text | Tokens | Inputs
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = Field(None, description="0 with echo: the prompt alone")
+    echo: bool | None = Field(None, description="whether the text begins with the prompt, and logprobs have its tokens")
+    suffix: Text | None = Field(None, description="the text after the answer, for models that fill in the middle")
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts as a list; a list of numbers is one prompt of token ids."""
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if single else list(self.prompt)
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionBody":
+        if self.max_tokens == 0 and (not self.echo or self.stream):
+            raise ValueError("max_tokens=0 goes with echo=true, and without stream")
+        if self.echo and self.suffix:
+            raise ValueError("echo and suffix do not go together")
+        return self
 
 
 class ChatBody(OpenAISampling):
@@ -147,7 +167,9 @@ class ChatBody(OpenAISampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Text | dict[str, object] | None = Field(None, description="none or auto")
+    tool_choice: Text | dict[str, object] | None = Field(
+        None, description="none, auto, required, or a function by name"
+    )
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatBody":

@@ -51,16 +51,18 @@ class EventStream(Response):
 
     first: the first event, which is there already
     rest: the other events; closed when the response ends, however it ends
+    is_named: each event has its `type` as the name of the event, and no `[DONE]` follows, as in Anthropic's API and in OpenAI's
+        Responses
 
     An exception on the way becomes an event with the error's JSON, since the status is sent by then.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: object, rest: Events) -> None:
+    def __init__(self, first: object, rest: Events, *, is_named: bool = False) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.first, self.rest = first, rest
+        self.first, self.rest, self.is_named = first, rest, is_named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.rest):
@@ -72,13 +74,15 @@ class EventStream(Response):
 
         async def say(event: object) -> None:
             text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=True)
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+            name = f"event: {event['type']}\n" if self.is_named else ""
+            await send({"type": "http.response.body", "body": f"{name}data: {text}\n\n".encode(), "more_body": True})
 
         try:
             await say(self.first)
             async for event in self.rest:
                 await say(event)
-            await say(DONE)
+            if not self.is_named:
+                await say(DONE)
         except OSError:
             raise ClientGone from None
         except Exception as error:
@@ -86,14 +90,14 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def stream_events(request: Request, events: Events) -> EventStream:
+async def stream_events(request: Request, events: Events, *, is_named: bool = False) -> EventStream:
     """Response of events; waits for the first one, so that an error before it still has its own status."""
     try:
         first = await while_connected(request.receive, anext(events))
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events)
+    return EventStream(first, events, is_named=is_named)
 
 
 @asynccontextmanager

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from genai_pl.config.generation import GenerationConfig
 from genai_pl.errors import ConfigError
 from genai_pl.serving.errors import ApiError
-from genai_pl.serving.http.schemas import OpenAISampling
+from genai_pl.serving.http.schemas import ChatBody, OpenAISampling
+from genai_pl.serving.http.tools import forced_call_schema
 from genai_pl.serving.service import Service
 
 MAX_FORM = 65_536  # characters of a schema, or of the texts of a choice together
@@ -52,6 +53,8 @@ async def apply_response_format(service: Service, body: OpenAISampling, config: 
 
 def _requested_constraints(body: OpenAISampling) -> Iterator[FormatConstraint]:
     """All structured outputs of a body, in OpenAI's fields and in vLLM's old and new ones."""
+    if isinstance(body, ChatBody) and (schema := forced_call_schema(body)) is not None:
+        yield FormatConstraint("tool_choice", "json", schema)
     if body.response_format is not None:
         yield from _response_format(body.response_format)
     for kind in ("json", "regex", "choice"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from genai_pl.data.tool_calls import Call, CallReader
 from genai_pl.serving.errors import ApiError
+from genai_pl.serving.http.reasoning import ChannelSplitter, MakeSplitter, split
 from genai_pl.serving.http.responses import ChatFormat, Decode, Json
 from genai_pl.serving.http.schemas import ChatBody
 from genai_pl.serving.service import Service
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 def offered_tools(service: Service, body: ChatBody) -> list[Json]:
     """Tools for the chat template, none with tool_choice=none; ApiError 422 if the template cannot show tools."""
-    if body.tool_choice not in (None, "none", "auto"):
-        raise ApiError(422, "tool_choice: this server has none and auto", param="tool_choice")
+    if is_forced(body) and not body.tools:
+        raise ApiError(422, "tool_choice: there are no tools to choose from", param="tool_choice")
     if not body.tools or body.tool_choice == "none":
         return []
     if "tools" not in str(service.tokenizer.chat_template):
@@ -34,6 +35,54 @@ def offered_tools(service: Service, body: ChatBody) -> list[Json]:
     return tools
 
 
+def is_forced(body: ChatBody) -> bool:
+    """True if the answer must be a call: tool_choice is required or names a function; ApiError 422 for an unknown value."""
+    if body.tool_choice in (None, "none", "auto"):
+        return False
+    if body.tool_choice != "required" and _chosen_name(body.tool_choice) is None:
+        known = 'none, auto, required or {"type": "function", "function": {"name": NAME}}'
+        raise ApiError(422, f"tool_choice: give {known}", param="tool_choice")
+    return True
+
+
+def forced_call_schema(body: ChatBody) -> Json | None:
+    """JSON schema {name, arguments} of the call that the answer must be, of one tool or any; None if it need not be one.
+
+    Definitions ($defs) of the arguments move to the top, where their references look for them.
+    """
+    if not is_forced(body):
+        return None
+    name = _chosen_name(body.tool_choice)
+    functions = [tool.function.model_dump() for tool in body.tools if name in (None, tool.function.name)]
+    if not functions:
+        raise ApiError(422, f"tool_choice: no tool has the name {name}", param="tool_choice")
+    calls, definitions = [], {}
+    for function in functions:
+        parameters = function.get("parameters") or {"type": "object"}
+        if not isinstance(parameters, dict) or not isinstance(parameters.get("$defs", {}), dict):
+            raise ApiError(422, f"tools: the parameters of {function['name']} are no JSON schema", param="tools")
+        arguments = dict(parameters)
+        definitions |= arguments.pop("$defs", {})
+        properties = {"name": {"const": function["name"]}, "arguments": arguments}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _chosen_name(choice: object) -> str | None:
+    """The name in OpenAI's choice of a function; None for anything else."""
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def openai_calls(calls: Sequence[Call], tools: Sequence[Json], new_id: Callable[[], str]) -> list[Json]:
     """Calls in OpenAI's shape; none if one cannot be read or names no offered tool: then all of the answer is text.
 
@@ -44,7 +93,12 @@ def openai_calls(calls: Sequence[Call], tools: Sequence[Json], new_id: Callable[
     names = {tool["function"]["name"] for tool in tools}
     if any(call.error or call.name not in names for call in calls):
         return []
-    functions = [{"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in calls]
+    try:
+        texts = [json.dumps(call.arguments, ensure_ascii=False, allow_nan=False) for call in calls]
+        "".join(texts).encode()
+    except ValueError:  # NaN, or half of a surrogate pair: no JSON
+        return []
+    functions = [{"name": call.name, "arguments": text} for call, text in zip(calls, texts, strict=True)]
     return [{"id": new_id(), "type": "function", "function": function} for function in functions]
 
 
@@ -58,15 +112,26 @@ class ToolChatFormat(ChatFormat):
 
     streams_whole_answers = True
 
-    def __init__(self, decode: Decode, logprobs: int | None, tools: Sequence[Json], reader: CallReader) -> None:
-        super().__init__(decode, logprobs)
+    def __init__(
+        self,
+        decode: Decode,
+        logprobs: int | None,
+        tools: Sequence[Json],
+        reader: CallReader,
+        make_splitter: MakeSplitter = lambda: None,
+    ) -> None:
+        super().__init__(decode, logprobs, make_splitter)
         self.tools, self.reader = tools, reader
 
     def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
         """The choice of answer n, with its calls; the finish reason is tool_calls if there are any."""
         choice = super().choice(n, outputs, finish_reason)
-        ids = [output.token for output in outputs]
-        text, found = self.reader.read(choice["message"]["content"], ids, self.tools)
+        splitter = self.make_splitter()
+        _, content, first = split(outputs, splitter)
+        has_channels = isinstance(splitter, ChannelSplitter)  # their splitter leaves calls out already
+        ids = [output.token for output in outputs[0 if has_channels else first :]]
+        text, found = self.reader.read(content, ids, self.tools)
+        text = content if has_channels else text
         if calls := openai_calls(found, self.tools, self.reader.call_id):
             choice["message"] |= {"content": text or None, "tool_calls": calls}
             choice["finish_reason"] = "tool_calls"
@@ -79,3 +144,23 @@ class ToolChatFormat(ChatFormat):
         if "tool_calls" in delta:
             delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
         return {**choice, "delta": delta}
+
+
+class ForcedCallFormat(ToolChatFormat):
+    """Choices of a chat whose answer must be a call: the grammar makes it a JSON object with its name and arguments.
+
+    An answer that is cut off by max_tokens stays text. There are no thoughts, as the grammar leaves no room for them.
+    """
+
+    def choice(self, n: int, outputs: "Sequence[TokenOutput]", finish_reason: str | None) -> Json:
+        """The choice of answer n, with its call."""
+        choice = ChatFormat.choice(self, n, outputs, finish_reason)
+        try:
+            call = json.loads("".join(output.text for output in outputs))
+            found = [Call(call["name"], call["arguments"])]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = []
+        if calls := openai_calls(found, self.tools, self.reader.call_id):
+            choice["message"] |= {"content": None, "tool_calls": calls}
+            choice["finish_reason"] = "tool_calls"
+        return choice

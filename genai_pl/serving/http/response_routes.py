@@ -1,0 +1,116 @@
+"""OpenAI's Responses API: /v1/responses, in front of the same chat as chat completions."""
+
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from genai_pl.serving.errors import documented, json_response
+from genai_pl.serving.http.messages import CalledFunction, Message, ToolCall
+from genai_pl.serving.http.one_answer import Finished, OneAnswer
+from genai_pl.serving.http.response_events import response_events
+from genai_pl.serving.http.response_items import items
+from genai_pl.serving.http.response_memory import ResponseMemory
+from genai_pl.serving.http.response_schemas import ResponsesBody
+from genai_pl.serving.http.responses import Json
+from genai_pl.serving.http.streaming import stream_events
+from genai_pl.serving.service import Service
+
+NAMES = {  # what this API calls fields of chat completions
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+}
+ERRORS = documented(400, 401, 404, 408, 413, 422, 429, 500, 503, 504)
+
+
+def response_routes(service: Service) -> APIRouter:
+    """POST /v1/responses, and GET and DELETE /v1/responses/ID, for one model and its adapters."""
+    router = APIRouter(prefix="/v1/responses", responses=ERRORS, tags=["OpenAI"])
+    memory = ResponseMemory(int(service.limits.stored_mib * 2**20))
+
+    @router.post("")
+    async def respond(body: ResponsesBody, request: Request) -> Response:
+        """Answer an input, perhaps after an earlier response, with items: thoughts, a message, calls of functions."""
+        body.refuse_unknown()
+        previous = body.previous_response_id
+        earlier = [] if previous is None else memory.get(previous, "previous_response_id").messages
+        answer = await OneAnswer.start(service, body.as_chat(earlier), request, NAMES)
+        head = response_head(body, body.model or service.name)
+
+        def finish(output: list[Json]) -> Json:
+            """The complete response, stored if the body allows it."""
+            finished = answer.finished
+            response = {**head, **stop_fields(finished), "output": output, "usage": usage(answer, finished)}
+            if body.store:
+                memory.put(response, [*earlier, *body.messages(), assistant_turn(finished)])
+            return response
+
+        if body.stream:
+            return await stream_events(request, response_events(answer, head, finish), is_named=True)
+        return json_response(finish(items(await answer.whole(request))))
+
+    @router.get("/{name}")
+    async def stored(name: str) -> Response:
+        """A stored response."""
+        return json_response(memory.get(name).response)
+
+    @router.delete("/{name}")
+    async def delete(name: str) -> Response:
+        """Forget a stored response."""
+        memory.delete(name)
+        return json_response({"id": name, "object": "response", "deleted": True})
+
+    return router
+
+
+def response_head(body: ResponsesBody, model: str) -> Json:
+    """The fields of a response that are known before its answer."""
+    given = body.model_dump(include={"instructions", "previous_response_id", "store", "temperature", "top_p"})
+    choice = body.tool_choice if isinstance(body.tool_choice, str | None) else body.tool_choice.model_dump()
+    return {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        **given,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "output": [],
+        "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
+        "text": {"format": (body.text.format if body.text else None) or {"type": "text"}},
+        "tool_choice": choice or "auto",
+        "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+        "truncation": "disabled",
+        "usage": None,
+    }
+
+
+def stop_fields(finished: Finished) -> Json:
+    """status and incomplete_details of a complete answer."""
+    if finished.finish_reason == "length":
+        return {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+    return {"status": "completed"}
+
+
+def usage(answer: OneAnswer, finished: Finished) -> Json:
+    """Token counts of a response."""
+    return {
+        "input_tokens": answer.n_prompt,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": answer.n_generated,
+        "output_tokens_details": {"reasoning_tokens": finished.n_reasoning},
+        "total_tokens": answer.n_prompt + answer.n_generated,
+    }
+
+
+def assistant_turn(finished: Finished) -> Message:
+    """The answer as a message of the conversation."""
+    calls = [ToolCall(id=call["id"], function=CalledFunction(**call["function"])) for call in finished.calls]
+    thoughts = finished.reasoning or None
+    return Message(role="assistant", content=finished.text, tool_calls=calls or None, reasoning_content=thoughts)

@@ -1,0 +1,46 @@
+"""Files under deploy/: they agree with each other and with the server's options."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("fastapi", reason="needs pip install -e '.[serve]'")
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+def test_the_manifests_fit_together_and_give_time_to_drain() -> None:
+    from genai_pl.serving.server import TO_GIVE_UP
+
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "genai_pl.yaml").read_text()))
+    deployment, service, scaler = documents
+    assert [one["kind"] for one in documents] == ["Deployment", "Service", "HorizontalPodAutoscaler"]
+    pod = deployment["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    [container] = pod["spec"]["containers"]
+    options = dict(argument.split("=") for argument in container["args"])
+    wait = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert wait + float(options["drain"]) + TO_GIVE_UP <= pod["spec"]["terminationGracePeriodSeconds"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["spec"]["volumes"]
+    }
+
+
+def test_paths_metrics_and_options_of_the_files_exist() -> None:
+    from genai_pl.serving.app import create_app
+    from genai_pl.serving.http.upstream import Upstream
+    from genai_pl.serving.metrics import Metrics
+    from genai_pl.serving.settings import Settings
+
+    settings, metrics = Settings(backend="openai", url="http://x/v1", name="m"), Metrics()
+    app = create_app(Upstream(settings, metrics), settings, metrics)
+    text = (DEPLOY / "kubernetes" / "genai_pl.yaml").read_text() + (DEPLOY / "genai_pl.service").read_text()
+    assert {"/ready", "/health"} <= set(app.openapi()["paths"])
+    assert "path: /ready" in text
+    assert "genai_pl_queue_waiting" in metrics.text().decode()
+    command = next(line for line in text.splitlines() if line.startswith("ExecStart="))
+    names = [word.split("=")[0] for word in command.removeprefix("ExecStart=").split() if "=" in word]
+    assert set(names) <= set(Settings.__dataclass_fields__)
