@@ -84,7 +84,8 @@ def test_rows_are_inspected(command, tmp_path: Path) -> None:
     assert "labels: 1 1\n" in result.out or "labels: 1 0\n" in result.out
 
 
-@pytest.mark.parametrize("objective", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
 def test_a_policy_learns_from_steps_and_resumes(objective: str, command, tmp_path: Path) -> None:
     def last(run: str) -> dict[str, float]:
         with (tmp_path / run / "metrics.csv").open() as file:
