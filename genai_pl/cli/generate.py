@@ -234,13 +234,15 @@ def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -
     """Print one JSON line for each prompt: log-probability and perplexity by a language model, a reward model's
     score, or labels with their probabilities. query: first text of pairs whose second text is the prompt.
     """
+    from genai_pl.cli.scored_steps import scored_steps
     from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
     from genai_pl.evaluation.labels import is_reward_model
     from genai_pl.evaluation.steps import step_separator
 
     model, tokenizer = loaded.model, loaded.tokenizer
     if (separator := step_separator(model)) is not None:
-        print_step_scores(loaded, prompts, query, separator)
+        for line in scored_steps(loaded, prompts, query, separator):
+            print_json(line)
         return
     if model.config.head.scores and not is_reward_model(model):
         print_labels(loaded, prompts, query)
@@ -258,20 +260,6 @@ def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -
         mean = total / n if n else None  # nothing precedes the first token of a text without a bos
         perplexity = None if mean is None else math.exp(-mean)
         print_json({"prompt": prompt, "logprob": total, "mean": mean, "perplexity": perplexity, "tokens": n})
-
-
-def print_step_scores(loaded: Loaded, prompts: list[str], query: str | None, separator: str) -> None:
-    """Print one JSON line for each prompt: the steps of an answer to query, with the probability that each is correct."""
-    from genai_pl.data.stepwise import split_steps
-    from genai_pl.evaluation.steps import step_scores
-
-    steps = [[step for step, _ in split_steps(prompt, separator)] for prompt in prompts]
-    options = {"separator": separator, "max_length": loaded.model.config.max_seq_len - n_virtual(loaded.model)}
-    found = step_scores(loaded.model, loaded.tokenizer, [query or ""] * len(prompts), steps, **options)
-    for row in zip(prompts, steps, found, strict=True):
-        print_json(
-            ({} if query is None else {"query": query}) | dict(zip(("prompt", "steps", "scores"), row, strict=True))
-        )
 
 
 def print_labels(loaded: Loaded, prompts: list[str], query: str | None) -> None:
