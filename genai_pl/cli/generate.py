@@ -237,11 +237,10 @@ def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -
     from genai_pl.cli.scored_steps import scored_steps
     from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
     from genai_pl.evaluation.labels import is_reward_model
-    from genai_pl.evaluation.steps import step_separator
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    if (separator := step_separator(model)) is not None:
-        for line in scored_steps(loaded, prompts, query, separator):
+    if (lines := scored_steps(loaded, prompts, query)) is not None:
+        for line in lines:
             print_json(line)
         return
     if model.config.head.scores and not is_reward_model(model):
