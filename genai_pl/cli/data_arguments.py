@@ -14,6 +14,7 @@ COLUMNS = {
     "token_classify": {"tokens", "tags"},
     "classify": {"text", "label"},
 }
+STEPWISE = {"prompt", "completions", "labels"}
 CHOOSERS = ("objective", "data", "experiment")
 
 
@@ -45,6 +46,8 @@ def objective_of(path: str, words: list[str]) -> list[str]:
     names = {*sources.column_names(source), *_renamed(words)}
     if source.is_text:
         return []
+    if names >= STEPWISE:  # it has the columns of ranked completions too
+        return ["objective=process_reward"]
     kind = next((kind for kind in OBJECTIVES if _fits(formats.FORMATS[kind], names)), None)
     objective = OBJECTIVES[kind] if kind else next((name for name in COLUMNS if COLUMNS[name] <= names), None)
     if objective is None and "text" in names:

@@ -109,7 +109,8 @@ def build_full_model(config: DictConfig, objective: type[BaseModule], model_conf
     """The model that the run trains, with its head and adapters, on whatever device and dtype is the default."""
     model = build_model(model_config)
     if objective.head is not None:  # the data, which are not read, name the labels
-        names = config.data.get("labels") or ("0", "1")
+        named = config.data.get("labels")
+        names = ("0", "1") if named is None or isinstance(named, str) else named  # a text: a column of labels
         model.set_head(objective.head, Labels(tuple(names)) if objective.labelled else None)
     return apply_peft(config.peft, model, None)
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from genai_pl.atomic_io import write_atomic
 from genai_pl.cli.evaluate_labels import context_of, evaluate_labels, print_metrics
+from genai_pl.cli.evaluate_steps import evaluate_steps
 from genai_pl.config.enums import Head
 from genai_pl.config.tasks import NAMES, GenerationTaskOptions
 from genai_pl.devices import choose_device, dtypes_of, weights_of
@@ -26,6 +27,7 @@ from genai_pl.evaluation import Kind
 from genai_pl.evaluation.generative import ExecutedTests, GenerativeTask
 from genai_pl.evaluation.harness import check_harness, run_tasks
 from genai_pl.evaluation.labels import is_reward_model
+from genai_pl.evaluation.steps import step_separator
 from genai_pl.evaluation.tasks import measure, n_rows
 from genai_pl.exporting import export_model
 from genai_pl.loading import Loaded, load
@@ -100,6 +102,8 @@ def evaluate_data(config: DictConfig) -> dict[str, float]:
     options = config.data
     device = choose_device(config.device)
     loaded = load_checkpoint(config)
+    if (separator := step_separator(loaded.model)) is not None:
+        return evaluate_steps(config, loaded, separator)
     if loaded.model.config.head.scores and not is_reward_model(loaded.model):
         return evaluate_labels(config, loaded)
     refuse_unused(config, job_overrides(), [NO_LABELS_RULE])

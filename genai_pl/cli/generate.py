@@ -234,10 +234,15 @@ def print_scores(loaded: Loaded, prompts: list[str], query: str | None = None) -
     """Print one JSON line for each prompt: log-probability and perplexity by a language model, a reward model's
     score, or labels with their probabilities. query: first text of pairs whose second text is the prompt.
     """
+    from genai_pl.cli.scored_steps import scored_steps
     from genai_pl.evaluation.embeddings import encode_texts, logprobs, reward_scores
     from genai_pl.evaluation.labels import is_reward_model
 
     model, tokenizer = loaded.model, loaded.tokenizer
+    if (lines := scored_steps(loaded, prompts, query)) is not None:
+        for line in lines:
+            print_json(line)
+        return
     if model.config.head.scores and not is_reward_model(model):
         print_labels(loaded, prompts, query)
         return

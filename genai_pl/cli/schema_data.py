@@ -145,6 +145,18 @@ class TagsSchema(TableSchema):
 
 
 @dataclass
+class StepwiseSchema(TableSchema):
+    """Prompts with the steps of an answer and a label for each (process reward models)."""
+
+    _target_: str = "genai_pl.data.stepwise.StepwiseDataModule"
+    prompt: str = "prompt"
+    completions: str = "completions"
+    labels: str = "labels"
+    step_separator: str = "\n"
+    train_on_last_step_only: bool = False
+
+
+@dataclass
 class PromptsSchema(MessagesSchema):
     """Prompts that the policy answers during training (PPO, GRPO)."""
 

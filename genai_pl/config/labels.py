@@ -6,7 +6,9 @@ from typing import NamedTuple
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 # keys of config.json that describe a head for scores; text_pairs is ours, the last of sentence-transformers' cross-encoders
-KEYS = ("id2label", "label2id", "num_labels", "problem_type", "text_pairs", "sentence_transformers")
+# step_separator is ours: what ends a step where the head is that of a process reward model
+KEYS = ("id2label", "label2id", "num_labels", "problem_type", "text_pairs", "sentence_transformers", "step_separator")
+STEP_LABELS = ("incorrect", "correct")  # of a process reward model, whose reward is the probability of the second
 
 
 class Labels(NamedTuple):
@@ -15,11 +17,13 @@ class Labels(NamedTuple):
     problem_type: single_label_classification (softmax), multi_label_classification (a sigmoid each), regression (the
     numbers themselves); None where config.json is silent: one output is then a relevance (its sigmoid), several are classes
     pairs: whether the head is known to read two texts: a reranker, a classifier of pairs, a cross-encoder
+    step_separator: text after each step of a process reward model, at whose last token the head is read; None for others
     """
 
     names: tuple[str, ...]
     problem_type: str | None = None
     pairs: bool = False
+    step_separator: str | None = None
 
     @property
     def activation(self) -> str:
@@ -38,6 +42,8 @@ class Labels(NamedTuple):
         named["label2id"] = {name: n for n, name in enumerate(self.names)}
         if self.pairs:
             named["text_pairs"] = True
+        if self.step_separator is not None:
+            named["step_separator"] = self.step_separator
         return named if self.problem_type is None else {**named, "problem_type": self.problem_type}
 
 
@@ -52,4 +58,6 @@ def read_labels(values: Mapping[str, object], n_labels: int) -> Labels:
     if n_labels == 1 and problem is None and activation.endswith("Identity"):
         problem = REGRESSION  # a cross-encoder whose scores are used as they are
     pairs = values.get("text_pairs") is True or isinstance(cross_encoder, Mapping)
-    return Labels(names, problem if problem in PROBLEM_TYPES else None, pairs)
+    separator = values.get("step_separator")
+    separator = separator if isinstance(separator, str) and separator and n_labels == len(STEP_LABELS) else None
+    return Labels(names, problem if problem in PROBLEM_TYPES else None, pairs, separator)

@@ -72,6 +72,7 @@ FORMATS = {
         _format("kto", "prompt completion label", "prompt, completion, label", is_own=True),
         _format("kto-messages", "messages label", "prompt, completion, label", is_own=True),
     ],
+    "stepwise": [_format("stepwise", "prompt completions labels", "prompt, completions, labels", is_own=True)],
     "prompts": [
         _format("prompts", "prompt", "prompt", is_own=True),
         _format("instructions", "instruction", "prompt", "input context"),

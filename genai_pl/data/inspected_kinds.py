@@ -22,6 +22,7 @@ from genai_pl.data.preference import PreferenceDataModule, is_ranked, tokenize_p
 from genai_pl.data.prompts import PromptsDataModule, tokenize_prompts
 from genai_pl.data.rerank import RerankDataModule, tokenize_rankings
 from genai_pl.data.seq2seq import Seq2SeqDataModule
+from genai_pl.data.stepwise import StepwiseDataModule
 from genai_pl.data.table_datamodule import as_arrays
 from genai_pl.data.tags import TagsDataModule
 from genai_pl.data.text import TextDataModule
@@ -155,6 +156,19 @@ def _tagged_rows(data: TagsDataModule, table: "Table") -> Iterator[InspectedRow]
         yield _learned(number, [Part("text", ids, states)], note=note)
 
 
+def _stepwise_rows(data: StepwiseDataModule, table: "Table") -> Iterator[InspectedRow]:
+    """Prompts with their steps, of which the label is learned at the last token of each step's separator."""
+    encoded = data.encoded_steps(table)
+    columns = (as_arrays(encoded, name) for name in ("prompt", "steps", "ends"))
+    for prompt, steps, ends, labels, number in zip(*columns, table["labels"], table["row"], strict=True):
+        kept, labels = max(data.seq_len - len(prompt), 0), json.loads(labels)
+        states = np.where(np.arange(len(steps)) < kept, GIVEN, CUT)
+        learned = ends[-1:] if data.train_on_last_step_only else ends
+        states[[end - 1 for end in learned if end <= kept]] = LEARNED
+        parts = [_ended("prompt", prompt, np.zeros(min(len(prompt), data.seq_len), bool)), Part("steps", steps, states)]
+        yield _learned(number, parts, note="labels: " + " ".join(f"{label:g}" for label in labels))
+
+
 def label_text(labels: Labels, cell: Cell) -> str:
     """The names of a cell's labels, or its numbers.
 
@@ -198,4 +212,5 @@ VIEWS = {
     LabelledDataModule: _labelled_rows,
     RerankDataModule: _ranking_rows,
     TagsDataModule: _tagged_rows,
+    StepwiseDataModule: _stepwise_rows,
 }

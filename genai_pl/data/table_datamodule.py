@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -207,7 +208,7 @@ def _encoded(
     try:
         return encode(columns, **options)
     except DataError:
-        for number, row in enumerate(rows):
+        for number, row in sorted(enumerate(rows), key=itemgetter(1)):  # the first one in the file
             try:
                 encode({role: values[number : number + 1] for role, values in columns.items()}, **options)
             except DataError as error:

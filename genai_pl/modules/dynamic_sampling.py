@@ -48,6 +48,7 @@ def concatenate(first: ScoredRollout, second: ScoredRollout, *, pad: int) -> Sco
         torch.cat([a.ended, b.ended]),
         None if a.turn_rewards is None else _join(a.turn_rewards, b.turn_rewards, 0.0),
         _join_metrics(a.metrics, b.metrics, a.ended, b.ended),
+        None if a.step_ends is None else _join(a.step_ends, b.step_ends, False),
     )
     prompts, completions = [*first.prompts, *second.prompts], [*first.completions, *second.completions]
     return ScoredRollout(rollout, prompts, completions, torch.cat([first.scores, second.scores]))
@@ -59,6 +60,7 @@ def select_groups(scored: ScoredRollout, groups: Tensor, *, n_groups: int) -> Sc
     of_completions = {"positions": rollout.token_positions, "mask": rollout.mask, "ended": rollout.ended}
     of_completions |= {"scores": scored.scores}
     of_completions |= {} if rollout.turn_rewards is None else {"turn_rewards": rollout.turn_rewards}
+    of_completions |= {} if rollout.step_ends is None else {"step_ends": rollout.step_ends}
     chosen = select_rows(of_completions, groups, n_groups)
     metrics = select_rows(rollout.metrics, groups, n_groups)
     batch = select_rows(rollout.batch, groups, n_groups)
@@ -67,7 +69,8 @@ def select_groups(scored: ScoredRollout, groups: Tensor, *, n_groups: int) -> Sc
         return [rows[group * size + i] for group in groups.tolist() for i in range(size)]
 
     completions, turn_rewards = pick(rollout.completions), chosen.get("turn_rewards")
-    selected = Rollout(batch, chosen["positions"], chosen["mask"], completions, chosen["ended"], turn_rewards, metrics)
+    tensors = (chosen["positions"], chosen["mask"], completions, chosen["ended"], turn_rewards, metrics)
+    selected = Rollout(batch, *tensors, chosen.get("step_ends"))
     return ScoredRollout(selected, pick(scored.prompts), pick(scored.completions), chosen["scores"])
 
 

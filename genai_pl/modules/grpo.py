@@ -23,6 +23,7 @@ from genai_pl.objectives.grpo import (
     equal_groups,
     group_advantages,
     grpo_loss,
+    process_advantages,
     reinforce_returns,
     rloo_advantages,
 )
@@ -133,7 +134,10 @@ class GRPOModule(PolicyGradientModule):
         mask, outputs = rollout.mask, self.rollout_logprobs(rollout)
         old_logprobs, reference_logprobs = outputs["old_logprobs"], outputs["reference_logprobs"]
         token_kl = torch.where(mask, old_logprobs - reference_logprobs, 0)
-        advantages = self._advantages(scores, token_kl, mask)
+        if rollout.step_ends is None:
+            advantages = self._advantages(scores, token_kl, mask)
+        else:
+            advantages = self._process_advantages(rollout, scores, token_kl)
         # metrics
         kl = torch.where(mask, kl_estimate(old_logprobs, reference_logprobs, "k3"), 0).sum(1)
         means = self.describe(rollout, scores, kl, outputs["entropy"])
@@ -167,6 +171,19 @@ class GRPOModule(PolicyGradientModule):
             return whiten(centered, known, sums=self._over_ranks(moment_sums(centered, known)))
         sums = self._over_ranks(moment_sums(scores, known)) if self.scale == "batch" else None
         return group_advantages(scores, self.group_size, scale=self.scale, sums=sums)
+
+    def _process_advantages(self, rollout: Rollout, scores: Tensor, token_kl: Tensor) -> Tensor:
+        """Advantages (N, L) from rewards of steps, and from what else a score has: other rewards and penalties."""
+        if self.advantage != "group":
+            raise ConfigError(
+                f"objective.advantage={self.advantage} compares whole completions, and objective.step_rewards=dense rewards "
+                "steps; set objective.advantage=group, or objective.step_rewards to min, last, mean or product"
+            )
+        rewards = rollout.turn_rewards
+        # rounded, as the difference of equal numbers is not 0 in float32, and would be scaled up
+        rest = (scores - rewards.sum(1)).round(decimals=5)
+        of_steps = process_advantages(rewards, rollout.step_ends, self.group_size, scale=self.scale)
+        return self._advantages(rest, token_kl, rollout.mask)[:, None] + of_steps
 
     def loss_normalizer(self, minibatch: Experience) -> Tensor:
         return self._weights(minibatch["mask"])[1]

@@ -159,10 +159,9 @@ class PolicyGradientModule(RolloutModule):
         parts = [[float(part) for part in mean] for mean in self.means.values()]
         sums, counts = self._over_ranks(torch.tensor(parts, dtype=torch.float64, device=self.device)).unbind(1)
         means = dict(zip(self.means, (sums / counts.clamp(min=1)).tolist(), strict=True))
-        # a source of a mixture that this rollout has no prompt of has no score
-        absent = {
-            k for k, n in zip(self.means, counts.tolist(), strict=True) if k.startswith("objective/scores/") and not n
-        }
+        # no score where no reward applies, and of a source of a mixture that this rollout has no prompt of
+        of_scores = ("objective/scores", "objective/rlhf_reward")
+        absent = {k for k, n in zip(self.means, counts.tolist(), strict=True) if k.startswith(of_scores) and not n}
         return {k if "/" in k else f"train/{k}": v for k, v in means.items() if k not in absent}
 
     def seeded_generator(self, device: torch.device | str) -> torch.Generator:

@@ -72,8 +72,9 @@ class Rollout(NamedTuple):
     mask: (N, L), True for tokens of completions, their end token included
     completions: the tokens of each, up to its first end token, which is included; of an episode all after the prompt
     ended: (N,), whether a completion has an end token; the others were cut off at max_new_tokens
-    turn_rewards: (N, L) of episodes, the reward of each turn at its last token; None for single completions
+    turn_rewards: (N, L), the reward of each turn of an episode, or of each step, at its last token; None where there is none
     metrics: (N,) numbers of episodes, by name
+    step_ends: (N, L), where steps end that a process reward model has scored; turn_rewards are theirs. None without one
     """
 
     batch: Batch
@@ -83,6 +84,7 @@ class Rollout(NamedTuple):
     ended: Tensor
     turn_rewards: Tensor | None = None
     metrics: dict[str, Tensor] = {}
+    step_ends: Tensor | None = None
 
 
 class Example(NamedTuple):

@@ -30,6 +30,7 @@ from genai_pl.modules.rollout import (
     micro_batches,
     restore_order,
 )
+from genai_pl.modules.step_rewards import AGGREGATES, DENSE, StepScores, step_tensors
 from genai_pl.objectives import SpecialTokens, token_entropy
 from genai_pl.objectives.grpo import overlong_penalty
 from genai_pl.objectives.prompts import PromptCollator
@@ -55,6 +56,7 @@ class RolloutModule(BaseModule):
     overlong_buffer: last tokens of max_new_tokens over which a penalty grows from 0 to 1 (DAPO), None for no penalty
     length_penalty: subtracted from the score for each token of a completion
     reward_uncertainty: rewards are an ensemble, scored by their mean minus this many standard deviations; None: a sum
+    step_rewards: of a process reward model: dense (each step is rewarded at its last token) or what makes one reward of them
     environment: module:Class of an environment, in which the policy acts for at most `max_turns` completions; it gives the
         rewards. environment_args: of the class. tool_timeout: seconds of one call of a tool.
 
@@ -83,6 +85,7 @@ class RolloutModule(BaseModule):
         overlong_buffer: int | None,
         length_penalty: float,
         reward_uncertainty: float | None,
+        step_rewards: str = DENSE,
         environment: str | None = None,
         environment_args: Mapping[str, object] | None = None,  # of the class, for whoever makes it
         max_turns: int = 1,
@@ -93,12 +96,15 @@ class RolloutModule(BaseModule):
             raise ConfigError("the tokenizer has no end token: completions could not end")
         sizes = {"group_size": group_size, "micro_batch_size": micro_batch_size, "max_new_tokens": max_new_tokens}
         sizes["max_turns"] = max_turns
+        if step_rewards not in (DENSE, *AGGREGATES):
+            raise ConfigError(f"objective.step_rewards={step_rewards} is not one of {', '.join((DENSE, *AGGREGATES))}")
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"objective.{name} must be at least 1, not {value}")
         if overlong_buffer is not None and not 0 < overlong_buffer <= max_new_tokens:
             raise ConfigError(
-                f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not {overlong_buffer}"
+                f"objective.overlong_buffer must be from 1 to objective.max_new_tokens={max_new_tokens}, not "
+                f"{overlong_buffer}: type objective.overlong_buffer={max(1, max_new_tokens // 5)}, a fifth as in DAPO, or null"
             )
         if overlong_buffer is not None and environment is not None:
             raise ConfigError(
@@ -119,6 +125,7 @@ class RolloutModule(BaseModule):
         self.turns: Turns
         self.reward_names = [reward] if isinstance(reward, str) else list(reward or ())
         self.reward_weights, self.reward_uncertainty = reward_weights, reward_uncertainty
+        self.step_rewards = step_rewards
         self.reward: Reward  # these three from `use_reward`
         self.decode: Decode
         self.clip_norm: float | None = None
@@ -194,9 +201,12 @@ class RolloutModule(BaseModule):
         without_end = [row[:-1] if row[-1] in ends else row for row in rollout.completions]  # an end token is no text
         prompt_texts, completion_texts = ([self.decode(row) for row in rows] for rows in (prompts, without_end))
         extra = {name: [row[name] for row in columns] for name in columns[0] if name != "prompt"}
-        rewards = torch.as_tensor(
-            self.reward(prompt_texts, completion_texts, raw_prompts, **extra), dtype=torch.float32
-        )
+        given = self.reward(prompt_texts, completion_texts, raw_prompts, **extra)
+        if isinstance(given, StepScores):
+            tensors = step_tensors(rollout.completions, given.steps, self.decode, rollout.mask.shape[1])
+            rewards_of_steps, step_ends = (tensor.to(self.device) for tensor in tensors)
+            rollout, given = rollout._replace(turn_rewards=rewards_of_steps, step_ends=step_ends), given.scores
+        rewards = torch.as_tensor(given, dtype=torch.float32)
         if rewards.shape != (len(prompts),):
             raise ConfigError(f"objective.reward gave {tuple(rewards.shape)} numbers for {len(prompts)} completions")
         if rewards.isnan().all():

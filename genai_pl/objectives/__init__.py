@@ -47,6 +47,7 @@ from genai_pl.objectives.preference_collators import (
     UnpairedPreferenceCollator,
 )
 from genai_pl.objectives.prefix_lm import PrefixLMCollator
+from genai_pl.objectives.process_reward import StepCollator, process_reward_loss
 from genai_pl.objectives.rerank import RerankCollator
 from genai_pl.objectives.reward import (
     centering_penalty,
@@ -79,6 +80,7 @@ __all__ = [
     "SFTCollator",
     "Seq2SeqCollator",
     "SpanCorruptionCollator",
+    "StepCollator",
     "UnpairedPreferenceCollator",
     "SpecialTokens",
     "TagCollator",
@@ -108,6 +110,7 @@ __all__ = [
     "policy_loss",
     "policy_metrics",
     "preference_metrics",
+    "process_reward_loss",
     "ranking_accuracy",
     "ranking_loss",
     "recall_at_k",

@@ -53,6 +53,34 @@ def group_advantages(
 
 
 @torch.no_grad()
+def process_advantages(
+    rewards: Tensor, ends: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std"
+) -> Tensor:
+    """Advantages (B, T) of tokens from rewards of steps (B, T), which count where `ends` (B, T) is True.
+
+    Every reward is normalized by the mean and the deviation of all steps of its group, and a token's advantage is the sum of
+    those of the steps that end at it or later (process supervision: Shao et al. 2024, 4.1.3); scale="none" only centers them.
+
+    >>> ends = torch.tensor([[True, True], [False, True]])
+    >>> process_advantages(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), ends, 2, scale="none").tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    """
+    if scale not in ("std", "none"):
+        raise ConfigError(
+            f"objective.scale={scale}: advantages of steps are scaled by std or none; choose one of these"
+        )
+    steps, known = (x.reshape(-1, group_size * x.shape[1]) for x in (rewards, ends))
+    # differences to the first step: those of equal rewards have a mean without rounding error
+    first = steps.gather(1, known.int().argmax(1, keepdim=True))
+    steps, n = torch.where(known, steps - first, 0), known.sum(1, keepdim=True)
+    centered = torch.where(known, steps - steps.sum(1, keepdim=True) / n.clamp(min=1), 0)
+    if scale == "std":
+        variance = centered.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)
+        centered = centered / (variance.sqrt() + EPSILON)
+    return centered.view_as(rewards).flip(-1).cumsum(-1).flip(-1)
+
+
+@torch.no_grad()
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Rewards minus the mean of the others in their group (Ahmadian et al. 2024).
 

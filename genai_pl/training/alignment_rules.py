@@ -51,7 +51,7 @@ ALIGNMENT_RULES = (
         "objective.environment=null",
     ),
     Rule(
-        ("objective.reward_weights", "objective.reward_uncertainty"),
+        ("objective.reward_weights", "objective.reward_uncertainty", "objective.step_rewards"),
         all_hold(objective_is("GRPOModule", "PPOModule"), fails(is_one_of("objective.environment", None))),
         "the environment gives the rewards",
     ),

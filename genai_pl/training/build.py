@@ -202,6 +202,7 @@ def connect_reward(
     reward = None
     if module.environment_name is None:
         weights = {"weights": module.reward_weights, "uncertainty": module.reward_uncertainty}
+        weights["step_rewards"] = module.step_rewards
         reward = load_rewards(module.reward_names, **weights, policy=module.model, device=device)
     else:
         if module.reward_names:

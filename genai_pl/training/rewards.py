@@ -18,13 +18,16 @@ import torch
 from torch import nn
 
 from genai_pl.data.columns import Place
-from genai_pl.data.prompt_tokens import Messages
+from genai_pl.data.prompt_tokens import Messages, Tools
+from genai_pl.data.stepwise import split_steps
 from genai_pl.data.tool_schemas import parse_tools
 from genai_pl.errors import CheckpointError, ConfigError
 from genai_pl.evaluation.preferences import reward_tokens
+from genai_pl.evaluation.steps import step_scores, step_separator
 from genai_pl.loading import Loaded, load
 from genai_pl.models.pooling import scores
 from genai_pl.modules.reward_calls import call, numbers
+from genai_pl.modules.step_rewards import AGGREGATES, DENSE, StepRewards, StepScores
 from genai_pl.objectives.collate import pad_rows
 from genai_pl.peft import share_frozen
 from genai_pl.training.named_objects import make_importable, named_object
@@ -41,13 +44,16 @@ def load_rewards(
     weights: Sequence[float] | None,
     *,
     uncertainty: float | None = None,
+    step_rewards: str = DENSE,
     policy: nn.Module,
     device: torch.device,
 ) -> Reward:
-    """The weighted sum of rewards as one function `(prompts, completions, raw_prompts, **columns) -> list[float]`.
+    """The weighted sum of rewards as one function `(prompts, completions, raw_prompts, **columns) -> list[float]`;
+    `StepScores` where a process reward model gives dense rewards.
 
     names: entries of objective.reward. weights: one number for each, None for all 1. uncertainty: rewards are an
-    ensemble, scored by their mean minus this many standard deviations, None for a weighted sum. policy: the model in
+    ensemble, scored by their mean minus this many standard deviations, None for a weighted sum. step_rewards: dense, or what
+    makes one reward of those of a process reward model (`step_rewards.AGGREGATES`). policy: the model in
     training; a reward model that is an adapter on the same frozen base shares its weights with it, so that only
     the adapter takes memory. device: of reward models.
 
@@ -69,6 +75,12 @@ def load_rewards(
         _load_judge(name, policy, device) if place is None else load_function(name, *place)
         for name, place in zip(names, places, strict=True)
     ]
+    of_steps = [n for n, reward in enumerate(rewards) if isinstance(reward, ProcessJudge)]
+    is_dense = bool(of_steps) and step_rewards == DENSE
+    if is_dense and uncertainty is not None:
+        raise ConfigError(
+            "objective.reward_uncertainty is of whole completions; set objective.step_rewards to min, last, mean or product"
+        )
     warned: set[str] = set()
 
     # messages about data or rewards, once per run
@@ -84,7 +96,7 @@ def load_rewards(
         raw_prompts: Sequence[str | Messages] | None = None,
         /,
         **columns: Sequence[object],
-    ) -> list[float]:
+    ) -> list[float] | StepScores:
         """Weighted sum of all rewards for each completion; columns of the data come as keywords."""
         for column in columns.keys() & set(REWARD_ARGUMENTS):
             warn_once(f"reward      column {column} of the data is not handed on: an argument of rewards is called so")
@@ -96,6 +108,9 @@ def load_rewards(
             for function in rewards
         ]
         rewards_given = call(names, judges, prompts, completions, columns)
+        steps = {n: rewards_given[n] for n in of_steps}
+        for n, given in steps.items():  # one number for each completion
+            rewards_given[n] = [AGGREGATES.get(step_rewards, sum)(row.rewards) for row in given]
         columns_of_numbers = [numbers(name, values, prompts) for name, values in zip(names, rewards_given, strict=True)]
         rows = list(zip(*columns_of_numbers, strict=True))
         if uncertainty is None:
@@ -106,7 +121,10 @@ def load_rewards(
             warn_once(
                 "reward      no reward applies to some completions (all gave None): nothing is learned from these"
             )
-        return sums
+        if not is_dense:
+            return sums
+        weighted = [[row.weighted(weights[n]) for row in given] for n, given in steps.items()]
+        return StepScores(sums, [list(rows) for rows in zip(*weighted, strict=True)])
 
     return reward
 
@@ -193,11 +211,7 @@ class Judge:
         column, for chat templates that print them. Rows longer than the model's context lose tokens on the
         left.
         """
-        cells = [None] * len(prompts) if tools is None else tools
-        tools_of_prompts = [
-            () if isinstance(prompt, str) else parse_tools(cell, Place("data.path", n, "tools"))
-            for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
-        ]
+        tools_of_prompts = _parsed_tools(prompts, tools)
         # pad to one batch: (B, T) ids, segment 1 where a token is real
         limit, device = self.model.config.max_seq_len, self.model.embed.weight.device
         rows = [row[-limit:] for row in reward_tokens(self.tokenizer, prompts, completions, tools_of_prompts)]
@@ -206,13 +220,51 @@ class Judge:
         return scores(self.model, ids, segments, 1)[:, 0].tolist()
 
 
+class ProcessJudge(Judge):
+    """A process reward model, which scores each step of a completion; what ends a step is the separator of its training."""
+
+    def __init__(self, loaded: Loaded, device: torch.device, separator: str) -> None:
+        super().__init__(loaded, device)
+        self.separator = separator
+
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str],
+        tools: Sequence[object] | None = None,
+    ) -> list[StepRewards]:
+        """The probabilities that the steps of completions are correct, and where the steps end in the texts."""
+        answers = [split_steps(text, self.separator) for text in completions]
+        found = step_scores(
+            *(self.model, self.tokenizer, prompts, [[step for step, _ in answer] for answer in answers]),
+            separator=self.separator,
+            max_length=self.model.config.max_seq_len,
+            tools=_parsed_tools(prompts, tools),
+        )
+        return [StepRewards([end for _, end in row], own) for row, own in zip(answers, found, strict=True)]
+
+
+def _parsed_tools(prompts: Sequence[str | Messages], tools: Sequence[object] | None) -> list[Tools]:
+    """The tools of each prompt from the cells of the column `tools`, none of a text."""
+    cells = [None] * len(prompts) if tools is None else tools
+    return [
+        () if isinstance(prompt, str) else parse_tools(cell, Place("data.path", n, "tools"))
+        for n, (prompt, cell) in enumerate(zip(prompts, cells, strict=True), start=1)
+    ]
+
+
 def _load_judge(name: str, policy: nn.Module, device: torch.device) -> Judge:
     """The reward model of a name, its frozen base shared with the policy; CheckpointError for a model without a
     score head.
     """
     loaded = load(name, option="objective.reward")
+    if (separator := step_separator(loaded.model)) is not None:
+        share_frozen(loaded.model, policy)
+        return ProcessJudge(loaded, device, separator)
     if not loaded.model.config.is_reward:
-        raise CheckpointError(f"objective.reward={name}: not a reward model; train one with objective=reward")
+        raise CheckpointError(
+            f"objective.reward={name}: not a reward model; train one with objective=reward or process_reward"
+        )
     share_frozen(loaded.model, policy)
     return Judge(loaded, device)
 

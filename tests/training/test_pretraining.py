@@ -34,6 +34,7 @@ def test_every_objective_of_text_is_tried_here() -> None:
         "classify",
         "rerank",
         "token_classify",
+        "process_reward",
         "distill",
         *("cispo", "dapo", "dr_grpo", "gspo", "reinforce", "rloo"),
     }
