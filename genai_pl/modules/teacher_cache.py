@@ -120,7 +120,8 @@ def _teach(module: "DistillModule", batch: dict[str, Tensor]) -> tuple[Tensor, T
     places = (labels.flatten() != IGNORED).nonzero()[:, 0]
     logprobs, ids = labels.new_zeros(labels.numel(), k + 1, dtype=torch.float32), labels.new_zeros(labels.numel(), k)
     for part in places.split(256):
-        logprobs[part], ids[part] = top_logprobs(predict(part).logprobs, k)
+        taught = top_logprobs(predict(part).logprobs, k)
+        logprobs[part], ids[part] = taught.logprobs, taught.ids
     return logprobs.view(*labels.shape, -1), ids.view(*labels.shape, -1)
 
 

@@ -87,6 +87,10 @@ class MeteredAnswer:
     def n_generated(self) -> int:
         return self.answer.n_generated
 
+    @property
+    def n_cached(self) -> int:
+        return self.answer.n_cached
+
     def cancel(self) -> None:
         self.answer.cancel()
 

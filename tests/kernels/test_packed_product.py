@@ -15,6 +15,7 @@ ERRORS = {
     "bfloat16": 1e-2,
     "bfloat16 by oneDNN": 1e-2,
     "bfloat16 compiled": 1e-2,
+    "int8 compiled": 1e-2,  # of more rows than FEW, by bfloat16 where that is faster
 }
 EXACT = [limb for limb in (127, 63) if _is_exact(limb)]
 

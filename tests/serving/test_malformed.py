@@ -263,7 +263,10 @@ def test_a_description_of_the_proxy_is_the_same(tiny: Path) -> None:
     theirs = create_app(Upstream(proxied, metrics), proxied, metrics).openapi()
     with serving(make_service(tiny)) as client:
         ours = client.get("/openapi.json").json()
-    assert set(theirs["paths"]) == set(ours["paths"])
-    for path, methods in ours["paths"].items():
+    # conversations that are kept here, and tokens of a model that is here
+    local = {"/tokenize", "/detokenize", "/v1/messages", "/v1/messages/count_tokens"}
+    local |= {"/v1/responses", "/v1/responses/{name}"}
+    assert set(ours["paths"]) - set(theirs["paths"]) == local
+    for path, methods in theirs["paths"].items():
         for method, operation in methods.items():
-            assert theirs["paths"][path][method].get("requestBody") == operation.get("requestBody")
+            assert ours["paths"][path][method].get("requestBody") == operation.get("requestBody")

@@ -142,7 +142,7 @@ def test_a_folder_goes_through_every_stage(name: str, command, tmp_path: Path) -
         for question, text in QUESTIONS.items():
             body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
             choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
-            answer = choice["message"]["content"]
-            assert answer.removeprefix("<think>\n\n</think>\n\n") == text
+            answer = choice["message"]["content"]  # without its empty thoughts, which transformers leaves in
+            assert answer == text
             assert choice["finish_reason"] == "stop"
-            assert answer == transformers_answer(tmp_path / "out", question)
+            assert transformers_answer(tmp_path / "out", question) in (text, f"<think>\n\n</think>\n\n{text}")
