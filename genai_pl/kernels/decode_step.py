@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genai_pl.kernels.row_products import FEW, KINDS, SMALL, RowWeight, library
+from genai_pl.kernels.row_products import FEW, KINDS, SMALL, RowWeight, address_of, library
 
 NORMS = {"rms_norm": 0, "layer_norm": 1}  # as in the source
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -126,14 +126,10 @@ class DecodeStep:
 
 
 def _layer(layer: StepLayer) -> _Layer:
-    norms = [_Norm(*map(_address, norm or (None, None))) for norm in (layer.norm1, layer.norm2, layer.head_norm)]
+    norms = [_Norm(*map(address_of, norm or (None, None))) for norm in (layer.norm1, layer.norm2, layer.head_norm)]
     return _Layer(*norms, *map(_matrix, (layer.qkv, layer.o, layer.up, layer.down)))
 
 
 def _matrix(linear: Linear) -> _Matrix:
     (weight, dtype, width, scales), bias = linear
-    return _Matrix(KINDS[dtype], len(weight), width, weight.data_ptr(), _address(scales), _address(bias))
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    return _Matrix(KINDS[dtype], len(weight), width, weight.data_ptr(), address_of(scales), address_of(bias))

@@ -71,7 +71,7 @@ def multiply_rows(x: Tensor, packed: RowWeight, bias: Tensor | None = None, more
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out)
     more = None if more is None else more.contiguous()
     threads = torch.get_num_threads() if out * width > SMALL else 1
-    addresses = (x.data_ptr(), weight.data_ptr(), _address(scales), _address(bias), _address(more), y.data_ptr())
+    addresses = (x.data_ptr(), weight.data_ptr(), address_of(scales), address_of(bias), address_of(more), y.data_ptr())
     library().product(KINDS[dtype], *addresses, n, out, width, threads)
     return y
 
@@ -93,7 +93,8 @@ def rotate_rows(x: Tensor, table: tuple[Tensor, Tensor], heads: int) -> None:
     library().rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), B * T, positions, heads, all_heads, D)
 
 
-def _address(x: Tensor | None) -> int | None:
+def address_of(x: Tensor | None) -> int | None:
+    """Where the numbers of a tensor begin; None, a null pointer in C, for none."""
     return None if x is None else x.data_ptr()
 
 
@@ -112,7 +113,7 @@ def _multiply_many(x: Tensor, packed: RowWeight) -> Tensor:
     parts = zip(weight.split(step), y.view(len(rows), -1).split(step, dim=1), strict=True)
     for number, (part, result) in enumerate(parts):
         some = None if scales is None else scales[number * step :]
-        library().widen(KINDS[dtype], part.data_ptr(), _address(some), floats.data_ptr(), len(part), width, threads)
+        library().widen(KINDS[dtype], part.data_ptr(), address_of(some), floats.data_ptr(), len(part), width, threads)
         torch.mm(rows, floats[: len(part)].t(), out=result)
     return y
 
