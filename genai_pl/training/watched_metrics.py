@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from genai_pl.callbacks import BestCheckpoint, EarlyStop
 from genai_pl.callbacks.best import BENCHMARK
-from genai_pl.config.metric_modes import greater_is_better
+from genai_pl.config.metric_modes import GREATER, LESS, greater_is_better
 from genai_pl.errors import ConfigError
 
 DEFAULT = "val/loss"  # metric of early stopping
@@ -80,7 +80,10 @@ def _is_greater_better(metric: str, mode: str | None, option: str) -> bool:
     """Whether a greater value is better; ConfigError where neither the mode nor the name of the metric says so."""
     guessed = greater_is_better(metric) if mode is None else mode == "max"
     if guessed is None:
-        raise ConfigError(f"{option}=null: the name {metric} does not tell what is better: set it to min or max")
+        group, slash, name = metric.rpartition("/")
+        near = get_close_matches(name, sorted(GREATER | LESS), n=1)
+        hint = f"did you mean {group}{slash}{near[0]}? If not, " if near else ""
+        raise ConfigError(f"{option}=null: the name {metric} does not tell what is better: {hint}set it to min or max")
     return guessed
 
 

@@ -174,6 +174,7 @@ def test_the_mean_of_the_newest_checkpoints_is_that_of_their_weights(command, lo
         (("callbacks.export=best",), "callbacks.export=best: set callbacks.checkpoint.best=val/loss"),
         (("callbacks.checkpoint.best=train/loss",), "expected a metric of the validation"),
         (("callbacks.checkpoint.best=val/height",), "callbacks.checkpoint.mode=null: the name val/height does not tell"),
+        (("callbacks.checkpoint.best=val/los",), "what is better: did you mean val/loss? If not, set it to min or max"),
         (("callbacks.checkpoint.best=val/loss", "trainer.limit_val_batches=0"), "nothing is validated"),
         (("callbacks.early_stopping.patience=0",), "callbacks.early_stopping.patience=0: expected"),
         (("callbacks.early_stopping.patience=1", "callbacks.early_stopping.metric=val/los",
