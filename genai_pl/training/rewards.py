@@ -60,16 +60,9 @@ def load_rewards(
     Functions get prompts as text; reward models get `raw_prompts`, text or messages, and apply their own chat
     template. A completion to which no reward applies gets NaN, and the caller drops it from the loss.
     """
-    if not names:
-        raise ConfigError(f"objective.reward is not set: {HOW}")
-    if uncertainty is not None and (weights is not None or len(names) < 2 or uncertainty < 0):
-        raise ConfigError(
-            f"objective.reward_uncertainty={uncertainty} needs a number of at least 0, two rewards or more and no reward_weights"
-        )
+    _check_numbers(names, weights, uncertainty)
     # each entry: a function, or a reward model
     weights = [1.0] * len(names) if weights is None else list(weights)
-    if len(weights) != len(names):
-        raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
     places = [_locate(name) for name in names]
     rewards = [
         _load_judge(name, policy, device) if place is None else load_function(name, *place)
@@ -127,6 +120,18 @@ def load_rewards(
         return StepScores(sums, [list(rows) for rows in zip(*weighted, strict=True)])
 
     return reward
+
+
+def _check_numbers(names: Sequence[str], weights: Sequence[float] | None, uncertainty: float | None) -> None:
+    """ConfigError for no rewards, and for weights or an uncertainty that do not fit their number."""
+    if not names:
+        raise ConfigError(f"objective.reward is not set: {HOW}")
+    if uncertainty is not None and (weights is not None or len(names) < 2 or uncertainty < 0):
+        raise ConfigError(
+            f"objective.reward_uncertainty={uncertainty} needs a number of at least 0, two rewards or more and no reward_weights"
+        )
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(f"objective.reward_weights has {len(weights)} numbers for {len(names)} rewards")
 
 
 def _weighted_sum(weights: Sequence[float], row: Sequence[float | None]) -> float:
