@@ -199,7 +199,8 @@ def device_layout(config: DictConfig) -> planning.Layout:
             )
         kind = strategy.schedule
         loops = strategy.stages_per_rank or 1 + (kind in LOOPED)
-        schedule = {"micro_batches": strategy.microbatches, "gpipe": kind == "gpipe", "loops": loops}
+        schedule = {"gpipe": kind == "gpipe", "loops": loops, "zero_bubble": kind == "zero_bubble"}
+        schedule["micro_batches"] = strategy.microbatches
         return planning.Layout(data=data, stages=stages, per_node=per_node, **schedule)
     # DDP, or DeepSpeed's ZeRO stage
     zero = strategy.stage if target == "deepspeed" else 0

@@ -24,6 +24,7 @@ class Layout:
     micro_batches: of a batch, in a pipeline
     gpipe: all forward passes come first; else the schedule is 1F1B
     loops: stages of each device in an interleaved schedule
+    zero_bubble: gradients of weights fill the waits of that schedule
     sequence: hidden states between attention and MLP are sharded over the devices that share a layer
     zero: what replicas divide: 1 optimizer states, 2 gradients too, 3 weights too
     per_node: devices with fast links to each other
@@ -39,6 +40,7 @@ class Layout:
     micro_batches: int = 1
     gpipe: bool = False
     loops: int = 1
+    zero_bubble: bool = False
     sequence: bool = False
     zero: int = 0
     per_node: int = 8
@@ -67,8 +69,12 @@ class Layout:
 
     @property
     def idle(self) -> float:
-        """The time that a pipeline waits as a share of its work: (p - 1) / (m v) (Narayanan et al. 2021, section 2.2)."""
-        return (self.stages - 1) / (self.micro_batches * self.loops)
+        """The time that a pipeline waits as a share of its work: (p - 1) / (m v) (Narayanan et al. 2021, section 2.2).
+
+        Of forward pass, gradient of inputs and gradient of weights, equally long, zero bubble fills two waits out of
+        three (Qi et al. 2024, table 1, ZB-H1).
+        """
+        return (self.stages - 1) / (self.micro_batches * self.loops) / (3 if self.zero_bubble else 1)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,13 @@ from genai_pl.strategies.sharded import ShardedStrategy
 class PipelineStrategy(ShardedStrategy):
     """The blocks of a model divided among ranks (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019).
 
-    schedule: gpipe (all forward passes first), 1f1b (a backward pass as soon as possible, fewer activations), or interleaved
-        (1F1B with several stages on each rank, shorter waits: Narayanan et al. 2021, section 2.2)
+    schedule: gpipe (all forward passes first), 1f1b (a backward pass as soon as possible, fewer activations), or with several
+        stages on each rank interleaved (1F1B, shorter waits: Narayanan et al. 2021) and zero_bubble (gradients of weights
+        fill the waits: Qi et al. 2024)
     microbatches: parts of a batch; data.batch_size must be a multiple
     data_parallel_size: pipelines that see different batches
     pipeline_parallel_size: ranks of a pipeline; None: what data_parallel_size leaves of the ranks
-    stages_per_rank: of the interleaved schedule; None: 2 for it, 1 for others
+    stages_per_rank: of the last two schedules; None: 2 for them, 1 for others
 
     The ranks of a pipeline receive the same batch. A checkpoint is that of one process: a run resumes with any number
     of ranks.
@@ -140,8 +141,11 @@ class PipelineStrategy(ShardedStrategy):
         torch.manual_seed(torch.initial_seed() + stage)  # dropout differs from block to block
         group = self.device_mesh["tensor_parallel"].get_group()
         # the schedule of this rank's stages
-        precision = self.precision_plugin.forward_context
-        parts = [Stage(module, index, n_stages, precision) for index in range(stage, n_stages, n_ranks)]
+        options = {
+            "precision": self.precision_plugin.forward_context,
+            "splits_backward": self.schedule == "zero_bubble",
+        }
+        parts = [Stage(module, index, n_stages, **options) for index in range(stage, n_stages, n_ranks)]
         self._pipeline = Pipeline(parts, group, schedule=self.schedule, micro_batches=self.micro_batches)
         module.global_norm = self._global_norm
 

@@ -8,7 +8,7 @@ states travel. Under looped schedules a rank runs several stages, p ranks apart.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from genai_pl.kernels.cross_entropy import repeatable_backward
 from genai_pl.models import PipelineModel
 from genai_pl.modules.token_prediction import TokenModule
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining.schedules import _PipelineSchedule
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 LOOPED = SCHEDULES[2:]  # those with several stages on a rank
 Batch = dict[str, Tensor]
 Sums = dict[str, Tensor]
@@ -76,15 +77,23 @@ class Stage(nn.Module):
     module: the objective's module, whose model is restricted to the blocks of this stage
     stage, n_stages: this stage and their number
     precision: context of autocast
+    splits_backward: gradients of weights are made after those of inputs, in a second pass through the same graph
 
     The output is hidden states (B, T, C); on the last stage the loss (1,), times `loss_scale`. `sums` adds up the
     objective's sums over micro-batches there.
     """
 
     def __init__(
-        self, module: TokenModule, stage: int, n_stages: int, precision: Callable[[], AbstractContextManager]
+        self,
+        module: TokenModule,
+        stage: int,
+        n_stages: int,
+        precision: Callable[[], AbstractContextManager],
+        *,
+        splits_backward: bool = False,
     ) -> None:
         super().__init__()
+        self.splits_backward = splits_backward
         self.precision, self.index, self.is_last = precision, stage, stage == n_stages - 1
         self.loss_scale = torch.ones(())  # 1 / all targets of the optimizer step
         self.sums: Counter[str] = Counter()
@@ -107,11 +116,15 @@ class Stage(nn.Module):
         with self.precision():
             if not self.is_last:
                 hidden = self.module.hidden(rows).to(self.module.model.embed.weight.dtype)
+                hidden = (
+                    hidden.clone() if self.splits_backward else hidden
+                )  # the schedule detaches it, which no view can be
                 # the schedule calls backward even where everything up to here is frozen
                 return hidden if hidden.requires_grad or not self.training else hidden.requires_grad_()
-            sums = self.module.step(rows)
+            with repeatable_backward() if self.splits_backward else nullcontext():
+                sums = self.module.step(rows)
         self.sums.update({name: value.detach() for name, value in sums.items()})
-        return (sums["loss"] * self.loss_scale)[None]
+        return torch.stack([sums["loss"] * self.loss_scale])
 
 
 class Pipeline:
@@ -180,7 +193,9 @@ class Pipeline:
         ]
         options = {"loss_fn": (lambda loss, _: loss.sum()) if train else None, "scale_grads": False}
         if looped:
-            return pipelining.ScheduleInterleaved1F1B(stages, n, **options)
+            zero = self.schedule == "zero_bubble" and train
+            kind = pipelining.ScheduleInterleavedZeroBubble if zero else pipelining.ScheduleInterleaved1F1B
+            return kind(stages, n, **options)
         # 1F1B needs a micro-batch for every stage; the last rows of an epoch may be fewer
         eager = self.schedule == "1f1b" and train and n >= n_ranks
         kind = pipelining.Schedule1F1B if eager else pipelining.ScheduleGPipe

@@ -51,9 +51,10 @@ def test_fsdp_gathers_matrices_of_blocks_in_the_dtype_of_products_and_keeps_the_
 
 
 def test_interleaved_stages_wait_less_and_hold_more_micro_batches() -> None:
-    # Narayanan et al. 2021, 2.2: the wait is divided by the stages of a device
+    # Narayanan et al. 2021, 2.2: the wait is divided by the stages of a device; Qi et al. 2024, table 1: F + B - W of F + B + W
     eager, looped = (Layout(stages=4, micro_batches=8, loops=loops) for loops in (1, 2))
-    assert (eager.idle, looped.idle) == (3 / 8, 3 / 16)
+    split = Layout(stages=4, micro_batches=8, loops=2, zero_bubble=True)
+    assert (eager.idle, looped.idle, split.idle) == (3 / 8, 3 / 16, pytest.approx(3 / 48))
     # passes before the first backward pass of device 0: 2 (p - 1) + (v - 1) p, and one more, of half the layers each
     assert [eager.in_flight(rank) for rank in range(4)] == [4, 3, 2, 1]
     assert [looped.in_flight(rank) for rank in range(4)] == [5.5, 4.5, 3.5, 2.5]

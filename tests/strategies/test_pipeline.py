@@ -18,6 +18,7 @@ TWO = ("strategy=pipeline", "trainer.devices=2", WHOLE)
 FOUR = ("strategy=pipeline", "strategy.data_parallel_size=2", "strategy.microbatches=2", "trainer.devices=4", HALF)
 GPIPE = (*TWO, "strategy.schedule=gpipe")
 INTERLEAVED = (*TWO, "strategy.schedule=interleaved")
+ZERO_BUBBLE = (*TWO, "strategy.schedule=zero_bubble")
 ADAMW = ("optimizer=adamw", "optimizer.lr=1e-3")
 OBJECTIVES = {
     # tied embeddings, rows of unequal numbers of targets, four batches to a step, a gradient far too long
@@ -38,6 +39,7 @@ OBJECTIVES = {
 }
 SLOW = [
     ("five blocks", INTERLEAVED),
+    ("five blocks", ZERO_BUBBLE),
     ("prefix_lm deep", INTERLEAVED),
     ("prefix_lm", GPIPE),
     ("clm", GPIPE),
@@ -135,6 +137,7 @@ def test_an_option_that_cannot_be_is_named(options: dict[str, object], said: str
     [
         (("strategy.microbatches=3",), "data.batch_size"),
         (("model.n_layer=1",), "model.n_layer"),
+        (("strategy.schedule=zero_bubble", "model.n_layer=4", "compile=true"), "compile does not go with"),
         (("strategy.schedule=interleaved", "model.n_layer=3"), "for each of 4 stages"),
         (("peft=prompt",), "virtual tokens"),
         (("model=t5_nano", "objective=span_corruption"), "decoders and encoders"),
