@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from genai_pl.devices import CODES
 from genai_pl.errors import ConfigError
 from genai_pl.kernels.packed_product import BF16, LACKS, Product
-from genai_pl.kernels.row_products import multiply_rows
+from genai_pl.kernels.row_products import FLOATS, multiply_rows
 from genai_pl.models.block import Block
 from genai_pl.models.encoder_decoder import EncoderDecoder
 from genai_pl.models.frozen import FrozenLinear, RoundedLinear
@@ -74,7 +74,7 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.table = weight.detach().to(torch.bfloat16 if dtype in CODES.values() else dtype)
-        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, self.embedding_dim, **FLOATS), requires_grad=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return F.embedding(input_ids, self.table).float()
@@ -180,7 +180,7 @@ def equalize(model: nn.Module) -> None:
 
 def _refuse_change(fn: Callable[[Tensor], Tensor]) -> None:
     """RuntimeError for a function of `Module._apply` that moves or casts: packed weights are of this CPU."""
-    probe = torch.empty(0)
+    probe = torch.empty(0, **FLOATS)
     changed = fn(probe)
     if changed.device != probe.device or changed.dtype != probe.dtype:
         raise RuntimeError("this model's weights are packed for products on a CPU: load it again to move or cast it")
