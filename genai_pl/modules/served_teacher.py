@@ -67,12 +67,12 @@ class ServedTeacher(RowTeacher):
     """A teacher behind an address, in the place of a model beside the student.
 
     url: of the API, up to and with /v1. server: how it is asked. top_k: likeliest tokens of a position.
-    vocab_size: the student's.
+    vocab_size: the student's. option: that names the address.
     """
 
-    def __init__(self, url: str, server: Server, *, top_k: int, vocab_size: int) -> None:
+    def __init__(self, url: str, server: Server, *, top_k: int, vocab_size: int, option: str = OPTION) -> None:
         key = os.environ.get(server.key_variable, "")
-        self.endpoint = Endpoint(url, OPTION, key, timeout=server.timeout, retries=server.retries)
+        self.endpoint = Endpoint(url, option, key, timeout=server.timeout, retries=server.retries)
         self.top_k, self.vocab_size, self.workers = top_k, vocab_size, server.workers
         try:
             listed = {entry["id"]: entry for entry in self.endpoint.ask("models")["data"]}
@@ -114,7 +114,7 @@ class ServedTeacher(RowTeacher):
             answers = pool.map(self._predictions, [prompt.tokens for prompt in prompts])
             for prompt, (values, tokens) in zip(prompts, answers, strict=True):
                 logprobs[prompt.places], ids[prompt.places] = values, tokens
-        check_ids(ids, self.vocab_size, source=f"{OPTION}={self.endpoint.url}")
+        check_ids(ids, self.vocab_size, source=f"{self.endpoint.option}={self.endpoint.url}")
         return Taught(likeliest(logprobs.to(labels.device), ids.to(labels.device)))
 
     def _predictions(self, tokens: list[int]) -> tuple[Tensor, Tensor]:

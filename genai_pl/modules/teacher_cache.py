@@ -63,6 +63,12 @@ class TeacherCache:
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a teacher's file of this version, or damaged ({error})") from None
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a position: k ids, and k + 1 log-probabilities in float16."""
+        K = self.contents.top_k
+        return K * self.ids.itemsize + 2 * (K + 1)
+
     @staticmethod
     def is_at(folder: Path) -> bool:
         """True if a folder looks like one of these. Nothing is read."""

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from genai_pl.config.enums import Shape
 from genai_pl.endpoints import ADDRESSES
 from genai_pl.errors import ConfigError
 from genai_pl.loading import Loaded, load
 from genai_pl.modules.distillation import DistillModule
-from genai_pl.modules.served_teacher import ServedTeacher
+from genai_pl.modules.served_teacher import ServedTeacher, Server
 from genai_pl.modules.teacher_cache import TeacherCache
 from genai_pl.modules.teachers import FileTeacher, ModelTeacher, RowTeacher, TextTeacher
 from genai_pl.modules.text_alignment import TextAlignment
@@ -47,39 +49,57 @@ def build_teacher(
     return ModelTeacher(loaded.model, temperature=module.temperature)
 
 
-def load_teacher(name: str) -> Loaded:
+def load_teacher(name: str, *, dtype: torch.dtype = torch.float32, option: str = OPTION) -> Loaded:
     """A decoder that writes text; ConfigError for another model."""
-    loaded = load(name, option=OPTION)
+    loaded = load(name, dtype=dtype, option=option)
     if loaded.model.config.shape is not Shape.decoder or not loaded.model.config.head.predicts_tokens:
-        raise ConfigError(f"{OPTION}={name}: a decoder that writes text is needed")
+        raise ConfigError(f"{option}={name}: a decoder that writes text is needed")
     return loaded
 
 
-def check_tokenizer(name: str, loaded: Loaded, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_tokenizer(name: str, loaded: Loaded, tokenizer: "PreTrainedTokenizerBase", *, option: str = OPTION) -> None:
     """ConfigError for a teacher with another tokenizer than the student's."""
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"{OPTION}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "
+            f"{option}={name}: its tokenizer is another one than the student's; start from it (tokenizer=pretrained "
             f"tokenizer.name={name}, or init_from={name} init_layers=N), or set objective.universal=true"
         )
 
 
 def served_teacher(module: DistillModule, tokenizer: "PreTrainedTokenizerBase") -> ServedTeacher:
-    """The teacher behind an address, whose tokens have been compared with the student's."""
-    option = f"{OPTION}={module.teacher_name}"
+    """The teacher behind an address; ConfigError for options that it cannot follow."""
+    name, size = module.teacher_name, module.model.config.vocab_size
     if module.universal:
         raise ConfigError(
-            f"{option}: objective.universal=true needs all probabilities, and a server gives the likeliest"
+            f"{OPTION}={name}: objective.universal=true needs all probabilities, and a server gives the likeliest"
         )
-    if module.temperature != 1:
+    top_k = module.top_k or module.server.top_k
+    options = {"top_k": top_k, "vocab_size": size, "temperature": module.temperature}
+    return open_served_teacher(name, module.server, tokenizer, **options)
+
+
+def open_served_teacher(
+    url: str,
+    server: Server,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    top_k: int,
+    vocab_size: int,
+    temperature: float,
+    option: str = OPTION,
+) -> ServedTeacher:
+    """The teacher behind an address, whose tokens have been compared with the student's.
+
+    top_k: likeliest tokens of a position. vocab_size: the student's. temperature: of the loss. option: that names the address.
+    """
+    if temperature != 1:
         raise ConfigError(
-            f"{option}: a server gives probabilities at temperature 1; set objective.temperature=1, not "
-            f"{module.temperature}"
+            f"{option}={url}: a server gives probabilities at temperature 1; set {option.replace('teacher', 'temperature')}=1, "
+            f"not {temperature}"
         )
-    top_k, size = module.top_k or module.server.top_k, module.model.config.vocab_size
-    if top_k >= size:
-        raise ConfigError(f"objective.server.top_k must be from 1 to {size - 1}, one below the vocabulary, not {top_k}")
-    teacher = ServedTeacher(module.teacher_name, module.server, top_k=top_k, vocab_size=size)
+    if top_k >= vocab_size:
+        raise ConfigError(f"top_k={top_k} must be from 1 to {vocab_size - 1}, one below the vocabulary")
+    teacher = ServedTeacher(url, server, top_k=top_k, vocab_size=vocab_size, option=option)
     teacher.check_tokenizer(tokenizer)
     return teacher
 
