@@ -77,7 +77,9 @@ class Cluster:
     def __init__(self, folder: Path, *, nodes: tuple[str, ...] = NODES, cpus: int = 2, timeout: int = 10) -> None:
         self.folder, self.nodes, self.cpus, self.timeout = folder.absolute(), nodes, cpus, timeout
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_", "SBATCH_"))},
+            **{
+                name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_", "SBATCH_"))
+            },
             "PATH": PATH,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "MASTER_ADDR": "127.0.0.1",
@@ -115,7 +117,9 @@ class Cluster:
         """Start the daemon of a node, and return when the node can take jobs."""
         (self.folder / name).mkdir(exist_ok=True)
         self._daemon("slurmd", "-D", "-N", name, "-f", self.environment["SLURM_CONF"], log=name)
-        wait_until(lambda: self.run("sinfo", "-hn", name, "-o", "%t", check=False).strip() in ("idle", "mix", "alloc"), name)
+        wait_until(
+            lambda: self.run("sinfo", "-hn", name, "-o", "%t", check=False).strip() in ("idle", "mix", "alloc"), name
+        )
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon and all processes of its jobs by SIGKILL, nothing told to anybody."""
