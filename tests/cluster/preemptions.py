@@ -19,7 +19,7 @@ from tests.cluster.runs import OPTIONS, SCRIPT, environment, here, prepare, torc
 from tests.cluster.slurm import Cluster, field, running, wait_until
 from tests.strategies.processes import assert_equal_to_the_last_bit, table
 
-KINDS = ("requeue", "priority", "requeue", "priority", "time")
+KINDS = ("requeue", "priority", "time", *("requeue", "priority") * 4)  # time takes a minute
 
 
 def restarts(cluster: Cluster, job: str) -> int:
@@ -38,6 +38,11 @@ def preempt(cluster: Cluster, job: str, kind: str, folder: Path) -> None:
     else:
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     wait_until(lambda: restarts(cluster, job) > before, f"{kind} of job {job}", seconds=150)
+
+
+def length(times: int) -> int:
+    """Steps of a run that is preempted so often and has not ended before; until its time is over it makes many."""
+    return 30 * times + 250 * [KINDS[n % len(KINDS)] for n in range(times)].count("time")
 
 
 def last_step(run: Path) -> int:
@@ -61,7 +66,7 @@ def preempted(cluster: Cluster, folder: Path, *, times: int, steps: int, seed: i
     )
     for n in range(times):
         reached = last_step(run)
-        wanted = reached + draw.randint(1, max(2, steps // (2 * times)))
+        wanted = reached + draw.randint(1, 15)
         wait_until(lambda wanted=wanted: last_step(run) >= wanted, f"step {wanted}", seconds=240)
         at.append(last_step(run))
         kind = KINDS[n % len(KINDS)]
@@ -76,7 +81,7 @@ def preempted(cluster: Cluster, folder: Path, *, times: int, steps: int, seed: i
 
 def main(times: int) -> None:
     """Preempt, compare, and print how many steps differ."""
-    steps, began = 40 * times, time.monotonic()
+    steps, began = length(times), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepare(Path(temporary) / "work")
         torchrun(folder, *OPTIONS, f"trainer.max_steps={steps}", "output_dir=undisturbed")

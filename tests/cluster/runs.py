@@ -13,7 +13,10 @@ OPTIONS = (
     *("model.n_layer=2", "model.n_embd=32", "model.max_seq_len=32", "model.dropout=0.1", "tokenizer=byte"),
     *("data.path=documents.jsonl", "data.batch_size=2", "optimizer=adamw", "scheduler=constant", "strategy=ddp"),
     *("trainer.accelerator=cpu", "trainer.limit_val_batches=2", "trainer.log_every_n_steps=1", "logger=csv"),
-    *("callbacks.samples.every_n_steps=null",),
+    *(
+        "callbacks.samples.every_n_steps=null",
+        "trainer.accumulate_grad_batches=4",
+    ),
 )
 TRAIN = (sys.executable, str(ROOT / "train.py"))
 SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"

@@ -89,7 +89,6 @@ class Cluster:
     def start(self) -> None:
         """Write the configuration, start all daemons, and return when all nodes are idle."""
         self.folder.mkdir(parents=True)
-        self.folder.chmod(0o755)  # munge wants everybody to reach its socket
         (self.folder / "state").mkdir()
         ports = free_ports(1 + len(self.nodes))
         nodes = "\n".join(
@@ -107,7 +106,7 @@ class Cluster:
             f"--{option}={files[name]}"
             for option, name in {"socket": "socket", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}.items()
         ]
-        self._daemon("munged", "--foreground", "--num-threads=2", f"--key-file={key}", *named)
+        self._daemon("munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}", *named)
         wait_until(files["socket"].exists, "munged")
         self._daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         for name in self.nodes:
