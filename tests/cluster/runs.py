@@ -1,0 +1,53 @@
+"""A small training that Slurm runs, and its comparison with one that nobody disturbs."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from tests.cluster.slurm import Cluster
+from tests.conftest import ROOT
+from tests.strategies.processes import write_documents
+
+OPTIONS = (
+    *("model.n_layer=2", "model.n_embd=32", "model.max_seq_len=32", "model.dropout=0.1", "tokenizer=byte"),
+    *("data.path=documents.jsonl", "data.batch_size=2", "optimizer=adamw", "scheduler=constant", "strategy=ddp"),
+    *("trainer.accelerator=cpu", "trainer.limit_val_batches=2", "trainer.log_every_n_steps=1", "logger=csv"),
+    *(
+        "callbacks.samples.every_n_steps=null",
+        "trainer.accumulate_grad_batches=4",
+    ),
+)
+TRAIN = (sys.executable, str(ROOT / "train.py"))
+SCRIPT = ROOT / "deploy" / "slurm" / "train.sbatch"
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """Variables of a training in the cluster."""
+    python = {"PYTHON": TRAIN[0], "TRAIN": TRAIN[1], "PYTHONPATH": str(ROOT)}
+    return {**cluster.environment, **python, "HF_HUB_OFFLINE": "1"}
+
+
+def prepare(folder: Path) -> Path:
+    """The working folder of trainings, with their text."""
+    folder.mkdir(exist_ok=True)
+    write_documents(folder)
+    return folder
+
+
+def here(script: Path, folder: Path) -> Path:
+    """A shipped batch script for the nodes of the test: one task, no GPU, ten minutes."""
+    text = script.read_text(encoding="utf-8")
+    text = re.sub(r"^#SBATCH --gpus.*\n", "", text, flags=re.M)
+    text = re.sub(r"(--ntasks-per-node|--cpus-per-task)=\d+", r"\1=1", text)
+    text = re.sub(r"--time=\S+", "--time=00:10:00", text)
+    copied = folder / script.name
+    copied.write_text(text, encoding="utf-8")
+    return copied
+
+
+def torchrun(folder: Path, *arguments: str) -> str:
+    """What two processes of torchrun print."""
+    launch = (TRAIN[0], "-m", "torch.distributed.run", "--nproc-per-node=2", TRAIN[1])
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return Cluster(folder / "none").run(*launch, *arguments, cwd=folder, env=variables)
