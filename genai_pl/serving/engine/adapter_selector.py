@@ -48,6 +48,7 @@ class AdapterSelector:
         for name, folder in folders.items():
             self.load(name, Path(folder))
         model.to(self.device).eval()
+        self._report()
 
     def load(self, name: str, folder: Path) -> None:
         """Load one more adapter; if it cannot be loaded the model is as before, and the exception says why."""
