@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder of the files, the runs and figures.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sft-steps", type=int, default=300)
+    parser.add_argument("--judge-steps", type=int, default=1500)
     parser.add_argument("--rollouts", type=int, default=40, help="of 64 completions")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of PPO")
     return parser.parse_args()
@@ -92,8 +93,8 @@ def stages(options: argparse.Namespace) -> tuple[Path, Path]:
     """(SFT model, process reward model), with the files that all runs read."""
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    sums = problems(4600)
-    parts = {"sft": sums[:1500], "steps": sums[1500:2500], "prompts": sums[2500:4100], "held": sums[4100:]}
+    sums = problems(6100)
+    parts = {"sft": sums[:1500], "steps": sums[1500:4000], "prompts": sums[4000:5600], "held": sums[5600:]}
     rows = [{"prompt": text, "completion": "\n".join(steps(numbers_of(text))) + "\n"} for text in parts["sft"]]
     write(out / "sft.jsonl", rows)
     write(out / "prompts.jsonl", [{"prompt": text} for text in parts["prompts"]])
@@ -105,7 +106,7 @@ def stages(options: argparse.Namespace) -> tuple[Path, Path]:
     )  # fmt: skip
     if not (out / "steps.jsonl").exists():
         sampled = []
-        for seed in (0, 1):  # two answers of each problem
+        for seed in range(4):  # as many answers of each problem
             answers = generate(str(sft), parts["steps"], seed=seed, max_new_tokens=NEW, temperature=1.0)
             for prompt, answer in zip(parts["steps"], answers, strict=True):
                 lines = [line for line in answer.strip("\n").split("\n") if line]
@@ -115,8 +116,8 @@ def stages(options: argparse.Namespace) -> tuple[Path, Path]:
         write(out / "steps.jsonl", sampled)
     judge = run(
         out / "judge", "objective=process_reward", f"init_from={sft}", f"data.path={out / 'steps.jsonl'}", *common[:2],
-        "optimizer=adamw", "optimizer.lr=1e-3", "scheduler.warmup_steps=20", "trainer.max_steps=600",
-        "trainer.val_check_interval=600",
+        "scheduler.warmup_steps=50", f"trainer.max_steps={options.judge_steps}",
+        f"trainer.val_check_interval={options.judge_steps}",
     )  # fmt: skip
     return sft, judge
 
