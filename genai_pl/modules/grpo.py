@@ -225,6 +225,6 @@ class GRPOModule(PolicyGradientModule):
         surrogate = SURROGATES[self.kind]
         loss = grpo_loss(logprobs, old_logprobs, advantages, weights, surrogate=surrogate, **self.clip, **kl)
         arguments = (logprobs.detach(), old_logprobs, advantages, mask)
-        metrics = policy_metrics(*arguments, **self.clip)
+        metrics = policy_metrics(logprobs.detach(), old_logprobs, mask)
         metrics["policy/clipfrac"] = clipped_tokens(self.kind, *arguments, **self.clip)
         return loss, metrics | {"loss/policy": surrogate(*arguments, **self.clip).sum()}
