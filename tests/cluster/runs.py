@@ -48,11 +48,19 @@ def here(script: Path, folder: Path) -> Path:
     return copied
 
 
+PLAIN = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # variables of a training outside of a cluster
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command, cwd=folder, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def torchrun(folder: Path, *arguments: str) -> str:
     """What two processes of torchrun print."""
-    launch = (TRAIN[0], "-m", "torch.distributed.run", "--nproc-per-node=2", TRAIN[1])
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return Cluster(folder / "none").run(*launch, *arguments, cwd=folder, env=variables)
+    return run(folder, TRAIN[0], "-m", "torch.distributed.run", "--nproc-per-node=2", TRAIN[1], *arguments)
 
 
 class Sweep(NamedTuple):
@@ -90,7 +98,7 @@ def sweep(name: str, folder: Path, environment: dict[str, str], *launcher: str, 
 def undisturbed_sweep(folder: Path) -> Path:
     """The folder of the same sweep, one job after the other."""
     if not (folder / "undisturbed-sweep").exists():
-        done = sweep("undisturbed-sweep", folder, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        done = sweep("undisturbed-sweep", folder, PLAIN)
         out, _ = done.process.communicate(timeout=600)
         assert done.process.returncode == 0, out
     return folder / "undisturbed-sweep"
