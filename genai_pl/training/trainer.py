@@ -6,7 +6,6 @@ with the option to use instead (REFUSED_ARGUMENTS).
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,14 @@ from genai_pl.errors import ConfigError
 from genai_pl.models import flop_rates
 from genai_pl.modules import BaseModule
 from genai_pl.peft import adapters_of
-from genai_pl.strategies import RankLauncher, ShardedStrategy, follow_launcher, recompute
+from genai_pl.strategies import (
+    RankLauncher,
+    ShardedStrategy,
+    choose_environment,
+    follow_launcher,
+    recompute,
+    started_devices,
+)
 from genai_pl.training.benchmarks import build_benchmarks
 from genai_pl.training.fit import Run
 from genai_pl.training.hydra_job import rank_command
@@ -95,8 +101,7 @@ def build_trainer(
         del options[name]
     for name in options.keys() & REFUSED_ARGUMENTS:
         raise ConfigError(f"trainer.{name}={options[name]}: has no effect: {REFUSED_ARGUMENTS[name]}; leave it out")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes: it decides on devices
-        options |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
+    options |= started_devices(options)
     if not module.automatic_optimization:
         options["gradient_clip_val"] = None  # the module clips by itself
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.lightning
@@ -121,7 +126,7 @@ def build_trainer(
             strategy=strategy,
             logger=[instantiate(node, at="logger") for node in loggers],
             callbacks=[*callbacks.values(), cb.Divergence(), *extra_callbacks],
-            plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written)],
+            plugins=[cb.AtomicCheckpointIO(callbacks["checkpoints"].written), choose_environment()],
             default_root_dir=str(folder),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -316,6 +321,7 @@ def silence_libraries() -> None:
         "does not have many workers",
         "Checkpoint directory",
         "GPU available but not",
+        "`srun` command is available",  # several processes need no srun: ours are started by the first
         "treespec, LeafSpec",
         "sync_dist=True",
         "callbacks used to create the checkpoint",  # those whose loss matters refuse it themselves
