@@ -169,13 +169,14 @@ def device_layout(config: DictConfig) -> planning.Layout:
     strategy, target = config.strategy, config.strategy.get("_target_", "").rpartition(".")[2]
     # FSDP2 with tensor parallelism
     if target == "ShardedStrategy":
-        data, tensor = strategy.data_parallel_size, strategy.tensor_parallel_size
-        tensor = n // (data or 1) if tensor is None else tensor
-        data = data or n // tensor
-        if data * tensor != n:
+        data, tensor, context = (strategy[f"{kind}_parallel_size"] for kind in ("data", "tensor", "context"))
+        tensor = n // ((data or 1) * context) if tensor is None else tensor
+        data = data or n // (tensor * context)
+        if data * context * tensor != n:
+            of_context = f" x strategy.context_parallel_size ({context})" if context > 1 else ""
             raise ConfigError(
-                f"strategy.data_parallel_size ({data}) x strategy.tensor_parallel_size ({tensor}) must be {n}, the "
-                "number of devices"
+                f"strategy.data_parallel_size ({data}){of_context} x strategy.tensor_parallel_size ({tensor}) must be {n}, "
+                "the number of devices"
             )
         regathers, sequence = strategy.reshard_after_forward, strategy.sequence_parallel
         experts = strategy.expert_parallel_size
@@ -184,7 +185,7 @@ def device_layout(config: DictConfig) -> planning.Layout:
                 f"strategy.expert_parallel_size ({experts}) must divide strategy.data_parallel_size ({data}), and "
                 "strategy.tensor_parallel_size must be 1"
             )
-        sizes = {"data": data, "experts": experts, "tensor": tensor, "per_node": per_node}
+        sizes = {"data": data, "experts": experts, "context": context, "tensor": tensor, "per_node": per_node}
         return planning.Layout(**sizes, zero=3, regathers=regathers, sequence=sequence)
     # pipeline stages with data parallelism
     if target == "PipelineStrategy":

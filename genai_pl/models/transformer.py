@@ -17,6 +17,7 @@ from genai_pl.config.enums import Head, NormOrder, Position, Shape
 from genai_pl.config.labels import KEYS as LABEL_KEYS
 from genai_pl.config.labels import Labels
 from genai_pl.config.model import ModelConfig
+from genai_pl.distributed.context_group import ALONE, ContextGroup
 from genai_pl.errors import ConfigError
 from genai_pl.kernels import AttentionMask
 from genai_pl.models.attention import AttentionInputs
@@ -41,7 +42,8 @@ class Transformer(nn.Module):
     """
 
     causal: bool
-    feature_methods: tuple[str, ...] = ("features",)  # see `LanguageModel`
+    feature_methods: tuple[str, ...] = ("features",)  # see `LanguageModel`, as the next
+    context_group: ContextGroup = ALONE
 
     def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from genai_pl.serving.json_logs import log_json
 from genai_pl.serving.log_limits import limit_repeated_lines
 from genai_pl.serving.metrics import Metrics
 from genai_pl.serving.service import Service, open_service
-from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_keys
+from genai_pl.serving.settings import FOLDER, VARIABLE, Settings, read_admin_keys, read_keys
 
 
 def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
@@ -30,10 +30,11 @@ def build(settings: Settings) -> tuple[Service | Upstream, FastAPI]:
         log_json()
     metrics = Metrics()
     keys = read_keys(settings.api_keys)
+    admin_keys = read_admin_keys(settings, keys)
     backend = Upstream(settings, metrics) if settings.backend == "openai" else open_service(settings, metrics)
     gc.collect()
     gc.freeze()  # model and libraries stay: without this each full collection scans them for up to a second
-    return backend, create_app(backend, settings, metrics, keys)
+    return backend, create_app(backend, settings, metrics, keys, admin_keys)
 
 
 def create() -> FastAPI:
@@ -78,6 +79,8 @@ def description(backend: Service | Upstream, settings: Settings) -> str:
         if backend.engine is not None:
             lines["slots"] = f"{settings.slots} answers at once, {settings.limits.queue_size} may wait"
         lines["adapters"] = ", ".join(settings.adapters) or "none"
+        if settings.adapters_root is not None:
+            lines["adapters"] += f"; more from {settings.adapters_root} by POST /admin/adapters"
     # in front of either
     lines["workers"] = f"{settings.workers}"
     lines["cache"] = redact(settings.cache or "none")

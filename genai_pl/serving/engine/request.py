@@ -198,3 +198,6 @@ class EngineObserver:
 
     def step(self, batch_size: int) -> None:
         """A decode step gave this many requests a token."""
+
+    def adapters_changed(self, n_served: int, n_leaving: int) -> None:
+        """So many adapters are loaded: those that requests may name, and those that only running ones use; from any thread."""
