@@ -33,7 +33,9 @@ def to_nf4(weight: Tensor) -> Tensor:
     levels = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
     # the nearest level: its index is the number of midpoints below the value
     between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(groups / scales.clamp_min(torch.finfo(torch.float32).tiny), between, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(groups / scales.clamp_min(torch.finfo(torch.float32).tiny), between, out_int32=True).to(
+        torch.uint8
+    )
     return torch.cat([scales.view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
 
 

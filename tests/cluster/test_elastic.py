@@ -3,6 +3,7 @@
 import re
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from tests.cluster.runs import OPTIONS, PLAIN, TRAIN, prepare, torchrun
 from tests.cluster.slurm import free_ports, kill, parent_of, pids, wait_until
 from tests.strategies.processes import MODEL, assert_equal_to_the_last_bit, table
 
+HEARTBEATS = (
+    30  # seconds: torchrun takes a node for lost after three of five seconds, and confuses one that is back before
+)
 STEPS = ("trainer.max_steps=60", "callbacks.checkpoint.every_n_steps=5")
 
 
@@ -50,6 +54,7 @@ def test_a_node_of_torchrun_leaves_and_comes_back(tmp_path: Path) -> None:
         kill(pid)
     agents[1].wait()
     assert saved() < 60
+    time.sleep(HEARTBEATS)
     agents[1] = node("again")
     statuses = [agent.wait(timeout=500) for agent in agents]
     shown = "".join((folder / f"{name}.log").read_text() for name in ("one", "again"))
