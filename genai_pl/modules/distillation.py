@@ -65,6 +65,7 @@ class DistillModule(CausalLMModule):
     needs_teacher = True
     make_collator = DistillCollator
     divisible = False
+    divides_sequences = False
     columns = (*CausalLMModule.columns, Column("train/divergence", "diverg.", "{:8.4f}"))
 
     def __init__(

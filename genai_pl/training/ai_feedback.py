@@ -22,6 +22,7 @@ from genai_pl.errors import ConfigError
 from genai_pl.generation import encode_prompt, generate_text
 from genai_pl.kernels import linear_logprobs
 from genai_pl.loading import Loaded, load
+from genai_pl.models.virtual_tokens import context_of
 from genai_pl.training.rewards import Judge
 
 COMPARISON = """Which answer to the request is better? {rubric}
@@ -177,7 +178,7 @@ class _LocalWriter:
         for option in options:
             prompt_ids = encode_prompt(self.tokenizer, prompt)
             option_ids = self.tokenizer(option, add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([(prompt_ids + option_ids)[-self.model.config.max_seq_len :]], device=device)
+            ids = torch.tensor([(prompt_ids + option_ids)[-context_of(self.model) :]], device=device)
             # (1, T, C) -> the states that predict the option's tokens
             hidden = self.model.to_head(self.model.features(ids[:, :-1]))[:, -len(option_ids) :]
             head = self.model.lm_head

@@ -91,7 +91,9 @@ def check(service: Service, body: OpenAISampling, n_prompts: int) -> None:
 def model_entry(service: Service, name: str) -> dict[str, object]:
     """The entry of a model or adapter; max_model_len and parent are vLLM's fields."""
     root = None if name == service.name else service.name
-    entry = {"id": name, "object": "model", "created": service.started, "owned_by": "genai_pl"}
+    adapter = None if root is None else service.adapters.find(name)
+    created = service.started if adapter is None else adapter.since
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "genai_pl"}
     return {**entry, "max_model_len": service.context, "parent": root}
 
 
