@@ -1,5 +1,6 @@
 """Compiled products of few rows against float64, and what happens where they cannot be built."""
 
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genai_pl.kernels import packed_product, row_products
-from genai_pl.kernels.row_products import FEW, KINDS, multiply_rows, pack_rows, rms_norm_rows, rotate_rows
+from genai_pl.kernels.nf4 import NF4
+from genai_pl.kernels.row_products import (
+    FEW,
+    KINDS,
+    Kind,
+    is_built,
+    multiply_rows,
+    pack_rows,
+    rms_norm_rows,
+    rotate_rows,
+    widened,
+)
 from genai_pl.models.positions import rotary, rotate
-
-
-def is_built() -> bool:
-    try:
-        row_products.library()
-    except NotImplementedError:
-        return False
-    return True
-
 
 built = pytest.mark.skipif(not is_built(), reason="no C compiler here")
 
@@ -28,9 +31,9 @@ built = pytest.mark.skipif(not is_built(), reason="no C compiler here")
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forget the library of this process, before and after."""
-    row_products.library.cache_clear()
+    row_products.look_up.cache_clear()
     yield
-    row_products.library.cache_clear()
+    row_products.look_up.cache_clear()
 
 
 def inputs(*shape: int, seed: int = 0) -> Tensor:
@@ -42,6 +45,8 @@ def dense(packed: row_products.RowWeight) -> Tensor:
     weight, dtype, width, scales = packed
     if dtype is torch.int4:
         return written_out(weight, width)
+    if dtype == "nf4":
+        return nf4_written_out(weight, width)
     return weight.double() if scales is None else weight.double() * scales.double()[:, None]
 
 
@@ -58,11 +63,30 @@ def written_out(blocks: Tensor, width: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def nf4_written_out(blocks: Tensor, width: int) -> Tensor:
+    """The same for blocks of nf4 (`nf4.py`)."""
+    rows = []
+    for row in blocks.numpy():
+        values = []
+        for block in row.reshape(-1, 36):
+            [scale] = struct.unpack("<f", block[:4].tobytes())
+            values += [NF4[code] * scale for byte in block[4:].tolist() for code in (byte >> 4, byte & 15)]
+        rows.append(values[:width])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@built
+@pytest.mark.parametrize("dtype", [kind for kind in KINDS if kind is not torch.float32])
+def test_widened_rows_are_the_numbers(dtype: Kind) -> None:
+    packed = pack_rows(inputs(9, 100), dtype)
+    torch.testing.assert_close(widened(packed).double(), dense(packed), rtol=2e-7, atol=0)
+
+
 @built
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("width", [1, 31, 64, 100])
-def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int) -> None:
+def test_products_equal_float64(dtype: Kind, rows: int, width: int) -> None:
     packed = pack_rows(inputs(7, width), dtype)
     x, bias, more = inputs(1, rows, width, seed=1), inputs(7, seed=2), inputs(1, rows, 7, seed=3)
     expected = x.double() @ dense(packed).T + bias + more
@@ -73,7 +97,7 @@ def test_products_equal_float64(dtype: torch.dtype, rows: int, width: int) -> No
 @built
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rows", [1, 7])
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, rows: int) -> None:
+def test_the_number_of_threads_changes_no_bit(dtype: Kind, rows: int) -> None:
     packed, x = pack_rows(inputs(301, 320), dtype), inputs(rows, 320, seed=1)
     expected = multiply_rows(x, packed)
     before = torch.get_num_threads()
@@ -145,9 +169,56 @@ def test_the_library_is_built_once_and_found_again(
     row_products.library()
     [file] = (tmp_path / "genai_pl").iterdir()
     built_at = file.stat().st_mtime_ns
-    row_products.library.cache_clear()
+    row_products.look_up.cache_clear()
     row_products.library()
     assert [file.stat().st_mtime_ns for file in (tmp_path / "genai_pl").iterdir()] == [built_at]
+
+
+@built
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "writable by others", "in a folder of others"])
+def test_a_library_that_others_wrote_or_that_is_damaged_is_built_again(
+    damage: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built file is stood for by a copy: what counts is which file is taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, builds = row_products._build(), []
+    monkeypatch.setattr(
+        row_products.subprocess, "run", lambda command, **_: builds.append(shutil.copy(good, command[-1]))
+    )
+    good = shutil.copy(source, tmp_path / "good.so")
+    content = source.read_bytes()
+    if damage == "writable by others":
+        source.chmod(0o777)
+    elif damage == "in a folder of others":
+        source.parent.chmod(0o777)
+    else:
+        source.write_bytes(
+            {"cut": content[:12000], "empty": b"", "zeros": content[:9000].ljust(len(content), b"\0")}[damage]
+        )
+    found = row_products._build()
+    assert len(builds) == 1
+    assert found.read_bytes() == content
+    assert (found.parent == source.parent) == (damage != "in a folder of others")
+    row_products.library()
+
+
+def test_a_compiler_that_fails_is_started_once(
+    fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(row_products, "BUILD_SECONDS", 1)
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with caplog.at_level("INFO", logger="genai_pl"):
+        for _ in range(3):
+            with pytest.raises(NotImplementedError, match=r"row_products\.c was not built"):
+                row_products.library()
+    assert (tmp_path / "starts").read_text() == "started\n"
+    [line] = caplog.messages
+    assert "torch's products serve instead, CC=" in line
+    assert "\n" not in line
 
 
 @built
